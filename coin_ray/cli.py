@@ -1,0 +1,118 @@
+"""The command line: ``SCRIPT PRESET [settings by dotted name]``, and where to put things.
+
+Nothing heavy is imported before the arguments are understood, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from coin_ray.config import PipelineConfig, check_runnable
+from coin_ray.configfile import from_yaml
+from coin_ray.errors import CoinError, ConfigError
+from coin_ray.pipeline import ORDER, graph
+from coin_ray.presets import PRESETS
+from coin_ray.storage import absolute, join
+
+SHORT = {"--images": "--data.images", "--val": "--data.val", "--test": "--data.test", "--labeler": "--collect.labeler", "--cloud": "--cloud.url"}
+"""Short names of the settings a first-time user needs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, beside the preset's settings."""
+
+    root: str
+    until: str | None
+    dry_run: bool
+    baselines: bool
+
+
+def main(script: str, description: str, *, only: str | None = None) -> int:
+    """Run the pipeline, or ``only`` one of its steps and what it needs; returns the exit code. User errors are one message, no traceback."""
+    try:
+        config, options = parse(sys.argv[1:], script, description)
+        return _run(config, options, only)
+    except CoinError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        print(f"\nno space left on the device: {error.filename or options.root}. Free some and run the same command again", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(config: PipelineConfig, options: Options, only: str | None) -> int:
+    from coin_ray import runner
+
+    steps = graph(config, baselines=options.baselines)
+    until = only or options.until
+    if until is not None and until not in steps:
+        raise ConfigError(f"step {until} is part of the run only with --baselines")
+    if options.dry_run:
+        runner.plan(config, steps, options.root, until)
+    else:
+        runner.run(config, steps, options.root, until)
+    return 0
+
+
+def parse(arguments: Sequence[str], script: str = "full.py", description: str = "") -> tuple[PipelineConfig, Options]:
+    """The config and the options of a command line. Raises ConfigError with what to change."""
+    parser = argparse.ArgumentParser(prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("preset", choices=sorted(PRESETS), nargs="?", help="; ".join(f"{n}: {_first_line(n)}" for n in PRESETS))
+    parser.add_argument("--root", help="folder or URI of everything the run writes (default: runs/PRESET)")
+    parser.add_argument("--until", choices=ORDER, help="stop after this step")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, calls, cost and time, and stop")
+    parser.add_argument("--baselines", action="store_true", help="also train the student on plain cloud labels and on the truth (the oracle)")
+    parser.add_argument("--config", help="YAML file with a whole config (ROOT/config.yaml of another run) instead of a preset")
+    parser.epilog = "All settings of a preset: PRESET --settings. Most used: --images DIR --classes a,b --cloud URL --labeler none --seed N"
+    parser.add_argument("--settings", action="store_true", help="list all settings of the preset")
+    known, rest = parser.parse_known_args(list(arguments))
+    if known.config is not None:
+        if rest or known.preset:
+            raise ConfigError(f"--config holds the whole configuration; remove {' '.join([known.preset or '', *rest]).strip()}")
+        config = from_yaml(known.config)
+    elif known.preset is None:
+        parser.error(f"name a preset ({', '.join(sorted(PRESETS))}) or give --config FILE")
+    else:
+        config = _settings(known.preset, ["--help"] if known.settings else rest)
+    check_runnable(config)
+    root = absolute(known.root or join("runs", config.preset))
+    return config, Options(root, known.until, known.dry_run, known.baselines)
+
+
+def _settings(preset: str, arguments: Sequence[str]) -> PipelineConfig:
+    expanded = [part for argument in _split_classes(arguments) for part in [SHORT.get(argument, argument)]]
+    return tyro.cli(
+        PipelineConfig, prog=preset, default=PRESETS[preset](), args=expanded, config=(tyro.conf.AvoidSubcommands,), add_help=True
+    )
+
+
+def _split_classes(arguments: Sequence[str]) -> list[str]:
+    """``--classes a,b`` as ``--classes a b``; names may hold spaces."""
+    spread: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("--classes="):
+            spread += ["--classes", *_names(argument.removeprefix("--classes="))]
+        elif before == "--classes":
+            spread += _names(argument)
+        else:
+            spread.append(argument)
+    return spread
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _first_line(preset: str) -> str:
+    return (PRESETS[preset].__doc__ or "").split("\n")[0].rstrip(".")

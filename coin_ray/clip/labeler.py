@@ -1,0 +1,64 @@
+"""CLIP's opinion on given boxes: on RoI features of the whole image (one pass), or on crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+from torchvision.transforms.v2.functional import normalize, resize, resized_crop
+
+from coin_ray.clip.encoder import ClipModel, class_embeddings
+from coin_ray.config import Clip
+
+
+class RoiLabeler:
+    """Whole image -> stages 1-3 -> RoIAlign on the exact boxes -> stage 4 -> attention pooling -> class probabilities (paper section 3.2)."""
+
+    def __init__(self, clip: ClipModel, classes: Sequence[str], config: Clip, short_side: int, long_side: int) -> None:
+        self.clip, self.short_side, self.long_side = clip, short_side, long_side
+        self.embeddings = class_embeddings(clip, classes, config)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """``image`` [3, H, W] uint8, ``boxes`` [N, 4] in its pixels -> probabilities [N, K+1]."""
+        if not len(boxes):
+            return torch.zeros(0, len(self.embeddings))
+        visual = self.clip.network.visual
+        view = resize(image, [self.short_side], max_size=self.long_side)
+        factors = boxes.new_tensor([view.shape[2] / image.shape[2], view.shape[1] / image.shape[1]]).repeat(2)
+        pixels = normalize(view.float() / 255, list(self.clip.mean), list(self.clip.std))[None]
+        shared = visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels))))  # type: ignore[operator,union-attr]
+        pooled = roi_align(shared, [boxes * factors], self.clip.roi_size, 1 / 16, -1, aligned=True)
+        return _probabilities(self.clip, visual.attnpool(visual.layer4(pooled)), self.embeddings)  # type: ignore[operator,union-attr]
+
+
+class CropLabeler:
+    """Each box cut out, stretched to CLIP's input size and encoded by itself."""
+
+    def __init__(self, clip: ClipModel, classes: Sequence[str], config: Clip) -> None:
+        self.clip = clip
+        self.embeddings = class_embeddings(clip, classes, config)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """``image`` [3, H, W] uint8, ``boxes`` [N, 4] in its pixels -> probabilities [N, K+1]."""
+        if not len(boxes):
+            return torch.zeros(0, len(self.embeddings))
+        side = self.clip.roi_size * 16
+        crops = []
+        for left, top, right, bottom in boxes.round().int().tolist():
+            left, top = min(max(left, 0), image.shape[2] - 2), min(max(top, 0), image.shape[1] - 2)
+            crops.append(resized_crop(image, top, left, max(bottom - top, 2), max(right - left, 2), [side, side], antialias=True))
+        pixels = normalize(torch.stack(crops).float() / 255, list(self.clip.mean), list(self.clip.std))
+        return _probabilities(self.clip, self.clip.network.encode_image(pixels), self.embeddings)  # type: ignore[operator]
+
+
+Labeler = RoiLabeler | CropLabeler
+
+
+def _probabilities(clip: ClipModel, features: Tensor, embeddings: Tensor) -> Tensor:
+    scale = clip.network.logit_scale.exp().clamp(max=100)  # type: ignore[operator,union-attr]
+    return (scale * F.normalize(features, dim=-1) @ embeddings.T).softmax(-1)

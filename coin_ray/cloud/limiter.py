@@ -1,0 +1,233 @@
+"""One governor for all workers: call rate, calls under way, budget and circuit breaker.
+
+``Governor`` is a plain class without threads or sleeping: it says how long to wait, its callers wait. One instance
+serves a whole run, behind an actor; ``LocalGovernor`` gives it the same asynchronous face inside one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+LEASE_POLL = 0.05
+"""Seconds after which a caller that found all places taken asks again."""
+WINDOW = 50
+WINDOW_MIN = 10
+FAILURE_SHARE = 0.5
+COOL_DOWN = 5.0
+"""Seconds the breaker stays open the first time; doubles each time in a row."""
+OPENS_MAX = 4
+"""The breaker gives up when it opens this often in a row."""
+USD_TOLERANCE = 1e-9
+
+Outcome = Literal["answered", "throttled", "failed", "unsent"]
+Refusal = Literal["budget", "unreachable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What all workers together may do. ``lease_seconds``: after this long a worker that never came back frees its place."""
+
+    rate: float
+    in_flight: int
+    max_calls: int | None = None
+    max_usd: float | None = None
+    burst: int = 1
+    lease_seconds: float = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Answer to ``reserve``: a lease to use after ``wait`` seconds; or no lease, ask again after ``wait``; or a refusal for good."""
+
+    wait: float
+    lease: int | None = None
+    refusal: Refusal | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GovernorStats:
+    calls: int
+    usd: float
+    in_flight: int
+    answered: int
+    throttled: int
+    failed: int
+    breaker: str
+    opens: int
+
+
+class AsyncGovernor(Protocol):
+    """How a client sees the governor, wherever it lives."""
+
+    async def reserve(self, usd: float) -> Grant: ...
+
+    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None: ...
+
+    async def pause(self, seconds: float) -> None: ...
+
+    async def stats(self) -> GovernorStats: ...
+
+
+@dataclass(slots=True)
+class _Lease:
+    usd: float
+    expires: float
+
+
+class Governor:
+    """Grants calls. ``spent``: (calls, USD) of earlier runs with the same budget, from the journal."""
+
+    def __init__(self, limits: Limits, spent: tuple[int, float] = (0, 0.0), clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._calls, self._usd = spent
+        self._next_arrival = clock()
+        self._leases: dict[int, _Lease] = {}
+        self._granted = 0
+        self._counts: dict[Outcome, int] = {"answered": 0, "throttled": 0, "failed": 0, "unsent": 0}
+        self._breaker = Breaker(clock)
+
+    def reserve(self, usd: float) -> Grant:
+        """A place, a slot of the rate and ``usd`` of the budget, or the time after which to ask again.
+
+        A spent budget is refused once no call is under way: until then one may turn out not to be billed.
+        """
+        self._forget_expired()
+        if self._breaker.gave_up:
+            return Grant(0, refusal="unreachable", reason=f"the breaker opened {OPENS_MAX} times in a row")
+        over_budget = self._over_budget(usd)
+        if over_budget:
+            return Grant(LEASE_POLL) if self._leases else Grant(0, refusal="budget", reason=over_budget)
+        if len(self._leases) >= self.limits.in_flight:
+            return Grant(LEASE_POLL)
+        wait = self._breaker.wait()
+        if wait > 0:
+            return Grant(wait)
+        return self._grant(usd)
+
+    def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
+        """Free the place. ``billed`` false: the service surely did not count the call, so the budget gets it back."""
+        held = self._leases.pop(lease, None)
+        if held is None:
+            return
+        if not billed:
+            self._calls -= 1
+            self._usd -= held.usd
+        self._counts[outcome] += 1
+        self._breaker.record(lease, outcome)
+
+    def pause(self, seconds: float) -> None:
+        """Nobody calls for ``seconds``; afterwards the rate applies without a burst."""
+        resume = self._clock() + seconds + (self.limits.burst - 1) / self.limits.rate
+        self._next_arrival = max(self._next_arrival, resume)
+
+    def stats(self) -> GovernorStats:
+        counts, breaker = self._counts, self._breaker
+        numbers = (self._calls, self._usd, len(self._leases), counts["answered"], counts["throttled"], counts["failed"])
+        return GovernorStats(*numbers, breaker.state, breaker.opens)
+
+    def _grant(self, usd: float) -> Grant:
+        """GCRA: a call may arrive ``burst - 1`` intervals before its theoretical arrival time."""
+        now, interval = self._clock(), 1 / self.limits.rate
+        arrival = max(self._next_arrival, now)
+        self._next_arrival = arrival + interval
+        wait = max(0.0, arrival - (self.limits.burst - 1) * interval - now)
+        self._granted += 1
+        self._calls += 1
+        self._usd += usd
+        self._leases[self._granted] = _Lease(usd, now + wait + self.limits.lease_seconds)
+        self._breaker.granted(self._granted)
+        return Grant(wait, self._granted)
+
+    def _over_budget(self, usd: float) -> str:
+        limits = self.limits
+        if limits.max_calls is not None and self._calls + 1 > limits.max_calls:
+            return f"{self._calls} calls of cloud.max_calls={limits.max_calls} are spent"
+        if limits.max_usd is not None and self._usd + usd > limits.max_usd + USD_TOLERANCE:
+            return f"{self._usd:.4f} of cloud.max_usd={limits.max_usd} USD are spent"
+        return ""
+
+    def _forget_expired(self) -> None:
+        """A lost worker's call counts as billed and as failed."""
+        now = self._clock()
+        for lease in [key for key, held in self._leases.items() if held.expires <= now]:
+            self.settle(lease, "failed", billed=True)
+
+
+class Breaker:
+    """Opens when half of the last calls failed, lets one probe through after a pause, gives up after several failed probes."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failures: deque[bool] = deque(maxlen=WINDOW)
+        self._closed_at = 0.0
+        self._probe: int | None = None
+        self.opens = 0
+        """How often in a row it opened without a good call in between."""
+        self.state: Literal["closed", "open", "half-open"] = "closed"
+
+    @property
+    def gave_up(self) -> bool:
+        return self.opens >= OPENS_MAX
+
+    def wait(self) -> float:
+        """Seconds until the next call may be tried; 0 = now."""
+        if self.state == "closed":
+            return 0.0
+        if self.state == "open":
+            return max(0.0, self._closed_at - self._clock())
+        return LEASE_POLL
+
+    def granted(self, lease: int) -> None:
+        if self.state == "open":
+            self.state, self._probe = "half-open", lease
+
+    def record(self, lease: int, outcome: Outcome) -> None:
+        """Only ``failed`` counts against the service; a throttled call shows that it lives."""
+        if self.state != "closed":
+            self._record_probe(lease, outcome)
+            return
+        if outcome != "unsent":
+            self._failures.append(outcome == "failed")
+        if len(self._failures) >= WINDOW_MIN and sum(self._failures) >= FAILURE_SHARE * len(self._failures):
+            self._open()
+
+    def _record_probe(self, lease: int, outcome: Outcome) -> None:
+        """Calls that were under way when the breaker opened say nothing new."""
+        if lease != self._probe:
+            return
+        if outcome == "failed":
+            self._open()
+            return
+        self.state, self._probe = ("open", None) if outcome == "unsent" else ("closed", None)
+        self.opens = self.opens if outcome == "unsent" else 0
+
+    def _open(self) -> None:
+        self.opens += 1
+        self.state, self._probe = "open", None
+        self._closed_at = self._clock() + COOL_DOWN * 2 ** (self.opens - 1)
+        self._failures.clear()
+
+
+class LocalGovernor:
+    """A governor in this process, with the asynchronous face that clients use."""
+
+    def __init__(self, governor: Governor) -> None:
+        self.governor = governor
+
+    async def reserve(self, usd: float) -> Grant:
+        return self.governor.reserve(usd)
+
+    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
+        self.governor.settle(lease, outcome, billed)
+
+    async def pause(self, seconds: float) -> None:
+        self.governor.pause(seconds)
+
+    async def stats(self) -> GovernorStats:
+        return self.governor.stats()

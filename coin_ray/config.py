@@ -1,0 +1,322 @@
+"""Every setting of the pipeline, as frozen dataclasses that check themselves. Imports neither torch nor ray.
+
+Presets (``coin_ray.presets``) are functions that return a whole ``PipelineConfig``. Secrets are never settings: a
+config holds the *name* of the environment variable. Symbols in brackets are the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from coin_ray.errors import ConfigError
+
+
+def execution(default: Any) -> Any:
+    """A field that says how something runs, not what comes out; it is no part of a step's identity."""
+    return field(default=default, metadata={"identity": False})
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _fraction(name: str, value: float) -> None:
+    _check(0 <= value <= 1, f"{name} must lie in 0..1; got {value}")
+
+
+@dataclass(frozen=True)
+class DemoScenes:
+    """Scenes composed of the embedded drawings: the target domain of the demo."""
+
+    train: int = 500
+    val: int = 100
+    test: int = 300
+    seed: int = 11
+
+    def __post_init__(self) -> None:
+        _check(self.train > 0 and self.test > 0 and self.val >= 0, "scenes need train > 0, test > 0, val >= 0")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder or URI of unlabelled images; labelled ones (COCO json beside ``images/``) are only read to evaluate."""
+
+    images: str = ""
+    """Folder of unlabelled training images, read recursively. A COCO folder (annotations.json and images/) works too."""
+    val: str | None = None
+    """COCO folder with annotations for validation."""
+    test: str | None = None
+    """COCO folder with annotations; without it nothing can be evaluated and the table says so."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """How the detection API is reached. The wire format is the reference one (docs/cloud.md)."""
+
+    url: str = ""
+    """Where the API answers, for example https://detector.example.com. Empty: start the local server named by ``serve``."""
+    token_env: str | None = execution(None)
+    """Name of the environment variable that holds the token."""
+    serve: Literal["none", "demo", "onnx"] = "none"
+    """Start a local server for this run: the demo's stand-in, or ONNX detectors (``onnx_models``)."""
+    onnx_models: tuple[str, ...] = ()
+    """Paths of ONNX detectors for ``serve onnx``; several are fused by weighted boxes."""
+    serve_latency: float = execution(0.15)
+    """Seconds the local server pretends to need for each answer."""
+    serve_rate: float = execution(60.0)
+    """Answers per second after which the local server replies 429."""
+    serve_faults: float = execution(0.01)
+    """Share of calls that the local server fails with 500, 503 or a broken body, by a fixed seed."""
+    model: str = "default"
+    """Model name sent with each call; part of the journal's key."""
+    score_min: float = 0.05
+    """Lowest score asked of the service. Kept low: thresholds are applied later, for free."""
+    rate: float = execution(50.0)
+    """Calls per second over all workers."""
+    in_flight: int = execution(16)
+    """Calls under way at once over all workers."""
+    deadline: float = execution(60.0)
+    """Seconds in which one image must be answered, retries included."""
+    attempts: int = execution(6)
+    usd_per_call: float = execution(0.0)
+    max_usd: float | None = execution(None)
+    max_calls: int | None = execution(None)
+    max_error_share: float = execution(0.2)
+    """Collection stops when more than this share of at least 50 images failed."""
+    max_side: int = 4096
+    """Longer side of the image sent, in pixels. Boxes come back in the original's frame."""
+
+    def __post_init__(self) -> None:
+        _fraction("cloud.score_min", self.score_min)
+        _fraction("cloud.max_error_share", self.max_error_share)
+        _check(self.rate > 0 and self.in_flight > 0 and self.deadline > 0, "cloud.rate, in_flight and deadline must be positive")
+        _check(self.attempts >= 1, f"cloud.attempts must be at least 1; got {self.attempts}")
+        _check(not (self.url and self.serve != "none"), "give cloud.url or cloud.serve, not both")
+        _check(self.serve != "onnx" or bool(self.onnx_models), "cloud.serve onnx needs --cloud.onnx-models PATH [PATH ...]")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model: a tag open_clip knows (``RN50``, ``openai``) or a config file and a weights file."""
+
+    model: str = "RN50"
+    """open_clip architecture name, or the path of its JSON description."""
+    pretrained: str = "openai"
+    """Pretrained tag, or the path of a weights file."""
+    style: str = ""
+    """Words that describe the domain, put into the prompt templates: "foggy cityscapes style"."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates with one ``{}``. None: "{style} {class}." and OpenAI's 80 for ImageNet."""
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Cloud answers and the second opinion on their boxes."""
+
+    labeler: Literal["roi", "crop", "none"] = "roi"
+    """CLIP on RoI features of the whole image (one pass), on crops, or no CLIP at all."""
+    fuse_iou: float = 0.6
+    """Cloud boxes of one class overlapping more are merged, weighted by score."""
+    batch: int = execution(32)
+    """Images per block of the stream."""
+
+    def __post_init__(self) -> None:
+        _fraction("collect.fuse_iou", self.fuse_iou)
+        _check(self.batch > 0, "collect.batch must be positive")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What of the collected results is used in training. Changing it costs no call."""
+
+    score_min: float = 0.25
+    """Cloud boxes below this score are not used."""
+    probabilities: Literal["background", "published"] = "published"
+    """Cloud class vectors with a background column, or normalised to the foreground as published."""
+    clip_background: Literal["drop", "keep"] = "drop"
+    """Boxes that CLIP calls background: left out of propagation as published, or used with CLIP's best class."""
+    clip_score_min: float = 0.0
+    """CLIP labels below this probability are not used in propagation."""
+
+    def __post_init__(self) -> None:
+        _fraction("labels.score_min", self.score_min)
+        _fraction("labels.clip_score_min", self.clip_score_min)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Faster R-CNN on CLIP's visual tower (paper section 3.2)."""
+
+    short_side: int = 600
+    long_side: int = 1333
+    roi_size: int = 14
+    """Side of the pooled RoI map that enters the last stage G2."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_width: int = 1024
+    rpn_nms: float = 0.7
+    proposals_train: int = 2000
+    proposals_test: int = 1000
+    rpn_batch: int = 256
+    roi_batch: int = 512
+    roi_positive: float = 0.25
+    temperature: float = 0.01
+    """tau of softmax(cosine / tau)."""
+    context_tokens: int = 4
+    """Learnable prompt vectors [M], shared by all classes."""
+    background: Literal["prompt", "learned"] = "prompt"
+    """Background embedding: prompted text "background", or a free vector started there."""
+    residual_transformation: bool = False
+    """Add the input of the transformation MLP to its output. Published: no."""
+    batch_norm: Literal["frozen", "live"] = "frozen"
+    """Published: live. Frozen makes a step on n workers equal to one."""
+    background_weight: float = 0.9
+    box_loss: Literal["l1", "giou"] = "l1"
+    score_min: float = 0.05
+    nms: float = 0.5
+    detections: int = 100
+
+    def __post_init__(self) -> None:
+        _check(self.temperature > 0, "detector.temperature must be positive")
+        _check(self.short_side <= self.long_side, "detector.short_side must not exceed long_side")
+
+
+@dataclass(frozen=True)
+class Optimize:
+    """One fit: steps, batch and learning rates."""
+
+    steps: int = 50_000
+    batch: int = 3
+    """Global batch: images per step over all workers."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 1e-3
+    visual_lr_factor: float = 0.1
+    weight_decay: float = 1e-4
+    warmup: int = 400
+    schedule: Literal["piecewise", "cosine"] = "piecewise"
+    milestones: tuple[int, ...] = (40_000,)
+    factors: tuple[float, ...] = (0.1,)
+    """Learning-rate factor from each milestone on, absolute: it may rise again."""
+    clip_gradient: float | None = None
+    augmentation: float = 1.0
+    """Strength of the strong view's colour changes; 1 is the published one, 0 leaves only the mirror."""
+    checkpoint_every: int = execution(1000)
+    workers: int = execution(1)
+    gpu: bool = execution(False)
+    amp: bool = False
+    """Mixed precision; needs a GPU. Losses and box arithmetic stay in float32."""
+
+    def __post_init__(self) -> None:
+        _check(self.steps > 0 and self.batch > 0 and self.checkpoint_every > 0, "steps, batch and checkpoint_every must be positive")
+        _check(self.batch % max(self.workers, 1) == 0, f"batch {self.batch} must be a multiple of workers {self.workers}")
+        _check(len(self.milestones) == len(self.factors), "milestones and factors must have the same length")
+        _check(not self.amp or self.gpu, "amp needs gpu: true")
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """Knowledge dissemination: the CLIP detector learns cloud boxes with CLIP labels (paper section 3.2)."""
+
+    fit: Optimize = field(default_factory=Optimize)
+    alignment: float = 10.0
+    """Weight of prompt alignment to prototypes [lambda]."""
+    prototype_rate: float = 0.0004
+    """Share of the new batch mean in a prototype [1 - eta]."""
+    prototypes_from: int = 5000
+    """Step from which prototypes move."""
+    views: Literal["strong", "both"] = "both"
+    """Published: the weak view is trained too."""
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Matching of cloud and CLIP-detector results (paper section 3.3)."""
+
+    iou_min: float = 0.5
+    """[kappa]"""
+    clip_score_min: float = 0.05
+    """CLIP-detector results below are not used."""
+    fused_boxes: Literal["always", "after_burn_up", "never"] = "after_burn_up"
+    """Whether a pair's box is the score-weighted mean or the cloud's. Published code: after the burn-up."""
+    lone_clip_score: float = 0.8
+    """If the cloud saw nothing in an image, CLIP-detector results above this count as consistent."""
+    lone_cloud_consistent: bool = True
+    """If the CLIP detector saw nothing in an image, all cloud results count as consistent."""
+
+    def __post_init__(self) -> None:
+        _fraction("separate.iou_min", self.iou_min)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Knowledge separation and distillation into the target detector (paper sections 3.3, 3.4)."""
+
+    fit: Optimize = field(default_factory=lambda: Optimize(steps=65_000, milestones=(40_000, 45_000, 60_000), factors=(0.1, 0.5, 0.1)))
+    start_from: Literal["clip", "clip_detector"] = "clip"
+    """Student's first weights. Published: CLIP, everything else random."""
+    alignment: float = 10.0
+    """[lambda]"""
+    inconsistent: float = 0.1
+    """[gamma 1]"""
+    private: float = 0.1
+    """[gamma 2]"""
+    fusion_score_min: float = 0.7
+    """A fused inconsistent box teaches only if its best probability reaches this [pi]."""
+    prototype_rate: float = 0.0004
+    prototypes_from: int = 5000
+    """Step from which prototypes move and CKG trains."""
+    burn_up: int = 45_000
+    """Step from which the teacher follows the student and inconsistent boxes teach."""
+    teacher_rate: float = 0.0004
+    """Share of the student in the teacher per step [1 - eta]."""
+    ckg_heads: int = 8
+    ckg_lr: float = 1e-3
+    fusion: Literal["ckg", "average", "cloud", "clip"] = "ckg"
+    """What supervises inconsistent boxes."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """MLflow. The database and the experiment are made by the driver before any worker starts."""
+
+    uri: str | None = None
+    """Tracking server; default MLFLOW_TRACKING_URI, else sqlite beside the run."""
+    experiment: str = "coin_ray"
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything one run depends on."""
+
+    preset: str
+    classes: tuple[str, ...]
+    data: DemoScenes | Folder
+    cloud: Cloud
+    clip: Clip = field(default_factory=Clip)
+    collect: Collect = field(default_factory=Collect)
+    labels: Labels = field(default_factory=Labels)
+    detector: Detector = field(default_factory=Detector)
+    propagate: Propagate = field(default_factory=Propagate)
+    separate: Separate = field(default_factory=Separate)
+    distill: Distill = field(default_factory=Distill)
+    tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        folded = [" ".join(c.lower().split()) for c in self.classes]
+        _check(all(folded), f"empty class name in {self.classes}")
+        doubles = sorted({c for c in folded if folded.count(c) > 1})
+        _check(not doubles, f"class names must differ in more than case and spaces; repeated: {', '.join(doubles)}")
+        _check(not any("\n" in c or len(c) > 200 for c in self.classes), "class names must be one line of at most 200 characters")
+        _check("background" not in folded, "'background' is implied and must not be a class")
+
+
+def check_runnable(config: PipelineConfig) -> None:
+    """What a preset may leave open and a run needs. Raises ConfigError naming the option to give."""
+    data, cloud = config.data, config.cloud
+    _check(not isinstance(data, Folder) or bool(data.images), "which images? give --images DIR, the folder of unlabelled images")
+    _check(bool(config.classes), "which classes? give --classes person,dog")
+    _check(bool(cloud.url) or cloud.serve != "none", "which cloud? give --cloud https://... , or --cloud.serve demo|onnx for a local one")

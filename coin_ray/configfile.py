@@ -1,0 +1,71 @@
+"""Configs as YAML, strictly: unknown keys are errors. And what of a config identifies a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from coin_ray.config import PipelineConfig
+from coin_ray.errors import ConfigError
+from coin_ray.storage import read_bytes
+
+
+def to_yaml(config: PipelineConfig) -> str:
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def from_yaml(uri: str) -> PipelineConfig:
+    """Read a whole config as written by ``to_yaml``. Raises ConfigError naming the file, the key and what was expected."""
+    try:
+        values = yaml.safe_load(read_bytes(uri))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config file at {uri}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{uri} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{uri}: expected a mapping of settings, got {type(values).__name__}")
+    return from_dict(values, uri)
+
+
+def from_dict(values: dict[str, Any], origin: str) -> PipelineConfig:
+    try:
+        return _adapter().validate_python(values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5])
+        raise ConfigError(f"{origin}: {problems}") from error
+
+
+def _adapter() -> TypeAdapter[PipelineConfig]:
+    for kind in _config_types():
+        kind.__pydantic_config__ = ConfigDict(extra="forbid")
+    return TypeAdapter(PipelineConfig)
+
+
+def _config_types() -> list[Any]:
+    import coin_ray.config as module
+
+    return [k for k in vars(module).values() if dataclasses.is_dataclass(k) and isinstance(k, type)]
+
+
+def identity(value: Any) -> Any:
+    """``value`` as plain data without the fields that only say how it runs (``coin_ray.config.execution``)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
+        return {"": type(value).__name__} | {f.name: identity(getattr(value, f.name)) for f in kept}
+    if isinstance(value, dict):
+        return {key: identity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [identity(item) for item in value]
+    return value
+
+
+def fingerprint(value: Any) -> str:
+    """Twelve hex digits that change if and only if the identity of ``value`` does."""
+    text = json.dumps(identity(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,188 @@
+"""One way to read an image file, so that every model and every service sees the same upright pixels.
+
+Upright by EXIF, first frame, 8-bit sRGB, transparency on white. ``decode_rgb`` gives those pixels in full size,
+``canonical_image`` the bytes to send: without metadata and no longer than the service wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
+
+from coin_ray.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+"""Formats that are opened. Pillow knows more, some of which start other programs."""
+PIXELS_MAX = 178_956_970
+SIDE_MIN = 8
+JPEG_QUALITY = 95
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
+"""What Pillow's readers raise for damaged files."""
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalImage:
+    """An image ready to send: ``data`` holds ``width`` x ``height`` pixels; ``original`` is the upright full size (width, height)."""
+
+    data: bytes = field(repr=False)
+    media_type: str
+    width: int
+    height: int
+    original: tuple[int, int]
+    image_id: str
+    """sha256 of the file's bytes, in hexadecimal."""
+
+
+def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
+    """The file's image with a longer side of at most ``max_side`` pixels. Raises ``InputError`` for what is not a usable image.
+
+    A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new JPEG.
+    """
+    with _readable(raw) as image:
+        original = _upright_size(image)
+        plain = max(original) <= max_side and _is_plain_jpeg(image, raw)
+        size = _fit(original, max_side)
+        _decode_smaller(image, size)
+        pixels = _upright_rgb(image)
+    if plain:
+        return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
+    if pixels.size != size:
+        pixels = pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return CanonicalImage(_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw))
+
+
+def decode_rgb(raw: bytes) -> Image.Image:
+    """The file's image upright, in full size, as 8-bit RGB. Raises ``InputError`` for what is not a usable image."""
+    with _readable(raw) as image:
+        return _upright_rgb(image)
+
+
+@contextmanager
+def _readable(raw: bytes) -> Iterator[Image.Image]:
+    """The opened image; whatever Pillow raises inside the block becomes an ``InputError``."""
+    if not raw:
+        raise InputError("the image file is empty")
+    try:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            _check_size(image)
+            yield image
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"the image has more than {PIXELS_MAX:,} pixels") from None
+    except UnidentifiedImageError:
+        raise InputError(f"the file is not an image in one of the formats {', '.join(FORMATS)}") from None
+    except BROKEN_FILE as error:
+        raise InputError(f"the image file is damaged or truncated: {error}") from None
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > PIXELS_MAX:
+        raise InputError(f"the image has more than {PIXELS_MAX:,} pixels: {image.width} x {image.height}")
+    if min(image.size) < SIDE_MIN:
+        raise InputError(f"the image is too small, {image.width} x {image.height}; both sides need at least {SIDE_MIN} pixels")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; damaged EXIF data counts as upright."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except BROKEN_FILE:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return (image.height, image.width) if _orientation(image) >= 5 else image.size
+
+
+def _fit(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    scale = min(1.0, max_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _decode_smaller(image: Image.Image, size: tuple[int, int]) -> None:
+    """Let the JPEG decoder skip detail that the resize would throw away: a panorama then needs little memory."""
+    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        image.draft(None, size[::-1] if _orientation(image) >= 5 else size)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = ORIENTATIONS.get(_orientation(image))
+    rgb = _srgb(_without_alpha(_eight_bit(image)), image.info.get("icc_profile"))
+    return rgb.transpose(turn) if turn is not None else rgb
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey is divided by 256. 32-bit integers and floats have no defined white: their own range is stretched."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    values -= values.min()
+    return Image.fromarray(np.round(values * (255 / max(float(values.max()), 1e-12))).astype(np.uint8))
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
+        return image
+    if not image.has_transparency_data:
+        return image.convert("L" if image.mode == "1" else "RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """8-bit RGB in sRGB; a damaged profile, or one for another mode, is ignored."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if not ImageCms.getProfileDescription(source).startswith("sRGB"):
+                image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass
+    return _stripped(image.convert("RGB"))
+
+
+def _stripped(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.info = {}
+    return image
+
+
+def _is_plain_jpeg(image: Image.Image, raw: bytes) -> bool:
+    """Whether the file is an upright RGB JPEG with nothing in it but the image: no EXIF, profile, comment, thumbnail or second image."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.format != "JPEG" or image.mode != "RGB":
+        return False
+    bare = all(name == "APP14" or (name == "APP0" and content[:5] == b"JFIF\0" and len(content) == 14) for name, content in image.applist)
+    return bare and raw.endswith(b"\xff\xd9")
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return sink.getvalue()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,82 @@
+"""The demo's stand-in for a cloud: a small anchor-free detector (objectness x class on a stride-8 map).
+
+It is trained by ``coin_ray.demo.build.cloud`` on source-style scenes and answers over HTTP only
+(``coin_ray.serving.local_cloud``). Nothing in the adaptation imports it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import nms
+from torchvision.transforms.functional import pil_to_tensor
+
+from coin_ray.demo.drawings import ASSETS, CLASSES
+
+STRIDE = 8
+SIDE_SCALE = 32.0
+WEIGHTS = ASSETS / "cloud.pt"
+
+
+def _block(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(True))
+
+
+class CloudStandIn(nn.Module):
+    """Images [B, 3, H, W] in 0..1 -> objectness logits [B, h, w], class logits [B, h, w, K], side distances [B, h, w, 4] in pixels."""
+
+    def __init__(self, width: int = 24, classes: int = len(CLASSES)) -> None:
+        super().__init__()
+        w = width
+        self.fine = nn.Sequential(_block(3, w, 2), _block(w, 2 * w, 2), _block(2 * w, 2 * w), _block(2 * w, 4 * w, 2), _block(4 * w, 4 * w))
+        self.coarse = nn.Sequential(_block(4 * w, 6 * w, 2), _block(6 * w, 6 * w), _block(6 * w, 6 * w, 1, 2))
+        self.from_fine = nn.Conv2d(4 * w, 4 * w, 1)
+        self.from_coarse = nn.Conv2d(6 * w, 4 * w, 1)
+        self.head = _block(4 * w, 4 * w)
+        self.output = nn.Conv2d(4 * w, 1 + classes + 4, 1)
+        nn.init.constant_(self.output.bias[:1], -3.0)  # type: ignore[index]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.fine((images - 0.5) / 0.27)
+        coarse = F.interpolate(self.from_coarse(self.coarse(fine)), size=fine.shape[-2:])
+        output = self.output(self.head(F.relu(self.from_fine(fine) + coarse))).permute(0, 2, 3, 1)
+        return output[..., 0], output[..., 1:-4], F.softplus(output[..., -4:]) * SIDE_SCALE
+
+
+def cell_centres(height: int, width: int) -> Tensor:
+    """[h, w, 2] xy pixel centres of the stride-8 cells."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return (torch.stack([x, y], -1) + 0.5) * STRIDE
+
+
+@torch.no_grad()
+def detect(model: CloudStandIn, image: Image.Image, score_min: float, limit: int = 40) -> tuple[Tensor, Tensor]:
+    """Boxes [N, 4] xyxy pixels of ``image`` and independent class scores [N, K], best first. Images of any size; scenes are 192 px."""
+    padded = _pad(pil_to_tensor(image.convert("RGB")).float() / 255)
+    objectness, classes, sides = (o[0].flatten(0, 1) for o in model(padded[None]))
+    scores = objectness.sigmoid()[:, None] * classes.softmax(-1)
+    centres = cell_centres(padded.shape[1] // STRIDE, padded.shape[2] // STRIDE).flatten(0, 1)
+    boxes = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1)
+    boxes[:, 0::2].clamp_(0, image.width)
+    boxes[:, 1::2].clamp_(0, image.height)
+    best = scores.amax(1)
+    kept = best > score_min
+    boxes, scores, best = boxes[kept], scores[kept], best[kept]
+    order = nms(boxes, best, 0.5)[:limit]
+    return boxes[order], scores[order]
+
+
+def _pad(image: Tensor) -> Tensor:
+    multiple = 2 * STRIDE
+    return F.pad(image, (0, -image.shape[2] % multiple, 0, -image.shape[1] % multiple), value=0.5)
+
+
+def load(path: Path = WEIGHTS) -> CloudStandIn:
+    model = CloudStandIn()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.float().eval()

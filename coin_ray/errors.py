@@ -1,0 +1,103 @@
+"""Every error a user can meet, as one tree.
+
+    CoinError
+    ├── ConfigError           a setting is unknown, impossible or contradicts another            exit 2
+    ├── InputError            images, annotations or checkpoints that can't be used               exit 2
+    ├── StepError             an earlier stage has not finished, or a file it wrote is damaged    exit 2
+    ├── TrainingError         a loss is no longer finite; names the part                          exit 1
+    └── CloudError            the detection API, one call
+        ├── stops the run:    AuthError (exit 4), QuotaExhausted and BudgetExhausted (exit 5), CloudUnreachable (exit 4), BadRequest (exit 1)
+        ├── is retried:       Throttled, Transient, DeadlineExceeded
+        └── marks the image:  ImageRejected, ProtocolError, Refused
+
+Messages say what was expected, what came, and what to do. They never contain a secret or image bytes.
+"""
+
+from __future__ import annotations
+
+
+class CoinError(Exception):
+    """Base of all errors raised for users; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(CoinError, ValueError):
+    exit_code = 2
+
+
+class InputError(CoinError, ValueError):
+    exit_code = 2
+
+
+class StepError(CoinError, RuntimeError):
+    exit_code = 2
+
+
+class TrainingError(CoinError, RuntimeError):
+    pass
+
+
+class CloudError(CoinError):
+    """A call to the detection API failed. ``may_have_billed``: the service may count the call although no answer came."""
+
+    retryable = False
+    stops_run = False
+
+    def __init__(self, message: str, *, may_have_billed: bool = False) -> None:
+        super().__init__(message)
+        self.may_have_billed = may_have_billed
+
+
+class AuthError(CloudError):
+    stops_run = True
+    exit_code = 4
+
+
+class CloudUnreachable(CloudError):
+    stops_run = True
+    exit_code = 4
+
+
+class QuotaExhausted(CloudError):
+    stops_run = True
+    exit_code = 5
+
+
+class BudgetExhausted(CloudError):
+    stops_run = True
+    exit_code = 5
+
+
+class BadRequest(CloudError):
+    stops_run = True
+
+
+class Throttled(CloudError):
+    """``retry_after``: seconds the service asked to wait, or None."""
+
+    retryable = True
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Transient(CloudError):
+    retryable = True
+
+
+class DeadlineExceeded(CloudError):
+    retryable = True
+
+
+class ImageRejected(CloudError):
+    pass
+
+
+class ProtocolError(CloudError):
+    """The answer could not be understood. It is quarantined, never read as "no objects"."""
+
+
+class Refused(CloudError):
+    pass

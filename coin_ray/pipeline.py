@@ -1,0 +1,46 @@
+"""The whole adaptation on one screen: which step needs which, and what identifies each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coin_ray.config import Cloud, PipelineConfig, Propagate
+from coin_ray.steps import Step
+
+ORDER = ("images", "collect", "propagate", "separate", "distill", "pseudo_label", "oracle", "evaluate", "export", "report")
+
+
+def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]:
+    """All steps by name, in order.
+
+    ``baselines`` adds two students with the same network, first weights and number of steps: one on plain cloud labels, one on the truth.
+    """
+    c = config
+    what_is_asked = (_identity(c.cloud), c.classes)
+    detector = (c.clip, c.detector, c.classes, c.seed)
+    both = long_propagation(c)
+
+    images = Step("images", "images", identity=c.data)
+    collect = Step("collect", "collect", identity=(what_is_asked, c.collect, c.clip, c.detector.short_side), inputs=(images,))
+    propagate = Step("propagate", "propagate", (detector, c.labels, c.propagate), (images, collect), options={"labels": "clip"})
+    separate = Step("separate", "separate", (c.labels, c.separate), (images, collect, propagate))
+    distill = Step("distill", "distill", (detector, c.labels, c.separate, c.distill), (images, collect, propagate, separate))
+    pseudo_label = Step("pseudo_label", "propagate", (detector, c.labels, both), (images, collect), options={"labels": "cloud"})
+    oracle = Step("oracle", "propagate", (detector, both), (images, collect), options={"labels": "truth"})
+    students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
+    evaluate = Step("evaluate", "evaluate", identity=c.classes, inputs=(images, collect, separate, *students))
+    export = Step("export", "export", identity=c.detector, inputs=(distill,))
+    report = Step("report", "report", identity=c.preset, inputs=(images, collect, separate, *students, evaluate, export))
+    steps = (images, collect, propagate, separate, distill, *students[2:], evaluate, export, report)
+    return {step.name: step for step in steps}
+
+
+def long_propagation(config: PipelineConfig) -> Propagate:
+    """The baselines' training: as many steps as propagation and distillation have together."""
+    fit = config.propagate.fit
+    return replace(config.propagate, fit=replace(fit, steps=fit.steps + config.distill.fit.steps))
+
+
+def _identity(cloud: Cloud) -> tuple[object, ...]:
+    """Which service answers what: how fast it is asked does not matter."""
+    return (cloud.url, cloud.serve, cloud.onnx_models, cloud.model, cloud.score_min, cloud.max_side)

@@ -1,0 +1,73 @@
+"""Run the steps of a graph in order: skip what is finished, track what runs, leave ``summary.json`` at the root."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from coin_ray import storage
+from coin_ray.config import PipelineConfig
+from coin_ray.configfile import to_yaml
+from coin_ray.report.table import print_summary
+from coin_ray.steps import Step, execute, finished
+from coin_ray.summary import summarise
+
+
+def run(config: PipelineConfig, steps: Mapping[str, Step], root: str, until: str | None = None) -> dict[str, Any]:
+    """Run the steps up to and including ``until``; returns the summary, which is also printed and written to ROOT/summary.json."""
+    chosen = up_to(steps, until)
+    done = finished(list(chosen.values()), root)
+    if len(done) < len(chosen):
+        _run_missing(config, chosen, done, root)
+    summary = summarise(config, done)
+    storage.write_json(storage.join(root, "summary.json"), summary)
+    print_summary(summary, done.get("report", {}).get("metrics", {}).get("page"))
+    return summary
+
+
+def up_to(steps: Mapping[str, Step], until: str | None) -> dict[str, Step]:
+    if until is None:
+        return dict(steps)
+    needed: dict[str, Step] = {}
+
+    def add(step: Step) -> None:
+        for upstream in step.inputs:
+            add(upstream)
+        needed[step.name] = step
+
+    add(steps[until])
+    return {name: step for name, step in steps.items() if name in needed}
+
+
+def _run_missing(config: PipelineConfig, steps: Mapping[str, Step], done: dict[str, dict[str, Any]], root: str) -> None:
+    from coin_ray.tracking import Tracker
+
+    storage.write_bytes(storage.join(root, "config.yaml"), to_yaml(config).encode())
+    tracker = Tracker(config, root)
+    for name, step in steps.items():
+        if name in done:
+            print(f"{name}: finished before", flush=True)
+            continue
+        print(f"{name}: started", flush=True)
+        start = time.monotonic()
+        digest = str(done.get("images", {}).get("metrics", {}).get("digest", ""))
+        with tracker.stage(name, {"identity": done and step.fingerprint, "options": dict(step.options)}, digest) as stage:
+            done[name] = execute(step, config, root)
+            stage.finish(done[name]["metrics"], step.folder(root))
+        print(f"{name}: finished in {time.monotonic() - start:.0f} s", flush=True)
+    summary = summarise(config, done)
+    figures = {f"map50/{k}": v for k, v in summary["map50"].items() if v is not None}
+    tracker.summary(figures | {"seconds": summary["seconds"]["total"]}, done.get("report", {}).get("metrics", {}).get("page"))
+
+
+def plan(config: PipelineConfig, steps: Mapping[str, Step], root: str, until: str | None = None) -> None:
+    """Print what a run would do and what it would ask and pay, without doing it."""
+    chosen = up_to(steps, until)
+    done = finished(list(chosen.values()), root)
+    for name, step in chosen.items():
+        print(f"{name:<13} {'finished' if name in done else 'to do':<9} {step.folder(root)}")
+    if "collect" in chosen and "collect" not in done:
+        from coin_ray.estimate import estimate, print_estimate
+
+        print_estimate(config.cloud, estimate(config, chosen, root))

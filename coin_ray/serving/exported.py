@@ -1,0 +1,98 @@
+"""The exported student: one safetensors file and its description. Needs torch and open_clip's code, no weights and no text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from coin_ray import boxes as box_ops
+from coin_ray import storage
+from coin_ray.config import Detector
+from coin_ray.data.views import fit
+from coin_ray.errors import InputError
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.structures import Detections
+
+FORMAT = 1
+
+
+class FixedEmbeddings(nn.Module):
+    """Class embeddings [K+1, D] that were computed at export."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values, requires_grad=False)
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """``classes`` and a detector; call it with a PIL image."""
+
+    classes: tuple[str, ...]
+    detector: ClipDetector
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> Detections:
+        """Detections in pixels of ``image``, best first."""
+        original = pil_to_tensor(image.convert("RGB"))
+        config = self.detector.config
+        view = fit(original, config.short_side, config.long_side)
+        found = self.detector.predict(self.detector.prepare([view]))[0]
+        return found.with_boxes(box_ops.scale(found.boxes, original.shape[2] / view.shape[2], original.shape[1] / view.shape[1]))
+
+
+def write_exported(detector: ClipDetector, classes: Sequence[str], folder: str) -> int:
+    """Write the two files below ``folder`` (a URI); returns the weights' size in bytes."""
+    weights = {k: v.contiguous() for k, v in detector.state_dict().items() if not k.startswith(("prompts.", "background"))}
+    weights["prompts.values"] = detector.class_embeddings().detach().contiguous()
+    description = {
+        "format": FORMAT,
+        "classes": list(classes),
+        "embedding_size": weights["prompts.values"].shape[1],
+        "visual": visual_shape(detector.tower.visual),
+        "detector": dataclasses.asdict(detector.config),
+    }
+    data = save(weights)
+    storage.write_bytes(storage.join(folder, "model.safetensors"), data)
+    storage.write_json(storage.join(folder, "model.json"), description)
+    return len(data)
+
+
+def load_exported(folder: str) -> Predictor:
+    """Read an export. Raises InputError if the folder is none or was written by another version."""
+    place = storage.join(folder, "model.json")
+    if not storage.exists(place):
+        raise InputError(f"{folder} is no export: expected model.json and model.safetensors, as written by pipelines/export.py")
+    description: dict[str, Any] = storage.read_json(place)
+    if description["format"] != FORMAT:
+        raise InputError(f"{place} has format {description['format']}, this version reads {FORMAT}; export the model again")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description["detector"].items()}
+    classes = tuple(description["classes"])
+    size = description["embedding_size"]
+    visual = ModifiedResNet(output_dim=size, heads=1, **description["visual"])
+    prompts = FixedEmbeddings(torch.zeros(len(classes) + 1, size))
+    detector = ClipDetector(visual, prompts, len(classes), size, Detector(**settings), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
+    missing, unexpected = detector.load_state_dict(weights, strict=False)
+    if unexpected or [name for name in missing if name != "background"]:
+        raise InputError(f"{folder}: weights and model.json do not belong together (missing {missing[:3]}, unexpected {unexpected[:3]})")
+    return Predictor(classes, detector.eval())
+
+
+def visual_shape(visual: nn.Module) -> dict[str, Any]:
+    """Arguments that rebuild a ModifiedResNet of the same shape; attention pooling is not part of a detector."""
+    stages = [getattr(visual, f"layer{i}") for i in range(1, 5)]
+    side = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]  # type: ignore[index]
+    return {"layers": [len(s) for s in stages], "width": int(visual.conv3.out_channels), "image_size": side}  # type: ignore[union-attr,arg-type]

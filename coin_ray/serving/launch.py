@@ -1,0 +1,70 @@
+"""Start the local cloud beside a run, and end it with the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coin_ray.config import Cloud
+from coin_ray.errors import CloudUnreachable
+
+START_SECONDS = 120.0
+STOP_SECONDS = 5.0
+LOG_TAIL = 20
+POLL = 0.05
+
+
+@contextmanager
+def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
+    """The URL of a local server as ``config.serve`` says; it keeps its log, statistics and call log in a local folder.
+
+    It ends with the block, and also when this process is killed. Raises ``CloudUnreachable`` with the end of its log if it
+    does not start.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    ready = place / "url"
+    ready.unlink(missing_ok=True)
+    with (place / "server.log").open("wb") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(_command(config, place), stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        yield _wait_ready(process, ready, place / "server.log")
+    finally:
+        _stop(process)
+
+
+def _command(config: Cloud, folder: Path) -> list[str]:
+    command = [sys.executable, "-m", "coin_ray.serving.local_cloud", "--serve", config.serve, "--parent-pid", str(os.getpid())]
+    command += ["--latency", str(config.serve_latency), "--rate", str(config.serve_rate), "--faults", str(config.serve_faults)]
+    command += ["--ready-file", str(folder / "url"), "--stats-file", str(folder / "stats.json")]
+    command += ["--call-log", str(folder / "calls.jsonl")]
+    if config.token_env:
+        command += ["--token-env", config.token_env]
+    if config.onnx_models:
+        command += ["--models", *config.onnx_models]
+    return command
+
+
+def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
+    give_up_at = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < give_up_at:
+        if ready.exists():
+            return ready.read_text()
+        time.sleep(POLL)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+    raise CloudUnreachable(f"the local cloud did not start; the end of {log}:\n{tail}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

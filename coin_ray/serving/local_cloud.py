@@ -1,0 +1,363 @@
+"""A detection API on this machine, in the reference wire format, with the manners and the faults of a real one.
+
+``python -m coin_ray.serving.local_cloud --serve demo --port 8080`` serves the demo's detector, ``--serve onnx --models
+a.onnx b.onnx`` fused ONNX detectors. Faults are drawn from (seed, image, how often it was asked), so a run repeats exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import math
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Literal, NoReturn, TextIO
+
+import numpy as np
+import psutil
+import torch
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from coin_ray import storage
+from coin_ray.data.canonical import decode_rgb
+from coin_ray.demo import detector as demo_detector
+from coin_ray.demo.drawings import CLASSES
+from coin_ray.errors import InputError
+from coin_ray.serving.onnx_detectors import Detector, Floats, load_detector
+
+Fault = Literal["500", "503", "truncated"]
+FAULTS: tuple[Fault, ...] = ("500", "503", "truncated")
+BODY_MAX = 64 * 2**20
+
+
+@dataclass
+class Stats:
+    """Calls since the start. ``billed``: a detection was made; ``duplicates``: it had been answered for the same image and key before."""
+
+    received: int = 0
+    answered: int = 0
+    billed: int = 0
+    throttled: int = 0
+    faults: int = 0
+    rejected: int = 0
+    unauthorized: int = 0
+    duplicates: int = 0
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One parsed call."""
+
+    image: Image.Image
+    image_id: str
+    classes: tuple[str, ...]
+    threshold: float
+    key: str
+
+
+class _Problem(Exception):
+    """An answer in ``application/problem+json``."""
+
+    def __init__(self, status: int, title: str, detail: str = "", **headers: str) -> None:
+        super().__init__(title)
+        content = {"status": status, "title": title, "detail": detail}
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.response = JSONResponse(content, status, names, media_type="application/problem+json")
+
+
+class DemoDetector:
+    """The demo's stand-in for a cloud."""
+
+    name = "demo"
+    classes: Sequence[str] = CLASSES
+
+    def __init__(self) -> None:
+        self._model = demo_detector.load()
+
+    def detect(self, image: Image.Image, classes: Sequence[str], score_min: float) -> tuple[Floats, Floats]:
+        """Boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
+        boxes, scores = demo_detector.detect(self._model, image, score_min)
+        scores = scores[:, [CLASSES.index(name) for name in classes]]
+        kept = scores.amax(1) >= score_min
+        return boxes[kept].numpy(), scores[kept].numpy()
+
+
+class LocalCloud:
+    """The service's state and its three routes."""
+
+    def __init__(self, detector: Detector, latency: float, rate: float, faults: float, token: str | None, seed: int, call_log: str) -> None:
+        self.stats = Stats()
+        self._detector = detector
+        self._latency, self._faults, self._seed, self._token = latency, faults, seed, token
+        self._bucket = _Bucket(rate)
+        self._asked: Counter[str] = Counter()
+        self._answered: set[tuple[str, str]] = set()
+        self._worker = ThreadPoolExecutor(1)
+        self._log: TextIO | None = open(call_log, "a", buffering=1) if call_log else None  # noqa: SIM115
+
+    async def health(self, request: Request) -> Response:
+        if not self._authorized(request):
+            return _Problem(401, "wrong or missing token").response
+        return JSONResponse({"status": "ok", "model": self._detector.name, "classes": list(self._detector.classes)})
+
+    async def statistics(self, _: Request) -> Response:
+        return JSONResponse(asdict(self.stats))
+
+    async def detect(self, request: Request) -> Response:
+        self.stats.received += 1
+        body = await request.body()
+        self._note(request, body)
+        try:
+            if not self._authorized(request):
+                self.stats.unauthorized += 1
+                raise _Problem(401, "wrong or missing token")
+            return await self._answer(await asyncio.to_thread(_parse, body, request.headers.get("idempotency-key", "")))
+        except _Problem as problem:
+            self.stats.rejected += problem.response.status_code in (400, 413, 415, 422)
+            return problem.response
+
+    def _authorized(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "")
+        return self._token is None or hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode())
+
+    def _note(self, request: Request, body: bytes) -> None:
+        """One line per received call, written before anything else happens to it."""
+        if self._log is not None:
+            call = {"time": time.time(), "key": request.headers.get("idempotency-key", ""), "image": _sent_image_id(body)}
+            self._log.write(json.dumps(call) + "\n")
+
+    async def _answer(self, question: _Question) -> Response:
+        unknown = [name for name in question.classes if name not in self._detector.classes]
+        if unknown:
+            raise _Problem(422, "unknown classes", f"{', '.join(unknown)}; known are {', '.join(self._detector.classes)}")
+        wait = self._bucket.wait()
+        if wait > 0:
+            self.stats.throttled += 1
+            raise _Problem(429, "too many calls", Retry_After=str(math.ceil(wait)))
+        fault = self._fault(question.image_id)
+        await asyncio.sleep(self._latency)
+        if fault in ("500", "503"):
+            self.stats.faults += 1
+            raise _Problem(int(fault), "emulated fault")
+        return await self._detections(question, truncated=fault == "truncated")
+
+    async def _detections(self, question: _Question, *, truncated: bool) -> Response:
+        started = time.perf_counter()
+        arguments = (question.image, question.classes, question.threshold)
+        boxes, scores = await asyncio.get_running_loop().run_in_executor(self._worker, self._detector.detect, *arguments)
+        content = {
+            "model": self._detector.name,
+            "image": {"w": question.image.width, "h": question.image.height},
+            "detections": _elements(boxes, scores, question.classes),
+            "usage": {"ms": round((time.perf_counter() - started) * 1000, 1)},
+        }
+        self.stats.billed += 1
+        if truncated:
+            self.stats.faults += 1
+            whole = json.dumps(content).encode()
+            return Response(whole[: len(whole) // 2], media_type="application/json")
+        self.stats.answered += 1
+        identity = (question.image_id, question.key)
+        self.stats.duplicates += identity in self._answered
+        self._answered.add(identity)
+        return JSONResponse(content)
+
+    def _fault(self, image_id: str) -> Fault | None:
+        self._asked[image_id] += 1
+        digest = hashlib.sha256(f"{self._seed}:{image_id}:{self._asked[image_id]}".encode()).digest()
+        if int.from_bytes(digest[:8], "big") / 2**64 >= self._faults:
+            return None
+        return FAULTS[digest[8] % len(FAULTS)]
+
+
+class _Bucket:
+    """Calls per second, with a burst of a quarter second's worth."""
+
+    def __init__(self, rate: float) -> None:
+        self._interval = 1 / rate
+        self._burst = max(1.0, rate / 4)
+        self._next_arrival = 0.0
+
+    def wait(self) -> float:
+        """0 and the call is counted, or the seconds after which to come again."""
+        now = time.monotonic()
+        arrival = max(self._next_arrival, now)
+        wait = arrival - now - (self._burst - 1) * self._interval
+        if wait <= 1e-9:
+            self._next_arrival = arrival + self._interval
+        return max(0.0, wait - 1e-9)
+
+
+def create_app(
+    detector: Detector,
+    *,
+    latency: float = 0.0,
+    rate: float = math.inf,
+    faults: float = 0.0,
+    token: str | None = None,
+    seed: int = 0,
+    call_log: str = "",
+) -> Starlette:
+    """The service as an ASGI application; its ``state.cloud`` is the ``LocalCloud``.
+
+    ``latency``: seconds before each answer; ``rate``: calls per second before 429; ``faults``: share of calls that fail;
+    ``call_log``: file that gets one JSON line per received call.
+    """
+    cloud = LocalCloud(detector, latency, rate, faults, token, seed, call_log)
+    routes = [
+        Route("/v1/detect", cloud.detect, methods=["POST"]),
+        Route("/health", cloud.health),
+        Route("/stats", cloud.statistics),
+    ]
+    app = Starlette(routes=routes)
+    app.state.cloud = cloud
+    return app
+
+
+def _parse(body: bytes, key: str) -> _Question:
+    if len(body) > BODY_MAX:
+        raise _Problem(413, "the request is too large")
+    try:
+        call = json.loads(body)
+        encoded, classes, threshold = call["image"]["b64"], call["classes"], float(call.get("threshold", 0))
+    except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
+        raise _Problem(400, "the request is not in the reference format") from None
+    if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+        raise _Problem(400, "classes must be a list of names")
+    image, image_id = _decode_image(encoded)
+    return _Question(image, image_id, tuple(classes), threshold, key)
+
+
+def _decode_image(encoded: str) -> tuple[Image.Image, str]:
+    try:
+        data = base64.b64decode(encoded, validate=True)
+        return decode_rgb(data), hashlib.sha256(data).hexdigest()
+    except (binascii.Error, TypeError, ValueError, InputError) as error:
+        raise _Problem(415, "not a usable image", str(error)) from None
+
+
+def _sent_image_id(body: bytes) -> str:
+    """sha256 of the image in a request, or an empty string."""
+    try:
+        return hashlib.sha256(base64.b64decode(json.loads(body)["image"]["b64"])).hexdigest()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
+
+def _elements(boxes: Floats, scores: Floats, classes: Sequence[str]) -> list[dict[str, Any]]:
+    elements = []
+    for box, row in zip(boxes, scores, strict=True):
+        best = int(np.argmax(row))
+        named = {name: round(float(score), 6) for name, score in zip(classes, row, strict=True)}
+        element = {"box": [round(float(v), 3) for v in box], "label": classes[best], "score": named[classes[best]], "scores": named}
+        elements.append(element)
+    return elements
+
+
+class _Watch:
+    """Tells the outside where the server is, and ends it with its parent."""
+
+    def __init__(self, server: uvicorn.Server, stats: Stats, arguments: argparse.Namespace) -> None:
+        self._server = server
+        self._stats = stats
+        self._arguments = arguments
+        self._parent = psutil.Process(arguments.parent_pid) if arguments.parent_pid else None
+
+    async def run(self, url: str) -> None:
+        while not self._server.started:
+            await asyncio.sleep(0.02)
+        if self._arguments.ready_file:
+            storage.write_bytes(self._arguments.ready_file, url.encode())
+        written = None
+        while not self._server.should_exit:
+            current = asdict(self._stats)
+            if self._arguments.stats_file and current != written:
+                storage.write_json(self._arguments.stats_file, current)
+                written = current
+            if self._parent is not None and _is_dead(self._parent):
+                self._server.should_exit = True
+            await asyncio.sleep(1)
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+async def _serve(app: Starlette, arguments: argparse.Namespace) -> None:
+    config = uvicorn.Config(
+        app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+    )
+    socket = config.bind_socket()
+    server = uvicorn.Server(config)
+    stats = app.state.cloud.stats
+    watch = asyncio.create_task(_Watch(server, stats, arguments).run(f"http://{arguments.host}:{socket.getsockname()[1]}"))
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        await server.serve(sockets=[socket])
+    finally:
+        watch.cancel()
+        if arguments.stats_file:
+            storage.write_json(arguments.stats_file, asdict(stats))
+
+
+def _exit(number: int, _: FrameType | None) -> NoReturn:
+    """Where uvicorn hands a signal on after its orderly end; the default handler would skip the last statistics."""
+    raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
+
+
+def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="coin_ray.serving.local_cloud", description=__doc__)
+    parser.add_argument("--serve", choices=("demo", "onnx"), default="demo")
+    parser.add_argument("--models", nargs="*", default=[], help="ONNX files")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--rate", type=float, default=math.inf, help="calls per second before 429")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of calls that fail")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--token-env", help="name of the environment variable with the token to demand")
+    parser.add_argument("--ready-file", help="gets the URL once the server listens")
+    parser.add_argument("--stats-file", help="gets the statistics every second")
+    parser.add_argument("--call-log", default="", help="gets one JSON line per received call")
+    parser.add_argument("--parent-pid", type=int, help="exit when this process does")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    detector: Detector = load_detector(arguments.models) if arguments.serve == "onnx" else DemoDetector()
+    token = os.environ[arguments.token_env] if arguments.token_env else None
+    app = create_app(
+        detector,
+        latency=arguments.latency,
+        rate=arguments.rate,
+        faults=arguments.faults,
+        token=token,
+        seed=arguments.seed,
+        call_log=arguments.call_log,
+    )
+    asyncio.run(_serve(app, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The stages: one module each with ``run(context) -> metrics``. Only here (and in serving) is Ray imported."""

@@ -1,0 +1,34 @@
+"""Join the cluster of the job, or start a small local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+IN_FLIGHT_BATCHES = 4
+
+
+def ensure_ray() -> None:
+    """Under ``ray job submit`` or with RAY_ADDRESS join that cluster; otherwise start a local one, quietly, that ends with this process."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY", str(IN_FLIGHT_BATCHES))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    import ray
+
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.WARNING)
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = -1  # a quota that returns tomorrow is no hang
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def cluster_cpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))

@@ -1,0 +1,310 @@
+"""Collect: image bytes -> cloud actors -> CLIP labelers -> Parquet parts, one stream of Ray Data.
+
+Each batch is committed by the actor that finishes it, as a part of its own, so a crash repeats at most the batches under
+way, and the journal below makes sure that a repeated batch costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+from coin_ray import errors, storage, tables
+from coin_ray.clip.encoder import load_clip
+from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
+from coin_ray.cloud.client import Answer, CloudClient, limits
+from coin_ray.cloud.journal import Journal
+from coin_ray.cloud.limiter import Governor, GovernorStats, Grant, Outcome
+from coin_ray.cloud.probabilities import fuse_duplicates, to_detections
+from coin_ray.cloud.protocol import RawDetections
+from coin_ray.config import Cloud, PipelineConfig
+from coin_ray.data.canonical import canonical_image, decode_rgb
+from coin_ray.errors import CloudError, InputError
+from coin_ray.serving.launch import local_cloud
+from coin_ray.stages.cluster import ensure_ray
+from coin_ray.stages.progress import bar
+from coin_ray.steps import Context
+from coin_ray.structures import Detections
+from coin_ray.tables import Provenance, detections_row
+
+STOPPED = "stopped"
+RAW = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("bytes", pa.binary()),
+        ("boxes", tables.BOXES),
+        ("class_scores", tables.VECTORS),
+        ("status", pa.string()),
+        ("attempts", pa.int32()),
+        ("latency_ms", pa.float32()),
+        ("cost_usd", pa.float64()),
+        ("calls", pa.int32()),
+        ("error", pa.string()),
+    ]
+)
+PART = tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS)).append(pa.field("calls", pa.int32()))
+ERROR_CHECK_FROM = 50
+
+
+def journal_uri(root: str) -> str:
+    """Answers are kept beside the steps: no changed setting and no deleted step loses a paid one."""
+    return storage.join(root, "journal")
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; rows correspond, boxes are the cloud's."""
+    images = storage.read_table(storage.join(context.inputs["images"], "images.parquet"))
+    parts = storage.join(context.folder, "parts")
+    done = _committed(parts)
+    todo = images.filter(pa.array([i not in done for i in images["image_id"].to_pylist()], pa.bool_()))
+    if todo.num_rows:
+        ensure_ray()
+        _collect(context, todo, parts, images.num_rows)
+    return _compile(context, images["image_id"].to_pylist(), parts)
+
+
+def _collect(context: Context, todo: pa.Table, parts: str, total: int) -> None:
+    config = context.config
+    spent = Journal.open(journal_uri(context.root)).spent()
+    governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)
+    with _service(config.cloud, context.root) as url:
+        _check_service(config, url, context.root)
+        stream = (
+            ray.data.from_arrow(todo.select(["image_id", "uri"]))
+            .repartition(max(1, -(-todo.num_rows // config.collect.batch)))
+            .map_batches(
+                CloudActor,
+                fn_constructor_args=(config, url, journal_uri(context.root), governor),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=0,
+                compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=8, max_concurrent_calls_per_actor=8),
+            )
+            .map_batches(
+                LabelerActor,
+                fn_constructor_args=(config, parts),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=1,
+                compute=ray.data.ActorPoolStrategy(size=1),
+            )
+        )
+        _drain(stream, total - todo.num_rows, total)
+
+
+def _drain(stream: ray.data.Dataset, before: int, total: int) -> None:
+    """Consume what the labelers return, show progress, and raise the error that stopped a worker."""
+    done, failed, calls, usd = before, 0, 0, 0.0
+    stopped: str | None = None
+    with bar("collect", total) as shown:
+        for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in batch.to_pylist():
+                if row["status"] == STOPPED:
+                    stopped = stopped or row["error"]
+                    continue
+                done += 1
+                failed += row["status"] == "error"
+                calls, usd = calls + row["calls"], usd + row["cost_usd"]
+            shown.update(done, f"{calls} calls, {failed} failed, ${usd:.2f}")
+    if stopped is not None:
+        problem = json.loads(stopped)
+        raise getattr(errors, problem["type"])(problem["message"])
+
+
+def _service(cloud: Cloud, root: str) -> Any:
+    from contextlib import nullcontext
+
+    folder = storage.join(root, "local_cloud") if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
+    return nullcontext(cloud.url) if cloud.serve == "none" else local_cloud(cloud, folder)
+
+
+def _check_service(config: PipelineConfig, url: str, root: str) -> None:
+    """One cheap request before anything is sent: an unreachable host or a wrong key ends the run here."""
+    from coin_ray.cloud.limiter import LocalGovernor
+
+    async def check() -> None:
+        client = CloudClient(
+            config.cloud, config.classes, url, Journal.open(journal_uri(root)), LocalGovernor(Governor(limits(config.cloud)))
+        )
+        try:
+            await client.check()
+        finally:
+            await client.aclose()
+
+    asyncio.run(check())
+
+
+@ray.remote
+class GovernorActor:
+    """The one governor of a run, for all cloud actors."""
+
+    def __init__(self, cloud: Cloud, spent: tuple[int, float]) -> None:
+        self.governor = Governor(limits(cloud), spent)
+
+    async def reserve(self, usd: float) -> Grant:
+        return self.governor.reserve(usd)
+
+    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
+        self.governor.settle(lease, outcome, billed)
+
+    async def pause(self, seconds: float) -> None:
+        self.governor.pause(seconds)
+
+    async def stats(self) -> GovernorStats:
+        return self.governor.stats()
+
+
+class RemoteGovernor:
+    """``AsyncGovernor`` in front of the actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def reserve(self, usd: float) -> Grant:
+        return await self.actor.reserve.remote(usd)  # type: ignore[no-any-return]
+
+    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
+        await self.actor.settle.remote(lease, outcome, billed)
+
+    async def pause(self, seconds: float) -> None:
+        await self.actor.pause.remote(seconds)
+
+    async def stats(self) -> GovernorStats:
+        return await self.actor.stats.remote()  # type: ignore[no-any-return]
+
+
+class CloudActor:
+    """Asks the cloud about each image of a block, all at once as far as the governor allows. Needs no CPU of its own."""
+
+    def __init__(self, config: PipelineConfig, url: str, journal: str, governor: Any) -> None:
+        self.config = config
+        self.client = CloudClient(config.cloud, config.classes, url, Journal.open(journal), RemoteGovernor(governor))
+        self.stopped: str | None = None
+        self.seen, self.failed = 0, 0
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = await asyncio.gather(*(self._row(row["image_id"], row["uri"]) for row in batch.to_pylist()))
+        return pa.Table.from_pylist(list(rows), schema=RAW)
+
+    async def _row(self, image_id: str, uri: str) -> dict[str, Any]:
+        if self.stopped is not None:
+            return _raw_row(image_id, b"", Answer("error", None, error=self.stopped), status=STOPPED)
+        data = b""
+        try:
+            data = await asyncio.to_thread(storage.read_bytes, uri)
+            image = await asyncio.to_thread(canonical_image, data, self.config.cloud.max_side)
+            answer = await self.client.answer(image)
+        except (InputError, FileNotFoundError) as error:
+            answer = Answer("error", None, error=f"{type(error).__name__}: {error}")
+        except CloudError as error:
+            return self._stop(image_id, error)
+        self.seen, self.failed = self.seen + 1, self.failed + (answer.status == "error")
+        if self.seen >= ERROR_CHECK_FROM and self.failed > self.config.cloud.max_error_share * self.seen:
+            share = f"{self.failed} of {self.seen} images failed, more than cloud.max_error_share; the last: {answer.error}"
+            return self._stop(image_id, errors.CloudError(share))
+        return _raw_row(image_id, data, answer)
+
+    def _stop(self, image_id: str, error: CloudError) -> dict[str, Any]:
+        self.stopped = self.stopped or json.dumps({"type": type(error).__name__, "message": str(error)})
+        return _raw_row(image_id, b"", Answer("error", None, error=self.stopped), status=STOPPED)
+
+
+def _raw_row(image_id: str, data: bytes, answer: Answer, status: str | None = None) -> dict[str, Any]:
+    raw = answer.raw
+    return {
+        "image_id": image_id,
+        "bytes": data,
+        "boxes": [] if raw is None else raw.boxes.tolist(),
+        "class_scores": [] if raw is None else raw.class_scores.tolist(),
+        "status": status or answer.status,
+        "attempts": answer.attempts,
+        "latency_ms": answer.latency_ms,
+        "cost_usd": answer.cost_usd,
+        "calls": answer.calls,
+        "error": answer.error,
+    }
+
+
+class LabelerActor:
+    """Adds CLIP's opinion of the cloud's boxes and commits the batch as a part."""
+
+    def __init__(self, config: PipelineConfig, parts: str) -> None:
+        self.config, self.parts = config, parts
+        self.labeler = make_labeler(config)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        answered = [row for row in batch.to_pylist() if row["status"] != STOPPED]
+        if answered:
+            part = pa.Table.from_pylist([self._labelled(row) for row in answered], schema=PART)
+            storage.write_table(storage.join(self.parts, f"{uuid.uuid4().hex}.parquet"), part)
+        return batch.select(["image_id", "status", "calls", "cost_usd", "error"])
+
+    def _labelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        boxes = np.asarray(row["boxes"], np.float32).reshape(-1, 4)
+        scores = np.asarray(row["class_scores"], np.float32).reshape(len(boxes), len(self.config.classes))
+        found = fuse_duplicates(to_detections(RawDetections(boxes, scores, "per_class"), "background"), self.config.collect.fuse_iou)
+        opinion: list[list[float]] = []
+        if self.labeler is not None and len(found):
+            opinion = self.labeler(pil_to_tensor(decode_rgb(row["bytes"])), found.boxes).tolist()
+        origin = Provenance("cloud", row["status"], row["attempts"], row["latency_ms"], row["cost_usd"], row["error"])
+        return detections_row(row["image_id"], found, origin) | {"clip_probs": opinion, "calls": row["calls"]}
+
+
+def make_labeler(config: PipelineConfig) -> Labeler | None:
+    if config.collect.labeler == "none":
+        return None
+    clip = load_clip(config.clip)
+    if config.collect.labeler == "crop":
+        return CropLabeler(clip, config.classes, config.clip)
+    return RoiLabeler(clip, config.classes, config.clip, config.detector.short_side, config.detector.long_side)
+
+
+def _committed(parts: str) -> set[str]:
+    """Images with a final answer; failed ones are asked again when a stopped run goes on."""
+    files = storage.list_files(parts, ".parquet")
+    if not files:
+        return set()
+    rows = storage.read_table(parts).select(["image_id", "status"]).to_pylist()
+    return {r["image_id"] for r in rows if r["status"] not in ("error", "skipped_budget")}
+
+
+def _compile(context: Context, order: list[str], parts: str) -> dict[str, Any]:
+    """One row per image in the order of the images, whatever order the parts came in; the last answer of an image counts."""
+    latest: dict[str, dict[str, Any]] = {}
+    calls, cost = 0, 0.0
+    for row in storage.read_table(parts).to_pylist():
+        calls, cost = calls + row["calls"], cost + row["cost_usd"]
+        if row["image_id"] not in latest or latest[row["image_id"]]["status"] in ("error", "skipped_budget"):
+            latest[row["image_id"]] = row
+    rows = [latest[i] for i in order]
+    storage.write_table(
+        storage.join(context.folder, "cloud.parquet"), pa.Table.from_pylist(rows, schema=PART).select(tables.DETECTIONS.names)
+    )
+    if context.config.collect.labeler != "none":
+        opinions = [_opinion(row, len(context.config.classes)) for row in rows]
+        storage.write_table(storage.join(context.folder, "clip_labels.parquet"), tables.detections_table(opinions))
+    states = [row["status"] for row in rows]
+    failed = states.count("error")
+    reasons = sorted({row["error"] for row in rows if row["error"]})[:10]
+    return {
+        "calls": {"made": calls, "cached": states.count("cached"), "failed": failed, "cost_usd": round(cost, 6)},
+        "empty": sum(s in ("ok", "cached", "empty") and not row["boxes"] for s, row in zip(states, rows, strict=True)),
+        "boxes": sum(len(row["boxes"]) for row in rows),
+        "errors": reasons,
+    }
+
+
+def _opinion(row: dict[str, Any], classes: int) -> dict[str, object]:
+    """CLIP's best foreground class of each cloud box; probabilities keep the background column."""
+    probs = torch.tensor(row["clip_probs"], dtype=torch.float32).reshape(-1, classes + 1)
+    best = probs[:, :-1].max(1)
+    found = Detections(torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4), best.values, best.indices, probs)
+    return detections_row(row["image_id"], found, Provenance("clip_labels", row["status"]))

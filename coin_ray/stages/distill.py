@@ -1,0 +1,51 @@
+"""Distil: the target detector learns from both teachers' separated knowledge."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from coin_ray import storage, tables
+from coin_ray.clip.encoder import class_embeddings, load_clip
+from coin_ray.config import PipelineConfig
+from coin_ray.data.examples import Example
+from coin_ray.models.faster_rcnn_clip.model import build_detector
+from coin_ray.stages.fitting import Fit, fit, load_weights
+from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows
+from coin_ray.stages.propagate import WEIGHTS
+from coin_ray.steps import Context
+from coin_ray.training.distill import Distillation
+from coin_ray.training.loop import Task
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write ``detector.pt`` (the student), ``teacher.pt`` and ``curve.json``."""
+    config = context.config
+    cloud = collected(context.inputs["collect"], "cloud", config)
+    frozen = storage.read_table(storage.join(context.inputs["separate"], "clip_detector.parquet"))
+    clip = tables.read_detections(frozen, len(config.classes))
+    examples = [
+        Example(i, str(row["uri"]), {"cloud": cloud_knowledge(cloud[i], config.labels), "clip": clip[i]})
+        for row in image_rows(context.inputs["images"], "train")
+        if (i := str(row["image_id"])) in cloud
+    ]
+    teacher = storage.join(context.inputs["propagate"], WEIGHTS)
+    work = Fit(partial(make, config, teacher), finish, examples, config.distill.fit, config.detector, config.seed, context.folder)
+    return {"images": len(examples), "last": fit(context.name, work)[-1]}
+
+
+def make(config: PipelineConfig, teacher_weights: str) -> Distillation:
+    """The teacher is the CLIP detector; the student starts from CLIP, as published, or from the CLIP detector too."""
+    clip = load_clip(config.clip)
+    student = build_detector(clip, config.classes, config.detector, seed=config.seed + 1)
+    teacher = build_detector(clip, config.classes, config.detector, seed=config.seed)
+    weights = load_weights(teacher_weights)
+    teacher.load_state_dict(weights)
+    if config.distill.start_from == "clip_detector":
+        student.load_state_dict(weights)
+    return Distillation(student, teacher, class_embeddings(clip, config.classes, config.clip), config.distill, config.separate)
+
+
+def finish(task: Task) -> dict[str, Any]:
+    assert isinstance(task, Distillation)
+    return {WEIGHTS: task.student.state_dict(), "teacher.pt": task.teacher.state_dict()}

@@ -1,0 +1,83 @@
+"""A trained detector's results on many images, as a table. One actor per share of the cluster; rows come back in the images' order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+from coin_ray import boxes as box_ops
+from coin_ray import storage, tables
+from coin_ray.clip.encoder import load_clip
+from coin_ray.config import PipelineConfig
+from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.views import fit
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray
+from coin_ray.stages.fitting import load_weights
+from coin_ray.structures import Detections
+from coin_ray.tables import Provenance, detections_row
+
+BATCH = 16
+
+
+def predictions(weights: dict[str, str], images: Sequence[dict[str, object]], config: PipelineConfig) -> dict[str, pa.Table]:
+    """``DETECTIONS`` tables of several detectors (weights' URIs by name) over the same images, each image decoded once."""
+    ensure_ray()
+    cpus = cluster_cpus()
+    table = pa.Table.from_pylist([{"image_id": i["image_id"], "uri": i["uri"]} for i in images])
+    stream = (
+        ray.data.from_arrow(table)
+        .repartition(max(1, -(-len(images) // (4 * BATCH))))
+        .map_batches(
+            DetectorActor,
+            fn_constructor_args=(weights, config),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=max(1, cpus - 1),
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+    )
+    rows = [row for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow") for row in batch.to_pylist()]
+    by_source = {(row["source"], row["image_id"]): row for row in rows}
+    return {name: tables.detections_table([by_source[name, i["image_id"]] for i in images]) for name in weights}
+
+
+class DetectorActor:
+    def __init__(self, weights: dict[str, str], config: PipelineConfig) -> None:
+        self.config = config
+        torch.set_num_threads(max(1, int(ray.cluster_resources().get("CPU", 1))))
+        clip = load_clip(config.clip)
+        self.detectors = {name: _load(uri, clip, config) for name, uri in weights.items()}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = []
+        sources = batch.to_pylist()
+        for start in range(0, len(sources), BATCH):
+            chunk = sources[start : start + BATCH]
+            originals = [pil_to_tensor(decode_rgb(storage.read_bytes(row["uri"]))) for row in chunk]
+            for name, detector in self.detectors.items():
+                for row, found in zip(chunk, predict(detector, originals), strict=True):
+                    rows.append(detections_row(row["image_id"], found, Provenance(name)))
+        return tables.detections_table(rows)
+
+
+def predict(detector: ClipDetector, originals: Sequence[torch.Tensor]) -> list[Detections]:
+    """Detections in the frame of the original uint8 images [3, H, W]."""
+    config = detector.config
+    views = [fit(image, config.short_side, config.long_side) for image in originals]
+    found = detector.predict(detector.prepare(views))
+    return [
+        d.with_boxes(box_ops.scale(d.boxes, o.shape[2] / v.shape[2], o.shape[1] / v.shape[1]))
+        for d, o, v in zip(found, originals, views, strict=True)
+    ]
+
+
+def _load(uri: str, clip: Any, config: PipelineConfig) -> ClipDetector:
+    detector = build_detector(clip, config.classes, config.detector, seed=config.seed)
+    detector.load_state_dict(load_weights(uri))
+    return detector.eval()

@@ -1,0 +1,47 @@
+"""Propagate: train a detector on labels as they are. CLIP's labels make the CLIP detector; the cloud's or the truth, the baselines."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from coin_ray.clip.encoder import class_embeddings, load_clip
+from coin_ray.config import PipelineConfig, Propagate
+from coin_ray.data.examples import Example
+from coin_ray.models.faster_rcnn_clip.model import build_detector
+from coin_ray.pipeline import long_propagation
+from coin_ray.stages.fitting import Fit, fit
+from coin_ray.stages.knowledge import image_rows, labels_for
+from coin_ray.steps import Context
+from coin_ray.training.loop import Task
+from coin_ray.training.propagate import Propagation
+
+WEIGHTS = "detector.pt"
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write ``detector.pt`` and ``curve.json``."""
+    config = context.config
+    source = context.options["labels"]
+    propagate = config.propagate if source == "clip" else long_propagation(config)
+    images = image_rows(context.inputs["images"], "train")
+    labels = labels_for(source, images, dict(context.inputs), config)
+    examples = [
+        Example(str(i["image_id"]), str(i["uri"]), {"labels": labels[str(i["image_id"])]}) for i in images if i["image_id"] in labels
+    ]
+    curve = fit(
+        context.name,
+        Fit(partial(make, config, propagate), finish, examples, propagate.fit, config.detector, config.seed, context.folder),
+    )
+    return {"images": len(examples), "labels": sum(len(labels[e.image_id]) for e in examples), "last": curve[-1]}
+
+
+def make(config: PipelineConfig, propagate: Propagate) -> Propagation:
+    clip = load_clip(config.clip)
+    detector = build_detector(clip, config.classes, config.detector, seed=config.seed)
+    return Propagation(detector, class_embeddings(clip, config.classes, config.clip), propagate)
+
+
+def finish(task: Task) -> dict[str, Any]:
+    assert isinstance(task, Propagation)
+    return {WEIGHTS: task.detector.state_dict()}

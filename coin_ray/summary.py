@@ -1,0 +1,45 @@
+"""``summary.json``: the figures of a run, from the manifests of its steps."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from coin_ray.config import PipelineConfig
+
+PACKAGES = ("coin-ray", "torch", "torchvision", "open_clip_torch", "ray", "mlflow", "pyarrow")
+
+
+def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Preset, seed, mAP50 of every method, gap closed, separation, calls, seconds per stage, versions."""
+    metrics = {name: manifest["metrics"] for name, manifest in manifests.items()}
+    evaluated = metrics.get("evaluate", {})
+    map50 = evaluated.get("map50", {})
+    seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
+    summary: dict[str, Any] = {
+        "preset": config.preset,
+        "seed": config.seed,
+        "classes": list(config.classes),
+        "images": metrics.get("images", {}).get("count", {}),
+        "rejected": metrics.get("images", {}).get("rejected", 0),
+        "map50": map50,
+        "gap_closed": gap_closed(map50),
+        "separation": metrics.get("separate", {}).get("separation", {}),
+        "calls": metrics.get("collect", {}).get("calls", {}),
+        "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
+        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+    }
+    for name in ("map50_unknown", "coco_map50", "per_class", "note"):
+        if name in evaluated:
+            summary[name] = evaluated[name]
+    return summary
+
+
+def gap_closed(map50: Mapping[str, float | None]) -> float | None:
+    """(student - cloud) / (oracle - cloud); None unless all three are known and the oracle is better than the cloud."""
+    student, cloud, oracle = (map50.get(name) for name in ("student", "cloud", "oracle"))
+    if student is None or cloud is None or oracle is None or oracle <= cloud:
+        return None
+    return round((student - cloud) / (oracle - cloud), 4)

@@ -1,0 +1,150 @@
+"""Knowledge separation and distillation into the target detector (paper sections 3.3 and 3.4).
+
+One step, top down: the teacher follows the student (after the burn-up); its results and the cloud's are separated;
+the student looks at the strong view; CKG learns by aligning gradients; the student learns from all three kinds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coin_ray.config import Distill, Separate
+from coin_ray.data.examples import Batch
+from coin_ray.fusion.ckg import ConsistentKnowledge
+from coin_ray.fusion.separate import separate
+from coin_ray.losses import distillation
+from coin_ray.losses.alignment import prompt_alignment
+from coin_ray.losses.gradient import gradient_misalignment, squared_error
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.models.prototypes import Prototypes
+from coin_ray.parallel import all_sum, sum_gradients
+from coin_ray.structures import Pairs, Separation
+from coin_ray.training.ema import follow
+from coin_ray.training.propagate import descend
+from coin_ray.training.schedule import make_optimizer, new_optimizer, set_learning_rate
+from coin_ray.training.view import View, look, supervised_losses
+
+
+class Distillation:
+    def __init__(self, student: ClipDetector, teacher: ClipDetector, embeddings: Tensor, config: Distill, separation: Separate) -> None:
+        self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
+        self.config, self.separation = config, separation
+        self.consistent_prototypes = Prototypes(embeddings)
+        self.cloud_prototypes, self.clip_prototypes = Prototypes(embeddings), Prototypes(embeddings)
+        self.ckg = ConsistentKnowledge(embeddings.shape[1], student.num_classes, config.ckg_heads)
+        self.optimizer = make_optimizer(student, config.fit)
+        rates: dict[str, object] = {"lr": config.ckg_lr, "base_lr": config.ckg_lr, "weight_decay": config.fit.weight_decay}
+        self.ckg_optimizer = new_optimizer([{"params": list(self.ckg.parameters()), **rates}], config.fit)
+
+    def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        config, student = self.config, self.student
+        burnt_up = step >= config.burn_up
+        if burnt_up:
+            follow(self.teacher, student, config.teacher_rate)
+        separations = self.separate(batch, burnt_up)
+        view = look(student, batch.strong, separations, batch.generators)
+
+        losses = supervised_losses(student, view)
+        losses["private_regions"] = config.private * distillation.private_regions(view.regions.logits[view.on_private], view.private.probs)
+        losses["private_anchors"] = config.private * _private_anchors(view)
+        losses["alignment"] = config.alignment * prompt_alignment(student.class_embeddings(), self.consistent_prototypes.values)
+        ckg_losses: dict[str, Tensor] = {}
+        if step >= config.prototypes_from:
+            ckg_losses = self.train_ckg(view, step)
+            if burnt_up:
+                fused = self.fuse(view.regions.embedded[view.on_inconsistent], view.inconsistent)
+                on_inconsistent = view.regions.logits[view.on_inconsistent]
+                losses["inconsistent"] = config.inconsistent * distillation.inconsistent_regions(
+                    on_inconsistent, fused, config.fusion_score_min
+                )
+        descend(self.optimizer, student, losses, step, config.fit)
+        if step >= config.prototypes_from:
+            self.update_prototypes(view)
+        return losses | ckg_losses
+
+    def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
+        """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view)."""
+        clip = self.teacher.predict(self.teacher.prepare(batch.weak)) if burnt_up else batch.knowledge["clip"]
+        fuse = self.separation.fused_boxes == "always" or (self.separation.fused_boxes == "after_burn_up" and burnt_up)
+        return [
+            separate(ours, theirs, self.separation, fuse_boxes=fuse, generator=generator)
+            for ours, theirs, generator in zip(batch.knowledge["cloud"], clip, batch.generators, strict=True)
+        ]
+
+    def fuse(self, embedded: Tensor, pairs: Pairs) -> Tensor:
+        """Fused probabilities [R, K+1] of RoIs on inconsistent pairs, by CKG or a rule."""
+        cloud, clip = pairs.cloud.probs, pairs.clip.probs
+        if self.config.fusion == "cloud":
+            return cloud
+        if self.config.fusion == "clip":
+            return clip
+        if self.config.fusion == "average":
+            return (cloud + clip) / 2
+        fused: Tensor = self.ckg(embedded, (self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()), cloud, clip)
+        return fused
+
+    def train_ckg(self, view: View, step: int) -> dict[str, Tensor]:
+        """CKG must name consistent boxes as both teachers do, and pull the student on inconsistent boxes where the consistent ones pull it.
+
+        Nothing happens unless the global batch holds RoIs of both kinds.
+        """
+        counts = all_sum(torch.tensor([len(view.on_consistent), len(view.on_inconsistent)]))
+        if self.config.fusion != "ckg" or not bool((counts > 0).all()):
+            return {}
+        regions, head = view.regions, self.student.head
+        labels = F.one_hot(view.consistent.cloud.labels, self.student.num_classes + 1).float()
+        named = self.fuse(regions.embedded[view.on_consistent], view.consistent)
+        losses = {"ckg_consistent": distillation.divergence_of_probabilities(named, labels)}
+
+        fused = self.fuse(regions.embedded[view.on_inconsistent], view.inconsistent)
+        embeddings = self.student.class_embeddings().detach()
+        again = head(regions.pooled[torch.cat([view.on_consistent, view.on_inconsistent])].detach().float(), embeddings).logits
+        on_consistent, on_inconsistent = again.split([len(labels), len(fused)])
+        losses["ckg_gradient"] = gradient_misalignment(
+            squared_error(on_consistent, labels), squared_error(on_inconsistent, fused), list(head.transformation.parameters())
+        )
+        parameters = list(self.ckg.parameters())
+        gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        sum_gradients(parameters)
+        set_learning_rate(self.ckg_optimizer, step, self.config.fit)
+        self.ckg_optimizer.step()
+        return losses
+
+    def update_prototypes(self, view: View) -> None:
+        """Consistent + background for the student's prompts; with inconsistent ones, named by either teacher, for CKG."""
+        rate, embedded = self.config.prototype_rate, view.regions.embedded
+        self.consistent_prototypes.update(embedded[view.labelled], view.labels, rate)
+        if int(all_sum(torch.tensor(len(view.on_inconsistent)))):
+            rows = torch.cat([view.labelled, view.on_inconsistent])
+            for bank, opinion in ((self.cloud_prototypes, view.inconsistent.cloud), (self.clip_prototypes, view.inconsistent.clip)):
+                bank.update(embedded[rows], torch.cat([view.labels, opinion.labels]), rate)
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "student": self.student,
+            "teacher": self.teacher,
+            "ckg": self.ckg,
+            "consistent_prototypes": self.consistent_prototypes,
+            "cloud_prototypes": self.cloud_prototypes,
+            "clip_prototypes": self.clip_prototypes,
+            "optimizer": self.optimizer,
+            "ckg_optimizer": self.ckg_optimizer,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+def _private_anchors(view: View) -> Tensor:
+    objectness = torch.cat([row[t.private] for row, t in zip(view.proposed.objectness, view.anchors, strict=True)])
+    return distillation.private_anchors(objectness, torch.cat([t.private_probs for t in view.anchors]))

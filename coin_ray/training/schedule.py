@@ -1,0 +1,43 @@
+"""Optimizers and learning-rate schedules whose factors may rise again."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from coin_ray.config import Optimize
+
+
+def learning_rate_factor(step: int, config: Optimize) -> float:
+    """Linear warm-up from 1/1000, then absolute factors from each milestone on, or a cosine to zero."""
+    warmup = min(1.0, 0.001 + 0.999 * step / config.warmup) if config.warmup else 1.0
+    if config.schedule == "cosine":
+        return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+    reached = [factor for milestone, factor in zip(config.milestones, config.factors, strict=True) if step >= milestone]
+    return warmup * (reached[-1] if reached else 1.0)
+
+
+def make_optimizer(detector: nn.Module, config: Optimize) -> torch.optim.Optimizer:
+    """SGD with momentum .9 or AdamW; the visual tower learns slower, norms and biases do not decay."""
+    groups = []
+    for visual in (True, False):
+        for decays in (True, False):
+            chosen = [
+                p
+                for name, p in detector.named_parameters()
+                if p.requires_grad and name.startswith("tower.") == visual and (p.ndim > 1) == decays
+            ]
+            rate = config.lr * (config.visual_lr_factor if visual else 1.0)
+            groups.append({"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": config.weight_decay if decays else 0.0})
+    return new_optimizer([g for g in groups if g["params"]], config)
+
+
+def new_optimizer(groups: list[dict[str, object]], config: Optimize) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(groups)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Optimize) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate_factor(step, config)

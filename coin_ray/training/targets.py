@@ -1,0 +1,101 @@
+"""Which anchors and RoIs learn from what: assignment and sampling against a separation (paper section 3.4; coin_ray.fusion.separate).
+
+Everything is drawn from a generator of the image's own, so it does not matter which worker holds the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from coin_ray.config import Detector
+from coin_ray.models.faster_rcnn_clip.rpn import inside
+from coin_ray.structures import Separation
+
+RPN_POSITIVE, RPN_NEGATIVE = 0.7, 0.3
+POSITIVE_IOU = 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AnchorTargets:
+    """Rows of the anchors that learn: ``sampled`` [S] with ``is_object`` [S]; ``positive`` [P] with ``boxes`` [P, 4];
+    ``private`` [Q] with the ``private_probs`` [Q, K+1] of the teacher that saw their box.
+    """
+
+    sampled: Tensor
+    is_object: Tensor
+    positive: Tensor
+    boxes: Tensor
+    private: Tensor
+    private_probs: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionTargets:
+    """Sampled RoIs ``proposals`` [S, 4]: first those on consistent pairs, then on inconsistent pairs, then background.
+
+    ``consistent`` and ``inconsistent`` [.] are rows of the separation's pairs; ``boxes`` [P, 4] the pairs' boxes of both in that order.
+    """
+
+    proposals: Tensor
+    consistent: Tensor
+    inconsistent: Tensor
+    boxes: Tensor
+
+    @property
+    def positives(self) -> int:
+        return len(self.consistent) + len(self.inconsistent)
+
+
+def anchor_targets(
+    anchors: Tensor, size: tuple[int, int], separation: Separation, config: Detector, generator: torch.Generator
+) -> AnchorTargets:
+    """Matched pairs of either kind are objects; anchors on private boxes are neither object nor background but distilled."""
+    objects = torch.cat([separation.consistent.boxes, separation.inconsistent.boxes])
+    candidates = torch.cat([objects, separation.private.boxes])
+    matched = torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD)
+    if len(candidates):
+        matched = Matcher(RPN_POSITIVE, RPN_NEGATIVE, allow_low_quality_matches=True)(box_iou(candidates, anchors))
+    matched[~inside(anchors, size)] = Matcher.BETWEEN_THRESHOLDS
+    positive = ((matched >= 0) & (matched < len(objects))).nonzero()[:, 0]
+    negative = (matched == Matcher.BELOW_LOW_THRESHOLD).nonzero()[:, 0]
+    private = (matched >= len(objects)).nonzero()[:, 0]
+    positive = _draw(positive, config.rpn_batch // 2, generator)
+    negative = _draw(negative, config.rpn_batch - len(positive), generator)
+    return AnchorTargets(
+        sampled=torch.cat([positive, negative]),
+        is_object=torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]),
+        positive=positive,
+        boxes=candidates[matched[positive]],
+        private=private,
+        private_probs=separation.private.probs[matched[private] - len(objects)],
+    )
+
+
+def region_targets(proposals: Tensor, separation: Separation, config: Detector, generator: torch.Generator) -> RegionTargets:
+    """Proposals, with the pairs' boxes added, matched at IoU .5; those on private boxes are ignored; pairs share the positive quota."""
+    consistent, inconsistent = separation.consistent.boxes, separation.inconsistent.boxes
+    pairs = torch.cat([consistent, inconsistent])
+    proposals = torch.cat([proposals, pairs])
+    candidates = torch.cat([pairs, separation.private.boxes])
+    overlap, best = box_iou(proposals, candidates).max(1) if len(candidates) else (torch.zeros(len(proposals)), None)
+    on_object = overlap >= POSITIVE_IOU
+    match = torch.where(on_object, best, -1) if best is not None else torch.full((len(proposals),), -1)
+    positive = _draw(((match >= 0) & (match < len(pairs))).nonzero()[:, 0], int(config.roi_batch * config.roi_positive), generator)
+    background = _draw((match < 0).nonzero()[:, 0], config.roi_batch - len(positive), generator)
+    first = positive[match[positive] < len(consistent)]
+    second = positive[match[positive] >= len(consistent)]
+    return RegionTargets(
+        proposals=proposals[torch.cat([first, second, background])],
+        consistent=match[first],
+        inconsistent=match[second] - len(consistent),
+        boxes=pairs[match[torch.cat([first, second])]],
+    )
+
+
+def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return rows if len(rows) <= count else rows[torch.randperm(len(rows), generator=generator)[:count]]

@@ -1,0 +1,140 @@
+"""One forward pass of a student against separations: everything the losses compare, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coin_ray.losses import supervised
+from coin_ray.models.base import Regions
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.models.faster_rcnn_clip.rpn import Proposed
+from coin_ray.structures import Detections, Pairs, Separation
+from coin_ray.training.targets import AnchorTargets, RegionTargets, anchor_targets, region_targets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """Anchors and sampled RoIs of a batch with what they should learn; RoIs of all images behind one another.
+
+    ``on_consistent`` [A], ``on_inconsistent`` [B], ``on_background`` [G], ``on_private`` [Q]: rows of ``regions``;
+    ``consistent``, ``inconsistent``: the pairs of the first two, row by row; ``private``: the one teacher's view of the last.
+    """
+
+    proposed: Proposed
+    anchors: list[AnchorTargets]
+    proposals: Tensor
+    boxes: Tensor
+    regions: Regions
+    on_consistent: Tensor
+    on_inconsistent: Tensor
+    on_background: Tensor
+    on_private: Tensor
+    consistent: Pairs
+    inconsistent: Pairs
+    private: Detections
+
+    @property
+    def labels(self) -> Tensor:
+        """[A + G] labels of the RoIs on consistent pairs and on background."""
+        background = torch.full_like(self.on_background, self.private.num_classes)
+        return torch.cat([self.consistent.cloud.labels, background])
+
+    @property
+    def labelled(self) -> Tensor:
+        """[A + G] rows of ``regions`` with a label."""
+        return torch.cat([self.on_consistent, self.on_background])
+
+
+def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]) -> View:
+    """Forward the student on ``images`` (uint8 [3, H, W]) and sample anchors and RoIs against their separations (same frame)."""
+    batch = student.prepare(images)
+    shared, proposed = student.propose(batch)
+    config = student.config
+    anchors = [
+        anchor_targets(proposed.anchors, size, separation, config, generator)
+        for size, separation, generator in zip(batch.sizes, separations, generators, strict=True)
+    ]
+    targets = [
+        region_targets(boxes, separation, config, generator)
+        for boxes, separation, generator in zip(proposed.boxes, separations, generators, strict=True)
+    ]
+    private = Detections.cat([s.private for s in separations])
+    rois = [torch.cat([t.proposals, s.private.boxes]) for t, s in zip(targets, separations, strict=True)]
+    regions = student.describe(shared, rois)
+    consistent, inconsistent, background, on_private = _rows(targets, separations, len(regions.logits))
+    return View(
+        proposed=proposed,
+        anchors=anchors,
+        proposals=torch.cat(rois),
+        boxes=_boxes_in_order(targets),
+        regions=regions,
+        on_consistent=consistent,
+        on_inconsistent=inconsistent,
+        on_background=background,
+        on_private=on_private,
+        consistent=_pairs([s.consistent[t.consistent] for t, s in zip(targets, separations, strict=True)]),
+        inconsistent=_pairs([s.inconsistent[t.inconsistent] for t, s in zip(targets, separations, strict=True)]),
+        private=private,
+    )
+
+
+def supervised_losses(student: ClipDetector, view: View) -> dict[str, Tensor]:
+    """Consistent knowledge as ground truth, and the boxes of inconsistent pairs (their class is not settled)."""
+    config = student.config
+    on_pairs = torch.cat([view.on_consistent, view.on_inconsistent])
+    proposed, sampled = view.proposed, view.anchors
+    objectness = torch.cat([row[t.sampled] for row, t in zip(proposed.objectness, sampled, strict=True)])
+    count = len(objectness)
+    return {
+        "anchor_objectness": supervised.anchor_objectness(objectness, torch.cat([t.is_object for t in sampled]).to(objectness)),
+        "anchor_boxes": supervised.anchor_boxes(
+            torch.cat([row[t.positive] for row, t in zip(proposed.deltas, sampled, strict=True)]),
+            torch.cat([proposed.anchors[t.positive] for t in sampled]),
+            torch.cat([t.boxes for t in sampled]),
+            count,
+        ),
+        "consistent": supervised.region_class(view.regions.logits[view.labelled], view.labels, config.background_weight),
+        "boxes": supervised.region_boxes(
+            view.regions.deltas[on_pairs],
+            view.proposals[on_pairs],
+            view.boxes,
+            len(view.proposals) - len(view.on_private),
+            config.box_loss,
+        ),
+    }
+
+
+def as_consistent(labels: Detections) -> Separation:
+    """Labels that are to be believed as they are: propagation, plain pseudo-labels, the oracle."""
+    none = Pairs.empty(labels.num_classes)
+    return Separation(Pairs(labels.boxes, labels, labels), none, labels[:0])
+
+
+def _rows(targets: Sequence[RegionTargets], separations: Sequence[Separation], total: int) -> tuple[Tensor, ...]:
+    """Rows of consistent, inconsistent, background and private RoIs in the concatenation over images."""
+    kind: list[int] = []
+    for target, separation in zip(targets, separations, strict=True):
+        consistent, inconsistent = len(target.consistent), len(target.inconsistent)
+        kind += [0] * consistent + [1] * inconsistent + [2] * (len(target.proposals) - target.positives) + [3] * len(separation.private)
+    assert len(kind) == total
+    kinds = torch.tensor(kind, dtype=torch.int64)
+    return tuple((kinds == k).nonzero()[:, 0] for k in range(4))
+
+
+def _boxes_in_order(targets: Sequence[RegionTargets]) -> Tensor:
+    """Boxes of all RoIs on consistent pairs, then of all on inconsistent pairs."""
+    consistent = [t.boxes[: len(t.consistent)] for t in targets]
+    inconsistent = [t.boxes[len(t.consistent) :] for t in targets]
+    return torch.cat(consistent + inconsistent)
+
+
+def _pairs(parts: Sequence[Pairs]) -> Pairs:
+    return Pairs(
+        torch.cat([p.boxes for p in parts]),
+        Detections.cat([p.cloud for p in parts]),
+        Detections.cat([p.clip for p in parts]),
+    )

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coin_ray.evaluation.voc import Report, average_precision, pairwise_iou
+from coin_ray.structures import Detections
+from coin_ray.tables import Truth
+
+Box = tuple[float, float, float, float]
+A: Box = (0, 0, 10, 10)
+B: Box = (20, 20, 30, 30)
+C: Box = (40, 40, 50, 50)
+OFF: Box = (60, 60, 70, 70)
+
+
+def detections(*rows: tuple[Box, float, int], num_classes: int = 2) -> Detections:
+    boxes, scores, labels = ([r[i] for r in rows] for i in range(3))
+    return Detections(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(scores, dtype=torch.float32),
+        torch.tensor(labels, dtype=torch.int64),
+        torch.full((len(rows), num_classes + 1), 1 / (num_classes + 1)),
+    )
+
+
+def truth(*rows: tuple[Box, int] | tuple[Box, int, bool]) -> Truth:
+    return Truth(
+        torch.tensor([r[0] for r in rows], dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([r[1] for r in rows], dtype=torch.int64),
+        torch.tensor([len(r) > 2 and r[2] for r in rows], dtype=torch.bool),
+    )
+
+
+def one_image(found: Detections, annotated: Truth, **options: bool) -> Report:
+    return average_precision({"a": found}, {"a": annotated}, 2, **options)
+
+
+# name, detections, truth, AP of class 0
+TABLE = [
+    ("perfect", [(A, 0.9, 0), (B, 0.8, 0)], [(A, 0), (B, 0)], 1.0),
+    ("none", [], [(A, 0)], 0.0),
+    ("half found", [(A, 0.9, 0)], [(A, 0), (B, 0)], 0.5),
+    ("wrong class", [(A, 0.9, 1)], [(A, 0)], 0.0),
+    # right, wrong, right: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
+    ("false positive between", [(A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)], [(A, 0), (B, 0)], 0.5 + 0.5 * 2 / 3),
+    ("false positive first", [(OFF, 0.9, 0), (A, 0.8, 0)], [(A, 0)], 0.5),
+    ("false positive last", [(A, 0.8, 0), (OFF, 0.1, 0)], [(A, 0)], 1.0),
+    # the duplicate is wrong: precision 1, 1/2, 2/3
+    ("duplicate", [(A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 0)], [(A, 0), (B, 0)], 0.5 + 0.5 * 2 / 3),
+    ("difficult is not required", [(A, 0.9, 0)], [(A, 0), (B, 0, True)], 1.0),
+    ("difficult does no harm", [(B, 0.9, 0), (B, 0.8, 0), (A, 0.7, 0)], [(A, 0), (B, 0, True)], 1.0),
+    # 5 of 10 columns shared, union exactly twice that: IoU = 50 / 100
+    ("IoU of exactly .5", [((0, 0, 10, 5), 0.9, 0)], [(A, 0)], 0.0),
+    ("IoU just above .5", [((0, 0, 10, 5.01), 0.9, 0)], [(A, 0)], 1.0),
+    # the second detection overlaps the taken box most, so it is a duplicate even though B2 is free (VOC, not COCO)
+    ("no second choice", [(A, 0.9, 0), ((1, 0, 11, 10), 0.8, 0)], [(A, 0), ((3, 0, 13, 10), 0)], 0.5),
+]
+
+
+@pytest.mark.parametrize(("found", "annotated", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_hand_computed(found: list[tuple[Box, float, int]], annotated: list[tuple[Box, int]], expected: float) -> None:
+    assert one_image(detections(*found), truth(*annotated)).ap[0] == pytest.approx(expected)
+
+
+def test_a_class_without_truth_is_nan_and_not_in_the_mean() -> None:
+    report = one_image(detections((A, 0.9, 0), (B, 0.9, 1)), truth((A, 0), (B, 1, True)))
+    assert math.isnan(report.ap[1])
+    assert report.map == 1.0
+    assert report.truth.tolist() == [1, 0]
+
+
+def test_no_truth_at_all() -> None:
+    assert math.isnan(average_precision({}, {}, 3).map)
+    assert math.isnan(one_image(detections((A, 0.9, 0)), truth()).map)
+
+
+def test_plus_one_changes_the_overlap() -> None:
+    # 10 x 5 in 10 x 10 is .5; as inclusive pixels it is 11 x 6 in 11 x 11 = .545
+    found, annotated = detections(((0, 0, 10, 5), 0.9, 0)), truth((A, 0))
+    assert one_image(found, annotated).ap[0] == 0
+    assert one_image(found, annotated, plus_one=True).ap[0] == 1
+
+
+def test_images_without_predictions_count_and_others_do_not() -> None:
+    annotated = {"a": truth((A, 0)), "b": truth((A, 0)), "empty": truth()}
+    found = {"a": detections((A, 0.5, 0)), "elsewhere": detections((A, 0.9, 0))}
+    assert average_precision(found, annotated, 2).ap[0] == pytest.approx(0.5)
+
+
+def test_detections_on_empty_images_are_wrong() -> None:
+    annotated = {"a": truth((A, 0)), "empty": truth()}
+    found = {"a": detections((A, 0.5, 0)), "empty": detections((A, 0.9, 0))}
+    assert average_precision(found, annotated, 2).ap[0] == pytest.approx(0.5)
+
+
+def test_equal_scores_are_ordered_by_image_id() -> None:
+    annotated = {"a": truth((A, 0)), "b": truth()}
+    found = {"b": detections((A, 0.5, 0)), "a": detections((A, 0.5, 0))}
+    assert average_precision(found, annotated, 2).ap[0] == 1.0
+    renamed = {"b": annotated["a"], "a": annotated["b"]}
+    assert average_precision({"b": found["a"], "a": found["b"]}, renamed, 2).ap[0] == 0.5
+
+
+def test_curve_points() -> None:
+    curve = one_image(detections((A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)), truth((A, 0), (B, 0))).curves[0]
+    assert curve.precision == pytest.approx([1, 1 / 2, 2 / 3])
+    assert curve.recall == pytest.approx([1 / 2, 1 / 2, 1])
+
+
+def test_iou_of_empty_boxes_is_zero() -> None:
+    point = np.zeros((1, 4))
+    assert pairwise_iou(point, point).tolist() == [[0.0]]
+
+
+def random_case(seed: int, images: int, objects: int, found: int, num_classes: int = 3) -> tuple[dict[str, Detections], dict[str, Truth]]:
+    """Truth at random; detections are jittered truth and noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    predictions, annotated = {}, {}
+    for image in range(images):
+        corner, size = uniform(objects, 2) * 150, 10 + uniform(objects, 2) * 40
+        boxes = torch.cat([corner, corner + size], 1)
+        labels = torch.randint(num_classes, (objects,), generator=generator)
+        annotated[f"{image:04d}"] = Truth(boxes, labels, uniform(objects) < 0.1)
+        pick = torch.randint(objects, (found,), generator=generator)
+        noisy = boxes[pick] + (uniform(found, 4) - 0.5) * 16
+        guess = torch.where(uniform(found) < 0.7, labels[pick], torch.randint(num_classes, (found,), generator=generator))
+        probs = torch.full((found, num_classes + 1), 1 / (num_classes + 1))
+        predictions[f"{image:04d}"] = Detections(noisy, uniform(found).mul(20).round() / 20, guess, probs)
+    return predictions, annotated
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_ap_lies_in_0_to_1(seed: int) -> None:
+    report = average_precision(*random_case(seed, 3, 4, 8), 3)
+    known = report.ap[~np.isnan(report.ap)]
+    assert ((known >= 0) & (known <= 1)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_the_order_of_images_and_boxes_does_not_matter(seed: int) -> None:
+    predictions, annotated = random_case(seed, 3, 4, 8)
+    names = list(annotated)
+    random.Random(seed).shuffle(names)
+    shuffled = {n: predictions[n][torch.randperm(len(predictions[n]))] for n in names}
+    turned = {}
+    for n in reversed(names):
+        order = torch.randperm(len(annotated[n].boxes))
+        turned[n] = Truth(annotated[n].boxes[order], annotated[n].labels[order], annotated[n].difficult[order])
+    np.testing.assert_array_equal(average_precision(shuffled, turned, 3).ap, average_precision(predictions, annotated, 3).ap)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 2))
+def test_a_weaker_false_positive_never_raises_ap(seed: int, label: int) -> None:
+    predictions, annotated = random_case(seed, 2, 4, 6)
+    before = average_precision(predictions, annotated, 3).ap
+    wrong = detections(((500, 500, 510, 510), -1.0, label), num_classes=3)
+    predictions["0000"] = Detections.cat([predictions["0000"], wrong])
+    after = average_precision(predictions, annotated, 3).ap
+    known = ~np.isnan(before)
+    assert (after[known] <= before[known]).all()
+
+
+def test_300_images_of_100_detections_take_less_than_a_second() -> None:
+    predictions, annotated = random_case(0, 300, 5, 100)
+    average_precision(predictions, annotated, 3)
+    start = time.process_time()
+    average_precision(predictions, annotated, 3)
+    assert time.process_time() - start < 1
