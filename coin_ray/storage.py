@@ -58,6 +58,13 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.remove(temporary)
 
 
+def remove(uri: str) -> None:
+    """Delete one file; an absent one is no error."""
+    filesystem, path = url_to_fs(uri)
+    if filesystem.exists(path):
+        filesystem.rm_file(path)
+
+
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Files below ``uri``, recursively, sorted; an absent folder has none."""
     filesystem, path = url_to_fs(uri)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ class Tracker:
 
         local = "://" not in self.root
         default = f"sqlite:///{self.root}/mlflow.db" if local else f"sqlite:///{os.path.abspath('mlflow.db')}"
+        for name in ("mlflow", "mlflow.system_metrics", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.uri = self.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
         mlflow.set_tracking_uri(self.uri)
         existing = mlflow.get_experiment_by_name(self.config.tracking.experiment)

@@ -8,18 +8,24 @@ import os
 IN_FLIGHT_BATCHES = 4
 
 
+def on_cluster() -> bool:
+    """Whether this process belongs to a cluster: a submitted job, or RAY_ADDRESS set by hand."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def ensure_ray() -> None:
     """Under ``ray job submit`` or with RAY_ADDRESS join that cluster; otherwise start a local one, quietly, that ends with this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY", str(IN_FLIGHT_BATCHES))
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     import ray
 
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
+        if on_cluster():
             ray.init(logging_level=logging.WARNING)
         else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -30,8 +30,10 @@ def run(context: Context) -> dict[str, Any]:
         if (i := str(row["image_id"])) in cloud
     ]
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
-    work = Fit(partial(make, config, teacher), finish, examples, config.distill.fit, config.detector, config.seed, context.folder)
-    return {"images": len(examples), "last": fit(context.name, work)[-1]}
+    work = Fit(
+        context.name, partial(make, config, teacher), finish, examples, config.distill.fit, config.detector, config.seed, context.folder
+    )
+    return {"images": len(examples), "last": fit(work)[-1]}
 
 
 def make(config: PipelineConfig, teacher_weights: str) -> Distillation:

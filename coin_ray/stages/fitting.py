@@ -1,37 +1,41 @@
-"""A training task as a Ray Train run that resumes itself: fixed name, checkpoints below the step's folder."""
+"""A training task under Ray Train. State goes to the step's folder as one atomic file, so a run resumes itself wherever it died.
+
+On one machine without a cluster the worker is this very process (Ray Train's local mode: no actors to start). On a cluster
+it is a group of workers that Ray restarts.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from coin_ray import storage
 from coin_ray.config import Detector, Optimize
 from coin_ray.data.examples import Example
+from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_rank
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray
-from coin_ray.stages.progress import bar
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster
+from coin_ray.stages.progress import Bar, bar
 from coin_ray.training.loop import Curve, Task, run
 
-STATE = "state.pt"
 CLUSTER_RETRIES = 3
-"""Lost workers after which a fit on a cluster gives up. On one machine an error is an error."""
+"""Lost workers after which a fit on a cluster gives up."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a Ray Train worker needs. ``make``: builds the task on the worker; ``finish``: what to keep of it, by file name."""
+    """What a worker needs. ``make``: builds the task there; ``finish``: the weights to keep of it, by file name."""
 
+    title: str
     make: Callable[[], Task]
     finish: Callable[[Task], dict[str, dict[str, torch.Tensor]]]
     examples: Sequence[Example]
@@ -41,85 +45,82 @@ class Fit:
     folder: str
 
 
-def fit(title: str, work: Fit) -> Curve:
+def fit(work: Fit) -> Curve:
     """Train, or go on where a killed run stopped; writes ``finish``'s weights and ``curve.json`` into the folder. Returns the curve."""
-    ensure_ray()
-    workers = work.optimize.workers
-    resources: dict[str, float] = {"CPU": max(1, cluster_cpus() // workers)} if not work.optimize.gpu else {"CPU": 1, "GPU": 1}
-    with bar(title, work.optimize.steps) as shown:
-        trainer = TorchTrainer(
-            _train_worker,
-            train_loop_config={"work": work},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=work.optimize.gpu, resources_per_worker=resources),
-            run_config=RunConfig(
-                name="train",
-                storage_path=work.folder,
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=CLUSTER_RETRIES if os.environ.get("RAY_ADDRESS") else 0),
-                callbacks=[_Progress(work.optimize.steps)],
-            ),
-        )
+    optimize = work.optimize
+    here = optimize.workers == 1 and not on_cluster()
+    if not here:
+        ensure_ray()
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"work": work},
+        scaling_config=ScalingConfig(num_workers=0, use_gpu=optimize.gpu) if here else _scaling(optimize),
+        run_config=None
+        if here
+        else RunConfig(
+            name="train", storage_path=work.folder, failure_config=FailureConfig(max_failures=CLUSTER_RETRIES if on_cluster() else 0)
+        ),
+    )
+    try:
         trainer.fit()
-        shown.update(work.optimize.steps)
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"{work.title} failed on a worker: {str(error)[-1500:]}") from error
     curve: Curve = storage.read_json(storage.join(work.folder, "curve.json"))
     return curve
 
 
-class _Progress(UserCallback):  # type: ignore[misc]
-    """Runs on the controller: a line with the losses now and then."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        values = metrics[0]
-        if "step" in values:
-            losses = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "step")
-            print(f"step {int(values['step']) + 1}/{self.steps}: {losses}", flush=True)
+def _scaling(optimize: Optimize) -> ScalingConfig:
+    resources: dict[str, float] = {"CPU": 1, "GPU": 1} if optimize.gpu else {"CPU": max(1, cluster_cpus() // optimize.workers)}
+    return ScalingConfig(num_workers=optimize.workers, use_gpu=optimize.gpu, resources_per_worker=resources)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     work: Fit = config["work"]
+    logging.getLogger().setLevel(logging.WARNING)  # open_clip tells its life story at INFO
     if not work.optimize.gpu:
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "0")) or (os.cpu_count() or 1) // work.optimize.workers))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // work.optimize.workers))
     task = work.make()
-    curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=_RayHost())
+    with bar(work.title, work.optimize.steps) as shown:
+        host = FolderHost(work.folder, shown)
+        curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=host)
     if worker_rank() == 0:
         for name, weights in work.finish(task).items():
             save_weights(storage.join(work.folder, name), weights)
         storage.write_json(storage.join(work.folder, "curve.json"), curve)
+        host.forget()
 
 
-class _RayHost:
-    """The training loop's host inside a Ray Train worker."""
+class FolderHost:
+    """The training loop's host: rank 0 keeps the last state in a file that is replaced whole; all ranks wait for each other."""
+
+    def __init__(self, folder: str, shown: Bar) -> None:
+        self.place, self.shown = storage.join(folder, "state.pt"), shown
 
     def resume(self) -> dict[str, Any] | None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            state: dict[str, Any] = torch.load(os.path.join(folder, STATE), weights_only=True)
-        return state
+        return load_state(self.place) if storage.exists(self.place) else None
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None) -> None:
-        values = {"step": float(step), **metrics} if metrics else {}
-        if checkpoint is None:
-            ray.train.report(values)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            if worker_rank() == 0:
-                torch.save(checkpoint, os.path.join(folder, STATE))
-                ray.train.report(values, checkpoint=Checkpoint.from_directory(folder))
-            else:
-                ray.train.report(values)
+        if worker_rank() == 0:
+            if checkpoint is not None:
+                save_weights(self.place, checkpoint)
+            self.shown.update(step + 1, " ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        ray.train.report({"step": step, **metrics})
+
+    def forget(self) -> None:
+        """The weights are written: the state with its optimizers is no longer needed."""
+        storage.remove(self.place)
 
 
-def save_weights(uri: str, weights: Mapping[str, torch.Tensor]) -> None:
+def save_weights(uri: str, weights: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(weights), buffer)
     storage.write_bytes(uri, buffer.getvalue())
 
 
+def load_state(uri: str) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True)
+    return state
+
+
 def load_weights(uri: str) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = torch.load(io.BytesIO(storage.read_bytes(uri)), weights_only=True)
-    return weights
+    return load_state(uri)

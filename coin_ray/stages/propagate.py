@@ -30,8 +30,7 @@ def run(context: Context) -> dict[str, Any]:
         Example(str(i["image_id"]), str(i["uri"]), {"labels": labels[str(i["image_id"])]}) for i in images if i["image_id"] in labels
     ]
     curve = fit(
-        context.name,
-        Fit(partial(make, config, propagate), finish, examples, propagate.fit, config.detector, config.seed, context.folder),
+        Fit(context.name, partial(make, config, propagate), finish, examples, propagate.fit, config.detector, config.seed, context.folder),
     )
     return {"images": len(examples), "labels": sum(len(labels[e.image_id]) for e in examples), "last": curve[-1]}
 

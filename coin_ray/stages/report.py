@@ -85,9 +85,7 @@ def _spread(rows: list[dict[str, object]], count: int) -> list[dict[str, object]
 
 def _boxes(found: Detections, config: PipelineConfig, score_min: float) -> list[Box]:
     shown = found[found.scores >= score_min]
-    return [
-        _box(b, config.classes[int(c)], float(s)) for b, c, s in zip(shown.boxes.tolist(), shown.labels, shown.scores, strict=True)
-    ]
+    return [_box(b, config.classes[int(c)], float(s)) for b, c, s in zip(shown.boxes.tolist(), shown.labels, shown.scores, strict=True)]
 
 
 def _kinds(row: Mapping[str, Any], config: PipelineConfig) -> list[Box]:

@@ -1,0 +1,26 @@
+# make demo | make test | make check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check slow clean
+
+demo: $(INSTALLED)
+	$(BIN)/python pipelines/full.py demo $(ARGS)
+
+test: $(INSTALLED) check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check coin_ray pipelines tune tests
+	$(BIN)/ruff format --check coin_ray pipelines tune tests
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,onnx]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
