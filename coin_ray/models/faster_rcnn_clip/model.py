@@ -122,7 +122,7 @@ class ClipDetector(nn.Module):
 
     def describe(self, shared: Tensor, boxes: Sequence[Tensor]) -> Regions:
         side = self.config.roi_size
-        pooled = roi_align(shared, list(boxes), side, 1 / STRIDE, -1, aligned=True)
+        pooled = roi_align(shared, list(boxes), side, 1 / STRIDE, self.config.roi_samples, aligned=True)
         return self.head(self.tower.regional(pooled), self.class_embeddings())  # type: ignore[no-any-return]
 
     @torch.no_grad()
