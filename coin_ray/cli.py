@@ -19,7 +19,13 @@ from coin_ray.pipeline import ORDER, graph
 from coin_ray.presets import PRESETS
 from coin_ray.storage import absolute, join
 
-SHORT = {"--images": "--data.images", "--val": "--data.val", "--test": "--data.test", "--labeler": "--collect.labeler", "--cloud": "--cloud.url"}
+SHORT = {
+    "--images": "--data.images",
+    "--val": "--data.val",
+    "--test": "--data.test",
+    "--labeler": "--collect.labeler",
+    "--cloud": "--cloud.url",
+}
 """Short names of the settings a first-time user needs."""
 
 
@@ -67,12 +73,16 @@ def _run(config: PipelineConfig, options: Options, only: str | None) -> int:
 
 def parse(arguments: Sequence[str], script: str = "full.py", description: str = "") -> tuple[PipelineConfig, Options]:
     """The config and the options of a command line. Raises ConfigError with what to change."""
-    parser = argparse.ArgumentParser(prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("preset", choices=sorted(PRESETS), nargs="?", help="; ".join(f"{n}: {_first_line(n)}" for n in PRESETS))
     parser.add_argument("--root", help="folder or URI of everything the run writes (default: runs/PRESET)")
     parser.add_argument("--until", choices=ORDER, help="stop after this step")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, calls, cost and time, and stop")
-    parser.add_argument("--baselines", action="store_true", help="also train the student on plain cloud labels and on the truth (the oracle)")
+    parser.add_argument(
+        "--baselines", action="store_true", help="also train the student on plain cloud labels and on the truth (the oracle)"
+    )
     parser.add_argument("--config", help="YAML file with a whole config (ROOT/config.yaml of another run) instead of a preset")
     parser.epilog = "All settings of a preset: PRESET --settings. Most used: --images DIR --classes a,b --cloud URL --labeler none --seed N"
     parser.add_argument("--settings", action="store_true", help="list all settings of the preset")
@@ -91,10 +101,15 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
 
 
 def _settings(preset: str, arguments: Sequence[str]) -> PipelineConfig:
-    expanded = [part for argument in _split_classes(arguments) for part in [SHORT.get(argument, argument)]]
+    expanded = [_long_name(argument) for argument in _split_classes(arguments)]
     return tyro.cli(
         PipelineConfig, prog=preset, default=PRESETS[preset](), args=expanded, config=(tyro.conf.AvoidSubcommands,), add_help=True
     )
+
+
+def _long_name(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return SHORT.get(name, name) + equals + value
 
 
 def _split_classes(arguments: Sequence[str]) -> list[str]:

@@ -31,6 +31,16 @@ def all_sum(values: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
+def all_max(values: Tensor) -> Tensor:
+    """Element-wise maximum over workers."""
+    if worker_count() == 1:
+        return values
+    highest = values.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest
+
+
 def global_value(local: Tensor) -> Tensor:
     """Sum over workers whose gradient flows into this worker's part only; summing such gradients over workers is exact."""
     return local + (all_sum(local) - local.detach())

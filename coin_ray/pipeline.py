@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coin_ray.config import Cloud, PipelineConfig, Propagate
+from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.steps import Step
 
 ORDER = ("images", "collect", "propagate", "separate", "distill", "pseudo_label", "oracle", "evaluate", "export", "report")
@@ -16,12 +16,12 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     ``baselines`` adds two students with the same network, first weights and number of steps: one on plain cloud labels, one on the truth.
     """
     c = config
-    what_is_asked = (_identity(c.cloud), c.classes)
+    views = (c.detector.short_side, c.detector.long_side)
     detector = (c.clip, c.detector, c.classes, c.seed)
     both = long_propagation(c)
 
     images = Step("images", "images", identity=c.data)
-    collect = Step("collect", "collect", identity=(what_is_asked, c.collect, c.clip, c.detector.short_side), inputs=(images,))
+    collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views), inputs=(images,))
     propagate = Step("propagate", "propagate", (detector, c.labels, c.propagate), (images, collect), options={"labels": "clip"})
     separate = Step("separate", "separate", (c.labels, c.separate), (images, collect, propagate))
     distill = Step("distill", "distill", (detector, c.labels, c.separate, c.distill), (images, collect, propagate, separate))
@@ -39,8 +39,3 @@ def long_propagation(config: PipelineConfig) -> Propagate:
     """The baselines' training: as many steps as propagation and distillation have together."""
     fit = config.propagate.fit
     return replace(config.propagate, fit=replace(fit, steps=fit.steps + config.distill.fit.steps))
-
-
-def _identity(cloud: Cloud) -> tuple[object, ...]:
-    """Which service answers what: how fast it is asked does not matter."""
-    return (cloud.url, cloud.serve, cloud.onnx_models, cloud.model, cloud.score_min, cloud.max_side)

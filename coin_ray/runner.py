@@ -52,7 +52,7 @@ def _run_missing(config: PipelineConfig, steps: Mapping[str, Step], done: dict[s
         print(f"{name}: started", flush=True)
         start = time.monotonic()
         digest = str(done.get("images", {}).get("metrics", {}).get("digest", ""))
-        with tracker.stage(name, {"identity": done and step.fingerprint, "options": dict(step.options)}, digest) as stage:
+        with tracker.stage(name, {"fingerprint": step.fingerprint, "options": dict(step.options)}, digest) as stage:
             done[name] = execute(step, config, root)
             stage.finish(done[name]["metrics"], step.folder(root))
         print(f"{name}: finished in {time.monotonic() - start:.0f} s", flush=True)

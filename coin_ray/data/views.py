@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def strong(image: Tensor, draw: random.Random, strength: float) -> Tensor:
 
 
 def _jitter(image: Tensor, draw: random.Random, strength: float) -> Tensor:
-    changes = [
+    changes: list[Callable[[Tensor], Tensor]] = [
         lambda x: V.adjust_brightness(x, draw.uniform(1 - 0.4 * strength, 1 + 0.4 * strength)),
         lambda x: V.adjust_contrast(x, draw.uniform(1 - 0.4 * strength, 1 + 0.4 * strength)),
         lambda x: V.adjust_saturation(x, draw.uniform(1 - 0.4 * strength, 1 + 0.4 * strength)),

@@ -43,7 +43,7 @@ class ConsistentKnowledge(nn.Module):
         probabilities [R, K+1] -> fused probabilities [R, K+1].
         """
         features = features.detach()
-        weighted = self.cloud(features, prototypes[0]) * cloud_probs + self.clip(features, prototypes[1]) * clip_probs
+        weighted: Tensor = self.cloud(features, prototypes[0]) * cloud_probs + self.clip(features, prototypes[1]) * clip_probs
         return weighted.softmax(-1)
 
     def weights(self, features: Tensor, prototypes: tuple[Tensor, Tensor]) -> Tensor:

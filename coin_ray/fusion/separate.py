@@ -92,7 +92,7 @@ def _resolve_cloud_doubles(pairs: list[Match], cloud: Detections, clip: Detectio
     same = box_iou(cloud.boxes, cloud.boxes) >= SAME_CLOUD_BOX
     done: set[int] = set()
     dropped: set[Match] = set()
-    for first in range(len(cloud)):
+    for first in cloud.scores.argsort(descending=True, stable=True).tolist():
         doubles = [o for o in same[first].nonzero()[:, 0].tolist() if o not in done]
         if len(doubles) < 2 or first in done:
             continue

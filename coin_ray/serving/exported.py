@@ -78,7 +78,7 @@ def load_exported(folder: str) -> Predictor:
     description: dict[str, Any] = storage.read_json(place)
     if description["format"] != FORMAT:
         raise InputError(f"{place} has format {description['format']}, this version reads {FORMAT}; export the model again")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description["detector"].items()}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["detector"].items()}
     classes = tuple(description["classes"])
     size = description["embedding_size"]
     visual = ModifiedResNet(output_dim=size, heads=1, **description["visual"])

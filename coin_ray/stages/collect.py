@@ -74,7 +74,7 @@ def run(context: Context) -> dict[str, Any]:
 def _collect(context: Context, todo: pa.Table, parts: str, total: int) -> None:
     config = context.config
     spent = Journal.open(journal_uri(context.root)).spent()
-    governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)
+    governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)  # type: ignore[attr-defined]
     with _service(config.cloud, context.root) as url:
         _check_service(config, url, context.root)
         stream = (

@@ -6,6 +6,7 @@ the student looks at the strong view; CKG learns by aligning gradients; the stud
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from coin_ray.losses.gradient import gradient_misalignment, squared_error
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import all_sum, sum_gradients
-from coin_ray.structures import Pairs, Separation
+from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training.ema import follow
 from coin_ray.training.propagate import descend
 from coin_ray.training.schedule import make_optimizer, new_optimizer, set_learning_rate
-from coin_ray.training.view import View, look, supervised_losses
+from coin_ray.training.view import View, common_size, look, supervised_losses
 
 
 class Distillation:
@@ -68,12 +69,16 @@ class Distillation:
 
     def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
         """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view)."""
-        clip = self.teacher.predict(self.teacher.prepare(batch.weak)) if burnt_up else batch.knowledge["clip"]
+        clip = self.look_with_teacher(batch.weak) if burnt_up else batch.knowledge["clip"]
         fuse = self.separation.fused_boxes == "always" or (self.separation.fused_boxes == "after_burn_up" and burnt_up)
         return [
             separate(ours, theirs, self.separation, fuse_boxes=fuse, generator=generator)
             for ours, theirs, generator in zip(batch.knowledge["cloud"], clip, batch.generators, strict=True)
         ]
+
+    def look_with_teacher(self, images: Sequence[Tensor]) -> list[Detections]:
+        self.teacher.eval()  # forgets its cached class embeddings: its prompts have moved
+        return self.teacher.predict(self.teacher.prepare(images, common_size(images)))
 
     def fuse(self, embedded: Tensor, pairs: Pairs) -> Tensor:
         """Fused probabilities [R, K+1] of RoIs on inconsistent pairs, by CKG or a rule."""

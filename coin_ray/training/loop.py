@@ -59,13 +59,14 @@ def run(task: Task, examples: Sequence[Example], fit: Optimize, detector: Detect
         torch.manual_seed(seed * 1_000_003 + step)
         parts = task.train_step(batch, step)
         done = step + 1
-        if step % LOG_EVERY == 0 or done == fit.steps:
-            metrics = _global_values(parts, step)
+        saved = done % fit.checkpoint_every == 0 or done == fit.steps
+        logged = step % LOG_EVERY == 0 or done == fit.steps
+        if not saved and not logged:
+            continue
+        metrics = _global_values(parts, step)  # a step that is saved is checked
+        if logged:
             curve.append({"step": float(step), **metrics})
-            saved = done % fit.checkpoint_every == 0 or done == fit.steps
-            host.report(step, metrics, {"task": task.state_dict(), "step": done, "curve": curve} if saved else None)
-        elif done % fit.checkpoint_every == 0:
-            host.report(step, {}, {"task": task.state_dict(), "step": done, "curve": curve})
+        host.report(step, metrics, {"task": task.state_dict(), "step": done, "curve": curve} if saved else None)
     return curve
 
 

@@ -12,6 +12,7 @@ from coin_ray.losses import supervised
 from coin_ray.models.base import Regions
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.faster_rcnn_clip.rpn import Proposed
+from coin_ray.parallel import all_max
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training.targets import AnchorTargets, RegionTargets, anchor_targets, region_targets
 
@@ -51,7 +52,7 @@ class View:
 
 def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]) -> View:
     """Forward the student on ``images`` (uint8 [3, H, W]) and sample anchors and RoIs against their separations (same frame)."""
-    batch = student.prepare(images)
+    batch = student.prepare(images, common_size(images))
     shared, proposed = student.propose(batch)
     config = student.config
     anchors = [
@@ -80,6 +81,12 @@ def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[
         inconsistent=_pairs([s.inconsistent[t.inconsistent] for t, s in zip(targets, separations, strict=True)]),
         private=private,
     )
+
+
+def common_size(images: Sequence[Tensor]) -> tuple[int, int]:
+    """(height, width) that holds the images of all workers: convolutions see the padding, so it must not depend on who holds an image."""
+    height, width = all_max(torch.tensor([i.shape[1:] for i in images]).amax(0)).tolist()
+    return int(height), int(width)
 
 
 def supervised_losses(student: ClipDetector, view: View) -> dict[str, Tensor]:

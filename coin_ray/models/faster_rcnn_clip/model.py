@@ -106,10 +106,10 @@ class ClipDetector(nn.Module):
             self.cached_embeddings = embeddings.detach()
         return embeddings
 
-    def prepare(self, images: Sequence[Tensor]) -> Images:
-        """uint8 images [3, H, W] of any sizes -> one normalised, padded batch."""
-        height = -(-max(i.shape[1] for i in images) // 32) * 32
-        width = -(-max(i.shape[2] for i in images) // 32) * 32
+    def prepare(self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)) -> Images:
+        """uint8 images [3, H, W] of any sizes -> one normalised batch, padded to a multiple of 32 that holds all and ``at_least`` (H, W)."""
+        height = -(-max(at_least[0], *(i.shape[1] for i in images)) // 32) * 32
+        width = -(-max(at_least[1], *(i.shape[2] for i in images)) // 32) * 32
         pixels = self.mean.new_zeros(len(images), 3, height, width)
         for row, image in zip(pixels, images, strict=True):
             row[:, : image.shape[1], : image.shape[2]] = (image.to(self.mean.device).float() / 255 - self.mean) / self.std

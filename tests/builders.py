@@ -1,0 +1,164 @@
+"""Small things that many tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+
+from coin_ray.clip.encoder import ClipModel, class_embeddings
+from coin_ray.config import Clip, Detector, Distill, Optimize, Propagate, Separate
+from coin_ray.data.examples import Example
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
+from coin_ray.structures import Detections, Pairs, Separation
+from coin_ray.training.distill import Distillation
+from coin_ray.training.propagate import Propagation
+
+CLASSES = ("cat", "traffic light", "stop sign")
+Row = tuple[Sequence[float], int, float]
+
+
+def detections(*rows: Row, classes: int = 3) -> Detections:
+    """Of (box, label, score); what the score leaves is spread over the other classes and background."""
+    if not rows:
+        return Detections.empty(classes)
+    probs = torch.tensor([[score if k == label else (1 - score) / classes for k in range(classes + 1)] for _, label, score in rows])
+    return Detections(
+        torch.tensor([list(box) for box, _, _ in rows], dtype=torch.float32),
+        torch.tensor([score for _, _, score in rows]),
+        torch.tensor([label for _, label, _ in rows]),
+        probs,
+    )
+
+
+def pairs(cloud: Detections, clip: Detections) -> Pairs:
+    return Pairs(cloud.boxes, cloud, clip)
+
+
+def separation(consistent: Sequence[Row] = (), inconsistent: Sequence[Row] = (), private: Sequence[Row] = (), classes: int = 3) -> Separation:
+    """Both teachers give the same rows; of inconsistent ones CLIP gives the next class."""
+    agreed, disputed = detections(*consistent, classes=classes), detections(*inconsistent, classes=classes)
+    other = detections(*[(box, (label + 1) % classes, score) for box, label, score in inconsistent], classes=classes)
+    return Separation(pairs(agreed, agreed), pairs(disputed, other), detections(*private, classes=classes))
+
+
+def tiny_clip(seed: int = 0) -> ClipModel:
+    """A CLIP with random weights, the same ones for the same seed."""
+    torch.manual_seed(seed)
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32, "patch_size": None}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    network = open_clip.CLIP(64, vision_cfg=vision, text_cfg=text)
+    for name, weight in network.visual.named_parameters():
+        if name.endswith("bn3.weight"):  # open_clip starts these at zero, which switches the blocks off
+            torch.nn.init.constant_(weight, 0.5)
+    network.eval().requires_grad_(False)
+    return ClipModel(network, open_clip.SimpleTokenizer(context_length=20), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def tiny_config(**changes: Any) -> Detector:
+    values: dict[str, Any] = {
+        "short_side": 64,
+        "long_side": 96,
+        "roi_size": 4,
+        "roi_samples": 2,
+        "anchor_sizes": (16, 32, 48),
+        "rpn_width": 16,
+        "proposals_train": 24,
+        "proposals_test": 12,
+        "rpn_batch": 16,
+        "roi_batch": 16,
+        "roi_positive": 0.5,
+        "temperature": 0.1,
+        "context_tokens": 2,
+        "background": "learned",
+        "score_min": 0.05,
+        "detections": 20,
+    }
+    return Detector(**(values | changes))
+
+
+TEMPLATES = Clip(templates=("a photo of a {}.", "a drawing of a {}."))
+
+
+def tiny_detector(seed: int = 0, **changes: Any) -> ClipDetector:
+    """A detector whose RPN and box head are wilder than at the published start, so that its boxes differ from the anchors."""
+    detector = build_detector(tiny_clip(), CLASSES, tiny_config(**changes), seed=seed)
+    with torch.no_grad():
+        for layer in (detector.rpn.objectness, detector.rpn.deltas, detector.head.box, detector.head.embed):
+            layer.weight.mul_(20)
+    return detector
+
+
+def tiny_embeddings() -> Tensor:
+    return class_embeddings(tiny_clip(), CLASSES, TEMPLATES)
+
+
+def tiny_fit(**changes: Any) -> Optimize:
+    values: dict[str, Any] = {
+        "steps": 6,
+        "batch": 2,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "warmup": 2,
+        "milestones": (),
+        "factors": (),
+        "clip_gradient": 5.0,
+        "augmentation": 0.5,
+        "checkpoint_every": 3,
+    }
+    return Optimize(**(values | changes))
+
+
+def propagation(fit: Optimize, **changes: Any) -> Propagation:
+    config = Propagate(fit=fit, **({"alignment": 1.0, "prototype_rate": 0.1, "prototypes_from": 1, "views": "both"} | changes))
+    return Propagation(tiny_detector(), tiny_embeddings(), config)
+
+
+def distillation(fit: Optimize, **changes: Any) -> Distillation:
+    """Every loss is active: any overlap matches, and every fused vector is trusted."""
+    values = {
+        "alignment": 1.0,
+        "inconsistent": 1.0,
+        "private": 1.0,
+        "fusion_score_min": 0.0,
+        "prototype_rate": 0.1,
+        "prototypes_from": 0,
+        "burn_up": 1,
+        "teacher_rate": 0.1,
+    }
+    student, teacher = tiny_detector(seed=1), tiny_detector(seed=0)
+    rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
+    return Distillation(student, teacher, tiny_embeddings(), Distill(fit=fit, **(values | changes)), rules)
+
+
+SIZES = ((96, 64), (64, 80), (72, 72), (64, 96), (90, 60))
+
+
+def examples(folder: Path) -> list[Example]:
+    """Five images of different sizes with coloured blocks, and two opinions on the blocks: equal, different, and lonely ones."""
+    draw = np.random.default_rng(7)
+    made = []
+    for number, (width, height) in enumerate(SIZES):
+        pixels = draw.integers(60, 190, (height, width, 3), np.uint8)
+        boxes = [(4, 4, 30, 28), (34, 8, 58, 34), (6, 34, 32, 58), (36, 36, 58, 58)]
+        for (left, top, right, bottom), colour in zip(boxes, draw.integers(0, 255, (4, 3)), strict=True):
+            pixels[top:bottom, left:right] = colour
+        uri = folder / f"{number}.png"
+        Image.fromarray(pixels).save(uri)
+        moved = [(a + 2.0, b + 1.0, c, d - 1.0) for a, b, c, d in boxes]
+        cloud = detections((boxes[0], 0, 0.9), (boxes[1], 1, 0.8), (boxes[2], 2, 0.7))
+        clip = detections((moved[0], 0, 0.6), (moved[1], 2, 0.5), (moved[3], 1, 0.4))
+        made.append(Example(str(number), str(uri), {"cloud": cloud, "clip": clip, "labels": cloud}))
+    return made
+
+
+def sorted_rows(boxes: Tensor, *columns: Tensor) -> list[tuple[float, ...]]:
+    """Rows as a sorted list, to compare as sets."""
+    table = torch.cat([boxes.double(), *(c.double().reshape(len(boxes), -1) for c in columns)], 1)
+    return sorted(tuple(row) for row in table.tolist())

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coin_ray import config as settings
+from coin_ray.config import DemoScenes, Distill, Folder, Optimize, PipelineConfig, Propagate
+from coin_ray.configfile import fingerprint, from_dict, from_yaml, to_yaml
+from coin_ray.errors import ConfigError
+from coin_ray.pipeline import graph
+from coin_ray.presets import PRESETS, demo
+
+
+def leaves(value: Any, path: tuple[str, ...] = (), counts: bool = True) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """(path of a leaf setting, whether it is part of the identity)."""
+    for field in dataclasses.fields(value):
+        item, inside = getattr(value, field.name), counts and field.metadata.get("identity", True)
+        if dataclasses.is_dataclass(item):
+            yield from leaves(item, (*path, field.name), inside)
+        else:
+            yield (*path, field.name), inside
+
+
+def changed(config: PipelineConfig, path: tuple[str, ...]) -> PipelineConfig:
+    """The same config with one leaf different, whether or not that is a possible value."""
+    other = copy.deepcopy(config)
+    holder: Any = other
+    for name in path[:-1]:
+        holder = getattr(holder, name)
+    value = getattr(holder, path[-1])
+    object.__setattr__(holder, path[-1], another(value))
+    return other
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (*value[:-1], another(value[-1] if value else None))
+    return "other" if value is None or isinstance(value, (str, bool)) else value + 1
+
+
+FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True)
+FULL = [
+    dataclasses.replace(demo(), data=data, propagate=Propagate(fit=FIT), distill=Distill(fit=FIT))
+    for data in (DemoScenes(), Folder(images="x"))
+]
+CASES = [pytest.param(c, p, i, id=f"{type(c.data).__name__}-{'.'.join(p)}") for c in FULL for p, i in leaves(c)]
+
+
+def step_fingerprints(config: PipelineConfig) -> list[str]:
+    return [step.fingerprint for step in graph(config, baselines=True).values()]
+
+
+@pytest.mark.parametrize(("config", "path", "counts"), CASES)
+def test_identity_fields_change_fingerprints_and_others_do_not(config: PipelineConfig, path: tuple[str, ...], counts: bool) -> None:
+    other = changed(config, path)
+    assert (fingerprint(config) != fingerprint(other)) == counts
+    assert (step_fingerprints(config) != step_fingerprints(other)) == counts
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["workers", "gpu", "checkpoint_every", "rate", "in_flight", "deadline", "attempts", "usd_per_call", "max_usd", "max_calls", "batch", "token_env"],
+)
+def test_fields_that_say_how_something_runs(name: str) -> None:
+    holders = [k for k in vars(settings).values() if dataclasses.is_dataclass(k) and name in {f.name for f in dataclasses.fields(k)}]
+    marked = {k.__name__ for k in holders for f in dataclasses.fields(k) if f.name == name and not f.metadata.get("identity", True)}
+    assert marked == ({k.__name__ for k in holders} - {"Optimize"} if name == "batch" else {k.__name__ for k in holders})
+
+
+def test_equal_numbers_are_one_setting() -> None:
+    assert fingerprint({"a": 1}) == fingerprint({"a": 1.0}) != fingerprint({"a": 1.5})
+
+
+def test_kinds_of_data_differ() -> None:
+    assert fingerprint(DemoScenes()) != fingerprint(Folder())
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("data", [None, DemoScenes(train=3), Folder(images="s3://b/x", test="y")])
+def test_yaml_round_trip(preset: str, data: DemoScenes | Folder | None, tmp_path: Path) -> None:
+    config = PRESETS[preset]()
+    config = config if data is None else dataclasses.replace(config, data=data, classes=("traffic light", "a: b", "no", "1"))
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    back = from_yaml(str(file))
+    assert back == config
+    assert fingerprint(back) == fingerprint(config)
+
+
+def plain() -> dict[str, Any]:
+    return dataclasses.asdict(demo())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("detektor",), {}, "detektor"),
+        (("distill", "fit", "stepz"), 5, "distill.fit.stepz"),
+        (("cloud", "token"), "secret", "cloud.token"),
+        (("distill", "fit", "steps"), "many", "distill.fit.steps"),
+        (("detector", "batch_norm"), "thawed", "detector.batch_norm"),
+        (("data", "trian"), 3, "trian"),
+        (("labels", "score_min"), 2.0, "labels.score_min must lie in 0..1"),
+        (("classes",), ["cat", "Cat"], "cat"),
+    ],
+)
+def test_wrong_settings_are_named(path: tuple[str, ...], value: Any, named: str) -> None:
+    values = plain()
+    holder = values
+    for name in path[:-1]:
+        holder = holder[name]
+    holder[path[-1]] = value
+    with pytest.raises(ConfigError, match="my.yaml") as caught:
+        from_dict(values, "my.yaml")
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "is not YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping"), (None, "no config file")])
+def test_unreadable_files(text: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        from_yaml(str(file))

@@ -1,0 +1,52 @@
+"""Which part may import which: only from a line above its own."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import coin_ray
+
+PACKAGE = Path(coin_ray.__file__).parent
+LAYERS = """
+errors storage
+config structures boxes parallel
+configfile tables
+steps losses evaluation summary tracking data clip presets fusion
+pipeline cloud models
+training demo report
+serving
+stages
+estimate
+runner
+cli
+tune
+"""
+RANK = {part: rank for rank, line in enumerate(LAYERS.split("\n")) for part in line.split()}
+MODULES = {file.relative_to(PACKAGE.parent).as_posix(): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if f != "coin_ray/__init__.py"])
+def test_imports_point_upwards(file: str) -> None:
+    own = Path(file).parts[1].removesuffix(".py")
+    assert own in RANK, f"say in LAYERS where {own} belongs"
+    others = {name.split(".")[1] for name in imported(MODULES[file]) if name.startswith("coin_ray.")} - {own}
+    assert not sorted(o for o in others if RANK.get(o, 99) >= RANK[own])
+
+
+def test_ray_stays_in_stages_and_serving() -> None:
+    users = {f for f, tree in MODULES.items() if any(n.split(".")[0] == "ray" for n in imported(tree))}
+    assert users
+    assert not sorted(u for u in users if not u.startswith(("coin_ray/stages/", "coin_ray/serving/")))

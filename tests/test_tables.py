@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from builders import detections
+from coin_ray import storage, tables
+from coin_ray.structures import Detections
+from coin_ray.tables import Provenance, detections_row, detections_table, read_detections
+
+FOUND = detections(([0.1, 0.2, 1 / 3, 7.7], 0, 0.9), ([1, 2, 3.3, 4], 2, 0.3))
+
+
+def same(a: Detections, b: Detections) -> bool:
+    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("boxes", "scores", "labels", "probs"))
+
+
+def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
+    rows = [detections_row("a", FOUND, Provenance("cloud")), detections_row("none", Detections.empty(3), Provenance("cloud", "empty"))]
+    uri = str(tmp_path / "t.parquet")
+    storage.write_table(uri, detections_table(rows))
+    back = read_detections(storage.read_table(uri), 3)
+    assert list(back) == ["a", "none"]
+    assert same(back["a"], FOUND)
+    assert same(back["none"], Detections.empty(3))
+
+
+@pytest.mark.parametrize(("status", "kept"), [("ok", True), ("cached", True), ("empty", True), ("error", False), ("skipped_budget", False)])
+def test_only_answered_images_are_read(status: str, kept: bool) -> None:
+    table = detections_table([detections_row("a", FOUND, Provenance("cloud", status))])
+    assert ("a" in read_detections(table, 3)) == kept
+
+
+def test_a_table_of_no_images() -> None:
+    assert read_detections(detections_table([]), 3) == {}
+    assert detections_table([]).schema == tables.DETECTIONS
+
+
+def test_provenance_is_stored() -> None:
+    row = detections_table([detections_row("a", FOUND, Provenance("cloud", "error", 3, 12.5, 0.002, "busy"))]).to_pylist()[0]
+    assert {k: row[k] for k in ("source", "status", "attempts", "latency_ms", "cost_usd", "error")} == {
+        "source": "cloud",
+        "status": "error",
+        "attempts": 3,
+        "latency_ms": 12.5,
+        "cost_usd": 0.002,
+        "error": "busy",
+    }
+
+
+def test_truth() -> None:
+    rows = [
+        {"image_id": "a", "boxes": [[0, 0, 5, 5]], "labels": [1], "difficult": [True]},
+        {"image_id": "none", "boxes": [], "labels": [], "difficult": []},
+    ]
+    truth = tables.read_truth(pa.Table.from_pylist(rows, schema=tables.ANNOTATIONS))
+    assert (truth["a"].boxes.tolist(), truth["a"].labels.tolist(), truth["a"].difficult.tolist()) == ([[0, 0, 5, 5]], [1], [True])
+    assert truth["none"].boxes.shape == (0, 4)
+    assert truth["none"].difficult.dtype == torch.bool
