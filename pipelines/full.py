@@ -2,6 +2,7 @@
 
     python pipelines/full.py demo
     python pipelines/full.py folder --images DIR --classes person,dog --cloud https://detector.example.com
+    python pipelines/full.py thermal --assets DIR
     ray job submit --working-dir . -- python pipelines/full.py demo --root s3://bucket/run
 
 The graph itself is ``coin_ray/pipeline.py``.

@@ -41,7 +41,9 @@ def pairs(cloud: Detections, clip: Detections) -> Pairs:
     return Pairs(cloud.boxes, cloud, clip)
 
 
-def separation(consistent: Sequence[Row] = (), inconsistent: Sequence[Row] = (), private: Sequence[Row] = (), classes: int = 3) -> Separation:
+def separation(
+    consistent: Sequence[Row] = (), inconsistent: Sequence[Row] = (), private: Sequence[Row] = (), classes: int = 3
+) -> Separation:
     """Both teachers give the same rows; of inconsistent ones CLIP gives the next class."""
     agreed, disputed = detections(*consistent, classes=classes), detections(*inconsistent, classes=classes)
     other = detections(*[(box, (label + 1) % classes, score) for box, label, score in inconsistent], classes=classes)
@@ -57,8 +59,20 @@ def tiny_clip(seed: int = 0) -> ClipModel:
     for name, weight in network.visual.named_parameters():
         if name.endswith("bn3.weight"):  # open_clip starts these at zero, which switches the blocks off
             torch.nn.init.constant_(weight, 0.5)
+    calibrate(network.visual)
     network.eval().requires_grad_(False)
     return ClipModel(network, open_clip.SimpleTokenizer(context_length=20), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+@torch.no_grad()
+def calibrate(visual: torch.nn.Module) -> None:
+    """Batch statistics of noise, so that features of random weights neither vanish nor look all alike."""
+    norms = [m for m in visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    visual.train()(torch.nn.functional.interpolate(torch.randn(8, 3, 16, 16), 64))
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 def tiny_config(**changes: Any) -> Detector:
@@ -160,5 +174,5 @@ def examples(folder: Path) -> list[Example]:
 
 def sorted_rows(boxes: Tensor, *columns: Tensor) -> list[tuple[float, ...]]:
     """Rows as a sorted list, to compare as sets."""
-    table = torch.cat([boxes.double(), *(c.double().reshape(len(boxes), -1) for c in columns)], 1)
+    table = torch.cat([boxes.double(), *(c.double()[:, None] for c in columns)], 1)
     return sorted(tuple(row) for row in table.tolist())

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -132,16 +132,14 @@ def test_baselines_alone_need_baselines(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_help_is_fast_and_light() -> None:
     """The time is the process's own, so that a busy machine does not fail the test."""
     code = (
-        "import runpy, sys, time\n"
+        "import json, runpy, sys, time\n"
         f"sys.argv = [{str(FULL)!r}, '--help']\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code\n"
-        "print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'open_clip'} & set(sys.modules)), time.process_time())"
+        "print(json.dumps([sorted({'torch', 'ray', 'mlflow', 'open_clip'} & set(sys.modules)), time.process_time()]))"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=FULL.parents[1])
-    assert time.monotonic() - start < 60
     assert "--classes" in done.stdout
-    _, modules, seconds = done.stdout.splitlines()[-1].partition("]")[0] + "]", *done.stdout.splitlines()[-1].rpartition(" ")[::2]
-    assert modules == "HEAVY []"
-    assert float(seconds) < 3
+    heavy, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert heavy == []
+    assert seconds < 3

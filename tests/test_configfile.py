@@ -64,7 +64,20 @@ def test_identity_fields_change_fingerprints_and_others_do_not(config: PipelineC
 
 @pytest.mark.parametrize(
     "name",
-    ["workers", "gpu", "checkpoint_every", "rate", "in_flight", "deadline", "attempts", "usd_per_call", "max_usd", "max_calls", "batch", "token_env"],
+    [
+        "workers",
+        "gpu",
+        "checkpoint_every",
+        "rate",
+        "in_flight",
+        "deadline",
+        "attempts",
+        "usd_per_call",
+        "max_usd",
+        "max_calls",
+        "batch",
+        "token_env",
+    ],
 )
 def test_fields_that_say_how_something_runs(name: str) -> None:
     holders = [k for k in vars(settings).values() if dataclasses.is_dataclass(k) and name in {f.name for f in dataclasses.fields(k)}]
@@ -115,12 +128,14 @@ def test_wrong_settings_are_named(path: tuple[str, ...], value: Any, named: str)
     for name in path[:-1]:
         holder = holder[name]
     holder[path[-1]] = value
-    with pytest.raises(ConfigError, match="my.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"my\.yaml") as caught:
         from_dict(values, "my.yaml")
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [", "is not YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping"), (None, "no config file")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "is not YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping"), (None, "no config file")]
+)
 def test_unreadable_files(text: str | None, said: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     if text is not None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from builders import detections
+
 from coin_ray.structures import Detections, Pairs
 
 GOOD: dict[str, Any] = {

@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-
 from builders import detections
+
 from coin_ray import storage, tables
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table, read_detections

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def load_clip(config: Clip) -> ClipModel:
         raise InputError(f"clip.model: open_clip has no architecture {name!r}; see open_clip.list_models()")
     try:
         network = open_clip.create_model(name, pretrained=config.pretrained)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
             f"clip: weights {config.pretrained!r} of {name} could not be loaded ({type(error).__name__}: {str(error)[:200]}). "
             "Offline? Give --clip.pretrained the path of a weights file, or run without CLIP: --collect.labeler none"

@@ -23,11 +23,11 @@ class Method:
 METHODS = (
     Method("cloud", "Cloud detector", "cloud", "a cloud call"),
     Method("clip_labels", "Cloud boxes, CLIP labels", "clip", "a cloud call and CLIP"),
-    Method("static_fusion", "Cloud boxes, both opinions averaged", "neutral", "a cloud call and CLIP"),
+    Method("static_fusion", "Cloud boxes, averaged labels", "neutral", "a cloud call and CLIP"),
     Method("clip_detector", "CLIP detector", "clip", "the local model"),
     Method("pseudo_label", "Student on cloud labels alone", "neutral", "the local model"),
     Method("student", "Student", "student", "the local model"),
-    Method("oracle", "Student on true labels", "truth", "the local model; annotations to train"),
+    Method("oracle", "Student on true labels", "truth", "the local model"),
 )
 
 

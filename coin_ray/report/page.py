@@ -18,6 +18,8 @@ PER_CLASS = ("cloud", "clip_detector", "student", "oracle")
 """Methods with a bar per class."""
 KINDS = ("consistent", "inconsistent", "private")
 LAYER_NAMES = {"truth": "Truth", "cloud": "Cloud", "clip_labels": "CLIP labels", "clip_detector": "CLIP detector", "student": "Student"}
+LETTER = 0.78
+"""Width of a letter as a share of the font size, about; small screens show text larger."""
 SHOWN_FIRST = ("truth", "student")
 """Layers that are on when the page opens; the first layer there is if it has neither."""
 
@@ -62,6 +64,7 @@ def build_page(
     return _template().render(
         summary=summary,
         headline=_headline(summary),
+        with_clip="clip_detector" in (summary.get("map50") or {}),
         results=_results(summary),
         unknown=bool(summary.get("map50_unknown")),
         fusion_wins=_fusion_wins(summary),
@@ -152,8 +155,9 @@ def _headline(summary: dict[str, Any]) -> _Headline:
     if cloud is None:
         return _Headline("The student was evaluated; the cloud was not.", student=points(student))
     change = difference(student, cloud)
-    verdict = {"+": "better than", MINUS: "worse than"}.get(change[0], "as good as")
-    text = f"The student is {verdict} the cloud detector it learned from, and needs no cloud call."
+    size = change.lstrip("+" + MINUS)
+    verdict = {"+": f"scores {size} points above", MINUS: f"scores {size} points below"}.get(change[0], "scores the same as")
+    text = f"The student {verdict} the cloud detector it learned from, and needs no cloud call."
     return _Headline(text, points(student), points(cloud), change, _gap(summary))
 
 
@@ -223,28 +227,25 @@ def _toggle_key(layer: str, box: Box) -> str:
 
 def _frame(image: GalleryImage) -> _Frame:
     """Text is sized to the image's width, because every frame of the gallery is equally wide."""
-    font = image.width / 21
+    font = image.width / 23
     marks = tuple(_mark(_toggle_key(layer, box), box, image, font) for layer, boxes in image.layers.items() for box in boxes)
     source = "data:image/jpeg;base64," + base64.b64encode(image.jpeg).decode("ascii")
     return _Frame(source, image.name, image.width, image.height, font, marks)
 
 
 def _mark(toggle: str, box: Box, image: GalleryImage, font: float) -> _Mark:
-    """Each layer writes at a corner of its own, so that layers shown together stay legible."""
+    left, top, right, bottom = box.xyxy
+    text = box.label if box.score is None else box.label + f" {box.score:.2f}".replace(" 0.", " .")
+    text_x, text_y, anchor = _text_place(toggle, box, image, font, len(text) * LETTER * font)
+    return _Mark(toggle, box.label, text, left, top, max(right - left, 0), max(bottom - top, 0), text_x, text_y, anchor)
+
+
+def _text_place(toggle: str, box: Box, image: GalleryImage, font: float, length: float) -> tuple[float, float, str]:
+    """x, y and anchor. Each layer writes at a corner of its own, so that layers shown together stay legible; never outside."""
     left, top, right, bottom = box.xyxy
     below = toggle in ("student", "clip_detector", "inconsistent", "private")
     at_right = toggle in ("cloud", "clip_detector", "private")
     text_y = min(bottom + font, image.height - font / 4) if below else max(top - font / 4, font)
-    text = box.label if box.score is None else f"{box.label} {box.score:.2f}".replace("0.", ".")
-    return _Mark(
-        toggle,
-        box.label,
-        text,
-        left,
-        top,
-        max(right - left, 0),
-        max(bottom - top, 0),
-        right if at_right else left,
-        text_y,
-        "end" if at_right else "start",
-    )
+    if at_right:
+        return min(max(right, length), image.width), text_y, "end"
+    return max(min(left, image.width - length), 0), text_y, "start"

@@ -11,7 +11,8 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from PIL import Image
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
+from torchvision.models import mobilenet_v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import boxes as box_ops
@@ -19,21 +20,12 @@ from coin_ray import storage
 from coin_ray.config import Detector
 from coin_ray.data.views import fit
 from coin_ray.errors import InputError
+from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
 from coin_ray.structures import Detections
 
 FORMAT = 1
-
-
-class FixedEmbeddings(nn.Module):
-    """Class embeddings [K+1, D] that were computed at export."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values, requires_grad=False)
-
-    def forward(self) -> Tensor:
-        return self.values
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +53,7 @@ def write_exported(detector: ClipDetector, classes: Sequence[str], folder: str) 
         "format": FORMAT,
         "classes": list(classes),
         "embedding_size": weights["prompts.values"].shape[1],
-        "visual": visual_shape(detector.tower.visual),
+        "visual": visual_shape(detector.tower.visual) if isinstance(detector.tower, ClipTower) else {},
         "detector": dataclasses.asdict(detector.config),
     }
     data = save(weights)
@@ -78,12 +70,14 @@ def load_exported(folder: str) -> Predictor:
     description: dict[str, Any] = storage.read_json(place)
     if description["format"] != FORMAT:
         raise InputError(f"{place} has format {description['format']}, this version reads {FORMAT}; export the model again")
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["detector"].items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["detector"].items()}
+    fields["background"] = "prompt"  # whatever was learned is in the embeddings
+    settings = Detector(**fields)
     classes = tuple(description["classes"])
     size = description["embedding_size"]
-    visual = ModifiedResNet(output_dim=size, heads=1, **description["visual"])
-    prompts = FixedEmbeddings(torch.zeros(len(classes) + 1, size))
-    detector = ClipDetector(visual, prompts, len(classes), size, Detector(**settings), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    prompts = ClassVectors(torch.zeros(len(classes) + 1, size), learned=False)
+    tower = empty_tower(settings, description["visual"])
+    detector = ClipDetector(tower, prompts, len(classes), size, settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
     missing, unexpected = detector.load_state_dict(weights, strict=False)
     if unexpected or [name for name in missing if name != "background"]:
@@ -91,8 +85,15 @@ def load_exported(folder: str) -> Predictor:
     return Predictor(classes, detector.eval())
 
 
+def empty_tower(config: Detector, visual: dict[str, Any]) -> Tower:
+    """A tower of the exported kind and shape, its weights still to be loaded."""
+    if config.backbone == "mobilenet_v2":
+        return MobileNetTower(mobilenet_v2(), config.batch_norm)
+    return ClipTower(ModifiedResNet(output_dim=1, heads=1, **visual), config.batch_norm)
+
+
 def visual_shape(visual: nn.Module) -> dict[str, Any]:
-    """Arguments that rebuild a ModifiedResNet of the same shape; attention pooling is not part of a detector."""
+    """Arguments that rebuild a ModifiedResNet (of ``detector.backbone`` clip) of the same shape; attention pooling is not part of a detector."""
     stages = [getattr(visual, f"layer{i}") for i in range(1, 5)]
     side = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]  # type: ignore[index]
     return {"layers": [len(s) for s in stages], "width": int(visual.conv3.out_channels), "image_size": side}  # type: ignore[union-attr,arg-type]

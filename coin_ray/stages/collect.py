@@ -28,6 +28,7 @@ from coin_ray.cloud.protocol import RawDetections
 from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.data.canonical import canonical_image, decode_rgb
 from coin_ray.errors import CloudError, InputError
+from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.serving.launch import local_cloud
 from coin_ray.stages.cluster import ensure_ray
 from coin_ray.stages.progress import bar
@@ -74,6 +75,7 @@ def run(context: Context) -> dict[str, Any]:
 def _collect(context: Context, todo: pa.Table, parts: str, total: int) -> None:
     config = context.config
     spent = Journal.open(journal_uri(context.root)).spent()
+    load_backbone(config)  # what training will need is there, and fits, before a call is paid
     governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)  # type: ignore[attr-defined]
     with _service(config.cloud, context.root) as url:
         _check_service(config, url, context.root)

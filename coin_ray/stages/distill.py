@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 from coin_ray import storage, tables
-from coin_ray.clip.encoder import class_embeddings, load_clip
 from coin_ray.config import PipelineConfig
 from coin_ray.data.examples import Example
+from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.stages.fitting import Fit, fit, load_weights
-from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows
+from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows, standing_labels
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.training.distill import Distillation
@@ -24,8 +24,9 @@ def run(context: Context) -> dict[str, Any]:
     cloud = collected(context.inputs["collect"], "cloud", config)
     frozen = storage.read_table(storage.join(context.inputs["separate"], "clip_detector.parquet"))
     clip = tables.read_detections(frozen, len(config.classes))
+    standing = standing_labels(cloud, context.inputs["collect"], config)
     examples = [
-        Example(i, str(row["uri"]), {"cloud": cloud_knowledge(cloud[i], config.labels), "clip": clip[i]})
+        Example(i, str(row["uri"]), {"cloud": cloud_knowledge(cloud[i], config.labels), "clip": clip[i], "clip_labels": standing[i]})
         for row in image_rows(context.inputs["images"], "train")
         if (i := str(row["image_id"])) in cloud
     ]
@@ -37,15 +38,15 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def make(config: PipelineConfig, teacher_weights: str) -> Distillation:
-    """The teacher is the CLIP detector; the student starts from CLIP, as published, or from the CLIP detector too."""
-    clip = load_clip(config.clip)
-    student = build_detector(clip, config.classes, config.detector, seed=config.seed + 1)
-    teacher = build_detector(clip, config.classes, config.detector, seed=config.seed)
+    """The teacher is the CLIP detector; the student starts from the backbone, as published, or from the CLIP detector too."""
+    backbone = load_backbone(config)
+    student = build_detector(backbone, config.classes, config.detector, seed=config.seed + 1)
+    teacher = build_detector(backbone, config.classes, config.detector, seed=config.seed)
     weights = load_weights(teacher_weights)
     teacher.load_state_dict(weights)
     if config.distill.start_from == "clip_detector":
         student.load_state_dict(weights)
-    return Distillation(student, teacher, class_embeddings(clip, config.classes, config.clip), config.distill, config.separate)
+    return Distillation(student, teacher, starting_embeddings(backbone, config), config.distill, config.separate)
 
 
 def finish(task: Task) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.clip.encoder import load_clip
+from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.serving.exported import write_exported
 from coin_ray.stages.fitting import load_weights
@@ -16,8 +16,7 @@ from coin_ray.steps import Context
 def run(context: Context) -> dict[str, Any]:
     """Write ``model.safetensors`` and ``model.json``; ``coin_ray.serving.exported.load`` reads them."""
     config = context.config
-    clip = load_clip(config.clip)
-    student = build_detector(clip, config.classes, config.detector, seed=config.seed)
+    student = build_detector(load_backbone(config), config.classes, config.detector, seed=config.seed)
     student.load_state_dict(load_weights(storage.join(context.inputs["distill"], WEIGHTS)))
     size = write_exported(student.eval(), config.classes, context.folder)
     return {"bytes": size, "parameters": sum(p.numel() for p in student.parameters())}

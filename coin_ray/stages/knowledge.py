@@ -48,6 +48,14 @@ def clip_labelled(cloud: Detections, clip: Detections, labels: Labels) -> Detect
     return clip[used]
 
 
+def standing_labels(cloud: dict[str, Detections], folder: str, config: PipelineConfig) -> dict[str, Detections]:
+    """CLIP's labels that stand beside the CLIP detector's results in separation: none, unless ``separate.clip_labels``."""
+    if not config.separate.clip_labels or config.collect.labeler == "none":
+        return {i: Detections.empty(len(config.classes)) for i in cloud}
+    clip = collected(folder, "clip_labels", config)
+    return {i: clip_labelled(cloud[i], clip[i], config.labels) for i in cloud}
+
+
 def labels_for(
     source: LabelSource, images: Sequence[dict[str, object]], folders: dict[str, str], config: PipelineConfig
 ) -> dict[str, Detections]:

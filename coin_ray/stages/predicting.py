@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -12,10 +11,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import boxes as box_ops
 from coin_ray import storage, tables
-from coin_ray.clip.encoder import load_clip
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.views import fit
+from coin_ray.models.faster_rcnn_clip.backbone import Backbone, load_backbone
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.stages.cluster import cluster_cpus, ensure_ray
 from coin_ray.stages.fitting import load_weights
@@ -51,8 +50,8 @@ class DetectorActor:
     def __init__(self, weights: dict[str, str], config: PipelineConfig) -> None:
         self.config = config
         torch.set_num_threads(max(1, int(ray.cluster_resources().get("CPU", 1))))
-        clip = load_clip(config.clip)
-        self.detectors = {name: _load(uri, clip, config) for name, uri in weights.items()}
+        backbone = load_backbone(config)
+        self.detectors = {name: _load(uri, backbone, config) for name, uri in weights.items()}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = []
@@ -77,7 +76,7 @@ def predict(detector: ClipDetector, originals: Sequence[torch.Tensor]) -> list[D
     ]
 
 
-def _load(uri: str, clip: Any, config: PipelineConfig) -> ClipDetector:
-    detector = build_detector(clip, config.classes, config.detector, seed=config.seed)
+def _load(uri: str, backbone: Backbone, config: PipelineConfig) -> ClipDetector:
+    detector = build_detector(backbone, config.classes, config.detector, seed=config.seed)
     detector.load_state_dict(load_weights(uri))
     return detector.eval()

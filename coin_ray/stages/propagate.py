@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from coin_ray.clip.encoder import class_embeddings, load_clip
 from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.data.examples import Example
+from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
-from coin_ray.pipeline import long_propagation
+from coin_ray.pipeline import baseline_training
 from coin_ray.stages.fitting import Fit, fit
 from coin_ray.stages.knowledge import image_rows, labels_for
 from coin_ray.steps import Context
@@ -23,7 +23,7 @@ def run(context: Context) -> dict[str, Any]:
     """Write ``detector.pt`` and ``curve.json``."""
     config = context.config
     source = context.options["labels"]
-    propagate = config.propagate if source == "clip" else long_propagation(config)
+    propagate = config.propagate if source == "clip" else baseline_training(config)
     images = image_rows(context.inputs["images"], "train")
     labels = labels_for(source, images, dict(context.inputs), config)
     examples = [
@@ -36,9 +36,9 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def make(config: PipelineConfig, propagate: Propagate) -> Propagation:
-    clip = load_clip(config.clip)
-    detector = build_detector(clip, config.classes, config.detector, seed=config.seed)
-    return Propagation(detector, class_embeddings(clip, config.classes, config.clip), propagate)
+    backbone = load_backbone(config)
+    detector = build_detector(backbone, config.classes, config.detector, seed=config.seed)
+    return Propagation(detector, starting_embeddings(backbone, config), propagate)
 
 
 def finish(task: Task) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coin_ray import storage, tables
-from coin_ray.config import PipelineConfig
+from coin_ray.config import DemoScenes, PipelineConfig
 from coin_ray.configfile import to_yaml
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.report.page import Box, GalleryImage, build_page
@@ -28,14 +28,18 @@ def run(context: Context) -> dict[str, Any]:
     manifests = {name: storage.read_json(storage.join(folder, "manifest.json")) for name, folder in context.inputs.items()}
     summary = summarise(config, manifests)
     per_class = {name: [float("nan") if v is None else v for v in values] for name, values in summary.get("per_class", {}).items()}
-    page = build_page(summary, per_class, _curves(context), _gallery(context), to_yaml(config), _command(config))
+    page = build_page(summary, per_class, _curves(context), _gallery(context), to_yaml(config), _command(context))
     path = storage.join(context.folder, "report.html")
     storage.write_bytes(path, page.encode())
     return {"page": path, "bytes": len(page.encode())}
 
 
-def _command(config: PipelineConfig) -> str:
-    return f"python pipelines/full.py {config.preset} --seed {config.seed}"
+def _command(context: Context) -> str:
+    """The demo by its name; other runs read paths, which are in the config beside the steps."""
+    config = context.config
+    if isinstance(config.data, DemoScenes):
+        return f"python pipelines/full.py {config.preset} --seed {config.seed}"
+    return f"python pipelines/full.py --config {storage.join(context.root, 'config.yaml')}"
 
 
 def _curves(context: Context) -> list[tuple[str, int, str, float]]:

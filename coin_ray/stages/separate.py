@@ -12,11 +12,11 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.fusion.separate import separate
-from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows
+from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows, standing_labels
 from coin_ray.stages.predicting import predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
-from coin_ray.structures import Separation
+from coin_ray.structures import Detections, Separation
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def run(context: Context) -> dict[str, Any]:
     storage.write_table(storage.join(context.folder, "clip_detector.parquet"), found)
     clip = tables.read_detections(found, len(config.classes))
     cloud = collected(context.inputs["collect"], "cloud", config)
+    standing = standing_labels(cloud, context.inputs["collect"], config)
     rows, counts = [], {"consistent": 0, "inconsistent": 0, "private": 0}
     for number, image in enumerate(images):
         image_id = str(image["image_id"])
@@ -35,7 +36,8 @@ def run(context: Context) -> dict[str, Any]:
             continue
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         ours = cloud_knowledge(cloud[image_id], config.labels)
-        parts = separate(ours, clip[image_id], config.separate, fuse_boxes=True, generator=generator)
+        theirs = Detections.cat([clip[image_id], standing[image_id]])
+        parts = separate(ours, theirs, config.separate, fuse_boxes=True, generator=generator)
         for kind in counts:
             counts[kind] += len(getattr(parts, kind))
         rows.append(_row(image_id, parts))

@@ -56,7 +56,7 @@ class Distillation:
         ckg_losses: dict[str, Tensor] = {}
         if step >= config.prototypes_from:
             ckg_losses = self.train_ckg(view, step)
-            if burnt_up:
+            if step >= (config.burn_up if config.inconsistent_from is None else config.inconsistent_from):
                 fused = self.fuse(view.regions.embedded[view.on_inconsistent], view.inconsistent)
                 on_inconsistent = view.regions.logits[view.on_inconsistent]
                 losses["inconsistent"] = config.inconsistent * distillation.inconsistent_regions(
@@ -69,7 +69,8 @@ class Distillation:
 
     def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
         """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view)."""
-        clip = self.look_with_teacher(batch.weak) if burnt_up else batch.knowledge["clip"]
+        results = self.look_with_teacher(batch.weak) if burnt_up else batch.knowledge["clip"]
+        clip = [Detections.cat(parts) for parts in zip(results, batch.knowledge["clip_labels"], strict=True)]
         fuse = self.separation.fused_boxes == "always" or (self.separation.fused_boxes == "after_burn_up" and burnt_up)
         return [
             separate(ours, theirs, self.separation, fuse_boxes=fuse, generator=generator)

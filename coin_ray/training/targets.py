@@ -59,7 +59,9 @@ def anchor_targets(
     candidates = torch.cat([objects, separation.private.boxes])
     matched = torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD)
     if len(candidates):
-        matched = Matcher(RPN_POSITIVE, RPN_NEGATIVE, allow_low_quality_matches=True)(box_iou(candidates, anchors))
+        overlap = box_iou(candidates, anchors)
+        matched = Matcher(RPN_POSITIVE, RPN_NEGATIVE, allow_low_quality_matches=True)(overlap)
+        matched[overlap.amax(0) <= 0] = Matcher.BELOW_LOW_THRESHOLD  # a box that meets no anchor has its best match in all of them
     matched[~inside(anchors, size)] = Matcher.BETWEEN_THRESHOLDS
     positive = ((matched >= 0) & (matched < len(objects))).nonzero()[:, 0]
     negative = (matched == Matcher.BELOW_LOW_THRESHOLD).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The CLIP detector and the target detector: Faster R-CNN on CLIP's visual tower with a text head (paper section 3.2)."""
+"""The CLIP detector and the target detector: Faster R-CNN on a visual tower with a text head (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from coin_ray import boxes as box_ops
-from coin_ray.clip.encoder import ClipModel
-from coin_ray.clip.prompts import LearnedPrompts
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, Regions
+from coin_ray.models.faster_rcnn_clip.backbone import Backbone, new_embeddings, new_tower
 from coin_ray.models.faster_rcnn_clip.rpn import Proposed, RegionProposals
-from coin_ray.models.faster_rcnn_clip.tower import ClipTower
+from coin_ray.models.faster_rcnn_clip.tower import Tower
 from coin_ray.structures import Detections
 
 STRIDE = 16
@@ -63,7 +62,7 @@ class RegionHead(nn.Module):
 class ClipDetector(nn.Module):
     """Faster R-CNN whose classes are embeddings: of learned prompts in training, fixed ones after export.
 
-    ``visual``: an open_clip ModifiedResNet, copied. ``prompts``: a module whose forward gives [K+1, D], background last.
+    ``prompts``: a module whose forward gives [K+1, D], background last.
     """
 
     mean: Tensor
@@ -71,7 +70,7 @@ class ClipDetector(nn.Module):
 
     def __init__(
         self,
-        visual: nn.Module,
+        tower: Tower,
         prompts: nn.Module,
         num_classes: int,
         embedding_size: int,
@@ -81,7 +80,7 @@ class ClipDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
-        self.tower = ClipTower(visual, config.batch_norm)
+        self.tower = tower
         self.rpn = RegionProposals(self.tower.shared_channels, config)
         self.head = RegionHead(self.tower.regional_channels, embedding_size, config)
         self.prompts = prompts
@@ -99,9 +98,10 @@ class ClipDetector(nn.Module):
         """[K+1, D] unit length, background last; computed once while evaluating."""
         if self.cached_embeddings is not None:
             return self.cached_embeddings
-        embeddings = self.prompts()
-        background = F.normalize(embeddings[-1] + self.background, dim=0)
-        embeddings = torch.cat([embeddings[:-1], background[None]])
+        embeddings: Tensor = self.prompts()
+        if self.config.background == "learned":
+            background = F.normalize(embeddings[-1] + self.background, dim=0)
+            embeddings = torch.cat([embeddings[:-1], background[None]])
         if not self.training:
             self.cached_embeddings = embeddings.detach()
         return embeddings
@@ -146,9 +146,9 @@ class ClipDetector(nn.Module):
         return Detections(boxes[region[kept]], scores[kept], label[kept], probabilities[region[kept]])
 
 
-def build_detector(clip: ClipModel, classes: Sequence[str], config: Detector, *, seed: int) -> ClipDetector:
-    """A fresh detector: CLIP's visual weights and prompts, everything else drawn from ``seed``."""
+def build_detector(backbone: Backbone, classes: Sequence[str], config: Detector, *, seed: int) -> ClipDetector:
+    """A fresh detector: the backbone's visual weights and class embeddings, everything else drawn from ``seed``."""
     torch.manual_seed(seed)
-    prompts = LearnedPrompts(clip, classes, config.context_tokens)
-    visual: nn.Module = clip.network.visual  # type: ignore[assignment]
-    return ClipDetector(visual, prompts, len(classes), clip.embedding_size, config, clip.mean, clip.std)
+    prompts = new_embeddings(backbone, classes, config)
+    tower = new_tower(backbone, config)
+    return ClipDetector(tower, prompts, len(classes), backbone.embedding_size, config, backbone.mean, backbone.std)

@@ -1,50 +1,97 @@
-"""CLIP's visual tower as the two halves of a Faster R-CNN with a C4 backbone (paper section 3.2)."""
+"""Visual towers as the two halves of a Faster R-CNN with a C4 backbone (paper section 3.2)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+BatchNorm = Literal["frozen", "live"]
 
-class ClipTower(nn.Module):
-    """``shared`` (G1: stem and stages 1-3, stride 16) feeds the RPN and RoIAlign; ``regional`` (G2: stage 4, mean pooled) describes RoIs.
 
-    Stem and stage 1 are frozen. Attention pooling is left out: the detector has its own embedding layer.
+class Tower(nn.Module):
+    """``shared`` (G1, stride 16) feeds the RPN and RoIAlign, ``regional`` (G2, mean pooled) describes RoIs.
+
+    The first layers, ``frozen``, are never trained and always in evaluation mode.
     """
 
-    def __init__(self, visual: nn.Module, batch_norm: Literal["frozen", "live"]) -> None:
+    shared_channels: int
+    regional_channels: int
+    frozen: Sequence[nn.Module] = ()
+
+    def freeze(self, layers: Sequence[nn.Module]) -> None:
+        self.frozen = layers
+        for layer in layers:
+            layer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Tower:
+        super().train(mode)
+        for layer in self.frozen:
+            layer.eval()
+        return self
+
+    def shared(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, shared_channels, H/16, W/16]."""
+        raise NotImplementedError
+
+    def regional(self, pooled: Tensor) -> Tensor:
+        """RoIAligned maps [R, shared_channels, s, s] -> [R, regional_channels]."""
+        raise NotImplementedError
+
+
+class ClipTower(Tower):
+    """CLIP's ModifiedResNet, copied: stem and stages 1-3 are shared, stage 4 is regional; stem and stage 1 are frozen.
+
+    Attention pooling is left out: the detector has its own embedding layer.
+    """
+
+    def __init__(self, visual: nn.Module, batch_norm: BatchNorm) -> None:
         super().__init__()
         tower = copy.deepcopy(visual).requires_grad_(True)
         tower.attnpool = nn.Identity()
         if batch_norm == "frozen":
             freeze_batch_norm(tower)
         self.visual = tower.to(memory_format=torch.channels_last)  # twice as fast on CPU
-        self.frozen = [m for name, m in tower.named_children() if not name.startswith(("layer2", "layer3", "layer4"))]
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.freeze([m for name, m in tower.named_children() if not name.startswith(("layer2", "layer3", "layer4"))])
         self.shared_channels = int(tower.layer3[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
         self.regional_channels = int(tower.layer4[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
 
-    def train(self, mode: bool = True) -> ClipTower:
-        super().train(mode)
-        for module in self.frozen:
-            module.eval()
-        return self
-
     def shared(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, C3, H/16, W/16]."""
         visual = self.visual
         with torch.no_grad():
             early = visual.layer1(visual.stem(pixels.contiguous(memory_format=torch.channels_last)))  # type: ignore[operator]
         return visual.layer3(visual.layer2(early))  # type: ignore[operator,no-any-return]
 
     def regional(self, pooled: Tensor) -> Tensor:
-        """RoIAligned maps [R, C3, s, s] -> [R, C4]."""
         return self.visual.layer4(pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[operator,no-any-return]
+
+
+class MobileNetTower(Tower):
+    """torchvision's MobileNetV2, copied: the blocks up to stride 16 are shared, the rest is regional; those up to stride 4 are frozen."""
+
+    FROZEN, SHARED = 4, 14
+
+    def __init__(self, network: nn.Module, batch_norm: BatchNorm) -> None:
+        super().__init__()
+        blocks: nn.Sequential = copy.deepcopy(network.features).requires_grad_(True)  # type: ignore[assignment]
+        if batch_norm == "frozen":
+            freeze_batch_norm(blocks)
+        self.features = blocks.to(memory_format=torch.channels_last)
+        self.freeze(list(blocks[: self.FROZEN]))
+        self.shared_channels = int(blocks[self.SHARED - 1].out_channels)  # type: ignore[arg-type]
+        self.regional_channels = int(blocks[-1].out_channels)  # type: ignore[arg-type]
+
+    def shared(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            early = self.features[: self.FROZEN](pixels.contiguous(memory_format=torch.channels_last))
+        return self.features[self.FROZEN : self.SHARED](early)  # type: ignore[no-any-return]
+
+    def regional(self, pooled: Tensor) -> Tensor:
+        return self.features[self.SHARED :](pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[no-any-return]
 
 
 def freeze_batch_norm(module: nn.Module) -> None:

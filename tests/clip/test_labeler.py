@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import CLASSES, TEMPLATES, tiny_clip
+from torch import Tensor
+from torchvision.transforms.v2.functional import normalize, resize
+
+from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
+
+
+@pytest.fixture(scope="module", params=["roi", "crop"])
+def labeler(request: pytest.FixtureRequest) -> Labeler:
+    clip = tiny_clip()
+    return RoiLabeler(clip, CLASSES, TEMPLATES, 64, 128) if request.param == "roi" else CropLabeler(clip, CLASSES, TEMPLATES)
+
+
+def picture(height: int = 90, width: int = 120) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+BOXES = torch.tensor([[10.0, 10, 60, 50], [50, 30, 110, 80], [0, 0, 120, 90]])
+
+
+def test_rows_are_probabilities(labeler: Labeler) -> None:
+    found = labeler(picture(), BOXES)
+    assert found.shape == (3, len(CLASSES) + 1)
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+    assert float((found[0] - found[1]).abs().max()) > 1e-4
+
+
+def test_each_box_is_judged_by_itself(labeler: Labeler) -> None:
+    together, alone = labeler(picture(), BOXES), labeler(picture(), BOXES[1:2])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_no_boxes(labeler: Labeler) -> None:
+    assert labeler(picture(), torch.zeros(0, 4)).shape == (0, len(CLASSES) + 1)
+
+
+@pytest.mark.parametrize("box", [[119.6, 89.7, 119.9, 89.9], [5.0, 5, 5, 5], [-10.0, -10, 20, 20], [100.0, 60, 200, 200]])
+def test_boxes_at_the_edge(labeler: Labeler, box: list[float]) -> None:
+    assert bool(torch.isfinite(labeler(picture(), torch.tensor([box]))).all())
+
+
+def test_boxes_follow_the_resize_to_the_labelers_view() -> None:
+    """Twice the picture, twice the boxes: the same view and labels."""
+    labeler = RoiLabeler(tiny_clip(), CLASSES, TEMPLATES, 64, 128)
+    large = picture(128, 192)
+    small = resize(large, [64, 96])
+    box = torch.tensor([[16.0, 8, 64, 56]])
+    torch.testing.assert_close(labeler(small, box), labeler(large, 2 * box))
+
+
+def test_a_crop_of_everything_is_clip_on_the_image() -> None:
+    clip, image = tiny_clip(), picture(80, 80)
+    labeler = CropLabeler(clip, CLASSES, TEMPLATES)
+    pixels = normalize(resize(image, [64, 64], antialias=True)[None].float() / 255, list(clip.mean), list(clip.std))
+    encoded = clip.network.encode_image(pixels, normalize=True)  # type: ignore[operator]
+    expected = (clip.network.logit_scale.exp() * encoded @ labeler.embeddings.T).softmax(-1)  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(labeler(image, torch.tensor([[0.0, 0, 80, 80]])), expected, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import SIZES, examples, tiny_config, tiny_fit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coin_ray.data.examples import Batch, ImageCache, batches, rows_of_step
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
+def test_every_epoch_holds_each_image_once(count: int, batch: int, seed: int) -> None:
+    epochs = 3
+    seen = [row for step in range(-(-epochs * count // batch)) for row in rows_of_step(step, count, batch, seed)]
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    orders = [tuple(rows_of_step(0, 20, 20, seed)) for seed in range(3)] + [tuple(rows_of_step(1, 20, 20, 0))]
+    assert len(set(orders)) == 4
+
+
+def test_batch_size_does_not_change_the_order() -> None:
+    assert rows_of_step(0, 9, 6, 5) == rows_of_step(0, 9, 3, 5) + rows_of_step(1, 9, 3, 5)
+
+
+FIT, DETECTOR = tiny_fit(steps=4, batch=4), tiny_config()
+
+
+def load(folder: Path, *, first: int = 0, rank: int = 0, workers: int = 1, seed: int = 3) -> list[Batch]:
+    return list(batches(examples(folder), FIT, DETECTOR, seed=seed, first=first, rank=rank, workers=workers))
+
+
+def assert_same(a: Batch, b: Batch, places: list[int]) -> None:
+    """Batch ``a`` holds what batch ``b`` has at ``places``."""
+    for name in ("weak", "strong"):
+        assert all(torch.equal(x, getattr(b, name)[p]) for x, p in zip(getattr(a, name), places, strict=True))
+    for name, found in a.knowledge.items():
+        assert all(torch.equal(x.boxes, b.knowledge[name][p].boxes) for x, p in zip(found, places, strict=True))
+    for generator, place in zip(a.generators, places, strict=True):
+        assert torch.equal(generator.get_state(), b.generators[place].get_state())
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_see_together_what_one_sees(tmp_path: Path, workers: int) -> None:
+    alone = load(tmp_path)
+    for rank in range(workers):
+        for ours, all_of_it in zip(load(tmp_path, rank=rank, workers=workers), alone, strict=True):
+            assert_same(ours, all_of_it, list(range(rank, FIT.batch, workers)))
+
+
+def test_a_resumed_run_sees_the_same(tmp_path: Path) -> None:
+    for resumed, whole in zip(load(tmp_path, first=2), load(tmp_path)[2:], strict=True):
+        assert_same(resumed, whole, list(range(FIT.batch)))
+
+
+def test_steps_and_seeds_differ(tmp_path: Path) -> None:
+    found, other = load(tmp_path), load(tmp_path, seed=4)
+    states = [g.get_state() for b in [*found, *other] for g in b.generators]
+    assert len({s.numpy().tobytes() for s in states}) == len(states)
+
+
+def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
+    """The first cloud box begins at (4, 4) of the original: after a mirror it ends 4 original pixels before the right edge."""
+    mirrored = 0
+    for batch in load(tmp_path):
+        for weak, strong, cloud in zip(batch.weak, batch.strong, batch.knowledge["cloud"], strict=True):
+            assert weak.shape == strong.shape
+            height, width = weak.shape[1:]
+            assert min(height, width) <= DETECTOR.short_side
+            assert max(height, width) <= DETECTOR.long_side
+            originals = [s for s in SIZES if abs(s[0] / s[1] - width / height) < 0.02]
+            left, right = float(cloud.boxes[0, 0]), float(cloud.boxes[0, 2])
+            factors = [width / s[0] for s in originals]
+            plain = any(abs(left - 4 * f) < 1e-3 for f in factors)
+            assert plain or any(abs(width - right - 4 * f) < 1e-3 for f in factors)
+            mirrored += not plain
+    assert 0 < mirrored < 16
+
+
+def test_without_augmentation_both_views_are_the_same(tmp_path: Path) -> None:
+    fit = replace(FIT, augmentation=0.0)
+    for batch in batches(examples(tmp_path), fit, DETECTOR, seed=0, first=0, rank=0, workers=1):
+        assert all(torch.equal(a, b) for a, b in zip(batch.weak, batch.strong, strict=True))
+
+
+def test_cache_keeps_what_fits(tmp_path: Path) -> None:
+    uris = [e.uri for e in examples(tmp_path)]
+    cache = ImageCache(limit=3 * SIZES[0][0] * SIZES[0][1])
+    assert cache[uris[0]].shape == (3, SIZES[0][1], SIZES[0][0])
+    assert cache[uris[1]].shape == (3, SIZES[1][1], SIZES[1][0])
+    assert list(cache.images) == [uris[0]]
+    assert cache[uris[0]] is cache[uris[0]]

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import CLASSES, tiny_clip, tiny_detector
+from PIL import Image
+from torch import Tensor
+
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
+from coin_ray.models.faster_rcnn_clip.rpn import inside
+from coin_ray.presets import DEMO_CLASSES, DEMO_CLIP, TINY_DETECTOR
+from coin_ray.serving.exported import load_exported, write_exported
+from coin_ray.structures import Detections
+
+
+def images(*sizes: tuple[int, int]) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (3, *size), generator=draw, dtype=torch.uint8) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def detector() -> ClipDetector:
+    return tiny_detector().eval()
+
+
+def predict(detector: ClipDetector, *pixels: Tensor) -> list[Detections]:
+    return detector.predict(detector.prepare(pixels))
+
+
+def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> None:
+    sizes = (64, 96), (90, 60), (71, 65)
+    for found, (height, width) in zip(predict(detector, *images(*sizes)), sizes, strict=True):
+        assert 0 < len(found) <= detector.config.detections
+        assert found.num_classes == len(CLASSES)
+        assert bool((found.boxes >= 0).all())
+        assert float(found.boxes[:, 0::2].max()) <= width
+        assert float(found.boxes[:, 1::2].max()) <= height
+        assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+        assert float(found.scores.min()) > detector.config.score_min
+        torch.testing.assert_close(found.probs.sum(1), torch.ones(len(found)))
+        assert torch.equal(found.probs.gather(1, found.labels[:, None])[:, 0], found.scores)
+
+
+def test_classes_of_one_region_share_its_box_bit_for_bit() -> None:
+    detector = tiny_detector(score_min=0.0, detections=100).eval()
+    found = predict(detector, *images((64, 96)))[0]
+    boxes = [tuple(b) for b in found.boxes.tolist()]
+    regions = {tuple(p) for p in found.probs.tolist()}
+    assert len(set(boxes)) == len(regions) < len(boxes)
+
+
+def test_no_region_above_the_threshold() -> None:
+    found = predict(tiny_detector(score_min=1.0).eval(), *images((64, 64)))[0]
+    assert (len(found), found.num_classes) == (0, len(CLASSES))
+
+
+def test_order_in_the_batch_does_not_matter(detector: ClipDetector) -> None:
+    first, second, third = images((64, 96), (64, 96), (64, 96))
+    forward, backward = predict(detector, first, second, third), predict(detector, third, second, first)[::-1]
+    for a, b in zip(forward, backward, strict=True):
+        torch.testing.assert_close(a.boxes, b.boxes, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-4)
+
+
+def test_neighbours_do_not_matter_with_the_same_padding(detector: ClipDetector) -> None:
+    small, large = images((64, 64), (96, 128))
+    together = predict(detector, small, large)[0]
+    alone = detector.predict(detector.prepare([small], (96, 128)))[0]
+    torch.testing.assert_close(together.boxes, alone.boxes, atol=1e-3, rtol=1e-4)
+
+
+def test_padding_reaches_only_features_near_it(detector: ClipDetector) -> None:
+    """Convolutions see the padding: features further away are the same, so are RoIs on them."""
+    (image,) = images((64, 256))
+    plain, padded = detector.prepare([image]), detector.prepare([image], (64, 320))
+    assert padded.pixels.shape[-1] == 320
+    with torch.no_grad():
+        a, b = detector.tower.shared(plain.pixels), detector.tower.shared(padded.pixels)
+        torch.testing.assert_close(
+            a[..., :10],
+            b[
+                ...,
+                :10,
+            ][..., :10],
+        )
+        assert not torch.allclose(a[..., -1], b[..., 15])
+        boxes = [torch.tensor([[8.0, 4, 90, 60]])]
+        torch.testing.assert_close(detector.describe(a, boxes).logits, detector.describe(b, boxes).logits)
+
+
+def test_prepare_normalises_and_pads(detector: ClipDetector) -> None:
+    batch = detector.prepare([torch.full((3, 40, 70), 255, dtype=torch.uint8), torch.zeros(3, 33, 20, dtype=torch.uint8)])
+    assert batch.pixels.shape == (2, 3, 64, 96)
+    assert batch.sizes == ((40, 70), (33, 20))
+    torch.testing.assert_close(batch.pixels[0, :, 0, 0], (1 - detector.mean[:, 0, 0]) / detector.std[:, 0, 0])
+    assert float(batch.pixels[0, :, 40:].abs().max()) == float(batch.pixels[0, :, :, 70:].abs().max()) == 0
+
+
+def test_inside() -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [55, 0, 64, 10], [57, 0, 75, 10], [0, 60, 10, 80]])
+    assert inside(anchors, (64, 64)).tolist() == [True, True, False, False]
+
+
+def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
+    one, two, other = (build_detector(tiny_clip(), CLASSES, tiny_detector().config, seed=s) for s in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
+    assert torch.equal(one.tower.visual.conv1.weight, other.tower.visual.conv1.weight)  # type: ignore[union-attr,arg-type]
+    assert (tiny_detector().background.requires_grad, tiny_detector(background="prompt").background.requires_grad) == (True, False)
+
+
+def test_stem_and_first_stage_are_frozen() -> None:
+    detector = tiny_detector().train()
+    batch = detector.prepare(images((64, 64)))
+    shared, proposed = detector.propose(batch)
+    detector.describe(shared, proposed.boxes).logits.sum().backward()
+    moving = {n.split(".")[2] for n, p in detector.named_parameters() if n.startswith("tower.") and p.grad is not None}
+    assert moving == {"layer2", "layer3", "layer4"}
+
+
+def test_cached_embeddings_are_forgotten_when_training_goes_on() -> None:
+    detector = tiny_detector().eval()
+    detector.class_embeddings()
+    before = detector.class_embeddings()
+    assert detector.class_embeddings() is before
+    with torch.no_grad():
+        detector.background.add_(1)
+    assert not torch.equal(detector.train().class_embeddings(), before)
+    assert not torch.equal(detector.eval().class_embeddings(), before)
+
+
+@pytest.mark.parametrize("live", ["frozen", "live"])
+def test_batch_statistics_move_only_when_live(live: Any) -> None:
+    detector = tiny_detector(batch_norm=live).train()
+    before = {n: b.clone() for n, b in detector.named_buffers() if "running" in n}
+    detector.tower.shared(detector.prepare(images((64, 64))).pixels)
+    moved = {n.split(".")[2] for n, b in detector.named_buffers() if "running" in n and not torch.equal(b, before[n])}
+    assert moved == ({"layer2", "layer3"} if live == "live" else set())
+
+
+@pytest.mark.parametrize("background", ["learned", "prompt"])
+def test_exported_model_predicts_the_same_bits(background: str, tmp_path: Path) -> None:
+    detector = tiny_detector(background=background).eval()
+    with torch.no_grad():
+        detector.background.add_(0.3 if background == "learned" else 0)
+    size = write_exported(detector, CLASSES, str(tmp_path))
+    loaded = load_exported(str(tmp_path))
+    assert loaded.classes == CLASSES
+    assert size == (tmp_path / "model.safetensors").stat().st_size
+    for sizes in [((64, 96),), ((64, 64), (96, 60))]:
+        for ours, theirs in zip(predict(detector, *images(*sizes)), predict(loaded.detector, *images(*sizes)), strict=True):
+            assert len(ours)
+            for name in ("boxes", "scores", "labels", "probs"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_export_holds_no_text(tmp_path: Path) -> None:
+    write_exported(tiny_detector().eval(), CLASSES, str(tmp_path))
+    from safetensors.torch import load_file
+
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {n for n in names if n.startswith("prompts")} == {"prompts.values"}
+    assert not [n for n in names if "text" in n or "token" in n or "context" in n or "attnpool" in n or n.startswith("background")]
+    assert json.loads((tmp_path / "model.json").read_text())["classes"] == list(CLASSES)
+
+
+def test_exported_model_answers_in_the_images_own_pixels(tmp_path: Path) -> None:
+    write_exported(tiny_detector().eval(), CLASSES, str(tmp_path))
+    found = load_exported(str(tmp_path))(Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 800, 3), np.uint8)))
+    assert len(found)
+    assert float(found.boxes.max()) > 200
+    assert float(found.boxes[:, 2].max()) <= 800.01
+
+
+def test_the_demos_clip_makes_a_detector() -> None:
+    from coin_ray.clip.encoder import load_clip
+
+    detector = build_detector(load_clip(DEMO_CLIP), DEMO_CLASSES, TINY_DETECTOR, seed=0).eval()
+    assert predict(detector, *images((96, 96)))[0].num_classes == len(DEMO_CLASSES)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import tiny_clip
+from torch import nn
+from torchvision.models import mobilenet_v2
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from coin_ray.models.faster_rcnn_clip.tower import BatchNorm, ClipTower, MobileNetTower, Tower
+
+NAMES = ["clip", "mobilenet_v2"]
+
+
+def tower(name: str, batch_norm: BatchNorm = "frozen") -> Tower:
+    torch.manual_seed(0)
+    if name == "clip":
+        return ClipTower(tiny_clip().network.visual, batch_norm)  # type: ignore[arg-type]
+    return MobileNetTower(mobilenet_v2(), batch_norm)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_at_stride_16_and_of_regions(name: str) -> None:
+    made = tower(name).eval()
+    shared = made.shared(torch.randn(2, 3, 64, 96))
+    assert shared.shape == (2, made.shared_channels, 4, 6)
+    assert made.regional(torch.randn(5, made.shared_channels, 4, 4)).shape == (5, made.regional_channels)
+
+
+def test_mobilenet_is_the_whole_network_when_one_region_is_the_whole_map() -> None:
+    network = mobilenet_v2().eval()
+    made = MobileNetTower(network, "frozen").eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(made.regional(made.shared(pixels)), network.features(pixels).mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_layers_get_no_gradient_and_later_ones_do(name: str) -> None:
+    made = tower(name).train()
+    made.regional(made.shared(torch.randn(1, 3, 64, 64))).sum().backward()
+    frozen = {id(p) for layer in made.frozen for p in layer.parameters()}
+    assert frozen
+    for parameter in made.parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == (id(parameter) not in frozen)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch_norm", ["frozen", "live"])
+def test_batch_norm_is_live_only_where_asked_and_trained(name: str, batch_norm: BatchNorm) -> None:
+    made = tower(name, batch_norm).train()
+    kinds = {type(m) for m in made.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
+    assert kinds == {FrozenBatchNorm2d if batch_norm == "frozen" else nn.BatchNorm2d}
+    assert not any(m.training for layer in made.frozen for m in layer.modules())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_given_network_is_copied(name: str) -> None:
+    source: nn.Module = tiny_clip().network.visual if name == "clip" else mobilenet_v2()  # type: ignore[assignment]
+    before = {key: value.clone() for key, value in source.state_dict().items()}
+    made: Tower = ClipTower(source, "frozen") if name == "clip" else MobileNetTower(source, "frozen")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import io
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from coin_ray.report.charts import curves_by_run, stacked
+from coin_ray.report.methods import MINUS, difference, duration, points
+from coin_ray.report.page import Box, GalleryImage, build_page
+from coin_ray.report.table import print_summary
+
+VOID = {"meta", "img", "input", "br", "hr", "link"}
+
+
+class Checker(HTMLParser):
+    """Fails on tags that don't nest; collects tags, attributes and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+
+def parse(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "preset": "demo",
+        "seed": 0,
+        "classes": ["bird", "car"],
+        "map50": {
+            "cloud": 0.328,
+            "clip_labels": 0.375,
+            "static_fusion": 0.434,
+            "clip_detector": 0.369,
+            "student": 0.405,
+            "pseudo_label": 0.342,
+            "oracle": 0.623,
+        },
+        "gap_closed": 0.261,
+        "separation": {"consistent": 729, "inconsistent": 670, "private": 1362},
+        "calls": {"made": 1000, "cached": 24, "failed": 3, "cost_usd": 1.5},
+        "seconds": {"collect": 31.2, "propagate": 214.8, "distill": 402.5, "total": 673.0},
+        "versions": {"coin_ray": "0.1.0"},
+    }
+    return whole | changes
+
+
+def picture(name: str = "a.jpg", label: str = "bird") -> GalleryImage:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(stream, "JPEG")
+    box = Box((1, 2, 30, 40), label, 0.875)
+    layers = {"truth": [Box(box.xyxy, label)], "cloud": [box], "student": [box], "separation": [Box(box.xyxy, label, 0.5, "private")]}
+    return GalleryImage(stream.getvalue(), 64, 48, name, layers)
+
+
+PER_CLASS = {"cloud": [0.2, 0.4], "clip_detector": [0.3, math.nan], "student": [0.5, 0.31]}
+CURVES = [(run, step, "roi_class", 1 / (step + 1)) for run in ("distill", "propagate") for step in range(500)]
+
+
+def full(**changes: Any) -> str:
+    return build_page(summary(**changes), PER_CLASS, CURVES, [picture()], "preset: demo\n", "coin-ray demo")
+
+
+def test_shows_everything() -> None:
+    text = " ".join(parse(full(map50_unknown={"cloud": 0.158, "student": 0.19})).text.split())
+    expected = "scores 7.7 points above|40.5|32.8|+7.7|26 %|62.3|15.8|known to neither teacher|consistent 729 (26 %)|11 min 13 s|1,000"
+    for phrase in [*expected.split("|"), "$1.50", "bird .88", "roi_class", "preset: demo", "coin-ray demo", "Averaging both teachers"]:
+        assert phrase in text, phrase
+
+
+def test_opens_without_network() -> None:
+    page = full()
+    without_images = re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"https?:|[\"'(]//", without_images)
+    assert "@import" not in page
+    for tag, attributes in parse(page).tags:
+        assert tag != "link"
+        assert tag != "script" or "src" not in attributes
+        assert tag != "img" or (attributes["src"] or "").startswith("data:image/jpeg;base64,")
+
+
+def test_escapes_what_users_supply() -> None:
+    evil = '"><script>alert(1)</script>'
+    whole = summary(classes=[evil, "car"], preset=evil, versions={evil: evil}, seconds={evil: 3.0, "total": 3.0})
+    page = build_page(whole, PER_CLASS, [(evil, s, evil, 1.0) for s in range(3)], [picture(evil, evil)], evil, evil)
+    assert "<script>alert" not in page
+    assert sum(tag == "script" for tag, _ in parse(page).tags) == 1
+
+
+def test_layers_are_switched_by_checkboxes() -> None:
+    tags = parse(full()).tags
+    boxes = {a["value"]: "checked" in a for tag, a in tags if tag == "input"}
+    assert boxes == {"truth": True, "cloud": False, "student": True, "private": False}
+    hidden = {a["data-layer"]: "off" in (a["class"] or "") for tag, a in tags if "data-layer" in a}
+    assert hidden == {key: not on for key, on in boxes.items()}
+    assert [a["value"] for tag, a in tags if tag == "option"] == ["", "=bird"]
+
+
+def test_text_of_boxes_stays_inside_the_image() -> None:
+    image = GalleryImage(
+        b"", 100, 100, "edge", {"cloud": [Box((0, 0, 3, 3), "a long name", 0.5)], "student": [Box((97, 97, 100, 100), "a long name", 0.5)]}
+    )
+    page = build_page({}, {}, [], [image], "", "")
+    places = [(float(a["x"] or 0), float(a["y"] or 0), a["text-anchor"]) for tag, a in parse(page).tags if tag == "text"]
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y, _ in places)
+    assert places[0][0] > 30  # ends there
+    assert places[1][0] < 70  # starts there
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {},
+        {"preset": "folder", "classes": ["a"], "map50": {"cloud": None, "student": None}, "gap_closed": None},
+        {"map50": None, "separation": None, "calls": None, "seconds": None, "versions": None},
+        {"map50": {"student": 0.4}},
+        {"map50": {"student": math.nan, "cloud": 0.2}},
+        {"separation": {"consistent": 0, "inconsistent": 0, "private": 0}, "seconds": {"total": 0}},
+    ],
+)
+def test_leaves_out_what_is_missing(whole: dict[str, Any]) -> None:
+    text = parse(build_page(whole, {}, [], [], "", "")).text
+    assert "Examples" not in text
+    assert "nan" not in text.split()
+
+
+def test_a_run_without_truth_says_so() -> None:
+    page = build_page(summary(map50={"cloud": None, "student": None}, gap_closed=None), {}, [], [picture()], "", "")
+    assert "No annotated test images" in page
+    assert "<h2>Results</h2>" not in page
+    assert "<h2>Examples</h2>" in page
+
+
+def test_a_worse_student_is_called_worse() -> None:
+    text = parse(full(map50={"cloud": 0.4, "student": 0.35}, gap_closed=-0.2)).text
+    assert "scores 5.0 points below" in text
+    assert f"{MINUS}5.0" in text
+    assert f"{MINUS}20 %" in text
+
+
+def test_curves_are_thinned_ordered_and_finite() -> None:
+    rows = [*CURVES, ("propagate", 3, "roi_class", math.nan), ("propagate", 0, "lonely", 1.0), ("zoo", 0, "x", 0.0), ("zoo", 9, "x", 0.0)]
+    runs = curves_by_run(rows)
+    assert [run.name for run in runs] == ["propagate", "distill", "zoo"]
+    assert [panel.metric for panel in runs[0].panels] == ["roi_class"]
+    assert runs[0].panels[0].path.count("L") < 250
+    assert (runs[0].panels[0].first, runs[0].panels[0].last) == ("0", "499")
+
+
+def test_stacked_segments_fill_the_bar() -> None:
+    segments = stacked({"consistent": 1, "inconsistent": 0, "private": 3})
+    assert [(s.start, s.width) for s in segments] == [(0, 25), (25, 0), (25, 75)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "\u2013"), (6.14, "6.1 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")],
+)
+def test_duration(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_numbers() -> None:
+    assert [points(v) for v in (0.4056, None, math.nan, 0)] == ["40.6", "\u2013", "\u2013", "0.0"]
+    assert [difference(a, b) for a, b in [(0.5, 0.4), (0.4, 0.5), (0.4, 0.4), (None, 1)]] == ["+10.0", f"{MINUS}10.0", "0.0", ""]
+
+
+def test_terminal_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    print_summary(summary(map50_unknown={"student": 0.19}), "runs/[demo]/report.html")
+    out = capsys.readouterr().out
+    for phrase in ["Student ", "40.5", "+7.7", "19.0", "inconsistent", "1,362", "49%", "$1.50", "6 min 42 s", "runs/[demo]/report.html"]:
+        assert phrase in out, phrase
+
+
+@pytest.mark.parametrize("whole", [{}, {"map50": {"cloud": None}}, {"calls": {"made": 3}}])
+def test_terminal_table_without_truth(whole: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(whole)
+    assert "No annotated test images" in capsys.readouterr().out
+
+
+def test_terminal_table_imports_neither_torch_nor_jinja2() -> None:
+    code = "import sys, coin_ray.report.table; print(sorted({'torch', 'jinja2', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

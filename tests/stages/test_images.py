@@ -1,0 +1,124 @@
+"""The images stage on folders as users have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coin_ray import storage
+from coin_ray.config import Cloud, Folder, PipelineConfig
+from coin_ray.errors import InputError
+from coin_ray.stages import images
+from coin_ray.steps import Context
+
+
+def context(tmp_path: Path, data: Folder, classes: tuple[str, ...] = ("person", "traffic light")) -> Context:
+    config = PipelineConfig("folder", classes, data, Cloud(serve="demo"))
+    return Context(config, str(tmp_path / "root"), str(tmp_path / "root" / "step"), {}, {}, "images")
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **save: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = sum(path.name.encode())
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)).convert(mode).save(path, **save)
+    return path
+
+
+def written(c: Context, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = storage.read_table(storage.join(c.folder, f"{name}.parquet")).to_pylist()
+    return rows
+
+
+def coco(folder: Path, files: dict[str, list[tuple[list[float], int]]], names: tuple[str, ...] = ("person", "Traffic Light")) -> None:
+    annotations = [
+        {"id": n, "image_id": i, "bbox": box, "category_id": label, "iscrowd": 0}
+        for i, boxes in enumerate(files.values())
+        for n, (box, label) in enumerate(boxes, start=100 * i)
+    ]
+    categories = [{"id": k, "name": name} for k, name in enumerate(names)]
+    listed = [{"id": i, "file_name": name} for i, name in enumerate(files)]
+    (folder / "annotations.json").write_text(json.dumps({"images": listed, "annotations": annotations, "categories": categories}))
+
+
+@pytest.mark.parametrize("name", ["grey.png", "cmyk.jpg", "wide.jpg"])
+def test_usual_and_unusual_images_are_listed(tmp_path: Path, name: str) -> None:
+    mode = {"grey.png": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB")
+    picture(tmp_path / "in" / name, (20_000, 16) if name == "wide.jpg" else (40, 30), mode)
+    c = context(tmp_path, Folder(images=str(tmp_path / "in")))
+    assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 0}
+    assert written(c, "images")[0]["width"] == (20_000 if name == "wide.jpg" else 40)
+
+
+def test_a_rotated_photo_has_its_upright_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "in" / "turned.jpg", (40, 30), exif=exif)
+    c = context(tmp_path, Folder(images=str(tmp_path / "in")))
+    images.run(c)
+    row = written(c, "images")[0]
+    assert (row["width"], row["height"]) == (30, 40)
+
+
+def test_bad_files_are_recorded_with_a_reason_and_duplicates_counted(tmp_path: Path) -> None:
+    good = picture(tmp_path / "in" / "a.jpg", (400, 300))
+    (tmp_path / "in" / "again.jpg").write_bytes(good.read_bytes())
+    (tmp_path / "in" / "text.jpg").write_text("no image")
+    (tmp_path / "in" / "cut.jpg").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "in" / "empty.png").touch()
+    picture(tmp_path / "in" / "pixel.png", (1, 1))
+    c = context(tmp_path, Folder(images=str(tmp_path / "in")))
+    metrics = images.run(c)
+    assert metrics["count"]["train"] == 1
+    assert metrics["duplicates"] == 1
+    assert {r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")} == {"text.jpg", "cut.jpg", "empty.png", "pixel.png"}
+    assert all(r["reason"] for r in written(c, "rejected"))
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt", "more.txt"]])
+def test_a_folder_without_images_is_an_error(tmp_path: Path, files: list[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for name in files:
+        (tmp_path / "in" / name).write_text("text")
+    with pytest.raises(InputError, match="no usable image"):
+        images.run(context(tmp_path, Folder(images=str(tmp_path / "in"))))
+
+
+def test_an_absent_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        images.run(context(tmp_path, Folder(images=str(tmp_path / "nowhere"))))
+
+
+def test_coco_truth_of_the_asked_classes_by_name(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "train.jpg")
+    for name in ("one.jpg", "two.jpg"):
+        picture(tmp_path / "test" / "images" / name)
+    coco(tmp_path / "test", {"one.jpg": [([1, 2, 10, 5], 1)], "two.jpg": []})
+    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 2}
+    rows = {row["image_id"]: row for row in written(c, "annotations")}
+    assert sorted(len(r["boxes"]) for r in rows.values()) == [0, 1]
+    found = next(r for r in rows.values() if r["boxes"])
+    assert (found["boxes"], found["labels"], found["difficult"]) == ([[1.0, 2.0, 11.0, 7.0]], [1], [False])
+
+
+def test_truth_without_any_asked_class_is_an_error(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "train.jpg")
+    picture(tmp_path / "test" / "images" / "one.jpg")
+    coco(tmp_path / "test", {"one.jpg": []}, names=("cat",))
+    with pytest.raises(InputError, match="none of the classes person, traffic light; it has cat"):
+        images.run(context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))))
+
+
+def test_an_image_in_two_splits_stays_in_the_first_and_is_reported(tmp_path: Path) -> None:
+    first = picture(tmp_path / "in" / "train.jpg")
+    picture(tmp_path / "test" / "images" / "other.jpg")
+    (tmp_path / "test" / "images" / "leak.jpg").write_bytes(first.read_bytes())
+    coco(tmp_path / "test", {"other.jpg": [([1, 2, 3, 4], 0)], "leak.jpg": []})
+    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    assert images.run(c)["count"]["test"] == 1
+    assert "same image as one in train" in written(c, "rejected")[0]["reason"]

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import detections, distillation, examples, pairs, tiny_config, tiny_fit
+from torch import Tensor
+
+from coin_ray.data.examples import Batch, batches
+from coin_ray.structures import Detections
+from coin_ray.training.distill import Distillation
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "distill_losses.json"
+SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
+ALWAYS = SUPERVISED | {"private_regions", "private_anchors", "alignment"}
+CKG = {"ckg_consistent", "ckg_gradient"}
+
+
+def three_steps(folder: Path, fit: Any) -> list[Batch]:
+    return list(batches(examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1))
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in module.state_dict().items()}
+
+
+def moved(before: dict[str, Tensor], module: torch.nn.Module) -> bool:
+    return any(not torch.equal(t, before[n]) for n, t in module.state_dict().items())
+
+
+def values(parts: dict[str, Tensor]) -> dict[str, float]:
+    return {n: float(v.detach()) for n, v in parts.items()}
+
+
+def assert_finite(task: Distillation, parts: dict[str, Tensor]) -> None:
+    assert all(bool(torch.isfinite(v)) for v in parts.values()), values(parts)
+    for module in (task.student, task.ckg, task.teacher):
+        assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
+
+
+def test_golden_losses_of_three_steps(tmp_path: Path) -> None:
+    """A fixed run on one thread. After a wanted change of the method: delete the file, run this test twice and look at the difference."""
+    torch.set_num_threads(1)
+    fit = tiny_fit(steps=3)
+    task = distillation(fit, burn_up=1)
+    found = [values(task.train_step(batch, step)) for step, batch in enumerate(three_steps(tmp_path, fit))]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True))
+        pytest.fail(f"wrote {GOLDEN}")
+    expected = json.loads(GOLDEN.read_text())
+    assert [sorted(parts) for parts in found] == [sorted(parts) for parts in expected]
+    for parts, wanted in zip(found, expected, strict=True):
+        assert parts == pytest.approx(wanted, rel=1e-4)
+
+
+def test_named_parts_before_and_after_the_burn_up(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=3)
+    task = distillation(fit, burn_up=1)
+    names = [set(task.train_step(batch, step)) for step, batch in enumerate(three_steps(tmp_path, fit))]
+    assert names == [ALWAYS | CKG, ALWAYS | CKG | {"inconsistent"}, ALWAYS | CKG | {"inconsistent"}]
+
+
+def test_every_loss_is_active(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=3)
+    task = distillation(fit, burn_up=1)
+    for step, batch in enumerate(three_steps(tmp_path, fit)):
+        parts = values(task.train_step(batch, step))
+    assert all(abs(v) > 1e-9 for v in parts.values()), parts
+
+
+def test_teacher_and_ckg_and_prototypes_move_when_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = tiny_fit(steps=4)
+    task = distillation(fit, burn_up=3, prototypes_from=2)
+    banks = (task.consistent_prototypes, task.cloud_prototypes, task.clip_prototypes)
+    for step, batch in enumerate(three_steps(tmp_path, fit)):
+        parts = (task.student, task.teacher, task.ckg, *banks)
+        clip = batch.knowledge["clip"]  # has pairs of both kinds, unlike a random teacher
+        monkeypatch.setattr(task, "look_with_teacher", lambda images, clip=clip: clip)
+        before = [weights(p) for p in parts]
+        task.train_step(batch, step)
+        found = [moved(b, p) for b, p in zip(before, parts, strict=True)]
+        assert found == [True, step >= 3, *[step >= 2] * 4]
+
+
+def test_the_teachers_prompts_follow_too(tmp_path: Path) -> None:
+    """Its class embeddings are computed anew after each move, not kept from the first."""
+    fit = tiny_fit(steps=3, lr=0.1)
+    task = distillation(fit, burn_up=1, teacher_rate=0.5)
+    seen = []
+    for step, batch in enumerate(three_steps(tmp_path, fit)):
+        task.train_step(batch, step)
+        if step:
+            seen.append(task.teacher.class_embeddings().clone())
+            torch.testing.assert_close(seen[-1], task.teacher.train().eval().class_embeddings())
+    assert not torch.allclose(seen[0], seen[1])
+
+
+A, B, C = ((4.0, 4, 30, 28), 0, 0.9), ((34.0, 8, 58, 34), 1, 0.8), ((36.0, 36, 58, 58), 2, 0.7)
+B_OTHER = (B[0], 2, 0.6)
+
+
+@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize(
+    ("cloud", "clip"),
+    [
+        pytest.param([], [], id="nothing at all"),
+        pytest.param([A, C], [A], id="no inconsistent"),
+        pytest.param([B, C], [B_OTHER], id="no consistent"),
+        pytest.param([], [C], id="no cloud"),
+        pytest.param([A, B], [A, B_OTHER], id="no private"),
+        pytest.param([A], [], id="no clip"),
+    ],
+)
+def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after the burn-up; after it the teacher is made to see the same."""
+    fit = tiny_fit(steps=1)
+    task = distillation(fit, burn_up=5)
+    (batch,) = three_steps(tmp_path, fit)
+    ours, theirs = ([detections(*rows)] * len(batch.weak) for rows in (cloud, clip))
+    batch.knowledge.update({"cloud": ours, "clip": theirs})
+    monkeypatch.setattr(task, "look_with_teacher", lambda images: theirs)
+    parts = task.train_step(batch, step)
+    assert_finite(task, parts)
+    both = clip == [A, B_OTHER]
+    assert (set(parts) >= CKG) == both
+    assert ("inconsistent" in parts) == (step >= 5)
+
+
+def test_without_both_kinds_ckg_does_not_move(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    task = distillation(fit)
+    (batch,) = three_steps(tmp_path, fit)
+    batch.knowledge.update({name: [detections(A)] * len(batch.weak) for name in ("cloud", "clip")})
+    before, bank = weights(task.ckg), weights(task.cloud_prototypes)
+    task.train_step(batch, 0)
+    assert not moved(before, task.ckg)
+    assert not moved(bank, task.cloud_prototypes)
+
+
+@pytest.mark.parametrize("fusion", ["average", "cloud", "clip"])
+def test_rules_instead_of_ckg(fusion: str, tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    task = distillation(fit, fusion=fusion)
+    (batch,) = three_steps(tmp_path, fit)
+    before = weights(task.ckg)
+    parts = task.train_step(batch, 1)
+    assert not CKG & set(parts)
+    assert "inconsistent" in parts
+    assert not moved(before, task.ckg)
+
+
+def test_rules_by_hand() -> None:
+    known = pairs(detections(B), detections(B_OTHER))
+    embedded = torch.zeros(1, 64)
+    expected = {
+        "cloud": known.cloud.probs,
+        "clip": known.clip.probs,
+        "average": (known.cloud.probs + known.clip.probs) / 2,
+    }
+    for rule, wanted in expected.items():
+        torch.testing.assert_close(distillation(tiny_fit(), fusion=rule).fuse(embedded, known), wanted)
+
+
+@pytest.mark.parametrize(
+    ("rule", "burnt_up", "fused"),
+    [
+        ("always", False, True),
+        ("always", True, True),
+        ("after_burn_up", False, False),
+        ("after_burn_up", True, True),
+        ("never", True, False),
+    ],
+)
+def test_boxes_of_pairs(rule: Any, burnt_up: bool, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = tiny_fit(steps=1)
+    task = distillation(fit)
+    task.separation = replace(task.separation, fused_boxes=rule)
+    (batch,) = three_steps(tmp_path, fit)
+    clip: list[Detections] = [detections(((4.0, 4, 30, 20), 0, 0.9))] * len(batch.weak)
+    batch.knowledge.update({"cloud": [detections(A)] * len(batch.weak), "clip": clip})
+    monkeypatch.setattr(task, "look_with_teacher", lambda images: clip)
+    bottom = float(task.separate(batch, burnt_up)[0].consistent.boxes[0, 3])
+    assert bottom == pytest.approx(24 if fused else 28)

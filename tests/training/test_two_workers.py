@@ -1,0 +1,62 @@
+"""A step on two workers is the step on one: same global batch, same losses, same weights."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from builders import distillation, examples, tiny_config, tiny_fit
+
+from coin_ray.data.examples import batches
+from coin_ray.parallel import all_sum, worker_count, worker_rank
+
+FIT = tiny_fit(steps=3, batch=4, optimizer="sgd", lr=0.01, warmup=0)
+"""Plain SGD: Adam divides small gradients by themselves, so that rounding would decide their sign."""
+
+
+def train(folder: str) -> dict[str, Any]:
+    """Three steps of this worker's share; global losses and the final state."""
+    torch.set_num_threads(1)
+    task = distillation(FIT, burn_up=1)
+    losses = []
+    source = batches(examples(Path(folder)), FIT, tiny_config(), seed=2, first=0, rank=worker_rank(), workers=worker_count())
+    for step, batch in enumerate(source):
+        parts = task.train_step(batch, step)
+        losses.append({n: float(all_sum(v.detach().double())) for n, v in sorted(parts.items())})
+    return {"losses": losses, "state": task.state_dict()}
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    own = Path(folder) / f"images{rank}"
+    own.mkdir()
+    torch.save(train(str(own)), Path(folder) / f"worker{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_workers_equal_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    alone = train(str(tmp_path))
+    both = [torch.load(tmp_path / f"worker{rank}.pt", weights_only=True) for rank in range(2)]
+    assert both[0]["losses"] == both[1]["losses"]
+    for step, (parts, wanted) in enumerate(zip(both[0]["losses"], alone["losses"], strict=True)):
+        assert parts == pytest.approx(wanted, abs=1e-5, rel=1e-5), f"step {step}"
+    assert all(abs(v) > 1e-9 for v in alone["losses"][-1].values()), "every loss is active"
+    for name in ("student", "teacher", "ckg", "consistent_prototypes", "cloud_prototypes", "clip_prototypes"):
+        for key, wanted in alone["state"][name].items():
+            for found in both:
+                torch.testing.assert_close(
+                    found["state"][name][key], wanted, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, k=key: f"{n}.{k}: {m}"
+                )
