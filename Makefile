@@ -13,8 +13,8 @@ test: $(INSTALLED) check
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED)
-	$(BIN)/ruff check coin_ray pipelines tune tests
-	$(BIN)/ruff format --check coin_ray pipelines tune tests
+	$(BIN)/ruff check coin_ray pipelines tests
+	$(BIN)/ruff format --check coin_ray pipelines tests
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml

@@ -1,6 +1,6 @@
 """Ask the cloud about every image and CLIP about every box, running first whatever this needs and is not finished.
 
-    python pipelines/collect.py demo [--dry-run]
+python pipelines/collect.py demo [--dry-run]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train the student on the separated knowledge, running first whatever this needs and is not finished.
 
-    python pipelines/distill.py demo [--dry-run]
+python pipelines/distill.py demo [--dry-run]
 """
 
 import sys

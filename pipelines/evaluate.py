@@ -1,6 +1,6 @@
 """Measure every teacher and student on the held-out images, running first whatever this needs and is not finished.
 
-    python pipelines/evaluate.py demo [--dry-run]
+python pipelines/evaluate.py demo [--dry-run]
 """
 
 import sys

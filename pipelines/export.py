@@ -1,6 +1,6 @@
 """Write the student with cached class embeddings, running first whatever this needs and is not finished.
 
-    python pipelines/export.py demo [--dry-run]
+python pipelines/export.py demo [--dry-run]
 """
 
 import sys

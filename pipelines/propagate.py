@@ -1,6 +1,6 @@
 """Train the CLIP detector on cloud boxes with CLIP labels, running first whatever this needs and is not finished.
 
-    python pipelines/propagate.py demo [--dry-run]
+python pipelines/propagate.py demo [--dry-run]
 """
 
 import sys

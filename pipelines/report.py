@@ -1,6 +1,6 @@
 """Write the page with figures, curves and pictures, running first whatever this needs and is not finished.
 
-    python pipelines/report.py demo [--dry-run]
+python pipelines/report.py demo [--dry-run]
 """
 
 import sys

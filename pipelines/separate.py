@@ -1,6 +1,6 @@
 """Split cloud and CLIP-detector results into consistent, inconsistent and private, running first whatever this needs and is not finished.
 
-    python pipelines/separate.py demo [--dry-run]
+python pipelines/separate.py demo [--dry-run]
 """
 
 import sys
