@@ -9,7 +9,7 @@ import pyarrow as pa
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.evaluation.coco import coco_average_precision
-from coin_ray.evaluation.fusion_baselines import clip_labelled, static_fusion
+from coin_ray.evaluation.fusion_baselines import clip_labelled, every_class, static_fusion
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.stages.knowledge import collected, image_rows
 from coin_ray.stages.predicting import predictions
@@ -42,16 +42,16 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def teachers(context: Context) -> Results:
-    """The cloud with its full tail, CLIP's labels on its boxes, and the free fusion of both at test time."""
+    """Every class score of each box: the cloud with its full tail, CLIP's labels on its boxes, and the free fusion of both at test time."""
     config = context.config
     cloud = collected(context.inputs["collect"], "cloud", config)
     if config.collect.labeler == "none":
-        return {"cloud": cloud}
+        return {"cloud": {i: every_class(d) for i, d in cloud.items()}}
     clip = collected(context.inputs["collect"], "clip_labels", config)
     return {
-        "cloud": cloud,
-        "clip_labels": {i: clip_labelled(d, clip[i].probs) for i, d in cloud.items()},
-        "static_fusion": {i: static_fusion(d, clip[i].probs) for i, d in cloud.items()},
+        "cloud": {i: every_class(d) for i, d in cloud.items()},
+        "clip_labels": {i: every_class(clip_labelled(d, clip[i].probs)) for i, d in cloud.items()},
+        "static_fusion": {i: every_class(static_fusion(d, clip[i].probs)) for i, d in cloud.items()},
     }
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coin_ray.evaluation.fusion_baselines import clip_labelled, pseudo_label_quality, static_fusion
+from coin_ray.evaluation.fusion_baselines import every_class, clip_labelled, pseudo_label_quality, static_fusion
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -81,3 +81,12 @@ def test_pseudo_label_quality() -> None:
 def test_quality_of_nothing_is_nan() -> None:
     quality = pseudo_label_quality({}, {})
     assert all(math.isnan(value) for value in (quality.precision, quality.recall, quality.label_accuracy))
+
+
+def test_every_class_reports_each_name_a_box_may_have() -> None:
+    probs = torch.tensor([[0.6, 0.3, 0.0, 0.1]])
+    found = every_class(Detections(torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0.8]), torch.tensor([0]), probs))
+    assert found.labels.tolist() == [0, 1]
+    assert found.scores.tolist() == pytest.approx([0.8, 0.4])
+    assert torch.equal(found.boxes, torch.tensor([[0.0, 0.0, 4.0, 4.0]] * 2))
+    assert len(every_class(Detections.empty(3))) == 0
