@@ -170,6 +170,8 @@ class Detector:
     long_side: int = 1333
     roi_size: int = 14
     """Side of the pooled RoI map that enters the last stage G2."""
+    frozen_stages: int = 1
+    """Stages of CLIP's tower, after the stem, that are not trained."""
     roi_samples: int = 0
     """Samples per side of a RoIAlign bin; 0 as published: as many as the box has pixels."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)

@@ -36,8 +36,8 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
 
 
 def baseline_training(config: PipelineConfig) -> Propagate:
-    """The baselines' training: as many steps as the student has made since its weights left CLIP."""
-    steps = config.distill.fit.steps
-    if config.distill.start_from == "clip_detector":
-        steps += config.propagate.fit.steps
-    return replace(config.propagate, fit=replace(config.propagate.fit, steps=steps))
+    """The baselines' training: the student's schedule over as many steps as it has made since its weights left CLIP."""
+    fit = config.distill.fit
+    before = config.propagate.fit.steps if config.distill.start_from == "clip_detector" else 0
+    later = tuple(milestone + before for milestone in fit.milestones)
+    return replace(config.propagate, fit=replace(fit, steps=before + fit.steps, milestones=later))

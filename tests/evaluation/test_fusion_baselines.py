@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coin_ray.evaluation.fusion_baselines import every_class, clip_labelled, pseudo_label_quality, static_fusion
+from coin_ray.evaluation.fusion_baselines import clip_labelled, every_class, pseudo_label_quality, static_fusion
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 

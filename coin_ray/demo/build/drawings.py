@@ -68,10 +68,14 @@ ENGLISH = {
     "uomo": "man", "ragazza": "girl", "lampada": "lamp", "bussola": "compass", "chiave": "key", "tazza": "cup", "arbre": "tree",
 }  # fmt: skip
 NOT_WORDS = frozenset(
-    "ganson architetto architett archite archit arch franc frances francesc francesco france nicu buculei jarno vasamaa linda kim"
-    " benji park jonathan dietrich gerald jean victor balin mateya kurt cagle erich peterm mimooh simple the with for and from"
-    " free net clip art svg".split()
+    {
+        *("ganson", "architetto", "architett", "archite", "archit", "arch", "franc", "frances", "francesc", "francesco", "france", "nicu"),
+        *("buculei", "jarno", "vasamaa", "linda", "kim", "benji", "park", "jonathan", "dietrich", "gerald", "jean", "victor", "balin"),
+        *("mateya", "kurt", "cagle", "erich", "peterm", "mimooh", "simple", "the", "with", "for", "and", "from", "free", "net", "clip"),
+        *("art", "svg"),
+    }
 )
+"""Authors' names and fillers in file names."""
 
 
 def words_of(name: str) -> list[str]:

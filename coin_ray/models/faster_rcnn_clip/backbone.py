@@ -59,7 +59,7 @@ def starting_embeddings(backbone: Backbone, config: PipelineConfig) -> Tensor:
 
 def new_tower(backbone: Backbone, config: Detector) -> Tower:
     if isinstance(backbone, ClipModel):
-        return ClipTower(backbone.network.visual, config.batch_norm)  # type: ignore[arg-type]
+        return ClipTower(backbone.network.visual, config.batch_norm, config.frozen_stages)  # type: ignore[arg-type]
     return MobileNetTower(backbone.network, config.batch_norm)
 
 

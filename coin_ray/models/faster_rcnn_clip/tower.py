@@ -44,27 +44,34 @@ class Tower(nn.Module):
 
 
 class ClipTower(Tower):
-    """CLIP's ModifiedResNet, copied: stem and stages 1-3 are shared, stage 4 is regional; stem and stage 1 are frozen.
+    """CLIP's ModifiedResNet, copied: stem and stages 1-3 are shared, stage 4 is regional; stem and first stages are frozen.
 
     Attention pooling is left out: the detector has its own embedding layer.
     """
 
-    def __init__(self, visual: nn.Module, batch_norm: BatchNorm) -> None:
+    def __init__(self, visual: nn.Module, batch_norm: BatchNorm, frozen_stages: int = 1) -> None:
         super().__init__()
         tower = copy.deepcopy(visual).requires_grad_(True)
         tower.attnpool = nn.Identity()
         if batch_norm == "frozen":
             freeze_batch_norm(tower)
         self.visual = tower.to(memory_format=torch.channels_last)  # twice as fast on CPU
-        self.freeze([m for name, m in tower.named_children() if not name.startswith(("layer2", "layer3", "layer4"))])
+        self.frozen_stages = frozen_stages
+        learning = tuple(f"layer{i}" for i in range(frozen_stages + 1, 5))
+        self.freeze([m for name, m in tower.named_children() if not name.startswith(learning)])
         self.shared_channels = int(tower.layer3[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
         self.regional_channels = int(tower.layer4[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
 
     def shared(self, pixels: Tensor) -> Tensor:
         visual = self.visual
+        stages: list[nn.Module] = [visual.layer1, visual.layer2, visual.layer3]  # type: ignore[list-item]
         with torch.no_grad():
-            early = visual.layer1(visual.stem(pixels.contiguous(memory_format=torch.channels_last)))  # type: ignore[operator]
-        return visual.layer3(visual.layer2(early))  # type: ignore[operator,no-any-return]
+            maps: Tensor = visual.stem(pixels.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+            for stage in stages[: self.frozen_stages]:
+                maps = stage(maps)
+        for stage in stages[self.frozen_stages :]:
+            maps = stage(maps)
+        return maps
 
     def regional(self, pooled: Tensor) -> Tensor:
         return self.visual.layer4(pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[operator,no-any-return]
