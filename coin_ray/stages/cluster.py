@@ -31,7 +31,13 @@ def ensure_ray() -> None:
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = -1  # a quota that returns tomorrow is no hang
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet()
+
+
+def quiet() -> None:
+    """Progress is ours to show: a line of our own now and then, instead of Ray's plans and reports."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def cluster_cpus() -> int:

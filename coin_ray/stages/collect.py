@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.serving.launch import local_cloud
 from coin_ray.stages.asking import STOPPED, CloudActor, GovernorActor
+from coin_ray.stages.cluster import ensure_ray
 from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
@@ -56,10 +59,13 @@ def run(context: Context) -> dict[str, Any]:
 
 def _collect(context: Context, todo: pa.Table, parts: str, total: int) -> None:
     config = context.config
-    spent = Journal.open(journal_uri(context.root)).spent()
-    load_backbone(config)  # what training will need is there, and fits, before a call is paid
-    governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)  # type: ignore[attr-defined]
-    with _service(config.cloud, context.root) as url:
+    with ExitStack() as running, ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(running.enter_context, _service(config.cloud, context.root))
+        ensure_ray()
+        load_backbone(config)  # what training will need is there, and fits, before a call is paid
+        url = starting.result()
+        spent = Journal.open(journal_uri(context.root)).spent()
+        governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)  # type: ignore[attr-defined]
         _check_service(config, url, context.root)
         stream = (
             ray.data.from_arrow(todo.select(["image_id", "uri"]))

@@ -23,7 +23,7 @@ from coin_ray.config import Detector, Optimize
 from coin_ray.data.examples import Example
 from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_rank
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, quiet
 from coin_ray.stages.progress import Bar, bar
 from coin_ray.training.loop import Curve, Task, run
 
@@ -49,6 +49,7 @@ def fit(work: Fit) -> Curve:
     """Train, or go on where a killed run stopped; writes ``finish``'s weights and ``curve.json`` into the folder. Returns the curve."""
     optimize = work.optimize
     here = optimize.workers == 1 and not on_cluster()
+    quiet()
     if not here:
         ensure_ray()
     trainer = TorchTrainer(
@@ -78,7 +79,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     work: Fit = config["work"]
     logging.getLogger().setLevel(logging.WARNING)  # open_clip tells its life story at INFO
     if not work.optimize.gpu:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // work.optimize.workers))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // work.optimize.workers)))
     task = work.make()
     with bar(work.title, work.optimize.steps) as shown:
         host = FolderHost(work.folder, shown)
