@@ -350,3 +350,5 @@ def check_runnable(config: PipelineConfig) -> None:
     _check(not isinstance(data, Folder) or bool(data.images), "which images? give --images DIR, the folder of unlabelled images")
     _check(bool(config.classes), "which classes? give --classes person,dog")
     _check(bool(cloud.url) or cloud.serve != "none", "which cloud? give --cloud https://... , or --cloud.serve demo|onnx for a local one")
+    fits = (config.propagate.fit, config.distill.fit)
+    _check(not any(fit.gpu for fit in fits), "fit.gpu: training on a GPU is not wired up yet; CPU workers (fit.workers) are")

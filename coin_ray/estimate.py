@@ -47,11 +47,12 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
 
     manifest = step.manifest(root)
     if manifest is not None:
-        return int(sum(manifest["metrics"]["count"].values()))
+        counts = manifest["metrics"]["count"]
+        return int(counts["train"] + counts["test"])
     data = config.data
     if isinstance(data, DemoScenes):
-        return data.train + data.val + data.test
-    return sum(len(image_files(storage.absolute(place))) for place in (data.images, data.val, data.test) if place)
+        return data.train + data.test
+    return sum(len(image_files(storage.absolute(place))) for place in (data.images, data.test) if place)
 
 
 def _answered(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> int:
@@ -70,7 +71,8 @@ def _answered(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> i
     governor = LocalGovernor(Governor(limits(config.cloud)))
     client = CloudClient(config.cloud, config.classes, config.cloud.url or "http://127.0.0.1", journal, governor)
     found = 0
-    for uri in storage.read_table(listed)["uri"].to_pylist():
+    rows = storage.read_table(listed).select(["uri", "split"]).to_pylist()
+    for uri in (row["uri"] for row in rows if row["split"] != "val"):
         try:
             found += journal.get(client.key(canonical_image(storage.read_bytes(uri), config.cloud.max_side))) is not None
         except (InputError, FileNotFoundError):

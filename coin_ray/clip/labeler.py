@@ -19,6 +19,7 @@ class RoiLabeler:
 
     def __init__(self, clip: ClipModel, classes: Sequence[str], config: Clip, short_side: int, long_side: int) -> None:
         self.clip, self.short_side, self.long_side = clip, short_side, long_side
+        clip.network.visual.to(memory_format=torch.channels_last)  # type: ignore[operator,union-attr]
         self.embeddings = class_embeddings(clip, classes, config)
 
     @torch.no_grad()
@@ -29,7 +30,9 @@ class RoiLabeler:
         visual = self.clip.network.visual
         view = resize(image, [self.short_side], max_size=self.long_side)
         factors = boxes.new_tensor([view.shape[2] / image.shape[2], view.shape[1] / image.shape[1]]).repeat(2)
-        pixels = normalize(view.float() / 255, list(self.clip.mean), list(self.clip.std))[None]
+        pixels = normalize(view.float() / 255, list(self.clip.mean), list(self.clip.std))[None].contiguous(
+            memory_format=torch.channels_last
+        )
         shared = visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels))))  # type: ignore[operator,union-attr]
         pooled = roi_align(shared, [boxes * factors], self.clip.roi_size, 1 / 16, -1, aligned=True)
         return _probabilities(self.clip, visual.attnpool(visual.layer4(pooled)), self.embeddings)  # type: ignore[operator,union-attr]

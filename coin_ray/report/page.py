@@ -64,7 +64,7 @@ def build_page(
     return _template().render(
         summary=summary,
         headline=_headline(summary),
-        with_clip="clip_detector" in (summary.get("map50") or {}),
+        with_clip="clip_labels" in (summary.get("map50") or {}),
         results=_results(summary),
         unknown=bool(summary.get("map50_unknown")),
         fusion_wins=_fusion_wins(summary),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 from torchvision.transforms.functional import pil_to_tensor
@@ -49,6 +50,7 @@ def journal_uri(root: str) -> str:
 def run(context: Context) -> dict[str, Any]:
     """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; rows correspond, boxes are the cloud's."""
     images = storage.read_table(storage.join(context.inputs["images"], "images.parquet"))
+    images = images.filter(pc.not_equal(images["split"], "val"))  # nothing asks about them yet, and calls cost money
     parts = storage.join(context.folder, "parts")
     done = _committed(parts)
     todo = images.filter(pa.array([i not in done for i in images["image_id"].to_pylist()], pa.bool_()))

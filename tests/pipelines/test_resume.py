@@ -16,7 +16,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN, VAL, TEST = 48, 4, 20
-IMAGES = TRAIN + VAL + TEST
+IMAGES = TRAIN + TEST
 IN_FLIGHT = 8
 SMALL = [
     *("--data.train", str(TRAIN), "--data.val", str(VAL), "--data.test", str(TEST)),
