@@ -59,7 +59,8 @@ def load_clip(config: Clip) -> ClipModel:
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
             f"clip: weights {config.pretrained!r} of {name} could not be loaded ({type(error).__name__}: {str(error)[:200]}). "
-            "Offline? Give --clip.pretrained the path of a weights file, or train on ImageNet weights without CLIP: --collect.labeler none --detector.backbone mobilenet_v2"
+            "Offline? Give --clip.pretrained the path of a weights file, or train on ImageNet weights without CLIP: "
+            "--collect.labeler none --detector.backbone mobilenet_v2"
         ) from error
     if not isinstance(network.visual, ModifiedResNet):
         raise InputError(
