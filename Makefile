@@ -12,6 +12,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED) check
 	$(BIN)/python -m pytest $(ARGS)
 
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
 check: $(INSTALLED)
 	$(BIN)/ruff check coin_ray pipelines tests
 	$(BIN)/ruff format --check coin_ray pipelines tests

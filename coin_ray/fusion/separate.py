@@ -36,7 +36,7 @@ def separate(cloud: Detections, clip: Detections, config: Separate, *, fuse_boxe
     """
     clip = clip[clip.scores > config.clip_score_min]
     if not len(cloud) or not len(clip):
-        return _from_one_teacher(cloud, clip, config)
+        return _from_one_teacher(cloud, clip, config, generator)
     overlap = box_iou(cloud.boxes, clip.boxes)
     matches = _match(cloud, clip, overlap >= config.iou_min, generator)
     pairs = _resolve_cloud_doubles(matches.pairs, cloud, clip)
@@ -51,15 +51,15 @@ def separate(cloud: Detections, clip: Detections, config: Separate, *, fuse_boxe
     return Separation(consistent, inconsistent[~claimed], private)
 
 
-def _from_one_teacher(cloud: Detections, clip: Detections, config: Separate) -> Separation:
-    """The two published fallbacks for images in which one teacher saw nothing (the paper: all private)."""
+def _from_one_teacher(cloud: Detections, clip: Detections, config: Separate, generator: torch.Generator) -> Separation:
+    """The two published fallbacks for images in which one teacher saw nothing (the paper: all private). A box keeps one name."""
     none = Pairs.empty(cloud.num_classes)
     if len(cloud):
         if config.lone_cloud_consistent:
-            return Separation(Pairs(cloud.boxes, cloud, cloud), none, cloud[:0])
+            return Separation(_without_doubles(Pairs(cloud.boxes, cloud, cloud), generator), none, cloud[:0])
         return Separation(none, none, cloud)
     sure = clip.scores > config.lone_clip_score
-    return Separation(Pairs(clip.boxes[sure], clip[sure], clip[sure]), none, clip[~sure])
+    return Separation(_without_doubles(Pairs(clip.boxes[sure], clip[sure], clip[sure]), generator), none, clip[~sure])
 
 
 def _match(cloud: Detections, clip: Detections, overlaps: Tensor, generator: torch.Generator) -> _Matches:

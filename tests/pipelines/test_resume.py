@@ -118,6 +118,7 @@ def test_killed_in_every_stage_gives_the_same_tables_and_repeats_no_call(
     assert len(calls) <= len(undisturbed_calls) + IN_FLIGHT
 
 
+@pytest.mark.slow
 def test_ray_job_submit(tmp_path: Path) -> None:
     """A cluster of one node; the job's results are where --root says."""
     ray = str(Path(sys.executable).parent / "ray")
