@@ -50,7 +50,10 @@ def main(script: str, description: str, *, only: str | None = None) -> int:
     except OSError as error:
         if error.errno != 28:
             raise
-        print(f"\nno space left on the device: {error.filename or options.root}. Free some and run the same command again", file=sys.stderr)
+        print(
+            f"\nno space left on the device: {error.filename or 'the root of the run'}. Free some and run the same command again",
+            file=sys.stderr,
+        )
         return 3
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
