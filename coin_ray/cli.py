@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 import tyro
 
-from coin_ray.config import PipelineConfig, check_runnable
+from coin_ray.config import Cloud, PipelineConfig, Service, check_runnable
 from coin_ray.configfile import from_yaml
 from coin_ray.errors import CoinError, ConfigError
 from coin_ray.pipeline import ORDER, graph
@@ -24,9 +25,8 @@ SHORT = {
     "--val": "--data.val",
     "--test": "--data.test",
     "--labeler": "--collect.labeler",
-    "--cloud": "--cloud.url",
 }
-"""Short names of the settings a first-time user needs."""
+"""Short names of the settings a first-time user needs, beside ``--cloud``."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
         "--baselines", action="store_true", help="also train the student on plain cloud labels and on the truth (the oracle)"
     )
     parser.add_argument("--config", help="YAML file with a whole config (ROOT/config.yaml of another run) instead of a preset")
-    parser.epilog = "All settings of a preset: PRESET --settings. Most used: --images DIR --classes a,b --cloud URL --labeler none --seed N"
+    parser.epilog = (
+        "All settings of a preset: PRESET --settings. Most used: --images DIR --classes a,b --cloud URL|SERVICE --labeler none --seed N. "
+        "Several clouds: --cloud A --more-clouds B,C --ensemble.mode fuse|failover|cascade; settings of B are --more-clouds.0.NAME"
+    )
     parser.add_argument("--assets", help="thermal: folder with data/thermal, models and clip_text")
     parser.add_argument("--settings", action="store_true", help="list all settings of the preset")
     known, rest = parser.parse_known_args(list(arguments))
@@ -100,6 +103,7 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
     else:
         config = _settings(_preset(known.preset, known.assets), ["--help"] if known.settings else rest)
     check_runnable(config)
+    _check_clouds(config)
     root = absolute(known.root or join("runs", config.preset))
     return config, Options(root, known.until, known.dry_run, known.baselines)
 
@@ -113,13 +117,66 @@ def _preset(name: str, assets: str | None) -> PipelineConfig:
 
 
 def _settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
-    expanded = [_long_name(argument) for argument in _split_classes(arguments)]
+    arguments, more_clouds = _more_clouds(arguments)
+    preset = replace(preset, more_clouds=more_clouds or preset.more_clouds)
+    expanded = [_long_name(argument) for argument in _name_cloud(_split_classes(arguments))]
     return tyro.cli(PipelineConfig, prog=preset.preset, default=preset, args=expanded, config=(tyro.conf.AvoidSubcommands,), add_help=True)
 
 
 def _long_name(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return SHORT.get(name, name) + equals + value
+
+
+def _check_clouds(config: PipelineConfig) -> None:
+    from coin_ray.cloud.services import check_clouds
+
+    check_clouds(config.clouds, config.classes)
+
+
+def _more_clouds(arguments: Sequence[str]) -> tuple[list[str], tuple[Cloud, ...]]:
+    """``--more-clouds X,Y`` (or X Y) taken out of the arguments; their other settings go by number: ``--more-clouds.0.max-usd 5``."""
+    rest: list[str] = []
+    clouds: list[Cloud] = []
+    taking = False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--more-clouds":
+            taking, argument = True, value
+        elif argument.startswith("--"):
+            taking = False
+        if taking:
+            clouds += [_named_cloud(value) for value in _names(argument)]
+        else:
+            rest.append(argument)
+    return rest, tuple(clouds)
+
+
+def _named_cloud(value: str) -> Cloud:
+    return Cloud(url=value) if _cloud_setting(value) == "--cloud.url" else Cloud(service=cast("Service", value))
+
+
+def _name_cloud(arguments: Sequence[str]) -> list[str]:
+    """``--cloud X``: an address if it holds ://, else the name of a service."""
+    named: list[str] = []
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        if argument.startswith("--cloud="):
+            value = argument.removeprefix("--cloud=")
+            named.append(f"{_cloud_setting(value)}={value}")
+        else:
+            named.append(_cloud_setting(following) if argument == "--cloud" else argument)
+    return named
+
+
+def _cloud_setting(value: str) -> str:
+    if "://" in value:
+        return "--cloud.url"
+    if value in get_args(Service):
+        return "--cloud.service"
+    raise ConfigError(
+        f"the cloud {value!r} is neither an address like https://detector.example.com nor a service; the services are "
+        f"{', '.join(get_args(Service))}"
+    )
 
 
 def _split_classes(arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ config holds the *name* of the environment variable. Symbols in brackets are the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from coin_ray.errors import ConfigError
 
@@ -51,14 +51,21 @@ class Folder:
     """COCO folder with annotations; without it nothing can be evaluated and the table says so."""
 
 
+Service = Literal[
+    "http", "dino-x", "grounding-dino", "google-vision", "rekognition", "azure-vision", "hf-endpoint", "roboflow", "openai-vlm", "gemini"
+]
+
+
 @dataclass(frozen=True)
 class Cloud:
-    """How the detection API is reached. The wire format is the reference one (docs/cloud.md)."""
+    """The detection API, how it is reached and what it may cost."""
 
+    service: Service = "http"
+    """Whose wire format is spoken; ``http`` is the reference one, for a server of your own (docs/cloud.md)."""
     url: str = ""
     """Where the API answers, for example https://detector.example.com. Empty: start the local server named by ``serve``."""
     token_env: str | None = execution(None)
-    """Name of the environment variable that holds the token."""
+    """Name of the environment variable that holds the token. None: the service's usual one, as DDS_API_TOKEN (``http``: no token)."""
     serve: Literal["none", "demo", "onnx"] = "none"
     """Start a local server for this run: the demo's stand-in, or ONNX detectors (``onnx_models``)."""
     onnx_models: tuple[str, ...] = ()
@@ -70,11 +77,21 @@ class Cloud:
     serve_faults: float = execution(0.01)
     """Share of calls that the local server fails with 500, 503 or a broken body, by a fixed seed."""
     model: str = "default"
-    """Model name sent with each call; part of the journal's key."""
+    """Model name sent with each call; part of the journal's key. ``default``: the service's own default."""
+    region: str = "us-east-1"
+    """rekognition: the AWS region."""
+    coordinates: Literal["unknown", "xyxy_1000", "yxyx_1000", "xyxy_pixels"] = "unknown"
+    """openai-vlm: how the model writes boxes. It differs between models behind one API, so it must be said."""
+    label_map: str | None = None
+    """YAML file from the service's names to the classes, for services with names of their own (docs/cloud.md)."""
     score_min: float = 0.05
     """Lowest score asked of the service. Kept low: thresholds are applied later, for free."""
     rate: float = execution(50.0)
     """Calls per second over all workers."""
+    per_minute: float | None = execution(None)
+    """Calls in any minute, over all workers; they are spread over it. None: the service's documented limit, if there is one."""
+    per_day: int | None = execution(None)
+    """Calls in any 24 hours, those of earlier runs too; then the run stops, and the same command goes on later."""
     in_flight: int = execution(16)
     """Calls under way at once over all workers."""
     deadline: float = execution(60.0)
@@ -89,12 +106,38 @@ class Cloud:
     """Longer side of the image sent, in pixels. Boxes come back in the original's frame."""
 
     def __post_init__(self) -> None:
+        _check(self.service in get_args(Service), f"cloud.service must be one of {', '.join(get_args(Service))}; got {self.service!r}")
         _fraction("cloud.score_min", self.score_min)
         _fraction("cloud.max_error_share", self.max_error_share)
         _check(self.rate > 0 and self.in_flight > 0 and self.deadline > 0, "cloud.rate, in_flight and deadline must be positive")
+        windows = (self.per_minute, self.per_day)
+        _check(all(limit is None or limit > 0 for limit in windows), "cloud.per_minute and per_day must be positive, or left out")
         _check(self.attempts >= 1, f"cloud.attempts must be at least 1; got {self.attempts}")
         _check(not (self.url and self.serve != "none"), "give cloud.url or cloud.serve, not both")
         _check(self.serve != "onnx" or bool(self.onnx_models), "cloud.serve onnx needs --cloud.onnx-models PATH [PATH ...]")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """How several clouds (``cloud`` and ``more_clouds``) are one; without ``more_clouds`` nothing of this counts."""
+
+    mode: Literal["fuse", "failover", "cascade"] = "fuse"
+    """``fuse`` asks all about each image and fuses their boxes; ``failover`` the first that can be reached; ``cascade`` the first, and
+    the others only about images in which CLIP contradicts it."""
+    reliability: tuple[float, ...] = ()
+    """Weight of each cloud, the first one's first. Empty: all alike."""
+    iou: float = 0.55
+    """Boxes of different clouds that overlap at least so much are one."""
+    doubt_score_min: float = 0.25
+    """cascade: boxes that score lower raise no doubt."""
+    doubt_share: float = 0.0
+    """cascade: the others are asked when CLIP names more than this share of an image's boxes otherwise, "background" included."""
+
+    def __post_init__(self) -> None:
+        for name in ("iou", "doubt_score_min", "doubt_share"):
+            _fraction(f"ensemble.{name}", getattr(self, name))
+        _check(self.iou > 0, "ensemble.iou must be positive")
+        _check(all(0 < r < float("inf") for r in self.reliability), "ensemble.reliability must be positive; leave a useless cloud out")
 
 
 @dataclass(frozen=True)
@@ -136,6 +179,8 @@ class Collect:
     """Cloud boxes of one class overlapping more are merged, weighted by score."""
     batch: int = execution(32)
     """Images per block of the stream."""
+    labeler_gpus: float = execution(0.0)
+    """GPUs per CLIP labeler; a fraction lets several share one."""
 
     def __post_init__(self) -> None:
         _fraction("collect.fuse_iou", self.fuse_iou)
@@ -226,14 +271,14 @@ class Optimize:
     checkpoint_every: int = execution(1000)
     workers: int = execution(1)
     gpu: bool = execution(False)
+    """One GPU per worker. Written for CUDA and NCCL, not yet run on either."""
     amp: bool = False
-    """Mixed precision; needs a GPU. Losses and box arithmetic stay in float32."""
+    """Forward passes in bfloat16; losses and box arithmetic stay in float32."""
 
     def __post_init__(self) -> None:
         _check(self.steps > 0 and self.batch > 0 and self.checkpoint_every > 0, "steps, batch and checkpoint_every must be positive")
         _check(self.batch % max(self.workers, 1) == 0, f"batch {self.batch} must be a multiple of workers {self.workers}")
         _check(len(self.milestones) == len(self.factors), "milestones and factors must have the same length")
-        _check(not self.amp or self.gpu, "amp needs gpu: true")
 
 
 @dataclass(frozen=True)
@@ -249,6 +294,8 @@ class Propagate:
     """Step from which prototypes move."""
     views: Literal["strong", "both"] = "both"
     """Published: the weak view is trained too."""
+    soft_labels: bool = False
+    """Learn CLIP's probabilities, "background" included (with ``labels.clip_background: keep``), instead of its best name as published."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +309,8 @@ class Separate:
     fused_boxes: Literal["always", "after_burn_up", "never"] = "after_burn_up"
     """Whether a pair's box is the score-weighted mean or the cloud's. Published code: after the burn-up."""
     clip_labels: bool = False
-    """CLIP's own labels on the cloud's boxes stand beside the CLIP detector's results. Published: they only teach the CLIP detector."""
+    """CLIP's own verdicts on the cloud's boxes, "background" included, stand beside the CLIP detector's results.
+    Published: they only teach the CLIP detector."""
     lone_clip_score: float = 0.8
     """If the cloud saw nothing in an image, CLIP-detector results above this count as consistent."""
     lone_cloud_consistent: bool = True
@@ -283,6 +331,8 @@ class Distill:
     """[lambda]"""
     inconsistent: float = 0.1
     """[gamma 1]"""
+    inconsistent_mean: Literal["elements", "regions"] = "elements"
+    """Divergence of inconsistent boxes over all R x (K+1) elements as published, or over RoIs, so that each counts as much as a consistent one."""
     private: float = 0.1
     """[gamma 2]"""
     fusion_score_min: float = 0.7
@@ -298,6 +348,8 @@ class Distill:
     """Share of the student in the teacher per step [1 - eta]."""
     ckg_heads: int = 8
     ckg_lr: float = 1e-3
+    ckg_background: bool = False
+    """CKG also learns to name background RoIs, where both teachers see nothing. Published: only consistent ones, so it never says background."""
     fusion: Literal["ckg", "average", "cloud", "clip"] = "ckg"
     """What supervises inconsistent boxes."""
 
@@ -320,6 +372,9 @@ class PipelineConfig:
     classes: tuple[str, ...]
     data: DemoScenes | Folder
     cloud: Cloud
+    more_clouds: tuple[Cloud, ...] = ()
+    """Further clouds beside ``cloud``, each with its own limits; ``ensemble`` says how they answer together."""
+    ensemble: Ensemble = field(default_factory=Ensemble)
     clip: Clip = field(default_factory=Clip)
     mobilenet: MobileNet = field(default_factory=MobileNet)
     collect: Collect = field(default_factory=Collect)
@@ -343,12 +398,32 @@ class PipelineConfig:
             f"detector.backbone {self.detector.backbone} has no text encoder for a background prompt: give --detector.background learned",
         )
 
+    @property
+    def clouds(self) -> tuple[Cloud, ...]:
+        """All that are asked, the first one first."""
+        return (self.cloud, *self.more_clouds)
+
 
 def check_runnable(config: PipelineConfig) -> None:
     """What a preset may leave open and a run needs. Raises ConfigError naming the option to give."""
-    data, cloud = config.data, config.cloud
+    data = config.data
     _check(not isinstance(data, Folder) or bool(data.images), "which images? give --images DIR, the folder of unlabelled images")
     _check(bool(config.classes), "which classes? give --classes person,dog")
-    _check(bool(cloud.url) or cloud.serve != "none", "which cloud? give --cloud https://... , or --cloud.serve demo|onnx for a local one")
-    fits = (config.propagate.fit, config.distill.fit)
-    _check(not any(fit.gpu for fit in fits), "fit.gpu: training on a GPU is not wired up yet; CPU workers (fit.workers) are")
+    _check(
+        all(c.url or c.serve != "none" or c.service != "http" for c in config.clouds),
+        "which cloud? give --cloud https://... or --cloud SERVICE, or --cloud.serve demo|onnx for a local one",
+    )
+    if config.more_clouds:
+        _check_ensemble(config)
+
+
+def _check_ensemble(config: PipelineConfig) -> None:
+    clouds, ensemble = config.clouds, config.ensemble
+    different = {(c.service, c.url, c.serve, c.onnx_models, c.model, c.region, c.coordinates) for c in clouds}
+    _check(len(different) == len(clouds), "cloud and more_clouds hold the same service, address and model twice")
+    given = len(ensemble.reliability)
+    _check(given in (0, len(clouds)), f"ensemble.reliability needs one number for each of the {len(clouds)} clouds; got {given}")
+    _check(
+        ensemble.mode != "cascade" or config.collect.labeler != "none",
+        "ensemble.mode cascade needs CLIP's opinion of the first cloud's boxes: give --collect.labeler roi or crop",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,37 +11,74 @@ from coin_ray import storage
 from coin_ray.config import Cloud, DemoScenes, PipelineConfig
 from coin_ray.steps import Step
 
+MINUTES_SHOWN = 1440
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """``answered``: images whose answer the journal or a finished batch already has."""
+    """What one cloud would be asked. ``answered``: images whose answer the journal has; ``at_most``: calls that may not be needed.
 
+    ``rate``: calls per second within the cloud's limits.
+    """
+
+    cloud: str
     images: int
     answered: int
     calls: int
     usd: float
     minutes: float
+    rate: float
+    at_most: bool = False
 
 
-def estimate(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> Estimate:
-    """Counts for the images of the run. If they have not been listed yet, files are counted without opening them."""
+def estimate(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> list[Estimate]:
+    """For each cloud. If the images of the run have not been listed yet, files are counted without opening them."""
+    from coin_ray.cloud.ensemble import names_of
+
     images = _count_images(config, steps["images"], root)
-    answered = _answered(config, steps, root)
-    calls = max(images - answered, 0)
-    cloud = config.cloud
-    pace = min(cloud.rate, cloud.in_flight / cloud.serve_latency if cloud.serve != "none" and cloud.serve_latency else cloud.rate)
-    return Estimate(images, answered, calls, calls * cloud.usd_per_call, calls / pace / 60)
+    on_record = _on_record(config, steps, root)
+    today = _asked_today(config, root)
+    mode = config.ensemble.mode if config.more_clouds else "fuse"
+    if mode == "failover":
+        on_record = [set[str]().union(*on_record)] * len(on_record)
+    figures = []
+    for number, (name, cloud) in enumerate(zip(names_of(config.clouds), config.clouds, strict=True)):
+        calls = max(images - len(on_record[number]), 0)
+        rate = _pace(cloud)
+        minutes = seconds_needed(calls, rate, cloud.per_day, today[number]) / 60
+        at_most = number > 0 and mode != "fuse"
+        figures.append(Estimate(name, images, len(on_record[number]), calls, calls * cloud.usd_per_call, minutes, rate, at_most))
+    return figures
+
+
+def seconds_needed(calls: int, rate: float, per_day: int | None, today: int) -> float:
+    """Time for ``calls`` at ``rate`` a second, of which 24 hours allow ``per_day``; ``today`` were made in the last 24."""
+    later = 0 if per_day is None else calls - max(per_day - today, 0)
+    if per_day is None or later <= 0:
+        return calls / rate
+    days = math.ceil(later / per_day)
+    return max(calls / rate, days * 86_400 + (later - (days - 1) * per_day) / rate)
 
 
 def print_estimate(cloud: Cloud, figures: Estimate) -> None:
+    minutes = f"{figures.minutes:.1f} minutes" if figures.minutes < MINUTES_SHOWN else f"{figures.minutes / 1440:.1f} days"
     print(
-        f"\n{figures.images} images, {figures.answered} answered already, {figures.calls} calls to make, "
-        f"${figures.usd:.2f} at ${cloud.usd_per_call:g} each, {figures.minutes:.1f} minutes at {cloud.rate:g} calls/s"
+        f"\n{figures.cloud}: {figures.images} images, {figures.answered} answered already, {'at most ' * figures.at_most}"
+        f"{figures.calls} calls to make, ${figures.usd:.2f} at ${cloud.usd_per_call:g} each, {minutes} at {figures.rate:g} calls/s"
     )
+    if cloud.per_day is not None and figures.calls > cloud.per_day:
+        print(f"cloud.per_day = {cloud.per_day} will stop the run once a day; the same command goes on")
     if cloud.max_usd is not None and figures.usd > cloud.max_usd:
         print(f"cloud.max_usd = {cloud.max_usd:g} would stop the run after about {int(cloud.max_usd / cloud.usd_per_call)} calls")
     if cloud.max_calls is not None and figures.calls > cloud.max_calls:
         print(f"cloud.max_calls = {cloud.max_calls} would stop the run before the end")
+
+
+def _pace(cloud: Cloud) -> float:
+    from coin_ray.cloud.client import limits
+
+    rate = limits(cloud).rate
+    return min(rate, cloud.in_flight / cloud.serve_latency) if cloud.serve != "none" and cloud.serve_latency else rate
 
 
 def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
@@ -55,26 +94,51 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
     return sum(len(image_files(storage.absolute(place))) for place in (data.images, data.test) if place)
 
 
-def _answered(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> int:
-    """Images of this run with an answer in the journal (asked with the same classes, model and threshold)."""
+def _asked_today(config: PipelineConfig, root: str) -> list[int]:
+    """Calls of each cloud in the last 24 hours."""
+    from coin_ray.cloud.client import account_of
+    from coin_ray.cloud.journal import Journal
+    from coin_ray.cloud.services import adapter_for
+
+    place = storage.join(root, "journal")
+    if not storage.exists(place):
+        return [0] * len(config.clouds)
+    journal = Journal.open(place)
+    accounts = [account_of(cloud, url, adapter_for(cloud)) for cloud, url in zip(config.clouds, _urls(config), strict=True)]
+    return [len(journal.starts(account, time.time() - 86_400)) for account in accounts]
+
+
+def _on_record(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> list[set[str]]:
+    """For each cloud, the images of this run with an answer in the journal (asked with the same classes, model and threshold)."""
     from coin_ray.cloud.client import CloudClient, limits
     from coin_ray.cloud.journal import Journal
     from coin_ray.cloud.limiter import Governor, LocalGovernor
     from coin_ray.data.canonical import canonical_image
     from coin_ray.errors import InputError
 
+    found: list[set[str]] = [set() for _ in config.clouds]
     place = storage.join(root, "journal")
     listed = storage.join(steps["images"].folder(root), "images.parquet")
     if not storage.exists(place) or not storage.exists(listed):
-        return 0
+        return found
     journal = Journal.open(place)
-    governor = LocalGovernor(Governor(limits(config.cloud)))
-    client = CloudClient(config.cloud, config.classes, config.cloud.url or "http://127.0.0.1", journal, governor)
-    found = 0
+    clients = [
+        CloudClient(cloud, config.classes, url, journal, LocalGovernor(Governor(limits(cloud))))
+        for cloud, url in zip(config.clouds, _urls(config), strict=True)
+    ]
     rows = storage.read_table(listed).select(["uri", "split"]).to_pylist()
     for uri in (row["uri"] for row in rows if row["split"] != "val"):
         try:
-            found += journal.get(client.key(canonical_image(storage.read_bytes(uri), config.cloud.max_side))) is not None
+            data = storage.read_bytes(uri)
+            for answered, client in zip(found, clients, strict=True):
+                if journal.get(client.key(canonical_image(data, client.max_side))) is not None:
+                    answered.add(uri)
         except (InputError, FileNotFoundError):
             continue
     return found
+
+
+def _urls(config: PipelineConfig) -> list[str]:
+    from coin_ray.cloud.services import adapter_for, endpoint_for
+
+    return [endpoint_for(cloud, adapter_for(cloud)) or "http://127.0.0.1" for cloud in config.clouds]

@@ -7,6 +7,7 @@ workers, so a step on n workers equals the step on one with the same batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,21 +25,20 @@ def worker_rank() -> int:
 @torch.no_grad()
 def all_sum(values: Tensor) -> Tensor:
     """Sum over workers, without gradient."""
-    if worker_count() == 1:
-        return values.detach()
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return values.detach() if worker_count() == 1 else _reduced(values.detach(), dist.ReduceOp.SUM)
 
 
 @torch.no_grad()
 def all_max(values: Tensor) -> Tensor:
     """Element-wise maximum over workers."""
-    if worker_count() == 1:
-        return values
-    highest = values.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return highest
+    return values if worker_count() == 1 else _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    """NCCL carries only what lies on the GPU; gloo only what does not."""
+    wire = values.clone().to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(wire, operation)
+    return wire.to(values.device)
 
 
 def global_value(local: Tensor) -> Tensor:
@@ -53,17 +53,12 @@ def mean(values: Tensor, count: int | None = None) -> Tensor:
     return values.sum() / max(float(total), 1.0)
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """This worker's part of sum(weights x values) / sum(weights) over all workers. Shapes are equal."""
-    return (values * weights).sum() / all_sum(weights.sum()).clamp(min=1e-12)
-
-
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all workers in one flat all-reduce; a missing gradient counts as zero."""
     if worker_count() == 1:
         return
     chosen = [p for p in parameters if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen])
-    dist.all_reduce(flat)
+    flat = _reduced(flat, dist.ReduceOp.SUM)
     for parameter, part in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
         parameter.grad = part.view_as(parameter).clone()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from typing import Any
 
+from coin_ray import storage
 from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.steps import Step
 
@@ -21,7 +24,7 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     baseline = baseline_training(c)
 
     images = Step("images", "images", identity=c.data)
-    collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views), inputs=(images,))
+    collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)), inputs=(images,))
     propagate = Step("propagate", "propagate", (detector, c.labels, c.propagate), (images, collect), options={"labels": "clip"})
     separate = Step("separate", "separate", (c.labels, c.separate), (images, collect, propagate))
     distill = Step("distill", "distill", (detector, c.labels, c.separate, c.distill), (images, collect, propagate, separate))
@@ -35,9 +38,23 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     return {step.name: step for step in steps}
 
 
+def _reading(config: PipelineConfig) -> list[Any]:
+    """What else decides what is read from answers: further clouds, and the content of label maps."""
+    several = [config.more_clouds, config.ensemble] if config.more_clouds else []
+    return several + [_digest(cloud.label_map) for cloud in config.clouds if cloud.label_map is not None]
+
+
+def _digest(uri: str) -> str:
+    """Empty for a file that can't be read; the step tells when it needs it."""
+    try:
+        return hashlib.sha256(storage.read_bytes(uri)).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
 def baseline_training(config: PipelineConfig) -> Propagate:
-    """The baselines' training: the student's schedule over as many steps as it has made since its weights left CLIP."""
+    """The baselines' training on plain labels: the student's schedule over as many steps as it has made since its weights left CLIP."""
     fit = config.distill.fit
     before = config.propagate.fit.steps if config.distill.start_from == "clip_detector" else 0
     later = tuple(milestone + before for milestone in fit.milestones)
-    return replace(config.propagate, fit=replace(fit, steps=before + fit.steps, milestones=later))
+    return replace(config.propagate, soft_labels=False, fit=replace(fit, steps=before + fit.steps, milestones=later))

@@ -7,7 +7,6 @@ import os
 import uuid
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
@@ -22,24 +21,30 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def _filesystem(uri: str) -> tuple[Any, str]:
+    """Without a cache of listings: other processes write too. ``s3://`` follows AWS_ENDPOINT_URL and AWS's other variables."""
+    filesystem, path = url_to_fs(uri, use_listings_cache=False)
+    return filesystem, path
+
+
 def exists(uri: str) -> bool:
-    filesystem, path = url_to_fs(uri)
+    filesystem, path = _filesystem(uri)
     return bool(filesystem.exists(path))
 
 
 def make_folder(uri: str) -> None:
-    filesystem, path = url_to_fs(uri)
+    filesystem, path = _filesystem(uri)
     filesystem.makedirs(path, exist_ok=True)
 
 
 def read_bytes(uri: str) -> bytes:
-    with fsspec.open(uri, "rb") as stream:
-        return bytes(stream.read())
+    filesystem, path = _filesystem(uri)
+    return bytes(filesystem.cat_file(path))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write so that a reader, or a crash, sees the whole file or none of it; on a local disk also after a power cut."""
-    filesystem, path = url_to_fs(uri)
+    filesystem, path = _filesystem(uri)
     parent = filesystem._parent(path)
     filesystem.makedirs(parent, exist_ok=True)
     if "file" not in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
@@ -60,18 +65,26 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def remove(uri: str) -> None:
     """Delete one file; an absent one is no error."""
-    filesystem, path = url_to_fs(uri)
+    filesystem, path = _filesystem(uri)
     if filesystem.exists(path):
         filesystem.rm_file(path)
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Files below ``uri``, recursively, sorted; an absent folder has none."""
-    filesystem, path = url_to_fs(uri)
+    filesystem, path = _filesystem(uri)
     if not filesystem.exists(path):
         return []
     found = (filesystem.unstrip_protocol(p) if "://" in uri else p for p in filesystem.find(path))
     return sorted(p for p in found if p.endswith(suffix))
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Bytes of each file below ``uri``, recursively; an absent folder has none."""
+    filesystem, path = _filesystem(uri)
+    if not filesystem.exists(path):
+        return {}
+    return {name: int(info["size"]) for name, info in filesystem.find(path, detail=True).items()}
 
 
 def read_json(uri: str) -> Any:
@@ -83,11 +96,11 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def read_table(uri: str) -> pa.Table:
-    """One Parquet file, or all parts of a folder in the order of their names."""
+    """One Parquet file, or all parts of a folder in the order of their names; a column that a part lacks is null there."""
     parts = [uri] if uri.endswith(".parquet") else list_files(uri, ".parquet")
     if not parts:
         raise FileNotFoundError(f"no Parquet parts below {uri}")
-    return pa.concat_tables([pq.read_table(pa.BufferReader(read_bytes(p))) for p in parts])
+    return pa.concat_tables([pq.read_table(pa.BufferReader(read_bytes(p))) for p in parts], promote_options="default")
 
 
 def write_table(uri: str, table: pa.Table) -> None:

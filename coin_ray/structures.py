@@ -78,6 +78,9 @@ class Pairs:
     def __getitem__(self, index: Tensor | slice) -> Pairs:
         return Pairs(self.boxes[index], self.cloud[index], self.clip[index])
 
+    def to(self, device: torch.device) -> Pairs:
+        return Pairs(self.boxes.to(device), self.cloud.to(device), self.clip.to(device))
+
     @classmethod
     def empty(cls, num_classes: int) -> Pairs:
         none = Detections.empty(num_classes)
@@ -91,3 +94,6 @@ class Separation:
     consistent: Pairs
     inconsistent: Pairs
     private: Detections
+
+    def to(self, device: torch.device) -> Separation:
+        return Separation(self.consistent.to(device), self.inconsistent.to(device), self.private.to(device))

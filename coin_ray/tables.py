@@ -34,6 +34,7 @@ DETECTIONS = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("labels", pa.list_(pa.int64())),
         ("probs", VECTORS),  # rows of K+1, background last
+        ("prob_source", pa.list_(pa.string())),  # how each row of probs came about: coin_ray.cloud.probabilities
         ("source", pa.string()),  # cloud, clip_labels, clip_detector, student, ...
         ("status", pa.string()),  # ok, cached, empty, error, skipped_budget
         ("attempts", pa.int32()),
@@ -51,7 +52,6 @@ SEPARATION = pa.schema(
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]
 )
-METRICS = pa.schema([("run", pa.string()), ("step", pa.int64()), ("metric", pa.string()), ("class", pa.string()), ("value", pa.float64())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,17 @@ class Provenance:
     error: str | None = None
 
 
-def detections_row(image_id: str, detections: Detections, provenance: Provenance) -> dict[str, object]:
-    """One row of a ``DETECTIONS`` table."""
+def detections_row(
+    image_id: str, detections: Detections, provenance: Provenance, prob_source: Sequence[str] | None = None
+) -> dict[str, object]:
+    """One row of a ``DETECTIONS`` table. ``prob_source`` [N]; None: our own models, which score every class."""
     return {
         "image_id": image_id,
         "boxes": detections.boxes.tolist(),
         "scores": detections.scores.tolist(),
         "labels": detections.labels.tolist(),
         "probs": detections.probs.tolist(),
+        "prob_source": ["native"] * len(detections) if prob_source is None else list(prob_source),
         "source": provenance.source,
         "status": provenance.status,
         "attempts": provenance.attempts,

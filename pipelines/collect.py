@@ -1,11 +1,17 @@
 """Ask the cloud about every image and CLIP about every box, running first whatever this needs and is not finished.
 
 python pipelines/collect.py demo [--dry-run]
+python pipelines/collect.py labels check|propose --help       label maps, from names in answers already paid
+python pipelines/collect.py journal show|verify|compact --root ROOT
 """
 
 import sys
 
-from coin_ray.cli import main
-
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["labels"], ["journal"]):
+        from coin_ray.cloud import tools
+
+        sys.exit(tools.main(sys.argv[1:]))
+    from coin_ray.cli import main
+
     sys.exit(main("collect.py", __doc__, only="collect"))

@@ -9,7 +9,7 @@ import pytest
 
 from coin_ray import cli
 from coin_ray.cli import parse
-from coin_ray.config import Folder
+from coin_ray.config import Ensemble, Folder
 from coin_ray.configfile import to_yaml
 from coin_ray.errors import ConfigError
 
@@ -108,9 +108,47 @@ def test_dotted_settings_and_options() -> None:
     assert options == cli.Options("s3://b/run", "collect", True, True)
 
 
+@pytest.mark.parametrize("given", [("dino-x,https://b",), ("dino-x", "https://b"), ("dino-x,", "https://b")])
+@pytest.mark.parametrize("first", [False, True])
+def test_several_clouds(given: tuple[str, ...], first: bool) -> None:
+    settings = ("--more-clouds.1.max-usd", "5", "--ensemble.mode", "cascade", "--ensemble.reliability", "1", "2", "0.5")
+    more = ("--more-clouds", *given)
+    arguments = ("folder", *more, *MINIMAL[1:], *settings) if first else (*MINIMAL, *settings, *more)
+    config = parse(arguments)[0]
+    assert [(c.service, c.url, c.max_usd) for c in config.clouds] == [
+        ("http", "https://detector.example.com", None),
+        ("dino-x", "", None),
+        ("http", "https://b", 5.0),
+    ]
+    assert config.ensemble == Ensemble("cascade", (1.0, 2.0, 0.5))
+
+
+def test_one_more_cloud_with_an_equals_sign() -> None:
+    assert [c.service for c in parse((*MINIMAL, "--more-clouds=dino-x"))[0].clouds] == ["http", "dino-x"]
+    assert parse(MINIMAL)[0].more_clouds == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--more-clouds", "dino-y"), "neither an address"),
+        (("--more-clouds", "azure-vision"), "azure-vision has no address of its own"),
+        (("--more-clouds", "https://detector.example.com"), "twice"),
+        (("--more-clouds", "dino-x", "--ensemble.mode", "cascade", "--labeler", "none"), "CLIP's opinion"),
+    ],
+)
+def test_more_clouds_that_can_not_be_used(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse((*MINIMAL, *arguments))
+
+
+def test_settings_of_a_cloud_that_was_not_named() -> None:
+    assert exit_code(*MINIMAL, "--more-clouds", "dino-x", "--more-clouds.1.max-usd", "5") == 2
+
+
 def test_a_config_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    config = parse(("demo", "--seed", "5"))[0]
+    config = parse(("demo", "--seed", "5", "--more-clouds", "https://b", "dino-x"))[0]
     file.write_text(to_yaml(config))
     assert parse(("--config", str(file)))[0] == config
 

@@ -9,31 +9,36 @@ from typing import Any
 import pytest
 
 from coin_ray import config as settings
-from coin_ray.config import DemoScenes, Distill, Folder, Optimize, PipelineConfig, Propagate
+from coin_ray.config import Cloud, DemoScenes, Distill, Ensemble, Folder, Optimize, PipelineConfig, Propagate
 from coin_ray.configfile import fingerprint, from_dict, from_yaml, to_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.pipeline import graph
 from coin_ray.presets import PRESETS, demo
 
+Trail = tuple[str | int, ...]
 
-def leaves(value: Any, path: tuple[str, ...] = (), counts: bool = True) -> Iterator[tuple[tuple[str, ...], bool]]:
+
+def leaves(value: Any, path: Trail = (), counts: bool = True) -> Iterator[tuple[Trail, bool]]:
     """(path of a leaf setting, whether it is part of the identity)."""
     for field in dataclasses.fields(value):
         item, inside = getattr(value, field.name), counts and field.metadata.get("identity", True)
         if dataclasses.is_dataclass(item):
             yield from leaves(item, (*path, field.name), inside)
+        elif isinstance(item, tuple) and any(dataclasses.is_dataclass(part) for part in item):
+            for number, part in enumerate(item):
+                yield from leaves(part, (*path, field.name, number), inside)
         else:
             yield (*path, field.name), inside
 
 
-def changed(config: PipelineConfig, path: tuple[str, ...]) -> PipelineConfig:
+def changed(config: PipelineConfig, path: Trail) -> PipelineConfig:
     """The same config with one leaf different, whether or not that is a possible value."""
     other = copy.deepcopy(config)
     holder: Any = other
     for name in path[:-1]:
-        holder = getattr(holder, name)
-    value = getattr(holder, path[-1])
-    object.__setattr__(holder, path[-1], another(value))
+        holder = holder[name] if isinstance(name, int) else getattr(holder, name)
+    last = str(path[-1])
+    object.__setattr__(holder, last, another(getattr(holder, last)))
     return other
 
 
@@ -45,10 +50,10 @@ def another(value: Any) -> Any:
 
 FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True)
 FULL = [
-    dataclasses.replace(demo(), data=data, propagate=Propagate(fit=FIT), distill=Distill(fit=FIT))
+    dataclasses.replace(demo(), data=data, more_clouds=(Cloud(url="https://x"),), propagate=Propagate(fit=FIT), distill=Distill(fit=FIT))
     for data in (DemoScenes(), Folder(images="x"))
 ]
-CASES = [pytest.param(c, p, i, id=f"{type(c.data).__name__}-{'.'.join(p)}") for c in FULL for p, i in leaves(c)]
+CASES = [pytest.param(c, p, i, id=f"{type(c.data).__name__}-{'.'.join(map(str, p))}") for c in FULL for p, i in leaves(c)]
 
 
 def step_fingerprints(config: PipelineConfig) -> list[str]:
@@ -56,7 +61,7 @@ def step_fingerprints(config: PipelineConfig) -> list[str]:
 
 
 @pytest.mark.parametrize(("config", "path", "counts"), CASES)
-def test_identity_fields_change_fingerprints_and_others_do_not(config: PipelineConfig, path: tuple[str, ...], counts: bool) -> None:
+def test_identity_fields_change_fingerprints_and_others_do_not(config: PipelineConfig, path: Trail, counts: bool) -> None:
     other = changed(config, path)
     assert (fingerprint(config) != fingerprint(other)) == counts
     assert (step_fingerprints(config) != step_fingerprints(other)) == counts
@@ -97,7 +102,9 @@ def test_kinds_of_data_differ() -> None:
 @pytest.mark.parametrize("data", [None, DemoScenes(train=3), Folder(images="s3://b/x", test="y")])
 def test_yaml_round_trip(preset: str, data: DemoScenes | Folder | None, tmp_path: Path) -> None:
     config = PRESETS[preset]()
-    config = config if data is None else dataclasses.replace(config, data=data, classes=("traffic light", "a: b", "no", "1"))
+    if data is not None:
+        config = dataclasses.replace(config, data=data, classes=("traffic light", "a: b", "no", "1"))
+        config = dataclasses.replace(config, more_clouds=(Cloud(service="dino-x", max_usd=5),), ensemble=Ensemble("cascade", (1.0, 0.5)))
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     back = from_yaml(str(file))
@@ -118,6 +125,10 @@ def plain() -> dict[str, Any]:
         (("distill", "fit", "steps"), "many", "distill.fit.steps"),
         (("detector", "batch_norm"), "thawed", "detector.batch_norm"),
         (("data", "trian"), 3, "trian"),
+        (("more_clouds",), [{"service": "dino-y"}], "more_clouds.0.service"),
+        (("more_clouds",), [{"url": "https://x", "tokn": 1}], "more_clouds.0.tokn"),
+        (("ensemble", "reliability"), [1.0, 0.0], "ensemble.reliability must be positive"),
+        (("ensemble", "mode"), "vote", "ensemble.mode"),
         (("labels", "score_min"), 2.0, "labels.score_min must lie in 0..1"),
         (("classes",), ["cat", "Cat"], "cat"),
     ],

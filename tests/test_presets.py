@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from coin_ray.config import Cloud, DemoScenes, Folder, check_runnable
+from coin_ray.config import Cloud, DemoScenes, Ensemble, Folder, check_runnable
 from coin_ray.errors import ConfigError
 from coin_ray.pipeline import ORDER, graph
 from coin_ray.presets import PRESETS
@@ -64,3 +65,74 @@ def test_clip_labels_depend_on_both_sides_of_the_view() -> None:
     config = PRESETS["demo"]()
     other = replace(config, detector=replace(config.detector, long_side=config.detector.long_side + 32))
     assert graph(other)["collect"].fingerprint != graph(config)["collect"].fingerprint
+
+
+def test_one_cloud_is_what_it_was() -> None:
+    """Steps that were finished before there could be several clouds stay finished, whatever ``ensemble`` says."""
+    config = PRESETS["demo"]()
+    views = (config.detector.short_side, config.detector.long_side)
+    for same in (config, replace(config, ensemble=Ensemble("failover", (2.0,)))):
+        collect = graph(same)["collect"]
+        assert collect.identity == (config.cloud, config.classes, config.collect, config.clip, views)
+
+
+def test_the_content_of_a_label_map_counts(tmp_path: Path) -> None:
+    file = tmp_path / "map.yaml"
+    config = PRESETS["demo"]()
+    mapped = replace(config, cloud=replace(config.cloud, label_map=str(file)))
+    second = replace(config, more_clouds=(Cloud(service="google-vision", label_map=str(file)),))
+    found = []
+    for text in (None, "service: http\n", "service: google-vision\n", "service: http\n"):
+        if text is not None:
+            file.write_text(text)
+        found.append([graph(c)["collect"].fingerprint for c in (config, mapped, second)])
+    assert found[1] == found[3]
+    assert [len({column[k] for column in found}) for k in range(3)] == [1, 3, 3]
+    assert graph(mapped)["images"].fingerprint == graph(config)["images"].fingerprint
+
+
+SERVICES = [("http", "", False), ("http", "https://x", True), ("dino-x", "", True), ("azure-vision", "", True)]
+
+
+@pytest.mark.parametrize(("service", "url", "runnable"), SERVICES)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_service_may_know_its_own_address(service: str, url: str, runnable: bool, second: bool) -> None:
+    """Which of them have none is known to the services (``coin_ray.cloud.services``)."""
+    cloud = Cloud(service=service, url=url)  # type: ignore[arg-type]
+    config = replace(PRESETS["folder"](), data=Folder("images"), classes=("a",), cloud=cloud)
+    if second:
+        config = replace(config, cloud=Cloud(url="https://first"), more_clouds=(cloud,))
+    if runnable:
+        check_runnable(config)
+    else:
+        with pytest.raises(ConfigError, match="which cloud"):
+            check_runnable(config)
+
+
+HTTP = Cloud(url="https://x")
+UNUSABLE = [
+    ({"more_clouds": (HTTP,)}, "twice"),
+    ({"more_clouds": (replace(HTTP, max_usd=5.0),)}, "twice"),
+    ({"more_clouds": (Cloud(service="dino-x"),), "ensemble": Ensemble(reliability=(1.0,))}, "each of the 2 clouds; got 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), UNUSABLE)
+def test_clouds_that_can_not_be_one(changes: dict[str, object], said: str) -> None:
+    config = replace(PRESETS["folder"](), data=Folder("images"), classes=("a",), cloud=HTTP)
+    check_runnable(replace(config, more_clouds=(replace(HTTP, model="other"),), ensemble=Ensemble("cascade", (1.0, 2.0))))
+    with pytest.raises(ConfigError, match=said):
+        check_runnable(replace(config, **changes))  # type: ignore[arg-type]
+
+
+def test_a_cascade_needs_clip() -> None:
+    config = replace(PRESETS["folder"](), data=Folder("images"), classes=("a",), cloud=HTTP, more_clouds=(Cloud(service="dino-x"),))
+    config = replace(config, ensemble=Ensemble("cascade"), collect=replace(config.collect, labeler="none"))
+    with pytest.raises(ConfigError, match="CLIP's opinion"):
+        check_runnable(config)
+
+
+@pytest.mark.parametrize("iou", [0.0, -0.1, 1.1])
+def test_unusable_overlaps(iou: float) -> None:
+    with pytest.raises(ConfigError, match=r"ensemble\.iou"):
+        Ensemble(iou=iou)

@@ -51,6 +51,11 @@ def test_provenance_is_stored() -> None:
     }
 
 
+@pytest.mark.parametrize(("given", "stored"), [(None, ["native", "native"]), (("grouped", "label_prior"), ["grouped", "label_prior"])])
+def test_the_source_of_probabilities_is_stored(given: tuple[str, ...] | None, stored: list[str]) -> None:
+    assert detections_table([detections_row("a", FOUND, Provenance("cloud"), given)])["prob_source"].to_pylist() == [stored]
+
+
 def test_truth() -> None:
     rows = [
         {"image_id": "a", "boxes": [[0, 0, 5, 5]], "labels": [1], "difficult": [True]},

@@ -30,6 +30,10 @@ class ClipModel:
     std: tuple[float, float, float]
 
     @property
+    def device(self) -> torch.device:
+        return self.network.text_projection.device  # type: ignore[union-attr,return-value]
+
+    @property
     def embedding_size(self) -> int:
         return int(self.network.text_projection.shape[1])  # type: ignore[union-attr,index]
 
@@ -85,6 +89,7 @@ def class_embeddings(clip: ClipModel, classes: Sequence[str], config: Clip) -> T
     """e_c [K+1, D], unit length, background last: the mean over prompts, each normalised first (paper section 3.2)."""
     rows = []
     for name in (*classes, BACKGROUND):
-        embedded = F.normalize(clip.network.encode_text(clip.tokenize(prompts_for(name, config))).float(), dim=-1)  # type: ignore[operator]
+        tokens = clip.tokenize(prompts_for(name, config)).to(clip.device)
+        embedded = F.normalize(clip.network.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
         rows.append(F.normalize(embedded.mean(0), dim=0))
     return torch.stack(rows)

@@ -28,6 +28,7 @@ class RoiLabeler:
         if not len(boxes):
             return torch.zeros(0, len(self.embeddings))
         visual = self.clip.network.visual
+        image, boxes = image.to(self.clip.device), boxes.to(self.clip.device)
         view = resize(image, [self.short_side], max_size=self.long_side)
         factors = boxes.new_tensor([view.shape[2] / image.shape[2], view.shape[1] / image.shape[1]]).repeat(2)
         pixels = normalize(view.float() / 255, list(self.clip.mean), list(self.clip.std))[None].contiguous(
@@ -55,7 +56,7 @@ class CropLabeler:
         for left, top, right, bottom in boxes.round().int().tolist():
             left, top = min(max(left, 0), image.shape[2] - 2), min(max(top, 0), image.shape[1] - 2)
             crops.append(resized_crop(image, top, left, max(bottom - top, 2), max(right - left, 2), [side, side], antialias=True))
-        pixels = normalize(torch.stack(crops).float() / 255, list(self.clip.mean), list(self.clip.std))
+        pixels = normalize(torch.stack(crops).to(self.clip.device).float() / 255, list(self.clip.mean), list(self.clip.std))
         return _probabilities(self.clip, self.clip.network.encode_image(pixels), self.embeddings)  # type: ignore[operator]
 
 
@@ -64,4 +65,4 @@ Labeler = RoiLabeler | CropLabeler
 
 def _probabilities(clip: ClipModel, features: Tensor, embeddings: Tensor) -> Tensor:
     scale = clip.network.logit_scale.exp().clamp(max=100)  # type: ignore[operator,union-attr]
-    return (scale * F.normalize(features, dim=-1) @ embeddings.T).softmax(-1)
+    return (scale * F.normalize(features, dim=-1) @ embeddings.T).softmax(-1).cpu()

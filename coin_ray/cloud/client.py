@@ -1,18 +1,20 @@
 """The client of the detection API: one call of ``CloudClient.answer`` per image, whatever the network does.
 
 The adapter knows the wire format, the journal keeps what was paid for, the governor decides when a call may be made.
-This module owns the rest: deadline, retries, one call per image at a time, size cap, and the secret, which is read
-from the environment for each request and put nowhere else.
+This module owns the rest: deadline, retries, one call per image at a time, size cap, and the polling of services that
+answer with a task: its id is on record before the first poll, so that a task once paid is asked for until it is done or lost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import hashlib
+import logging
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Literal
@@ -20,18 +22,31 @@ from weakref import WeakValueDictionary
 
 import httpx
 
-from coin_ray.cloud.journal import Journal, Record, answer_key
+from coin_ray.cloud.journal import TASK, Journal, Record, answer_key
+from coin_ray.cloud.labelmap import Prior
 from coin_ray.cloud.limiter import AsyncGovernor, Limits, Outcome
-from coin_ray.cloud.protocol import Adapter, Frame, Query, RawDetections
-from coin_ray.cloud.reference import ReferenceAdapter
+from coin_ray.cloud.protocol import RETRY_AFTER_MAX, Adapter, Frame, Pending, PreparedRequest, Query, RawDetections
+from coin_ray.cloud.services import (
+    adapter_for,
+    calls_per_minute,
+    check_askable,
+    fitted,
+    label_map_for,
+    side_max,
+    token_variable,
+)
+from coin_ray.cloud.signing import Signed, redacted, signer_for, without_frames
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
+    AuthError,
+    BadRequest,
     BudgetExhausted,
     CloudError,
     CloudUnreachable,
     ConfigError,
     DeadlineExceeded,
+    ImageRejected,
     ProtocolError,
     Throttled,
     Transient,
@@ -42,14 +57,20 @@ BACKOFF_CAP = 20.0
 BODY_MAX = 32 * 2**20
 CONNECT_SECONDS = 10.0
 CHECK_ATTEMPTS = 3
-TOKEN_LENGTH_MIN = 6
-"""A shorter token may occur in an answer by chance and is not looked for."""
+POLL_MIN, POLL_CAP, POLL_GROWTH = 0.25, 10.0, 1.5
+"""Seconds between polls, at least and at most, and how they grow."""
+TASK_GONE = (404, 410)
+TASK_SECONDS = 86_400.0
+"""A task older than this that gives no result is asked for no more."""
+RETRY_BURST_MIN = 20
+KEPT_HEADERS = ("content-type", "retry-after", "date", "x-amzn-errortype", "x-ratelimit-")
+"""Beginnings of the names of headers that an adapter may need."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 USER_AGENT = f"coin_ray/{version('coin-ray')}"
 NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 """Nothing was sent, so nothing can have been billed."""
 
-AnswerStatus = Literal["ok", "cached", "empty", "error", "skipped_budget"]
+AnswerStatus = Literal["ok", "cached", "empty", "error", "skipped_budget", "unreachable"]
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -57,11 +78,16 @@ class NotConnected(Transient):
     """No connection: the request never left."""
 
 
+class TaskLost(Transient):
+    """The service no longer knows the task, or the task failed for no lasting reason: only asking anew helps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one image. ``raw`` is None for ``error`` and ``skipped_budget``; ``empty`` is a proved absence of objects.
+    """What became of one image. ``raw`` is None for ``error``, ``skipped_budget`` and ``unreachable``; ``empty`` is a proved absence of
+    objects. ``teachers``: names of the clouds that answered, if several could.
 
-    ``attempts``: tries, 0 if cached. ``calls`` and ``cost_usd``: those that were or may have been billed.
+    ``attempts``: tries, 0 if cached or if an earlier run had asked. ``calls`` and ``cost_usd``: those that were or may have been billed.
     ``latency_ms``: of the last try.
     """
 
@@ -72,6 +98,7 @@ class Answer:
     cost_usd: float = 0.0
     error: str | None = None
     calls: int = 0
+    teachers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +114,16 @@ class _Call:
 
     key: str
     image: CanonicalImage
+    seconds: float
+    """What is left of the deadline, once no wait for the first place counts any more."""
+    patient: bool = True
+    give_up_at: float = 0.0
+    started: float = 0.0
+    task: Pending | None = None
+    """A task of the service's that is under way and on record: then nothing is asked anew."""
+    task_time: float = 0.0
+    """Seconds since 1970."""
+    lost: int = 0
     attempts: int = 0
     calls: int = 0
     latency_ms: float = 0.0
@@ -95,11 +132,33 @@ class _Call:
     def frame(self) -> Frame:
         return Frame((self.image.width, self.image.height), self.image.original)
 
+    @property
+    def idempotency_key(self) -> str:
+        """Another one after a lost task, or a service that remembers keys would name the same task again."""
+        return f"{self.key}-{self.lost}" if self.lost else self.key
+
 
 def limits(config: Cloud) -> Limits:
-    """The governor's limits for a configuration."""
-    burst = max(1, round(config.rate / 10))
-    return Limits(config.rate, config.in_flight, config.max_calls, config.max_usd, burst, lease_seconds=2 * config.deadline)
+    """The governor's limits for a configuration. Calls per minute are spread over the minute."""
+    per_minute = calls_per_minute(config)
+    rate = config.rate if per_minute is None else min(config.rate, per_minute / 60)
+    return Limits(
+        rate,
+        config.in_flight,
+        config.max_calls,
+        config.max_usd,
+        burst=max(1, round(rate / 10)),
+        lease_seconds=2 * config.deadline,
+        per_minute=per_minute,
+        per_day=config.per_day,
+        retry_burst=max(RETRY_BURST_MIN, 2 * config.in_flight),
+    )
+
+
+def account_of(config: Cloud, url: str, adapter: Adapter) -> str:
+    """Name [12 hexadecimal digits] under which the journal adds up what a service, an address and a model have cost."""
+    identity = f"{adapter.capabilities.name} {_endpoint(config, httpx.URL(url))} {config.model}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 class CloudClient:
@@ -107,7 +166,8 @@ class CloudClient:
 
     ``answer`` returns an ``Answer`` for everything that concerns one image, and raises what must stop the run:
     ``AuthError``, ``QuotaExhausted``, ``BudgetExhausted``, ``BadRequest``, ``CloudUnreachable``. With
-    ``skip_over_budget`` a spent budget is an ``Answer`` too, so that journalled images still come through.
+    ``skip_over_budget`` a spent budget is an ``Answer`` too, so that journalled images still come through; with
+    ``skip_unreachable`` so is a service that can't be reached: another one may answer.
     """
 
     def __init__(
@@ -121,22 +181,28 @@ class CloudClient:
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         skip_over_budget: bool = False,
+        skip_unreachable: bool = False,
         sleep: Sleep = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
-        self._query = Query(config.model, tuple(classes), config.score_min)
-        self._url = _checked_url(url, config)
+        self._adapter = adapter or adapter_for(config)
+        self._capabilities = self._adapter.capabilities
+        check_askable(config, classes, self._capabilities)
+        self._query = Query(config.model, tuple(classes), config.score_min, label_map_for(config, classes))
+        self._signer = signer_for(self._capabilities.auth, token_variable(config), config.region, wall_clock)
+        self._url = _checked_url(url, self._signer.secret)
+        self._signer.check()
         self._journal = journal
         self._governor = governor
-        self._adapter = adapter or ReferenceAdapter()
-        self._skip_over_budget = skip_over_budget
-        self._sleep, self._clock, self._uniform = sleep, clock, uniform
+        self._skip_over_budget, self._skip_unreachable = skip_over_budget, skip_unreachable
+        self._account = account_of(config, url, self._adapter)
+        self._sleep, self._clock, self._uniform, self._wall_clock = sleep, clock, uniform, wall_clock
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._reached = False
-        _token(config)
-        self._http = _http_client(config, self._url, transport)
+        self._http = Connections(config, self._url, transport)
 
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
@@ -145,11 +211,20 @@ class CloudClient:
         """Close the connections."""
         await self._http.aclose()
 
+    @property
+    def max_side(self) -> int:
+        """Longer side in pixels of the images that are sent."""
+        return side_max(self._config, self._capabilities)
+
     async def check(self) -> None:
-        """Ask for the service's health before any image is sent. Raises ``AuthError`` and ``CloudUnreachable``."""
+        """Ask for the service's health, if it has a page for that. Raises ``AuthError`` and ``CloudUnreachable``."""
+        self._signer.check()
+        if self._capabilities.health_path is None:
+            return
+        health = PreparedRequest(self._capabilities.health_path, method="GET")
         for attempt in range(1, CHECK_ATTEMPTS + 1):
             try:
-                reply = await asyncio.wait_for(self._send("GET", self._adapter.capabilities.health_path), self._config.deadline)
+                reply = await asyncio.wait_for(self._send(health), self._config.deadline)
                 break
             except (NotConnected, asyncio.TimeoutError):
                 if attempt == CHECK_ATTEMPTS:
@@ -160,73 +235,143 @@ class CloudClient:
         if reply.status in (401, 402, 403) or 300 <= reply.status < 400:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
 
-    async def answer(self, image: CanonicalImage) -> Answer:
-        """The service's detections in one image, from the journal if it was asked before."""
-        key = self.key(image)
-        lock = self._locks.setdefault(key, asyncio.Lock())
+    @property
+    def prior(self) -> Prior:
+        """What the label map says of the service's labels beside its scores."""
+        return self._query.labels.prior if self._query.labels is not None else Prior()
+
+    async def answer(self, image: CanonicalImage, *, patient: bool = True) -> Answer:
+        """The service's detections in one image, from the journal if it was asked before.
+
+        Not ``patient``: while the breaker is open the service counts as unreachable, instead of being waited for.
+        """
+        try:
+            call = await asyncio.to_thread(self._begun, image, patient)
+        except ImageRejected as error:
+            return Answer("error", None, error=f"{type(error).__name__}: {error}")
+        lock = self._locks.setdefault(call.key, asyncio.Lock())
         async with lock:
-            known = await asyncio.to_thread(self._from_journal, key, image)
-            return known or await self._ask(_Call(key, image))
+            return await self._ask(call)
+
+    async def known(self, image: CanonicalImage) -> Answer | None:
+        """The answer on record, if there is one. Nothing is asked."""
+        try:
+            raw = await asyncio.to_thread(lambda: self._from_journal(self._begun(image)))
+        except ImageRejected:
+            return None
+        return None if raw is None else Answer("cached", raw)
 
     def key(self, image: CanonicalImage) -> str:
         """The journal's key, also sent as Idempotency-Key."""
-        return answer_key(self._adapter.capabilities.name, self._endpoint(), self._query, self._config.max_side, image.data)
-
-    def _endpoint(self) -> str:
-        """A server started for this run has another port each time, so its name stands for it."""
-        if self._config.serve != "none":
-            models = ",".join(os.path.basename(m) for m in self._config.onnx_models)
-            return f"{self._config.serve}:{models}"
-        return f"{self._url.netloc.decode()}{self._url.path.rstrip('/')}"
-
-    def _from_journal(self, key: str, image: CanonicalImage) -> Answer | None:
-        record = self._journal.get(key)
-        if record is None:
-            return None
         try:
-            return Answer("cached", self._decode(record, _Call(key, image)))
-        except ProtocolError:
-            return None
+            return self._key(fitted(image, self._capabilities, self.max_side))
+        except ImageRejected:
+            return self._key(image)
+
+    def _key(self, sent: CanonicalImage) -> str:
+        return answer_key(self._capabilities.name, _endpoint(self._config, self._url), self._query, self.max_side, sent.data)
+
+    def _begun(self, image: CanonicalImage, patient: bool = True) -> _Call:
+        """Raises ``ImageRejected``."""
+        sent = fitted(image, self._capabilities, self.max_side)
+        return _Call(self._key(sent), sent, self._config.deadline, patient)
+
+    def _answer_or_request(self, call: _Call) -> RawDetections | PreparedRequest | None:
+        """What is on record, or else how to ask; None if a task is under way."""
+        known = self._from_journal(call)
+        return known if known is not None or call.task else self._encoded(call)
+
+    def _encoded(self, call: _Call) -> PreparedRequest:
+        return self._adapter.encode(call.image, self._query)
+
+    def _from_journal(self, call: _Call) -> RawDetections | None:
+        """The answer on record. A task on record that has no answer yet is noted in ``call``."""
+        for place in (call.key, _task_key(call.key)):
+            record = self._journal.get(place)
+            if record is None:
+                continue
+            try:
+                found = self._decode(call, place, record.body, {"content-type": record.content_type})
+            except CloudError:
+                continue
+            if not isinstance(found, Pending):
+                if place != call.key:
+                    self._journal.put(call.key, record)
+                return found
+            self._set_aside(call, place, record)
+            call.task, call.task_time = found, record.time
+        return None
 
     async def _ask(self, call: _Call) -> Answer:
         """Waiting for the first place does not count towards the deadline: with many images that is queueing."""
         try:
-            lease = await self._admit()
-            raw = await asyncio.wait_for(self._until_answered(call, lease), self._config.deadline)
+            found = await asyncio.to_thread(self._answer_or_request, call)
+            if isinstance(found, RawDetections):
+                return Answer("cached", found)
+            resumed = None if found is not None else await self._resumed(call)
+            raw = resumed if resumed is not None else await self._asked(call, found)
         except BudgetExhausted as error:
             if not self._skip_over_budget:
                 raise
             return self._finished(call, Answer("skipped_budget", None, error=str(error)))
         except asyncio.TimeoutError:
-            error_text = f"DeadlineExceeded: no answer within cloud.deadline={self._config.deadline:g} s in {call.attempts} attempts"
-            return self._finished(call, Answer("error", None, error=error_text))
+            return self._finished(call, Answer("error", None, error=f"DeadlineExceeded: {self._too_late(call)}"))
         except CloudError as error:
-            if error.stops_run:
+            unreachable = isinstance(error, CloudUnreachable) and self._skip_unreachable
+            if error.stops_run and not unreachable:
                 raise
-            return self._finished(call, Answer("error", None, error=f"{type(error).__name__}: {error}"))
+            text = f"{type(error).__name__}: {error}"
+            return self._finished(call, Answer("unreachable" if unreachable else "error", None, error=text))
         return self._finished(call, Answer("ok" if len(raw) else "empty", raw))
+
+    async def _asked(self, call: _Call, request: PreparedRequest | None) -> RawDetections:
+        if request is None:
+            request = await asyncio.to_thread(self._encoded, call)
+        lease = await self._admit(call)
+        return await asyncio.wait_for(self._until_answered(call, request, lease), call.seconds)
+
+    async def _resumed(self, call: _Call) -> RawDetections | None:
+        """The result of a task that an earlier run left behind; None if the service no longer has it."""
+        call.started = self._clock()
+        call.give_up_at = call.started + call.seconds
+        try:
+            return await asyncio.wait_for(self._polled(call, 0.0), call.seconds)
+        except CloudError as error:
+            too_old = self._wall_clock() - call.task_time > TASK_SECONDS and not error.stops_run
+            if not (too_old or isinstance(error, (TaskLost, BadRequest))):  # a poll that is wrong now says nothing of the question
+                raise
+            if call.task is not None:
+                await asyncio.to_thread(self._forget, call, str(error))
+        call.seconds -= self._clock() - call.started
+        if call.seconds <= 0:
+            raise DeadlineExceeded(self._too_late(call))
+        return None
+
+    def _too_late(self, call: _Call) -> str:
+        text = f"no answer within cloud.deadline={self._config.deadline:g} s in {call.attempts} attempts"
+        return f"{text}; the service's task stays on record, run again to ask for its result" if call.task else text
 
     def _finished(self, call: _Call, answer: Answer) -> Answer:
         cost = call.calls * self._config.usd_per_call
         return replace(answer, attempts=call.attempts, latency_ms=call.latency_ms, cost_usd=cost, calls=call.calls)
 
-    async def _until_answered(self, call: _Call, lease: int) -> RawDetections:
-        """Tries until the image is answered, may not be retried, or attempts or time run out."""
-        give_up_at = self._clock() + self._config.deadline
-        request = self._adapter.encode(call.image, self._query)
-        body = json.dumps(request.body).encode()
+    async def _until_answered(self, call: _Call, request: PreparedRequest, lease: int) -> RawDetections:
+        """Tries until the image is answered, may not be retried, or attempts, time or everybody's retries run out."""
+        call.give_up_at = self._clock() + call.seconds
         malformed = 0
         while True:
             try:
-                return await self._attempt(call, request.path, body, lease)
+                return await self._attempt(call, request, lease)
             except CloudError as error:
                 malformed += isinstance(error, ProtocolError)
-                if not error.retryable and not (isinstance(error, ProtocolError) and malformed == 1):
+                again = error.retryable or (isinstance(error, ProtocolError) and malformed == 1)
+                if call.task is not None or not again:
                     raise
                 if call.attempts >= self._config.attempts:
                     raise self._last(error) from None
-                await self._back_off(error, call.attempts, give_up_at)
-            lease = await self._admit()
+                await self._back_off(error, call.attempts, call.give_up_at)
+                last = error
+            lease = await self._admit(call, last)
 
     def _last(self, error: CloudError) -> CloudError:
         if isinstance(error, NotConnected) and not self._reached:
@@ -235,25 +380,39 @@ class CloudClient:
 
     async def _back_off(self, error: CloudError, attempt: int, give_up_at: float) -> None:
         """Full jitter; a Retry-After is waited out, by all workers."""
-        delay = self._backoff(attempt)
-        if isinstance(error, Throttled) and error.retry_after is not None:
-            await self._governor.pause(error.retry_after)
-            delay = error.retry_after + self._uniform(0, BACKOFF_BASE)
+        asked = await self._asked_wait(error)
+        delay = self._backoff(attempt) if asked is None else asked
         if self._clock() + delay >= give_up_at:
             raise DeadlineExceeded(f"cloud.deadline={self._config.deadline:g} s leaves no time for attempt {attempt + 1} after: {error}")
         await self._sleep(delay)
 
+    async def _asked_wait(self, error: CloudError) -> float | None:
+        """Seconds the service asks to wait, if it does, and a little more. Everybody waits."""
+        if not isinstance(error, Throttled) or error.retry_after is None:
+            return None
+        seconds = min(max(error.retry_after, 0.0), RETRY_AFTER_MAX)
+        await self._governor.pause(seconds)
+        return seconds + self._uniform(0, BACKOFF_BASE)
+
     def _backoff(self, attempt: int) -> float:
         return self._uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (attempt - 1)))
 
-    async def _admit(self) -> int:
-        """A lease from the governor, once its wait is over. Raises ``BudgetExhausted`` or ``CloudUnreachable``."""
+    async def _admit(self, call: _Call, failed: CloudError | None = None) -> int:
+        """A lease from the governor, once its wait is over; ``failed``: the error after which this is a retry.
+
+        Raises ``BudgetExhausted``, ``CloudUnreachable``, or ``failed`` itself if there have been too many retries.
+        """
         while True:
-            grant = await self._governor.reserve(self._config.usd_per_call)
+            grant = await self._governor.reserve(self._config.usd_per_call, failed is not None)
             if grant.refusal == "budget":
                 raise BudgetExhausted(f"{grant.reason}; raise the limit and run again, answers so far are kept")
             if grant.refusal == "unreachable":
                 raise self._unreachable(grant.reason)
+            if grant.refusal == "retries" and failed is not None:
+                failed.args = (f"{failed}; not tried again: {grant.reason}",)
+                raise self._last(failed)
+            if grant.breaker_open and not call.patient:
+                raise self._unreachable("too many of its answers failed, the breaker is open")
             if grant.lease is None:
                 await self._sleep(grant.wait)
                 continue
@@ -265,63 +424,206 @@ class CloudClient:
                 raise
             return grant.lease
 
-    async def _attempt(self, call: _Call, path: str, body: bytes, lease: int) -> RawDetections:
-        """One request. Unless the service surely did not bill it, it stays spent: also if it is cancelled or the process dies."""
+    async def _attempt(self, call: _Call, request: PreparedRequest, lease: int) -> RawDetections:
+        """One call. Unless the service surely did not bill it, it stays spent: also if it is cancelled or the process dies.
+
+        Polls belong to the call: they keep its place and cost nothing more.
+        """
         outcome: Outcome = "failed"
         billed = True
+        found: RawDetections | Pending | None = None
         call.attempts += 1
         call.calls += 1
-        await asyncio.to_thread(self._journal.attempt, call.key, self._config.usd_per_call)
         try:
-            raw = await self._exchange(call, path, body)
+            await asyncio.to_thread(self._journal.attempt, call.key, self._config.usd_per_call, self._account, self._wall_clock())
+            found = await self._exchange(call, request)
+            raw = await self._polled(call, _poll_wait(found.seconds)) if isinstance(found, Pending) else found
             outcome = "answered"
             return raw
         except CloudError as error:
-            billed = error.may_have_billed
+            billed = error.may_have_billed or found is not None
             outcome = _outcome(error)
             raise
         finally:
             if not billed:
                 call.calls -= 1
-                await asyncio.to_thread(self._journal.refund, call.key, self._config.usd_per_call)
+                await asyncio.to_thread(self._journal.refund, call.key, self._config.usd_per_call, self._account)
             await self._governor.settle(lease, outcome, billed)
 
-    async def _exchange(self, call: _Call, path: str, body: bytes) -> RawDetections:
-        started = self._clock()
-        reply = await self._send("POST", path, body, call.key)
-        call.latency_ms = (self._clock() - started) * 1000
+    async def _exchange(self, call: _Call, request: PreparedRequest) -> RawDetections | Pending:
+        call.started = self._clock()
+        reply = await self._send(request, call.idempotency_key)
+        call.latency_ms = (self._clock() - call.started) * 1000
         if not 200 <= reply.status < 300:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
-        content_type = reply.headers.get("content-type", "")
-        record = Record(reply.body, content_type, call.attempts, call.latency_ms, call.calls * self._config.usd_per_call, time.time())
-        await asyncio.to_thread(self._journal.put, call.key, record)
-        return await asyncio.to_thread(self._decode, record, call)
+        return await asyncio.to_thread(self._received, call, reply)
 
-    def _decode(self, record: Record, call: _Call) -> RawDetections:
+    def _received(self, call: _Call, reply: _Reply) -> RawDetections | Pending:
+        """The raw reply is durable before anything reads it. What names a task is kept beside the answers, not among them."""
+        task = _task_key(call.key)
+        place = task if self._capabilities.asynchronous else call.key
+        record = self._record(call, reply)
+        self._journal.put(place, record)
+        found = self._decode(call, place, reply.body, reply.headers)
+        if isinstance(found, Pending):
+            self._set_aside(call, place, record)
+            call.task = found
+        elif place == task:
+            self._journal.put(call.key, record)
+        return found
+
+    def _set_aside(self, call: _Call, place: str, record: Record) -> None:
+        """A service that answers at once sometimes, and sometimes with a task: the task leaves the answer's place."""
+        if place == call.key:
+            self._journal.put(_task_key(call.key), record)
+            self._journal.quarantine(place, record.body, "a task, not an answer")
+
+    def _record(self, call: _Call, reply: _Reply) -> Record:
+        cost = call.calls * self._config.usd_per_call
+        return Record(
+            reply.body,
+            reply.headers["content-type"],
+            call.attempts,
+            call.latency_ms,
+            cost,
+            self._wall_clock(),
+            self._capabilities.name,
+            self._query.model,
+        )
+
+    def _decode(self, call: _Call, place: str, body: bytes, headers: Mapping[str, str]) -> RawDetections | Pending:
+        """What a 2xx body in the journal says; if that is an error, it is no answer and never found there again."""
         try:
-            return self._adapter.decode({"content-type": record.content_type}, record.body, self._query, call.frame)
-        except ProtocolError as error:
-            self._journal.quarantine(call.key, record.body, str(error))
+            found = self._adapter.decode(headers, body, self._query, call.frame)
+            if isinstance(found, Pending) and found.request is None:
+                raise ProtocolError("the service took the image on as a task that it does not name", may_have_billed=True)
+            return found
+        except CloudError as error:
+            self._journal.quarantine(place, body, str(error))
             raise
 
-    async def _send(self, method: str, path: str, body: bytes | None = None, key: str = "") -> _Reply:
-        """One HTTP exchange; httpx's errors become ``CloudError``. The token is cut out of whatever comes back."""
-        token = _token(self._config)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        if body is not None:
-            headers |= {"Idempotency-Key": key, "Content-Type": "application/json"}
+    async def _polled(self, call: _Call, wait: float) -> RawDetections:
+        """The result of the task on record, first asked for after ``wait`` seconds. Raises ``TaskLost`` if there will be none.
+
+        What fails on the way to a poll costs nothing and is tried again, ``cloud.attempts`` times in a row.
+        """
+        interval, failures, malformed = POLL_MIN, 0, 0
+        while call.task is not None:
+            if self._clock() + wait >= call.give_up_at:
+                raise DeadlineExceeded(self._too_late(call))
+            await self._sleep(wait)
+            hint = 0.0
+            try:
+                found = await self._poll(call)
+            except CloudError as error:
+                failures, malformed = failures + 1, malformed + isinstance(error, ProtocolError)
+                if call.task is None or not (error.retryable or (isinstance(error, ProtocolError) and malformed == 1)):
+                    raise
+                if failures >= self._config.attempts:
+                    raise self._last(error) from None
+                hint = await self._asked_wait(error) or 0.0
+            else:
+                if not isinstance(found, Pending):
+                    return found
+                call.task = replace(found, request=found.request or call.task.request)
+                failures = malformed = 0
+            interval = min(POLL_CAP, max(_poll_wait(call.task.seconds), POLL_GROWTH * max(wait, interval)))
+            wait = max(interval, hint)
+        raise TaskLost("the service's task is lost", may_have_billed=True)
+
+    async def _poll(self, call: _Call) -> RawDetections | Pending:
+        assert call.task is not None
+        assert call.task.request is not None
+        reply = await self._send(call.task.request)
+        if reply.status in TASK_GONE:
+            reason = f"the service no longer knows its task (answered {reply.status})"
+            await asyncio.to_thread(self._forget, call, reason)
+            raise TaskLost(reason, may_have_billed=True)
+        if not 200 <= reply.status < 300:
+            raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
+        return await asyncio.to_thread(self._poll_result, call, reply)
+
+    def _poll_result(self, call: _Call, reply: _Reply) -> RawDetections | Pending:
+        """Read before it is kept, unlike other answers: most say "not yet", and one that is lost here can be polled again."""
         try:
-            async with self._http.stream(method, f"{str(self._url).rstrip('/')}{path}", content=body, headers=headers) as response:
+            found = self._adapter.decode(reply.headers, reply.body, self._query, call.frame)
+        except ProtocolError as error:
+            self._journal.quarantine(call.key, reply.body, str(error))
+            raise
+        except (Throttled, AuthError):
+            raise  # said of the poll, not of the task
+        except CloudError as error:
+            self._forget(call, str(error))
+            if error.retryable:
+                raise TaskLost(f"the service's task failed: {error}", may_have_billed=True) from None
+            raise
+        if not isinstance(found, Pending):
+            call.latency_ms = (self._clock() - call.started) * 1000
+            self._journal.put(call.key, self._record(call, reply))
+        return found
+
+    def _forget(self, call: _Call, reason: str) -> None:
+        """The task on record will give no result."""
+        record = self._journal.get(_task_key(call.key))
+        if record is not None:
+            self._journal.quarantine(_task_key(call.key), record.body, reason)
+        call.task = None
+        call.lost += 1
+
+    async def _send(self, request: PreparedRequest, key: str = "") -> _Reply:
+        """One HTTP exchange; httpx's errors become ``CloudError``. Secrets are cut out of whatever comes back."""
+        url = self._url_of(request)
+        headers = dict(request.headers)
+        if request.body:
+            headers["Content-Type"] = request.content_type
+        if key:
+            headers["Idempotency-Key"] = key
+        while True:
+            signed = self._signed(request, url, headers)
+            response, content = await self._transferred(request, url, headers, signed)
+            body = redacted(content, signed.secrets)
+            kept = {n: redacted(v.encode(), signed.secrets).decode() for n, v in response.headers.items() if n.startswith(KEPT_HEADERS)}
+            if not self._signer.adopt_clock(signed, response.status_code, kept, body):
+                return _Reply(response.status_code, {"content-type": "", **kept}, body)
+
+    def _signed(self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str]) -> Signed:
+        try:
+            return self._signer.sign(request.method, str(url), headers, request.body)
+        except Exception as error:
+            failed = without_frames(error)
+        raise failed
+
+    async def _transferred(
+        self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str], signed: Signed
+    ) -> tuple[httpx.Response, bytes]:
+        """The answer and its raw body. Errors come without what lies below: variables there hold the secret."""
+        try:
+            async with self._http.stream(request.method, url, request.body, {**headers, **signed.headers}) as response:
                 self._reached = True
-                content = await _capped_body(response)
-        except NOT_CONNECTED as error:
-            raise NotConnected(f"no connection to {self._url.host} ({type(error).__name__})") from None
-        except (httpx.DecodingError, httpx.TooManyRedirects) as error:
-            raise ProtocolError(f"unreadable answer ({type(error).__name__})", may_have_billed=True) from None
-        except httpx.HTTPError as error:
-            raise Transient(f"the connection to {self._url.host} failed ({type(error).__name__})", may_have_billed=True) from None
-        kept = {name: response.headers[name] for name in ("content-type", "retry-after", "date") if name in response.headers}
-        return _Reply(response.status_code, kept, _without(content, token))
+                return response, await _capped_body(response)
+        except BaseException as error:
+            failed = without_frames(self._failure(error))
+        raise failed
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """The ``CloudError`` that one of httpx's errors stands for; others stay what they are."""
+        name = type(error).__name__
+        if isinstance(error, NOT_CONNECTED):
+            return NotConnected(f"no connection to {self._url.host} ({name})")
+        if isinstance(error, (httpx.DecodingError, httpx.TooManyRedirects)):
+            return ProtocolError(f"unreadable answer ({name})", may_have_billed=True)
+        if isinstance(error, httpx.HTTPError):
+            return Transient(f"the connection to {self._url.host} failed ({name})", may_have_billed=True)
+        return error
+
+    def _url_of(self, request: PreparedRequest) -> httpx.URL:
+        """Below the service's URL; the path of a poll comes from the service and must not lead elsewhere."""
+        try:
+            if request.path.startswith("/"):
+                return httpx.URL(f"{str(self._url).rstrip('/')}{request.path}")
+        except httpx.InvalidURL:
+            pass
+        raise ProtocolError("the path of a request must start with / and hold no control characters", may_have_billed=True)
 
     def _unreachable(self, reason: str = "") -> CloudUnreachable:
         why = f" ({reason})" if reason else ""
@@ -331,19 +633,56 @@ class CloudClient:
         )
 
 
-def _http_client(config: Cloud, url: httpx.URL, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
-    """No redirects: they would carry the token elsewhere. No proxies for this machine's own addresses."""
-    return httpx.AsyncClient(
-        transport=transport,
-        follow_redirects=False,
-        trust_env=url.host not in LOOPBACK,
-        headers={"User-Agent": USER_AGENT},
-        timeout=httpx.Timeout(config.deadline, connect=min(CONNECT_SECONDS, config.deadline)),
-        limits=httpx.Limits(max_connections=config.in_flight, max_keepalive_connections=config.in_flight),
-    )
+class Connections:
+    """HTTP clients with one connection each, as many as calls are under way.
+
+    httpx's pool looks through all its connections for each of them at every call: with 64 of them that takes most of a core.
+    """
+
+    def __init__(self, config: Cloud, url: httpx.URL, transport: httpx.AsyncBaseTransport | None) -> None:
+        self._config, self._transport = config, transport
+        self._environment = url.host not in LOOPBACK  # no proxies for this machine's own addresses
+        encrypted = transport is None and (url.scheme == "https" or self._environment)
+        self._certificates = httpx.create_ssl_context() if encrypted else False
+        self._all: list[httpx.AsyncClient] = []
+        self._free: list[httpx.AsyncClient] = []
+        logging.getLogger("httpcore.http11").addFilter(_is_no_answer_s_headers)
+
+    @asynccontextmanager
+    async def stream(self, method: str, url: httpx.URL, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
+        """The answer to one request, its body not yet read."""
+        http = self._free.pop() if self._free else self._new()
+        try:
+            async with http.stream(method, url, content=body or None, headers=headers) as response:
+                yield response
+        finally:
+            self._free.append(http)
+
+    async def aclose(self) -> None:
+        for http in self._all:
+            await http.aclose()
+
+    def _new(self) -> httpx.AsyncClient:
+        """No redirects: they would carry the token elsewhere."""
+        http = httpx.AsyncClient(
+            transport=self._transport,
+            verify=self._certificates,
+            follow_redirects=False,
+            trust_env=self._environment,
+            headers={"User-Agent": USER_AGENT},
+            timeout=httpx.Timeout(self._config.deadline, connect=min(CONNECT_SECONDS, self._config.deadline)),
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+        )
+        self._all.append(http)
+        return http
 
 
-def _checked_url(url: str, config: Cloud) -> httpx.URL:
+def _is_no_answer_s_headers(record: logging.LogRecord) -> bool:
+    """For httpcore's log: a service may tell the secret back in a header."""
+    return not str(record.msg).startswith("receive_response_headers.complete")
+
+
+def _checked_url(url: str, secret: bool) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
@@ -352,26 +691,26 @@ def _checked_url(url: str, config: Cloud) -> httpx.URL:
         raise ConfigError("cloud.url must be an address like https://detector.example.com")
     if parsed.userinfo or parsed.query:
         raise ConfigError("cloud.url must not hold a password or a query; put the token into the variable that cloud.token_env names")
-    if config.token_env and parsed.scheme == "http" and parsed.host not in LOOPBACK:
+    if secret and parsed.scheme == "http" and parsed.host not in LOOPBACK:
         raise ConfigError("cloud.url must be https:// when a token is sent")
     return parsed
 
 
-def _token(config: Cloud) -> str:
-    """The secret, or an empty string if none is configured. It is read anew for each request."""
-    if not config.token_env:
-        return ""
-    token = os.environ.get(config.token_env, "").strip()
-    if not token:
-        raise ConfigError(f"the environment variable {config.token_env}, named by cloud.token_env, is not set")
-    if not (token.isascii() and token.isprintable()):
-        raise ConfigError(f"the environment variable {config.token_env} holds characters that can't be sent in a header")
-    return token
+def _endpoint(config: Cloud, url: httpx.URL) -> str:
+    """Host and path. A server started for this run has another port each time, so its name stands for it."""
+    if config.serve != "none":
+        models = ",".join(os.path.basename(m) for m in config.onnx_models)
+        return f"{config.serve}:{models}"
+    return f"{url.netloc.decode()}{url.path.rstrip('/')}"
 
 
-def _without(content: bytes, token: str) -> bytes:
-    """A service that echoes the request must not bring the token into journals and messages."""
-    return content.replace(token.encode(), b"***") if len(token) >= TOKEN_LENGTH_MIN else content
+def _task_key(key: str) -> str:
+    return key + TASK
+
+
+def _poll_wait(seconds: float) -> float:
+    """Seconds before a poll, whatever the service names."""
+    return min(max(POLL_MIN, seconds), POLL_CAP)
 
 
 def _outcome(error: CloudError) -> Outcome:

@@ -1,4 +1,4 @@
-"""One governor for all workers: call rate, calls under way, budget and circuit breaker.
+"""One governor for all workers: call rate, calls under way, calls per minute and day, retries, budget and circuit breaker.
 
 ``Governor`` is a plain class without threads or sleeping: it says how long to wait, its callers wait. One instance
 serves a whole run, behind an actor; ``LocalGovernor`` gives it the same asynchronous face inside one process.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,14 +22,21 @@ COOL_DOWN = 5.0
 OPENS_MAX = 4
 """The breaker gives up when it opens this often in a row."""
 USD_TOLERANCE = 1e-9
+MINUTE, DAY = 60.0, 86_400.0
+RETRY_SHARE = 0.1
+"""Retries that each first call earns for all."""
 
 Outcome = Literal["answered", "throttled", "failed", "unsent"]
-Refusal = Literal["budget", "unreachable"]
+Refusal = Literal["budget", "unreachable", "retries"]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What all workers together may do. ``lease_seconds``: after this long a worker that never came back frees its place."""
+    """What all workers together may do.
+
+    ``lease_seconds``: after this long a worker that never came back frees its place. ``retry_burst``: retries beyond a
+    tenth of the calls.
+    """
 
     rate: float
     in_flight: int
@@ -37,6 +44,9 @@ class Limits:
     max_usd: float | None = None
     burst: int = 1
     lease_seconds: float = 180.0
+    per_minute: float | None = None
+    per_day: int | None = None
+    retry_burst: int = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,8 @@ class Grant:
     lease: int | None = None
     refusal: Refusal | None = None
     reason: str = ""
+    breaker_open: bool = False
+    """It is the breaker that makes the caller wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,7 @@ class GovernorStats:
 class AsyncGovernor(Protocol):
     """How a client sees the governor, wherever it lives."""
 
-    async def reserve(self, usd: float) -> Grant: ...
+    async def reserve(self, usd: float, retry: bool = False) -> Grant: ...
 
     async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None: ...
 
@@ -76,13 +88,21 @@ class AsyncGovernor(Protocol):
 @dataclass(slots=True)
 class _Lease:
     usd: float
+    start: float
     expires: float
+    retry: bool
 
 
 class Governor:
-    """Grants calls. ``spent``: (calls, USD) of earlier runs with the same budget, from the journal."""
+    """Grants calls. From the journal, of earlier runs: ``spent``, calls and USD of the same budget; ``ages``, seconds ago of today's calls."""
 
-    def __init__(self, limits: Limits, spent: tuple[int, float] = (0, 0.0), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        spent: tuple[int, float] = (0, 0.0),
+        clock: Callable[[], float] = time.monotonic,
+        ages: Iterable[float] = (),
+    ) -> None:
         self.limits = limits
         self._clock = clock
         self._calls, self._usd = spent
@@ -91,11 +111,17 @@ class Governor:
         self._granted = 0
         self._counts: dict[Outcome, int] = {"answered": 0, "throttled": 0, "failed": 0, "unsent": 0}
         self._breaker = Breaker(clock)
+        self._minute = Window.of_rate(limits.per_minute, MINUTE)
+        self._day = Window(limits.per_day, DAY)
+        for age in sorted(ages, reverse=True):
+            self._day.add(clock() - age)
+        self._retries = float(limits.retry_burst)
 
-    def reserve(self, usd: float) -> Grant:
+    def reserve(self, usd: float, retry: bool = False) -> Grant:
         """A place, a slot of the rate and ``usd`` of the budget, or the time after which to ask again.
 
-        A spent budget is refused once no call is under way: until then one may turn out not to be billed.
+        A spent budget is refused once no call is under way: until then one may turn out not to be billed. A ``retry`` is
+        refused when retries exceed their share of the calls: repeating what a service in trouble refuses keeps it there.
         """
         self._forget_expired()
         if self._breaker.gave_up:
@@ -103,12 +129,15 @@ class Governor:
         over_budget = self._over_budget(usd)
         if over_budget:
             return Grant(LEASE_POLL) if self._leases else Grant(0, refusal="budget", reason=over_budget)
+        if retry and self._retries < 1:
+            return Grant(0, refusal="retries", reason=f"retries are limited to {RETRY_SHARE:.0%} of the calls; a lower cloud.rate may help")
         if len(self._leases) >= self.limits.in_flight:
             return Grant(LEASE_POLL)
-        wait = self._breaker.wait()
+        breaker_wait = self._breaker.wait()
+        wait = max(breaker_wait, self._minute.wait(self._clock()))
         if wait > 0:
-            return Grant(wait)
-        return self._grant(usd)
+            return Grant(wait, breaker_open=breaker_wait > 0)
+        return self._grant(usd, retry)
 
     def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
         """Free the place. ``billed`` false: the service surely did not count the call, so the budget gets it back."""
@@ -118,6 +147,10 @@ class Governor:
         if not billed:
             self._calls -= 1
             self._usd -= held.usd
+        if outcome == "unsent":
+            self._minute.remove(held.start)
+            self._day.remove(held.start)
+            self._earn(held.retry, -1)
         self._counts[outcome] += 1
         self._breaker.record(lease, outcome)
 
@@ -131,7 +164,11 @@ class Governor:
         numbers = (self._calls, self._usd, len(self._leases), counts["answered"], counts["throttled"], counts["failed"])
         return GovernorStats(*numbers, breaker.state, breaker.opens)
 
-    def _grant(self, usd: float) -> Grant:
+    def _earn(self, retry: bool, count: int = 1) -> None:
+        """A first call earns a part of a retry, a retry costs one; ``count`` -1 takes that back."""
+        self._retries = min(self._retries + count * (-1.0 if retry else RETRY_SHARE), float(self.limits.retry_burst))
+
+    def _grant(self, usd: float, retry: bool) -> Grant:
         """GCRA: a call may arrive ``burst - 1`` intervals before its theoretical arrival time."""
         now, interval = self._clock(), 1 / self.limits.rate
         arrival = max(self._next_arrival, now)
@@ -140,7 +177,10 @@ class Governor:
         self._granted += 1
         self._calls += 1
         self._usd += usd
-        self._leases[self._granted] = _Lease(usd, now + wait + self.limits.lease_seconds)
+        self._minute.add(now + wait)
+        self._day.add(now + wait)
+        self._earn(retry)
+        self._leases[self._granted] = _Lease(usd, now + wait, now + wait + self.limits.lease_seconds, retry)
         self._breaker.granted(self._granted)
         return Grant(wait, self._granted)
 
@@ -150,6 +190,9 @@ class Governor:
             return f"{self._calls} calls of cloud.max_calls={limits.max_calls} are spent"
         if limits.max_usd is not None and self._usd + usd > limits.max_usd + USD_TOLERANCE:
             return f"{self._usd:.4f} of cloud.max_usd={limits.max_usd} USD are spent"
+        wait = self._day.wait(self._clock())
+        if wait > 0:
+            return f"cloud.per_day={limits.per_day} calls were made in 24 hours, the next is due in {wait / 3600:.1f} hours"
         return ""
 
     def _forget_expired(self) -> None:
@@ -157,6 +200,38 @@ class Governor:
         now = self._clock()
         for lease in [key for key, held in self._leases.items() if held.expires <= now]:
             self.settle(lease, "failed", billed=True)
+
+
+class Window:
+    """At most ``limit`` calls start in any ``seconds``; None: no limit."""
+
+    def __init__(self, limit: int | None, seconds: float) -> None:
+        self._seconds = seconds
+        self._starts: deque[float] | None = None if limit is None else deque(maxlen=limit)
+
+    @classmethod
+    def of_rate(cls, limit: float | None, seconds: float) -> Window:
+        """``limit`` need not be whole: 1.5 in 60 seconds is 1 in 40."""
+        if limit is None:
+            return cls(None, seconds)
+        whole = max(1, int(limit))
+        return cls(whole, seconds * whole / limit)
+
+    def wait(self, now: float) -> float:
+        """Seconds until another call may start; 0 = now."""
+        starts = self._starts
+        if starts is None or len(starts) < (starts.maxlen or 0):
+            return 0.0
+        return max(0.0, starts[0] + self._seconds - now)
+
+    def add(self, start: float) -> None:
+        if self._starts is not None:
+            self._starts.append(start)
+
+    def remove(self, start: float) -> None:
+        """The call was not made after all."""
+        if self._starts is not None and start in self._starts:
+            self._starts.remove(start)
 
 
 class Breaker:
@@ -220,8 +295,8 @@ class LocalGovernor:
     def __init__(self, governor: Governor) -> None:
         self.governor = governor
 
-    async def reserve(self, usd: float) -> Grant:
-        return self.governor.reserve(usd)
+    async def reserve(self, usd: float, retry: bool = False) -> Grant:
+        return self.governor.reserve(usd, retry)
 
     async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
         self.governor.settle(lease, outcome, billed)

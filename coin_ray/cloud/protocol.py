@@ -7,16 +7,28 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coin_ray.cloud.labelmap import LabelMap
 from coin_ray.data.canonical import CanonicalImage
-from coin_ray.errors import CloudError
+from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, QuotaExhausted, Refused, Throttled, Transient
 
 RETRY_AFTER_MAX = 120.0
-ScoreKind = Literal["per_class", "label"]
+ScoreKind = Literal["per_class", "label", "self_reported", "none"]
+"""``per_class``: each class was scored; ``label``: one score for the box's one label; ``self_reported``: a number a language
+model wrote; ``none``: the service gives no score, and the named class's column holds 1 to say just that it was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """How the secret travels: in a header after a prefix, or as an AWS signature (``sigv4``: the name of the AWS service)."""
+
+    header: str = "Authorization"
+    prefix: str = "Bearer "
+    sigv4: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +40,51 @@ class Capabilities:
     per_class_scores: bool
     idempotent: bool
     """Whether the service recognises a repeated Idempotency-Key."""
-    health_path: str
+    url: str = ""
+    """Its public address; empty if every user has another."""
+    auth: Auth | None = Auth()
+    """None: it never takes a secret."""
+    health_path: str | None = None
+    """A page that costs nothing to ask for; None: the first call tells."""
+    max_bytes: int = 20_000_000
+    """Largest image file it takes."""
+    max_side: int = 4096
+    min_side: int = 8
+    max_classes: int | None = None
+    score_min: float = 0.0
+    """Lowest score it can be asked for."""
+    asynchronous: bool = False
+    """It answers with a task to be polled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is asked of the service for every image."""
+    """What is asked of the service for every image. ``labels`` reads the answers and is no part of the question."""
 
     model: str
     classes: tuple[str, ...]
     score_min: float
+    labels: LabelMap | None = None
+    """None: the service answers in the names of the classes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A POST below the service's URL. The client adds the secret; it is never part of this."""
+    """A request below the service's URL; ``path`` may hold a query. The client adds the secret; it is never part of this."""
 
     path: str
-    body: Mapping[str, Any] = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
+    content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    method: Literal["GET", "POST"] = "POST"
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """The service took the image on as a task: ask ``request`` in ``seconds``; None: the request that was just answered, again."""
+
+    request: PreparedRequest | None
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +97,16 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RawDetections:
-    """What the service said about one image.
+    """What the service said about one image, best first.
 
     boxes [N, 4] float32 xyxy pixels of the upright original, clipped to it; class_scores [N, K] float32, independent
-    scores in 0..1. ``score_kind``: ``per_class`` if the service scored each class, ``label`` if some boxes came with
-    one label only (their other scores are zero).
+    scores in 0..1. ``unmapped``: names the service gave to further boxes that are none of the classes.
     """
 
     boxes: NDArray[np.float32]
     class_scores: NDArray[np.float32]
     score_kind: ScoreKind
+    unmapped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -81,13 +119,46 @@ class Adapter(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """The request for one image."""
+        """The request for one image. Raises ``BadRequest`` for classes the service can't be asked for."""
 
-    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections:
-        """A 2xx answer. Raises ``ProtocolError`` for anything that is not surely an answer, and never returns "empty" instead."""
+    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections | Pending:
+        """A 2xx answer. Raises ``ProtocolError`` for anything that is not surely an answer, and never returns "empty" instead;
+        an error inside a 2xx answer is raised as the ``CloudError`` it stands for.
+        """
 
     def classify_error(self, status: int, headers: Mapping[str, str], body: bytes) -> CloudError:
         """The error that any other status stands for."""
+
+
+BY_STATUS: dict[int, type[CloudError]] = {
+    401: AuthError,
+    402: QuotaExhausted,
+    403: AuthError,
+    408: Transient,
+    413: ImageRejected,
+    415: ImageRejected,
+    423: QuotaExhausted,
+    425: Transient,
+    451: Refused,
+}
+
+
+def by_status(status: int, headers: Mapping[str, str], detail: str = "", wait: float | None = None) -> CloudError:
+    """The error a status usually stands for. ``detail``: safe text of the body; ``wait``: seconds a body asks to wait, if it does."""
+    message = f"the service answered {status}" + (f": {detail}" if detail else "")
+    if status in (402, 403, 429) and "quota" in detail.lower():
+        return QuotaExhausted(message)
+    header = retry_after(headers)
+    wait = header if header is not None else wait
+    if status == 429 or (status == 503 and wait is not None):
+        return Throttled(message, wait)
+    if status in BY_STATUS:
+        return BY_STATUS[status](message)
+    if status >= 500:
+        return Transient(message, may_have_billed=True)
+    if 300 <= status < 400:
+        return BadRequest(f"{message}, a redirect; give the address it leads to as cloud.url")
+    return BadRequest(message)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -56,15 +56,14 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
     A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new JPEG.
     """
     with _readable(raw) as image:
+        if image.format != "JPEG":
+            image.load()  # Pillow turns a TIFF upright while it loads it
         original = _upright_size(image)
         plain = max(original) <= max_side and _is_plain_jpeg(image, raw)
         size = _fit(original, max_side)
-        _decode_smaller(image, size)
-        pixels = _upright_rgb(image)
+        pixels = _upright_rgb(image, size)
     if plain:
         return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
-    if pixels.size != size:
-        pixels = pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     return CanonicalImage(_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw))
 
 
@@ -118,16 +117,26 @@ def _fit(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _decode_smaller(image: Image.Image, size: tuple[int, int]) -> None:
-    """Let the JPEG decoder skip detail that the resize would throw away: a panorama then needs little memory."""
-    if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        image.draft(None, size[::-1] if _orientation(image) >= 5 else size)
+def _decode_smaller(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Let the JPEG decoder skip detail that a resize to the stored ``size`` would throw away: a panorama then needs little memory.
+
+    Returns the box that holds the whole image: an odd side ends within the last pixel of the smaller one. None: all of it.
+    """
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    drafted = image.draft(None, size)
+    return drafted[1] if drafted is not None else None
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """``size``: of the upright result; None: full size. Resized as stored, where the decoder's box holds, then turned."""
+    stored = size[::-1] if size is not None and _orientation(image) >= 5 else size
+    box = _decode_smaller(image, stored) if stored is not None else None
     image.load()
-    turn = ORIENTATIONS.get(_orientation(image))
     rgb = _srgb(_without_alpha(_eight_bit(image)), image.info.get("icc_profile"))
+    if stored is not None and rgb.size != stored:
+        rgb = rgb.resize(stored, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    turn = ORIENTATIONS.get(_orientation(image))
     return rgb.transpose(turn) if turn is not None else rgb
 
 

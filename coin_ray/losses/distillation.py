@@ -11,10 +11,10 @@ from coin_ray.parallel import mean
 FLOOR = 1e-7
 
 
-def divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """KL(target || softmax(logits)) summed and divided by all R x (K+1) elements; 0 log 0 = 0. Targets carry no gradient."""
+def divergence(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
+    """KL(target || softmax(logits)) summed and divided by ``count``, or by all R x (K+1) elements; 0 log 0 = 0. Targets carry no gradient."""
     log_probabilities = (logits.float().softmax(-1) + FLOOR).log()
-    return mean(F.kl_div(log_probabilities, targets.detach(), reduction="none"))
+    return mean(F.kl_div(log_probabilities, targets.detach(), reduction="none"), count)
 
 
 def divergence_of_probabilities(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -35,7 +35,10 @@ def private_anchors(objectness: Tensor, teacher_probs: Tensor) -> Tensor:
     return mean(F.kl_div(student.log(), teacher.detach(), reduction="none"))
 
 
-def inconsistent_regions(logits: Tensor, fused_probs: Tensor, score_min: float) -> Tensor:
-    """RoIs on inconsistent boxes against the fused vectors whose best probability reaches ``score_min`` (pi). No such row: zero."""
+def inconsistent_regions(logits: Tensor, fused_probs: Tensor, score_min: float, regions: int | None = None) -> Tensor:
+    """RoIs on inconsistent boxes [R, K+1] against the fused vectors whose best probability reaches ``score_min`` (pi). No such row: zero.
+
+    ``regions``: divide by this many RoIs instead of by all elements of the rows used.
+    """
     trusted = fused_probs.max(-1).values >= score_min if len(fused_probs) else torch.zeros(0, dtype=torch.bool, device=logits.device)
-    return divergence(logits[trusted], fused_probs[trusted])
+    return divergence(logits[trusted], fused_probs[trusted], regions)

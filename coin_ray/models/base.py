@@ -28,6 +28,10 @@ class Regions:
     logits: Tensor
     deltas: Tensor
 
+    def float(self) -> Regions:
+        """In float32, whatever precision the network ran in."""
+        return Regions(self.pooled.float(), self.embedded.float(), self.logits.float(), self.deltas.float())
+
 
 class Detector(Protocol):
     def predict(self, images: Images) -> list[Detections]:

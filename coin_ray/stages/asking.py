@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from coin_ray import errors, storage
-from coin_ray.cloud.client import Answer, CloudClient, limits
+from coin_ray.cloud.client import Answer, account_of, limits
+from coin_ray.cloud.ensemble import EnsembleClient, client_for, images_for
 from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.limiter import Governor, GovernorStats, Grant, Outcome
-from coin_ray.config import Cloud, PipelineConfig
-from coin_ray.data.canonical import canonical_image
+from coin_ray.cloud.limiter import DAY, Governor, LocalGovernor
+from coin_ray.cloud.services import adapter_for
+from coin_ray.config import PipelineConfig
+from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import CloudError, InputError
 
 STOPPED = "stopped"
@@ -24,79 +28,53 @@ RAW = pa.schema(
         ("bytes", pa.binary()),
         ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
         ("class_scores", pa.list_(pa.list_(pa.float32()))),
+        ("score_kind", pa.string()),  # null without an answer
         ("status", pa.string()),
         ("attempts", pa.int32()),
         ("latency_ms", pa.float32()),
         ("cost_usd", pa.float64()),
         ("calls", pa.int32()),
         ("error", pa.string()),
+        ("teachers", pa.list_(pa.string())),  # the clouds that answered; empty where there is one
     ]
 )
 ERROR_CHECK_FROM = 50
-
-
-@ray.remote
-class GovernorActor:
-    """The one governor of a run, for all cloud actors."""
-
-    def __init__(self, cloud: Cloud, spent: tuple[int, float]) -> None:
-        self.governor = Governor(limits(cloud), spent)
-
-    async def reserve(self, usd: float) -> Grant:
-        return self.governor.reserve(usd)
-
-    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
-        self.governor.settle(lease, outcome, billed)
-
-    async def pause(self, seconds: float) -> None:
-        self.governor.pause(seconds)
-
-    async def stats(self) -> GovernorStats:
-        return self.governor.stats()
-
-
-class RemoteGovernor:
-    """``AsyncGovernor`` in front of the actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    async def reserve(self, usd: float) -> Grant:
-        return await self.actor.reserve.remote(usd)  # type: ignore[no-any-return]
-
-    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
-        await self.actor.settle.remote(lease, outcome, billed)
-
-    async def pause(self, seconds: float) -> None:
-        await self.actor.pause.remote(seconds)
-
-    async def stats(self) -> GovernorStats:
-        return await self.actor.stats.remote()  # type: ignore[no-any-return]
+THREADS = 32
+READY_SHARE = 4
+"""One image is made ready for every so many places, so that no place waits for one; more would only keep the governors busy."""
 
 
 class CloudActor:
-    """Asks the cloud about each image of a block, all at once as far as the governor allows. Needs no CPU of its own."""
+    """Asks the cloud (or the clouds) about each image of a block, all at once as far as the governors allow. Needs no CPU of its own.
 
-    def __init__(self, config: PipelineConfig, url: str, journal: str, governor: Any) -> None:
+    A run has one, so its governors are everybody's, and asking them costs nothing. ``second``: of a cascade, the second opinion.
+    """
+
+    def __init__(self, config: PipelineConfig, urls: Sequence[str], journal: str, second: bool = False) -> None:
         self.config = config
-        self.client = CloudClient(config.cloud, config.classes, url, Journal.open(journal), RemoteGovernor(governor))
-        self.places = asyncio.Semaphore(config.cloud.in_flight)  # more callers would only keep the governor busy
+        answers = Journal.open(journal)
+        self.client = client_for(config, urls, answers, governors_for(config, urls, answers))
+        self.ask = self.client.second_opinion if second and isinstance(self.client, EnsembleClient) else self.client.answer
+        self.places = asyncio.Semaphore(max(cloud.in_flight + 1 + cloud.in_flight // READY_SHARE for cloud in config.clouds))
+        self.threads: ThreadPoolExecutor | None = None
         self.stopped: str | None = None
         self.seen, self.failed = 0, 0
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.threads is None:  # Python's own are too few where files and journal are on an object store
+            self.threads = ThreadPoolExecutor(THREADS)
+            asyncio.get_running_loop().set_default_executor(self.threads)
         rows = await asyncio.gather(*(self._row(row["image_id"], row["uri"]) for row in batch.to_pylist()))
         return pa.Table.from_pylist(list(rows), schema=RAW)
 
     async def _row(self, image_id: str, uri: str) -> dict[str, Any]:
-        if self.stopped is not None:
-            return _raw_row(image_id, b"", Answer("error", None, error=self.stopped), status=STOPPED)
         data = b""
         try:
-            data = await asyncio.to_thread(storage.read_bytes, uri)
-            image = await asyncio.to_thread(canonical_image, data, self.config.cloud.max_side)
             async with self.places:
-                answer = await self.client.answer(image)
+                if self.stopped is not None:
+                    return _raw_row(image_id, b"", Answer("error", None, error=self.stopped), status=STOPPED)
+                data, images = await asyncio.to_thread(self._read, uri)
+                answer = await self.ask(*images)
         except (InputError, FileNotFoundError) as error:
             answer = Answer("error", None, error=f"{type(error).__name__}: {error}")
         except CloudError as error:
@@ -107,9 +85,26 @@ class CloudActor:
             return self._stop(image_id, errors.CloudError(share))
         return _raw_row(image_id, data, answer)
 
+    def _read(self, uri: str) -> tuple[bytes, list[CanonicalImage]]:
+        """The file, if CLIP will look at it, and the image as each cloud gets it."""
+        data = storage.read_bytes(uri)
+        return b"" if self.config.collect.labeler == "none" else data, images_for(self.client, data)
+
     def _stop(self, image_id: str, error: CloudError) -> dict[str, Any]:
         self.stopped = self.stopped or json.dumps({"type": type(error).__name__, "message": str(error)})
         return _raw_row(image_id, b"", Answer("error", None, error=self.stopped), status=STOPPED)
+
+
+def governors_for(config: PipelineConfig, urls: Sequence[str], journal: Journal) -> list[LocalGovernor]:
+    """One for each cloud, that knows what it has cost and how often it was asked today. A single cloud's budget is the journal's."""
+    now = time.time()
+    governors = []
+    for cloud, url in zip(config.clouds, urls, strict=True):
+        account = account_of(cloud, url, adapter_for(cloud))
+        spent = journal.spent(account if config.more_clouds else None)
+        ages = [] if cloud.per_day is None else [now - start for start in journal.starts(account, now - DAY)]
+        governors.append(LocalGovernor(Governor(limits(cloud), spent, ages=ages)))
+    return governors
 
 
 def _raw_row(image_id: str, data: bytes, answer: Answer, status: str | None = None) -> dict[str, Any]:
@@ -119,10 +114,12 @@ def _raw_row(image_id: str, data: bytes, answer: Answer, status: str | None = No
         "bytes": data,
         "boxes": [] if raw is None else raw.boxes.tolist(),
         "class_scores": [] if raw is None else raw.class_scores.tolist(),
+        "score_kind": None if raw is None else raw.score_kind,
         "status": status or answer.status,
         "attempts": answer.attempts,
         "latency_ms": answer.latency_ms,
         "cost_usd": answer.cost_usd,
         "calls": answer.calls,
         "error": answer.error,
+        "teachers": list(answer.teachers),
     }

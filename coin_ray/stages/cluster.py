@@ -23,6 +23,7 @@ def ensure_ray() -> None:
         if on_cluster():
             ray.init(logging_level=logging.WARNING)
         else:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core speaks past log_to_driver
             ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     import ray.data
 
@@ -37,7 +38,7 @@ def ensure_ray() -> None:
 def quiet() -> None:
     """Progress is ours to show: a line of our own now and then, instead of Ray's plans and reports."""
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING if on_cluster() else logging.ERROR)
 
 
 def cluster_cpus() -> int:

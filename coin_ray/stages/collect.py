@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,23 +26,31 @@ from torchvision.transforms.functional import pil_to_tensor
 from coin_ray import errors, storage, tables
 from coin_ray.clip.encoder import load_clip
 from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import limits
+from coin_ray.cloud.ensemble import client_for, names_of, needs_second_opinion
 from coin_ray.cloud.journal import Journal
+from coin_ray.cloud.labelmap import Prior
 from coin_ray.cloud.limiter import Governor, LocalGovernor
-from coin_ray.cloud.probabilities import fuse_duplicates, to_detections
-from coin_ray.cloud.protocol import RawDetections
+from coin_ray.cloud.probabilities import converted, fuse_rows, joined
+from coin_ray.cloud.protocol import RawDetections, ScoreKind
+from coin_ray.cloud.services import adapter_for, endpoint_for, label_map_for
 from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.serving.launch import local_cloud
-from coin_ray.stages.asking import STOPPED, CloudActor, GovernorActor
+from coin_ray.stages.asking import STOPPED, CloudActor
 from coin_ray.stages.cluster import ensure_ray
 from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 
-PART = tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS)).append(pa.field("calls", pa.int32()))
+PART = (
+    tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS))
+    .append(pa.field("calls", pa.int32()))
+    .append(pa.field("score_kind", pa.string()))
+    .append(pa.field("teachers", pa.list_(pa.string())))
+)
 
 
 def journal_uri(root: str) -> str:
@@ -48,33 +59,49 @@ def journal_uri(root: str) -> str:
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; rows correspond, boxes are the cloud's."""
+    """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; rows correspond, boxes are the cloud's.
+
+    A cascade goes over the images twice: the second time only over those in which CLIP contradicts the first cloud.
+    """
     images = storage.read_table(storage.join(context.inputs["images"], "images.parquet"))
     images = images.filter(pc.not_equal(images["split"], "val"))  # nothing asks about them yet, and calls cost money
-    parts = storage.join(context.folder, "parts")
-    done = _committed(parts)
-    todo = images.filter(pa.array([i not in done for i in images["image_id"].to_pylist()], pa.bool_()))
-    if todo.num_rows:
-        _collect(context, todo, parts, images.num_rows)
-    return _compile(context, images["image_id"].to_pylist(), parts)
+    _collect(context, images, _parts(context.folder))
+    if _cascades(context.config):
+        doubted = _doubted(context.config, _parts(context.folder))
+        _collect(context, _only(images, doubted), _parts(context.folder, second=True), second=True)
+    return _compile(context, images["image_id"].to_pylist(), _parts(context.folder))
 
 
-def _collect(context: Context, todo: pa.Table, parts: str, total: int) -> None:
-    config = context.config
+def _parts(folder: str, second: bool = False) -> str:
+    return storage.join(folder, "second_opinions" if second else "parts")
+
+
+def _cascades(config: PipelineConfig) -> bool:
+    return bool(config.more_clouds) and config.ensemble.mode == "cascade"
+
+
+def _only(images: pa.Table, wanted: set[str]) -> pa.Table:
+    return images.filter(pa.array([i in wanted for i in images["image_id"].to_pylist()], pa.bool_()))
+
+
+def _collect(context: Context, images: pa.Table, parts: str, second: bool = False) -> None:
+    """Ask about the images that have no final answer in ``parts``."""
+    config, total = context.config, images.num_rows
+    todo = _only(images, set(images["image_id"].to_pylist()) - _committed(parts))
+    if not todo.num_rows:
+        return
     with ExitStack() as running, ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(running.enter_context, _service(config.cloud, context.root))
+        starting = pool.submit(_start_services, config.clouds, context.root, running)
         ensure_ray()
         load_backbone(config)  # what training will need is there, and fits, before a call is paid
-        url = starting.result()
-        spent = Journal.open(journal_uri(context.root)).spent()
-        governor = GovernorActor.options(num_cpus=0, max_concurrency=1000).remote(config.cloud, spent)  # type: ignore[attr-defined]
-        _check_service(config, url, context.root)
+        urls = starting.result()
+        _check_services(config, urls, context.root)
         stream = (
             ray.data.from_arrow(todo.select(["image_id", "uri"]))
             .repartition(max(1, -(-todo.num_rows // config.collect.batch)))
             .map_batches(
                 CloudActor,
-                fn_constructor_args=(config, url, journal_uri(context.root), governor),
+                fn_constructor_args=(config, urls, journal_uri(context.root), second),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0,
@@ -86,6 +113,7 @@ def _collect(context: Context, todo: pa.Table, parts: str, total: int) -> None:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=1,
+                num_gpus=config.collect.labeler_gpus,
                 compute=ray.data.ActorPoolStrategy(size=1),
             )
         )
@@ -111,20 +139,23 @@ def _drain(stream: ray.data.Dataset, before: int, total: int) -> None:
         raise getattr(errors, problem["type"])(problem["message"])
 
 
-def _service(cloud: Cloud, root: str) -> Any:
-    from contextlib import nullcontext
+def _start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
+    """Where each cloud answers; local ones are started, and end with ``running``."""
+    urls = []
+    for number, cloud in enumerate(clouds, 1):
+        name = "local_cloud" if number == 1 else f"local_cloud_{number}"
+        folder = storage.join(root, name) if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
+        url = endpoint_for(cloud, adapter_for(cloud))
+        urls.append(url if cloud.serve == "none" else running.enter_context(local_cloud(cloud, folder)))
+    return urls
 
-    folder = storage.join(root, "local_cloud") if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
-    return nullcontext(cloud.url) if cloud.serve == "none" else local_cloud(cloud, folder)
 
-
-def _check_service(config: PipelineConfig, url: str, root: str) -> None:
+def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> None:
     """One cheap request before anything is sent: an unreachable host or a wrong key ends the run here."""
 
     async def check() -> None:
-        client = CloudClient(
-            config.cloud, config.classes, url, Journal.open(journal_uri(root)), LocalGovernor(Governor(limits(config.cloud)))
-        )
+        governors = [LocalGovernor(Governor(limits(cloud))) for cloud in config.clouds]
+        client = client_for(config, urls, Journal.open(journal_uri(root)), governors)
         try:
             await client.check()
         finally:
@@ -133,12 +164,34 @@ def _check_service(config: PipelineConfig, url: str, root: str) -> None:
     asyncio.run(check())
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How scores are to be understood. ``each_class_asked``: the service looks for each class by itself."""
+
+    prior: Prior
+    score_min: float
+    each_class_asked: bool
+
+    @classmethod
+    def of(cls, cloud: Cloud, classes: Sequence[str]) -> Reading:
+        labels = label_map_for(cloud, classes)
+        service = adapter_for(cloud).capabilities
+        each_class_asked = service.per_class_scores and cloud.service != "http"  # http: only where an answer has them
+        return cls(labels.prior if labels is not None else Prior(), max(cloud.score_min, service.score_min), each_class_asked)
+
+    @classmethod
+    def of_fused(cls, readings: Sequence[Reading]) -> Reading:
+        """Of boxes that are several clouds': what is known of one cloud's labels says little of them."""
+        return cls(Prior(), max(r.score_min for r in readings), all(r.each_class_asked for r in readings))
+
+
 class LabelerActor:
     """Adds CLIP's opinion of the cloud's boxes and commits the batch as a part."""
 
     def __init__(self, config: PipelineConfig, parts: str) -> None:
         self.config, self.parts = config, parts
         self.labeler = make_labeler(config)
+        self.readings = dict(zip(names_of(config.clouds), [Reading.of(cloud, config.classes) for cloud in config.clouds], strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         answered = [row for row in batch.to_pylist() if row["status"] != STOPPED]
@@ -150,18 +203,31 @@ class LabelerActor:
     def _labelled(self, row: dict[str, Any]) -> dict[str, Any]:
         boxes = np.asarray(row["boxes"], np.float32).reshape(-1, 4)
         scores = np.asarray(row["class_scores"], np.float32).reshape(len(boxes), len(self.config.classes))
-        found = fuse_duplicates(to_detections(RawDetections(boxes, scores, "per_class"), "background"), self.config.collect.fuse_iou)
+        kind: ScoreKind = row["score_kind"] or "per_class"
+        raw = joined(RawDetections(boxes, scores, kind))
+        read = self._reading(row["teachers"])
+        one_by_one, sources = converted(raw, "background", read.prior, read.score_min, each_class_asked=read.each_class_asked)
+        found, kept = fuse_rows(one_by_one, self.config.collect.fuse_iou)
         opinion: list[list[float]] = []
         if self.labeler is not None and len(found):
             opinion = self.labeler(pil_to_tensor(decode_rgb(row["bytes"])), found.boxes).tolist()
-        origin = Provenance("cloud", row["status"], row["attempts"], row["latency_ms"], row["cost_usd"], row["error"])
-        return detections_row(row["image_id"], found, origin) | {"clip_probs": opinion, "calls": row["calls"]}
+        source = f"cloud: {', '.join(row['teachers'])}" if row["teachers"] else "cloud"
+        origin = Provenance(source, row["status"], row["attempts"], row["latency_ms"], row["cost_usd"], row["error"])
+        prob_source = [sources[i] for i in kept.tolist()]
+        more = {"clip_probs": opinion, "calls": row["calls"], "score_kind": row["score_kind"], "teachers": row["teachers"]}
+        return detections_row(row["image_id"], found, origin, prob_source) | more
+
+    def _reading(self, teachers: Sequence[str]) -> Reading:
+        readings = [self.readings[name] for name in teachers] or list(self.readings.values())[:1]
+        return readings[0] if len(readings) == 1 else Reading.of_fused(readings)
 
 
 def make_labeler(config: PipelineConfig) -> Labeler | None:
     if config.collect.labeler == "none":
         return None
     clip = load_clip(config.clip)
+    if config.collect.labeler_gpus:
+        clip.network.to("cuda")
     if config.collect.labeler == "crop":
         return CropLabeler(clip, config.classes, config.clip)
     return RoiLabeler(clip, config.classes, config.clip, config.detector.short_side, config.detector.long_side)
@@ -176,14 +242,37 @@ def _committed(parts: str) -> set[str]:
     return {r["image_id"] for r in rows if r["status"] not in ("error", "skipped_budget")}
 
 
-def _compile(context: Context, order: list[str], parts: str) -> dict[str, Any]:
-    """One row per image in the order of the images, whatever order the parts came in; the last answer of an image counts."""
+def _doubted(config: PipelineConfig, parts: str) -> set[str]:
+    """Images that the first cloud failed in, or in which CLIP contradicts it."""
+    return {image_id for image_id, row in _latest(_rows(parts)).items() if row["status"] == "error" or _contradicted(config, row)}
+
+
+def _contradicted(config: PipelineConfig, row: dict[str, Any]) -> bool:
+    scores, labels = np.asarray(row["scores"], np.float32), np.asarray(row["labels"], np.int64)
+    probs = np.asarray(row["clip_probs"], np.float32).reshape(len(scores), len(config.classes) + 1)
+    return needs_second_opinion(scores, labels, probs, config.ensemble)
+
+
+def _rows(parts: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = storage.read_table(parts).to_pylist() if storage.list_files(parts, ".parquet") else []
+    return rows
+
+
+def _latest(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By image, the row that counts: the first that is no failure."""
     latest: dict[str, dict[str, Any]] = {}
-    calls, cost = 0, 0.0
-    for row in storage.read_table(parts).to_pylist():
-        calls, cost = calls + row["calls"], cost + row["cost_usd"]
+    for row in rows:
         if row["image_id"] not in latest or latest[row["image_id"]]["status"] in ("error", "skipped_budget"):
             latest[row["image_id"]] = row
+    return latest
+
+
+def _compile(context: Context, order: list[str], parts: str) -> dict[str, Any]:
+    """One row per image in the order of the images, whatever order the parts came in; a second opinion goes before the first."""
+    second = _rows(_parts(context.folder, second=True)) if _cascades(context.config) else []
+    every = second + _rows(parts)
+    calls, cost = sum(row["calls"] for row in every), sum(row["cost_usd"] for row in every)
+    latest = _latest(every)
     rows = [latest[i] for i in order]
     storage.write_table(
         storage.join(context.folder, "cloud.parquet"), pa.Table.from_pylist(rows, schema=PART).select(tables.DETECTIONS.names)
@@ -194,12 +283,13 @@ def _compile(context: Context, order: list[str], parts: str) -> dict[str, Any]:
     states = [row["status"] for row in rows]
     failed = states.count("error")
     reasons = sorted({row["error"] for row in rows if row["error"]})[:10]
+    answered_by = Counter(name for row in rows for name in row.get("teachers") or ())
     return {
         "calls": {"made": calls, "cached": states.count("cached"), "failed": failed, "cost_usd": round(cost, 6)},
         "empty": sum(s in ("ok", "cached", "empty") and not row["boxes"] for s, row in zip(states, rows, strict=True)),
         "boxes": sum(len(row["boxes"]) for row in rows),
         "errors": reasons,
-    }
+    } | ({"answered_by": dict(answered_by), "second_opinions": len(_latest(second))} if context.config.more_clouds else {})
 
 
 def _opinion(row: dict[str, Any], classes: int) -> dict[str, object]:

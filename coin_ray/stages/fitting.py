@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
+import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -22,7 +23,7 @@ from coin_ray import storage
 from coin_ray.config import Detector, Optimize
 from coin_ray.data.examples import Example
 from coin_ray.errors import TrainingError
-from coin_ray.parallel import worker_rank
+from coin_ray.parallel import worker_count, worker_rank
 from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, quiet
 from coin_ray.stages.progress import Bar, bar
 from coin_ray.training.loop import Curve, Task, run
@@ -80,7 +81,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     logging.getLogger().setLevel(logging.WARNING)  # open_clip tells its life story at INFO
     if not work.optimize.gpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // work.optimize.workers)))
-    task = work.make()
+    task = work.make().to(_device(work.optimize))
     with bar(work.title, work.optimize.steps) as shown:
         host = FolderHost(work.folder, shown)
         curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=host)
@@ -89,6 +90,15 @@ def _train_worker(config: dict[str, Any]) -> None:
             save_weights(storage.join(work.folder, name), weights)
         storage.write_json(storage.join(work.folder, "curve.json"), curve)
         host.forget()
+
+
+def _device(optimize: Optimize) -> torch.device:
+    """This worker's. Raises TrainingError if it should be a GPU and there is none."""
+    if not optimize.gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("fit.gpu is on, but this worker has no CUDA device: leave it off, or run on a machine with a GPU")
+    return ray.train.torch.get_device() if worker_count() > 1 or on_cluster() else torch.device("cuda")
 
 
 class FolderHost:

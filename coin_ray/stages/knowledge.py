@@ -49,11 +49,18 @@ def clip_labelled(cloud: Detections, clip: Detections, labels: Labels) -> Detect
 
 
 def standing_labels(cloud: dict[str, Detections], folder: str, config: PipelineConfig) -> dict[str, Detections]:
-    """CLIP's labels that stand beside the CLIP detector's results in separation: none, unless ``separate.clip_labels``."""
+    """CLIP's verdicts that stand beside the CLIP detector's results in separation: none, unless ``separate.clip_labels``."""
     if not config.separate.clip_labels or config.collect.labeler == "none":
         return {i: Detections.empty(len(config.classes)) for i in cloud}
     clip = collected(folder, "clip_labels", config)
-    return {i: clip_labelled(cloud[i], clip[i], config.labels) for i in cloud}
+    return {i: clip_verdicts(cloud[i], clip[i], config.labels) for i in cloud}
+
+
+def clip_verdicts(cloud: Detections, clip: Detections, labels: Labels) -> Detections:
+    """CLIP's opinion of each cloud box above the threshold; ``labels`` is K where CLIP says "background", which no cloud label equals."""
+    used = clip[cloud.scores >= labels.score_min]
+    best = used.probs.max(1)
+    return Detections(used.boxes, best.values, best.indices, used.probs)
 
 
 def labels_for(

@@ -38,6 +38,7 @@ def predictions(weights: dict[str, str], images: Sequence[dict[str, object]], co
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=max(1, cpus - 1),
+            num_gpus=1 if config.distill.fit.gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=1),
         )
     )
@@ -51,7 +52,8 @@ class DetectorActor:
         self.config = config
         torch.set_num_threads(max(1, int(ray.cluster_resources().get("CPU", 1))))
         backbone = load_backbone(config)
-        self.detectors = {name: _load(uri, backbone, config) for name, uri in weights.items()}
+        device = torch.device("cuda" if config.distill.fit.gpu else "cpu")
+        self.detectors = {name: _load(uri, backbone, config).to(device) for name, uri in weights.items()}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = []
@@ -66,10 +68,10 @@ class DetectorActor:
 
 
 def predict(detector: ClipDetector, originals: Sequence[torch.Tensor]) -> list[Detections]:
-    """Detections in the frame of the original uint8 images [3, H, W]."""
+    """Detections, on the CPU, in the frame of the original uint8 images [3, H, W]."""
     config = detector.config
     views = [fit(image, config.short_side, config.long_side) for image in originals]
-    found = detector.predict(detector.prepare(views))
+    found = [d.to(torch.device("cpu")) for d in detector.predict(detector.prepare(views))]
     return [
         d.with_boxes(box_ops.scale(d.boxes, o.shape[2] / v.shape[2], o.shape[1] / v.shape[1]))
         for d, o, v in zip(found, originals, views, strict=True)

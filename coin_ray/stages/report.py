@@ -101,7 +101,8 @@ def _kinds(row: Mapping[str, Any], config: PipelineConfig) -> list[Box]:
 
 
 def _best(probs: list[float], config: PipelineConfig) -> str:
-    return config.classes[max(range(len(config.classes)), key=lambda k: probs[k])]
+    names = (*config.classes, "background")
+    return names[max(range(len(names)), key=lambda k: probs[k])]
 
 
 def _box(box: list[float], label: str, score: float | None = None, kind: str = "") -> Box:

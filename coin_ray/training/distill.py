@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin_ray.config import Distill, Separate
@@ -23,9 +23,9 @@ from coin_ray.losses.gradient import gradient_misalignment, squared_error
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import all_sum, sum_gradients
-from coin_ray.structures import Detections, Pairs, Separation
+from coin_ray.structures import Detections, Separation
 from coin_ray.training.ema import follow
-from coin_ray.training.propagate import descend
+from coin_ray.training.propagate import descend, mixed_precision
 from coin_ray.training.schedule import make_optimizer, new_optimizer, set_learning_rate
 from coin_ray.training.view import View, common_size, look, supervised_losses
 
@@ -47,7 +47,8 @@ class Distillation:
         if burnt_up:
             follow(self.teacher, student, config.teacher_rate)
         separations = self.separate(batch, burnt_up)
-        view = look(student, batch.strong, separations, batch.generators)
+        with mixed_precision(student, config.fit):
+            view = look(student, batch.strong, separations, batch.generators)
 
         losses = supervised_losses(student, view)
         losses["private_regions"] = config.private * distillation.private_regions(view.regions.logits[view.on_private], view.private.probs)
@@ -57,11 +58,7 @@ class Distillation:
         if step >= config.prototypes_from:
             ckg_losses = self.train_ckg(view, step)
             if step >= (config.burn_up if config.inconsistent_from is None else config.inconsistent_from):
-                fused = self.fuse(view.regions.embedded[view.on_inconsistent], view.inconsistent)
-                on_inconsistent = view.regions.logits[view.on_inconsistent]
-                losses["inconsistent"] = config.inconsistent * distillation.inconsistent_regions(
-                    on_inconsistent, fused, config.fusion_score_min
-                )
+                losses["inconsistent"] = config.inconsistent * self.inconsistent_regions(view)
         descend(self.optimizer, student, losses, step, config.fit)
         if step >= config.prototypes_from:
             self.update_prototypes(view)
@@ -79,11 +76,18 @@ class Distillation:
 
     def look_with_teacher(self, images: Sequence[Tensor]) -> list[Detections]:
         self.teacher.eval()  # forgets its cached class embeddings: its prompts have moved
-        return self.teacher.predict(self.teacher.prepare(images, common_size(images)))
+        with mixed_precision(self.teacher, self.config.fit):
+            found = self.teacher.predict(self.teacher.prepare(images, common_size(images)))
+        return [d.to(torch.device("cpu")) for d in found]
 
-    def fuse(self, embedded: Tensor, pairs: Pairs) -> Tensor:
-        """Fused probabilities [R, K+1] of RoIs on inconsistent pairs, by CKG or a rule."""
-        cloud, clip = pairs.cloud.probs, pairs.clip.probs
+    def inconsistent_regions(self, view: View) -> Tensor:
+        pairs = view.inconsistent
+        fused = self.fuse(view.regions.embedded[view.on_inconsistent], pairs.cloud.probs, pairs.clip.probs)
+        regions = len(view.labelled) if self.config.inconsistent_mean == "regions" else None
+        return distillation.inconsistent_regions(view.regions.logits[view.on_inconsistent], fused, self.config.fusion_score_min, regions)
+
+    def fuse(self, embedded: Tensor, cloud: Tensor, clip: Tensor) -> Tensor:
+        """Fused probabilities [R, K+1] of RoIs with embeddings [R, D] and two opinions [R, K+1], by CKG or a rule."""
         if self.config.fusion == "cloud":
             return cloud
         if self.config.fusion == "clip":
@@ -101,17 +105,15 @@ class Distillation:
         counts = all_sum(torch.tensor([len(view.on_consistent), len(view.on_inconsistent)]))
         if self.config.fusion != "ckg" or not bool((counts > 0).all()):
             return {}
+        losses = {"ckg_consistent": self.misnamed(view)}
         regions, head = view.regions, self.student.head
-        labels = F.one_hot(view.consistent.cloud.labels, self.student.num_classes + 1).float()
-        named = self.fuse(regions.embedded[view.on_consistent], view.consistent)
-        losses = {"ckg_consistent": distillation.divergence_of_probabilities(named, labels)}
-
-        fused = self.fuse(regions.embedded[view.on_inconsistent], view.inconsistent)
+        answers = F.one_hot(view.consistent.cloud.labels, self.student.num_classes + 1).float()
+        fused = self.fuse(regions.embedded[view.on_inconsistent], view.inconsistent.cloud.probs, view.inconsistent.clip.probs)
         embeddings = self.student.class_embeddings().detach()
         again = head(regions.pooled[torch.cat([view.on_consistent, view.on_inconsistent])].detach().float(), embeddings).logits
-        on_consistent, on_inconsistent = again.split([len(labels), len(fused)])
+        on_consistent, on_inconsistent = again.split([len(answers), len(fused)])
         losses["ckg_gradient"] = gradient_misalignment(
-            squared_error(on_consistent, labels), squared_error(on_inconsistent, fused), list(head.transformation.parameters())
+            squared_error(on_consistent, answers), squared_error(on_inconsistent, fused), list(head.transformation.parameters())
         )
         parameters = list(self.ckg.parameters())
         gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
@@ -121,6 +123,15 @@ class Distillation:
         set_learning_rate(self.ckg_optimizer, step, self.config.fit)
         self.ckg_optimizer.step()
         return losses
+
+    def misnamed(self, view: View) -> Tensor:
+        """How far CKG is from naming consistent RoIs as both teachers do; with ``ckg_background`` also background RoIs, where both see nothing."""
+        classes = self.student.num_classes + 1
+        rows, labels = (view.labelled, view.labels) if self.config.ckg_background else (view.on_consistent, view.consistent.cloud.labels)
+        answers = F.one_hot(labels, classes).float()
+        nothing = answers[len(view.on_consistent) :]
+        cloud, clip = (torch.cat([opinion.probs, nothing]) for opinion in (view.consistent.cloud, view.consistent.clip))
+        return distillation.divergence_of_probabilities(self.fuse(view.regions.embedded[rows], cloud, clip), answers)
 
     def update_prototypes(self, view: View) -> None:
         """Consistent + background for the student's prompts; with inconsistent ones, named by either teacher, for CKG."""
@@ -142,6 +153,12 @@ class Distillation:
             "optimizer": self.optimizer,
             "ckg_optimizer": self.ckg_optimizer,
         }
+
+    def to(self, device: torch.device) -> Distillation:
+        for part in self._parts().values():
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}

@@ -22,6 +22,9 @@ class Task(Protocol):
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Update everything once; return the named loss parts, weighted, this worker's share."""
 
+    def to(self, device: torch.device) -> Task:
+        """Moved there whole; batches stay on the CPU."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

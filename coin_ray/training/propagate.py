@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from coin_ray.config import Propagate
+from coin_ray.config import Optimize, Propagate
 from coin_ray.data.examples import Batch
 from coin_ray.losses.alignment import prompt_alignment
+from coin_ray.losses.supervised import region_soft_class
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import sum_gradients
 from coin_ray.training.schedule import make_optimizer, set_learning_rate
-from coin_ray.training.view import as_consistent, look, supervised_losses
+from coin_ray.training.view import View, as_consistent, look, supervised_losses
 
 
 class Propagation:
@@ -30,13 +32,27 @@ class Propagation:
         images, labels, generators = batch.strong, batch.knowledge["labels"], batch.generators
         if self.config.views == "both":
             images, labels, generators = images + batch.weak, labels * 2, generators * 2
-        view = look(self.detector, images, [as_consistent(kept) for kept in labels], generators)
+        with mixed_precision(self.detector, self.config.fit):
+            view = look(self.detector, images, [as_consistent(kept) for kept in labels], generators)
         losses = supervised_losses(self.detector, view)
+        if self.config.soft_labels:
+            losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view))
         losses["alignment"] = self.config.alignment * prompt_alignment(self.detector.class_embeddings(), self.prototypes.values)
         descend(self.optimizer, self.detector, losses, step, self.config.fit)
         if step >= self.config.prototypes_from:
             self.prototypes.update(view.regions.embedded[view.labelled], view.labels, self.config.prototype_rate)
         return losses
+
+    def soft_targets(self, view: View) -> Tensor:
+        """[A + G, K+1] class vectors of the boxes that RoIs lie on; background RoIs are background."""
+        classes = self.detector.num_classes + 1
+        background = F.one_hot(torch.full_like(view.on_background, classes - 1), classes)
+        return torch.cat([view.consistent.clip.probs, background.float()])
+
+    def to(self, device: torch.device) -> Propagation:
+        self.detector.to(device)
+        self.prototypes.to(device)
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -51,7 +67,12 @@ class Propagation:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def descend(optimizer: torch.optim.Optimizer, model: nn.Module, losses: dict[str, Tensor], step: int, fit: Any) -> None:
+def mixed_precision(model: nn.Module, fit: Optimize) -> torch.autocast:
+    """The forward pass in bfloat16, if ``fit.amp``; boxes, losses and weights stay in float32."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=fit.amp)
+
+
+def descend(optimizer: torch.optim.Optimizer, model: nn.Module, losses: dict[str, Tensor], step: int, fit: Optimize) -> None:
     """One optimizer step on the sum of ``losses``, gradients summed over workers."""
     optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()

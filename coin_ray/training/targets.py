@@ -33,6 +33,10 @@ class AnchorTargets:
     private: Tensor
     private_probs: Tensor
 
+    def to(self, device: torch.device) -> AnchorTargets:
+        parts = (self.sampled, self.is_object, self.positive, self.boxes, self.private, self.private_probs)
+        return AnchorTargets(*(t.to(device) for t in parts))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegionTargets:
@@ -45,6 +49,9 @@ class RegionTargets:
     consistent: Tensor
     inconsistent: Tensor
     boxes: Tensor
+
+    def to(self, device: torch.device) -> RegionTargets:
+        return RegionTargets(*(t.to(device) for t in (self.proposals, self.consistent, self.inconsistent, self.boxes)))
 
     @property
     def positives(self) -> int:

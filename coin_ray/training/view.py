@@ -51,18 +51,23 @@ class View:
 
 
 def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]) -> View:
-    """Forward the student on ``images`` (uint8 [3, H, W]) and sample anchors and RoIs against their separations (same frame)."""
+    """Forward the student on ``images`` (uint8 [3, H, W]) and sample anchors and RoIs against their separations (same frame).
+
+    Boxes are assigned on the CPU, where the separations are; what is sampled goes to the student's device.
+    """
     batch = student.prepare(images, common_size(images))
+    device = batch.pixels.device
     shared, proposed = student.propose(batch)
-    config = student.config
+    config, all_anchors = student.config, proposed.anchors.cpu()
     anchors = [
-        anchor_targets(proposed.anchors, size, separation, config, generator)
+        anchor_targets(all_anchors, size, separation, config, generator).to(device)
         for size, separation, generator in zip(batch.sizes, separations, generators, strict=True)
     ]
     targets = [
-        region_targets(boxes, separation, config, generator)
+        region_targets(boxes.cpu(), separation, config, generator).to(device)
         for boxes, separation, generator in zip(proposed.boxes, separations, generators, strict=True)
     ]
+    separations = [s.to(device) for s in separations]
     private = Detections.cat([s.private for s in separations])
     rois = [torch.cat([t.proposals, s.private.boxes]) for t, s in zip(targets, separations, strict=True)]
     regions = student.describe(shared, rois)
@@ -128,7 +133,7 @@ def _rows(targets: Sequence[RegionTargets], separations: Sequence[Separation], t
         consistent, inconsistent = len(target.consistent), len(target.inconsistent)
         kind += [0] * consistent + [1] * inconsistent + [2] * (len(target.proposals) - target.positives) + [3] * len(separation.private)
     assert len(kind) == total
-    kinds = torch.tensor(kind, dtype=torch.int64)
+    kinds = torch.tensor(kind, dtype=torch.int64, device=targets[0].proposals.device)
     return tuple((kinds == k).nonzero()[:, 0] for k in range(4))
 
 

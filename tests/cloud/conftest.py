@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from PIL import Image
 from coin_ray.cloud.client import CloudClient, limits
 from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.parsing import error_object
+from coin_ray.cloud.protocol import Adapter, Capabilities, Frame, Pending, PreparedRequest, Query, RawDetections
+from coin_ray.cloud.reference import ReferenceAdapter
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
+from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, QuotaExhausted, Throttled, Transient
 
 CLASSES = ("car", "bus", "dog")
 URL = "https://detector.example.com/api"
@@ -63,15 +68,75 @@ def status(code: int, headers: Mapping[str, str] | None = None, **problem: str) 
     return httpx.Response(code, headers=headers, content=json.dumps(problem).encode())
 
 
+ERRORS: dict[str, Callable[[], CloudError]] = {
+    "throttled": lambda: Throttled("too fast", 3.0),
+    "throttled long": lambda: Throttled("much too fast", 1e9),
+    "quota": lambda: QuotaExhausted("out of quota"),
+    "auth": lambda: AuthError("the token has expired"),
+    "rejected": lambda: ImageRejected("not an image"),
+    "busy": lambda: Transient("try later"),
+    "paid": lambda: Transient("failed while computing", may_have_billed=True),
+    "unknown": lambda: BadRequest("what is that?"),
+}
+
+
+@dataclass(frozen=True)
+class InBodyAdapter(ReferenceAdapter):
+    """The reference format, but errors come as ``{"error": name}`` with status 200."""
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Capabilities that differ."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, **self.changes)
+
+    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections:
+        name = error_object(body).get("error")
+        if isinstance(name, str):
+            raise ERRORS[name]()
+        return super().decode(headers, body, query, frame)
+
+
+@dataclass(frozen=True)
+class TaskAdapter:
+    """A service of tasks: ``{"task": id}``, then ``{"wait": seconds}`` until an answer in the reference format or an error as above."""
+
+    asynchronous: bool = True
+    sync: InBodyAdapter = InBodyAdapter()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.sync.capabilities, name="tasks", asynchronous=self.asynchronous, health_path=None)
+
+    def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
+        return replace(self.sync.encode(image, query), path="/tasks")
+
+    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections | Pending:
+        answer = error_object(body)
+        if "task" in answer:
+            return Pending(PreparedRequest(f"{answer.get('at', '/tasks/')}{answer['task']}", method="GET"), answer.get("wait", 1.0))
+        if "wait" in answer:
+            return Pending(None, answer["wait"])
+        return self.sync.decode(headers, body, query, frame)
+
+    def classify_error(self, status: int, headers: Mapping[str, str], body: bytes) -> CloudError:
+        return self.sync.classify_error(status, headers, body)
+
+
 @dataclass
 class Service:
     """Replies in order, the last one for ever; remembers the requests."""
 
     replies: list[Reply]
     requests: list[httpx.Request] = field(default_factory=list)
+    answered_by: Callable[[httpx.Request], Awaitable[httpx.Response]] | None = None
+    """Instead of the replies."""
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
+        if self.answered_by is not None:
+            return await self.answered_by(request)
         reply = self.replies[min(len(self.requests), len(self.replies)) - 1]
         await asyncio.sleep(0)
         if isinstance(reply, Exception):
@@ -94,24 +159,34 @@ class Bench:
 def bench(tmp_path: Path) -> Callable[..., Bench]:
     """Builds a client around scripted replies; settings are those of ``Cloud``."""
 
-    def build(*replies: Reply, skip_over_budget: bool = False, url: str = URL, folder: str = "journal", **settings: Any) -> Bench:
-        time = FakeTime()
+    def build(
+        *replies: Reply,
+        adapter: Adapter | None = None,
+        skip_over_budget: bool = False,
+        url: str = URL,
+        folder: str = "journal",
+        wall_clock: Callable[[], float] = time.time,
+        **settings: Any,
+    ) -> Bench:
+        fake = FakeTime()
         config = Cloud(**{"url": url, "rate": 1000.0, **settings})
         service = Service(list(replies))
         journal = Journal.open(str(tmp_path / folder))
-        governor = Governor(limits(config), journal.spent(), time)
+        governor = Governor(limits(config), journal.spent(), fake)
         client = CloudClient(
             config,
             CLASSES,
             url,
             journal,
             LocalGovernor(governor),
+            adapter,
             transport=httpx.MockTransport(service),
             skip_over_budget=skip_over_budget,
-            sleep=time.sleep,
-            clock=time,
+            sleep=fake.sleep,
+            clock=fake,
             uniform=lambda low, high: high,
+            wall_clock=wall_clock,
         )
-        return Bench(client, service, journal, governor, time)
+        return Bench(client, service, journal, governor, fake)
 
     return build

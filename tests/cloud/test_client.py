@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import httpx
 import pytest
 
 from coin_ray.cloud import client as client_module
-from coin_ray.cloud.client import Answer, CloudClient
-from coin_ray.cloud.limiter import LocalGovernor
+from coin_ray.cloud.client import POLL_CAP, TASK_SECONDS, Answer, CloudClient, account_of, limits
+from coin_ray.cloud.journal import TASK
+from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.reference import ReferenceAdapter
 from coin_ray.config import Cloud
 from coin_ray.errors import (
     AuthError,
@@ -25,7 +28,7 @@ from coin_ray.errors import (
     QuotaExhausted,
 )
 
-from .conftest import CLASSES, Bench, Reply, element, good, picture, status
+from .conftest import CLASSES, URL, Bench, InBodyAdapter, Reply, TaskAdapter, element, good, picture, status
 
 Build = Callable[..., Bench]
 TOKEN = "sk-live-0123456789abcdef"
@@ -68,7 +71,7 @@ def test_nothing_is_paid_twice(bench: Build) -> None:
     second = bench(status(500), usd_per_call=0.01)
     assert [a.status for a in ask(second, 1, 2, 3)] == ["cached"] * 3
     assert second.service.requests == []
-    assert second.journal.spent() == (3, pytest.approx(0.03))
+    assert second.journal.spent() == pytest.approx((3, 0.03))
 
 
 def test_the_same_image_at_once_is_one_call(bench: Build) -> None:
@@ -180,7 +183,7 @@ def test_deadline_ends_a_stalled_call_which_stays_spent(bench: Build) -> None:
         raise AssertionError
 
     subject = bench(good(), deadline=0.05)
-    subject.client._http = httpx.AsyncClient(transport=httpx.MockTransport(stall))
+    subject.service.answered_by = stall
     (answer,) = ask(subject)
     assert answer.status == "error"
     assert "DeadlineExceeded" in str(answer.error)
@@ -201,7 +204,7 @@ def test_bodies_are_capped(bench: Build, monkeypatch: pytest.MonkeyPatch) -> Non
     async def flood(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, stream=Endless())
 
-    subject.client._http = httpx.AsyncClient(transport=httpx.MockTransport(flood))
+    subject.service.answered_by = flood
     (answer,) = ask(subject)
     assert answer.status == "error"
     assert "longer than" in str(answer.error)
@@ -227,6 +230,21 @@ def test_a_budget_counts_attempts_of_a_killed_run(bench: Build) -> None:
     assert states == ["ok", "skipped_budget", "skipped_budget"]
 
 
+def test_a_day_s_calls_are_counted_over_runs(bench: Build) -> None:
+    subject = bench(good(), per_day=3)
+    ask(subject, 1, 2)
+    config = Cloud(url=URL, rate=1000.0, per_day=3)
+    account = account_of(config, URL, ReferenceAdapter())
+    later = bench(good(), per_day=3)
+    ages = [time.time() - start for start in later.journal.starts(account, time.time() - 86_400)]
+    assert len(ages) == 2
+    later.client._governor = LocalGovernor(Governor(limits(config), later.journal.spent(), later.time, ages))
+    assert ask(later, 3)[0].status == "ok"
+    with pytest.raises(BudgetExhausted, match=r"cloud\.per_day=3"):
+        ask(later, 4)
+    assert len(later.journal.starts("another", 0)) == 0
+
+
 def test_journalled_images_come_through_over_budget(bench: Build) -> None:
     ask(bench(good(), max_calls=1), 1)
     assert ask(bench(good(), max_calls=1), 1)[0].status == "cached"
@@ -244,7 +262,7 @@ def test_calls_under_way_are_limited(bench: Build) -> None:
         return good()
 
     subject = bench(good(), in_flight=3, deadline=1e6)
-    subject.client._http = httpx.AsyncClient(transport=httpx.MockTransport(count))
+    subject.service.answered_by = count
     ask(subject, *range(20))
     assert most == 3
 
@@ -343,3 +361,369 @@ def test_a_local_server_is_the_same_on_another_port(bench: Build) -> None:
     addresses = ("http://127.0.0.1:1111", "http://127.0.0.1:2222")
     clients = [CloudClient(Cloud(serve="demo"), CLASSES, url, subject.journal, governor) for url in addresses]
     assert clients[0].key(picture()) == clients[1].key(picture()) != subject.client.key(picture())
+
+
+def body(**values: Any) -> httpx.Response:
+    return httpx.Response(200, json=values)
+
+
+def methods(subject: Bench) -> list[str]:
+    return [r.method for r in subject.service.requests]
+
+
+ACCEPTED = body(task="t1")
+RUNNING = body(wait=1.0)
+
+
+@pytest.mark.parametrize("polls", [1, 2, 20])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_polled_until_answered(bench: Build, polls: int, asynchronous: bool) -> None:
+    """Also from a service that only sometimes answers with a task."""
+    subject = bench(
+        ACCEPTED, *[RUNNING] * (polls - 1), good(), adapter=TaskAdapter(asynchronous), deadline=1000.0, usd_per_call=0.01, max_calls=1
+    )
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls, answer.cost_usd) == ("ok", 1, 1, 0.01)
+    assert methods(subject) == ["POST"] + ["GET"] * polls
+    assert {r.url.path for r in subject.service.requests[1:]} == {"/api/tasks/t1"}
+    kept = subject.journal.contents()
+    assert (kept.answers, kept.tasks, kept.quarantined) == (1, 1, not asynchronous)
+    assert "idempotency-key" not in subject.service.requests[1].headers
+    assert subject.journal.spent() == pytest.approx((1, 0.01))
+    waits = subject.time.slept
+    assert waits[:3] == pytest.approx([1.0, 1.5, 2.25][:polls])
+    assert waits == sorted(waits)
+    assert max(waits) <= POLL_CAP
+    assert answer.latency_ms == pytest.approx(sum(waits) * 1000)
+    assert ask(bench(status(500), adapter=TaskAdapter(asynchronous)))[0].status == "cached"
+
+
+@pytest.mark.parametrize(("asked", "slept"), [(3.0, 3.0), (0.0, 0.25), (-5.0, 0.25), (1e9, POLL_CAP), (float("nan"), 0.25)])
+def test_a_poll_waits_as_long_as_asked_within_reason(bench: Build, asked: float, slept: float) -> None:
+    taken = httpx.Response(200, content=json.dumps({"task": "t1", "wait": asked}).encode())
+    subject = bench(taken, good(), adapter=TaskAdapter())
+    assert ask(subject)[0].status == "ok"
+    assert subject.time.slept == [slept]
+
+
+def test_a_task_that_never_ends_stays_on_record(bench: Build) -> None:
+    subject = bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=30.0)
+    (answer,) = ask(subject)
+    assert (answer.status, answer.calls) == ("error", 1)
+    assert "DeadlineExceeded" in str(answer.error)
+    assert "stays on record" in str(answer.error)
+    assert methods(subject).count("POST") == 1
+    assert sum(subject.time.slept) < 30
+    assert subject.governor.stats().in_flight == 0
+    later = bench(RUNNING, good(), adapter=TaskAdapter())
+    (answer,) = ask(later)
+    assert (answer.status, answer.attempts, answer.calls) == ("ok", 0, 0)
+    assert methods(later) == ["GET", "GET"]
+    assert later.journal.spent()[0] == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_killed_between_the_task_and_its_first_poll(bench: Build, asynchronous: bool) -> None:
+    killed = bench(ACCEPTED, adapter=TaskAdapter(asynchronous))
+
+    async def die(seconds: float) -> None:
+        raise Killed
+
+    killed.client._sleep = die
+    with pytest.raises(Killed):
+        ask(killed)
+    assert methods(killed) == ["POST"]
+    key = killed.client.key(picture())
+    assert killed.journal.get(key) is None
+    assert killed.journal.get(key + TASK) is not None
+    later = bench(good(), adapter=TaskAdapter(asynchronous))
+    assert ask(later)[0].status == "ok"
+    assert methods(later) == ["GET"]
+    assert later.journal.spent()[0] == 1
+
+
+@pytest.mark.parametrize("gone", [status(404), status(410), body(error="busy"), body(error="paid")])
+def test_a_lost_task_is_asked_for_anew(bench: Build, gone: httpx.Response) -> None:
+    subject = bench(ACCEPTED, RUNNING, gone, body(task="t2"), good(), adapter=TaskAdapter())
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("ok", 2, 2)
+    assert methods(subject) == ["POST", "GET", "GET", "POST", "GET"]
+    posts = [r for r in subject.service.requests if r.method == "POST"]
+    assert posts[0].headers["idempotency-key"] != posts[1].headers["idempotency-key"]
+    assert subject.service.requests[-1].url.path == "/api/tasks/t2"
+
+
+def test_tasks_are_not_lost_for_ever(bench: Build) -> None:
+    subject = bench(*[ACCEPTED, status(404)] * 20, adapter=TaskAdapter(), attempts=3)
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("error", 3, 3)
+    assert "TaskLost" in str(answer.error)
+
+
+@pytest.mark.parametrize("gone", [status(404), status(400), body(error="busy"), body(error="unknown")])
+def test_a_task_of_an_earlier_run_that_is_lost(bench: Build, gone: httpx.Response) -> None:
+    ask(bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=3.0))
+    subject = bench(gone, body(task="t2"), good(), adapter=TaskAdapter())
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("ok", 1, 1)
+    assert methods(subject) == ["GET", "POST", "GET"]
+    assert subject.journal.spent()[0] == 2
+
+
+def test_an_earlier_runs_task_and_the_call_after_it_share_the_deadline(bench: Build) -> None:
+    ask(bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=3.0))
+    subject = bench(*[RUNNING] * 3, status(404), body(task="t2"), RUNNING, adapter=TaskAdapter(), deadline=10.0)
+    (answer,) = ask(subject)
+    assert "DeadlineExceeded" in str(answer.error)
+    assert methods(subject).count("POST") == 1
+    assert sum(subject.time.slept) < 10
+
+
+@pytest.mark.parametrize("age", [0.0, 2 * TASK_SECONDS])
+def test_an_old_task_that_gives_no_result_is_given_up(bench: Build, age: float) -> None:
+    ask(bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=3.0, wall_clock=lambda: 1e9))
+    strange = httpx.Response(200, json=[])
+    subject = bench(strange, strange, ACCEPTED, good(), adapter=TaskAdapter(), wall_clock=lambda: 1e9 + age)
+    (answer,) = ask(subject)
+    assert answer.status == ("ok" if age else "error")
+    assert methods(subject).count("POST") == bool(age)
+
+
+BLIPS: list[Reply] = [
+    status(500),
+    status(503, {"retry-after": "2"}),
+    status(429),
+    body(error="throttled"),
+    httpx.ReadTimeout("slow"),
+    httpx.ConnectError("refused"),
+    httpx.Response(200, content=b'{"wait'),
+    httpx.Response(200, headers={"content-type": "text/html"}, content=b"<html>"),
+]
+
+
+@pytest.mark.parametrize("blip", BLIPS)
+def test_what_fails_on_the_way_to_a_poll_costs_nothing(bench: Build, blip: Reply) -> None:
+    subject = bench(ACCEPTED, blip, RUNNING, blip, good(), adapter=TaskAdapter(), max_calls=1)
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("ok", 1, 1)
+    assert methods(subject) == ["POST"] + ["GET"] * 4
+
+
+@pytest.mark.parametrize("blip", BLIPS)
+def test_polls_that_fail_for_ever_keep_the_task(bench: Build, blip: Reply) -> None:
+    subject = bench(ACCEPTED, blip, adapter=TaskAdapter(), deadline=1000.0)
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("error", 1, 1)
+    later = bench(good(), adapter=TaskAdapter())
+    assert ask(later)[0].status == "ok"
+    assert methods(later) == ["GET"]
+
+
+def test_a_throttled_poll_slows_all_callers(bench: Build) -> None:
+    subject = bench(ACCEPTED, status(429, {"retry-after": "7"}), good(), adapter=TaskAdapter())
+    ask(subject)
+    assert subject.time.slept == pytest.approx([1.0, 7.5])
+    assert subject.governor.reserve(0).wait == pytest.approx(0, abs=0.1)
+
+
+STOPPING_POLLS = [
+    (status(401), AuthError, True),
+    (body(error="auth"), AuthError, True),
+    (status(402), QuotaExhausted, True),
+    (body(error="quota"), QuotaExhausted, False),
+    (body(error="unknown"), BadRequest, False),
+]
+
+
+@pytest.mark.parametrize(("reply", "kind", "kept"), STOPPING_POLLS)
+def test_polls_that_stop_the_run(bench: Build, reply: httpx.Response, kind: type[CloudError], kept: bool) -> None:
+    """An error in the answer to a poll is the end of the task, but for a token that is wrong; the call stays spent."""
+    subject = bench(ACCEPTED, reply, adapter=TaskAdapter())
+    with pytest.raises(kind):
+        ask(subject)
+    assert methods(subject) == ["POST", "GET"]
+    assert subject.journal.spent()[0] == 1
+    assert (subject.journal.get(subject.client.key(picture()) + TASK) is not None) == kept
+
+
+def test_a_task_that_failed_for_the_image(bench: Build) -> None:
+    subject = bench(ACCEPTED, body(error="rejected"), adapter=TaskAdapter())
+    (answer,) = ask(subject)
+    assert (answer.status, answer.calls) == ("error", 1)
+    assert "ImageRejected" in str(answer.error)
+    assert methods(subject) == ["POST", "GET"]
+
+
+def test_a_service_of_tasks_that_answers_at_once(bench: Build) -> None:
+    subject = bench(good(), adapter=TaskAdapter())
+    assert ask(subject)[0].status == "ok"
+    key = subject.client.key(picture())
+    assert subject.journal.get(key) is not None
+    again = bench(status(500), adapter=TaskAdapter())
+    assert ask(again)[0].status == "cached"
+    assert again.service.requests == []
+
+
+def test_an_unnamed_task_is_no_answer_and_is_not_posted_again_and_again(bench: Build) -> None:
+    subject = bench(RUNNING, adapter=TaskAdapter())
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts) == ("error", 2)
+    assert "does not name" in str(answer.error)
+
+
+@pytest.mark.parametrize("path", ["@evil.example.com/", "evil", "/tasks/\n"])
+def test_a_poll_goes_nowhere_else(bench: Build, path: str) -> None:
+    subject = bench(body(task="t1", at=path), good(), adapter=TaskAdapter())
+    (answer,) = ask(subject)
+    assert "ProtocolError" in str(answer.error)
+    assert methods(subject) == ["POST"]
+
+
+def test_tasks_under_way_hold_their_places(bench: Build) -> None:
+    under_way: set[str] = set()
+    most = 0
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        nonlocal most
+        if request.method == "POST":
+            under_way.add(request.headers["idempotency-key"])
+            most = max(most, len(under_way))
+            return body(task=request.headers["idempotency-key"])
+        under_way.remove(request.url.path.rpartition("/")[2])
+        return good()
+
+    subject = bench(serve, adapter=TaskAdapter(), in_flight=3, deadline=1e6)
+    assert {a.status for a in ask(subject, *range(20))} == {"ok"}
+    assert most == 3
+
+
+def on_record(bench: Build, adapter: Any) -> tuple[Any, Any]:
+    """What a new process finds for the image: its answer and its task."""
+    subject = bench(good(), adapter=adapter)
+    key = subject.client.key(picture())
+    return subject.journal.get(key), subject.journal.get(key + TASK)
+
+
+@pytest.mark.parametrize("adapter", [InBodyAdapter(), TaskAdapter()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("name", ["throttled", "busy", "paid"])
+def test_errors_inside_answers_are_retried_and_never_journalled(bench: Build, adapter: Any, name: str) -> None:
+    subject = bench(body(error=name), adapter=adapter, attempts=3)
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("error", 3, 3 * (name == "paid"))
+    assert len(subject.service.requests) == 3
+    assert on_record(bench, adapter) == (None, None)
+    assert ask(bench(good(), adapter=adapter))[0].status == "ok"
+
+
+def test_a_throttle_inside_an_answer_is_waited_out_by_all(bench: Build) -> None:
+    subject = bench(body(error="throttled"), good(), adapter=InBodyAdapter())
+    (answer,) = ask(subject)
+    assert (answer.status, answer.calls) == ("ok", 1)
+    assert subject.time.slept[0] == pytest.approx(3.5)
+    assert subject.governor.stats().throttled == 1
+
+
+@pytest.mark.parametrize("adapter", [InBodyAdapter(), TaskAdapter()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(("name", "kind"), [("quota", QuotaExhausted), ("auth", AuthError), ("unknown", BadRequest)])
+def test_errors_inside_answers_that_stop_the_run(bench: Build, adapter: Any, name: str, kind: type[CloudError]) -> None:
+    subject = bench(body(error=name), adapter=adapter)
+    with pytest.raises(kind):
+        ask(subject)
+    assert len(subject.service.requests) == 1
+    assert subject.journal.spent()[0] == 0
+    assert on_record(bench, adapter) == (None, None)
+
+
+def test_an_error_that_a_killed_run_left_as_an_answer_is_not_served(bench: Build) -> None:
+    """Killed after the body was written and before it was understood."""
+    killed = bench(body(error="throttled"), adapter=InBodyAdapter())
+    killed.journal.quarantine = lambda *_: (_ for _ in ()).throw(Killed)  # type: ignore[assignment]
+    with pytest.raises(Killed):
+        ask(killed)
+    subject = bench(good(), adapter=InBodyAdapter())
+    assert subject.journal.get(subject.client.key(picture())) is not None
+    assert ask(subject)[0].status == "ok"
+    assert len(subject.service.requests) == 1
+
+
+def test_a_real_answer_is_durable_before_it_is_read(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = bench(good())
+    found: list[bool] = []
+    decode = subject.client._adapter.decode
+
+    def look(*arguments: Any) -> Any:
+        found.append(bench(good()).journal.get(subject.client.key(picture())) is not None)
+        return decode(*arguments)
+
+    monkeypatch.setattr(type(subject.client._adapter), "decode", lambda self, *arguments: look(*arguments))
+    ask(subject)
+    assert found == [True]
+
+
+@pytest.mark.parametrize("hint", [{}, {"retry-after": "1"}])
+def test_a_storm_of_429_is_not_amplified(bench: Build, hint: dict[str, str]) -> None:
+    callers = 32
+    subject = bench(status(429, hint), in_flight=16, attempts=6, deadline=1e6)
+    answers = ask(subject, *range(callers))
+    assert {a.status for a in answers} == {"error"}
+    assert len(subject.service.requests) <= callers + 0.1 * callers + 2 * 16
+    assert any("retries are limited" in str(a.error) for a in answers)
+    assert subject.journal.spent()[0] == 0
+    assert subject.governor.stats().in_flight == 0
+
+
+def test_a_wait_is_capped_whatever_an_adapter_says(bench: Build) -> None:
+    subject = bench(body(error="throttled long"), good(), adapter=InBodyAdapter(), deadline=1000.0)
+    assert ask(subject)[0].status == "ok"
+    assert subject.time.slept[0] == pytest.approx(120.5)
+
+
+def test_without_a_health_page_the_token_is_checked_all_the_same(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOUD_TOKEN", TOKEN)
+    subject = bench(good(), adapter=TaskAdapter(), token_env="CLOUD_TOKEN")
+    asyncio.run(subject.client.check())
+    monkeypatch.delenv("CLOUD_TOKEN")
+    with pytest.raises(ConfigError, match="CLOUD_TOKEN"):
+        asyncio.run(subject.client.check())
+    assert subject.service.requests == []
+
+
+def test_an_image_that_can_not_be_sent_costs_no_request(bench: Build) -> None:
+    subject = bench(good(), adapter=InBodyAdapter({"min_side": 50}))
+    (answer,) = ask(subject)
+    assert (answer.status, answer.attempts) == ("error", 0)
+    assert "at least 50 pixels" in str(answer.error)
+    assert subject.service.requests == []
+    assert subject.client.key(picture())
+
+
+def test_an_encoding_that_fails_leaves_no_place_taken(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = bench(good())
+
+    def refuse(*_: Any) -> Any:
+        raise BadRequest("this class name can't be asked for")
+
+    monkeypatch.setattr(type(subject.client._adapter), "encode", refuse)
+    with pytest.raises(BadRequest):
+        ask(subject)
+    assert subject.service.requests == []
+    assert (subject.governor.stats().in_flight, subject.governor.stats().calls) == (0, 0)
+
+
+def test_the_size_limit_is_part_of_the_question(bench: Build) -> None:
+    keys = {bench(good(), adapter=InBodyAdapter({"max_side": side})).client.key(picture()) for side in (4096, 2048, 9999)}
+    assert len(keys) == 2  # 9999 is more than cloud.max_side
+    assert bench(good(), max_side=2048).client.key(picture()) in keys
+
+
+def test_a_smaller_image_is_sent_and_boxes_come_back_in_the_originals_frame(bench: Build) -> None:
+    half = httpx.Response(200, json={"image": {"w": 30, "h": 20}, "detections": [element(box=(1, 2, 30, 20))]})
+    subject = bench(half, adapter=InBodyAdapter({"max_side": 30}))
+    assert subject.client.max_side == 30
+    (answer,) = ask(subject)
+    assert answer.raw is not None
+    assert answer.raw.boxes[0].tolist() == [2, 4, 60, 40]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.cloud.limiter import COOL_DOWN, OPENS_MAX, WINDOW_MIN, Governor, Grant, Limits
+from coin_ray.cloud.limiter import COOL_DOWN, DAY, MINUTE, OPENS_MAX, RETRY_SHARE, WINDOW_MIN, Governor, Grant, Limits, Window
 
 from .conftest import FakeTime
 
@@ -104,6 +104,137 @@ def test_budget_is_never_exceeded(steps: list[tuple[str, int]]) -> None:
         assert subject.stats().calls == billed + len(open_leases)
 
 
+def call_all_day(subject: Governor, time: FakeTime, calls: int, pause: float = 0.0) -> list[float]:
+    """Starts of so many calls by a caller that asks again whenever it is told to."""
+    starts: list[float] = []
+    while len(starts) < calls:
+        grant = subject.reserve(0)
+        assert grant.refusal is None
+        if grant.lease is None:
+            time.now += grant.wait
+            continue
+        starts.append(time.now + grant.wait)
+        subject.settle(grant.lease, "answered", billed=True)
+        time.now += pause
+    return starts
+
+
+@pytest.mark.parametrize(("per_minute", "calls", "seconds"), [(30, 30, 60), (1, 1, 60), (1.5, 1, 40), (0.5, 1, 120), (90.9, 90, 59.4)])
+@pytest.mark.parametrize("pause", [0.0, 0.7])
+def test_calls_of_a_minute(per_minute: float, calls: int, seconds: float, pause: float) -> None:
+    time = FakeTime()
+    starts = call_all_day(governor(time, rate=100.0, per_minute=per_minute), time, 4 * calls, pause)
+    for first, later in zip(starts, starts[calls:], strict=False):
+        assert later - first >= seconds - 1e-3
+    own_pace = calls * (pause + 0.01)
+    assert starts[-1] - starts[0] <= 3 * max(seconds, own_pace) + own_pace + 1  # and no slower than that
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 40), min_size=1, max_size=60), st.integers(1, 7))
+def test_no_minute_holds_more_calls_than_allowed(pauses: list[float], limit: int) -> None:
+    time = FakeTime()
+    subject = governor(time, rate=1000.0, per_minute=limit, burst=3)
+    starts: list[float] = []
+    for pause in pauses:
+        time.now += pause
+        grant = subject.reserve(0)
+        if grant.lease is not None:
+            starts.append(time.now + grant.wait)
+            subject.settle(grant.lease, "throttled", billed=False)  # the service counts it all the same
+    for i, first in enumerate(starts):
+        assert sum(start < first + MINUTE - 1e-6 for start in starts[i:]) <= limit
+
+
+def test_a_call_that_was_not_sent_is_not_counted() -> None:
+    time = FakeTime()
+    subject = governor(time, rate=1e6, per_minute=2, per_day=2)
+    subject.settle(granted(subject.reserve(0)), "unsent", billed=False)
+    for _ in range(2):
+        subject.settle(granted(subject.reserve(0)), "answered", billed=True)
+    assert subject.reserve(0).lease is None
+
+
+def test_calls_of_a_day() -> None:
+    time = FakeTime()
+    subject = governor(time, per_day=3)
+    first = time.now
+    leases = [granted(subject.reserve(0)) for _ in range(3)]
+    assert subject.reserve(0).refusal is None  # one of those under way may not be sent after all
+    for lease in leases:
+        subject.settle(lease, "answered", billed=True)
+    refused = subject.reserve(0)
+    assert refused.refusal == "budget"
+    assert "cloud.per_day=3" in refused.reason
+    assert "24.0 hours" in refused.reason
+    time.now = first + DAY + 0.01
+    subject.settle(granted(subject.reserve(0)), "answered", billed=True)
+    assert subject.reserve(0).refusal == "budget"
+
+
+def test_calls_of_earlier_runs_count_for_the_day() -> None:
+    time = FakeTime()
+    subject = Governor(Limits(10.0, 100, per_day=3), (50, 0.0), time, ages=[60.0, DAY - 100, 7200.0])
+    refused = subject.reserve(0)
+    assert (refused.refusal, refused.lease) == ("budget", None)
+    assert "cloud.per_day=3" in refused.reason
+    time.now += 99
+    assert subject.reserve(0).refusal == "budget"
+    time.now += 1
+    subject.settle(granted(subject.reserve(0)), "answered", billed=True)
+    assert subject.reserve(0).refusal == "budget"
+
+
+def test_more_calls_than_the_day_allows_were_made_before() -> None:
+    """The limit was lowered, or another version did not count: the latest calls are those that matter."""
+    time = FakeTime()
+    subject = Governor(Limits(10.0, 100, per_day=2), clock=time, ages=[1000.0, 10.0, 500.0, 100.0])
+    time.now += DAY - 101
+    assert subject.reserve(0).refusal == "budget"
+    time.now += 2
+    assert subject.reserve(0).lease is not None
+
+
+def test_a_window_without_a_limit() -> None:
+    window = Window(None, 60)
+    window.add(1.0)
+    window.remove(1.0)
+    assert window.wait(1.0) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), max_size=300), st.integers(0, 20))
+def test_retries_are_a_share_of_the_calls(kinds: list[bool], burst: int) -> None:
+    subject = governor(FakeTime(), rate=1e6, retry_burst=burst)
+    calls = retries = 0
+    for retry in kinds:
+        grant = subject.reserve(0, retry)
+        if grant.lease is None:
+            assert retry
+            assert grant.refusal == "retries"
+            assert retries + 1 > burst - 1 + RETRY_SHARE * calls - 1e-6 or burst == 0
+            continue
+        subject.settle(grant.lease, "throttled", billed=False)
+        calls, retries = calls + (not retry), retries + retry
+        assert retries <= burst + RETRY_SHARE * calls + 1e-6
+
+
+def test_a_long_good_time_does_not_save_up_retries() -> None:
+    subject = governor(FakeTime(), rate=1e6, retry_burst=5)
+    for retry in [False] * 1000 + [True] * 5:
+        subject.settle(granted(subject.reserve(0, retry)), "answered", billed=True)
+    assert subject.reserve(0, retry=True).refusal == "retries"
+    assert subject.reserve(0).refusal is None
+
+
+def test_a_retry_that_was_not_sent_is_given_back() -> None:
+    subject = governor(FakeTime(), rate=1e6, retry_burst=1)
+    for _ in range(3):
+        subject.settle(granted(subject.reserve(0, retry=True)), "unsent", billed=False)
+    granted(subject.reserve(0, retry=True))
+    assert subject.reserve(0, retry=True).refusal == "retries"
+
+
 def fail(subject: Governor, count: int) -> None:
     for _ in range(count):
         lease = subject.reserve(0).lease
@@ -118,7 +249,7 @@ def test_breaker_opens_probes_and_closes() -> None:
     assert subject.stats().breaker == "closed"
     fail(subject, 1)
     assert subject.stats().breaker == "open"
-    assert subject.reserve(0) == Grant(COOL_DOWN)
+    assert subject.reserve(0) == Grant(COOL_DOWN, breaker_open=True)
     time.now += COOL_DOWN
     probe = granted(subject.reserve(0))
     assert subject.reserve(0).lease is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from coin_ray.data import canonical
@@ -165,6 +166,63 @@ def test_downscaled_to_max_side(width: int, height: int, max_side: int) -> None:
         assert image.original == (width, height)
         assert max(image.width, image.height) == min(max_side, max(width, height))
         assert Image.open(io.BytesIO(image.data)).size == (image.width, image.height)
+
+
+STORED = (4001, 2251)
+RECTANGLE = (301, 203, 3777, 2149)
+"""xyxy pixels of the stored image: light grey on dark grey, so that the resize has nothing to clip."""
+
+
+def turned(box: tuple[int, int, int, int], orientation: int) -> tuple[int, int, int, int]:
+    """A box of the stored image, seen upright."""
+    mask = Image.new("L", STORED, 0)
+    mask.paste(255, box)
+    turn = canonical.ORIENTATIONS.get(orientation)
+    found = (mask.transpose(turn) if turn is not None else mask).getbbox()
+    assert found is not None
+    return found
+
+
+def edges(line: NDArray[np.float64]) -> tuple[float, float]:
+    """Where the light part of a line begins and ends, to parts of a pixel: from the light on each side of its middle."""
+    middle = len(line) // 2
+    light = (line - 64) / 128
+    return middle - float(light[:middle].sum()), middle + float(light[middle:].sum())
+
+
+def rectangle_in(data: bytes) -> NDArray[np.float64]:
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image.convert("L"), np.float64)
+    y, x = pixels.shape[0] // 2, pixels.shape[1] // 2
+    x0, x1 = edges(pixels[y - 20 : y + 20].mean(0))
+    y0, y1 = edges(pixels[:, x - 20 : x + 20].mean(1))
+    return np.array([x0, y0, x1, y1])
+
+
+def photograph(orientation: int, mode: str) -> bytes:
+    picture = Image.new("L", STORED, 64)
+    picture.paste(192, RECTANGLE)
+    return encoded(picture.convert(mode), "JPEG", quality=98, exif=exif(orientation))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_odd_sides_keep_their_place_in_a_smaller_image(orientation: int, mode: str) -> None:
+    image = canonical_image(photograph(orientation, mode), 1024)
+    assert max(image.width, image.height) == 1024
+    assert image.original == (STORED[::-1] if orientation >= 5 else STORED)
+    factors = np.array(image.original * 2) / (image.width, image.height, image.width, image.height)
+    error = np.abs(rectangle_in(image.data) * factors - turned(RECTANGLE, orientation))
+    assert error.max() <= 0.3
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_turned_tiff(orientation: int, compression: str) -> None:
+    """Pillow turns TIFFs by itself, and no other format."""
+    raw = encoded(corner_image(), "TIFF", exif=exif(orientation), compression=compression)
+    image = canonical_image(raw, 4096)
+    assert (image.width, image.height) == image.original == decode_rgb(raw).size == ((32, 48) if orientation >= 5 else (48, 32))
 
 
 def test_very_long_image() -> None:

@@ -43,6 +43,13 @@ def test_the_mean_is_over_trusted_rows() -> None:
     assert float(distillation.inconsistent_regions(LOGITS, targets, 0.6)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_inconsistent_regions_may_count_as_much_as_consistent_ones() -> None:
+    """Divided by the RoIs of another loss, not by the elements of the rows used."""
+    assert float(distillation.inconsistent_regions(LOGITS, TARGETS, 0.0, regions=4)) == pytest.approx((FIRST + SECOND) / 4, rel=1e-5)
+    none = torch.zeros(0, 3, dtype=torch.float64)
+    assert float(distillation.inconsistent_regions(none, none, 0.0, regions=4)) == 0
+
+
 def test_private_anchors() -> None:
     """sigmoid(0) = 1/2 against .8 of foreground, sigmoid(log 3) = 3/4 against 1 (the cloud's vectors have no background)."""
     objectness = torch.tensor([0.0, math.log(3)], dtype=torch.float64)

@@ -13,6 +13,7 @@ from torch import Tensor
 from coin_ray.data.examples import Batch, batches
 from coin_ray.structures import Detections
 from coin_ray.training.distill import Distillation
+from coin_ray.training.view import look
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "distill_losses.json"
 SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
@@ -162,7 +163,7 @@ def test_rules_by_hand() -> None:
         "average": (known.cloud.probs + known.clip.probs) / 2,
     }
     for rule, wanted in expected.items():
-        torch.testing.assert_close(distillation(tiny_fit(), fusion=rule).fuse(embedded, known), wanted)
+        torch.testing.assert_close(distillation(tiny_fit(), fusion=rule).fuse(embedded, known.cloud.probs, known.clip.probs), wanted)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +186,34 @@ def test_boxes_of_pairs(rule: Any, burnt_up: bool, fused: bool, tmp_path: Path, 
     monkeypatch.setattr(task, "look_with_teacher", lambda images: clip)
     bottom = float(task.separate(batch, burnt_up)[0].consistent.boxes[0, 3])
     assert bottom == pytest.approx(24 if fused else 28)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_ckg_names_background_only_if_it_was_shown_some(background: bool, tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1, lr=1e-2)
+    task = distillation(fit, ckg_background=background, ckg_lr=1e-2)
+    (batch,) = three_steps(tmp_path, fit)
+    view = look(task.student, batch.strong, task.separate(batch, False), batch.generators)
+    for _ in range(60):
+        task.train_ckg(view, 5)
+    embedded = view.regions.embedded[view.on_background]
+    nothing = torch.nn.functional.one_hot(torch.full_like(view.on_background, task.student.num_classes)).float()
+    said = task.fuse(embedded, nothing, nothing)[:, -1]
+    assert len(said) > 0
+    assert bool((said > 0.5).all()) == background
+
+
+def test_bfloat16_forward_leaves_losses_and_weights_in_float32(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=3)
+    batch = three_steps(tmp_path, fit)[0]
+    full = values(distillation(fit).train_step(batch, 0))
+    mixed_fit = replace(fit, amp=True)
+    task = distillation(mixed_fit)
+    for step, own in enumerate(three_steps(tmp_path, mixed_fit)):
+        parts = task.train_step(own, step)
+        if step == 0:
+            assert values(parts)["consistent"] == pytest.approx(full["consistent"], rel=0.1)
+            assert values(parts) != full
+        assert {v.dtype for v in parts.values()} == {torch.float32}
+        assert_finite(task, parts)
+    assert {p.dtype for p in task.student.parameters()} == {torch.float32}

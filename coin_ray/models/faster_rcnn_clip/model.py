@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, Regions
 from coin_ray.models.faster_rcnn_clip.backbone import Backbone, new_embeddings, new_tower
+from coin_ray.models.faster_rcnn_clip.pooling import pool_regions
 from coin_ray.models.faster_rcnn_clip.rpn import Proposed, RegionProposals
 from coin_ray.models.faster_rcnn_clip.tower import Tower
 from coin_ray.structures import Detections
@@ -122,8 +123,9 @@ class ClipDetector(nn.Module):
 
     def describe(self, shared: Tensor, boxes: Sequence[Tensor]) -> Regions:
         side = self.config.roi_size
-        pooled = roi_align(shared, list(boxes), side, 1 / STRIDE, self.config.roi_samples, aligned=True)
-        return self.head(self.tower.regional(pooled), self.class_embeddings())  # type: ignore[no-any-return]
+        pooled = pool_regions(shared, boxes, side, STRIDE, self.config.roi_samples)
+        regions: Regions = self.head(self.tower.regional(pooled), self.class_embeddings())
+        return regions.float()
 
     @torch.no_grad()
     def predict(self, images: Images) -> list[Detections]:

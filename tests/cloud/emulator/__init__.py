@@ -1,0 +1,24 @@
+"""Detection services on one's own machine; how they work and how to add one: ``app.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import azure_vision, dds, gemini, google_vision, hf_endpoint, openai_vlm, reference, rekognition, roboflow
+from .app import Emulator, Fault, Provider, Reply, scene
+
+PROVIDERS: Mapping[str, Provider] = {
+    "dds": dds.answer,
+    "google-vision": google_vision.answer,
+    "rekognition": rekognition.answer,
+    "azure-vision": azure_vision.answer,
+    "hf-endpoint": hf_endpoint.answer,
+    "roboflow": roboflow.answer,
+    "openai-vlm": openai_vlm.serving("xyxy_1000"),
+    "openai-vlm-yxyx": openai_vlm.serving("yxyx_1000"),
+    "openai-vlm-pixels": openai_vlm.serving("xyxy_pixels"),
+    "gemini": gemini.answer,
+    "reference": reference.answer,
+}
+
+__all__ = ["PROVIDERS", "Emulator", "Fault", "Reply", "scene"]

@@ -1,0 +1,433 @@
+"""Secrets are sent and stay nowhere else: not in logs, errors, variables of tracebacks, reprs, the journal, dumps of the configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import pickle
+import re
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote, quote_plus
+
+import pytest
+
+from coin_ray import tracking
+from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.journal import FRAME, MAGIC, Journal, SegmentJournal
+from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.services import OFFERS
+from coin_ray.config import Cloud, PipelineConfig, Service
+from coin_ray.configfile import to_yaml
+from coin_ray.errors import ConfigError
+from coin_ray.presets import folder
+
+from .cases import CASES, CLASSES, SIZE, Case, Truth
+from .conftest import picture
+
+LOGGERS = ("httpx", "httpcore", "httpcore.http11", "httpcore.connection", "botocore", "asyncio", "coin_ray", "h11", "anyio", "urllib3")
+AWS = {
+    "AWS_ACCESS_KEY_ID": "QKIA7Z2XW9V4TRLMBN8P",
+    "AWS_SECRET_ACCESS_KEY": "q/7Z+x2=W9&kLpRtVbNmQwErTyUiOpAsDfGh",
+    "AWS_SESSION_TOKEN": "zS/4+t=J8&sessionsessionsession==",
+}
+PREFIX = 8
+SEEN = "what the service saw: "
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A service and how it is asked."""
+
+    case: Case
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+    @property
+    def service(self) -> Service:
+        name = self.case.adapter.capabilities.name
+        return cast("Service", max((offer for offer in OFFERS if name.startswith(offer)), key=len, default="http"))
+
+    @property
+    def token_env(self) -> str | None:
+        """The setting; None for services whose variable is known."""
+        return "MY_TOKEN" if self.service == "http" else None
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """By environment variable."""
+        auth = self.case.adapter.capabilities.auth
+        if auth is not None and auth.sigv4:
+            return AWS
+        variable = self.token_env or OFFERS[self.service].token_env
+        number = zlib.crc32(str(variable).encode()) % 90 + 10
+        return {variable: f"k{number}/Y+4=&w{number}Qz~live-0123456789abcdef"} if variable else {}
+
+    @property
+    def first(self) -> list[Reply]:
+        """What comes before the answer: the service's health, or the name of a task."""
+        capabilities = self.case.adapter.capabilities
+        health = [Raw(body={"status": "ok"})] if capabilities.health_path is not None else []
+        return [*health, *([Raw(body=self.case.further[0])] if capabilities.asynchronous else [])]
+
+    @property
+    def success(self) -> Raw:
+        return Raw(body=self.case.answer([Truth(self.case.names["car"], (10, 10, 90, 80))], SIZE))
+
+
+PICTURE = picture(0, *SIZE)
+SUBJECTS = [Subject(case) for case in CASES]
+HTTP = next(s for s in SUBJECTS if s.service == "http")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A reply on the wire. ``after``: how many of its bytes are sent before the connection is closed; ``hang``: it is never sent."""
+
+    status: int = 200
+    body: Any = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    after: int | None = None
+    hang: bool = False
+
+    def data(self, content_type: str) -> bytes:
+        body = self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+        fields = {"Content-Type": content_type, "Content-Length": str(len(body)), **self.headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        return f"HTTP/1.1 {self.status} Reason\r\n{head}\r\n".encode() + body
+
+
+Reply = Raw | Callable[[dict[str, str]], Raw]
+"""A function gets the request's headers."""
+
+
+@dataclass
+class Server:
+    """Replies in order over real connections, the last one for ever."""
+
+    replies: Sequence[Reply]
+    content_type: str = "application/json"
+    requests: list[dict[str, str]] = field(default_factory=list, repr=False)
+
+    @asynccontextmanager
+    async def address(self) -> Any:
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        try:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self.exchange(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+        await reader.readexactly(int(headers.get("content-length", 0)))
+        reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
+        self.requests.append(headers)
+        reply = reply if isinstance(reply, Raw) else reply(headers)
+        if reply.hang:
+            await reader.read()  # until the client gives up
+            return False
+        data = reply.data(self.content_type)
+        writer.write(data[: reply.after])
+        await writer.drain()
+        return reply.after is None
+
+
+def forms(secret: str) -> dict[str, str]:
+    """What a secret may look like, each form's part that any 8 characters of its beginning show."""
+    plain = {"plain": secret, "quoted": quote(secret), "quoted all": quote(secret, safe=""), "plus": quote_plus(secret)}
+    plain |= {f"{name}, lower case": re.sub("%..", lambda m: m.group().lower(), text) for name, text in plain.items()}
+    encoded = {}
+    for shift in range(3):
+        whole = base64.b64encode(bytes(shift) + secret.encode()).decode()
+        text = whole[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
+        encoded |= {f"base64, {shift}": text, f"base64 for addresses, {shift}": text.replace("+", "-").replace("/", "_")}
+    return {name: text[:PREFIX] for name, text in plain.items()} | {name: text[: PREFIX * 4 // 3] for name, text in encoded.items()}
+
+
+def assert_hidden(secrets: Sequence[str], shown: Mapping[str, str]) -> None:
+    for secret in secrets:
+        for name, text in forms(secret).items():
+            for where, content in shown.items():
+                place = content.find(text)
+                assert place < 0, f"{name} in {where}: ...{content[max(0, place - 300) : place + 80]}"
+
+
+def with_locals(error: BaseException | None) -> Iterator[str]:
+    """The tracebacks of an error and of all that led to it, suppressed ones too, with the variables of every frame."""
+    while error is not None:
+        yield "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+        yield repr(error)
+        yield from with_locals(error.__cause__)
+        error = error.__context__
+
+
+def journal_text(place: Path) -> str:
+    """Heads and bodies of all records below a folder, unpacked."""
+    texts = []
+    for file in place.rglob("*.segment"):
+        data, offset = file.read_bytes(), 0
+        texts.append(data.decode("latin-1"))
+        while offset < len(data):
+            magic, head, body, _ = FRAME.unpack_from(data, offset)
+            assert magic == MAGIC
+            start = offset + FRAME.size + head
+            texts.append(zlib.decompress(data[start : start + body]).decode("latin-1"))
+            offset = start + body
+    return "\n".join(texts)
+
+
+@cache
+def settings_text(cloud: Cloud) -> str:
+    """What a run writes and sends about its settings: config.yaml, MLflow's parameters, the arguments of Ray's actors."""
+    config: PipelineConfig = replace(folder(), classes=CLASSES, cloud=cloud)
+    arguments = pickle.dumps((config, cloud, limits(cloud)))
+    return f"{to_yaml(config)}\n{tracking.flat(config)}\n{config!r}\n{arguments.decode('latin-1')}\n{arguments!r}"
+
+
+async def briefly(seconds: float) -> None:
+    await asyncio.sleep(min(seconds, 0.001))
+
+
+@dataclass
+class Seen:
+    """One run: what it left to see, and what the service got."""
+
+    shown: dict[str, str]
+    server: Server
+    error: BaseException | None
+
+
+def observed(
+    subject: Subject, replies: Sequence[Reply], place: Path, caplog: pytest.LogCaptureFixture, debug: bool = False, **settings: Any
+) -> Seen:
+    """Ask about one image, twice at once, and gather all that can be seen afterwards. ``debug``: asyncio tells more, slowly."""
+    server = Server(replies, subject.case.content_type)
+    cloud = Cloud(
+        service=subject.service,
+        token_env=subject.token_env,
+        **{"rate": 1e5, "attempts": 2, "deadline": 20.0, "url": "http://127.0.0.1", **settings},
+    )
+    caplog.clear()
+    for name in ("", *LOGGERS):
+        caplog.set_level(logging.DEBUG, name)
+    left: list[Any] = []
+    error: BaseException | None = None
+
+    async def run() -> None:
+        async with server.address() as url:
+            journal = Journal.open(str(place / "journal"))
+            governor = LocalGovernor(Governor(limits(cloud), journal.spent()))
+            client = CloudClient(cloud, CLASSES, url, journal, governor, subject.case.adapter, sleep=briefly, uniform=lambda low, high: low)
+            client._query = subject.case.query()
+            left.extend([client, subject.case.adapter, subject.case.adapter.capabilities, vars(client)])
+            try:
+                await client.check()
+                left.append(subject.case.adapter.encode(PICTURE, client._query))
+                left.extend(await asyncio.gather(client.answer(PICTURE), client.answer(PICTURE)))
+            finally:
+                await client.aclose()
+
+    try:
+        asyncio.run(run(), debug=debug)
+    except (Exception, asyncio.CancelledError) as caught:
+        error = caught
+    shown = {
+        "log": caplog.text + "".join(f"{r.msg!r} {r.args!r}" for r in caplog.records),
+        "errors": "\n".join(with_locals(error)),
+        "reprs": repr(left),
+        "journal": journal_text(place),
+        "settings": settings_text(cloud),
+    }
+    return Seen(shown, server, error)
+
+
+@pytest.fixture(autouse=True)
+def secrets_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for subject in SUBJECTS:
+        for name, value in subject.secrets.items():
+            monkeypatch.setenv(name, value)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def derived_secrets(subject: Subject, server: Server) -> list[str]:
+    """Those of the environment, and what was made of them: AWS's signatures."""
+    signatures = [part for r in server.requests for part in re.findall("Signature=([0-9a-f]+)", r.get("authorization", ""))]
+    return [*subject.secrets.values(), *signatures]
+
+
+def check(subject: Subject, seen: Seen) -> None:
+    sent = str(seen.server.requests)
+    auth = subject.case.adapter.capabilities.auth
+    if seen.server.requests and auth is not None and not auth.sigv4:
+        assert all(secret in sent for secret in subject.secrets.values()), "the secret was not even sent"
+    assert_hidden(derived_secrets(subject, seen.server), seen.shown)
+
+
+def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
+    """Everything a service may do, errors of every kind."""
+    good, first, case = subject.success, subject.first, subject.case
+    yield "success", [*first, good]
+    yield "an error, then success", [*first, Raw(500), good]
+    for status in (302, 400, 401, 402, 404, 408, 413, 429, 500, 503):
+        yield f"status {status}", [*first, Raw(status, {}, {"location": "https://elsewhere.example.com/"})]
+    yield "status 403 at once", [Raw(403, b"<html>")]
+    for number, failure in enumerate(case.failures):
+        yield f"failure {number}", [Raw(failure.status, failure.body, {**failure.headers, "retry-after": "0"})]
+    for number, (body, _) in enumerate(case.embedded):
+        yield f"embedded {number}", [*first, Raw(body=body)]
+    for name, body in case.broken.items():
+        yield f"broken {name}", [*first, Raw(body=body)]
+    yield "not JSON", [*first, Raw(body=b"{")]
+    yield "closed at once", [*first, Raw(after=0)]
+    yield "closed in the head", [*first, Raw(body=b"{}", after=20)]
+    yield "closed in the body", [*first, replace(good, after=len(good.data("application/json")) - 5)]
+    yield "not HTTP", [*first, Raw(headers={"Bad Header\x01": "x"})]
+    yield "not gzip", [*first, Raw(body=b"not gzip", headers={"content-encoding": "gzip"})]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+def test_whatever_the_service_does(subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = set()
+    for number, (what, replies) in enumerate(replies_of(subject)):
+        seen = observed(subject, replies, tmp_path / str(number), caplog, debug="success" in what)
+        try:
+            check(subject, seen)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from None
+        kinds |= {type(seen.error).__name__} | set(re.findall(r"error='(\w+)", seen.shown["reprs"]))
+        if what == "success":
+            assert "status='ok'" in seen.shown["reprs"]
+            assert "send_request_headers.started" in seen.shown["log"]
+    assert {"NoneType", "AuthError", "BadRequest", "Throttled", "Transient", "ProtocolError", "ImageRejected"} <= kinds
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+def test_a_service_that_never_answers(subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen = observed(subject, [*subject.first, Raw(hang=True)], tmp_path, caplog, deadline=0.4)
+    assert "DeadlineExceeded" in seen.shown["reprs"]
+    check(subject, seen)
+
+
+def echo(status: int, changed: Callable[[str], str]) -> Reply:
+    """Tells all the request's headers back, in headers and in the body, which is JSON unless the status is 500."""
+
+    def reply(headers: dict[str, str]) -> Raw:
+        told = SEEN + changed(" ".join(v for n, v in headers.items() if n not in ("content-length", "host", "accept-encoding")))
+        back = dict.fromkeys(("x-echo", "retry-after", "x-amzn-errortype", "x-ratelimit-left", "set-cookie", "content-language"), told)
+        body = {"error": {"message": told, "code": told}, "msg": told, "title": told, "code": 1}
+        return Raw(status, told.encode() if status == 500 else body, back)
+
+    return reply
+
+
+CHANGES: dict[str, Callable[[str], str]] = {
+    "as they came": lambda text: text,
+    "quoted": lambda text: quote(text, safe=""),
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "shortened": lambda text: re.sub(r"(\S{12})\S+", r"\1...", text),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+def test_a_service_that_tells_secrets_back(subject: Subject, change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = 0
+    for status in (200, 401, 500):
+        seen = observed(subject, [*subject.first, echo(status, CHANGES[change])], tmp_path / str(status), caplog, attempts=1)
+        check(subject, seen)
+        told += "***" in str(seen.shown)
+    assert told > 0, "nothing was told back: the test sees nothing"
+
+
+CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "disk full": lambda patch: patch.setattr(SegmentJournal, "put", _raise(OSError(28, "No space left on device"))),
+    "disk full before the call": lambda patch: patch.setattr(SegmentJournal, "attempt", _raise(OSError(28, "No space left on device"))),
+    "a bug in the HTTP client": lambda patch: patch.setattr("h11.Connection.send", _raise(RuntimeError("a bug"))),
+    "a bug below the HTTP client": lambda patch: patch.setattr("h11.Connection.receive_data", _raise(KeyError("a bug"))),
+    "a bug while signing": lambda patch: patch.setattr("botocore.auth.SigV4Auth.signature", _raise(ValueError("a bug"))),
+    "a bug while cutting": lambda patch: patch.setattr("coin_ray.cloud.client._capped_body", _raise(MemoryError("a bug"))),
+}
+
+
+def _raise(error: BaseException) -> Callable[..., Any]:
+    def fail(*arguments: Any, **more: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+def test_crashes(subject: Subject, crash: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    CRASHES[crash](monkeypatch)
+    seen = observed(subject, [*subject.first, subject.success], tmp_path, caplog)
+    signed = subject.secrets is AWS
+    assert (seen.error is not None) == (signed or crash != "a bug while signing")
+    if seen.error is not None:
+        assert "locals" not in seen.shown["errors"] or "self = " in seen.shown["errors"]
+    check(subject, seen)
+
+
+@pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize("value", [None, "unprintable\x01"])
+def test_half_of_the_credentials(
+    missing: str, value: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv(missing)
+    else:
+        monkeypatch.setenv(missing, AWS[missing] + value)
+    subject = next(s for s in SUBJECTS if s.secrets is AWS)
+    seen = observed(subject, [Raw()], tmp_path, caplog)
+    assert isinstance(seen.error, ConfigError)
+    assert missing in str(seen.error)
+    check(subject, seen)
+
+
+def test_an_unusable_token(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", HTTP.secrets["MY_TOKEN"] + "\x01")
+    seen = observed(HTTP, [Raw()], tmp_path, caplog)
+    assert isinstance(seen.error, ConfigError)
+    check(HTTP, seen)
+
+
+def test_the_scan_would_see_a_leak() -> None:
+    secret = HTTP.secrets["MY_TOKEN"]
+    token = secret  # noqa: F841
+
+    def leak() -> str:
+        hidden = {"Authorization": secret}
+        raise ValueError(f"{len(hidden)} headers")
+
+    with pytest.raises(ValueError, match="headers") as caught:
+        leak()
+    leaks = [
+        "\n".join(with_locals(caught.value)),
+        f"key {secret[:9]}...",
+        quote(secret, safe=""),
+        base64.b64encode(f"x {secret}".encode()).decode(),
+    ]
+    for text in leaks:
+        with pytest.raises(AssertionError, match="in there"):
+            assert_hidden([secret], {"there": text})

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import datetime as dt
+import html
+import json
+import logging
+import subprocess
+import sys
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coin_ray.cloud.journal import FRAME
+from coin_ray.cloud.protocol import Auth, PreparedRequest
+from coin_ray.cloud.signing import AwsSigner, redacted, signer_for
+from coin_ray.errors import AuthError, CloudError, ConfigError
+
+from .conftest import Bench, InBodyAdapter, TaskAdapter, good, picture, status
+
+TOKEN = "sk-live/01+23=45&67 89"
+KEY_ID, SECRET, SESSION = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "FwoGZXIvYXdzE/session+token=="
+THEN = dt.datetime(2015, 8, 30, 12, 36, tzinfo=dt.timezone.utc).timestamp()
+Build = Callable[..., Bench]
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", SESSION)
+    return monkeypatch
+
+
+class AwsAdapter(InBodyAdapter):
+    def encode(self, image: Any, query: Any) -> PreparedRequest:
+        headers = {"X-Amz-Target": "RekognitionService.DetectLabels"}
+        return replace(super().encode(image, query), path="/", content_type="application/x-amz-json-1.1", headers=headers)
+
+
+def aws_adapter() -> AwsAdapter:
+    return AwsAdapter({"auth": Auth(sigv4="rekognition"), "health_path": None})
+
+
+def ask(subject: Bench) -> Any:
+    return asyncio.run(subject.client.answer(picture()))
+
+
+def test_the_signature_of_awss_own_test_suite(aws: pytest.MonkeyPatch) -> None:
+    """The case get-vanilla."""
+    aws.delenv("AWS_SESSION_TOKEN")
+    signed = AwsSigner("service", "us-east-1", lambda: THEN).sign("GET", "https://example.amazonaws.com/", {}, b"")
+    assert signed.headers["X-Amz-Date"] == "20150830T123600Z"
+    assert signed.headers["Authorization"] == (
+        "AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/20150830/us-east-1/service/aws4_request, SignedHeaders=host;x-amz-date, "
+        "Signature=5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"
+    )
+
+
+URLS = ["https://rekognition.eu-west-1.amazonaws.com/", "http://127.0.0.1:9000/", "https://host.example.com/a%20b/c?x=1&b=%2F&a="]
+
+
+@pytest.mark.parametrize("session", [True, False])
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("body", [b"", b'{"Image": {}}', bytes(range(256))])
+def test_the_signature_of_botocore(aws: pytest.MonkeyPatch, url: str, body: bytes, session: bool) -> None:
+    from botocore import auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    if not session:
+        aws.delenv("AWS_SESSION_TOKEN")
+    headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "RekognitionService.DetectLabels", "Idempotency-Key": "k"}
+    aws.setattr(auth, "get_current_datetime", lambda: dt.datetime.fromtimestamp(THEN, dt.timezone.utc))
+    expected = AWSRequest("POST", url, headers=dict(headers), data=body)
+    auth.SigV4Auth(Credentials(KEY_ID, SECRET, SESSION if session else None), "rekognition", "eu-west-1").add_auth(expected)
+    signed = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign("POST", url, headers, body)
+    assert {**headers, **signed.headers} == dict(expected.headers)
+
+
+def test_a_signed_call(bench: Build, aws: pytest.MonkeyPatch) -> None:
+    """What is signed is what is sent."""
+    subject = bench(good(), adapter=aws_adapter(), url=URLS[0], region="eu-west-1", wall_clock=lambda: THEN)
+    assert ask(subject).status == "ok"
+    (request,) = subject.service.requests
+    names = request.headers["authorization"].split("SignedHeaders=")[1].split(",")[0].split(";")
+    assert {"host", "content-type", "x-amz-date", "x-amz-target", "x-amz-security-token"} <= set(names)
+    headers = {name: request.headers[name] for name in names if name not in ("host", "x-amz-date", "x-amz-security-token")}
+    again = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign("POST", str(request.url), headers, request.content)
+    assert again.headers["Authorization"] == request.headers["authorization"]
+
+
+def skewed(code: str, date: float) -> httpx.Response:
+    return httpx.Response(400, headers={"date": formatdate(date, usegmt=True)}, json={"__type": code, "message": "no"})
+
+
+@pytest.mark.parametrize("code", ["RequestTimeTooSkewed", "com.amazon#RequestExpired", "InvalidSignatureException: Signature expired"])
+def test_a_wrong_clock_is_corrected_once(bench: Build, aws: pytest.MonkeyPatch, code: str) -> None:
+    subject = bench(skewed(code, THEN + 3600), good(), adapter=aws_adapter(), wall_clock=lambda: THEN)
+    answer = ask(subject)
+    assert (answer.status, answer.attempts, answer.calls) == ("ok", 1, 1)
+    assert [r.headers["x-amz-date"] for r in subject.service.requests] == ["20150830T123600Z", "20150830T133600Z"]
+    assert asyncio.run(subject.client.answer(picture(1))).status == "ok"
+    assert subject.service.requests[-1].headers["x-amz-date"] == "20150830T133600Z"
+    assert len(subject.service.requests) == 3
+
+
+@pytest.mark.parametrize("ahead", [3600, 20, None])
+def test_a_clock_is_not_corrected_again_and_again(bench: Build, aws: pytest.MonkeyPatch, ahead: float | None) -> None:
+    reply = skewed("RequestTimeTooSkewed", THEN + (ahead or 0))
+    if ahead is None:
+        del reply.headers["date"]
+    subject = bench(reply, adapter=aws_adapter(), wall_clock=lambda: THEN)
+    with pytest.raises(CloudError):
+        ask(subject)
+    assert len(subject.service.requests) == 1 + (ahead == 3600)
+    assert subject.journal.spent()[0] == 0
+
+
+def test_calls_under_way_while_the_clock_is_corrected(bench: Build, aws: pytest.MonkeyPatch) -> None:
+    calls, old_dates = 8, 0
+    subject = bench(adapter=aws_adapter(), wall_clock=lambda: THEN, in_flight=calls)
+
+    async def run() -> list[Any]:
+        all_sent = asyncio.Event()
+
+        async def serve(request: httpx.Request) -> httpx.Response:
+            nonlocal old_dates
+            if request.headers["x-amz-date"] != "20150830T123600Z":
+                return good()
+            old_dates += 1
+            all_sent.set() if old_dates == calls else await all_sent.wait()
+            return skewed("RequestTimeTooSkewed", THEN + 900)
+
+        subject.service.answered_by = serve
+        return list(await asyncio.gather(*(subject.client.answer(picture(seed)) for seed in range(calls))))
+
+    assert {a.status for a in asyncio.run(run())} == {"ok"}
+    assert old_dates == calls
+
+
+def test_a_wrong_aws_key_costs_one_request(bench: Build, aws: pytest.MonkeyPatch) -> None:
+    subject = bench(status(403, {"date": formatdate(THEN + 9999)}, title="InvalidSignatureException"), adapter=aws_adapter())
+    with pytest.raises(AuthError):
+        ask(subject)
+    assert len(subject.service.requests) == 1
+
+
+@pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_missing_aws_credentials(bench: Build, aws: pytest.MonkeyPatch, missing: str) -> None:
+    aws.delenv(missing)
+    with pytest.raises(ConfigError, match=missing):
+        bench(good(), adapter=aws_adapter())
+
+
+def test_without_botocore(bench: Build, aws: pytest.MonkeyPatch) -> None:
+    aws.setitem(sys.modules, "botocore.auth", None)
+    with pytest.raises(ConfigError, match=r"pip install coin-ray\[aws\]"):
+        bench(good(), adapter=aws_adapter())
+
+
+def test_aws_needs_https(bench: Build, aws: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="https"):
+        bench(good(), adapter=aws_adapter(), url="http://host.example.com")
+
+
+AUTHS = [
+    (Auth(), "authorization", "Bearer secret-token"),
+    (Auth("Token", ""), "token", "secret-token"),
+    (Auth("X-Goog-Api-Key", ""), "x-goog-api-key", "secret-token"),
+    (Auth("Authorization", "Key "), "authorization", "Key secret-token"),
+]
+
+
+@pytest.mark.parametrize(("auth", "header", "value"), AUTHS)
+def test_headers_with_a_token(bench: Build, monkeypatch: pytest.MonkeyPatch, auth: Auth, header: str, value: str) -> None:
+    monkeypatch.setenv("CLOUD_TOKEN", " secret-token\n")
+    subject = bench(good(), adapter=InBodyAdapter({"auth": auth}), token_env="CLOUD_TOKEN")
+    ask(subject)
+    asyncio.run(subject.client.check())
+    assert [r.method for r in subject.service.requests] == ["POST", "GET"]
+    for request in subject.service.requests:
+        assert request.headers[header] == value
+        assert sum("secret-token" in v for v in request.headers.values()) == 1
+
+
+def test_polls_carry_the_token_too(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOUD_TOKEN", "secret-token")
+    subject = bench(httpx.Response(200, json={"task": "t"}), good(), adapter=TaskAdapter(), token_env="CLOUD_TOKEN")
+    ask(subject)
+    assert [r.headers["authorization"] for r in subject.service.requests] == ["Bearer secret-token"] * 2
+
+
+def test_a_service_that_takes_no_secret_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOUD_TOKEN", "secret-token")
+    signer = signer_for(None, "CLOUD_TOKEN", "us-east-1")
+    assert not signer.secret
+    assert not signer.sign("GET", "https://host/", {}, b"").headers
+
+
+def derived(secret: str) -> dict[str, str]:
+    raw = secret.encode()
+    return {
+        "plain": secret,
+        "url": quote(secret),
+        "url, also slashes": quote(secret, safe=""),
+        "url, lower case": quote(secret, safe="").replace("%2F", "%2f").replace("%2B", "%2b").replace("%3D", "%3d"),
+        "form": quote_plus(secret),
+        "json": json.dumps(secret)[1:-1],
+        "json, escaped slashes": json.dumps(secret)[1:-1].replace("/", "\\/"),
+        "html": html.escape(secret),
+        "base64": base64.b64encode(raw).decode(),
+        "base64 for urls": base64.urlsafe_b64encode(raw).decode(),
+        "basic auth": base64.b64encode(b"user:" + raw).decode(),
+        "basic auth, other way round": base64.b64encode(raw + b":x").decode(),
+        "base64, third alignment": base64.b64encode(b"ab" + raw + b"c").decode(),
+    }
+
+
+@pytest.mark.parametrize("secret", [TOKEN, SECRET, SESSION])
+@pytest.mark.parametrize("form", derived(TOKEN))
+def test_derived_forms_are_cut_out(secret: str, form: str) -> None:
+    text = derived(secret)[form]
+    cut = redacted(f'{{"before": 1, "echo": "{text}", "after": 2}}'.encode(), [secret]).decode()
+    assert cut.startswith('{"before": 1, "echo": "')
+    assert cut.endswith('", "after": 2}')
+    left = cut.removeprefix('{"before": 1, "echo": "').removesuffix('", "after": 2}')
+    assert "***" in left
+    assert len(left.replace("***", "")) <= len(text) - len(secret) + 1 + 5  # what surrounds the secret, and base64's edges
+    assert secret[:6] not in left
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("abcXYZ019+/=-_", min_size=6, max_size=40), st.binary(max_size=5), st.binary(max_size=5))
+def test_base64_around_a_secret_tells_at_most_its_edges(secret: str, before: bytes, after: bytes) -> None:
+    text = base64.b64encode(before + secret.encode() + after)
+    cut = redacted(text, [secret])
+    assert b"***" in cut or len(secret) < 8
+
+
+def test_short_secrets_and_other_text_stay() -> None:
+    assert redacted(b"a car and a bus", ["car", ""]) == b"a car and a bus"
+    assert redacted(b"nothing to see", [SECRET]) == b"nothing to see"
+
+
+def bodies(folder: Path) -> bytes:
+    """All bodies in the journals below a folder, as they were before they were packed."""
+    found = b""
+    for file in folder.rglob("*.segment"):
+        data = file.read_bytes()
+        offset = 0
+        while offset < len(data):
+            _, head, packed, _ = FRAME.unpack_from(data, offset)
+            start = offset + FRAME.size + head
+            found += zlib.decompress(data[start : start + packed])
+            offset = start + packed
+    return found
+
+
+def shown_by(subject: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """Whatever is left to see of one call: its result or error, the log, the files."""
+    shown = [repr(subject.client)]
+    try:
+        shown.append(repr(ask(subject)))
+    except CloudError as error:
+        shown += [repr(error), *traceback.format_exception(error)]
+    shown += [caplog.text, bodies(tmp_path).decode("latin-1"), *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*.segment"))]
+    return "".join(shown)
+
+
+SECRETS_TOLD: dict[str, Callable[[httpx.Request], str]] = {
+    "secret key": lambda _: SECRET,
+    "session token": lambda r: r.headers["x-amz-security-token"],
+    "signature": lambda r: r.headers["authorization"].split("Signature=")[1],
+}
+
+
+@pytest.mark.parametrize("code", [200, 400, 403, 500])
+@pytest.mark.parametrize("form", ["plain", "url, also slashes", "base64"])
+@pytest.mark.parametrize("what", SECRETS_TOLD)
+def test_aws_secrets_are_shown_nowhere(
+    bench: Build, tmp_path: Path, aws: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, form: str, what: str
+) -> None:
+    """Not even if the service tells them back."""
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        told = derived(SECRETS_TOLD[what](request))[form]
+        return httpx.Response(code, headers={"retry-after": told, "x-ratelimit-echo": told}, json={"title": f"seen: {told}."})
+
+    caplog.set_level(logging.DEBUG)
+    subject = bench(reply, adapter=aws_adapter(), attempts=1)
+    shown = shown_by(subject, tmp_path, caplog)
+    assert "seen: ***" in shown
+    (request, *_) = subject.service.requests
+    assert derived(SECRETS_TOLD[what](request))[form] not in shown
+    assert request.headers["x-amz-security-token"] == SESSION
+    assert SECRET not in str(request.headers)
+
+
+@pytest.mark.parametrize("code", [200, 403, 500])
+@pytest.mark.parametrize("form", derived(TOKEN))
+def test_tokens_are_shown_nowhere(
+    bench: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, form: str
+) -> None:
+    monkeypatch.setenv("CLOUD_TOKEN", TOKEN)
+    caplog.set_level(logging.DEBUG)
+    told = derived(TOKEN)[form]
+    echo = httpx.Response(code, content=f'{{"title": "seen: {told}."}}'.encode())
+    subject = bench(echo, token_env="CLOUD_TOKEN", attempts=1)
+    shown = shown_by(subject, tmp_path, caplog)
+    assert "***" in shown
+    assert told not in shown
+    assert TOKEN not in shown
+
+
+def test_reprs_hide_secrets(aws: pytest.MonkeyPatch) -> None:
+    signer = AwsSigner("rekognition", "us-east-1")
+    signed = signer.sign("POST", "https://host/", {}, b"")
+    for text in (repr(signer), repr(signed), str(vars(signer))):
+        assert SECRET not in text
+        assert SESSION not in text
+        assert "Signature=" not in text
+
+
+def test_botocore_is_imported_for_aws_only() -> None:
+    code = "import sys, coin_ray.cloud.client; print('botocore' in sys.modules, 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from coin_ray.models.faster_rcnn_clip import pooling
+
+STRIDE = 16
+
+
+def box(draw: st.DrawFn, width: int, height: int) -> list[float]:
+    """Anywhere in and around a map of this many cells; also empty and inside out."""
+    x = st.floats(-3 * STRIDE, (width + 3) * STRIDE, width=32)
+    y = st.floats(-3 * STRIDE, (height + 3) * STRIDE, width=32)
+    return [draw(x), draw(y), draw(x), draw(y)]
+
+
+@st.composite
+def case(draw: st.DrawFn) -> tuple[Tensor, list[Tensor], int, int]:
+    width, height = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    boxes = [torch.tensor([box(draw, width, height) for _ in range(draw(st.integers(0, 3)))]).reshape(-1, 4) for _ in range(2)]
+    features = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    return features, boxes, draw(st.integers(1, 5)), draw(st.integers(1, 3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(case())
+def test_the_product_is_roi_align(given_case: tuple[Tensor, list[Tensor], int, int]) -> None:
+    features, boxes, side, samples = given_case
+    wanted = roi_align(features, boxes, side, 1 / STRIDE, samples, aligned=True)
+    torch.testing.assert_close(pooling.pool_regions(features, boxes, side, STRIDE, samples), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_those_of_roi_align() -> None:
+    boxes = [torch.tensor([[3.0, 5, 90, 70], [0, 0, 16, 16]]), torch.tensor([[20.0, 8, 128, 128]])]
+    found = []
+    for pool in (lambda f: pooling.pool_regions(f, boxes, 4, STRIDE, 2), lambda f: roi_align(f, boxes, 4, 1 / STRIDE, 2, aligned=True)):
+        features = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (pool(features) ** 2).sum().backward()
+        found.append(features.grad)
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def test_large_maps_and_adaptive_sampling_use_the_operator() -> None:
+    features, boxes = torch.randn(1, 2, 40, 40), [torch.tensor([[10.0, 10, 600, 500]])]
+    for samples in (0, 2):
+        wanted = roi_align(features, boxes, 3, 1 / STRIDE, samples, aligned=True)
+        assert torch.equal(pooling.pool_regions(features, boxes, 3, STRIDE, samples), wanted)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import examples, propagation, tiny_config, tiny_fit
+
+from coin_ray.data.examples import batches
+from coin_ray.training.view import as_consistent, look
+
+
+def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
+    """RoIs on a box learn its class vector, background included; the others learn background."""
+    fit = tiny_fit(steps=1)
+    task = propagation(fit, soft_labels=True)
+    (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+    view = look(task.detector, batch.strong, [as_consistent(kept) for kept in batch.knowledge["labels"]], batch.generators)
+    targets = task.soft_targets(view)
+    boxes = len(view.on_consistent)
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled)))
+    torch.testing.assert_close(targets[:boxes], view.consistent.clip.probs)
+    assert bool((targets[boxes:, -1] == 1).all())
+
+
+def test_soft_and_hard_labels_differ_only_in_the_class_loss(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    found = []
+    for soft in (False, True):
+        (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+        torch.manual_seed(0)
+        found.append({n: float(v.detach()) for n, v in propagation(fit, soft_labels=soft).train_step(batch, 0).items()})
+    hard, soft_parts = found
+    assert hard.pop("consistent") != pytest.approx(soft_parts.pop("consistent"))
+    assert hard == pytest.approx(soft_parts)
