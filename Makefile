@@ -1,10 +1,10 @@
-# make demo | make test | make check
+# make demo | make test | make check | make bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow bench bench-cloud clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -19,6 +19,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff check coin_ray pipelines tests
 	$(BIN)/ruff format --check coin_ray pipelines tests
 	$(BIN)/mypy
+
+bench: bench-cloud
+
+bench-cloud: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_cloud.py $(ARGS)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Literal
+from urllib.request import getproxies, proxy_bypass
 from weakref import WeakValueDictionary
 
 import httpx
@@ -66,7 +67,7 @@ RETRY_BURST_MIN = 20
 KEPT_HEADERS = ("content-type", "retry-after", "date", "x-amzn-errortype", "x-ratelimit-")
 """Beginnings of the names of headers that an adapter may need."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-USER_AGENT = f"coin_ray/{version('coin-ray')}"
+HEADERS = {"User-Agent": f"coin_ray/{version('coin-ray')}", "Accept": "*/*", "Accept-Encoding": "gzip, deflate"}
 NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 """Nothing was sent, so nothing can have been billed."""
 
@@ -435,7 +436,7 @@ class CloudClient:
         call.attempts += 1
         call.calls += 1
         try:
-            await asyncio.to_thread(self._journal.attempt, call.key, self._config.usd_per_call, self._account, self._wall_clock())
+            await self._noted(self._journal.attempt, call.key, self._config.usd_per_call, self._account, self._wall_clock())
             found = await self._exchange(call, request)
             raw = await self._polled(call, _poll_wait(found.seconds)) if isinstance(found, Pending) else found
             outcome = "answered"
@@ -447,8 +448,15 @@ class CloudClient:
         finally:
             if not billed:
                 call.calls -= 1
-                await asyncio.to_thread(self._journal.refund, call.key, self._config.usd_per_call, self._account)
+                await self._noted(self._journal.refund, call.key, self._config.usd_per_call, self._account)
             await self._governor.settle(lease, outcome, billed)
+
+    async def _noted(self, note: Callable[..., None], *what: str | float) -> None:
+        """Write down what was or was not spent; a thread per call costs more than writing to a disk's cache."""
+        if self._journal.prompt:
+            note(*what)
+        else:
+            await asyncio.to_thread(note, *what)
 
     async def _exchange(self, call: _Call, request: PreparedRequest) -> RawDetections | Pending:
         call.started = self._clock()
@@ -634,47 +642,53 @@ class CloudClient:
 
 
 class Connections:
-    """HTTP clients with one connection each, as many as calls are under way.
+    """HTTP connections, one for each call under way; ``transport`` stands for all of them.
 
-    httpx's pool looks through all its connections for each of them at every call: with 64 of them that takes most of a core.
+    httpx's pool looks through all its connections for each of them at every call: with 64 of them that takes most of a core. Its
+    client adds redirects, which would carry the token elsewhere, and cookies.
     """
 
     def __init__(self, config: Cloud, url: httpx.URL, transport: httpx.AsyncBaseTransport | None) -> None:
-        self._config, self._transport = config, transport
-        self._environment = url.host not in LOOPBACK  # no proxies for this machine's own addresses
-        encrypted = transport is None and (url.scheme == "https" or self._environment)
-        self._certificates = httpx.create_ssl_context() if encrypted else False
-        self._all: list[httpx.AsyncClient] = []
-        self._free: list[httpx.AsyncClient] = []
+        timeout = httpx.Timeout(config.deadline, connect=min(CONNECT_SECONDS, config.deadline))
+        self._extensions = {"timeout": timeout.as_dict()}
+        self._proxy = _proxy(url)
+        self._certificates = httpx.create_ssl_context() if transport is None and (self._proxy or url.scheme == "https") else False
+        self._transport = transport
+        self._free: list[httpx.AsyncBaseTransport] = []
         logging.getLogger("httpcore.http11").addFilter(_is_no_answer_s_headers)
 
     @asynccontextmanager
     async def stream(self, method: str, url: httpx.URL, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
         """The answer to one request, its body not yet read."""
-        http = self._free.pop() if self._free else self._new()
+        request = httpx.Request(method, url, headers={**HEADERS, **headers}, content=body or None, extensions=self._extensions)
+        connection = self._free.pop() if self._free else self._new()
         try:
-            async with http.stream(method, url, content=body or None, headers=headers) as response:
+            response = await connection.handle_async_request(request)
+            try:
                 yield response
+            finally:
+                await response.aclose()
         finally:
-            self._free.append(http)
+            self._free.append(connection)
 
     async def aclose(self) -> None:
-        for http in self._all:
-            await http.aclose()
+        while self._free:
+            await self._free.pop().aclose()
 
-    def _new(self) -> httpx.AsyncClient:
-        """No redirects: they would carry the token elsewhere."""
-        http = httpx.AsyncClient(
-            transport=self._transport,
-            verify=self._certificates,
-            follow_redirects=False,
-            trust_env=self._environment,
-            headers={"User-Agent": USER_AGENT},
-            timeout=httpx.Timeout(self._config.deadline, connect=min(CONNECT_SECONDS, self._config.deadline)),
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
-        )
-        self._all.append(http)
-        return http
+    def _new(self) -> httpx.AsyncBaseTransport:
+        if self._transport is not None:
+            return self._transport
+        one = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+        return httpx.AsyncHTTPTransport(verify=self._certificates, limits=one, proxy=self._proxy)
+
+
+def _proxy(url: httpx.URL) -> str | None:
+    """What the environment names for this address; none for this machine's own."""
+    if url.host in LOOPBACK or proxy_bypass(url.host):
+        return None
+    known = getproxies()
+    proxy = known.get(url.scheme) or known.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def _is_no_answer_s_headers(record: logging.LogRecord) -> bool:

@@ -104,6 +104,9 @@ def answer_key(adapter: str, endpoint: str, query: Query, max_side: int, sent: b
 class Journal(ABC):
     """Answers by key, and what was spent. Safe with many writers at once; each process opens its own."""
 
+    prompt = False
+    """Whether ``attempt`` and ``refund`` return at once; otherwise an event loop must not wait for them."""
+
     @staticmethod
     def open(uri: str) -> Journal:
         """The journal below a URI; an absent one is made. Reads what all writers have left there."""
@@ -268,12 +271,11 @@ class SegmentJournal(Journal):
     notices that others use it. A compacted segment names the ones it replaces; whoever sees it no longer reads those.
     """
 
+    prompt = True
+
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._syncing = threading.Lock()
-        """Taken before ``_lock``: while it is held, the open segment stays open."""
-        self._written = self._durable = 0
         self._file: int | None = None
         self._readers: dict[str, io.FileIO] = {}
         self._segment = ""
@@ -336,7 +338,7 @@ class SegmentJournal(Journal):
         The new segment appears whole, by one rename, and names those it replaces: killed anywhere, nothing is lost or counted
         twice. Raises InputError if another process, or another open journal of this one, uses the folder.
         """
-        with self._syncing, self._lock, self._alone():
+        with self._lock, self._alone():
             self._forget()
             self._refresh()
             old = {name: os.path.getsize(os.path.join(self._folder, name)) for name in self._segments()}
@@ -354,7 +356,7 @@ class SegmentJournal(Journal):
             self._refresh()
 
     def close(self) -> None:
-        with self._syncing, self._lock:
+        with self._lock:
             self._close_segment()
             self._readers = {}
             if self._guard is not None:
@@ -403,20 +405,13 @@ class SegmentJournal(Journal):
             offset = os.lseek(file, 0, os.SEEK_END)
             _write_all(file, data)
             self._learn(head, os.path.join(self._folder, self._segment), offset)
-            self._written = self._read_up_to[self._segment] = offset + len(data)
-            segment, end = self._segment, self._written
-        if durable:
-            self._sync(segment, end)
-
-    def _sync(self, segment: str, end: int) -> None:
-        """Wait until the segment is on the disk up to ``end``. One ``fsync`` serves all threads that had written when it began."""
-        with self._syncing:
-            with self._lock:
-                if self._file is None or segment != self._segment or self._durable >= end:
-                    return
-                file, written = self._file, self._written
-            os.fsync(file)
-            self._durable = written
+            self._read_up_to[self._segment] = offset + len(data)
+            waiting = os.dup(file) if durable else None
+        if waiting is not None:  # outside the lock, so that one wait for the disk serves all who wait
+            try:
+                os.fsync(waiting)
+            finally:
+                os.close(waiting)
 
     def _writable(self) -> int:
         if self._guard is None:
@@ -424,14 +419,12 @@ class SegmentJournal(Journal):
         if self._file is None:
             self._segment = self._new_segment()
             self._file = os.open(os.path.join(self._folder, self._segment), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-            self._durable = 0
             _sync_folder(self._folder)
         return self._file
 
     def _close_segment(self) -> None:
         """The next record begins another segment: this one may be compacted meanwhile."""
         if self._file is not None:
-            os.fsync(self._file)
             os.close(self._file)
             self._file = None
 

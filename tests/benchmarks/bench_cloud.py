@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
@@ -33,9 +34,9 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIP = REPOSITORY / "coin_ray" / "demo" / "assets" / "coin_tiny"
 CLASSES = "car,bus,dog"
-GROUPS = {"CloudActor": "cloud actor", "LabelerActor": "labeler actor", "GovernorActor": "governor", "raylet": "raylet"}
+GROUPS = {"CloudActor": "cloud actor", "LabelerActor": "labeler actor", "raylet": "raylet"}
 """What a process's title holds, and what it is called here; others below the driver are "other Ray"."""
-OURS = ("driver", "cloud actor", "labeler actor", "governor")
+OURS = ("driver", "cloud actor", "labeler actor")
 SAMPLE_SECONDS, MEMORY_EVERY = 0.5, 4
 
 
@@ -134,6 +135,7 @@ def write_images(folder: Path, count: int, side: int) -> None:
         sink = io.BytesIO()
         image.save(sink, "JPEG", quality=88)
         (folder / f"{number:06d}.jpg").write_bytes(sink.getvalue())
+    os.sync()  # or the journal would wait for these files to reach the disk
 
 
 def arguments(images: Path, root: Path, url: str, in_flight: int) -> list[str]:
@@ -359,13 +361,9 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
         journal.attempt(key, 0.0)
         journal.put(key, Record(body))
 
-    slow, os.fsync = os.fsync, lambda _: None
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            for _ in pool.map(put, sorted(images.glob("*.jpg"))):
-                pass
-    finally:
-        os.fsync = slow
+    with patch("os.fsync"), ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(put, sorted(images.glob("*.jpg"))):
+            pass
     journal.close()
     asyncio.run(client.aclose())
     step = steps["collect"]

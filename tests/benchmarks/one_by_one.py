@@ -33,10 +33,10 @@ def with_autodistill(url: str, folder: str, out: str) -> None:
     """Raises ImportError without autodistill."""
     import cv2
     import numpy as np
-    import supervision
-    from autodistill.detection import CaptionOntology, DetectionBaseModel
+    import supervision  # type: ignore[import-not-found]
+    from autodistill.detection import CaptionOntology, DetectionBaseModel  # type: ignore[import-not-found]
 
-    class Cloud(DetectionBaseModel):  # type: ignore[misc,no-any-unimported]
+    class Cloud(DetectionBaseModel):  # type: ignore[misc]
         def __init__(self, ontology: Any) -> None:
             self.ontology = ontology
             self.service = Service(url)

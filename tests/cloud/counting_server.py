@@ -47,6 +47,9 @@ class Service:
     def stats(self) -> bytes:
         return json.dumps({"calls": self.calls, "times": self.times, "cpu_seconds": time.process_time()}).encode()
 
+    def count(self) -> bytes:
+        return json.dumps(len(self.calls)).encode()
+
     def reset(self, query: str) -> None:
         self.calls, self.times = [], []
         self.latency = float(dict(parse_qsl(query)).get("latency", self.latency))
@@ -96,8 +99,8 @@ class Connection(asyncio.Protocol):
             return
         if path == "/reset":
             service.reset(query)
-        pages = {"/stats": service.stats, "/count": lambda: json.dumps(len(service.calls)).encode()}
-        self.send("200 OK", pages.get(path, lambda: b"{}")())
+        pages = {"/stats": service.stats, "/count": service.count}
+        self.send("200 OK", pages[path]() if path in pages else b"{}")
 
     def finish(self, kind: str, body: bytes) -> None:
         if self.transport.is_closing():
