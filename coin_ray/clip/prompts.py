@@ -37,7 +37,9 @@ class LearnedPrompts(nn.Module):
 
     def forward(self) -> Tensor:
         """Class embeddings [K+1, D], unit length, background last."""
-        text = self._text[0].to(self.context.device)
+        text = self._text[0]
+        if text.text_projection.device != self.context.device:
+            text.to(self.context.device)
         start, stop = 1, 1 + len(self.context)
         context = self.context.expand(len(self.embedded), -1, -1)
         x = torch.cat([self.embedded[:, :start], context, self.embedded[:, stop:]], 1) + text.positional_embedding  # type: ignore[operator]

@@ -21,16 +21,19 @@ class Images:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regions:
-    """What a detector says of R given boxes: ``pooled`` [R, C], ``embedded`` [R, D] unit length, ``logits`` [R, K+1], ``deltas`` [R, 4]."""
+    """What a detector says of R given boxes: ``pooled`` [R, C], ``embedded`` [R, D] unit length, ``logits`` [R, K+1], ``deltas`` [R, 4];
+    and ``classes`` [K+1, D], the class embeddings the logits come from.
+    """
 
     pooled: Tensor
     embedded: Tensor
     logits: Tensor
     deltas: Tensor
+    classes: Tensor
 
     def float(self) -> Regions:
         """In float32, whatever precision the network ran in."""
-        return Regions(self.pooled.float(), self.embedded.float(), self.logits.float(), self.deltas.float())
+        return Regions(self.pooled.float(), self.embedded.float(), self.logits.float(), self.deltas.float(), self.classes.float())
 
 
 class Detector(Protocol):

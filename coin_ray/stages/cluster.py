@@ -41,6 +41,14 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING if on_cluster() else logging.ERROR)
 
 
+def threads(workers: int = 1) -> int:
+    """Of torch in each of ``workers`` processes on this machine: its share of the cores but one, which is left to all else.
+
+    A thread that has to wait for a core holds up all others in every operation: on two cores two threads are slower than one.
+    """
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers - 1))
+
+
 def cluster_cpus() -> int:
     import ray
 

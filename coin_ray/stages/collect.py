@@ -10,7 +10,7 @@ import asyncio
 import json
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.serving.launch import local_cloud
 from coin_ray.stages.asking import STOPPED, CloudActor
-from coin_ray.stages.cluster import ensure_ray
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, threads
 from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
@@ -107,25 +107,34 @@ def _collect(context: Context, images: pa.Table, parts: str, second: bool = Fals
                 num_cpus=0,
                 compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=8, max_concurrent_calls_per_actor=8),
             )
-            .map_batches(
-                LabelerActor,
-                fn_constructor_args=(config, parts),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=1,
-                num_gpus=config.collect.labeler_gpus,
-                compute=ray.data.ActorPoolStrategy(size=1),
-            )
         )
-        _drain(stream, total - todo.num_rows, total)
+        _drain(_labelled(stream, config, parts), total - todo.num_rows, total)
 
 
-def _drain(stream: ray.data.Dataset, before: int, total: int) -> None:
+def _labelled(answers: ray.data.Dataset, config: PipelineConfig, parts: str) -> Iterator[pa.Table]:
+    """Answers through the labelers. A single one without a GPU of its own is this very process: nothing to start, nothing to send on."""
+    gpus = config.collect.labeler_gpus
+    labelers = 1 if gpus or config.collect.labeler == "none" else max(1, cluster_cpus() - 1)
+    if labelers == 1 and not gpus and not on_cluster():
+        return map(LabelerActor(config, parts), answers.iter_batches(batch_size=None, batch_format="pyarrow"))
+    labelled = answers.map_batches(
+        LabelerActor,
+        fn_constructor_args=(config, parts),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,
+        num_gpus=gpus,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=labelers),
+    )
+    return iter(labelled.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _drain(labelled: Iterator[pa.Table], before: int, total: int) -> None:
     """Consume what the labelers return, show progress, and raise the error that stopped a worker."""
     done, failed, calls, usd = before, 0, 0, 0.0
     stopped: str | None = None
     with bar("collect", total) as shown:
-        for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in labelled:
             for row in batch.to_pylist():
                 if row["status"] == STOPPED:
                     stopped = stopped or row["error"]
@@ -190,6 +199,7 @@ class LabelerActor:
 
     def __init__(self, config: PipelineConfig, parts: str) -> None:
         self.config, self.parts = config, parts
+        torch.set_num_threads(threads())
         self.labeler = make_labeler(config)
         self.readings = dict(zip(names_of(config.clouds), [Reading.of(cloud, config.classes) for cloud in config.clouds], strict=True))
 

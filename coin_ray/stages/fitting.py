@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from coin_ray.config import Detector, Optimize
 from coin_ray.data.examples import Example
 from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_count, worker_rank
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, quiet
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, quiet, threads
 from coin_ray.stages.progress import Bar, bar
 from coin_ray.training.loop import Curve, Task, run
 
@@ -80,7 +79,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     work: Fit = config["work"]
     logging.getLogger().setLevel(logging.WARNING)  # open_clip tells its life story at INFO
     if not work.optimize.gpu:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // work.optimize.workers)))
+        torch.set_num_threads(threads(work.optimize.workers))
     task = work.make().to(_device(work.optimize))
     with bar(work.title, work.optimize.steps) as shown:
         host = FolderHost(work.folder, shown)

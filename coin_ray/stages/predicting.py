@@ -1,8 +1,9 @@
-"""A trained detector's results on many images, as a table. One actor per share of the cluster; rows come back in the images' order."""
+"""Trained detectors' results on many images, as tables: in this process, or by an actor of the cluster. Rows come back in the images' order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -16,24 +17,43 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.views import fit
 from coin_ray.models.faster_rcnn_clip.backbone import Backbone, load_backbone
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, threads
 from coin_ray.stages.fitting import load_weights
+from coin_ray.stages.progress import bar
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 
-BATCH = 16
+BATCH, BLOCK = 16, 64
 
 
 def predictions(weights: dict[str, str], images: Sequence[dict[str, object]], config: PipelineConfig) -> dict[str, pa.Table]:
     """``DETECTIONS`` tables of several detectors (weights' URIs by name) over the same images, each image decoded once."""
+    table = pa.Table.from_pylist([{"image_id": i["image_id"], "uri": i["uri"]} for i in images])
+    batches = _on_cluster(weights, table, config) if on_cluster() else _here(weights, table, config)
+    rows: list[dict[str, Any]] = []
+    with bar("predict", len(images)) as shown:
+        for batch in batches:
+            rows += batch.to_pylist()
+            shown.update(len(rows) // len(weights), f"{len(weights)} detectors")
+    by_source = {(row["source"], row["image_id"]): row for row in rows}
+    return {name: tables.detections_table([by_source[name, i["image_id"]] for i in images]) for name in weights}
+
+
+def _here(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
+    """In this process, with all its cores: on one machine an actor would only have to be started."""
+    detectors = Detectors(weights, config)
+    for start in range(0, table.num_rows, BLOCK):
+        yield detectors(table.slice(start, BLOCK))
+
+
+def _on_cluster(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
     ensure_ray()
     cpus = cluster_cpus()
-    table = pa.Table.from_pylist([{"image_id": i["image_id"], "uri": i["uri"]} for i in images])
     stream = (
         ray.data.from_arrow(table)
-        .repartition(max(1, -(-len(images) // (4 * BATCH))))
+        .repartition(max(1, -(-table.num_rows // BLOCK)))
         .map_batches(
-            DetectorActor,
+            Detectors,
             fn_constructor_args=(weights, config),
             batch_size=None,
             batch_format="pyarrow",
@@ -42,15 +62,15 @@ def predictions(weights: dict[str, str], images: Sequence[dict[str, object]], co
             compute=ray.data.ActorPoolStrategy(size=1),
         )
     )
-    rows = [row for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow") for row in batch.to_pylist()]
-    by_source = {(row["source"], row["image_id"]): row for row in rows}
-    return {name: tables.detections_table([by_source[name, i["image_id"]] for i in images]) for name in weights}
+    yield from stream.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-class DetectorActor:
+class Detectors:
+    """Several detectors that look at blocks of images; an actor on a cluster."""
+
     def __init__(self, weights: dict[str, str], config: PipelineConfig) -> None:
         self.config = config
-        torch.set_num_threads(max(1, int(ray.cluster_resources().get("CPU", 1))))
+        torch.set_num_threads(threads())
         backbone = load_backbone(config)
         device = torch.device("cuda" if config.distill.fit.gpu else "cpu")
         self.detectors = {name: _load(uri, backbone, config).to(device) for name, uri in weights.items()}

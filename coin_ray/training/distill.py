@@ -53,7 +53,7 @@ class Distillation:
         losses = supervised_losses(student, view)
         losses["private_regions"] = config.private * distillation.private_regions(view.regions.logits[view.on_private], view.private.probs)
         losses["private_anchors"] = config.private * _private_anchors(view)
-        losses["alignment"] = config.alignment * prompt_alignment(student.class_embeddings(), self.consistent_prototypes.values)
+        losses["alignment"] = config.alignment * prompt_alignment(view.regions.classes, self.consistent_prototypes.values)
         ckg_losses: dict[str, Tensor] = {}
         if step >= config.prototypes_from:
             ckg_losses = self.train_ckg(view, step)
@@ -109,8 +109,7 @@ class Distillation:
         regions, head = view.regions, self.student.head
         answers = F.one_hot(view.consistent.cloud.labels, self.student.num_classes + 1).float()
         fused = self.fuse(regions.embedded[view.on_inconsistent], view.inconsistent.cloud.probs, view.inconsistent.clip.probs)
-        embeddings = self.student.class_embeddings().detach()
-        again = head(regions.pooled[torch.cat([view.on_consistent, view.on_inconsistent])].detach().float(), embeddings).logits
+        again = head(regions.pooled[torch.cat([view.on_consistent, view.on_inconsistent])].detach(), regions.classes.detach()).logits
         on_consistent, on_inconsistent = again.split([len(answers), len(fused)])
         losses["ckg_gradient"] = gradient_misalignment(
             squared_error(on_consistent, answers), squared_error(on_inconsistent, fused), list(head.transformation.parameters())

@@ -37,7 +37,7 @@ class Propagation:
         losses = supervised_losses(self.detector, view)
         if self.config.soft_labels:
             losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view))
-        losses["alignment"] = self.config.alignment * prompt_alignment(self.detector.class_embeddings(), self.prototypes.values)
+        losses["alignment"] = self.config.alignment * prompt_alignment(view.regions.classes, self.prototypes.values)
         descend(self.optimizer, self.detector, losses, step, self.config.fit)
         if step >= self.config.prototypes_from:
             self.prototypes.update(view.regions.embedded[view.labelled], view.labels, self.config.prototype_rate)

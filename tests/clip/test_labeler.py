@@ -6,7 +6,7 @@ from builders import CLASSES, TEMPLATES, tiny_clip
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize, resize
 
-from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
+from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler, attention_pool
 
 
 @pytest.fixture(scope="module", params=["roi", "crop"])
@@ -59,3 +59,13 @@ def test_a_crop_of_everything_is_clip_on_the_image() -> None:
     encoded = clip.network.encode_image(pixels, normalize=True)  # type: ignore[operator]
     expected = (clip.network.logit_scale.exp() * encoded @ labeler.embeddings.T).softmax(-1)  # type: ignore[operator,union-attr]
     torch.testing.assert_close(labeler(image, torch.tensor([[0.0, 0, 80, 80]])), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_attention_pooling_is_open_clips() -> None:
+    pool = tiny_clip().network.visual.attnpool  # type: ignore[union-attr]
+    side = round((len(pool.positional_embedding) - 1) ** 0.5)  # type: ignore[union-attr,arg-type]
+    torch.manual_seed(0)
+    for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):  # type: ignore[union-attr]
+        projection.bias.data.normal_()
+    maps = torch.randn(5, pool.positional_embedding.shape[1], side, side)  # type: ignore[union-attr,arg-type]
+    torch.testing.assert_close(attention_pool(pool, maps), pool(maps), rtol=1e-4, atol=1e-5)  # type: ignore[operator,arg-type]

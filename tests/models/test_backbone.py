@@ -74,7 +74,7 @@ def test_detectors_of_one_run_share_first_vectors_and_the_backbone(weights: str)
     assert isinstance(one.tower, MobileNetTower)
     torch.testing.assert_close(one.class_embeddings(), starting_embeddings(loaded, run))
     assert torch.equal(one.class_embeddings(), other.class_embeddings())
-    assert torch.equal(one.tower.features[5].conv[0][0].weight, other.tower.features[5].conv[0][0].weight)
+    assert torch.equal(one.tower.features[5].conv[0][0].convolution.weight, other.tower.features[5].conv[0][0].convolution.weight)
     assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
     assert one.prompts.values.requires_grad
 

@@ -110,7 +110,7 @@ def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
     one, two, other = (build_detector(tiny_clip(), CLASSES, tiny_detector().config, seed=s) for s in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
-    assert torch.equal(one.tower.visual.conv1.weight, other.tower.visual.conv1.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(one.tower.visual.conv1.convolution.weight, other.tower.visual.conv1.convolution.weight)  # type: ignore[union-attr,arg-type]
     assert (tiny_detector().background.requires_grad, tiny_detector(background="prompt").background.requires_grad) == (True, False)
 
 

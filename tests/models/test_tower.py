@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from builders import tiny_clip
 from torch import nn
 from torchvision.models import mobilenet_v2
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from coin_ray.models.faster_rcnn_clip.tower import BatchNorm, ClipTower, MobileNetTower, Tower
+from coin_ray.models.faster_rcnn_clip.tower import BatchNorm, ClipTower, MobileNetTower, Tower, freeze_batch_norm
 
 NAMES = ["clip", "mobilenet_v2"]
 
@@ -48,8 +49,8 @@ def test_first_layers_get_no_gradient_and_later_ones_do(name: str) -> None:
 @pytest.mark.parametrize("batch_norm", ["frozen", "live"])
 def test_batch_norm_is_live_only_where_asked_and_trained(name: str, batch_norm: BatchNorm) -> None:
     made = tower(name, batch_norm).train()
-    kinds = {type(m) for m in made.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
-    assert kinds == {FrozenBatchNorm2d if batch_norm == "frozen" else nn.BatchNorm2d}
+    norms = [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert bool(norms) == (batch_norm == "live")
     assert not any(m.training for layer in made.frozen for m in layer.modules())
 
 
@@ -62,3 +63,24 @@ def test_the_given_network_is_copied(name: str) -> None:
         for parameter in made.parameters():
             parameter.add_(1)
     assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
+
+
+def test_a_norm_in_the_convolution_is_the_norm_behind_it_gradients_included() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False, groups=2), nn.BatchNorm2d(6)).double().eval()
+    norm = plain[1]
+    for values in (norm.weight, norm.bias, norm.running_mean):
+        values.data.normal_()  # type: ignore[union-attr,operator]
+    norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
+    folded = copy.deepcopy(plain)
+    freeze_batch_norm(folded)
+    maps = torch.randn(2, 4, 9, 7, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    results = []
+    for made in (plain, folded):
+        out = made(maps)
+        results.append([out, *torch.autograd.grad((out * direction).sum(), [maps, next(made[0].parameters())])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert not isinstance(folded[1], nn.BatchNorm2d)
+    assert [name for name, _ in folded.named_parameters()] == ["0.convolution.weight"]

@@ -57,7 +57,7 @@ class RegionHead(nn.Module):
     def forward(self, pooled: Tensor, class_embeddings: Tensor) -> Regions:
         transformed = self.transformation(pooled)
         embedded = F.normalize(self.embed(transformed), dim=-1)
-        return Regions(pooled, embedded, embedded @ class_embeddings.T / self.temperature, self.box(transformed))
+        return Regions(pooled, embedded, embedded @ class_embeddings.T / self.temperature, self.box(transformed), class_embeddings)
 
 
 class ClipDetector(nn.Module):
