@@ -3,30 +3,38 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud clean
+.PHONY: demo test check slow bench bench-cloud bench-coin clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
 
-test: $(INSTALLED) check
+test: $(DEVELOPED) check
 	$(BIN)/python -m pytest $(ARGS)
 
-slow: $(INSTALLED)
+slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(INSTALLED)
+check: $(DEVELOPED)
 	$(BIN)/ruff check coin_ray pipelines tests
 	$(BIN)/ruff format --check coin_ray pipelines tests
 	$(BIN)/mypy
 
 bench: bench-cloud
 
-bench-cloud: $(INSTALLED)
+bench-cloud: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_cloud.py $(ARGS)
+
+bench-coin: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_coin.py $(ARGS)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,onnx]'
 	touch $@
 

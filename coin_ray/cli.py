@@ -18,6 +18,7 @@ from coin_ray.configfile import from_yaml
 from coin_ray.errors import CoinError, ConfigError
 from coin_ray.pipeline import ORDER, graph
 from coin_ray.presets import PRESETS, thermal
+from coin_ray.published import SETS, CloudKind, published
 from coin_ray.storage import absolute, join
 
 SHORT = {
@@ -92,23 +93,29 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
         "Several clouds: --cloud A --more-clouds B,C --ensemble.mode fuse|failover|cascade; settings of B are --more-clouds.0.NAME"
     )
     parser.add_argument("--assets", help="thermal: folder with data/thermal, models and clip_text")
+    parser.add_argument("--published-cloud", choices=get_args(CloudKind), help=f"{', '.join(SETS)}: the kind of cloud (default: gdino)")
     parser.add_argument("--settings", action="store_true", help="list all settings of the preset")
     known, rest = parser.parse_known_args(list(arguments))
     if known.config is not None:
-        if rest or known.preset:
-            raise ConfigError(f"--config holds the whole configuration; remove {' '.join([known.preset or '', *rest]).strip()}")
+        if rest or known.preset or known.published_cloud:
+            given = [known.preset, known.published_cloud and "--published-cloud", *rest]
+            raise ConfigError(f"--config holds the whole configuration; remove {' '.join(g for g in given if g)}")
         config = from_yaml(known.config)
     elif known.preset is None:
         parser.error(f"name a preset ({', '.join(sorted(PRESETS))}) or give --config FILE")
     else:
-        config = _settings(_preset(known.preset, known.assets), ["--help"] if known.settings else rest)
+        config = _settings(_preset(known.preset, known.assets, known.published_cloud), ["--help"] if known.settings else rest)
     check_runnable(config)
     _check_clouds(config)
     root = absolute(known.root or join("runs", config.preset))
     return config, Options(root, known.until, known.dry_run, known.baselines)
 
 
-def _preset(name: str, assets: str | None) -> PipelineConfig:
+def _preset(name: str, assets: str | None, cloud: CloudKind | None) -> PipelineConfig:
+    if cloud is not None:
+        if name not in SETS:
+            raise ConfigError(f"--published-cloud chooses between settings of the paper; {name} has none. It is for {', '.join(SETS)}")
+        return published(name, cloud)
     if (name == "thermal") != (assets is not None):
         raise ConfigError(
             "thermal reads images, detectors and text embeddings from one folder, and only thermal does: thermal --assets DIR"

@@ -66,18 +66,20 @@ class Cloud:
     """Where the API answers, for example https://detector.example.com. Empty: start the local server named by ``serve``."""
     token_env: str | None = execution(None)
     """Name of the environment variable that holds the token. None: the service's usual one, as DDS_API_TOKEN (``http``: no token)."""
-    serve: Literal["none", "demo", "onnx"] = "none"
-    """Start a local server for this run: the demo's stand-in, or ONNX detectors (``onnx_models``)."""
+    serve: Literal["none", "demo", "onnx", "transformers", "checkpoint"] = "none"
+    """Start a local server for this run: the demo's stand-in, ONNX detectors (``onnx_models``), Grounding DINO or OWLv2 of
+    transformers, or an exported student (both: ``model``)."""
     onnx_models: tuple[str, ...] = ()
     """Paths of ONNX detectors for ``serve onnx``; several are fused by weighted boxes."""
     serve_latency: float = execution(0.15)
-    """Seconds the local server pretends to need for each answer."""
+    """serve demo, onnx: seconds the local server pretends to need for each answer."""
     serve_rate: float = execution(60.0)
-    """Answers per second after which the local server replies 429."""
+    """serve demo, onnx: answers per second after which the local server replies 429."""
     serve_faults: float = execution(0.01)
-    """Share of calls that the local server fails with 500, 503 or a broken body, by a fixed seed."""
+    """serve demo, onnx: share of calls that the local server fails with 500, 503 or a broken body, by a fixed seed."""
     model: str = "default"
-    """Model name sent with each call; part of the journal's key. ``default``: the service's own default."""
+    """Model name sent with each call; part of the journal's key. ``default``: the service's own default.
+    serve transformers, checkpoint: the model's name on the hub or its folder, which must be given."""
     region: str = "us-east-1"
     """rekognition: the AWS region."""
     coordinates: Literal["unknown", "xyxy_1000", "yxyx_1000", "xyxy_pixels"] = "unknown"
@@ -115,6 +117,8 @@ class Cloud:
         _check(self.attempts >= 1, f"cloud.attempts must be at least 1; got {self.attempts}")
         _check(not (self.url and self.serve != "none"), "give cloud.url or cloud.serve, not both")
         _check(self.serve != "onnx" or bool(self.onnx_models), "cloud.serve onnx needs --cloud.onnx-models PATH [PATH ...]")
+        named = self.serve not in ("transformers", "checkpoint") or self.model not in ("", "default")
+        _check(named, f"cloud.serve {self.serve} needs --cloud.model: the model's folder, or for transformers its name on the hub")
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,10 @@ class Detector:
     """Samples per side of a RoIAlign bin; 0 as published: as many as the box has pixels."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    """Scale of anchors' regression targets (x, y, width, height), as of RoIs. Published: all 1."""
+    unseen_images: Literal["background", "ignored"] = "background"
+    """Anchors of images in which nobody saw anything: background, or left out as published."""
     rpn_width: int = 1024
     rpn_nms: float = 0.7
     proposals_train: int = 2000
@@ -247,6 +255,7 @@ class Detector:
     def __post_init__(self) -> None:
         _check(self.temperature > 0, "detector.temperature must be positive")
         _check(self.short_side <= self.long_side, "detector.short_side must not exceed long_side")
+        _check(min(self.anchor_weights) > 0, f"detector.anchor_weights must be positive; got {self.anchor_weights}")
 
 
 @dataclass(frozen=True)
@@ -306,6 +315,9 @@ class Separate:
     """[kappa]"""
     clip_score_min: float = 0.05
     """CLIP-detector results below are not used."""
+    cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = "collected"
+    """The cloud's results as collected, or in a published form: class vector without background and its best entry as the score (Grounding
+    DINO), label and score with the rest shared by the other classes (GLIP), or the label alone with score 1."""
     fused_boxes: Literal["always", "after_burn_up", "never"] = "after_burn_up"
     """Whether a pair's box is the score-weighted mean or the cloud's. Published code: after the burn-up."""
     clip_labels: bool = False
@@ -320,6 +332,9 @@ class Separate:
         _fraction("separate.iou_min", self.iou_min)
 
 
+Fusion = Literal["ckg", "average", "score_weighted", "product", "dawid_skene", "cloud", "clip"]
+
+
 @dataclass(frozen=True)
 class Distill:
     """Knowledge separation and distillation into the target detector (paper sections 3.3, 3.4)."""
@@ -329,6 +344,8 @@ class Distill:
     """Student's first weights. Published: CLIP, everything else random."""
     alignment: float = 10.0
     """[lambda]"""
+    consistent: float = 1.0
+    """Weight of what is learned as ground truth: consistent boxes and background. Published: 1."""
     inconsistent: float = 0.1
     """[gamma 1]"""
     inconsistent_mean: Literal["elements", "regions"] = "elements"
@@ -337,6 +354,8 @@ class Distill:
     """[gamma 2]"""
     fusion_score_min: float = 0.7
     """A fused inconsistent box teaches only if its best probability reaches this [pi]."""
+    fusion_share: float | None = None
+    """If given, pi is a quantile of each step (and worker): the surest share of its inconsistent boxes teaches, whatever the fusion's scale."""
     prototype_rate: float = 0.0004
     prototypes_from: int = 5000
     """Step from which prototypes move and CKG trains."""
@@ -346,12 +365,19 @@ class Distill:
     """Step from which inconsistent boxes teach their class, if not from the burn-up on, as published."""
     teacher_rate: float = 0.0004
     """Share of the student in the teacher per step [1 - eta]."""
+    ckg_first: bool = True
+    """CKG takes its step before its output teaches, as in the paper. Published code: what it said before the step teaches."""
     ckg_heads: int = 8
     ckg_lr: float = 1e-3
     ckg_background: bool = False
     """CKG also learns to name background RoIs, where both teachers see nothing. Published: only consistent ones, so it never says background."""
-    fusion: Literal["ckg", "average", "cloud", "clip"] = "ckg"
-    """What supervises inconsistent boxes."""
+    fusion: Fusion = "ckg"
+    """What supervises inconsistent boxes: CKG, one teacher alone, or a rule (coin_ray/fusion/rules.py)."""
+
+    def __post_init__(self) -> None:
+        _check(self.fusion in get_args(Fusion), f"distill.fusion must be one of {', '.join(get_args(Fusion))}; got {self.fusion!r}")
+        share = self.fusion_share
+        _check(share is None or 0 < share <= 1, f"distill.fusion_share must lie in 0..1, and above 0; got {share}")
 
 
 @dataclass(frozen=True)

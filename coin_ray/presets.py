@@ -22,6 +22,7 @@ from coin_ray.config import (
     Propagate,
     Separate,
 )
+from coin_ray.published import bdd100k, cityscapes, clipart, foggy_cityscapes, kitti, sim10k
 
 DEMO_ASSETS = Path(__file__).parent / "demo" / "assets"
 DEMO_CLASSES = ("bird", "bug", "car", "cat", "flower", "fruit", "house", "person")
@@ -116,7 +117,7 @@ def demo() -> PipelineConfig:
         detector=TINY_DETECTOR,
         propagate=small_propagation(200),
         separate=Separate(clip_score_min=0.25, fused_boxes="never", clip_labels=True),
-        distill=small_distillation(400),
+        distill=small_distillation(330),
     )
 
 
@@ -160,4 +161,14 @@ def thermal(assets: str = ".") -> PipelineConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], PipelineConfig]] = {"demo": demo, "folder": folder, "thermal": thermal}
+PRESETS: dict[str, Callable[[], PipelineConfig]] = {
+    "demo": demo,
+    "folder": folder,
+    "thermal": thermal,
+    "foggy_cityscapes": foggy_cityscapes,
+    "cityscapes": cityscapes,
+    "bdd100k": bdd100k,
+    "kitti": kitti,
+    "sim10k": sim10k,
+    "clipart": clipart,
+}

@@ -31,7 +31,7 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
     }
-    for name in ("map50_unknown", "coco_map50", "per_class", "note"):
+    for name in ("map50_unknown", "coco_map50", "per_class", "knowledge", "note"):
         if name in evaluated:
             summary[name] = evaluated[name]
     return summary

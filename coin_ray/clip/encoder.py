@@ -59,7 +59,7 @@ def load_clip(config: Clip) -> ClipModel:
     if name not in open_clip.list_models():
         raise InputError(f"clip.model: open_clip has no architecture {name!r}; see open_clip.list_models()")
     try:
-        network = open_clip.create_model(name, pretrained=config.pretrained)
+        network = open_clip.create_model(name, pretrained=config.pretrained, force_quick_gelu=_quick_gelu(name, config.pretrained))
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
             f"clip: weights {config.pretrained!r} of {name} could not be loaded ({type(error).__name__}: {str(error)[:200]}). "
@@ -75,13 +75,28 @@ def load_clip(config: Clip) -> ClipModel:
     return ClipModel(network.eval().requires_grad_(False), open_clip.get_tokenizer(name), mean, std)
 
 
+def _quick_gelu(name: str, tag: str) -> bool:
+    """Whether weights known by ``tag`` were trained with QuickGELU, as OpenAI's were. The architecture's name alone does not say so."""
+    return bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
+
+
 def prompts_for(name: str, config: Clip) -> list[str]:
-    """All prompts of one class name: the configured templates, or the style prompt and OpenAI's 80 with the style put in."""
+    """All prompts of one class name: the configured templates, or the style prompt and OpenAI's 80 with the style put in.
+
+    As published, the style stands behind the first article, or in front where there is none: "a STYLE bad photo of a {}.",
+    "STYLE graffiti of a {}.".
+    """
     if config.templates:
         return [template.format(name) for template in config.templates]
-    style = f"{config.style} " if config.style else ""
-    styled = [template(name).replace("photo", f"{style}photo", 1) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    return [f"{style}{name}.", *styled]
+    plain = [f"{name}.", *(template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES)]
+    if not config.style:
+        return plain
+    return [f"{config.style} {plain[0]}", *(_styled(prompt, config.style) for prompt in plain[1:])]
+
+
+def _styled(prompt: str, style: str) -> str:
+    first, rest = prompt.split(" ", 1)
+    return f"{first} {style} {rest}" if first in ("a", "the") else f"{style} {prompt}"
 
 
 @torch.no_grad()

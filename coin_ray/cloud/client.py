@@ -1,62 +1,56 @@
 """The client of the detection API: one call of ``CloudClient.answer`` per image, whatever the network does.
 
-The adapter knows the wire format, the journal keeps what was paid for, the governor decides when a call may be made.
-This module owns the rest: deadline, retries, one call per image at a time, size cap, and the polling of services that
-answer with a task: its id is on record before the first poll, so that a task once paid is asked for until it is done or lost.
+The adapter knows the wire format, ``Connections`` send, ``Replies`` keep what was paid for in the journal, the governor decides when a
+call may be made. This module owns the rest: deadline, retries, one call per image at a time, and the polling of services that answer
+with a task: its id is on record before the first poll, so that a task once paid is asked for until it is done or lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Literal
-from urllib.request import getproxies, proxy_bypass
 from weakref import WeakValueDictionary
 
 import httpx
 
-from coin_ray.cloud.journal import TASK, Journal, Record, answer_key
+from coin_ray.cloud.connections import Connections, NotConnected, checked_url
+from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.labelmap import Prior
 from coin_ray.cloud.limiter import AsyncGovernor, Limits, Outcome
-from coin_ray.cloud.protocol import RETRY_AFTER_MAX, Adapter, Frame, Pending, PreparedRequest, Query, RawDetections
+from coin_ray.cloud.protocol import RETRY_AFTER_MAX, Adapter, Pending, PreparedRequest, Query, RawDetections
+from coin_ray.cloud.replies import Call, Replies, TaskLost
 from coin_ray.cloud.services import (
     adapter_for,
     calls_per_minute,
     check_askable,
-    fitted,
     label_map_for,
     side_max,
     token_variable,
 )
-from coin_ray.cloud.signing import Signed, redacted, signer_for, without_frames
+from coin_ray.cloud.signing import signer_for
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
-    AuthError,
     BadRequest,
     BudgetExhausted,
     CloudError,
     CloudUnreachable,
-    ConfigError,
     DeadlineExceeded,
     ImageRejected,
     ProtocolError,
+    QuotaExhausted,
     Throttled,
     Transient,
 )
 
 BACKOFF_BASE = 0.5
 BACKOFF_CAP = 20.0
-BODY_MAX = 32 * 2**20
-CONNECT_SECONDS = 10.0
 CHECK_ATTEMPTS = 3
 POLL_MIN, POLL_CAP, POLL_GROWTH = 0.25, 10.0, 1.5
 """Seconds between polls, at least and at most, and how they grow."""
@@ -64,29 +58,15 @@ TASK_GONE = (404, 410)
 TASK_SECONDS = 86_400.0
 """A task older than this that gives no result is asked for no more."""
 RETRY_BURST_MIN = 20
-KEPT_HEADERS = ("content-type", "retry-after", "date", "x-amzn-errortype", "x-ratelimit-")
-"""Beginnings of the names of headers that an adapter may need."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-HEADERS = {"User-Agent": f"coin_ray/{version('coin-ray')}", "Accept": "*/*", "Accept-Encoding": "gzip, deflate"}
-NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
-"""Nothing was sent, so nothing can have been billed."""
 
-AnswerStatus = Literal["ok", "cached", "empty", "error", "skipped_budget", "unreachable"]
+AnswerStatus = Literal["ok", "cached", "empty", "error", "skipped_budget", "skipped_quota", "unreachable"]
 Sleep = Callable[[float], Awaitable[None]]
-
-
-class NotConnected(Transient):
-    """No connection: the request never left."""
-
-
-class TaskLost(Transient):
-    """The service no longer knows the task, or the task failed for no lasting reason: only asking anew helps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one image. ``raw`` is None for ``error``, ``skipped_budget`` and ``unreachable``; ``empty`` is a proved absence of
-    objects. ``teachers``: names of the clouds that answered, if several could.
+    """What became of one image. ``raw`` is None for ``error``, ``skipped_budget``, ``skipped_quota`` and ``unreachable``; ``empty`` is a
+    proved absence of objects. ``teachers``: names of the clouds that answered, if several could.
 
     ``attempts``: tries, 0 if cached or if an earlier run had asked. ``calls`` and ``cost_usd``: those that were or may have been billed.
     ``latency_ms``: of the last try.
@@ -100,43 +80,6 @@ class Answer:
     error: str | None = None
     calls: int = 0
     teachers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-@dataclass(slots=True)
-class _Call:
-    """One image under way, and what it has cost so far."""
-
-    key: str
-    image: CanonicalImage
-    seconds: float
-    """What is left of the deadline, once no wait for the first place counts any more."""
-    patient: bool = True
-    give_up_at: float = 0.0
-    started: float = 0.0
-    task: Pending | None = None
-    """A task of the service's that is under way and on record: then nothing is asked anew."""
-    task_time: float = 0.0
-    """Seconds since 1970."""
-    lost: int = 0
-    attempts: int = 0
-    calls: int = 0
-    latency_ms: float = 0.0
-
-    @property
-    def frame(self) -> Frame:
-        return Frame((self.image.width, self.image.height), self.image.original)
-
-    @property
-    def idempotency_key(self) -> str:
-        """Another one after a lost task, or a service that remembers keys would name the same task again."""
-        return f"{self.key}-{self.lost}" if self.lost else self.key
 
 
 def limits(config: Cloud) -> Limits:
@@ -167,8 +110,8 @@ class CloudClient:
 
     ``answer`` returns an ``Answer`` for everything that concerns one image, and raises what must stop the run:
     ``AuthError``, ``QuotaExhausted``, ``BudgetExhausted``, ``BadRequest``, ``CloudUnreachable``. With
-    ``skip_over_budget`` a spent budget is an ``Answer`` too, so that journalled images still come through; with
-    ``skip_unreachable`` so is a service that can't be reached: another one may answer.
+    ``skip_over_budget`` a spent budget or quota is an ``Answer`` too, so that journalled images still come through, and a service
+    that says its quota is spent is asked no more; with ``skip_unreachable`` so is a service that can't be reached: another one may answer.
     """
 
     def __init__(
@@ -194,16 +137,17 @@ class CloudClient:
         check_askable(config, classes, self._capabilities)
         self._query = Query(config.model, tuple(classes), config.score_min, label_map_for(config, classes))
         self._signer = signer_for(self._capabilities.auth, token_variable(config), config.region, wall_clock)
-        self._url = _checked_url(url, self._signer.secret)
+        self._url = checked_url(url, self._signer.secret)
         self._signer.check()
         self._journal = journal
         self._governor = governor
         self._skip_over_budget, self._skip_unreachable = skip_over_budget, skip_unreachable
+        self._no_quota = ""
         self._account = account_of(config, url, self._adapter)
         self._sleep, self._clock, self._uniform, self._wall_clock = sleep, clock, uniform, wall_clock
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._reached = False
-        self._http = Connections(config, self._url, transport)
+        self._http = Connections(self._url, self._signer, config.deadline, transport)
+        self._replies = Replies(config, self._adapter, self._query, journal, _endpoint(config, self._url), wall_clock)
 
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
@@ -225,7 +169,7 @@ class CloudClient:
         health = PreparedRequest(self._capabilities.health_path, method="GET")
         for attempt in range(1, CHECK_ATTEMPTS + 1):
             try:
-                reply = await asyncio.wait_for(self._send(health), self._config.deadline)
+                reply = await asyncio.wait_for(self._http.send(health), self._config.deadline)
                 break
             except (NotConnected, asyncio.TimeoutError):
                 if attempt == CHECK_ATTEMPTS:
@@ -247,7 +191,7 @@ class CloudClient:
         Not ``patient``: while the breaker is open the service counts as unreachable, instead of being waited for.
         """
         try:
-            call = await asyncio.to_thread(self._begun, image, patient)
+            call = await asyncio.to_thread(self._replies.begun, image, patient)
         except ImageRejected as error:
             return Answer("error", None, error=f"{type(error).__name__}: {error}")
         lock = self._locks.setdefault(call.key, asyncio.Lock())
@@ -257,53 +201,21 @@ class CloudClient:
     async def known(self, image: CanonicalImage) -> Answer | None:
         """The answer on record, if there is one. Nothing is asked."""
         try:
-            raw = await asyncio.to_thread(lambda: self._from_journal(self._begun(image)))
+            raw = await asyncio.to_thread(lambda: self._replies.on_record(self._replies.begun(image)))
         except ImageRejected:
             return None
         return None if raw is None else Answer("cached", raw)
 
     def key(self, image: CanonicalImage) -> str:
         """The journal's key, also sent as Idempotency-Key."""
-        try:
-            return self._key(fitted(image, self._capabilities, self.max_side))
-        except ImageRejected:
-            return self._key(image)
+        return self._replies.key(image)
 
-    def _key(self, sent: CanonicalImage) -> str:
-        return answer_key(self._capabilities.name, _endpoint(self._config, self._url), self._query, self.max_side, sent.data)
-
-    def _begun(self, image: CanonicalImage, patient: bool = True) -> _Call:
-        """Raises ``ImageRejected``."""
-        sent = fitted(image, self._capabilities, self.max_side)
-        return _Call(self._key(sent), sent, self._config.deadline, patient)
-
-    def _answer_or_request(self, call: _Call) -> RawDetections | PreparedRequest | None:
+    def _answer_or_request(self, call: Call) -> RawDetections | PreparedRequest | None:
         """What is on record, or else how to ask; None if a task is under way."""
-        known = self._from_journal(call)
-        return known if known is not None or call.task else self._encoded(call)
+        known = self._replies.on_record(call)
+        return known if known is not None or call.task else self._replies.request(call)
 
-    def _encoded(self, call: _Call) -> PreparedRequest:
-        return self._adapter.encode(call.image, self._query)
-
-    def _from_journal(self, call: _Call) -> RawDetections | None:
-        """The answer on record. A task on record that has no answer yet is noted in ``call``."""
-        for place in (call.key, _task_key(call.key)):
-            record = self._journal.get(place)
-            if record is None:
-                continue
-            try:
-                found = self._decode(call, place, record.body, {"content-type": record.content_type})
-            except CloudError:
-                continue
-            if not isinstance(found, Pending):
-                if place != call.key:
-                    self._journal.put(call.key, record)
-                return found
-            self._set_aside(call, place, record)
-            call.task, call.task_time = found, record.time
-        return None
-
-    async def _ask(self, call: _Call) -> Answer:
+    async def _ask(self, call: Call) -> Answer:
         """Waiting for the first place does not count towards the deadline: with many images that is queueing."""
         try:
             found = await asyncio.to_thread(self._answer_or_request, call)
@@ -311,10 +223,10 @@ class CloudClient:
                 return Answer("cached", found)
             resumed = None if found is not None else await self._resumed(call)
             raw = resumed if resumed is not None else await self._asked(call, found)
-        except BudgetExhausted as error:
+        except (BudgetExhausted, QuotaExhausted) as error:
             if not self._skip_over_budget:
                 raise
-            return self._finished(call, Answer("skipped_budget", None, error=str(error)))
+            return self._finished(call, self._spent(error))
         except asyncio.TimeoutError:
             return self._finished(call, Answer("error", None, error=f"DeadlineExceeded: {self._too_late(call)}"))
         except CloudError as error:
@@ -325,13 +237,20 @@ class CloudClient:
             return self._finished(call, Answer("unreachable" if unreachable else "error", None, error=text))
         return self._finished(call, Answer("ok" if len(raw) else "empty", raw))
 
-    async def _asked(self, call: _Call, request: PreparedRequest | None) -> RawDetections:
+    def _spent(self, error: BudgetExhausted | QuotaExhausted) -> Answer:
+        """A budget is asked for again, as a day's calls come back; a quota that the service says is spent stays so for this client."""
+        if isinstance(error, BudgetExhausted):
+            return Answer("skipped_budget", None, error=str(error))
+        self._no_quota = str(error)
+        return Answer("skipped_quota", None, error=str(error))
+
+    async def _asked(self, call: Call, request: PreparedRequest | None) -> RawDetections:
         if request is None:
-            request = await asyncio.to_thread(self._encoded, call)
+            request = await asyncio.to_thread(self._replies.request, call)
         lease = await self._admit(call)
         return await asyncio.wait_for(self._until_answered(call, request, lease), call.seconds)
 
-    async def _resumed(self, call: _Call) -> RawDetections | None:
+    async def _resumed(self, call: Call) -> RawDetections | None:
         """The result of a task that an earlier run left behind; None if the service no longer has it."""
         call.started = self._clock()
         call.give_up_at = call.started + call.seconds
@@ -342,21 +261,21 @@ class CloudClient:
             if not (too_old or isinstance(error, (TaskLost, BadRequest))):  # a poll that is wrong now says nothing of the question
                 raise
             if call.task is not None:
-                await asyncio.to_thread(self._forget, call, str(error))
+                await asyncio.to_thread(self._replies.forget_task, call, str(error))
         call.seconds -= self._clock() - call.started
         if call.seconds <= 0:
             raise DeadlineExceeded(self._too_late(call))
         return None
 
-    def _too_late(self, call: _Call) -> str:
+    def _too_late(self, call: Call) -> str:
         text = f"no answer within cloud.deadline={self._config.deadline:g} s in {call.attempts} attempts"
         return f"{text}; the service's task stays on record, run again to ask for its result" if call.task else text
 
-    def _finished(self, call: _Call, answer: Answer) -> Answer:
+    def _finished(self, call: Call, answer: Answer) -> Answer:
         cost = call.calls * self._config.usd_per_call
         return replace(answer, attempts=call.attempts, latency_ms=call.latency_ms, cost_usd=cost, calls=call.calls)
 
-    async def _until_answered(self, call: _Call, request: PreparedRequest, lease: int) -> RawDetections:
+    async def _until_answered(self, call: Call, request: PreparedRequest, lease: int) -> RawDetections:
         """Tries until the image is answered, may not be retried, or attempts, time or everybody's retries run out."""
         call.give_up_at = self._clock() + call.seconds
         malformed = 0
@@ -375,7 +294,7 @@ class CloudClient:
             lease = await self._admit(call, last)
 
     def _last(self, error: CloudError) -> CloudError:
-        if isinstance(error, NotConnected) and not self._reached:
+        if isinstance(error, NotConnected) and not self._http.reached:
             return self._unreachable()
         return error
 
@@ -398,12 +317,14 @@ class CloudClient:
     def _backoff(self, attempt: int) -> float:
         return self._uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (attempt - 1)))
 
-    async def _admit(self, call: _Call, failed: CloudError | None = None) -> int:
+    async def _admit(self, call: Call, failed: CloudError | None = None) -> int:
         """A lease from the governor, once its wait is over; ``failed``: the error after which this is a retry.
 
-        Raises ``BudgetExhausted``, ``CloudUnreachable``, or ``failed`` itself if there have been too many retries.
+        Raises ``BudgetExhausted``, ``QuotaExhausted``, ``CloudUnreachable``, or ``failed`` itself if there have been too many retries.
         """
         while True:
+            if self._no_quota:
+                raise QuotaExhausted(self._no_quota)
             grant = await self._governor.reserve(self._config.usd_per_call, failed is not None)
             if grant.refusal == "budget":
                 raise BudgetExhausted(f"{grant.reason}; raise the limit and run again, answers so far are kept")
@@ -425,7 +346,7 @@ class CloudClient:
                 raise
             return grant.lease
 
-    async def _attempt(self, call: _Call, request: PreparedRequest, lease: int) -> RawDetections:
+    async def _attempt(self, call: Call, request: PreparedRequest, lease: int) -> RawDetections:
         """One call. Unless the service surely did not bill it, it stays spent: also if it is cancelled or the process dies.
 
         Polls belong to the call: they keep its place and cost nothing more.
@@ -437,7 +358,7 @@ class CloudClient:
         call.calls += 1
         try:
             await self._noted(self._journal.attempt, call.key, self._config.usd_per_call, self._account, self._wall_clock())
-            found = await self._exchange(call, request)
+            found = await self._exchange(call, request, lease)
             raw = await self._polled(call, _poll_wait(found.seconds)) if isinstance(found, Pending) else found
             outcome = "answered"
             return raw
@@ -458,59 +379,18 @@ class CloudClient:
         else:
             await asyncio.to_thread(note, *what)
 
-    async def _exchange(self, call: _Call, request: PreparedRequest) -> RawDetections | Pending:
+    async def _exchange(self, call: Call, request: PreparedRequest, lease: int) -> RawDetections | Pending:
+        """A service that is done with a call gets the next one while the answer goes to the journal; a task keeps its place."""
         call.started = self._clock()
-        reply = await self._send(request, call.idempotency_key)
+        reply = await self._http.send(request, call.idempotency_key)
         call.latency_ms = (self._clock() - call.started) * 1000
+        if not self._capabilities.asynchronous:
+            await self._governor.arrived(lease)
         if not 200 <= reply.status < 300:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
-        return await asyncio.to_thread(self._received, call, reply)
+        return await asyncio.to_thread(self._replies.received, call, reply)
 
-    def _received(self, call: _Call, reply: _Reply) -> RawDetections | Pending:
-        """The raw reply is durable before anything reads it. What names a task is kept beside the answers, not among them."""
-        task = _task_key(call.key)
-        place = task if self._capabilities.asynchronous else call.key
-        record = self._record(call, reply)
-        self._journal.put(place, record)
-        found = self._decode(call, place, reply.body, reply.headers)
-        if isinstance(found, Pending):
-            self._set_aside(call, place, record)
-            call.task = found
-        elif place == task:
-            self._journal.put(call.key, record)
-        return found
-
-    def _set_aside(self, call: _Call, place: str, record: Record) -> None:
-        """A service that answers at once sometimes, and sometimes with a task: the task leaves the answer's place."""
-        if place == call.key:
-            self._journal.put(_task_key(call.key), record)
-            self._journal.quarantine(place, record.body, "a task, not an answer")
-
-    def _record(self, call: _Call, reply: _Reply) -> Record:
-        cost = call.calls * self._config.usd_per_call
-        return Record(
-            reply.body,
-            reply.headers["content-type"],
-            call.attempts,
-            call.latency_ms,
-            cost,
-            self._wall_clock(),
-            self._capabilities.name,
-            self._query.model,
-        )
-
-    def _decode(self, call: _Call, place: str, body: bytes, headers: Mapping[str, str]) -> RawDetections | Pending:
-        """What a 2xx body in the journal says; if that is an error, it is no answer and never found there again."""
-        try:
-            found = self._adapter.decode(headers, body, self._query, call.frame)
-            if isinstance(found, Pending) and found.request is None:
-                raise ProtocolError("the service took the image on as a task that it does not name", may_have_billed=True)
-            return found
-        except CloudError as error:
-            self._journal.quarantine(place, body, str(error))
-            raise
-
-    async def _polled(self, call: _Call, wait: float) -> RawDetections:
+    async def _polled(self, call: Call, wait: float) -> RawDetections:
         """The result of the task on record, first asked for after ``wait`` seconds. Raises ``TaskLost`` if there will be none.
 
         What fails on the way to a poll costs nothing and is tried again, ``cloud.attempts`` times in a row.
@@ -539,99 +419,18 @@ class CloudClient:
             wait = max(interval, hint)
         raise TaskLost("the service's task is lost", may_have_billed=True)
 
-    async def _poll(self, call: _Call) -> RawDetections | Pending:
+    async def _poll(self, call: Call) -> RawDetections | Pending:
         assert call.task is not None
         assert call.task.request is not None
-        reply = await self._send(call.task.request)
+        reply = await self._http.send(call.task.request)
         if reply.status in TASK_GONE:
             reason = f"the service no longer knows its task (answered {reply.status})"
-            await asyncio.to_thread(self._forget, call, reason)
+            await asyncio.to_thread(self._replies.forget_task, call, reason)
             raise TaskLost(reason, may_have_billed=True)
         if not 200 <= reply.status < 300:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
-        return await asyncio.to_thread(self._poll_result, call, reply)
-
-    def _poll_result(self, call: _Call, reply: _Reply) -> RawDetections | Pending:
-        """Read before it is kept, unlike other answers: most say "not yet", and one that is lost here can be polled again."""
-        try:
-            found = self._adapter.decode(reply.headers, reply.body, self._query, call.frame)
-        except ProtocolError as error:
-            self._journal.quarantine(call.key, reply.body, str(error))
-            raise
-        except (Throttled, AuthError):
-            raise  # said of the poll, not of the task
-        except CloudError as error:
-            self._forget(call, str(error))
-            if error.retryable:
-                raise TaskLost(f"the service's task failed: {error}", may_have_billed=True) from None
-            raise
-        if not isinstance(found, Pending):
-            call.latency_ms = (self._clock() - call.started) * 1000
-            self._journal.put(call.key, self._record(call, reply))
-        return found
-
-    def _forget(self, call: _Call, reason: str) -> None:
-        """The task on record will give no result."""
-        record = self._journal.get(_task_key(call.key))
-        if record is not None:
-            self._journal.quarantine(_task_key(call.key), record.body, reason)
-        call.task = None
-        call.lost += 1
-
-    async def _send(self, request: PreparedRequest, key: str = "") -> _Reply:
-        """One HTTP exchange; httpx's errors become ``CloudError``. Secrets are cut out of whatever comes back."""
-        url = self._url_of(request)
-        headers = dict(request.headers)
-        if request.body:
-            headers["Content-Type"] = request.content_type
-        if key:
-            headers["Idempotency-Key"] = key
-        while True:
-            signed = self._signed(request, url, headers)
-            response, content = await self._transferred(request, url, headers, signed)
-            body = redacted(content, signed.secrets)
-            kept = {n: redacted(v.encode(), signed.secrets).decode() for n, v in response.headers.items() if n.startswith(KEPT_HEADERS)}
-            if not self._signer.adopt_clock(signed, response.status_code, kept, body):
-                return _Reply(response.status_code, {"content-type": "", **kept}, body)
-
-    def _signed(self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str]) -> Signed:
-        try:
-            return self._signer.sign(request.method, str(url), headers, request.body)
-        except Exception as error:
-            failed = without_frames(error)
-        raise failed
-
-    async def _transferred(
-        self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str], signed: Signed
-    ) -> tuple[httpx.Response, bytes]:
-        """The answer and its raw body. Errors come without what lies below: variables there hold the secret."""
-        try:
-            async with self._http.stream(request.method, url, request.body, {**headers, **signed.headers}) as response:
-                self._reached = True
-                return response, await _capped_body(response)
-        except BaseException as error:
-            failed = without_frames(self._failure(error))
-        raise failed
-
-    def _failure(self, error: BaseException) -> BaseException:
-        """The ``CloudError`` that one of httpx's errors stands for; others stay what they are."""
-        name = type(error).__name__
-        if isinstance(error, NOT_CONNECTED):
-            return NotConnected(f"no connection to {self._url.host} ({name})")
-        if isinstance(error, (httpx.DecodingError, httpx.TooManyRedirects)):
-            return ProtocolError(f"unreadable answer ({name})", may_have_billed=True)
-        if isinstance(error, httpx.HTTPError):
-            return Transient(f"the connection to {self._url.host} failed ({name})", may_have_billed=True)
-        return error
-
-    def _url_of(self, request: PreparedRequest) -> httpx.URL:
-        """Below the service's URL; the path of a poll comes from the service and must not lead elsewhere."""
-        try:
-            if request.path.startswith("/"):
-                return httpx.URL(f"{str(self._url).rstrip('/')}{request.path}")
-        except httpx.InvalidURL:
-            pass
-        raise ProtocolError("the path of a request must start with / and hold no control characters", may_have_billed=True)
+        latency_ms = (self._clock() - call.started) * 1000
+        return await asyncio.to_thread(self._replies.polled, call, reply, latency_ms)
 
     def _unreachable(self, reason: str = "") -> CloudUnreachable:
         why = f" ({reason})" if reason else ""
@@ -641,85 +440,12 @@ class CloudClient:
         )
 
 
-class Connections:
-    """HTTP connections, one for each call under way; ``transport`` stands for all of them.
-
-    httpx's pool looks through all its connections for each of them at every call: with 64 of them that takes most of a core. Its
-    client adds redirects, which would carry the token elsewhere, and cookies.
-    """
-
-    def __init__(self, config: Cloud, url: httpx.URL, transport: httpx.AsyncBaseTransport | None) -> None:
-        timeout = httpx.Timeout(config.deadline, connect=min(CONNECT_SECONDS, config.deadline))
-        self._extensions = {"timeout": timeout.as_dict()}
-        self._proxy = _proxy(url)
-        self._certificates = httpx.create_ssl_context() if transport is None and (self._proxy or url.scheme == "https") else False
-        self._transport = transport
-        self._free: list[httpx.AsyncBaseTransport] = []
-        logging.getLogger("httpcore.http11").addFilter(_is_no_answer_s_headers)
-
-    @asynccontextmanager
-    async def stream(self, method: str, url: httpx.URL, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
-        """The answer to one request, its body not yet read."""
-        request = httpx.Request(method, url, headers={**HEADERS, **headers}, content=body or None, extensions=self._extensions)
-        connection = self._free.pop() if self._free else self._new()
-        try:
-            response = await connection.handle_async_request(request)
-            try:
-                yield response
-            finally:
-                await response.aclose()
-        finally:
-            self._free.append(connection)
-
-    async def aclose(self) -> None:
-        while self._free:
-            await self._free.pop().aclose()
-
-    def _new(self) -> httpx.AsyncBaseTransport:
-        if self._transport is not None:
-            return self._transport
-        one = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        return httpx.AsyncHTTPTransport(verify=self._certificates, limits=one, proxy=self._proxy)
-
-
-def _proxy(url: httpx.URL) -> str | None:
-    """What the environment names for this address; none for this machine's own."""
-    if url.host in LOOPBACK or proxy_bypass(url.host):
-        return None
-    known = getproxies()
-    proxy = known.get(url.scheme) or known.get("all")
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
-
-
-def _is_no_answer_s_headers(record: logging.LogRecord) -> bool:
-    """For httpcore's log: a service may tell the secret back in a header."""
-    return not str(record.msg).startswith("receive_response_headers.complete")
-
-
-def _checked_url(url: str, secret: bool) -> httpx.URL:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        raise ConfigError("cloud.url is not an address") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError("cloud.url must be an address like https://detector.example.com")
-    if parsed.userinfo or parsed.query:
-        raise ConfigError("cloud.url must not hold a password or a query; put the token into the variable that cloud.token_env names")
-    if secret and parsed.scheme == "http" and parsed.host not in LOOPBACK:
-        raise ConfigError("cloud.url must be https:// when a token is sent")
-    return parsed
-
-
 def _endpoint(config: Cloud, url: httpx.URL) -> str:
     """Host and path. A server started for this run has another port each time, so its name stands for it."""
     if config.serve != "none":
         models = ",".join(os.path.basename(m) for m in config.onnx_models)
         return f"{config.serve}:{models}"
     return f"{url.netloc.decode()}{url.path.rstrip('/')}"
-
-
-def _task_key(key: str) -> str:
-    return key + TASK
 
 
 def _poll_wait(seconds: float) -> float:
@@ -731,12 +457,3 @@ def _outcome(error: CloudError) -> Outcome:
     if isinstance(error, Throttled):
         return "throttled"
     return "failed" if isinstance(error, (Transient, DeadlineExceeded)) else "answered"
-
-
-async def _capped_body(response: httpx.Response) -> bytes:
-    content = bytearray()
-    async for chunk in response.aiter_bytes():
-        content += chunk
-        if len(content) > BODY_MAX:
-            raise ProtocolError(f"the answer is longer than {BODY_MAX} bytes", may_have_billed=True)
-    return bytes(content)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from coin_ray.cloud.labelmap import fold
 from coin_ray.cloud.parsing import (
     Found,
     as_list,
@@ -28,9 +27,10 @@ from coin_ray.cloud.parsing import (
     malformed,
     short_text,
 )
+from coin_ray.cloud.prompts import check_class_names
 from coin_ray.cloud.protocol import Auth, Capabilities, Frame, Pending, PreparedRequest, Query, RawDetections, by_status, retry_after
 from coin_ray.data.canonical import CanonicalImage
-from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, QuotaExhausted, Throttled, Transient
+from coin_ray.errors import AuthError, CloudError, ImageRejected, QuotaExhausted, Throttled, Transient
 
 POLL_SECONDS = 1.0
 MERGE_IOU = 0.8
@@ -65,7 +65,7 @@ class DdsAdapter:
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
         """Class names become one prompt, joined by full stops."""
-        _check_names(query.classes)
+        check_class_names(query.classes, SEPARATORS)
         path, model = ("dinox", "DINO-X-1.0") if self.family == "dino-x" else ("grounding_dino", "GroundingDino-1.6-Pro")
         body = {
             "model": model if query.model == "default" else query.model,
@@ -98,19 +98,6 @@ class DdsAdapter:
         answer = error_object(body)
         known = _by_message(answer, headers) if status < 500 else None
         return known or by_status(status, headers, _message(answer))
-
-
-def _check_names(classes: tuple[str, ...]) -> None:
-    if not classes:
-        raise BadRequest("there are no classes to ask for")
-    for name in classes:
-        if not name.strip() or not name.isprintable() or any(c in name for c in SEPARATORS):
-            raise BadRequest(
-                f"the class name {short_text(name)[:60]!r} can't be asked for: expected printable text without {' and '.join(SEPARATORS)}, "
-                "which separate names in the prompt; rename the class"
-            )
-    if len({fold(name) for name in classes}) != len(classes):
-        raise BadRequest("two class names differ only in case, spaces, hyphens or underscores: answers could not be told apart")
 
 
 def _poll(task: str) -> PreparedRequest:

@@ -1,4 +1,4 @@
-"""Several clouds as one: their boxes fused, the first that can be reached, or a second opinion where CLIP contradicts the first.
+"""Several clouds as one: their boxes fused, the first that can be asked, or a second opinion where CLIP contradicts the first.
 
 Each cloud keeps its own client, with its governor, budget and keys in the journal. Imports no torch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,14 @@ from coin_ray.cloud.limiter import AsyncGovernor
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.config import Cloud, Ensemble, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage, canonical_image
-from coin_ray.errors import CloudUnreachable
+from coin_ray.errors import BudgetExhausted, CloudError, CloudUnreachable, QuotaExhausted
 
 WEIGHT_MIN = 1e-9
 """Of a box with score 0, so that a cluster of such boxes has a mean."""
 KINDS: tuple[ScoreKind, ...] = ("per_class", "label", "self_reported")
 """Best first; fused boxes are of the worst kind among them."""
+SPENT: Mapping[str, type[CloudError]] = {"skipped_budget": BudgetExhausted, "skipped_quota": QuotaExhausted}
+"""What ends the run when nobody else can be asked, by the status of the answer."""
 
 
 def fuse(answers: Sequence[RawDetections], reliability: Sequence[float], iou: float) -> RawDetections:
@@ -118,7 +120,8 @@ class EnsembleClient:
     """``CloudClient.answer`` for several clouds. Use inside one event loop, and ``aclose`` at the end.
 
     An image is an error only if no cloud that was asked answered. What stops the run stops it, whichever cloud says it; an
-    unreachable cloud does so only if no other one answers. ``clients`` are made with ``skip_unreachable``.
+    unreachable cloud does so only if no other one answers, and so does a spent budget or quota in ``failover``. ``clients`` are made with
+    ``skip_unreachable``, and for ``failover`` with ``skip_over_budget``.
     """
 
     def __init__(self, clients: Sequence[CloudClient], names: Sequence[str], ensemble: Ensemble) -> None:
@@ -141,7 +144,7 @@ class EnsembleClient:
         problems = [problem for problem in found if problem is not None]
         enough = self._ensemble.mode == "failover" and len(problems) < len(found)
         for problem in problems:
-            if not (enough and isinstance(problem, CloudUnreachable)):
+            if not (enough and isinstance(problem, (CloudUnreachable, QuotaExhausted))):
                 raise problem
 
     async def answer(self, *images: CanonicalImage) -> Answer:
@@ -166,7 +169,7 @@ class EnsembleClient:
         return self._combined([(i, answer) for i, answer in zip(asked, found, strict=True) if isinstance(answer, Answer)])
 
     async def _first_reached(self, images: Sequence[CanonicalImage]) -> Answer:
-        """An answer on record is taken, whoever gave it. Open breakers are waited for only if nobody else answers."""
+        """An answer on record is taken, whoever gave it. Open breakers are waited for only if nobody else answers; the spent are left out."""
         for i, client in enumerate(self.clients):
             known = await client.known(images[i])
             if known is not None:
@@ -177,12 +180,16 @@ class EnsembleClient:
                 tried.append((i, await client.answer(images[i], patient=patient)))
                 if tried[-1][1].raw is not None:
                     return self._combined(tried)
-            if any(answer.status == "error" for _, answer in tried):
+            statuses = {answer.status for _, answer in tried}
+            if "error" in statuses or "unreachable" not in statuses:
                 break
         return self._combined(tried)
 
     def _combined(self, said: Sequence[tuple[int, Answer]]) -> Answer:
-        """One answer with everybody's calls and costs. Raises ``CloudUnreachable`` if nobody could be reached."""
+        """One answer with everybody's calls and costs.
+
+        If nobody could be asked, raises the error of the last cloud that is spent or, if none is, ``CloudUnreachable``.
+        """
         heard = [(i, answer.raw) for i, answer in said if answer.raw is not None]
         last = {self._names[i]: answer.error for i, answer in said}
         problems = "; ".join(f"{name}: {error}" for name, error in last.items() if error)
@@ -198,10 +205,10 @@ class EnsembleClient:
             raw = self._fused(heard)
             on_record = all(answer.status == "cached" for _, answer in said if answer.raw is not None)
             return Answer("cached" if on_record else "ok" if len(raw) else "empty", raw, **totals)
-        if all(answer.status == "unreachable" for _, answer in said):
-            raise CloudUnreachable(problems)
-        over_budget = all(answer.status in ("skipped_budget", "unreachable") for _, answer in said)
-        return Answer("skipped_budget" if over_budget else "error", None, **totals)
+        if any(answer.status == "error" for _, answer in said):
+            return Answer("error", None, **totals)
+        spent = [SPENT[answer.status] for _, answer in said if answer.status in SPENT]
+        raise (spent[-1] if spent else CloudUnreachable)(problems)
 
     def _fused(self, heard: Sequence[tuple[int, RawDetections]]) -> RawDetections:
         if len(heard) == 1:
@@ -217,8 +224,9 @@ def client_for(config: PipelineConfig, urls: Sequence[str], journal: Journal, go
     """The client of a configuration's cloud or clouds; ``urls`` and ``governors`` in the order of ``config.clouds``."""
     if not config.more_clouds:
         return CloudClient(config.cloud, config.classes, urls[0], journal, governors[0])
+    failover = config.ensemble.mode == "failover"
     clients = [
-        CloudClient(cloud, config.classes, url, journal, governor, skip_unreachable=True)
+        CloudClient(cloud, config.classes, url, journal, governor, skip_unreachable=True, skip_over_budget=failover)
         for cloud, url, governor in zip(config.clouds, urls, governors, strict=True)
     ]
     return EnsembleClient(clients, names_of(config.clouds), config.ensemble)

@@ -6,6 +6,7 @@ serves a whole run, behind an actor; ``LocalGovernor`` gives it the same asynchr
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -59,6 +60,8 @@ class Grant:
     reason: str = ""
     breaker_open: bool = False
     """It is the breaker that makes the caller wait."""
+    full: bool = False
+    """It is the calls under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class AsyncGovernor(Protocol):
 
     async def reserve(self, usd: float, retry: bool = False) -> Grant: ...
 
+    async def arrived(self, lease: int) -> None: ...
+
     async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None: ...
 
     async def pause(self, seconds: float) -> None: ...
@@ -91,6 +96,7 @@ class _Lease:
     start: float
     expires: float
     retry: bool
+    arrived: bool = False
 
 
 class Governor:
@@ -108,6 +114,7 @@ class Governor:
         self._calls, self._usd = spent
         self._next_arrival = clock()
         self._leases: dict[int, _Lease] = {}
+        self._under_way = 0
         self._granted = 0
         self._counts: dict[Outcome, int] = {"answered": 0, "throttled": 0, "failed": 0, "unsent": 0}
         self._breaker = Breaker(clock)
@@ -116,6 +123,11 @@ class Governor:
         for age in sorted(ages, reverse=True):
             self._day.add(clock() - age)
         self._retries = float(limits.retry_burst)
+
+    @property
+    def free(self) -> int:
+        """Places for calls."""
+        return max(0, self.limits.in_flight - self._under_way)
 
     def reserve(self, usd: float, retry: bool = False) -> Grant:
         """A place, a slot of the rate and ``usd`` of the budget, or the time after which to ask again.
@@ -131,16 +143,24 @@ class Governor:
             return Grant(LEASE_POLL) if self._leases else Grant(0, refusal="budget", reason=over_budget)
         if retry and self._retries < 1:
             return Grant(0, refusal="retries", reason=f"retries are limited to {RETRY_SHARE:.0%} of the calls; a lower cloud.rate may help")
-        if len(self._leases) >= self.limits.in_flight:
-            return Grant(LEASE_POLL)
+        if not self.free:
+            return Grant(LEASE_POLL, full=True)
         breaker_wait = self._breaker.wait()
         wait = max(breaker_wait, self._minute.wait(self._clock()))
         if wait > 0:
             return Grant(wait, breaker_open=breaker_wait > 0)
         return self._grant(usd, retry)
 
+    def arrived(self, lease: int) -> None:
+        """The answer is here, the service can be asked something else; what it cost is settled once the answer is kept."""
+        held = self._leases.get(lease)
+        if held is not None and not held.arrived:
+            held.arrived = True
+            self._under_way -= 1
+
     def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
-        """Free the place. ``billed`` false: the service surely did not count the call, so the budget gets it back."""
+        """The call is over. ``billed`` false: the service surely did not count it, so the budget gets it back."""
+        self.arrived(lease)
         held = self._leases.pop(lease, None)
         if held is None:
             return
@@ -161,7 +181,7 @@ class Governor:
 
     def stats(self) -> GovernorStats:
         counts, breaker = self._counts, self._breaker
-        numbers = (self._calls, self._usd, len(self._leases), counts["answered"], counts["throttled"], counts["failed"])
+        numbers = (self._calls, self._usd, self._under_way, counts["answered"], counts["throttled"], counts["failed"])
         return GovernorStats(*numbers, breaker.state, breaker.opens)
 
     def _earn(self, retry: bool, count: int = 1) -> None:
@@ -180,6 +200,7 @@ class Governor:
         self._minute.add(now + wait)
         self._day.add(now + wait)
         self._earn(retry)
+        self._under_way += 1
         self._leases[self._granted] = _Lease(usd, now + wait, now + wait + self.limits.lease_seconds, retry)
         self._breaker.granted(self._granted)
         return Grant(wait, self._granted)
@@ -290,16 +311,46 @@ class Breaker:
 
 
 class LocalGovernor:
-    """A governor in this process, with the asynchronous face that clients use."""
+    """A governor in this process, with the asynchronous face that clients use. A free place goes at once to the caller that waits longest."""
 
     def __init__(self, governor: Governor) -> None:
         self.governor = governor
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def reserve(self, usd: float, retry: bool = False) -> Grant:
-        return self.governor.reserve(usd, retry)
+        grant = self.governor.reserve(usd, retry)
+        if not grant.full:
+            return grant
+        await self._place()
+        grant = self.governor.reserve(usd, retry)
+        if grant.lease is None:  # it takes no place, so the next one's turn has come
+            self._call_next()
+        return grant
+
+    async def _place(self) -> None:
+        freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(freed)
+        try:
+            await freed
+        except asyncio.CancelledError:
+            self._call_next()  # this one may have been called already
+            raise
+
+    def _call_next(self) -> None:
+        for _ in range(self.governor.free):
+            while self._waiting:
+                freed = self._waiting.popleft()
+                if not freed.done():
+                    freed.set_result(None)
+                    break
+
+    async def arrived(self, lease: int) -> None:
+        self.governor.arrived(lease)
+        self._call_next()
 
     async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
         self.governor.settle(lease, outcome, billed)
+        self._call_next()
 
     async def pause(self, seconds: float) -> None:
         self.governor.pause(seconds)

@@ -208,6 +208,8 @@ def _fuse_once(detections: Detections, iou: float) -> tuple[Detections, Tensor]:
     detections = detections[order]
     same = detections.labels[:, None] == detections.labels[None]
     joined = (box_iou(detections.boxes, detections.boxes) > iou) & same
+    if not joined.triu(1).any():
+        return detections, order
     free = torch.ones(len(detections), dtype=torch.bool)
     survivors, boxes = [], []
     for i in range(len(detections)):

@@ -21,13 +21,19 @@ FENCE = "```"
 REFUSAL = re.compile(r"\s*(i\Wm sorry|i am sorry|sorry\b|i can(not|\Wt)\b|i( am|\Wm) (unable|not able))", re.IGNORECASE)
 
 
-def check_class_names(classes: tuple[str, ...]) -> None:
-    """Raises ``BadRequest`` for names whose answers could not be told apart, and for none at all."""
+def check_class_names(classes: tuple[str, ...], separators: str = "") -> None:
+    """Raises ``BadRequest`` for names whose answers could not be told apart, and for none at all.
+
+    ``separators``: characters that separate names in the service's prompt.
+    """
     if not classes:
         raise BadRequest("there are no classes to ask for")
+    without = f" without {' and '.join(separators)}, which separate names in the prompt" if separators else ""
     for name in classes:
-        if not name.strip() or not name.isprintable():
-            raise BadRequest(f"the class name {short_text(name)[:60]!r} can't be asked for: expected printable text; rename the class")
+        if not name.strip() or not name.isprintable() or any(c in name for c in separators):
+            raise BadRequest(
+                f"the class name {short_text(name)[:60]!r} can't be asked for: expected printable text{without}; rename the class"
+            )
     if len({fold(name) for name in classes}) != len(classes):
         raise BadRequest("two class names differ only in case, spaces, hyphens or underscores: answers could not be told apart")
 

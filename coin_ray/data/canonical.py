@@ -59,11 +59,12 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
         if image.format != "JPEG":
             image.load()  # Pillow turns a TIFF upright while it loads it
         original = _upright_size(image)
-        plain = max(original) <= max_side and _is_plain_jpeg(image, raw)
+        if max(original) <= max_side and _is_plain_jpeg(image, raw):
+            image.draft(None, (1, 1))  # reads all of the file, but makes an eighth of the pixels: enough to find damage
+            image.load()
+            return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
         size = _fit(original, max_side)
         pixels = _upright_rgb(image, size)
-    if plain:
-        return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
     return CanonicalImage(_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,9 +18,13 @@ def anchor_objectness(logits: Tensor, is_object: Tensor) -> Tensor:
     return mean(F.binary_cross_entropy_with_logits(logits, is_object.to(logits), reduction="none"))
 
 
-def anchor_boxes(deltas: Tensor, anchors: Tensor, boxes: Tensor, sampled: int) -> Tensor:
-    """L1 of predicted deltas [P, 4] of positive anchors to their boxes, divided by the number of all ``sampled`` anchors."""
-    return mean((deltas - box_ops.encode(boxes, anchors)).abs(), sampled)
+def anchor_boxes(deltas: Tensor, anchors: Tensor, boxes: Tensor, sampled: int, weights: Sequence[float] = box_ops.DELTA_WEIGHTS) -> Tensor:
+    """L1 of predicted deltas [P, 4] of positive anchors to their boxes, divided by the number of all ``sampled`` anchors.
+
+    ``weights``: scale of the deltas along x, y, width, height.
+    """
+    scale = deltas.new_tensor(weights) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
+    return mean((deltas - box_ops.encode(boxes, anchors) * scale).abs(), sampled)
 
 
 def region_class(logits: Tensor, labels: Tensor, background_weight: float) -> Tensor:

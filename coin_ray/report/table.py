@@ -44,10 +44,16 @@ def _separation(summary: dict[str, Any]) -> Table | None:
     total = sum(counts.values())
     if not total:
         return None
-    table = _table("Separation", "", "boxes", "share")
+    knowledge = summary.get("knowledge") or {}
+    table = _table("Separation", "", "boxes", "share", *(["right"] if knowledge else []))
     for kind, count in counts.items():
-        table.add_row(escape(kind), f"{count:,}", f"{count / total:.0%}")
+        right = [", ".join(_right(share, who) for who, share in knowledge.get(kind, {}).items())] if knowledge else []
+        table.add_row(escape(kind), f"{count:,}", f"{count / total:.0%}", *right)
     return table
+
+
+def _right(share: float, who: str) -> str:
+    return f"{share:.0%}" if who == "right" else f"{who} {share:.0%}"
 
 
 def _calls(summary: dict[str, Any]) -> Table | None:

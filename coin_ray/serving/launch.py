@@ -13,7 +13,10 @@ from pathlib import Path
 from coin_ray.config import Cloud
 from coin_ray.errors import CloudUnreachable
 
+EMULATED = ("demo", "onnx")
+"""Small models that stand in for a cloud: one thread, and the latency, limit and faults of a real one."""
 START_SECONDS = 120.0
+START_SECONDS_LARGE = 1800.0  # a download may come first
 STOP_SECONDS = 5.0
 LOG_TAIL = 20
 POLL = 0.05
@@ -31,28 +34,31 @@ def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
     ready = place / "url"
     ready.unlink(missing_ok=True)
     with (place / "server.log").open("wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if config.serve in EMULATED else None
         process = subprocess.Popen(_command(config, place), stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        yield _wait_ready(process, ready, place / "server.log")
+        seconds = START_SECONDS if config.serve in EMULATED else START_SECONDS_LARGE
+        yield _wait_ready(process, ready, place / "server.log", seconds)
     finally:
         _stop(process)
 
 
 def _command(config: Cloud, folder: Path) -> list[str]:
     command = [sys.executable, "-m", "coin_ray.serving.local_cloud", "--serve", config.serve, "--parent-pid", str(os.getpid())]
-    command += ["--latency", str(config.serve_latency), "--rate", str(config.serve_rate), "--faults", str(config.serve_faults)]
+    if config.serve in EMULATED:
+        command += ["--latency", str(config.serve_latency), "--rate", str(config.serve_rate), "--faults", str(config.serve_faults)]
     command += ["--ready-file", str(folder / "url"), "--stats-file", str(folder / "stats.json")]
     command += ["--call-log", str(folder / "calls.jsonl")]
     if config.token_env:
         command += ["--token-env", config.token_env]
-    if config.onnx_models:
-        command += ["--models", *config.onnx_models]
+    models = config.onnx_models if config.serve in EMULATED else (config.model,)
+    if models:
+        command += ["--models", *models]
     return command
 
 
-def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
-    give_up_at = time.monotonic() + START_SECONDS
+def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, seconds: float) -> str:
+    give_up_at = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < give_up_at:
         if ready.exists():
             return ready.read_text()

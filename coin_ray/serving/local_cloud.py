@@ -1,7 +1,8 @@
 """A detection API on this machine, in the reference wire format, with the manners and the faults of a real one.
 
 ``python -m coin_ray.serving.local_cloud --serve demo --port 8080`` serves the demo's detector, ``--serve onnx --models
-a.onnx b.onnx`` fused ONNX detectors. Faults are drawn from (seed, image, how often it was asked), so a run repeats exactly.
+a.onnx b.onnx`` fused ONNX detectors, ``--serve transformers --models NAME`` Grounding DINO or OWLv2, ``--serve checkpoint
+--models FOLDER`` an exported student. Faults are drawn from (seed, image, how often it was asked), so a run repeats exactly.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import binascii
 import hashlib
 import hmac
 import json
+import logging
 import math
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any, Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import numpy as np
 import psutil
@@ -38,17 +40,27 @@ from coin_ray import storage
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.demo import detector as demo_detector
 from coin_ray.demo.drawings import CLASSES
-from coin_ray.errors import InputError
+from coin_ray.errors import ConfigError, InputError
+from coin_ray.serving.batching import BATCH_WAIT, BatchDetector, BatchQueue
+from coin_ray.serving.launch import EMULATED
 from coin_ray.serving.onnx_detectors import Detector, Floats, load_detector
+from coin_ray.serving.student import load_student
 
+Serve = Literal["demo", "onnx", "transformers", "checkpoint"]
 Fault = Literal["500", "503", "truncated"]
 FAULTS: tuple[Fault, ...] = ("500", "503", "truncated")
 BODY_MAX = 64 * 2**20
+QUEUE_MAX = 256
+RETRY_AFTER_MAX = 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Stats:
-    """Calls since the start. ``billed``: a detection was made; ``duplicates``: it had been answered for the same image and key before."""
+    """Calls since the start. ``billed``: a detection was made; ``duplicates``: it had been answered for the same image and key before;
+    ``busy``: refused because the queue was full.
+    """
 
     received: int = 0
     answered: int = 0
@@ -58,6 +70,7 @@ class Stats:
     rejected: int = 0
     unauthorized: int = 0
     duplicates: int = 0
+    busy: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,20 +114,38 @@ class DemoDetector:
 class LocalCloud:
     """The service's state and its three routes."""
 
-    def __init__(self, detector: Detector, latency: float, rate: float, faults: float, token: str | None, seed: int, call_log: str) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        latency: float,
+        rate: float,
+        faults: float,
+        token: str | None,
+        seed: int,
+        call_log: str,
+        queue_max: int,
+        batch_wait: float,
+    ) -> None:
         self.stats = Stats()
-        self._detector = detector
+        self.queue = BatchQueue(detector, batch_wait)
+        self._detector, self._queue_max = detector, queue_max
+        self._open = 0
         self._latency, self._faults, self._seed, self._token = latency, faults, seed, token
         self._bucket = _Bucket(rate)
         self._asked: Counter[str] = Counter()
         self._answered: set[tuple[str, str]] = set()
-        self._worker = ThreadPoolExecutor(1)
         self._log: TextIO | None = open(call_log, "a", buffering=1) if call_log else None  # noqa: SIM115
 
     async def health(self, request: Request) -> Response:
         if not self._authorized(request):
             return _Problem(401, "wrong or missing token").response
-        return JSONResponse({"status": "ok", "model": self._detector.name, "classes": list(self._detector.classes)})
+        content = {"status": "ok", "ready": self.queue.healthy, "model": self._detector.name, "classes": list(self._detector.classes)}
+        return JSONResponse({**content, "queue": self.waiting, "queue_max": self._queue_max})
+
+    @property
+    def waiting(self) -> int:
+        """Calls taken on that the detector does not have yet."""
+        return self._open - self.queue.under_way
 
     async def statistics(self, _: Request) -> Response:
         return JSONResponse(asdict(self.stats))
@@ -127,7 +158,8 @@ class LocalCloud:
             if not self._authorized(request):
                 self.stats.unauthorized += 1
                 raise _Problem(401, "wrong or missing token")
-            return await self._answer(await asyncio.to_thread(_parse, body, request.headers.get("idempotency-key", "")))
+            with self._admitted():
+                return await self._answer(await asyncio.to_thread(_parse, body, request.headers.get("idempotency-key", "")))
         except _Problem as problem:
             self.stats.rejected += problem.response.status_code in (400, 413, 415, 422)
             return problem.response
@@ -142,10 +174,32 @@ class LocalCloud:
             call = {"time": time.time(), "key": request.headers.get("idempotency-key", ""), "image": _sent_image_id(body)}
             self._log.write(json.dumps(call) + "\n")
 
-    async def _answer(self, question: _Question) -> Response:
-        unknown = [name for name in question.classes if name not in self._detector.classes]
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """One call more, from before its image is decoded until it is answered. Beyond ``queue_max`` waiting ones: 503."""
+        if self.waiting >= self._queue_max:
+            self.stats.busy += 1
+            seconds = math.ceil(self.waiting * self.queue.seconds_each)
+            raise _Problem(503, "too many calls are waiting", Retry_After=str(min(max(seconds, 1), RETRY_AFTER_MAX)))
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    def _check_classes(self, classes: Sequence[str]) -> None:
+        if isinstance(self._detector, BatchDetector):
+            try:
+                self._detector.check(classes)
+            except InputError as error:
+                raise _Problem(400, "the model can't be asked about these classes", str(error)) from None
+            return
+        unknown = [name for name in classes if name not in self._detector.classes]
         if unknown:
             raise _Problem(422, "unknown classes", f"{', '.join(unknown)}; known are {', '.join(self._detector.classes)}")
+
+    async def _answer(self, question: _Question) -> Response:
+        self._check_classes(question.classes)
         wait = self._bucket.wait()
         if wait > 0:
             self.stats.throttled += 1
@@ -159,8 +213,11 @@ class LocalCloud:
 
     async def _detections(self, question: _Question, *, truncated: bool) -> Response:
         started = time.perf_counter()
-        arguments = (question.image, question.classes, question.threshold)
-        boxes, scores = await asyncio.get_running_loop().run_in_executor(self._worker, self._detector.detect, *arguments)
+        try:
+            boxes, scores = await self.queue.detect(question.image, question.classes, question.threshold)
+        except Exception as error:
+            logger.exception("the detector failed")
+            raise _Problem(500, "the detector failed", type(error).__name__) from None
         content = {
             "model": self._detector.name,
             "image": {"w": question.image.width, "h": question.image.height},
@@ -213,13 +270,16 @@ def create_app(
     token: str | None = None,
     seed: int = 0,
     call_log: str = "",
+    queue_max: int = QUEUE_MAX,
+    batch_wait: float = BATCH_WAIT,
 ) -> Starlette:
     """The service as an ASGI application; its ``state.cloud`` is the ``LocalCloud``.
 
     ``latency``: seconds before each answer; ``rate``: calls per second before 429; ``faults``: share of calls that fail;
-    ``call_log``: file that gets one JSON line per received call.
+    ``call_log``: file that gets one JSON line per received call; ``queue_max``: calls that may wait for the detector
+    before 503; ``batch_wait``: seconds that several waiting calls, fewer than a batch, wait for others.
     """
-    cloud = LocalCloud(detector, latency, rate, faults, token, seed, call_log)
+    cloud = LocalCloud(detector, latency, rate, faults, token, seed, call_log, queue_max, batch_wait)
     routes = [
         Route("/v1/detect", cloud.detect, methods=["POST"]),
         Route("/health", cloud.health),
@@ -228,6 +288,21 @@ def create_app(
     app = Starlette(routes=routes)
     app.state.cloud = cloud
     return app
+
+
+def load(serve: Serve, models: Sequence[str]) -> Detector:
+    """The detector to serve; ``models`` are ONNX files, or one name or folder. Raises ConfigError and InputError."""
+    if serve == "demo":
+        return DemoDetector()
+    if serve == "onnx":
+        return load_detector(models)
+    if len(models) != 1:
+        raise ConfigError(f"serve {serve} needs one model, a name or a folder; got {len(models)}")
+    if serve == "checkpoint":
+        return load_student(models[0])
+    from coin_ray.serving.transformers_detectors import load_transformers
+
+    return load_transformers(models[0])
 
 
 def _parse(body: bytes, key: str) -> _Question:
@@ -326,14 +401,16 @@ def _exit(number: int, _: FrameType | None) -> NoReturn:
 
 def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="coin_ray.serving.local_cloud", description=__doc__)
-    parser.add_argument("--serve", choices=("demo", "onnx"), default="demo")
-    parser.add_argument("--models", nargs="*", default=[], help="ONNX files")
+    parser.add_argument("--serve", choices=get_args(Serve), default="demo")
+    parser.add_argument("--models", nargs="*", default=[], help="ONNX files, a model on the hub, or a folder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=math.inf, help="calls per second before 429")
     parser.add_argument("--faults", type=float, default=0.0, help="share of calls that fail")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--queue-max", type=int, default=QUEUE_MAX, help="calls that may wait for the detector before 503")
+    parser.add_argument("--batch-wait", type=float, default=BATCH_WAIT, help="seconds that several waiting calls wait for a full batch")
     parser.add_argument("--token-env", help="name of the environment variable with the token to demand")
     parser.add_argument("--ready-file", help="gets the URL once the server listens")
     parser.add_argument("--stats-file", help="gets the statistics every second")
@@ -344,8 +421,9 @@ def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    torch.set_num_threads(1)
-    detector: Detector = load_detector(arguments.models) if arguments.serve == "onnx" else DemoDetector()
+    if arguments.serve in EMULATED:
+        torch.set_num_threads(1)
+    detector = load(arguments.serve, arguments.models)
     token = os.environ[arguments.token_env] if arguments.token_env else None
     app = create_app(
         detector,
@@ -355,6 +433,8 @@ def main() -> None:
         token=token,
         seed=arguments.seed,
         call_log=arguments.call_log,
+        queue_max=arguments.queue_max,
+        batch_wait=arguments.batch_wait,
     )
     asyncio.run(_serve(app, arguments))
 

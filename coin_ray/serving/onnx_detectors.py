@@ -96,7 +96,8 @@ class OnnxDetector:
     def detect(self, image: Image.Image, classes: Sequence[str], score_min: float) -> tuple[Floats, Floats]:
         """Boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
         columns = [list(self.classes).index(name) for name in classes]
-        results = [_suppressed(image, *model.predict(image), columns, score_min) for model in self.models]
+        candidates = [model.predict(image) for model in self.models]
+        results = [suppressed(boxes, scores[:, columns], image.size, score_min) for boxes, scores in candidates]
         boxes, scores = results[0] if len(results) == 1 else fuse_weighted_boxes(results)
         kept = scores.max(1, initial=0) >= score_min
         return boxes[kept], scores[kept]
@@ -149,13 +150,12 @@ def _load(path: str) -> _OnnxModel:
     raise ConfigError(f"{path} is neither a YOLOX nor a PicoDet with COCO classes; its outputs have shapes {outputs}")
 
 
-def _suppressed(image: Image.Image, boxes: Floats, scores: Floats, columns: list[int], score_min: float) -> tuple[Floats, Floats]:
-    """The best candidates of the asked classes after class-agnostic NMS, clipped to the image."""
-    scores = scores[:, columns]
-    kept = scores.max(1) >= score_min
-    boxes = np.clip(boxes[kept], 0, [image.width, image.height] * 2).astype(np.float32)
+def suppressed(boxes: Floats, scores: Floats, size: tuple[int, int], score_min: float, iou: float = NMS_IOU) -> tuple[Floats, Floats]:
+    """The best of candidates [M, 4] with scores [M, K] after class-agnostic NMS, clipped to an image of ``size`` (width, height)."""
+    kept = scores.max(1, initial=0) >= score_min
+    boxes = np.clip(boxes[kept], 0, [*size, *size]).astype(np.float32)
     scores = np.clip(scores[kept], 0, 1).astype(np.float32)
-    order = nms(torch.from_numpy(boxes), torch.from_numpy(scores.max(1, initial=0)), NMS_IOU)[:DETECTIONS_MAX].numpy()
+    order = nms(torch.from_numpy(boxes), torch.from_numpy(scores.max(1, initial=0)), iou)[:DETECTIONS_MAX].numpy()
     return boxes[order], scores[order]
 
 

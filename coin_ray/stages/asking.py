@@ -40,8 +40,8 @@ RAW = pa.schema(
 )
 ERROR_CHECK_FROM = 50
 THREADS = 32
-READY_SHARE = 4
-"""One image is made ready for every so many places, so that no place waits for one; more would only keep the governors busy."""
+PLACES = 2
+"""Images at hand for every call under way: some are made ready, others wait for the disk that keeps their answer, and no place waits for one."""
 
 
 class CloudActor:
@@ -55,7 +55,7 @@ class CloudActor:
         answers = Journal.open(journal)
         self.client = client_for(config, urls, answers, governors_for(config, urls, answers))
         self.ask = self.client.second_opinion if second and isinstance(self.client, EnsembleClient) else self.client.answer
-        self.places = asyncio.Semaphore(max(cloud.in_flight + 1 + cloud.in_flight // READY_SHARE for cloud in config.clouds))
+        self.places = asyncio.Semaphore(max(PLACES * cloud.in_flight + 1 for cloud in config.clouds))
         self.threads: ThreadPoolExecutor | None = None
         self.stopped: str | None = None
         self.seen, self.failed = 0, 0

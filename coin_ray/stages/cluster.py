@@ -49,6 +49,13 @@ def threads(workers: int = 1) -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers - 1))
 
 
+def largest_node_cpus() -> int:
+    """CPUs of the node that has most: no single worker can have more."""
+    import ray
+
+    return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1))
+
+
 def cluster_cpus() -> int:
     import ray
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+import torch
+
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.data.examples import Example
+from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.stages.fitting import Fit, fit, load_weights
@@ -31,13 +35,30 @@ def run(context: Context) -> dict[str, Any]:
         if (i := str(row["image_id"])) in cloud
     ]
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
-    work = Fit(
-        context.name, partial(make, config, teacher), finish, examples, config.distill.fit, config.detector, config.seed, context.folder
-    )
+    separated = storage.read_table(storage.join(context.inputs["separate"], "separation.parquet"))
+    build = partial(make, config, teacher, annotators_of(separated, config))
+    work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder)
     return {"images": len(examples), "last": fit(work)[-1]}
 
 
-def make(config: PipelineConfig, teacher_weights: str) -> Distillation:
+def annotators_of(separated: pa.Table, config: PipelineConfig) -> Annotators | None:
+    """Both teachers' confusions, from all boxes that both saw in the training images before distillation; None if the fusion needs none."""
+    return dawid_skene(*paired_opinions(separated, len(config.classes))) if config.distill.fusion == "dawid_skene" else None
+
+
+def paired_opinions(separated: pa.Table, classes: int, kinds: tuple[str, ...] = ("consistent", "inconsistent")) -> list[torch.Tensor]:
+    """The cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in a ``separation.parquet``."""
+    rows = separated.to_pylist()
+    chosen = [[kind in kinds for kind in row["kind"]] for row in rows]
+    return [
+        torch.tensor([p for row, keep in zip(rows, chosen, strict=True) for p, k in zip(row[name], keep, strict=True) if k]).reshape(
+            -1, classes + 1
+        )
+        for name in ("cloud_probs", "clip_probs")
+    ]
+
+
+def make(config: PipelineConfig, teacher_weights: str, annotators: Annotators | None = None) -> Distillation:
     """The teacher is the CLIP detector; the student starts from the backbone, as published, or from the CLIP detector too."""
     backbone = load_backbone(config)
     student = build_detector(backbone, config.classes, config.detector, seed=config.seed + 1)
@@ -46,7 +67,7 @@ def make(config: PipelineConfig, teacher_weights: str) -> Distillation:
     teacher.load_state_dict(weights)
     if config.distill.start_from == "clip_detector":
         student.load_state_dict(weights)
-    return Distillation(student, teacher, starting_embeddings(backbone, config), config.distill, config.separate)
+    return Distillation(student, teacher, starting_embeddings(backbone, config), config.distill, config.separate, annotators)
 
 
 def finish(task: Task) -> dict[str, Any]:

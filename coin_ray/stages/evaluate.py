@@ -10,6 +10,7 @@ from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.evaluation.coco import coco_average_precision
 from coin_ray.evaluation.fusion_baselines import clip_labelled, every_class, static_fusion
+from coin_ray.evaluation.kinds import judged_kinds
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.stages.knowledge import collected, image_rows
 from coin_ray.stages.predicting import predictions
@@ -34,7 +35,7 @@ def run(context: Context) -> dict[str, Any]:
         storage.write_table(storage.join(context.folder, "predictions", f"{name}.parquet"), table)
     count = len(context.config.classes)
     results = teachers(context) | {name: tables.read_detections(table, count) for name, table in students.items()}
-    metrics: dict[str, Any] = _measure(results, truth, context.config)
+    metrics: dict[str, Any] = _measure(results, truth, context.config) | {"knowledge": _knowledge(context)}
     if storage.exists(storage.join(context.inputs["images"], "unknown.parquet")):
         unknown = _truth(context, "unknown", images)
         metrics["map50_unknown"] = {n: _rounded(average_precision(r, unknown, count).map) for n, r in results.items()}
@@ -53,6 +54,12 @@ def teachers(context: Context) -> Results:
         "clip_labels": {i: every_class(clip_labelled(d, clip[i].probs)) for i, d in cloud.items()},
         "static_fusion": {i: every_class(static_fusion(d, clip[i].probs)) for i, d in cloud.items()},
     }
+
+
+def _knowledge(context: Context) -> dict[str, dict[str, float]]:
+    """How right each kind was on the training images, where those have truth."""
+    separation = storage.read_table(storage.join(context.inputs["separate"], "separation.parquet")).to_pylist()
+    return judged_kinds(separation, _truth(context, "annotations", image_rows(context.inputs["images"], "train")))
 
 
 def _truth(context: Context, table: str, images: list[dict[str, object]]) -> dict[str, Truth]:

@@ -23,7 +23,7 @@ from coin_ray.config import Detector, Optimize
 from coin_ray.data.examples import Example
 from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_count, worker_rank
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, quiet, threads
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, largest_node_cpus, on_cluster, quiet, threads
 from coin_ray.stages.progress import Bar, bar
 from coin_ray.training.loop import Curve, Task, run
 
@@ -71,7 +71,8 @@ def fit(work: Fit) -> Curve:
 
 
 def _scaling(optimize: Optimize) -> ScalingConfig:
-    resources: dict[str, float] = {"CPU": 1, "GPU": 1} if optimize.gpu else {"CPU": max(1, cluster_cpus() // optimize.workers)}
+    cpus = max(1, min(cluster_cpus() // optimize.workers, largest_node_cpus()))
+    resources: dict[str, float] = {"CPU": 1, "GPU": 1} if optimize.gpu else {"CPU": cpus}
     return ScalingConfig(num_workers=optimize.workers, use_gpu=optimize.gpu, resources_per_worker=resources)
 
 

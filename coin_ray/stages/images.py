@@ -12,12 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from coin_ray import storage, tables
+from coin_ray.cloud.labelmap import LabelMap
 from coin_ray.config import DemoScenes, Folder
+from coin_ray.data import formats
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, Record
 from coin_ray.errors import InputError
 from coin_ray.steps import Context
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SAME = "same image as one in"
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 
 
@@ -60,84 +63,76 @@ def _folder(context: Context, data: Folder) -> dict[str, Any]:
     for split, place in (("train", data.images), ("val", data.val), ("test", data.test)):
         if place is None:
             continue
-        place = storage.absolute(place)
-        truth = _coco(place, context.config.classes)
-        for uri, row in _inspect(image_files(place)):
+        dataset = formats.read(place)
+        indexes = _indexes(dataset, context.config.classes, place)
+        for record, row in _inspect(dataset.records):
             if isinstance(row, str):
-                rejected.append({"uri": uri, "split": split, "reason": row})
+                rejected.append({"uri": record.uri, "split": split, "reason": row})
             elif row["image_id"] in seen:
                 duplicates += 1
                 if seen[row["image_id"]] != split:
-                    rejected.append({"uri": uri, "split": split, "reason": f"same image as one in {seen[row['image_id']]}"})
+                    rejected.append({"uri": record.uri, "split": split, "reason": f"{SAME} {seen[row['image_id']]}"})
             else:
                 seen[row["image_id"]] = split
                 images.append(row | {"split": split})
-                if truth is not None:
-                    annotations.append({"image_id": row["image_id"], **truth.get(uri.rsplit("/", 1)[-1], _nothing())})
-    _check(images, annotations, data)
+                if record.annotated:
+                    annotations.append({"image_id": row["image_id"], **_truth(record, indexes)})
+    _check(images, annotations, rejected, data)
     _write(context, images, annotations, rejected)
     return _metrics(images, rejected, duplicates)
 
 
-def _check(images: list[dict[str, Any]], annotations: list[dict[str, Any]], data: Folder) -> None:
+def _check(images: list[dict[str, Any]], annotations: list[dict[str, Any]], rejected: list[dict[str, str]], data: Folder) -> None:
     if not any(i["split"] == "train" for i in images):
         raise InputError(f"no usable image below {data.images}: expected files ending in {', '.join(IMAGE_SUFFIXES)} that can be decoded")
     for split, place in (("val", data.val), ("test", data.test)):
         annotated = {a["image_id"] for a in annotations}
         if place and not any(i["split"] == split and i["image_id"] in annotated for i in images):
-            raise InputError(f"data.{split} {place}: no annotated image; expected annotations.json (COCO) beside images/")
+            shared = sum(r["split"] == split and r["reason"].startswith(SAME) for r in rejected)
+            if shared:
+                raise InputError(
+                    f"data.{split} {place}: no annotated image is left; {shared} are in an earlier split too, and an image has one"
+                )
+            raise InputError(
+                f"data.{split} {place}: no annotated image; expected annotations in the format {formats.READABLE} (docs/formats.md)"
+            )
 
 
 def image_files(place: str) -> list[str]:
-    if not storage.exists(place):
-        raise InputError(f"no such folder: {place}")
-    return [uri for uri in storage.list_files(place) if uri.lower().endswith(IMAGE_SUFFIXES)]
+    """URIs of the images of ``FOLDER`` or ``FOLDER#SPLIT``."""
+    return [record.uri for record in formats.read(place).records]
 
 
-def _inspect(uris: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Each file with its row, or with the reason why it can't be used."""
+def _inspect(records: Iterable[Record]) -> Iterator[tuple[Record, dict[str, Any] | str]]:
+    """Each record with its row, or with the reason why its image can't be used."""
 
-    def look(uri: str) -> tuple[str, dict[str, Any] | str]:
-        raw = storage.read_bytes(uri)
+    def look(record: Record) -> tuple[Record, dict[str, Any] | str]:
+        raw = storage.read_bytes(record.uri)
         try:
             width, height = decode_rgb(raw).size
         except InputError as error:
-            return uri, str(error)
-        return uri, {"image_id": hashlib.sha256(raw).hexdigest(), "uri": uri, "width": width, "height": height}
+            return record, str(error)
+        return record, {"image_id": hashlib.sha256(raw).hexdigest(), "uri": record.uri, "width": width, "height": height}
 
     with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(look, uris)
+        yield from pool.map(look, records)
 
 
-def _nothing() -> dict[str, list[Any]]:
-    return {"boxes": [], "labels": [], "difficult": []}
+def _indexes(dataset: Dataset, classes: tuple[str, ...], place: str) -> dict[str, int]:
+    """The asked class of each name in the annotations; case, plural, hyphens and underscores don't count. InputError if none is asked."""
+    asked = LabelMap.of_classes(classes)
+    found = {name: asked.find([name]) for name in dataset.names}
+    if not any(found.values()) and any(r.annotated for r in dataset.records):
+        names = ", ".join(sorted({n.lower() for n in dataset.names}))[:300] or "no names"
+        raise InputError(f"{place} has none of the classes {', '.join(classes)}; it has {names}")
+    return {name: match[0] for name, match in found.items() if match is not None}
 
 
-def _coco(place: str, classes: tuple[str, ...]) -> dict[str, dict[str, list[Any]]] | None:
-    """Annotations by file name of a COCO folder, for the asked classes; None without annotations.json. Crowds count as difficult."""
-    path = storage.join(place, "annotations.json")
-    if not storage.exists(path):
-        return None
-    content = storage.read_json(path)
-    try:
-        names = {c["id"]: c["name"].lower() for c in content["categories"]}
-        files = {i["id"]: i["file_name"].rsplit("/", 1)[-1] for i in content["images"]}
-        index = {c.lower(): k for k, c in enumerate(classes)}
-        found = {name: _nothing() for name in files.values()}
-        for a in content["annotations"]:
-            label = index.get(names[a["category_id"]])
-            if label is None:
-                continue
-            x, y, w, h = a["bbox"]
-            row = found[files[a["image_id"]]]
-            row["boxes"].append([x, y, x + w, y + h])
-            row["labels"].append(label)
-            row["difficult"].append(bool(a.get("iscrowd", 0)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not COCO json: {type(error).__name__} {error}") from error
-    if not set(names.values()) & set(index):
-        raise InputError(f"{path} has none of the classes {', '.join(classes)}; it has {', '.join(sorted(set(names.values())))[:300]}")
-    return found
+def _truth(record: Record, indexes: dict[str, int]) -> dict[str, list[Any]]:
+    """Annotations of the asked classes, as a row of ``tables.ANNOTATIONS`` without the image."""
+    kept = [n for n, label in enumerate(record.labels) if label in indexes]
+    labels = [indexes[record.labels[n]] for n in kept]
+    return {"boxes": record.boxes[kept].tolist(), "labels": labels, "difficult": record.difficult[kept].tolist()}
 
 
 def _write(context: Context, images: list[dict[str, Any]], annotations: list[dict[str, Any]], rejected: list[dict[str, str]]) -> None:

@@ -17,7 +17,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.views import fit
 from coin_ray.models.faster_rcnn_clip.backbone import Backbone, load_backbone
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, threads
+from coin_ray.stages.cluster import ensure_ray, largest_node_cpus, on_cluster, threads
 from coin_ray.stages.fitting import load_weights
 from coin_ray.stages.progress import bar
 from coin_ray.structures import Detections
@@ -48,7 +48,6 @@ def _here(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> I
 
 def _on_cluster(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
     ensure_ray()
-    cpus = cluster_cpus()
     stream = (
         ray.data.from_arrow(table)
         .repartition(max(1, -(-table.num_rows // BLOCK)))
@@ -57,7 +56,7 @@ def _on_cluster(weights: dict[str, str], table: pa.Table, config: PipelineConfig
             fn_constructor_args=(weights, config),
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=max(1, cpus - 1),
+            num_cpus=1 if config.distill.fit.gpu else max(1, largest_node_cpus() - 1),
             num_gpus=1 if config.distill.fit.gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=1),
         )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch
 from coin_ray.fusion.ckg import ConsistentKnowledge
+from coin_ray.fusion.rules import RULES, Annotators
 from coin_ray.fusion.separate import separate
 from coin_ray.losses import distillation
 from coin_ray.losses.alignment import prompt_alignment
@@ -31,9 +32,21 @@ from coin_ray.training.view import View, common_size, look, supervised_losses
 
 
 class Distillation:
-    def __init__(self, student: ClipDetector, teacher: ClipDetector, embeddings: Tensor, config: Distill, separation: Separate) -> None:
+    """``annotators``: the teachers as estimated from the training images, for ``config.fusion`` dawid_skene."""
+
+    def __init__(
+        self,
+        student: ClipDetector,
+        teacher: ClipDetector,
+        embeddings: Tensor,
+        config: Distill,
+        separation: Separate,
+        annotators: Annotators | None = None,
+    ) -> None:
+        if (config.fusion == "dawid_skene") != (annotators is not None):
+            raise ValueError(f"annotators are needed for fusion dawid_skene, and only for it; the fusion is {config.fusion}")
         self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
-        self.config, self.separation = config, separation
+        self.config, self.separation, self.annotators = config, separation, annotators
         self.consistent_prototypes = Prototypes(embeddings)
         self.cloud_prototypes, self.clip_prototypes = Prototypes(embeddings), Prototypes(embeddings)
         self.ckg = ConsistentKnowledge(embeddings.shape[1], student.num_classes, config.ckg_heads)
@@ -50,14 +63,17 @@ class Distillation:
         with mixed_precision(student, config.fit):
             view = look(student, batch.strong, separations, batch.generators)
 
-        losses = supervised_losses(student, view)
+        losses = {name: config.consistent * loss for name, loss in supervised_losses(student, view).items()}
         losses["private_regions"] = config.private * distillation.private_regions(view.regions.logits[view.on_private], view.private.probs)
         losses["private_anchors"] = config.private * _private_anchors(view)
         losses["alignment"] = config.alignment * prompt_alignment(view.regions.classes, self.consistent_prototypes.values)
         ckg_losses: dict[str, Tensor] = {}
         if step >= config.prototypes_from:
+            teaches = step >= (config.burn_up if config.inconsistent_from is None else config.inconsistent_from)
+            if teaches and not config.ckg_first:
+                losses["inconsistent"] = config.inconsistent * self.inconsistent_regions(view)
             ckg_losses = self.train_ckg(view, step)
-            if step >= (config.burn_up if config.inconsistent_from is None else config.inconsistent_from):
+            if teaches and config.ckg_first:
                 losses["inconsistent"] = config.inconsistent * self.inconsistent_regions(view)
         descend(self.optimizer, student, losses, step, config.fit)
         if step >= config.prototypes_from:
@@ -84,16 +100,21 @@ class Distillation:
         pairs = view.inconsistent
         fused = self.fuse(view.regions.embedded[view.on_inconsistent], pairs.cloud.probs, pairs.clip.probs)
         regions = len(view.labelled) if self.config.inconsistent_mean == "regions" else None
-        return distillation.inconsistent_regions(view.regions.logits[view.on_inconsistent], fused, self.config.fusion_score_min, regions)
+        return distillation.inconsistent_regions(view.regions.logits[view.on_inconsistent], fused, self.trusted_from(fused), regions)
+
+    def trusted_from(self, fused: Tensor) -> float:
+        """The best probability from which a fused box teaches: pi, or with ``fusion_share`` the quantile of ``fused`` [R, K+1] that lets it pass."""
+        share = self.config.fusion_share
+        if share is None or not len(fused):
+            return self.config.fusion_score_min
+        return float(fused.detach().float().max(-1).values.quantile(1 - share, interpolation="lower"))
 
     def fuse(self, embedded: Tensor, cloud: Tensor, clip: Tensor) -> Tensor:
         """Fused probabilities [R, K+1] of RoIs with embeddings [R, D] and two opinions [R, K+1], by CKG or a rule."""
-        if self.config.fusion == "cloud":
-            return cloud
-        if self.config.fusion == "clip":
-            return clip
-        if self.config.fusion == "average":
-            return (cloud + clip) / 2
+        if self.annotators is not None:
+            return self.annotators.posterior(cloud, clip)
+        if self.config.fusion in RULES:
+            return RULES[self.config.fusion](cloud, clip)
         fused: Tensor = self.ckg(embedded, (self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()), cloud, clip)
         return fused
 

@@ -108,6 +108,7 @@ def supervised_losses(student: ClipDetector, view: View) -> dict[str, Tensor]:
             torch.cat([proposed.anchors[t.positive] for t in sampled]),
             torch.cat([t.boxes for t in sampled]),
             count,
+            config.anchor_weights,
         ),
         "consistent": supervised.region_class(view.regions.logits[view.labelled], view.labels, config.background_weight),
         "boxes": supervised.region_boxes(

@@ -59,8 +59,47 @@ def test_prompts() -> None:
     styled, plain = prompts_for("stop sign", Clip(style="foggy")), prompts_for("stop sign", Clip())
     assert len(styled) == len(plain) == 81
     assert (styled[0], plain[0]) == ("foggy stop sign.", "stop sign.")
-    assert "a bad foggy photo of a stop sign." in styled
     assert "a bad photo of a stop sign." in plain
+
+
+@pytest.mark.parametrize(
+    ("plain", "styled"),
+    [
+        ("car.", "foggy style car."),
+        ("a photo of a car.", "a foggy style photo of a car."),
+        ("a bad photo of a car.", "a foggy style bad photo of a car."),
+        ("the plastic car.", "the foggy style plastic car."),
+        ("a car in a video game.", "a foggy style car in a video game."),
+        ("graffiti of the car.", "foggy style graffiti of the car."),
+        ("itap of my car.", "foggy style itap of my car."),
+    ],
+)
+def test_the_style_stands_behind_the_article(plain: str, styled: str) -> None:
+    row = prompts_for("car", Clip()).index(plain)
+    assert prompts_for("car", Clip(style="foggy style"))[row] == styled
+
+
+def test_every_prompt_has_the_style_once_and_is_else_the_plain_one() -> None:
+    styled, plain = prompts_for("photo", Clip(style="SIM style")), prompts_for("photo", Clip())
+    assert [prompt.replace("SIM style ", "") for prompt in styled] == plain
+    assert {prompt.count("SIM style") for prompt in styled} == {1}
+    assert len(set(styled)) == 81
+
+
+@pytest.mark.parametrize(("name", "tag", "quick"), [("RN50", "openai", True), ("RN101", "openai", True), ("RN50", "weights.pt", False)])
+def test_openais_weights_run_with_the_activation_they_were_trained_with(
+    name: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip only warns if "RN50" is not told of it."""
+    made: list[object] = []
+
+    def create(architecture: str, pretrained: str, force_quick_gelu: bool) -> torch.nn.Module:
+        made.append((architecture, pretrained, force_quick_gelu))
+        return tiny_clip().network
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    load_clip(Clip(model=name, pretrained=tag))
+    assert made == [(name, tag, quick)]
 
 
 def test_class_embeddings_are_means_of_unit_vectors() -> None:

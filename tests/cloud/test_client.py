@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from coin_ray.cloud import client as client_module
+from coin_ray.cloud import connections
 from coin_ray.cloud.client import POLL_CAP, TASK_SECONDS, Answer, CloudClient, account_of, limits
 from coin_ray.cloud.journal import TASK
 from coin_ray.cloud.limiter import Governor, LocalGovernor
@@ -191,6 +191,15 @@ def test_deadline_ends_a_stalled_call_which_stays_spent(bench: Build) -> None:
     assert subject.governor.stats().in_flight == 0
 
 
+def test_a_spent_quota_is_asked_for_once_where_another_cloud_may_answer(bench: Build) -> None:
+    subject = bench(good(), status(402), good(), skip_over_budget=True)
+    answers = [ask(subject, i)[0] for i in (0, 1, 2, 0)]
+    assert [a.status for a in answers] == ["ok", "skipped_quota", "skipped_quota", "cached"]
+    assert [a.calls for a in answers] == [1, 0, 0, 0]
+    assert len(subject.service.requests) == 2
+    assert subject.governor.stats().in_flight == 0
+
+
 class Endless(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
@@ -198,7 +207,7 @@ class Endless(httpx.AsyncByteStream):
 
 
 def test_bodies_are_capped(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BODY_MAX", 10_000)
+    monkeypatch.setattr(connections, "BODY_MAX", 10_000)
     subject = bench(good())
 
     async def flood(request: httpx.Request) -> httpx.Response:

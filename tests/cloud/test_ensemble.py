@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coin_ray.cloud import ensemble as ensemble_module
 from coin_ray.cloud.client import Answer, CloudClient, account_of, limits
 from coin_ray.cloud.ensemble import EnsembleClient, client_for, fuse, images_for, names_of, needs_second_opinion, scored
 from coin_ray.cloud.journal import Journal
@@ -22,7 +25,7 @@ from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.services import adapter_for
 from coin_ray.config import Cloud, Ensemble
 from coin_ray.data.canonical import CanonicalImage, canonical_image
-from coin_ray.errors import AuthError, BudgetExhausted, CloudUnreachable
+from coin_ray.errors import AuthError, BudgetExhausted, CloudUnreachable, QuotaExhausted
 from coin_ray.presets import folder
 
 from .conftest import CLASSES, FakeTime, Reply, Service, answer_body, element, good, picture, status
@@ -197,10 +200,10 @@ class Bench:
             cloud = Cloud(**{"url": f"https://{NAMES[number]}.example.com", "rate": 1000.0, "deadline": 60.0, **more})
             account = account_of(cloud, cloud.url, adapter_for(cloud))
             self.governors.append(Governor(limits(cloud), journal.spent(account), self.time))
-            clients.append(self.client(cloud, service, self.governors[-1]))
+            clients.append(self.client(cloud, service, self.governors[-1], skip_over_budget=ensemble.mode == "failover"))
         self.client_of_all = EnsembleClient(clients, NAMES, ensemble)
 
-    def client(self, cloud: Cloud, service: Service, governor: Governor) -> CloudClient:
+    def client(self, cloud: Cloud, service: Service, governor: Governor, *, skip_over_budget: bool) -> CloudClient:
         return CloudClient(
             cloud,
             CLASSES,
@@ -209,6 +212,7 @@ class Bench:
             LocalGovernor(governor),
             transport=httpx.MockTransport(service),
             skip_unreachable=True,
+            skip_over_budget=skip_over_budget,
             sleep=self.time.sleep,
             clock=self.time,
             uniform=lambda low, high: high,
@@ -298,16 +302,129 @@ def test_a_wrong_key_stops_the_run_and_what_was_paid_is_kept(clouds: Build, mode
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("mode", ["fuse", "failover"])
-def test_a_spent_budget_stops_the_run_whoever_s_it_is(clouds: Build, mode: str, number: int) -> None:
-    limited = [{"max_calls": 3} if i == number else {} for i in range(2)]
-    first = Switched(CAR)
-    first.up = mode == "fuse" or number == 0
-    subject = clouds([first], [BUS], mode=mode, settings=limited)
+def test_fusing_stops_at_a_spent_budget_whoever_s_it_is(clouds: Build, number: int) -> None:
+    subject = clouds([CAR], [BUS], settings=[{"max_calls": 3} if i == number else {} for i in range(2)])
     with pytest.raises(BudgetExhausted, match=r"3 calls of cloud\.max_calls=3"):
         subject.ask(*[picture(i) for i in range(6)])
     assert subject.requests[number] == 3
-    assert subject.governors[1 - number].stats().calls != 3 or mode == "failover"
+    assert subject.governors[1 - number].stats().calls != 3
+
+
+LIMITS = [
+    ({"max_calls": 3}, "cheap: 3 calls of cloud.max_calls=3 are spent"),
+    ({"max_usd": 0.03, "usd_per_call": 0.01}, "cheap: 0.0300 of cloud.max_usd=0.03 USD are spent"),
+    ({"per_day": 3}, "cheap: cloud.per_day=3 calls were made in 24 hours"),
+]
+
+
+@pytest.mark.parametrize(("limit", "told"), LIMITS)
+def test_failover_when_the_first_one_s_budget_is_spent(clouds: Build, limit: dict[str, Any], told: str) -> None:
+    subject = clouds([CAR], [BUS], mode="failover", settings=[limit, {}])
+    answers = [subject.ask(picture(i))[0] for i in range(6)]
+    assert [a.teachers for a in answers] == [("cheap",)] * 3 + [("dear",)] * 3
+    assert [a.calls for a in answers] == [1] * 6
+    assert subject.requests == [3, 3]
+    assert str(answers[-1].error).startswith(told)
+    assert subject.time.slept == []
+
+
+def test_failover_with_many_under_way_when_the_first_one_s_budget_is_spent(clouds: Build) -> None:
+    subject = clouds([CAR], [BUS], mode="failover", settings=[{"max_calls": 7}, {}])
+    answers = subject.ask(*[picture(i) for i in range(20)])
+    assert Counter(a.teachers for a in answers) == {("cheap",): 7, ("dear",): 13}
+    assert subject.requests == [7, 13]
+    assert subject.journal.spent()[0] == 20
+
+
+NO_QUOTA = status(402, title="the quota is used up")
+
+
+def test_failover_when_the_first_one_s_quota_is_spent(clouds: Build) -> None:
+    """It is asked no more; a call of the same image that was paid before is counted."""
+    subject = clouds([CAR, CAR, status(500), NO_QUOTA, CAR], [BUS], mode="failover", settings=PRICES)
+    answers = [subject.ask(picture(i))[0] for i in range(6)]
+    assert [a.teachers for a in answers] == [("cheap",)] * 2 + [("dear",)] * 4
+    assert subject.requests == [4, 4]
+    assert [a.calls for a in answers] == [1, 1, 2, 1, 1, 1]
+    assert sum(a.calls for a in answers) == subject.journal.spent()[0]
+    assert sum(a.cost_usd for a in answers) == pytest.approx(subject.journal.spent()[1])
+    assert "cheap: the service answered 402" in str(answers[-1].error)
+
+
+TWO, NONE = {"max_calls": 2}, dict[str, Any]()
+GONE = httpx.ConnectError("refused")
+ALL_SPENT = [
+    ([CAR], [BUS], TWO, TWO, BudgetExhausted, "cheap: 2 calls of .*; dear: 2 calls of ", 4),
+    ([CAR, CAR, NO_QUOTA], [BUS], NONE, TWO, BudgetExhausted, "cheap: the service answered 402: .*; dear: 2 calls of ", 4),
+    ([CAR], [BUS, BUS, NO_QUOTA], TWO, NONE, QuotaExhausted, "cheap: 2 calls of .*; dear: the service answered 402", 4),
+    ([CAR], [GONE], TWO, NONE, BudgetExhausted, "cheap: 2 calls of .*; dear: CloudUnreachable: ", 2),
+    ([GONE], [BUS], NONE, TWO, BudgetExhausted, "cheap: CloudUnreachable: .*; dear: 2 calls of ", 2),
+]
+
+
+@pytest.mark.parametrize(("one", "two", "first", "second", "kind", "text", "answered"), ALL_SPENT)
+def test_failover_ends_when_nobody_is_left(
+    clouds: Build,
+    one: list[Reply],
+    two: list[Reply],
+    first: dict[str, Any],
+    second: dict[str, Any],
+    kind: type[Exception],
+    text: str,
+    answered: int,
+) -> None:
+    subject = clouds(one, two, mode="failover", settings=[first, second])
+    for i in range(answered):
+        assert subject.ask(picture(i))[0].raw is not None
+    with pytest.raises(kind, match=text):
+        subject.ask(picture(answered))
+    again = clouds([CAR], [BUS], mode="failover", settings=[{"max_calls": 3}, NONE])
+    assert {a.status for a in again.ask(*[picture(i) for i in range(answered)])} == {"cached"}
+    assert again.ask(picture(answered))[0].status == "ok"
+
+
+def test_an_image_that_only_a_spent_cloud_could_answer_is_an_error_and_others_go_on(clouds: Build) -> None:
+    subject = clouds([status(415, title="not an image"), CAR], [BUS], mode="failover", settings=[NONE, {"max_calls": 0}])
+    bad, good = (subject.ask(picture(i))[0] for i in range(2))
+    assert bad.status == "error"
+    assert "cheap: ImageRejected" in str(bad.error)
+    assert "dear: 0 calls of cloud.max_calls=0" in str(bad.error)
+    assert (good.status, good.teachers) == ("ok", ("cheap",))
+
+
+def test_an_open_breaker_is_waited_for_where_the_others_are_spent(clouds: Build) -> None:
+    dear = Switched(BUS)
+    subject = clouds([CAR], [dear], mode="failover", settings=[{"max_calls": 1}, {"attempts": 1}])
+    assert subject.ask(picture(0))[0].teachers == ("cheap",)
+    for i in range(1, WINDOW_MIN + 1):
+        assert subject.ask(picture(i))[0].status == "error"
+    dear.up = True
+    assert subject.ask(picture(40))[0].teachers == ("dear",)
+    assert sum(subject.time.slept) == pytest.approx(COOL_DOWN)
+
+
+def test_a_wrong_key_stops_the_run_also_where_the_others_are_spent(clouds: Build) -> None:
+    subject = clouds([CAR], [status(401)], mode="failover", settings=[{"max_calls": 1}, {}])
+    subject.ask(picture(0))
+    with pytest.raises(AuthError):
+        subject.ask(picture(1))
+
+
+@pytest.mark.parametrize("mode", ["fuse", "failover"])
+def test_a_configuration_s_clients_hand_over_only_in_failover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    def reply(request: httpx.Request) -> httpx.Response:
+        return NO_QUOTA if request.url.host == "a" else BUS
+
+    monkeypatch.setattr(ensemble_module, "CloudClient", functools.partial(CloudClient, transport=httpx.MockTransport(reply)))
+    sizes = Cloud(url="https://a"), Cloud(url="https://b")
+    config = replace(folder(), classes=CLASSES, cloud=sizes[0], more_clouds=sizes[1:], ensemble=Ensemble(mode))  # type: ignore[arg-type]
+    governors = [LocalGovernor(Governor(limits(cloud))) for cloud in config.clouds]
+    client = client_for(config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors)
+    if mode == "failover":
+        assert asyncio.run(client.answer(picture())).teachers == ("http 2",)
+    else:
+        with pytest.raises(QuotaExhausted):
+            asyncio.run(client.answer(picture()))
 
 
 def test_budgets_add_up_over_runs_by_account(clouds: Build) -> None:
@@ -421,6 +538,9 @@ CHECKS = [
     ("failover", [status(200)], [httpx.ConnectError("refused")], None),
     ("failover", [httpx.ConnectError("refused")], [httpx.ConnectError("refused")], CloudUnreachable),
     ("failover", [status(200)], [status(401)], AuthError),
+    ("failover", [NO_QUOTA], [status(200)], None),
+    ("failover", [NO_QUOTA], [NO_QUOTA], QuotaExhausted),
+    ("fuse", [NO_QUOTA], [status(200)], QuotaExhausted),
 ]
 
 

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import asyncio
 import pickle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.cloud.limiter import COOL_DOWN, DAY, MINUTE, OPENS_MAX, RETRY_SHARE, WINDOW_MIN, Governor, Grant, Limits, Window
+from coin_ray.cloud.limiter import (
+    COOL_DOWN,
+    DAY,
+    MINUTE,
+    OPENS_MAX,
+    RETRY_SHARE,
+    WINDOW_MIN,
+    Governor,
+    Grant,
+    Limits,
+    LocalGovernor,
+    Window,
+)
 
 from .conftest import FakeTime
 
@@ -290,3 +303,92 @@ def test_everything_that_crosses_processes_can_be_pickled() -> None:
     subject = governor(FakeTime())
     for value in (subject.limits, subject.reserve(0), subject.stats()):
         assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_an_answer_that_has_arrived_frees_its_place_once_and_is_settled_later() -> None:
+    subject = governor(FakeTime(), in_flight=2, max_calls=3)
+    first, _ = granted(subject.reserve(0)), granted(subject.reserve(0))
+    assert subject.reserve(0).full
+    subject.arrived(first)
+    subject.arrived(first)
+    assert subject.stats().in_flight == 1
+    third = granted(subject.reserve(0))
+    subject.settle(first, "answered", billed=False)
+    assert subject.stats().in_flight == 2
+    assert subject.stats().calls == 2  # the first was given back
+    assert subject.reserve(0).full
+    subject.settle(third, "answered", billed=True)
+    assert subject.reserve(0).lease is not None
+
+
+async def waiting(subject: LocalGovernor, count: int, done: list[int]) -> list[asyncio.Task[Grant]]:
+    """Callers in this order, that note when their wait is over."""
+
+    async def call(number: int) -> Grant:
+        grant = await subject.reserve(0)
+        done.append(number)
+        return grant
+
+    callers = [asyncio.create_task(call(number)) for number in range(count)]
+    await asyncio.sleep(0)
+    return callers
+
+
+def test_free_places_go_to_the_callers_that_wait_longest() -> None:
+    async def run() -> None:
+        subject, done = LocalGovernor(governor(FakeTime(), in_flight=2, burst=9)), list[int]()
+        held = [granted(await subject.reserve(0)) for _ in range(2)]
+        callers = await waiting(subject, 3, done)
+        assert done == []
+        await subject.arrived(held[0])
+        assert granted(await callers[0])
+        assert done == [0]
+        await subject.settle(held[0], "answered", True)  # no second place
+        await asyncio.sleep(0.01)
+        assert done == [0]
+        await subject.settle(held[1], "answered", True)
+        assert granted(await callers[1])
+        callers[2].cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_caller_that_gives_up_passes_its_turn_on() -> None:
+    async def run() -> None:
+        subject, done = LocalGovernor(governor(FakeTime(), in_flight=1, burst=9)), list[int]()
+        held = granted(await subject.reserve(0))
+        callers = await waiting(subject, 2, done)
+        await subject.arrived(held)
+        callers[0].cancel()  # called, but not yet awake
+        assert granted(await callers[1])
+        assert done == [1]
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_everybody_hears_that_the_budget_is_spent() -> None:
+    async def run() -> None:
+        subject, done = LocalGovernor(governor(FakeTime(), in_flight=1, burst=9, max_calls=2)), list[int]()
+        held = granted(await subject.reserve(0))
+        callers = await waiting(subject, 20, done)
+        assert done == []
+        await subject.settle(held, "answered", True)
+        await subject.settle(granted(await callers[0]), "answered", True)
+        assert [(await caller).refusal for caller in callers[1:]] == ["budget"] * 19
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_everybody_hears_that_the_breaker_is_open() -> None:
+    async def run() -> None:
+        time, done = FakeTime(), list[int]()
+        inner = governor(time, rate=1e6, in_flight=WINDOW_MIN)
+        subject = LocalGovernor(inner)
+        held = [granted(inner.reserve(0)) for _ in range(WINDOW_MIN)]
+        callers = await waiting(subject, 30, done)
+        for lease in held:
+            await subject.settle(lease, "failed", False)
+        assert inner.stats().breaker == "open"
+        assert [(await caller).breaker_open for caller in callers] == [True] * 30
+
+    asyncio.run(asyncio.wait_for(run(), 10))

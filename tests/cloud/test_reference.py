@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coin_ray.cloud.labelmap import LabelMap
 from coin_ray.cloud.protocol import Frame, Query, RawDetections, retry_after
 from coin_ray.cloud.reference import ReferenceAdapter
 from coin_ray.errors import (
@@ -24,7 +28,7 @@ from coin_ray.errors import (
     Transient,
 )
 
-from .conftest import CLASSES, answer_body, element, picture
+from .conftest import CLASSES, answer_body, element, good, picture, status
 
 ADAPTER = ReferenceAdapter()
 QUERY = Query("default", CLASSES, 0.05)
@@ -73,6 +77,44 @@ def test_boxes_in_the_original_frame() -> None:
     )
     assert len(raw) == 1
     assert np.allclose(raw.boxes, [[0, 0, 300.5, 397]])
+
+
+OWN_NAMES = LabelMap({"automobile": (0, 1.0), "van": (0, 0.5), "coach": (1, 1.0), "hound": (2, 1.0)}, frozenset({"wheel"}), service="http")
+
+
+def test_a_server_with_names_of_its_own() -> None:
+    """The label decides whether a box stays; of two names for one class the better score counts, after its weight."""
+    answer = answer_body(
+        element("Van", 0.9, scores={"Van": 0.9, "automobile": 0.3, "coach": 0.2, "tree": 0.8}),
+        element("hound", 0.4, scores={"hound": 0.4, "wheel": 0.3}),
+        element("tree", 0.8, scores={"tree": 0.8, "hound": 0.1}),
+        element("wheel", 0.7, scores={"wheel": 0.7, "coach": 0.6}),
+        element("car", 0.6, scores={"car": 0.6}),
+    )
+    raw = ADAPTER.decode(JSON, json.dumps(answer).encode(), replace(QUERY, labels=OWN_NAMES), FRAME)
+    assert raw.class_scores == pytest.approx(np.array([[0.45, 0.2, 0], [0, 0, 0.4]]))
+    assert raw.unmapped == ("tree", "car")
+    assert raw.score_kind == "per_class"
+
+
+def test_names_of_its_own_without_a_map_are_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ProtocolError, match=r"'automobile' was not asked for.*--cloud\.label-map"):
+        decode(answer_body(element("automobile")))
+
+
+def test_a_label_map_file_is_used_and_read_again_without_a_call(bench: Any, tmp_path: Path) -> None:
+    file = tmp_path / "map.yaml"
+    file.write_text("service: http\nmap: {automobile: car}\n")
+    subject = bench(good(element("automobile", 0.8), element("tree", 0.9)), label_map=str(file))
+    first = asyncio.run(subject.client.answer(picture()))
+    assert first.raw.class_scores == pytest.approx(np.array([[0.8, 0, 0]]))
+    assert first.raw.unmapped == ("tree",)
+    file.write_text("service: http\nmap: {automobile: bus, tree: dog}\n")
+    again = bench(status(500), label_map=str(file))
+    second = asyncio.run(again.client.answer(picture()))
+    assert second.status == "cached"
+    assert second.raw.class_scores == pytest.approx(np.array([[0, 0, 0.9], [0, 0.8, 0]]))
+    assert again.service.requests == []
 
 
 MALFORMED = {

@@ -367,7 +367,7 @@ CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a bug in the HTTP client": lambda patch: patch.setattr("h11.Connection.send", _raise(RuntimeError("a bug"))),
     "a bug below the HTTP client": lambda patch: patch.setattr("h11.Connection.receive_data", _raise(KeyError("a bug"))),
     "a bug while signing": lambda patch: patch.setattr("botocore.auth.SigV4Auth.signature", _raise(ValueError("a bug"))),
-    "a bug while cutting": lambda patch: patch.setattr("coin_ray.cloud.client._capped_body", _raise(MemoryError("a bug"))),
+    "a bug while cutting": lambda patch: patch.setattr("coin_ray.cloud.connections._capped_body", _raise(MemoryError("a bug"))),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coin_ray.evaluation.fusion_baselines import every_class
 from coin_ray.evaluation.voc import Report, average_precision, pairwise_iou
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
@@ -87,6 +88,22 @@ def test_plus_one_changes_the_overlap() -> None:
     found, annotated = detections(((0, 0, 10, 5), 0.9, 0)), truth((A, 0))
     assert one_image(found, annotated).ap[0] == 0
     assert one_image(found, annotated, plus_one=True).ap[0] == 1
+
+
+def test_one_class_ranks_by_score_although_its_vectors_are_all_alike() -> None:
+    """The published conversion gives every box of one class [1, 0]. Scores of 1 would leave the ranking to chance: AP .5 here, not 1."""
+    annotated = {"b": truth((A, 0)), "a": truth()}
+    vectors = torch.tensor([[1.0, 0.0]])
+
+    def found(right: float, wrong: float) -> dict[str, Detections]:
+        scores = {"b": right, "a": wrong}
+        return {
+            i: every_class(Detections(torch.tensor([A]), torch.tensor([s]), torch.zeros(1, dtype=torch.int64), vectors))
+            for i, s in scores.items()
+        }
+
+    assert average_precision(found(0.9, 0.3), annotated, 1).ap[0] == 1
+    assert average_precision(found(1.0, 1.0), annotated, 1).ap[0] == 0.5
 
 
 def test_images_without_predictions_count_and_others_do_not() -> None:

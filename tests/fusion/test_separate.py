@@ -162,6 +162,16 @@ def test_fused_boxes_are_means_weighted_by_score() -> None:
     torch.testing.assert_close(parts.inconsistent.boxes, torch.tensor([[1 / 3, 2 / 3, 31 / 3, 32 / 3]]))
 
 
+def test_the_published_form_of_the_cloud_moves_fused_boxes_and_private_vectors() -> None:
+    """A label without score counts 1: (1 x 20 + .25 x 10) / 1.25 = 18."""
+    cloud, clip = detections((LEFT, 0, 0.5), (FAR, 1, 0.5)), detections(((0, 0, 10, 20), 0, 0.25))
+    parts = split(cloud, clip, fuse=True, cloud_vectors="one_hot")
+    assert parts.consistent.boxes.tolist() == [[0, 0, 18, 20]]
+    assert parts.consistent.cloud.scores.tolist() == [1]
+    assert parts.private.probs.tolist() == [[0, 1, 0, 0]]
+    assert split(cloud, clip, fuse=True).private.probs.tolist() == [pytest.approx([1 / 6, 0.5, 1 / 6, 1 / 6])]
+
+
 corner = st.integers(0, 6).map(lambda n: n * 8)
 extent = st.integers(2, 6).map(lambda n: n * 8)
 score = st.integers(6, 99).map(lambda n: n / 100)
@@ -222,3 +232,14 @@ def test_kinds_keep_their_promise(cloud: list[Row], clip: list[Row], fuse: bool)
     assert not bool((parts.inconsistent.cloud.labels == parts.inconsistent.clip.labels).any())
     boxes = [tuple(b) for kind in (parts.consistent, parts.inconsistent) for b in kind.boxes.tolist()]
     assert len(boxes) == len(set(boxes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(results(6), results(8).map(one_class_per_box), st.sampled_from(["collected", "normalised"]))
+def test_one_class_is_never_inconsistent_and_keeps_the_order(cloud: list[Row], clip: list[Row], form: str) -> None:
+    ours, theirs = (detections(*[(box, 0, s) for box, _, s in rows], classes=1) for rows in (cloud, clip))
+    parts = split(ours, theirs, cloud_vectors=form)
+    assert len(parts.inconsistent) == 0
+    assert set(parts.consistent.cloud.labels.tolist()) <= {0}
+    if form == "collected" and len(clip):
+        assert set(parts.consistent.cloud.scores.tolist()) <= {*ours.scores.tolist(), *theirs.scores.tolist()}

@@ -58,6 +58,25 @@ def test_private_anchors() -> None:
     assert float(distillation.private_anchors(objectness, teacher)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("classes", [1, 8, 20])
+def test_means_are_over_elements_in_float64_by_the_formula(classes: int) -> None:
+    """The published reduction; "batchmean" would be K + 1 times as large."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(7, classes + 1, dtype=torch.float64), torch.randn(7, classes + 1, dtype=torch.float64).softmax(-1)
+    expected = (targets * (targets.log() - (logits.softmax(-1) + 1e-7).log())).sum() / (7 * (classes + 1))
+    for value in (
+        distillation.private_regions(logits, targets),
+        distillation.inconsistent_regions(logits, targets, 0.0),
+        distillation.divergence_of_probabilities(logits.softmax(-1), targets),
+    ):
+        assert float(value) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_rows_may_come_in_any_order() -> None:
+    order = torch.tensor([1, 0])
+    assert float(distillation.divergence(LOGITS[order], TARGETS[order])) == pytest.approx(float(distillation.divergence(LOGITS, TARGETS)))
+
+
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True)
     loss = distillation.divergence(logits, torch.tensor([[0.0, 1.0, 0.0]]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,26 @@ class Setup:
         self.labels = nn.functional.one_hot(torch.arange(consistent) % 2, 3).double()
 
     def loss(self) -> Tensor:
+        return gradient_misalignment(*self.losses(), list(self.transformation.parameters()))
+
+    def losses(self) -> tuple[Tensor, Tensor]:
         fused = self.ckg(self.features, self.banks, self.cloud, self.clip)
         logits = self.head(self.transformation(self.pooled))
         # squared_error takes logits to float32, too coarse for finite differences
         right = ((logits[: self.consistent].softmax(-1) - self.labels) ** 2).sum() / max(self.labels.numel(), 1)
         ours = ((logits[self.consistent :].softmax(-1) - fused) ** 2).sum() / max(fused.numel(), 1)
-        return gradient_misalignment(right, ours, list(self.transformation.parameters()))
+        return right, ours
+
+
+def test_against_a_loop_over_rows_in_float64() -> None:
+    setup = Setup()
+    cosines = []
+    for parameter in setup.transformation.parameters():
+        a, b = (torch.autograd.grad(loss, parameter, retain_graph=True)[0].numpy() for loss in setup.losses())
+        rows = list(zip(a, b, strict=True)) if a.ndim == 2 else [(a, b)]
+        cosines.append(np.mean([x @ y / np.sqrt((x @ x) * (y @ y)) for x, y in rows]))
+    assert len(cosines) == 4
+    assert float(setup.loss().detach()) == pytest.approx(np.mean(1 - np.array(cosines)), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["cloud.output.bias", "cloud.value.weight", "clip.output.weight", "clip.query.weight"])

@@ -29,6 +29,12 @@ def test_anchor_boxes_are_divided_by_all_sampled_anchors() -> None:
     assert float(supervised.anchor_boxes(table(DELTAS), ANCHOR, BOX, 8)) == pytest.approx(0)
 
 
+def test_anchor_boxes_in_detectron2s_own_scale() -> None:
+    """With weights of 1 the deltas are (.2, -.05, log 2, log .5)."""
+    off = table([0.2, -0.05 + 0.3, math.log(2), math.log(0.5) - 0.1])
+    assert float(supervised.anchor_boxes(off, ANCHOR, BOX, 4, (1.0, 1.0, 1.0, 1.0))) == pytest.approx(0.4 / 4)
+
+
 @pytest.mark.parametrize(("weight", "second"), [(1.0, math.log(2)), (0.9, 0.9 * math.log(2)), (0.0, 0.0)])
 def test_region_class_background_weight_scales_the_term_only(weight: float, second: float) -> None:
     """Class 0 at probability 1/3, background at 1/2; both rows count in the denominator."""

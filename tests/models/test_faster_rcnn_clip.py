@@ -106,6 +106,19 @@ def test_inside() -> None:
     assert inside(anchors, (64, 64)).tolist() == [True, True, False, False]
 
 
+def test_anchors_move_alike_in_any_scale_of_their_deltas() -> None:
+    """Weights of 1 instead of (10, 10, 5, 5): the same boxes from outputs that are 10 and 5 times smaller."""
+    ours, theirs = tiny_detector().eval(), tiny_detector(anchor_weights=(1.0, 1.0, 1.0, 1.0)).eval()
+    scale = torch.tensor([10.0, 10, 5, 5]).repeat(len(theirs.rpn.deltas.weight) // 4)
+    with torch.no_grad():
+        theirs.rpn.deltas.weight.div_(scale[:, None, None, None])
+    batch = ours.prepare(images((64, 96)))
+    with torch.no_grad():
+        first, second = ours.propose(batch)[1], theirs.propose(batch)[1]
+    torch.testing.assert_close(first.boxes, second.boxes, atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(first.deltas, second.deltas)
+
+
 def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
     one, two, other = (build_detector(tiny_clip(), CLASSES, tiny_detector().config, seed=s) for s in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from coin_ray import storage
 from coin_ray.config import Cloud, Folder, PipelineConfig
+from coin_ray.data.formats import Annotation, Record, write
 from coin_ray.errors import InputError
 from coin_ray.stages import images
 from coin_ray.steps import Context
@@ -122,3 +123,65 @@ def test_an_image_in_two_splits_stays_in_the_first_and_is_reported(tmp_path: Pat
     c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
     assert images.run(c)["count"]["test"] == 1
     assert "same image as one in train" in written(c, "rejected")[0]["reason"]
+
+
+def labelled(folder: Path, place: Path, form: str, *boxes: Annotation, split: str = "test", annotated: bool = True) -> None:
+    picture(folder / f"{split}.jpg")
+    record = Record.of(f"{split}.jpg", str(folder / f"{split}.jpg"), (40, 30), boxes if annotated else (), annotated)
+    write([record], str(place), form, split=split, names=sorted({b.label for b in boxes}))
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "yolo", "kitti", "bdd100k"])
+def test_truth_in_every_format(tmp_path: Path, form: str) -> None:
+    boxes = (Annotation((1, 2, 11, 7), "Traffic-Lights"), Annotation((0, 0, 4, 4), "cat"))
+    labelled(tmp_path / "from", tmp_path / "test", form, *boxes)
+    picture(tmp_path / "in" / "train.jpg")
+    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 1}
+    [row] = written(c, "annotations")
+    assert (row["boxes"], row["labels"], row["difficult"]) == ([[1.0, 2.0, 11.0, 7.0]], [1], [False])
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "bdd100k"])
+def test_difficult_boxes_stay_difficult(tmp_path: Path, form: str) -> None:
+    labelled(tmp_path / "from", tmp_path / "test", form, Annotation((1, 2, 11, 7), "person", True), Annotation((0, 0, 4, 4), "person"))
+    picture(tmp_path / "in" / "train.jpg")
+    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    images.run(c)
+    assert written(c, "annotations")[0]["difficult"] == [True, False]
+
+
+def test_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        labelled(tmp_path / "from", tmp_path / "voc", "voc", Annotation((1, 2, 11, 7), "person"), split=split)
+    places = [f"{tmp_path}/voc#{split}" for split in ("train", "val", "test")]
+    c = context(tmp_path, Folder(*places))
+    assert images.run(c)["count"] == {"train": 1, "val": 1, "test": 1}
+    assert [row["uri"].rsplit("/", 1)[-1] for row in written(c, "images")] == ["train.jpg", "val.jpg", "test.jpg"]
+    assert images.image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
+
+
+def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:
+    labelled(tmp_path / "from", tmp_path / "test", "voc", split="test", annotated=False)
+    (tmp_path / "test" / "Annotations").mkdir()
+    (tmp_path / "test" / "Annotations" / "none.xml").write_text("<annotation/>")
+    picture(tmp_path / "in" / "train.jpg")
+    with pytest.raises(InputError, match=r"data\.test .*: no annotated image; expected annotations in the format COCO, VOC"):
+        images.run(context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))))
+
+
+def test_a_broken_image_in_a_labelled_folder_is_recorded(tmp_path: Path) -> None:
+    for split in ("one", "two"):
+        labelled(tmp_path / "from", tmp_path / "test", "kitti", Annotation((1, 2, 11, 7), "person"), split=split)
+    (tmp_path / "test" / "training" / "image_2" / "one.jpg").write_text("no image")
+    picture(tmp_path / "in" / "train.jpg")
+    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    assert images.run(c)["count"]["test"] == 1
+    assert [r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")] == ["one.jpg"]
+
+
+def test_a_test_set_of_training_images_is_an_error_that_says_so(tmp_path: Path) -> None:
+    labelled(tmp_path / "from", tmp_path / "both", "voc", Annotation((1, 2, 11, 7), "person"))
+    place = str(tmp_path / "both")
+    with pytest.raises(InputError, match=r"no annotated image is left; 1 are in an earlier split too"):
+        images.run(context(tmp_path, Folder(images=place, test=place)))

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import detections, distillation, examples, pairs, tiny_config, tiny_fit
+from builders import TEMPLATES, detections, distillation, examples, pairs, tiny_clip, tiny_config, tiny_fit
 from torch import Tensor
 
+from coin_ray.clip.encoder import class_embeddings
+from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch, batches
+from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.structures import Detections
 from coin_ray.training.distill import Distillation
 from coin_ray.training.view import look
@@ -152,6 +155,65 @@ def test_rules_instead_of_ckg(fusion: str, tmp_path: Path) -> None:
     assert not CKG & set(parts)
     assert "inconsistent" in parts
     assert not moved(before, task.ckg)
+
+
+@pytest.mark.parametrize(("ckg_lr", "same"), [(0.0, True), (0.1, False)])
+def test_ckg_may_teach_before_or_after_its_own_step(ckg_lr: float, same: bool, tmp_path: Path) -> None:
+    """The paper lets it learn first, the published code last; the first losses differ by CKG's step alone."""
+    fit = tiny_fit(steps=1, warmup=0)
+    found = []
+    for first in (True, False):
+        (batch,) = three_steps(tmp_path, fit)
+        task = distillation(fit, ckg_first=first, ckg_lr=ckg_lr, burn_up=5, inconsistent_from=0)
+        found.append(values(task.train_step(batch, 0)))
+    before, after = (parts.pop("inconsistent") for parts in found)
+    assert found[0] == found[1]
+    assert (before == after) == same
+
+
+def test_the_teacher_follows_what_the_student_was_before_the_step(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    (batch,) = three_steps(tmp_path, fit)
+    task = distillation(fit, burn_up=0, teacher_rate=0.25)
+    teacher, student = weights(task.teacher), weights(task.student)
+    task.train_step(batch, 0)
+    for name, value in task.teacher.state_dict().items():
+        torch.testing.assert_close(value, teacher[name].lerp(student[name], 0.25))
+
+
+def test_order_of_images_in_the_batch_does_not_matter(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    found = []
+    for way in (1, -1):
+        (batch,) = three_steps(tmp_path, fit)
+        knowledge = {name: rows[::way] for name, rows in batch.knowledge.items()}
+        turned = Batch(batch.weak[::way], batch.strong[::way], knowledge, batch.generators[::way])
+        found.append(values(distillation(fit, burn_up=5, inconsistent_from=0).train_step(turned, 0)))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def one_class(seen: Detections) -> Detections:
+    """The published vectors of one class: all mass is on it; scores stay."""
+    return Detections(seen.boxes, seen.scores, torch.zeros_like(seen.labels), torch.tensor([[1.0, 0.0]]).repeat(len(seen), 1))
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_one_class_teaches_without_contradictions(step: int, tmp_path: Path) -> None:
+    """Nothing is inconsistent, so CKG never moves; everything else does."""
+    fit = tiny_fit(steps=1)
+    student, teacher = (build_detector(tiny_clip(), ("car",), tiny_config(), seed=s) for s in (1, 0))
+    embeddings = class_embeddings(tiny_clip(), ("car",), TEMPLATES)
+    config = Distill(fit=fit, prototypes_from=0, burn_up=5, teacher_rate=0.1)
+    task = Distillation(student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0, cloud_vectors="normalised"))
+    (batch,) = three_steps(tmp_path, fit)
+    batch.knowledge.update({name: [one_class(d) for d in rows] for name, rows in batch.knowledge.items()})
+    before = weights(task.ckg), weights(task.student)
+    parts = task.train_step(batch, step)
+    assert_finite(task, parts)
+    assert not CKG & set(parts)
+    assert ("inconsistent" in parts) == (step >= 5)
+    assert float(parts.get("inconsistent", torch.zeros(())).detach()) == 0
+    assert (moved(before[0], task.ckg), moved(before[1], task.student)) == (False, True)
 
 
 def test_rules_by_hand() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,20 @@ def test_soft_and_hard_labels_differ_only_in_the_class_loss(tmp_path: Path) -> N
     hard, soft_parts = found
     assert hard.pop("consistent") != pytest.approx(soft_parts.pop("consistent"))
     assert hard == pytest.approx(soft_parts)
+
+
+@pytest.mark.parametrize(("views", "images"), [("strong", 2), ("both", 4)])
+def test_the_weak_view_is_trained_with_the_same_labels(views: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, list[list[float]]]] = []
+
+    def watched(student: Any, pixels: Any, separations: Any, generators: Any) -> Any:
+        seen.append((len(pixels), [s.consistent.cloud.scores.tolist() for s in separations]))
+        return look(student, pixels, separations, generators)
+
+    monkeypatch.setattr("coin_ray.training.propagate.look", watched)
+    fit = tiny_fit(steps=1)
+    (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+    propagation(fit, views=views).train_step(batch, 0)
+    ((count, labels),) = seen
+    assert count == images
+    assert labels[:2] == labels[-2:] == [d.scores.tolist() for d in batch.knowledge["labels"]]

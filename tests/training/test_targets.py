@@ -5,6 +5,7 @@ import torch
 from builders import separation, tiny_config
 from torch import Tensor
 
+from coin_ray.structures import Separation
 from coin_ray.training.targets import anchor_targets, region_targets
 
 SIZE = (100, 100)
@@ -55,6 +56,16 @@ def test_a_box_without_area_claims_no_anchor() -> None:
 def test_nothing_known_means_background_everywhere() -> None:
     found = anchor_targets(boxes(ON_A, ON_B), SIZE, separation(), tiny_config(), generator())
     assert (found.sampled.tolist(), found.is_object.tolist(), len(found.positive), len(found.private)) == ([0, 1], [0, 0], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("known", "sampled"),
+    [(separation(), []), (separation(private=[(ON_C, 0, 0.9)]), [0, 1]), (separation(consistent=[(ON_A, 0, 0.9)]), [0, 1])],
+)
+def test_anchors_of_images_in_which_nobody_saw_anything_may_be_left_out(known: Separation, sampled: list[int]) -> None:
+    """The published code ignores them; with a private box only, background still is background."""
+    found = anchor_targets(boxes(ON_A, ON_B), SIZE, known, tiny_config(unseen_images="ignored"), generator())
+    assert found.sampled.tolist() == sampled
 
 
 @pytest.mark.parametrize(("good", "bad", "expected"), [(50, 50, (4, 4)), (2, 50, (2, 6)), (50, 1, (4, 1)), (1, 0, (1, 0))])

@@ -48,10 +48,11 @@ class RegionProposals(nn.Module):
 
     def _filter(self, anchors: Tensor, objectness: Tensor, deltas: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         limit = self.config.proposals_train if self.training else self.config.proposals_test
+        scale = deltas.new_tensor(self.config.anchor_weights) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
         kept = []
         for scores, moves, size in zip(objectness, deltas, sizes, strict=True):
             best = scores.topk(min(6 * limit, len(scores))).indices
-            candidates = clip_boxes_to_image(box_ops.decode(moves[best], anchors[best]), size)
+            candidates = clip_boxes_to_image(box_ops.decode(moves[best] / scale, anchors[best]), size)
             large = remove_small_boxes(candidates, 1.0)
             chosen = large[nms(candidates[large], scores[best][large], self.config.rpn_nms)[:limit]]
             kept.append(candidates[chosen])

@@ -1,0 +1,135 @@
+"""ATSS (arXiv 1912.02424) as an auxiliary head: one square anchor per cell, objects choose theirs by the spread of overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+
+from coin_ray import boxes as box_ops
+from coin_ray.models.co_detr.auxiliary import Outcome, Positives
+from coin_ray.models.co_detr.config import CoDetr
+from coin_ray.models.co_detr.criterion import ALPHA, GAMMA, at_least_one
+from coin_ray.models.co_detr.decoder import RARE
+from coin_ray.models.co_detr.neck import group_norm
+from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, square
+from coin_ray.models.co_detr.targets import Targets
+
+NONE = -1
+
+
+class Atss(nn.Module):
+    weights: ClassVar[dict[str, float]] = {"class": 1.0, "giou": 2.0, "centerness": 1.0}
+    """Of each loss among the head's own."""
+
+    def __init__(self, config: CoDetr, classes: int) -> None:
+        super().__init__()
+        self.candidates, self.classes = config.atss_candidates, classes
+        self.class_tower, self.box_tower = _tower(config.width), _tower(config.width)
+        self.classify = _conv(config.width, classes, RARE)
+        self.regress = _conv(config.width, 4)
+        self.centre = _conv(config.width, 1)
+        self.scales = nn.Parameter(torch.ones(config.levels + 1))
+
+    def forward(self, maps: Maps, targets: Sequence[Targets], generator: torch.Generator | None = None) -> Outcome:
+        anchors = lay_out(maps, [square(s) for s in maps.strides])
+        assigned = [
+            assign(anchors.boxes, anchors.levels, inside, t.boxes, self.candidates)
+            for inside, t in zip(anchors.inside, targets, strict=True)
+        ]
+        return Outcome(self._losses(maps, anchors, assigned, targets), _positives(maps, anchors, assigned, targets))
+
+    def _losses(self, maps: Maps, anchors: Anchors, assigned: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
+        logits, deltas, centre = self._predict(maps)
+        labels = torch.stack([_labels(a, t.labels, self.classes) for a, t in zip(assigned, targets, strict=True)])
+        image, row = (labels < self.classes).nonzero(as_tuple=True)
+        truth = torch.cat([t.boxes[a[a != NONE]] for a, t in zip(assigned, targets, strict=True)])
+        chosen = anchors.boxes[row]
+        wanted = centerness(chosen, truth)
+        found = box_ops.decode(deltas[image, row], chosen)
+        one_hot = F.one_hot(labels, self.classes + 1)[..., :-1].to(logits)
+        focal = sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA) * anchors.inside[..., None]
+        count = at_least_one((labels < self.classes).sum(1).clamp(min=1).sum())
+        return {
+            "class": focal.sum() / count,
+            "giou": (generalized_box_iou_loss(found, truth) * wanted).sum() / at_least_one(wanted.sum()),
+            "centerness": F.binary_cross_entropy_with_logits(centre[image, row, 0], wanted, reduction="sum") / count,
+        }
+
+    def _predict(self, maps: Maps) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, A, C], deltas [B, A, 4], centerness logits [B, A, 1]."""
+        boxes = [self.box_tower(m) for m in maps.levels]
+        logits = flattened([self.classify(self.class_tower(m)) for m in maps.levels], self.classes)
+        deltas = flattened([self.regress(b) * s for b, s in zip(boxes, self.scales, strict=True)], 4)
+        return logits, deltas, flattened([self.centre(b) for b in boxes], 1)
+
+
+@torch.no_grad()
+def assign(anchors: Tensor, levels: Tensor, inside: Tensor, boxes: Tensor, candidates: int) -> Tensor:
+    """[A]: the object each anchor stands for, or NONE.
+
+    An object's candidates are the ``candidates`` anchors of each level whose centres are closest to its own, among those ``inside`` [A]. Of
+    them it takes those that overlap it at least by mean + standard deviation of all candidates' overlaps and have their centre in it.
+    An anchor that several objects take goes to the one it overlaps most.
+    """
+    overlaps = anchors.new_full((len(boxes), len(anchors)), -1.0)
+    if not len(boxes):
+        return torch.full((len(anchors),), NONE, device=anchors.device)
+    chosen = _closest(anchors, levels, inside, boxes, candidates)
+    iou = box_iou(boxes, anchors).gather(1, chosen)
+    limit = iou.mean(1, keepdim=True) + (iou.std(1, keepdim=True) if iou.shape[1] > 1 else 0.0)
+    taken = (iou >= limit) & _centre_in(anchors[chosen], boxes[:, None])
+    overlaps.scatter_(1, chosen, torch.where(taken, iou, -1.0))
+    best, owner = overlaps.max(0)
+    return torch.where(best >= 0, owner, NONE)
+
+
+def centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """[P]: 1 where the anchor's centre is the box's, towards 0 at its border (FCOS, arXiv 1904.01355, eq. 3)."""
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    before, after = centres - boxes[:, :2], boxes[:, 2:] - centres
+    return (torch.minimum(before, after) / torch.maximum(before, after)).clamp(min=0).prod(1).sqrt()
+
+
+def _closest(anchors: Tensor, levels: Tensor, inside: Tensor, boxes: Tensor, candidates: int) -> Tensor:
+    """[N, M] rows of the anchors among which each box chooses."""
+    distance = torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, (anchors[:, :2] + anchors[:, 2:]) / 2)
+    parts = []
+    for level in levels.unique():
+        rows = ((levels == level) & inside).nonzero()[:, 0]
+        parts.append(rows[distance[:, rows].topk(min(candidates, len(rows)), 1, largest=False).indices])
+    return torch.cat(parts, 1)
+
+
+def _centre_in(anchors: Tensor, boxes: Tensor) -> Tensor:
+    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
+    return (torch.minimum(centres - boxes[..., :2], boxes[..., 2:] - centres) > 0.01).all(-1)
+
+
+def _labels(assigned: Tensor, labels: Tensor, background: int) -> Tensor:
+    extended = torch.cat([labels, labels.new_full((1,), background)])
+    return extended[assigned]
+
+
+def _positives(maps: Maps, anchors: Anchors, assigned: Sequence[Tensor], targets: Sequence[Targets]) -> list[Positives]:
+    found = []
+    for tokens, own, target in zip(maps.tokens(), assigned, targets, strict=True):
+        rows = (own != NONE).nonzero()[:, 0]
+        objects = own[rows]
+        found.append(Positives(anchors.boxes[rows], target.boxes[objects], target.labels[objects], tokens[rows]))
+    return found
+
+
+def _tower(width: int) -> nn.Sequential:
+    return nn.Sequential(_conv(width, width), group_norm(width), nn.ReLU())
+
+
+def _conv(channels: int, out: int, bias: float = 0.0) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, out, 3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.constant_(conv.bias, bias)  # type: ignore[arg-type]
+    return conv

@@ -1,0 +1,101 @@
+"""The local cloud as a Ray Serve application: the same service, on a cluster, with replicas that Ray replaces when they fail.
+
+``serve run coin_ray.serving.app:app`` takes its settings from ``COIN_SERVE``, ``COIN_SERVE_MODELS`` and so on (``Arguments``);
+``serve run coin_ray.serving.app:build serve=transformers models=IDEA-Research/grounding-dino-tiny gpus=1`` takes them as words.
+
+Batches are made by the service's own queue (``coin_ray.serving.batching``), as in the local server: only images with the same
+question can share a batch, which ``serve.batch`` knows nothing of, and one queue answers 503 with Retry-After in both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from ray import serve
+from starlette.applications import Starlette
+
+from coin_ray.errors import ConfigError
+from coin_ray.serving.batching import BATCH_WAIT
+from coin_ray.serving.local_cloud import Serve, create_app, load
+
+PREFIX = "COIN_SERVE_"
+MARGIN = 16
+
+
+class Arguments(BaseModel):
+    """What is served, and with what. In the environment: ``COIN_SERVE`` and ``COIN_SERVE_<NAME>``, several models by commas."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    serve: Serve = "demo"
+    models: tuple[str, ...] = ()
+    token_env: str | None = None
+    queue_max: int = Field(64, ge=1)
+    batch_wait: float = Field(BATCH_WAIT, ge=0)
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(1.0, ge=0)
+    gpus: float = Field(0.0, ge=0)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        return tuple(name for name in value.split(",") if name) if isinstance(value, str) else value
+
+
+def from_environment(environment: Mapping[str, str]) -> Arguments:
+    """Raises ConfigError naming the variable that is unknown or wrong."""
+    given = {name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
+    if "COIN_SERVE" in environment:
+        given["serve"] = environment["COIN_SERVE"]
+    return _checked(given, f"environment variables COIN_SERVE and {PREFIX}*")
+
+
+def _checked(given: Mapping[str, Any], where: str) -> Arguments:
+    try:
+        return Arguments.model_validate(given)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def asgi_app(arguments: Arguments) -> Starlette:
+    """What a replica runs: the local cloud's application with its detector loaded. Raises ConfigError if the token is not set."""
+    token = os.environ.get(arguments.token_env) if arguments.token_env else None
+    if arguments.token_env and not token:
+        raise ConfigError(f"the environment variable {arguments.token_env}, which token_env names, is not set on this machine")
+    detector = load(arguments.serve, arguments.models)
+    return create_app(detector, token=token, queue_max=arguments.queue_max, batch_wait=arguments.batch_wait)
+
+
+class Replica:
+    """Ray asks each replica for its health and replaces those that raise."""
+
+    app: Starlette
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if the detector failed several times in a row, as after an error of the GPU."""
+        if not self.app.state.cloud.queue.healthy:
+            raise RuntimeError("the detector has failed in each of the last images")
+
+
+def build(args: Arguments | Mapping[str, Any]) -> serve.Application:
+    """The application with ``args``; ``serve run`` gives its words as a dictionary. Raises ConfigError naming a wrong one."""
+    arguments = args if isinstance(args, Arguments) else _checked(args, "serve run coin_ray.serving.app:build")
+
+    def factory() -> Starlette:
+        return asgi_app(arguments)
+
+    deployment = serve.deployment(
+        serve.ingress(factory)(Replica),
+        name="coin-detector",
+        num_replicas=arguments.replicas,
+        max_ongoing_requests=arguments.queue_max + MARGIN,  # beyond queue_max the replica itself refuses, with Retry-After
+        max_queued_requests=arguments.queue_max,
+        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+    )
+    return deployment.bind()
+
+
+app = build(from_environment(os.environ))

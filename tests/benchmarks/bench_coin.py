@@ -1,0 +1,113 @@
+"""What COIN reaches and what its parts are worth: ``make bench-coin`` or ``python tests/benchmarks/bench_coin.py``.
+
+    make bench-coin                               # the demo, seeds 0 1 2
+    make bench-coin ARGS="--assets DIR"           # the demo and thermal
+    make bench-coin ARGS="--quick"                # a tenth of the steps, two seeds; writes nothing into docs/results
+
+Three studies per preset (baselines, ablation, fusion) on one root each, so that they share images, answers and teachers. A killed run goes
+on by the same command. Prints the tables, writes them as Markdown with figures and the versions that made them, and prints all figures as
+one line of JSON last. Other options are those of pipelines/ablate.py (--seeds, --steps-share, --share, settings by dotted name).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from coin_ray.errors import CoinError
+from coin_ray.experiments import studies
+from coin_ray.experiments.command import Request, request
+from coin_ray.experiments.grid import Host
+from coin_ray.experiments.outcome import Row, markdown
+from coin_ray.summary import PACKAGES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STUDIES: dict[str, tuple[str, studies.Study]] = {
+    "baselines": ("COIN beside its teachers and baselines", studies.baselines),
+    "ablation": ("What each loss and each stage is worth", studies.ablation),
+    "fusion": ("What supervises inconsistent boxes", studies.fusion),
+}
+
+
+def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]:
+    """A request by preset, and where the results go (None: only the roots). Raises ConfigError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--assets", help="folder of the thermal preset's images and detectors; without it only the demo is run")
+    parser.add_argument("--root", default=str(REPOSITORY / "runs" / "bench-coin"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of tables and figures (default: docs/results, none for --quick and --steps-share)")
+    known, rest = parser.parse_known_args(list(arguments))
+    presets = {"demo": ["demo"]} | ({"thermal": ["thermal", "--assets", known.assets]} if known.assets else {})
+    asked = {name: request([*first, "--root", f"{known.root}/{name}", *rest], "bench_coin.py", "") for name, first in presets.items()}
+    real = not any(argument.startswith(("--quick", "--steps-share")) for argument in rest)
+    return asked, known.out or (REPOSITORY / "docs" / "results" if real else None)
+
+
+def measure(asked: Request, host: Host) -> dict[str, list[Row]]:
+    return {name: study(asked, host) for name, (_, study) in STUDIES.items()}
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Mean, deviation and values of each row, as shares."""
+    return {
+        ", ".join(part for part in (row.name, row.group) if part): {
+            "mean": None if row.mean is None else round(row.mean, 4),
+            "std": None if row.std is None else round(row.std, 4),
+            "values": list(row.values),
+        }
+        for row in rows
+    }
+
+
+def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str) -> str:
+    """Markdown with all tables, figures beside it, and what made them."""
+    parts = [f"# {preset}: measured results\n"]
+    for name, (title, _) in STUDIES.items():
+        parts += [f"## {title}\n", markdown(found[name]), f"![{title}]({preset}-{name}.svg)\n"]
+    packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    parts += [
+        "## How it was made\n",
+        f"    {command}\n",
+        f"Seeds {', '.join(map(str, asked.seeds))}; mAP50 in points, mean ± sample standard deviation over seeds; last checkpoint, "
+        f"{asked.config.propagate.fit.steps} steps of propagation and {asked.config.distill.fit.steps} of distillation. "
+        f"{datetime.now(timezone.utc):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}.\n",
+    ]
+    return "\n".join(parts)
+
+
+def write(out: Path, preset: str, asked: Request, found: dict[str, list[Row]], command: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{preset}.md").write_text(page(preset, asked, found, command))
+    for name in STUDIES:
+        (out / f"{preset}-{name}.svg").write_bytes((Path(asked.root) / f"{name}.svg").read_bytes())
+
+
+def main(arguments: Sequence[str]) -> int:
+    from coin_ray.experiments.tuning import under_tune
+
+    try:
+        asked, out = requests(arguments)
+        found = {preset: measure(one, under_tune) for preset, one in asked.items()}
+    except CoinError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    if any(one.dry_run for one in asked.values()):
+        return 0
+    command = f'make bench-coin ARGS="{shlex.join(arguments)}"' if arguments else "make bench-coin"
+    for preset, rows in found.items():
+        if out is not None:
+            write(out, preset, asked[preset], rows, command)
+    print(json.dumps({preset: {name: figures(part) for name, part in rows.items()} for preset, rows in found.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

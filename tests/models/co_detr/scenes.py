@@ -1,0 +1,75 @@
+"""Small things that tests of Co-DETR share."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from coin_ray.models.base import Images
+from coin_ray.models.co_detr.backbone import TinyBackbone
+from coin_ray.models.co_detr.collaborative import CollaborativeDetr
+from coin_ray.models.co_detr.config import CoDetr, tiny
+from coin_ray.models.co_detr.model import DeformableDetr
+from coin_ray.models.co_detr.pyramid import Maps
+from coin_ray.models.co_detr.targets import Targets
+
+M = TypeVar("M", bound=torch.nn.Module)
+SHAPES = ((6, 8), (3, 4), (2, 2))
+CLASSES = 3
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)), padded: tuple[int, int] = (64, 96), seed: int = 0) -> Images:
+    """Noise inside each image, zeros in the padding."""
+    pixels = torch.zeros(len(sizes), 3, *padded)
+    draw = seeded(seed)
+    for row, (height, width) in zip(pixels, sizes, strict=True):
+        row[:, :height, :width] = torch.randn(3, height, width, generator=draw)
+    return Images(pixels, sizes)
+
+
+def objects(*rows: tuple[float, float, float, float, int]) -> Targets:
+    boxes = torch.tensor([row[:4] for row in rows]).reshape(-1, 4)
+    return Targets(boxes, torch.tensor([row[4] for row in rows], dtype=torch.int64))
+
+
+TWO = [objects((4, 6, 40, 44, 0), (50, 10, 90, 60, 2)), objects((10, 10, 60, 40, 1))]
+
+
+def detr(config: CoDetr | None = None, seed: int = 0) -> DeformableDetr:
+    torch.manual_seed(seed)
+    return stirred(DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny()))
+
+
+def stirred(model: M) -> M:
+    """Weights that start at zero get values, so that nothing is switched off."""
+    draw = seeded()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not bool(weight.any()):
+                weight.normal_(std=0.1, generator=draw)
+    return model
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=seeded(seed))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def seen(maps: int = 3, sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)), width: int = 64) -> Maps:
+    """A pyramid of noise under images of 64 x 96 pixels."""
+    sides = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)][:maps]
+    return Maps([randn(len(sizes), width, *side, seed=i) for i, side in enumerate(sides)], [8 * 2**i for i in range(maps)], sizes)
+
+
+def collaborative(config: CoDetr | None = None, seed: int = 0) -> CollaborativeDetr:
+    torch.manual_seed(seed)
+    return stirred(CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny()))
