@@ -239,7 +239,7 @@ def observed(
             journal = Journal.open(str(place / "journal"))
             governor = LocalGovernor(Governor(limits(cloud), journal.spent()))
             client = CloudClient(cloud, CLASSES, url, journal, governor, subject.case.adapter, sleep=briefly, uniform=lambda low, high: low)
-            client._query = subject.case.query()
+            client._query = client._replies._query = subject.case.query()
             left.extend([client, subject.case.adapter, subject.case.adapter.capabilities, vars(client)])
             try:
                 await client.check()

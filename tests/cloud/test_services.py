@@ -302,7 +302,7 @@ def test_the_client_and_a_service(case: Case, tmp_path: Path, monkeypatch: pytes
         client = CloudClient(
             config, case.query().classes, config.url, journal, governor, case.adapter, transport=server.transport(), sleep=no_sleep
         )
-        client._query = case.query()
+        client._query = client._replies._query = case.query()
         await client.check()
         return [await client.answer(image), await client.answer(image)]
 
