@@ -71,6 +71,7 @@ def build_page(
         collected=_collected(summary),
         stages=_stages(summary),
         separation=stacked({kind: int((summary.get("separation") or {}).get(kind) or 0) for kind in KINDS}),
+        knowledge=summary.get("knowledge"),
         class_bars=class_bars(summary.get("classes") or (), per_class, PER_CLASS),
         curves=curves_by_run(curves),
         gallery=[_frame(image) for image in gallery],

@@ -209,3 +209,21 @@ def test_terminal_table_without_truth(whole: dict[str, Any], capsys: pytest.Capt
 def test_terminal_table_imports_neither_torch_nor_jinja2() -> None:
     code = "import sys, coin_ray.report.table; print(sorted({'torch', 'jinja2', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+KNOWLEDGE = {
+    "consistent": {"right": 0.72},
+    "inconsistent": {"cloud": 0.53, "clip": 0.56, "mean": 0.65, "neither": 0.21},
+    "private": {"right": 0.5},
+}
+
+
+def test_how_right_each_kind_is_stands_beside_its_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    text = " ".join(full(knowledge=KNOWLEDGE).split())
+    assert "consistent 72 %; inconsistent cloud 53 %, clip 56 %, mean 65 %, neither 21 %; private 50 %." in text
+    assert "which no training sees" not in full()
+    print_summary(summary(knowledge=KNOWLEDGE))
+    shown = capsys.readouterr().out
+    assert "72%" in shown
+    assert "cloud 53%, clip 56%, mean 65%, neither 21%" in shown
