@@ -323,9 +323,11 @@ class CloudClient:
         Raises ``BudgetExhausted``, ``QuotaExhausted``, ``CloudUnreachable``, or ``failed`` itself if there have been too many retries.
         """
         while True:
-            if self._no_quota:
-                raise QuotaExhausted(self._no_quota)
             grant = await self._governor.reserve(self._config.usd_per_call, failed is not None)
+            if self._no_quota:  # said to another image, maybe while this one waited for a place
+                if grant.lease is not None:
+                    await self._governor.settle(grant.lease, "unsent", billed=False)
+                raise QuotaExhausted(self._no_quota)
             if grant.refusal == "budget":
                 raise BudgetExhausted(f"{grant.reason}; raise the limit and run again, answers so far are kept")
             if grant.refusal == "unreachable":
@@ -365,6 +367,8 @@ class CloudClient:
         except CloudError as error:
             billed = error.may_have_billed or found is not None
             outcome = _outcome(error)
+            if isinstance(error, QuotaExhausted):
+                self._no_quota = str(error)  # before the place goes to an image that waits for it
             raise
         finally:
             if not billed:
@@ -384,10 +388,10 @@ class CloudClient:
         call.started = self._clock()
         reply = await self._http.send(request, call.idempotency_key)
         call.latency_ms = (self._clock() - call.started) * 1000
-        if not self._capabilities.asynchronous:
-            await self._governor.arrived(lease)
         if not 200 <= reply.status < 300:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
+        if not self._capabilities.asynchronous:
+            await self._governor.arrived(lease)
         return await asyncio.to_thread(self._replies.received, call, reply)
 
     async def _polled(self, call: Call, wait: float) -> RawDetections:

@@ -311,18 +311,15 @@ class Breaker:
 
 
 class LocalGovernor:
-    """A governor in this process, with the asynchronous face that clients use. A free place goes at once to the caller that waits longest."""
+    """A governor in this process, with the asynchronous face that clients use. A place that comes free wakes the caller that waits longest."""
 
     def __init__(self, governor: Governor) -> None:
         self.governor = governor
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def reserve(self, usd: float, retry: bool = False) -> Grant:
-        grant = self.governor.reserve(usd, retry)
-        if not grant.full:
-            return grant
-        await self._place()
-        grant = self.governor.reserve(usd, retry)
+        while (grant := self.governor.reserve(usd, retry)).full:
+            await self._place()
         if grant.lease is None:  # it takes no place, so the next one's turn has come
             self._call_next()
         return grant

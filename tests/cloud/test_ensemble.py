@@ -351,6 +351,13 @@ def test_failover_when_the_first_one_s_quota_is_spent(clouds: Build) -> None:
     assert "cheap: the service answered 402" in str(answers[-1].error)
 
 
+def test_images_that_wait_for_a_place_do_not_ask_for_a_quota_that_is_gone(clouds: Build) -> None:
+    subject = clouds([NO_QUOTA], [BUS], mode="failover", settings=[{"in_flight": 1}, {}])
+    answers = subject.ask(*(picture(i) for i in range(6)))
+    assert [a.teachers for a in answers] == [("dear",)] * 6
+    assert subject.requests == [1, 6]
+
+
 TWO, NONE = {"max_calls": 2}, dict[str, Any]()
 GONE = httpx.ConnectError("refused")
 ALL_SPENT = [
