@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from coin_ray import storage
 from coin_ray.config import Cloud, DemoScenes, PipelineConfig
+from coin_ray.serving.launch import EMULATED
 from coin_ray.steps import Step
 
 MINUTES_SHOWN = 1440
@@ -78,7 +79,7 @@ def _pace(cloud: Cloud) -> float:
     from coin_ray.cloud.client import limits
 
     rate = limits(cloud).rate
-    return min(rate, cloud.in_flight / cloud.serve_latency) if cloud.serve != "none" and cloud.serve_latency else rate
+    return min(rate, cloud.in_flight / cloud.serve_latency) if cloud.serve in EMULATED and cloud.serve_latency else rate
 
 
 def _count_images(config: PipelineConfig, step: Step, root: str) -> int:

@@ -43,6 +43,12 @@ def test_time(calls: int, rate: float, per_day: int | None, today: int, seconds:
     assert seconds_needed(calls, rate, per_day, today) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(("cloud", "rate"), [(Cloud(serve="demo"), 2.0), (Cloud(serve="transformers", model="tiny"), 50.0)])
+def test_only_an_emulated_cloud_has_an_emulated_latency(images: list[Path], tmp_path: Path, cloud: Cloud, rate: float) -> None:
+    config = configuration(tmp_path, replace(cloud, in_flight=4, serve_latency=2.0))
+    assert estimate(config, graph(config), str(tmp_path / "root"))[0].rate == pytest.approx(rate)
+
+
 def configuration(tmp_path: Path, *clouds: Cloud, mode: str = "fuse") -> PipelineConfig:
     data = Folder(str(tmp_path / "images"))
     ensemble = Ensemble(mode)  # type: ignore[arg-type]
