@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 BatchNorm = Literal["frozen", "live"]
 
 
-class Tower(nn.Module):
+class Tower(nn.Module, ABC):
     """``shared`` (G1, stride 16) feeds the RPN and RoIAlign, ``regional`` (G2, mean pooled) describes RoIs.
 
     The first layers, ``frozen``, are never trained and always in evaluation mode.
@@ -33,13 +34,13 @@ class Tower(nn.Module):
             layer.eval()
         return self
 
+    @abstractmethod
     def shared(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, shared_channels, H/16, W/16]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def regional(self, pooled: Tensor) -> Tensor:
         """RoIAligned maps [R, shared_channels, s, s] -> [R, regional_channels]."""
-        raise NotImplementedError
 
 
 class ClipTower(Tower):
