@@ -41,14 +41,14 @@ class DemoScenes:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder or URI of unlabelled images; labelled ones (COCO json beside ``images/``) are only read to evaluate."""
+    """A folder or URI of unlabelled images; labelled ones, in any format of docs/formats.md, are only read to evaluate."""
 
     images: str = ""
-    """Folder of unlabelled training images, read recursively. A COCO folder (annotations.json and images/) works too."""
+    """Folder of unlabelled training images, read recursively. Labelled folders work too, ``FOLDER#SPLIT`` is one of their splits."""
     val: str | None = None
-    """COCO folder with annotations for validation."""
+    """Labelled folder for validation."""
     test: str | None = None
-    """COCO folder with annotations; without it nothing can be evaluated and the table says so."""
+    """Labelled folder; without it nothing can be evaluated and the table says so."""
 
 
 Service = Literal[
@@ -437,7 +437,7 @@ def check_runnable(config: PipelineConfig) -> None:
     _check(bool(config.classes), "which classes? give --classes person,dog")
     _check(
         all(c.url or c.serve != "none" or c.service != "http" for c in config.clouds),
-        "which cloud? give --cloud https://... or --cloud SERVICE, or --cloud.serve demo|onnx for a local one",
+        "which cloud? give --cloud https://... or --cloud SERVICE, or --cloud.serve demo|onnx|transformers|checkpoint for a local one",
     )
     if config.more_clouds:
         _check_ensemble(config)

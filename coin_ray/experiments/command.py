@@ -19,7 +19,7 @@ QUICK = 0.1
 
 @dataclass(frozen=True)
 class Request:
-    """What a grid is made for. ``steps``: share of all training steps; ``share``: of the inconsistent boxes that teach, for the fair thresholds."""
+    """What a grid is made for. ``share``: of the inconsistent boxes that teach, for the fair thresholds."""
 
     config: PipelineConfig
     root: str

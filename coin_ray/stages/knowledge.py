@@ -81,7 +81,7 @@ def _truth(images: Sequence[dict[str, object]], folder: str, classes: int) -> di
     truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
     wanted = [str(i["image_id"]) for i in images if str(i["image_id"]) in truth]
     if not wanted:
-        raise InputError("the oracle baseline needs annotated training images; data.images has no annotations.json")
+        raise InputError("the oracle baseline needs annotated training images; data.images has no labels in a format of docs/formats.md")
     found = {}
     for i in wanted:
         required = ~truth[i].difficult
