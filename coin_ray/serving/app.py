@@ -28,7 +28,7 @@ MARGIN = 16
 class Arguments(BaseModel):
     """What is served, and with what. In the environment: ``COIN_SERVE`` and ``COIN_SERVE_<NAME>``, several models by commas."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     serve: Serve = "demo"
     models: tuple[str, ...] = ()

@@ -109,6 +109,12 @@ def test_wrong_settings_are_named(environment: dict[str, str], name: str) -> Non
         from_environment(environment)
 
 
+def test_a_secret_given_by_mistake_is_not_told() -> None:
+    with pytest.raises(ConfigError, match="token") as caught:
+        from_environment({"COIN_SERVE_TOKEN": "s3cret-0123", "COIN_SERVE_CPUS": "s3cret-0123"})
+    assert "s3cret" not in str(caught.value)
+
+
 def test_a_token_that_is_not_set_is_no_open_door(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = Arguments(serve="checkpoint", models=(folder,), token_env="DETECTOR_KEY")
     monkeypatch.delenv("DETECTOR_KEY", raising=False)
