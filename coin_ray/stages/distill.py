@@ -35,15 +35,17 @@ def run(context: Context) -> dict[str, Any]:
         if (i := str(row["image_id"])) in cloud
     ]
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
-    separated = storage.read_table(storage.join(context.inputs["separate"], "separation.parquet"))
-    build = partial(make, config, teacher, annotators_of(separated, config))
+    build = partial(make, config, teacher, annotators_of(context.inputs["separate"], config))
     work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder)
     return {"images": len(examples), "last": fit(work)[-1]}
 
 
-def annotators_of(separated: pa.Table, config: PipelineConfig) -> Annotators | None:
+def annotators_of(separate: str, config: PipelineConfig) -> Annotators | None:
     """Both teachers' confusions, from all boxes that both saw in the training images before distillation; None if the fusion needs none."""
-    return dawid_skene(*paired_opinions(separated, len(config.classes))) if config.distill.fusion == "dawid_skene" else None
+    if config.distill.fusion != "dawid_skene":
+        return None
+    separated = storage.read_table(storage.join(separate, "separation.parquet"))
+    return dawid_skene(*paired_opinions(separated, len(config.classes)))
 
 
 def paired_opinions(separated: pa.Table, classes: int, kinds: tuple[str, ...] = ("consistent", "inconsistent")) -> list[torch.Tensor]:
