@@ -178,7 +178,9 @@ class Collect:
     """Cloud answers and the second opinion on their boxes."""
 
     labeler: Literal["roi", "crop", "none"] = "roi"
-    """CLIP on RoI features of the whole image (one pass), on crops, or no CLIP at all."""
+    """CLIP on RoI features of the whole image (one pass) as published, on crops (slower, and right more often), or no CLIP at all."""
+    crop_context: float = 1.2
+    """labeler crop: side of what is cut out / side of the box; a little of the surroundings helps CLIP (docs/demo.md)."""
     fuse_iou: float = 0.6
     """Cloud boxes of one class overlapping more are merged, weighted by score."""
     batch: int = execution(32)
@@ -188,6 +190,7 @@ class Collect:
 
     def __post_init__(self) -> None:
         _fraction("collect.fuse_iou", self.fuse_iou)
+        _check(self.crop_context >= 1, f"collect.crop_context must be at least 1; got {self.crop_context}")
         _check(self.batch > 0, "collect.batch must be positive")
 
 

@@ -113,6 +113,7 @@ def demo() -> PipelineConfig:
         data=DemoScenes(),
         cloud=Cloud(serve="demo", usd_per_call=0.002, rate=60.0, in_flight=16),
         clip=DEMO_CLIP,
+        collect=Collect(labeler="crop"),
         labels=Labels(score_min=0.3, probabilities="background", clip_background="keep"),
         detector=TINY_DETECTOR,
         propagate=small_propagation(200),

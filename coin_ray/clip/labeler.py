@@ -42,10 +42,13 @@ class RoiLabeler:
 
 
 class CropLabeler:
-    """Each box cut out, stretched to CLIP's input size and encoded by itself."""
+    """Each box cut out with some of what surrounds it, stretched to CLIP's input size and encoded by itself.
 
-    def __init__(self, clip: ClipModel, classes: Sequence[str], config: Clip) -> None:
-        self.clip = clip
+    ``context``: side of what is cut out / side of the box.
+    """
+
+    def __init__(self, clip: ClipModel, classes: Sequence[str], config: Clip, context: float = 1.0) -> None:
+        self.clip, self.context = clip, context
         self.embeddings = class_embeddings(clip, classes, config)
 
     @torch.no_grad()
@@ -55,7 +58,7 @@ class CropLabeler:
             return torch.zeros(0, len(self.embeddings))
         side = self.clip.roi_size * 16
         crops = []
-        for left, top, right, bottom in boxes.round().int().tolist():
+        for left, top, right, bottom in with_context(boxes, self.context, image.shape[1], image.shape[2]).round().int().tolist():
             left, top = min(max(left, 0), image.shape[2] - 2), min(max(top, 0), image.shape[1] - 2)
             crops.append(resized_crop(image, top, left, max(bottom - top, 2), max(right - left, 2), [side, side], antialias=True))
         pixels = normalize(torch.stack(crops).to(self.clip.device).float() / 255, list(self.clip.mean), list(self.clip.std))
@@ -63,6 +66,13 @@ class CropLabeler:
 
 
 Labeler = RoiLabeler | CropLabeler
+
+
+def with_context(boxes: Tensor, factor: float, height: int, width: int) -> Tensor:
+    """``boxes`` [N, 4] xyxy pixels with sides ``factor`` times as long, about the same centres, cut at the image's borders."""
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) * factor / 2
+    border = boxes.new_tensor([width, height])
+    return torch.cat([(centre - half).clamp(min=0), torch.minimum(centre + half, border)], 1)
 
 
 def attention_pool(pool: Any, maps: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def make_labeler(config: PipelineConfig) -> Labeler | None:
     if config.collect.labeler_gpus:
         clip.network.to("cuda")
     if config.collect.labeler == "crop":
-        return CropLabeler(clip, config.classes, config.clip)
+        return CropLabeler(clip, config.classes, config.clip, config.collect.crop_context)
     return RoiLabeler(clip, config.classes, config.clip, config.detector.short_side, config.detector.long_side)
 
 

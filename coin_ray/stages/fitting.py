@@ -25,6 +25,7 @@ from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_count, worker_rank
 from coin_ray.stages.cluster import cluster_cpus, ensure_ray, largest_node_cpus, on_cluster, quiet, threads
 from coin_ray.stages.progress import Bar, bar
+from coin_ray.training import diagnosis
 from coin_ray.training.loop import Curve, Task, run
 
 CLUSTER_RETRIES = 3
@@ -114,7 +115,7 @@ class FolderHost:
         if worker_rank() == 0:
             if checkpoint is not None:
                 save_weights(self.place, checkpoint)
-            self.shown.update(step + 1, " ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+            self.shown.update(step + 1, " ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name not in diagnosis.NAMES))
         ray.train.report({"step": step, **metrics})
 
     def forget(self) -> None:

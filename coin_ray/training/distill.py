@@ -25,6 +25,7 @@ from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import all_sum, sum_gradients
 from coin_ray.structures import Detections, Separation
+from coin_ray.training import diagnosis
 from coin_ray.training.ema import follow
 from coin_ray.training.propagate import descend, mixed_precision
 from coin_ray.training.schedule import make_optimizer, new_optimizer, set_learning_rate
@@ -78,7 +79,7 @@ class Distillation:
         descend(self.optimizer, student, losses, step, config.fit)
         if step >= config.prototypes_from:
             self.update_prototypes(view)
-        return losses | ckg_losses
+        return losses | ckg_losses | diagnosis.kinds(separations)
 
     def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
         """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view)."""
@@ -129,12 +130,18 @@ class Distillation:
         losses = {"ckg_consistent": self.misnamed(view)}
         regions, head = view.regions, self.student.head
         answers = F.one_hot(view.consistent.cloud.labels, self.student.num_classes + 1).float()
-        fused = self.fuse(regions.embedded[view.on_inconsistent], view.inconsistent.cloud.probs, view.inconsistent.clip.probs)
+        embedded = regions.embedded[view.on_inconsistent]
+        fused = self.fuse(embedded, view.inconsistent.cloud.probs, view.inconsistent.clip.probs)
         again = head(regions.pooled[torch.cat([view.on_consistent, view.on_inconsistent])].detach(), regions.classes.detach()).logits
         on_consistent, on_inconsistent = again.split([len(answers), len(fused)])
         losses["ckg_gradient"] = gradient_misalignment(
             squared_error(on_consistent, answers), squared_error(on_inconsistent, fused), list(head.transformation.parameters())
         )
+        shown = diagnosis.whom_ckg_follows(fused, view.inconsistent, self.trusted_from(fused))
+        shown["ckg_spread"] = diagnosis.spread(
+            self.ckg.weights(embedded, (self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()))
+        )
+        shown["gradient_angle"] = diagnosis.gradient_angle(losses["ckg_gradient"])
         parameters = list(self.ckg.parameters())
         gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -142,7 +149,7 @@ class Distillation:
         sum_gradients(parameters)
         set_learning_rate(self.ckg_optimizer, step, self.config.fit)
         self.ckg_optimizer.step()
-        return losses
+        return losses | shown
 
     def misnamed(self, view: View) -> Tensor:
         """How far CKG is from naming consistent RoIs as both teachers do; with ``ckg_background`` also background RoIs, where both see nothing."""

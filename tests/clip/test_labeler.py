@@ -6,7 +6,7 @@ from builders import CLASSES, TEMPLATES, tiny_clip
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize, resize
 
-from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler, attention_pool
+from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler, attention_pool, with_context
 
 
 @pytest.fixture(scope="module", params=["roi", "crop"])
@@ -69,3 +69,21 @@ def test_attention_pooling_is_open_clips() -> None:
         projection.bias.data.normal_()
     maps = torch.randn(5, pool.positional_embedding.shape[1], side, side)  # type: ignore[union-attr,arg-type]
     torch.testing.assert_close(attention_pool(pool, maps), pool(maps), rtol=1e-4, atol=1e-5)  # type: ignore[operator,arg-type]
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [(1.0, [20, 20, 40, 60]), (1.5, [15, 10, 45, 70]), (3.0, [0, 0, 60, 80])],
+)
+def test_context_grows_boxes_about_their_centres_and_stops_at_the_border(factor: float, expected: list[int]) -> None:
+    box = torch.tensor([[20.0, 20, 40, 60]])
+    assert with_context(box, factor, 80, 90)[0].tolist() == expected
+
+
+def test_crops_see_what_surrounds_the_box() -> None:
+    clip, image, box = tiny_clip(), torch.zeros(3, 80, 80, dtype=torch.uint8), torch.tensor([[20.0, 20, 60, 60]])
+    image[:, :18] = 255
+    alone, around = (CropLabeler(clip, CLASSES, TEMPLATES, context)(image, box) for context in (1.0, 1.5))
+    grown = CropLabeler(clip, CLASSES, TEMPLATES, 1.0)(image, torch.tensor([[10.0, 10, 70, 70]]))
+    torch.testing.assert_close(around, grown)
+    assert not torch.allclose(alone, around)
