@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from coin_ray.config import PipelineConfig
 from coin_ray.errors import ConfigError
 from coin_ray.storage import read_bytes
+
+PACKAGE = str(Path(__file__).parent)
 
 
 def to_yaml(config: PipelineConfig) -> str:
@@ -54,7 +57,10 @@ def _config_types() -> list[Any]:
 
 
 def identity(value: Any) -> Any:
-    """``value`` as plain data without the fields that only say how it runs (``coin_ray.config.execution``)."""
+    """``value`` as plain data without the fields that only say how it runs (``coin_ray.config.execution``).
+
+    Of files that ship with the package, where it is installed is no part either.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
         return {"": type(value).__name__} | {f.name: identity(getattr(value, f.name)) for f in kept}
@@ -62,6 +68,8 @@ def identity(value: Any) -> Any:
         return {key: identity(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [identity(item) for item in value]
+    if isinstance(value, str) and value.startswith(PACKAGE):
+        return "coin_ray" + value[len(PACKAGE) :]
     if isinstance(value, float) and value.is_integer():
         return int(value)  # 1 and 1.0 are the same setting
     return value

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from coin_ray import config as settings
+from coin_ray import configfile
 from coin_ray.config import Cloud, DemoScenes, Distill, Ensemble, Folder, Optimize, PipelineConfig, Propagate
 from coin_ray.configfile import fingerprint, from_dict, from_yaml, to_yaml
 from coin_ray.errors import ConfigError
@@ -153,3 +155,13 @@ def test_unreadable_files(text: str | None, said: str, tmp_path: Path) -> None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=said):
         from_yaml(str(file))
+
+
+def test_where_the_package_is_installed_changes_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, elsewhere = demo(), "/elsewhere/coin_ray"
+    assert here.clip.model.startswith(configfile.PACKAGE)
+    moved = from_dict(yaml.safe_load(to_yaml(here).replace(configfile.PACKAGE, elsewhere)), "moved.yaml")
+    before = fingerprint(here)
+    assert fingerprint(moved) != before
+    monkeypatch.setattr(configfile, "PACKAGE", elsewhere)
+    assert fingerprint(moved) == before
