@@ -107,6 +107,7 @@ class DetectionsTable(Mapping[str, Detections]):
 
     def __init__(self, table: pa.Table, num_classes: int, uri: str | None = None) -> None:
         self.table, self.num_classes, self.uri = table.select(USED), num_classes, uri
+        self.names, *self.columns = (self.table[name] for name in USED[:5])
         failed = pc.is_in(table["status"], value_set=pa.array(["error", "skipped_budget"])).to_numpy()
         self.rows: NDArray[np.int64] = np.flatnonzero(~failed.astype(bool))
         by_name = pc.sort_indices(table["image_id"]).to_numpy()
@@ -118,7 +119,7 @@ class DetectionsTable(Mapping[str, Detections]):
     @property
     def ids(self) -> pa.ChunkedArray:
         """The image ids, in the table's order."""
-        return self.table["image_id"].take(pa.array(self.rows))
+        return self.names.take(pa.array(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,16 +134,16 @@ class DetectionsTable(Mapping[str, Detections]):
         row = self._row(image_id)
         if row is None:
             raise KeyError(image_id)
-        values = {name: self.table[name][row].values for name in USED[1:5]}
+        boxes, scores, labels, probs = (column[row].values for column in self.columns)
         return Detections(
-            boxes=_tensor(values["boxes"].flatten(), torch.float32).reshape(-1, 4),
-            scores=_tensor(values["scores"], torch.float32),
-            labels=_tensor(values["labels"], torch.int64),
-            probs=_tensor(values["probs"].flatten(), torch.float32).reshape(-1, self.num_classes + 1),
+            boxes=_tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
+            scores=_tensor(scores, torch.float32),
+            labels=_tensor(labels, torch.int64),
+            probs=_tensor(probs.flatten(), torch.float32).reshape(-1, self.num_classes + 1),
         )
 
     def _name(self, row: int) -> str:
-        return str(self.table["image_id"][int(row)].as_py())
+        return str(self.names[int(row)].as_py())
 
     def _row(self, image_id: str) -> int | None:
         """Found by halves: an index of the names themselves would take more memory than a small answer."""

@@ -44,7 +44,14 @@ def opinions(ids: Sequence[str], draw: np.random.Generator) -> pa.Table:
     boxes = pa.FixedSizeListArray.from_arrays(pa.array(draw.random(4 * n, np.float32)), 4)
     scores, labels = draw.random(n, np.float32), draw.integers(0, CLASSES, n)
     probs = lists(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1)
-    columns = [pa.array(ids), lists(boxes, BOXES), lists(scores, BOXES), lists(labels, BOXES), lists(probs, BOXES), pa.repeat("ok", len(ids))]
+    columns = [
+        pa.array(ids),
+        lists(boxes, BOXES),
+        lists(scores, BOXES),
+        lists(labels, BOXES),
+        lists(probs, BOXES),
+        pa.repeat("ok", len(ids)),
+    ]
     return pa.table(columns, names=["image_id", "boxes", "scores", "labels", "probs", "status"])
 
 
