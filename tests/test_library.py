@@ -119,7 +119,7 @@ def test_a_result_holds_student_report_and_export(ran: list[Any], tmp_path: Path
 def test_what_was_not_made_is_said(ran: list[Any], tmp_path: Path) -> None:
     run = coin_ray.adapt(**MINIMAL, root=tmp_path, until="collect")
     for ask in (lambda: run.student, run.report, run.export):
-        with pytest.raises(StepError, match="has not been made below .*: call adapt again"):
+        with pytest.raises(StepError, match=r"has not been made below .*: call adapt again"):
             ask()
     with pytest.raises(ConfigError, match="until must be one of images, collect"):
         coin_ray.adapt(**MINIMAL, root=tmp_path, until="oracle")

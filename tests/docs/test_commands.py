@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,9 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def start(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
     """The exit code of a script, or of a module, run in this process."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
+    run = partial(runpy.run_path, str(REPOSITORY / program)) if program.endswith(".py") else partial(runpy.run_module, program)
     with pytest.raises(SystemExit) as ended:
-        if program.endswith(".py"):
-            runpy.run_path(str(REPOSITORY / program), run_name="__main__")
-        else:
-            runpy.run_module(program, run_name="__main__")
+        run(run_name="__main__")
     return ended.value.code
 
 
