@@ -41,7 +41,7 @@ READERS = 4
 IMAGE_THREADS = 4
 """Threads with which the driver looks at every image file, once."""
 EXAMPLE_BYTES = 44
-"""One training image in memory: numbers of its rows. Counted; 13 of them were measured before the last epoch's order (16)."""
+"""One training image in memory of a training process: the numbers of its rows in four tables, and the order of two epochs. Counted."""
 IMAGE_ROW_BYTES = 490
 """One image in the driver's list. Measured."""
 INDEX_BYTES = {"disk": 330, "object": 490 + 160}
@@ -339,7 +339,7 @@ def _training(name: str, question: Question, fit: Optimize, phases: Sequence[tup
     last = phases[-1][1]
     limit = max(("computing", "loading"), key=lambda part: last[part])
     gpus = workers_of(question, fit) if question.gpus else 0
-    return Stage(name, seconds / HOUR, limit, seconds / HOUR * gpus, question.images * training_bytes(question) / GIB)
+    return Stage(name, seconds / HOUR, limit, seconds / HOUR * gpus, question.images * EXAMPLE_BYTES / GIB)
 
 
 def _separate(question: Question) -> Stage:
@@ -366,11 +366,6 @@ def collect_bytes(question: Question) -> float:
     return row_bytes(question) + 2 * arrow_bytes(question)
 
 
-def training_bytes(question: Question) -> float:
-    """Of each training process per image: the rows of three tables and of the images by number; the tables are mapped from the disk."""
-    return EXAMPLE_BYTES
-
-
 def separate_bytes(question: Question) -> float:
     """Of the driver per image when it separates: the images, what is predicted, once by block and once by detector, and what it writes.
 
@@ -381,7 +376,7 @@ def separate_bytes(question: Question) -> float:
 
 def driver_bytes(question: Question) -> dict[str, float]:
     """What each step that holds tables needs of the driver's memory, per image."""
-    return {"collect": collect_bytes(question), "separate": separate_bytes(question), "distill": training_bytes(question)}
+    return {"collect": collect_bytes(question), "separate": separate_bytes(question), "distill": EXAMPLE_BYTES}
 
 
 def answer_bytes(question: Question) -> float:
