@@ -1,11 +1,11 @@
-# make demo | make test | make check | make bench
+# make demo | make test | make check | make bench | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud bench-coin clean
+.PHONY: demo test check slow bench bench-cloud bench-coin bench-data docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -28,6 +28,14 @@ bench-cloud: $(DEVELOPED)
 
 bench-coin: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_coin.py $(ARGS)
+
+bench-data: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_data.py $(ARGS)
+
+docs: $(DEVELOPED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m pytest tests/docs
+	$(BIN)/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -36,10 +36,12 @@ LABEL_SECONDS, LABEL_FLOPS = 0.018, 0.79e9
 """One core, the tiny CLIP, 192 px, 22 boxes. Seconds measured, operations counted."""
 PROPAGATE_SECONDS, DISTILL_SECONDS, STEP_FLOPS = 0.25, 0.33, 18.0e9
 """One core, 8 images of 192 px, one view, 16 RoIs. Seconds measured, operations counted, backward as twice forward."""
-ORDER_SECONDS = 5e-8
-"""To shuffle, per image of the set: 0.036 s for 10^6, 0.65 s for 10^7. Measured; the loader does it for each image of a batch."""
+READERS = 4
+"""Threads that load the images of a step (``coin_ray.data.examples.READERS``)."""
 IMAGE_THREADS = 4
 """Threads with which the driver looks at every image file, once."""
+EXAMPLE_BYTES = 44
+"""One training image in memory of a training process: the numbers of its rows in four tables, and the order of two epochs. Counted."""
 IMAGE_ROW_BYTES = 490
 """One image in the driver's list. Measured."""
 INDEX_BYTES = {"disk": 330, "object": 490 + 160}
@@ -276,13 +278,13 @@ def workers_of(question: Question, fit: Optimize) -> int:
 
 
 def step_seconds(question: Question, fit: Optimize, operations: float, measured: float) -> dict[str, float]:
-    """Of one training step by what may limit it: computing, loading images (a thread beside it), shuffling (the same thread)."""
+    """Of one training step by what may limit it: computing, or loading images beside it with ``READERS`` threads."""
     workers = workers_of(question, fit)
     own_rate = STEP_FLOPS / measured * question.cpus
     computing = operations / (workers * question.gpu_tflops * 1e12 if question.gpus else own_rate)
     decoding = fit.batch / workers * DECODE_SECONDS_PER_MEGAPIXEL * question.megapixels
     reading = fit.batch / workers * (OBJECT_SECONDS if question.store == "object" else FILE_SECONDS)
-    return {"computing": computing, "loading": decoding + reading, "shuffling": fit.batch * ORDER_SECONDS * question.images}
+    return {"computing": computing, "loading": decoding / min(READERS, question.cpus) + reading / READERS}
 
 
 # -- stages
@@ -332,13 +334,12 @@ def _distill(question: Question) -> Stage:
 
 
 def _training(name: str, question: Question, fit: Optimize, phases: Sequence[tuple[float, dict[str, float]]]) -> Stage:
-    """``phases``: share of the steps, and seconds of one by what may limit it; loading and shuffling go on beside computing."""
-    seconds = sum(share * max(p["computing"], p["loading"] + p["shuffling"]) for share, p in phases) * fit.steps
+    """``phases``: share of the steps, and seconds of one by what may limit it; loading goes on beside computing."""
+    seconds = sum(share * max(parts.values()) for share, parts in phases) * fit.steps
     last = phases[-1][1]
-    slow = max(("loading", "shuffling"), key=lambda part: last[part])
-    limit = "computing" if last["computing"] >= last["loading"] + last["shuffling"] else slow
+    limit = max(("computing", "loading"), key=lambda part: last[part])
     gpus = workers_of(question, fit) if question.gpus else 0
-    return Stage(name, seconds / HOUR, limit, seconds / HOUR * gpus, question.images * training_bytes(question) / GIB)
+    return Stage(name, seconds / HOUR, limit, seconds / HOUR * gpus, question.images * EXAMPLE_BYTES / GIB)
 
 
 def _separate(question: Question) -> Stage:
@@ -360,29 +361,22 @@ def arrow_bytes(question: Question) -> float:
     return 200 + question.boxes * (36 + 4.0 * (2 * question.classes + 7))
 
 
-def detections_bytes(question: Question) -> float:
-    """One image's detections of one teacher as tensors. Measured: 3.1, 3.9, 10.0 kB."""
-    return 2450 + question.boxes * (4.0 * (question.classes + 6) + 8)
-
-
 def collect_bytes(question: Question) -> float:
     """Of the driver per image when it puts the parts together: Python rows, the parts, the table."""
     return row_bytes(question) + 2 * arrow_bytes(question)
 
 
-def training_bytes(question: Question) -> float:
-    """Of the driver per image when it prepares a training: three opinions as tensors, a table, the rows of one being read."""
-    return 3 * detections_bytes(question) + arrow_bytes(question) + row_bytes(question) / 2
-
-
 def separate_bytes(question: Question) -> float:
-    """Of the driver per image when it separates: three opinions as tensors, a table, and the rows it writes."""
-    return 3 * detections_bytes(question) + arrow_bytes(question) + row_bytes(question)
+    """Of the driver per image when it separates: the images, what is predicted, once by block and once by detector, and what it writes.
+
+    Counted, not measured.
+    """
+    return IMAGE_ROW_BYTES + 2 * arrow_bytes(question)
 
 
 def driver_bytes(question: Question) -> dict[str, float]:
     """What each step that holds tables needs of the driver's memory, per image."""
-    return {"collect": collect_bytes(question), "separate": separate_bytes(question), "distill": training_bytes(question)}
+    return {"collect": collect_bytes(question), "separate": separate_bytes(question), "distill": EXAMPLE_BYTES}
 
 
 def answer_bytes(question: Question) -> float:
@@ -413,8 +407,6 @@ def walls(question: Question) -> tuple[Wall, ...]:
     head = MEMORY_SHARE * question.head_gib * GIB
     per_image = driver_bytes(question)
     hungriest = max(per_image, key=lambda step: per_image[step])
-    operations = 3 * fit.batch * forward_flops(config, config.detector.roi_batch)
-    step = step_seconds(replace(question, images=1), fit, operations, DISTILL_SECONDS)
     reading = OBJECT_SECONDS if question.store == "object" else FILE_SECONDS
     found = [
         Wall("images are paid for and never trained on", fit.steps * fit.batch, "distill.fit.steps, distill.fit.batch"),
@@ -424,11 +416,6 @@ def walls(question: Question) -> tuple[Wall, ...]:
             f"separate takes over {question.patience_days:g} days",
             patience / predict_seconds(question),
             "detector.proposals-test, detector.roi-size, a faster GPU" if question.gpus else "distill.fit.gpu",
-        ),
-        Wall(
-            "shuffling takes longer than a step",
-            step["computing"] / (fit.batch * ORDER_SECONDS),
-            "none: data/examples.py, one order per epoch",
         ),
         Wall("an hour to read the parts of collect", HOUR / reading * config.collect.batch, "collect.batch"),
         Wall(

@@ -105,8 +105,7 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
         parser.error(f"name a preset ({', '.join(sorted(PRESETS))}) or give --config FILE")
     else:
         config = _settings(_preset(known.preset, known.assets, known.published_cloud), ["--help"] if known.settings else rest)
-    check_runnable(config)
-    _check_clouds(config)
+    check(config)
     root = absolute(known.root or join("runs", config.preset))
     return config, Options(root, known.until, known.dry_run, known.baselines)
 
@@ -135,9 +134,11 @@ def _long_name(argument: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _check_clouds(config: PipelineConfig) -> None:
+def check(config: PipelineConfig) -> None:
+    """Whether a run can begin. Raises ConfigError with the option to give."""
     from coin_ray.cloud.services import check_clouds
 
+    check_runnable(config)
     check_clouds(config.clouds, config.classes)
 
 
@@ -153,13 +154,14 @@ def _more_clouds(arguments: Sequence[str]) -> tuple[list[str], tuple[Cloud, ...]
         elif argument.startswith("--"):
             taking = False
         if taking:
-            clouds += [_named_cloud(value) for value in _names(argument)]
+            clouds += [named_cloud(value) for value in _names(argument)]
         else:
             rest.append(argument)
     return rest, tuple(clouds)
 
 
-def _named_cloud(value: str) -> Cloud:
+def named_cloud(value: str) -> Cloud:
+    """A service by its name, or an address. Raises ConfigError with the names."""
     return Cloud(url=value) if _cloud_setting(value) == "--cloud.url" else Cloud(service=cast("Service", value))
 
 

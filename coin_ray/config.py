@@ -280,6 +280,8 @@ class Optimize:
     clip_gradient: float | None = None
     augmentation: float = 1.0
     """Strength of the strong view's colour changes; 1 is the published one, 0 leaves only the mirror."""
+    group_aspects: bool = False
+    """Steps see images of one orientation, wide or high, which saves padding in mixed sets. Another order of the images."""
     checkpoint_every: int = execution(1000)
     workers: int = execution(1)
     gpu: bool = execution(False)

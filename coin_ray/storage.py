@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+
+IN_MEMORY = 1 << 26
+"""Bytes of a Parquet file from which ``open_table`` leaves its rows on the disk."""
+GROUP = 1 << 14
+"""Rows that are read from Parquet at once."""
 
 
 def absolute(uri: str) -> str:
@@ -103,7 +110,24 @@ def read_table(uri: str) -> pa.Table:
     return pa.concat_tables([pq.read_table(pa.BufferReader(read_bytes(p))) for p in parts], promote_options="default")
 
 
+def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of one Parquet file. A large one is not held in memory: it is mapped from a copy in the temporary folder (TMPDIR).
+
+    The copy has no name any more when this returns; the disk is free again when the table is gone or the process ends.
+    """
+    filesystem, path = _filesystem(uri)
+    if filesystem.size(path) <= IN_MEMORY:
+        return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=list(columns))
+    with filesystem.open(path, "rb") as stream, tempfile.NamedTemporaryFile(prefix="coin_ray-", suffix=".arrow") as copy:
+        source = pq.ParquetFile(stream)
+        with pa.ipc.new_file(copy, pa.schema([source.schema_arrow.field(name) for name in columns])) as writer:
+            for batch in source.iter_batches(GROUP, columns=list(columns)):
+                writer.write_batch(batch.select(list(columns)))
+        copy.flush()
+        return pa.ipc.open_file(pa.memory_map(copy.name)).read_all()
+
+
 def write_table(uri: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size=GROUP)
     write_bytes(uri, sink.getvalue().to_pybytes())

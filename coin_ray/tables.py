@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from coin_ray.storage import open_table
 from coin_ray.structures import Detections
 
 BOXES = pa.list_(pa.list_(pa.float32(), 4))
@@ -90,20 +95,75 @@ def detections_table(rows: Sequence[dict[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=DETECTIONS)
 
 
-def read_detections(table: pa.Table, num_classes: int) -> dict[str, Detections]:
-    """Detections by ``image_id``; rows with an error are left out, rows without objects are not."""
-    columns = ("image_id", "boxes", "scores", "labels", "probs", "status")
-    rows = table.select(columns).to_pylist()
-    return {r["image_id"]: _detections(r, num_classes) for r in rows if r["status"] not in ("error", "skipped_budget")}
+USED = ("image_id", "boxes", "scores", "labels", "probs", "status")
+"""Columns that make ``Detections``."""
 
 
-def _detections(row: dict[str, list[float]], num_classes: int) -> Detections:
-    return Detections(
-        boxes=_floats(row["boxes"], 4),
-        scores=torch.tensor(row["scores"], dtype=torch.float32),
-        labels=torch.tensor(row["labels"], dtype=torch.int64),
-        probs=_floats(row["probs"], num_classes + 1),
-    )
+class DetectionsTable(Mapping[str, Detections]):
+    """Detections by ``image_id``, made of their Arrow row when asked for; rows with an error are left out, rows without objects are not.
+
+    With a ``uri`` it goes to other processes by reference.
+    """
+
+    def __init__(self, table: pa.Table, num_classes: int, uri: str | None = None) -> None:
+        self.table, self.num_classes, self.uri = table.select(USED), num_classes, uri
+        self.names, *self.columns = (self.table[name] for name in USED[:5])
+        failed = pc.is_in(table["status"], value_set=pa.array(["error", "skipped_budget"])).to_numpy()
+        self.rows: NDArray[np.int64] = np.flatnonzero(~failed.astype(bool))
+        by_name = pc.sort_indices(table["image_id"]).to_numpy()
+        self.order = by_name[~failed.astype(bool)[by_name]].astype(np.int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (DetectionsTable, (self.table, self.num_classes)) if self.uri is None else (open_detections, (self.uri, self.num_classes))
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """The image ids, in the table's order."""
+        return self.names.take(pa.array(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._name(row) for row in self.rows)
+
+    def __contains__(self, image_id: object) -> bool:
+        return isinstance(image_id, str) and self._row(image_id) is not None
+
+    def __getitem__(self, image_id: str) -> Detections:
+        row = self._row(image_id)
+        if row is None:
+            raise KeyError(image_id)
+        boxes, scores, labels, probs = (column[row].values for column in self.columns)
+        return Detections(
+            boxes=_tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
+            scores=_tensor(scores, torch.float32),
+            labels=_tensor(labels, torch.int64),
+            probs=_tensor(probs.flatten(), torch.float32).reshape(-1, self.num_classes + 1),
+        )
+
+    def _name(self, row: int) -> str:
+        return str(self.names[int(row)].as_py())
+
+    def _row(self, image_id: str) -> int | None:
+        """Found by halves: an index of the names themselves would take more memory than a small answer."""
+        place = bisect_left(self.order, image_id, key=self._name)
+        found = int(self.order[place]) if place < len(self.order) else None
+        return found if found is not None and self._name(found) == image_id else None
+
+
+def read_detections(table: pa.Table, num_classes: int) -> DetectionsTable:
+    """Detections by ``image_id`` of a table in memory."""
+    return DetectionsTable(table, num_classes)
+
+
+def open_detections(uri: str, num_classes: int) -> DetectionsTable:
+    """Detections by ``image_id`` of a Parquet file, on the disk if it is large."""
+    return DetectionsTable(open_table(uri, USED), num_classes, uri)
+
+
+def _tensor(values: pa.Array, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values.to_numpy(zero_copy_only=False), dtype=dtype)
 
 
 def _floats(rows: list[float], width: int) -> Tensor:

@@ -23,7 +23,7 @@ stages
 estimate
 runner
 cli
-experiments
+library experiments
 capacity
 tune
 """

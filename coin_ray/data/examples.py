@@ -6,20 +6,27 @@ So a resumed run needs no sampler state, and n workers see together what one wor
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray.config import Detector, Optimize
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.order import Order
 from coin_ray.data.views import fit, into_view, mirror_image, strong
-from coin_ray.storage import read_bytes
+from coin_ray.storage import open_table, read_bytes
 from coin_ray.structures import Detections
+
+READERS = 4
+"""Threads that read and decode the images of a batch; Pillow decodes beside Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,47 @@ class Example:
     image_id: str
     uri: str
     knowledge: Mapping[str, Detections]
+    wide: bool = True
+    """At least as wide as high."""
+
+
+Know = Callable[[str], Mapping[str, Detections]]
+"""What is known of an image, by its id."""
+
+
+class TableExamples(Sequence[Example]):
+    """Examples built from tables when they are asked for: 8 bytes an image stay in memory beside what the tables need.
+
+    ``uri``: an images table; ``rows`` [N]: those of its rows that take part; ``know`` is called for each access. Goes to other
+    processes by reference if ``know`` does: they open the same tables.
+    """
+
+    def __init__(self, uri: str, rows: NDArray[np.int64], know: Know) -> None:
+        self.uri, self.rows, self.know = uri, rows, know
+        self.images = open_table(uri, ("image_id", "uri", "width", "height"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TableExamples, (self.uri, self.rows, self.know)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = int(self.rows[index])
+        image_id, uri, width, height = (self.images[name][row].as_py() for name in ("image_id", "uri", "width", "height"))
+        return Example(image_id, uri, self.know(image_id), width >= height)
+
+    @property
+    def wide(self) -> NDArray[np.bool_]:
+        """[N] at least as wide as high."""
+        flags: NDArray[np.bool_] = pc.greater_equal(self.images["width"], self.images["height"]).to_numpy()
+        return flags[self.rows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,48 +92,38 @@ class Batch:
     generators: list[torch.Generator]
 
 
-@dataclass(frozen=True)
 class ImageCache:
-    """Decoded images of the set, kept while they fit into ``limit`` bytes."""
+    """Decoded images of the set, kept while they fit into ``limit`` bytes. What came first stays: an epoch asks for each image once."""
 
-    limit: int = 1 << 30
-    images: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.left, self.images = limit, dict[str, Tensor]()
 
     def __getitem__(self, uri: str) -> Tensor:
         """uint8 [3, H, W], upright."""
         found = self.images.get(uri)
         if found is None:
             found = pil_to_tensor(decode_rgb(read_bytes(uri)))
-            if sum(i.numel() for i in self.images.values()) + found.numel() <= self.limit:
+            if found.numel() <= self.left:
+                self.left -= found.numel()
                 self.images[uri] = found
         return found
-
-
-def rows_of_step(step: int, count: int, batch: int, seed: int) -> list[int]:
-    """The images of a step: consecutive parts of endless reshuffled epochs of ``count`` images."""
-    rows = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, offset = divmod(position, count)
-        rows.append(int(_epoch_order(epoch, count, seed)[offset]))
-    return rows
-
-
-def _epoch_order(epoch: int, count: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.random.default_rng([seed, 1, epoch]).permutation(count)
 
 
 def batches(
     examples: Sequence[Example], config: Optimize, detector: Detector, *, seed: int, first: int, rank: int, workers: int
 ) -> Iterator[Batch]:
-    """This worker's batches of steps ``first`` .. ``config.steps - 1``; the next one is decoded while the last one trains."""
+    """This worker's batches of steps ``first`` .. ``config.steps - 1``; the next one is loaded while the last one trains."""
     cache = ImageCache()
+    order = Order(len(examples), config.batch, seed, wide_images(examples) if config.group_aspects else None)
 
     def load(step: int) -> Batch:
-        rows = rows_of_step(step, len(examples), config.batch, seed)
+        rows = order.rows_of_step(step)
         positions = range(rank, config.batch, workers)
-        return _batch([examples[rows[p]] for p in positions], [[seed, 2, step, p] for p in positions], cache, config, detector)
+        chosen = [examples[rows[p]] for p in positions]
+        images = list(readers.map(cache.__getitem__, [e.uri for e in chosen]))
+        return _batch(chosen, images, [[seed, 2, step, p] for p in positions], config, detector)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(load, first)
         for step in range(first, config.steps):
             ready = waiting.result()
@@ -94,13 +132,19 @@ def batches(
             yield ready
 
 
-def _batch(examples: Sequence[Example], seeds: Sequence[list[int]], cache: ImageCache, config: Optimize, detector: Detector) -> Batch:
+def wide_images(examples: Sequence[Example]) -> NDArray[np.bool_]:
+    """[N] whether each image is at least as wide as it is high."""
+    return examples.wide if isinstance(examples, TableExamples) else np.array([e.wide for e in examples], bool)
+
+
+def _batch(
+    examples: Sequence[Example], images: Sequence[Tensor], seeds: Sequence[list[int]], config: Optimize, detector: Detector
+) -> Batch:
     weak_views, strong_views, generators = [], [], []
     knowledge: dict[str, list[Detections]] = {name: [] for name in examples[0].knowledge}
-    for example, seed in zip(examples, seeds, strict=True):
+    for example, original, seed in zip(examples, images, seeds, strict=True):
         number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1
         draw = random.Random(number)
-        original = cache[example.uri]
         view = fit(original, detector.short_side, detector.long_side)
         mirrored = draw.random() < 0.5
         weak = mirror_image(view) if mirrored else view

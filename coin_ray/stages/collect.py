@@ -95,7 +95,7 @@ def _collect(context: Context, images: pa.Table, parts: str, second: bool = Fals
         ensure_ray()
         load_backbone(config)  # what training will need is there, and fits, before a call is paid
         urls = starting.result()
-        _check_services(config, urls, context.root)
+        pool.submit(_check_services, config, urls, context.root).result()  # not here: a notebook's thread has an event loop already
         stream = (
             ray.data.from_arrow(todo.select(["image_id", "uri"]))
             .repartition(max(1, -(-todo.num_rows // config.collect.batch)))

@@ -10,12 +10,11 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
-from coin_ray.data.examples import Example
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.stages.fitting import Fit, fit, load_weights
-from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows, standing_labels
+from coin_ray.stages.knowledge import collected, opinions, training_examples
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.training.distill import Distillation
@@ -26,14 +25,9 @@ def run(context: Context) -> dict[str, Any]:
     """Write ``detector.pt`` (the student), ``teacher.pt`` and ``curve.json``."""
     config = context.config
     cloud = collected(context.inputs["collect"], "cloud", config)
-    frozen = storage.read_table(storage.join(context.inputs["separate"], "clip_detector.parquet"))
-    clip = tables.read_detections(frozen, len(config.classes))
-    standing = standing_labels(cloud, context.inputs["collect"], config)
-    examples = [
-        Example(i, str(row["uri"]), {"cloud": cloud_knowledge(cloud[i], config.labels), "clip": clip[i], "clip_labels": standing[i]})
-        for row in image_rows(context.inputs["images"], "train")
-        if (i := str(row["image_id"])) in cloud
-    ]
+    clip = tables.open_detections(storage.join(context.inputs["separate"], "clip_detector.parquet"), len(config.classes))
+    know = opinions(cloud, clip, context.inputs["collect"], config)
+    examples = training_examples(context.inputs["images"], cloud.ids, know)
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
     build = partial(make, config, teacher, annotators_of(context.inputs["separate"], config))
     work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder)

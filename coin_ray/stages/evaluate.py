@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
 NAMES = {"propagate": "clip_detector", "distill": "student", "pseudo_label": "pseudo_label", "oracle": "oracle"}
-Results = dict[str, dict[str, Detections]]
+Results = dict[str, Mapping[str, Detections]]
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def run(context: Context) -> dict[str, Any]:
     for name, table in students.items():
         storage.write_table(storage.join(context.folder, "predictions", f"{name}.parquet"), table)
     count = len(context.config.classes)
-    results = teachers(context) | {name: tables.read_detections(table, count) for name, table in students.items()}
+    results: Results = teachers(context) | {name: tables.read_detections(table, count) for name, table in students.items()}
     metrics: dict[str, Any] = _measure(results, truth, context.config) | {"knowledge": _knowledge(context)}
     if storage.exists(storage.join(context.inputs["images"], "unknown.parquet")):
         unknown = _truth(context, "unknown", images)

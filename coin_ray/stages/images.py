@@ -18,8 +18,10 @@ from coin_ray.data import formats
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, Record
 from coin_ray.errors import InputError
+from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
 
+Inspected = tuple[Record, dict[str, Any] | str]
 SAME = "same image as one in"
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 
@@ -65,7 +67,7 @@ def _folder(context: Context, data: Folder) -> dict[str, Any]:
             continue
         dataset = formats.read(place)
         indexes = _indexes(dataset, context.config.classes, place)
-        for record, row in _inspect(dataset.records):
+        for record, row in _shown(_inspect(dataset.records), split, len(dataset.records)):
             if isinstance(row, str):
                 rejected.append({"uri": record.uri, "split": split, "reason": row})
             elif row["image_id"] in seen:
@@ -80,6 +82,13 @@ def _folder(context: Context, data: Folder) -> dict[str, Any]:
     _check(images, annotations, rejected, data)
     _write(context, images, annotations, rejected)
     return _metrics(images, rejected, duplicates)
+
+
+def _shown(inspected: Iterable[Inspected], split: str, total: int) -> Iterator[Inspected]:
+    with bar(f"images {split}", total) as shown:
+        for done, one in enumerate(inspected, 1):
+            yield one
+            shown.update(done)
 
 
 def _check(images: list[dict[str, Any]], annotations: list[dict[str, Any]], rejected: list[dict[str, str]], data: Folder) -> None:
@@ -103,7 +112,7 @@ def image_files(place: str) -> list[str]:
     return [record.uri for record in formats.read(place).records]
 
 
-def _inspect(records: Iterable[Record]) -> Iterator[tuple[Record, dict[str, Any] | str]]:
+def _inspect(records: Iterable[Record]) -> Iterator[Inspected]:
     """Each record with its row, or with the reason why its image can't be used."""
 
     def look(record: Record) -> tuple[Record, dict[str, Any] | str]:

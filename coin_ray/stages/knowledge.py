@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.nn import functional as F
 
 from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
+from coin_ray.data.examples import Know, TableExamples
 from coin_ray.errors import InputError
 from coin_ray.structures import Detections
+from coin_ray.tables import DetectionsTable
 
 LabelSource = Literal["clip", "cloud", "truth"]
 
@@ -22,10 +28,9 @@ def image_rows(folder: str, split: str) -> list[dict[str, object]]:
     return [r for r in rows if r["split"] == split]
 
 
-def collected(folder: str, name: str, config: PipelineConfig) -> dict[str, Detections]:
+def collected(folder: str, name: str, config: PipelineConfig) -> DetectionsTable:
     """All answered images of ``cloud`` or ``clip_labels``, full tail."""
-    table = storage.read_table(storage.join(folder, f"{name}.parquet"))
-    return tables.read_detections(table, len(config.classes))
+    return tables.open_detections(storage.join(folder, f"{name}.parquet"), len(config.classes))
 
 
 def foreground_only(detections: Detections) -> Detections:
@@ -48,12 +53,21 @@ def clip_labelled(cloud: Detections, clip: Detections, labels: Labels) -> Detect
     return clip[used]
 
 
-def standing_labels(cloud: dict[str, Detections], folder: str, config: PipelineConfig) -> dict[str, Detections]:
-    """CLIP's verdicts that stand beside the CLIP detector's results in separation: none, unless ``separate.clip_labels``."""
-    if not config.separate.clip_labels or config.collect.labeler == "none":
-        return {i: Detections.empty(len(config.classes)) for i in cloud}
-    clip = collected(folder, "clip_labels", config)
-    return {i: clip_verdicts(cloud[i], clip[i], config.labels) for i in cloud}
+def opinions(cloud: DetectionsTable, clip: DetectionsTable, folder: str, config: PipelineConfig) -> Know:
+    """What both teachers say of an image: ``cloud``, ``clip`` (the CLIP detector) and ``clip_labels``.
+
+    The last are CLIP's verdicts that stand beside the CLIP detector's results in separation: none, unless ``separate.clip_labels``.
+    """
+    stands = config.separate.clip_labels and config.collect.labeler != "none"
+    return partial(_opinions, cloud, clip, collected(folder, "clip_labels", config) if stands else None, config.labels)
+
+
+def _opinions(
+    cloud: DetectionsTable, clip: DetectionsTable, labelled: DetectionsTable | None, labels: Labels, image_id: str
+) -> dict[str, Detections]:
+    found = cloud[image_id]
+    standing = Detections.empty(cloud.num_classes) if labelled is None else clip_verdicts(found, labelled[image_id], labels)
+    return {"cloud": cloud_knowledge(found, labels), "clip": clip[image_id], "clip_labels": standing}
 
 
 def clip_verdicts(cloud: Detections, clip: Detections, labels: Labels) -> Detections:
@@ -63,28 +77,49 @@ def clip_verdicts(cloud: Detections, clip: Detections, labels: Labels) -> Detect
     return Detections(used.boxes, best.values, best.indices, used.probs)
 
 
-def labels_for(
-    source: LabelSource, images: Sequence[dict[str, object]], folders: dict[str, str], config: PipelineConfig
-) -> dict[str, Detections]:
-    """Training labels by image id: CLIP's on cloud boxes (the cloud's own without CLIP), the cloud's, or the truth (the oracle)."""
+def labels_for(source: LabelSource, folders: Mapping[str, str], config: PipelineConfig) -> tuple[pa.Array, Know]:
+    """Ids of the images with training labels, and ``labels`` of each: CLIP's on cloud boxes (the cloud's own without CLIP), the cloud's, or
+    the truth (the oracle).
+    """
     if source == "truth":
-        return _truth(images, folders["images"], len(config.classes))
+        truth = _truth(folders["images"], len(config.classes))
+        return pa.array(list(truth)), partial(_true_labels, truth)
     cloud = collected(folders["collect"], "cloud", config)
-    wanted = [str(i["image_id"]) for i in images if str(i["image_id"]) in cloud]
     if source == "cloud" or config.collect.labeler == "none":
-        return {i: cloud_knowledge(cloud[i], config.labels) for i in wanted}
-    clip = collected(folders["collect"], "clip_labels", config)
-    return {i: clip_labelled(cloud[i], clip[i], config.labels) for i in wanted}
+        return cloud.ids, partial(_cloud_labels, cloud, config.labels)
+    return cloud.ids, partial(_clip_labels, cloud, collected(folders["collect"], "clip_labels", config), config.labels)
 
 
-def _truth(images: Sequence[dict[str, object]], folder: str, classes: int) -> dict[str, Detections]:
-    truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
-    wanted = [str(i["image_id"]) for i in images if str(i["image_id"]) in truth]
-    if not wanted:
-        raise InputError("the oracle baseline needs annotated training images; data.images has no labels in a format of docs/formats.md")
+def _true_labels(truth: Mapping[str, Detections], image_id: str) -> dict[str, Detections]:
+    return {"labels": truth[image_id]}
+
+
+def _cloud_labels(cloud: DetectionsTable, labels: Labels, image_id: str) -> dict[str, Detections]:
+    return {"labels": cloud_knowledge(cloud[image_id], labels)}
+
+
+def _clip_labels(cloud: DetectionsTable, clip: DetectionsTable, labels: Labels, image_id: str) -> dict[str, Detections]:
+    return {"labels": clip_labelled(cloud[image_id], clip[image_id], labels)}
+
+
+def training_examples(folder: str, known: pa.Array, know: Know) -> TableExamples:
+    """The training images of the step images in ``folder`` whose id is ``known``."""
+    uri = storage.join(folder, "images.parquet")
+    images = storage.open_table(uri, ("image_id", "split"))
+    chosen = pc.and_(pc.equal(images["split"], "train"), pc.is_in(images["image_id"], value_set=known))
+    return TableExamples(uri, np.flatnonzero(chosen.to_numpy()), know)
+
+
+def _truth(folder: str, classes: int) -> dict[str, Detections]:
+    train = {row["image_id"] for row in image_rows(folder, "train")}
+    rows = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
     found = {}
-    for i in wanted:
-        required = ~truth[i].difficult
-        boxes, labels = truth[i].boxes[required], truth[i].labels[required]
+    for i, truth in rows.items():
+        if i not in train:
+            continue
+        required = ~truth.difficult
+        boxes, labels = truth.boxes[required], truth.labels[required]
         found[i] = Detections(boxes, torch.ones(len(labels)), labels, F.one_hot(labels, classes + 1).float())
+    if not found:
+        raise InputError("the oracle baseline needs annotated training images; data.images has no labels in a format of docs/formats.md")
     return found

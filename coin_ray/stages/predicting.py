@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 from torchvision.transforms.functional import pil_to_tensor
@@ -30,13 +30,14 @@ def predictions(weights: dict[str, str], images: Sequence[dict[str, object]], co
     """``DETECTIONS`` tables of several detectors (weights' URIs by name) over the same images, each image decoded once."""
     table = pa.Table.from_pylist([{"image_id": i["image_id"], "uri": i["uri"]} for i in images])
     batches = _on_cluster(weights, table, config) if on_cluster() else _here(weights, table, config)
-    rows: list[dict[str, Any]] = []
+    done: list[pa.Table] = []
     with bar("predict", len(images)) as shown:
         for batch in batches:
-            rows += batch.to_pylist()
-            shown.update(len(rows) // len(weights), f"{len(weights)} detectors")
-    by_source = {(row["source"], row["image_id"]): row for row in rows}
-    return {name: tables.detections_table([by_source[name, i["image_id"]] for i in images]) for name in weights}
+            done.append(batch)
+            shown.update(sum(b.num_rows for b in done) // len(weights), f"{len(weights)} detectors")
+    places = pc.index_in(pa.array([b["image_id"][0].as_py() for b in done]), value_set=table["image_id"]).to_pylist()
+    in_order = [block for _, block in sorted(zip(places, done, strict=True), key=lambda pair: pair[0])]
+    return {name: pa.concat_tables([b.filter(pc.equal(b["source"], name)) for b in in_order]) for name in weights}
 
 
 def _here(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:

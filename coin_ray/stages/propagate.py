@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 from coin_ray.config import PipelineConfig, Propagate
-from coin_ray.data.examples import Example
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.pipeline import baseline_training
 from coin_ray.stages.fitting import Fit, fit
-from coin_ray.stages.knowledge import image_rows, labels_for
+from coin_ray.stages.knowledge import labels_for, training_examples
 from coin_ray.steps import Context
 from coin_ray.training.loop import Task
 from coin_ray.training.propagate import Propagation
@@ -24,15 +23,11 @@ def run(context: Context) -> dict[str, Any]:
     config = context.config
     source = context.options["labels"]
     propagate = config.propagate if source == "clip" else baseline_training(config)
-    images = image_rows(context.inputs["images"], "train")
-    labels = labels_for(source, images, dict(context.inputs), config)
-    examples = [
-        Example(str(i["image_id"]), str(i["uri"]), {"labels": labels[str(i["image_id"])]}) for i in images if i["image_id"] in labels
-    ]
+    examples = training_examples(context.inputs["images"], *labels_for(source, context.inputs, config))
     curve = fit(
         Fit(context.name, partial(make, config, propagate), finish, examples, propagate.fit, config.detector, config.seed, context.folder),
     )
-    return {"images": len(examples), "labels": sum(len(labels[e.image_id]) for e in examples), "last": curve[-1]}
+    return {"images": len(examples), "labels": sum(len(e.knowledge["labels"]) for e in examples), "last": curve[-1]}
 
 
 def make(config: PipelineConfig, propagate: Propagate) -> Propagation:

@@ -15,6 +15,7 @@ from coin_ray.stages.knowledge import collected, image_rows
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.summary import summarise
+from coin_ray.tables import DetectionsTable
 
 GALLERY = 24
 LONG_SIDE = 640
@@ -72,7 +73,7 @@ def _gallery(context: Context) -> list[GalleryImage]:
     return images
 
 
-def _layers(context: Context) -> dict[str, dict[str, Detections]]:
+def _layers(context: Context) -> dict[str, DetectionsTable]:
     config = context.config
     names = ["cloud", *(["clip_labels"] if config.collect.labeler != "none" else [])]
     layers = {name: collected(context.inputs["collect"], name, config) for name in names}

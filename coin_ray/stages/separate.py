@@ -12,11 +12,13 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.fusion.separate import separate
-from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows, standing_labels
+from coin_ray.stages.knowledge import collected, image_rows, opinions
 from coin_ray.stages.predicting import predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.structures import Detections, Separation
+
+BLOCK = 1024
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -28,20 +30,24 @@ def run(context: Context) -> dict[str, Any]:
     storage.write_table(storage.join(context.folder, "clip_detector.parquet"), found)
     clip = tables.read_detections(found, len(config.classes))
     cloud = collected(context.inputs["collect"], "cloud", config)
-    standing = standing_labels(cloud, context.inputs["collect"], config)
-    rows, counts = [], {"consistent": 0, "inconsistent": 0, "private": 0}
+    know = opinions(cloud, clip, context.inputs["collect"], config)
+    blocks, rows, counts = [], list[dict[str, Any]](), {"consistent": 0, "inconsistent": 0, "private": 0}
     for number, image in enumerate(images):
         image_id = str(image["image_id"])
         if image_id not in cloud:
             continue
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        ours = cloud_knowledge(cloud[image_id], config.labels)
-        theirs = Detections.cat([clip[image_id], standing[image_id]])
-        parts = separate(ours, theirs, config.separate, fuse_boxes=True, generator=generator)
+        known = know(image_id)
+        theirs = Detections.cat([known["clip"], known["clip_labels"]])
+        parts = separate(known["cloud"], theirs, config.separate, fuse_boxes=True, generator=generator)
         for kind in counts:
             counts[kind] += len(getattr(parts, kind))
         rows.append(_row(image_id, parts))
-    storage.write_table(storage.join(context.folder, "separation.parquet"), pa.Table.from_pylist(rows, schema=tables.SEPARATION))
+        if len(rows) == BLOCK:  # Python's lists take nine times the memory of a table
+            blocks.append(pa.Table.from_pylist(rows, schema=tables.SEPARATION))
+            rows = []
+    blocks.append(pa.Table.from_pylist(rows, schema=tables.SEPARATION))
+    storage.write_table(storage.join(context.folder, "separation.parquet"), pa.concat_tables(blocks))
     return {"separation": counts}
 
 

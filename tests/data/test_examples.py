@@ -6,29 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import SIZES, examples, tiny_config, tiny_fit
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from coin_ray.data.examples import Batch, ImageCache, batches, rows_of_step
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
-def test_every_epoch_holds_each_image_once(count: int, batch: int, seed: int) -> None:
-    epochs = 3
-    seen = [row for step in range(-(-epochs * count // batch)) for row in rows_of_step(step, count, batch, seed)]
-    for epoch in range(epochs):
-        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
-
-
-def test_epochs_and_seeds_are_shuffled_differently() -> None:
-    orders = [tuple(rows_of_step(0, 20, 20, seed)) for seed in range(3)] + [tuple(rows_of_step(1, 20, 20, 0))]
-    assert len(set(orders)) == 4
-
-
-def test_batch_size_does_not_change_the_order() -> None:
-    assert rows_of_step(0, 9, 6, 5) == rows_of_step(0, 9, 3, 5) + rows_of_step(1, 9, 3, 5)
-
+from coin_ray.data.examples import Batch, ImageCache, batches
 
 FIT, DETECTOR = tiny_fit(steps=4, batch=4), tiny_config()
 
