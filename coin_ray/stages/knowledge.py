@@ -22,6 +22,11 @@ def image_rows(folder: str, split: str) -> list[dict[str, object]]:
     return [r for r in rows if r["split"] == split]
 
 
+def held_out(image_id: str, share: float) -> bool:
+    """Whether an image is among the ``share`` of all that a search keeps from training; decided by its id alone."""
+    return int(image_id[:8], 16) < share * 16**8
+
+
 def collected(folder: str, name: str, config: PipelineConfig) -> dict[str, Detections]:
     """All answered images of ``cloud`` or ``clip_labels``, full tail."""
     table = storage.read_table(storage.join(folder, f"{name}.parquet"))
