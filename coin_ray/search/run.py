@@ -33,11 +33,9 @@ def search(wanted: Search, host: Host, *, resume: bool = False) -> Record:
     wanted.prepare()
     storage.write_json(_asked(wanted), wanted.asked)
     runs = Runs(f"search {wanted.space_name} {wanted.objective}", wanted.config, wanted.root)
-    told: set[int] = set()
 
     def tell(record: Record) -> None:
-        told.add(record.number)
-        print(f"[{len(told)} ended of {wanted.trials}] {line(record)}", flush=True)
+        print(line(record), flush=True)
         _track(wanted, record, runs)
 
     records = host(wanted, tell, resume=resume)

@@ -134,6 +134,6 @@ class _Told(tune.Callback):  # type: ignore[misc]
 
 
 def _record(number: int, settings: Mapping[str, Any], result: Mapping[str, Any], error: Exception | None) -> Record:
-    failure = str(error).strip().splitlines()[-1] if error is not None else result.get("failure", "")
+    failure = result.get("failure", "") if error is None else (str(error).strip().splitlines() or [type(error).__name__])[-1]
     figures = {name: float(v) for name in FIGURES if isinstance(v := result.get(name), (int, float))}
     return Record(number, dict(settings), figures, int(result.get(TIME, 0)), round(float(result.get("time_total_s", 0.0)), 1), str(failure))
