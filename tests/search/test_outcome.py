@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -60,8 +60,8 @@ def test_a_logarithmic_axis_is_drawn_so(value: float, expected: float) -> None:
 @pytest.mark.parametrize("records", [RECORDS, RECORDS[3:4], RECORDS[:1]])
 def test_figures_are_svg_and_failed_trials_no_line(records: list[Record]) -> None:
     drawn = parallel_coordinates("Search & find", records, SPACE)
-    ElementTree.fromstring(drawn)
-    ElementTree.fromstring(importance_bars("Search & find", importance(records, SPACE)))
+    ET.fromstring(drawn)
+    ET.fromstring(importance_bars("Search & find", importance(records, SPACE)))
 
 
 def test_a_trial_is_one_line_in_the_log() -> None:

@@ -88,9 +88,9 @@ def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another
 
 def test_if_no_trial_finishes_that_is_an_error_with_the_reason(asked: Asked, tmp_path: Path) -> None:
     def failing(wanted: Search, told: object, *, resume: bool) -> list[Record]:
-        return [Record(0, {name: 1.0 for name in wanted.space}, {"score": -1.0}, 9, 1.0, "TrainingError: loss boxes")]
+        return [Record(0, dict.fromkeys(wanted.space, 1.0), {"score": -1.0}, 9, 1.0, "TrainingError: loss boxes")]
 
-    with pytest.raises(TrainingError, match="none of the 1 trials finished. TrainingError: loss boxes"):
+    with pytest.raises(TrainingError, match=r"none of the 1 trials finished\. TrainingError: loss boxes"):
         search(asked(), failing)
     assert json.loads((tmp_path / "search" / "loss-weights-map50" / "search.json").read_text())["trials"][0]["state"] == "failed"
 
