@@ -46,13 +46,15 @@ def agreed_boxes(separation: Sequence[Mapping[str, Any]], num_classes: int) -> d
 
 
 def calibration_error(student: Results, agreed: Mapping[str, Truth]) -> float:
-    """Expected calibration error over ten bins: |mean score - share confirmed by an agreed box|. 0 without detections to judge."""
+    """Expected calibration error over ten bins: |mean score - share confirmed by an agreed box|. 1 without detections to judge."""
     judged = [_judged(student[image], truth) for image, truth in agreed.items() if image in student]
     scores = torch.cat([s for s, _ in judged] or [torch.zeros(0)])
     confirmed = torch.cat([c for _, c in judged] or [torch.zeros(0)])
+    if not len(scores):
+        return 1.0  # else a student that sees nothing would be praised for it
     bins = (scores * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS).index_add_(0, bins, scores - confirmed)
-    return float(gaps.abs().sum() / max(len(scores), 1))
+    return float(gaps.abs().sum() / len(scores))
 
 
 def _agreed(row: Mapping[str, Any], num_classes: int) -> Truth:
