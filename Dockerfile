@@ -13,6 +13,7 @@ WORKDIR /home/ray/coin_ray
 COPY --chown=ray:users pyproject.toml README.md LICENSE ./
 COPY --chown=ray:users coin_ray ./coin_ray
 COPY --chown=ray:users pipelines ./pipelines
-RUN pip install --no-cache-dir ".[s3,aws]" "boto3>=1.34"
+COPY --chown=ray:users tune ./tune
+RUN pip install --no-cache-dir ".[s3,aws,search]" "boto3>=1.34"
 
 USER ray

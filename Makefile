@@ -17,8 +17,8 @@ slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(DEVELOPED)
-	$(BIN)/ruff check coin_ray pipelines tests
-	$(BIN)/ruff format --check coin_ray pipelines tests
+	$(BIN)/ruff check coin_ray pipelines tests tune
+	$(BIN)/ruff format --check coin_ray pipelines tests tune
 	$(BIN)/mypy
 
 bench: bench-cloud

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,17 +60,20 @@ def context_of(step: Step, config: PipelineConfig, root: str) -> Context:
     return Context(config, root, step.folder(root), inputs, step.options, step.name)
 
 
-def execute(step: Step, config: PipelineConfig, root: str) -> dict[str, Any]:
-    """Run one step whose inputs are finished; returns its manifest. Raises StepError if an input is not finished."""
+def execute(step: Step, config: PipelineConfig, root: str, work: Callable[[Context], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Run one step whose inputs are finished; returns its manifest. Raises StepError if an input is not finished.
+
+    ``work`` stands for the stage's own ``run``: a search looks at what is trained on the way.
+    """
     missing = [i.name for i in step.inputs if i.manifest(root) is None]
     if missing:
         raise StepError(
             f"{step.name} needs finished {', '.join(missing)} below {root}; run pipelines/full.py, or pipelines/{missing[0]}.py first"
         )
-    stage = importlib.import_module(f"coin_ray.stages.{step.stage}")
+    work = work or importlib.import_module(f"coin_ray.stages.{step.stage}").run
     storage.make_folder(step.folder(root))
     start = time.time()
-    metrics = stage.run(context_of(step, config, root))
+    metrics = work(context_of(step, config, root))
     manifest = {
         "step": step.name,
         "fingerprint": step.fingerprint,

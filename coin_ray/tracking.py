@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,16 @@ class Tracker:
             mlflow.log_metrics(metrics)
             if page and "://" not in page:
                 mlflow.log_artifact(page)
+
+    def files(self, contents: Mapping[str, str]) -> None:
+        """Texts, as SVG or YAML, by file name, on the parent run."""
+        if not self.enabled:
+            return
+        import mlflow
+
+        with mlflow.start_run(run_id=self.parent_run):
+            for name, text in contents.items():
+                mlflow.log_text(text, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,14 +29,19 @@ class Request:
 
 
 def main(script: str, description: str, work: Callable[[Request], None]) -> int:
-    """Read the command line and do ``work``; returns the exit code. User errors are one message, no traceback."""
+    """Read the command line and do ``work``; returns the exit code."""
+    return told(lambda: work(request(sys.argv[1:], script, description)), "the same command goes on from here")
+
+
+def told(work: Callable[[], None], again: str) -> int:
+    """Do ``work``; returns the exit code. User errors are one message, no traceback; ``again``: how a stopped run goes on."""
     try:
-        work(request(sys.argv[1:], script, description))
+        work()
     except CoinError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print(f"\nstopped; {again}", file=sys.stderr)
         return 130
     return 0
 

@@ -128,7 +128,8 @@ def record(trial: Trial, root: str) -> dict[str, Any]:
 
 def _track(trial: Trial, root: str, runs: Runs) -> None:
     found = record(trial, root)
-    runs.add(trial.title, found, trial.config, trial.steps["distill"].folder(root))
+    figures = {name: found[name] for name in ("map50", "gap_closed", "seconds")}
+    runs.add(trial.title, figures, trial.config, trial.steps["distill"].folder(root), found["steps"]["images"])
 
 
 def _depth(step: Step) -> int:

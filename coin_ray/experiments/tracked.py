@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,11 @@ class Runs:
         self.root = root
         self.tracker = Tracker(replace(config, preset=f"{config.preset} {name}"), root)
 
-    def add(self, title: str, found: dict[str, Any], config: PipelineConfig, folder: str) -> None:
+    def add(self, title: str, figures: Mapping[str, Any], config: PipelineConfig, folder: str, digest: str = "") -> None:
         """One child run: the whole config, every figure, and the distillation's curve from ``folder``."""
         place = storage.join(self.root, "mlflow", f"trial-{fingerprint([self.tracker.parent_run, title])}.json")
         if not self.tracker.enabled or storage.exists(place):
             return
-        with self.tracker.stage(title, config, found["steps"]["images"]) as run:
-            run.finish({name: found[name] for name in ("map50", "gap_closed", "seconds")}, folder)
+        with self.tracker.stage(title, config, digest) as run:
+            run.finish(dict(figures), folder)
         storage.write_json(place, {"run_id": run.run_id})

@@ -24,10 +24,7 @@ def under_tune(jobs: Sequence[Job], root: str, report: Report) -> None:
 
     A killed grid is started again by the same command: finished steps are never repeated, and a training goes on from its last state.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one speaks at any verbosity
-    ensure_ray()
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    ensure_tune()
     needs = {"CPU": 1, "GPU": 1} if jobs[0].config.distill.fit.gpu else {"CPU": 1}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(JobTrial, jobs=tuple(jobs), root=root), needs),
@@ -47,6 +44,14 @@ def under_tune(jobs: Sequence[Job], root: str, report: Report) -> None:
         raise TrainingError(
             f"{len(failed)} of {len(jobs)} jobs failed; the others are kept, and the same command tries these again. {told}"
         )
+
+
+def ensure_tune() -> None:
+    """A running Ray, and a Tune that leaves it to us to say what happens."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one speaks at any verbosity
+    ensure_ray()
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
 class JobTrial(tune.Trainable):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,24 +15,26 @@ from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.stages.fitting import Fit, fit, load_weights
-from coin_ray.stages.knowledge import collected, opinions, training_examples
+from coin_ray.stages.knowledge import collected, held_out, opinions, training_examples
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.training.distill import Distillation
-from coin_ray.training.loop import Task
+from coin_ray.training.loop import Curve, Task
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Write ``detector.pt`` (the student), ``teacher.pt`` and ``curve.json``."""
+def run(context: Context, train: Callable[[Fit], Curve] = fit) -> dict[str, Any]:
+    """Write ``detector.pt`` (the student), ``teacher.pt`` and ``curve.json``. The option ``held_out``: share of the images left out."""
     config = context.config
     cloud = collected(context.inputs["collect"], "cloud", config)
     clip = tables.open_detections(storage.join(context.inputs["separate"], "clip_detector.parquet"), len(config.classes))
     know = opinions(cloud, clip, context.inputs["collect"], config)
-    examples = training_examples(context.inputs["images"], cloud.ids, know)
+    left_out = context.options.get("held_out", 0.0)
+    used = pa.array([i for i in cloud if not held_out(i, left_out)]) if left_out else cloud.ids
+    examples = training_examples(context.inputs["images"], used, know)
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
     build = partial(make, config, teacher, annotators_of(context.inputs["separate"], config))
     work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder)
-    return {"images": len(examples), "last": fit(work)[-1]}
+    return {"images": len(examples), "last": train(work)[-1]}
 
 
 def annotators_of(separate: str, config: PipelineConfig) -> Annotators | None:

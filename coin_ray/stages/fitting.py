@@ -30,6 +30,10 @@ from coin_ray.training.loop import Curve, Task, run
 
 CLUSTER_RETRIES = 3
 """Lost workers after which a fit on a cluster gives up."""
+STATE = "state.pt"
+"""The last state of an unfinished fit, in its folder."""
+Tell = Callable[[int, Mapping[str, float], dict[str, Any] | None], None]
+"""Told of a logged or saved step (counted from 0): its losses, and the state if it was saved."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,24 @@ def _scaling(optimize: Optimize) -> ScalingConfig:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    work: Fit = config["work"]
+    train(config["work"], lambda step, metrics, _: ray.train.report({"step": step, **metrics}))
+
+
+def train(work: Fit, tell: Tell) -> Curve:
+    """This worker's part of a fit, from the last saved state on. All workers call ``tell`` at the same steps."""
     logging.getLogger().setLevel(logging.WARNING)  # open_clip tells its life story at INFO
     if not work.optimize.gpu:
         torch.set_num_threads(threads(work.optimize.workers))
     task = work.make().to(_device(work.optimize))
     with bar(work.title, work.optimize.steps) as shown:
-        host = FolderHost(work.folder, shown)
+        host = FolderHost(work.folder, shown, tell)
         curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=host)
     if worker_rank() == 0:
         for name, weights in work.finish(task).items():
             save_weights(storage.join(work.folder, name), weights)
         storage.write_json(storage.join(work.folder, "curve.json"), curve)
         host.forget()
+    return curve
 
 
 def _device(optimize: Optimize) -> torch.device:
@@ -105,8 +114,8 @@ def _device(optimize: Optimize) -> torch.device:
 class FolderHost:
     """The training loop's host: rank 0 keeps the last state in a file that is replaced whole; all ranks wait for each other."""
 
-    def __init__(self, folder: str, shown: Bar) -> None:
-        self.place, self.shown = storage.join(folder, "state.pt"), shown
+    def __init__(self, folder: str, shown: Bar, tell: Tell) -> None:
+        self.place, self.shown, self.tell = storage.join(folder, STATE), shown, tell
 
     def resume(self) -> dict[str, Any] | None:
         return load_state(self.place) if storage.exists(self.place) else None
@@ -116,7 +125,7 @@ class FolderHost:
             if checkpoint is not None:
                 save_weights(self.place, checkpoint)
             self.shown.update(step + 1, " ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name not in diagnosis.NAMES))
-        ray.train.report({"step": step, **metrics})
+        self.tell(step, metrics, checkpoint)
 
     def forget(self) -> None:
         """The weights are written: the state with its optimizers is no longer needed."""

@@ -28,6 +28,11 @@ def image_rows(folder: str, split: str) -> list[dict[str, object]]:
     return [r for r in rows if r["split"] == split]
 
 
+def held_out(image_id: str, share: float) -> bool:
+    """Whether an image is among the ``share`` of all that a search keeps from training; decided by its id alone."""
+    return int(image_id[:8], 16) < share * 16**8
+
+
 def collected(folder: str, name: str, config: PipelineConfig) -> DetectionsTable:
     """All answered images of ``cloud`` or ``clip_labels``, full tail."""
     return tables.open_detections(storage.join(folder, f"{name}.parquet"), len(config.classes))

@@ -1,0 +1,124 @@
+"""What a search found: the order of its trials, what each setting was worth, and the files and lines that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata, spearmanr  # type: ignore[import-untyped]
+
+from coin_ray.search.plan import FULL
+from coin_ray.search.space import Choice, Space
+
+FEWEST = 3
+"""Trials below which no correlation is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One trial that has ended. ``ninths`` of its training were made; ``figures`` hold its score then; ``failure``: why, or empty."""
+
+    number: int
+    settings: dict[str, Any]
+    figures: dict[str, float]
+    ninths: int
+    seconds: float
+    failure: str = ""
+
+    @property
+    def state(self) -> str:
+        if self.failure:
+            return "failed"
+        return "finished" if self.ninths == FULL else f"stopped at {self.ninths}/{FULL}"
+
+    @property
+    def rank_key(self) -> tuple[int, float]:
+        """Later trials are better than those stopped earlier; failed ones come last."""
+        return (-1, 0.0) if self.failure or "score" not in self.figures else (self.ninths, self.figures["score"])
+
+
+def ordered(records: Sequence[Record]) -> list[Record]:
+    """Best first: finished ones by score, then those stopped, latest first, then failed ones."""
+    return sorted(records, key=lambda r: r.rank_key, reverse=True)
+
+
+def best(records: Sequence[Record]) -> Record | None:
+    """The finished trial with the highest score; None if none finished."""
+    finished = [r for r in records if r.state == "finished"]
+    return max(finished, key=lambda r: r.figures["score"]) if finished else None
+
+
+def importance(records: Sequence[Record], space: Space) -> dict[str, float]:
+    """By setting, the share in 0..1 of the variance of the trials' ranks that it explains alone; empty for fewer than three trials.
+
+    A number: Spearman's correlation squared. A choice: between-group variance of ranks. With few trials much of it is chance.
+    """
+    known = [r for r in records if not r.failure and "score" in r.figures]
+    if len(known) < FEWEST:
+        return {}
+    ranks = _ranks(known)
+    return {name: _explained([r.settings[name] for r in known], ranks, isinstance(domain, Choice)) for name, domain in space.items()}
+
+
+def truth_correlation(records: Sequence[Record]) -> tuple[float, int] | None:
+    """Spearman's correlation of label-free scores with validation mAP50, and over how many finished trials; None for fewer than three."""
+    pairs = [(r.figures["score"], r.figures["validation"]) for r in records if r.state == "finished" and "validation" in r.figures]
+    if len(pairs) < FEWEST:
+        return None
+    found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return (0.0 if found != found else found), len(pairs)
+
+
+def as_plain(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(r) | {"state": r.state} for r in records]
+
+
+def line(record: Record) -> str:
+    """One trial in words, for the log."""
+    settings = ", ".join(f"{name.rsplit('.', 1)[-1]} {shown(v)}" for name, v in record.settings.items())
+    return f"trial {record.number}: {_said(record)}, {record.seconds:.0f} s ({settings})"
+
+
+def print_trials(title: str, records: Sequence[Record]) -> None:
+    """All trials, best first; scores in points."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    names = list(records[0].settings) if records else []
+    for column in ("trial", "score", "state", *(name.rsplit(".", 1)[-1] for name in names)):
+        table.add_column(column, justify="left" if column == "state" else "right", header_style="dim")
+    for record in ordered(records):
+        score = "" if record.failure or "score" not in record.figures else f"{100 * record.figures['score']:.1f}"
+        name = f"{record.number} (preset)" if record.number == 0 else str(record.number)
+        table.add_row(name, score, record.state, *(shown(record.settings[n]) for n in names))
+    Console(width=max(120, 40 + 16 * len(names))).print(table)
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _said(record: Record) -> str:
+    if record.failure:
+        return f"failed, {record.failure}"
+    return f"score {100 * record.figures['score']:.1f}, {record.state}"
+
+
+def _ranks(records: Sequence[Record]) -> NDArray[np.float64]:
+    """1 for the worst."""
+    keys = sorted({r.rank_key for r in records})
+    return np.asarray(rankdata([keys.index(r.rank_key) for r in records]), np.float64)
+
+
+def _explained(values: Sequence[Any], ranks: NDArray[np.float64], choice: bool) -> float:
+    total = float(((ranks - ranks.mean()) ** 2).sum())
+    if total == 0 or len(set(values)) < 2:
+        return 0.0
+    if not choice:
+        return float(spearmanr(values, ranks).statistic) ** 2
+    groups = [ranks[[v == name for v in values]] for name in set(values)]
+    return float(sum(len(g) * (g.mean() - ranks.mean()) ** 2 for g in groups)) / total

@@ -1,0 +1,135 @@
+"""What a search is asked to do, and the steps its trials share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from coin_ray import storage, tables
+from coin_ray.config import PipelineConfig
+from coin_ray.configfile import fingerprint
+from coin_ray.errors import ConfigError, InputError
+from coin_ray.evaluation.label_free import agreed_boxes
+from coin_ray.experiments.grid import Job
+from coin_ray.experiments.variants import shortened
+from coin_ray.pipeline import graph
+from coin_ray.runner import up_to
+from coin_ray.search.needs import has_validation
+from coin_ray.search.space import Space, apply, space_of
+from coin_ray.stages.knowledge import held_out, image_rows
+from coin_ray.steps import Step
+from coin_ray.tables import Truth
+
+Objective = Literal["map50", "label-free"]
+Algorithm = Literal["optuna", "random", "bohb"]
+Scheduler = Literal["asha", "none"]
+
+FULL = 9
+"""A training counts nine parts; trials are compared after the first, the third and the last."""
+LOOKS = (1, 3)
+HELD_OUT = 0.2
+"""Share of the training images that a label-free search keeps from training, to judge by."""
+FEWEST_AGREED = 10
+"""Held-out consistent boxes below which nothing can be judged."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """``config``: the preset as it is, with all its steps. ``steps_share``: of the distillation's steps, made by each trial."""
+
+    config: PipelineConfig
+    root: str
+    space_name: str
+    objective: Objective
+    algorithm: Algorithm = "optuna"
+    scheduler: Scheduler = "asha"
+    trials: int = 16
+    steps_share: float = 1.0
+    concurrent: int | None = None
+    """Trials at once; None: as many as there are CPUs (GPUs, if ``fit.gpu``)."""
+
+    def __post_init__(self) -> None:
+        for name, number in (("--trials", self.trials), ("--concurrent", self.concurrent)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be at least 1; got {number}")
+        if not 0 < self.steps_share <= 1:
+            raise ConfigError(f"--steps-share must lie in 0..1, and above 0; got {self.steps_share}")
+        if self.config.distill.fit.workers > 1:
+            raise ConfigError(
+                "a trial trains in one process, and several trials run at once: leave --distill.fit.workers at 1 "
+                f"and give --concurrent instead; got {self.config.distill.fit.workers} workers"
+            )
+        if self.objective == "map50" and not has_validation(self.config):
+            raise ConfigError("--objective map50 needs labelled validation images: give --val DIR, or --objective label-free")
+        _ = self.space
+
+    @property
+    def space(self) -> Space:
+        return space_of(self.space_name, self.config)
+
+    @property
+    def folder(self) -> str:
+        """Everything of the search but the steps, which lie where the pipeline's do."""
+        return storage.join(self.root, "search", f"{self.space_name}-{self.objective}")
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What must be the same to go on with a search."""
+        return {
+            "configuration": fingerprint(self.config),
+            "--space": self.space_name,
+            "--objective": self.objective,
+            "--algorithm": self.algorithm,
+            "--scheduler": self.scheduler,
+            "--trials": self.trials,
+            "--steps-share": self.steps_share,
+        }
+
+    def trial_config(self, settings: Mapping[str, Any]) -> PipelineConfig:
+        config = apply(self.config, settings)
+        return config if self.steps_share == 1 else replace(config, distill=shortened(config, self.steps_share).distill)
+
+    def steps(self, settings: Mapping[str, Any]) -> dict[str, Step]:
+        """A trial's steps up to its distillation; the pipeline's own, unless images are held out."""
+        steps = up_to(graph(self.trial_config(settings)), "distill")
+        if self.objective == "label-free":
+            steps["distill"] = replace(steps["distill"], options={"held_out": HELD_OUT})
+        return steps
+
+    @property
+    def shared(self) -> dict[str, Step]:
+        """Steps before any distillation, as the preset makes them."""
+        return {name: step for name, step in self.steps({}).items() if name != "distill"}
+
+    def prepare(self) -> None:
+        """Do the shared steps that are missing. Raises InputError if their results leave nothing to judge trials by."""
+        for step in self.shared.values():
+            if step.manifest(self.root) is None:
+                print(f"{step.name}: started", flush=True)
+                Job(step.name, self.config, (step,)).run(self.root)
+        if self.objective == "map50" and not self.validation():
+            raise InputError(
+                "the validation images are annotated, but with no object of the asked classes: nothing can be measured on them"
+            )
+        if self.objective == "label-free":
+            count = sum(int((~truth.difficult).sum()) for truth in self.agreed().values())
+            if count < FEWEST_AGREED:
+                raise InputError(
+                    f"a label-free search judges by held-out boxes on which both teachers agree, and needs {FEWEST_AGREED} of them; "
+                    f"there are {count}. Give more images, or labelled ones with --val DIR"
+                )
+
+    def agreed(self) -> dict[str, Truth]:
+        """Agreed boxes of the held-out images, as the preset separates them: the same for all trials."""
+        table = storage.read_table(storage.join(self.shared["separate"].folder(self.root), "separation.parquet"))
+        every = agreed_boxes(table.to_pylist(), len(self.config.classes))
+        return {image: truth for image, truth in every.items() if held_out(image, HELD_OUT)}
+
+    def validation(self) -> dict[str, Truth]:
+        """Truth of the validation images; empty if they have none."""
+        folder = self.shared["images"].folder(self.root)
+        wanted = {row["image_id"] for row in image_rows(folder, "val")}
+        truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
+        chosen = {image: annotated for image, annotated in truth.items() if image in wanted}
+        return chosen if any(len(annotated.boxes) for annotated in chosen.values()) else {}

@@ -1,0 +1,97 @@
+"""Students of known quality, made by spoiling perfect ones, judged without labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import detections
+from scipy.stats import spearmanr
+
+from coin_ray.evaluation.label_free import agreed_boxes, calibration_error, label_free
+from coin_ray.evaluation.voc import average_precision
+from coin_ray.structures import Detections
+from coin_ray.tables import Truth
+
+CLASSES, IMAGES = 3, 60
+QUALITIES = (1.0, 0.85, 0.7, 0.5, 0.3, 0.1)
+PLACES = [(10.0 + 60 * n, 10.0, 50.0 + 60 * n, 60.0) for n in range(4)]
+
+
+def world(seed: int = 0) -> tuple[dict[str, Truth], list[dict[str, object]]]:
+    """Truth, and what two teachers make of it: three of four objects they agree on, now and then wrongly, one they dispute."""
+    draw = np.random.default_rng(seed)
+    truth, separation = {}, []
+    for number in range(IMAGES):
+        labels = draw.integers(0, CLASSES, len(PLACES))
+        truth[str(number)] = Truth(torch.tensor(PLACES), torch.tensor(labels), torch.zeros(len(PLACES), dtype=torch.bool))
+        said = [int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES)) for label in labels]
+        probs = np.eye(CLASSES + 1)[said].tolist()
+        kinds = ["consistent"] * 3 + [str(draw.choice(["inconsistent", "private"]))]
+        separation.append({"image_id": str(number), "boxes": PLACES, "kind": kinds, "cloud_probs": probs, "clip_probs": probs})
+    return truth, separation
+
+
+def student(truth: dict[str, Truth], quality: float, seed: int = 1) -> dict[str, Detections]:
+    """Finds and names rightly a ``quality`` of the objects, and is as sure as that; else a wrong name or nothing, and boxes of nothing."""
+    draw = np.random.default_rng(seed)
+    found = {}
+    for image, annotated in truth.items():
+        rows = []
+        for place, label in zip(PLACES, annotated.labels.tolist(), strict=True):
+            if draw.random() < quality:
+                rows.append((place, label, float(draw.uniform(0.7, 1.0))))
+            elif draw.random() < 0.5:
+                rows.append((place, int((label + 1) % CLASSES), float(draw.uniform(0.3, 0.9))))
+        if draw.random() > quality:
+            rows.append(((100.0, 120.0, 150.0, 170.0), int(draw.integers(CLASSES)), float(draw.uniform(0.3, 0.9))))
+        found[image] = detections(*rows, classes=CLASSES)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
+    truth, separation = world(seed)
+    agreed = agreed_boxes(separation, CLASSES)
+    judged, true = [], []
+    for quality in QUALITIES:
+        found = student(truth, quality, seed + 1)
+        judged.append(label_free(found, student(truth, quality, seed + 100), agreed, CLASSES)["score"])
+        true.append(average_precision(found, truth, CLASSES).map)
+    assert spearmanr(judged, true).statistic == pytest.approx(1.0)
+    assert all(0 <= score <= 1 for score in judged)
+
+
+def test_a_disputed_box_neither_helps_nor_harms() -> None:
+    row = {"image_id": "a", "boxes": PLACES[:2], "kind": ["consistent", "inconsistent"], "cloud_probs": np.eye(4)[[0, 1]].tolist()}
+    agreed = agreed_boxes([row], CLASSES)
+    right = (PLACES[0], 0, 0.8)
+    alone = label_free({"a": detections(right)}, {}, agreed, CLASSES)
+    for label in range(CLASSES):
+        assert label_free({"a": detections(right, (PLACES[1], label, 0.9))}, {}, agreed, CLASSES) == alone
+    assert alone["agreement"] == 1
+    assert alone["miscalibration"] == pytest.approx(0.2)
+
+
+def test_a_student_that_differs_from_its_teacher_is_worth_less() -> None:
+    truth, separation = world()
+    agreed, found = agreed_boxes(separation, CLASSES), student(truth, 0.8)
+    same, other = (label_free(found, teacher, agreed, CLASSES) for teacher in (found, student(truth, 0.2, seed=9)))
+    assert same["disagreement"] < 0.05 < other["disagreement"]
+    assert same["agreement"] == other["agreement"]
+    assert same["score"] > other["score"]
+
+
+@pytest.mark.parametrize(("score", "share", "error"), [(0.75, 0.75, 0.0), (0.95, 0.5, 0.45), (0.1, 0.5, 0.4)])
+def test_calibration_error_is_the_gap_between_score_and_share_confirmed(score: float, share: float, error: float) -> None:
+    truth = {str(n): Truth(torch.tensor(PLACES[:1]), torch.tensor([0]), torch.tensor([False])) for n in range(8)}
+    found = {str(n): detections((PLACES[0] if n < 8 * share else PLACES[2], 0, score)) for n in range(8)}
+    assert calibration_error(found, truth) == pytest.approx(error, abs=1e-6)
+
+
+def test_a_student_that_sees_nothing_is_the_worst() -> None:
+    truth, separation = world()
+    agreed = agreed_boxes(separation, CLASSES)
+    empty = {image: Detections.empty(CLASSES) for image in truth}
+    worst = min(label_free(student(truth, q), student(truth, q, 7), agreed, CLASSES)["score"] for q in QUALITIES)
+    assert label_free(empty, empty, agreed, CLASSES)["score"] < worst

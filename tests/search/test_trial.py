@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import distillation, examples, tiny_config, tiny_fit
+
+from coin_ray.errors import TrainingError
+from coin_ray.search import trial
+from coin_ray.search.plan import HELD_OUT, Search
+from coin_ray.search.trial import FAILED, run_trial
+from coin_ray.stages.distill import finish
+from coin_ray.stages.fitting import Fit, load_weights, train
+from coin_ray.stages.knowledge import held_out
+from coin_ray.steps import Context
+from coin_ray.training.loop import Curve
+
+FIT = tiny_fit(steps=9, checkpoint_every=100)
+
+
+def fit_into(folder: Path) -> Fit:
+    folder.mkdir()
+    return Fit("distill", lambda: distillation(FIT), finish, examples(folder), FIT, tiny_config(), 2, str(folder))
+
+
+def watched(work: Fit, wanted: Search, report: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(context: Context, fit: Callable[[Fit], Curve]) -> dict[str, Any]:
+        return {"last": fit(work)[-1]}
+
+    monkeypatch.setattr(trial.distill, "run", run)
+    context = Context(wanted.config, wanted.root, work.folder, {}, {}, "distill")
+    trial._watched(context, wanted, report)
+
+
+def test_a_student_looked_at_on_the_way_is_the_same_student(
+    asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(search: Search, weights: dict[str, str]) -> dict[str, float]:
+        assert set(weights) == {"student", "teacher"}
+        return {"score": float(sum(w.sum() for w in load_weights(weights["student"]).values())) + float(torch.rand(())) * 0}
+
+    monkeypatch.setattr(trial, "measured", measured)
+    told: list[dict[str, Any]] = []
+    plain, looked = fit_into(tmp_path / "plain"), fit_into(tmp_path / "looked")
+    train(plain, lambda *_: None)
+    watched(looked, asked(), told.append, monkeypatch)
+    assert [t["ninths"] for t in told] == [1, 3]
+    assert told[0]["score"] != told[1]["score"]
+    for name in ("detector.pt", "teacher.pt"):
+        torch.testing.assert_close(load_weights(f"{plain.folder}/{name}"), load_weights(f"{looked.folder}/{name}"), rtol=0, atol=0)
+    assert not list(Path(looked.folder).rglob("student.pt"))
+
+
+def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
+    asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "measured", lambda *_: {"score": 0.0})
+    work = fit_into(tmp_path / "killed")
+
+    def kill(figures: dict[str, Any]) -> None:
+        if figures["ninths"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watched(work, asked(), kill, monkeypatch)
+    told: list[dict[str, Any]] = []
+    watched(work, asked(), told.append, monkeypatch)
+    assert told == []
+    undisturbed = fit_into(tmp_path / "undisturbed")
+    train(undisturbed, lambda *_: None)
+    torch.testing.assert_close(
+        load_weights(f"{work.folder}/detector.pt"), load_weights(f"{undisturbed.folder}/detector.pt"), rtol=0, atol=0
+    )
+
+
+def test_without_a_scheduler_nothing_is_looked_at_on_the_way(
+    asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    watched(fit_into(tmp_path / "a"), asked(scheduler="none"), told.append, monkeypatch)
+    assert told == []
+
+
+def test_a_trial_that_diverges_has_failed_and_says_why(asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(*_: object) -> dict[str, Any]:
+        raise TrainingError("loss private_regions is not finite at step 40")
+
+    monkeypatch.setattr(trial, "_distilled", diverging)
+    told: list[dict[str, Any]] = []
+    run_trial(asked(), {}, told.append)
+    assert told == [{"ninths": 9, "score": FAILED, "failure": "TrainingError: loss private_regions is not finite at step 40"}]
+
+
+def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
+    ids = [f"{n * 2654435761 % 2**32:08x}" + "0" * 56 for n in range(2000)]
+    kept = [i for i in ids if held_out(i, HELD_OUT)]
+    assert 0.17 < len(kept) / len(ids) < 0.23
+    assert not any(held_out(i, 0.0) for i in ids)
