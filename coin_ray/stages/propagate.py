@@ -8,10 +8,10 @@ from typing import Any
 from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.data.examples import Example
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
-from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.pipeline import baseline_training
 from coin_ray.stages.fitting import Fit, fit
-from coin_ray.stages.knowledge import image_rows, labels_for
+from coin_ray.stages.knowledge import LabelSource, image_rows, labels_for
+from coin_ray.stages.students import look_of, new_clip_detector, new_student
 from coin_ray.steps import Context
 from coin_ray.training.loop import Task
 from coin_ray.training.propagate import Propagation
@@ -30,15 +30,26 @@ def run(context: Context) -> dict[str, Any]:
         Example(str(i["image_id"]), str(i["uri"]), {"labels": labels[str(i["image_id"])]}) for i in images if i["image_id"] in labels
     ]
     curve = fit(
-        Fit(context.name, partial(make, config, propagate), finish, examples, propagate.fit, config.detector, config.seed, context.folder),
+        Fit(
+            context.name,
+            partial(make, config, propagate, source),
+            finish,
+            examples,
+            propagate.fit,
+            config.detector,
+            config.seed,
+            context.folder,
+        ),
     )
     return {"images": len(examples), "labels": sum(len(labels[e.image_id]) for e in examples), "last": curve[-1]}
 
 
-def make(config: PipelineConfig, propagate: Propagate) -> Propagation:
+def make(config: PipelineConfig, propagate: Propagate, source: LabelSource) -> Propagation:
+    """The CLIP detector is a Faster R-CNN; baselines have the student's network."""
     backbone = load_backbone(config)
-    detector = build_detector(backbone, config.classes, config.detector, seed=config.seed)
-    return Propagation(detector, starting_embeddings(backbone, config), propagate)
+    new = new_clip_detector if source == "clip" else new_student
+    detector = new(backbone, config, seed=config.seed)
+    return Propagation(detector, starting_embeddings(backbone, config), propagate, look_of(detector))
 
 
 def finish(task: Task) -> dict[str, Any]:
