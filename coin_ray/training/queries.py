@@ -187,6 +187,11 @@ def all_objects(separations: Sequence[Separation], sizes: Sequence[tuple[int, in
 
 def assigned(logits: Tensor, boxes: Tensor, objects: Objects, usable: Tensor | None = None) -> Answers:
     """One-to-one assignment of least cost, layer by layer and image by image, among the queries in ``usable`` [B, Q]."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return _assigned(logits, boxes, objects, usable)
+
+
+def _assigned(logits: Tensor, boxes: Tensor, objects: Objects, usable: Tensor | None) -> Answers:
     real = torch.ones(logits.shape[1:3], dtype=torch.bool, device=logits.device) if usable is None else usable
     rows = torch.full(logits.shape[:3], NONE, device=logits.device)
     for image, (start, stop) in enumerate(pairwise(objects.starts)):
