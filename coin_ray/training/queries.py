@@ -177,7 +177,7 @@ def all_objects(separations: Sequence[Separation], sizes: Sequence[tuple[int, in
         agreed, disputed, private = separation.consistent, separation.inconsistent, separation.private
         boxes.append(normalise(torch.cat([agreed.boxes, disputed.boxes, private.boxes]), size))
         both = (disputed.cloud.probs + disputed.clip.probs) / 2
-        targets += [F.one_hot(agreed.cloud.labels, classes).float(), both[:, :-1], private.probs[:, :-1]]
+        targets += [F.one_hot(agreed.cloud.labels, classes + 1)[:, :-1].float(), both[:, :-1], private.probs[:, :-1]]
         sizes_of_kinds = {CONSISTENT: len(agreed), INCONSISTENT: len(disputed), PRIVATE: len(private)}
         kinds += [kind for kind, count in sizes_of_kinds.items() for _ in range(count)]
         starts.append(len(kinds))

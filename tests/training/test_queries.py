@@ -184,7 +184,7 @@ def test_replayed_rois_stand_for_the_pair_they_were_sampled_on() -> None:
 @pytest.mark.parametrize(
     ("kind", "losses"),
     [
-        ("consistent", {n for n in REGIONAL | QUERIES}),
+        ("consistent", REGIONAL | QUERIES),
         ("private", {"private_regions", "private_anchors", "private_queries"}),
         ("inconsistent", NAMED),
         ("alignment", {"alignment"}),
