@@ -127,7 +127,7 @@ SMALL_CO_DETR = CoDetr(
     detections=60,
     score_min=0.02,
 )
-"""A step takes about twice as long as one of the small Faster R-CNN."""
+"""A step takes twice the CPU time of one of the small Faster R-CNN."""
 
 
 def with_student(config: PipelineConfig, student: Student) -> PipelineConfig:
