@@ -13,11 +13,11 @@ from typing import cast, get_args
 
 import tyro
 
-from coin_ray.config import Cloud, PipelineConfig, Service, check_runnable
+from coin_ray.config import Cloud, PipelineConfig, Service, Student, check_runnable
 from coin_ray.configfile import from_yaml
 from coin_ray.errors import CoinError, ConfigError
 from coin_ray.pipeline import ORDER, graph
-from coin_ray.presets import PRESETS, thermal
+from coin_ray.presets import PRESETS, thermal, with_student
 from coin_ray.published import SETS, CloudKind, published
 from coin_ray.storage import absolute, join
 
@@ -94,17 +94,20 @@ def parse(arguments: Sequence[str], script: str = "full.py", description: str = 
     )
     parser.add_argument("--assets", help="thermal: folder with data/thermal, models and clip_text")
     parser.add_argument("--published-cloud", choices=get_args(CloudKind), help=f"{', '.join(SETS)}: the kind of cloud (default: gdino)")
+    parser.add_argument("--student", choices=get_args(Student), help="network of the student (default: faster-rcnn), trained as it needs")
     parser.add_argument("--settings", action="store_true", help="list all settings of the preset")
     known, rest = parser.parse_known_args(list(arguments))
     if known.config is not None:
-        if rest or known.preset or known.published_cloud:
-            given = [known.preset, known.published_cloud and "--published-cloud", *rest]
+        if rest or known.preset or known.published_cloud or known.student:
+            given = [known.preset, known.published_cloud and "--published-cloud", known.student and "--student", *rest]
             raise ConfigError(f"--config holds the whole configuration; remove {' '.join(g for g in given if g)}")
         config = from_yaml(known.config)
     elif known.preset is None:
         parser.error(f"name a preset ({', '.join(sorted(PRESETS))}) or give --config FILE")
     else:
-        config = _settings(_preset(known.preset, known.assets, known.published_cloud), ["--help"] if known.settings else rest)
+        preset = _preset(known.preset, known.assets, known.published_cloud)
+        preset = with_student(preset, known.student) if known.student else preset
+        config = _settings(preset, ["--help"] if known.settings else rest)
     check(config)
     root = absolute(known.root or join("runs", config.preset))
     return config, Options(root, known.until, known.dry_run, known.baselines)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from coin_ray.errors import ConfigError
+from coin_ray.models.co_detr.config import CoDetr
 
 
 def execution(default: Any) -> Any:
@@ -337,6 +338,7 @@ class Separate:
         _fraction("separate.iou_min", self.iou_min)
 
 
+Student = Literal["faster-rcnn", "co-detr"]
 Fusion = Literal["ckg", "average", "score_weighted", "product", "dawid_skene", "cloud", "clip"]
 
 
@@ -344,6 +346,13 @@ Fusion = Literal["ckg", "average", "score_weighted", "product", "dawid_skene", "
 class Distill:
     """Knowledge separation and distillation into the target detector (paper sections 3.3, 3.4)."""
 
+    student: Student = "faster-rcnn"
+    """Network of the target detector, and of the baselines. Published: the CLIP detector's, a Faster R-CNN. ``--student`` also sets a
+    training that fits it."""
+    co_detr: CoDetr = field(default_factory=lambda: CoDetr(auxiliary=("rcnn",), roi_boxes="agnostic"))
+    """Size and weights of a Co-DETR student; backbone, views, temperature and background are those of ``detector``."""
+    co_detr_classes: Literal["text", "linear"] = "text"
+    """The decoder compares queries with the class embeddings, or has a linear classifier. The auxiliary head always compares."""
     fit: Optimize = field(default_factory=lambda: Optimize(steps=65_000, milestones=(40_000, 45_000, 60_000), factors=(0.1, 0.5, 0.1)))
     start_from: Literal["clip", "clip_detector"] = "clip"
     """Student's first weights. Published: CLIP, everything else random."""
@@ -382,6 +391,11 @@ class Distill:
     def __post_init__(self) -> None:
         _check(self.fusion in get_args(Fusion), f"distill.fusion must be one of {', '.join(get_args(Fusion))}; got {self.fusion!r}")
         share = self.fusion_share
+        one_head = self.co_detr.auxiliary == ("rcnn",) and self.co_detr.auxiliary_losses and self.co_detr.roi_boxes == "agnostic"
+        _check(
+            self.student != "co-detr" or one_head,
+            "a Co-DETR student describes boxes by its Faster R-CNN head: distill.co_detr needs auxiliary rcnn, its losses, and agnostic roi_boxes",
+        )
         _check(share is None or 0 < share <= 1, f"distill.fusion_share must lie in 0..1, and above 0; got {share}")
 
 

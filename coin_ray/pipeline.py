@@ -22,14 +22,17 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     views = (c.detector.short_side, c.detector.long_side)
     detector = (c.clip, c.mobilenet, c.detector, c.classes, c.seed)
     baseline = baseline_training(c)
+    network = [] if c.distill.student == "faster-rcnn" else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
 
     images = Step("images", "images", identity=c.data)
     collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)), inputs=(images,))
     propagate = Step("propagate", "propagate", (detector, c.labels, c.propagate), (images, collect), options={"labels": "clip"})
     separate = Step("separate", "separate", (c.labels, c.separate), (images, collect, propagate))
     distill = Step("distill", "distill", (detector, c.labels, c.separate, c.distill), (images, collect, propagate, separate))
-    pseudo_label = Step("pseudo_label", "propagate", (detector, c.labels, baseline), (images, collect), options={"labels": "cloud"})
-    oracle = Step("oracle", "propagate", (detector, baseline), (images, collect), options={"labels": "truth"})
+    pseudo_label = Step(
+        "pseudo_label", "propagate", (detector, c.labels, baseline, *network), (images, collect), options={"labels": "cloud"}
+    )
+    oracle = Step("oracle", "propagate", (detector, baseline, *network), (images, collect), options={"labels": "truth"})
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
     evaluate = Step("evaluate", "evaluate", identity=c.classes, inputs=(images, collect, separate, *students))
     export = Step("export", "export", identity=c.detector, inputs=(distill,))

@@ -82,6 +82,11 @@ class Pairs:
         return Pairs(self.boxes.to(device), self.cloud.to(device), self.clip.to(device))
 
     @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        boxes = torch.cat([p.boxes for p in parts])
+        return cls(boxes, Detections.cat([p.cloud for p in parts]), Detections.cat([p.clip for p in parts]))
+
+    @classmethod
     def empty(cls, num_classes: int) -> Pairs:
         none = Detections.empty(num_classes)
         return cls(none.boxes, none, none)

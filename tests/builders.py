@@ -15,10 +15,15 @@ from torch import Tensor
 from coin_ray.clip.encoder import ClipModel, class_embeddings
 from coin_ray.config import Clip, Detector, Distill, Optimize, Propagate, Separate
 from coin_ray.data.examples import Example
+from coin_ray.models.co_detr.config import CoDetr, tiny
+from coin_ray.models.co_detr.regional import RegionalDetr
+from coin_ray.models.co_detr.text import TextDetr
+from coin_ray.models.faster_rcnn_clip.backbone import new_embeddings, new_tower
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training.distill import Distillation
 from coin_ray.training.propagate import Propagation
+from coin_ray.training.queries import look_with_queries
 
 CLASSES = ("cat", "traffic light", "stop sign")
 Row = tuple[Sequence[float], int, float]
@@ -149,6 +154,61 @@ def distillation(fit: Optimize, **changes: Any) -> Distillation:
     student, teacher = tiny_detector(seed=1), tiny_detector(seed=0)
     rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
     return Distillation(student, teacher, tiny_embeddings(), Distill(fit=fit, **(values | changes)), rules)
+
+
+def tiny_network(**changes: Any) -> CoDetr:
+    """Two layers of decoder and one of encoder, few queries, and the auxiliary head COIN needs."""
+    values: dict[str, Any] = {
+        "width": 32,
+        "levels": 3,
+        "feedforward": 32,
+        "encoder_layers": 1,
+        "queries": 16,
+        "auxiliary": ("rcnn",),
+        "rpn_samples": 16,
+        "proposals_per_level": 20,
+        "proposals": 24,
+        "roi_samples": 16,
+        "roi_positive": 0.5,
+        "roi_size": 4,
+        "roi_width": 32,
+        "roi_boxes": "agnostic",
+        "detections": 20,
+    }
+    return tiny(**(values | changes))
+
+
+def tiny_co_detr(seed: int = 0, *, named: bool = True, network: CoDetr | None = None, **changes: Any) -> RegionalDetr:
+    """A Co-DETR student on the tiny CLIP; weights that start at zero have values, so that nothing is switched off."""
+    clip, config = tiny_clip(), tiny_config(**changes)
+    torch.manual_seed(seed)
+    prompts, tower = new_embeddings(clip, CLASSES, config), new_tower(clip, config)
+    base = TextDetr(tower, prompts, len(CLASSES), clip.embedding_size, network or tiny_network(), named=named, mean=clip.mean, std=clip.std)
+    student = RegionalDetr(base, clip.embedding_size, config)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if weight.requires_grad and "tower" not in name and not bool(weight.any()):
+                weight.normal_(std=0.1, generator=draw)
+    return student
+
+
+def detr_distillation(fit: Optimize, *, named: bool = True, **changes: Any) -> Distillation:
+    """As ``distillation``, with a Co-DETR student."""
+    values = {
+        "alignment": 1.0,
+        "inconsistent": 1.0,
+        "private": 1.0,
+        "fusion_score_min": 0.0,
+        "prototype_rate": 0.1,
+        "prototypes_from": 0,
+        "burn_up": 1,
+        "teacher_rate": 0.1,
+    }
+    student, teacher = tiny_co_detr(seed=1, named=named), tiny_co_detr(seed=0, named=named)
+    rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
+    config = Distill(fit=fit, student="co-detr", **(values | changes))
+    return Distillation(student, teacher, tiny_embeddings(), config, rules, look=look_with_queries)
 
 
 SIZES = ((96, 64), (64, 80), (72, 72), (64, 96), (90, 60))

@@ -50,6 +50,15 @@ def test_classes(given: tuple[str, ...], expected: tuple[str, ...]) -> None:
     assert parse(("folder", *given, *IMAGES, *CLOUD))[0].classes == expected
 
 
+def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() -> None:
+    config, _ = parse(("demo", "--student", "co-detr", "--distill.fit.steps", "50", "--distill.co-detr.width", "32"))
+    assert (config.distill.student, config.distill.fit.steps, config.distill.co_detr.width) == ("co-detr", 50, 32)
+    assert config.distill.co_detr.queries < 100
+    assert exit_code("demo", "--student", "yolo") == 2
+    with pytest.raises(ConfigError, match="remove --student"):
+        parse(("--config", "x.yaml", "--student", "co-detr"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -28,6 +28,8 @@ search
 capacity
 tune
 """
+SETTINGS = "coin_ray.models.co_detr.config"
+"""Settings of a model that are settings of the pipeline too: it counts as part of the config, and imports no more than that does."""
 RANK = {part: rank for rank, line in enumerate(LAYERS.split("\n")) for part in line.split()}
 MODULES = {file.relative_to(PACKAGE.parent).as_posix(): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
 
@@ -45,8 +47,14 @@ def imported(tree: ast.Module) -> Iterator[str]:
 def test_imports_point_upwards(file: str) -> None:
     own = Path(file).parts[1].removesuffix(".py")
     assert own in RANK, f"say in LAYERS where {own} belongs"
-    others = {name.split(".")[1] for name in imported(MODULES[file]) if name.startswith("coin_ray.")} - {own}
+    others = {name.split(".")[1] for name in imported(MODULES[file]) if name.startswith("coin_ray.") and name != SETTINGS} - {own}
     assert not sorted(o for o in others if RANK.get(o, 99) >= RANK[own])
+
+
+def test_settings_of_a_model_need_nothing_of_it() -> None:
+    file = SETTINGS.replace(".", "/") + ".py"
+    ours = {name.split(".")[1] for name in imported(MODULES[file]) if name.startswith("coin_ray.")}
+    assert all(RANK[o] < RANK["config"] for o in ours)
 
 
 def test_ray_stays_in_stages_serving_and_the_hosts_of_grids_and_searches() -> None:

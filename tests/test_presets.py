@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.config import Cloud, DemoScenes, Ensemble, Folder, check_runnable
+from coin_ray.config import Cloud, DemoScenes, Distill, Ensemble, Folder, check_runnable
 from coin_ray.errors import ConfigError
+from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.pipeline import ORDER, graph
-from coin_ray.presets import PRESETS
+from coin_ray.presets import PRESETS, with_student
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -51,6 +52,29 @@ def test_baselines_do_not_train_the_student_again() -> None:
     config = PRESETS["demo"]()
     alone, beside = graph(config), graph(config, baselines=True)
     assert all(alone[n].fingerprint == beside[n].fingerprint for n in ("images", "collect", "propagate", "separate", "distill", "export"))
+
+
+def test_another_student_keeps_all_before_it_and_trains_baselines_of_its_own() -> None:
+    config = PRESETS["demo"]()
+    detr = with_student(config, "co-detr")
+    assert with_student(config, "faster-rcnn") == config
+    ours, theirs = graph(config, baselines=True), graph(detr, baselines=True)
+    assert {n for n in ours if ours[n].fingerprint == theirs[n].fingerprint} == {"images", "collect", "propagate", "separate"}
+    linear = replace(detr, distill=replace(detr.distill, co_detr_classes="linear"))
+    assert graph(linear, baselines=True)["oracle"].fingerprint != theirs["oracle"].fingerprint
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_may_have_a_co_detr_student(name: str) -> None:
+    distill = with_student(PRESETS[name](), "co-detr").distill
+    assert (distill.student, distill.fit.optimizer) == ("co-detr", "adamw")
+    assert distill.burn_up < distill.fit.steps
+
+
+@pytest.mark.parametrize("network", [CoDetr(), CoDetr(auxiliary=("rcnn",)), CoDetr(auxiliary=(), roi_boxes="agnostic")])
+def test_a_co_detr_student_needs_its_faster_rcnn_head(network: CoDetr) -> None:
+    with pytest.raises(ConfigError, match="Faster R-CNN head"):
+        Distill(student="co-detr", co_detr=network)
 
 
 def test_new_thresholds_cost_no_call() -> None:

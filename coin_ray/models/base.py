@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from coin_ray import config
 from coin_ray.structures import Detections
 
 
@@ -36,11 +37,32 @@ class Regions:
         return Regions(self.pooled.float(), self.embedded.float(), self.logits.float(), self.deltas.float(), self.classes.float())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposed:
+    """``anchors`` [A, 4] (the same for every image), ``objectness`` [B, A] logits, ``deltas`` [B, A, 4], ``boxes``: proposals [P, 4] per image."""
+
+    anchors: Tensor
+    objectness: Tensor
+    deltas: Tensor
+    boxes: list[Tensor]
+
+
 class Detector(Protocol):
     def predict(self, images: Images) -> list[Detections]:
         """Detections in the frame of each image, best first."""
 
 
 class Regional(Protocol):
-    def describe(self, shared: Tensor, boxes: Sequence[Tensor]) -> Regions:
-        """RoI features and class logits of given boxes (one [N, 4] per image), what COIN needs of a student."""
+    """What COIN needs of a student: proposals to sample, and its view of any box. ``config`` says how anchors and RoIs are sampled."""
+
+    config: config.Detector
+    num_classes: int
+
+    def prepare(self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)) -> Images:
+        """uint8 images [3, H, W] of any sizes -> one normalised batch that holds all and ``at_least`` (H, W)."""
+
+    def propose(self, images: Images) -> tuple[Any, Proposed]:
+        """What is computed once per image, for ``describe``; and proposals."""
+
+    def describe(self, shared: Any, boxes: Sequence[Tensor]) -> Regions:
+        """RoI features and class logits of given boxes (one [N, 4] per image)."""

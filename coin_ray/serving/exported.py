@@ -20,6 +20,8 @@ from coin_ray import storage
 from coin_ray.config import Detector
 from coin_ray.data.views import fit
 from coin_ray.errors import InputError
+from coin_ray.models.co_detr.config import CoDetr
+from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
@@ -30,32 +32,36 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """``classes`` and a detector; call it with a PIL image."""
+    """``classes``, a detector and the ``settings`` of the views it was trained on; call it with a PIL image."""
 
     classes: tuple[str, ...]
-    detector: ClipDetector
+    detector: ClipDetector | TextDetr
+    settings: Detector
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Detections:
         """Detections in pixels of ``image``, best first."""
         original = pil_to_tensor(image.convert("RGB"))
-        config = self.detector.config
-        view = fit(original, config.short_side, config.long_side)
+        view = fit(original, self.settings.short_side, self.settings.long_side)
         found = self.detector.predict(self.detector.prepare([view]))[0]
         return found.with_boxes(box_ops.scale(found.boxes, original.shape[2] / view.shape[2], original.shape[1] / view.shape[1]))
 
 
-def write_exported(detector: ClipDetector, classes: Sequence[str], folder: str) -> int:
-    """Write the two files below ``folder`` (a URI); returns the weights' size in bytes."""
+def write_exported(detector: ClipDetector | TextDetr, classes: Sequence[str], folder: str, settings: Detector | None = None) -> int:
+    """Write the two files below ``folder`` (a URI); returns the weights' size in bytes. ``settings``: of the run; a ClipDetector knows them."""
     weights = {k: v.contiguous() for k, v in detector.state_dict().items() if not k.startswith(("prompts.", "background"))}
     weights["prompts.values"] = detector.class_embeddings().detach().contiguous()
+    settings = detector.config if isinstance(detector, ClipDetector) else settings
+    assert settings is not None, "a Co-DETR does not know the settings of its views"
     description = {
         "format": FORMAT,
         "classes": list(classes),
         "embedding_size": weights["prompts.values"].shape[1],
         "visual": visual_shape(detector.tower.visual) if isinstance(detector.tower, ClipTower) else {},
-        "detector": dataclasses.asdict(detector.config),
+        "detector": dataclasses.asdict(settings),
     }
+    if isinstance(detector, TextDetr):
+        description["co_detr"] = {"named": detector.named, "network": dataclasses.asdict(detector.config)}
     data = save(weights)
     storage.write_bytes(storage.join(folder, "model.safetensors"), data)
     storage.write_json(storage.join(folder, "model.json"), description)
@@ -70,19 +76,29 @@ def load_exported(folder: str) -> Predictor:
     description: dict[str, Any] = storage.read_json(place)
     if description["format"] != FORMAT:
         raise InputError(f"{place} has format {description['format']}, this version reads {FORMAT}; export the model again")
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["detector"].items()}
-    fields["background"] = "prompt"  # whatever was learned is in the embeddings
+    fields = _fields(description["detector"]) | {"background": "prompt"}  # whatever was learned is in the embeddings
     settings = Detector(**fields)
     classes = tuple(description["classes"])
     size = description["embedding_size"]
     prompts = ClassVectors(torch.zeros(len(classes) + 1, size), learned=False)
     tower = empty_tower(settings, description["visual"])
-    detector = ClipDetector(tower, prompts, len(classes), size, settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    detector: ClipDetector | TextDetr
+    if "co_detr" in description:
+        network = CoDetr(**_fields(description["co_detr"]["network"]))
+        named = description["co_detr"]["named"]
+        detector = TextDetr(tower, prompts, len(classes), size, network, named=named, mean=mean, std=std)
+    else:
+        detector = ClipDetector(tower, prompts, len(classes), size, settings, mean, std)
     weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
     missing, unexpected = detector.load_state_dict(weights, strict=False)
     if unexpected or [name for name in missing if name != "background"]:
         raise InputError(f"{folder}: weights and model.json do not belong together (missing {missing[:3]}, unexpected {unexpected[:3]})")
-    return Predictor(classes, detector.eval())
+    return Predictor(classes, detector.eval(), settings)
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def empty_tower(config: Detector, visual: dict[str, Any]) -> Tower:

@@ -13,10 +13,11 @@ from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
-from coin_ray.models.faster_rcnn_clip.model import build_detector
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.stages.fitting import Fit, fit, load_weights
 from coin_ray.stages.knowledge import collected, held_out, opinions, training_examples
 from coin_ray.stages.propagate import WEIGHTS
+from coin_ray.stages.students import look_of, new_student, student_from_clip_detector
 from coin_ray.steps import Context
 from coin_ray.training.distill import Distillation
 from coin_ray.training.loop import Curve, Task
@@ -58,15 +59,17 @@ def paired_opinions(separated: pa.Table, classes: int, kinds: tuple[str, ...] = 
 
 
 def make(config: PipelineConfig, teacher_weights: str, annotators: Annotators | None = None) -> Distillation:
-    """The teacher is the CLIP detector; the student starts from the backbone, as published, or from the CLIP detector too."""
+    """The student starts from the backbone, as published, or from the CLIP detector. The teacher is the CLIP detector if both are of one kind."""
     backbone = load_backbone(config)
-    student = build_detector(backbone, config.classes, config.detector, seed=config.seed + 1)
-    teacher = build_detector(backbone, config.classes, config.detector, seed=config.seed)
+    student = new_student(backbone, config, seed=config.seed + 1)
     weights = load_weights(teacher_weights)
-    teacher.load_state_dict(weights)
     if config.distill.start_from == "clip_detector":
-        student.load_state_dict(weights)
-    return Distillation(student, teacher, starting_embeddings(backbone, config), config.distill, config.separate, annotators)
+        student = student_from_clip_detector(student, weights)
+    teacher = new_student(backbone, config, seed=config.seed)
+    if isinstance(teacher, ClipDetector):
+        teacher.load_state_dict(weights)
+    embeddings = starting_embeddings(backbone, config)
+    return Distillation(student, teacher, embeddings, config.distill, config.separate, annotators, look_of(student))
 
 
 def finish(task: Task) -> dict[str, Any]:

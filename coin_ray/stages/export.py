@@ -6,17 +6,15 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.serving.exported import write_exported
-from coin_ray.stages.fitting import load_weights
 from coin_ray.stages.propagate import WEIGHTS
+from coin_ray.stages.students import load_detector
 from coin_ray.steps import Context
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write ``model.safetensors`` and ``model.json``; ``coin_ray.serving.exported.load`` reads them."""
     config = context.config
-    student = build_detector(load_backbone(config), config.classes, config.detector, seed=config.seed)
-    student.load_state_dict(load_weights(storage.join(context.inputs["distill"], WEIGHTS)))
-    size = write_exported(student.eval(), config.classes, context.folder)
+    student = load_detector("student", storage.join(context.inputs["distill"], WEIGHTS), load_backbone(config), config)
+    size = write_exported(student, config.classes, context.folder, config.detector)
     return {"bytes": size, "parameters": sum(p.numel() for p in student.parameters())}

@@ -12,14 +12,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import boxes as box_ops
 from coin_ray import storage, tables
-from coin_ray.config import PipelineConfig
+from coin_ray.config import Detector, PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.views import fit
-from coin_ray.models.faster_rcnn_clip.backbone import Backbone, load_backbone
-from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
+from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.stages.cluster import ensure_ray, largest_node_cpus, on_cluster, threads
-from coin_ray.stages.fitting import load_weights
 from coin_ray.stages.progress import bar
+from coin_ray.stages.students import Deployed, load_detector
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 
@@ -73,7 +72,7 @@ class Detectors:
         torch.set_num_threads(threads())
         backbone = load_backbone(config)
         device = torch.device("cuda" if config.distill.fit.gpu else "cpu")
-        self.detectors = {name: _load(uri, backbone, config).to(device) for name, uri in weights.items()}
+        self.detectors = {name: load_detector(name, uri, backbone, config).to(device) for name, uri in weights.items()}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = []
@@ -82,23 +81,16 @@ class Detectors:
             chunk = sources[start : start + BATCH]
             originals = [pil_to_tensor(decode_rgb(storage.read_bytes(row["uri"]))) for row in chunk]
             for name, detector in self.detectors.items():
-                for row, found in zip(chunk, predict(detector, originals), strict=True):
+                for row, found in zip(chunk, predict(detector, originals, self.config.detector), strict=True):
                     rows.append(detections_row(row["image_id"], found, Provenance(name)))
         return tables.detections_table(rows)
 
 
-def predict(detector: ClipDetector, originals: Sequence[torch.Tensor]) -> list[Detections]:
+def predict(detector: Deployed, originals: Sequence[torch.Tensor], config: Detector) -> list[Detections]:
     """Detections, on the CPU, in the frame of the original uint8 images [3, H, W]."""
-    config = detector.config
     views = [fit(image, config.short_side, config.long_side) for image in originals]
     found = [d.to(torch.device("cpu")) for d in detector.predict(detector.prepare(views))]
     return [
         d.with_boxes(box_ops.scale(d.boxes, o.shape[2] / v.shape[2], o.shape[1] / v.shape[1]))
         for d, o, v in zip(found, originals, views, strict=True)
     ]
-
-
-def _load(uri: str, backbone: Backbone, config: PipelineConfig) -> ClipDetector:
-    detector = build_detector(backbone, config.classes, config.detector, seed=config.seed)
-    detector.load_state_dict(load_weights(uri))
-    return detector.eval()

@@ -7,10 +7,10 @@ from typing import Any
 
 from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
-from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.pipeline import baseline_training
 from coin_ray.stages.fitting import Fit, fit
-from coin_ray.stages.knowledge import labels_for, training_examples
+from coin_ray.stages.knowledge import LabelSource, labels_for, training_examples
+from coin_ray.stages.students import look_of, new_clip_detector, new_student
 from coin_ray.steps import Context
 from coin_ray.training.loop import Task
 from coin_ray.training.propagate import Propagation
@@ -25,15 +25,26 @@ def run(context: Context) -> dict[str, Any]:
     propagate = config.propagate if source == "clip" else baseline_training(config)
     examples = training_examples(context.inputs["images"], *labels_for(source, context.inputs, config))
     curve = fit(
-        Fit(context.name, partial(make, config, propagate), finish, examples, propagate.fit, config.detector, config.seed, context.folder),
+        Fit(
+            context.name,
+            partial(make, config, propagate, source),
+            finish,
+            examples,
+            propagate.fit,
+            config.detector,
+            config.seed,
+            context.folder,
+        ),
     )
     return {"images": len(examples), "labels": sum(len(e.knowledge["labels"]) for e in examples), "last": curve[-1]}
 
 
-def make(config: PipelineConfig, propagate: Propagate) -> Propagation:
+def make(config: PipelineConfig, propagate: Propagate, source: LabelSource) -> Propagation:
+    """The CLIP detector is a Faster R-CNN; baselines have the student's network."""
     backbone = load_backbone(config)
-    detector = build_detector(backbone, config.classes, config.detector, seed=config.seed)
-    return Propagation(detector, starting_embeddings(backbone, config), propagate)
+    new = new_clip_detector if source == "clip" else new_student
+    detector = new(backbone, config, seed=config.seed)
+    return Propagation(detector, starting_embeddings(backbone, config), propagate, look_of(detector))
 
 
 def finish(task: Task) -> dict[str, Any]:

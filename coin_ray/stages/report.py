@@ -39,7 +39,8 @@ def _command(context: Context) -> str:
     """The demo by its name; other runs read paths, which are in the config beside the steps."""
     config = context.config
     if isinstance(config.data, DemoScenes):
-        return f"python pipelines/full.py {config.preset} --seed {config.seed}"
+        student = "" if config.distill.student == "faster-rcnn" else f" --student {config.distill.student}"
+        return f"python pipelines/full.py {config.preset}{student} --seed {config.seed}"
     return f"python pipelines/full.py --config {storage.join(context.root, 'config.yaml')}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import batched_nms
 
 from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch
@@ -21,36 +22,46 @@ from coin_ray.fusion.separate import separate
 from coin_ray.losses import distillation
 from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
+from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import all_sum, sum_gradients
-from coin_ray.structures import Detections, Separation
+from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training import diagnosis
 from coin_ray.training.ema import follow
 from coin_ray.training.propagate import descend, mixed_precision
 from coin_ray.training.schedule import make_optimizer, new_optimizer, set_learning_rate
-from coin_ray.training.view import View, common_size, look, supervised_losses
+from coin_ray.training.view import Look, View, common_size, look
+
+Student = ClipDetector | RegionalDetr
+SAME = 0.5
+"""Overlap from which two results of one class are the same object."""
 
 
 class Distillation:
-    """``annotators``: the teachers as estimated from the training images, for ``config.fusion`` dawid_skene."""
+    """``teacher``: a network like the student, which it follows from the burn-up on. It is the CLIP detector, or stands beside its results.
+
+    ``annotators``: the teachers as estimated from the training images, for ``config.fusion`` dawid_skene. ``look``: for this kind of student.
+    """
 
     def __init__(
         self,
-        student: ClipDetector,
-        teacher: ClipDetector,
+        student: Student,
+        teacher: Student,
         embeddings: Tensor,
         config: Distill,
         separation: Separate,
         annotators: Annotators | None = None,
+        look: Look = look,
     ) -> None:
         if (config.fusion == "dawid_skene") != (annotators is not None):
             raise ValueError(f"annotators are needed for fusion dawid_skene, and only for it; the fusion is {config.fusion}")
         self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
-        self.config, self.separation, self.annotators = config, separation, annotators
+        self.config, self.separation, self.annotators, self.look = config, separation, annotators, look
         self.consistent_prototypes = Prototypes(embeddings)
         self.cloud_prototypes, self.clip_prototypes = Prototypes(embeddings), Prototypes(embeddings)
         self.ckg = ConsistentKnowledge(embeddings.shape[1], student.num_classes, config.ckg_heads)
+        self.teacher_is_clip = isinstance(teacher, ClipDetector)
         self.optimizer = make_optimizer(student, config.fit)
         rates: dict[str, object] = {"lr": config.ckg_lr, "base_lr": config.ckg_lr, "weight_decay": config.fit.weight_decay}
         self.ckg_optimizer = new_optimizer([{"params": list(self.ckg.parameters()), **rates}], config.fit)
@@ -59,23 +70,22 @@ class Distillation:
         config, student = self.config, self.student
         burnt_up = step >= config.burn_up
         if burnt_up:
-            follow(self.teacher, student, config.teacher_rate)
+            self.move_teacher(step)
         separations = self.separate(batch, burnt_up)
         with mixed_precision(student, config.fit):
-            view = look(student, batch.strong, separations, batch.generators)
+            view = self.look(student, batch.strong, separations, batch.generators)
 
-        losses = {name: config.consistent * loss for name, loss in supervised_losses(student, view).items()}
-        losses["private_regions"] = config.private * distillation.private_regions(view.regions.logits[view.on_private], view.private.probs)
-        losses["private_anchors"] = config.private * _private_anchors(view)
+        losses = {name: config.consistent * loss for name, loss in view.supervised_losses(student.config).items()}
+        losses |= {name: config.private * loss for name, loss in view.private_losses().items()}
         losses["alignment"] = config.alignment * prompt_alignment(view.regions.classes, self.consistent_prototypes.values)
         ckg_losses: dict[str, Tensor] = {}
         if step >= config.prototypes_from:
             teaches = step >= (config.burn_up if config.inconsistent_from is None else config.inconsistent_from)
             if teaches and not config.ckg_first:
-                losses["inconsistent"] = config.inconsistent * self.inconsistent_regions(view)
+                losses |= self.inconsistent_losses(view)
             ckg_losses = self.train_ckg(view, step)
             if teaches and config.ckg_first:
-                losses["inconsistent"] = config.inconsistent * self.inconsistent_regions(view)
+                losses |= self.inconsistent_losses(view)
         descend(self.optimizer, student, losses, step, config.fit)
         if step >= config.prototypes_from:
             self.update_prototypes(view)
@@ -83,7 +93,7 @@ class Distillation:
 
     def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
         """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view)."""
-        results = self.look_with_teacher(batch.weak) if burnt_up else batch.knowledge["clip"]
+        results = self.second_opinions(batch) if burnt_up else batch.knowledge["clip"]
         clip = [Detections.cat(parts) for parts in zip(results, batch.knowledge["clip_labels"], strict=True)]
         fuse = self.separation.fused_boxes == "always" or (self.separation.fused_boxes == "after_burn_up" and burnt_up)
         return [
@@ -91,17 +101,32 @@ class Distillation:
             for ours, theirs, generator in zip(batch.knowledge["cloud"], clip, batch.generators, strict=True)
         ]
 
+    def move_teacher(self, step: int) -> None:
+        """A teacher that is not the CLIP detector is the student of the burn-up at first."""
+        start = step == self.config.burn_up and not self.teacher_is_clip
+        follow(self.teacher, self.student, 1.0 if start else self.config.teacher_rate)
+
+    def second_opinions(self, batch: Batch) -> list[Detections]:
+        """The teacher's results. One that is not the CLIP detector does not replace what that one saw: of the same object the surer result stays."""
+        found = self.look_with_teacher(batch.weak)
+        return found if self.teacher_is_clip else [_surer(*both) for both in zip(found, batch.knowledge["clip"], strict=True)]
+
     def look_with_teacher(self, images: Sequence[Tensor]) -> list[Detections]:
         self.teacher.eval()  # forgets its cached class embeddings: its prompts have moved
         with mixed_precision(self.teacher, self.config.fit):
             found = self.teacher.predict(self.teacher.prepare(images, common_size(images)))
         return [d.to(torch.device("cpu")) for d in found]
 
-    def inconsistent_regions(self, view: View) -> Tensor:
-        pairs = view.inconsistent
-        fused = self.fuse(view.regions.embedded[view.on_inconsistent], pairs.cloud.probs, pairs.clip.probs)
-        regions = len(view.labelled) if self.config.inconsistent_mean == "regions" else None
-        return distillation.inconsistent_regions(view.regions.logits[view.on_inconsistent], fused, self.trusted_from(fused), regions)
+    def inconsistent_losses(self, view: View) -> dict[str, Tensor]:
+        per_region = self.config.inconsistent_mean == "regions"
+        return {
+            name: self.config.inconsistent * loss for name, loss in view.inconsistent_losses(self.answers, per_region=per_region).items()
+        }
+
+    def answers(self, embedded: Tensor, pairs: Pairs) -> tuple[Tensor, float]:
+        """Fused probabilities [R, K+1] of inconsistent pairs seen as ``embedded`` [R, D], and the best probability from which one teaches."""
+        fused = self.fuse(embedded, pairs.cloud.probs, pairs.clip.probs)
+        return fused, self.trusted_from(fused)
 
     def trusted_from(self, fused: Tensor) -> float:
         """The best probability from which a fused box teaches: pi, or with ``fusion_share`` the quantile of ``fused`` [R, K+1] that lets it pass."""
@@ -195,6 +220,6 @@ class Distillation:
             part.load_state_dict(state[name])
 
 
-def _private_anchors(view: View) -> Tensor:
-    objectness = torch.cat([row[t.private] for row, t in zip(view.proposed.objectness, view.anchors, strict=True)])
-    return distillation.private_anchors(objectness, torch.cat([t.private_probs for t in view.anchors]))
+def _surer(ours: Detections, theirs: Detections) -> Detections:
+    both = Detections.cat([ours, theirs])
+    return both[batched_nms(both.boxes, both.scores, both.labels, SAME)]

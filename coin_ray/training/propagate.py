@@ -15,16 +15,19 @@ from coin_ray.config import Optimize, Propagate
 from coin_ray.data.examples import Batch
 from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.supervised import region_soft_class
+from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import sum_gradients
 from coin_ray.training.schedule import make_optimizer, set_learning_rate
-from coin_ray.training.view import View, as_consistent, look, supervised_losses
+from coin_ray.training.view import Look, View, as_consistent, look
 
 
 class Propagation:
-    def __init__(self, detector: ClipDetector, embeddings: Tensor, config: Propagate) -> None:
-        self.detector, self.config = detector.train(), config
+    """``look``: the one for detectors of this kind."""
+
+    def __init__(self, detector: ClipDetector | RegionalDetr, embeddings: Tensor, config: Propagate, look: Look = look) -> None:
+        self.detector, self.config, self.look = detector.train(), config, look
         self.prototypes = Prototypes(embeddings)
         self.optimizer = make_optimizer(detector, config.fit)
 
@@ -33,8 +36,8 @@ class Propagation:
         if self.config.views == "both":
             images, labels, generators = images + batch.weak, labels * 2, generators * 2
         with mixed_precision(self.detector, self.config.fit):
-            view = look(self.detector, images, [as_consistent(kept) for kept in labels], generators)
-        losses = supervised_losses(self.detector, view)
+            view = self.look(self.detector, images, [as_consistent(kept) for kept in labels], generators)
+        losses = view.supervised_losses(self.detector.config)
         if self.config.soft_labels:
             losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view))
         losses["alignment"] = self.config.alignment * prompt_alignment(view.regions.classes, self.prototypes.values)

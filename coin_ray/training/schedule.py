@@ -19,19 +19,27 @@ def learning_rate_factor(step: int, config: Optimize) -> float:
     return warmup * (reached[-1] if reached else 1.0)
 
 
+VISUAL = ("tower.", "base.backbone.")
+OFFSETS, OFFSETS_FACTOR = ".offsets.", 0.1
+
+
 def make_optimizer(detector: nn.Module, config: Optimize) -> torch.optim.Optimizer:
-    """SGD with momentum .9 or AdamW; the visual tower learns slower, norms and biases do not decay."""
-    groups = []
-    for visual in (True, False):
+    """SGD with momentum .9 or AdamW; the visual tower learns slower, so do a DETR's sampling offsets; norms and biases do not decay."""
+    factors = {"visual": config.visual_lr_factor, "other": 1.0, "offsets": OFFSETS_FACTOR}
+    groups: list[dict[str, object]] = []
+    for part, factor in factors.items():
         for decays in (True, False):
-            chosen = [
-                p
-                for name, p in detector.named_parameters()
-                if p.requires_grad and name.startswith("tower.") == visual and (p.ndim > 1) == decays
-            ]
-            rate = config.lr * (config.visual_lr_factor if visual else 1.0)
+            chosen = [p for name, p in detector.named_parameters() if p.requires_grad and _part(name) == part and (p.ndim > 1) == decays]
+            rate = config.lr * factor
             groups.append({"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": config.weight_decay if decays else 0.0})
     return new_optimizer([g for g in groups if g["params"]], config)
+
+
+def _part(name: str) -> str:
+    """Which part of a detector a parameter belongs to, by its name."""
+    if name.startswith(VISUAL):
+        return "visual"
+    return "offsets" if OFFSETS in name else "other"
 
 
 def new_optimizer(groups: list[dict[str, object]], config: Optimize) -> torch.optim.Optimizer:

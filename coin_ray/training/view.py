@@ -1,20 +1,24 @@
-"""One forward pass of a student against separations: everything the losses compare, side by side."""
+"""One forward pass of a student against separations: everything the losses compare, side by side, and those losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from coin_ray.losses import supervised
-from coin_ray.models.base import Regions
-from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.models.faster_rcnn_clip.rpn import Proposed
+from coin_ray.config import Detector
+from coin_ray.losses import distillation, supervised
+from coin_ray.models.base import Images, Proposed, Regional, Regions
 from coin_ray.parallel import all_max
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training.targets import AnchorTargets, RegionTargets, anchor_targets, region_targets
+
+Losses = dict[str, Tensor]
+Fused = Callable[[Tensor, Pairs], tuple[Tensor, float]]
+"""What CKG, or a rule, says of inconsistent pairs seen as embeddings [R, D]: vectors [R, K+1], and the best probability from which one teaches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +31,7 @@ class View:
 
     proposed: Proposed
     anchors: list[AnchorTargets]
+    targets: list[RegionTargets]
     proposals: Tensor
     boxes: Tensor
     regions: Regions
@@ -49,15 +54,75 @@ class View:
         """[A + G] rows of ``regions`` with a label."""
         return torch.cat([self.on_consistent, self.on_background])
 
+    def supervised_losses(self, config: Detector) -> Losses:
+        """Consistent knowledge as ground truth, and the boxes of inconsistent pairs (their class is not settled)."""
+        on_pairs = torch.cat([self.on_consistent, self.on_inconsistent])
+        proposed, sampled = self.proposed, self.anchors
+        objectness = torch.cat([row[t.sampled] for row, t in zip(proposed.objectness, sampled, strict=True)])
+        count = len(objectness)
+        return {
+            "anchor_objectness": supervised.anchor_objectness(objectness, torch.cat([t.is_object for t in sampled]).to(objectness)),
+            "anchor_boxes": supervised.anchor_boxes(
+                torch.cat([row[t.positive] for row, t in zip(proposed.deltas, sampled, strict=True)]),
+                torch.cat([proposed.anchors[t.positive] for t in sampled]),
+                torch.cat([t.boxes for t in sampled]),
+                count,
+                config.anchor_weights,
+            ),
+            "consistent": supervised.region_class(self.regions.logits[self.labelled], self.labels, config.background_weight),
+            "boxes": supervised.region_boxes(
+                self.regions.deltas[on_pairs],
+                self.proposals[on_pairs],
+                self.boxes,
+                len(self.proposals) - len(self.on_private),
+                config.box_loss,
+            ),
+        }
 
-def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]) -> View:
+    def private_losses(self) -> Losses:
+        """RoIs and anchors on boxes that one teacher alone saw, against its view of them."""
+        objectness = torch.cat([row[t.private] for row, t in zip(self.proposed.objectness, self.anchors, strict=True)])
+        return {
+            "private_regions": distillation.private_regions(self.regions.logits[self.on_private], self.private.probs),
+            "private_anchors": distillation.private_anchors(objectness, torch.cat([t.private_probs for t in self.anchors])),
+        }
+
+    def inconsistent_losses(self, fused: Fused, *, per_region: bool) -> Losses:
+        """RoIs on inconsistent pairs against what CKG makes of both opinions; ``per_region``: the mean is over RoIs, not over elements."""
+        answers, sure = fused(self.regions.embedded[self.on_inconsistent], self.inconsistent)
+        regions = len(self.labelled) if per_region else None
+        logits = self.regions.logits[self.on_inconsistent]
+        return {"inconsistent": distillation.inconsistent_regions(logits, answers, sure, regions)}
+
+
+class Look(Protocol):
+    """How a kind of student is shown a batch: all that distillation must know of it."""
+
+    def __call__(
+        self, student: Any, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]
+    ) -> View: ...
+
+
+def look(student: Regional, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]) -> View:
     """Forward the student on ``images`` (uint8 [3, H, W]) and sample anchors and RoIs against their separations (same frame).
 
     Boxes are assigned on the CPU, where the separations are; what is sampled goes to the student's device.
     """
     batch = student.prepare(images, common_size(images))
-    device = batch.pixels.device
     shared, proposed = student.propose(batch)
+    return sample(student, batch, shared, proposed, separations, generators)
+
+
+def sample(
+    student: Regional,
+    batch: Images,
+    shared: Any,
+    proposed: Proposed,
+    separations: Sequence[Separation],
+    generators: Sequence[torch.Generator],
+) -> View:
+    """The view of sampled anchors and RoIs of a batch that the student has made proposals for."""
+    device = batch.pixels.device
     config, all_anchors = student.config, proposed.anchors.cpu()
     anchors = [
         anchor_targets(all_anchors, size, separation, config, generator).to(device)
@@ -75,6 +140,7 @@ def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[
     return View(
         proposed=proposed,
         anchors=anchors,
+        targets=targets,
         proposals=torch.cat(rois),
         boxes=_boxes_in_order(targets),
         regions=regions,
@@ -82,8 +148,8 @@ def look(student: ClipDetector, images: Sequence[Tensor], separations: Sequence[
         on_inconsistent=inconsistent,
         on_background=background,
         on_private=on_private,
-        consistent=_pairs([s.consistent[t.consistent] for t, s in zip(targets, separations, strict=True)]),
-        inconsistent=_pairs([s.inconsistent[t.inconsistent] for t, s in zip(targets, separations, strict=True)]),
+        consistent=Pairs.joined([s.consistent[t.consistent] for t, s in zip(targets, separations, strict=True)]),
+        inconsistent=Pairs.joined([s.inconsistent[t.inconsistent] for t, s in zip(targets, separations, strict=True)]),
         private=private,
     )
 
@@ -92,33 +158,6 @@ def common_size(images: Sequence[Tensor]) -> tuple[int, int]:
     """(height, width) that holds the images of all workers: convolutions see the padding, so it must not depend on who holds an image."""
     height, width = all_max(torch.tensor([i.shape[1:] for i in images]).amax(0)).tolist()
     return int(height), int(width)
-
-
-def supervised_losses(student: ClipDetector, view: View) -> dict[str, Tensor]:
-    """Consistent knowledge as ground truth, and the boxes of inconsistent pairs (their class is not settled)."""
-    config = student.config
-    on_pairs = torch.cat([view.on_consistent, view.on_inconsistent])
-    proposed, sampled = view.proposed, view.anchors
-    objectness = torch.cat([row[t.sampled] for row, t in zip(proposed.objectness, sampled, strict=True)])
-    count = len(objectness)
-    return {
-        "anchor_objectness": supervised.anchor_objectness(objectness, torch.cat([t.is_object for t in sampled]).to(objectness)),
-        "anchor_boxes": supervised.anchor_boxes(
-            torch.cat([row[t.positive] for row, t in zip(proposed.deltas, sampled, strict=True)]),
-            torch.cat([proposed.anchors[t.positive] for t in sampled]),
-            torch.cat([t.boxes for t in sampled]),
-            count,
-            config.anchor_weights,
-        ),
-        "consistent": supervised.region_class(view.regions.logits[view.labelled], view.labels, config.background_weight),
-        "boxes": supervised.region_boxes(
-            view.regions.deltas[on_pairs],
-            view.proposals[on_pairs],
-            view.boxes,
-            len(view.proposals) - len(view.on_private),
-            config.box_loss,
-        ),
-    }
 
 
 def as_consistent(labels: Detections) -> Separation:
@@ -143,11 +182,3 @@ def _boxes_in_order(targets: Sequence[RegionTargets]) -> Tensor:
     consistent = [t.boxes[: len(t.consistent)] for t in targets]
     inconsistent = [t.boxes[len(t.consistent) :] for t in targets]
     return torch.cat(consistent + inconsistent)
-
-
-def _pairs(parts: Sequence[Pairs]) -> Pairs:
-    return Pairs(
-        torch.cat([p.boxes for p in parts]),
-        Detections.cat([p.cloud for p in parts]),
-        Detections.cat([p.clip for p in parts]),
-    )

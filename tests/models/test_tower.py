@@ -36,6 +36,20 @@ def test_mobilenet_is_the_whole_network_when_one_region_is_the_whole_map() -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_maps_of_a_whole_tower_hold_the_shared_one(name: str) -> None:
+    made = tower(name).train()
+    pixels = torch.randn(2, 3, 64, 96)
+    eighth, sixteenth, last = made.maps(pixels)
+    assert [tuple(m.shape[1:]) for m in (eighth, sixteenth, last)] == [
+        (channels, 64 // stride, 96 // stride) for channels, stride in zip(made.map_channels, (8, 16, 32), strict=True)
+    ]
+    torch.testing.assert_close(sixteenth, made.shared(pixels))
+    (eighth.sum() + sixteenth.sum() + last.sum()).backward()
+    frozen = {id(p) for layer in made.frozen for p in layer.parameters()}
+    assert all((p.grad is None) == (id(p) in frozen) for p in made.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_first_layers_get_no_gradient_and_later_ones_do(name: str) -> None:
     made = tower(name).train()
     made.regional(made.shared(torch.randn(1, 3, 64, 64))).sum().backward()

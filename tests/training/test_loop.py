@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import distillation, examples, propagation, tiny_config, tiny_fit
+from builders import detr_distillation, distillation, examples, propagation, tiny_config, tiny_fit
 from torch import Tensor
 
 from coin_ray.data.examples import Batch
@@ -66,6 +66,7 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
         pytest.param(lambda: propagation(FIT), id="propagation"),
         pytest.param(lambda: distillation(FIT, burn_up=1), id="distillation, killed after the burn-up"),
         pytest.param(lambda: distillation(FIT, burn_up=4), id="distillation, killed before the burn-up"),
+        pytest.param(lambda: detr_distillation(FIT, burn_up=1), id="distillation of a Co-DETR"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(make: Callable[[], Task], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from builders import tiny_detector, tiny_fit
+from builders import tiny_co_detr, tiny_detector, tiny_fit
 
 from coin_ray.config import Optimize
 from coin_ray.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
@@ -53,3 +53,13 @@ def test_setting_the_rate_keeps_the_ratio_of_groups() -> None:
         set_learning_rate(optimizer, step, config)
         rates.append([g["lr"] for g in optimizer.param_groups])
     assert rates == [pytest.approx([0.01 * f, 0.001 * f]) for f in (1, 1, 0.1, 0.1, 0.5)]
+
+
+def test_a_detr_s_tower_and_sampling_offsets_learn_slower() -> None:
+    student, fit = tiny_co_detr(), tiny_fit(visual_lr_factor=0.5)
+    rates = {id(p): g["base_lr"] for g in make_optimizer(student, fit).param_groups for p in g["params"]}
+    trained = {name: rates[id(p)] for name, p in student.named_parameters() if p.requires_grad}
+    assert len(trained) == len(rates)
+    assert {rate for name, rate in trained.items() if name.startswith("base.backbone.")} == {fit.lr * 0.5}
+    assert {rate for name, rate in trained.items() if ".offsets." in name} == {fit.lr * 0.1}
+    assert trained["head.embed.weight"] == trained["base.neck.lateral.0.0.weight"] == fit.lr

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from builders import distillation, examples, tiny_config, tiny_fit
+from builders import detr_distillation, distillation, examples, tiny_config, tiny_fit
 
 from coin_ray.data.examples import batches
 from coin_ray.parallel import all_sum, worker_count, worker_rank
@@ -19,10 +19,13 @@ FIT = tiny_fit(steps=3, batch=4, optimizer="sgd", lr=0.01, warmup=0)
 """Plain SGD: Adam divides small gradients by themselves, so that rounding would decide their sign."""
 
 
-def train(folder: str) -> dict[str, Any]:
+MAKERS = {"faster-rcnn": distillation, "co-detr": detr_distillation}
+
+
+def train(folder: str, student: str) -> dict[str, Any]:
     """Three steps of this worker's share; global losses and the final state."""
     torch.set_num_threads(1)
-    task = distillation(FIT, burn_up=1)
+    task = MAKERS[student](FIT, burn_up=1)
     losses = []
     source = batches(examples(Path(folder)), FIT, tiny_config(), seed=2, first=0, rank=worker_rank(), workers=worker_count())
     for step, batch in enumerate(source):
@@ -31,11 +34,11 @@ def train(folder: str) -> dict[str, Any]:
     return {"losses": losses, "state": task.state_dict()}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def worker(rank: int, port: int, folder: str, student: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = Path(folder) / f"images{rank}"
     own.mkdir()
-    torch.save(train(str(own)), Path(folder) / f"worker{rank}.pt")
+    torch.save(train(str(own), student), Path(folder) / f"worker{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -46,9 +49,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_workers_equal_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    alone = train(str(tmp_path))
+@pytest.mark.parametrize("student", sorted(MAKERS))
+def test_two_workers_equal_one(student: str, tmp_path: Path) -> None:
+    multiprocessing.spawn(worker, (free_port(), str(tmp_path), student), nprocs=2)  # type: ignore[no-untyped-call]
+    alone = train(str(tmp_path), student)
     both = [torch.load(tmp_path / f"worker{rank}.pt", weights_only=True) for rank in range(2)]
     assert both[0]["losses"] == both[1]["losses"]
     for step, (parts, wanted) in enumerate(zip(both[0]["losses"], alone["losses"], strict=True)):

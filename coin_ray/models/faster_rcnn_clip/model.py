@@ -11,10 +11,10 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
-from coin_ray.models.base import Images, Regions
+from coin_ray.models.base import Images, Proposed, Regions
 from coin_ray.models.faster_rcnn_clip.backbone import Backbone, new_embeddings, new_tower
 from coin_ray.models.faster_rcnn_clip.pooling import pool_regions
-from coin_ray.models.faster_rcnn_clip.rpn import Proposed, RegionProposals
+from coin_ray.models.faster_rcnn_clip.rpn import RegionProposals
 from coin_ray.models.faster_rcnn_clip.tower import Tower
 from coin_ray.structures import Detections
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +12,7 @@ from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
-from coin_ray.models.base import Images
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Proposed:
-    """``anchors`` [A, 4] (the same for every image), ``objectness`` [B, A] logits, ``deltas`` [B, A, 4], ``boxes``: proposals [P, 4] per image."""
-
-    anchors: Tensor
-    objectness: Tensor
-    deltas: Tensor
-    boxes: list[Tensor]
+from coin_ray.models.base import Images, Proposed
 
 
 class RegionProposals(nn.Module):

@@ -21,6 +21,7 @@ class Tower(nn.Module, ABC):
 
     shared_channels: int
     regional_channels: int
+    map_channels: tuple[int, int, int]
     frozen: Sequence[nn.Module] = ()
 
     def freeze(self, layers: Sequence[nn.Module]) -> None:
@@ -42,6 +43,10 @@ class Tower(nn.Module, ABC):
     def regional(self, pooled: Tensor) -> Tensor:
         """RoIAligned maps [R, shared_channels, s, s] -> [R, regional_channels]."""
 
+    @abstractmethod
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> maps [B, C, h, w] of strides 8, 16, 32 with ``map_channels``: the whole tower as a backbone."""
+
 
 class ClipTower(Tower):
     """CLIP's ModifiedResNet, copied: stem and stages 1-3 are shared, stage 4 is regional; stem and first stages are frozen.
@@ -61,6 +66,7 @@ class ClipTower(Tower):
         self.freeze([m for name, m in tower.named_children() if not name.startswith(learning)])
         self.shared_channels = int(tower.layer3[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
         self.regional_channels = int(tower.layer4[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
+        self.map_channels = (self.shared_channels // 2, self.shared_channels, self.regional_channels)
 
     def shared(self, pixels: Tensor) -> Tensor:
         visual = self.visual
@@ -73,6 +79,16 @@ class ClipTower(Tower):
             maps = stage(maps)
         return maps
 
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            found: Tensor = self.visual.stem(pixels.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+        levels = []
+        for number in range(1, 5):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number > self.frozen_stages):
+                found = getattr(self.visual, f"layer{number}")(found)
+            levels.append(found)
+        return levels[1:]
+
     def regional(self, pooled: Tensor) -> Tensor:
         return self.visual.layer4(pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[operator,no-any-return]
 
@@ -80,7 +96,7 @@ class ClipTower(Tower):
 class MobileNetTower(Tower):
     """torchvision's MobileNetV2, copied: the blocks up to stride 16 are shared, the rest is regional; those up to stride 4 are frozen."""
 
-    FROZEN, SHARED = 4, 14
+    FROZEN, EIGHTH, SHARED = 4, 7, 14
 
     def __init__(self, network: nn.Module, batch_norm: BatchNorm) -> None:
         super().__init__()
@@ -91,11 +107,19 @@ class MobileNetTower(Tower):
         self.freeze(list(blocks[: self.FROZEN]))
         self.shared_channels = int(blocks[self.SHARED - 1].out_channels)  # type: ignore[arg-type]
         self.regional_channels = int(blocks[-1].out_channels)  # type: ignore[arg-type]
+        self.map_channels = (int(blocks[self.EIGHTH - 1].out_channels), self.shared_channels, self.regional_channels)  # type: ignore[arg-type]
 
     def shared(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
             early = self.features[: self.FROZEN](pixels.contiguous(memory_format=torch.channels_last))
         return self.features[self.FROZEN : self.SHARED](early)  # type: ignore[no-any-return]
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            early = self.features[: self.FROZEN](pixels.contiguous(memory_format=torch.channels_last))
+        levels = [self.features[self.FROZEN : self.EIGHTH](early)]
+        levels.append(self.features[self.EIGHTH : self.SHARED](levels[0]))
+        return [*levels, self.features[self.SHARED :](levels[1])]
 
     def regional(self, pooled: Tensor) -> Tensor:
         return self.features[self.SHARED :](pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[no-any-return]

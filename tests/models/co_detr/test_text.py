@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import CLASSES, tiny_co_detr, tiny_config
+from torch import Tensor
+
+from coin_ray.models.base import Images
+from coin_ray.models.co_detr.decoder import RARE
+from coin_ray.models.co_detr.text import TextDetr
+from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
+from coin_ray.serving.exported import load_exported, write_exported
+from coin_ray.structures import Detections
+
+
+def deployed(named: bool = True) -> TextDetr:
+    return tiny_co_detr(named=named).base.eval()
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 255, (3, *size), dtype=torch.uint8, generator=draw) for size in sizes]
+
+
+def batch(detector: TextDetr) -> Images:
+    return detector.prepare(pictures((64, 96), (60, 64)))
+
+
+def found(detector: TextDetr) -> list[Detections]:
+    return detector.predict(batch(detector))
+
+
+def test_columns_follow_their_class_embeddings() -> None:
+    """Other names need other embeddings and no other weights."""
+    detector = deployed()
+    plain = detector(batch(detector)).logits
+    vectors = detector.class_embeddings().detach()
+    detector.prompts = ClassVectors(vectors[[2, 0, 1, 3]], learned=False)
+    torch.testing.assert_close(detector(batch(detector)).logits, plain[..., [2, 0, 1]])
+
+
+def test_a_query_scores_highest_for_the_name_it_lies_on() -> None:
+    detector = deployed()
+    log_scale = detector.decoder.classify[0].log_scale
+    assert float(log_scale.exp().detach()) == pytest.approx(10)
+    logits = detector(batch(detector)).logits
+    names = detector.class_embeddings()[:-1]
+    assert float(logits.max()) <= 10 + RARE + 0.2
+    assert logits.shape[-1] == len(names) == len(CLASSES)
+
+
+def test_linear_classifiers_do_not_read_the_prompts() -> None:
+    detector = deployed(named=False)
+    plain = detector(batch(detector)).logits
+    detector.prompts = ClassVectors(torch.zeros(len(CLASSES) + 1, 64), learned=False)
+    assert torch.equal(detector(batch(detector)).logits, plain)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_exported_base_predicts_the_same_bits(named: bool, tmp_path: Path) -> None:
+    detector = deployed(named)
+    size = write_exported(detector, CLASSES, str(tmp_path), tiny_config())
+    loaded = load_exported(str(tmp_path))
+    assert loaded.classes == CLASSES
+    assert isinstance(loaded.detector, TextDetr)
+    assert size == (tmp_path / "model.safetensors").stat().st_size
+    for ours, theirs in zip(found(detector), found(loaded.detector), strict=True):
+        assert len(ours)
+        for name in ("boxes", "scores", "labels", "probs"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_an_export_holds_neither_text_nor_auxiliary_head(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    write_exported(deployed(), CLASSES, str(tmp_path), tiny_config())
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {n for n in names if n.startswith("prompts")} == {"prompts.values"}
+    assert not [n for n in names if n.startswith(("head.", "proposals.", "queries.", "background")) or "context" in n or "attnpool" in n]

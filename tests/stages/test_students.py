@@ -1,0 +1,61 @@
+"""Which network each detector of a run is, and that it comes back from its file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import CLASSES, TEMPLATES, tiny_clip, tiny_config, tiny_network
+
+from coin_ray.config import Cloud, DemoScenes, Distill, PipelineConfig
+from coin_ray.models.co_detr.regional import RegionalDetr
+from coin_ray.models.co_detr.text import TextDetr
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.stages.fitting import save_weights
+from coin_ray.stages.predicting import predict
+from coin_ray.stages.students import load_detector, look_of, new_clip_detector, new_student, student_from_clip_detector
+from coin_ray.training.queries import look_with_queries
+from coin_ray.training.view import look
+
+PLAIN = PipelineConfig("test", CLASSES, DemoScenes(), Cloud(), clip=TEMPLATES, detector=tiny_config())
+DETR = replace(PLAIN, distill=Distill(student="co-detr", co_detr=tiny_network()))
+CLIP = tiny_clip()
+
+
+@pytest.mark.parametrize(("config", "kind", "view"), [(PLAIN, ClipDetector, look), (DETR, RegionalDetr, look_with_queries)])
+def test_a_student_is_drawn_from_its_seed_and_looked_at_as_its_kind_is(config: PipelineConfig, kind: type, view: object) -> None:
+    one, same, other = (new_student(CLIP, config, seed=seed) for seed in (3, 3, 4))
+    assert isinstance(one, kind)
+    assert look_of(one) is view
+    first, again, different = (s.head.embed.weight for s in (one, same, other))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, different)
+
+
+@pytest.mark.parametrize("config", [PLAIN, DETR])
+def test_a_student_may_start_from_the_clip_detector(config: PipelineConfig) -> None:
+    detector = new_clip_detector(CLIP, config, seed=0)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.add_(0.01)
+    student = student_from_clip_detector(new_student(CLIP, config, seed=1), detector.state_dict())
+    assert torch.equal(student.class_embeddings(), detector.class_embeddings())
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "kind"),
+    [(PLAIN, "student", ClipDetector), (DETR, "student", TextDetr), (DETR, "oracle", TextDetr), (DETR, "clip_detector", ClipDetector)],
+)
+def test_what_was_trained_is_what_is_evaluated(config: PipelineConfig, name: str, kind: type, tmp_path: Path) -> None:
+    trained = (new_clip_detector if name == "clip_detector" else new_student)(CLIP, config, seed=5).eval()
+    uri = str(tmp_path / "detector.pt")
+    save_weights(uri, trained.state_dict())
+    loaded = load_detector(name, uri, CLIP, config)
+    assert isinstance(loaded, kind)
+    images = [torch.randint(0, 255, (3, 90, 120), dtype=torch.uint8)]
+    whole = trained if isinstance(trained, ClipDetector) else trained.base
+    (ours,), (theirs,) = predict(loaded, images, config.detector), predict(whole, images, config.detector)
+    assert torch.equal(ours.boxes, theirs.boxes)
+    assert torch.equal(ours.probs, theirs.probs)

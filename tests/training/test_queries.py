@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import detections, detr_distillation, examples, pairs, separation, tiny_co_detr, tiny_config, tiny_fit, tiny_network
+from torch import Tensor
+
+from coin_ray.data.examples import Batch, batches
+from coin_ray.models.co_detr.regional import RegionalDetr
+from coin_ray.structures import Detections, Separation
+from coin_ray.training.distill import Distillation
+from coin_ray.training.queries import (
+    CONSISTENT,
+    INCONSISTENT,
+    NONE,
+    NOTHING,
+    PRIVATE,
+    UNSURE,
+    Answers,
+    Objects,
+    QueryView,
+    all_objects,
+    assigned,
+    look_with_queries,
+)
+
+REGIONAL = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
+PARTS = ("class", "l1", "giou")
+QUERIES = {f"{name}_{part}" for name in ("proposals", "decoder", "replayed") for part in PARTS}
+ALWAYS = REGIONAL | QUERIES | {"private_regions", "private_anchors", "private_queries", "alignment"}
+CKG = {"ckg_consistent", "ckg_gradient"}
+NAMED = {"inconsistent", "inconsistent_queries"}
+A, B, C = ((4.0, 4, 30, 28), 0, 0.9), ((34.0, 8, 58, 34), 1, 0.8), ((36.0, 36, 58, 58), 2, 0.7)
+B_OTHER = (B[0], 2, 0.6)
+SIZE = (64, 64)
+
+
+def three_steps(folder: Path, fit: Any) -> list[Batch]:
+    return list(batches(examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1))
+
+
+def values(parts: dict[str, Tensor]) -> dict[str, float]:
+    return {n: float(v.detach()) for n, v in parts.items()}
+
+
+def assert_finite(task: Distillation, parts: dict[str, Tensor]) -> None:
+    assert all(bool(torch.isfinite(v)) for v in parts.values()), values(parts)
+    for module in (task.student, task.ckg, task.teacher):
+        assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
+
+
+def seen(student: RegionalDetr, *separations: Separation) -> QueryView:
+    images = [
+        torch.randint(0, 255, (3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in range(len(separations))
+    ]
+    return look_with_queries(student.train(), images, separations, [torch.Generator().manual_seed(i) for i in range(len(separations))])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_every_named_loss_is_active_before_and_after_the_burn_up(named: bool, tmp_path: Path) -> None:
+    fit = tiny_fit(steps=3)
+    task = detr_distillation(fit, named=named)
+    for step, batch in enumerate(three_steps(tmp_path, fit)):
+        parts = task.train_step(batch, step)
+        assert set(parts) == ALWAYS | CKG | (NAMED if step else set())
+        assert_finite(task, parts)
+        assert all(abs(v) > 1e-9 for v in values(parts).values()), values(parts)
+
+
+@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize(
+    ("cloud", "clip"),
+    [
+        pytest.param([], [], id="nothing at all"),
+        pytest.param([A, C], [A], id="no inconsistent"),
+        pytest.param([B, C], [B_OTHER], id="no consistent"),
+        pytest.param([], [C], id="all private"),
+        pytest.param([A, B], [A, B_OTHER], id="no private"),
+    ],
+)
+def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = tiny_fit(steps=1)
+    task = detr_distillation(fit, burn_up=5)
+    (batch,) = three_steps(tmp_path, fit)
+    ours, theirs = ([detections(*rows)] * len(batch.weak) for rows in (cloud, clip))
+    batch.knowledge.update({"cloud": ours, "clip": theirs})
+    monkeypatch.setattr(task, "look_with_teacher", lambda images: theirs)
+    parts = task.train_step(batch, step)
+    assert_finite(task, parts)
+    assert (set(parts) >= CKG) == (clip == [A, B_OTHER])
+    assert (set(parts) >= NAMED) == (step >= 5)
+
+
+def test_objects_are_listed_image_by_image_and_kind_by_kind() -> None:
+    both = separation(consistent=[A], inconsistent=[B], private=[C])
+    objects = all_objects([both, separation(), separation(private=[A])], [SIZE, SIZE, SIZE], 3)
+    assert objects.starts == (0, 3, 3, 4)
+    assert objects.kinds.tolist() == [CONSISTENT, INCONSISTENT, PRIVATE, PRIVATE]
+    torch.testing.assert_close(objects.boxes[0], torch.tensor([17.0, 16, 26, 24]) / 64)
+    assert objects.targets[0].tolist() == [1, 0, 0]
+    torch.testing.assert_close(objects.targets[1], (both.inconsistent.cloud.probs + both.inconsistent.clip.probs)[0, :-1] / 2)
+    torch.testing.assert_close(objects.targets[2], both.private.probs[0, :-1])
+
+
+def test_unsure_vectors_name_nothing_and_sure_ones_only_inconsistent_pairs() -> None:
+    objects = all_objects([separation(consistent=[A], inconsistent=[B, C])], [SIZE], 3)
+    fused = torch.tensor([[0.1, 0.8, 0.05, 0.05], [0.3, 0.3, 0.2, 0.2]])
+    named = objects.named(fused, 0.5)
+    assert named.kinds.tolist() == [CONSISTENT, INCONSISTENT, UNSURE]
+    torch.testing.assert_close(named.targets[1:], fused[:, :-1])
+    assert torch.equal(named.targets[0], objects.targets[0])
+
+
+def test_without_names_pairs_are_objects_and_private_boxes_as_sure_as_their_teacher() -> None:
+    one = separation(consistent=[A], inconsistent=[B], private=[C])
+    plain = all_objects([one], [SIZE], 3).without_names()
+    assert plain.kinds.tolist() == [CONSISTENT, CONSISTENT, PRIVATE]
+    assert plain.targets[:2, 0].tolist() == [1, 1]
+    torch.testing.assert_close(plain.targets[2, 0], one.private.probs[0, :-1].sum())
+
+
+def by_hand(kinds: list[int], logits: Tensor) -> tuple[Answers, Objects]:
+    """One image, one layer; query i stands for object i, the last one for nothing. Each found box is .1 too far right."""
+    count = len(kinds)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(count, 1)
+    objects = Objects(boxes, torch.eye(3)[:count], torch.tensor(kinds), (0, count))
+    found = torch.cat([boxes, boxes[:1]]) + torch.tensor([0.1, 0, 0, 0])
+    rows = torch.tensor([[[*range(count), NONE]]])
+    return Answers(logits, found[None, None], rows, torch.ones(1, count + 1, dtype=torch.bool)), objects
+
+
+def test_each_kind_of_object_has_its_own_losses() -> None:
+    logits = torch.zeros(1, 1, 4, 3, requires_grad=True)
+    answers, objects = by_hand([CONSISTENT, INCONSISTENT, PRIVATE], logits)
+    for kinds, touched in [((NOTHING, CONSISTENT), [0, 3]), ((INCONSISTENT,), [1]), ((PRIVATE,), [2]), ((UNSURE,), [])]:
+        (gradient,) = torch.autograd.grad(answers.class_loss(objects, *kinds), logits)
+        assert gradient[0, 0].abs().sum(1).nonzero()[:, 0].tolist() == touched, kinds
+    boxes = answers.box_losses(objects, CONSISTENT, INCONSISTENT)
+    assert float(boxes["l1"]) == pytest.approx(5 * (0.1 + 0.1) / 3, rel=1e-5)
+    assert float(answers.box_losses(objects, UNSURE)["giou"]) == 0
+
+
+def test_matching_takes_the_closest_query_for_each_object_whatever_its_kind() -> None:
+    objects = all_objects([separation(consistent=[A], private=[C])], [SIZE], 3)
+    boxes = torch.cat([objects.boxes.flip(0), torch.tensor([[0.1, 0.9, 0.1, 0.1]])])[None, None]
+    found = assigned(torch.zeros(1, 1, 3, 3), boxes, objects)
+    assert found.rows[0, 0].tolist() == [1, 0, NONE]
+    usable = torch.tensor([[False, True, True]])
+    assert assigned(torch.zeros(1, 1, 3, 3), boxes, objects, usable).rows[0, 0].tolist() == [NONE, 0, 1]
+
+
+def test_main_queries_do_not_see_the_replayed_ones() -> None:
+    kinds = separation(consistent=[A], inconsistent=[B], private=[C])
+    alone = tiny_co_detr(network=tiny_network(positive_queries=False))
+    beside = tiny_co_detr()
+    missing = beside.load_state_dict(alone.state_dict(), strict=False)
+    assert all(name.startswith("queries.") for name in missing.missing_keys)
+    ours, theirs = seen(alone, kinds, separation()), seen(beside, kinds, separation())
+    assert ours.replayed is None
+    assert theirs.replayed is not None
+    torch.testing.assert_close(ours.decoder.logits, theirs.decoder.logits)
+    torch.testing.assert_close(ours.decoder.boxes, theirs.decoder.boxes)
+    assert not [name for name in ours.supervised_losses(alone.config) if name.startswith("replayed")]
+
+
+def test_replayed_rois_stand_for_the_pair_they_were_sampled_on() -> None:
+    kinds = separation(consistent=[A], inconsistent=[B], private=[C])
+    view = seen(tiny_co_detr(), separation(private=[A]), kinds)
+    assert view.replayed is not None
+    rows, real = view.replayed.rows[0], view.replayed.real
+    assert not real[0].any()
+    target = view.targets[1]
+    assert rows[1][real[1]].tolist() == [1] * len(target.consistent) + [2] * len(target.inconsistent)
+    assert len(target.consistent) > 0
+    assert len(target.inconsistent) > 0
+    shown = view.objects.boxes[rows[1][real[1]]] * 64
+    torch.testing.assert_close(torch.cat([shown[:, :2] - shown[:, 2:] / 2, shown[:, :2] + shown[:, 2:] / 2], 1), target.boxes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "losses"),
+    [
+        ("consistent", REGIONAL | QUERIES),
+        ("private", {"private_regions", "private_anchors", "private_queries"}),
+        ("inconsistent", NAMED),
+        ("alignment", {"alignment"}),
+    ],
+)
+def test_a_weight_of_zero_removes_its_kind(kind: str, losses: set[str], tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    (batch,) = three_steps(tmp_path, fit)
+    task = detr_distillation(fit, burn_up=5, inconsistent_from=0, **{kind: 0.0})
+    parts = values(task.train_step(batch, 0))
+    assert {name for name, value in parts.items() if value == 0} == losses
+
+
+def test_each_kind_pulls_on_the_decoder_and_through_the_auxiliary_head() -> None:
+    student = tiny_co_detr()
+    view = seen(student, separation(consistent=[A], inconsistent=[B], private=[C]))
+    sure = torch.tensor([[0.1, 0.1, 0.7, 0.1]])
+    groups = {
+        "consistent": view.supervised_losses(student.config),
+        "private": view.private_losses(),
+        "inconsistent": view.inconsistent_losses(lambda embedded, pairs: (sure.expand(len(embedded), -1), 0.5), per_region=True),
+    }
+    places = [student.base.decoder.layers[0].attention.value.weight, student.head.transformation.layers[0].weight]
+    for kind, losses in groups.items():
+        gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), places, retain_graph=True)
+        assert all(bool(g.any()) for g in gradients), kind
+    unsure = view.inconsistent_losses(lambda embedded, pairs: (sure.expand(len(embedded), -1), 0.9), per_region=True)
+    assert values(unsure) == {"inconsistent": 0.0, "inconsistent_queries": 0.0}
+
+
+def test_ckg_aligns_gradients_of_the_auxiliary_heads_transformation(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=1)
+    (batch,) = three_steps(tmp_path, fit)
+    task = detr_distillation(fit)
+    view = look_with_queries(task.student, batch.strong, task.separate(batch, False), batch.generators)  # type: ignore[arg-type]
+    before = [p.detach().clone() for p in task.ckg.parameters()]
+    assert set(task.train_ckg(view, 5)) == CKG
+    assert any(not torch.equal(a, b) for a, b in zip(before, task.ckg.parameters(), strict=True))
+    assert all(p.grad is None for p in task.student.parameters())
+
+
+def test_the_teacher_starts_as_the_student_of_the_burn_up_and_then_follows(tmp_path: Path) -> None:
+    fit = tiny_fit(steps=3)
+    task = detr_distillation(fit, burn_up=1, teacher_rate=0.25)
+    for step, batch in enumerate(three_steps(tmp_path, fit)):
+        teacher, student = ({n: t.clone() for n, t in m.state_dict().items()} for m in (task.teacher, task.student))
+        task.train_step(batch, step)
+        wanted = {0: 0.0, 1: 1.0, 2: 0.25}[step]
+        for name, value in task.teacher.state_dict().items():
+            torch.testing.assert_close(value, teacher[name].lerp(student[name], wanted))
+
+
+def test_what_the_clip_detector_saw_stays_beside_the_teachers_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = tiny_fit(steps=1)
+    (batch,) = three_steps(tmp_path, fit)
+    task = detr_distillation(fit)
+    stored, found = detections((A[0], 0, 0.4), (B[0], 1, 0.9)), detections((A[0], 0, 0.6), (B[0], 1, 0.5), (C[0], 2, 0.3))
+    batch.knowledge["clip"] = [stored] * len(batch.weak)
+    monkeypatch.setattr(task, "look_with_teacher", lambda images: [found] * len(images))
+    (both, *_) = task.second_opinions(batch)
+    assert sorted(zip(both.labels.tolist(), both.scores.tolist(), strict=True)) == [
+        (0, pytest.approx(0.6)),
+        (1, pytest.approx(0.9)),
+        (2, pytest.approx(0.3)),
+    ]
+
+
+def test_bfloat16_forward_leaves_losses_and_weights_in_float32(tmp_path: Path) -> None:
+    fit = replace(tiny_fit(steps=2), amp=True)
+    task = detr_distillation(fit, burn_up=1)
+    for step, batch in enumerate(three_steps(tmp_path, fit)):
+        parts = task.train_step(batch, step)
+        assert {v.dtype for v in parts.values()} == {torch.float32}
+        assert_finite(task, parts)
+    assert {p.dtype for p in task.student.parameters()} == {torch.float32}
+
+
+def test_lone_opinions_are_all_private() -> None:
+    """Without a pair there is nothing to replay, and no box to learn."""
+    alone = Separation(pairs(Detections.empty(3), Detections.empty(3)), pairs(Detections.empty(3), Detections.empty(3)), detections(A, C))
+    student = tiny_co_detr()
+    view = seen(student, alone, alone)
+    parts = values(view.supervised_losses(student.config))
+    assert {parts[name] for name in parts if name.endswith(("_l1", "_giou", "boxes"))} == {0.0}
+    assert parts["decoder_class"] > 0
+    assert values(view.private_losses())["private_queries"] > 0
