@@ -14,6 +14,7 @@ from coin_ray.data.examples import Example
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
+from coin_ray.stages.fused import CKG, trained_fusion
 from coin_ray.stages.fitting import Fit, fit, load_weights
 from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows, standing_labels
 from coin_ray.stages.propagate import WEIGHTS
@@ -23,7 +24,7 @@ from coin_ray.training.loop import Task
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write ``detector.pt`` (the student), ``teacher.pt`` and ``curve.json``."""
+    """Write ``detector.pt`` (the student), ``teacher.pt``, ``ckg.pt`` and ``curve.json``."""
     config = context.config
     cloud = collected(context.inputs["collect"], "cloud", config)
     frozen = storage.read_table(storage.join(context.inputs["separate"], "clip_detector.parquet"))
@@ -74,4 +75,5 @@ def make(config: PipelineConfig, teacher_weights: str, annotators: Annotators | 
 
 def finish(task: Task) -> dict[str, Any]:
     assert isinstance(task, Distillation)
-    return {WEIGHTS: task.student.state_dict(), "teacher.pt": task.teacher.state_dict()}
+    fusion = trained_fusion(task.ckg, task.cloud_prototypes, task.clip_prototypes)
+    return {WEIGHTS: task.student.state_dict(), "teacher.pt": task.teacher.state_dict(), CKG: fusion.state_dict()}
