@@ -19,6 +19,7 @@ FIGURES = (
     "ckg_sides",
     "kept",
     "hardware",
+    "page",
 )
 """What the report adds to what the evaluation measured."""
 PACKAGES = ("coin-ray", "torch", "torchvision", "open_clip_torch", "ray", "mlflow", "pyarrow")

@@ -21,7 +21,7 @@ GROUPS = {
 }
 LETTER = 0.78
 """Width of a letter as a share of the font size, about; small screens show text larger."""
-SHOWN_FIRST = ("truth", "student")
+SHOWN_FIRST = ("truth", "student", *KINDS)
 """Layers that are on when the page opens; the first layer there is if it has neither."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -12,6 +13,7 @@ from coin_ray import storage
 from coin_ray.config import DemoScenes
 from coin_ray.configfile import to_yaml
 from coin_ray.evaluation.operating import tally
+from coin_ray.presets import PRESETS
 from coin_ray.report.methods import METHODS
 from coin_ray.report.page import build_page
 from coin_ray.stages import measures
@@ -52,10 +54,10 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def command(context: Context) -> str:
-    """The demo by its name; other runs read paths, which are in the config beside the steps."""
+    """A preset by its name where only the seed differs; anything else is in the config beside the steps."""
     config = context.config
     baselines = " --baselines" if "oracle" in context.inputs else ""
-    if isinstance(config.data, DemoScenes):
+    if isinstance(config.data, DemoScenes) and config.preset in PRESETS and config == replace(PRESETS[config.preset](), seed=config.seed):
         return f"python pipelines/full.py {config.preset} --seed {config.seed}{baselines}"
     return f"python pipelines/full.py --config {storage.join(context.root, 'config.yaml')}{baselines}"
 
