@@ -1,7 +1,7 @@
 """Write the page with figures, curves and pictures, running first whatever this needs and is not finished; or compare finished runs.
 
-    python pipelines/report.py demo [--dry-run]
-    python pipelines/report.py runs/A runs/B ... [--out comparison.html]
+python pipelines/report.py demo [--dry-run]
+python pipelines/report.py runs/A runs/B ... [--out comparison.html]
 """
 
 import sys

@@ -79,9 +79,7 @@ def average_precision(
     return Report(ap, required.astype(np.int64), curves)
 
 
-def judged(
-    predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int, iou: float = 0.5
-) -> tuple[Judged, ...]:
+def judged(predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int, iou: float = 0.5) -> tuple[Judged, ...]:
     """Every detection of each class as ``average_precision`` judges it, over the images in ``truth``."""
     images = sorted(truth)
     annotated = _annotated(images, truth)

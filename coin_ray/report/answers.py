@@ -124,7 +124,9 @@ def _cost(summary: Mapping[str, Any]) -> str:
         return ""
     took = f"{duration(seconds)} of work" if number(seconds) else ""
     spent = [f"{made:,.0f} cloud calls", *([money(paid)] if paid is not None else []), *([took] if took else [])]
-    per = f" 1,000 further images would cost {money(1000 * paid / made)} at the cloud, and nothing with the student." if paid and made else ""
+    per = (
+        f" 1,000 further images would cost {money(1000 * paid / made)} at the cloud, and nothing with the student." if paid and made else ""
+    )
     return f"{', '.join(spent)}.{per}"
 
 

@@ -15,7 +15,10 @@ DISAGREEMENTS = {
     "better": "Student finds more than the cloud",
 }
 GROUPS = {
-    "worst": ("Worst regressions", "Test images on which the student is worst against the cloud: objects it no longer finds, boxes newly wrong."),
+    "worst": (
+        "Worst regressions",
+        "Test images on which the student is worst against the cloud: objects it no longer finds, boxes newly wrong.",
+    ),
     "test": ("Further test images", "Evenly spread over the test images."),
     "train": ("Training images", "What the teachers said, by kind: both agree, both see it but name it differently, only one sees it."),
 }
@@ -143,9 +146,7 @@ def _frame(image: GalleryImage) -> Frame:
     marks = tuple(_mark(_toggle_key(layer, box), box, image, font) for layer, boxes in image.layers.items() for box in boxes)
     source = "data:image/jpeg;base64," + base64.b64encode(image.jpeg).decode("ascii")
     kinds = [kind for kind in KINDS if any(mark.toggle == kind for mark in marks)]
-    return Frame(
-        source, image.name, image.width, image.height, font, marks, image.note, " ".join(kinds), " ".join(image.disagreements)
-    )
+    return Frame(source, image.name, image.width, image.height, font, marks, image.note, " ".join(kinds), " ".join(image.disagreements))
 
 
 def _mark(toggle: str, box: Box, image: GalleryImage, font: float) -> Mark:

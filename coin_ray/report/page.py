@@ -52,9 +52,7 @@ def build_page(
         stages=_stages(summary),
         separation=stacked({kind: int((summary.get("separation") or {}).get(kind) or 0) for kind in KINDS}),
         knowledge=summary.get("knowledge"),
-        class_bars=class_bars(
-            classes, per_class, PER_CLASS, summary.get("truth_boxes") or (), summary.get("class_change_interval") or ()
-        ),
+        class_bars=class_bars(classes, per_class, PER_CLASS, summary.get("truth_boxes") or (), summary.get("class_change_interval") or ()),
         operating=_operating(summary),
         precision_recall=precision_recall(shapes.get("precision_recall") or {}, CURVES, "All classes"),
         class_curves=_class_curves(classes, shapes.get("class_curves") or {}),

@@ -48,7 +48,9 @@ def split_curves(rows: Sequence[CurveRow]) -> tuple[list[CurveRow], list[Plot]]:
     losses = [row for row in rows if row[2] not in DIAGNOSTICS]
     logged = by_run([row for row in rows if row[2] in DIAGNOSTICS]).get("distill", {})
     plots = [
-        layered(logged, {key: (kind, kind) for key, kind in COUNTS.items()}, "How the kinds moved", "Shares of each kind of region in a batch."),
+        layered(
+            logged, {key: (kind, kind) for key, kind in COUNTS.items()}, "How the kinds moved", "Shares of each kind of region in a batch."
+        ),
         shares(logged, FOLLOWS, "Whom CKG follows", "Where the teachers differ: whose name the fusion puts first."),
         *(panel(title, sorted(logged[key]), "student") for key, title in SEES.items() if len(logged.get(key, ())) > 1),
     ]

@@ -14,8 +14,8 @@ from coin_ray.data.examples import Example
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import build_detector
-from coin_ray.stages.fused import CKG, trained_fusion
 from coin_ray.stages.fitting import Fit, fit, load_weights
+from coin_ray.stages.fused import CKG, trained_fusion
 from coin_ray.stages.knowledge import cloud_knowledge, collected, image_rows, standing_labels
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context

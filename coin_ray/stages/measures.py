@@ -134,9 +134,7 @@ def _probs(found: Mapping[str, Detections], truth: Mapping[str, Truth], score_mi
 
 def _answers(found: Mapping[str, Detections], truth: Mapping[str, Truth], score_min: float) -> Tensor:
     """True names [N] of the boxes of at least ``score_min``, background where there is nothing."""
-    parts = [
-        true_names(found[i].boxes[found[i].scores >= score_min], truth[i], found[i].num_classes) for i in sorted(truth) if i in found
-    ]
+    parts = [true_names(found[i].boxes[found[i].scores >= score_min], truth[i], found[i].num_classes) for i in sorted(truth) if i in found]
     return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
 
 

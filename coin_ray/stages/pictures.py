@@ -70,9 +70,7 @@ def _worst(test: Sequence[Row], what: Seen) -> list[tuple[Row, str]]:
     lost, ids = losses(ours, theirs), sorted(i for i in rows if i in what.truth)
     order = [int(n) for n in np.argsort(-lost, kind="stable")[:WORST] if lost[n] > 0]
     told = "Of {} objects the cloud finds {}, the student {}; wrong boxes: cloud {}, student {}"
-    return [
-        (rows[ids[n]], told.format(ours.truth[n], theirs.found[n], ours.found[n], theirs.wrong[n], ours.wrong[n])) for n in order
-    ]
+    return [(rows[ids[n]], told.format(ours.truth[n], theirs.found[n], ours.found[n], theirs.wrong[n], ours.wrong[n])) for n in order]
 
 
 def _spread(rows: list[Row], count: int) -> list[Row]:

@@ -51,7 +51,9 @@ def test_classes_below_the_cloud_are_named_worst_first() -> None:
 
 def test_cost_and_belief() -> None:
     found = told(summary(0, 1))
-    assert found["What did it cost?"].startswith("400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost $2.00 at the cloud")
+    assert found["What did it cost?"].startswith(
+        "400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost $2.00 at the cloud"
+    )
     assert "1,300 annotated test images" in found["Can it be believed?"]
 
 

@@ -63,8 +63,19 @@ def test_shares_need_every_line() -> None:
 
 
 def test_diagnostics_are_told_from_losses() -> None:
-    logged = {"count_consistent": 3.0, "count_inconsistent": 1.0, "count_private": 0.0, "ckg_cloud": 0.5, "ckg_clip": 0.25, "ckg_neither": 0.25}
-    rows = [("distill", step, name, value) for step in (0, 20) for name, value in (logged | {"ckg_gradient": 1.0, "gradient_angle": 80.0}).items()]
+    logged = {
+        "count_consistent": 3.0,
+        "count_inconsistent": 1.0,
+        "count_private": 0.0,
+        "ckg_cloud": 0.5,
+        "ckg_clip": 0.25,
+        "ckg_neither": 0.25,
+    }
+    rows = [
+        ("distill", step, name, value)
+        for step in (0, 20)
+        for name, value in (logged | {"ckg_gradient": 1.0, "gradient_angle": 80.0}).items()
+    ]
     losses, plots = split_curves(rows)
     assert {metric for _, _, metric, _ in losses} == {"ckg_gradient"}
     assert [plot.title for plot in plots] == [

@@ -35,7 +35,13 @@ def page_of(roots: list[str], folder: Path) -> str:
 
 def test_runs_that_differ_in_the_seed_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
     page = page_of([run(tmp_path / "a", 0, 0.4), run(tmp_path / "b", 1, 0.5)], tmp_path)
-    for phrase in ["45.0 ± 7.1 mAP50 over 2 seeds", "35.0 to 45.0", "+20.0", "<strong>60.0</strong>", '<a href="../a/steps/report-0/report.html">a</a>']:
+    for phrase in [
+        "45.0 ± 7.1 mAP50 over 2 seeds",
+        "35.0 to 45.0",
+        "+20.0",
+        "<strong>60.0</strong>",
+        '<a href="../a/steps/report-0/report.html">a</a>',
+    ]:
         assert phrase in page, phrase
 
 

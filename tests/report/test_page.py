@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from coin_ray.report.methods import MINUS, difference, duration, points
 from coin_ray.report.gallery import Box, GalleryImage
+from coin_ray.report.methods import MINUS, difference, duration, points
 from coin_ray.report.page import build_page
 from coin_ray.report.table import print_summary
 
