@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome 
 
 SEEN = """
 const $ = (q) => document.querySelector(q), all = (q) => [...document.querySelectorAll(q)];
-const visible = (e) => e.checkVisibility();
+const visible = (e) => e.getClientRects().length > 0 && e.checkVisibility();
 const names = () => all(".gallery figure").filter(visible).map((f) => f.querySelector("img").alt);
 const marks = (layer) => all(`.mark-${layer} rect.case`).filter(visible).length;
 const choose = (id, value) => { const s = $(id); s.value = value; s.dispatchEvent(new Event("change")); };
