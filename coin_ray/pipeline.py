@@ -36,7 +36,7 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
     evaluate = Step("evaluate", "evaluate", identity=c.classes, inputs=(images, collect, separate, *students))
     export = Step("export", "export", identity=c.detector, inputs=(distill,))
-    report = Step("report", "report", identity=c.preset, inputs=(images, collect, separate, *students, evaluate, export))
+    report = Step("report", "report", identity=c.preset, inputs=(images, collect, separate, *students, evaluate, export), version=2)
     steps = (images, collect, propagate, separate, distill, *students[2:], evaluate, export, report)
     return {step.name: step for step in steps}
 

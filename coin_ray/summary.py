@@ -9,11 +9,24 @@ from typing import Any
 
 from coin_ray.config import PipelineConfig
 
+FIGURES = (
+    "map50_interval",
+    "vs_cloud_interval",
+    "class_change_interval",
+    "truth_boxes",
+    "operating",
+    "calibration_error",
+    "ckg_sides",
+    "kept",
+    "hardware",
+    "page",
+)
+"""What the report adds to what the evaluation measured."""
 PACKAGES = ("coin-ray", "torch", "torchvision", "open_clip_torch", "ray", "mlflow", "pyarrow")
 
 
 def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Preset, seed, mAP50 of every method, gap closed, separation, calls, seconds per stage, versions."""
+    """Preset, seed, mAP50 of every method and its interval, gap closed, separation, calls, seconds per stage, hardware, versions."""
     metrics = {name: manifest["metrics"] for name, manifest in manifests.items()}
     evaluated = metrics.get("evaluate", {})
     map50 = evaluated.get("map50", {})
@@ -34,6 +47,10 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
     for name in ("map50_unknown", "coco_map50", "per_class", "knowledge", "note"):
         if name in evaluated:
             summary[name] = evaluated[name]
+    reported = metrics.get("report", {})
+    summary |= {name: reported[name] for name in FIGURES if name in reported}
+    if exported := metrics.get("export"):
+        summary["model"] = {name: exported[name] for name in ("parameters", "bytes") if name in exported}
     return summary
 
 

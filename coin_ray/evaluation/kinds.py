@@ -26,7 +26,7 @@ def judged_kinds(separation: Sequence[Mapping[str, Any]], truth: Mapping[str, Tr
         if row["image_id"] not in truth or not row["kind"]:
             continue
         cloud, clip = torch.tensor(row["cloud_probs"]), torch.tensor(row["clip_probs"])
-        answers = _true_names(torch.tensor(row["boxes"], dtype=torch.float32), truth[row["image_id"]], cloud.shape[1] - 1)
+        answers = true_names(torch.tensor(row["boxes"], dtype=torch.float32), truth[row["image_id"]], cloud.shape[1] - 1)
         says = zip(row["kind"], answers.tolist(), *(p.argmax(1).tolist() for p in (cloud, clip, cloud + clip)), strict=True)
         for kind, answer, by_cloud, by_clip, by_mean in says:
             found = counts[kind]
@@ -44,8 +44,8 @@ def judged_kinds(separation: Sequence[Mapping[str, Any]], truth: Mapping[str, Tr
     }
 
 
-def _true_names(boxes: Tensor, truth: Truth, background: int) -> Tensor:
-    """[N] labels of boxes [N, 4]."""
+def true_names(boxes: Tensor, truth: Truth, background: int) -> Tensor:
+    """[N] labels of boxes [N, 4]: of the truth box each overlaps most, at IoU .5 or more, else ``background``."""
     if not len(truth.boxes):
         return torch.full((len(boxes),), background)
     overlap, best = box_iou(boxes, truth.boxes).max(1)

@@ -31,6 +31,18 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """The D detections of one class, best score first, difficult matches left out: score, number of the image (in the order of
+    the sorted ids) and whether it is right [D]; ``required`` [I]: truth boxes of each image.
+    """
+
+    score: Floats
+    image: Integers
+    right: Mask
+    required: Integers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Report:
     """``ap`` [K] in 0..1, NaN where a class has no truth; ``truth`` [K] counts it (difficult left out); ``curves``: one per class."""
 
@@ -65,6 +77,22 @@ def average_precision(
     curves = tuple(_curve(found, matched, annotated.difficult, label, int(required[label])) for label in range(num_classes))
     ap = np.array([_area(curve) if count else np.nan for curve, count in zip(curves, required, strict=True)], np.float64)
     return Report(ap, required.astype(np.int64), curves)
+
+
+def judged(predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int, iou: float = 0.5) -> tuple[Judged, ...]:
+    """Every detection of each class as ``average_precision`` judges it, over the images in ``truth``."""
+    images = sorted(truth)
+    annotated = _annotated(images, truth)
+    found = _detected(images, predictions, annotated, plus_one=False)
+    matched = found.overlap > iou
+    owner = np.repeat(np.arange(len(images)), np.diff(annotated.starts))
+    parts = []
+    for label in range(num_classes):
+        kept, right = _kept(found, matched, annotated.difficult, label)
+        wanted = (annotated.labels == label) & ~annotated.difficult
+        required = np.bincount(owner[wanted], minlength=len(images)).astype(np.int64)
+        parts.append(Judged(found.scores[kept], found.images[kept], right, required))
+    return tuple(parts)
 
 
 def mean_over_classes(values: Floats) -> float:
@@ -108,6 +136,8 @@ class _Detected:
     labels: Integers
     rows: Integers
     overlap: Floats
+    scores: Floats
+    images: Integers
 
 
 def _annotated(images: Sequence[str], truth: Mapping[str, Truth]) -> _Annotated:
@@ -130,13 +160,13 @@ def _canonical(truth: Truth) -> tuple[Floats, Integers, Mask]:
 def _detected(images: Sequence[str], predictions: Mapping[str, Detections], annotated: _Annotated, plus_one: bool) -> _Detected:
     present = [(index, predictions[name]) for index, name in enumerate(images) if name in predictions]
     if not present:
-        return _Detected(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        return _Detected(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64, np.float64, np.int64)))
     every = Detections.cat([detections.to(torch.device("cpu")) for _, detections in present])
     boxes, scores, labels = array(every.boxes), array(every.scores), every.labels.numpy()
-    owner = np.repeat([index for index, _ in present], [len(detections) for _, detections in present])
+    owner = np.repeat(np.array([index for index, _ in present], np.int64), [len(detections) for _, detections in present])
     rows, overlap = _best_truth(boxes, labels, owner, annotated, plus_one)
     order = np.lexsort((*boxes.T, owner, -scores))
-    return _Detected(labels[order], rows[order], overlap[order])
+    return _Detected(labels[order], rows[order], overlap[order], scores[order], owner[order])
 
 
 def _best_truth(boxes: Floats, labels: Integers, owner: Integers, annotated: _Annotated, plus_one: bool) -> tuple[Integers, Floats]:
@@ -154,14 +184,19 @@ def _best_truth(boxes: Floats, labels: Integers, owner: Integers, annotated: _An
 
 
 def _curve(found: _Detected, matched: Mask, difficult: Mask, label: int, required: int) -> Curve:
-    mine = found.labels == label
-    rows, hit = found.rows[mine], matched[mine]
-    ignored = np.zeros_like(hit)
-    ignored[hit] = difficult[rows[hit]]
-    right = _first_of_each(rows, hit)[~ignored]
+    _, right = _kept(found, matched, difficult, label)
     true_positives = right.cumsum()
     precision = true_positives / np.arange(1, len(right) + 1)
     return Curve(precision, true_positives / max(required, 1))
+
+
+def _kept(found: _Detected, matched: Mask, difficult: Mask, label: int) -> tuple[Integers, Mask]:
+    """Places of a class's detections that count, and which of them are right."""
+    mine = np.flatnonzero(found.labels == label)
+    rows, hit = found.rows[mine], matched[mine]
+    ignored = np.zeros_like(hit)
+    ignored[hit] = difficult[rows[hit]]
+    return mine[~ignored], _first_of_each(rows, hit)[~ignored]
 
 
 def _first_of_each(rows: Integers, hit: Mask) -> Mask:

@@ -15,6 +15,7 @@ from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.stages.fitting import Fit, fit, load_weights
+from coin_ray.stages.fused import CKG, trained_fusion
 from coin_ray.stages.knowledge import collected, held_out, opinions, training_examples
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.students import look_of, new_student, student_from_clip_detector
@@ -24,7 +25,7 @@ from coin_ray.training.loop import Curve, Task
 
 
 def run(context: Context, train: Callable[[Fit], Curve] = fit) -> dict[str, Any]:
-    """Write ``detector.pt`` (the student), ``teacher.pt`` and ``curve.json``. The option ``held_out``: share of the images left out."""
+    """Write ``detector.pt`` (the student), ``teacher.pt``, ``ckg.pt`` and ``curve.json``. The option ``held_out``: share of the images left out."""
     config = context.config
     cloud = collected(context.inputs["collect"], "cloud", config)
     clip = tables.open_detections(storage.join(context.inputs["separate"], "clip_detector.parquet"), len(config.classes))
@@ -74,4 +75,5 @@ def make(config: PipelineConfig, teacher_weights: str, annotators: Annotators | 
 
 def finish(task: Task) -> dict[str, Any]:
     assert isinstance(task, Distillation)
-    return {WEIGHTS: task.student.state_dict(), "teacher.pt": task.teacher.state_dict()}
+    fusion = trained_fusion(task.ckg, task.cloud_prototypes, task.clip_prototypes)
+    return {WEIGHTS: task.student.state_dict(), "teacher.pt": task.teacher.state_dict(), CKG: fusion.state_dict()}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from coin_ray.report.charts import curves_by_run, stacked
+from coin_ray.report.gallery import Box, GalleryImage
 from coin_ray.report.methods import MINUS, difference, duration, points
-from coin_ray.report.page import Box, GalleryImage, build_page
+from coin_ray.report.page import build_page
 from coin_ray.report.table import print_summary
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
@@ -81,6 +81,7 @@ def picture(name: str = "a.jpg", label: str = "bird") -> GalleryImage:
 
 
 PER_CLASS = {"cloud": [0.2, 0.4], "clip_detector": [0.3, math.nan], "student": [0.5, 0.31]}
+BY_CLASS = {"cloud": [0.6, 0.4], "student": [0.5, 0.31]}
 CURVES = [(run, step, "roi_class", 1 / (step + 1)) for run in ("distill", "propagate") for step in range(500)]
 
 
@@ -108,8 +109,9 @@ def test_opens_without_network() -> None:
 
 def test_escapes_what_users_supply() -> None:
     evil = '"><script>alert(1)</script>'
-    whole = summary(classes=[evil, "car"], preset=evil, versions={evil: evil}, seconds={evil: 3.0, "total": 3.0})
-    page = build_page(whole, PER_CLASS, [(evil, s, evil, 1.0) for s in range(3)], [picture(evil, evil)], evil, evil)
+    whole = summary(classes=[evil, "car"], preset=evil, versions={evil: evil}, seconds={evil: 3.0, "total": 3.0}, per_class=BY_CLASS)
+    shapes = {"confusion": [[1, 2, 0], [0, 3, 0], [0, 0, 0]], "class_curves": {"student": [[1.0, 0.0], [1.0, 0.5]]}}
+    page = build_page(whole, PER_CLASS, [(evil, s, evil, 1.0) for s in range(3)], [picture(evil, evil)], evil, evil, shapes)
     assert "<script>alert" not in page
     assert sum(tag == "script" for tag, _ in parse(page).tags) == 1
 
@@ -117,10 +119,10 @@ def test_escapes_what_users_supply() -> None:
 def test_layers_are_switched_by_checkboxes() -> None:
     tags = parse(full()).tags
     boxes = {a["value"]: "checked" in a for tag, a in tags if tag == "input"}
-    assert boxes == {"truth": True, "cloud": False, "student": True, "private": False}
+    assert boxes == {"truth": True, "cloud": False, "student": True, "private": True}
     hidden = {a["data-layer"]: "off" in (a["class"] or "") for tag, a in tags if "data-layer" in a}
     assert hidden == {key: not on for key, on in boxes.items()}
-    assert [a["value"] for tag, a in tags if tag == "option"] == ["", "=bird"]
+    assert [a["value"] for tag, a in tags if tag == "option"] == ["", "=bird", "", "private"]
 
 
 def test_text_of_boxes_stays_inside_the_image() -> None:
@@ -147,7 +149,7 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
 )
 def test_leaves_out_what_is_missing(whole: dict[str, Any]) -> None:
     text = parse(build_page(whole, {}, [], [], "", "")).text
-    assert "Examples" not in text
+    assert "What it looks like" not in text
     assert "nan" not in text.split()
 
 
@@ -155,7 +157,7 @@ def test_a_run_without_truth_says_so() -> None:
     page = build_page(summary(map50={"cloud": None, "student": None}, gap_closed=None), {}, [], [picture()], "", "")
     assert "No annotated test images" in page
     assert "<h2>Results</h2>" not in page
-    assert "<h2>Examples</h2>" in page
+    assert "<h2>What it looks like</h2>" in page
 
 
 def test_a_worse_student_is_called_worse() -> None:
@@ -163,20 +165,6 @@ def test_a_worse_student_is_called_worse() -> None:
     assert "scores 5.0 points below" in text
     assert f"{MINUS}5.0" in text
     assert f"{MINUS}20 %" in text
-
-
-def test_curves_are_thinned_ordered_and_finite() -> None:
-    rows = [*CURVES, ("propagate", 3, "roi_class", math.nan), ("propagate", 0, "lonely", 1.0), ("zoo", 0, "x", 0.0), ("zoo", 9, "x", 0.0)]
-    runs = curves_by_run(rows)
-    assert [run.name for run in runs] == ["propagate", "distill", "zoo"]
-    assert [panel.metric for panel in runs[0].panels] == ["roi_class"]
-    assert runs[0].panels[0].path.count("L") < 250
-    assert (runs[0].panels[0].first, runs[0].panels[0].last) == ("0", "499")
-
-
-def test_stacked_segments_fill_the_bar() -> None:
-    segments = stacked({"consistent": 1, "inconsistent": 0, "private": 3})
-    assert [(s.start, s.width) for s in segments] == [(0, 25), (25, 0), (25, 75)]
 
 
 @pytest.mark.parametrize(

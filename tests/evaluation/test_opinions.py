@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+
+from coin_ray.evaluation.opinions import confusion, sides
+
+CAR, DOG, NOTHING = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]
+
+
+def test_confusion_counts_boxes_that_both_saw_by_both_names() -> None:
+    row = {"kind": ["consistent", "inconsistent", "inconsistent", "private"], "cloud_probs": [CAR, CAR, DOG, CAR]}
+    counts = confusion([row | {"clip_probs": [CAR, NOTHING, CAR, [0.0, 0, 0]]}], 2)
+    assert counts.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0]]
+
+
+def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
+    cloud, clip = torch.tensor([CAR, CAR, CAR, CAR, DOG]), torch.tensor([CAR, DOG, DOG, DOG, NOTHING])
+    fused = torch.tensor([DOG, CAR, CAR, DOG, CAR])
+    found = sides(cloud, clip, fused, torch.tensor([0, 0, 1, 1, 1]))  # the first box is not disputed
+    assert found == {"cloud": {"share": 0.5, "right": 0.5}, "clip": {"share": 0.25, "right": 1.0}, "neither": {"share": 0.25, "right": 0.0}}
+
+
+def test_a_side_never_taken_is_neither_right_nor_wrong() -> None:
+    one = torch.tensor([CAR])
+    assert sides(one, torch.tensor([DOG]), one, torch.tensor([0])) == {
+        "cloud": {"share": 1.0, "right": 1.0},
+        "clip": {"share": 0.0},
+        "neither": {"share": 0.0},
+    }
+    assert sides(one, one, one, torch.tensor([0])) == {}

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coin_ray.report.answers import answers, headline
+from coin_ray.report.methods import MINUS
+
+
+def summary(low: float, high: float, **changes: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "classes": ["bird", "car", "cat"],
+        "map50": {"cloud": 0.3, "student": 0.35, "pseudo_label": 0.33},
+        "per_class": {"cloud": [0.3, 0.4, 0.2], "student": [0.2, 0.35, 0.5]},
+        "class_change_interval": [[-0.2, -0.05], [-0.1, 0.1], [0.1, 0.5]],
+        "map50_interval": {"student": {"low": 0.3, "high": 0.4}},
+        "vs_cloud_interval": {"student": {"low": low, "high": high}},
+        "images": {"train": 500, "test": 1300},
+        "calls": {"made": 400, "cost_usd": 0.8},
+        "seconds": {"total": 90.0},
+    }
+    return whole | changes
+
+
+def told(whole: dict[str, Any]) -> dict[str, str]:
+    return {answer.question: answer.text for answer in answers(whole)}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "start", "span"),
+    [
+        (0.01, 0.09, "Yes: +5.0", "+1.0 to +9.0"),
+        (-0.09, -0.01, "No: ", f"{MINUS}9.0 to {MINUS}1.0"),
+        (-0.01, 0.1, "These test images can't tell: +5.0", f"{MINUS}1.0 to +10.0, which includes zero"),
+    ],
+)
+def test_better_only_if_the_interval_leaves_out_zero(low: float, high: float, start: str, span: str) -> None:
+    text = told(summary(low, high))["Is it better than the cloud?"]
+    assert text.startswith(start)
+    assert span in text
+    assert "plain cloud labels: +2.0" in text
+
+
+def test_classes_below_the_cloud_are_named_worst_first() -> None:
+    text = told(summary(0, 1))["For which classes not?"]
+    assert text == f"Below the cloud: bird {MINUS}10.0, car {MINUS}5.0 (may be chance)."
+    better = summary(0, 1, per_class={"cloud": [0.3, None, 0.2], "student": [0.3, None, 0.5]})
+    assert told(better)["For which classes not?"] == "On no class with test objects does the student score below the cloud."
+
+
+def test_cost_and_belief() -> None:
+    found = told(summary(0, 1))
+    assert found["What did it cost?"].startswith(
+        "400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost $2.00 at the cloud"
+    )
+    assert "1,300 annotated test images" in found["Can it be believed?"]
+
+
+def test_a_run_that_measured_nothing_answers_nothing_about_quality() -> None:
+    assert list(told({"calls": {"made": 3, "cost_usd": 0.0}})) == ["What did it cost?"]
+    assert answers({}) == []
+    assert headline(summary(-0.01, 0.09)).interval == f"{MINUS}1.0 to +9.0"
