@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,onnx]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,export]'
 	touch $@
 
 clean:

@@ -23,7 +23,7 @@ stages
 estimate
 runner
 cli
-experiments
+experiments export
 capacity
 tune
 """

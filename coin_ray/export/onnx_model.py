@@ -76,7 +76,9 @@ def _prepare(graph: Graph, config: Detector, mean: list[float], std: list[float]
     pads = graph.op("Concat", graph.i64(0, 0, 0, 0, 0, 0), beyond, axis=0)
     pixels = graph.op("Pad", normalised, pads)
     swapped = [graph.op("Gather", s, graph.i64(1, 0, 1, 0)) for s in (size, own)]
-    return _View(pixels, graph.cast(swapped[0], TensorProto.FLOAT), graph.cast(graph.op("Div", swapped[1], swapped[0]), TensorProto.FLOAT), batch)
+    return _View(
+        pixels, graph.cast(swapped[0], TensorProto.FLOAT), graph.cast(graph.op("Div", swapped[1], swapped[0]), TensorProto.FLOAT), batch
+    )
 
 
 def _choose(graph: Graph, config: Detector, objectness: str, candidates: str) -> tuple[str, str]:
@@ -106,7 +108,11 @@ class _Rows:
 
 def _detections(graph: Graph, config: Detector, view: _View, image: str, boxes: str, probs: str, classes: int) -> _Rows:
     """Class-wise suppression in each image: to the operator each pair of an image and a class is a class of its own."""
-    own = graph.op("Equal", graph.op("Unsqueeze", graph.op("Range", *_range(graph, view.batch)), graph.i64(1)), graph.op("Unsqueeze", image, graph.i64(0)))
+    own = graph.op(
+        "Equal",
+        graph.op("Unsqueeze", graph.op("Range", *_range(graph, view.batch)), graph.i64(1)),
+        graph.op("Unsqueeze", image, graph.i64(0)),
+    )
     foreground = graph.op("Transpose", graph.part(probs, 0, classes, 1), perm=[1, 0])
     masked = graph.op("Where", graph.op("Unsqueeze", own, graph.i64(1)), graph.op("Unsqueeze", foreground, graph.i64(0)), graph.f32(-1.0))
     scores = graph.op("Reshape", masked, graph.op("Concat", graph.i64(1, -1), graph.op("Shape", image), axis=0))

@@ -44,7 +44,11 @@ def pool(graph: Graph, config: Detector, features: str, proposals: Proposals) ->
 def _products(graph: Graph, config: Detector, features: str, proposals: Proposals) -> str:
     """Each image's proposals in rows of its own, P for all images: weights [B, P s s, h w] times features [B, h w, C]."""
     side, limit = config.roi_size, config.proposals_test
-    place = graph.op("Concat", *(graph.op("Unsqueeze", t, graph.i64(1)) for t in (proposals.image, rank_within(graph, proposals.image, proposals.batch))), axis=1)
+    place = graph.op(
+        "Concat",
+        *(graph.op("Unsqueeze", t, graph.i64(1)) for t in (proposals.image, rank_within(graph, proposals.image, proposals.batch))),
+        axis=1,
+    )
     empty = graph.op("Expand", graph.f32(0.0), graph.op("Concat", proposals.batch, graph.i64(limit, 4), axis=0))
     cells = graph.op("Sub", graph.op("Div", graph.op("ScatterND", empty, place, proposals.boxes), graph.f32(STRIDE)), graph.f32(0.5))
     shape = graph.op("Shape", features)
