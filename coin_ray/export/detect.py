@@ -11,7 +11,7 @@ session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), p
 classes = session.get_modelmeta().custom_metadata_map["classes"].split("\n")
 
 
-def detect(image, score_min=0.3):
+def detect(image: Image.Image, score_min: float = 0.3) -> list[tuple[str, float, list[float]]]:
     """(class, score, [x0, y0, x1, y1] in pixels) of each object, best first; ``image``: PIL."""
     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     boxes, scores, labels, _image, _probs = session.run(None, {"images": pixels})

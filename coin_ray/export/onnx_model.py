@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from coin_ray.config import Detector
 from coin_ray.export.graph import OPSET, Graph
-from coin_ray.export.networks import PAD, halves
+from coin_ray.export.networks import PAD, Describe, Propose, halves
 from coin_ray.export.pooling import Proposals, pool, rank_within
 from coin_ray.export.resizing import resize
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
@@ -160,13 +160,13 @@ def _info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _propose_model(network: nn.Module) -> ModelProto:
+def _propose_model(network: Propose) -> ModelProto:
     examples = (torch.zeros(2, 3, 3 * PAD, 4 * PAD), torch.tensor([128.0, 96.0, 128.0, 96.0]))
     shapes = ({0: Dim.DYNAMIC, 2: PAD * Dim("rows", min=1, max=256), 3: PAD * Dim("columns", min=1, max=256)}, None)
     return _exported(network, examples, shapes)
 
 
-def _describe_model(network: nn.Module, config: Detector) -> ModelProto:
+def _describe_model(network: Describe, config: Detector) -> ModelProto:
     channels = network.tower.shared_channels
     examples = (torch.zeros(5, channels, config.roi_size, config.roi_size), torch.zeros(5, 4), torch.ones(4))
     regions = Dim("regions")

@@ -1,6 +1,7 @@
-"""A detector as TorchScript: one uint8 image in, boxes in its pixels out. Whoever loads it needs torch and ``import torchvision``."""
+"""A detector as TorchScript: one uint8 image in, boxes in its pixels out. Whoever loads it needs torch and ``import torchvision``.
 
-from __future__ import annotations
+No postponed annotations here: TorchScript reads them.
+"""
 
 import torch
 from torch import Tensor, nn
