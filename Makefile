@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud bench-coin bench-data docs clean
+.PHONY: demo test check slow bench bench-cloud bench-coin bench-data bench-speed docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -29,6 +29,9 @@ bench-cloud: $(DEVELOPED)
 bench-coin: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_coin.py $(ARGS)
 
+bench-speed: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_speed.py $(ARGS)
+
 bench-data: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_data.py $(ARGS)
 
@@ -43,7 +46,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,onnx]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,export]'
 	touch $@
 
 clean:

@@ -1,11 +1,11 @@
-"""Write the student with cached class embeddings, running first whatever this needs and is not finished.
+"""Write the student to take home: ONNX, TorchScript, safetensors, a model card and an example, running first whatever this needs.
 
-python pipelines/export.py demo [--dry-run]
+python pipelines/export.py demo [--out DIR] [--add-classes "truck,fire hydrant"] [--dry-run]
 """
 
 import sys
 
-from coin_ray.cli import main
+from coin_ray.export.command import main
 
 if __name__ == "__main__":
-    sys.exit(main("export.py", __doc__, only="export"))
+    sys.exit(main(__doc__))

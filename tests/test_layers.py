@@ -23,7 +23,7 @@ stages
 estimate
 runner
 cli
-library experiments
+library experiments export
 search
 capacity
 tune

@@ -1,0 +1,87 @@
+"""The two halves of a detector as networks of tensors alone: what is between them is written once for ONNX and once for TorchScript."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from coin_ray import boxes as box_ops
+from coin_ray.models.faster_rcnn_clip.model import STRIDE, ClipDetector
+from coin_ray.models.faster_rcnn_clip.tower import NormalisedConv2d
+
+PAD = 32
+"""Views are padded to multiples of this."""
+
+
+class Propose(nn.Module):
+    """pixels [B, 3, H, W] normalised, limits [4] (w, h, w, h) of the view inside -> features [B, C, h, w], objectness [B, A], boxes [B, A, 4]."""
+
+    cell_anchors: Tensor
+    scale: Tensor
+
+    def __init__(self, detector: ClipDetector) -> None:
+        super().__init__()
+        self.tower, self.rpn = detector.tower, detector.rpn
+        anchors = detector.rpn.anchor_generator.cell_anchors[0]
+        self.register_buffer("cell_anchors", anchors.detach().clone().round())
+        config = detector.config
+        self.register_buffer("scale", torch.tensor(config.anchor_weights) / torch.tensor(box_ops.DELTA_WEIGHTS))
+
+    def forward(self, pixels: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.tower.shared(pixels)
+        hidden = self.rpn.conv(features).relu()
+        objectness = self.rpn.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.rpn.deltas(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
+        y = torch.arange(features.shape[2], dtype=torch.float32) * STRIDE
+        x = torch.arange(features.shape[3], dtype=torch.float32) * STRIDE
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        shifts = torch.stack([columns, rows, columns, rows], -1)
+        anchors = (shifts[:, :, None] + self.cell_anchors).reshape(1, -1, 4).expand(features.shape[0], -1, -1)
+        boxes = box_ops.decode((deltas / self.scale).reshape(-1, 4), anchors.reshape(-1, 4))
+        return features, objectness, _clipped(boxes, limits).reshape(features.shape[0], -1, 4)
+
+
+class Describe(nn.Module):
+    """pooled [R, C, s, s], proposals [R, 4], limits [4] -> probs [R, K+1], background last, and boxes [R, 4]."""
+
+    embeddings: Tensor
+
+    def __init__(self, detector: ClipDetector, embeddings: Tensor) -> None:
+        super().__init__()
+        self.tower, self.head = detector.tower, detector.head
+        self.register_buffer("embeddings", embeddings)
+
+    def forward(self, pooled: Tensor, proposals: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        regions = self.head(self.tower.regional(pooled), self.embeddings)
+        return regions.logits.softmax(-1), _clipped(box_ops.decode(regions.deltas, proposals), limits)
+
+
+def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+@torch.no_grad()
+def halves(detector: ClipDetector) -> tuple[Propose, Describe]:
+    """Both halves of a copy of ``detector`` on the CPU, class embeddings cached and norms folded into the convolutions before them."""
+    copied = copy.deepcopy(detector).cpu().eval()
+    embeddings = detector.eval().class_embeddings().detach().cpu().clone()
+    _fold_norms(copied)
+    copied.requires_grad_(False)
+    return Propose(copied).eval(), Describe(copied, embeddings).eval()
+
+
+def _fold_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, NormalisedConv2d):
+            setattr(module, name, _folded(child))
+        else:
+            _fold_norms(child)
+
+
+def _folded(layer: NormalisedConv2d) -> nn.Conv2d:
+    plain = copy.deepcopy(layer.convolution)
+    plain.weight.data = plain.weight.data * layer.scale.view(-1, 1, 1, 1)
+    plain.bias = nn.Parameter(layer.shift.clone())
+    return plain

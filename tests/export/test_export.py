@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as V
+
+from coin_ray.errors import ConfigError, InputError
+from coin_ray.export import equality
+from coin_ray.export.command import check_added, request
+from coin_ray.presets import demo
+from coin_ray.serving.exported import Predictor, load_exported
+from coin_ray.serving.onnx_student import OnnxStudent
+from coin_ray.structures import Detections
+from tests.builders import CLASSES, detections, tiny_detector
+
+pytest.importorskip("onnxscript", reason="needs the extra export")
+onnx = pytest.importorskip("onnx")
+import onnxruntime  # noqa: E402
+
+from coin_ray.export.graph import Graph  # noqa: E402
+from coin_ray.export.onnx_model import onnx_model  # noqa: E402
+from coin_ray.export.package import Student, write_package  # noqa: E402
+from coin_ray.export.resizing import resize  # noqa: E402
+
+SIZES = ((96, 64), (64, 80), (72, 72), (300, 120), (9, 8), (50, 400), (1, 1))
+SUMMARY = {"images": {"train": 500, "test": 300}, "map50": {"cloud": 0.387, "student": 0.459, "oracle": None}}
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (max(1, height // 12), max(1, width // 12), 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, equality.Equality]]:
+    folder = tmp_path_factory.mktemp("package")
+    student = Student(tiny_detector(score_min=0.02), CLASSES, (), demo(), SUMMARY)
+    return folder, write_package(student, [picture(*size, seed) for seed, size in enumerate(SIZES)], str(folder))
+
+
+@pytest.fixture(scope="module")
+def session(package: tuple[Path, dict[str, equality.Equality]]) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(package[0] / "model.onnx")
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
+def test_exported_files_find_what_the_model_finds(package: tuple[Path, dict[str, equality.Equality]], file: str) -> None:
+    found = package[1][file]
+    assert (found.images, found.unmatched) == (len(SIZES), 0)
+    assert found.detections > 3 * len(SIZES)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (300, 120)])
+def test_a_batch_gives_each_image_its_own_answer(session: onnxruntime.InferenceSession, size: tuple[int, int]) -> None:
+    batch = np.stack([np.asarray(picture(*size, seed)) for seed in range(3)])
+    together = dict(zip(("boxes", "scores", "labels", "image", "probs"), session.run(None, {"images": batch}), strict=True))
+    assert (np.diff(together["scores"]) <= 0).all()
+    for number, image in enumerate(batch):
+        mine = together["image"] == number
+        alone = session.run(None, {"images": image[None]})
+        assert len(alone[0]) == mine.sum() > 0
+        for name, value in zip(("boxes", "scores", "labels"), alone, strict=False):
+            assert np.allclose(together[name][mine], value, atol=1e-3), name
+
+
+@pytest.mark.parametrize("changes", [{"roi_samples": 0}, {"short_side": 700, "long_side": 900}, {"detections": 3, "score_min": 0.01}])
+def test_equal_with_roialign_s_own_operator_and_with_few_detections(changes: dict[str, int]) -> None:
+    detector = tiny_detector(**changes).eval()
+    exported = OnnxStudent(onnx_model(detector, CLASSES).SerializeToString())
+    found = equality.compare(Predictor(CLASSES, detector), exported, [picture(90, 60), picture(64, 64, 1)], detector.config.score_min)
+    assert found.detections > 0
+    assert found.unmatched == 0
+
+
+@pytest.mark.parametrize(("own", "view"), [((300, 200), (256, 171)), ((33, 90), (94, 256)), ((640, 480), (60, 45)), ((50, 50), (50, 50))])
+def test_resizing_equals_pytorch_s_to_the_last_bit(own: tuple[int, int], view: tuple[int, int]) -> None:
+    graph = Graph()
+    out = resize(graph, "images", graph.f64(*own), graph.f64(*view))
+    kind = onnx.TensorProto.FLOAT
+    inputs = [onnx.helper.make_tensor_value_info("images", kind, [1, 3, *own])]
+    model = graph.model("resize", inputs, {out: onnx.helper.make_tensor_value_info("view", kind, [1, 3, *view])})
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *own), np.uint8))
+    given = {"images": image[None].numpy().astype(np.float32)}
+    resized = onnxruntime.InferenceSession(model.SerializeToString()).run(None, given)[0][0]
+    assert (resized == V.resize(image, list(view), antialias=True).numpy()).all()
+
+
+def test_no_file_holds_a_text_encoder_and_weights_load(package: tuple[Path, dict[str, equality.Equality]]) -> None:
+    folder = package[0]
+    names = {i.name for i in onnx.load(folder / "model.onnx").graph.initializer}
+    assert names
+    assert not [n for n in names if "token_embedding" in n or "prompts" in n or "transformer" in n]
+    assert load_exported(str(folder)).classes == CLASSES
+    assert {f.name for f in folder.iterdir()} == {"model.onnx", "model.pt", "model.safetensors", "model.json", "detect.py", "README.md"}
+
+
+BLOCKED = """
+import sys, runpy
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("coin_ray", "torch", "torchvision", "onnx", "ray", "open_clip"):
+            raise ImportError(f"{name} is not part of the example")
+sys.meta_path.insert(0, Block())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_example_runs_outside_the_package(package: tuple[Path, dict[str, equality.Equality]], tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    picture(96, 64).save(image)
+    example = package[0] / "detect.py"
+    assert len(example.read_text().splitlines()) <= 30
+    command = [sys.executable, "-I", "-c", BLOCKED, str(example), str(image)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.splitlines()[1:]
+    expected = load_exported(str(package[0]))(picture(96, 64))
+    shown = [CLASSES[int(k)] for k, s in zip(expected.labels, expected.scores, strict=True) if s >= 0.3]
+    assert [line[2:22].strip() for line in printed] == shown
+    assert shown
+
+
+def test_the_card_says_who_taught_what_was_measured_and_the_signature(package: tuple[Path, dict[str, equality.Equality]]) -> None:
+    card = (package[0] / "README.md").read_text()
+    for part in (
+        "traffic light",
+        "| student | 45.9 |",
+        "| oracle | - |",
+        "seed 0",
+        "uint8 [B, H, W, 3]",
+        "## Licences",
+        "a local server (demo)",
+    ):
+        assert part in card
+    assert "Never trained" not in card
+
+
+def test_a_difference_is_an_error() -> None:
+    ours, theirs = detections(((0, 0, 9, 9), 0, 0.9)), detections(((0, 0, 9, 9), 0, 0.898))
+    found = equality.compare(lambda _: ours, lambda _: theirs, [picture(9, 9)], 0.05)
+    assert found.unmatched == 2
+    with pytest.raises(InputError, match=r"model\.onnx and the model differ: 2 of 1"):
+        equality.require("model.onnx", found)
+
+
+CASES = [
+    (detections(((0, 0, 9, 9), 0, 0.9)), 0, 0),
+    (detections(((0, 0, 9, 9), 1, 0.9)), 2, 0),
+    (detections(((0, 0, 9, 8), 0, 0.9)), 2, 0),
+    (detections(((0, 0, 9, 9), 0, 0.9), ((3, 3, 6, 6), 1, 0.0505)), 0, 1),
+    (Detections.empty(3), 1, 0),
+]
+
+
+@pytest.mark.parametrize(("theirs", "unmatched", "at_limit"), CASES)
+def test_what_counts_as_equal(theirs: Detections, unmatched: int, at_limit: int) -> None:
+    ours = detections(((0, 0, 9, 9), 0, 0.9))
+    found = equality.compare(lambda _: ours, lambda _: theirs, [picture(9, 9)], 0.05)
+    assert (found.unmatched, found.at_limit) == (unmatched, at_limit)
+
+
+def test_new_names_are_checked_before_anything_runs() -> None:
+    asked = request(["demo", "--add-classes", "truck, fire hydrant", "--out", "/x"])
+    assert (asked.added, asked.out) == (("truck", "fire hydrant"), "/x")
+    for names in (("cat",), ("truck", "Truck"), ("background",)):
+        with pytest.raises(ConfigError, match="is a class already"):
+            check_added(demo(), names)
+
+
+def test_a_name_added_by_text_leaves_the_others_boxes_and_shares_their_probability(tmp_path: Path) -> None:
+    from coin_ray.models.faster_rcnn_clip.model import build_detector
+    from tests.builders import tiny_clip
+
+    known = tiny_detector(score_min=0.02)
+    more = build_detector(tiny_clip(), (*CLASSES, "truck"), known.config, seed=5)
+    more.load_state_dict(known.state_dict())
+    write_package(Student(more, (*CLASSES, "truck"), ("truck",), demo(), {}), [picture(96, 64)], str(tmp_path))
+    student = OnnxStudent((tmp_path / "model.onnx").read_bytes())
+    assert student.classes == (*CLASSES, "truck")
+    probs, before = student.predict(picture(96, 64)).probs, Predictor(CLASSES, known.eval())(picture(96, 64)).probs
+    assert float(probs[:, 3].max()) > 0
+    ratio = lambda p: p[:, 0] / p[:, 1]  # noqa: E731
+    assert all(bool(torch.isclose(ratio(before), value, rtol=1e-3).any()) for value in ratio(probs)[:5])
+    assert "Never trained:** truck" in (tmp_path / "README.md").read_text()
