@@ -6,7 +6,6 @@ own operators. B images of one size, A anchors, R proposals of all images, K cla
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -176,6 +175,4 @@ def _describe_model(network: Describe, config: Detector) -> ModelProto:
 def _exported(network: nn.Module, examples: tuple[torch.Tensor, ...], shapes: tuple[object, ...]) -> ModelProto:
     program = torch.onnx.export(network, examples, dynamic_shapes=shapes, dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    return onnx.load_from_string(buffer.getvalue())
+    return program.model_proto

@@ -58,7 +58,7 @@ def write_package(student: Student, images: Sequence[Image.Image], folder: str) 
     torch.jit.save(script, buffer)  # type: ignore[no-untyped-call]
     storage.write_bytes(storage.join(folder, "model.pt"), buffer.getvalue())
     storage.write_bytes(storage.join(folder, "detect.py"), (files("coin_ray.export") / "detect.py").read_bytes())
-    model, score_min = Predictor(student.classes, student.detector), student.detector.config.score_min
+    model, score_min = Predictor(student.classes, student.detector, student.detector.config), student.detector.config.score_min
     found = {
         "model.onnx": equality.compare(model, OnnxStudent(data).predict, images, score_min),
         "model.pt": equality.compare(model, _Script(script), images, score_min),

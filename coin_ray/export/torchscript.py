@@ -73,4 +73,5 @@ class OneImage(nn.Module):
 
 def torchscript(detector: ClipDetector) -> torch.jit.ScriptModule:
     """The detector on the CPU, frozen, without a text encoder."""
-    return torch.jit.freeze(torch.jit.script(OneImage(detector).eval()))
+    frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(OneImage(detector).eval()))
+    return frozen

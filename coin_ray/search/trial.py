@@ -91,7 +91,7 @@ def validated(search: Search, student: str) -> float | None:
     return average_precision(found["student"], truth, len(search.config.classes)).map
 
 
-def _found(search: Search, weights: dict[str, str], split: str, wanted: Container[str]) -> dict[str, dict[str, Detections]]:
+def _found(search: Search, weights: dict[str, str], split: str, wanted: Container[str]) -> dict[str, Mapping[str, Detections]]:
     """Results of each detector on the wanted images of a split."""
     images = [row for row in image_rows(search.shared["images"].folder(search.root), split) if str(row["image_id"]) in wanted]
     found = predictions(weights, images, search.config)

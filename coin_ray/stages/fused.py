@@ -70,7 +70,7 @@ class _Fusion:
         view = fit(original, self.config.detector.short_side, self.config.detector.long_side)
         boxes = box_ops.scale(cloud.boxes[used], view.shape[2] / original.shape[2], view.shape[1] / original.shape[1])
         shared, _ = self.student.propose(self.student.prepare([view]))
-        embedded = self.student.describe(shared, [boxes.to(self.device)]).embedded
+        embedded = self.student.describe(shared, [boxes.to(self.device)]).embedded  # type: ignore[arg-type]
         said = FORMS[self.config.separate.cloud_vectors](cloud_knowledge(cloud, self.config.labels)).probs
         fused: Tensor = self.ckg(embedded, self.prototypes, said.to(self.device), clip.probs[used].to(self.device))
         return fused.cpu()

@@ -40,7 +40,7 @@ def held_out_truth(context: Context) -> dict[str, Truth]:
 
 def students(context: Context) -> Results:
     """What the trained detectors see in the test images, as the evaluation left it."""
-    found = {}
+    found: Results = {}
     for name in NAMES.values():
         path = storage.join(context.inputs["evaluate"], "predictions", f"{name}.parquet")
         if storage.exists(path):

@@ -34,7 +34,8 @@ def run(context: Context) -> dict[str, Any]:
     figures["confusion"] = measures.teachers_confused(context) if config.collect.labeler != "none" else []
     truth = measures.held_out_truth(context)
     answers, students = measures.named_once(context), measures.students(context)
-    verdicts, tallies, curves = {}, {}, {}
+    verdicts: measures.Verdicts = {}
+    tallies, curves = {}, {}
     if truth:
         verdicts, used = measures.judge_all(context, truth)
         figures |= measures.scored(verdicts, config.seed) | {"operating": measures.at_best_threshold(used)}
