@@ -17,7 +17,7 @@ from coin_ray.models.co_detr.criterion import ALPHA, GAMMA, at_least_one
 from coin_ray.models.co_detr.decoder import RARE
 from coin_ray.models.co_detr.neck import group_norm
 from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, square
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import Targets, covered
 
 NONE = -1
 
@@ -48,16 +48,19 @@ class Atss(nn.Module):
         labels = torch.stack([_labels(a, t.labels, self.classes) for a, t in zip(assigned, targets, strict=True)])
         image, row = (labels < self.classes).nonzero(as_tuple=True)
         truth = torch.cat([t.boxes[a[a != NONE]] for a, t in zip(assigned, targets, strict=True)])
+        weights = torch.stack([_weights(a, t, anchors.boxes) for a, t in zip(assigned, targets, strict=True)]) * anchors.inside
+        share = weights[image, row]
         chosen = anchors.boxes[row]
         wanted = centerness(chosen, truth)
         found = box_ops.decode(deltas[image, row], chosen)
         one_hot = F.one_hot(labels, self.classes + 1)[..., :-1].to(logits)
-        focal = sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA) * anchors.inside[..., None]
+        focal = sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA) * weights[..., None]
+        entropy = F.binary_cross_entropy_with_logits(centre[image, row, 0], wanted, reduction="none")
         count = at_least_one((labels < self.classes).sum(1).clamp(min=1).sum())
         return {
             "class": focal.sum() / count,
-            "giou": (generalized_box_iou_loss(found, truth) * wanted).sum() / at_least_one(wanted.sum()),
-            "centerness": F.binary_cross_entropy_with_logits(centre[image, row, 0], wanted, reduction="sum") / count,
+            "giou": (generalized_box_iou_loss(found, truth) * wanted * share).sum() / at_least_one(wanted.sum()),
+            "centerness": (entropy * share).sum() / count,
         }
 
     def _predict(self, maps: Maps) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,12 +118,20 @@ def _labels(assigned: Tensor, labels: Tensor, background: int) -> Tensor:
     return extended[assigned]
 
 
+def _weights(assigned: Tensor, targets: Targets, anchors: Tensor) -> Tensor:
+    """[A]: of the object, 1 for background, 0 for background in an ignored region."""
+    background = (~covered(anchors, targets.left_out)).float()
+    extended = torch.cat([targets.certainty, targets.certainty.new_zeros(1)])
+    return torch.where(assigned == NONE, background, extended[assigned])
+
+
 def _positives(maps: Maps, anchors: Anchors, assigned: Sequence[Tensor], targets: Sequence[Targets]) -> list[Positives]:
     found = []
     for tokens, own, target in zip(maps.tokens(), assigned, targets, strict=True):
         rows = (own != NONE).nonzero()[:, 0]
         objects = own[rows]
-        found.append(Positives(anchors.boxes[rows], target.boxes[objects], target.labels[objects], tokens[rows]))
+        certainty = target.certainty[objects]
+        found.append(Positives(anchors.boxes[rows], target.boxes[objects], target.labels[objects], tokens[rows], certainty))
     return found
 
 

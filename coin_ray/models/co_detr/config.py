@@ -38,6 +38,13 @@ class CoDetr:
     """Train the auxiliary heads, and through them the encoder."""
     positive_queries: bool = True
     """Replay the auxiliary heads' positives as extra queries of the decoder."""
+    denoising: int = 0
+    """Objects with noise, replayed as queries that must find them and as queries that must not (contrastive denoising, DINO): about so many
+    of each per image. 0: none, as in Co-Deformable-DETR; Co-DINO: 100."""
+    denoising_labels: float = 0.5
+    """Half of this share of the noisy objects gets a class drawn at random."""
+    denoising_boxes: float = 1.0
+    """Corners move by up to this many half sides; those of queries that must not find the object by one to two times as much."""
     query_weight: float = 1.0
     """[lambda 1]"""
     auxiliary_weight: float = 2.0
@@ -70,9 +77,10 @@ class CoDetr:
         known = get_args(AuxiliaryHead)
         _check(set(self.auxiliary) <= set(known), f"co_detr.auxiliary can hold {', '.join(known)}; got {', '.join(self.auxiliary)}")
         _check(len(set(self.auxiliary)) == len(self.auxiliary), f"co_detr.auxiliary names a head twice: {', '.join(self.auxiliary)}")
-        weights = (self.query_weight, self.auxiliary_weight)
-        _check(all(0 <= w < float("inf") for w in weights), "co_detr.query_weight and auxiliary_weight must be finite and not negative")
-        for name in ("rpn_nms", "roi_positive", "score_min"):
+        weights = (self.query_weight, self.auxiliary_weight, self.denoising, self.denoising_boxes)
+        names = "query_weight, auxiliary_weight, denoising and denoising_boxes"
+        _check(all(0 <= w < float("inf") for w in weights), f"co_detr.{names} must be finite and not negative; got {weights}")
+        for name in ("rpn_nms", "roi_positive", "score_min", "denoising_labels"):
             _check(0 <= getattr(self, name) <= 1, f"co_detr.{name} must lie in 0..1; got {getattr(self, name)}")
 
 

@@ -24,7 +24,7 @@ def some_boxes(count: int, seed: int = 0) -> Tensor:
 def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> None:
     maps = seen(5)
     laid, boxes = lay_out(maps, [nine(s) for s in maps.strides]), torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]])
-    assigned = assign_anchors(laid.boxes, laid.inside[0], boxes)
+    assigned = assign_anchors(laid.boxes, laid.inside[0], boxes, torch.zeros(0, 4))
     overlaps = box_iou(boxes, laid.boxes)
     assert set(assigned[assigned >= 0].tolist()) == {0, 1}
     for number in range(2):
@@ -37,14 +37,14 @@ def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> 
 def test_an_object_that_no_anchor_resembles_gets_none() -> None:
     maps = seen(5)
     laid = lay_out(maps, [nine(s) for s in maps.strides])
-    assert not bool((assign_anchors(laid.boxes, laid.inside[0], torch.tensor([[3.0, 3, 5, 5]])) >= 0).any())
+    assert not bool((assign_anchors(laid.boxes, laid.inside[0], torch.tensor([[3.0, 3, 5, 5]]), torch.zeros(0, 4)) >= 0).any())
 
 
 def test_anchors_on_padding_are_unused() -> None:
     maps = seen(5)
     laid = lay_out(maps, [nine(s) for s in maps.strides])
     for boxes in (torch.tensor([[30.0, 6, 68, 44]]), torch.zeros(0, 4)):
-        assigned = assign_anchors(laid.boxes, laid.inside[1], boxes)
+        assigned = assign_anchors(laid.boxes, laid.inside[1], boxes, torch.zeros(0, 4))
         assert bool((assigned[~laid.inside[1]] == UNUSED).all())
         assert bool((assigned == BACKGROUND).any())
 
