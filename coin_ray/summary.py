@@ -29,12 +29,17 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
         "separation": metrics.get("separate", {}).get("separation", {}),
         "calls": metrics.get("collect", {}).get("calls", {}),
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
     for name in ("map50_unknown", "coco_map50", "per_class", "knowledge", "note"):
         if name in evaluated:
             summary[name] = evaluated[name]
     return summary
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the figures."""
+    return {p: version(p) for p in PACKAGES} | {"python": platform.python_version()}
 
 
 def gap_closed(map50: Mapping[str, float | None]) -> float | None:

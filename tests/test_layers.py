@@ -17,13 +17,14 @@ config structures boxes parallel
 configfile tables published
 steps losses evaluation summary tracking data clip presets fusion
 pipeline cloud models
+detectors
 training demo report
 serving
 stages
 estimate
 runner
 cli
-experiments
+experiments detector_cli
 capacity
 tune
 """

@@ -117,9 +117,7 @@ def shipped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _main_losses(decoded: Decoded, proposals: Proposals, targets: Sequence[Targets], sizes: Sequence[Size]) -> dict[str, Tensor]:
     labels, truth = [t.labels for t in targets], [t.normalised(size) for t, size in zip(targets, sizes, strict=True)]
     doubts = [Doubt(t.certainty, normalise(t.left_out, size)) for t, size in zip(targets, sizes, strict=True)]
-    assigned = [
-        hungarian(logits, boxes, labels, truth, doubts=doubts) for logits, boxes in zip(decoded.logits, decoded.boxes, strict=True)
-    ]
+    assigned = [hungarian(logits, boxes, labels, truth, doubts=doubts) for logits, boxes in zip(decoded.logits, decoded.boxes, strict=True)]
     objects = [torch.zeros_like(own) for own in labels]
     first = hungarian(proposals.objectness, proposals.boxes, objects, truth, proposals.usable, doubts)
     losses = {f"proposals_{part}": value for part, value in set_losses(proposals.objectness, proposals.boxes, first).items()}

@@ -14,6 +14,19 @@ REGION_COUNTS = ("roi_samples", "roi_size", "roi_width")
 
 
 @dataclass(frozen=True)
+class Backbone:
+    """The visual tower, its weights, and what of it stays as it is."""
+
+    name: str = "resnet50"
+    """``tiny``, a ResNet or Swin of torchvision (``resnet50``, ``swin_t``), ``open_clip:RN50`` (or the path of a model's JSON), or
+    ``transformers:NAME`` for a backbone on the Hugging Face hub, or its folder."""
+    weights: str = ""
+    """torchvision's or open_clip's name (downloaded), or the path of a file; transformers: the name or folder again. Empty: random."""
+    frozen_stages: int = 1
+    """ResNet and open_clip: stages after the stem that are not trained, and the stem; -1: all is trained. Statistics of norms stay fixed."""
+
+
+@dataclass(frozen=True)
 class CoDetr:
     """The base detector, its auxiliary heads and how much each part of the objective counts."""
 
@@ -64,6 +77,8 @@ class CoDetr:
     """Samples per side of a RoIAlign bin; 0: as many as the box has pixels."""
     roi_width: int = 1024
     roi_boxes: Literal["per_class", "agnostic"] = "per_class"
+    checkpoint_layers: bool = False
+    """Compute the encoder's layers again in the backward pass instead of keeping what they hold: less memory, more time."""
     detections: int = 100
     score_min: float = 0.0
     """Queries below this score are no detections."""

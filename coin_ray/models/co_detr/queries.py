@@ -61,7 +61,9 @@ def joined(main: Queries, groups: Sequence[Group]) -> tuple[Queries, Tensor | No
     queries = Queries(
         torch.cat([p.content for p in parts], 1), torch.cat([p.positions for p in parts], 1), torch.cat([p.references for p in parts], 1)
     )
-    return queries, group_mask(torch.ones_like(main.content[..., 0], dtype=torch.bool), [part for g in groups for part in g.assigned.counts.chunk(g.parts, 1)])
+    return queries, group_mask(
+        torch.ones_like(main.content[..., 0], dtype=torch.bool), [part for g in groups for part in g.assigned.counts.chunk(g.parts, 1)]
+    )
 
 
 def group_mask(main: Tensor, groups: Sequence[Tensor]) -> Tensor:
