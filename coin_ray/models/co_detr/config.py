@@ -109,11 +109,13 @@ def tiny(**changes: Any) -> CoDetr:
         encoder_layers=2,
         decoder_layers=2,
         queries=30,
+        max_positives=24,
         rpn_samples=64,
-        proposals_per_level=300,
-        proposals=100,
-        roi_samples=64,
-        roi_sampling=2,
+        proposals_per_level=100,
+        proposals=50,
+        roi_samples=32,
+        roi_size=5,
+        roi_sampling=1,
         roi_width=128,
     )
     return replace(small, **changes)

@@ -109,9 +109,10 @@ def assign_anchors(anchors: Tensor, inside: Tensor, boxes: Tensor, ignored: Tens
     overlaps = box_iou(boxes, anchors).masked_fill(~inside, -1.0)
     best, owner = overlaps.max(0)
     assigned = torch.where(best >= POSITIVE, owner, torch.where(best < NEGATIVE, BACKGROUND, UNUSED))
-    for number, own in enumerate(overlaps):
-        highest = own.max()
-        assigned = torch.where((own == highest) & (highest >= LOW_QUALITY), number, assigned)
+    highest = overlaps.max(1, keepdim=True).values
+    own = torch.where((overlaps == highest) & (highest >= LOW_QUALITY), torch.arange(len(boxes), device=boxes.device)[:, None], UNUSED)
+    last = own.max(0).values
+    assigned = torch.where(last >= 0, last, assigned)
     assigned = torch.where((assigned == BACKGROUND) & covered(anchors, ignored), UNUSED, assigned)
     return torch.where(inside, assigned, UNUSED)
 

@@ -99,7 +99,7 @@ def test_no_box_at_all_pools_to_nothing() -> None:
 @pytest.mark.parametrize(("boxes", "columns"), [("per_class", CLASSES), ("agnostic", 1)])
 def test_box_deltas_are_of_the_regions_class_or_of_all(boxes: str, columns: int) -> None:
     module, maps = head(roi_boxes=boxes), seen(5)
-    logits, deltas = module.regions(torch.rand(6, 64, 7, 7))
+    logits, deltas = module.regions(torch.rand(6, 64, 5, 5))
     assert (logits.shape, deltas.shape) == ((6, CLASSES + 1), (6, columns, 4))
     only = [objects((4, 6, 40, 44, 1))] * 2
     module(maps, only, seeded()).losses["giou"].backward()
@@ -116,7 +116,7 @@ def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
         assert bool((own >= 0.5).all())
     image, positives = 1, head()(maps, TWO, seeded()).positives[1]
     boxes = [positives.boxes if i == image else torch.zeros(0, 4) for i in range(2)]
-    torch.testing.assert_close(positives.features, pool(maps, boxes, 7, 2).mean((2, 3)))
+    torch.testing.assert_close(positives.features, pool(maps, boxes, 5, 1).mean((2, 3)))
 
 
 def test_samples_without_objects_are_all_background() -> None:
