@@ -140,6 +140,7 @@ class TransformersBackbone(nn.Module):
         super().__init__()
         try:
             from transformers import AutoBackbone, AutoConfig
+            from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
         except ImportError as error:
             raise InputError("backbone.name transformers:... needs that package: pip install 'coin-ray[teachers]'") from error
         stages = ["stage2", "stage3", "stage4"]
@@ -147,10 +148,11 @@ class TransformersBackbone(nn.Module):
             if description is not None:
                 self.network = AutoBackbone.from_config(AutoConfig.for_model(**description))
             elif weights:
-                self.network = AutoBackbone.from_pretrained(weights, out_features=stages)
+                own = AutoConfig.from_pretrained(weights, out_features=stages)
+                self.network = MODEL_FOR_BACKBONE_MAPPING[type(own)].from_pretrained(weights, config=own)
             else:
                 self.network = AutoBackbone.from_config(AutoConfig.from_pretrained(name, out_features=stages))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(f"backbone transformers:{name}: {str(error)[:300]}. Offline? Give a folder") from error
         self.channels = tuple(self.network.channels)
 
