@@ -46,7 +46,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "results" / "co-detr.md"
-STEPS, QUICK_STEPS = 400, 12
+STEPS, QUICK_STEPS = 300, 10
 SCENES, QUICK_SCENES = SourceScenes(train=1000, val=200), SourceScenes(train=32, val=16)
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("K=0", {"auxiliary": ()}),
@@ -258,7 +258,7 @@ def page(rows: dict[str, dict[str, Any]], speed: dict[str, Any], command: str, s
     return "\n".join(
         [
             "# Co-DETR: measured results\n",
-            "The tiny preset, trained from scratch on the demo's labelled source scenes, AP on held-out plain ones (docs/co-detr.md). Attention and "
+            "The tiny preset, trained on the demo's labelled source scenes, AP on held-out plain ones (docs/co-detr.md). Attention and "
             "encoder beside Deformable DETR's modules of transformers, forward and backward, the same weights; steps beside the base's.\n",
             markdown(rows, speed),
             "## How it was made\n",
