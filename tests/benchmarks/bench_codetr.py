@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import storage
 from coin_ray.config import Tracking
@@ -42,7 +43,6 @@ from coin_ray.models.co_detr.targets import Targets
 from coin_ray.stages.train_detector import new_model
 from coin_ray.steps import execute, finished
 from coin_ray.summary import versions
-from torchvision.transforms.functional import pil_to_tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "results" / "co-detr.md"

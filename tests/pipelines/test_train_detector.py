@@ -176,13 +176,25 @@ def test_the_command_line_reads_names_and_settings() -> None:
         (["--data", "/data"], "which classes"),
         (["--data", "demo", "--classes", "cat"], "the demo's classes are bird, bug"),
         (["--data", "demo-source", "--val", "/x"], "leave --val and --test out"),
-        (["--data", "demo", "--accumulate", "3"], "accumulate 3 must divide a worker's batch"),
-        (["--data", "/data", "--classes", "cat", "--epochs", "5"], r"drops \(11,\) must lie within 5"),
     ],
 )
 def test_impossible_settings_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises((ConfigError, InputError), match=message):
         parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 3}, "accumulate 3 must divide a worker's batch"),
+        ({"epochs": 5.0, "drops": (11.0,)}, "must lie within 5"),
+        ({"average": 1.0}, "average must lie in"),
+        ({"short_side": 300}, "short_side must be positive and not exceed long_side"),
+    ],
+)
+def test_impossible_values_are_told(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(small(), **changes)
 
 
 def test_epochs_are_steps_over_the_images_there_are() -> None:

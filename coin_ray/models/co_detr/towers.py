@@ -101,6 +101,7 @@ class ClipResNet(nn.Module):
         visual.requires_grad_(True)
         stem = nn.ModuleList([getattr(visual, f"{kind}{i}") for kind in ("conv", "bn") for i in (1, 2, 3)])
         _freeze([stem, *stages], frozen_stages)
+        self.train()
 
     def train(self, mode: bool = True) -> ClipResNet:
         super().train(mode)
