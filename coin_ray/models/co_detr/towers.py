@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,13 @@ def _torchvision_weights(config: Backbone) -> Mapping[str, Tensor]:
         return found
     if not storage.exists(config.weights):
         raise InputError(f"backbone.weights: no such file {config.weights}; give a file or one of torchvision's {', '.join(known)}")
-    content: Any = torch.load(io.BytesIO(storage.read_bytes(config.weights)), map_location="cpu", weights_only=True)
-    return content  # type: ignore[no-any-return]
+    try:
+        content: Any = torch.load(io.BytesIO(storage.read_bytes(config.weights)), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"backbone.weights {config.weights} can't be read: {str(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"backbone.weights {config.weights}: expected weights by name, got {type(content).__name__}")
+    return content
 
 
 def _load(network: nn.Module, weights: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
