@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud bench-coin bench-data bench-speed docs clean
+.PHONY: demo test check slow bench bench-cloud bench-coin bench-codetr bench-data bench-speed docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -28,6 +28,9 @@ bench-cloud: $(DEVELOPED)
 
 bench-coin: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_coin.py $(ARGS)
+
+bench-codetr: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_codetr.py $(ARGS)
 
 bench-speed: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_speed.py $(ARGS)

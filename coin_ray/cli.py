@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
@@ -42,9 +42,18 @@ class Options:
 
 def main(script: str, description: str, *, only: str | None = None) -> int:
     """Run the pipeline, or ``only`` one of its steps and what it needs; returns the exit code. User errors are one message, no traceback."""
-    try:
+
+    def work() -> None:
         config, options = parse(sys.argv[1:], script, description)
-        return _run(config, options, only)
+        _run(config, options, only)
+
+    return reported(work)
+
+
+def reported(work: Callable[[], None]) -> int:
+    """Do ``work``; returns the exit code, 0 if it raised nothing. What a user can change is told in one message."""
+    try:
+        work()
     except CoinError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -59,9 +68,10 @@ def main(script: str, description: str, *, only: str | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+    return 0
 
 
-def _run(config: PipelineConfig, options: Options, only: str | None) -> int:
+def _run(config: PipelineConfig, options: Options, only: str | None) -> None:
     from coin_ray import runner
 
     steps = graph(config, baselines=options.baselines)
@@ -72,7 +82,6 @@ def _run(config: PipelineConfig, options: Options, only: str | None) -> int:
         runner.plan(config, steps, options.root, until)
     else:
         runner.run(config, steps, options.root, until)
-    return 0
 
 
 def parse(arguments: Sequence[str], script: str = "full.py", description: str = "") -> tuple[PipelineConfig, Options]:
@@ -128,7 +137,7 @@ def _preset(name: str, assets: str | None, cloud: CloudKind | None) -> PipelineC
 def _settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
     arguments, more_clouds = _more_clouds(arguments)
     preset = replace(preset, more_clouds=more_clouds or preset.more_clouds)
-    expanded = [_long_name(argument) for argument in _name_cloud(_split_classes(arguments))]
+    expanded = [_long_name(argument) for argument in _name_cloud(split_classes(arguments))]
     return tyro.cli(PipelineConfig, prog=preset.preset, default=preset, args=expanded, config=(tyro.conf.AvoidSubcommands,), add_help=True)
 
 
@@ -191,7 +200,7 @@ def _cloud_setting(value: str) -> str:
     )
 
 
-def _split_classes(arguments: Sequence[str]) -> list[str]:
+def split_classes(arguments: Sequence[str]) -> list[str]:
     """``--classes a,b`` as ``--classes a b``; names may hold spaces."""
     spread: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):

@@ -18,7 +18,8 @@ from coin_ray.storage import read_bytes
 PACKAGE = str(Path(__file__).parent)
 
 
-def to_yaml(config: PipelineConfig) -> str:
+def to_yaml(config: Any) -> str:
+    """Of a dataclass of plain values."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return yaml.safe_dump(plain, sort_keys=False)
 

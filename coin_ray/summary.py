@@ -42,7 +42,7 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
         "separation": metrics.get("separate", {}).get("separation", {}),
         "calls": metrics.get("collect", {}).get("calls", {}),
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
     for name in ("map50_unknown", "coco_map50", "per_class", "knowledge", "note"):
         if name in evaluated:
@@ -52,6 +52,11 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
     if exported := metrics.get("export"):
         summary["model"] = {name: exported[name] for name in ("parameters", "bytes") if name in exported}
     return summary
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the figures."""
+    return {p: version(p) for p in PACKAGES} | {"python": platform.python_version()}
 
 
 def gap_closed(map50: Mapping[str, float | None]) -> float | None:

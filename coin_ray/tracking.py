@@ -8,19 +8,32 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from coin_ray import storage
-from coin_ray.config import PipelineConfig
+from coin_ray.config import Tracking
 from coin_ray.configfile import fingerprint, to_yaml
 
 PARAMETER_LIMIT = 500
 
 
+class Tracked(Protocol):
+    """A whole config: a frozen dataclass with these fields."""
+
+    @property
+    def preset(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def tracking(self) -> Tracking: ...
+
+
 class Tracker:
     """Writes to MLflow, or nowhere when tracking is off. ``parent_run``: id of the pipeline's run."""
 
-    def __init__(self, config: PipelineConfig, root: str) -> None:
+    def __init__(self, config: Tracked, root: str) -> None:
         self.enabled = config.tracking.enabled
         self.root, self.config = root, config
         self.uri, self.parent_run, self.experiment = "", "", ""

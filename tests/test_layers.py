@@ -17,13 +17,14 @@ config structures boxes parallel
 configfile tables published
 steps losses evaluation summary tracking data clip presets fusion
 pipeline cloud models
+detectors
 training demo report
 serving
 stages
 estimate
 runner
 cli
-library experiments export
+library experiments export detector_cli
 search
 capacity
 tune

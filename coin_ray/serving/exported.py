@@ -25,6 +25,7 @@ from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
+from coin_ray.serving.co_detr import FILE, CoDetrPredictor, load_co_detr
 from coin_ray.structures import Detections
 
 FORMAT = 1
@@ -68,11 +69,25 @@ def write_exported(detector: ClipDetector | TextDetr, classes: Sequence[str], fo
     return len(data)
 
 
-def load_exported(folder: str) -> Predictor:
-    """Read an export. Raises InputError if the folder is none or was written by another version."""
+def load_exported(folder: str) -> Predictor | CoDetrPredictor:
+    """Read an export: the folder of a student, or a Co-DETR's ``.pt`` file or the folder it is in.
+
+    Raises InputError if there is none or it was written by another version.
+    """
+    if folder.endswith(".pt"):
+        return load_co_detr(folder)
     place = storage.join(folder, "model.json")
+    if not storage.exists(place) and storage.exists(storage.join(folder, FILE)):
+        return load_co_detr(storage.join(folder, FILE))
     if not storage.exists(place):
-        raise InputError(f"{folder} is no export: expected model.json and model.safetensors, as written by pipelines/export.py")
+        raise InputError(
+            f"{folder} is no export: expected model.json and model.safetensors, as written by pipelines/export.py, "
+            f"or {FILE}, as written by pipelines/train_detector.py"
+        )
+    return _load_student(folder, place)
+
+
+def _load_student(folder: str, place: str) -> Predictor:
     description: dict[str, Any] = storage.read_json(place)
     if description["format"] != FORMAT:
         raise InputError(f"{place} has format {description['format']}, this version reads {FORMAT}; export the model again")

@@ -2,7 +2,7 @@
 
 ``python -m coin_ray.serving.local_cloud --serve demo --port 8080`` serves the demo's detector, ``--serve onnx --models
 a.onnx b.onnx`` fused ONNX detectors, ``--serve transformers --models NAME`` Grounding DINO or OWLv2, ``--serve checkpoint
---models FOLDER`` an exported student. Faults are drawn from (seed, image, how often it was asked), so a run repeats exactly.
+--models FOLDER`` an exported student, or a Co-DETR's file. Faults are drawn from (seed, image, how often it was asked), so a run repeats exactly.
 """
 
 from __future__ import annotations

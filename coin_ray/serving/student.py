@@ -1,4 +1,4 @@
-"""An exported student behind the local cloud."""
+"""An exported student, or a trained Co-DETR, behind the local cloud."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from coin_ray.errors import InputError
 from coin_ray.serving.batching import Found
+from coin_ray.serving.co_detr import CoDetrPredictor
 from coin_ray.serving.exported import Predictor, load_exported
 from coin_ray.serving.onnx_detectors import suppressed
 
@@ -18,9 +19,9 @@ DUPLICATE_IOU = 0.7
 
 @dataclass(frozen=True)
 class StudentDetector:
-    """Class vectors are the student's foreground probabilities. Boxes below the export's own ``score_min`` don't exist."""
+    """Class vectors are the detector's foreground probabilities. Boxes below the export's own ``score_min`` don't exist."""
 
-    predictor: Predictor
+    predictor: Predictor | CoDetrPredictor
     name: str
     batch_max: int = 1
 
@@ -45,7 +46,9 @@ class StudentDetector:
 
 
 def load_student(place: str) -> StudentDetector:
-    """The student in an export's folder (a URI), or of its model.json or model.safetensors. Raises InputError if it is none."""
+    """The student in an export's folder (a URI), or of its model.json or model.safetensors; or a Co-DETR's file. Raises InputError if it is none."""
+    if place.endswith(".pt"):
+        return StudentDetector(load_exported(place), PurePath(place).stem)
     folder, _, last = place.rstrip("/").rpartition("/")
     is_file = last in ("model.json", "model.safetensors")
     place = (folder or ".") if is_file else place

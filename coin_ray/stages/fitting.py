@@ -42,7 +42,7 @@ class Fit:
 
     title: str
     make: Callable[[], Task]
-    finish: Callable[[Task], dict[str, dict[str, torch.Tensor]]]
+    finish: Callable[[Task], dict[str, dict[str, Any]]]
     examples: Sequence[Example]
     optimize: Optimize
     detector: Detector

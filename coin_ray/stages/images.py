@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -20,6 +20,9 @@ from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, Record
 from coin_ray.errors import InputError
 from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
+
+if TYPE_CHECKING:
+    from coin_ray.demo.scenes import Scene
 
 Inspected = tuple[Record, dict[str, Any] | str]
 SAME = "same image as one in"
@@ -37,18 +40,27 @@ def _demo(context: Context, data: DemoScenes) -> dict[str, Any]:
     from coin_ray.demo.scenes import Artwork, compose
 
     artwork = Artwork.of([d for d in load_drawings() if d.share == "target"])
+
+    def scene(split: str, index: int) -> Scene:
+        return compose(artwork, "target", data.seed * 10_000_000 + SPLIT_SEEDS[split] + index)
+
+    return write_scenes(context, scene, {"train": data.train, "val": data.val, "test": data.test})
+
+
+def write_scenes(context: Context, scene: Callable[[str, int], Scene], counts: Mapping[str, int]) -> dict[str, Any]:
+    """So many scenes of each split, as JPEGs and tables; ``unknown`` marks drawings that a teacher has seen as difficult."""
     images, annotations, unknown = [], [], []
-    for split, count in (("train", data.train), ("val", data.val), ("test", data.test)):
+    for split, count in counts.items():
         for index in range(count):
-            scene = compose(artwork, "target", data.seed * 10_000_000 + SPLIT_SEEDS[split] + index)
+            made = scene(split, index)
             encoded = io.BytesIO()
-            scene.image.save(encoded, "JPEG", quality=90, subsampling=0)
+            made.image.save(encoded, "JPEG", quality=90, subsampling=0)
             uri = storage.join(context.folder, "images", f"{split}_{index:04d}.jpg")
             storage.write_bytes(uri, encoded.getvalue())
             image_id = hashlib.sha256(encoded.getvalue()).hexdigest()
-            images.append({"image_id": image_id, "uri": uri, "width": scene.image.width, "height": scene.image.height, "split": split})
-            known = [d.known_to_cloud or d.known_to_clip for d in scene.drawings]
-            row = {"image_id": image_id, "boxes": scene.boxes.tolist(), "labels": scene.labels.tolist()}
+            images.append({"image_id": image_id, "uri": uri, "width": made.image.width, "height": made.image.height, "split": split})
+            known = [d.known_to_cloud or d.known_to_clip for d in made.drawings]
+            row = {"image_id": image_id, "boxes": made.boxes.tolist(), "labels": made.labels.tolist()}
             annotations.append(row | {"difficult": [False] * len(known)})
             unknown.append(row | {"difficult": known})
     _write(context, images, annotations, [])

@@ -17,7 +17,7 @@ from coin_ray.models.co_detr.criterion import ALPHA, GAMMA, at_least_one
 from coin_ray.models.co_detr.decoder import RARE
 from coin_ray.models.co_detr.neck import group_norm
 from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, square
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import Targets, covered
 
 NONE = -1
 
@@ -37,10 +37,7 @@ class Atss(nn.Module):
 
     def forward(self, maps: Maps, targets: Sequence[Targets], generator: torch.Generator | None = None) -> Outcome:
         anchors = lay_out(maps, [square(s) for s in maps.strides])
-        assigned = [
-            assign(anchors.boxes, anchors.levels, inside, t.boxes, self.candidates)
-            for inside, t in zip(anchors.inside, targets, strict=True)
-        ]
+        assigned = assign(anchors.boxes, anchors.levels, anchors.inside, [t.boxes for t in targets], self.candidates)
         return Outcome(self._losses(maps, anchors, assigned, targets), _positives(maps, anchors, assigned, targets))
 
     def _losses(self, maps: Maps, anchors: Anchors, assigned: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
@@ -48,16 +45,19 @@ class Atss(nn.Module):
         labels = torch.stack([_labels(a, t.labels, self.classes) for a, t in zip(assigned, targets, strict=True)])
         image, row = (labels < self.classes).nonzero(as_tuple=True)
         truth = torch.cat([t.boxes[a[a != NONE]] for a, t in zip(assigned, targets, strict=True)])
+        weights = torch.stack([_weights(a, t, anchors.boxes) for a, t in zip(assigned, targets, strict=True)]) * anchors.inside
+        share = weights[image, row]
         chosen = anchors.boxes[row]
         wanted = centerness(chosen, truth)
         found = box_ops.decode(deltas[image, row], chosen)
         one_hot = F.one_hot(labels, self.classes + 1)[..., :-1].to(logits)
-        focal = sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA) * anchors.inside[..., None]
+        focal = sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA) * weights[..., None]
+        entropy = F.binary_cross_entropy_with_logits(centre[image, row, 0], wanted, reduction="none")
         count = at_least_one((labels < self.classes).sum(1).clamp(min=1).sum())
         return {
             "class": focal.sum() / count,
-            "giou": (generalized_box_iou_loss(found, truth) * wanted).sum() / at_least_one(wanted.sum()),
-            "centerness": F.binary_cross_entropy_with_logits(centre[image, row, 0], wanted, reduction="sum") / count,
+            "giou": (generalized_box_iou_loss(found, truth) * wanted * share).sum() / at_least_one(wanted.sum()),
+            "centerness": (entropy * share).sum() / count,
         }
 
     def _predict(self, maps: Maps) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,21 +69,36 @@ class Atss(nn.Module):
 
 
 @torch.no_grad()
-def assign(anchors: Tensor, levels: Tensor, inside: Tensor, boxes: Tensor, candidates: int) -> Tensor:
-    """[A]: the object each anchor stands for, or NONE.
+def assign(anchors: Tensor, levels: Tensor, inside: Tensor, boxes: Sequence[Tensor], candidates: int) -> list[Tensor]:
+    """[A] per image: the object each anchor stands for, or NONE.
 
-    An object's candidates are the ``candidates`` anchors of each level whose centres are closest to its own, among those ``inside`` [A]. Of
-    them it takes those that overlap it at least by mean + standard deviation of all candidates' overlaps and have their centre in it.
-    An anchor that several objects take goes to the one it overlaps most.
+    An object's candidates are the ``candidates`` anchors of each level whose centres are closest to its own, among those ``inside`` [B, A] its
+    image. Of them it takes those that overlap it at least by mean + standard deviation of all candidates' overlaps and have their centre in
+    it. An anchor that several objects take goes to the one it overlaps most. All images are done at once: their anchors are the same.
     """
-    overlaps = anchors.new_full((len(boxes), len(anchors)), -1.0)
-    if not len(boxes):
-        return torch.full((len(anchors),), NONE, device=anchors.device)
-    chosen = _closest(anchors, levels, inside, boxes, candidates)
-    iou = box_iou(boxes, anchors).gather(1, chosen)
-    limit = iou.mean(1, keepdim=True) + (iou.std(1, keepdim=True) if iou.shape[1] > 1 else 0.0)
-    taken = (iou >= limit) & _centre_in(anchors[chosen], boxes[:, None])
+    objects = torch.cat(list(boxes))
+    counts = [len(own) for own in boxes]
+    nothing = torch.full((len(anchors),), NONE, device=anchors.device)
+    if not len(objects):
+        return [nothing] * len(boxes)
+    image = torch.repeat_interleave(torch.tensor(counts, device=anchors.device))
+    chosen, usable = _closest(anchors, levels, inside[image], objects, candidates)
+    iou = box_iou(objects, anchors).gather(1, chosen)
+    taken = usable & (iou >= _limit(iou, usable)) & _centre_in(anchors[chosen], objects[:, None])
+    overlaps = anchors.new_full((len(objects), len(anchors)), -1.0)
     overlaps.scatter_(1, chosen, torch.where(taken, iou, -1.0))
+    return [_owners(own) if len(own) else nothing for own in overlaps.split(counts)]
+
+
+def _limit(iou: Tensor, usable: Tensor) -> Tensor:
+    """[N, 1]: mean + standard deviation (of the sample) of each row's usable overlaps [N, M]."""
+    count = usable.sum(1, keepdim=True).clamp(min=1)
+    mean = (iou * usable).sum(1, keepdim=True) / count
+    variance = (((iou - mean) * usable) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return mean + variance.sqrt()
+
+
+def _owners(overlaps: Tensor) -> Tensor:
     best, owner = overlaps.max(0)
     return torch.where(best >= 0, owner, NONE)
 
@@ -95,14 +110,16 @@ def centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
     return (torch.minimum(before, after) / torch.maximum(before, after)).clamp(min=0).prod(1).sqrt()
 
 
-def _closest(anchors: Tensor, levels: Tensor, inside: Tensor, boxes: Tensor, candidates: int) -> Tensor:
-    """[N, M] rows of the anchors among which each box chooses."""
-    distance = torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, (anchors[:, :2] + anchors[:, 2:]) / 2)
-    parts = []
-    for level in levels.unique():
-        rows = ((levels == level) & inside).nonzero()[:, 0]
-        parts.append(rows[distance[:, rows].topk(min(candidates, len(rows)), 1, largest=False).indices])
-    return torch.cat(parts, 1)
+def _closest(anchors: Tensor, levels: Tensor, inside: Tensor, boxes: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """[N, M] rows of the anchors among which each box chooses, ``inside`` [N, A] of its image; where a level has too few, the rest is not usable."""
+    distance = torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, (anchors[:, :2] + anchors[:, 2:]) / 2).masked_fill(~inside, torch.inf)
+    rows, usable, start = [], [], 0
+    for count in torch.bincount(levels).tolist():
+        nearest = distance[:, start : start + count].topk(min(candidates, count), 1, largest=False)
+        rows.append(nearest.indices + start)
+        usable.append(nearest.values.isfinite())
+        start += count
+    return torch.cat(rows, 1), torch.cat(usable, 1)
 
 
 def _centre_in(anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -115,12 +132,20 @@ def _labels(assigned: Tensor, labels: Tensor, background: int) -> Tensor:
     return extended[assigned]
 
 
+def _weights(assigned: Tensor, targets: Targets, anchors: Tensor) -> Tensor:
+    """[A]: of the object, 1 for background, 0 for background in an ignored region."""
+    background = (~covered(anchors, targets.left_out)).float()
+    extended = torch.cat([targets.certainty, targets.certainty.new_zeros(1)])
+    return torch.where(assigned == NONE, background, extended[assigned])
+
+
 def _positives(maps: Maps, anchors: Anchors, assigned: Sequence[Tensor], targets: Sequence[Targets]) -> list[Positives]:
     found = []
     for tokens, own, target in zip(maps.tokens(), assigned, targets, strict=True):
         rows = (own != NONE).nonzero()[:, 0]
         objects = own[rows]
-        found.append(Positives(anchors.boxes[rows], target.boxes[objects], target.labels[objects], tokens[rows]))
+        certainty = target.certainty[objects]
+        found.append(Positives(anchors.boxes[rows], target.boxes[objects], target.labels[objects], tokens[rows], certainty))
     return found
 
 

@@ -71,12 +71,12 @@ def sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> T
     batch, count, heads = places.shape[:3]
     maps = values.to(places.dtype).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], -1)
     grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)
-    shares = weights.transpose(1, 2).flatten(0, 1)[:, None]
+    shares = weights.to(places.dtype).transpose(1, 2).flatten(0, 1)
     total = places.new_zeros(())
     for level, shape in enumerate(shapes):
-        found = F.grid_sample(maps[level].unflatten(-1, shape), grids[:, :, level], align_corners=False)
-        total = total + (found * shares[:, :, :, level]).sum(-1)
-    return total.view(batch, -1, count).transpose(1, 2)
+        found = F.grid_sample(maps[level].unflatten(-1, shape).contiguous(), grids[:, :, level].contiguous(), align_corners=False)
+        total = total + torch.einsum("bdqp,bqp->bdq", found, shares[:, :, level])
+    return total.reshape(batch, -1, count).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):

@@ -11,19 +11,20 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True, eq=False)
 class Positives:
     """Of one image: ``boxes`` [P, 4] that were assigned (anchors or proposals) and the objects' ``truth`` [P, 4] (xyxy pixels),
-    ``labels`` [P], ``features`` [P, d] of the pyramid there.
+    ``labels`` [P], ``features`` [P, d] of the pyramid there, and the objects' ``weights`` [P].
     """
 
     boxes: Tensor
     truth: Tensor
     labels: Tensor
     features: Tensor
+    weights: Tensor
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, rows: Tensor) -> Positives:
-        return Positives(self.boxes[rows], self.truth[rows], self.labels[rows], self.features[rows])
+        return Positives(self.boxes[rows], self.truth[rows], self.labels[rows], self.features[rows], self.weights[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,13 +12,14 @@ from coin_ray.models.base import Images
 from coin_ray.models.co_detr.atss import Atss
 from coin_ray.models.co_detr.auxiliary import Outcome
 from coin_ray.models.co_detr.config import CoDetr
-from coin_ray.models.co_detr.criterion import Assigned, hungarian, set_losses
+from coin_ray.models.co_detr.criterion import Assigned, Doubt, hungarian, set_losses
 from coin_ray.models.co_detr.decoder import Decoded, NewClassifier, linear_classifier
+from coin_ray.models.co_detr.denoising import Denoising
 from coin_ray.models.co_detr.model import IMAGENET_MEAN, IMAGENET_STD, DeformableDetr
 from coin_ray.models.co_detr.pyramid import Pyramid
 from coin_ray.models.co_detr.queries import Group, PositiveQueries, joined
 from coin_ray.models.co_detr.rcnn import Rcnn
-from coin_ray.models.co_detr.targets import Targets, checked
+from coin_ray.models.co_detr.targets import Size, Targets, checked, normalise
 from coin_ray.models.co_detr.two_stage import Proposals
 from coin_ray.structures import Detections
 
@@ -57,6 +58,7 @@ class CollaborativeDetr(nn.Module):
         self.pyramid = Pyramid(config.width) if used else None
         self.heads = nn.ModuleDict({name: HEADS[name](config, classes) for name in used})
         self.queries = nn.ModuleDict({name: PositiveQueries(config, classes) for name in used if config.positive_queries})
+        self.denoising = Denoising(config, classes) if config.denoising else None
 
     def predict(self, images: Images) -> list[Detections]:
         return self.base.predict(images)
@@ -64,7 +66,7 @@ class CollaborativeDetr(nn.Module):
     def objective(self, images: Images, targets: Sequence[Targets], generator: torch.Generator | None = None) -> Objective:
         """Losses of a batch against its objects. Raises InputError for labels or boxes that can't be.
 
-        sum over layers of [decoder + lambda 1 * positive queries] + proposals + layers * lambda 2 * auxiliary heads (eq. 6).
+        sum over layers of [decoder + lambda 1 * positive queries + denoising] + proposals + layers * lambda 2 * auxiliary heads (eq. 6).
         ``generator`` (on the CPU) draws the samples of the auxiliary heads.
         """
         device = images.pixels.device
@@ -75,11 +77,12 @@ class CollaborativeDetr(nn.Module):
         if self.pyramid is not None:
             maps = self.pyramid(memory, images.sizes)
             outcomes = {name: head(maps, targets, generator) for name, head in self.heads.items()}
-        groups = {name: make(outcomes[name].positives, images.sizes, generator) for name, make in self.queries.items()}
+        groups = {f"{name}_queries": make(outcomes[name].positives, images.sizes, generator) for name, make in self.queries.items()}
+        if self.denoising is not None:
+            groups["denoising"] = self.denoising(targets, images.sizes, self.base.two_stage.embedding, generator)
         queries, mask = joined(proposals.queries, list(groups.values()))
         decoded: Decoded = self.base.decoder(queries, memory, mask)
-        labels, truth = [t.labels for t in targets], [t.normalised(size) for t, size in zip(targets, images.sizes, strict=True)]
-        losses = _main_losses(decoded.columns(0, proposals.queries.content.shape[1]), proposals, labels, truth)
+        losses = _main_losses(decoded.columns(0, proposals.queries.content.shape[1]), proposals, targets, images.sizes)
         losses |= self._query_losses(decoded, groups, proposals.queries.content.shape[1])
         losses |= self._head_losses(outcomes)
         return Objective(losses, {name: sum(len(p) for p in outcome.positives) for name, outcome in outcomes.items()})
@@ -89,8 +92,9 @@ class CollaborativeDetr(nn.Module):
         for name, group in groups.items():
             stop = start + group.queries.content.shape[1]
             assigned = [group.assigned] * len(decoded.logits)
-            own = _layer_losses(decoded.columns(start, stop), assigned, f"{name}_queries")
-            losses |= {part: self.config.query_weight * value for part, value in own.items()}
+            own = _layer_losses(decoded.columns(start, stop), assigned, name)
+            weight = 1.0 if name == "denoising" else self.config.query_weight
+            losses |= {part: weight * value for part, value in own.items()}
             start = stop
         return losses
 
@@ -110,10 +114,12 @@ def shipped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(SHIPPED): value for name, value in weights.items() if name.startswith(SHIPPED)}
 
 
-def _main_losses(decoded: Decoded, proposals: Proposals, labels: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Tensor]:
-    assigned = [hungarian(logits, boxes, labels, truth) for logits, boxes in zip(decoded.logits, decoded.boxes, strict=True)]
+def _main_losses(decoded: Decoded, proposals: Proposals, targets: Sequence[Targets], sizes: Sequence[Size]) -> dict[str, Tensor]:
+    labels, truth = [t.labels for t in targets], [t.normalised(size) for t, size in zip(targets, sizes, strict=True)]
+    doubts = [Doubt(t.certainty, normalise(t.left_out, size)) for t, size in zip(targets, sizes, strict=True)]
+    assigned = [hungarian(logits, boxes, labels, truth, doubts=doubts) for logits, boxes in zip(decoded.logits, decoded.boxes, strict=True)]
     objects = [torch.zeros_like(own) for own in labels]
-    first = hungarian(proposals.objectness, proposals.boxes, objects, truth, proposals.usable)
+    first = hungarian(proposals.objectness, proposals.boxes, objects, truth, proposals.usable, doubts)
     losses = {f"proposals_{part}": value for part, value in set_losses(proposals.objectness, proposals.boxes, first).items()}
     return losses | _layer_losses(decoded, assigned, "decoder")
 

@@ -14,6 +14,19 @@ REGION_COUNTS = ("roi_samples", "roi_size", "roi_width")
 
 
 @dataclass(frozen=True)
+class Backbone:
+    """The visual tower, its weights, and what of it stays as it is."""
+
+    name: str = "resnet50"
+    """``tiny``, a ResNet or Swin of torchvision (``resnet50``, ``swin_t``), ``open_clip:RN50`` (or the path of a model's JSON), or
+    ``transformers:NAME`` for a backbone on the Hugging Face hub, or its folder."""
+    weights: str = ""
+    """torchvision's or open_clip's name (downloaded), or the path of a file; transformers: the name or folder again. Empty: random."""
+    frozen_stages: int = 1
+    """ResNet and open_clip: stages after the stem that are not trained, and the stem; -1: all is trained. Statistics of norms stay fixed."""
+
+
+@dataclass(frozen=True)
 class CoDetr:
     """The base detector, its auxiliary heads and how much each part of the objective counts."""
 
@@ -38,6 +51,13 @@ class CoDetr:
     """Train the auxiliary heads, and through them the encoder."""
     positive_queries: bool = True
     """Replay the auxiliary heads' positives as extra queries of the decoder."""
+    denoising: int = 0
+    """Objects with noise, replayed as queries that must find them and as queries that must not (contrastive denoising, DINO): about so many
+    of each per image. 0: none, as in Co-Deformable-DETR; Co-DINO: 100."""
+    denoising_labels: float = 0.5
+    """Half of this share of the noisy objects gets a class drawn at random."""
+    denoising_boxes: float = 1.0
+    """Corners move by up to this many half sides; those of queries that must not find the object by one to two times as much."""
     query_weight: float = 1.0
     """[lambda 1]"""
     auxiliary_weight: float = 2.0
@@ -57,6 +77,8 @@ class CoDetr:
     """Samples per side of a RoIAlign bin; 0: as many as the box has pixels."""
     roi_width: int = 1024
     roi_boxes: Literal["per_class", "agnostic"] = "per_class"
+    checkpoint_layers: bool = False
+    """Compute the encoder's layers again in the backward pass instead of keeping what they hold: less memory, more time."""
     detections: int = 100
     score_min: float = 0.0
     """Queries below this score are no detections."""
@@ -70,9 +92,10 @@ class CoDetr:
         known = get_args(AuxiliaryHead)
         _check(set(self.auxiliary) <= set(known), f"co_detr.auxiliary can hold {', '.join(known)}; got {', '.join(self.auxiliary)}")
         _check(len(set(self.auxiliary)) == len(self.auxiliary), f"co_detr.auxiliary names a head twice: {', '.join(self.auxiliary)}")
-        weights = (self.query_weight, self.auxiliary_weight)
-        _check(all(0 <= w < float("inf") for w in weights), "co_detr.query_weight and auxiliary_weight must be finite and not negative")
-        for name in ("rpn_nms", "roi_positive", "score_min"):
+        weights = (self.query_weight, self.auxiliary_weight, self.denoising, self.denoising_boxes)
+        names = "query_weight, auxiliary_weight, denoising and denoising_boxes"
+        _check(all(0 <= w < float("inf") for w in weights), f"co_detr.{names} must be finite and not negative; got {weights}")
+        for name in ("rpn_nms", "roi_positive", "score_min", "denoising_labels"):
             _check(0 <= getattr(self, name) <= 1, f"co_detr.{name} must lie in 0..1; got {getattr(self, name)}")
 
 
@@ -86,11 +109,13 @@ def tiny(**changes: Any) -> CoDetr:
         encoder_layers=2,
         decoder_layers=2,
         queries=30,
+        max_positives=24,
         rpn_samples=64,
-        proposals_per_level=300,
-        proposals=100,
-        roi_samples=64,
-        roi_sampling=2,
+        proposals_per_level=100,
+        proposals=50,
+        roi_samples=32,
+        roi_size=5,
+        roi_sampling=1,
         roi_width=128,
     )
     return replace(small, **changes)

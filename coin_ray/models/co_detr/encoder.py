@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from coin_ray.models.co_detr.attention import DeformableAttention, FeedForward, Shapes
 from coin_ray.models.co_detr.config import CoDetr
@@ -49,6 +50,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: CoDetr) -> None:
         super().__init__()
+        self.checkpoint_layers = config.checkpoint_layers
         self.level_embeddings = nn.Parameter(torch.randn(config.levels, config.width))
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.encoder_layers)])
 
@@ -64,7 +66,10 @@ class Encoder(nn.Module):
         references = cell_centres(shapes, valid)
         per_level = references[:, :, None] * valid[:, None]
         for layer in self.layers:
-            tokens = layer(tokens, positions, per_level, shapes, padding)
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                tokens = checkpoint(layer, tokens, positions, per_level, shapes, padding, use_reentrant=False)
+            else:
+                tokens = layer(tokens, positions, per_level, shapes, padding)
         return Memory(tokens, shapes, padding, valid)
 
 

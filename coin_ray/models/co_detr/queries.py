@@ -20,10 +20,14 @@ from coin_ray.models.co_detr.two_stage import BoxEmbedding
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Queries of one head, padded to the image with the most; ``assigned.counts`` [B, M] tells which are real."""
+    """Queries whose objects are known, padded to the image with the most; ``assigned.counts`` [B, M] tells which are real.
+
+    They fall into ``parts`` of equal length that don't see each other.
+    """
 
     queries: Queries
     assigned: Assigned
+    parts: int = 1
 
 
 class PositiveQueries(nn.Module):
@@ -44,6 +48,7 @@ class PositiveQueries(nn.Module):
             _padded([p.labels for p in chosen], self.classes),
             _padded([normalise(p.truth, size) for p, size in zip(chosen, sizes, strict=True)]),
             _padded([torch.ones_like(p.labels, dtype=torch.bool) for p in chosen], 0),
+            _padded([p.weights for p in chosen]),
         )
         return Group(Queries(content, position + self.head, references), assigned)
 
@@ -56,7 +61,9 @@ def joined(main: Queries, groups: Sequence[Group]) -> tuple[Queries, Tensor | No
     queries = Queries(
         torch.cat([p.content for p in parts], 1), torch.cat([p.positions for p in parts], 1), torch.cat([p.references for p in parts], 1)
     )
-    return queries, group_mask(torch.ones_like(main.content[..., 0], dtype=torch.bool), [g.assigned.counts for g in groups])
+    return queries, group_mask(
+        torch.ones_like(main.content[..., 0], dtype=torch.bool), [part for g in groups for part in g.assigned.counts.chunk(g.parts, 1)]
+    )
 
 
 def group_mask(main: Tensor, groups: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from coin_ray.models.co_detr.auxiliary import Outcome, Positives, draw_balanced
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.criterion import at_least_one
 from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, nine
-from coin_ray.models.co_detr.targets import Size, Targets
+from coin_ray.models.co_detr.targets import Size, Targets, covered
 
 POSITIVE, NEGATIVE, LOW_QUALITY = 0.7, 0.3, 0.3
 """Overlaps from and below which an anchor is an object or background, and from which an object's best anchor stands for it."""
@@ -73,14 +73,16 @@ class RegionProposals(nn.Module):
     ) -> dict[str, Tensor]:
         entropy, distance, count = objectness.new_zeros(()), objectness.new_zeros(()), 0
         for image, (inside, target) in enumerate(zip(anchors.inside, targets, strict=True)):
-            assigned = assign_anchors(anchors.boxes, inside, target.boxes)
+            assigned = assign_anchors(anchors.boxes, inside, target.boxes, target.left_out)
             groups = (assigned >= 0).nonzero()[:, 0], (assigned == BACKGROUND).nonzero()[:, 0]
             positive, negative = draw_balanced(*groups, self.config.rpn_samples, 0.5, generator)
             logits = objectness[image, torch.cat([positive, negative])]
             is_object = (torch.arange(len(logits), device=logits.device) < len(positive)).to(logits)
-            entropy = entropy + F.binary_cross_entropy_with_logits(logits, is_object, reduction="sum")
+            share = target.certainty[assigned[positive]]
+            weights = torch.cat([share, torch.ones_like(negative, dtype=share.dtype)])
+            entropy = entropy + F.binary_cross_entropy_with_logits(logits, is_object, weights, reduction="sum")
             wanted = box_ops.encode(target.boxes[assigned[positive]], anchors.boxes[positive]) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
-            distance = distance + (deltas[image, positive] - wanted).abs().sum()
+            distance = distance + ((deltas[image, positive] - wanted).abs() * share[:, None]).sum()
             count += len(logits)
         total = at_least_one(torch.tensor(count, device=objectness.device))
         return {"proposal_class": entropy / total, "proposal_l1": distance / total}
@@ -100,16 +102,18 @@ class RegionProposals(nn.Module):
 
 
 @torch.no_grad()
-def assign_anchors(anchors: Tensor, inside: Tensor, boxes: Tensor) -> Tensor:
-    """[A]: the object each anchor stands for, BACKGROUND, or UNUSED (in between, or not ``inside``)."""
+def assign_anchors(anchors: Tensor, inside: Tensor, boxes: Tensor, ignored: Tensor) -> Tensor:
+    """[A]: the object each anchor stands for, BACKGROUND, or UNUSED (in between, in an ``ignored`` region, or not ``inside``)."""
     if not len(boxes):
-        return torch.where(inside, BACKGROUND, UNUSED)
+        return torch.where(inside & ~covered(anchors, ignored), BACKGROUND, UNUSED)
     overlaps = box_iou(boxes, anchors).masked_fill(~inside, -1.0)
     best, owner = overlaps.max(0)
     assigned = torch.where(best >= POSITIVE, owner, torch.where(best < NEGATIVE, BACKGROUND, UNUSED))
-    for number, own in enumerate(overlaps):
-        highest = own.max()
-        assigned = torch.where((own == highest) & (highest >= LOW_QUALITY), number, assigned)
+    highest = overlaps.max(1, keepdim=True).values
+    own = torch.where((overlaps == highest) & (highest >= LOW_QUALITY), torch.arange(len(boxes), device=boxes.device)[:, None], UNUSED)
+    last = own.max(0).values
+    assigned = torch.where(last >= 0, last, assigned)
+    assigned = torch.where((assigned == BACKGROUND) & covered(anchors, ignored), UNUSED, assigned)
     return torch.where(inside, assigned, UNUSED)
 
 
@@ -129,7 +133,8 @@ def sample_regions(proposals: Tensor, targets: Targets, config: CoDetr, generato
         best, owner = boxes.new_zeros(len(boxes)), torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     else:
         best, owner = box_iou(targets.boxes, boxes).max(0)
-    groups = (best >= REGION_POSITIVE).nonzero()[:, 0], (best < REGION_POSITIVE).nonzero()[:, 0]
+    background = (best < REGION_POSITIVE) & ~covered(boxes, targets.left_out)
+    groups = (best >= REGION_POSITIVE).nonzero()[:, 0], background.nonzero()[:, 0]
     positive, negative = draw_balanced(*groups, config.roi_samples, config.roi_positive, generator)
     return Sampled(boxes[torch.cat([positive, negative])], owner[positive])
 
@@ -189,9 +194,10 @@ class RegionHead(nn.Module):
         own = deltas[rows, 0 if self.agnostic else labels[rows]]
         found = box_ops.decode(own, torch.cat([s.boxes for s in sampled])[rows])
         count = at_least_one(torch.tensor(len(labels), device=logits.device))
+        weights = torch.cat([_region_weights(s, t) for s, t in zip(sampled, targets, strict=True)])
         return {
-            "class": F.cross_entropy(logits, labels, reduction="sum") / count,
-            "giou": generalized_box_iou_loss(found, truth).sum() / count,
+            "class": (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / count,
+            "giou": (generalized_box_iou_loss(found, truth) * weights[rows]).sum() / count,
         }
 
 
@@ -200,9 +206,14 @@ def _region_labels(sampled: Sampled, labels: Tensor, background: int) -> Tensor:
     return torch.cat([labels[sampled.objects], rest])
 
 
+def _region_weights(sampled: Sampled, targets: Targets) -> Tensor:
+    rest = torch.ones(len(sampled.boxes) - len(sampled.objects), device=sampled.boxes.device)
+    return torch.cat([targets.certainty[sampled.objects], rest])
+
+
 def _positives(pooled: Tensor, sampled: Sequence[Sampled], targets: Sequence[Targets]) -> list[Positives]:
     means = pooled.mean((2, 3)).split([len(s.boxes) for s in sampled])
     return [
-        Positives(s.boxes[: len(s.objects)], t.boxes[s.objects], t.labels[s.objects], features[: len(s.objects)])
+        Positives(s.boxes[: len(s.objects)], t.boxes[s.objects], t.labels[s.objects], features[: len(s.objects)], t.certainty[s.objects])
         for s, t, features in zip(sampled, targets, means, strict=True)
     ]

@@ -22,7 +22,7 @@ def anchors(side: int = 128, levels: int = 5) -> Anchors:
 
 def assigned(boxes: Tensor, side: int = 128) -> Tensor:
     given_anchors = anchors(side)
-    return assign(given_anchors.boxes, given_anchors.levels, given_anchors.inside[0], boxes, 9)
+    return assign(given_anchors.boxes, given_anchors.levels, given_anchors.inside[:1], [boxes], 9)[0]
 
 
 def some_boxes(count: int, seed: int, side: int = 128) -> Tensor:
@@ -70,7 +70,7 @@ def test_the_assignment_equals_loops(seed: int, count: int) -> None:
             inside = box[0] < x < box[2] and box[1] < y < box[3]
             if value >= iou.mean() + iou.std() and inside and value > best[row]:
                 owner[row], best[row] = number, float(value)
-    found = assign(given_anchors.boxes, given_anchors.levels, given_anchors.inside[0], boxes, 9)
+    found = assign(given_anchors.boxes, given_anchors.levels, given_anchors.inside[:1], [boxes], 9)[0]
     different = sum(a != b for a, b in zip(found.tolist(), owner, strict=True))
     assert different <= 1  # rounding may decide at the limit
 
@@ -91,7 +91,7 @@ def test_anchors_on_padding_are_never_taken() -> None:
     centres = (given_anchors.boxes[:, :2] + given_anchors.boxes[:, 2:]) / 2
     inside = centres[:, 0] < 64
     box = torch.tensor([[40.0, 20, 100, 90]])
-    own = assign(given_anchors.boxes, given_anchors.levels, inside, box, 9)
+    own = assign(given_anchors.boxes, given_anchors.levels, inside[None], [box], 9)[0]
     assert bool((own != NONE).any())
     assert not bool(((own != NONE) & ~inside).any())
 
@@ -133,7 +133,7 @@ def test_anchors_on_padding_have_no_loss() -> None:
     """Convolutions and norms see it, so only the outputs there are changed."""
     module, maps = head(), seen(5)
     laid = lay_out(maps, [square(s) for s in maps.strides])
-    own = [assign(laid.boxes, laid.levels, inside, t.boxes, 9) for inside, t in zip(laid.inside, TWO, strict=True)]
+    own = assign(laid.boxes, laid.levels, laid.inside, [t.boxes for t in TWO], 9)
     logits, deltas, centre = module._predict(maps)
     changed = logits.masked_fill(~laid.inside[..., None], 20.0), deltas, centre
     module._predict = lambda maps: changed  # type: ignore[method-assign]

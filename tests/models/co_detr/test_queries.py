@@ -17,7 +17,7 @@ CONFIG = tiny(width=16, heads=4, levels=3, feedforward=24, queries=6, max_positi
 def positives(count: int, seed: int = 0) -> Positives:
     corner = rand(count, 2, seed=seed) * 40
     boxes = torch.cat([corner, corner + 10], 1)
-    return Positives(boxes, boxes + 1, torch.arange(count) % CLASSES, randn(count, 16, seed=seed))
+    return Positives(boxes, boxes + 1, torch.arange(count) % CLASSES, randn(count, 16, seed=seed), torch.ones(count))
 
 
 def make(seed: int = 0) -> PositiveQueries:
@@ -61,8 +61,8 @@ def test_more_positives_than_the_limit_are_drawn_at_random() -> None:
 
 def test_the_box_and_what_lies_there_both_make_the_content_and_only_the_box_makes_the_position() -> None:
     own = positives(3)
-    features = Positives(own.boxes, own.truth, own.labels, own.features + 1)
-    boxes = Positives(own.boxes + 5, own.truth, own.labels, own.features)
+    features = Positives(own.boxes, own.truth, own.labels, own.features + 1, own.weights)
+    boxes = Positives(own.boxes + 5, own.truth, own.labels, own.features, own.weights)
     plain, fed, moved = (make()([p, p], SIZES).queries for p in (own, features, boxes))
     assert torch.equal(plain.positions, fed.positions)
     assert not torch.equal(plain.positions, moved.positions)

@@ -24,7 +24,7 @@ def some_boxes(count: int, seed: int = 0) -> Tensor:
 def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> None:
     maps = seen(5)
     laid, boxes = lay_out(maps, [nine(s) for s in maps.strides]), torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]])
-    assigned = assign_anchors(laid.boxes, laid.inside[0], boxes)
+    assigned = assign_anchors(laid.boxes, laid.inside[0], boxes, torch.zeros(0, 4))
     overlaps = box_iou(boxes, laid.boxes)
     assert set(assigned[assigned >= 0].tolist()) == {0, 1}
     for number in range(2):
@@ -37,14 +37,14 @@ def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> 
 def test_an_object_that_no_anchor_resembles_gets_none() -> None:
     maps = seen(5)
     laid = lay_out(maps, [nine(s) for s in maps.strides])
-    assert not bool((assign_anchors(laid.boxes, laid.inside[0], torch.tensor([[3.0, 3, 5, 5]])) >= 0).any())
+    assert not bool((assign_anchors(laid.boxes, laid.inside[0], torch.tensor([[3.0, 3, 5, 5]]), torch.zeros(0, 4)) >= 0).any())
 
 
 def test_anchors_on_padding_are_unused() -> None:
     maps = seen(5)
     laid = lay_out(maps, [nine(s) for s in maps.strides])
     for boxes in (torch.tensor([[30.0, 6, 68, 44]]), torch.zeros(0, 4)):
-        assigned = assign_anchors(laid.boxes, laid.inside[1], boxes)
+        assigned = assign_anchors(laid.boxes, laid.inside[1], boxes, torch.zeros(0, 4))
         assert bool((assigned[~laid.inside[1]] == UNUSED).all())
         assert bool((assigned == BACKGROUND).any())
 
@@ -99,7 +99,7 @@ def test_no_box_at_all_pools_to_nothing() -> None:
 @pytest.mark.parametrize(("boxes", "columns"), [("per_class", CLASSES), ("agnostic", 1)])
 def test_box_deltas_are_of_the_regions_class_or_of_all(boxes: str, columns: int) -> None:
     module, maps = head(roi_boxes=boxes), seen(5)
-    logits, deltas = module.regions(torch.rand(6, 64, 7, 7))
+    logits, deltas = module.regions(torch.rand(6, 64, 5, 5))
     assert (logits.shape, deltas.shape) == ((6, CLASSES + 1), (6, columns, 4))
     only = [objects((4, 6, 40, 44, 1))] * 2
     module(maps, only, seeded()).losses["giou"].backward()
@@ -116,7 +116,7 @@ def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
         assert bool((own >= 0.5).all())
     image, positives = 1, head()(maps, TWO, seeded()).positives[1]
     boxes = [positives.boxes if i == image else torch.zeros(0, 4) for i in range(2)]
-    torch.testing.assert_close(positives.features, pool(maps, boxes, 7, 2).mean((2, 3)))
+    torch.testing.assert_close(positives.features, pool(maps, boxes, 5, 1).mean((2, 3)))
 
 
 def test_samples_without_objects_are_all_background() -> None:

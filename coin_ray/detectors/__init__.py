@@ -1,0 +1,1 @@
+"""Detectors that are trained on labelled images: their settings, presets and steps."""

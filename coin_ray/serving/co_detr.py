@@ -1,0 +1,87 @@
+"""A trained Co-DETR as one file: weights, class names, sizes and the shape of its backbone. Training's own parts are not in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from coin_ray import boxes as box_ops
+from coin_ray import storage
+from coin_ray.data.views import fit
+from coin_ray.detectors.config import DetectorConfig
+from coin_ray.errors import InputError
+from coin_ray.models.co_detr.config import Backbone, CoDetr
+from coin_ray.models.co_detr.model import DeformableDetr, load_weights
+from coin_ray.models.co_detr.towers import describe, rebuild
+from coin_ray.structures import Detections
+
+FILE = "co_detr.pt"
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class CoDetrPredictor:
+    """``classes`` and a detector; call it with a PIL image."""
+
+    classes: tuple[str, ...]
+    detector: DeformableDetr
+    short_side: int
+    long_side: int
+
+    def __call__(self, image: Image.Image) -> Detections:
+        """Detections in pixels of ``image``, best first."""
+        return self.many([pil_to_tensor(image.convert("RGB"))])[0]
+
+    @torch.no_grad()
+    def many(self, originals: Sequence[Tensor]) -> list[Detections]:
+        """Of uint8 images [3, H, W] in one batch: detections, on the CPU, in pixels of each."""
+        views = [fit(image, self.short_side, self.long_side) for image in originals]
+        found = [d.to(torch.device("cpu")) for d in self.detector.predict(self.detector.prepare(views))]
+        return [
+            d.with_boxes(box_ops.scale(d.boxes, o.shape[2] / v.shape[2], o.shape[1] / v.shape[1]))
+            for d, o, v in zip(found, originals, views, strict=True)
+        ]
+
+
+def packed(detector: DeformableDetr, config: DetectorConfig) -> dict[str, Any]:
+    """The file's content, for ``torch.save``."""
+    return {
+        "format": FORMAT,
+        "kind": "co-detr",
+        "classes": list(config.classes),
+        "short_side": config.short_side,
+        "long_side": config.long_side,
+        "co_detr": dataclasses.asdict(config.co_detr),
+        "backbone": dataclasses.asdict(config.backbone),
+        "tower": describe(detector.backbone),
+        "weights": {name: value.detach().cpu() for name, value in detector.state_dict().items()},
+    }
+
+
+def load_co_detr(uri: str) -> CoDetrPredictor:
+    """Read such a file. Raises InputError if it is none, or was written by another version."""
+    if not storage.exists(uri):
+        raise InputError(f"no such file: {uri}; expected {FILE}, as written by pipelines/train_detector.py")
+    try:
+        content: Any = torch.load(io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise InputError(f"{uri} can't be read ({str(error)[:200]}); expected {FILE}, as written by pipelines/train_detector.py") from error
+    if not isinstance(content, dict) or content.get("kind") != "co-detr":
+        raise InputError(f"{uri} holds no Co-DETR; expected {FILE}, as written by pipelines/train_detector.py")
+    if content["format"] != FORMAT:
+        raise InputError(f"{uri} has format {content['format']}, this version reads {FORMAT}; train or export the model again")
+    backbone = Backbone(**content["backbone"])
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["co_detr"].items()}
+    classes = tuple(content["classes"])
+    detector = DeformableDetr(rebuild(backbone, content["tower"]), len(classes), CoDetr(**settings))
+    load_weights(detector, content["weights"])
+    return CoDetrPredictor(classes, detector.eval(), content["short_side"], content["long_side"])

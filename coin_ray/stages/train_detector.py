@@ -1,0 +1,59 @@
+"""Train a detector on labelled images."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from coin_ray.config import Detector, Optimize
+from coin_ray.detectors.config import DetectorConfig
+from coin_ray.models.co_detr.collaborative import CollaborativeDetr
+from coin_ray.models.co_detr.model import DeformableDetr
+from coin_ray.models.co_detr.towers import build_backbone, pixel_statistics
+from coin_ray.serving.co_detr import FILE, packed
+from coin_ray.stages.fitting import Fit, fit
+from coin_ray.stages.labelled import labelled, training_examples
+from coin_ray.steps import Context
+from coin_ray.training.loop import Task
+from coin_ray.training.supervised import Supervised
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write ``co_detr.pt`` and ``curve.json``."""
+    config: DetectorConfig = context.options["detector"]
+    examples = training_examples(labelled(context.inputs["images"], "train"), config.classes)
+    optimize = config.fit_over(len(examples))
+    epoch = max(1, len(examples) // optimize.batch)
+    views = Detector(short_side=config.short_side, long_side=config.long_side)
+    work = Fit(
+        context.name,
+        partial(make, config, optimize, epoch),
+        partial(finish, config),
+        examples,
+        optimize,
+        views,
+        config.seed,
+        context.folder,
+    )
+    curve = fit(work)
+    boxes = sum(len(e.knowledge["labels"]) for e in examples)
+    return {"images": len(examples), "boxes": boxes, "steps": optimize.steps, "last": curve[-1]}
+
+
+def make(config: DetectorConfig, optimize: Optimize, epoch: int) -> Supervised:
+    return Supervised(new_model(config), config, optimize, epoch)
+
+
+def new_model(config: DetectorConfig) -> CollaborativeDetr:
+    """With the backbone's first weights; the rest is drawn by the seed, and the shipped part is the same whatever the auxiliary heads are."""
+    torch.manual_seed(config.seed)
+    mean, std = pixel_statistics(config.backbone)
+    return CollaborativeDetr(build_backbone(config.backbone), len(config.classes), config.co_detr, mean=mean, std=std)
+
+
+def finish(config: DetectorConfig, task: Task) -> dict[str, Any]:
+    assert isinstance(task, Supervised)
+    assert isinstance(task.shipped, DeformableDetr)
+    return {FILE: packed(task.shipped, config)}

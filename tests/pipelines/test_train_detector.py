@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coin_ray.config import Tracking
+from coin_ray.data import formats
+from coin_ray.data.formats import Annotation, Record
+from coin_ray.detector_cli import Options, check_images, parse, train
+from coin_ray.detectors.config import DetectorConfig
+from coin_ray.detectors.presets import PRESETS, small
+from coin_ray.errors import CoinError, ConfigError, InputError
+from coin_ray.serving.exported import load_exported
+from coin_ray.training.supervised import Supervised
+
+CLASSES = ("cat", "dog")
+
+
+def records(folder: Path, count: int, seed: int) -> list[Record]:
+    """Images of noise with one block per object: cats are red, dogs blue."""
+    draw = np.random.default_rng(seed)
+    made = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = draw.integers(90, 160, (48, 64, 3), np.uint8)
+        found = []
+        for label, colour in (("cat", (220, 20, 20)), ("dog", (20, 20, 220)))[: 1 + number % 2]:
+            left, top = int(draw.integers(0, 40)), int(draw.integers(0, 24))
+            pixels[top : top + 20, left : left + 20] = colour
+            found.append(Annotation((float(left), float(top), left + 20.0, top + 20.0), label))
+        uri = folder / f"{seed}_{number}.png"
+        Image.fromarray(pixels).save(uri)
+        made.append(Record.of(uri.name, str(uri), (64, 48), found))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same images in every format that can be written."""
+    root = tmp_path_factory.mktemp("data")
+    train_records, val_records = records(root / "raw", 8, 1), records(root / "raw", 4, 2)
+    places = {}
+    for name in ("coco", "voc", "yolo", "kitti", "bdd100k"):
+        places[name], places[f"{name} val"] = str(root / name), str(root / f"{name}-val")
+        formats.write(train_records, places[name], name)
+        formats.write(val_records, places[f"{name} val"], name)
+    places["plain"] = str(root / "raw")
+    return places
+
+
+def config(data: str, val: str = "", steps: int = 4, **changes: Any) -> DetectorConfig:
+    fit = replace(small().fit, steps=steps, batch=2, warmup=0, checkpoint_every=2)
+    values = {"classes": CLASSES, "short_side": 48, "long_side": 64, "tracking": Tracking(enabled=False), "fit": fit} | changes
+    return replace(small(), data=data, val=val, **values)
+
+
+@pytest.mark.parametrize("name", ["coco", "voc", "yolo", "kitti", "bdd100k"])
+def test_every_format_is_checked_before_training(name: str, folders: dict[str, str]) -> None:
+    counts = check_images(config(f"{name}:{folders[name]}", folders[f"{name} val"]))
+    assert counts["train"] == {"images": 8, "cat": 8, "dog": 4}
+    assert counts["val"] == {"images": 4, "cat": 4, "dog": 2}
+
+
+def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(folders: dict[str, str], tmp_path: Path) -> None:
+    settings = config(f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True))
+    found = train(settings, Options(str(tmp_path), dry_run=False))
+    figures = found["evaluate"]["val"]
+    assert figures["images"] == 4
+    assert all(0 <= figures[name] <= 1 for name in ("voc_ap50", "coco_ap50", "coco_ap"))
+    assert set(figures["voc_ap50_by_class"]) == set(CLASSES)
+    assert found["train"]["boxes"] == 12
+    assert load_exported(str(tmp_path / "co_detr.pt")).classes == CLASSES
+    assert json.loads((tmp_path / "summary.json").read_text())["model"] == str(tmp_path / "co_detr.pt")
+    assert not list(tmp_path.rglob("state.pt")), "the optimizer's state is gone once the weights are written"
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = mlflow.search_runs(search_all_experiments=True)
+    assert {"images", "train", "evaluate"} <= set(runs["tags.mlflow.runName"])
+    assert runs["metrics.val/voc_ap50"].notna().any()
+    assert runs["metrics.decoder"].notna().any()
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_weights(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(folders["coco"], folders["coco val"], steps=5)
+    train(settings, Options(str(tmp_path / "whole"), dry_run=False))
+    original, made = Supervised.train_step, []
+
+    def dying(self: Supervised, batch: Any, step: int) -> Any:
+        made.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(self, batch, step)
+
+    monkeypatch.setattr(Supervised, "train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, Options(str(tmp_path / "killed"), dry_run=False))
+    monkeypatch.setattr(Supervised, "train_step", lambda self, batch, step: (made.append(step), original(self, batch, step))[1])
+    train(settings, Options(str(tmp_path / "killed"), dry_run=False))
+    assert made == [0, 1, 2, 3, 2, 3, 4]
+    whole, killed = (torch.load(tmp_path / name / "co_detr.pt", weights_only=True)["weights"] for name in ("whole", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+    made.clear()
+    train(settings, Options(str(tmp_path / "killed"), dry_run=False))
+    assert not made, "a finished run trains nothing"
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(folders["voc"], folders["voc val"]), Options(str(tmp_path / "run"), dry_run=True))
+    told = capsys.readouterr().out
+    assert "train: 8 annotated images; boxes: cat 8, dog 4" in told
+    assert "training: 4 steps of 2 images, 1.0 epochs, heads: atss" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_trained_on_is_told_before_anything_is_written(folders: dict[str, str], tmp_path: Path) -> None:
+    cases: dict[str, DetectorConfig] = {
+        r"no box of zebra in 8 annotated images; its classes are cat, dog": config(folders["coco"], classes=("cat", "zebra")),
+        r"no box of cat, dog in 0 annotated images": config(folders["plain"]),
+        r"the folder is in the format voc, not coco": config(f"coco:{folders['voc']}"),
+        r"--val .*: no box of cat, dog in 0 annotated images": config(folders["coco"], folders["plain"]),
+        r"no such folder": config("/nowhere"),
+        r"has no .* for 'test'": config(f"{folders['voc']}#test"),
+        r"of another network": config(folders["coco"], backbone=replace(PRESETS["r50"]().backbone, weights=_weights(tmp_path))),
+    }
+    for message, settings in cases.items():
+        with pytest.raises(CoinError, match=message):
+            train(settings, Options(str(tmp_path / "run"), dry_run=False))
+    assert not (tmp_path / "run").exists()
+
+
+def _weights(folder: Path) -> str:
+    torch.save({"conv1.weight": torch.zeros(1)}, folder / "other.pt")
+    return str(folder / "other.pt")
+
+
+def test_the_command_line_reads_names_and_settings() -> None:
+    found, options = parse(
+        [
+            "--model",
+            "co-detr",
+            "--data",
+            "coco:/data#train",
+            "--classes",
+            "person,traffic light",
+            "--root",
+            "/runs/a",
+            "--epochs",
+            "3",
+            "--drops",
+        ]
+    )
+    assert found.classes == ("person", "traffic light")
+    assert (found.preset, found.backbone.name, found.epochs) == ("r50", "resnet50", 3)
+    assert found.pipeline.data.images == "/data#train"  # type: ignore[union-attr]
+    assert options == Options("/runs/a", dry_run=False)
+    demo, _ = parse(["--data", "demo-source", "--co-detr.auxiliary", "rcnn", "atss", "--fit.steps", "7"])
+    assert (demo.preset, demo.co_detr.auxiliary, demo.fit.steps, len(demo.classes)) == ("tiny", ("rcnn", "atss"), 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "cat"], "which images"),
+        (["--data", "/data"], "which classes"),
+        (["--data", "demo", "--classes", "cat"], "the demo's classes are bird, bug"),
+        (["--data", "demo-source", "--val", "/x"], "leave --val and --test out"),
+    ],
+)
+def test_impossible_settings_are_told(arguments: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, InputError), match=message):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 3}, "accumulate 3 must divide a worker's batch"),
+        ({"epochs": 5.0, "drops": (11.0,)}, "must lie within 5"),
+        ({"average": 1.0}, "average must lie in"),
+        ({"short_side": 300}, "short_side must be positive and not exceed long_side"),
+    ],
+)
+def test_impossible_values_are_told(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(small(), **changes)
+
+
+def test_epochs_are_steps_over_the_images_there_are() -> None:
+    fit = PRESETS["r50"]().fit_over(16_000)
+    assert (fit.steps, fit.milestones, fit.factors) == (12_000, (11_000,), (0.1,))
+    assert small().fit_over(5) == small().fit
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_named_by_their_key(name: str) -> None:
+    assert PRESETS[name]().preset == name
