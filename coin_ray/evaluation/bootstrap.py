@@ -34,7 +34,8 @@ def mean_ap(values: Floats) -> Floats:
     known = ~np.isnan(values)
     count = known.sum(1)
     total: Floats = np.where(known, values, 0.0).sum(1)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    mean: Floats = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    return mean
 
 
 def interval(values: Floats) -> tuple[float, float] | None:
@@ -53,7 +54,8 @@ def _average_precision(judged: Judged, draws: Integers) -> Floats:
     image, right = judged.image[:last], judged.right[:last]
     size = max(1, CELLS // max(last, 1))
     area = np.concatenate([_area(draws[start : start + size, image], right) for start in range(0, len(draws), size)])
-    return np.divide(area, required, out=np.full(len(draws), np.nan), where=required > 0)
+    precision: Floats = np.divide(area, required, out=np.full(len(draws), np.nan), where=required > 0)
+    return precision
 
 
 def _area(weight: Integers, right: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Floats:
