@@ -160,8 +160,8 @@ def _canonical(truth: Truth) -> tuple[Floats, Integers, Mask]:
 def _detected(images: Sequence[str], predictions: Mapping[str, Detections], annotated: _Annotated, plus_one: bool) -> _Detected:
     present = [(index, predictions[name]) for index, name in enumerate(images) if name in predictions]
     if not present:
-        none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float64)
-        return _Detected(none, none, nothing, nothing, none)
+        none = np.zeros(0, np.int64)
+        return _Detected(none, none, np.zeros(0), np.zeros(0), none)
     every = Detections.cat([detections.to(torch.device("cpu")) for _, detections in present])
     boxes, scores, labels = array(every.boxes), array(every.scores), every.labels.numpy()
     owner = np.repeat(np.array([index for index, _ in present], np.int64), [len(detections) for _, detections in present])

@@ -117,8 +117,8 @@ def _matched(boxes: Detections, others: Detections) -> torch.Tensor:
     if not len(boxes) or not len(others):
         return torch.zeros(len(boxes), dtype=torch.bool)
     same = boxes.labels[:, None] == others.labels[None]
-    overlaps: torch.Tensor = (same & (box_iou(boxes.boxes, others.boxes) > IOU)).any(1)
-    return overlaps
+    matched: torch.Tensor = (same & (box_iou(boxes.boxes, others.boxes) > IOU)).any(1)
+    return matched
 
 
 def _boxes(shown: Detections, config: PipelineConfig) -> list[Box]:

@@ -12,7 +12,8 @@ import torch
 from coin_ray import storage
 from coin_ray.config import DemoScenes
 from coin_ray.configfile import to_yaml
-from coin_ray.evaluation.operating import tally
+from coin_ray.evaluation.operating import Tally, tally
+from coin_ray.evaluation.voc import Floats
 from coin_ray.presets import PRESETS, with_student
 from coin_ray.report.methods import METHODS
 from coin_ray.report.page import build_page
@@ -34,8 +35,8 @@ def run(context: Context) -> dict[str, Any]:
     figures["confusion"] = measures.teachers_confused(context) if config.collect.labeler != "none" else []
     truth = measures.held_out_truth(context)
     answers, students = measures.named_once(context), measures.students(context)
-    verdicts: measures.Verdicts = {}
-    tallies, curves = {}, {}
+    tallies: dict[str, Tally] = {}
+    curves: dict[str, Floats] = {}
     if truth:
         verdicts, used = measures.judge_all(context, truth)
         figures |= measures.scored(verdicts, config.seed) | {"operating": measures.at_best_threshold(used)}
