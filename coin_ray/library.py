@@ -36,9 +36,11 @@ class Adaptation:
     @cached_property
     def student(self) -> Predictor:
         """The adapted detector: called with a PIL image it returns ``Detections`` in that image's pixels."""
-        from coin_ray.serving.exported import load_exported
+        from coin_ray.serving.exported import Predictor, load_exported
 
-        return load_exported(self._finished("export"))
+        found = load_exported(self._finished("export"))
+        assert isinstance(found, Predictor)  # a pipeline's student
+        return found
 
     def report(self) -> str:
         """Where the page with figures, curves and pictures is."""
