@@ -44,10 +44,11 @@ def test_the_weak_view_is_trained_with_the_same_labels(views: str, images: int, 
         seen.append((len(pixels), [s.consistent.cloud.scores.tolist() for s in separations]))
         return look(student, pixels, separations, generators)
 
-    monkeypatch.setattr("coin_ray.training.propagate.look", watched)
     fit = tiny_fit(steps=1)
     (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
-    propagation(fit, views=views).train_step(batch, 0)
+    task = propagation(fit, views=views)
+    monkeypatch.setattr(task, "look", watched)
+    task.train_step(batch, 0)
     ((count, labels),) = seen
     assert count == images
     assert labels[:2] == labels[-2:] == [d.scores.tolist() for d in batch.knowledge["labels"]]
