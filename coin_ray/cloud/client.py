@@ -30,6 +30,7 @@ from coin_ray.cloud.services import (
     calls_per_minute,
     check_askable,
     label_map_for,
+    models_digest,
     side_max,
     token_variable,
 )
@@ -147,7 +148,7 @@ class CloudClient:
         self._sleep, self._clock, self._uniform, self._wall_clock = sleep, clock, uniform, wall_clock
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._http = Connections(self._url, self._signer, config.deadline, transport)
-        self._replies = Replies(config, self._adapter, self._query, journal, _endpoint(config, self._url), wall_clock)
+        self._replies = Replies(config, self._adapter, self._query, journal, _place(config, self._url), wall_clock)
 
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
@@ -450,6 +451,12 @@ def _endpoint(config: Cloud, url: httpx.URL) -> str:
         models = ",".join(os.path.basename(m) for m in config.onnx_models)
         return f"{config.serve}:{models}"
     return f"{url.netloc.decode()}{url.path.rstrip('/')}"
+
+
+def _place(config: Cloud, url: httpx.URL) -> str:
+    """As ``answer_key`` knows the endpoint: other weights under the same name give other answers."""
+    digest = models_digest(config)
+    return f"{_endpoint(config, url)}#{digest}" if digest else _endpoint(config, url)
 
 
 def _poll_wait(seconds: float) -> float:

@@ -11,6 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
+from coin_ray.cloud.http1 import Http1Connection
 from coin_ray.cloud.protocol import PreparedRequest
 from coin_ray.cloud.signing import Signed, Signer, redacted, without_frames
 from coin_ray.errors import ConfigError, ProtocolError, Transient
@@ -41,8 +42,7 @@ class Reply:
 class Connections:
     """HTTP connections to a service, one for each call under way; ``transport`` stands for all of them.
 
-    httpx's pool looks through all its connections for each of them at every call: with 64 of them that takes most of a core. Its
-    client adds redirects, which would carry the token elsewhere, and cookies.
+    httpx's client adds a pool, redirects, which would carry the token elsewhere, and cookies. Through a proxy its transport is used.
     """
 
     def __init__(self, url: httpx.URL, signer: Signer, deadline: float, transport: httpx.AsyncBaseTransport | None = None) -> None:
@@ -50,7 +50,7 @@ class Connections:
         timeout = httpx.Timeout(deadline, connect=min(CONNECT_SECONDS, deadline))
         self._extensions = {"timeout": timeout.as_dict()}
         self._proxy = _proxy(url)
-        self._certificates = httpx.create_ssl_context() if transport is None and (self._proxy or url.scheme == "https") else False
+        self._certificates = httpx.create_ssl_context() if transport is None and (self._proxy or url.scheme == "https") else None
         self._transport = transport
         self._free: list[httpx.AsyncBaseTransport] = []
         self.reached = False
@@ -136,8 +136,10 @@ class Connections:
     def _new(self) -> httpx.AsyncBaseTransport:
         if self._transport is not None:
             return self._transport
+        if self._proxy is None:
+            return Http1Connection(self._certificates)
         one = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        return httpx.AsyncHTTPTransport(verify=self._certificates, limits=one, proxy=self._proxy)
+        return httpx.AsyncHTTPTransport(verify=self._certificates or True, limits=one, proxy=self._proxy)
 
 
 def checked_url(url: str, secret: bool) -> httpx.URL:

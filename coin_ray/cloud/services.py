@@ -5,11 +5,13 @@ An adapter is imported when it is asked for.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from coin_ray import storage
 from coin_ray.cloud.labelmap import LabelMap
 from coin_ray.cloud.protocol import Adapter, Capabilities
 from coin_ray.config import Cloud
@@ -125,6 +127,16 @@ def endpoint_for(cloud: Cloud, adapter: Adapter) -> str:
     if "{region}" in url and not re.fullmatch(r"[a-z0-9-]+", cloud.region):
         raise ConfigError(f"cloud.region must be an AWS region like us-east-1; got {cloud.region!r}")
     return url.replace("{region}", cloud.region)
+
+
+def models_digest(cloud: Cloud) -> str:
+    """Digest [16 hexadecimal digits] of the files that a local server answers from; empty where it has none at hand (a name on the hub)."""
+    models = {"onnx": cloud.onnx_models, "checkpoint": (cloud.model,), "transformers": (cloud.model,)}.get(cloud.serve, ())
+    contents = hashlib.sha256()
+    files = [file for model in models if storage.exists(model) for file in storage.list_files(model) or [model]]
+    for file in files:
+        contents.update(hashlib.sha256(storage.read_bytes(file)).digest())
+    return contents.hexdigest()[:16] if files else ""
 
 
 def check_clouds(clouds: Sequence[Cloud], classes: Sequence[str]) -> None:

@@ -372,6 +372,22 @@ def test_a_local_server_is_the_same_on_another_port(bench: Build) -> None:
     assert clients[0].key(picture()) == clients[1].key(picture()) != subject.client.key(picture())
 
 
+@pytest.mark.parametrize("serve", ["onnx", "checkpoint", "transformers"])
+def test_other_weights_under_the_same_name_are_asked_anew(bench: Build, tmp_path: Path, serve: str) -> None:
+    subject, folder = bench(good()), tmp_path / "model"
+    governor = LocalGovernor(subject.governor)
+    folder.mkdir()
+    model = str(folder / "weights") if serve == "onnx" else str(folder)
+
+    def key(weights: bytes) -> str:
+        (folder / "weights").write_bytes(weights)
+        config = Cloud(serve=serve, onnx_models=(model,)) if serve == "onnx" else Cloud(serve=serve, model=model)  # type: ignore[arg-type]
+        return CloudClient(config, CLASSES, "http://127.0.0.1:1", subject.journal, governor).key(picture())
+
+    keys = [key(b"first"), key(b"second"), key(b"first")]
+    assert keys[0] == keys[2] != keys[1]
+
+
 def body(**values: Any) -> httpx.Response:
     return httpx.Response(200, json=values)
 

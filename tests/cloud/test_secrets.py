@@ -319,7 +319,7 @@ def test_whatever_the_service_does(subject: Subject, tmp_path: Path, caplog: pyt
         kinds |= {type(seen.error).__name__} | set(re.findall(r"error='(\w+)", seen.shown["reprs"]))
         if what == "success":
             assert "status='ok'" in seen.shown["reprs"]
-            assert "send_request_headers.started" in seen.shown["log"]
+            assert "connected to 127.0.0.1" in seen.shown["log"], "what libraries log is looked at"
     assert {"NoneType", "AuthError", "BadRequest", "Throttled", "Transient", "ProtocolError", "ImageRejected"} <= kinds
 
 
