@@ -391,10 +391,12 @@ class Distill:
     def __post_init__(self) -> None:
         _check(self.fusion in get_args(Fusion), f"distill.fusion must be one of {', '.join(get_args(Fusion))}; got {self.fusion!r}")
         share = self.fusion_share
-        one_head = self.co_detr.auxiliary == ("rcnn",) and self.co_detr.auxiliary_losses and self.co_detr.roi_boxes == "agnostic"
+        network = self.co_detr
+        one_head = network.auxiliary == ("rcnn",) and network.auxiliary_losses and network.roi_boxes == "agnostic"
         _check(
-            self.student != "co-detr" or one_head,
-            "a Co-DETR student describes boxes by its Faster R-CNN head: distill.co_detr needs auxiliary rcnn, its losses, and agnostic roi_boxes",
+            self.student != "co-detr" or (one_head and not network.denoising),
+            "a Co-DETR student describes boxes by its Faster R-CNN head, and learns no noisy objects: distill.co_detr needs auxiliary rcnn, "
+            "its losses, agnostic roi_boxes and denoising 0",
         )
         _check(share is None or 0 < share <= 1, f"distill.fusion_share must lie in 0..1, and above 0; got {share}")
 
