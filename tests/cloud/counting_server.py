@@ -35,6 +35,7 @@ class Service:
     faults: float = 0.0
     seed: int = 0
     boxes: int = 2
+    labels: tuple[str, str, str] = ("car", "bus", "dog")
     calls: list[tuple[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
@@ -61,7 +62,7 @@ class Service:
         for i in range(self.boxes):
             a, b, c, d, label, score = (v / 256 for v in digest[5 * i : 5 * i + 6])
             box = [a * width / 2, b * height / 2, (1 + c) * width / 2, (1 + d) * height / 2]
-            detections.append({"box": box, "label": ("car", "bus", "dog")[int(3 * label)], "score": 0.1 + 0.9 * score})
+            detections.append({"box": box, "label": self.labels[int(3 * label)], "score": 0.1 + 0.9 * score})
         return json.dumps({"image": {"w": width, "h": height}, "detections": detections}).encode()
 
 
@@ -134,8 +135,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--labels", nargs=3, default=["car", "bus", "dog"])
     given = parser.parse_args()
-    asyncio.run(serve(Service((given.width, given.height), given.latency, given.faults, given.seed)))
+    asyncio.run(serve(Service((given.width, given.height), given.latency, given.faults, given.seed, labels=tuple(given.labels))))
 
 
 if __name__ == "__main__":
