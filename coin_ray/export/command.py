@@ -58,6 +58,11 @@ def request(arguments: Sequence[str], description: str = "") -> Request:
     known, rest = parser.parse_known_args(list(arguments))
     config, options = parse(rest, "export.py", f"{description}\n\n{parser.format_help()}")
     added = tuple(name.strip() for name in known.add_classes.split(",") if name.strip())
+    if config.distill.student == "co-detr":
+        raise ConfigError(
+            "ONNX is written of the Faster R-CNN student only. A Co-DETR's weights and description are in ROOT/steps/export-*, and "
+            "coin_ray.serving.exported.load_exported reads them"
+        )
     check_added(config, added)
     return Request(config, options, storage.absolute(known.out or storage.join(options.root, "export")), added)
 

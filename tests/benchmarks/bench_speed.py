@@ -40,7 +40,7 @@ def student_works(root: str, proposals: Sequence[int]) -> tuple[dict[str, Work],
     for count in proposals:
         asked = Request(replace(config, detector=replace(config.detector, proposals_test=count)), Options(root, None, False, False), "", ())
         detector = load_student(asked, steps, {}).detector
-        eager = Predictor(config.classes, detector)
+        eager = Predictor(config.classes, detector, detector.config)
         works[f"student, text encoder for each image, {count} proposals"] = with_text(eager)
         works[f"student, cached embeddings, {count} proposals"] = eager
         script = torchscript(detector)

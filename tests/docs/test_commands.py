@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from pages import PAGES, REPOSITORY, commands, fenced
 
-from coin_ray import cli
+from coin_ray import cli, detector_cli
 from coin_ray.cloud import tools
 from coin_ray.experiments import command as grids
+from coin_ray.export import command as exporting
+from coin_ray.search import run as searches
 
 FOUND = sorted({(words, page) for page, text in PAGES.items() for words in commands(text)})
 SCRIPTS = [(words, page) for words, page in FOUND if words[0].endswith(".py")]
@@ -40,6 +42,10 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         return 0
 
     monkeypatch.setattr(cli, "_run", lambda *_: 0)
+    monkeypatch.setattr(exporting, "export", lambda *_: None)
+    monkeypatch.setattr(detector_cli, "train", lambda *_: None)
+    monkeypatch.setattr(searches, "search", lambda *_, **__: None)
+    monkeypatch.setattr(searches, "plan", lambda *_: None)
     monkeypatch.setattr(grids, "main", grid)
     monkeypatch.setattr(tools, "main", tool)
     monkeypatch.chdir(tmp_path)
@@ -50,7 +56,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def start(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
     """The exit code of a script, or of a module, run in this process."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
-    run = partial(runpy.run_path, str(REPOSITORY / program)) if program.endswith(".py") else partial(runpy.run_module, program)
+    run = partial(runpy.run_path, str(REPOSITORY / program)) if program.endswith(".py") else partial(runpy.run_module, program, alter_sys=True)
     with pytest.raises(SystemExit) as ended:
         run(run_name="__main__")
     return ended.value.code
