@@ -56,7 +56,11 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def start(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
     """The exit code of a script, or of a module, run in this process."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
-    run = partial(runpy.run_path, str(REPOSITORY / program)) if program.endswith(".py") else partial(runpy.run_module, program, alter_sys=True)
+    run = (
+        partial(runpy.run_path, str(REPOSITORY / program))
+        if program.endswith(".py")
+        else partial(runpy.run_module, program, alter_sys=True)
+    )
     with pytest.raises(SystemExit) as ended:
         run(run_name="__main__")
     return ended.value.code

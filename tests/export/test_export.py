@@ -73,7 +73,9 @@ def test_a_batch_gives_each_image_its_own_answer(session: onnxruntime.InferenceS
 def test_equal_with_roialign_s_own_operator_and_with_few_detections(changes: dict[str, int]) -> None:
     detector = tiny_detector(**changes).eval()
     exported = OnnxStudent(onnx_model(detector, CLASSES).SerializeToString())
-    found = equality.compare(Predictor(CLASSES, detector, detector.config), exported, [picture(90, 60), picture(64, 64, 1)], detector.config.score_min)
+    found = equality.compare(
+        Predictor(CLASSES, detector, detector.config), exported, [picture(90, 60), picture(64, 64, 1)], detector.config.score_min
+    )
     assert found.detections > 0
     assert found.unmatched == 0
 
