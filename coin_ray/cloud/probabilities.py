@@ -192,7 +192,7 @@ def _with_background(scores: Tensor) -> Tensor:
     background = (1 - scores).prod(1, keepdim=True)
     share = scores / scores.sum(1, keepdim=True).clamp_min(1e-12)
     foreground = (1 - background) * share
-    return torch.cat([foreground, 1 - foreground.sum(1, keepdim=True)], 1)
+    return torch.cat([foreground, (1 - foreground.sum(1, keepdim=True)).clamp_min(0)], 1)
 
 
 def _foreground_only(scores: Tensor) -> Tensor:
