@@ -15,6 +15,8 @@ from coin_ray.config import Tracking
 from coin_ray.configfile import fingerprint, to_yaml
 
 PARAMETER_LIMIT = 500
+_chosen_here: set[str] = set()
+"""Addresses that a tracker chose. MLflow leaves them in the environment, where the next run of this process must not take them for the user's."""
 
 
 class Tracked(Protocol):
@@ -47,7 +49,11 @@ class Tracker:
         default = f"sqlite:///{self.root}/mlflow.db" if local else f"sqlite:///{os.path.abspath('mlflow.db')}"
         for name in ("mlflow", "mlflow.system_metrics", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        self.uri = self.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+        environment = os.environ.get("MLFLOW_TRACKING_URI")
+        theirs = None if environment in _chosen_here else environment
+        self.uri = self.config.tracking.uri or theirs or default
+        if self.uri != theirs:
+            _chosen_here.add(self.uri)
         mlflow.set_tracking_uri(self.uri)
         existing = mlflow.get_experiment_by_name(self.config.tracking.experiment)
         artifacts = storage.join(self.root, "mlflow") if self.uri == default else None
