@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from math import isclose
 from typing import Any
 
 from ray import tune
@@ -43,6 +44,7 @@ def under_tune(search: Search, told: Told, *, resume: bool, work: Work = run_tri
     at_once, cpus = shares(search)
     needs = {"CPU": cpus} | ({"GPU": 1} if search.config.distill.fit.gpu else {})
     trainable = tune.with_resources(tune.with_parameters(_trial, search=search, work=work), needs)
+    first = start(search.config, search.space)
     if resume:
         tuner = tune.Tuner.restore(storage.join(search.folder, "tune"), trainable, resume_unfinished=True)
     else:
@@ -62,11 +64,19 @@ def under_tune(search: Search, told: Told, *, resume: bool, work: Work = run_tri
                 name="tune",
                 storage_path=search.folder,
                 verbose=0,
-                callbacks=[_Told(told)],
+                callbacks=[_Told(told, first)],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
-    return [_record(n, r.config or {}, r.metrics or {}, r.error) for n, r in enumerate(tuner.fit())]
+    results = sorted(tuner.fit(), key=lambda result: not same(result.config or {}, first))
+    return [_record(n, r.config or {}, r.metrics or {}, r.error) for n, r in enumerate(results)]
+
+
+def same(settings: Settings, others: Settings) -> bool:
+    """Whether both name the same values, but for rounding. A restored search lists its trials in another order: the preset's is known by them."""
+    return bool(settings) and all(
+        value == others[name] or (isinstance(value, float) and isclose(value, others[name])) for name, value in settings.items()
+    )
 
 
 def shares(search: Search) -> tuple[int, int]:
@@ -123,14 +133,17 @@ class _Bohb(TuneBOHB):  # type: ignore[misc]
 
 
 class _Told(tune.Callback):  # type: ignore[misc]
-    def __init__(self, told: Told) -> None:
-        self.told = told
+    def __init__(self, told: Told, first: Settings) -> None:
+        self.told, self.first = told, first
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.told(_record(trials.index(trial), trial.config, trial.last_result, None))
+        self.told(_record(self._number(trials, trial), trial.config, trial.last_result, None))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.told(_record(trials.index(trial), trial.config, trial.last_result, RuntimeError("its worker failed")))
+        self.told(_record(self._number(trials, trial), trial.config, trial.last_result, RuntimeError("its worker failed")))
+
+    def _number(self, trials: list[Any], trial: Any) -> int:
+        return sorted(trials, key=lambda t: not same(t.config, self.first)).index(trial)
 
 
 def _record(number: int, settings: Mapping[str, Any], result: Mapping[str, Any], error: Exception | None) -> Record:

@@ -109,8 +109,9 @@ def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_noth
     told: list[Record] = []
     try:
         records = under_tune(asked(trials=9, concurrent=2, scheduler="asha"), told.append, resume=False, work=work)
-        free = ray.available_resources()["CPU"]
-        every = ray.cluster_resources()["CPU"]
+        every, give_up_at = ray.cluster_resources()["CPU"], time.monotonic() + 30
+        while (free := ray.available_resources().get("CPU", 0.0)) < every and time.monotonic() < give_up_at:
+            time.sleep(0.5)  # the last actors end after the search has returned
     finally:
         ray.shutdown()
     assert len(records) == len(told) == 9
