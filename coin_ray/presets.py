@@ -176,6 +176,7 @@ def thermal(assets: str = ".") -> PipelineConfig:
     opinion the detector is first trained on the cloud's labels, then its own results are separated from the cloud's.
     """
     models = ("yolox_nano.onnx", "picodet_s_416_coco.onnx")
+    propagate, distill = small_propagation(150), small_distillation(250)
     return PipelineConfig(
         preset="thermal",
         classes=("person", "dog"),
@@ -195,12 +196,13 @@ def thermal(assets: str = ".") -> PipelineConfig:
             rpn_width=128,
             proposals_train=100,
             proposals_test=60,
+            nms=0.5,
             score_min=0.05,
             detections=100,
         ),
-        propagate=replace(small_propagation(150), prototypes_from=50),
+        propagate=replace(propagate, fit=replace(propagate.fit, lr=1e-3), prototypes_from=50),
         separate=Separate(clip_score_min=0.25, fused_boxes="never", lone_cloud_consistent=False),
-        distill=replace(small_distillation(250), private=1.0, burn_up=200),
+        distill=replace(distill, fit=replace(distill.fit, lr=1e-3), private=1.0, burn_up=200),
     )
 
 
