@@ -50,6 +50,7 @@ def ensure_tune() -> None:
     """A running Ray, and a Tune that leaves it to us to say what happens."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one speaks at any verbosity
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of settings stay what they were
     ensure_ray()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 

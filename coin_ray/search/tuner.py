@@ -37,7 +37,6 @@ FIGURES = (METRIC, "validation", "agreement", "disagreement", "miscalibration")
 
 def under_tune(search: Search, told: Told, *, resume: bool, work: Work = run_trial) -> list[Record]:
     """All trials, in the order they were started. With ``resume`` those of a killed search that had ended are not run again."""
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C looks like an end
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     ensure_tune()
