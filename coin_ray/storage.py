@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -75,6 +76,13 @@ def remove(uri: str) -> None:
     filesystem, path = _filesystem(uri)
     if filesystem.exists(path):
         filesystem.rm_file(path)
+
+
+def digest(uri: str) -> str:
+    """SHA-256 of a file, which is never in memory as a whole; hexadecimal."""
+    filesystem, path = _filesystem(uri)
+    with filesystem.open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:

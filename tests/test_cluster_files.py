@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from coin_ray.presets import PRESETS
 from coin_ray.stages import collect, fitting, predicting
 
 TOP = Path(__file__).parent.parent
-tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml: Python 3.11 or newer")
 LAUNCHED = ("cluster.yaml", "deploy/cluster-gcp.yaml", "deploy/cluster-onprem.yaml")
 TYPED = LAUNCHED[:2]
 KUBERNETES = ("deploy/raycluster.yaml", "deploy/rayjob.yaml")

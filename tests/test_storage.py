@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -35,6 +36,12 @@ def test_list_files(root: str) -> None:
     found = storage.list_files(root, ".txt")
     assert [storage.read_bytes(f) for f in found] == [b"b.txt", b"deep/er/a.txt"]
     assert len(storage.list_files(root)) == 3
+
+
+def test_digest_is_that_of_the_whole_file(root: str) -> None:
+    content = bytes(range(256)) * 5000
+    storage.write_bytes(storage.join(root, "a.bin"), content)
+    assert storage.digest(storage.join(root, "a.bin")) == hashlib.sha256(content).hexdigest()
 
 
 def test_tables_in_parts(root: str) -> None:

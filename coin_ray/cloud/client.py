@@ -172,7 +172,7 @@ class CloudClient:
             try:
                 reply = await asyncio.wait_for(self._http.send(health), self._config.deadline)
                 break
-            except (NotConnected, asyncio.TimeoutError):
+            except (TimeoutError, NotConnected):
                 if attempt == CHECK_ATTEMPTS:
                     raise self._unreachable() from None
                 await self._sleep(self._backoff(attempt))
@@ -228,7 +228,7 @@ class CloudClient:
             if not self._skip_over_budget:
                 raise
             return self._finished(call, self._spent(error))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return self._finished(call, Answer("error", None, error=f"DeadlineExceeded: {self._too_late(call)}"))
         except CloudError as error:
             unreachable = isinstance(error, CloudUnreachable) and self._skip_unreachable

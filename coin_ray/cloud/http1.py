@@ -70,17 +70,18 @@ class Http1Connection(httpx.AsyncBaseTransport):
 
     def finished(self) -> None:
         """The answer was read, or nobody wants the rest of it."""
-        if self._state.our_state is h11.DONE and self._state.their_state is h11.DONE:
+        whole = self._state.our_state is h11.DONE and self._state.their_state is h11.DONE
+        if whole and not self._state.trailing_data[0]:
             self._state.start_next_cycle()
             self._idle_since = time.monotonic()
         else:
             self._drop()
 
     async def _connected(self, url: httpx.URL, seconds: float | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is not None and (self._streams[0].at_eof() or time.monotonic() - self._idle_since > IDLE_SECONDS):
+        if self._streams is not None and (time.monotonic() - self._idle_since > IDLE_SECONDS or not await _silent(self._streams[0])):
             self._drop()
         if self._streams is None:
-            secure = self._certificates if url.scheme == "https" else None
+            secure = (self._certificates or True) if url.scheme == "https" else None
             port = url.port or (443 if secure else 80)
             try:
                 async with asyncio.timeout(seconds):
@@ -115,6 +116,18 @@ class _Body(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         self._connection.finished()
+
+
+async def _silent(reader: asyncio.StreamReader) -> bool:
+    """Whether nothing came since the last answer: neither the end of the connection nor bytes, which the next request would take for its answer."""
+    try:
+        async with asyncio.timeout(0):
+            await reader.read(1)
+    except TimeoutError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _as_httpx(error: BaseException, request: httpx.Request) -> BaseException:

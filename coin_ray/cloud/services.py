@@ -135,7 +135,7 @@ def models_digest(cloud: Cloud) -> str:
     contents = hashlib.sha256()
     files = [file for model in models if storage.exists(model) for file in storage.list_files(model) or [model]]
     for file in files:
-        contents.update(hashlib.sha256(storage.read_bytes(file)).digest())
+        contents.update(storage.digest(file).encode())
     return contents.hexdigest()[:16] if files else ""
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -265,7 +265,7 @@ def page(rows: dict[str, dict[str, Any]], speed: dict[str, Any], command: str, s
             f"    {command}\n",
             f"Seeds {', '.join(map(str, seeds))}; {STEPS} steps of {small().fit.batch} images, {SCENES.train} training scenes, {SCENES.val} held out; "
             f"AP in points, mean ± sample standard deviation over seeds; times are CPU times in one thread, medians of ratios taken in turn. "
-            f"{datetime.now(timezone.utc):%Y-%m-%d}, {os.cpu_count()} CPU cores, {platform.machine()}, {made}.\n",
+            f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, {platform.machine()}, {made}.\n",
         ]
     )
 

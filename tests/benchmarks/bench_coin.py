@@ -18,7 +18,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str)
         f"    {command}\n",
         f"Seeds {', '.join(map(str, asked.seeds))}; mAP50 in points, mean ± sample standard deviation over seeds; last checkpoint, "
         f"{asked.config.propagate.fit.steps} steps of propagation and {asked.config.distill.fit.steps} of distillation. "
-        f"{datetime.now(timezone.utc):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}.\n",
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}.\n",
     ]
     return "\n".join(parts)
 

@@ -3,9 +3,15 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from coin_ray.cloud import http1
 from coin_ray.cloud.http1 import Http1Connection
@@ -25,6 +31,8 @@ class Server:
     def __init__(self, *answers: bytes | None, close: bool = False) -> None:
         self.answers, self.close = list(answers), close
         self.connections, self.requests = 0, list[bytes]()
+        self.unasked, self.pause = b"", 0.0
+        """What is sent after each answer although nobody asked, and how long after."""
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -40,6 +48,9 @@ class Server:
                 for part in (answer[:20], answer[20:]):
                     writer.write(part)
                     await writer.drain()
+                if self.unasked:
+                    await asyncio.sleep(self.pause)
+                    writer.write(self.unasked)
                 if self.close or answer == SAID_CLOSE:
                     break
         except asyncio.IncompleteReadError:
@@ -121,6 +132,67 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pyte
 
     talked(server, twice)
     assert server.connections == 2
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_what_a_server_says_unasked_is_no_answer_to_the_next_request(pause: float) -> None:
+    """As 408 on an idle connection, or an answer too many: it may come with the one before or later."""
+    unasked = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
+    server = Server(WHOLE, WHOLE)
+    server.unasked, server.pause = unasked, pause
+
+    async def twice(connection: Http1Connection, url: str) -> None:
+        assert await ask(connection, url) == (200, b"hello")
+        await asyncio.sleep(0.15)
+        assert await ask(connection, url) == (200, b"hello")
+
+    talked(server, twice)
+    assert server.connections == 2
+
+
+def secured(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's context with a certificate of its own for ``name``, and a client's that trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number(), now - timedelta(1), now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+    return server, ssl.create_default_context(cafile=folder / "certificate.pem")
+
+
+def asked_over_tls(server: Server, context: ssl.SSLContext, trusted: ssl.SSLContext | None) -> tuple[int, bytes]:
+    async def main() -> tuple[int, bytes]:
+        running = await asyncio.start_server(server.talk, "127.0.0.1", 0, ssl=context)
+        connection = Http1Connection(trusted)
+        try:
+            return await ask(connection, f"https://localhost:{running.sockets[0].getsockname()[1]}")
+        finally:
+            await connection.aclose()
+            running.close()
+
+    return asyncio.run(main())
+
+
+def test_over_tls_the_server_must_be_who_it_says(tmp_path: Path) -> None:
+    context, trusting = secured(tmp_path, "localhost")
+    server = Server(WHOLE)
+    assert asked_over_tls(server, context, trusting) == (200, b"hello")
+    assert server.requests[0].endswith(b"question")
+
+    other, trusting_other = secured(tmp_path, "elsewhere.example")
+    unheard = Server(WHOLE)
+    for given in (trusting_other, ssl.create_default_context(), None):
+        with pytest.raises(httpx.ConnectError):
+            asked_over_tls(unheard, other, given)
+    assert not unheard.requests, "nothing is sent to a server that is not who it should be"
 
 
 def test_a_cancelled_request_leaves_nothing_for_the_next_one_to_read() -> None:

@@ -31,7 +31,7 @@ from .conftest import Bench, InBodyAdapter, TaskAdapter, good, picture, status
 
 TOKEN = "sk-live/01+23=45&67 89"
 KEY_ID, SECRET, SESSION = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "FwoGZXIvYXdzE/session+token=="
-THEN = dt.datetime(2015, 8, 30, 12, 36, tzinfo=dt.timezone.utc).timestamp()
+THEN = dt.datetime(2015, 8, 30, 12, 36, tzinfo=dt.UTC).timestamp()
 Build = Callable[..., Bench]
 
 
@@ -82,7 +82,7 @@ def test_the_signature_of_botocore(aws: pytest.MonkeyPatch, url: str, body: byte
     if not session:
         aws.delenv("AWS_SESSION_TOKEN")
     headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "RekognitionService.DetectLabels", "Idempotency-Key": "k"}
-    aws.setattr(auth, "get_current_datetime", lambda: dt.datetime.fromtimestamp(THEN, dt.timezone.utc))
+    aws.setattr(auth, "get_current_datetime", lambda: dt.datetime.fromtimestamp(THEN, dt.UTC))
     expected = AWSRequest("POST", url, headers=dict(headers), data=body)
     auth.SigV4Auth(Credentials(KEY_ID, SECRET, SESSION if session else None), "rekognition", "eu-west-1").add_auth(expected)
     signed = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign("POST", url, headers, body)
