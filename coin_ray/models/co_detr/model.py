@@ -19,8 +19,6 @@ from coin_ray.structures import Detections
 
 PADDED_TO = 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SLOW = ("backbone.", "offsets.")
-"""Parts of parameter names that learn ten times slower."""
 
 
 class DeformableDetr(nn.Module):
@@ -87,14 +85,6 @@ def with_background(scores: Tensor) -> Tensor:
     """Independent scores [N, K] as class vectors [N, K+1] whose rows sum to 1: background takes what the classes leave."""
     total = scores.sum(1, keepdim=True)
     return torch.cat([scores / total.clamp(min=1), (1 - total).clamp(min=0)], 1)
-
-
-def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, object]]:
-    """For an optimizer: the backbone and the sampling offsets learn at a tenth of ``lr``, as published."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    slow = [p for name, p in named if any(part in name for part in SLOW)]
-    fast = [p for name, p in named if not any(part in name for part in SLOW)]
-    return [{"params": fast, "lr": lr}, {"params": slow, "lr": lr / 10}]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from coin_ray.config import Optimize
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective, shipped
 from coin_ray.models.co_detr.config import CoDetr, tiny
-from coin_ray.models.co_detr.model import DeformableDetr, load_weights, parameter_groups, with_background
+from coin_ray.models.co_detr.model import DeformableDetr, load_weights, with_background
 from coin_ray.models.co_detr.targets import Targets
+from coin_ray.training.supervised import groups
 from models.co_detr.scenes import CLASSES, TWO, batch, collaborative, detr, objects, seeded
 
 PARTS = ("class", "l1", "giou")
@@ -234,10 +236,10 @@ def test_an_image_smaller_than_a_cell_is_seen() -> None:
 
 def test_the_backbone_and_the_offsets_learn_slowly() -> None:
     model = collaborative()
-    fast, slow = parameter_groups(model, 1e-3)
-    assert (fast["lr"], slow["lr"]) == (1e-3, pytest.approx(1e-4))
+    *slow, fast = groups(model, Optimize(lr=1e-3, visual_lr_factor=0.1))
+    assert [g["lr"] for g in (*slow, fast)] == [pytest.approx(1e-4), pytest.approx(1e-4), 1e-3]
     names = {p: name for name, p in model.named_parameters()}
-    slow_names = {names[p] for p in slow["params"]}  # type: ignore[attr-defined]
+    slow_names = {names[p] for g in slow for p in g["params"]}  # type: ignore[attr-defined]
     assert len(slow_names) + len(fast["params"]) == len(names)  # type: ignore[arg-type]
     assert {n for n in names.values() if "backbone" in n or "offsets" in n} == slow_names
     assert len(slow_names) == 5 * 3 + 4 * 2

@@ -5,15 +5,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from coin_ray.config import Optimize
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import SIZE, Artwork, Scene, compose
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.config import tiny
-from coin_ray.models.co_detr.model import parameter_groups
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.tables import Truth
+from coin_ray.training.supervised import groups
 
 SIDE, STEPS = 128, 120
 
@@ -35,7 +36,7 @@ def test_eight_scenes_are_learned_by_heart() -> None:
     artwork = Artwork.of(load_drawings())
     images, targets = (list(part) for part in zip(*(small(compose(artwork, "source", seed)) for seed in range(8)), strict=True))
     model = CollaborativeDetr(TinyBackbone(), len(CLASSES), tiny(auxiliary=("atss",)))
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(groups(model, Optimize(lr=1e-3, visual_lr_factor=0.1, weight_decay=1e-4)))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], STEPS)
     assert ap50(model, images, targets) < 0.2
     model.train()
