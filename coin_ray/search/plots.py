@@ -28,7 +28,9 @@ def parallel_coordinates(title: str, records: Sequence[Record], space: Space) ->
         values = {**record.settings, "score": 100 * record.figures["score"]}
         heights = [height(ends[name], values[name]) for name in names]
         style = "-" if record.state == "finished" else "--"
-        axes.plot(range(len(names)), heights, style, color=COLOURS(n / max(len(chosen) - 1, 1)), linewidth=1.6)
+        axes.plot(
+            range(len(names)), heights, style, color=COLOURS(n / max(len(chosen) - 1, 1)), linewidth=1.6, gid=f"trial-{record.number}"
+        )
     for place, name in enumerate(names):
         _scale(axes, place, name, ends[name])
     axes.set_xlim(-0.3, len(names) - 0.4)

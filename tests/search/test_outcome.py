@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -61,6 +62,8 @@ def test_a_logarithmic_axis_is_drawn_so(value: float, expected: float) -> None:
 def test_figures_are_svg_and_failed_trials_no_line(records: list[Record]) -> None:
     drawn = parallel_coordinates("Search & find", records, SPACE)
     ET.fromstring(drawn)
+    lines = {int(number) for number in re.findall(r'id="trial-(\d+)"', drawn)}
+    assert lines == {r.number for r in records if not r.failure}
     ET.fromstring(importance_bars("Search & find", importance(records, SPACE)))
 
 

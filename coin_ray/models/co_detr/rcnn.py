@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou_loss, remove_small_boxes, roi_align
 
 from coin_ray import boxes as box_ops
+from coin_ray.models.base import Proposed
 from coin_ray.models.co_detr.auxiliary import Outcome, Positives, draw_balanced
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.criterion import at_least_one
@@ -57,6 +58,14 @@ class RegionProposals(nn.Module):
         self, maps: Maps, targets: Sequence[Targets], generator: torch.Generator | None = None
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Losses, and proposals [P, 4] (xyxy pixels, no gradient) of each image."""
+        anchors, found = self._proposed(maps)
+        return self._losses(anchors, found.objectness, found.deltas, targets, generator), found.boxes
+
+    def propose(self, maps: Maps) -> Proposed:
+        """The same proposals without a loss."""
+        return self._proposed(maps)[1]
+
+    def _proposed(self, maps: Maps) -> tuple[Anchors, Proposed]:
         hidden = [self.conv(m).relu() for m in maps.levels]
         objectness = flattened([self.objectness(h) for h in hidden], 1)[..., 0]
         deltas = flattened([self.deltas(h) for h in hidden], 4)
@@ -66,7 +75,7 @@ class RegionProposals(nn.Module):
             self._filter(box_ops.decode(d * weights, anchors.boxes), scores.masked_fill(~inside, -torch.inf), anchors.levels, size)
             for d, scores, inside, size in zip(deltas.detach(), objectness.detach(), anchors.inside, maps.sizes, strict=True)
         ]
-        return self._losses(anchors, objectness, deltas, targets, generator), proposals
+        return anchors, Proposed(anchors.boxes, objectness, deltas, proposals)
 
     def _losses(
         self, anchors: Anchors, objectness: Tensor, deltas: Tensor, targets: Sequence[Targets], generator: torch.Generator | None

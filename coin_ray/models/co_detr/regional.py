@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, Proposed, Regions
 from coin_ray.models.co_detr import rcnn
@@ -22,7 +21,7 @@ from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.decoder import Queries
 from coin_ray.models.co_detr.encoder import Memory
 from coin_ray.models.co_detr.positions import EPSILON
-from coin_ray.models.co_detr.pyramid import Maps, Pyramid, flattened, lay_out, nine
+from coin_ray.models.co_detr.pyramid import Maps, Pyramid
 from coin_ray.models.co_detr.targets import normalise
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
@@ -36,22 +35,6 @@ class Encoded:
 
     memory: Memory
     maps: Maps
-
-
-class AnchorProposals(rcnn.RegionProposals):
-    """The auxiliary head's region proposals without a loss of their own."""
-
-    def propose(self, maps: Maps) -> Proposed:
-        hidden = [self.conv(m).relu() for m in maps.levels]
-        objectness = flattened([self.objectness(h) for h in hidden], 1)[..., 0]
-        deltas = flattened([self.deltas(h) for h in hidden], 4)
-        anchors = lay_out(maps, [nine(s) for s in maps.strides])
-        weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
-        proposals = [
-            self._filter(box_ops.decode(d * weights, anchors.boxes), scores.masked_fill(~inside, -torch.inf), anchors.levels, size)
-            for d, scores, inside, size in zip(deltas.detach(), objectness.detach(), anchors.inside, maps.sizes, strict=True)
-        ]
-        return Proposed(anchors.boxes, objectness, deltas, proposals)
 
 
 class RegionQueries(nn.Module):
@@ -81,7 +64,7 @@ class RegionalDetr(nn.Module):
         network = base.config
         self.config = sampling(config, network)
         self.pyramid = Pyramid(network.width)
-        self.proposals = AnchorProposals(network)
+        self.proposals = rcnn.RegionProposals(network)
         pooled = network.width * network.roi_size**2
         self.reduce = nn.Sequential(nn.Flatten(), nn.Linear(pooled, network.roi_width), nn.ReLU())
         self.head = RegionHead(network.roi_width, embedding_size, self.config)
