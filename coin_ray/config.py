@@ -402,6 +402,14 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """How detections are judged: VOC average precision, area under the curve, IoU above .5."""
+
+    plus_one: bool = False
+    """A box is ``right - left + 1`` pixels wide, as in the paper's evaluation. It matters for small boxes only."""
+
+
+@dataclass(frozen=True)
 class Tracking:
     """MLflow. The database and the experiment are made by the driver before any worker starts."""
 
@@ -430,6 +438,7 @@ class PipelineConfig:
     propagate: Propagate = field(default_factory=Propagate)
     separate: Separate = field(default_factory=Separate)
     distill: Distill = field(default_factory=Distill)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
     seed: int = 0
 

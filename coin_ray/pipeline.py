@@ -34,7 +34,8 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     )
     oracle = Step("oracle", "propagate", (detector, baseline, *network), (images, collect), options={"labels": "truth"})
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
-    evaluate = Step("evaluate", "evaluate", identity=c.classes, inputs=(images, collect, separate, *students))
+    judged = (c.classes, c.evaluate) if c.evaluate.plus_one else c.classes
+    evaluate = Step("evaluate", "evaluate", identity=judged, inputs=(images, collect, separate, *students))
     export = Step("export", "export", identity=c.detector, inputs=(distill,))
     report = Step("report", "report", identity=c.preset, inputs=(images, collect, separate, *students, evaluate, export), version=2)
     steps = (images, collect, propagate, separate, distill, *students[2:], evaluate, export, report)

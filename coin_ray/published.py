@@ -15,6 +15,7 @@ from coin_ray.config import (
     Cloud,
     Detector,
     Distill,
+    Evaluate,
     Folder,
     Labels,
     Optimize,
@@ -131,6 +132,7 @@ def published(name: DataSet, cloud: CloudKind = "gdino") -> PipelineConfig:
             teacher_rate=chosen.teacher_rate,
             ckg_first=False,
         ),
+        evaluate=Evaluate(plus_one=True),
         seed=2024,
     )
 

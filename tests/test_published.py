@@ -88,6 +88,7 @@ def test_what_all_runs_share(name: DataSet, cloud: CloudKind) -> None:
     for fit in (config.propagate.fit, distill.fit):
         assert (fit.batch, fit.optimizer, fit.lr, fit.visual_lr_factor, fit.weight_decay, fit.warmup) == (3, "sgd", 1e-3, 0.1, 1e-4, 400)
         assert (fit.clip_gradient, fit.augmentation) == (None, 1.0)
+    assert config.evaluate.plus_one
     assert (config.propagate.alignment, distill.alignment, distill.inconsistent) == (10, 10, 0.1)
     assert {config.propagate.prototype_rate, distill.prototype_rate} == {0.0004}
     assert {config.propagate.prototypes_from, distill.prototypes_from} == {5000}

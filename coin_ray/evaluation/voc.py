@@ -79,11 +79,17 @@ def average_precision(
     return Report(ap, required.astype(np.int64), curves)
 
 
-def judged(predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int, iou: float = 0.5) -> tuple[Judged, ...]:
+def judged(
+    predictions: Mapping[str, Detections],
+    truth: Mapping[str, Truth],
+    num_classes: int,
+    iou: float = 0.5,
+    plus_one: bool = False,
+) -> tuple[Judged, ...]:
     """Every detection of each class as ``average_precision`` judges it, over the images in ``truth``."""
     images = sorted(truth)
     annotated = _annotated(images, truth)
-    found = _detected(images, predictions, annotated, plus_one=False)
+    found = _detected(images, predictions, annotated, plus_one)
     matched = found.overlap > iou
     owner = np.repeat(np.arange(len(images)), np.diff(annotated.starts))
     parts = []

@@ -88,7 +88,7 @@ def validated(search: Search, student: str) -> float | None:
     if not truth:
         return None
     found = _found(search, {"student": student}, "val", truth)
-    return average_precision(found["student"], truth, len(search.config.classes)).map
+    return average_precision(found["student"], truth, len(search.config.classes), plus_one=search.config.evaluate.plus_one).map
 
 
 def _found(search: Search, weights: dict[str, str], split: str, wanted: Container[str]) -> dict[str, Mapping[str, Detections]]:

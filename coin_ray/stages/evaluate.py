@@ -39,7 +39,9 @@ def run(context: Context) -> dict[str, Any]:
     metrics: dict[str, Any] = _measure(results, truth, context.config) | {"knowledge": _knowledge(context)}
     if storage.exists(storage.join(context.inputs["images"], "unknown.parquet")):
         unknown = _truth(context, "unknown", images)
-        metrics["map50_unknown"] = {n: _rounded(average_precision(r, unknown, count).map) for n, r in results.items()}
+        metrics["map50_unknown"] = {
+            n: _rounded(average_precision(r, unknown, count, plus_one=context.config.evaluate.plus_one).map) for n, r in results.items()
+        }
     return metrics
 
 
@@ -71,7 +73,7 @@ def _truth(context: Context, table: str, images: list[dict[str, object]]) -> dic
 
 def _measure(results: Results, truth: dict[str, Truth], config: PipelineConfig) -> dict[str, Any]:
     count = len(config.classes)
-    voc = {name: average_precision(found, truth, count) for name, found in results.items()}
+    voc = {name: average_precision(found, truth, count, plus_one=config.evaluate.plus_one) for name, found in results.items()}
     return {
         "map50": {name: _rounded(report.map) for name, report in voc.items()},
         "per_class": {name: [_rounded(float(ap)) for ap in report.ap] for name, report in voc.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,14 +146,14 @@ def _stack(rows: Mapping[str, Tensor], truth: Mapping[str, Truth]) -> Tensor:
 
 def judge_all(context: Context, truth: dict[str, Truth]) -> tuple[Verdicts, Verdicts]:
     """Every method with every class score, as mAP is measured; and as it is used: one name for each box of a teacher."""
-    count = len(context.config.classes)
-    ours = {name: judged(found, truth, count) for name, found in students(context).items()}
-    ranked = {name: judged(found, truth, count) for name, found in teachers(context).items()}
+    judge = partial(judged, truth=truth, num_classes=len(context.config.classes), plus_one=context.config.evaluate.plus_one)
+    ours = {name: judge(found) for name, found in students(context).items()}
+    ranked = {name: judge(found) for name, found in teachers(context).items()}
     answered = named_once(context)
     if "clip_labels" in answered:
         clip = answered["clip_labels"]
         answered["clip_labels"] = {i: clip_labelled(d, clip[i].probs) for i, d in answered["cloud"].items()}
-    once = {name: judged(found, truth, count) for name, found in answered.items()}
+    once = {name: judge(found) for name, found in answered.items()}
     return ranked | ours, once | ours
 
 
