@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud bench-coin bench-codetr bench-data bench-speed docs clean
+.PHONY: demo test check slow bench bench-cloud bench-coin bench-codetr bench-data bench-speed bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -34,6 +34,9 @@ bench-codetr: $(DEVELOPED)
 
 bench-speed: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_speed.py $(ARGS)
+
+bench-training: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_training.py $(ARGS)
 
 bench-data: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_data.py $(ARGS)
