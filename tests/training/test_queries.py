@@ -272,3 +272,26 @@ def test_lone_opinions_are_all_private() -> None:
     assert {parts[name] for name in parts if name.endswith(("_l1", "_giou", "boxes"))} == {0.0}
     assert parts["decoder_class"] > 0
     assert values(view.private_losses())["private_queries"] > 0
+
+
+def test_with_two_heads_the_atss_head_learns_consistent_boxes_and_no_disputed_one() -> None:
+    student = tiny_co_detr(network=tiny_network(auxiliary=("rcnn", "atss")))
+    alone = separation(consistent=[A])
+    losses = seen(student, alone).supervised_losses(student.config)
+    parts = {"atss_class", "atss_giou", "atss_centerness"}
+    assert set(losses) == REGIONAL | QUERIES | parts
+    assert set(seen(tiny_co_detr(), alone).supervised_losses(student.config)) == REGIONAL | QUERIES
+    torch.stack([losses[name] for name in parts]).sum().backward()  # type: ignore[no-untyped-call]
+    reached = {n for n, p in student.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert any(n.startswith("base.encoder.") for n in reached)
+    assert not any(n.startswith(("base.decoder.", "head.", "proposals.")) for n in reached)
+
+    def dense(own: Separation) -> dict[str, float]:
+        return {name: float(value.detach()) for name, value in seen(student, own).dense.items()}
+
+    with_disputed, with_private = dense(separation([A], inconsistent=[B])), dense(separation([A], private=[C]))
+    for name in ("atss_giou", "atss_centerness"):
+        assert with_disputed[name] == with_private[name] == pytest.approx(dense(alone)[name])
+    assert with_disputed["atss_class"] < dense(alone)["atss_class"], "what is disputed is no background"
+    assert with_private["atss_class"] < dense(alone)["atss_class"]
+    assert dense(separation())["atss_giou"] == 0.0
