@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_folder import CLASSES, records
-from models.co_detr.fast_networks import folder as fast_folder
 from PIL import Image
 
 from coin_ray.config import Tracking
@@ -22,6 +20,8 @@ from coin_ray.models.co_detr.config import tiny
 from coin_ray.serving.co_detr import CoDetrPredictor
 from coin_ray.serving.exported import load_exported
 from coin_ray.training.supervised import Supervised
+from tests.labelled_folder import CLASSES, records
+from tests.models.co_detr.fast_networks import folder as fast_folder
 
 
 @pytest.fixture(scope="module")

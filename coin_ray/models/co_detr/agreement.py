@@ -41,7 +41,8 @@ def support(boxes: Tensor, found: Detections) -> Tensor:
     if not len(found):
         return boxes.new_zeros(len(boxes), found.num_classes)
     overlaps = box_iou(boxes, found.boxes)
-    return (overlaps[:, :, None] * found.probs[None, :, :-1]).amax(1)
+    best: Tensor = (overlaps[:, :, None] * found.probs[None, :, :-1]).amax(1)
+    return best
 
 
 @torch.no_grad()

@@ -60,7 +60,8 @@ class Rcnn(nn.Module):
 def _moved(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Boxes [P, 4] by deltas [P, n, 4] -> [P, n, 4]."""
     each = deltas.shape[1]
-    return box_ops.decode(deltas.flatten(0, 1), boxes.repeat_interleave(each, 0)).unflatten(0, (-1, each))
+    moved: Tensor = box_ops.decode(deltas.flatten(0, 1), boxes.repeat_interleave(each, 0)).unflatten(0, (-1, each))
+    return moved
 
 
 class RegionProposals(nn.Module):

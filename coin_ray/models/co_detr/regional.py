@@ -112,19 +112,23 @@ class RegionalDetr(nn.Module):
     def dense_losses(self, shared: Encoded, separations: Sequence[Separation]) -> dict[str, Tensor]:
         """Of the ATSS head, weighted; none where the network trains without it.
 
-        Consistent pairs are objects. Where one teacher alone saw something, or both dispute its name, is neither object nor background.
+        Consistent pairs are objects. Anchors on what one teacher alone saw, or both name differently, are neither objects nor background.
         """
         if self.atss is None:
             return {}
-        targets = [
-            Targets(s.consistent.boxes, s.consistent.cloud.labels, None, torch.cat([s.inconsistent.boxes, s.private.boxes]))
-            for s in separations
-        ]
-        losses: dict[str, Tensor] = self.atss(shared.maps, targets).losses
+        losses: dict[str, Tensor] = self.atss(shared.maps, [_sure(s) for s in separations]).losses
         return {f"atss_{part}": self.auxiliary_weight * Atss.weights[part] * value for part, value in losses.items()}
 
     def predict(self, images: Images) -> list[Detections]:
         return self.base.predict(images)
+
+
+def _sure(separation: Separation) -> Targets:
+    """All boxes, those that are not consistent without any weight."""
+    agreed, *others = separation.consistent, separation.inconsistent, separation.private
+    boxes = torch.cat([agreed.boxes, *(o.boxes for o in others)])
+    labels = torch.cat([agreed.cloud.labels, *(torch.zeros_like(o.boxes[:, 0], dtype=torch.int64) for o in others)])
+    return Targets(boxes, labels, (torch.arange(len(boxes), device=boxes.device) < len(agreed)).float())
 
 
 def sampling(config: Detector, network: CoDetr) -> Detector:

@@ -15,7 +15,7 @@ from models.co_detr.fast_networks import folder
 from models.co_detr.test_overfit import SIDE, ap50, small
 
 pytest.importorskip("transformers")
-STEPS = 150
+STEPS = 200
 
 
 @pytest.mark.parametrize("model", ["rt-detr-v2", "d-fine"])
