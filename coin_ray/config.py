@@ -350,7 +350,8 @@ class Distill:
     """Network of the target detector, and of the baselines. Published: the CLIP detector's, a Faster R-CNN. ``--student`` also sets a
     training that fits it."""
     co_detr: CoDetr = field(default_factory=lambda: CoDetr(auxiliary=("rcnn",), roi_boxes="agnostic"))
-    """Size and weights of a Co-DETR student; backbone, views, temperature and background are those of ``detector``."""
+    """Size and weights of a Co-DETR student; backbone, views, temperature and background are those of ``detector``. ``auxiliary``: rcnn
+    [K = 1], or rcnn and atss [K = 2], which learns consistent boxes alone."""
     co_detr_classes: Literal["text", "linear"] = "text"
     """The decoder compares queries with the class embeddings, or has a linear classifier. The auxiliary head always compares."""
     fit: Optimize = field(default_factory=lambda: Optimize(steps=65_000, milestones=(40_000, 45_000, 60_000), factors=(0.1, 0.5, 0.1)))
@@ -392,9 +393,9 @@ class Distill:
         _check(self.fusion in get_args(Fusion), f"distill.fusion must be one of {', '.join(get_args(Fusion))}; got {self.fusion!r}")
         share = self.fusion_share
         network = self.co_detr
-        one_head = network.auxiliary == ("rcnn",) and network.auxiliary_losses and network.roi_boxes == "agnostic"
+        describes = "rcnn" in network.auxiliary and network.auxiliary_losses and network.roi_boxes == "agnostic"
         _check(
-            self.student != "co-detr" or (one_head and not network.denoising),
+            self.student != "co-detr" or (describes and not network.denoising),
             "a Co-DETR student describes boxes by its Faster R-CNN head, and learns no noisy objects: distill.co_detr needs auxiliary rcnn, "
             "its losses, agnostic roi_boxes and denoising 0",
         )

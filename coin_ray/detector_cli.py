@@ -1,4 +1,4 @@
-"""The command line of supervised training: ``train_detector.py --model co-detr --data ... --classes ... --root DIR [settings]``."""
+"""The command line of supervised training: ``train_detector.py --model MODEL --data ... --classes ... --root DIR [settings]``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coin_ray.cli import reported, split_classes
 from coin_ray.configfile import to_yaml
 from coin_ray.detectors.config import DEMO, DEMO_CLASSES, DEMO_SOURCE, FORMATS, DetectorConfig, Model, check_runnable, folder
 from coin_ray.detectors.graph import graph
-from coin_ray.detectors.presets import PRESETS
+from coin_ray.detectors.presets import FAST, PRESETS
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.steps import Step, execute, finished
 
@@ -56,13 +56,21 @@ def parse(arguments: Sequence[str], script: str = "train_detector.py", descripti
     known, rest = parser.parse_known_args(list(arguments))
     rest = split_classes(rest)
     data = _data(rest)
-    preset = PRESETS[known.preset or ("tiny" if data in (DEMO, DEMO_SOURCE) else "r50")]()
+    preset = _preset(known.model, known.preset, data)
     if data in (DEMO, DEMO_SOURCE) and "--classes" not in rest:
         rest += ["--classes", *DEMO_CLASSES]
     arguments = ["--help"] if known.settings else rest
     config = tyro.cli(DetectorConfig, prog=script, default=preset, args=arguments, config=(tyro.conf.AvoidSubcommands,))
     check_runnable(config)
     return config, Options(storage.absolute(known.root or storage.join("runs", known.model)), known.dry_run)
+
+
+def _preset(model: str, name: str | None, data: str) -> DetectorConfig:
+    if model == "co-detr":
+        return PRESETS[name or ("tiny" if data in (DEMO, DEMO_SOURCE) else "r50")]()
+    if name is not None:
+        raise ConfigError(f"--preset {name} is a Co-DETR; --model {model} takes --network NAME or --network FOLDER")
+    return FAST[model]()
 
 
 def _data(arguments: Sequence[str]) -> str:
@@ -80,7 +88,7 @@ def train(config: DetectorConfig, options: Options) -> dict[str, Any]:
     done = finished(list(steps.values()), root)
     if "train" not in done:
         counts = check_images(config)
-        _check_network(config)
+        check_network(config)
         _print_plan(config, steps, done, root, counts)
     if options.dry_run:
         return {}
@@ -116,13 +124,18 @@ def check_images(config: DetectorConfig) -> dict[str, Counter[str]]:
     return counts
 
 
-def _check_network(config: DetectorConfig) -> None:
-    """The backbone and its weights can be had, and so can the GPU."""
+def check_network(config: DetectorConfig) -> None:
+    """The backbone (or the whole network) and its weights can be had, and so can the GPU."""
     import torch
 
-    from coin_ray.models.co_detr.towers import build_backbone
+    if config.model == "co-detr":
+        from coin_ray.models.co_detr.towers import build_backbone
 
-    build_backbone(config.backbone)
+        build_backbone(config.backbone)
+    else:
+        from coin_ray.models.co_detr.fast import load_fast
+
+        load_fast(config.network, config.model, config.classes)
     if config.fit.gpu and config.fit.workers == 1 and not torch.cuda.is_available():
         from coin_ray.stages.cluster import on_cluster
 
@@ -169,11 +182,9 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _summary(config: DetectorConfig, steps: Mapping[str, Step], done: Mapping[str, Any], root: str) -> dict[str, Any]:
-    from coin_ray.serving.co_detr import FILE
     from coin_ray.summary import versions
 
-    place = storage.join(root, FILE)
-    storage.write_bytes(place, storage.read_bytes(storage.join(steps["train"].folder(root), FILE)))
+    place, serve = _ship(config, steps["train"].folder(root), root)
     seconds = {name: manifest["seconds"] for name, manifest in done.items()}
     evaluated, training = done["evaluate"]["metrics"], done["train"]["metrics"]
     found = {"classes": list(config.classes), "seed": config.seed, "evaluate": evaluated, "train": training, "seconds": seconds}
@@ -181,5 +192,22 @@ def _summary(config: DetectorConfig, steps: Mapping[str, Step], done: Mapping[st
     for split, figures in evaluated.items():
         shown = ", ".join(f"{name} {figures[name]}" for name in ("voc_ap50", "coco_ap50", "coco_ap"))
         print(f"{split}: {shown} on {figures['images']} images")
-    print(f"serve it: --cloud.serve checkpoint --cloud.model {place}")
+        for head, own in figures.get("heads", {}).items():
+            print(f"  {head:<9} " + ", ".join(f"{name} {own[name]}" for name in ("voc_ap50", "coco_ap50", "coco_ap")))
+    print(f"serve it: --cloud.serve {serve} --cloud.model {place}")
     return found
+
+
+def _ship(config: DetectorConfig, trained: str, root: str) -> tuple[str, str]:
+    """Copy what was trained to the root; returns its place and how it is served."""
+    from coin_ray.serving.co_detr import FILE
+    from coin_ray.serving.fast import FOLDER, files
+
+    if config.model == "co-detr":
+        place = storage.join(root, FILE)
+        storage.write_bytes(place, storage.read_bytes(storage.join(trained, FILE)))
+        return place, "checkpoint"
+    place = storage.join(root, config.model)
+    for name, data in files(storage.join(trained, FOLDER)).items():
+        storage.write_bytes(storage.join(place, name), data)
+    return place, "transformers"

@@ -24,7 +24,8 @@ stages
 estimate
 runner
 cli
-library experiments export detector_cli
+library export detector_cli
+experiments
 search
 capacity
 tune

@@ -77,6 +77,11 @@ def test_a_co_detr_student_needs_its_faster_rcnn_head(network: CoDetr) -> None:
         Distill(student="co-detr", co_detr=network)
 
 
+def test_a_co_detr_student_may_have_the_atss_head_beside_it() -> None:
+    network = CoDetr(auxiliary=("rcnn", "atss"), roi_boxes="agnostic")
+    assert Distill(student="co-detr", co_detr=network).co_detr.auxiliary == ("rcnn", "atss")
+
+
 def test_new_thresholds_cost_no_call() -> None:
     config = PRESETS["demo"]()
     other = replace(config, labels=replace(config.labels, score_min=0.99), data=DemoScenes())

@@ -11,6 +11,7 @@ from coin_ray.models.co_detr.config import Backbone, CoDetr
 
 DEMO, DEMO_SOURCE = "demo", "demo-source"
 DEMO_CLASSES = ("bird", "bug", "car", "cat", "flower", "fruit", "house", "person")
+Model = Literal["co-detr", "rt-detr-v2", "d-fine"]
 FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k", "cityscapes")
 
 
@@ -41,6 +42,9 @@ class DetectorConfig:
     """Labelled images to evaluate on, as ``data``. Empty: a tenth of the training images, chosen by their content, is held out."""
     test: str = ""
     """Labelled images to evaluate on as well."""
+    model: Model = field(default="co-detr", metadata={"identity": False})
+    network: str = field(default="", metadata={"identity": False})
+    """RT-DETRv2 or D-FINE of transformers to train: its name on the Hugging Face hub, or its folder."""
     co_detr: CoDetr = field(default_factory=CoDetr)
     backbone: Backbone = field(default_factory=Backbone)
     fit: Optimize = field(default_factory=Optimize)
@@ -53,6 +57,9 @@ class DetectorConfig:
     """Parts in which a batch passes through the network one after the other, to save memory."""
     average: float = 0.0
     """Share of the trained weights in averaged ones per step (EMA), which are then evaluated and shipped. 0: no averaging."""
+    ship: Literal["base", "heads", "agreement"] = field(default="base", metadata={"identity": False})
+    """What ``co_detr.pt`` holds. base: the detector alone. heads: its auxiliary heads too, and each of them is evaluated. agreement: the same,
+    and the confidence that is reported is the one that all heads share."""
     short_side: int = 800
     long_side: int = 1333
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
@@ -66,8 +73,24 @@ class DetectorConfig:
         _check(0 <= self.average < 1, f"average must lie in 0..1; got {self.average}")
         _check(self.epochs >= 0, f"epochs must be positive, or 0 for fit.steps; got {self.epochs}")
         _check(all(0 < d < self.epochs for d in self.drops) or not self.epochs, f"drops {self.drops} must lie within {self.epochs} epochs")
+        kept = self.ship == "base" or (self.co_detr.auxiliary and self.co_detr.auxiliary_losses)
+        _check(bool(kept), f"ship {self.ship} needs heads that are trained: co_detr.auxiliary and co_detr.auxiliary_losses")
         _check(0 < self.short_side <= self.long_side, "short_side must be positive and not exceed long_side")
         _check(self.evaluate_batch > 0, f"evaluate_batch must be positive; got {self.evaluate_batch}")
+
+        self._check_fast()
+
+    def _check_fast(self) -> None:
+        """Settings that RT-DETRv2 and D-FINE don't have."""
+        if self.model == "co-detr":
+            _check(not self.network, "--network goes with --model rt-detr-v2 or d-fine; a Co-DETR has --backbone.name")
+            return
+        _check(bool(self.network), f"--model {self.model} needs --network: a name on the Hugging Face hub, or a folder")
+        _check(
+            set(self.co_detr.auxiliary) <= {"atss"},
+            f"--model {self.model} trains with the ATSS head alone: --co-detr.auxiliary atss, or none",
+        )
+        _check(self.ship == "base", f"--model {self.model} ships transformers' own folder, without the auxiliary head: leave --ship out")
 
     def fit_over(self, images: int) -> Optimize:
         """The optimisation over so many images: epochs as steps."""
@@ -108,6 +131,3 @@ def check_runnable(config: DetectorConfig) -> None:
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
-
-
-Model = Literal["co-detr"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from coin_ray.detectors.config import DEMO_SOURCE, DetectorConfig, SourceScenes
 from coin_ray.steps import Step
 
@@ -11,7 +13,9 @@ def graph(config: DetectorConfig, scenes: SourceScenes | None = None) -> dict[st
 
     ``scenes``: how many with ``demo-source``.
     """
-    options = {"detector": config}
+    options: dict[str, Any] = {"detector": config} | ({} if config.ship == "base" else {"ship": config.ship})
+    if config.model != "co-detr":
+        options |= {"model": config.model, "network": config.network}
     if config.data == DEMO_SOURCE:
         scenes = scenes or SourceScenes()
         images = Step("images", "source_scenes", identity=scenes, options={"scenes": scenes})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from coin_ray.config import Optimize
-from coin_ray.detectors.config import DetectorConfig
+from coin_ray.detectors.config import DetectorConfig, Model
 from coin_ray.models.co_detr.config import Backbone, CoDetr, tiny
 
 DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
@@ -74,4 +76,22 @@ def _published(weight_decay: float) -> Optimize:
     )
 
 
+def fast(model: Model, network: str) -> DetectorConfig:
+    """Fine-tuning of a detector of transformers from its published weights, with the ATSS head beside it."""
+    return DetectorConfig(
+        preset=model,
+        model=model,
+        network=network,
+        co_detr=CoDetr(auxiliary=("atss",)),
+        fit=replace(_published(weight_decay=1e-4), lr=1e-4, warmup=200),
+        epochs=12,
+        drops=(11,),
+        short_side=640,
+    )
+
+
 PRESETS: dict[str, Callable[[], DetectorConfig]] = {"tiny": small, "r50": r50, "swin_l": swin_l}
+FAST: dict[str, Callable[[], DetectorConfig]] = {
+    "rt-detr-v2": partial(fast, "rt-detr-v2", "PekingU/rtdetr_v2_r18vd"),
+    "d-fine": partial(fast, "d-fine", "ustc-community/dfine-small-coco"),
+}

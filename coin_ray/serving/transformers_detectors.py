@@ -1,6 +1,7 @@
-"""transformers' Grounding DINO and OWLv2 behind the local cloud. Class vectors come from the logits. Needs the ``teachers`` extra.
+"""transformers' detectors behind the local cloud: Grounding DINO and OWLv2 for any classes, RT-DETR and D-FINE for their own.
 
-A label and a score, as the libraries' own post-processing gives, says nothing of the other classes; the logits do.
+Class vectors come from the logits: a label and a score, as the libraries' own post-processing gives, says nothing of the other classes.
+Needs the ``teachers`` extra.
 """
 
 from __future__ import annotations
@@ -109,16 +110,43 @@ class Owlv2:
         return boxes, output.logits.float().sigmoid().cpu()
 
 
+@dataclass(frozen=True)
+class ClosedSet:
+    """RT-DETR, RT-DETRv2 and D-FINE. A class's score is the sigmoid of its logit."""
+
+    model: Any
+    image_processor: Any
+    pads: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        names = self.model.config.id2label
+        return tuple(names[number] for number in sorted(names))
+
+    def prompt(self, classes: Sequence[str]) -> Prompt:
+        """Raises InputError for a class that the model has not learned, with those it has."""
+        unknown = [name for name in classes if name not in self.classes]
+        if unknown:
+            raise InputError(f"the model has not learned {', '.join(unknown)}; ask it about {', '.join(self.classes)}")
+        return Prompt({}, torch.eye(len(self.classes))[[self.classes.index(name) for name in classes]])
+
+    def predict(self, images: Sequence[Image.Image], prompt: Prompt) -> tuple[Tensor, Tensor]:
+        output = _forward(self.model, {"pixel_values": self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]})
+        sizes = torch.tensor([[*image.size, *image.size] for image in images])
+        boxes = box_convert(output.pred_boxes.float().cpu(), "cxcywh", "xyxy") * sizes[:, None]
+        return boxes, output.logits.float().sigmoid().cpu() @ prompt.shares.T
+
+
+CLOSED = ("rt_detr", "rt_detr_v2", "d_fine")
 KINDS: dict[str, type[GroundingDino] | type[Owlv2]] = {"grounding-dino": GroundingDino, "mm-grounding-dino": GroundingDino, "owlv2": Owlv2}
 
 
 class TransformersDetector:
-    """One of the models above, for any class names."""
-
-    classes: Sequence[str] = ()
+    """One of the models above. ``classes``: those it has learned; none: it can be asked about any."""
 
     def __init__(self, model: _Model, name: str, batch_max: int = BATCH_MAX) -> None:
         self.name, self.batch_max = name, batch_max
+        self.classes: Sequence[str] = model.classes if isinstance(model, ClosedSet) else ()
         self._model = model
         self._prompts: dict[tuple[str, ...], Prompt] = {}
         self._lock = threading.Lock()  # tokenizers can't be used by two threads
@@ -170,16 +198,19 @@ def load_transformers(name: str, batch_max: int = BATCH_MAX) -> TransformersDete
         raise ConfigError("cloud.serve transformers needs transformers: pip install 'coin-ray[teachers]'") from None
     try:
         kind = transformers.AutoConfig.from_pretrained(name).model_type
-        if kind not in KINDS:
-            raise ConfigError(f"{name} is a {kind} model; the local cloud serves {', '.join(KINDS)}")
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(name)
+        if kind not in (*KINDS, *CLOSED):
+            raise ConfigError(f"{name} is a {kind} model; the local cloud serves {', '.join((*KINDS, *CLOSED))}")
+        automatic = transformers.AutoImageProcessor if kind in CLOSED else transformers.AutoProcessor
+        of_kind = transformers.AutoModelForObjectDetection if kind in CLOSED else transformers.AutoModelForZeroShotObjectDetection
+        processor, network = automatic.from_pretrained(name), of_kind.from_pretrained(name)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise InputError(_unavailable(name, error)) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = network.to(device=device, dtype=torch.float32).eval()
+    if kind in CLOSED:
+        return TransformersDetector(ClosedSet(network, processor), name, batch_max)
     return TransformersDetector(KINDS[kind](network, processor.tokenizer, processor.image_processor), name, batch_max)
 
 

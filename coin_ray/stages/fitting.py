@@ -38,11 +38,11 @@ Tell = Callable[[int, Mapping[str, float], dict[str, Any] | None], None]
 
 @dataclass(frozen=True)
 class Fit:
-    """What a worker needs. ``make``: builds the task there; ``finish``: the weights to keep of it, by file name."""
+    """What a worker needs. ``make``: builds the task there; ``finish``: the weights to keep of it, or whole files, by file name."""
 
     title: str
     make: Callable[[], Task]
-    finish: Callable[[Task], dict[str, dict[str, Any]]]
+    finish: Callable[[Task], Mapping[str, Mapping[str, Any] | bytes]]
     examples: Sequence[Example]
     optimize: Optimize
     detector: Detector
@@ -96,7 +96,8 @@ def train(work: Fit, tell: Tell) -> Curve:
         curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=host)
     if worker_rank() == 0:
         for name, weights in work.finish(task).items():
-            save_weights(storage.join(work.folder, name), weights)
+            place = storage.join(work.folder, name)
+            storage.write_bytes(place, weights) if isinstance(weights, bytes) else save_weights(place, weights)
         storage.write_json(storage.join(work.folder, "curve.json"), curve)
         host.forget()
     return curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from coin_ray.config import Detector, Optimize
 from coin_ray.detectors.config import DetectorConfig
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
-from coin_ray.models.co_detr.model import DeformableDetr
+from coin_ray.models.co_detr.fast import CoTrained, load_fast, saved
 from coin_ray.models.co_detr.towers import build_backbone, pixel_statistics
 from coin_ray.serving.co_detr import FILE, packed
+from coin_ray.serving.fast import FOLDER
 from coin_ray.stages.fitting import Fit, fit
 from coin_ray.stages.labelled import labelled, training_examples
 from coin_ray.steps import Context
@@ -21,7 +23,7 @@ from coin_ray.training.supervised import Supervised
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write ``co_detr.pt`` and ``curve.json``."""
+    """Write ``co_detr.pt``, or transformers' own files below ``network``; and ``curve.json``."""
     config: DetectorConfig = context.options["detector"]
     examples = training_examples(labelled(context.inputs["images"], "train"), config.classes)
     optimize = config.fit_over(len(examples))
@@ -43,7 +45,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def make(config: DetectorConfig, optimize: Optimize, epoch: int) -> Supervised:
-    return Supervised(new_model(config), config, optimize, epoch)
+    return Supervised(new_model(config) if config.model == "co-detr" else new_fast(config), config, optimize, epoch)
 
 
 def new_model(config: DetectorConfig) -> CollaborativeDetr:
@@ -53,7 +55,14 @@ def new_model(config: DetectorConfig) -> CollaborativeDetr:
     return CollaborativeDetr(build_backbone(config.backbone), len(config.classes), config.co_detr, mean=mean, std=std)
 
 
-def finish(config: DetectorConfig, task: Task) -> dict[str, Any]:
+def new_fast(config: DetectorConfig) -> CoTrained:
+    """RT-DETRv2 or D-FINE with their weights; what fits no longer, and the head beside them, is drawn by the seed."""
+    torch.manual_seed(config.seed)
+    return CoTrained(load_fast(config.network, config.model, config.classes, config.co_detr.detections), config.co_detr)
+
+
+def finish(config: DetectorConfig, task: Task) -> Mapping[str, Mapping[str, Any] | bytes]:
     assert isinstance(task, Supervised)
-    assert isinstance(task.shipped, DeformableDetr)
+    if isinstance(task.shipped, CoTrained):
+        return {f"{FOLDER}/{name}": data for name, data in saved(task.shipped.base).items()}
     return {FILE: packed(task.shipped, config)}

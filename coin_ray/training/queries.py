@@ -106,7 +106,8 @@ class Answers:
 class QueryView(View):
     """``pairs``: all inconsistent pairs of the batch with the auxiliary head's ``embeddings`` [M, D] of their boxes.
 
-    ``encoder``: proposals against ``objects`` without names; ``decoder``: its queries; ``replayed``: sampled RoIs as queries, if there are.
+    ``encoder``: proposals against ``objects`` without names; ``decoder``: its queries; ``replayed``: sampled RoIs as queries, if there are;
+    ``dense``: weighted losses of the ATSS head, if there is one.
     """
 
     objects: Objects
@@ -115,6 +116,7 @@ class QueryView(View):
     encoder: Answers
     decoder: Answers
     replayed: Answers | None
+    dense: Losses
     auxiliary_weight: float
     query_weight: float
 
@@ -123,6 +125,7 @@ class QueryView(View):
         regional = super().supervised_losses(config)
         losses = {name: self.auxiliary_weight * Rcnn.weights[parts[name]] * value for name, value in regional.items()}
         losses |= self.encoder.settled("proposals", self.objects.without_names()) | self.decoder.settled("decoder", self.objects)
+        losses |= self.dense
         if self.replayed is not None:
             losses |= {name: self.query_weight * value for name, value in self.replayed.settled("replayed", self.objects).items()}
         return losses
@@ -165,6 +168,7 @@ def look_with_queries(
         encoder=assigned(first.objectness[None], first.boxes[None], objects.without_names(), first.usable),
         decoder=assigned(own.logits, own.boxes, objects),
         replayed=None if replayed is None else replayed.answers(decoded.columns(queries, decoded.logits.shape[2])),
+        dense=student.dense_losses(shared, separations),
         auxiliary_weight=student.auxiliary_weight,
         query_weight=student.base.config.query_weight,
     )

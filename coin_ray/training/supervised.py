@@ -1,4 +1,4 @@
-"""Supervised training of Co-DETR on labelled images."""
+"""Supervised training of Co-DETR, and of detectors with its ATSS head beside them, on labelled images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from coin_ray.config import Optimize
 from coin_ray.data.examples import Batch
 from coin_ray.detectors.config import DetectorConfig
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective
+from coin_ray.models.co_detr.fast import CoTrained
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.parallel import all_sum, sum_gradients, worker_rank
 from coin_ray.structures import Detections
@@ -24,21 +25,22 @@ from coin_ray.training.schedule import new_optimizer, set_learning_rate
 
 logger = logging.getLogger(__name__)
 OBJECTS = "objects"
+Model = CollaborativeDetr | CoTrained
 
 
 class Supervised:
     """``epoch``: steps after which heads that saw no positive are told."""
 
-    def __init__(self, model: CollaborativeDetr, config: DetectorConfig, fit: Optimize, epoch: int) -> None:
+    def __init__(self, model: Model, config: DetectorConfig, fit: Optimize, epoch: int) -> None:
         self.model, self.config, self.fit, self.epoch = model.train(), config, fit, epoch
-        self.average = copy.deepcopy(model.base).requires_grad_(False) if config.average else None
+        self.average = copy.deepcopy(model).requires_grad_(False) if config.average else None
         self.optimizer = new_optimizer(groups(model, fit), fit)
         self.seen: Counter[str] = Counter()
 
     @property
-    def shipped(self) -> nn.Module:
-        """The detector to keep: averaged, if there is an average."""
-        return self.model.base if self.average is None else self.average
+    def shipped(self) -> Model:
+        """The model to keep: averaged, if there is an average."""
+        return self.model if self.average is None else self.average
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Losses by component; batches need ``labels`` (scores are weights) and ``ignored``."""
@@ -71,7 +73,7 @@ class Supervised:
         set_learning_rate(self.optimizer, step, self.fit)
         self.optimizer.step()
         if self.average is not None:
-            follow(self.average, self.model.base, max(1 - self.config.average, 1 / (step + 1)))
+            follow(self.average, self.model, max(1 - self.config.average, 1 / (step + 1)))
 
     def _watch(self, counts: Counter[str], step: int) -> None:
         """Count positives; at the end of an epoch tell which heads had none."""
@@ -126,7 +128,7 @@ def components(found: Objective) -> dict[str, Tensor]:
     return sums
 
 
-def groups(model: CollaborativeDetr, fit: Optimize) -> list[dict[str, object]]:
+def groups(model: Model, fit: Optimize) -> list[dict[str, object]]:
     """The backbone learns at ``visual_lr_factor``, sampling offsets at a tenth, as published; norms and biases decay as all else."""
     rates = {"backbone": fit.lr * fit.visual_lr_factor, "offsets": fit.lr / 10, "": fit.lr}
     chosen: dict[str, list[nn.Parameter]] = {part: [] for part in rates}

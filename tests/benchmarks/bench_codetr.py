@@ -18,10 +18,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,70 +34,27 @@ from coin_ray.data.views import fit
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import SIZE, Artwork, compose
 from coin_ray.detectors.config import DEMO_SOURCE, DetectorConfig, SourceScenes
-from coin_ray.detectors.graph import graph
 from coin_ray.detectors.presets import small
+from coin_ray.experiments import components
+from coin_ray.experiments.components import QUICK_SCENES, QUICK_STEPS, SETTINGS, Arm, arms
 from coin_ray.models.co_detr.attention import DeformableAttention
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.encoder import EncoderLayer, cell_centres
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.stages.train_detector import new_model
-from coin_ray.steps import execute, finished
 from coin_ray.summary import versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "results" / "co-detr.md"
-STEPS, QUICK_STEPS = 300, 10
-SCENES, QUICK_SCENES = SourceScenes(train=1000, val=200), SourceScenes(train=32, val=16)
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "none": ("K=0", {"auxiliary": ()}),
-    "heads": ("K=1, ATSS", {"auxiliary": ("atss",), "positive_queries": False}),
-    "queries": ("K=1, ATSS", {"auxiliary": ("atss",), "auxiliary_losses": False}),
-    "both": ("K=1, ATSS", {"auxiliary": ("atss",)}),
-    "both, two heads": ("K=2, Faster R-CNN and ATSS", {"auxiliary": ("rcnn", "atss")}),
-}
+STEPS, SCENES = 300, SourceScenes(train=1000, val=200)
 LIMITS = {"attention": 1.0, "encoder": 1.0, "step K=1": 1.35, "step K=2": 1.8, "inference": 1.0}
 """What the ratios of times should not exceed."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    name: str
-    seed: int
-    config: DetectorConfig
-    scenes: SourceScenes
-
-    def run(self, root: str) -> dict[str, Any]:
-        """Its figures on the held-out scenes, from ``root`` if it is finished."""
-        steps = graph(self.config, self.scenes)
-        done = finished(list(steps.values()), root)
-        for name, step in steps.items():
-            if name not in done:
-                done[name] = execute(step, self.config.pipeline, root)
-        seconds = done["train"]["seconds"] / self.config.fit.steps
-        return {"arm": self.name, "seed": self.seed, **done["evaluate"]["metrics"]["val"], "seconds_per_step": round(seconds, 3)}
-
-
-def arms(seeds: Sequence[int], steps: int, scenes: SourceScenes) -> list[Arm]:
-    """Seed by seed, so that a cut run has whole rows."""
-    base = replace(small(), data=DEMO_SOURCE, classes=CLASSES, tracking=Tracking(enabled=False))
-    return [
-        Arm(name, seed, replace(base, co_detr=replace(base.co_detr, **changes), seed=seed, fit=replace(base.fit, steps=steps)), scenes)
-        for seed in seeds
-        for name, (_, changes) in ARMS.items()
-    ]
-
-
-def table(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Values, mean and standard deviation (n - 1) of AP by arm."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in ARMS:
-        own = [f for f in found if f["arm"] == name]
-        values = {key: [f[key] or 0.0 for f in own] for key in ("voc_ap50", "coco_ap")}
-        rows[name] = {"heads": ARMS[name][0], "seconds_per_step": round(fmean(f["seconds_per_step"] for f in own), 3)}
-        for key, numbers in values.items():
-            spread = stdev(numbers) if len(numbers) > 1 else 0.0
-            rows[name][key] = {"mean": round(fmean(numbers), 4), "std": round(spread, 4), "values": numbers}
-    return rows
+def chosen(seeds: Sequence[int], *, quick: bool) -> list[Arm]:
+    config = replace(small(), data=DEMO_SOURCE, classes=CLASSES, tracking=Tracking(enabled=False))
+    config = replace(config, fit=replace(config.fit, steps=QUICK_STEPS if quick else STEPS))
+    return arms(config, seeds, QUICK_SCENES if quick else SCENES)
 
 
 def ratio(one: Callable[[], object], other: Callable[[], object], seconds: float) -> float:
@@ -191,7 +148,7 @@ def costs(seconds: float) -> dict[str, Any]:
     """A training step with one and two heads, and inference, beside those of the base: the tiny preset, a batch of 8 scenes."""
     base = replace(small(), classes=CLASSES)
     models = {
-        name: new_model(replace(base, co_detr=replace(base.co_detr, **ARMS[arm][1])))
+        name: new_model(replace(base, co_detr=replace(base.co_detr, **SETTINGS[arm][1])))
         for name, arm in (("base", "none"), ("step K=1", "both"), ("step K=2", "both, two heads"))
     }
     images, targets = batch(base)
@@ -237,11 +194,7 @@ def batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
 def markdown(rows: dict[str, dict[str, Any]], speed: dict[str, Any]) -> str:
     parts = []
     if rows:
-        parts += ["| trained with | auxiliary heads | AP50 | COCO AP | s / step |", "|---|---|---|---|---|"]
-        for name, row in rows.items():
-            texts = [f"{100 * row[key]['mean']:.1f} ± {100 * row[key]['std']:.1f}" for key in ("voc_ap50", "coco_ap")]
-            parts.append(f"| {name} | {row['heads']} | {' | '.join(texts)} | {row['seconds_per_step']:.2f} |")
-        parts.append("")
+        parts.append(components.markdown(rows))
     if speed:
         parts += ["| time of | ratio | at most | |", "|---|---|---|---|"]
         for name, figures in speed.items():
@@ -282,12 +235,7 @@ def main(arguments: Sequence[str]) -> int:
     seeds = asked.seeds[:1] if asked.quick else asked.seeds
     rows: dict[str, dict[str, Any]] = {}
     if asked.only != "speed":
-        chosen = arms(seeds, *((QUICK_STEPS, QUICK_SCENES) if asked.quick else (STEPS, SCENES)))
-        found = []
-        for number, arm in enumerate(chosen, start=1):
-            found.append(arm.run(storage.absolute(asked.root)))
-            print(f"[{number}/{len(chosen)}] {arm.name}, seed {arm.seed}: AP50 {found[-1]['voc_ap50']}", flush=True)
-        rows = table(found)
+        rows = components.run(chosen(seeds, quick=asked.quick), storage.absolute(asked.root))
     seconds = 2.0 if asked.quick else 20.0
     speed = {} if asked.only == "table" else against_transformers(seconds) | costs(seconds)
     print(markdown(rows, speed))

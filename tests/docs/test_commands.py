@@ -16,6 +16,7 @@ from pages import PAGES, REPOSITORY, commands, fenced
 from coin_ray import cli, detector_cli
 from coin_ray.cloud import tools
 from coin_ray.experiments import command as grids
+from coin_ray.experiments import components
 from coin_ray.export import command as exporting
 from coin_ray.search import run as searches
 
@@ -47,6 +48,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(searches, "search", lambda *_, **__: None)
     monkeypatch.setattr(searches, "plan", lambda *_: None)
     monkeypatch.setattr(grids, "main", grid)
+    monkeypatch.setattr(components, "study", lambda *_: None)
     monkeypatch.setattr(tools, "main", tool)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "map.yaml").write_text(MAP)

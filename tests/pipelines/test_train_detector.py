@@ -5,40 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from coin_ray.config import Tracking
 from coin_ray.data import formats
-from coin_ray.data.formats import Annotation, Record
 from coin_ray.detector_cli import Options, check_images, parse, train
 from coin_ray.detectors.config import DetectorConfig
-from coin_ray.detectors.presets import PRESETS, small
+from coin_ray.detectors.graph import graph
+from coin_ray.detectors.presets import FAST, PRESETS, small
 from coin_ray.errors import CoinError, ConfigError, InputError
+from coin_ray.models.co_detr.config import tiny
+from coin_ray.serving.co_detr import CoDetrPredictor
 from coin_ray.serving.exported import load_exported
 from coin_ray.training.supervised import Supervised
-
-CLASSES = ("cat", "dog")
-
-
-def records(folder: Path, count: int, seed: int) -> list[Record]:
-    """Images of noise with one block per object: cats are red, dogs blue."""
-    draw = np.random.default_rng(seed)
-    made = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        pixels = draw.integers(90, 160, (48, 64, 3), np.uint8)
-        found = []
-        for label, colour in (("cat", (220, 20, 20)), ("dog", (20, 20, 220)))[: 1 + number % 2]:
-            left, top = int(draw.integers(0, 40)), int(draw.integers(0, 24))
-            pixels[top : top + 20, left : left + 20] = colour
-            found.append(Annotation((float(left), float(top), left + 20.0, top + 20.0), label))
-        uri = folder / f"{seed}_{number}.png"
-        Image.fromarray(pixels).save(uri)
-        made.append(Record.of(uri.name, str(uri), (64, 48), found))
-    return made
+from tests.labelled_folder import CLASSES, records
+from tests.models.co_detr.fast_networks import folder as fast_folder
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +107,40 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("ship", ["heads", "agreement"])
+def test_heads_that_are_shipped_are_evaluated_each_and_all_together(ship: Any, folders: dict[str, str], tmp_path: Path) -> None:
+    settings = config(folders["coco"], folders["coco val"], steps=2, ship=ship, co_detr=tiny(auxiliary=("rcnn", "atss")))
+    figures = train(settings, Options(str(tmp_path), dry_run=False))["evaluate"]["val"]
+    assert set(figures["heads"]) == {"decoder", "rcnn", "atss", "agreement"}
+    reported = "decoder" if ship == "heads" else "agreement"
+    assert figures["heads"][reported] == {name: value for name, value in figures.items() if name != "heads"}
+    predictor = load_exported(str(tmp_path / "co_detr.pt"))
+    assert isinstance(predictor, CoDetrPredictor)
+    assert predictor.reported == reported
+
+
+@pytest.mark.parametrize("model", ["rt-detr-v2", "d-fine"])
+def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_folder(
+    model: Any, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from coin_ray.serving.transformers_detectors import load_transformers
+
+    network = fast_folder(tmp_path / "before", model, classes=5)
+    settings = config(folders["coco"], folders["coco val"], model=model, network=network, average=0.9)
+    found = train(settings, Options(str(tmp_path / "run"), dry_run=False))
+    assert 0 <= found["evaluate"]["val"]["coco_ap"] <= 1
+    (curve,) = (tmp_path / "run").glob("steps/train-*/curve.json")
+    assert {"decoder", "atss"} <= set(json.loads(curve.read_text())[-1])
+    place = tmp_path / "run" / model
+    assert f"--cloud.serve transformers --cloud.model {place}" in capsys.readouterr().out
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} == {file.name for file in place.iterdir()}
+    served = load_transformers(str(place))
+    assert served.classes == CLASSES
+    boxes, scores = served.detect(Image.new("RGB", (64, 48)), ("dog",), 0.0)
+    assert len(boxes) == len(scores) > 0
+
+
 def test_what_cannot_be_trained_on_is_told_before_anything_is_written(folders: dict[str, str], tmp_path: Path) -> None:
     cases: dict[str, DetectorConfig] = {
         r"no box of zebra in 8 annotated images; its classes are cat, dog": config(folders["coco"], classes=("cat", "zebra")),
@@ -176,6 +193,7 @@ def test_the_command_line_reads_names_and_settings() -> None:
         (["--data", "/data"], "which classes"),
         (["--data", "demo", "--classes", "cat"], "the demo's classes are bird, bug"),
         (["--data", "demo-source", "--val", "/x"], "leave --val and --test out"),
+        (["--model", "d-fine", "--preset", "r50", "--data", "/data"], "--preset r50 is a Co-DETR; --model d-fine takes --network"),
     ],
 )
 def test_impossible_settings_are_told(arguments: list[str], message: str) -> None:
@@ -190,6 +208,12 @@ def test_impossible_settings_are_told(arguments: list[str], message: str) -> Non
         ({"epochs": 5.0, "drops": (11.0,)}, "must lie within 5"),
         ({"average": 1.0}, "average must lie in"),
         ({"short_side": 300}, "short_side must be positive and not exceed long_side"),
+        ({"network": "a/b"}, "--network goes with --model rt-detr-v2 or d-fine"),
+        ({"model": "d-fine"}, "--model d-fine needs --network"),
+        ({"model": "d-fine", "network": "a/b", "ship": "heads"}, "ships transformers' own folder"),
+        ({"model": "d-fine", "network": "a/b", "co_detr": tiny()}, "with the ATSS head alone"),
+        ({"ship": "heads", "co_detr": tiny(auxiliary=())}, "ship heads needs heads that are trained"),
+        ({"ship": "agreement", "co_detr": tiny(auxiliary_losses=False)}, "ship agreement needs heads that are trained"),
     ],
 )
 def test_impossible_values_are_told(changes: dict[str, Any], message: str) -> None:
@@ -203,6 +227,20 @@ def test_epochs_are_steps_over_the_images_there_are() -> None:
     assert small().fit_over(5) == small().fit
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *FAST])
 def test_presets_are_named_by_their_key(name: str) -> None:
-    assert PRESETS[name]().preset == name
+    assert (PRESETS | FAST)[name]().preset == name
+
+
+def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
+    found, options = parse(["--model", "d-fine", "--network", "/nets/a", "--data", "/data", "--classes", "cat"])
+    assert (found.model, found.network, found.co_detr.auxiliary, options.root[-11:]) == ("d-fine", "/nets/a", ("atss",), "runs/d-fine")
+    alone, _ = parse(["--model", "rt-detr-v2", "--data", "/data", "--classes", "cat", "--co-detr.auxiliary"])
+    assert (alone.network, alone.co_detr.auxiliary) == ("PekingU/rtdetr_v2_r18vd", ())
+
+
+def test_what_is_shipped_and_which_network_is_trained_identify_a_training() -> None:
+    plain = config("/data")
+    others = [replace(plain, ship="heads"), replace(plain, model="d-fine", network="a/b"), replace(plain, model="d-fine", network="a/c")]
+    prints = {graph(own)["train"].fingerprint for own in (plain, *others)}
+    assert len(prints) == 4

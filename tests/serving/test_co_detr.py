@@ -41,7 +41,7 @@ def model() -> CollaborativeDetr:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = str(tmp_path_factory.mktemp("run") / FILE)
-    save_weights(place, packed(model().base, CONFIG))
+    save_weights(place, packed(model(), CONFIG))
     return place
 
 
@@ -98,6 +98,31 @@ def test_a_run_serves_it_over_http(file: str, tmp_path: Path) -> None:
     detections = response.json()["detections"]
     assert detections
     assert set(detections[0]["scores"]) == set(CLASSES)
+
+
+@pytest.fixture(scope="module", params=["heads", "agreement"])
+def with_heads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CoDetrPredictor:
+    place = str(tmp_path_factory.mktemp(request.param) / FILE)
+    save_weights(place, packed(model(), replace(CONFIG, ship=request.param)))
+    return load_co_detr(place)
+
+
+def test_shipped_heads_leave_the_detector_as_it_is_bit_for_bit(with_heads: CoDetrPredictor, file: str) -> None:
+    image = pil_to_tensor(picture())
+    opinions, (alone,) = with_heads.opinions([image]), load_co_detr(file).many([image])
+    assert set(opinions) == {"decoder", "atss", "agreement"}
+    own = opinions["decoder"][0]
+    assert all(torch.equal(getattr(own, part), getattr(alone, part)) for part in ("boxes", "scores", "labels", "probs"))
+    (reported,) = with_heads.many([image])
+    expected = opinions[with_heads.reported][0]
+    assert torch.equal(reported.scores, expected.scores)
+    assert with_heads.reported == "decoder" or not torch.equal(reported.scores, alone.scores)
+    assert sorted(reported.boxes.tolist()) == sorted(alone.boxes.tolist())
+
+
+def test_a_file_without_heads_has_one_opinion(file: str) -> None:
+    with pytest.raises(InputError, match="shipped without its auxiliary heads: train with --ship heads"):
+        load_co_detr(file).opinions([pil_to_tensor(picture())])
 
 
 def changed(file: str, place: Path, **changes: object) -> str:

@@ -272,3 +272,32 @@ def test_lone_opinions_are_all_private() -> None:
     assert {parts[name] for name in parts if name.endswith(("_l1", "_giou", "boxes"))} == {0.0}
     assert parts["decoder_class"] > 0
     assert values(view.private_losses())["private_queries"] > 0
+
+
+def test_with_two_heads_the_atss_head_trains_the_encoder_as_well() -> None:
+    student = tiny_co_detr(network=tiny_network(auxiliary=("rcnn", "atss")))
+    alone = separation(consistent=[A])
+    losses = seen(student, alone).supervised_losses(student.config)
+    parts = {"atss_class", "atss_giou", "atss_centerness"}
+    assert set(losses) == REGIONAL | QUERIES | parts
+    assert set(seen(tiny_co_detr(), alone).supervised_losses(student.config)) == REGIONAL | QUERIES
+    torch.stack([losses[name] for name in parts]).sum().backward()  # type: ignore[no-untyped-call]
+    reached = {n for n, p in student.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert any(n.startswith("base.encoder.") for n in reached)
+    assert not any(n.startswith(("base.decoder.", "head.", "proposals.")) for n in reached)
+
+
+def test_the_atss_head_leaves_out_what_is_disputed_or_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_co_detr(network=tiny_network(auxiliary=("rcnn", "atss")))
+    asked: list[Any] = []
+    head = student.atss
+    assert head is not None
+    original = head.forward
+    monkeypatch.setattr(head, "forward", lambda maps, targets: asked.extend(targets) or original(maps, targets))
+    view = seen(student, separation([A], inconsistent=[B], private=[C]), separation())
+    assert all(bool(v.isfinite()) for v in view.dense.values())
+    every, nothing = asked
+    assert every.boxes.tolist() == [list(row[0]) for row in (A, B, C)]
+    assert every.labels[:1].tolist() == [A[1]]
+    assert every.weights.tolist() == [1, 0, 0]
+    assert len(nothing.boxes) == 0

@@ -84,11 +84,11 @@ def test_an_average_follows_the_trained_weights_and_is_what_is_shipped(tmp_path:
     steps(own, labelled(tmp_path), 1)
     assert own.average is not None
     assert all(
-        torch.equal(a, b) for a, b in zip(own.average.parameters(), own.model.base.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True)
     )  # the first step counts whole
     steps(own, labelled(tmp_path), 2)
     assert own.shipped is own.average
-    assert not all(torch.equal(a, b) for a, b in zip(own.average.parameters(), own.model.base.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True))
 
 
 def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:

@@ -11,34 +11,50 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from coin_ray import boxes as box_ops
+from coin_ray.models.co_detr.agreement import without_doubles
 from coin_ray.models.co_detr.auxiliary import Outcome, Positives
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.criterion import ALPHA, GAMMA, at_least_one
 from coin_ray.models.co_detr.decoder import RARE
+from coin_ray.models.co_detr.model import with_background
 from coin_ray.models.co_detr.neck import group_norm
 from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, square
 from coin_ray.models.co_detr.targets import Targets, covered
+from coin_ray.structures import Detections
 
 NONE = -1
+SUPPRESSED = 0.6
+"""Overlap from which the head's own detections are doubles."""
 
 
 class Atss(nn.Module):
     weights: ClassVar[dict[str, float]] = {"class": 1.0, "giou": 2.0, "centerness": 1.0}
     """Of each loss among the head's own."""
 
-    def __init__(self, config: CoDetr, classes: int) -> None:
+    def __init__(self, config: CoDetr, classes: int, levels: int | None = None) -> None:
         super().__init__()
-        self.candidates, self.classes = config.atss_candidates, classes
+        self.candidates, self.classes, self.detections = config.atss_candidates, classes, config.detections
         self.class_tower, self.box_tower = _tower(config.width), _tower(config.width)
         self.classify = _conv(config.width, classes, RARE)
         self.regress = _conv(config.width, 4)
         self.centre = _conv(config.width, 1)
-        self.scales = nn.Parameter(torch.ones(config.levels + 1))
+        self.scales = nn.Parameter(torch.ones(levels or config.levels + 1))
 
     def forward(self, maps: Maps, targets: Sequence[Targets], generator: torch.Generator | None = None) -> Outcome:
         anchors = lay_out(maps, [square(s) for s in maps.strides])
         assigned = assign(anchors.boxes, anchors.levels, anchors.inside, [t.boxes for t in targets], self.candidates)
         return Outcome(self._losses(maps, anchors, assigned, targets), _positives(maps, anchors, assigned, targets))
+
+    @torch.no_grad()
+    def predict(self, maps: Maps) -> list[Detections]:
+        """What the head finds by itself: scores are class times centerness."""
+        anchors = lay_out(maps, [square(s) for s in maps.strides])
+        logits, deltas, centre = self._predict(maps)
+        scores = logits.sigmoid() * centre.sigmoid() * anchors.inside[..., None]
+        return [
+            without_doubles(box_ops.decode(d, anchors.boxes)[:, None], s, with_background(s), size, SUPPRESSED, self.detections)
+            for d, s, size in zip(deltas, scores, maps.sizes, strict=True)
+        ]
 
     def _losses(self, maps: Maps, anchors: Anchors, assigned: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         logits, deltas, centre = self._predict(maps)

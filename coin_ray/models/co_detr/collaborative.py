@@ -24,7 +24,7 @@ from coin_ray.models.co_detr.two_stage import Proposals
 from coin_ray.structures import Detections
 
 HEADS: dict[str, type[Rcnn] | type[Atss]] = {"rcnn": Rcnn, "atss": Atss}
-SHIPPED = "base."
+SHIPPED, DECODER, AGREEMENT = "base.", "decoder", "agreement"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +62,16 @@ class CollaborativeDetr(nn.Module):
 
     def predict(self, images: Images) -> list[Detections]:
         return self.base.predict(images)
+
+    @torch.no_grad()
+    def opinions(self, images: Images) -> dict[str, list[Detections]]:
+        """What each head finds: ``decoder``, bit for bit ``predict``'s, and the auxiliary heads by name."""
+        memory = self.base.encode(images)
+        found = {DECODER: self.base.detections(memory, images.sizes)}
+        if self.pyramid is not None:
+            maps = self.pyramid(memory, images.sizes)
+            found |= {name: head.predict(maps) for name, head in self.heads.items()}  # type: ignore[operator]
+        return found
 
     def objective(self, images: Images, targets: Sequence[Targets], generator: torch.Generator | None = None) -> Objective:
         """Losses of a batch against its objects. Raises InputError for labels or boxes that can't be.

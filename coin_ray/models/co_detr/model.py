@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin_ray.errors import InputError
 from coin_ray.models.base import Images
 from coin_ray.models.co_detr.config import CoDetr
-from coin_ray.models.co_detr.decoder import Decoded, Decoder, NewClassifier, linear_classifier
+from coin_ray.models.co_detr.decoder import Decoded, Decoder, NewClassifier, Queries, linear_classifier
 from coin_ray.models.co_detr.encoder import Encoder, Memory
 from coin_ray.models.co_detr.neck import Neck
 from coin_ray.models.co_detr.targets import Size, pixels
@@ -61,24 +61,34 @@ class DeformableDetr(nn.Module):
         memory: Memory = self.encoder(self.neck(self.backbone(images.pixels)), images.sizes)
         return memory
 
+    def decode(self, queries: Queries, memory: Memory, mask: Tensor | None = None) -> Decoded:
+        decoded: Decoded = self.decoder(queries, memory, mask)
+        return decoded
+
     def forward(self, images: Images) -> Decoded:
         memory = self.encode(images)
-        decoded: Decoded = self.decoder(self.two_stage(memory).queries, memory)
-        return decoded
+        return self.decode(self.two_stage(memory).queries, memory)
 
     @torch.no_grad()
     def predict(self, images: Images) -> list[Detections]:
         """Of the last layer, the best (query, class) pairs; no suppression. One query may stand for several classes."""
-        decoded = self(images)
-        scores = decoded.logits[-1].sigmoid()
-        return [self._detections(s, b, size) for s, b, size in zip(scores, decoded.boxes[-1], images.sizes, strict=True)]
+        return self.detections(self.encode(images), images.sizes)
 
-    def _detections(self, scores: Tensor, boxes: Tensor, size: Size) -> Detections:
-        flat = scores.flatten()
-        best, chosen = flat.topk(min(self.config.detections, len(flat)))
-        chosen = chosen[best > self.config.score_min]
-        query, label = chosen // scores.shape[1], chosen % scores.shape[1]
-        return Detections(pixels(boxes[query], size), flat[chosen], label, with_background(scores[query]))
+    @torch.no_grad()
+    def detections(self, memory: Memory, sizes: Sequence[Size]) -> list[Detections]:
+        """``predict`` of what the encoder made of the images."""
+        decoded = self.decode(self.two_stage(memory).queries, memory)
+        scores, limit, least = decoded.logits[-1].sigmoid(), self.config.detections, self.config.score_min
+        return [best_pairs(s, b, size, limit, least) for s, b, size in zip(scores, decoded.boxes[-1], sizes, strict=True)]
+
+
+def best_pairs(scores: Tensor, boxes: Tensor, size: Size, limit: int, least: float) -> Detections:
+    """The best ``limit`` (query, class) pairs above ``least``: ``scores`` [Q, K], ``boxes`` [Q, 4] (cxcywh in 0..1)."""
+    flat = scores.flatten()
+    best, chosen = flat.topk(min(limit, len(flat)))
+    chosen = chosen[best > least]
+    query, label = chosen // scores.shape[1], chosen % scores.shape[1]
+    return Detections(pixels(boxes[query], size), flat[chosen], label, with_background(scores[query]))
 
 
 def with_background(scores: Tensor) -> Tensor:

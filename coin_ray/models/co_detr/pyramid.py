@@ -33,12 +33,17 @@ class Maps:
 class Pyramid(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), group_norm(width))
+        self.down = one_below(width)
 
     def forward(self, memory: Memory, sizes: tuple[Size, ...]) -> Maps:
         levels = memory.maps()
         levels.append(self.down(levels[-1]))
         return Maps(levels, strides(len(levels)), sizes)
+
+
+def one_below(width: int) -> nn.Sequential:
+    """A map of half the size."""
+    return nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), group_norm(width))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

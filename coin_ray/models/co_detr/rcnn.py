@@ -13,15 +13,17 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generaliz
 
 from coin_ray import boxes as box_ops
 from coin_ray.models.base import Proposed
+from coin_ray.models.co_detr.agreement import without_doubles
 from coin_ray.models.co_detr.auxiliary import Outcome, Positives, draw_balanced
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.criterion import at_least_one
 from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, nine
 from coin_ray.models.co_detr.targets import Size, Targets, covered
+from coin_ray.structures import Detections
 
 POSITIVE, NEGATIVE, LOW_QUALITY = 0.7, 0.3, 0.3
 """Overlaps from and below which an anchor is an object or background, and from which an object's best anchor stands for it."""
-REGION_POSITIVE = 0.5
+REGION_POSITIVE = SUPPRESSED = 0.5
 UNUSED, BACKGROUND = -2, -1
 
 
@@ -41,6 +43,25 @@ class Rcnn(nn.Module):
         pooled = pool(maps, [s.boxes for s in sampled], self.config.roi_size, self.config.roi_sampling)
         losses = losses | self.regions.losses(pooled, sampled, targets)
         return Outcome(losses, _positives(pooled, sampled, targets))
+
+    @torch.no_grad()
+    def predict(self, maps: Maps) -> list[Detections]:
+        """What the head finds by itself: proposals, named and moved by the second stage."""
+        proposals = self.proposals.propose(maps).boxes
+        counts = [len(boxes) for boxes in proposals]
+        logits, deltas = self.regions(pool(maps, proposals, self.config.roi_size, self.config.roi_sampling))
+        found = zip(proposals, logits.softmax(1).split(counts), deltas.split(counts), maps.sizes, strict=True)
+        return [
+            without_doubles(_moved(boxes, own), vectors[:, :-1], vectors, size, SUPPRESSED, self.config.detections)
+            for boxes, vectors, own, size in found
+        ]
+
+
+def _moved(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Boxes [P, 4] by deltas [P, n, 4] -> [P, n, 4]."""
+    each = deltas.shape[1]
+    moved: Tensor = box_ops.decode(deltas.flatten(0, 1), boxes.repeat_interleave(each, 0)).unflatten(0, (-1, each))
+    return moved
 
 
 class RegionProposals(nn.Module):

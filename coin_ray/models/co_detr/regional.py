@@ -17,16 +17,17 @@ from torch.nn.utils.rnn import pad_sequence
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, Proposed, Regions
 from coin_ray.models.co_detr import rcnn
+from coin_ray.models.co_detr.atss import Atss
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.decoder import Queries
 from coin_ray.models.co_detr.encoder import Memory
 from coin_ray.models.co_detr.positions import EPSILON
 from coin_ray.models.co_detr.pyramid import Maps, Pyramid
-from coin_ray.models.co_detr.targets import normalise
+from coin_ray.models.co_detr.targets import Targets, normalise
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
 from coin_ray.models.faster_rcnn_clip.model import RegionHead
-from coin_ray.structures import Detections
+from coin_ray.structures import Detections, Separation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +70,7 @@ class RegionalDetr(nn.Module):
         self.reduce = nn.Sequential(nn.Flatten(), nn.Linear(pooled, network.roi_width), nn.ReLU())
         self.head = RegionHead(network.roi_width, embedding_size, self.config)
         self.queries = RegionQueries(network.width) if network.positive_queries else None
+        self.atss = Atss(network, base.num_classes) if "atss" in network.auxiliary else None
         self.background = nn.Parameter(torch.zeros(embedding_size), requires_grad=config.background == "learned")
 
     @property
@@ -107,8 +109,26 @@ class RegionalDetr(nn.Module):
         queries: tuple[Queries, Tensor] = self.queries(boxes, features, shared.maps.sizes)
         return queries
 
+    def dense_losses(self, shared: Encoded, separations: Sequence[Separation]) -> dict[str, Tensor]:
+        """Of the ATSS head, weighted; none where the network trains without it.
+
+        Consistent pairs are objects. Anchors on what one teacher alone saw, or both name differently, are neither objects nor background.
+        """
+        if self.atss is None:
+            return {}
+        losses: dict[str, Tensor] = self.atss(shared.maps, [_sure(s) for s in separations]).losses
+        return {f"atss_{part}": self.auxiliary_weight * Atss.weights[part] * value for part, value in losses.items()}
+
     def predict(self, images: Images) -> list[Detections]:
         return self.base.predict(images)
+
+
+def _sure(separation: Separation) -> Targets:
+    """All boxes, those that are not consistent without any weight."""
+    agreed, *others = separation.consistent, separation.inconsistent, separation.private
+    boxes = torch.cat([agreed.boxes, *(o.boxes for o in others)])
+    labels = torch.cat([agreed.cloud.labels, *(torch.zeros_like(o.boxes[:, 0], dtype=torch.int64) for o in others)])
+    return Targets(boxes, labels, (torch.arange(len(boxes), device=boxes.device) < len(agreed)).float())
 
 
 def sampling(config: Detector, network: CoDetr) -> Detector:

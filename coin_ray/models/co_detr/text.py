@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.models.base import Images
 from coin_ray.models.co_detr.config import CoDetr
 from coin_ray.models.co_detr.decoder import RARE, Decoded, Queries, linear_classifier
 from coin_ray.models.co_detr.encoder import Memory
@@ -83,7 +82,3 @@ class TextDetr(DeformableDetr):
             return decoded
         names = self.class_embeddings()[: self.num_classes]
         return Decoded((decoded.logits @ names.T).float() + self.bias, decoded.boxes)
-
-    def forward(self, images: Images) -> Decoded:
-        memory = self.encode(images)
-        return self.decode(self.two_stage(memory).queries, memory)

@@ -12,6 +12,7 @@ from coin_ray.evaluation.voc import average_precision
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.config import tiny
+from coin_ray.models.co_detr.fast import CoTrained
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.tables import Truth
 from coin_ray.training.supervised import groups
@@ -25,7 +26,7 @@ def small(scene: Scene) -> tuple[Tensor, Targets]:
     return pixels, Targets(torch.from_numpy(scene.boxes) * SIDE / SIZE, torch.from_numpy(scene.labels))
 
 
-def ap50(model: CollaborativeDetr, images: list[Tensor], targets: list[Targets]) -> float:
+def ap50(model: CollaborativeDetr | CoTrained, images: list[Tensor], targets: list[Targets]) -> float:
     found = model.eval().predict(model.base.prepare(images))
     truth = {str(i): Truth(t.boxes, t.labels, torch.zeros(len(t.labels), dtype=torch.bool)) for i, t in enumerate(targets)}
     return average_precision({str(i): f for i, f in enumerate(found)}, truth, len(CLASSES)).map

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin_ray.config import Optimize
+from coin_ray.demo.drawings import CLASSES, load_drawings
+from coin_ray.demo.scenes import Artwork, compose
+from coin_ray.models.co_detr.config import tiny
+from coin_ray.models.co_detr.fast import CoTrained, load_fast
+from coin_ray.training.supervised import groups
+from models.co_detr.fast_networks import folder
+from models.co_detr.test_overfit import SIDE, ap50, small
+
+pytest.importorskip("transformers")
+STEPS = 200
+
+
+@pytest.mark.parametrize("model", ["rt-detr-v2", "d-fine"])
+def test_four_scenes_are_learned_by_heart(model: str, tmp_path: Path) -> None:
+    place = folder(tmp_path, model, len(CLASSES), size={"height": SIDE, "width": SIDE})
+    torch.manual_seed(0)
+    own = CoTrained(load_fast(place, model, CLASSES), tiny(auxiliary=("atss",)))
+    artwork = Artwork.of(load_drawings())
+    images, targets = (list(part) for part in zip(*(small(compose(artwork, "source", seed)) for seed in range(4)), strict=True))
+    optimizer = torch.optim.AdamW(groups(own, Optimize(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4)))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], STEPS)
+    assert ap50(own, images, targets) < 0.2
+    own.train()
+    batch = own.base.prepare(images)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        own.objective(batch, targets).total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    assert ap50(own, images, targets) > 0.9
