@@ -53,7 +53,7 @@ class BatchQueue:
 
     def __init__(self, detector: Detector, batch_wait: float = BATCH_WAIT) -> None:
         self.detector = detector
-        self.on_batch: Callable[[int, float], None] = lambda images, seconds: None
+        self.on_batch: Callable[[int, float], None] = lambda _images, _seconds: None
         """Called after each batch with the number of its images and the seconds it took."""
         self._batch_wait = batch_wait
         self._entries: deque[_Entry] = deque()
