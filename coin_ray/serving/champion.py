@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -67,7 +68,8 @@ class Registry:
         load_student(folder)
         client = self._client()
         known = client.get_experiment_by_name(EXPERIMENT)
-        run = client.create_run(known.experiment_id if known else client.create_experiment(EXPERIMENT)).info.run_id
+        experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, artifact_location=self._files())
+        run = client.create_run(experiment).info.run_id
         client.log_artifacts(run, folder, "student")
         client.set_terminated(run)
         if not client.search_registered_models(filter_string=f"name = '{self.name}'"):
@@ -75,6 +77,11 @@ class Registry:
         version = str(client.create_model_version(self.name, f"runs:/{run}/student", run).version)
         client.set_registered_model_alias(self.name, self.alias, version)
         return version
+
+    def _files(self) -> str | None:
+        """Beside a database on this disk; a tracking server has a place of its own."""
+        place = self.uri.removeprefix("sqlite:///")
+        return str(PurePath(storage.absolute(place)).parent / "mlflow") if place != self.uri else None
 
     def _client(self) -> MlflowClient:
         from mlflow import MlflowClient

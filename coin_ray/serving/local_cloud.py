@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from coin_ray import storage
+from coin_ray.data.canonical import PIXELS_MAX
 from coin_ray.demo import detector as demo_detector
 from coin_ray.demo.drawings import CLASSES
 from coin_ray.errors import ConfigError
@@ -134,6 +135,7 @@ def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--faults", type=float, default=0.0, help="share of calls that fail")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--queue-max", type=int, default=QUEUE_MAX, help="calls that may wait for the detector before 503")
+    parser.add_argument("--pixels-max", type=int, default=PIXELS_MAX, help="of an image, beyond which the answer is 413")
     parser.add_argument("--batch-wait", type=float, default=BATCH_WAIT, help="seconds that several waiting calls wait for a full batch")
     parser.add_argument("--token-env", help="name of the environment variable with the token to demand")
     parser.add_argument("--ready-file", help="gets the URL once the server listens")
@@ -159,6 +161,7 @@ def main() -> None:
         call_log=arguments.call_log,
         queue_max=arguments.queue_max,
         batch_wait=arguments.batch_wait,
+        pixels_max=arguments.pixels_max,
     )
     asyncio.run(_serve(app, arguments))
 
