@@ -93,11 +93,10 @@ def test_without_a_cloud_there_is_one_side_and_a_bad_file_is_told(tmp_path: Path
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_screen(width: int, tmp_path: Path) -> None:
-    script = (
-        LOOK
-        + f"""document.body.style.width = "{width}px";
-    seen.wide = all("body *").filter((e) => e.checkVisibility() && !e.closest("svg") && e.getBoundingClientRect().right > document.body.getBoundingClientRect().right + 1).map((e) => e.tagName);"""
-    )
+    wide = """document.body.style.width = "WIDTHpx"; const end = document.body.getBoundingClientRect().right + 1;
+    const over = (e) => e.checkVisibility() && !e.closest("svg") && e.getBoundingClientRect().right > end;
+    seen.wide = all("body *").filter(over).map((e) => e.tagName);"""
+    script = LOOK + wide.replace("WIDTH", str(width))
     assert browse(create_app(Brightness()), script, tmp_path, width)["wide"] == []
 
 
