@@ -1,6 +1,6 @@
 """A server under minutes of mixed good and bad requests: no answer but 2xx, 4xx and 503, and flat memory. ``make soak``.
 
-``COIN_SOAK_SECONDS``: 600 unless told.
+``COIN_SOAK_SECONDS``: 600 unless told. ``COIN_SOAK_SERVER``: ``ray`` (Ray Serve, what ``serve run`` starts) unless told ``alone``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from coin_ray.serving.exported import write_exported
 from tests.builders import CLASSES, tiny_detector
 from tests.soak.load import Load, Seen, tree_mib
 
+UNDER_RAY = os.environ.get("COIN_SOAK_SERVER", "ray") == "ray"
 SECONDS = float(os.environ.get("COIN_SOAK_SECONDS", "600"))
 QUEUE_MAX = 6
 CLIENTS = 10
@@ -100,15 +101,12 @@ def test_fifteen_seconds_of_mixed_requests_get_2xx_4xx_or_503_and_memory_stays_f
 
 @pytest.mark.soak
 @pytest.mark.timeout(SECONDS + 600)
-@pytest.mark.parametrize("ray", [True], ids=["under Ray Serve"])
-def test_minutes_of_mixed_requests_get_2xx_4xx_or_503_and_memory_stays_flat(
-    tmp_path: Path, ray: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if ray:
+def test_minutes_of_mixed_requests_get_2xx_4xx_or_503_and_memory_stays_flat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if UNDER_RAY:
         pytest.importorskip("grpc_reflection", reason="needs the extra serve")
-    seen = loaded(tmp_path, SECONDS, ray=ray)
+    seen = loaded(tmp_path, SECONDS, ray=UNDER_RAY)
     with capsys.disabled():
-        print(f"\n{seen.table()}\n{json.dumps(seen.as_json())}")
+        print(f"\n{seen.table()}\n{json.dumps({'server': 'ray' if UNDER_RAY else 'alone', **seen.as_json()})}")
     check(seen)
 
 
