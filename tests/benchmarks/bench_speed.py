@@ -106,7 +106,7 @@ class Times:
 
 def measured(works: dict[str, Work], images: Sequence[Image.Image], rounds: int, rare: dict[str, int] | None = None) -> Times:
     """After a few images to warm up (TorchScript and caches); ``rare``: methods that take part in the first rounds only."""
-    rounds_of = {name: rounds for name in works} | (rare or {})
+    rounds_of = dict.fromkeys(works, rounds) | (rare or {})
     for name, work in works.items():
         for image in images[: WARM_UP if rounds_of[name] == rounds else 1]:
             work(image)
