@@ -1,11 +1,11 @@
-# make demo | make test | make check | make bench | make docs
+# make demo | make test | make check | make soak | make bench | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud bench-coin bench-codetr bench-data bench-speed bench-training docs clean
+.PHONY: demo test check slow soak bench bench-cloud bench-coin bench-codetr bench-data bench-speed bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(DEVELOPED) check
 
 slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+soak: $(DEVELOPED)
+	$(BIN)/python -m pytest -m soak tests/soak $(ARGS)
 
 check: $(DEVELOPED)
 	$(BIN)/ruff check coin_ray pipelines tests tune

@@ -74,6 +74,12 @@ def decode_rgb(raw: bytes) -> Image.Image:
         return _upright_rgb(image)
 
 
+def stored_size(raw: bytes) -> tuple[int, int]:
+    """(width, height) as the file's header has them, before any pixel is decoded. Raises ``InputError`` for what is not a usable image."""
+    with _readable(raw) as image:
+        return image.size
+
+
 @contextmanager
 def _readable(raw: bytes) -> Iterator[Image.Image]:
     """The opened image; whatever Pillow raises inside the block becomes an ``InputError``."""

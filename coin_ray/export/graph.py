@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, compose, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, compose, helper, numpy_helper
 
 OPSET = 18
 
@@ -55,6 +55,18 @@ class Graph:
     def part(self, tensor: str, start: int, end: int, axis: int) -> str:
         """tensor[..., start:end, ...] along one axis."""
         return self.op("Slice", tensor, self.i64(start), self.i64(end), self.i64(axis))
+
+    def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str], kind: int, shape: Sequence[int | None]) -> str:
+        """What ``then`` makes where the scalar ``condition`` holds, else what ``otherwise`` makes; the other one is not computed."""
+        branches = {name: self._branch(make, kind, shape) for name, make in (("then_branch", then), ("else_branch", otherwise))}
+        return self.op("If", condition, **branches)
+
+    def _branch(self, make: Callable[[], str], kind: int, shape: Sequence[int | None]) -> GraphProto:
+        before, self._nodes = self._nodes, []
+        name, end = self._name("branch"), self._name("end")
+        self._nodes.append(helper.make_node("Identity", [make()], [end]))
+        own, self._nodes = self._nodes, before
+        return helper.make_graph(own, name, [], [helper.make_tensor_value_info(end, kind, shape)])
 
     def network(self, prefix: str, model: ModelProto, *inputs: str) -> list[str]:
         """All nodes of another model, fed with ``inputs`` in its order; returns the names of its outputs."""

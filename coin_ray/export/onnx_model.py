@@ -66,7 +66,10 @@ def _prepare(graph: Graph, config: Detector, mean: list[float], std: list[float]
     size = graph.op("Max", graph.op("Round", graph.op("Mul", own, factor)), graph.f64(1.0))
     whole = graph.cast(size, TensorProto.INT64)
     channels_first = graph.cast(graph.op("Transpose", "images", perm=[0, 3, 1, 2]), TensorProto.FLOAT)
-    resized = resize(graph, channels_first, own, size)
+    fits = graph.cast(graph.op("ReduceMin", graph.cast(graph.op("Equal", own, size), TensorProto.INT64), keepdims=0), TensorProto.BOOL)
+    resized = graph.choose(
+        fits, lambda: channels_first, lambda: resize(graph, channels_first, own, size), TensorProto.FLOAT, (None, 3, None, None)
+    )
     scaled = graph.op("Div", resized, graph.f32(255.0))
     three = graph.i64(1, 3, 1, 1)
     centred = graph.op("Sub", scaled, graph.op("Reshape", graph.f32(*mean), three))

@@ -41,6 +41,16 @@ def _ours(line: str) -> Iterator[tuple[str, ...]]:
         yield tuple(words[words.index("python") + 1 :])
 
 
+def served(text: str) -> list[tuple[dict[str, str], str, dict[str, str]]]:
+    """(variables, import path, words) of every ``serve run`` of an application of ours."""
+    found = re.findall(r"^ *((?:[A-Z_]+=\S+ )*)serve run (coin_ray\.[\w.:]+)((?: \w+=\S+)*)", text, re.M)
+    return [(_pairs(before), target, _pairs(words)) for before, target, words in found]
+
+
+def _pairs(words: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words.split())
+
+
 def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings; the site generator checks its own."""
     found: list[str] = []

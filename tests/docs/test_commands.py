@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import runpy
 import sys
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from pages import PAGES, REPOSITORY, commands, fenced
+from pages import PAGES, REPOSITORY, commands, fenced, served
 
 from coin_ray import cli, detector_cli
 from coin_ray.cloud import tools
@@ -89,6 +90,25 @@ def test_a_documented_module_has_the_options(
     assert start(monkeypatch, module, *before, "--help") in (None, 0)
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known | {"--help"}, page
+
+
+@pytest.mark.parametrize("page", [p for p, text in PAGES.items() if served(text)])
+def test_a_documented_application_is_served_with_settings_it_has(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc_reflection", reason="needs the extra serve")
+    import_attr = importlib.import_module("ray._common.utils").import_attr
+    for variables, target, words in served(PAGES[page]):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        application = import_attr(target)
+        assert (application(words) if target.endswith("build") else application)._bound_deployment.name == "coin-detector"
+
+
+def test_applications_are_found_at_all() -> None:
+    assert served("    A=1 B=c serve run coin_ray.serving:app\nserve run coin_ray.serving:build x=1 y=a,b\n") == [
+        ({"A": "1", "B": "c"}, "coin_ray.serving:app", {}),
+        ({}, "coin_ray.serving:build", {"x": "1", "y": "a,b"}),
+    ]
+    assert len(served(PAGES["docs/serving.md"])) == 3
 
 
 def test_an_unknown_option_and_a_removed_pipeline_would_be_noticed(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ REFUSED = [
     ({"classes": ["dark"]}, 400),
     ({**call(), "classes": []}, 400),
     ({**call(), "classes": "dark"}, 400),
-    ({**call(), "image": {"b64": 5}}, 415),
+    ({**call(), "image": {"b64": 5}}, 400),
     ({**call(), "image": {"b64": "%%%"}}, 415),
     (call(b"text"), 415),
     (call(jpeg()[:200]), 415),

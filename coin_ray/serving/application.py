@@ -1,7 +1,7 @@
-"""The local cloud as a Ray Serve application: the same service, on a cluster, with replicas that Ray replaces when they fail.
+"""The server as a Ray Serve application: on a cluster, with replicas that Ray replaces when they fail.
 
-``serve run coin_ray.serving.app:app`` takes its settings from ``COIN_SERVE``, ``COIN_SERVE_MODELS`` and so on (``Arguments``);
-``serve run coin_ray.serving.app:build serve=transformers models=IDEA-Research/grounding-dino-tiny gpus=1`` takes them as words.
+``serve run coin_ray.serving:app`` takes its settings from ``COIN_SERVE``, ``COIN_SERVE_MODELS`` and so on (``Arguments``);
+``serve run coin_ray.serving:build serve=checkpoint models=runs/demo/export replicas=2`` takes them as words.
 
 Batches are made by the service's own queue (``coin_ray.serving.batching``), as in the local server: only images with the same
 question can share a batch, which ``serve.batch`` knows nothing of, and one queue answers 503 with Retry-After in both.
@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
-from starlette.applications import Starlette
 
+from coin_ray.configfile import from_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.serving.batching import BATCH_WAIT
-from coin_ray.serving.local_cloud import Serve, create_app, load
+from coin_ray.serving.beside import CALLS_MAX, CloudBeside
+from coin_ray.serving.champion import EVERY, Champion, Registry
+from coin_ray.serving.local_cloud import load
+from coin_ray.serving.onnx_detectors import Detector
+from coin_ray.serving.server import create_app
 
 PREFIX = "COIN_SERVE_"
 MARGIN = 16
@@ -30,9 +35,20 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    serve: Serve = "demo"
+    serve: Literal["demo", "onnx", "transformers", "checkpoint", "champion"] = "demo"
     models: tuple[str, ...] = ()
+    """serve champion: the name of the registered model."""
+    registry: str = ""
+    """serve champion: MLflow's tracking URI; empty: MLFLOW_TRACKING_URI."""
+    every: float = Field(EVERY, gt=0)
+    """serve champion: seconds between looks at the registry."""
+    cloud: str = ""
+    """config.yaml of a run: the page asks its cloud too."""
+    cloud_calls: int = Field(CALLS_MAX, ge=1)
+    """Calls that each replica may make to that cloud."""
     token_env: str | None = None
+    pixels_max: int = Field(50_000_000, ge=1)
+    """Pixels of an image, beyond which the answer is 413."""
     queue_max: int = Field(64, ge=1)
     batch_wait: float = Field(BATCH_WAIT, ge=0)
     replicas: int = Field(1, ge=1)
@@ -60,19 +76,38 @@ def _checked(given: Mapping[str, Any], where: str) -> Arguments:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def asgi_app(arguments: Arguments) -> Starlette:
-    """What a replica runs: the local cloud's application with its detector loaded. Raises ConfigError if the token is not set."""
+def asgi_app(arguments: Arguments) -> FastAPI:
+    """What a replica runs: the service with its detector loaded. Raises ConfigError if the token is not set, or there is no champion."""
     token = os.environ.get(arguments.token_env) if arguments.token_env else None
     if arguments.token_env and not token:
         raise ConfigError(f"the environment variable {arguments.token_env}, which token_env names, is not set on this machine")
-    detector = load(arguments.serve, arguments.models)
-    return create_app(detector, token=token, queue_max=arguments.queue_max, batch_wait=arguments.batch_wait)
+    if arguments.serve == "champion":
+        registry = Registry(_one_name(arguments.models), arguments.registry)
+        champion: Champion | None = Champion(registry, registry.version(), arguments.every)
+        detector: Detector = registry.load(champion.version)
+    else:
+        champion, detector = None, load(arguments.serve, arguments.models)
+    return create_app(
+        detector,
+        token=token,
+        queue_max=arguments.queue_max,
+        batch_wait=arguments.batch_wait,
+        pixels_max=arguments.pixels_max,
+        champion=champion,
+        beside=CloudBeside(from_yaml(arguments.cloud), arguments.cloud_calls) if arguments.cloud else None,
+    )
+
+
+def _one_name(models: tuple[str, ...]) -> str:
+    if len(models) != 1:
+        raise ConfigError(f"serve champion needs models=NAME, one registered model; got {len(models)}")
+    return models[0]
 
 
 class Replica:
     """Ray asks each replica for its health and replaces those that raise."""
 
-    app: Starlette
+    app: FastAPI
 
     def check_health(self) -> None:
         """Raises RuntimeError if the detector failed several times in a row, as after an error of the GPU."""
@@ -82,9 +117,9 @@ class Replica:
 
 def build(args: Arguments | Mapping[str, Any]) -> serve.Application:
     """The application with ``args``; ``serve run`` gives its words as a dictionary. Raises ConfigError naming a wrong one."""
-    arguments = args if isinstance(args, Arguments) else _checked(args, "serve run coin_ray.serving.app:build")
+    arguments = args if isinstance(args, Arguments) else _checked(args, "serve run coin_ray.serving:build")
 
-    def factory() -> Starlette:
+    def factory() -> FastAPI:
         return asgi_app(arguments)
 
     deployment = serve.deployment(
@@ -96,6 +131,3 @@ def build(args: Arguments | Mapping[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
     )
     return deployment.bind()
-
-
-app = build(from_environment(os.environ))

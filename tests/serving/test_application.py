@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 
 from coin_ray.errors import ConfigError
 from coin_ray.serving.exported import write_exported
@@ -24,8 +24,8 @@ pytest.importorskip("grpc_reflection", reason="needs the extra serve")
 serve = importlib.import_module("ray.serve")
 serve_builder = importlib.import_module("ray.serve._private.api").call_user_app_builder_with_args_if_necessary
 
-from coin_ray.serving import app as serve_app  # noqa: E402
-from coin_ray.serving.app import MARGIN, Arguments, asgi_app, build, from_environment  # noqa: E402
+import coin_ray.serving  # noqa: E402
+from coin_ray.serving.application import MARGIN, Arguments, asgi_app, build, from_environment  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_deployment_carries_its_settings_to_the_replica(folder: str) -> None:
     async def health() -> Any:
         replica = kind.__new__(kind)
         await replica.__init__()  # as Ray calls it
-        assert isinstance(replica.app, Starlette)
+        assert isinstance(replica.app, FastAPI)
         replica.check_health()
         replica.app.state.cloud.queue._failures = 100
         with pytest.raises(RuntimeError, match="has failed"):
@@ -83,7 +83,7 @@ def test_serve_run_s_words_are_settings() -> None:
     application = serve_builder(build, {"serve": "onnx", "models": "a.onnx,b.onnx", "gpus": "1", "replicas": "4"})
     assert application._bound_deployment.num_replicas == 4
     assert application._bound_deployment.ray_actor_options["num_gpus"] == 1
-    with pytest.raises(ConfigError, match=r"app:build: 1 validation error for Arguments\nmodel\n"):
+    with pytest.raises(ConfigError, match=r"serving:build: 1 validation error for Arguments\nmodel\n"):
         serve_builder(build, {"model": "a.onnx"})
 
 
@@ -92,7 +92,7 @@ def test_settings_come_from_the_environment() -> None:
     arguments = from_environment({**given, "HOME": "/", "COIN": "1"})
     assert arguments == Arguments(serve="onnx", models=("a.onnx", "b.onnx"), replicas=2, token_env="KEY")
     assert from_environment({}) == Arguments()
-    assert serve_app.app._bound_deployment.name == "coin-detector"
+    assert coin_ray.serving.app._bound_deployment.name == "coin-detector"
 
 
 WRONG = [
