@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow bench bench-cloud bench-coin bench-codetr bench-data bench-speed docs clean
+.PHONY: demo test check slow soak bench bench-cloud bench-coin bench-codetr bench-data bench-speed docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(DEVELOPED) check
 
 slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+soak: $(DEVELOPED)
+	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
 check: $(DEVELOPED)
 	$(BIN)/ruff check coin_ray pipelines tests tune

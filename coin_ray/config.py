@@ -188,6 +188,10 @@ class Collect:
     """Images per block of the stream."""
     labeler_gpus: float = execution(0.0)
     """GPUs per CLIP labeler; a fraction lets several share one."""
+    batch_seconds: float = execution(3600.0)
+    """Time for one batch after which a labeler counts as hanging and ends itself; 0: never."""
+    stalled_after: float = execution(90_000.0)
+    """Seconds without any result after which collection ends itself; a quota may come back after a day. 0: never."""
 
     def __post_init__(self) -> None:
         _fraction("collect.fuse_iou", self.fuse_iou)
@@ -284,7 +288,11 @@ class Optimize:
     group_aspects: bool = False
     """Steps see images of one orientation, wide or high, which saves padding in mixed sets. Another order of the images."""
     checkpoint_every: int = execution(1000)
+    stalled_after: float = execution(3600.0)
+    """Seconds without a logged or saved step after which a worker counts as hanging and ends itself; 0: never."""
     workers: int = execution(1)
+    max_workers: int | None = execution(None)
+    """On a cluster, the most workers: as many train as it has room for, at least ``workers``. None: always ``workers``."""
     gpu: bool = execution(False)
     """One GPU per worker. Written for CUDA and NCCL, not yet run on either."""
     amp: bool = False
@@ -293,6 +301,10 @@ class Optimize:
     def __post_init__(self) -> None:
         _check(self.steps > 0 and self.batch > 0 and self.checkpoint_every > 0, "steps, batch and checkpoint_every must be positive")
         _check(self.batch % max(self.workers, 1) == 0, f"batch {self.batch} must be a multiple of workers {self.workers}")
+        _check(
+            self.max_workers is None or self.workers <= self.max_workers <= self.batch,
+            f"max_workers must lie between workers ({self.workers}) and batch ({self.batch}): each has an image; got {self.max_workers}",
+        )
         _check(len(self.milestones) == len(self.factors), "milestones and factors must have the same length")
 
 
@@ -409,6 +421,10 @@ class Tracking:
     """Tracking server; default MLFLOW_TRACKING_URI, else sqlite beside the run."""
     experiment: str = "coin_ray"
     enabled: bool = True
+    model: str | None = None
+    """Name of a registered model: the exported student becomes its next version."""
+    alias: str = "champion"
+    """Of the registered model, moved to the new version."""
 
 
 @dataclass(frozen=True)
