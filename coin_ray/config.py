@@ -6,7 +6,9 @@ config holds the *name* of the environment variable. Symbols in brackets are the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from coin_ray.errors import ConfigError
@@ -16,6 +18,25 @@ from coin_ray.models.co_detr.config import CoDetr
 def execution(default: Any) -> Any:
     """A field that says how something runs, not what comes out; it is no part of a step's identity."""
     return field(default=default, metadata={"identity": False})
+
+
+PACKAGE = str(Path(__file__).parent)
+IN_PACKAGE = "{coin_ray}"
+"""Stands in files for where the package is installed, which is another place on another machine."""
+
+
+def relocated(value: Any, old: str, new: str) -> Any:
+    """A config, or plain data, whose paths below ``old`` lie below ``new``."""
+    if isinstance(value, str):
+        return new + value.removeprefix(old) if value == old or value.startswith(f"{old}/") else value
+    if isinstance(value, dict):
+        return {key: relocated(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(relocated(item, old, new) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: relocated(getattr(value, f.name), old, new) for f in dataclasses.fields(value)}
+        return type(value)(**changed)
+    return value
 
 
 def _check(condition: bool, message: str) -> None:
@@ -461,10 +482,18 @@ class PipelineConfig:
             f"detector.backbone {self.detector.backbone} has no text encoder for a background prompt: give --detector.background learned",
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process, maybe on another machine, files of the package lie where it is installed there."""
+        return _arrived, (PACKAGE, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
     @property
     def clouds(self) -> tuple[Cloud, ...]:
         """All that are asked, the first one first."""
         return (self.cloud, *self.more_clouds)
+
+
+def _arrived(package: str, values: dict[str, Any]) -> PipelineConfig:
+    return PipelineConfig(**(values if package == PACKAGE else relocated(values, package, PACKAGE)))
 
 
 def check_runnable(config: PipelineConfig) -> None:

@@ -71,17 +71,14 @@ def _track(
     steps: Mapping[str, Step],
     work: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """Do a step (``work``) within its run, or write of a finished one what tracking does not have. A mark is left while it is owed."""
-    if tracker.enabled:
-        storage.write_json(_owed(step, root), {})
+    """Do a step (``work``) within its run, or write of a finished one what tracking does not have."""
     digest = str(done.get("images", {}).get("metrics", {}).get("digest", ""))
     images = storage.join(steps["images"].folder(root), "images.parquet") if "images" in steps else ""
-    with tracker.stage(step.name, {"fingerprint": step.fingerprint, "options": dict(step.options)}, digest, images) as stage:
+    about = {"fingerprint": step.fingerprint, "options": dict(step.options)}
+    with tracker.stage(step.name, about, digest, images, _owed(step, root)) as stage:
         if work is not None:
             done[step.name] = work()
-        written = stage.finish(done[step.name]["metrics"], step.folder(root))
-    if written:
-        storage.remove(_owed(step, root))
+        stage.finish(done[step.name]["metrics"], step.folder(root))
 
 
 def _owed(step: Step, root: str) -> str:

@@ -108,9 +108,14 @@ class Tracker:
         return str(run.info.run_id)
 
     @contextmanager
-    def stage(self, name: str, stage_config: Any, digest: str, images: str = "") -> Iterator[StageRun]:
-        """A child run around one step; failed steps are marked so. ``images``: the table of the images, whose content ``digest`` names."""
-        run = StageRun(self)
+    def stage(self, name: str, stage_config: Any, digest: str, images: str = "", owed: str = "") -> Iterator[StageRun]:
+        """A child run around one step; failed steps are marked so. ``images``: the table of the images, whose content ``digest`` names.
+
+        ``owed``: a file that is there until the run is whole; an unfinished run of an earlier process is gone on with.
+        """
+        run = StageRun(self, owed)
+        if run.owed and not storage.exists(owed):
+            storage.write_json(owed, {})
         self.attempt(lambda: run.begin(name, stage_config, digest, images))
         try:
             yield run
@@ -157,14 +162,15 @@ class Tracker:
 class StageRun:
     """A child run; without tracking, or while the server is lost, nothing of it is written."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker, owed: str = "") -> None:
+        self.tracker, self.owed = tracker, owed if tracker.enabled else ""
         self.run_id: str | None = None
 
     def begin(self, name: str, stage_config: Any, digest: str, images: str) -> None:
         import mlflow
 
         run = mlflow.start_run(
+            run_id=self._earlier(),
             experiment_id=self.tracker.experiment,
             run_name=name,
             parent_run_id=self.tracker.parent_run,
@@ -172,13 +178,24 @@ class StageRun:
             tags={"stage": name, "dataset_digest": digest},
         )
         self.run_id = str(run.info.run_id)
+        if self.owed:
+            storage.write_json(self.owed, {"run_id": self.run_id, "uri": self.tracker.uri})
         mlflow.log_params({k: v[:PARAMETER_LIMIT] for k, v in flat(stage_config).items()})
         if digest and images:
             mlflow.log_input(image_set(images, digest), context=name)
 
+    def _earlier(self) -> str | None:
+        if not self.owed:
+            return None
+        found = storage.read_json(self.owed) if storage.exists(self.owed) else {}
+        return str(found["run_id"]) if found.get("uri") == self.tracker.uri else None
+
     def finish(self, metrics: dict[str, Any], folder: str) -> bool:
         """Log all numbers of a step's metrics and its curve; whether that was done."""
-        return self.run_id is not None and self.tracker.attempt(lambda: _log_step(metrics, folder))
+        written = self.run_id is not None and self.tracker.attempt(lambda: _log_step(metrics, folder))
+        if written and self.owed:
+            storage.remove(self.owed)
+        return written
 
     def end(self, status: str) -> None:
         """Of a lost server's run at least this process's own record is closed, so that the next run can begin."""

@@ -17,9 +17,10 @@ import os, signal, time
 from coin_ray.data import inspect
 look = inspect.look_at
 def poisoned(uri):
-    if "crash" in uri:
+    name = os.path.basename(uri)
+    if "crash" in name:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if "hang" in uri:
+    if "hang" in name:
         time.sleep(600)
     print("a library talks")
     return look(uri)

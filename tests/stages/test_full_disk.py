@@ -6,7 +6,7 @@ import errno
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_a_worker_s_full_disk_is_told_as_this_machine_s(capsys: pytest.CaptureFi
 class Trainer:
     """In place of Ray Train's: fails as told, saving a state before or not."""
 
-    outcomes: list[tuple[bool, str]] = []
+    outcomes: ClassVar[list[tuple[bool, str]]] = []
     place = ""
 
     def __init__(self, *given: Any, **named: Any) -> None:
