@@ -27,6 +27,8 @@ IN_PACKAGE = "{coin_ray}"
 
 def relocated(value: Any, old: str, new: str) -> Any:
     """A config, or plain data, whose paths below ``old`` lie below ``new``."""
+    if old == new:
+        return value
     if isinstance(value, str):
         return new + value.removeprefix(old) if value == old or value.startswith(f"{old}/") else value
     if isinstance(value, dict):
@@ -493,7 +495,7 @@ class PipelineConfig:
 
 
 def _arrived(package: str, values: dict[str, Any]) -> PipelineConfig:
-    return PipelineConfig(**(values if package == PACKAGE else relocated(values, package, PACKAGE)))
+    return PipelineConfig(**relocated(values, package, PACKAGE))
 
 
 def check_runnable(config: PipelineConfig) -> None:

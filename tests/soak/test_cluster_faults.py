@@ -5,6 +5,7 @@ Each test says what was killed and what was lost.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -136,3 +137,20 @@ def test_the_head_restarted(cluster: Cluster, reference: Path, tmp_path: Path) -
     cluster.wait("after")
     assert_same_results(root, reference)
     print("killed: the head with the whole cluster; lost: nothing, the same command went on")
+
+
+def test_fewer_workers_go_on_when_a_node_is_gone(reference: Path, tmp_path: Path) -> None:
+    """Between one and two workers; another number of them rounds otherwise, so only the losses are compared."""
+    root = up_to("distill", reference, tmp_path)
+    entry = ["python", "pipelines/full.py", "demo", "--root", str(root), *SMALL, *EVERY, "--distill.fit.max-workers", "2"]
+    with cluster_of(1, 1) as elastic:
+        elastic.submit("elastic", entry)
+        until(lambda: saved(root, "distill") > 0, "a state of distill")
+        kill_node(elastic.nodes.pop())
+        log = elastic.wait("elastic")
+    assert "worker group of size 2" in log
+    assert "worker group of size 1" in log
+    ours, theirs = (json.loads(next(r.glob("steps/distill-*/curve.json")).read_text()) for r in (root, reference))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3, abs=1e-3)
+    assert ours[-1] == pytest.approx(theirs[-1], rel=0.2, abs=0.05)
+    print("killed: one node of two, and its worker; lost: nothing, the other one went on")
