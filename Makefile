@@ -17,7 +17,7 @@ slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 soak: $(DEVELOPED)
-	$(BIN)/python -m pytest -m soak tests/soak $(ARGS)
+	$(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
 
 check: $(DEVELOPED)
 	$(BIN)/ruff check coin_ray pipelines tests tune

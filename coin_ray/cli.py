@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are understood, so ``--help`` ans
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -50,23 +51,20 @@ def main(script: str, description: str, *, only: str | None = None) -> int:
     return reported(work)
 
 
-def reported(work: Callable[[], None]) -> int:
-    """Do ``work``; returns the exit code, 0 if it raised nothing. What a user can change is told in one message."""
+def reported(work: Callable[[], None], again: str = "the same command goes on from here") -> int:
+    """Do ``work``; returns the exit code, 0 if it raised nothing. What a user can change is told in one message; ``again``: how to go on."""
     try:
         work()
     except CoinError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.errno != 28:
+        if error.errno != errno.ENOSPC:
             raise
-        print(
-            f"\nno space left on the device: {error.filename or 'the root of the run'}. Free some and run the same command again",
-            file=sys.stderr,
-        )
+        print(f"\nno space left on the device: {error.filename or 'the root of the run'}. Free some; {again}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print(f"\nstopped; {again}", file=sys.stderr)
         return 130
     return 0
 

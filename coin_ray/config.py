@@ -6,7 +6,9 @@ config holds the *name* of the environment variable. Symbols in brackets are the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from coin_ray.errors import ConfigError
@@ -16,6 +18,27 @@ from coin_ray.models.co_detr.config import CoDetr
 def execution(default: Any) -> Any:
     """A field that says how something runs, not what comes out; it is no part of a step's identity."""
     return field(default=default, metadata={"identity": False})
+
+
+PACKAGE = str(Path(__file__).parent)
+IN_PACKAGE = "{coin_ray}"
+"""Stands in files for where the package is installed, which is another place on another machine."""
+
+
+def relocated(value: Any, old: str, new: str) -> Any:
+    """A config, or plain data, whose paths below ``old`` lie below ``new``."""
+    if old == new:
+        return value
+    if isinstance(value, str):
+        return new + value.removeprefix(old) if value == old or value.startswith(f"{old}/") else value
+    if isinstance(value, dict):
+        return {key: relocated(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(relocated(item, old, new) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: relocated(getattr(value, f.name), old, new) for f in dataclasses.fields(value)}
+        return type(value)(**changed)
+    return value
 
 
 def _check(condition: bool, message: str) -> None:
@@ -188,6 +211,10 @@ class Collect:
     """Images per block of the stream."""
     labeler_gpus: float = execution(0.0)
     """GPUs per CLIP labeler; a fraction lets several share one."""
+    batch_seconds: float = execution(3600.0)
+    """Time for one batch after which a labeler counts as hanging and ends itself; 0: never."""
+    stalled_after: float = execution(90_000.0)
+    """Seconds without any result after which collection ends itself; a quota may come back after a day. 0: never."""
 
     def __post_init__(self) -> None:
         _fraction("collect.fuse_iou", self.fuse_iou)
@@ -284,7 +311,11 @@ class Optimize:
     group_aspects: bool = False
     """Steps see images of one orientation, wide or high, which saves padding in mixed sets. Another order of the images."""
     checkpoint_every: int = execution(1000)
+    stalled_after: float = execution(3600.0)
+    """Seconds without a logged or saved step after which a worker counts as hanging and ends itself; 0: never."""
     workers: int = execution(1)
+    max_workers: int | None = execution(None)
+    """On a cluster, the most workers: as many train as it has room for, at least ``workers``. None: always ``workers``."""
     gpu: bool = execution(False)
     """One GPU per worker. Written for CUDA and NCCL, not yet run on either."""
     amp: bool = False
@@ -293,6 +324,10 @@ class Optimize:
     def __post_init__(self) -> None:
         _check(self.steps > 0 and self.batch > 0 and self.checkpoint_every > 0, "steps, batch and checkpoint_every must be positive")
         _check(self.batch % max(self.workers, 1) == 0, f"batch {self.batch} must be a multiple of workers {self.workers}")
+        _check(
+            self.max_workers is None or self.workers <= self.max_workers <= self.batch,
+            f"max_workers must lie between workers ({self.workers}) and batch ({self.batch}): each has an image; got {self.max_workers}",
+        )
         _check(len(self.milestones) == len(self.factors), "milestones and factors must have the same length")
 
 
@@ -418,6 +453,10 @@ class Tracking:
     """Tracking server; default MLFLOW_TRACKING_URI, else sqlite beside the run."""
     experiment: str = "coin_ray"
     enabled: bool = True
+    model: str | None = None
+    """Name of a registered model: the exported student becomes its next version."""
+    alias: str = "champion"
+    """Of the registered model, moved to the new version."""
 
 
 @dataclass(frozen=True)
@@ -455,10 +494,18 @@ class PipelineConfig:
             f"detector.backbone {self.detector.backbone} has no text encoder for a background prompt: give --detector.background learned",
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process, maybe on another machine, files of the package lie where it is installed there."""
+        return _arrived, (PACKAGE, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
     @property
     def clouds(self) -> tuple[Cloud, ...]:
         """All that are asked, the first one first."""
         return (self.cloud, *self.more_clouds)
+
+
+def _arrived(package: str, values: dict[str, Any]) -> PipelineConfig:
+    return PipelineConfig(**relocated(values, package, PACKAGE))
 
 
 def check_runnable(config: PipelineConfig) -> None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from coin_ray.config import PipelineConfig
+from coin_ray.config import IN_PACKAGE, PACKAGE, PipelineConfig, relocated
 from coin_ray.errors import ConfigError
 from coin_ray.storage import read_bytes
 
-PACKAGE = str(Path(__file__).parent)
-
 
 def to_yaml(config: Any) -> str:
-    """Of a dataclass of plain values."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    """Of a dataclass of plain values; files that ship with the package are named from there."""
+    plain = relocated(json.loads(json.dumps(dataclasses.asdict(config))), PACKAGE, IN_PACKAGE)
     return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -39,7 +36,7 @@ def from_yaml(uri: str) -> PipelineConfig:
 
 def from_dict(values: dict[str, Any], origin: str) -> PipelineConfig:
     try:
-        return _adapter().validate_python(values)
+        return _adapter().validate_python(relocated(values, IN_PACKAGE, PACKAGE))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5])
         raise ConfigError(f"{origin}: {problems}") from error

@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.config import PipelineConfig
+from coin_ray.config import PACKAGE, PipelineConfig, relocated
 from coin_ray.configfile import fingerprint, identity
 from coin_ray.errors import StepError
 
@@ -30,6 +30,10 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
     """What distinguishes steps that share a stage; part of the identity."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process, maybe on another machine, files of the package lie where it is installed there."""
+        return _arrived, (PACKAGE, {f.name: getattr(self, f.name) for f in fields(self)})
+
     @property
     def fingerprint(self) -> str:
         return fingerprint([self.name, self.version, self.identity, dict(self.options), [i.fingerprint for i in self.inputs]])
@@ -41,6 +45,10 @@ class Step:
         """What the finished step recorded, or None."""
         path = storage.join(self.folder(root), "manifest.json")
         return storage.read_json(path) if storage.exists(path) else None
+
+
+def _arrived(package: str, values: dict[str, Any]) -> Step:
+    return Step(**(values | {"identity": relocated(values["identity"], package, PACKAGE)}))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ GROUP = 1 << 14
 
 
 def absolute(uri: str) -> str:
-    """The URI with local paths made absolute; a Ray job runs in a temporary copy of the working directory."""
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    """The URI with local paths, also those behind ``file://``, made absolute; a Ray job runs in a temporary copy of the working directory."""
+    path = uri.removeprefix("file://")
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -38,6 +39,15 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 def exists(uri: str) -> bool:
     filesystem, path = _filesystem(uri)
     return bool(filesystem.exists(path))
+
+
+def stamp(uri: str) -> str:
+    """Another one after each write of the file; empty while there is none."""
+    filesystem, path = _filesystem(uri)
+    if not filesystem.exists(path):
+        return ""
+    found = filesystem.info(path)
+    return str([found.get(name) for name in ("size", "mtime", "ETag", "LastModified", "updated", "ino")])
 
 
 def make_folder(uri: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from coin_ray import config as settings
 from coin_ray import configfile
-from coin_ray.config import Cloud, DemoScenes, Distill, Ensemble, Folder, Optimize, PipelineConfig, Propagate
+from coin_ray.config import IN_PACKAGE, Cloud, DemoScenes, Distill, Ensemble, Folder, Optimize, PipelineConfig, Propagate, relocated
 from coin_ray.configfile import fingerprint, from_dict, from_yaml, to_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.pipeline import graph
@@ -160,8 +161,24 @@ def test_unreadable_files(text: str | None, said: str, tmp_path: Path) -> None:
 def test_where_the_package_is_installed_changes_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     here, elsewhere = demo(), "/elsewhere/coin_ray"
     assert here.clip.model.startswith(configfile.PACKAGE)
-    moved = from_dict(yaml.safe_load(to_yaml(here).replace(configfile.PACKAGE, elsewhere)), "moved.yaml")
+    moved = from_dict(yaml.safe_load(to_yaml(here).replace(IN_PACKAGE, elsewhere)), "moved.yaml")
     before = fingerprint(here)
     assert fingerprint(moved) != before
     monkeypatch.setattr(configfile, "PACKAGE", elsewhere)
     assert fingerprint(moved) == before
+
+
+def test_files_of_the_package_are_found_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's code lies in another folder on each node, and in none when its file is read again."""
+    here, there = demo(), "/tmp/ray/session/working_dir_files/_ray_pkg_1/coin_ray"
+    inside = relocated(here, settings.PACKAGE, there)
+    assert inside != here
+    assert to_yaml(here).count(IN_PACKAGE) == str(here).count(settings.PACKAGE) > 0
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(settings, "PACKAGE", there)
+        sent = pickle.dumps(inside)
+    arrived = pickle.loads(sent)
+    assert arrived == here
+    assert fingerprint(arrived) == fingerprint(here)
+    (tmp_path / "best.yaml").write_text(to_yaml(here))
+    assert from_yaml(str(tmp_path / "best.yaml")) == here

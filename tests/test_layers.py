@@ -14,7 +14,7 @@ PACKAGE = Path(coin_ray.__file__).parent
 LAYERS = """
 errors storage
 config structures boxes parallel
-configfile tables published
+configfile tables published registry
 steps losses evaluation summary tracking data clip presets fusion
 pipeline cloud models
 detectors

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import sys
 import types
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from coin_ray import storage
+from coin_ray import config as settings
+from coin_ray import steps, storage
 from coin_ray.errors import StepError
 from coin_ray.presets import demo
 from coin_ray.steps import Context, Step, execute, finished
@@ -89,3 +91,14 @@ def test_fingerprints_follow_everything_upstream(change: dict[str, Any]) -> None
 
 def test_the_stage_module_is_no_identity() -> None:
     assert replace(FIRST, stage="renamed").fingerprint == FIRST.fingerprint
+
+
+def test_a_step_keeps_its_identity_where_the_package_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Step("collect", "collect", identity=(CONFIG.clip, CONFIG.classes), inputs=(FIRST,))
+    assert f"'{settings.PACKAGE}" in str(here.identity)
+    with monkeypatch.context() as elsewhere:
+        there = "/tmp/ray/_ray_pkg_1/coin_ray"
+        elsewhere.setattr(steps, "PACKAGE", there)
+        sent = pickle.dumps(replace(here, identity=settings.relocated(here.identity, settings.PACKAGE, there)))
+    assert pickle.loads(sent) == here
+    assert pickle.loads(sent).fingerprint == here.fingerprint

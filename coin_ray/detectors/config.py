@@ -70,6 +70,7 @@ class DetectorConfig:
     def __post_init__(self) -> None:
         parts = self.fit.batch / self.fit.workers / self.accumulate if self.accumulate > 0 else 0
         _check(parts == int(parts) and parts > 0, f"accumulate {self.accumulate} must divide a worker's batch ({self.fit.batch} images)")
+        _check(self.fit.max_workers is None or self.accumulate == 1, "accumulate needs equal shares: leave out fit.max_workers")
         _check(0 <= self.average < 1, f"average must lie in 0..1; got {self.average}")
         _check(self.epochs >= 0, f"epochs must be positive, or 0 for fit.steps; got {self.epochs}")
         _check(all(0 < d < self.epochs for d in self.drops) or not self.epochs, f"drops {self.drops} must lie within {self.epochs} epochs")

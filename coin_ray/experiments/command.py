@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coin_ray import storage
-from coin_ray.cli import parse
+from coin_ray.cli import parse, reported
 from coin_ray.config import PipelineConfig
-from coin_ray.errors import CoinError, ConfigError
+from coin_ray.errors import ConfigError
 from coin_ray.experiments.variants import shortened
 
 QUICK = 0.1
@@ -30,20 +30,7 @@ class Request:
 
 def main(script: str, description: str, work: Callable[[Request], None]) -> int:
     """Read the command line and do ``work``; returns the exit code."""
-    return told(lambda: work(request(sys.argv[1:], script, description)), "the same command goes on from here")
-
-
-def told(work: Callable[[], None], again: str) -> int:
-    """Do ``work``; returns the exit code. User errors are one message, no traceback; ``again``: how a stopped run goes on."""
-    try:
-        work()
-    except CoinError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\nstopped; {again}", file=sys.stderr)
-        return 130
-    return 0
+    return reported(lambda: work(request(sys.argv[1:], script, description)))
 
 
 def request(arguments: Sequence[str], script: str, description: str) -> Request:

@@ -25,5 +25,6 @@ class Runs:
         if not self.tracker.enabled or storage.exists(place):
             return
         with self.tracker.stage(title, config, digest) as run:
-            run.finish(dict(figures), folder)
-        storage.write_json(place, {"run_id": run.run_id})
+            written = run.finish(dict(figures), folder)
+        if written:
+            storage.write_json(place, {"run_id": run.run_id})

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coin_ray.cli import parse
+from coin_ray.cli import parse, reported
 from coin_ray.errors import ConfigError
-from coin_ray.experiments.command import told
 from coin_ray.search.needs import PACKAGES, check_installed, has_validation
 from coin_ray.search.space import SPACES
 
@@ -40,7 +39,7 @@ def main(script: str, description: str) -> int:
 
         run.search(asked.search, under_tune, resume=asked.resume)
 
-    return told(work, "the same command with --resume goes on from here")
+    return reported(work, "the same command with --resume goes on from here")
 
 
 def request(arguments: Sequence[str], script: str, description: str) -> Request:

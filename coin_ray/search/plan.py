@@ -55,10 +55,11 @@ class Search:
                 raise ConfigError(f"{name} must be at least 1; got {number}")
         if not 0 < self.steps_share <= 1:
             raise ConfigError(f"--steps-share must lie in 0..1, and above 0; got {self.steps_share}")
-        if self.config.distill.fit.workers > 1:
+        fit = self.config.distill.fit
+        if fit.workers > 1 or fit.max_workers is not None:
             raise ConfigError(
                 "a trial trains in one process, and several trials run at once: leave --distill.fit.workers at 1 "
-                f"and give --concurrent instead; got {self.config.distill.fit.workers} workers"
+                f"and give --concurrent instead; got {fit.workers} workers" + (f", at most {fit.max_workers}" if fit.max_workers else "")
             )
         if self.objective == "map50" and not has_validation(self.config):
             raise ConfigError("--objective map50 needs labelled validation images: give --val DIR, or --objective label-free")

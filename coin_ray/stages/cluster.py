@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 
@@ -39,6 +40,12 @@ def quiet() -> None:
     """Progress is ours to show: a line of our own now and then, instead of Ray's plans and reports."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING if on_cluster() else logging.ERROR)
+
+
+def full_disk(told: str, place: str) -> None:
+    """Raises OSError, as on this machine, if a worker's error tells of a full disk."""
+    if os.strerror(errno.ENOSPC) in told:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
 
 
 def threads(workers: int = 1) -> int:

@@ -7,6 +7,7 @@ way, and the journal below makes sure that a repeated batch costs nothing.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import uuid
 from collections import Counter
@@ -39,8 +40,10 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.serving.launch import local_cloud
 from coin_ray.stages.asking import STOPPED, CloudActor
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray, on_cluster, threads
+from coin_ray.stages.attempts import Attempts
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, full_disk, on_cluster, threads
 from coin_ray.stages.progress import bar
+from coin_ray.stages.watch import Watch
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
@@ -51,6 +54,9 @@ PART = (
     .append(pa.field("score_kind", pa.string()))
     .append(pa.field("teachers", pa.list_(pa.string())))
 )
+
+DEATHS = 2
+"""Labelers that one image may cost, beside the first, of which its batch is known."""
 
 
 def journal_uri(root: str) -> str:
@@ -108,7 +114,8 @@ def _collect(context: Context, images: pa.Table, parts: str, second: bool = Fals
                 compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=8, max_concurrent_calls_per_actor=8),
             )
         )
-        _drain(_labelled(stream, config, parts), total - todo.num_rows, total)
+        with Watch("collect", config.collect.stalled_after) as watch:
+            _drain(_labelled(stream, config, parts), total - todo.num_rows, total, watch)
 
 
 def _labelled(answers: ray.data.Dataset, config: PipelineConfig, parts: str) -> Iterator[pa.Table]:
@@ -129,12 +136,13 @@ def _labelled(answers: ray.data.Dataset, config: PipelineConfig, parts: str) -> 
     return iter(labelled.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def _drain(labelled: Iterator[pa.Table], before: int, total: int) -> None:
+def _drain(labelled: Iterator[pa.Table], before: int, total: int, watch: Watch) -> None:
     """Consume what the labelers return, show progress, and raise the error that stopped a worker."""
     done, failed, calls, usd = before, 0, 0, 0.0
     stopped: str | None = None
     with bar("collect", total) as shown:
-        for batch in labelled:
+        for batch in _arriving(labelled):
+            watch.seen()
             for row in batch.to_pylist():
                 if row["status"] == STOPPED:
                     stopped = stopped or row["error"]
@@ -146,6 +154,15 @@ def _drain(labelled: Iterator[pa.Table], before: int, total: int) -> None:
     if stopped is not None:
         problem = json.loads(stopped)
         raise getattr(errors, problem["type"])(problem["message"])
+
+
+def _arriving(labelled: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """A full disk on a worker is an OSError here too."""
+    try:
+        yield from labelled
+    except ray.exceptions.RayError as error:
+        full_disk(str(error), "of a worker")
+        raise
 
 
 def _start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
@@ -198,7 +215,7 @@ class LabelerActor:
     """Adds CLIP's opinion of the cloud's boxes and commits the batch as a part."""
 
     def __init__(self, config: PipelineConfig, parts: str) -> None:
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.attempts = config, parts, Attempts(f"{parts}_begun")
         torch.set_num_threads(threads())
         self.labeler = make_labeler(config)
         self.readings = dict(zip(names_of(config.clouds), [Reading.of(cloud, config.classes) for cloud in config.clouds], strict=True))
@@ -206,9 +223,20 @@ class LabelerActor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         answered = [row for row in batch.to_pylist() if row["status"] != STOPPED]
         if answered:
-            part = pa.Table.from_pylist([self._labelled(row) for row in answered], schema=PART)
-            storage.write_table(storage.join(self.parts, f"{uuid.uuid4().hex}.parquet"), part)
+            key = hashlib.sha256("".join(row["image_id"] for row in answered).encode()).hexdigest()[:16]
+            with self.attempts.at(key) as died, Watch("a labeler", self.config.collect.batch_seconds):
+                label = self._carefully if died else self._labelled
+                part = pa.Table.from_pylist([label(row) for row in answered], schema=PART)
+                storage.write_table(storage.join(self.parts, f"{uuid.uuid4().hex}.parquet"), part)
         return batch.select(["image_id", "status", "calls", "cost_usd", "error"])
+
+    def _carefully(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Of a batch that killed a labeler: the image that does so again is given up, and the others are kept."""
+        with self.attempts.at(row["image_id"]) as died:
+            if died >= DEATHS:
+                reason = f"the process that labelled it has died {died} times with it"
+                row = row | {"status": "error", "error": reason, "boxes": [], "class_scores": []}
+            return self._labelled(row)
 
     def _labelled(self, row: dict[str, Any]) -> dict[str, Any]:
         boxes = np.asarray(row["boxes"], np.float32).reshape(-1, 4)

@@ -23,13 +23,16 @@ from coin_ray.config import Detector, Optimize
 from coin_ray.data.examples import Example
 from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_count, worker_rank
-from coin_ray.stages.cluster import cluster_cpus, ensure_ray, largest_node_cpus, on_cluster, quiet, threads
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, full_disk, largest_node_cpus, on_cluster, quiet, threads
 from coin_ray.stages.progress import Bar, bar
+from coin_ray.stages.watch import Watch
 from coin_ray.training import diagnosis
 from coin_ray.training.loop import Curve, Task, run
 
 CLUSTER_RETRIES = 3
-"""Lost workers after which a fit on a cluster gives up."""
+"""Lost workers after which Ray Train gives up; a fit on a cluster then begins again if it has got on meanwhile."""
+OURS = "coin_ray.errors."
+"""In the text of an error that another try would meet again."""
 STATE = "state.pt"
 """The last state of an unfinished fit, in its folder."""
 Tell = Callable[[int, Mapping[str, float], dict[str, Any] | None], None]
@@ -51,34 +54,48 @@ class Fit:
 
 
 def fit(work: Fit) -> Curve:
-    """Train, or go on where a killed run stopped; writes ``finish``'s weights and ``curve.json`` into the folder. Returns the curve."""
-    optimize = work.optimize
-    here = optimize.workers == 1 and not on_cluster()
+    """Train, or go on where a killed run stopped; writes ``finish``'s weights and ``curve.json`` into the folder. Returns the curve.
+
+    Raises TrainingError if a worker fails, on a cluster if several do without a state saved between them.
+    """
+    here = work.optimize.workers == 1 and work.optimize.max_workers is None and not on_cluster()
     quiet()
     if not here:
         ensure_ray()
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"work": work},
-        scaling_config=ScalingConfig(num_workers=0, use_gpu=optimize.gpu) if here else _scaling(optimize),
-        run_config=None
-        if here
-        else RunConfig(
-            name="train", storage_path=work.folder, failure_config=FailureConfig(max_failures=CLUSTER_RETRIES if on_cluster() else 0)
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"{work.title} failed on a worker: {str(error)[-1500:]}") from error
+    while not _fitted(work, here):
+        print(f"{work.title}: {CLUSTER_RETRIES + 1} workers lost, but it has got on; it goes on from its last state", flush=True)
     curve: Curve = storage.read_json(storage.join(work.folder, "curve.json"))
     return curve
 
 
+def _fitted(work: Fit, here: bool) -> bool:
+    """Train to the end; False if that failed, but a state was saved before."""
+    state = storage.join(work.folder, STATE)
+    before = storage.stamp(state)
+    retries = CLUSTER_RETRIES if on_cluster() else 0
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"work": work},
+        scaling_config=ScalingConfig(num_workers=0, use_gpu=work.optimize.gpu) if here else _scaling(work.optimize),
+        run_config=None if here else RunConfig(name="train", storage_path=work.folder, failure_config=FailureConfig(max_failures=retries)),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if retries and OURS not in str(error) and storage.stamp(state) != before:
+            return False
+        full_disk(str(error), work.folder)
+        raise TrainingError(f"{work.title} failed on a worker: {str(error)[-1500:]}") from error
+    return True
+
+
 def _scaling(optimize: Optimize) -> ScalingConfig:
-    cpus = max(1, min(cluster_cpus() // optimize.workers, largest_node_cpus()))
+    """A worker's CPUs are its share where all of them run at once."""
+    most = optimize.max_workers or optimize.workers
+    cpus = max(1, min(cluster_cpus() // most, largest_node_cpus()))
     resources: dict[str, float] = {"CPU": 1, "GPU": 1} if optimize.gpu else {"CPU": cpus}
-    return ScalingConfig(num_workers=optimize.workers, use_gpu=optimize.gpu, resources_per_worker=resources)
+    workers = optimize.workers if optimize.max_workers is None else (optimize.workers, optimize.max_workers)
+    return ScalingConfig(num_workers=workers, use_gpu=optimize.gpu, resources_per_worker=resources)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -89,10 +106,10 @@ def train(work: Fit, tell: Tell) -> Curve:
     """This worker's part of a fit, from the last saved state on. All workers call ``tell`` at the same steps."""
     logging.getLogger().setLevel(logging.WARNING)  # open_clip tells its life story at INFO
     if not work.optimize.gpu:
-        torch.set_num_threads(threads(work.optimize.workers))
+        torch.set_num_threads(threads(worker_count()))
     task = work.make().to(_device(work.optimize))
-    with bar(work.title, work.optimize.steps) as shown:
-        host = FolderHost(work.folder, shown, tell)
+    with bar(work.title, work.optimize.steps) as shown, Watch(work.title, work.optimize.stalled_after) as watch:
+        host = FolderHost(work.folder, shown, tell, watch)
         curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=host)
     if worker_rank() == 0:
         for name, weights in work.finish(task).items():
@@ -115,8 +132,8 @@ def _device(optimize: Optimize) -> torch.device:
 class FolderHost:
     """The training loop's host: rank 0 keeps the last state in a file that is replaced whole; all ranks wait for each other."""
 
-    def __init__(self, folder: str, shown: Bar, tell: Tell) -> None:
-        self.place, self.shown, self.tell = storage.join(folder, STATE), shown, tell
+    def __init__(self, folder: str, shown: Bar, tell: Tell, watch: Watch) -> None:
+        self.place, self.shown, self.tell, self.watch = storage.join(folder, STATE), shown, tell, watch
 
     def resume(self) -> dict[str, Any] | None:
         return load_state(self.place) if storage.exists(self.place) else None
@@ -127,6 +144,7 @@ class FolderHost:
                 save_weights(self.place, checkpoint)
             self.shown.update(step + 1, " ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name not in diagnosis.NAMES))
         self.tell(step, metrics, checkpoint)
+        self.watch.seen()
 
     def forget(self) -> None:
         """The weights are written: the state with its optimizers is no longer needed."""

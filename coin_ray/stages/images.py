@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,8 +14,8 @@ from coin_ray import storage, tables
 from coin_ray.cloud.labelmap import LabelMap
 from coin_ray.config import DemoScenes, Folder
 from coin_ray.data import formats
-from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, Record
+from coin_ray.data.inspect import inspect
 from coin_ray.errors import InputError
 from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
@@ -124,19 +123,9 @@ def image_files(place: str) -> list[str]:
     return [record.uri for record in formats.read(place).records]
 
 
-def _inspect(records: Iterable[Record]) -> Iterator[Inspected]:
+def _inspect(records: Sequence[Record]) -> Iterator[Inspected]:
     """Each record with its row, or with the reason why its image can't be used."""
-
-    def look(record: Record) -> tuple[Record, dict[str, Any] | str]:
-        raw = storage.read_bytes(record.uri)
-        try:
-            width, height = decode_rgb(raw).size
-        except InputError as error:
-            return record, str(error)
-        return record, {"image_id": hashlib.sha256(raw).hexdigest(), "uri": record.uri, "width": width, "height": height}
-
-    with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(look, records)
+    return zip(records, inspect((record.uri for record in records), len(records)), strict=True)
 
 
 def _indexes(dataset: Dataset, classes: tuple[str, ...], place: str) -> dict[str, int]:
