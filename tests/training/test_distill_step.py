@@ -13,6 +13,7 @@ from torch import Tensor
 from coin_ray.clip.encoder import class_embeddings
 from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch, batches
+from coin_ray.fusion.vectors import normalised
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.structures import Detections
 from coin_ray.training import diagnosis
@@ -188,7 +189,7 @@ def test_order_of_images_in_the_batch_does_not_matter(tmp_path: Path) -> None:
     for way in (1, -1):
         (batch,) = three_steps(tmp_path, fit)
         knowledge = {name: rows[::way] for name, rows in batch.knowledge.items()}
-        turned = Batch(batch.weak[::way], batch.strong[::way], knowledge, batch.generators[::way])
+        turned = Batch(batch.weak[::way], batch.strong[::way], knowledge, batch.generators[::way], batch.reviewed[::way])
         found.append(values(distillation(fit, burn_up=5, inconsistent_from=0).train_step(turned, 0)))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
@@ -205,9 +206,10 @@ def test_one_class_teaches_without_contradictions(step: int, tmp_path: Path) -> 
     student, teacher = (build_detector(tiny_clip(), ("car",), tiny_config(), seed=s) for s in (1, 0))
     embeddings = class_embeddings(tiny_clip(), ("car",), TEMPLATES)
     config = Distill(fit=fit, prototypes_from=0, burn_up=5, teacher_rate=0.1)
-    task = Distillation(student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0, cloud_vectors="normalised"))
+    task = Distillation(student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0))
     (batch,) = three_steps(tmp_path, fit)
     batch.knowledge.update({name: [one_class(d) for d in rows] for name, rows in batch.knowledge.items()})
+    batch.knowledge["cloud"] = [normalised(d) for d in batch.knowledge["cloud"]]
     before = weights(task.ckg), weights(task.student)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)
