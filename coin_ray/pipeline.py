@@ -24,8 +24,8 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     views = (c.detector.short_side, c.detector.long_side)
     detector = (c.clip, c.mobilenet, c.detector, c.classes, c.seed)
     baseline = baseline_training(c)
-    labels = replace(c.labels, cloud_vectors="collected")
-    separating = identity(c.separate) | {"cloud_vectors": c.labels.cloud_vectors}  # propagation does not read this form
+    labels = {name: value for name, value in identity(c.labels).items() if name != "cloud_vectors"}
+    separating = identity(c.separate) | {"cloud_vectors": c.labels.cloud_vectors}  # propagation does not read these
     network = [] if c.distill.student == "faster-rcnn" else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
 
     images = Step("images", "images", identity=c.data)

@@ -18,6 +18,7 @@ FIGURES = (
     "calibration_error",
     "ckg_sides",
     "kept",
+    "corrections",
     "hardware",
     "page",
 )

@@ -24,7 +24,7 @@ stages
 estimate
 runner
 cli
-library experiments export detector_cli
+library experiments export detector_cli review
 search
 capacity
 tune

@@ -32,6 +32,8 @@ def run(context: Context) -> dict[str, Any]:
     config = context.config
     manifests = {name: storage.read_json(storage.join(folder, "manifest.json")) for name, folder in context.inputs.items()}
     figures: dict[str, Any] = {"hardware": hardware(), "kept": _kept(context)}
+    if found := measures.corrections(context):
+        figures["corrections"] = found
     figures["confusion"] = measures.teachers_confused(context) if config.collect.labeler != "none" else []
     truth = measures.held_out_truth(context)
     answers, students = measures.named_once(context), measures.students(context)

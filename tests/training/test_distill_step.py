@@ -183,6 +183,25 @@ def test_the_teacher_follows_what_the_student_was_before_the_step(tmp_path: Path
         torch.testing.assert_close(value, teacher[name].lerp(student[name], 0.25))
 
 
+@pytest.mark.parametrize("burnt_up", [False, True])
+def test_a_person_outranks_both_teachers_whatever_they_say(burnt_up: bool, tmp_path: Path) -> None:
+    """The images of the batch are as a person says, one of them empty, before and after the burn-up; those nobody reviewed are the teachers'."""
+    fit = tiny_fit(steps=1, batch=3)
+    (batch,) = three_steps(tmp_path, fit)
+    theirs = distillation(fit).separate(batch, burnt_up)
+    person = detections(((2, 2, 20, 30), 1, 1.0), ((30, 4, 50, 40), 2, 1.0))
+    batch.knowledge["cloud"][:2] = [person, person[:0]]
+    batch.reviewed[:2] = [True, True]
+    first, empty, other = distillation(fit).separate(batch, burnt_up)
+    assert torch.equal(first.consistent.boxes, person.boxes)
+    assert torch.equal(first.consistent.cloud.labels, person.labels)
+    assert torch.equal(first.consistent.clip.probs, person.probs)
+    assert [len(parts) for parts in (first.inconsistent, first.private, empty.consistent, empty.inconsistent, empty.private)] == [0] * 5
+    assert (first.reviewed, empty.reviewed, other.reviewed) == (True, True, False)
+    assert torch.equal(other.consistent.boxes, theirs[2].consistent.boxes)
+    assert torch.equal(other.private.boxes, theirs[2].private.boxes)
+
+
 def test_order_of_images_in_the_batch_does_not_matter(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     found = []
