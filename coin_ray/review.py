@@ -57,7 +57,9 @@ def _disputed(root: str) -> tuple[list[Review], tuple[str, ...]]:
     config = from_yaml(storage.join(root, "config.yaml"))
     steps = graph(config)
     if steps["separate"].manifest(root) is None:
-        raise StepError(f"a review needs the finished step separate below {root}: run pipelines/separate.py --config {root}/config.yaml first")
+        raise StepError(
+            f"a review needs the finished step separate below {root}: run pipelines/separate.py --config {root}/config.yaml first"
+        )
     images = storage.read_table(storage.join(steps["images"].folder(root), "images.parquet")).to_pylist()
     separation = storage.read_table(storage.join(steps["separate"].folder(root), "separation.parquet")).to_pylist()
     return reviews(images, separation, config.classes), config.classes

@@ -19,6 +19,7 @@ FIGURES = (
     "ckg_sides",
     "kept",
     "corrections",
+    "sweeps",
     "hardware",
     "page",
 )

@@ -1,7 +1,7 @@
 """Labels of a run to people, those in dispute first, and back as a data set. What they correct outranks every teacher: full.py --corrections.
 
-    python pipelines/review.py out label-studio|cvat|fiftyone --root ROOT --out FOLDER [--most N]
-    python pipelines/review.py back EXPORT --out FOLDER [--format coco]
+python pipelines/review.py out label-studio|cvat|fiftyone --root ROOT --out FOLDER [--most N]
+python pipelines/review.py back EXPORT --out FOLDER [--format coco]
 """
 
 import sys

@@ -12,7 +12,7 @@ import coin_ray
 
 PACKAGE = Path(coin_ray.__file__).parent
 LAYERS = """
-errors storage
+errors storage names
 config structures boxes parallel
 configfile tables published
 steps losses evaluation summary tracking data clip presets fusion

@@ -21,7 +21,10 @@ GROUPS = {
         "Test images on which the student is worst against the cloud: objects it no longer finds, boxes newly wrong.",
     ),
     "test": ("Further test images", "Evenly spread over the test images."),
-    "train": ("Training images", "What the teachers said, by kind: both agree, both see it but name it differently, only one sees it; or a person."),
+    "train": (
+        "Training images",
+        "What the teachers said, by kind: both agree, both see it but name it differently, only one sees it; or a person.",
+    ),
 }
 LETTER = 0.78
 """Width of a letter as a share of the font size, about; small screens show text larger."""

@@ -76,7 +76,9 @@ def corrected_table(found: Mapping[str, Any]) -> list[tuple[Method, list[str]]]:
     for method in (m for m in METHODS if m.key in (found.get("teachers") or {})):
         said = found["teachers"][method.key]
         shares = ((said["wrong"], said["boxes"]), (said["missed"], found["boxes"]), (said["images"], found["images"]))
-        rows.append((method, [f"{said['boxes']:,}", *(f"{part:,} ({_percent(part / whole) if whole else 'none'})" for part, whole in shares)]))
+        rows.append(
+            (method, [f"{said['boxes']:,}", *(f"{part:,} ({_percent(part / whole) if whole else 'none'})" for part, whole in shares)])
+        )
     return rows
 
 

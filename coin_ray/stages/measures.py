@@ -153,7 +153,11 @@ def corrections(context: Context) -> dict[str, Any]:
     truth = {i: Truth(d.boxes, d.labels, torch.zeros(len(d), dtype=torch.bool)) for i, d in person.items()}
     if not truth:
         return {}
-    counts = {"images": len(truth), "boxes": sum(len(t.boxes) for t in truth.values()), "empty": sum(not len(t.boxes) for t in truth.values())}
+    counts = {
+        "images": len(truth),
+        "boxes": sum(len(t.boxes) for t in truth.values()),
+        "empty": sum(not len(t.boxes) for t in truth.values()),
+    }
     teachers = {name: _mistakes(found, truth, len(config.classes)) for name, found in _taught(context, list(truth)).items()}
     return counts | {"teachers": teachers}
 

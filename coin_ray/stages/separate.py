@@ -60,7 +60,9 @@ def _row(image_id: str, parts: Separation) -> dict[str, Any]:
     return {
         "image_id": image_id,
         "boxes": torch.cat([*(p.boxes for p in pairs), parts.private.boxes]).tolist(),
-        "kind": ["reviewed" if parts.reviewed else "consistent"] * len(pairs[0]) + ["inconsistent"] * len(pairs[1]) + ["private"] * len(parts.private),
+        "kind": ["reviewed" if parts.reviewed else "consistent"] * len(pairs[0])
+        + ["inconsistent"] * len(pairs[1])
+        + ["private"] * len(parts.private),
         "cloud_probs": torch.cat([*(p.cloud.probs for p in pairs), parts.private.probs]).tolist(),
         "clip_probs": torch.cat([*(p.clip.probs for p in pairs), nothing]).tolist(),
     }

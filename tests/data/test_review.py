@@ -230,7 +230,10 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (XML.format(done="true", shapes=BOX.format(kind="x", more='rotation="12.5"')), r"x\.xml:4: expected an upright box, .* 12\.5 degrees"),
+        (
+            XML.format(done="true", shapes=BOX.format(kind="x", more='rotation="12.5"')),
+            r"x\.xml:4: expected an upright box, .* 12\.5 degrees",
+        ),
         (XML.format(done="true", shapes='<polygon label="cat" points="1,2;3,4"/>'), r"x\.xml:4: expected boxes, got a polygon of 'cat'"),
         (XML.format(done="true", shapes='<box label="cat" xtl="a"/>'), r"x\.xml:4: xtl: expected a number, got 'a'"),
         ("<annotations><image/></annotations>", "no image has the tag 'review' with its image_id"),
@@ -247,7 +250,7 @@ def test_what_can_not_be_read_of_cvat_is_named(tmp_path: Path, content: str, mes
 def test_an_archive_of_another_format_is_an_error(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "job.zip", "w") as archive:
         archive.writestr("instances.json", "{}")
-    with pytest.raises(InputError, match="export the task as 'CVAT for images 1.1'"):
+    with pytest.raises(InputError, match=r"export the task as 'CVAT for images 1\.1'"):
         cvat.read(str(tmp_path / "job.zip"))
 
 
@@ -268,7 +271,15 @@ def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
 
 def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
     """As FiftyOneDataset writes it: ids, dates, and null where nothing is."""
-    box = {"_id": {"$oid": "6"}, "_cls": "Detection", "attributes": {}, "tags": [], "label": "cat", "bounding_box": [0.25, 0, 0.5, 1], "mask": None}
+    box = {
+        "_id": {"$oid": "6"},
+        "_cls": "Detection",
+        "attributes": {},
+        "tags": [],
+        "label": "cat",
+        "bounding_box": [0.25, 0, 0.5, 1],
+        "mask": None,
+    }
     own = {"_id": {"$oid": "5"}, "metadata": None, "created_at": {"$date": "2026-01-01T00:00:00Z"}, "_media_type": "image"}
     known = {"filepath": "data/a.jpg", "image_id": "abc", "pixels_wide": 40, "pixels_high": 30, "tags": ["reviewed", "night"]}
     empty = known | {"image_id": "def", "tags": [], "ground_truth": None}

@@ -93,7 +93,9 @@ def _faults(review: Review, image: Mapping[str, Any] | None, indexes: Mapping[st
         return [f"{review.name} is {size[0]} x {size[1]}, its corrections are for {review.width} x {review.height}"]
     unknown = sorted({box.label for box in review.boxes} - indexes.keys())
     faults = [f"{review.name} has a {name!r}, which is no class of this run" for name in unknown]
-    return faults + [f"{review.name}: the box {box.label} {_shown(box.edges)} {wrong}" for box in review.boxes if (wrong := _off(box, size))]
+    return faults + [
+        f"{review.name}: the box {box.label} {_shown(box.edges)} {wrong}" for box in review.boxes if (wrong := _off(box, size))
+    ]
 
 
 def _off(box: Box, size: tuple[int, int]) -> str:

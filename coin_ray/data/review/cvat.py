@@ -7,7 +7,6 @@ whoever has looked at an image ticks its ``reviewed``.
 from __future__ import annotations
 
 import io
-import json
 import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Sequence
