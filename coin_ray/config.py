@@ -55,6 +55,9 @@ class Folder:
     """Labelled folder for validation."""
     test: str | None = None
     """Labelled folder; without it nothing can be evaluated and the table says so."""
+    same_images: bool = added(False)
+    """Test images may be training images too, as published for Clipart1k, KITTI and Sim10K. Their labels are only read to evaluate; the
+    figures say nothing of images that were not trained on."""
 
 
 Service = Literal[

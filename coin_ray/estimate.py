@@ -92,11 +92,12 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
     manifest = step.manifest(root)
     if manifest is not None:
         counts = manifest["metrics"]["count"]
-        return int(counts["train"] + counts["test"])
+        return int(counts["train"] + counts["test"] - manifest["metrics"].get("in_both", 0))
     data = config.data
     if isinstance(data, DemoScenes):
         return data.train + data.test
-    return sum(len(image_files(storage.absolute(place))) for place in (data.images, data.test) if place)
+    files = [uri for place in (data.images, data.test) if place for uri in image_files(storage.absolute(place))]
+    return len(set(files) if data.same_images else files)
 
 
 def _asked_today(config: PipelineConfig, root: str) -> list[int]:

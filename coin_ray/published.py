@@ -102,6 +102,7 @@ GLIP_SETS: dict[DataSet, Published] = SETS | {
 }
 """Where GLIP's runs differ in more than the cloud's threshold."""
 
+TESTED_ON_TRAINING_IMAGES: tuple[DataSet, ...] = ("clipart", "kitti", "sim10k")
 CLOUD_VECTORS: dict[CloudKind, Literal["normalised", "smoothed", "one_hot"]] = {
     "gdino": "normalised",
     "glip": "smoothed",
@@ -115,7 +116,7 @@ def published(name: DataSet, cloud: CloudKind = "gdino") -> PipelineConfig:
     return PipelineConfig(
         preset=name,
         classes=chosen.classes,
-        data=Folder(),
+        data=Folder(same_images=name in TESTED_ON_TRAINING_IMAGES),
         cloud=Cloud(),
         clip=Clip(model=chosen.clip, style=chosen.style),
         labels=Labels(score_min=chosen.score_min, clip_score_min=chosen.clip_score_min, cloud_vectors=CLOUD_VECTORS[cloud]),

@@ -21,7 +21,8 @@ def run(context: Context) -> dict[str, Any]:
     """Write ``corrections.parquet``: certain detections of the reviewed images. Raises InputError for what does not fit the run."""
     place, classes = context.config.corrections or "", context.config.classes
     reviews = corrections.read(place)
-    images = {row["image_id"]: row for row in storage.read_table(storage.join(context.inputs["images"], "images.parquet")).to_pylist()}
+    listed = storage.read_table(storage.join(context.inputs["images"], "images.parquet")).to_pylist()
+    images = {row["image_id"]: row for row in reversed(listed)}  # the first row counts: a training image may be a test image too
     asked = LabelMap.of_classes(classes)
     named = {name: asked.find([name]) for review in reviews for name in {box.label for box in review.boxes}}
     indexes = {name: match[0] for name, match in named.items() if match is not None}

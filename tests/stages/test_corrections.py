@@ -177,7 +177,7 @@ def reviewed(tmp_path_factory: pytest.TempPathFactory) -> Context:
     return c
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cloud=seen, labeler=st.sampled_from(["crop", "none"]), source=st.sampled_from(["clip", "cloud"]))
 def test_propagation_learns_what_people_say(reviewed: Context, cloud: Detections, labeler: str, source: Any) -> None:
     """Also where the cloud failed; and the others stay as they are."""
@@ -198,7 +198,7 @@ def test_propagation_learns_what_people_say(reviewed: Context, cloud: Detections
             assert len(known) == int((cloud.scores >= 0.3).sum())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cloud=seen, clip=seen)
 def test_distillation_is_told_what_people_say_by_all_teachers(reviewed: Context, cloud: Detections, clip: Detections) -> None:
     folder, config = Path(reviewed.root), reviewed.config
@@ -211,8 +211,15 @@ def test_distillation_is_told_what_people_say_by_all_teachers(reviewed: Context,
     for e in list(examples)[:3]:
         assert set(e.knowledge) == set(OPINIONS)
         assert all(torch.equal(found.boxes, person[e.image_id].boxes) for found in e.knowledge.values())
+
+
+def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> None:
+    folder, config = Path(reviewed.root), reviewed.config
+    collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
+    examples = training_examples(str(folder), *labels_for("clip", reviewed.inputs, config))
     (batch,) = batches(examples, replace(config.distill.fit, steps=1, batch=4), config.detector, seed=0, first=0, rank=0, workers=1)
     assert batch.reviewed == [examples[row].reviewed for row in Order(4, 4, 0, None).rows_of_step(0)]
+    assert sorted(batch.reviewed) == [False, True, True, True]
 
 
 def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(reviewed: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
