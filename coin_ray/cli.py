@@ -15,7 +15,7 @@ from typing import cast, get_args
 import tyro
 
 from coin_ray.config import Cloud, PipelineConfig, Service, Student, check_runnable
-from coin_ray.configfile import from_yaml
+from coin_ray.configfile import MOVED, from_yaml
 from coin_ray.errors import CoinError, ConfigError
 from coin_ray.pipeline import ORDER, graph
 from coin_ray.presets import PRESETS, thermal, with_student
@@ -29,6 +29,7 @@ SHORT = {
     "--labeler": "--collect.labeler",
 }
 """Short names of the settings a first-time user needs, beside ``--cloud``."""
+MOVED_OPTIONS = {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in MOVED.items()}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _run(config: PipelineConfig, options: Options, only: str | None) -> None:
     steps = graph(config, baselines=options.baselines)
     until = only or options.until
     if until is not None and until not in steps:
-        raise ConfigError(f"step {until} is part of the run only with --baselines")
+        raise ConfigError(f"step {until} is part of the run only with --{'corrections' if until == 'corrections' else 'baselines'}")
     if options.dry_run:
         runner.plan(config, steps, options.root, until)
     else:
@@ -141,7 +142,7 @@ def _settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfi
 
 def _long_name(argument: str) -> str:
     name, equals, value = argument.partition("=")
-    return SHORT.get(name, name) + equals + value
+    return (SHORT | MOVED_OPTIONS).get(name, name) + equals + value
 
 
 def check(config: PipelineConfig) -> None:

@@ -41,6 +41,11 @@ def relocated(value: Any, old: str, new: str) -> Any:
     return value
 
 
+def added(default: Any) -> Any:
+    """A field that came later: at its default it is no part of an identity, so what was made before still counts."""
+    return field(default=default, metadata={"identity": "if changed"})
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -73,6 +78,9 @@ class Folder:
     """Labelled folder for validation."""
     test: str | None = None
     """Labelled folder; without it nothing can be evaluated and the table says so."""
+    same_images: bool = added(False)
+    """Test images may be training images too, as published for Clipart1k, KITTI and Sim10K. Their labels are only read to evaluate; the
+    figures say nothing of images that were not trained on."""
 
 
 Service = Literal[
@@ -230,6 +238,9 @@ class Labels:
     """Cloud boxes below this score are not used."""
     probabilities: Literal["background", "published"] = "published"
     """Cloud class vectors with a background column, or normalised to the foreground as published."""
+    cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = added("collected")
+    """In separation the cloud's results are as collected, or in a published form: class vector without background and its best entry as the
+    score (Grounding DINO), label and score with the rest shared by the other classes (GLIP), or the label alone with score 1."""
     clip_background: Literal["drop", "keep"] = "drop"
     """Boxes that CLIP calls background: left out of propagation as published, or used with CLIP's best class."""
     clip_score_min: float = 0.0
@@ -356,9 +367,6 @@ class Separate:
     """[kappa]"""
     clip_score_min: float = 0.05
     """CLIP-detector results below are not used."""
-    cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = "collected"
-    """The cloud's results as collected, or in a published form: class vector without background and its best entry as the score (Grounding
-    DINO), label and score with the rest shared by the other classes (GLIP), or the label alone with score 1."""
     fused_boxes: Literal["always", "after_burn_up", "never"] = "after_burn_up"
     """Whether a pair's box is the score-weighted mean or the cloud's. Published code: after the burn-up."""
     clip_labels: bool = False
@@ -479,6 +487,9 @@ class PipelineConfig:
     separate: Separate = field(default_factory=Separate)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    corrections: str | None = added(None)
+    """Labels of training images that a person vouches for: an export of Label Studio or CVAT, or a labelled folder (docs/own-data.md).
+    They outrank every teacher. Changing them costs no call."""
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
     seed: int = 0
 

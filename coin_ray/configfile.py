@@ -14,6 +14,9 @@ from coin_ray.config import IN_PACKAGE, PACKAGE, PipelineConfig, relocated
 from coin_ray.errors import ConfigError
 from coin_ray.storage import read_bytes
 
+MOVED = {"separate.cloud_vectors": "labels.cloud_vectors"}
+"""Old names of settings, which older config files hold."""
+
 
 def to_yaml(config: Any) -> str:
     """Of a dataclass of plain values; files that ship with the package are named from there."""
@@ -35,11 +38,24 @@ def from_yaml(uri: str) -> PipelineConfig:
 
 
 def from_dict(values: dict[str, Any], origin: str) -> PipelineConfig:
+    """``origin`` names the values in an error."""
     try:
-        return _adapter().validate_python(relocated(values, IN_PACKAGE, PACKAGE))
+        return _adapter().validate_python(_moved(relocated(values, IN_PACKAGE, PACKAGE)))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5])
         raise ConfigError(f"{origin}: {problems}") from error
+
+
+def _moved(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names they have now."""
+    for old, new in MOVED.items():
+        (old_part, old_name), (new_part, new_name) = old.split("."), new.split(".")
+        part = values.get(old_part)
+        if isinstance(part, dict) and old_name in part:
+            target = values.get(new_part) or {}
+            kept = {k: v for k, v in part.items() if k != old_name}
+            values = values | {old_part: kept, new_part: {new_name: part[old_name]} | target}
+    return values
 
 
 def _adapter() -> TypeAdapter[PipelineConfig]:
@@ -60,7 +76,7 @@ def identity(value: Any) -> Any:
     Of files that ship with the package, where it is installed is no part either.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
+        kept = [f for f in dataclasses.fields(value) if _counts(f, getattr(value, f.name))]
         return {"": type(value).__name__} | {f.name: identity(getattr(value, f.name)) for f in kept}
     if isinstance(value, dict):
         return {key: identity(item) for key, item in value.items()}
@@ -71,6 +87,11 @@ def identity(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)  # 1 and 1.0 are the same setting
     return value
+
+
+def _counts(field: dataclasses.Field[Any], value: Any) -> bool:
+    rule = field.metadata.get("identity", True)
+    return value != field.default if rule == "if changed" else bool(rule)
 
 
 def fingerprint(value: Any) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from coin_ray import storage
 from coin_ray.config import Cloud, DemoScenes, PipelineConfig
 from coin_ray.serving.launch import EMULATED
 from coin_ray.steps import Step
+
+if TYPE_CHECKING:
+    from coin_ray.cloud.client import CloudClient
 
 MINUTES_SHOWN = 1440
 
@@ -88,11 +92,12 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
     manifest = step.manifest(root)
     if manifest is not None:
         counts = manifest["metrics"]["count"]
-        return int(counts["train"] + counts["test"])
+        return int(counts["train"] + counts["test"] - manifest["metrics"].get("in_both", 0))
     data = config.data
     if isinstance(data, DemoScenes):
         return data.train + data.test
-    return sum(len(image_files(storage.absolute(place))) for place in (data.images, data.test) if place)
+    files = [uri for place in (data.images, data.test) if place for uri in image_files(storage.absolute(place))]
+    return len(set(files) if data.same_images else files)
 
 
 def _asked_today(config: PipelineConfig, root: str) -> list[int]:
@@ -112,10 +117,8 @@ def _asked_today(config: PipelineConfig, root: str) -> list[int]:
 def _on_record(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> list[set[str]]:
     """For each cloud, the images of this run with an answer in the journal (asked with the same classes, model and threshold)."""
     from coin_ray.cloud.client import CloudClient, limits
-    from coin_ray.cloud.journal import Journal
+    from coin_ray.cloud.journal import TASK, Journal
     from coin_ray.cloud.limiter import Governor, LocalGovernor
-    from coin_ray.data.canonical import canonical_image
-    from coin_ray.errors import InputError
 
     found: list[set[str]] = [set() for _ in config.clouds]
     place = storage.join(root, "journal")
@@ -127,16 +130,33 @@ def _on_record(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> 
         CloudClient(cloud, config.classes, url, journal, LocalGovernor(Governor(limits(cloud))))
         for cloud, url in zip(config.clouds, _urls(config), strict=True)
     ]
-    rows = storage.read_table(listed).select(["uri", "split"]).to_pylist()
-    for uri in (row["uri"] for row in rows if row["split"] != "val"):
-        try:
-            data = storage.read_bytes(uri)
-            for answered, client in zip(found, clients, strict=True):
-                if journal.get(client.key(canonical_image(data, client.max_side))) is not None:
-                    answered.add(uri)
-        except (InputError, FileNotFoundError):
-            continue
+    rows = [row for row in storage.read_table(listed).to_pylist() if row["split"] != "val"]
+    answered = set(filter(lambda key: not key.endswith(TASK), journal.keys()))
+    waiting = set(answered)
+    for row, images, client in ((r, f, c) for r in rows for f, c in zip(found, clients, strict=True)):
+        if (key := client.key_of_file(row["image_id"])) in answered:
+            images.add(row["uri"])
+            waiting.discard(key)
+    for row in rows:  # what is not sent as it is must be made ready to be known
+        if waiting and not all(row["uri"] in images for images in found):
+            waiting -= _recognise(row["uri"], clients, found, answered)
     return found
+
+
+def _recognise(uri: str, clients: Sequence[CloudClient], found: Sequence[set[str]], answered: set[str]) -> set[str]:
+    """Adds the image to those ``found`` that each cloud has answered; returns the keys of its answers."""
+    from coin_ray.data.canonical import canonical_image
+    from coin_ray.errors import InputError
+
+    try:
+        data = storage.read_bytes(uri)
+        keys = [client.key(canonical_image(data, client.max_side)) for client in clients]
+    except (InputError, FileNotFoundError):
+        return set()
+    for images, key in zip(found, keys, strict=True):
+        if key in answered:
+            images.add(uri)
+    return answered.intersection(keys)
 
 
 def _urls(config: PipelineConfig) -> list[str]:

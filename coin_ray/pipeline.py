@@ -8,37 +8,43 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig, Propagate
+from coin_ray.configfile import identity
 from coin_ray.steps import Step
 
-ORDER = ("images", "collect", "propagate", "separate", "distill", "pseudo_label", "oracle", "evaluate", "export", "report")
+ORDER = ("images", "corrections", "collect", "propagate", "separate", "distill", "pseudo_label", "oracle", "evaluate", "export", "report")
 
 
 def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]:
     """All steps by name, in order.
 
-    ``baselines`` adds two students with the same network, first weights and number of steps: one on plain cloud labels, one on the truth.
+    Corrections, if there are any, are checked before a call is paid. ``baselines`` adds two students with the same network, first weights
+    and number of steps: one on plain cloud labels, one on the truth.
     """
     c = config
     views = (c.detector.short_side, c.detector.long_side)
     detector = (c.clip, c.mobilenet, c.detector, c.classes, c.seed)
     baseline = baseline_training(c)
+    labels = {name: value for name, value in identity(c.labels).items() if name != "cloud_vectors"}
+    separating = identity(c.separate) | {"cloud_vectors": c.labels.cloud_vectors}  # propagation does not read these
     network = [] if c.distill.student == "faster-rcnn" else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
 
     images = Step("images", "images", identity=c.data)
+    reviewed = () if c.corrections is None else (Step("corrections", "corrections", (_content(c.corrections), c.classes), (images,)),)
     collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)), inputs=(images,))
-    propagate = Step("propagate", "propagate", (detector, c.labels, c.propagate), (images, collect), options={"labels": "clip"})
-    separate = Step("separate", "separate", (c.labels, c.separate), (images, collect, propagate))
-    distill = Step("distill", "distill", (detector, c.labels, c.separate, c.distill), (images, collect, propagate, separate))
+    propagate = Step("propagate", "propagate", (detector, labels, c.propagate), (images, collect, *reviewed), options={"labels": "clip"})
+    separate = Step("separate", "separate", (labels, separating), (images, collect, propagate, *reviewed))
+    distill = Step("distill", "distill", (detector, labels, separating, c.distill), (images, collect, propagate, separate, *reviewed))
     pseudo_label = Step(
-        "pseudo_label", "propagate", (detector, c.labels, baseline, *network), (images, collect), options={"labels": "cloud"}
+        "pseudo_label", "propagate", (detector, labels, baseline, *network), (images, collect, *reviewed), options={"labels": "cloud"}
     )
     oracle = Step("oracle", "propagate", (detector, baseline, *network), (images, collect), options={"labels": "truth"})
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
     judged = (c.classes, c.evaluate) if c.evaluate.plus_one else c.classes
     evaluate = Step("evaluate", "evaluate", identity=judged, inputs=(images, collect, separate, *students))
     export = Step("export", "export", identity=c.detector, inputs=(distill,))
-    report = Step("report", "report", identity=c.preset, inputs=(images, collect, separate, *students, evaluate, export), version=2)
-    steps = (images, collect, propagate, separate, distill, *students[2:], evaluate, export, report)
+    shown = (images, collect, separate, *students, evaluate, export, *reviewed)
+    report = Step("report", "report", identity=c.preset, inputs=shown, version=2)
+    steps = (images, *reviewed, collect, propagate, separate, distill, *students[2:], evaluate, export, report)
     return {step.name: step for step in steps}
 
 
@@ -46,6 +52,12 @@ def _reading(config: PipelineConfig) -> list[Any]:
     """What else decides what is read from answers: further clouds, and the content of label maps."""
     several = [config.more_clouds, config.ensemble] if config.more_clouds else []
     return several + [_digest(cloud.label_map) for cloud in config.clouds if cloud.label_map is not None]
+
+
+def _content(corrections: str) -> str:
+    from coin_ray.data.review.corrections import content  # only where it is needed: it imports every format
+
+    return content(corrections)
 
 
 def _digest(uri: str) -> str:

@@ -21,7 +21,6 @@ from coin_ray.config import (
     Optimize,
     PipelineConfig,
     Propagate,
-    Separate,
 )
 
 DataSet = Literal["foggy_cityscapes", "cityscapes", "bdd100k", "kitti", "sim10k", "clipart"]
@@ -104,10 +103,11 @@ GLIP_SETS: dict[DataSet, Published] = SETS | {
 }
 """Where GLIP's runs differ in more than the cloud's threshold."""
 
-SEPARATE: dict[CloudKind, Separate] = {
-    "gdino": Separate(cloud_vectors="normalised"),
-    "glip": Separate(cloud_vectors="smoothed"),
-    "class-only": Separate(cloud_vectors="one_hot"),
+TESTED_ON_TRAINING_IMAGES: tuple[DataSet, ...] = ("clipart", "kitti", "sim10k")
+CLOUD_VECTORS: dict[CloudKind, Literal["normalised", "smoothed", "one_hot"]] = {
+    "gdino": "normalised",
+    "glip": "smoothed",
+    "class-only": "one_hot",
 }
 
 
@@ -117,13 +117,12 @@ def published(name: DataSet, cloud: CloudKind = "gdino") -> PipelineConfig:
     return PipelineConfig(
         preset=name,
         classes=chosen.classes,
-        data=Folder(),
+        data=Folder(same_images=name in TESTED_ON_TRAINING_IMAGES),
         cloud=Cloud(),
         clip=Clip(model=chosen.clip, style=chosen.style),
-        labels=Labels(score_min=chosen.score_min, clip_score_min=chosen.clip_score_min),
+        labels=Labels(score_min=chosen.score_min, clip_score_min=chosen.clip_score_min, cloud_vectors=CLOUD_VECTORS[cloud]),
         detector=Detector(batch_norm="live", anchor_weights=(1.0, 1.0, 1.0, 1.0), unseen_images="ignored"),
         propagate=Propagate(fit=chosen.propagate.optimize()),
-        separate=SEPARATE[cloud],
         distill=Distill(
             fit=chosen.distill.optimize(),
             fusion_score_min=chosen.fusion_score_min,

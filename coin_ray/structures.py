@@ -99,6 +99,13 @@ class Separation:
     consistent: Pairs
     inconsistent: Pairs
     private: Detections
+    reviewed: bool = False
+    """A person says what is in the image: all consistent, and where there is no box there is nothing."""
+
+    @classmethod
+    def of_labels(cls, labels: Detections, *, reviewed: bool = False) -> Separation:
+        """Labels that are to be believed as they are: a person's, those of propagation, plain pseudo-labels, the oracle's."""
+        return cls(Pairs(labels.boxes, labels, labels), Pairs.empty(labels.num_classes), labels[:0], reviewed)
 
     def to(self, device: torch.device) -> Separation:
-        return Separation(self.consistent.to(device), self.inconsistent.to(device), self.private.to(device))
+        return Separation(self.consistent.to(device), self.inconsistent.to(device), self.private.to(device), self.reviewed)

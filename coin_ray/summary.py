@@ -18,6 +18,8 @@ FIGURES = (
     "calibration_error",
     "ckg_sides",
     "kept",
+    "corrections",
+    "sweeps",
     "hardware",
     "page",
 )
@@ -37,6 +39,7 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
         "classes": list(config.classes),
         "images": metrics.get("images", {}).get("count", {}),
         "rejected": metrics.get("images", {}).get("rejected", 0),
+        "in_both": metrics.get("images", {}).get("in_both", 0),
         "map50": map50,
         "gap_closed": gap_closed(map50),
         "separation": metrics.get("separate", {}).get("separation", {}),

@@ -52,7 +52,7 @@ SEPARATION = pa.schema(
     [
         ("image_id", pa.string()),
         ("boxes", BOXES),  # the box that stands for the pair, or the private box
-        ("kind", pa.list_(pa.string())),  # consistent, inconsistent, private
+        ("kind", pa.list_(pa.string())),  # consistent, inconsistent, private; reviewed: a person's box
         ("cloud_probs", VECTORS),  # of a private box: of the one teacher that saw it
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]

@@ -24,7 +24,7 @@ Trail = tuple[str | int, ...]
 def leaves(value: Any, path: Trail = (), counts: bool = True) -> Iterator[tuple[Trail, bool]]:
     """(path of a leaf setting, whether it is part of the identity)."""
     for field in dataclasses.fields(value):
-        item, inside = getattr(value, field.name), counts and field.metadata.get("identity", True)
+        item, inside = getattr(value, field.name), counts and bool(field.metadata.get("identity", True))
         if dataclasses.is_dataclass(item):
             yield from leaves(item, (*path, field.name), inside)
         elif isinstance(item, tuple) and any(dataclasses.is_dataclass(part) for part in item):
@@ -182,3 +182,23 @@ def test_files_of_the_package_are_found_where_it_is_installed(tmp_path: Path, mo
     assert fingerprint(arrived) == fingerprint(here)
     (tmp_path / "best.yaml").write_text(to_yaml(here))
     assert from_yaml(str(tmp_path / "best.yaml")) == here
+
+
+def test_a_setting_that_has_moved_is_read_by_its_old_name_and_makes_the_same_run() -> None:
+    """Separation's form of the cloud's vectors was a setting of separation; propagation has never read it."""
+    values = dataclasses.asdict(demo())
+    values["separate"]["cloud_vectors"] = values["labels"].pop("cloud_vectors")
+    assert from_dict(values, "old.yaml") == demo()
+    values["separate"]["cloud_vectors"] = "one_hot"
+    moved = from_dict(values, "old.yaml")
+    assert moved == dataclasses.replace(demo(), labels=dataclasses.replace(demo().labels, cloud_vectors="one_hot"))
+    ours, theirs = graph(demo(), baselines=True), graph(moved, baselines=True)
+    same = {name for name in ours if ours[name].fingerprint == theirs[name].fingerprint}
+    assert same == {"images", "collect", "propagate", "pseudo_label", "oracle"}
+
+
+def test_settings_that_came_later_leave_what_was_made_before() -> None:
+    known = configfile.identity(demo())
+    assert "corrections" not in known
+    assert "cloud_vectors" not in known["labels"]
+    assert configfile.identity(dataclasses.replace(demo(), corrections="x"))["corrections"] == "x"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,23 @@ def test_each_cloud_has_a_line_of_its_own(tmp_path: Path, images: list[Path], ca
     assert [(f.calls, f.at_most) for f in over] == [(1, False), (1, True)]
     print_estimate(TWO, cascade[1])
     assert "http 2: 5 images, 4 answered already, at most 1 calls" in capsys.readouterr().out
+
+
+def test_files_that_are_sent_as_they_are_are_known_without_opening_them(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the sha256 of their bytes. Where answers are left that no file is known to, the others are made ready; here none are."""
+    config = configuration(tmp_path, ONE)
+    for path in images:
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".jpg"), subsampling=0)
+        path.unlink()
+    files = [path.with_suffix(".jpg") for path in images]
+    answered(config, config.cloud, tmp_path, files[:3])
+    listed = storage.join(graph(config)["images"].folder(str(tmp_path)), "images.parquet")
+    rows = storage.read_table(listed).to_pylist()
+    ids = {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    storage.write_table(listed, pa.Table.from_pylist([r | {"image_id": ids[r["uri"]]} for r in rows], schema=IMAGES))
+    monkeypatch.setattr("coin_ray.data.canonical.canonical_image", lambda *_: pytest.fail("an image was decoded"))
+    (found,) = figures(config, tmp_path)
+    assert (found.answered, found.calls) == (3, 2)

@@ -12,7 +12,7 @@ import coin_ray
 
 PACKAGE = Path(coin_ray.__file__).parent
 LAYERS = """
-errors storage
+errors storage names
 config structures boxes parallel
 configfile tables published registry
 steps losses evaluation summary tracking data clip presets fusion
@@ -24,7 +24,7 @@ stages
 estimate
 runner
 cli
-library export detector_cli
+library export detector_cli review
 experiments
 search
 capacity

@@ -114,7 +114,7 @@ def test_what_all_runs_share(name: DataSet, cloud: CloudKind) -> None:
 )
 def test_clouds(cloud: CloudKind, form: str, thresholds: set[float]) -> None:
     configs = [published(name, cloud) for name in SETS]
-    assert {c.separate.cloud_vectors for c in configs} == {form}
+    assert {c.labels.cloud_vectors for c in configs} == {form}
     assert {c.labels.score_min for c in configs} == thresholds
 
 

@@ -211,6 +211,10 @@ class CloudClient:
         """The journal's key, also sent as Idempotency-Key."""
         return self._replies.key(image)
 
+    def key_of_file(self, image_id: str) -> str:
+        """The journal's key of a file that is sent as it is, by the sha256 of its bytes."""
+        return self._replies.key_of_file(image_id)
+
     def _answer_or_request(self, call: Call) -> RawDetections | PreparedRequest | None:
         """What is on record, or else how to ask; None if a task is under way."""
         known = self._replies.on_record(call)

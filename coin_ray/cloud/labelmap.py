@@ -14,8 +14,7 @@ Only ``service`` and ``map`` are needed. A name that is neither mapped nor ignor
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -23,6 +22,7 @@ import yaml
 
 from coin_ray import storage
 from coin_ray.errors import ConfigError
+from coin_ray.names import fold, forms
 
 KEYS = ("service", "classes", "map", "ignore", "precision", "confusion")
 BACKGROUND = "background"
@@ -75,41 +75,6 @@ class LabelMap:
     def of_classes(cls, classes: Sequence[str]) -> LabelMap:
         """Each class under its own name."""
         return cls({fold(name): (k, 1.0) for k, name in enumerate(classes)})
-
-
-def fold(name: str) -> str:
-    """Case, spaces, hyphens and underscores don't tell names apart."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
-
-
-def forms(name: str) -> Iterator[str]:
-    """The folded name, then the name with its last word in the other number: "traffic light", "traffic lights"."""
-    folded = fold(name)
-    yield folded
-    rest, space, word = folded.rpartition(" ")
-    if len(word) >= 3 and word.isalpha():
-        yield from (rest + space + other for other in _other_number(word))
-
-
-def _other_number(word: str) -> Iterator[str]:
-    """Singulars or plurals of an English word by its ending; "glasses" are no glass."""
-    if word.endswith(("sses", "ss", "is")):
-        return
-    if word.endswith("us"):
-        yield word + "es"
-        return
-    if not word.endswith("s"):
-        yield word + "s"
-        if word.endswith(("ch", "sh", "x", "z")):
-            yield word + "es"
-        if word.endswith("y"):
-            yield word[:-1] + "ies"
-        return
-    yield word[:-1]
-    if word.endswith("ies"):
-        yield word[:-3] + "y"
-    if word.endswith(("ches", "shes", "xes", "zes", "uses")):
-        yield word[:-2]
 
 
 def load_label_map(path: str, classes: Sequence[str], service: str | None = None) -> LabelMap:

@@ -10,10 +10,10 @@ import json
 import re
 from dataclasses import dataclass
 
-from coin_ray.cloud.labelmap import fold
 from coin_ray.cloud.parsing import BoxFormat, Found, as_list, as_numbers, as_object, as_text, detections, load_json, malformed, short_text
 from coin_ray.cloud.protocol import Frame, Query, RawDetections
 from coin_ray.errors import BadRequest, Refused
+from coin_ray.names import fold
 
 OVERSHOOT_MAX = 0.2
 """Models write boxes that reach a little beyond the image. What lies further out, as a share of the range, is in another unit."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from coin_ray.cloud.connections import Reply
 from coin_ray.cloud.journal import TASK, Journal, Record, answer_key
+from coin_ray.cloud.journal_base import answer_key_of
 from coin_ray.cloud.protocol import Adapter, Frame, Pending, PreparedRequest, Query, RawDetections
 from coin_ray.cloud.services import fitted, side_max
 from coin_ray.config import Cloud
@@ -69,6 +70,10 @@ class Replies:
             return self._key(fitted(image, self._capabilities, self._max_side))
         except ImageRejected:
             return self._key(image)
+
+    def key_of_file(self, image_id: str) -> str:
+        """The journal's key of a file that is sent as it is, by the sha256 of its bytes; nothing needs to be read."""
+        return answer_key_of(self._capabilities.name, self._endpoint, self._query, self._max_side, image_id)
 
     def begun(self, image: CanonicalImage, patient: bool = True) -> Call:
         """Raises ``ImageRejected``."""

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from coin_ray import storage
 from coin_ray.cloud.journal import TASK, Journal, SegmentJournal
-from coin_ray.cloud.labelmap import LabelMap, fold, forms, load_label_map
+from coin_ray.cloud.labelmap import LabelMap, load_label_map
 from coin_ray.cloud.parsing import short_text
 from coin_ray.config import Clip, PipelineConfig
 from coin_ray.errors import CoinError, ConfigError, InputError
+from coin_ray.names import fold, forms
 
 TOOLS = ("labels", "journal")
 NAMES_SHOWN = 40

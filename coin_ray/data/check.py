@@ -23,6 +23,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.formats import Dataset, Record, read
 from coin_ray.data.formats.record import parallel
 from coin_ray.errors import InputError
+from coin_ray.names import alike
 
 OUTSIDE = 1.0
 """Pixels a box may stand out: formats round, and VOC's pixels are counted in several ways."""
@@ -134,37 +135,22 @@ def _names(datasets: Collection[Dataset], classes: Sequence[str]) -> Iterator[Fa
             yield Fault("names differ only in case or plural", ", ".join(told))
     if not any(record.annotated for dataset in datasets for record in dataset.records):
         return
-    present = {form for name, count in counts.items() if count for form in singulars(name)}
+    present = [name for name, count in counts.items() if count]
     for name in classes:
-        if not present & singulars(name):
+        if not any(alike(name, known) for known in present):
             yield Fault("class without a box", f"{name!r}; there are {', '.join(sorted(counts)) or 'no names'}"[:300])
 
 
 def _alike(names: Iterable[str]) -> list[list[str]]:
-    """Names in groups that share a singular."""
-    groups: list[tuple[set[str], list[str]]] = []
+    """Names in groups, each of them like another one of its group."""
+    groups: list[list[str]] = []
     for name in sorted(names):
-        forms = singulars(name)
-        group = next((g for g in groups if g[0] & forms), None)
+        group = next((g for g in groups if any(alike(name, known) for known in g)), None)
         if group is None:
-            groups.append((forms, [name]))
+            groups.append([name])
         else:
-            group[0].update(forms)
-            group[1].append(name)
-    return [found for _, found in groups]
-
-
-def singulars(name: str) -> set[str]:
-    """What a name may be the English plural of, or itself, without case, hyphens and underscores: "Buses" is of "bus" or "buse"."""
-    folded = " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-    if len(folded) < 4 or not folded.endswith("s") or folded.endswith(("ss", "us", "is")):
-        return {folded}
-    found = {folded[:-1]}
-    if folded.endswith("ies"):
-        found.add(folded[:-3] + "y")
-    if folded.endswith(("ches", "shes", "xes", "zes", "ses")):
-        found.add(folded[:-2])
-    return found
+            group.append(name)
+    return groups
 
 
 def table(faults: Sequence[Fault]) -> Table:

@@ -6,7 +6,7 @@ So a resumed run needs no sampler state, and n workers see together what one wor
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
@@ -38,6 +38,8 @@ class Example:
     knowledge: Mapping[str, Detections]
     wide: bool = True
     """At least as wide as high."""
+    reviewed: bool = False
+    """What is known is a person's word, not the teachers'."""
 
 
 Know = Callable[[str], Mapping[str, Detections]]
@@ -47,16 +49,16 @@ Know = Callable[[str], Mapping[str, Detections]]
 class TableExamples(Sequence[Example]):
     """Examples built from tables when they are asked for: 8 bytes an image stay in memory beside what the tables need.
 
-    ``uri``: an images table; ``rows`` [N]: those of its rows that take part; ``know`` is called for each access. Goes to other
-    processes by reference if ``know`` does: they open the same tables.
+    ``uri``: an images table; ``rows`` [N]: those of its rows that take part; ``know`` is called for each access; ``reviewed``: ids of
+    images that a person has labelled. Goes to other processes by reference if those two do: they open the same tables.
     """
 
-    def __init__(self, uri: str, rows: NDArray[np.int64], know: Know) -> None:
-        self.uri, self.rows, self.know = uri, rows, know
+    def __init__(self, uri: str, rows: NDArray[np.int64], know: Know, reviewed: Container[str] = ()) -> None:
+        self.uri, self.rows, self.know, self.reviewed = uri, rows, know, reviewed
         self.images = open_table(uri, ("image_id", "uri", "width", "height"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TableExamples, (self.uri, self.rows, self.know)
+        return TableExamples, (self.uri, self.rows, self.know, self.reviewed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +72,7 @@ class TableExamples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = int(self.rows[index])
         image_id, uri, width, height = (self.images[name][row].as_py() for name in ("image_id", "uri", "width", "height"))
-        return Example(image_id, uri, self.know(image_id), width >= height)
+        return Example(image_id, uri, self.know(image_id), width >= height, image_id in self.reviewed)
 
     @property
     def wide(self) -> NDArray[np.bool_]:
@@ -83,13 +85,15 @@ class TableExamples(Sequence[Example]):
 class Batch:
     """This worker's part of a step. ``knowledge[name]``: one Detections per image, in the frame of the views.
 
-    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every draw the training step makes.
+    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every draw the training step makes. ``reviewed``:
+    of which images a person's word is known.
     """
 
     weak: list[Tensor]
     strong: list[Tensor]
     knowledge: dict[str, list[Detections]]
     generators: list[torch.Generator]
+    reviewed: list[bool]
 
 
 class ImageCache:
@@ -154,4 +158,4 @@ def _batch(
         sizes = (original.shape[2], original.shape[1]), (view.shape[2], view.shape[1])
         for name, detections in example.knowledge.items():
             knowledge[name].append(into_view(detections, *sizes, mirrored))
-    return Batch(weak_views, strong_views, knowledge, generators)
+    return Batch(weak_views, strong_views, knowledge, generators, [e.reviewed for e in examples])

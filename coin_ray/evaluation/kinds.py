@@ -23,7 +23,7 @@ def judged_kinds(separation: Sequence[Mapping[str, Any]], truth: Mapping[str, Tr
     """
     counts: dict[str, Counter[str]] = {"consistent": Counter(), "inconsistent": Counter(), "private": Counter()}
     for row in separation:
-        if row["image_id"] not in truth or not row["kind"]:
+        if row["image_id"] not in truth or not set(row["kind"]) & counts.keys():
             continue
         cloud, clip = torch.tensor(row["cloud_probs"]), torch.tensor(row["clip_probs"])
         answers = true_names(torch.tensor(row["boxes"], dtype=torch.float32), truth[row["image_id"]], cloud.shape[1] - 1)

@@ -41,7 +41,7 @@ def label_free(student: Results, teacher: Results, agreed: Mapping[str, Truth], 
 
 
 def agreed_boxes(separation: Sequence[Mapping[str, Any]], num_classes: int) -> dict[str, Truth]:
-    """Rows of ``separation.parquet`` as truth by image: consistent boxes, and all others as difficult, whatever their class."""
+    """Rows of ``separation.parquet`` as truth by image: consistent boxes and people's, and all others as difficult, whatever their class."""
     return {str(row["image_id"]): _agreed(row, num_classes) for row in separation}
 
 
@@ -59,7 +59,7 @@ def calibration_error(student: Results, agreed: Mapping[str, Truth]) -> float:
 
 def _agreed(row: Mapping[str, Any], num_classes: int) -> Truth:
     boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
-    consistent = torch.tensor([kind == "consistent" for kind in row["kind"]], dtype=torch.bool)
+    consistent = torch.tensor([kind in ("consistent", "reviewed") for kind in row["kind"]], dtype=torch.bool)
     labels = torch.tensor(row["cloud_probs"]).reshape(len(boxes), num_classes + 1)[consistent, :-1].argmax(1)
     disputed = boxes[~consistent].repeat(num_classes, 1)
     every = torch.arange(num_classes).repeat_interleave(int((~consistent).sum()))

@@ -14,7 +14,6 @@ from torchvision.ops import box_iou
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Separate
-from coin_ray.fusion.vectors import FORMS
 from coin_ray.structures import Detections, Pairs, Separation
 
 SAME_CLOUD_BOX = 0.95
@@ -35,7 +34,7 @@ def separate(cloud: Detections, clip: Detections, config: Separate, *, fuse_boxe
 
     ``fuse_boxes``: a pair's box is the score-weighted mean of both boxes, else the cloud's.
     """
-    cloud, clip = FORMS[config.cloud_vectors](cloud), clip[clip.scores > config.clip_score_min]
+    clip = clip[clip.scores > config.clip_score_min]
     if not len(cloud) or not len(clip):
         return _from_one_teacher(cloud, clip, config, generator)
     overlap = box_iou(cloud.boxes, clip.boxes)

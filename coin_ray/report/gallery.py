@@ -6,7 +6,8 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-KINDS = ("consistent", "inconsistent", "private")
+KINDS = ("consistent", "inconsistent", "private", "reviewed")
+"""What boxes of training images are; the last: a person's."""
 LAYER_NAMES = {"truth": "Truth", "cloud": "Cloud", "clip_labels": "CLIP labels", "clip_detector": "CLIP detector", "student": "Student"}
 DISAGREEMENTS = {
     "teachers": "Cloud and CLIP name a box differently",
@@ -20,7 +21,10 @@ GROUPS = {
         "Test images on which the student is worst against the cloud: objects it no longer finds, boxes newly wrong.",
     ),
     "test": ("Further test images", "Evenly spread over the test images."),
-    "train": ("Training images", "What the teachers said, by kind: both agree, both see it but name it differently, only one sees it."),
+    "train": (
+        "Training images",
+        "What the teachers said, by kind: both agree, both see it but name it differently, only one sees it; or a person.",
+    ),
 }
 LETTER = 0.78
 """Width of a letter as a share of the font size, about; small screens show text larger."""
@@ -30,7 +34,7 @@ SHOWN_FIRST = ("truth", "student", *KINDS)
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """``xyxy``: pixels of the gallery image. ``score``: None for truth. ``kind``: consistent, inconsistent, private or empty."""
+    """``xyxy``: pixels of the gallery image. ``score``: None for truth. ``kind``: one of KINDS, or empty."""
 
     xyxy: tuple[float, float, float, float]
     label: str

@@ -13,7 +13,7 @@ import jinja2
 from coin_ray.report import teachers
 from coin_ray.report.answers import answers, bounds, headline, interval_text
 from coin_ray.report.charts import CurveRow, Plot, class_bars, curves_by_run, precision_recall, stacked
-from coin_ray.report.gallery import KINDS, GalleryImage, arranged
+from coin_ray.report.gallery import GalleryImage, arranged
 from coin_ray.report.methods import Method, compared, difference, duration, money, number, points
 
 PER_CLASS = ("cloud", "clip_detector", "student", "oracle")
@@ -50,8 +50,10 @@ def build_page(
         fusion_wins=_fusion_wins(summary),
         asked=_asked(summary),
         stages=_stages(summary),
-        separation=stacked({kind: int((summary.get("separation") or {}).get(kind) or 0) for kind in KINDS}),
+        separation=stacked({kind: int((summary.get("separation") or {}).get(kind) or 0) for kind in teachers.KINDS}),
         knowledge=summary.get("knowledge"),
+        corrections=summary.get("corrections"),
+        corrected=teachers.corrected_table(summary.get("corrections") or {}),
         class_bars=class_bars(classes, per_class, PER_CLASS, summary.get("truth_boxes") or (), summary.get("class_change_interval") or ()),
         operating=_operating(summary),
         precision_recall=precision_recall(shapes.get("precision_recall") or {}, CURVES, "All classes"),

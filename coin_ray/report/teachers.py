@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.report.charts import CurveRow, Plot, by_run, layered, panel, reliability, shares
-from coin_ray.report.methods import number
+from coin_ray.report.methods import METHODS, Method, number
 
+KINDS = ("consistent", "inconsistent", "private")
 COUNTS = {"count_consistent": "consistent", "count_inconsistent": "inconsistent", "count_private": "private"}
 FOLLOWS = {"ckg_cloud": ("the cloud", "cloud"), "ckg_clip": ("CLIP", "clip"), "ckg_neither": ("neither", "neutral")}
 SEES = {
@@ -67,6 +68,18 @@ def sides_table(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, 
     names = {"cloud": ("the cloud", "cloud"), "clip": ("CLIP", "clip"), "neither": ("neither", "neutral")}
     rows = [(*names[key], found[key]) for key in names if key in found]
     return [(name, hue, _percent(side.get("share")), _percent(side.get("right"))) for name, hue, side in rows]
+
+
+def corrected_table(found: Mapping[str, Any]) -> list[tuple[Method, list[str]]]:
+    """By teacher: boxes on the reviewed images, how many are wrong, objects it missed, and images with a mistake; each with its share."""
+    rows = []
+    for method in (m for m in METHODS if m.key in (found.get("teachers") or {})):
+        said = found["teachers"][method.key]
+        shares = ((said["wrong"], said["boxes"]), (said["missed"], found["boxes"]), (said["images"], found["images"]))
+        rows.append(
+            (method, [f"{said['boxes']:,}", *(f"{part:,} ({_percent(part / whole) if whole else 'none'})" for part, whole in shares)])
+        )
+    return rows
 
 
 def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Confusion | None:

@@ -38,6 +38,9 @@ def main(script: str, description: str) -> int:
         from coin_ray.search.tuner import under_tune
 
         run.search(asked.search, under_tune, resume=asked.resume)
+        from coin_ray.search.page import write_page
+
+        print(f"page: {write_page(asked.search.folder)}")
 
     return reported(work, "the same command with --resume goes on from here")
 

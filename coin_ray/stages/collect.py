@@ -70,12 +70,18 @@ def run(context: Context) -> dict[str, Any]:
     A cascade goes over the images twice: the second time only over those in which CLIP contradicts the first cloud.
     """
     images = storage.read_table(storage.join(context.inputs["images"], "images.parquet"))
-    images = images.filter(pc.not_equal(images["split"], "val"))  # nothing asks about them yet, and calls cost money
+    images = _once(images.filter(pc.not_equal(images["split"], "val")))  # nothing asks about those yet, and calls cost money
     _collect(context, images, _parts(context.folder))
     if _cascades(context.config):
         doubted = _doubted(context.config, _parts(context.folder))
         _collect(context, _only(images, doubted), _parts(context.folder, second=True), second=True)
     return _compile(context, images["image_id"].to_pylist(), _parts(context.folder))
+
+
+def _once(images: pa.Table) -> pa.Table:
+    """Each image in its first row: one may be a training and a test image."""
+    first = np.unique(images["image_id"].to_numpy(zero_copy_only=False), return_index=True)[1]
+    return images.take(np.sort(first))
 
 
 def _parts(folder: str, second: bool = False) -> str:

@@ -16,7 +16,7 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_em
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.stages.fitting import Fit, fit, load_weights
 from coin_ray.stages.fused import CKG, trained_fusion
-from coin_ray.stages.knowledge import collected, held_out, opinions, training_examples
+from coin_ray.stages.knowledge import OPINIONS, collected, corrected, held_out, opinions, training_examples, with_corrections
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.students import look_of, new_student, student_from_clip_detector
 from coin_ray.steps import Context
@@ -30,9 +30,10 @@ def run(context: Context, train: Callable[[Fit], Curve] = fit) -> dict[str, Any]
     cloud = collected(context.inputs["collect"], "cloud", config)
     clip = tables.open_detections(storage.join(context.inputs["separate"], "clip_detector.parquet"), len(config.classes))
     know = opinions(cloud, clip, context.inputs["collect"], config)
+    known, know, reviewed = with_corrections(cloud.ids, know, OPINIONS, corrected(context.inputs, config))
     left_out = context.options.get("held_out", 0.0)
-    used = pa.array([i for i in cloud if not held_out(i, left_out)]) if left_out else cloud.ids
-    examples = training_examples(context.inputs["images"], used, know)
+    used = pa.array([i for i in known.to_pylist() if not held_out(i, left_out)]) if left_out else known
+    examples = training_examples(context.inputs["images"], used, know, reviewed)
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
     build = partial(make, config, teacher, annotators_of(context.inputs["separate"], config))
     work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder)

@@ -12,12 +12,11 @@ from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.views import fit
 from coin_ray.fusion.ckg import ConsistentKnowledge
-from coin_ray.fusion.vectors import FORMS
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.stages.evaluate import Results
 from coin_ray.stages.fitting import load_weights
-from coin_ray.stages.knowledge import cloud_knowledge
+from coin_ray.stages.knowledge import separated_cloud
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.students import new_student
 from coin_ray.steps import Context
@@ -71,6 +70,6 @@ class _Fusion:
         boxes = box_ops.scale(cloud.boxes[used], view.shape[2] / original.shape[2], view.shape[1] / original.shape[1])
         shared, _ = self.student.propose(self.student.prepare([view]))
         embedded = self.student.describe(shared, [boxes.to(self.device)]).embedded  # type: ignore[arg-type]
-        said = FORMS[self.config.separate.cloud_vectors](cloud_knowledge(cloud, self.config.labels)).probs
+        said = separated_cloud(cloud, self.config.labels).probs
         fused: Tensor = self.ckg(embedded, self.prototypes, said.to(self.device), clip.probs[used].to(self.device))
         return fused.cpu()

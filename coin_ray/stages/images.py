@@ -69,7 +69,7 @@ def write_scenes(context: Context, scene: Callable[[str, int], Scene], counts: M
 
 def _folder(context: Context, data: Folder) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    annotations: dict[str, dict[str, Any]] = {}
     rejected: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     duplicates = 0
@@ -81,17 +81,21 @@ def _folder(context: Context, data: Folder) -> dict[str, Any]:
         for record, row in _shown(_inspect(dataset.records), split, len(dataset.records)):
             if isinstance(row, str):
                 rejected.append({"uri": record.uri, "split": split, "reason": row})
-            elif row["image_id"] in seen:
+                continue
+            image_id = row["image_id"]
+            before = seen.get(image_id)
+            if before is not None and not (data.same_images and (before, split) == ("train", "test")):
                 duplicates += 1
-                if seen[row["image_id"]] != split:
-                    rejected.append({"uri": record.uri, "split": split, "reason": f"{SAME} {seen[row['image_id']]}"})
-            else:
-                seen[row["image_id"]] = split
-                images.append(row | {"split": split})
-                if record.annotated:
-                    annotations.append({"image_id": row["image_id"], **_truth(record, indexes)})
-    _check(images, annotations, rejected, data)
-    _write(context, images, annotations, rejected)
+                if before != split:
+                    rejected.append({"uri": record.uri, "split": split, "reason": f"{SAME} {before}"})
+                continue
+            seen[image_id] = split
+            images.append(row | {"split": split})
+            if record.annotated:
+                annotations[image_id] = {"image_id": image_id, **_truth(record, indexes)}
+    truth = list(annotations.values())
+    _check(images, truth, rejected, data)
+    _write(context, images, truth, rejected)
     return _metrics(images, rejected, duplicates)
 
 
@@ -111,7 +115,8 @@ def _check(images: list[dict[str, Any]], annotations: list[dict[str, Any]], reje
             shared = sum(r["split"] == split and r["reason"].startswith(SAME) for r in rejected)
             if shared:
                 raise InputError(
-                    f"data.{split} {place}: no annotated image is left; {shared} are in an earlier split too, and an image has one"
+                    f"data.{split} {place}: no annotated image is left; {shared} are in an earlier split too, and an image has one "
+                    "(--data.same-images lets test images be training images)"
                 )
             raise InputError(
                 f"data.{split} {place}: no annotated image; expected annotations in the format {formats.READABLE} (docs/formats.md)"
@@ -156,4 +161,6 @@ def _metrics(images: list[dict[str, Any]], rejected: list[dict[str, str]], dupli
     digest = hashlib.sha256(json.dumps(sorted(i["image_id"] for i in images)).encode()).hexdigest()
     counts = {split: sum(i["split"] == split for i in images) for split in SPLIT_SEEDS}
     reasons = [f"{r['uri']}: {r['reason']}" for r in rejected[:20]]
-    return {"digest": digest, "count": counts, "rejected": len(rejected), "duplicates": duplicates, "reasons": reasons}
+    in_both = len(images) - len({i["image_id"] for i in images})
+    metrics = {"digest": digest, "count": counts, "rejected": len(rejected), "duplicates": duplicates, "reasons": reasons}
+    return metrics | ({"in_both": in_both} if in_both else {})

@@ -1,8 +1,8 @@
-"""What training reads of the collected tables: thresholds and label choices, applied for free."""
+"""What training reads of the collected tables: thresholds and label choices, applied for free; and people's corrections above them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -10,16 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
 from coin_ray.data.examples import Know, TableExamples
 from coin_ray.errors import InputError
+from coin_ray.fusion.vectors import FORMS
 from coin_ray.structures import Detections
 from coin_ray.tables import DetectionsTable
 
 LabelSource = Literal["clip", "cloud", "truth"]
+OPINIONS = ("cloud", "clip", "clip_labels")
+"""What distillation is told of an image: by the cloud, by the CLIP detector, and CLIP's verdicts on the cloud's boxes."""
 
 
 def image_rows(folder: str, split: str) -> list[dict[str, object]]:
@@ -50,6 +54,11 @@ def cloud_knowledge(cloud: Detections, labels: Labels) -> Detections:
     return foreground_only(kept) if labels.probabilities == "published" else kept
 
 
+def separated_cloud(cloud: Detections, labels: Labels) -> Detections:
+    """The cloud's results as separation gets them."""
+    return FORMS[labels.cloud_vectors](cloud_knowledge(cloud, labels))
+
+
 def clip_labelled(cloud: Detections, clip: Detections, labels: Labels) -> Detections:
     """Cloud boxes above the threshold with CLIP's labels; row i of ``clip`` is CLIP's opinion of row i of ``cloud``."""
     used = (cloud.scores >= labels.score_min) & (clip.scores >= labels.clip_score_min)
@@ -72,7 +81,7 @@ def _opinions(
 ) -> dict[str, Detections]:
     found = cloud[image_id]
     standing = Detections.empty(cloud.num_classes) if labelled is None else clip_verdicts(found, labelled[image_id], labels)
-    return {"cloud": cloud_knowledge(found, labels), "clip": clip[image_id], "clip_labels": standing}
+    return {"cloud": separated_cloud(found, labels), "clip": clip[image_id], "clip_labels": standing}
 
 
 def clip_verdicts(cloud: Detections, clip: Detections, labels: Labels) -> Detections:
@@ -82,17 +91,42 @@ def clip_verdicts(cloud: Detections, clip: Detections, labels: Labels) -> Detect
     return Detections(used.boxes, best.values, best.indices, used.probs)
 
 
-def labels_for(source: LabelSource, folders: Mapping[str, str], config: PipelineConfig) -> tuple[pa.Array, Know]:
-    """Ids of the images with training labels, and ``labels`` of each: CLIP's on cloud boxes (the cloud's own without CLIP), the cloud's, or
-    the truth (the oracle).
+def labels_for(source: LabelSource, folders: Mapping[str, str], config: PipelineConfig) -> tuple[pa.Array, Know, Mapping[str, Detections]]:
+    """Ids of the images with training labels, ``labels`` of each, and the images that people have labelled, whose word goes first.
+
+    Labels are CLIP's on cloud boxes (the cloud's own without CLIP), the cloud's, or the truth (the oracle).
     """
     if source == "truth":
         truth = _truth(folders["images"], len(config.classes))
-        return pa.array(list(truth)), partial(_true_labels, truth)
+        return pa.array(list(truth)), partial(_true_labels, truth), {}
     cloud = collected(folders["collect"], "cloud", config)
-    if source == "cloud" or config.collect.labeler == "none":
-        return cloud.ids, partial(_cloud_labels, cloud, config.labels)
-    return cloud.ids, partial(_clip_labels, cloud, collected(folders["collect"], "clip_labels", config), config.labels)
+    know: Know = partial(_cloud_labels, cloud, config.labels)
+    if source == "clip" and config.collect.labeler != "none":
+        know = partial(_clip_labels, cloud, collected(folders["collect"], "clip_labels", config), config.labels)
+    return with_corrections(cloud.ids, know, ("labels",), corrected(folders, config))
+
+
+def count_labels(source: LabelSource, folders: Mapping[str, str], config: PipelineConfig) -> int:
+    """Boxes that ``labels_for`` has for all training images together. Counted in the tables: building an example takes half a millisecond."""
+    if source == "truth":
+        return sum(map(len, _truth(folders["images"], len(config.classes)).values()))
+    labels, reviewed = config.labels, corrected(folders, config)
+    ids = [i for row in image_rows(folders["images"], "train") if (i := str(row["image_id"])) not in reviewed]
+    cloud = collected(folders["collect"], "cloud", config).table
+    wanted = pc.is_in(cloud["image_id"], value_set=pa.array(ids, pa.string()))
+    used = _flat(cloud["scores"].filter(wanted)) >= labels.score_min
+    if source == "clip" and config.collect.labeler != "none":  # row by row the cloud's boxes
+        clip = collected(folders["collect"], "clip_labels", config).table
+        used &= _flat(clip["scores"].filter(wanted)) >= labels.clip_score_min
+        if labels.clip_background == "drop":
+            probs = _flat(pc.list_flatten(clip["probs"].filter(wanted))).reshape(-1, len(config.classes) + 1)
+            used &= probs.argmax(1) < len(config.classes)
+    return int(used.sum()) + sum(map(len, reviewed.values()))
+
+
+def _flat(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = pc.list_flatten(column).to_numpy()
+    return values
 
 
 def _true_labels(truth: Mapping[str, Detections], image_id: str) -> dict[str, Detections]:
@@ -107,12 +141,33 @@ def _clip_labels(cloud: DetectionsTable, clip: DetectionsTable, labels: Labels, 
     return {"labels": clip_labelled(cloud[image_id], clip[image_id], labels)}
 
 
-def training_examples(folder: str, known: pa.Array, know: Know) -> TableExamples:
+def corrected(folders: Mapping[str, str], config: PipelineConfig) -> Mapping[str, Detections]:
+    """What people say of the images they have reviewed; nothing in a run without corrections."""
+    folder = folders.get("corrections")
+    return {} if folder is None else tables.open_detections(storage.join(folder, "corrections.parquet"), len(config.classes))
+
+
+def with_corrections(
+    known: pa.Array, know: Know, names: Sequence[str], reviewed: Mapping[str, Detections]
+) -> tuple[pa.Array, Know, Mapping[str, Detections]]:
+    """The same for ``reviewed`` images too: there every teacher (``names``) says what the person said, even where it had no answer."""
+    if not reviewed:
+        return known, know, reviewed
+    ids = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
+    return pa.concat_arrays([ids, pa.array(list(reviewed), ids.type)]), partial(_outranked, reviewed, know, names), reviewed
+
+
+def _outranked(reviewed: Mapping[str, Detections], know: Know, names: Sequence[str], image_id: str) -> Mapping[str, Detections]:
+    person = reviewed.get(image_id)
+    return know(image_id) if person is None else dict.fromkeys(names, person)
+
+
+def training_examples(folder: str, known: pa.Array, know: Know, reviewed: Container[str] = ()) -> TableExamples:
     """The training images of the step images in ``folder`` whose id is ``known``."""
     uri = storage.join(folder, "images.parquet")
     images = storage.open_table(uri, ("image_id", "split"))
     chosen = pc.and_(pc.equal(images["split"], "train"), pc.is_in(images["image_id"], value_set=known))
-    return TableExamples(uri, np.flatnonzero(chosen.to_numpy()), know)
+    return TableExamples(uri, np.flatnonzero(chosen.to_numpy()), know, reviewed)
 
 
 def _truth(folder: str, classes: int) -> dict[str, Detections]:

@@ -17,11 +17,12 @@ from coin_ray.evaluation.bootstrap import draw_images, interval, mean_ap, resamp
 from coin_ray.evaluation.calibration import calibration_error, reliability
 from coin_ray.evaluation.fusion_baselines import clip_labelled
 from coin_ray.evaluation.kinds import true_names
-from coin_ray.evaluation.operating import best_f1
+from coin_ray.evaluation.operating import best_f1, tally
 from coin_ray.evaluation.opinions import confusion, sides
 from coin_ray.evaluation.voc import Floats, Judged, judged, mean_over_classes
 from coin_ray.stages.evaluate import NAMES, Results, teachers
-from coin_ray.stages.knowledge import collected, image_rows
+from coin_ray.stages.knowledge import clip_labelled as taught_by_clip
+from coin_ray.stages.knowledge import cloud_knowledge, collected, corrected, image_rows
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
@@ -142,6 +143,46 @@ def _answers(found: Mapping[str, Detections], truth: Mapping[str, Truth], score_
 def _stack(rows: Mapping[str, Tensor], truth: Mapping[str, Truth]) -> Tensor:
     parts = [rows[i] for i in sorted(truth) if i in rows]
     return torch.cat(parts) if parts else torch.zeros(0, 1)
+
+
+def corrections(context: Context) -> dict[str, Any]:
+    """How many images people have labelled, and what each teacher would have taught there: ``boxes``, those ``wrong``, objects ``missed``,
+    and ``images`` with either. Empty for a run without corrections.
+    """
+    config = context.config
+    person = corrected(context.inputs, config)
+    truth = {i: Truth(d.boxes, d.labels, torch.zeros(len(d), dtype=torch.bool)) for i, d in person.items()}
+    if not truth:
+        return {}
+    counts = {
+        "images": len(truth),
+        "boxes": sum(len(t.boxes) for t in truth.values()),
+        "empty": sum(not len(t.boxes) for t in truth.values()),
+    }
+    teachers = {name: _mistakes(found, truth, len(config.classes)) for name, found in _taught(context, list(truth)).items()}
+    return counts | {"teachers": teachers}
+
+
+def _taught(context: Context, images: list[str]) -> Results:
+    """What propagation and separation would have got of each teacher; images without an answer are left out."""
+    config, answers = context.config, named_once(context)
+    clip = tables.open_detections(storage.join(context.inputs["separate"], "clip_detector.parquet"), len(config.classes))
+    known = [i for i in images if i in answers["cloud"]]
+    found: Results = {"cloud": {i: cloud_knowledge(answers["cloud"][i], config.labels) for i in known}}
+    if "clip_labels" in answers:
+        found["clip_labels"] = {i: taught_by_clip(answers["cloud"][i], answers["clip_labels"][i], config.labels) for i in known}
+    return found | {"clip_detector": {i: d[d.scores > config.separate.clip_score_min] for i in images if (d := clip.get(i)) is not None}}
+
+
+def _mistakes(found: Mapping[str, Detections], truth: Mapping[str, Truth], classes: int) -> dict[str, int]:
+    counted = tally(judged(found, truth, classes), 0.0)
+    missed = counted.truth - counted.found
+    return {
+        "boxes": int((counted.found + counted.wrong).sum()),
+        "wrong": int(counted.wrong.sum()),
+        "missed": int(missed.sum()),
+        "images": int(((missed > 0) | (counted.wrong > 0)).sum()),
+    }
 
 
 def judge_all(context: Context, truth: dict[str, Truth]) -> tuple[Verdicts, Verdicts]:

@@ -9,7 +9,7 @@ from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.pipeline import baseline_training
 from coin_ray.stages.fitting import Fit, fit
-from coin_ray.stages.knowledge import LabelSource, labels_for, training_examples
+from coin_ray.stages.knowledge import LabelSource, count_labels, labels_for, training_examples
 from coin_ray.stages.students import look_of, new_clip_detector, new_student
 from coin_ray.steps import Context
 from coin_ray.training.loop import Task
@@ -36,7 +36,7 @@ def run(context: Context) -> dict[str, Any]:
             context.folder,
         ),
     )
-    return {"images": len(examples), "labels": sum(len(e.knowledge["labels"]) for e in examples), "last": curve[-1]}
+    return {"images": len(examples), "labels": count_labels(source, context.inputs, config), "last": curve[-1]}
 
 
 def make(config: PipelineConfig, propagate: Propagate, source: LabelSource) -> Propagation:

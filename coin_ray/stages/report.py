@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import psutil
@@ -32,6 +33,8 @@ def run(context: Context) -> dict[str, Any]:
     config = context.config
     manifests = {name: storage.read_json(storage.join(folder, "manifest.json")) for name, folder in context.inputs.items()}
     figures: dict[str, Any] = {"hardware": hardware(), "kept": _kept(context)}
+    if found := measures.corrections(context):
+        figures["corrections"] = found
     figures["confusion"] = measures.teachers_confused(context) if config.collect.labeler != "none" else []
     truth = measures.held_out_truth(context)
     answers, students = measures.named_once(context), measures.students(context)
@@ -45,6 +48,8 @@ def run(context: Context) -> dict[str, Any]:
         figures |= measures.opinions(answers, fused, truth, config.labels.score_min)
         curves = {m.key: measures.precision_recall(verdicts[m.key]) for m in METHODS if m.key in verdicts}
         figures["precision_recall"] = {name: measures.mean_curve(rows) for name, rows in curves.items()}
+    if found := sweeps(context):
+        figures["sweeps"] = found
     pictures = gallery(context, seen(context, answers | students, figures.get("operating", {}), tallies))
     summary = summarise(config, manifests | {"report": {"metrics": figures, "seconds": 0.0}})
     per_class = {name: [float("nan") if v is None else v for v in values] for name, values in summary.get("per_class", {}).items()}
@@ -65,6 +70,19 @@ def command(context: Context) -> str:
         if config == replace(preset, seed=config.seed):
             return f"python pipelines/full.py {config.preset}{student} --seed {config.seed}{baselines}"
     return f"python pipelines/full.py --config {storage.join(context.root, 'config.yaml')}{baselines}"
+
+
+def sweeps(context: Context) -> list[dict[str, Any]]:
+    """Searches below the run's root that have a trial with the run's settings: ``name``, ``trial`` of ``trials``, ``link`` to their page."""
+    found = []
+    for uri in storage.list_files(storage.join(context.root, "search"), "/search.json"):
+        folder = uri.rpartition("/")[0]
+        trials = storage.read_json(uri)["trials"]
+        mine = [t["number"] for t in trials if all(attrgetter(name)(context.config) == value for name, value in t["settings"].items())]
+        if mine and storage.exists(storage.join(folder, "search.html")):
+            name = folder.rpartition("/")[2]
+            found.append({"name": name, "trial": mine[0], "trials": len(trials), "link": f"../../search/{name}/search.html"})
+    return found
 
 
 def hardware() -> dict[str, Any]:

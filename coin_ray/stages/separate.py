@@ -12,7 +12,7 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.fusion.separate import separate
-from coin_ray.stages.knowledge import collected, image_rows, opinions
+from coin_ray.stages.knowledge import collected, corrected, image_rows, opinions
 from coin_ray.stages.predicting import predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
@@ -22,7 +22,7 @@ BLOCK = 1024
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write ``clip_detector.parquet`` and ``separation.parquet``."""
+    """Write ``clip_detector.parquet`` and ``separation.parquet``. The metrics count what the teachers say; reviewed images are a kind of their own."""
     config = context.config
     images = image_rows(context.inputs["images"], "train")
     weights = {"clip_detector": storage.join(context.inputs["propagate"], WEIGHTS)}
@@ -31,18 +31,21 @@ def run(context: Context) -> dict[str, Any]:
     clip = tables.read_detections(found, len(config.classes))
     cloud = collected(context.inputs["collect"], "cloud", config)
     know = opinions(cloud, clip, context.inputs["collect"], config)
+    reviewed = corrected(context.inputs, config)
     blocks, rows, counts = [], list[dict[str, Any]](), {"consistent": 0, "inconsistent": 0, "private": 0}
     for number, image in enumerate(images):
         image_id = str(image["image_id"])
-        if image_id not in cloud:
-            continue
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        known = know(image_id)
-        theirs = Detections.cat([known["clip"], known["clip_labels"]])
-        parts = separate(known["cloud"], theirs, config.separate, fuse_boxes=True, generator=generator)
-        for kind in counts:
-            counts[kind] += len(getattr(parts, kind))
-        rows.append(_row(image_id, parts))
+        person = reviewed.get(image_id)
+        if person is not None:
+            rows.append(_row(image_id, Separation.of_labels(person, reviewed=True)))
+        elif image_id in cloud:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+            known = know(image_id)
+            theirs = Detections.cat([known["clip"], known["clip_labels"]])
+            parts = separate(known["cloud"], theirs, config.separate, fuse_boxes=True, generator=generator)
+            for kind in counts:
+                counts[kind] += len(getattr(parts, kind))
+            rows.append(_row(image_id, parts))
         if len(rows) == BLOCK:  # Python's lists take nine times the memory of a table
             blocks.append(pa.Table.from_pylist(rows, schema=tables.SEPARATION))
             rows = []
@@ -57,7 +60,9 @@ def _row(image_id: str, parts: Separation) -> dict[str, Any]:
     return {
         "image_id": image_id,
         "boxes": torch.cat([*(p.boxes for p in pairs), parts.private.boxes]).tolist(),
-        "kind": ["consistent"] * len(pairs[0]) + ["inconsistent"] * len(pairs[1]) + ["private"] * len(parts.private),
+        "kind": ["reviewed" if parts.reviewed else "consistent"] * len(pairs[0])
+        + ["inconsistent"] * len(pairs[1])
+        + ["private"] * len(parts.private),
         "cloud_probs": torch.cat([*(p.cloud.probs for p in pairs), parts.private.probs]).tolist(),
         "clip_probs": torch.cat([*(p.clip.probs for p in pairs), nothing]).tolist(),
     }

@@ -92,13 +92,18 @@ class Distillation:
         return losses | ckg_losses | diagnosis.kinds(separations)
 
     def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
-        """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view)."""
+        """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view).
+
+        What a person says of an image is not up to the teachers.
+        """
         results = self.second_opinions(batch) if burnt_up else batch.knowledge["clip"]
         clip = [Detections.cat(parts) for parts in zip(results, batch.knowledge["clip_labels"], strict=True)]
         fuse = self.separation.fused_boxes == "always" or (self.separation.fused_boxes == "after_burn_up" and burnt_up)
         return [
-            separate(ours, theirs, self.separation, fuse_boxes=fuse, generator=generator)
-            for ours, theirs, generator in zip(batch.knowledge["cloud"], clip, batch.generators, strict=True)
+            Separation.of_labels(ours, reviewed=True)
+            if reviewed
+            else separate(ours, theirs, self.separation, fuse_boxes=fuse, generator=generator)
+            for ours, theirs, reviewed, generator in zip(batch.knowledge["cloud"], clip, batch.reviewed, batch.generators, strict=True)
         ]
 
     def move_teacher(self, step: int) -> None:

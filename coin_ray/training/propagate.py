@@ -19,8 +19,9 @@ from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import sum_gradients
+from coin_ray.structures import Separation
 from coin_ray.training.schedule import make_optimizer, set_learning_rate
-from coin_ray.training.view import Look, View, as_consistent, look
+from coin_ray.training.view import Look, View, look
 
 
 class Propagation:
@@ -32,11 +33,12 @@ class Propagation:
         self.optimizer = make_optimizer(detector, config.fit)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        images, labels, generators = batch.strong, batch.knowledge["labels"], batch.generators
+        images, generators = batch.strong, batch.generators
+        labels = [Separation.of_labels(kept, reviewed=sure) for kept, sure in zip(batch.knowledge["labels"], batch.reviewed, strict=True)]
         if self.config.views == "both":
             images, labels, generators = images + batch.weak, labels * 2, generators * 2
         with mixed_precision(self.detector, self.config.fit):
-            view = self.look(self.detector, images, [as_consistent(kept) for kept in labels], generators)
+            view = self.look(self.detector, images, labels, generators)
         losses = view.supervised_losses(self.detector.config)
         if self.config.soft_labels:
             losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view))

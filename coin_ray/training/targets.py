@@ -73,7 +73,7 @@ def anchor_targets(
     positive = ((matched >= 0) & (matched < len(objects))).nonzero()[:, 0]
     negative = (matched == Matcher.BELOW_LOW_THRESHOLD).nonzero()[:, 0]
     private = (matched >= len(objects)).nonzero()[:, 0]
-    if config.unseen_images == "ignored" and not len(candidates):
+    if config.unseen_images == "ignored" and not len(candidates) and not separation.reviewed:
         negative = negative[:0]
     positive = _draw(positive, config.rpn_batch // 2, generator)
     negative = _draw(negative, config.rpn_batch - len(positive), generator)

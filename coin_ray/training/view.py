@@ -160,12 +160,6 @@ def common_size(images: Sequence[Tensor]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def as_consistent(labels: Detections) -> Separation:
-    """Labels that are to be believed as they are: propagation, plain pseudo-labels, the oracle."""
-    none = Pairs.empty(labels.num_classes)
-    return Separation(Pairs(labels.boxes, labels, labels), none, labels[:0])
-
-
 def _rows(targets: Sequence[RegionTargets], separations: Sequence[Separation], total: int) -> tuple[Tensor, ...]:
     """Rows of consistent, inconsistent, background and private RoIs in the concatenation over images."""
     kind: list[int] = []

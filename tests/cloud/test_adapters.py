@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coin_ray.cloud.labelmap import LabelMap, fold
+from coin_ray.cloud.labelmap import LabelMap
 from coin_ray.cloud.protocol import Auth, Frame, Pending, PreparedRequest, Query, RawDetections
 from coin_ray.cloud.services import fitted
 from coin_ray.cloud.signing import signer_for
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, ProtocolError, Refused, Throttled, Transient
+from coin_ray.names import fold
 
 from .cases import CASES, CLASSES, GOLDEN_IMAGE, SIZE, Case, Failure, Labels, Row, Truth
 from .emulator import PROVIDERS, Emulator, scene

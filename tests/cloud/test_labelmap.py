@@ -8,8 +8,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coin_ray.cloud.labelmap import LabelMap, Prior, fold, forms, load_label_map
+from coin_ray.cloud.labelmap import LabelMap, Prior, load_label_map
 from coin_ray.errors import ConfigError
+from coin_ray.names import fold, forms
 
 CLASSES = ("car", "bus", "person")
 FILE = """\

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from coin_ray import storage
 from coin_ray.cloud import tools
 from coin_ray.cloud.journal import Journal, Record
-from coin_ray.cloud.labelmap import fold, load_label_map
+from coin_ray.cloud.labelmap import load_label_map
 from coin_ray.cloud.tools import GUESS, Seen, SeenName, main, proposal, seen_names
 from coin_ray.config import Clip
 from coin_ray.configfile import to_yaml
 from coin_ray.errors import InputError
+from coin_ray.names import fold
 from coin_ray.presets import folder
 
 COLLECT = Path(__file__).parents[2] / "pipelines" / "collect.py"

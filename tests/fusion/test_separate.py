@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from coin_ray import boxes as box_ops
 from coin_ray.config import Separate
 from coin_ray.fusion.separate import separate
+from coin_ray.fusion.vectors import FORMS, one_hot
 from coin_ray.structures import Detections, Separation
 
 RULES = Separate(iou_min=0.5, clip_score_min=0.05, lone_clip_score=0.8, lone_cloud_consistent=True)
@@ -165,7 +166,7 @@ def test_fused_boxes_are_means_weighted_by_score() -> None:
 def test_the_published_form_of_the_cloud_moves_fused_boxes_and_private_vectors() -> None:
     """A label without score counts 1: (1 x 20 + .25 x 10) / 1.25 = 18."""
     cloud, clip = detections((LEFT, 0, 0.5), (FAR, 1, 0.5)), detections(((0, 0, 10, 20), 0, 0.25))
-    parts = split(cloud, clip, fuse=True, cloud_vectors="one_hot")
+    parts = split(one_hot(cloud), clip, fuse=True)
     assert parts.consistent.boxes.tolist() == [[0, 0, 18, 20]]
     assert parts.consistent.cloud.scores.tolist() == [1]
     assert parts.private.probs.tolist() == [[0, 1, 0, 0]]
@@ -238,7 +239,7 @@ def test_kinds_keep_their_promise(cloud: list[Row], clip: list[Row], fuse: bool)
 @given(results(6), results(8).map(one_class_per_box), st.sampled_from(["collected", "normalised"]))
 def test_one_class_is_never_inconsistent_and_keeps_the_order(cloud: list[Row], clip: list[Row], form: str) -> None:
     ours, theirs = (detections(*[(box, 0, s) for box, _, s in rows], classes=1) for rows in (cloud, clip))
-    parts = split(ours, theirs, cloud_vectors=form)
+    parts = split(FORMS[form](ours), theirs)
     assert len(parts.inconsistent) == 0
     assert set(parts.consistent.cloud.labels.tolist()) <= {0}
     if form == "collected" and len(clip):

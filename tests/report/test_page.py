@@ -215,3 +215,19 @@ def test_how_right_each_kind_is_stands_beside_its_size(capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "72%" in shown
     assert "cloud 53%, clip 56%, mean 65%, neither 21%" in shown
+
+
+def test_what_people_corrected_is_told_with_how_often_each_teacher_was_wrong() -> None:
+    cloud = {"boxes": 40, "wrong": 10, "missed": 6, "images": 5}
+    clip = {"boxes": 0, "wrong": 0, "missed": 60, "images": 8}
+    found = {"images": 8, "boxes": 60, "empty": 1, "teachers": {"cloud": cloud, "clip_detector": clip}}
+    text = " ".join(parse(build_page(summary(corrections=found), {}, [], [], "", "")).text.split())
+    assert "8 training images with 60 objects, 1 of them empty" in text
+    assert all(share in text for share in ("10 (25 %)", "6 (10 %)", "5 (62 %)", "0 (none)", "60 (100 %)"))
+    assert "Corrected by people" not in parse(build_page(summary(), {}, [], [], "", "")).text
+
+
+def test_a_person_s_boxes_are_a_layer_of_the_gallery() -> None:
+    shown = GalleryImage(picture().jpeg, 40, 30, "a.jpg", {"separation": [Box((1, 1, 9, 9), "bird", None, "reviewed")]}, "train")
+    page = parse(build_page(summary(), {}, [], [shown], "", ""))
+    assert ("input", "reviewed") in [(tag, known.get("value")) for tag, known in page.tags]

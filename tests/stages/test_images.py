@@ -14,7 +14,7 @@ from coin_ray import storage
 from coin_ray.config import Cloud, Folder, PipelineConfig
 from coin_ray.data.formats import Annotation, Record, write
 from coin_ray.errors import InputError
-from coin_ray.stages import images
+from coin_ray.stages import collect, images
 from coin_ray.steps import Context
 
 
@@ -185,3 +185,18 @@ def test_a_test_set_of_training_images_is_an_error_that_says_so(tmp_path: Path) 
     place = str(tmp_path / "both")
     with pytest.raises(InputError, match=r"no annotated image is left; 1 are in an earlier split too"):
         images.run(context(tmp_path, Folder(images=place, test=place)))
+
+
+def test_published_protocols_may_test_on_the_training_images(tmp_path: Path) -> None:
+    """Each image has a row of each split, its truth once; a further copy among the test images is still a duplicate."""
+    for split in ("one", "two"):
+        labelled(tmp_path / "from", tmp_path / "both", "voc", Annotation((1, 2, 11, 7), "person"), split=split)
+    place = tmp_path / "both"
+    c = context(tmp_path, Folder(images=str(place), test=str(place), same_images=True))
+    metrics = images.run(c)
+    assert (metrics["count"], metrics["in_both"], metrics["duplicates"]) == ({"train": 2, "val": 0, "test": 2}, 2, 0)
+    assert len(written(c, "annotations")) == len({row["image_id"] for row in written(c, "images")}) == 2
+    assert collect._once(storage.read_table(f"{c.folder}/images.parquet"))["split"].to_pylist() == ["train", "train"]
+    (place / "JPEGImages" / "two.jpg").write_bytes((place / "JPEGImages" / "one.jpg").read_bytes())
+    metrics = images.run(c)
+    assert (metrics["count"]["test"], metrics["in_both"], metrics["duplicates"]) == (1, 1, 2)

@@ -15,7 +15,7 @@ from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
 from coin_ray.errors import InputError
 from coin_ray.presets import PRESETS
-from coin_ray.stages.knowledge import collected, labels_for, opinions, training_examples
+from coin_ray.stages.knowledge import collected, count_labels, labels_for, opinions, training_examples
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
 
@@ -63,6 +63,7 @@ def test_labels_of_the_training_images(
     assert {e.image_id: e.knowledge["labels"].labels.tolist() for e in examples} == expected
     assert [e.image_id for e in examples] == list(expected)
     assert [e.uri for e in examples] == [f"{i}.jpg" for i in expected]
+    assert count_labels(source, folders, used) == sum(map(len, expected.values()))  # type: ignore[arg-type]
 
 
 def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> None:
@@ -83,3 +84,19 @@ def test_opinions_of_both_teachers(folders: dict[str, str], stands: bool) -> Non
     assert torch.equal(known["clip"].boxes, CLIP["a"].boxes)
     assert known["clip_labels"].labels.tolist() == ([1] if stands else [])
     assert all(len(found) == 0 for found in know("b").values())
+
+
+@pytest.mark.parametrize("keep", ["keep", "drop"])
+@pytest.mark.parametrize("clip_score_min", [0.0, 0.5, 0.65])
+def test_labels_are_counted_as_they_are_used(folders: dict[str, str], keep: str, clip_score_min: float) -> None:
+    """CLIP takes one box for background, and the float32 scores .6 and .7 are on both sides of a limit."""
+    cloud = detections((BOX, 0, 0.9), (OTHER, 1, 0.8), (BOX, 2, 0.7))
+    clip = detections((BOX, 1, 0.6), (OTHER, 1, 0.7), (BOX, 2, 0.55))
+    clip.probs[1] = torch.tensor([0.1, 0.2, 0.1, 0.6])
+    for name, found in (("cloud", cloud), ("clip_labels", clip)):
+        rows = [detections_row(i, found, Provenance(name)) for i in ("held", "b", "a")]
+        storage.write_table(str(Path(folders["collect"]) / f"{name}.parquet"), detections_table(rows))
+    labels = Labels(score_min=0.3, clip_background=keep, clip_score_min=clip_score_min)  # type: ignore[arg-type]
+    used = replace(config(), labels=labels)
+    examples = training_examples(folders["images"], *labels_for("clip", folders, used))
+    assert count_labels("clip", folders, used) == sum(len(e.knowledge["labels"]) for e in examples)

@@ -13,6 +13,7 @@ from torch import Tensor
 from coin_ray.clip.encoder import class_embeddings
 from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch, batches
+from coin_ray.fusion.vectors import normalised
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.structures import Detections
 from coin_ray.training import diagnosis
@@ -182,13 +183,32 @@ def test_the_teacher_follows_what_the_student_was_before_the_step(tmp_path: Path
         torch.testing.assert_close(value, teacher[name].lerp(student[name], 0.25))
 
 
+@pytest.mark.parametrize("burnt_up", [False, True])
+def test_a_person_outranks_both_teachers_whatever_they_say(burnt_up: bool, tmp_path: Path) -> None:
+    """The images of the batch are as a person says, one of them empty, before and after the burn-up; those nobody reviewed are the teachers'."""
+    fit = tiny_fit(steps=1, batch=3)
+    (batch,) = three_steps(tmp_path, fit)
+    theirs = distillation(fit).separate(batch, burnt_up)
+    person = detections(((2, 2, 20, 30), 1, 1.0), ((30, 4, 50, 40), 2, 1.0))
+    batch.knowledge["cloud"][:2] = [person, person[:0]]
+    batch.reviewed[:2] = [True, True]
+    first, empty, other = distillation(fit).separate(batch, burnt_up)
+    assert torch.equal(first.consistent.boxes, person.boxes)
+    assert torch.equal(first.consistent.cloud.labels, person.labels)
+    assert torch.equal(first.consistent.clip.probs, person.probs)
+    assert [len(parts) for parts in (first.inconsistent, first.private, empty.consistent, empty.inconsistent, empty.private)] == [0] * 5
+    assert (first.reviewed, empty.reviewed, other.reviewed) == (True, True, False)
+    assert torch.equal(other.consistent.boxes, theirs[2].consistent.boxes)
+    assert torch.equal(other.private.boxes, theirs[2].private.boxes)
+
+
 def test_order_of_images_in_the_batch_does_not_matter(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     found = []
     for way in (1, -1):
         (batch,) = three_steps(tmp_path, fit)
         knowledge = {name: rows[::way] for name, rows in batch.knowledge.items()}
-        turned = Batch(batch.weak[::way], batch.strong[::way], knowledge, batch.generators[::way])
+        turned = Batch(batch.weak[::way], batch.strong[::way], knowledge, batch.generators[::way], batch.reviewed[::way])
         found.append(values(distillation(fit, burn_up=5, inconsistent_from=0).train_step(turned, 0)))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
@@ -205,9 +225,10 @@ def test_one_class_teaches_without_contradictions(step: int, tmp_path: Path) -> 
     student, teacher = (build_detector(tiny_clip(), ("car",), tiny_config(), seed=s) for s in (1, 0))
     embeddings = class_embeddings(tiny_clip(), ("car",), TEMPLATES)
     config = Distill(fit=fit, prototypes_from=0, burn_up=5, teacher_rate=0.1)
-    task = Distillation(student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0, cloud_vectors="normalised"))
+    task = Distillation(student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0))
     (batch,) = three_steps(tmp_path, fit)
     batch.knowledge.update({name: [one_class(d) for d in rows] for name, rows in batch.knowledge.items()})
+    batch.knowledge["cloud"] = [normalised(d) for d in batch.knowledge["cloud"]]
     before = weights(task.ckg), weights(task.student)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)

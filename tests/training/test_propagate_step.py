@@ -8,7 +8,8 @@ import torch
 from builders import examples, propagation, tiny_config, tiny_fit
 
 from coin_ray.data.examples import batches
-from coin_ray.training.view import as_consistent, look
+from coin_ray.structures import Separation
+from coin_ray.training.view import look
 
 
 def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
@@ -16,7 +17,7 @@ def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     task = propagation(fit, soft_labels=True)
     (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
-    view = look(task.detector, batch.strong, [as_consistent(kept) for kept in batch.knowledge["labels"]], batch.generators)
+    view = look(task.detector, batch.strong, [Separation.of_labels(kept) for kept in batch.knowledge["labels"]], batch.generators)
     targets = task.soft_targets(view)
     boxes = len(view.on_consistent)
     torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled)))

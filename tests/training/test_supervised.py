@@ -111,7 +111,7 @@ def nothing(count: int = 2) -> Batch:
     empty = [Detections.empty(3)] * count
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * count
-    return Batch(images, images, {"labels": empty, "ignored": empty}, generators)
+    return Batch(images, images, {"labels": empty, "ignored": empty}, generators, [False] * len(images))
 
 
 def test_an_epoch_without_a_positive_warns_with_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

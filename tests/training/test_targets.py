@@ -68,6 +68,13 @@ def test_anchors_of_images_in_which_nobody_saw_anything_may_be_left_out(known: S
     assert found.sampled.tolist() == sampled
 
 
+def test_where_a_person_saw_nothing_there_is_background() -> None:
+    known = Separation.of_labels(separation().private, reviewed=True)
+    found = anchor_targets(boxes(ON_A, ON_B), SIZE, known, tiny_config(unseen_images="ignored"), generator())
+    assert (found.sampled.tolist(), found.is_object.tolist()) == ([0, 1], [0, 0])
+    assert known.to(torch.device("cpu")).reviewed
+
+
 @pytest.mark.parametrize(("good", "bad", "expected"), [(50, 50, (4, 4)), (2, 50, (2, 6)), (50, 1, (4, 1)), (1, 0, (1, 0))])
 def test_quotas_of_anchors(good: int, bad: int, expected: tuple[int, int]) -> None:
     """Half of eight may be objects; background fills up."""

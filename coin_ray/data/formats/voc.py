@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from xml.parsers import expat
 
 from coin_ray import storage
 from coin_ray.data.formats.record import (
@@ -24,6 +23,7 @@ from coin_ray.data.formats.record import (
     plain,
     stem,
 )
+from coin_ray.data.formats.xml import parse
 from coin_ray.errors import InputError
 
 DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
@@ -52,7 +52,7 @@ def read(place: Place) -> Dataset:
 
 
 def _annotated(file: str, uri: str, label_uri: str) -> Record:
-    root, lines = _parse(label_uri)
+    root, lines = parse(storage.read_bytes(label_uri), label_uri, "annotation")
     found = [_object(node, f"{label_uri}:{lines[node]}") for node in root.iterfind("object")]
     sides = [root.findtext(f"size/{side}", "0") for side in ("width", "height")]
     width, height = (int(number(text, f"{label_uri}: size")) for text in sides)
@@ -68,31 +68,6 @@ def _object(node: ET.Element, where: str) -> Annotation:
     if difficult not in DIFFICULT:
         raise InputError(f"{where}: <difficult> must be 0 or 1, got {difficult!r}")
     return Annotation((left - 1, top - 1, right, bottom), label, DIFFICULT[difficult])
-
-
-def _parse(uri: str) -> tuple[ET.Element, dict[ET.Element, int]]:
-    """The root element, and the line of each element. Entities of the file's own are refused: they can grow without end."""
-    parser, builder = expat.ParserCreate(), ET.TreeBuilder()
-    lines: dict[ET.Element, int] = {}
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        lines[builder.start(tag, attributes)] = parser.CurrentLineNumber
-
-    def refuse(*_: object) -> None:
-        raise InputError(f"{uri}:{parser.CurrentLineNumber}: entity declarations have no place in an annotation")
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.EntityDeclHandler = refuse
-    try:
-        parser.Parse(storage.read_bytes(uri), True)
-    except expat.ExpatError as error:
-        raise InputError(f"{uri}:{error.lineno}: not XML: {expat.ErrorString(error.code)}") from None
-    root = builder.close()
-    if root.tag != "annotation":
-        raise InputError(f"{uri}:1: expected <annotation>, got <{root.tag}>")
-    return root, lines
 
 
 def write(records: Sequence[Record], root: str, split: str) -> None:

@@ -1,0 +1,1 @@
+"""Labels go out to people, with what the teachers make of them, and come back corrected."""

@@ -1,0 +1,86 @@
+"""The search's page: its trials, best first, each with a link to what it made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coin_ray import storage
+from coin_ray.cli import reported
+from coin_ray.configfile import from_yaml
+from coin_ray.errors import InputError
+from coin_ray.pipeline import graph
+from coin_ray.report.page import template
+from coin_ray.search.outcome import Record, ordered, shown
+from coin_ray.search.plan import Search
+from coin_ray.search.space import apply
+
+PAGE = "search.html"
+FIGURES = ("parallel.svg", "importance.svg")
+JUDGES = {"map50": "mAP50 on the validation images", "label-free": "a score without labels"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A row of the page; ``links``: (text, where it leads from the page)."""
+
+    number: int
+    score: str
+    state: str
+    settings: tuple[str, ...]
+    links: tuple[tuple[str, str], ...]
+
+
+def is_search(folder: str) -> bool:
+    return storage.exists(storage.join(folder, "search.json"))
+
+
+def main(folder: str) -> int:
+    """Write the page anew, with the reports made since; returns the exit code."""
+    return reported(lambda: print(write_page(storage.absolute(folder))))
+
+
+def write_page(folder: str) -> str:
+    """The page of the search in ``folder``, a search's own; returns where it is. Raises InputError if the search left no best trial."""
+    if not storage.exists(storage.join(folder, "best.yaml")):
+        raise InputError(f"{folder} has no best.yaml: no trial of the search has finished")
+    outcome = storage.read_json(storage.join(folder, "search.json"))
+    wanted = _asked(folder, outcome["search"])
+    records = ordered([Record(**{k: v for k, v in row.items() if k != "state"}) for row in outcome["trials"]])
+    names = list(records[0].settings)
+    html = template("search.html").render(
+        name=folder.rpartition("/")[2],
+        judge=JUDGES[wanted.objective],
+        settings=[name.rpartition(".")[2] for name in names],
+        trials=[_trial(record, wanted, folder) for record in records],
+        figures=[name for name in FIGURES if storage.exists(storage.join(folder, name))],
+    )
+    page = storage.join(folder, PAGE)
+    storage.write_bytes(page, html.encode())
+    return page
+
+
+def _asked(folder: str, asked: Mapping[str, Any]) -> Search:
+    """The search as it was asked for, but for the settings that it varies."""
+    config = from_yaml(storage.join(folder, "best.yaml"))
+    root = folder.rpartition("/search/")[0]
+    return Search(config, root, asked["--space"], asked["--objective"], trials=asked["--trials"], steps_share=asked["--steps-share"])
+
+
+def _trial(record: Record, wanted: Search, folder: str) -> Trial:
+    score = "" if record.failure or "score" not in record.figures else f"{100 * record.figures['score']:.1f}"
+    settings = tuple(shown(value) for value in record.settings.values())
+    return Trial(record.number, score, record.state, settings, tuple(_links(record, wanted, folder)))
+
+
+def _links(record: Record, wanted: Search, folder: str) -> list[tuple[str, str]]:
+    """The trial's distillation, and the report of a whole run with its settings; what is not there is left out."""
+    config = apply(wanted.config, record.settings)
+    places = [("distillation", storage.join(wanted.steps(record.settings)["distill"].folder(wanted.root), "manifest.json"))]
+    for baselines in (False, True):
+        report = graph(config, baselines=baselines)["report"]
+        places.append((f"report{' with baselines' * baselines}", storage.join(report.folder(wanted.root), "report.html")))
+    remote = "://" in folder
+    return [(text, place if remote else os.path.relpath(place, folder)) for text, place in places if storage.exists(place)]
