@@ -161,8 +161,9 @@ box = st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(31, 64), st.
 seen = st.lists(st.tuples(box, st.integers(0, 2), st.floats(0.05, 1)), max_size=4).map(lambda rows: detections(*rows))
 
 
-def collect(folder: Path, cloud: Detections, clip: Detections) -> None:
-    for name, found in (("cloud", cloud), ("clip_labels", clip), ("clip_detector", clip)):
+def collect(folder: Path, cloud: Detections, labelled: Detections, clip: Detections | None = None) -> None:
+    """``labelled``: row by row the cloud's boxes; ``clip``: the CLIP detector's results, the same if not given."""
+    for name, found in (("cloud", cloud), ("clip_labels", labelled), ("clip_detector", labelled if clip is None else clip)):
         rows = [detections_row(image_id(folder, i), found, Provenance(name)) for i in SPLITS if i != "failed"]
         rows.append(detections_row(image_id(folder, "failed"), Detections.empty(3), Provenance(name, "error")))
         storage.write_table(str(folder / f"{name}.parquet"), detections_table(rows))
@@ -202,7 +203,7 @@ def test_propagation_learns_what_people_say(reviewed: Context, cloud: Detections
 @given(cloud=seen, clip=seen)
 def test_distillation_is_told_what_people_say_by_all_teachers(reviewed: Context, cloud: Detections, clip: Detections) -> None:
     folder, config = Path(reviewed.root), reviewed.config
-    collect(folder, cloud, clip)
+    collect(folder, cloud, cloud, clip)
     answered = collected(str(folder), "cloud", config)
     know = opinions(answered, tables.open_detections(str(folder / "clip_detector.parquet"), 3), str(folder), config)
     person = corrected(reviewed.inputs, config)
