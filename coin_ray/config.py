@@ -26,11 +26,12 @@ IN_PACKAGE = "{coin_ray}"
 
 
 def relocated(value: Any, old: str, new: str) -> Any:
-    """A config, or plain data, whose paths below ``old`` lie below ``new``."""
+    """A config, or plain data, whose paths below ``old`` lie below ``new``. A kind may stand before a path, as in ``open_clip:/FILE``."""
     if old == new:
         return value
     if isinstance(value, str):
-        return new + value.removeprefix(old) if value == old or value.startswith(f"{old}/") else value
+        kind, colon, path = value.rpartition(":")
+        return kind + colon + new + path.removeprefix(old) if path == old or path.startswith(f"{old}/") else value
     if isinstance(value, dict):
         return {key: relocated(item, old, new) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -82,8 +82,8 @@ def identity(value: Any) -> Any:
         return {key: identity(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [identity(item) for item in value]
-    if isinstance(value, str) and value.startswith(PACKAGE):
-        return "coin_ray" + value[len(PACKAGE) :]
+    if isinstance(value, str):
+        return relocated(value, PACKAGE, "coin_ray")
     if isinstance(value, float) and value.is_integer():
         return int(value)  # 1 and 1.0 are the same setting
     return value

@@ -51,7 +51,7 @@ def another(value: Any) -> Any:
     return "other" if value is None or isinstance(value, (str, bool)) else value + 1
 
 
-FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True)
+FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True, max_workers=2)
 FULL = [
     dataclasses.replace(demo(), data=data, more_clouds=(Cloud(url="https://x"),), propagate=Propagate(fit=FIT), distill=Distill(fit=FIT))
     for data in (DemoScenes(), Folder(images="x"))
@@ -166,6 +166,13 @@ def test_where_the_package_is_installed_changes_no_fingerprint(monkeypatch: pyte
     assert fingerprint(moved) != before
     monkeypatch.setattr(configfile, "PACKAGE", elsewhere)
     assert fingerprint(moved) == before
+
+
+def test_a_path_behind_the_kind_of_a_network_is_a_path_too() -> None:
+    here = f"open_clip:{settings.PACKAGE}/demo/assets/coin_tiny.json"
+    assert relocated(here, settings.PACKAGE, IN_PACKAGE) == f"open_clip:{IN_PACKAGE}/demo/assets/coin_tiny.json"
+    assert configfile.identity(here) == "open_clip:coin_ray/demo/assets/coin_tiny.json"
+    assert relocated(f"{settings.PACKAGE}_other/x", settings.PACKAGE, IN_PACKAGE) == f"{settings.PACKAGE}_other/x"
 
 
 def test_files_of_the_package_are_found_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
