@@ -94,6 +94,23 @@ def test_losses_and_gradients_are_finite(model: str, targets: list[Targets], fol
     assert gradients(own, total)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_and_gradients_are_finite_in_half_precision(model: str, folders: dict[str, str]) -> None:
+    own = trained(folders[model], model).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = own.objective(own.base.prepare(images()), TWO, seeded())
+    assert all(bool(torch.isfinite(v)) for v in found.losses.values())
+    assert all(v.dtype == torch.float32 for name, v in found.losses.items() if name.startswith("atss"))
+    assert gradients(own, found.total)
+
+
+def test_boxes_outside_the_image_and_labels_of_other_classes_are_refused(folders: dict[str, str]) -> None:
+    own = trained(folders["rt-detr-v2"], "rt-detr-v2")
+    for bad, message in ((objects((120, 5, 140, 9, 0)), "no area inside the image"), (objects((1, 1, 9, 9, 3)), "labels must lie in 0..2")):
+        with pytest.raises(InputError, match=message):
+            own.objective(own.base.prepare(images()), [bad, TWO[1]])
+
+
 def test_objects_are_where_they_are_in_the_stretched_image(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     own = trained(folders["rt-detr-v2"], "rt-detr-v2").train()
     asked: list[Any] = []
