@@ -83,8 +83,9 @@ def asgi_app(arguments: Arguments) -> FastAPI:
         raise ConfigError(f"the environment variable {arguments.token_env}, which token_env names, is not set on this machine")
     if arguments.serve == "champion":
         registry = Registry(_one_name(arguments.models), arguments.registry)
-        champion: Champion | None = Champion(registry, registry.version(), arguments.every)
-        detector: Detector = registry.load(champion.version)
+        version = registry.version()
+        champion: Champion | None = Champion(registry, version, arguments.every)
+        detector: Detector = registry.load(version)
     else:
         champion, detector = None, load(arguments.serve, arguments.models)
     return create_app(
