@@ -81,12 +81,11 @@ def asgi_app(arguments: Arguments) -> FastAPI:
     token = os.environ.get(arguments.token_env) if arguments.token_env else None
     if arguments.token_env and not token:
         raise ConfigError(f"the environment variable {arguments.token_env}, which token_env names, is not set on this machine")
-    champion: Champion | None
-    detector: Detector
     if arguments.serve == "champion":
         registry = Registry(_one_name(arguments.models), arguments.registry)
         version = registry.version()
-        champion, detector = Champion(registry, version, arguments.every), registry.load(version)
+        champion: Champion | None = Champion(registry, version, arguments.every)
+        detector: Detector = registry.load(version)
     else:
         champion, detector = None, load(arguments.serve, arguments.models)
     return create_app(
