@@ -52,14 +52,20 @@ class _Child:
         answer = self._ask(uri)
         if "unreadable" in answer:
             raise OSError(answer["unreadable"])
-        return answer.get("reason") or answer["row"]
+        found: Found = answer["row"] if "row" in answer else answer["reason"]
+        return found
 
     def _ask(self, uri: str) -> dict[str, Any]:
         process = self.process = self.process or _start()
         assert process.stdin is not None
         assert process.stdout is not None
-        expired: list[bool] = []
-        late = threading.Timer(self.seconds, lambda: (expired.append(True), process.kill()))
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            process.kill()
+
+        late = threading.Timer(self.seconds, give_up)
         late.start()
         try:
             process.stdin.write(json.dumps(uri) + "\n")
@@ -73,7 +79,7 @@ class _Child:
             found: dict[str, Any] = json.loads(line)
             return found
         self.end()
-        if expired:
+        if expired.is_set():
             return {"reason": f"the image was not decoded in {self.seconds:.0f} s"}
         return {"reason": f"the image crashed the process that decoded it (exit code {process.returncode})"}
 
