@@ -22,7 +22,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXCLUDED = [".venv", "runs", ".git", "build", "dist"]
 NOT_YET = ("Failed to connect", "No available agent", "Connection refused", "Couldn't connect")
 """What the job server says while it starts."""
-SLOW = {"RAY_worker_register_timeout_seconds": "300", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+SLOW = {
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+}
 """A busy machine starts processes slowly; that is no fault."""
 
 

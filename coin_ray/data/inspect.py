@@ -52,7 +52,7 @@ class _Child:
         answer = self._ask(uri)
         if "unreadable" in answer:
             raise OSError(answer["unreadable"])
-        found: Found = answer["reason"] if "reason" in answer else answer["row"]
+        found: Found = answer["row"] if "row" in answer else answer["reason"]
         return found
 
     def _ask(self, uri: str) -> dict[str, Any]:
@@ -61,11 +61,11 @@ class _Child:
         assert process.stdout is not None
         expired = threading.Event()
 
-        def too_late() -> None:
+        def give_up() -> None:
             expired.set()
             process.kill()
 
-        late = threading.Timer(self.seconds, too_late)
+        late = threading.Timer(self.seconds, give_up)
         late.start()
         try:
             process.stdin.write(json.dumps(uri) + "\n")

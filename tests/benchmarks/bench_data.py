@@ -131,7 +131,7 @@ def demo_seconds(folder: Path, steps: int, seconds: float) -> dict[str, float]:
     torch.set_num_threads(1)
     config = PRESETS["demo"]()
     fit = replace(config.propagate.fit, steps=steps)
-    task = make(config, config.propagate)
+    task = make(config, config.propagate, "clip")
     from_tables = table_examples(folder, DEMO_IMAGES)
     labels = [data.Example(e.image_id, e.uri, {"labels": e.knowledge["cloud"]}) for e in from_tables]  # type: ignore[attr-defined]
     from_tables.know = only_labels(from_tables.know)  # type: ignore[attr-defined]
