@@ -488,8 +488,8 @@ class PipelineConfig:
     separate: Separate = field(default_factory=Separate)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
-    corrections: str | None = added(None)
-    """Labels of training images that a person vouches for: an export of Label Studio or CVAT, or a labelled folder (docs/own-data.md).
+    corrections: tuple[str, ...] = added(())
+    """Labels of training images that a person vouches for: exports of Label Studio, CVAT or FiftyOne, or labelled folders (docs/own-data.md).
     They outrank every teacher. Changing them costs no call."""
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
     seed: int = 0

@@ -29,7 +29,7 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     network = [] if c.distill.student == "faster-rcnn" else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
 
     images = Step("images", "images", identity=c.data)
-    reviewed = () if c.corrections is None else (Step("corrections", "corrections", (_content(c.corrections), c.classes), (images,)),)
+    reviewed = (Step("corrections", "corrections", (_content(c.corrections), c.classes), (images,)),) if c.corrections else ()
     collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)), inputs=(images,))
     propagate = Step("propagate", "propagate", (detector, labels, c.propagate), (images, collect, *reviewed), options={"labels": "clip"})
     separate = Step("separate", "separate", (labels, separating), (images, collect, propagate, *reviewed))
@@ -54,10 +54,10 @@ def _reading(config: PipelineConfig) -> list[Any]:
     return several + [_digest(cloud.label_map) for cloud in config.clouds if cloud.label_map is not None]
 
 
-def _content(corrections: str) -> str:
+def _content(corrections: tuple[str, ...]) -> list[str]:
     from coin_ray.data.review.corrections import content  # only where it is needed: it imports every format
 
-    return content(corrections)
+    return [content(place) for place in corrections]
 
 
 def _digest(uri: str) -> str:

@@ -61,6 +61,9 @@ def _disputed(root: str) -> tuple[list[Review], tuple[str, ...]]:
             f"a review needs the finished step separate below {root}: run pipelines/separate.py --config {root}/config.yaml first"
         )
     images = storage.read_table(storage.join(steps["images"].folder(root), "images.parquet")).to_pylist()
+    if "corrections" in steps:
+        done = storage.read_table(storage.join(steps["corrections"].folder(root), "corrections.parquet"))["image_id"].to_pylist()
+        images = [image for image in images if image["image_id"] not in set(done)]
     separation = storage.read_table(storage.join(steps["separate"].folder(root), "separation.parquet")).to_pylist()
     return reviews(images, separation, config.classes), config.classes
 

@@ -208,4 +208,4 @@ def test_settings_that_came_later_leave_what_was_made_before() -> None:
     known = configfile.identity(demo())
     assert "corrections" not in known
     assert "cloud_vectors" not in known["labels"]
-    assert configfile.identity(dataclasses.replace(demo(), corrections="x"))["corrections"] == "x"
+    assert configfile.identity(dataclasses.replace(demo(), corrections=("x",)))["corrections"] == ["x"]

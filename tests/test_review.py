@@ -11,7 +11,7 @@ from PIL import Image
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
-from coin_ray.configfile import to_yaml
+from coin_ray.configfile import from_yaml, to_yaml
 from coin_ray.data.formats import read
 from coin_ray.data.review import corrections, cvat
 from coin_ray.pipeline import graph
@@ -64,6 +64,27 @@ def test_what_people_have_reviewed_becomes_a_data_set(root: str, tmp_path: Path,
     assert main(back, "") == 0
     [record] = read(f"{tmp_path}/set#train").records
     assert (record.file, record.boxes.tolist(), record.labels) == ("2.png", [BOX], ("cat",))
+
+
+def test_what_has_been_reviewed_does_not_go_out_again(root: str, tmp_path: Path) -> None:
+    """Not even an image in which a person saw nothing."""
+    out = str(tmp_path / "out")
+    main(["out", "cvat", "--root", root, "--out", out], "")
+    found = cvat.read(f"{out}/annotations.xml")
+    (tmp_path / "done.xml").write_bytes(cvat.as_xml([replace(found[0], reviewed=True, boxes=())]))
+    before, config = (
+        graph(from_yaml(f"{root}/config.yaml")),
+        replace(from_yaml(f"{root}/config.yaml"), corrections=(f"{tmp_path}/done.xml",)),
+    )
+    storage.write_bytes(f"{root}/config.yaml", to_yaml(config).encode())
+    steps = graph(config)
+    table = pa.table({"image_id": ["2"]})
+    storage.write_table(storage.join(steps["corrections"].folder(root), "corrections.parquet"), table)
+    for name in ("separation.parquet", "manifest.json"):
+        data = storage.read_bytes(storage.join(before["separate"].folder(root), name))
+        storage.write_bytes(storage.join(steps["separate"].folder(root), name), data)
+    assert main(["out", "cvat", "--root", root, "--out", out], "") == 0
+    assert [r.image_id for r in cvat.read(f"{out}/annotations.xml")] == ["1", "0"]
 
 
 def test_a_run_that_has_not_come_so_far_is_told(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

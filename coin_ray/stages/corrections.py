@@ -19,14 +19,14 @@ FILE = "corrections.parquet"
 
 def run(context: Context) -> dict[str, Any]:
     """Write ``corrections.parquet``: certain detections of the reviewed images. Raises InputError for what does not fit the run."""
-    place, classes = context.config.corrections or "", context.config.classes
-    reviews = corrections.read(place)
+    places, classes = context.config.corrections, context.config.classes
+    reviews = [review for place in places for review in corrections.read(place)]
     listed = storage.read_table(storage.join(context.inputs["images"], "images.parquet")).to_pylist()
     images = {row["image_id"]: row for row in reversed(listed)}  # the first row counts: a training image may be a test image too
     asked = LabelMap.of_classes(classes)
     named = {name: asked.find([name]) for review in reviews for name in {box.label for box in review.boxes}}
     indexes = {name: match[0] for name, match in named.items() if match is not None}
-    rows = corrections.checked(reviews, images, indexes, place)
+    rows = corrections.checked(reviews, images, indexes, ", ".join(places))
     found = [detections_row(row["image_id"], _certain(row, len(classes)), Provenance("person")) for row in rows]
     storage.write_table(storage.join(context.folder, FILE), tables.detections_table(found))
     return {"images": len(rows), "boxes": sum(len(row["boxes"]) for row in rows), "empty": sum(not row["boxes"] for row in rows)}

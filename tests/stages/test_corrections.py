@@ -59,7 +59,7 @@ def review(folder: Path, name: str, boxes: list[Box], **changes: Any) -> Review:
 
 def context(folder: Path, place: str, **changes: Any) -> Context:
     labels = Labels(score_min=0.3, probabilities="background", clip_background="keep")
-    config: PipelineConfig = replace(PRESETS["demo"](), classes=CLASSES, labels=labels, corrections=place, **changes)
+    config: PipelineConfig = replace(PRESETS["demo"](), classes=CLASSES, labels=labels, corrections=(place,), **changes)
     rows = [
         {"image_id": image_id(folder, i), "uri": str(folder / "in" / f"{i}.png"), "width": 64, "height": 48, "split": s}
         for i, s in SPLITS.items()
@@ -140,6 +140,16 @@ def test_bad_corrections_are_an_error_that_names_the_image(changes: dict[str, An
     with pytest.raises(InputError, match=f"corrections .*tasks.json: .*{message}"):
         corrections.run(context(tmp_path, place))
     assert not (tmp_path / "corrections").exists()
+
+
+def test_later_rounds_are_further_files(tmp_path: Path) -> None:
+    c = context(tmp_path, cvat_file([review(tmp_path, "both", [Box(BOX, "cat")])], tmp_path / "one"))
+    second = label_studio_file([review(tmp_path, "none", [])], tmp_path / "two")
+    c = replace(c, config=replace(c.config, corrections=(*c.config.corrections, second)))
+    assert corrections.run(c) == {"images": 2, "boxes": 1, "empty": 1}
+    again = replace(c, config=replace(c.config, corrections=(second, second)))
+    with pytest.raises(InputError, match=r"tasks\.json, .*tasks\.json: none\.png is in it twice"):
+        corrections.run(again)
 
 
 def test_all_faults_are_told_at_once_up_to_a_few(tmp_path: Path) -> None:
@@ -244,8 +254,8 @@ def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(reviewed: Contex
 LATER = {"corrections", "propagate", "separate", "distill", "pseudo_label", "evaluate", "export", "report"}
 
 
-def fingerprints(place: str | None) -> dict[str, str]:
-    return {name: step.fingerprint for name, step in graph(replace(PRESETS["demo"](), corrections=place), baselines=True).items()}
+def fingerprints(*places: str) -> dict[str, str]:
+    return {name: step.fingerprint for name, step in graph(replace(PRESETS["demo"](), corrections=places), baselines=True).items()}
 
 
 def test_other_corrections_ask_nothing_again_but_train_again(tmp_path: Path) -> None:
@@ -253,7 +263,7 @@ def test_other_corrections_ask_nothing_again_but_train_again(tmp_path: Path) -> 
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.json").write_text("[]")
     (tmp_path / "c.json").write_text("[1]")
-    none, first, same, other = (fingerprints(p) for p in (None, *(str(tmp_path / f"{n}.json") for n in "abc")))
+    none, first, same, other = (fingerprints(*places) for places in ((), *((str(tmp_path / f"{n}.json"),) for n in "abc")))
     assert first == same
     assert set(first) - set(none) == {"corrections"}
     assert {n for n in first if first[n] != none.get(n)} == {n for n in first if first[n] != other[n]} == LATER
