@@ -125,9 +125,9 @@ class RegionalDetr(nn.Module):
 
 def _sure(separation: Separation) -> Targets:
     """All boxes, those that are not consistent without any weight."""
-    agreed, doubted = separation.consistent, [separation.inconsistent.boxes, separation.private.boxes]
-    boxes = torch.cat([agreed.boxes, *doubted])
-    labels = torch.cat([agreed.cloud.labels, *(torch.zeros_like(b[:, 0], dtype=torch.int64) for b in doubted)])
+    agreed, others = separation.consistent, torch.cat([separation.inconsistent.boxes, separation.private.boxes])
+    boxes = torch.cat([agreed.boxes, others])
+    labels = torch.cat([agreed.cloud.labels, torch.zeros_like(others[:, 0], dtype=torch.int64)])
     return Targets(boxes, labels, (torch.arange(len(boxes), device=boxes.device) < len(agreed)).float())
 
 
