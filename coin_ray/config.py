@@ -398,6 +398,9 @@ class Distill:
     [K = 1], or rcnn and atss [K = 2], which learns consistent boxes alone."""
     co_detr_classes: Literal["text", "linear"] = "text"
     """The decoder compares queries with the class embeddings, or has a linear classifier. The auxiliary head always compares."""
+    co_detr_detects: Literal["decoder", "regions"] = field(default="decoder", metadata={"identity": False})
+    """How a Co-DETR student is deployed. decoder: the base alone, as published. regions: with its auxiliary head, which names the decoder's boxes
+    and its own proposals; after a short training the decoder still puts several queries on one object."""
     fit: Optimize = field(default_factory=lambda: Optimize(steps=65_000, milestones=(40_000, 45_000, 60_000), factors=(0.1, 0.5, 0.1)))
     start_from: Literal["clip", "clip_detector"] = "clip"
     """Student's first weights. Published: CLIP, everything else random."""

@@ -139,7 +139,7 @@ def with_student(config: PipelineConfig, student: Student) -> PipelineConfig:
     if distill.fit.optimizer == "adamw":
         steps = 900
         fit = replace(distill.fit, steps=steps, lr=1e-3)
-        return replace(config, distill=replace(distill, co_detr=SMALL_CO_DETR, fit=fit, burn_up=steps * 4 // 5))
+        return replace(config, distill=replace(distill, co_detr=SMALL_CO_DETR, co_detr_detects="regions", fit=fit, burn_up=steps * 4 // 5))
     fit = replace(distill.fit, optimizer="adamw", lr=2e-4, weight_decay=1e-4, clip_gradient=0.1)
     return replace(config, distill=replace(distill, fit=fit))
 

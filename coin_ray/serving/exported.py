@@ -21,6 +21,7 @@ from coin_ray.config import Detector
 from coin_ray.data.views import fit
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.config import CoDetr
+from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
@@ -29,6 +30,7 @@ from coin_ray.serving.co_detr import FILE, CoDetrPredictor, load_co_detr
 from coin_ray.structures import Detections
 
 FORMAT = 1
+Student = ClipDetector | TextDetr | ByRegions
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Predictor:
     """``classes``, a detector and the ``settings`` of the views it was trained on; call it with a PIL image."""
 
     classes: tuple[str, ...]
-    detector: ClipDetector | TextDetr
+    detector: Student
     settings: Detector
 
     @torch.no_grad()
@@ -48,21 +50,24 @@ class Predictor:
         return found.with_boxes(box_ops.scale(found.boxes, original.shape[2] / view.shape[2], original.shape[1] / view.shape[1]))
 
 
-def write_exported(detector: ClipDetector | TextDetr, classes: Sequence[str], folder: str, settings: Detector | None = None) -> int:
+def write_exported(detector: Student, classes: Sequence[str], folder: str, settings: Detector | None = None) -> int:
     """Write the two files below ``folder`` (a URI); returns the weights' size in bytes. ``settings``: of the run; a ClipDetector knows them."""
-    weights = {k: v.contiguous() for k, v in detector.state_dict().items() if not k.startswith(("prompts.", "background"))}
-    weights["prompts.values"] = detector.class_embeddings().detach().contiguous()
+    network, prompts = (detector.student, "base.prompts.") if isinstance(detector, ByRegions) else (detector, "prompts.")
+    weights = {k: v.contiguous() for k, v in network.state_dict().items() if not k.startswith((prompts, "background"))}
+    weights[f"{prompts}values"] = embeddings = network.class_embeddings().detach().contiguous()
+    base = network.base if isinstance(network, RegionalDetr) else network
     settings = detector.config if isinstance(detector, ClipDetector) else settings
     assert settings is not None, "a Co-DETR does not know the settings of its views"
     description = {
         "format": FORMAT,
         "classes": list(classes),
-        "embedding_size": weights["prompts.values"].shape[1],
-        "visual": visual_shape(detector.tower.visual) if isinstance(detector.tower, ClipTower) else {},
+        "embedding_size": embeddings.shape[1],
+        "visual": visual_shape(base.tower.visual) if isinstance(base.tower, ClipTower) else {},
         "detector": dataclasses.asdict(settings),
     }
-    if isinstance(detector, TextDetr):
-        description["co_detr"] = {"named": detector.named, "network": dataclasses.asdict(detector.config)}
+    if isinstance(base, TextDetr):
+        detects = "regions" if isinstance(detector, ByRegions) else "decoder"
+        description["co_detr"] = {"named": base.named, "network": dataclasses.asdict(base.config), "detects": detects}
     data = save(weights)
     storage.write_bytes(storage.join(folder, "model.safetensors"), data)
     storage.write_json(storage.join(folder, "model.json"), description)
@@ -98,15 +103,17 @@ def _load_student(folder: str, place: str) -> Predictor:
     prompts = ClassVectors(torch.zeros(len(classes) + 1, size), learned=False)
     tower = empty_tower(settings, description["visual"])
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    detector: ClipDetector | TextDetr
+    detector: Student
     if "co_detr" in description:
         network = CoDetr(**_fields(description["co_detr"]["network"]))
         named = description["co_detr"]["named"]
-        detector = TextDetr(tower, prompts, len(classes), size, network, named=named, mean=mean, std=std)
+        base = TextDetr(tower, prompts, len(classes), size, network, named=named, mean=mean, std=std)
+        regions = description["co_detr"].get("detects") == "regions"
+        detector = ByRegions(RegionalDetr(base, size, settings)) if regions else base
     else:
         detector = ClipDetector(tower, prompts, len(classes), size, settings, mean, std)
     weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
-    missing, unexpected = detector.load_state_dict(weights, strict=False)
+    missing, unexpected = (detector.student if isinstance(detector, ByRegions) else detector).load_state_dict(weights, strict=False)
     if unexpected or [name for name in missing if name != "background"]:
         raise InputError(f"{folder}: weights and model.json do not belong together (missing {missing[:3]}, unexpected {unexpected[:3]})")
     return Predictor(classes, detector.eval(), settings)

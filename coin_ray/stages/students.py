@@ -7,7 +7,7 @@ import torch
 from coin_ray.config import PipelineConfig
 from coin_ray.models.co_detr.collaborative import shipped
 from coin_ray.models.co_detr.model import load_weights as load_base
-from coin_ray.models.co_detr.regional import RegionalDetr, started_from
+from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr, started_from
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.backbone import Backbone, new_embeddings, new_tower
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
@@ -17,7 +17,7 @@ from coin_ray.training.queries import look_with_queries
 from coin_ray.training.view import Look, look
 
 CLIP_DETECTOR = "clip_detector"
-Deployed = ClipDetector | TextDetr
+Deployed = ClipDetector | TextDetr | ByRegions
 
 
 def new_clip_detector(backbone: Backbone, config: PipelineConfig, *, seed: int) -> ClipDetector:
@@ -53,12 +53,17 @@ def look_of(student: Student) -> Look:
 
 
 def load_detector(name: str, uri: str, backbone: Backbone, config: PipelineConfig) -> Deployed:
-    """The trained detector ``name`` in evaluation mode, as it is deployed: of a Co-DETR the base alone."""
+    """The trained detector ``name`` in evaluation mode, as it is deployed: of a Co-DETR the base alone, or with its auxiliary head."""
     weights = load_weights(uri)
     if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":
         detector = new_clip_detector(backbone, config, seed=config.seed)
         detector.load_state_dict(weights)
         return detector.eval()
+    if config.distill.co_detr_detects == "regions":
+        student = new_student(backbone, config, seed=config.seed)
+        student.load_state_dict(weights)
+        assert isinstance(student, RegionalDetr)
+        return ByRegions(student).eval()
     detr = new_detr(backbone, config, seed=config.seed)
     load_base(detr, shipped(weights))
     return detr.eval()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coin_ray.models.co_detr.text import TextDetr
+from coin_ray.models.co_detr.regional import ByRegions
 from coin_ray.serving.exported import load_exported
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,6 +40,6 @@ def test_the_whole_pipeline_with_a_co_detr_student(tmp_path: Path) -> None:
     assert "inconsistent_queries" in json.loads(curve.read_text())[-1]
 
     predictor = load_exported(str(next(tmp_path.glob("steps/export-*/model.json")).parent))
-    assert isinstance(predictor.detector, TextDetr)
+    assert isinstance(predictor.detector, ByRegions)
     pixels = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
     assert predictor(Image.fromarray(pixels)).num_classes == len(predictor.classes) == 8

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from builders import CLASSES, TEMPLATES, tiny_clip, tiny_config, tiny_network
+from PIL import Image
+from torchvision.ops import box_iou
+from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray.config import Cloud, DemoScenes, Distill, PipelineConfig
-from coin_ray.models.co_detr.regional import RegionalDetr
+from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.pipeline import graph
+from coin_ray.serving.exported import load_exported, write_exported
 from coin_ray.stages.fitting import save_weights
 from coin_ray.stages.predicting import predict
 from coin_ray.stages.students import load_detector, look_of, new_clip_detector, new_student, student_from_clip_detector
@@ -59,3 +64,31 @@ def test_what_was_trained_is_what_is_evaluated(config: PipelineConfig, name: str
     (ours,), (theirs,) = predict(loaded, images, config.detector), predict(whole, images, config.detector)
     assert torch.equal(ours.boxes, theirs.boxes)
     assert torch.equal(ours.probs, theirs.probs)
+
+
+def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> None:
+    """It finds boxes that the decoder and the proposals place, one for each object and name, and its export finds the same."""
+    config = replace(DETR, distill=replace(DETR.distill, co_detr_detects="regions"))
+    trained = new_student(CLIP, config, seed=5).eval()
+    assert isinstance(trained, RegionalDetr)
+    with torch.no_grad():
+        trained.background.normal_()
+    save_weights(str(tmp_path / "detector.pt"), trained.state_dict())
+    loaded = load_detector("student", str(tmp_path / "detector.pt"), CLIP, config)
+    assert isinstance(loaded, ByRegions)
+    image = Image.fromarray(torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8).numpy())
+    write_exported(loaded, config.classes, str(tmp_path / "export"), config.detector)
+    (ours,) = predict(loaded, [pil_to_tensor(image)], config.detector)
+    theirs = load_exported(str(tmp_path / "export"))(image)
+    assert len(ours) > 0
+    for one, other in ((ours.boxes, theirs.boxes), (ours.probs, theirs.probs), (ours.labels, theirs.labels)):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.equal(ours.scores, ours.scores.sort(descending=True).values)
+    same = (ours.labels[:, None] == ours.labels[None]).triu(1)
+    assert float((box_iou(ours.boxes, ours.boxes) * same).max()) <= config.detector.nms + 1e-6
+
+
+def test_how_a_student_is_deployed_costs_no_training() -> None:
+    decoder, regions = (graph(replace(DETR, distill=replace(DETR.distill, co_detr_detects=how))) for how in ("decoder", "regions"))
+    changed = {name for name in decoder if decoder[name].fingerprint != regions[name].fingerprint}
+    assert changed == {"evaluate", "export", "report"}

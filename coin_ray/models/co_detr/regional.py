@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, Proposed, Regions
 from coin_ray.models.co_detr import rcnn
@@ -23,10 +24,10 @@ from coin_ray.models.co_detr.decoder import Queries
 from coin_ray.models.co_detr.encoder import Memory
 from coin_ray.models.co_detr.positions import EPSILON
 from coin_ray.models.co_detr.pyramid import Maps, Pyramid
-from coin_ray.models.co_detr.targets import Targets, normalise
+from coin_ray.models.co_detr.targets import Targets, normalise, pixels
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
-from coin_ray.models.faster_rcnn_clip.model import RegionHead
+from coin_ray.models.faster_rcnn_clip.model import RegionHead, every_name
 from coin_ray.structures import Detections, Separation
 
 
@@ -121,6 +122,32 @@ class RegionalDetr(nn.Module):
 
     def predict(self, images: Images) -> list[Detections]:
         return self.base.predict(images)
+
+    @torch.no_grad()
+    def predict_regions(self, images: Images) -> list[Detections]:
+        """What the auxiliary head makes of the decoder's boxes and of its own proposals: every class of a box, class-wise suppression."""
+        shared, proposed = self.propose(images)
+        decoded = self.base.decode(self.base.two_stage(shared.memory).queries, shared.memory)
+        placed = [pixels(queries, size) for queries, size in zip(decoded.boxes[-1], images.sizes, strict=True)]
+        boxes = [torch.cat(both) for both in zip(placed, proposed.boxes, strict=True)]
+        counts = [len(b) for b in boxes]
+        regions = self.describe(shared, boxes)
+        parts = zip(regions.deltas.split(counts), boxes, regions.logits.softmax(-1).split(counts), images.sizes, strict=True)
+        return [every_name(box_ops.decode(deltas, own), vectors, size, self.config) for deltas, own, vectors, size in parts]
+
+
+class ByRegions(nn.Module):
+    """A student that is deployed together with its auxiliary head, which names the boxes (``RegionalDetr.predict_regions``)."""
+
+    def __init__(self, student: RegionalDetr) -> None:
+        super().__init__()
+        self.student = student
+
+    def prepare(self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)) -> Images:
+        return self.student.prepare(images, at_least)
+
+    def predict(self, images: Images) -> list[Detections]:
+        return self.student.predict_regions(images)
 
 
 def _sure(separation: Separation) -> Targets:

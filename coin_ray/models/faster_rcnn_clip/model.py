@@ -135,17 +135,21 @@ class ClipDetector(nn.Module):
         probabilities = regions.logits.float().softmax(-1).split(counts)
         deltas = regions.deltas.float().split(counts)
         return [
-            self._detections(box_ops.decode(d, b), p, size)
+            every_name(box_ops.decode(d, b), p, size, self.config)
             for d, b, p, size in zip(deltas, proposed.boxes, probabilities, images.sizes, strict=True)
         ]
 
-    def _detections(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]) -> Detections:
-        """Every foreground class above ``score_min`` of every box, class-wise NMS; one box may carry several classes."""
-        boxes = clip_boxes_to_image(boxes, size)
-        region, label = (probabilities[:, :-1] > self.config.score_min).nonzero(as_tuple=True)
-        scores = probabilities[region, label]
-        kept = batched_nms(boxes[region], scores, label, self.config.nms)[: self.config.detections]
-        return Detections(boxes[region[kept]], scores[kept], label[kept], probabilities[region[kept]])
+
+def every_name(boxes: Tensor, probabilities: Tensor, size: tuple[int, int], config: Detector) -> Detections:
+    """Every foreground class above ``score_min`` of every box [R, 4] in ``probabilities`` [R, K+1], class-wise NMS, best first.
+
+    One box may carry several classes. Boxes are cut at the border of an image of ``size`` (height, width).
+    """
+    boxes = clip_boxes_to_image(boxes, size)
+    region, label = (probabilities[:, :-1] > config.score_min).nonzero(as_tuple=True)
+    scores = probabilities[region, label]
+    kept = batched_nms(boxes[region], scores, label, config.nms)[: config.detections]
+    return Detections(boxes[region[kept]], scores[kept], label[kept], probabilities[region[kept]])
 
 
 def build_detector(backbone: Backbone, classes: Sequence[str], config: Detector, *, seed: int) -> ClipDetector:
