@@ -121,7 +121,7 @@ def configured(
         raise ConfigError(f"classes must be a list of names, as {[c.strip() for c in classes.split(',')]}; got one text")
     config = PRESETS[preset]()
     if images is not None or test is not None:
-        given = {name: storage.absolute(os.fspath(v)) for name, v in (("images", images), ("test", test)) if v is not None}
+        given: dict[str, Any] = {name: storage.absolute(os.fspath(v)) for name, v in (("images", images), ("test", test)) if v is not None}
         config = replace(config, data=replace(config.data if isinstance(config.data, Folder) else Folder(), **given))
     if classes:
         config = replace(config, classes=tuple(classes))
