@@ -16,6 +16,5 @@ if __name__ == "__main__":
     if len(arguments) == 1 and "/" in arguments[0]:
         from coin_ray.search import page
 
-        if page.is_search(arguments[0]):
-            sys.exit(page.main(arguments[0]))
+        sys.exit(page.main(arguments[0]))
     sys.exit(compare.main(arguments) if compare.runs_of(arguments) else main("report.py", __doc__, only="report"))

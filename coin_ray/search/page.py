@@ -33,19 +33,15 @@ class Trial:
     links: tuple[tuple[str, str], ...]
 
 
-def is_search(folder: str) -> bool:
-    return storage.exists(storage.join(folder, "search.json"))
-
-
 def main(folder: str) -> int:
     """Write the page anew, with the reports made since; returns the exit code."""
     return reported(lambda: print(write_page(storage.absolute(folder))))
 
 
 def write_page(folder: str) -> str:
-    """The page of the search in ``folder``, a search's own; returns where it is. Raises InputError if the search left no best trial."""
-    if not storage.exists(storage.join(folder, "best.yaml")):
-        raise InputError(f"{folder} has no best.yaml: no trial of the search has finished")
+    """The page of the search in ``folder``, a search's own; returns where it is. Raises InputError if none is there that found a best trial."""
+    if not all(storage.exists(storage.join(folder, name)) for name in ("search.json", "best.yaml")):
+        raise InputError(f"{folder} holds no search with a finished trial: expected its search.json and best.yaml")
     outcome = storage.read_json(storage.join(folder, "search.json"))
     wanted = _asked(folder, outcome["search"])
     records = ordered([Record(**{k: v for k, v in row.items() if k != "state"}) for row in outcome["trials"]])

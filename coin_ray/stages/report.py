@@ -33,8 +33,8 @@ def run(context: Context) -> dict[str, Any]:
     config = context.config
     manifests = {name: storage.read_json(storage.join(folder, "manifest.json")) for name, folder in context.inputs.items()}
     figures: dict[str, Any] = {"hardware": hardware(), "kept": _kept(context)}
-    if corrected := measures.corrections(context):
-        figures["corrections"] = corrected
+    if corrections := measures.corrections(context):
+        figures["corrections"] = corrections
     figures["confusion"] = measures.teachers_confused(context) if config.collect.labeler != "none" else []
     truth = measures.held_out_truth(context)
     answers, students = measures.named_once(context), measures.students(context)
@@ -48,8 +48,8 @@ def run(context: Context) -> dict[str, Any]:
         figures |= measures.opinions(answers, fused, truth, config.labels.score_min)
         curves = {m.key: measures.precision_recall(verdicts[m.key]) for m in METHODS if m.key in verdicts}
         figures["precision_recall"] = {name: measures.mean_curve(rows) for name, rows in curves.items()}
-    if searched := sweeps(context):
-        figures["sweeps"] = searched
+    if searches := sweeps(context):
+        figures["sweeps"] = searches
     pictures = gallery(context, seen(context, answers | students, figures.get("operating", {}), tallies))
     summary = summarise(config, manifests | {"report": {"metrics": figures, "seconds": 0.0}})
     per_class = {name: [float("nan") if v is None else v for v in values] for name, values in summary.get("per_class", {}).items()}

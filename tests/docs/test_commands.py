@@ -19,6 +19,7 @@ from coin_ray.cloud import tools
 from coin_ray.experiments import command as grids
 from coin_ray.experiments import components
 from coin_ray.export import command as exporting
+from coin_ray.search import page as search_pages
 from coin_ray.search import run as searches
 
 FOUND = sorted({(words, page) for page, text in PAGES.items() for words in commands(text)})
@@ -50,6 +51,8 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(detector_cli, "train", lambda *_: None)
     monkeypatch.setattr(searches, "search", lambda *_, **__: None)
     monkeypatch.setattr(searches, "plan", lambda *_: None)
+    monkeypatch.setattr(search_pages, "main", lambda *_: 0)
+    monkeypatch.setattr(search_pages, "write_page", lambda *_: "")
     monkeypatch.setattr(grids, "main", grid)
     monkeypatch.setattr(components, "study", lambda *_: None)
     monkeypatch.setattr(tools, "main", tool)
