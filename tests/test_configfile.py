@@ -51,7 +51,7 @@ def another(value: Any) -> Any:
     return "other" if value is None or isinstance(value, (str, bool)) else value + 1
 
 
-FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True)
+FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True, max_workers=4)
 FULL = [
     dataclasses.replace(demo(), data=data, more_clouds=(Cloud(url="https://x"),), propagate=Propagate(fit=FIT), distill=Distill(fit=FIT))
     for data in (DemoScenes(), Folder(images="x"))
