@@ -75,7 +75,13 @@ def test_file_urls_are_local(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("uri", "expected"),
-    [("s3://b/x", "s3://b/x"), ("runs", os.path.abspath("runs")), ("~/x", os.path.expanduser("~/x")), ("/a/../b", "/b")],
+    [
+        ("s3://b/x", "s3://b/x"),
+        ("runs", os.path.abspath("runs")),
+        ("~/x", os.path.expanduser("~/x")),
+        ("/a/../b", "/b"),
+        ("file:///a/b", "/a/b"),
+    ],
 )
 def test_absolute(uri: str, expected: str) -> None:
     assert storage.absolute(uri) == expected

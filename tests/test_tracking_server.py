@@ -28,6 +28,7 @@ from coin_ray.steps import Context, Step
 from coin_ray.tracking import Tracker
 
 mlflow = pytest.importorskip("mlflow")
+pytestmark = pytest.mark.timeout(1800)
 
 CURVE = [{"step": float(i), "loss": 1 / (i + 1)} for i in range(1200)]
 METRICS: dict[str, dict[str, Any]] = {

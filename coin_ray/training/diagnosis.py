@@ -38,9 +38,10 @@ def whom_ckg_follows(fused: Tensor, pairs: Pairs, trusted_from: float) -> dict[s
 @torch.no_grad()
 def spread(weights: Tensor) -> Tensor:
     """Mean over teachers and classes of the standard deviation over RoIs of CKG's ``weights`` [2, R, K+1]: 0 when it answers all alike."""
+    weights = weights.double()  # a small spread is a difference of large squares
     rows = all_sum(torch.tensor(float(weights.shape[1]), device=weights.device)).clamp(min=1)
     first, second = all_sum(weights.sum(1)) / rows, all_sum((weights**2).sum(1)) / rows
-    return (second - first**2).clamp(min=0).sqrt().mean() / worker_count()
+    return (second - first**2).clamp(min=0).sqrt().mean().float() / worker_count()
 
 
 @torch.no_grad()
