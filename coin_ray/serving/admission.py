@@ -15,6 +15,8 @@ BYTES_OPEN = 512 * 2**20
 PIXELS_OPEN = 2 * PIXELS_MAX
 READ_SECONDS = 30.0
 DRAIN_SECONDS = 5.0
+DIGITS_MAX = 15
+"""Of a length that is read as a number at all."""
 
 
 class Room:
@@ -51,7 +53,7 @@ class Body:
     async def read(self) -> bytes:
         """Raises ``Problem`` 413, 408, 400 (the client went away) and 503."""
         declared = self._request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._limit:
+        if declared.isdecimal() and (len(declared) > DIGITS_MAX or int(declared) > self._limit):
             raise self._too_large()
         parts = bytearray()
         try:

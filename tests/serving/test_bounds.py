@@ -97,9 +97,10 @@ def test_a_body_without_end_is_given_up_at_the_limit() -> None:
     assert app.state.cloud._bytes.used == 0
 
 
-def test_a_length_that_is_too_large_is_refused_before_anything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [str(BODY_MAX + 1), "9" * 5000])
+def test_a_length_that_is_too_large_is_refused_before_anything_is_kept(length: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission.Body, "_hold", lambda *_: pytest.fail("a byte was kept"))
-    response = stream(create_app(Brightness()), Parts(), **{"content-length": str(BODY_MAX + 1)})
+    response = stream(create_app(Brightness()), Parts(), **{"content-length": length})
     assert response.status_code == 413
 
 

@@ -65,6 +65,7 @@ drop("{IMAGE}", "bright.jpg"); await settled("student", ...(document.querySelect
 seen.student = boxes("student"); seen.cloud = boxes("cloud"); seen.told = told("student");
 seen.label = $("#student svg text")?.textContent; seen.rows = all("#student td").map((c) => c.textContent);
 seen.cloudShown = $("#cloud").checkVisibility(); seen.about = $("#about").textContent;
+seen.token = $("#token-row").checkVisibility();
 """
 
 
@@ -86,7 +87,7 @@ def test_without_a_cloud_there_is_one_side_and_a_bad_file_is_told(tmp_path: Path
         LOOK + 'drop(btoa("no image at all"), "x.jpg"); await settled("student"); seen.bad = told("student"); seen.left = boxes("student");'
     )
     seen = browse(create_app(Brightness()), script, tmp_path)
-    assert (seen["student"], seen["cloudShown"]) == ([[50, 25, 100, 50]], False)
+    assert (seen["student"], seen["cloudShown"], seen["token"]) == ([[50, 25, 100, 50]], False, False)
     assert seen["bad"].startswith("415: not a usable image.")
     assert seen["left"] == []
 
@@ -107,4 +108,4 @@ def test_a_server_with_a_token_asks_for_it_and_then_answers(tmp_path: Path) -> N
     )
     seen = browse(create_app(Brightness(), token="right"), script + LOOK, tmp_path)
     assert (seen["asks"], seen["row"]) == ("This server asks for a token.", True)
-    assert seen["student"] == [[50, 25, 100, 50]]
+    assert (seen["student"], seen["token"]) == ([[50, 25, 100, 50]], True)
