@@ -225,7 +225,7 @@ def test_served_in_the_reference_format(owl: Owlv2) -> None:
     sink = io.BytesIO()
     noise(9).save(sink, "PNG")
     app = create_app(TransformersDetector(owl, "owlv2"))
-    answered, refused = post(app, {**call(sink.getvalue(), CLASSES), "threshold": 0.0}, call(sink.getvalue(), ("cat", "")))
+    answered, refused = post(app, {**call(sink.getvalue(), CLASSES), "threshold": 0.0}, call(sink.getvalue(), ("cat", " ")))
     elements = answered.json()["detections"]
     assert elements
     assert all(set(e["scores"]) == set(CLASSES) and e["score"] == max(e["scores"].values()) for e in elements)
