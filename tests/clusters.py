@@ -130,7 +130,7 @@ class Cluster:
         give_up_at = time.monotonic() + seconds
         while (state := self.status(name)) not in ("SUCCEEDED", "FAILED", "STOPPED"):
             assert time.monotonic() < give_up_at, f"{name} is still {state}: {self.logs(name)[-3000:]}"
-            time.sleep(1)
+            time.sleep(5)
         log = self.logs(name)
         assert state == "SUCCEEDED", log[-4000:]
         return log
