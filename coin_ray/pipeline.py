@@ -39,12 +39,9 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     )
     oracle = Step("oracle", "propagate", (detector, baseline, *network), (images, collect), options={"labels": "truth"})
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
-    judged: Any = (c.classes, c.evaluate) if c.evaluate.plus_one else c.classes
-    exported: Any = c.detector
-    if c.distill.student == "co-detr" and c.distill.co_detr_detects != "decoder":
-        judged, exported = (judged, c.distill.co_detr_detects), (exported, c.distill.co_detr_detects)
-    evaluate = Step("evaluate", "evaluate", identity=judged, inputs=(images, collect, separate, *students))
-    export = Step("export", "export", identity=exported, inputs=(distill,))
+    deployed = c.distill.co_detr_detects if c.distill.student == "co-detr" else ""
+    evaluate = Step("evaluate", "evaluate", identity=(c.classes, c.evaluate, deployed), inputs=(images, collect, separate, *students))
+    export = Step("export", "export", identity=(c.detector, deployed), inputs=(distill,))
     shown = (images, collect, separate, *students, evaluate, export, *reviewed)
     report = Step("report", "report", identity=c.preset, inputs=shown, version=2)
     steps = (images, *reviewed, collect, propagate, separate, distill, *students[2:], evaluate, export, report)
