@@ -112,7 +112,7 @@ def demo_batch(config: PipelineConfig, step: int) -> Batch:
     clip = [opinion(boxes, (labels + torch.arange(len(labels)) % 2) % classes, classes) for boxes, labels in truth]
     none = [Detections.empty(classes) for _ in truth]
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    return Batch(images, images, {"cloud": cloud, "clip": clip, "clip_labels": none, "labels": cloud}, generators)
+    return Batch(images, images, {"cloud": cloud, "clip": clip, "clip_labels": none, "labels": cloud}, generators, [False] * len(images))
 
 
 def opinion(boxes: Tensor, labels: Tensor, classes: int, score: float = 0.7) -> Detections:
@@ -171,9 +171,16 @@ def verdict(name: str, value: float) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=40, help="for each comparison")
-    seconds = parser.parse_args(arguments).seconds
+    parser.add_argument("--only", choices=("labels", "steps", "text"), nargs="+", default=("labels", "steps", "text"))
+    asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = labelling(seconds) | distilling(seconds) | text_encoder_runs()
+    found: dict[str, float] = {}
+    if "labels" in asked.only:
+        found |= labelling(asked.seconds)
+    if "steps" in asked.only:
+        found |= distilling(asked.seconds)
+    if "text" in asked.only:
+        found |= text_encoder_runs()
     print("| | ratio or count | wanted |\n|---|---|---|")
     for name, value in found.items():
         print(f"| {name} | {value:g} | {verdict(name, value)} |")
