@@ -27,7 +27,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def run(root: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "pipelines/full.py", "demo", "--root", str(root), *SMALL, "--tracking.enabled", "False"]
+    command = [sys.executable, "pipelines/full.py", "demo", "--root", str(root), *SMALL, "--tracking.no-enabled"]
     variables = environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=3000, check=False)
 
