@@ -74,10 +74,14 @@ def kill(process: psutil.Process, what: str) -> str:
 
 def test_workers_killed_in_collect(cluster: Cluster, reference: Path, tmp_path: Path) -> None:
     submit(cluster, "collect", tmp_path)
-    killed = []
-    for word, parts in (("CloudActor", 1), ("LabelerActor", 3)):
-        until(lambda parts=parts: len(list(tmp_path.glob("steps/collect-*/parts/*.parquet"))) >= parts, f"{parts} parts")  # type: ignore[misc]
-        killed += [kill(process, word) for process in cluster.workers(word)[:1]]
+    killed: list[str] = []
+    calls = tmp_path / "local_cloud" / "calls.jsonl"
+    until(
+        lambda: calls.exists() and len(calls.read_text().splitlines()) >= 5, "five calls"
+    )  # small sets are asked before a part is written
+    killed += [kill(process, "CloudActor") for process in cluster.workers("CloudActor")[:1]]
+    until(lambda: len(list(tmp_path.glob("steps/collect-*/parts/*.parquet"))) >= 3, "three parts")
+    killed += [kill(process, "LabelerActor") for process in cluster.workers("LabelerActor")[:1]]
     cluster.wait("collect")
     assert_same_results(tmp_path, reference)
     repeated = repeated_calls(tmp_path, reference)
