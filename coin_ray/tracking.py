@@ -56,7 +56,7 @@ class Tracker:
         except unreachable() as error:
             raise ConfigError(
                 f"tracking failed at {self.uri}: {_first_line(error)}. Start the server, name another by --tracking.uri, "
-                "or give --tracking.enabled False"
+                "or give --tracking.no-enabled"
             ) from error
 
     def _open(self) -> None:
@@ -199,10 +199,10 @@ class StageRun:
 
     def end(self, status: str) -> None:
         """Of a lost server's run at least this process's own record is closed, so that the next run can begin."""
-        import mlflow
-
         if self.run_id is None:
             return
+        import mlflow
+
         if self.tracker.lost:
             with suppress(*unreachable()):
                 mlflow.end_run(status)

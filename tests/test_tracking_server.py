@@ -212,6 +212,6 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_done(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     used = replace(demo(), tracking=Tracking(uri=f"http://127.0.0.1:{free_port()}"))
-    with pytest.raises(ConfigError, match=r"tracking failed at http://127.0.0.1.*--tracking.enabled False"):
+    with pytest.raises(ConfigError, match=r"tracking failed at http://127.0.0.1.*--tracking.no-enabled"):
         runner.run(used, pipeline(), str(tmp_path))
     assert worked == []

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
+from coin_ray import storage
 from coin_ray.configfile import from_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.serving.batching import BATCH_WAIT
@@ -95,8 +96,14 @@ def asgi_app(arguments: Arguments) -> FastAPI:
         batch_wait=arguments.batch_wait,
         pixels_max=arguments.pixels_max,
         champion=champion,
-        beside=CloudBeside(from_yaml(arguments.cloud), arguments.cloud_calls) if arguments.cloud else None,
+        beside=_beside(arguments) if arguments.cloud else None,
     )
+
+
+def _beside(arguments: Arguments) -> CloudBeside:
+    """The run's cloud, with the answers that the run has paid for: they lie beside its config.yaml."""
+    uri = storage.absolute(arguments.cloud)
+    return CloudBeside(from_yaml(uri), arguments.cloud_calls, storage.join(uri.rpartition("/")[0], "journal"))
 
 
 def _one_name(models: tuple[str, ...]) -> str:

@@ -30,19 +30,23 @@ class NotAnswered(Exception):
 class CloudBeside:
     """``config.cloud``, asked about ``config.classes``, at most ``calls_max`` times; starts the local server if the configuration says so.
 
+    ``journal``: of the run (a URI), which has its answers and gets new ones. Without one, answers last as long as this.
     Raises ConfigError for settings that the service can't be asked with, AuthError if the secret's variable is not set.
     """
 
-    def __init__(self, config: PipelineConfig, calls_max: int = CALLS_MAX) -> None:
-        cloud = replace(config.cloud, max_calls=min(calls_max, config.cloud.max_calls or calls_max))
+    def __init__(self, config: PipelineConfig, calls_max: int = CALLS_MAX, journal: str = "") -> None:
+        cloud = config.cloud
         check_clouds([cloud], config.classes)
         self.name = cloud.service if cloud.serve == "none" else f"local {cloud.serve}"
         self._classes = config.classes
         self._open = ExitStack()
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="coin-serve-"))
         url = endpoint_for(cloud, adapter_for(cloud)) or self._open.enter_context(local_cloud(cloud, str(Path(folder) / "local")))
-        journal = Journal.open(str(Path(folder) / "journal"))
-        self._client = CloudClient(cloud, config.classes, url, journal, LocalGovernor(Governor(limits(cloud), journal.spent())))
+        answers = Journal.open(journal or str(Path(folder) / "journal"))
+        spent = answers.spent()
+        most = spent[0] + calls_max
+        cloud = replace(cloud, max_calls=min(most, cloud.max_calls or most))
+        self._client = CloudClient(cloud, config.classes, url, answers, LocalGovernor(Governor(limits(cloud), spent)))
 
     async def ask(self, data: bytes, score_min: float) -> dict[str, Any]:
         """The answer in the reference format about an image file. Raises InputError for a bad image, NotAnswered with the kind of error."""

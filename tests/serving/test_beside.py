@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -84,6 +86,19 @@ def test_a_cloud_that_can_not_be_asked_is_an_error_at_the_start(monkeypatch: pyt
         CloudBeside(config)
 
 
-def test_its_local_server_and_its_answers_end_with_it(cloud: tuple[Elsewhere, PipelineConfig]) -> None:
+def test_its_answers_end_with_it(cloud: tuple[Elsewhere, PipelineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     beside = CloudBeside(cloud[1])
+    assert list(tmp_path.rglob("journal"))
     asyncio.run(beside.aclose())
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_the_run_s_journal_no_server_pays_again(cloud: tuple[Elsewhere, PipelineConfig], tmp_path: Path) -> None:
+    """What the run or an earlier server has paid for costs nothing; each server may make its own number of calls beyond that."""
+    detector, config = cloud
+    for paid, statuses in ((1, (200, 503)), (2, (200, 200))):
+        beside = CloudBeside(config, calls_max=1, journal=str(tmp_path / "journal"))
+        answers = questions(create_app(Brightness(), beside=beside), jpeg(10), jpeg(20))
+        assert tuple(r.status_code for r in answers) == statuses
+        assert detector.asked == paid
