@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -55,7 +56,7 @@ class Tracker:
             self._open()
         except unreachable() as error:
             raise ConfigError(
-                f"tracking failed at {self.uri}: {_first_line(error)}. Start the server, name another by --tracking.uri, "
+                f"tracking failed at {without_password(self.uri)}: {_first_line(error)}. Start the server, name another by --tracking.uri, "
                 "or give --tracking.no-enabled"
             ) from error
 
@@ -89,9 +90,8 @@ class Tracker:
             work()
         except unreachable() as error:
             self.lost = True
-            print(
-                f"tracking failed at {self.uri}: {_first_line(error)}\nthe run goes on; the same command writes what is missing", flush=True
-            )
+            place = without_password(self.uri)
+            print(f"tracking failed at {place}: {_first_line(error)}\nthe run goes on; the same command writes what is missing", flush=True)
         return not self.lost
 
     def _parent(self) -> str:
@@ -179,7 +179,7 @@ class StageRun:
         )
         self.run_id = str(run.info.run_id)
         if self.owed:
-            storage.write_json(self.owed, {"run_id": self.run_id, "uri": self.tracker.uri})
+            storage.write_json(self.owed, {"run_id": self.run_id, "uri": without_password(self.tracker.uri)})
         mlflow.log_params({k: v[:PARAMETER_LIMIT] for k, v in flat(stage_config).items()})
         if digest and images:
             mlflow.log_input(image_set(images, digest), context=name)
@@ -188,7 +188,7 @@ class StageRun:
         if not self.owed:
             return None
         found = storage.read_json(self.owed) if storage.exists(self.owed) else {}
-        return str(found["run_id"]) if found.get("uri") == self.tracker.uri else None
+        return str(found["run_id"]) if found.get("uri") == without_password(self.tracker.uri) else None
 
     def finish(self, metrics: dict[str, Any], folder: str) -> bool:
         """Log all numbers of a step's metrics and its curve; whether that was done."""
@@ -218,7 +218,12 @@ def unreachable() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+
+
+def without_password(text: str) -> str:
+    """``text`` with what stands before the host left out of every address: a name and a password."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def _log_step(metrics: dict[str, Any], folder: str) -> None:

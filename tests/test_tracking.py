@@ -7,7 +7,7 @@ import pytest
 
 from coin_ray.config import Tracking
 from coin_ray.presets import demo
-from coin_ray.tracking import Tracker
+from coin_ray.tracking import Tracker, without_password
 
 
 def uri(root: Path, **tracking: str) -> str:
@@ -30,3 +30,16 @@ def test_the_setting_counts_before_the_environment_and_that_before_the_root(tmp_
     assert uri(tmp_path, uri=ours) == ours
     monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
     assert uri(tmp_path) == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:s3cret@host/path", "https://host/path"),
+        ("API request to http://me:s3cret@host:5000/api failed at me@work", "API request to http://host:5000/api failed at me@work"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("postgresql+psycopg2://u:p@db/x", "postgresql+psycopg2://db/x"),
+    ],
+)
+def test_no_password_of_a_tracking_server_is_told(text: str, shown: str) -> None:
+    assert without_password(text) == shown
