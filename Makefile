@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test check slow soak bench bench-cloud bench-coin bench-codetr bench-data bench-speed bench-training docs clean
+.PHONY: demo test check slow soak bench bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -34,6 +34,9 @@ bench-coin: $(DEVELOPED)
 
 bench-codetr: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_codetr.py $(ARGS)
+
+bench-pipeline: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_pipeline.py $(ARGS)
 
 bench-speed: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_speed.py $(ARGS)
