@@ -19,6 +19,19 @@ from clusters import Cluster, cluster_of, kill_node, until
 from runs import IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
+STORE = 78_643_200
+"""Bytes; Ray's least."""
+HOLDER = """
+import time, numpy, ray
+@ray.remote(num_cpus=0, resources={"store": 1})
+def hold(flag):
+    kept = [ray.get(ray.put(numpy.ones(10_000_000, numpy.uint8))) for _ in range(9)]
+    open(flag, "w").close()
+    time.sleep(7200)
+ray.init()
+ray.get(hold.remote(FLAG))
+"""
+"""Takes more of a node's object store than there is, and lets go of nothing: what is in use is not spilled."""
 EVERY = ["--propagate.fit.checkpoint-every", "4", "--distill.fit.checkpoint-every", "4"]
 
 
@@ -141,6 +154,21 @@ def test_the_head_restarted(cluster: Cluster, reference: Path, tmp_path: Path) -
     cluster.wait("after")
     assert_same_results(root, reference)
     print("killed: the head with the whole cluster; lost: nothing, the same command went on")
+
+
+def test_an_object_store_that_is_full(reference: Path, tmp_path: Path) -> None:
+    """Ray puts what has no room there on the disk."""
+    flag, program, root = tmp_path / "full", tmp_path / "holder.py", tmp_path / "run"
+    program.write_text(HOLDER.replace("FLAG", repr(str(flag))))
+    with cluster_of() as small:
+        small.add(2, f"--object-store-memory={STORE}", '--resources={"store": 1}')
+        small.submit("holder", ["python", str(program)])
+        until(flag.exists, "a full object store")
+        submit(small, "full", root)
+        small.wait("full")
+        assert small.status("holder") == "RUNNING", "the store was full all the time"
+    assert_same_results(root, reference)
+    print(f"filled: the object store of the node that does all work ({STORE:,} bytes); lost: nothing")
 
 
 def test_fewer_workers_go_on_when_a_node_is_gone(reference: Path, tmp_path: Path) -> None:
