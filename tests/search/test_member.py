@@ -25,7 +25,7 @@ from coin_ray.stages.fitting import Fit, load_weights, train
 from coin_ray.steps import Context
 from coin_ray.training.loop import Curve
 
-FIT = tiny_fit(steps=18, checkpoint_every=100)
+FIT = tiny_fit(steps=9, checkpoint_every=100)
 Settings = dict[str, float]
 Asked = Callable[..., Search]
 PLAIN: Settings = {"distill.alignment": 1.0, "distill.inconsistent": 1.0, "distill.private": 2.0}
@@ -34,7 +34,7 @@ OTHER: Settings = {"distill.alignment": 5.0, "distill.inconsistent": 0.2, "disti
 
 @pytest.fixture
 def wanted(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
-    """A population whose distillation is a toy of 18 steps; its score is a sum of the student's weights."""
+    """A population whose distillation is a toy of 9 steps; its score is a sum of the student's weights."""
     (tmp_path / "images").mkdir()
     made = examples(tmp_path / "images")
 
@@ -47,7 +47,7 @@ def wanted(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sea
     monkeypatch.setattr(member.distill, "run", run)
     monkeypatch.setattr("coin_ray.search.trial.measured", measured)
     search = asked(algorithm="population", scheduler="none")
-    config = replace(search.config, distill=replace(search.config.distill, fit=replace(search.config.distill.fit, steps=18)))
+    config = replace(search.config, distill=replace(search.config.distill, fit=replace(search.config.distill.fit, steps=9)))
     search = replace(search, config=config)
     for step in search.shared.values():
         storage.write_json(f"{step.folder(search.root)}/manifest.json", {})
@@ -98,7 +98,7 @@ def test_the_schedule_replayed_in_one_training_is_the_students_that_copies_led_t
     [record] = [r for r in records_of(looks | {(n, 9): looks[2, 9] for n in (0, 1)}, 3) if r.number == 2]
     assert record.line == tuple(line)
     config = wanted.trial_config(record.settings, record.line)
-    assert config.distill.schedule == (Change(6, 5.0, 0.2, 0.5), Change(10, 1.0, 1.0, 2.0))
+    assert config.distill.schedule == (Change(3, 5.0, 0.2, 0.5), Change(5, 1.0, 1.0, 2.0))
     assert config == wanted.full_config(record.settings, record.line)
     kept = wanted.steps(record.settings, record.line)["distill"]
     assert kept.manifest(wanted.root) is not None
