@@ -174,12 +174,6 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         finally:
             random.setstate(state)
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """The others would wait for it for ever."""
-        raise TrainingError(
-            f"member {_number(trial.trial_id)} of the population was lost {RETRIES + 1} times. The same command with --resume goes on"
-        )
-
 
 def _drawing(domain: Real | Choice) -> Callable[[], Any]:
     return lambda: drawn(domain, random.random())
@@ -195,3 +189,9 @@ class _Shown(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         print(look_line(_look(self.search, _number(trial.trial_id), result[TIME])), flush=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Told when all retries are used up. The others would wait for it for ever."""
+        raise TrainingError(
+            f"member {_number(trial.trial_id)} of the population was lost {RETRIES + 1} times. The same command with --resume goes on"
+        )

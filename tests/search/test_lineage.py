@@ -116,7 +116,9 @@ def test_members_start_with_the_preset_and_what_the_seed_draws(wanted: Search) -
     assert starts(replace(wanted, config=replace(wanted.config, seed=5)), 0)[1:] != first[1:]
 
 
-def test_the_winner_is_a_config_with_a_schedule_whose_student_the_pipeline_finds(wanted: Search, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_winner_is_a_config_with_a_schedule_whose_student_the_pipeline_finds(
+    wanted: Search, capsys: pytest.CaptureFixture[str]
+) -> None:
     winner = search(wanted, host)
     assert winner.number == 0
     config, _ = parse(["--config", f"{wanted.folder}/best.yaml", "--root", wanted.root])
