@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -22,7 +23,7 @@ from coin_ray.pipeline import graph
 from coin_ray.presets import demo
 from coin_ray.search import run
 from coin_ray.search.command import request
-from coin_ray.search.lineage import Look, by_place, copies, line_of, place, said, scheduled, seen_of_all
+from coin_ray.search.lineage import Look, copies, line_of, place, said, scheduled, seen_of_all
 from coin_ray.search.outcome import Record, best
 from coin_ray.search.page import write_page
 from coin_ray.search.plan import FULL, Search
@@ -98,7 +99,7 @@ def test_at_every_step_a_schedule_has_the_weights_of_the_ninth_that_it_lies_in(w
     made = scheduled(config, line, FULL).distill
     every = steps // FULL
     assert [made.at(step).alignment for step in range(steps)] == [weights[min(step // every, FULL - 1)] for step in range(steps)]
-    assert len(made.schedule) == sum(a != b for a, b in zip(weights, weights[1:], strict=False))
+    assert len(made.schedule) == sum(a != b for a, b in pairwise(weights))
 
 
 @given(st.floats(0, 1, exclude_max=True))
