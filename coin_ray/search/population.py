@@ -26,6 +26,7 @@ from coin_ray.search.outcome import Record, look_line
 from coin_ray.search.plan import FULL, Search
 from coin_ray.search.space import Choice, Real, Settings, start
 from coin_ray.search.tuner import METRIC, TIME, Told, shares
+from coin_ray.stages.cluster import cluster_cpus, largest_node_cpus
 
 QUARTER = 0.25
 RESAMPLED = 0.25
@@ -95,18 +96,15 @@ def records_of(looks: Looks, members: int) -> list[Record]:
 
 def _needs(search: Search) -> dict[str, float]:
     """Resources of a member. Paused members wait for nothing but room, so it is the CPUs that keep more than ``--concurrent`` from running."""
-    import ray
-
     at_once, cpus = shares(search)
-    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
-    every = int(ray.cluster_resources().get("CPU", 1))
+    every, largest = cluster_cpus(), largest_node_cpus()
     if at_once < search.trials:
         cpus = every // (at_once + 1) + 1
-        if cpus > most:
-            raise ConfigError(
-                f"--concurrent {at_once}: a member of a population would need {cpus} CPUs on one machine, so that no more run at once; "
-                f"the largest has {most}. Give --concurrent {every // most} or more"
-            )
+    if cpus > largest:
+        raise ConfigError(
+            f"--concurrent {at_once}: each member of a population would need {cpus} CPUs on one machine, so that no more of them run at once; "
+            f"the largest has {largest}. Give --concurrent {every // largest} or more"
+        )
     return {"CPU": float(cpus)} | ({"GPU": 1.0} if search.config.distill.fit.gpu else {})
 
 
