@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Callable
 from math import exp, log
 from pathlib import Path
@@ -40,6 +41,7 @@ Work = Callable[[Search, int, Settings, Look | None, Report], None]
 def under_population(search: Search, told: Told, *, resume: bool, work: Work = run_member) -> list[Record]:
     """All members at their end. With ``resume`` from the last look at which all were seen. Raises TrainingError if a worker is lost for good."""
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C looks like an end
+    warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by workers that outlive a pause
     ensure_tune()
     begin = seen_of_all(read_looks(search.folder, search.trials, FULL), search.trials) if resume else 0
     trainable = tune.with_resources(tune.with_parameters(_member, search=search, begin=begin, work=work), _needs(search))
