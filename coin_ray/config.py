@@ -7,7 +7,7 @@ config holds the *name* of the environment variable. Symbols in brackets are the
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -382,6 +382,16 @@ class Separate:
         _fraction("separate.iou_min", self.iou_min)
 
 
+@dataclass(frozen=True)
+class Change:
+    """Loss weights of the distillation from step ``start`` on (lambda, gamma 1, gamma 2)."""
+
+    start: int
+    alignment: float
+    inconsistent: float
+    private: float
+
+
 Student = Literal["faster-rcnn", "co-detr"]
 Fusion = Literal["ckg", "average", "score_weighted", "product", "dawid_skene", "cloud", "clip"]
 
@@ -435,8 +445,15 @@ class Distill:
     """CKG also learns to name background RoIs, where both teachers see nothing. Published: only consistent ones, so it never says background."""
     fusion: Fusion = "ckg"
     """What supervises inconsistent boxes: CKG, one teacher alone, or a rule (coin_ray/fusion/rules.py)."""
+    schedule: tuple[Change, ...] = added(())
+    """Other weights of the losses from some steps on, as a population's search finds them (docs/search.md)."""
 
     def __post_init__(self) -> None:
+        starts = [change.start for change in self.schedule]
+        _check(
+            starts == sorted(starts) and all(s > 0 for s in starts),
+            f"distill.schedule: steps of changes must be above 0 and rise; got {starts}",
+        )
         _check(self.fusion in get_args(Fusion), f"distill.fusion must be one of {', '.join(get_args(Fusion))}; got {self.fusion!r}")
         share = self.fusion_share
         network = self.co_detr
@@ -447,6 +464,13 @@ class Distill:
             "its losses, agnostic roi_boxes and denoising 0",
         )
         _check(share is None or 0 < share <= 1, f"distill.fusion_share must lie in 0..1, and above 0; got {share}")
+
+    def at(self, step: int) -> Distill:
+        """With the loss weights of this step (counted from 0)."""
+        due = [change for change in self.schedule if change.start <= step]
+        if not due:
+            return self
+        return replace(self, alignment=due[-1].alignment, inconsistent=due[-1].inconsistent, private=due[-1].private)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     python tune/search.py demo --space fusion --trials 16
     python tune/search.py demo --space fusion --trials 16 --resume
+    python tune/search.py demo --algorithm population --trials 8
     python tune/search.py folder --images DIR --val LABELLED_DIR --classes person,dog --cloud https://detector.example.com
 
 Shares images, answers and trained teachers with other runs below the same --root. Results: ROOT/search/SPACE-OBJECTIVE and MLflow.

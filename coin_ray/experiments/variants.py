@@ -26,9 +26,10 @@ def no_propagation(config: PipelineConfig) -> PipelineConfig:
     once = replace(config, propagate=replace(config.propagate, fit=replace(config.propagate.fit, steps=1)))
     if config.distill.start_from != "clip_detector":
         return once
-    fit = config.distill.fit
+    distill, fit = config.distill, config.distill.fit
     longer = replace(fit, steps=fit.steps + skipped, milestones=tuple(m + skipped for m in fit.milestones))
-    return replace(once, distill=replace(config.distill, fit=longer, burn_up=config.distill.burn_up + skipped))
+    later = tuple(replace(change, start=change.start + skipped) for change in distill.schedule)
+    return replace(once, distill=replace(distill, fit=longer, burn_up=distill.burn_up + skipped, schedule=later))
 
 
 def clip_off(config: PipelineConfig) -> PipelineConfig:
@@ -91,6 +92,10 @@ def shortened(config: PipelineConfig, share: float) -> PipelineConfig:
         config,
         propagate=replace(propagate, fit=fit(propagate.fit), prototypes_from=round(propagate.prototypes_from * share)),
         distill=replace(
-            distill, fit=fit(distill.fit), burn_up=round(distill.burn_up * share), prototypes_from=round(distill.prototypes_from * share)
+            distill,
+            fit=fit(distill.fit),
+            burn_up=round(distill.burn_up * share),
+            prototypes_from=round(distill.prototypes_from * share),
+            schedule=tuple(replace(change, start=few(change.start)) for change in distill.schedule),
         ),
     )

@@ -15,6 +15,7 @@ from coin_ray.search.space import SPACES
 
 if TYPE_CHECKING:
     from coin_ray.search.plan import Search
+    from coin_ray.search.run import Host
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,22 @@ def main(script: str, description: str) -> int:
             run.plan(asked.search)
             return
         check_installed(asked.search.algorithm)
-        from coin_ray.search.tuner import under_tune
-
-        run.search(asked.search, under_tune, resume=asked.resume)
+        run.search(asked.search, _host(asked.search), resume=asked.resume)
         from coin_ray.search.page import write_page
 
         print(f"page: {write_page(asked.search.folder)}")
 
     return reported(work, "the same command with --resume goes on from here")
+
+
+def _host(wanted: Search) -> Host:
+    if wanted.population:
+        from coin_ray.search.population import under_population
+
+        return under_population
+    from coin_ray.search.tuner import under_tune
+
+    return under_tune
 
 
 def request(arguments: Sequence[str], script: str, description: str) -> Request:
@@ -65,7 +74,7 @@ def request(arguments: Sequence[str], script: str, description: str) -> Request:
         known.space,
         ("map50" if has_validation(config) else "label-free") if known.objective == "auto" else known.objective,
         known.algorithm,
-        known.scheduler,
+        known.scheduler or ("none" if known.algorithm == "population" else "asha"),
         known.trials,
         known.steps_share,
         None if known.concurrent == "auto" else int(known.concurrent),
@@ -84,8 +93,8 @@ def _options() -> argparse.ArgumentParser:
         help="auto (default): mAP50 if there are labelled validation images (--val), else a score without labels",
     )
     own.add_argument("--algorithm", default="optuna", help=f"{', '.join(PACKAGES)} (default: optuna)")
-    own.add_argument("--scheduler", default="asha", choices=["asha", "none"], help="asha (default) stops bad trials early")
-    own.add_argument("--trials", type=int, default=16, help="default: 16; the first is the preset as it is")
+    own.add_argument("--scheduler", choices=["asha", "none"], help="asha (default) stops bad trials early; a population has none")
+    own.add_argument("--trials", type=int, default=16, help="default: 16; the first is the preset as it is. Of a population: its members")
     own.add_argument("--concurrent", default="auto", help="trials at once; auto (default): one for each CPU (GPU, with --distill.fit.gpu)")
     own.add_argument("--steps-share", type=float, default=1.0, help="share of the distillation's steps that each trial makes (default: 1)")
     own.add_argument("--resume", action="store_true", help="go on with a search that was stopped or killed; all else as it was")

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from coin_ray.config import DemoScenes, PipelineConfig
 from coin_ray.errors import ConfigError
 
-PACKAGES = {"optuna": ("optuna",), "random": (), "bohb": ("hpbandster", "ConfigSpace")}
+PACKAGES = {"optuna": ("optuna",), "random": (), "bohb": ("hpbandster", "ConfigSpace"), "population": ()}
 """What must be importable, by algorithm."""
 
 

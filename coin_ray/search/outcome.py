@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata, spearmanr  # type: ignore[import-untyped]
 
+from coin_ray.search.lineage import Look, said
 from coin_ray.search.plan import FULL
 from coin_ray.search.space import Choice, Space
 
@@ -22,7 +23,10 @@ FEWEST = 3
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One trial that has ended. ``ninths`` of its training were made; ``figures`` hold its score then; ``failure``: why, or empty."""
+    """One trial that has ended. ``ninths`` of its training were made; ``figures`` hold its score then; ``failure``: why, or empty.
+
+    ``line``: of a member of a population, what its student has come through; ``settings`` are then those it began with.
+    """
 
     number: int
     settings: dict[str, Any]
@@ -30,12 +34,18 @@ class Record:
     ninths: int
     seconds: float
     failure: str = ""
+    line: tuple[Look, ...] = ()
 
     @property
     def state(self) -> str:
         if self.failure:
             return "failed"
         return "finished" if self.ninths == FULL else f"stopped at {self.ninths}/{FULL}"
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether it had the preset's own settings throughout: a member's change only when it is replaced."""
+        return self.number == 0 and all(look.member == 0 for look in self.line)
 
     @property
     def rank_key(self) -> tuple[int, float]:
@@ -76,13 +86,28 @@ def truth_correlation(records: Sequence[Record]) -> tuple[float, int] | None:
 
 
 def as_plain(records: Sequence[Record]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(r) | {"state": r.state} for r in records]
+    """Without lines, which ``schedule.json`` holds."""
+    plain = [dataclasses.asdict(dataclasses.replace(r, line=())) | {"state": r.state} for r in records]
+    return [{name: value for name, value in row.items() if name != "line"} for row in plain]
 
 
 def line(record: Record) -> str:
     """One trial in words, for the log."""
-    settings = ", ".join(f"{name.rsplit('.', 1)[-1]} {shown(v)}" for name, v in record.settings.items())
-    return f"trial {record.number}: {_said(record)}, {record.seconds:.0f} s ({settings})"
+    came = f", its student came through {said(record.line)}" if record.line else ""
+    return f"trial {record.number}: {_said(record)}, {record.seconds:.0f} s ({_listed({n: setting(record, n) for n in record.settings})}){came}"
+
+
+def look_line(look: Look) -> str:
+    """One look at a member of a population in words, for the log."""
+    copied = f", a copy of {look.copied}" if look.copied != look.member else ""
+    told = f"failed, {look.failure}" if look.failure else f"score {100 * look.figures['score']:.1f}"
+    return f"member {look.member} after {look.ninths}/{FULL}: {told}{copied} ({_listed({n: shown(v) for n, v in look.settings.items()})})"
+
+
+def setting(record: Record, name: str) -> str:
+    """As a trial had it; if it changed on the way, first and last."""
+    first, last = shown(record.settings[name]), shown(record.line[-1].settings[name] if record.line else record.settings[name])
+    return first if first == last else f"{first} → {last}"
 
 
 def print_trials(title: str, records: Sequence[Record]) -> None:
@@ -93,13 +118,17 @@ def print_trials(title: str, records: Sequence[Record]) -> None:
         table.add_column(column, justify="left" if column == "state" else "right", header_style="dim")
     for record in ordered(records):
         score = "" if record.failure or "score" not in record.figures else f"{100 * record.figures['score']:.1f}"
-        name = f"{record.number} (preset)" if record.number == 0 else str(record.number)
-        table.add_row(name, score, record.state, *(shown(record.settings[n]) for n in names))
+        name = f"{record.number} (preset)" if record.is_preset else str(record.number)
+        table.add_row(name, score, record.state, *(setting(record, n) for n in names))
     Console(width=max(120, 40 + 16 * len(names))).print(table)
 
 
 def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _listed(settings: dict[str, str]) -> str:
+    return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in settings.items())
 
 
 def _said(record: Record) -> str:

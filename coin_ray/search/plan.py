@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,14 +15,15 @@ from coin_ray.experiments.grid import Job
 from coin_ray.experiments.variants import shortened
 from coin_ray.pipeline import graph
 from coin_ray.runner import up_to
+from coin_ray.search.lineage import Look, scheduled
 from coin_ray.search.needs import has_validation
-from coin_ray.search.space import Space, apply, space_of
+from coin_ray.search.space import CHANGEABLE, Space, apply, space_of
 from coin_ray.stages.knowledge import held_out, image_rows
 from coin_ray.steps import Step
 from coin_ray.tables import Truth
 
 Objective = Literal["map50", "label-free"]
-Algorithm = Literal["optuna", "random", "bohb"]
+Algorithm = Literal["optuna", "random", "bohb", "population"]
 Scheduler = Literal["asha", "none"]
 
 FULL = 9
@@ -30,6 +31,8 @@ FULL = 9
 LOOKS = (1, 3)
 HELD_OUT = 0.2
 """Share of the training images that a label-free search keeps from training, to judge by."""
+FEWEST_MEMBERS = 4
+"""Of a population: the worst quarter copies the best quarter."""
 FEWEST_AGREED = 10
 """Held-out consistent boxes below which nothing can be judged."""
 
@@ -63,16 +66,42 @@ class Search:
             )
         if self.objective == "map50" and not has_validation(self.config):
             raise ConfigError("--objective map50 needs labelled validation images: give --val DIR, or --objective label-free")
+        self._check_population()
         _ = self.space
+
+    def _check_population(self) -> None:
+        if not self.population:
+            return
+        if self.scheduler != "none":
+            raise ConfigError(
+                f"--algorithm population stops no trial, its worst members copy its best: leave out --scheduler {self.scheduler}"
+            )
+        if self.trials < FEWEST_MEMBERS:
+            raise ConfigError(f"--algorithm population needs --trials {FEWEST_MEMBERS} or more, its members; got {self.trials}")
+        fixed = [name for name in self.space if name not in CHANGEABLE]
+        if fixed:
+            raise ConfigError(
+                f"--algorithm population changes settings within a training, and only loss weights can: {', '.join(fixed)} can not. "
+                "Give --space loss-weights, or another --algorithm"
+            )
+        steps = self.trial_config({}).distill.fit.steps
+        if steps < FULL:
+            raise ConfigError(
+                f"--algorithm population compares its members after each ninth of {steps} steps: there must be {FULL} or more"
+            )
 
     @property
     def space(self) -> Space:
         return space_of(self.space_name, self.config)
 
     @property
+    def population(self) -> bool:
+        return self.algorithm == "population"
+
+    @property
     def folder(self) -> str:
         """Everything of the search but the steps, which lie where the pipeline's do."""
-        return storage.join(self.root, "search", f"{self.space_name}-{self.objective}")
+        return storage.join(self.root, "search", f"{self.space_name}-{self.objective}{'-population' * self.population}")
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -87,13 +116,19 @@ class Search:
             "--steps-share": self.steps_share,
         }
 
-    def trial_config(self, settings: Mapping[str, Any]) -> PipelineConfig:
-        config = apply(self.config, settings)
-        return config if self.steps_share == 1 else replace(config, distill=shortened(config, self.steps_share).distill)
+    def full_config(self, settings: Mapping[str, Any], line: Sequence[Look] = ()) -> PipelineConfig:
+        """The preset with a trial's settings; with those of a member of a population, which has come through ``line``."""
+        return scheduled(apply(self.config, settings), line, FULL)
 
-    def steps(self, settings: Mapping[str, Any]) -> dict[str, Step]:
+    def trial_config(self, settings: Mapping[str, Any], line: Sequence[Look] = ()) -> PipelineConfig:
+        """As long as the trials are."""
+        config = apply(self.config, settings)
+        short = config if self.steps_share == 1 else replace(config, distill=shortened(config, self.steps_share).distill)
+        return scheduled(short, line, FULL)
+
+    def steps(self, settings: Mapping[str, Any], line: Sequence[Look] = ()) -> dict[str, Step]:
         """A trial's steps up to its distillation; the pipeline's own, unless images are held out."""
-        steps = up_to(graph(self.trial_config(settings)), "distill")
+        steps = up_to(graph(self.trial_config(settings, line)), "distill")
         if self.objective == "label-free":
             steps["distill"] = replace(steps["distill"], options={"held_out": HELD_OUT})
         return steps

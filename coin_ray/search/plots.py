@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coin_ray.search.lineage import Looks
 from coin_ray.search.outcome import Record, ordered, shown
 from coin_ray.search.space import Choice, Real, Space
 
@@ -48,6 +49,31 @@ def importance_bars(title: str, shares: Mapping[str, float]) -> str:
     axes.barh([name for name, _ in rows], [100 * share for _, share in rows], color="#8fb3d9")
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the variance of the trials' ranks that it explains alone")
+    axes.set_title(title)
+    return _svg(figure)
+
+
+def lines(title: str, looks: Looks) -> str:
+    """Each member's score over its training; a dashed line leads from the state that a replaced member went on from."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    for look in sorted((look for look in looks.values() if not look.failure), key=lambda look: (look.member, look.ninths)):
+        before = looks.get((look.copied, look.ninths - 1))
+        colour = COLOURS(look.member / max((member for member, _ in looks), default=1))
+        ends = [look] if before is None or before.failure else [before, look]
+        axes.plot(
+            [end.ninths for end in ends],
+            [100 * end.figures["score"] for end in ends],
+            "-" if look.copied == look.member else "--",
+            marker="o",
+            markersize=3,
+            color=colour,
+            gid=f"member-{look.member}-{look.ninths}",
+            label=f"{look.member}" if look.ninths == 1 else None,
+        )
+    axes.set_xlabel("ninths of the training")
+    axes.set_ylabel("score")
+    axes.legend(title="member", fontsize=7)
     axes.set_title(title)
     return _svg(figure)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from coin_ray import runner, storage
 from coin_ray.configfile import to_yaml
 from coin_ray.errors import ConfigError, TrainingError
 from coin_ray.experiments.tracked import Runs
+from coin_ray.search.lineage import SCHEDULE, as_schedule, read_looks, said
 from coin_ray.search.outcome import Record, as_plain, best, importance, line, print_trials, truth_correlation
-from coin_ray.search.plan import Search
-from coin_ray.search.plots import importance_bars, parallel_coordinates
-from coin_ray.search.space import apply
+from coin_ray.search.plan import FULL, Search
+from coin_ray.search.plots import importance_bars, lines, parallel_coordinates
 from coin_ray.stages.fitting import STATE
 
 Host = Callable[..., list[Record]]
@@ -48,7 +50,9 @@ def plan(wanted: Search) -> None:
     """Print what a search would do, and what its shared steps would ask and pay, without doing it."""
     runner.plan(wanted.config, wanted.shared, wanted.root)
     steps = wanted.trial_config({}).distill.fit.steps
-    print(f"{wanted.trials} distillations of {steps} steps each, fewer where ASHA stops them; judged by {JUDGES[wanted.objective]}")
+    ends = ", fewer where ASHA stops them" if wanted.scheduler == "asha" else ""
+    copying = ", the worst quarter a copy of the best after each ninth" if wanted.population else ""
+    print(f"{wanted.trials} distillations of {steps} steps each{ends}{copying}; judged by {JUDGES[wanted.objective]}")
     for name, domain in wanted.space.items():
         print(f"  {name}: {domain}")
 
@@ -73,39 +77,49 @@ def _check_earlier(wanted: Search, resume: bool) -> None:
 
 def _track(wanted: Search, record: Record, runs: Runs) -> None:
     """An MLflow child run; of a trial that did not finish, the state of its training is removed."""
-    step = wanted.steps(record.settings)["distill"]
+    step = wanted.steps(record.settings, record.line)["distill"]
     folder = step.folder(wanted.root)
     if record.state != "finished":
         storage.remove(storage.join(folder, STATE))
     figures = record.figures | {"ninths": record.ninths, "seconds": record.seconds, "failed": float(bool(record.failure))}
-    runs.add(f"trial {record.number} {step.fingerprint}", figures, wanted.trial_config(record.settings), folder)
+    came = f" ({said(record.line)})" if record.line else ""
+    runs.add(f"trial {record.number}{came} {step.fingerprint}", figures, wanted.trial_config(record.settings, record.line), folder)
 
 
 def _leave(wanted: Search, records: list[Record], runs: Runs) -> Record:
     title = f"Search: {wanted.config.preset}, {wanted.space_name}, {wanted.objective}"
     print_trials(title, records)
-    worth = importance(records, wanted.space)
-    outcome = {"search": wanted.asked, "trials": as_plain(records), "importance": worth, "truth_correlation": truth_correlation(records)}
+    worth = {} if wanted.population else importance(records, wanted.space)
+    trials = [row | _schedule(wanted, record) for row, record in zip(as_plain(records), records, strict=True)]
+    outcome = {"search": wanted.asked, "trials": trials, "importance": worth, "truth_correlation": truth_correlation(records)}
     storage.write_json(storage.join(wanted.folder, "search.json"), outcome)
     winner = best(records)
     if winner is None:
         told = "; ".join(sorted({r.failure for r in records if r.failure}))[:500]
         raise TrainingError(f"none of the {len(records)} trials finished. {told}")
-    files = {
-        "best.yaml": to_yaml(apply(wanted.config, winner.settings)),
-        "parallel.svg": parallel_coordinates(title, records, wanted.space),
-        "importance.svg": importance_bars(title, worth),
-    }
+    files = {"best.yaml": to_yaml(wanted.full_config(winner.settings, winner.line))}
+    if wanted.population:
+        looks = read_looks(wanted.folder, wanted.trials, FULL)
+        schedule = as_schedule(looks, winner.number, winner.line, wanted.trial_config({}))
+        files |= {SCHEDULE: json.dumps(schedule, indent=2), "population.svg": lines(title, looks)}
+    else:
+        files |= {"parallel.svg": parallel_coordinates(title, records, wanted.space), "importance.svg": importance_bars(title, worth)}
     for name, text in files.items():
         storage.write_bytes(storage.join(wanted.folder, name), text.encode())
     runs.tracker.files(files)
     runs.tracker.summary({"best_score": winner.figures["score"]}, None)
-    _say(wanted, winner, records)
+    _say(wanted, winner, records, [name for name in files if name != "best.yaml"])
     return winner
 
 
-def _say(wanted: Search, winner: Record, records: list[Record]) -> None:
-    own = next((r for r in records if r.number == 0 and r.state == "finished"), None)
+def _schedule(wanted: Search, record: Record) -> dict[str, Any]:
+    """By which a report knows that its run has this member's settings."""
+    changes = wanted.full_config(record.settings, record.line).distill.schedule
+    return {"schedule": [asdict(change) for change in changes]} if record.line else {}
+
+
+def _say(wanted: Search, winner: Record, records: list[Record], files: list[str]) -> None:
+    own = next((r for r in records if r.is_preset and r.state == "finished"), None)
     if winner is own:
         print("no setting that was tried is better than the preset's own")
     elif own is not None:
@@ -115,5 +129,7 @@ def _say(wanted: Search, winner: Record, records: list[Record]) -> None:
         )
     if wanted.objective == "label-free" and (found := truth_correlation(records)) is not None:
         print(f"rank correlation of the label-free score with true mAP50 (validation): {found[0]:+.2f} over {found[1]} finished trials")
-    print(f"figures: {wanted.folder}/parallel.svg, importance.svg")
+    if winner.line:
+        print(f"trial {winner.number} came through {said(winner.line)}; best.yaml holds its weights' changes by step (distill.schedule)")
+    print(f"figures: {wanted.folder}/{', '.join(files)}")
     print(f"use it: python pipelines/full.py --config {wanted.folder}/best.yaml --root {wanted.root}")

@@ -26,6 +26,8 @@ class Choice:
     values: tuple[str, ...]
 
 
+CHANGEABLE = frozenset({"distill.alignment", "distill.inconsistent", "distill.private"})
+"""Settings that are read anew at every step, so that they can change within a training (``coin_ray.config.Change``)."""
 Space = dict[str, Real | Choice]
 Settings = Mapping[str, Any]
 """A value for each name of a space."""
@@ -69,6 +71,9 @@ def space_of(name: str, config: PipelineConfig) -> Space:
     space = {key: _with(domain, value(config, key)) for key, domain in SPACES[name](config).items()}
     if "distill.fusion_score_min" in space and config.distill.fusion_share is not None:
         raise ConfigError(f"--space {name} searches distill.fusion_score_min, which distill.fusion_share overrides: leave the latter out")
+    changed = sorted(space.keys() & CHANGEABLE)
+    if changed and config.distill.schedule:
+        raise ConfigError(f"--space {name} searches {', '.join(changed)}, which distill.schedule changes on the way: leave the latter out")
     if not space:
         raise ConfigError(f"--space {name}: all its settings are switched off (0) in this configuration; there is nothing to search")
     return space

@@ -43,26 +43,22 @@ def _distilled(search: Search, settings: Settings, report: Report) -> dict[str, 
         if step.manifest(search.root) is None:
             watched = partial(_watched, search=search, report=report) if step.name == "distill" else None
             execute(step, config, search.root, watched)
-    folder = steps["distill"].folder(search.root)
+    return final_figures(search, steps["distill"].folder(search.root))
+
+
+def final_figures(search: Search, folder: str) -> dict[str, Any]:
+    """Of the student in a finished distillation's folder; beside a label-free score also what labels say, if there are some."""
     weights = {"student": storage.join(folder, WEIGHTS), "teacher": storage.join(folder, "teacher.pt")}
     figures = measured(search, weights)
     return figures if search.objective == "map50" else figures | {"validation": validated(search, weights["student"])}
 
 
 def _watched(context: Context, search: Search, report: Report) -> dict[str, Any]:
-    place = storage.join(context.folder, "looked_at")
-
     def look(every: int, step: int, state: Mapping[str, Any] | None) -> None:
         ninths, rest = divmod(step + 1, every)
         if state is None or rest or search.scheduler == "none" or ninths not in LOOKS:
             return
-        weights = {name: storage.join(place, f"{name}.pt") for name in ("student", "teacher")}
-        for name, uri in weights.items():
-            save_weights(uri, state["task"][name])
-        figures = measured(search, weights)
-        for uri in weights.values():
-            storage.remove(uri)
-        report({"ninths": ninths, **figures})
+        report({"ninths": ninths, **looked(search, context.folder, state)})
 
     def fit(work: Fit) -> Curve:
         every = max(1, work.optimize.steps // FULL)
@@ -70,6 +66,17 @@ def _watched(context: Context, search: Search, report: Report) -> dict[str, Any]
         return train(saving, lambda step, _, state: look(every, step, state))
 
     return distill.run(context, fit)
+
+
+def looked(search: Search, folder: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """``measured`` of a training's state; the weights lie below ``folder`` as long."""
+    weights = {name: storage.join(folder, "looked_at", f"{name}.pt") for name in ("student", "teacher")}
+    for name, uri in weights.items():
+        save_weights(uri, state["task"][name])
+    figures = measured(search, weights)
+    for uri in weights.values():
+        storage.remove(uri)
+    return figures
 
 
 def measured(search: Search, weights: Mapping[str, str]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ import psutil
 import torch
 
 from coin_ray import storage
-from coin_ray.config import DemoScenes
+from coin_ray.config import DemoScenes, PipelineConfig
 from coin_ray.configfile import to_yaml
 from coin_ray.evaluation.operating import Tally, tally
 from coin_ray.evaluation.voc import Floats
@@ -78,11 +79,17 @@ def sweeps(context: Context) -> list[dict[str, Any]]:
     for uri in storage.list_files(storage.join(context.root, "search"), "/search.json"):
         folder = uri.rpartition("/")[0]
         trials = storage.read_json(uri)["trials"]
-        mine = [t["number"] for t in trials if all(attrgetter(name)(context.config) == value for name, value in t["settings"].items())]
+        mine = [t["number"] for t in trials if _has_settings_of(context.config, t)]
         if mine and storage.exists(storage.join(folder, "search.html")):
             name = folder.rpartition("/")[2]
             found.append({"name": name, "trial": mine[0], "trials": len(trials), "link": f"../../search/{name}/search.html"})
     return found
+
+
+def _has_settings_of(config: PipelineConfig, trial: Mapping[str, Any]) -> bool:
+    changes = [asdict(change) for change in config.distill.schedule]
+    same = all(attrgetter(name)(config) == value for name, value in trial["settings"].items())
+    return same and changes == trial.get("schedule", [])
 
 
 def hardware() -> dict[str, Any]:

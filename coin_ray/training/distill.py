@@ -67,7 +67,7 @@ class Distillation:
         self.ckg_optimizer = new_optimizer([{"params": list(self.ckg.parameters()), **rates}], config.fit)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        config, student = self.config, self.student
+        config, student = self.config.at(step), self.student
         burnt_up = step >= config.burn_up
         if burnt_up:
             self.move_teacher(step)
@@ -82,10 +82,10 @@ class Distillation:
         if step >= config.prototypes_from:
             teaches = step >= (config.burn_up if config.inconsistent_from is None else config.inconsistent_from)
             if teaches and not config.ckg_first:
-                losses |= self.inconsistent_losses(view)
+                losses |= self.inconsistent_losses(view, config.inconsistent)
             ckg_losses = self.train_ckg(view, step)
             if teaches and config.ckg_first:
-                losses |= self.inconsistent_losses(view)
+                losses |= self.inconsistent_losses(view, config.inconsistent)
         descend(self.optimizer, student, losses, step, config.fit)
         if step >= config.prototypes_from:
             self.update_prototypes(view)
@@ -122,11 +122,9 @@ class Distillation:
             found = self.teacher.predict(self.teacher.prepare(images, common_size(images)))
         return [d.to(torch.device("cpu")) for d in found]
 
-    def inconsistent_losses(self, view: View) -> dict[str, Tensor]:
+    def inconsistent_losses(self, view: View, weight: float) -> dict[str, Tensor]:
         per_region = self.config.inconsistent_mean == "regions"
-        return {
-            name: self.config.inconsistent * loss for name, loss in view.inconsistent_losses(self.answers, per_region=per_region).items()
-        }
+        return {name: weight * loss for name, loss in view.inconsistent_losses(self.answers, per_region=per_region).items()}
 
     def answers(self, embedded: Tensor, pairs: Pairs) -> tuple[Tensor, float]:
         """Fused probabilities [R, K+1] of inconsistent pairs seen as ``embedded`` [R, D], and the best probability from which one teaches."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from coin_ray.config import PipelineConfig
+from coin_ray.config import Change, PipelineConfig
 from coin_ray.configfile import identity
 from coin_ray.experiments.variants import ABLATION, REFERENCE, clip_off, fusions, no_propagation, shortened, trials
 from coin_ray.pipeline import graph
@@ -79,3 +79,10 @@ def test_shortened_trainings_still_burn_up_before_they_end() -> None:
     assert config.propagate.fit.steps == round(demo().propagate.fit.steps * 0.1)
     assert config.distill.prototypes_from <= config.distill.burn_up < config.distill.fit.steps
     assert replace(config, propagate=demo().propagate, distill=demo().distill) == demo()
+
+
+def test_the_schedule_of_a_distillation_moves_with_its_steps() -> None:
+    config = replace(demo(), distill=replace(demo().distill, schedule=(Change(100, 1.0, 1.0, 1.0), Change(201, 2.0, 2.0, 2.0))))
+    skipped = config.propagate.fit.steps - 1
+    assert [change.start for change in no_propagation(config).distill.schedule] == [100 + skipped, 201 + skipped]
+    assert [change.start for change in shortened(config, 0.1).distill.schedule] == [10, 20]
