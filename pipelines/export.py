@@ -1,6 +1,6 @@
 """Write the student to take home: ONNX, TorchScript, safetensors, a model card and an example, running first whatever this needs.
 
-python pipelines/export.py demo [--out DIR] [--add-classes "truck,fire hydrant"] [--dry-run]
+python pipelines/export.py demo [--out DIR] [--add-classes "truck,fire hydrant"] [--int8] [--dry-run]
 """
 
 import sys

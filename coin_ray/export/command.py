@@ -10,12 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from coin_ray import runner, storage
+from coin_ray import runner, storage, tables
 from coin_ray.cli import Options, parse
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.errors import CoinError, ConfigError
-from coin_ray.export.package import Student, require_extra, write_package
+from coin_ray.export.int8_loss import POINTS_MAX, Int8Loss
+from coin_ray.export.package import INT8, Int8Images, Student, require_extra, write_package
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.pipeline import graph
@@ -26,6 +27,8 @@ from coin_ray.steps import Step
 
 COMPARED = 100
 """Images on which the exported files are compared with the model."""
+CALIBRATED, LABELLED = 100, 1000
+"""Training images that fix the 8-bit scales, and annotated test images at most on which the loss is measured."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Request:
     options: Options
     out: str
     added: tuple[str, ...]
+    int8: bool = False
 
 
 def main(description: str) -> int:
@@ -55,6 +59,7 @@ def request(arguments: Sequence[str], description: str = "") -> Request:
     own = parser.add_argument_group("options of the export")
     own.add_argument("--out", help="folder or URI to write (default: ROOT/export)")
     own.add_argument("--add-classes", default="", help='further classes by their text, "truck,fire hydrant": never trained, never measured')
+    own.add_argument("--int8", action="store_true", help="write model.int8.onnx too, quantized to 8 bits, and measure what it loses")
     known, rest = parser.parse_known_args(list(arguments))
     config, options = parse(rest, "export.py", f"{description}\n\n{parser.format_help()}")
     added = tuple(name.strip() for name in known.add_classes.split(",") if name.strip())
@@ -64,7 +69,7 @@ def request(arguments: Sequence[str], description: str = "") -> Request:
             "coin_ray.serving.exported.load_exported reads them"
         )
     check_added(config, added)
-    return Request(config, options, storage.absolute(known.out or storage.join(options.root, "export")), added)
+    return Request(config, options, storage.absolute(known.out or storage.join(options.root, "export")), added, known.int8)
 
 
 def check_added(config: PipelineConfig, added: Sequence[str]) -> None:
@@ -89,12 +94,32 @@ def export(asked: Request) -> None:
     student = load_student(asked, steps, summary)
     images = compared_images(steps["images"], asked.options.root)
     print(f"comparing the exported files with the model on {len(images)} images", flush=True)
-    for name, found in write_package(student, images, asked.out).items():
+    measured = write_package(student, images, asked.out, int8_images(steps["images"], asked.options.root) if asked.int8 else None)
+    for name, found in measured.equality.items():
         print(
             f"{name}: {found.detections} detections, {found.unmatched} without counterpart, IoU >= {found.iou_min}, "
             f"scores differ by {found.score_difference_max} at most"
         )
-    print(f"{asked.out}: model.onnx model.pt model.safetensors model.json detect.py README.md")
+    if measured.int8:
+        print(told(measured.int8))
+    files = " ".join(
+        ["model.onnx", *([INT8] if asked.int8 else []), "model.pt", "model.safetensors", "model.json", "detect.py", "README.md"]
+    )
+    print(f"{asked.out}: {files}")
+
+
+def told(loss: Int8Loss) -> str:
+    """What the quantized file loses, in one line."""
+    line = f"{INT8}: "
+    if loss.map50 is not None and loss.map50_int8 is not None:
+        line += f"mAP50 {100 * loss.map50_int8:.1f} against {100 * loss.map50:.1f} of model.onnx on {loss.labelled} annotated test images; "
+    if loss.found_again is not None:
+        line += f"{100 * loss.found_again:.1f} % of {loss.detections} detections above .3 found again (same class, IoU >= .9)"
+        if loss.score_difference is not None:
+            line += f", scores {loss.score_difference:.3f} apart on average"
+    else:
+        line += "model.onnx finds nothing above .3 to compare with"
+    return line + (f". It loses more than {POINTS_MAX:g} point: better use model.onnx" if loss.too_large else "")
 
 
 def _summary(root: str) -> dict[str, Any]:
@@ -114,4 +139,20 @@ def load_student(asked: Request, steps: dict[str, Step], summary: dict[str, Any]
 def compared_images(step: Step, root: str) -> list[Image.Image]:
     """The first hundred: of the test images, then of the others."""
     rows = [row for split in ("test", "val", "train") for row in image_rows(step.folder(root), split)]
-    return [decode_rgb(storage.read_bytes(str(row["uri"]))) for row in rows[:COMPARED]]
+    return [_decoded(row) for row in rows[:COMPARED]]
+
+
+def int8_images(step: Step, root: str) -> Int8Images:
+    """Training images spread over the whole list, and the first annotated test images; decoded one at a time."""
+    folder = step.folder(root)
+    rows = image_rows(folder, "train")
+    truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
+    annotated = [row for row in image_rows(folder, "test") if row["image_id"] in truth][:LABELLED]
+    return Int8Images(
+        (_decoded(row) for row in rows[:: max(1, len(rows) // CALIBRATED)][:CALIBRATED]),
+        ((_decoded(row), truth[str(row["image_id"])]) for row in annotated),
+    )
+
+
+def _decoded(row: dict[str, object]) -> Image.Image:
+    return decode_rgb(storage.read_bytes(str(row["uri"])))

@@ -1,4 +1,4 @@
-"""python detect.py IMAGE [...]: objects in images, by model.onnx beside this file. Needs onnxruntime, numpy and pillow."""
+"""python detect.py [FILE.onnx] IMAGE [...]: objects in images, by model.onnx or FILE beside this. Needs onnxruntime, numpy and pillow."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,14 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
-classes = session.get_modelmeta().custom_metadata_map["classes"].split("\n")
+
+def load(name: str = "model.onnx") -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(Path(__file__).with_name(name), providers=["CPUExecutionProvider"])
 
 
-def detect(image: Image.Image, score_min: float = 0.3) -> list[tuple[str, float, list[float]]]:
+def detect(session: onnxruntime.InferenceSession, image: Image.Image, score_min: float = 0.3) -> list[tuple[str, float, list[float]]]:
     """(class, score, [x0, y0, x1, y1] in pixels) of each object, best first; ``image``: PIL."""
+    classes = session.get_modelmeta().custom_metadata_map["classes"].split("\n")
     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     boxes, scores, labels, _image, _probs = session.run(None, {"images": pixels})
     found = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
@@ -20,7 +22,9 @@ def detect(image: Image.Image, score_min: float = 0.3) -> list[tuple[str, float,
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
+    name, *paths = sys.argv[1:] if sys.argv[1].endswith(".onnx") else ["model.onnx", *sys.argv[1:]]
+    session = load(name)
+    for path in paths:
         print(path)
-        for name, score, box in detect(Image.open(path)):
-            print(f"  {name:<20} {score:.3f}  {[round(v, 1) for v in box]}")
+        for found, score, box in detect(session, Image.open(path)):
+            print(f"  {found:<20} {score:.3f}  {[round(v, 1) for v in box]}")

@@ -54,7 +54,11 @@ class Describe(nn.Module):
         self.register_buffer("embeddings", embeddings)
 
     def forward(self, pooled: Tensor, proposals: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        regions = self.head(self.tower.regional(pooled), self.embeddings)
+        return self.judge(self.tower.regional(pooled), proposals, limits)
+
+    def judge(self, described: Tensor, proposals: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """``described`` [R, regional_channels]: the pooled regions behind the tower."""
+        regions = self.head(described, self.embeddings)
         return regions.logits.softmax(-1), _clipped(box_ops.decode(regions.deltas, proposals), limits)
 
 

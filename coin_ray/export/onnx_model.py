@@ -16,8 +16,9 @@ from torch import nn
 from torch.export import Dim
 
 from coin_ray.config import Detector
+from coin_ray.export.early import HALVED, EarlyDescribe, EarlyPropose, enters_early
 from coin_ray.export.graph import OPSET, Graph
-from coin_ray.export.networks import PAD, Describe, Propose, halves
+from coin_ray.export.networks import PAD, halves
 from coin_ray.export.pooling import Proposals, pool, rank_within
 from coin_ray.export.resizing import resize
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
@@ -32,13 +33,13 @@ def onnx_model(detector: ClipDetector, classes: Sequence[str]) -> ModelProto:
     Rows are sorted by score over the whole batch. The class names are in the metadata, separated by newlines.
     """
     config = detector.config
-    propose, describe = halves(detector)
     graph = Graph()
     view = _prepare(graph, config, detector.mean.flatten().tolist(), detector.std.flatten().tolist())
-    features, objectness, candidates = graph.network("propose", _propose_model(propose), view.pixels, view.limits)
+    networks = _networks(detector)
+    *features, objectness, candidates = graph.network("propose", networks.propose, view.pixels, view.limits)
     image, proposals = _choose(graph, config, objectness, candidates)
-    pooled = pool(graph, config, features, Proposals(proposals, image, view.batch))
-    probs, boxes = graph.network("describe", _describe_model(describe, config), pooled, proposals, view.limits)
+    pooled = pool(graph, config, Proposals(proposals, image, view.batch), list(zip(features, networks.bins, strict=True)))
+    probs, boxes = graph.network("describe", networks.describe, *pooled, proposals, view.limits)
     rows = _detections(graph, config, view, image, boxes, probs, len(classes))
     model = graph.model("detector", [_info("images", TensorProto.UINT8, "B", "H", "W", 3)], _outputs(rows, len(classes)))
     helper.set_model_props(model, {"classes": "\n".join(classes), "score_min": str(config.score_min)})
@@ -162,17 +163,35 @@ def _info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _propose_model(network: Propose) -> ModelProto:
+@dataclass(frozen=True)
+class _Networks:
+    """``propose`` -> maps, objectness, boxes; ``bins``: into how many a side each of the maps is pooled for ``describe``."""
+
+    propose: ModelProto
+    describe: ModelProto
+    bins: tuple[int, ...]
+
+
+def _networks(detector: ClipDetector) -> _Networks:
+    propose, describe = halves(detector)
+    side, channels = detector.config.roi_size, describe.tower.shared_channels
+    if enters_early(describe.tower, detector.config):
+        early = EarlyPropose(propose, describe), EarlyDescribe(describe)
+        return _Networks(_propose_model(early[0]), _describe_model(early[1], early[0].shapes(side)), (side, side // HALVED))
+    return _Networks(_propose_model(propose), _describe_model(describe, [(channels, side)]), (side,))
+
+
+def _propose_model(network: nn.Module) -> ModelProto:
     examples = (torch.zeros(2, 3, 3 * PAD, 4 * PAD), torch.tensor([128.0, 96.0, 128.0, 96.0]))
     shapes = ({0: Dim.DYNAMIC, 2: PAD * Dim("rows", min=1, max=256), 3: PAD * Dim("columns", min=1, max=256)}, None)
-    return _exported(network, examples, shapes)
+    return _exported(network.eval(), examples, shapes)
 
 
-def _describe_model(network: Describe, config: Detector) -> ModelProto:
-    channels = network.tower.shared_channels
-    examples = (torch.zeros(5, channels, config.roi_size, config.roi_size), torch.zeros(5, 4), torch.ones(4))
+def _describe_model(network: nn.Module, pooled: Sequence[tuple[int, int]]) -> ModelProto:
+    """``pooled``: channels and bins a side of each input."""
+    examples = (*(torch.zeros(5, channels, side, side) for channels, side in pooled), torch.zeros(5, 4), torch.ones(4))
     regions = Dim("regions")
-    return _exported(network, examples, ({0: regions}, {0: regions}, None))
+    return _exported(network.eval(), examples, (*({0: regions} for _ in pooled), {0: regions}, None))
 
 
 def _exported(network: nn.Module, examples: tuple[torch.Tensor, ...], shapes: tuple[object, ...]) -> ModelProto:

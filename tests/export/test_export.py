@@ -3,21 +3,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as V
 
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.export import equality
 from coin_ray.export.command import check_added, request
+from coin_ray.export.int8_loss import Pair, int8_loss
 from coin_ray.presets import demo
 from coin_ray.serving.exported import Predictor, load_exported
 from coin_ray.serving.onnx_student import OnnxStudent
 from coin_ray.structures import Detections
+from coin_ray.tables import Truth
 from tests.builders import CLASSES, detections, tiny_detector
+from tests.export.pictures import picture
 
 pytest.importorskip("onnxscript", reason="needs the extra export")
 onnx = pytest.importorskip("onnx")
@@ -25,33 +28,35 @@ import onnxruntime  # noqa: E402
 
 from coin_ray.export.graph import Graph  # noqa: E402
 from coin_ray.export.onnx_model import onnx_model  # noqa: E402
-from coin_ray.export.package import Student, write_package  # noqa: E402
+from coin_ray.export.package import Int8Images, Measured, Student, write_package  # noqa: E402
 from coin_ray.export.resizing import resize  # noqa: E402
 
 SIZES = ((96, 64), (64, 80), (72, 72), (300, 120), (9, 8), (50, 400), (1, 1))
 SUMMARY = {"images": {"train": 500, "test": 300}, "map50": {"cloud": 0.387, "student": 0.459, "oracle": None}}
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (max(1, height // 12), max(1, width // 12), 3), np.uint8)
-    return Image.fromarray(pixels).resize((width, height))
+WHERE = torch.tensor([[10.0, 10.0, 60.0, 50.0]])
+LABELLED = [(picture(96, 64, seed), Truth(WHERE, torch.tensor([seed]), torch.tensor([False]))) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, equality.Equality]]:
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Measured]:
     folder = tmp_path_factory.mktemp("package")
     student = Student(tiny_detector(score_min=0.02), CLASSES, (), demo(), SUMMARY)
-    return folder, write_package(student, [picture(*size, seed) for seed, size in enumerate(SIZES)], str(folder))
+    training = (picture(96, 64, seed) for seed in range(20, 28))
+    return folder, write_package(
+        student, [picture(*size, seed) for seed, size in enumerate(SIZES)], str(folder), Int8Images(training, LABELLED)
+    )
 
 
 @pytest.fixture(scope="module")
-def session(package: tuple[Path, dict[str, equality.Equality]]) -> onnxruntime.InferenceSession:
+def session(package: tuple[Path, Measured]) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(package[0] / "model.onnx")
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
-def test_exported_files_find_what_the_model_finds(package: tuple[Path, dict[str, equality.Equality]], file: str) -> None:
-    found = package[1][file]
+def test_exported_files_find_what_the_model_finds(package: tuple[Path, Measured], file: str) -> None:
+    found = package[1].equality[file]
     assert (found.images, found.unmatched) == (len(SIZES), 0)
     assert found.detections > 3 * len(SIZES)
 
@@ -69,8 +74,18 @@ def test_a_batch_gives_each_image_its_own_answer(session: onnxruntime.InferenceS
             assert np.allclose(together[name][mine], value, atol=1e-3), name
 
 
-@pytest.mark.parametrize("changes", [{"roi_samples": 0}, {"short_side": 700, "long_side": 900}, {"detections": 3, "score_min": 0.01}])
-def test_equal_with_roialign_s_own_operator_and_with_few_detections(changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"roi_samples": 0},
+        {"short_side": 700, "long_side": 900},
+        {"short_side": 600, "long_side": 640, "proposals_test": 120},
+        {"roi_size": 5},
+        {"batch_norm": "live"},
+        {"detections": 3, "score_min": 0.01},
+    ],
+)
+def test_equal_with_any_way_of_pooling_with_live_norms_and_with_few_detections(changes: dict[str, Any]) -> None:
     detector = tiny_detector(**changes).eval()
     exported = OnnxStudent(onnx_model(detector, CLASSES).SerializeToString())
     found = equality.compare(
@@ -105,13 +120,22 @@ def test_resizing_equals_pytorch_s(own: tuple[int, int], view: tuple[int, int], 
     assert (off > 0).mean() <= others
 
 
-def test_no_file_holds_a_text_encoder_and_weights_load(package: tuple[Path, dict[str, equality.Equality]]) -> None:
+def test_no_file_holds_a_text_encoder_and_weights_load(package: tuple[Path, Measured]) -> None:
     folder = package[0]
-    names = {i.name for i in onnx.load(folder / "model.onnx").graph.initializer}
-    assert names
-    assert not [n for n in names if "token_embedding" in n or "prompts" in n or "transformer" in n]
+    for file in ("model.onnx", "model.int8.onnx"):
+        names = {i.name for i in onnx.load(folder / file).graph.initializer}
+        assert names
+        assert not [n for n in names if "token_embedding" in n or "prompts" in n or "transformer" in n]
     assert load_exported(str(folder)).classes == CLASSES
-    assert {f.name for f in folder.iterdir()} == {"model.onnx", "model.pt", "model.safetensors", "model.json", "detect.py", "README.md"}
+    assert {f.name for f in folder.iterdir()} == {
+        "model.onnx",
+        "model.pt",
+        "model.safetensors",
+        "model.json",
+        "detect.py",
+        "README.md",
+        "model.int8.onnx",
+    }
 
 
 BLOCKED = """
@@ -126,22 +150,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_the_example_runs_outside_the_package(package: tuple[Path, dict[str, equality.Equality]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["model.onnx", "model.int8.onnx"])
+def test_the_example_runs_both_files_outside_the_package(package: tuple[Path, Measured], tmp_path: Path, file: str) -> None:
     image = tmp_path / "image.png"
     picture(96, 64).save(image)
     example = package[0] / "detect.py"
     assert len(example.read_text().splitlines()) <= 30
-    command = [sys.executable, "-I", "-c", BLOCKED, str(example), str(image)]
+    command = [sys.executable, "-I", "-c", BLOCKED, str(example), *([] if file == "model.onnx" else [file]), str(image)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()[1:]
-    expected = load_exported(str(package[0]))(picture(96, 64))
+    expected = OnnxStudent((package[0] / file).read_bytes())(picture(96, 64))
     shown = [CLASSES[int(k)] for k, s in zip(expected.labels, expected.scores, strict=True) if s >= 0.3]
     assert [line[2:22].strip() for line in printed] == shown
     assert shown
 
 
-def test_the_card_says_who_taught_what_was_measured_and_the_signature(package: tuple[Path, dict[str, equality.Equality]]) -> None:
+def test_the_card_says_who_taught_what_was_measured_and_the_signature(package: tuple[Path, Measured]) -> None:
     card = (package[0] / "README.md").read_text()
     for part in (
         "traffic light",
@@ -154,6 +179,25 @@ def test_the_card_says_who_taught_what_was_measured_and_the_signature(package: t
     ):
         assert part in card
     assert "Never trained" not in card
+
+
+def test_the_loss_reported_of_the_8_bit_file_is_the_loss_measured(package: tuple[Path, Measured]) -> None:
+    folder, measured = package
+    pair = Pair(*(OnnxStudent((folder / file).read_bytes()) for file in ("model.onnx", "model.int8.onnx")))
+    again = int8_loss(pair, [picture(*size, seed) for seed, size in enumerate(SIZES)], LABELLED, len(CLASSES))
+    assert measured.int8 == again
+    assert (again.images, again.labelled) == (len(SIZES), len(LABELLED))
+    card = (folder / "README.md").read_text()
+    assert f"Of {again.detections} detections above .3 in {len(SIZES)} images {100 * again.found_again:.1f} % are found again" in card
+    assert f"mAP50 {100 * again.map50_int8:.1f} against {100 * again.map50:.1f} ({again.points:.2f} points lost" in card
+
+
+def test_an_export_without_the_8_bit_file_leaves_none_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "model.int8.onnx").write_bytes(b"of another student")
+    student = Student(tiny_detector(), CLASSES, (), demo(), SUMMARY)
+    assert write_package(student, [picture(96, 64)], str(tmp_path)).int8 is None
+    assert not (tmp_path / "model.int8.onnx").exists()
+    assert "model.int8.onnx" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_difference_is_an_error() -> None:
