@@ -24,7 +24,7 @@ from coin_ray.errors import ConfigError
 from coin_ray.estimate import estimate
 from coin_ray.pipeline import graph
 from coin_ray.presets import DEMO_ASSETS, PRESETS, folder
-from coin_ray.stages.collect import PART
+from coin_ray.stages.parts import PART
 
 SCALE_PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 
