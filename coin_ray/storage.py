@@ -192,40 +192,37 @@ def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
 
 
 def write_table(uri: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=GROUP)
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    with table_writer(uri, table.schema) as writer:
+        for start in range(0, table.num_rows, GROUP):
+            writer.write(table.slice(start, GROUP))
 
 
 class TableWriter:
-    """Writes a Parquet file as its rows come; what it holds are the rows of one group."""
+    """Writes rows to a Parquet file as they come; what it holds are the rows of one group."""
 
-    def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
-        self.file = pq.ParquetWriter(stream, schema)
-        self.held, self.rows, self.bytes = [schema.empty_table()], 0, 0
+    def __init__(self, file: pq.ParquetWriter) -> None:
+        self.file = file
+        self.held, self.rows, self.bytes = [file.schema.empty_table()], 0, 0
 
     def write(self, table: pa.Table) -> None:
         """Rows to follow those before; columns as in the schema."""
         self.held.append(table)
         self.rows, self.bytes = self.rows + table.num_rows, self.bytes + table.nbytes
         if self.rows >= GROUP or self.bytes >= IN_MEMORY:
-            self._flush(self.rows // GROUP * GROUP or self.rows)
+            self.flush(self.rows // GROUP * GROUP or self.rows)
 
-    def _flush(self, rows: int) -> None:
+    def flush(self, rows: int) -> None:
+        """Write so many of the rows that are held."""
         held = pa.concat_tables(self.held)
         self.file.write_table(held.slice(0, rows).combine_chunks(), row_group_size=GROUP)
         rest = held.slice(rows)
         self.held, self.rows, self.bytes = [rest], rest.num_rows, rest.nbytes
 
-    def close(self) -> None:
-        self._flush(self.rows)
-        self.file.close()
-
 
 @contextmanager
 def table_writer(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
     """A writer of one Parquet file, which is there once the block has ended."""
-    with whole_file(uri) as stream:
-        writer = TableWriter(stream, schema)
+    with whole_file(uri) as stream, pq.ParquetWriter(stream, schema) as file:
+        writer = TableWriter(file)
         yield writer
-        writer.close()
+        writer.flush(writer.rows)

@@ -70,3 +70,15 @@ def test_truth(tmp_path: Path) -> None:
     assert (truth["a"].boxes.tolist(), truth["a"].labels.tolist(), truth["a"].difficult.tolist()) == ([[0, 0, 5, 5]], [1], [True])
     assert truth["none"].boxes.shape == (0, 4)
     assert truth["none"].difficult.dtype == torch.bool
+
+
+def test_rows_become_a_table_whatever_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BLOCK", 3)
+    schema = pa.schema([("n", pa.int64())])
+    for count in (0, 2, 3, 7):
+        rows, made = tables.Rows(schema), [{"n": n} for n in range(count)]
+        for row in made:
+            rows.append(row)
+            assert len(rows.last) < 3
+        assert rows.table().to_pylist() == made
+        assert [block.num_rows for block in tables.blocks(made, schema)] == [3] * (count // 3) + [count % 3] * bool(count % 3)
