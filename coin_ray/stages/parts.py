@@ -39,7 +39,7 @@ class Parts:
         self.files = [file for folder in folders for file in storage.list_files(folder, ".parquet")]
         read = storage.read_parts(self.files, LISTED.names)
         self.sizes = np.array([part.num_rows for part in read], np.int64)
-        self.listed = pa.concat_tables([LISTED.empty_table(), *read], promote_options="default")
+        self.listed = pa.concat_tables([LISTED.empty_table(), *read], promote_options="default").combine_chunks()
         self.failed: NDArray[np.bool_] = pc.is_in(self.listed["status"], value_set=tables.FAILED).to_numpy().astype(bool)
 
     @property
