@@ -169,8 +169,10 @@ def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.
     """One Parquet file in blocks of ``BLOCK`` rows; its other rows are not in memory."""
     filesystem, path = _filesystem(uri)
     with filesystem.open(path, "rb") as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(BLOCK, columns=None if columns is None else list(columns)):
-            yield pa.Table.from_batches([batch])
+        file = pq.ParquetFile(stream)
+        for group in range(file.num_row_groups):  # a reader of several keeps what it has read of all of them
+            for batch in file.iter_batches(BLOCK, row_groups=[group], columns=None if columns is None else list(columns)):
+                yield pa.Table.from_batches([batch])
 
 
 def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
