@@ -47,7 +47,7 @@ IMAGE_ROW_BYTES = 1330
 """One image in the driver while files are listed and looked at: their names, ids and splits. Measured."""
 MERGE_BYTES = 970
 """One image in the driver while the parts of collect are merged: ids, states, costs and places. Measured."""
-PREDICT_BYTES = 300
+PREDICT_BYTES = 700
 """One image in the driver while separate predicts and separates. Measured."""
 DRIVER_BYTES, DRIVER_ROWS = 200 * 2**20, 4 * 4096
 """What the driver needs of memory whatever the number of images: for groups of rows on their way to a file, and four copies of a block
@@ -406,7 +406,7 @@ def storage_needed(question: Question) -> Storage:
 
 def walls(question: Question) -> tuple[Wall, ...]:
     """What stops working at how many images, the nearest first."""
-    config, fit = question.config, question.config.distill.fit
+    fit = question.config.distill.fit
     patience = question.patience_days * 24 * HOUR
     rates = collect_rates(question)
     slowest = min(rates, key=lambda name: rates[name])
