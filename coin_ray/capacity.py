@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from coin_ray import storage
 from coin_ray.cloud.client import limits
 from coin_ray.config import Detector, Optimize, PipelineConfig
 from coin_ray.errors import ConfigError
@@ -42,8 +43,15 @@ IMAGE_THREADS = 4
 """Threads with which the driver looks at every image file, once."""
 EXAMPLE_BYTES = 44
 """One training image in memory of a training process: the numbers of its rows in four tables, and the order of two epochs. Counted."""
-IMAGE_ROW_BYTES = 490
-"""One image in the driver's list. Measured."""
+IMAGE_ROW_BYTES = 1330
+"""One image in the driver while files are listed and looked at: their names, ids and splits. Measured."""
+MERGE_BYTES = 970
+"""One image in the driver while the parts of collect are merged: ids, states, costs and places. Measured."""
+PREDICT_BYTES = 700
+"""One image in the driver while separate predicts and separates. Measured."""
+DRIVER_BYTES, DRIVER_ROWS = 200 * 2**20, 4 * 4096
+"""What the driver needs of memory whatever the number of images: for groups of rows on their way to a file, and four copies of a block
+(``coin_ray.stages.parts.BLOCK``). Measured with 22 x 8 boxes x classes."""
 INDEX_BYTES = {"disk": 330, "object": 490 + 160}
 """One answer in an open journal's memory: its place and, on an object store, what it cost. Measured."""
 ATTEMPT_BYTES = 190
@@ -52,6 +60,8 @@ OBJECT_SECONDS = 0.04
 """To read one small object. Assumed."""
 FILE_SECONDS = 0.0005
 """To read one small file. Assumed."""
+MERGE_SECONDS = 0.00022
+"""CPU to read the row of an image from its part, to put it in order and to write it. Measured."""
 KEYS_PER_SECOND = 5000.0
 """Names of objects that a listing gives. Assumed."""
 USD_PER_WRITE = 0.005 / 1000
@@ -105,7 +115,7 @@ class Question:
     """Boxes per image in the cloud's answer."""
     classes: int = 8
     gpus: int = 1
-    """GPUs for training, one per worker; one of them labels and predicts. 0: everything on CPUs."""
+    """GPUs for training, one per worker; one of them labels, all of them predict. 0: everything on CPUs."""
     gpu_tflops: float = 10.0
     """10^12 operations a second that a GPU sustains here. Assumed: no GPU has run this yet."""
     usd_per_gpu_hour: float = 1.0
@@ -236,10 +246,15 @@ def label_seconds(question: Question) -> float:
 
 
 def predict_seconds(question: Question) -> float:
-    """Of the one process that predicts, per image."""
+    """Per image, of one process that predicts."""
     config = question.config
     operations = forward_flops(config, config.detector.proposals_test)
     return DECODE_SECONDS_PER_MEGAPIXEL * question.megapixels + _inference_seconds(question, operations, cores=question.cpus)
+
+
+def predictors(question: Question) -> int:
+    """Processes that predict: one on each GPU that trains, or one on the machine that trains without."""
+    return workers_of(question, question.config.distill.fit) if question.gpus else 1
 
 
 def _inference_seconds(question: Question, operations: float, cores: int) -> float:
@@ -293,7 +308,7 @@ def step_seconds(question: Question, fit: Optimize, operations: float, measured:
 def _images(question: Question) -> Stage:
     reading = OBJECT_SECONDS if question.store == "object" else FILE_SECONDS
     per_image = (reading + DECODE_SECONDS_PER_MEGAPIXEL * question.megapixels) / IMAGE_THREADS
-    return Stage("images", question.images * per_image / HOUR, "reading", 0.0, question.images * IMAGE_ROW_BYTES / GIB)
+    return Stage("images", question.images * per_image / HOUR, "reading", 0.0, driver_gib(question, IMAGE_ROW_BYTES))
 
 
 def _collect(question: Question) -> Stage:
@@ -303,15 +318,19 @@ def _collect(question: Question) -> Stage:
     by_day = question.per_day is not None and asking > question.images / rates[slowest] * 1.001
     hours = (asking + compile_seconds(question)) / HOUR
     gpu_hours = hours if question.gpus and question.config.collect.labeler != "none" else 0.0
-    return Stage("collect", hours, "calls per day" if by_day else slowest, gpu_hours, question.images * collect_bytes(question) / GIB)
+    return Stage("collect", hours, "calls per day" if by_day else slowest, gpu_hours, driver_gib(question, MERGE_BYTES))
 
 
 def compile_seconds(question: Question) -> float:
-    """To list the journal twice and to read the parts, one after the other, into one table."""
-    parts = question.images / question.config.collect.batch
-    if question.store == "disk":
-        return parts * FILE_SECONDS
-    return parts * OBJECT_SECONDS + 2 * 2 * question.images / KEYS_PER_SECOND
+    """To list the journal twice, and to merge the parts into one table."""
+    listing = 2 * 2 * question.images / KEYS_PER_SECOND if question.store == "object" else 0.0
+    return listing + question.images * merge_seconds(question)
+
+
+def merge_seconds(question: Question) -> float:
+    """For each image: its part is read twice, several parts at once, and its row put in order."""
+    part = 2 * OBJECT_SECONDS / storage.READERS if question.store == "object" else 0.0
+    return MERGE_SECONDS + part / question.config.collect.batch
 
 
 def _propagate(question: Question) -> Stage:
@@ -339,44 +358,38 @@ def _training(name: str, question: Question, fit: Optimize, phases: Sequence[tup
     last = phases[-1][1]
     limit = max(("computing", "loading"), key=lambda part: last[part])
     gpus = workers_of(question, fit) if question.gpus else 0
-    return Stage(name, seconds / HOUR, limit, seconds / HOUR * gpus, question.images * EXAMPLE_BYTES / GIB)
+    return Stage(name, seconds / HOUR, limit, seconds / HOUR * gpus, driver_gib(question, EXAMPLE_BYTES))
 
 
 def _separate(question: Question) -> Stage:
-    hours = question.images * predict_seconds(question) / HOUR
-    gib = question.images * separate_bytes(question) / GIB
-    return Stage("separate", hours, "one process predicts", hours if question.gpus else 0.0, gib)
+    hours, several = question.images * predict_seconds(question) / HOUR, predictors(question)
+    limit = f"{several} GPUs predict" if several > 1 else "one process predicts"
+    return Stage("separate", hours / several, limit, hours if question.gpus else 0.0, driver_gib(question, PREDICT_BYTES))
 
 
 # -- memory and storage
 
 
-def row_bytes(question: Question) -> float:
-    """One image's answer with CLIP's opinion as Python lists. Measured: 13.1, 27.6, 154 kB for 10 x 8, 22 x 8, 22 x 80 boxes x classes."""
-    return 1100 + question.boxes * (283 + 40.0 * (2 * question.classes + 7))
-
-
 def arrow_bytes(question: Question) -> float:
-    """The same in an Arrow table, or without compression in Parquet. Measured: 1.4, 3.0, 16 kB."""
+    """One image's answer with CLIP's opinion in an Arrow table, or without compression in Parquet.
+
+    Measured: 1.4, 3.0, 16 kB for 10 x 8, 22 x 8, 22 x 80 boxes x classes.
+    """
     return 200 + question.boxes * (36 + 4.0 * (2 * question.classes + 7))
 
 
-def collect_bytes(question: Question) -> float:
-    """Of the driver per image when it puts the parts together: Python rows, the parts, the table."""
-    return row_bytes(question) + 2 * arrow_bytes(question)
+def driver_gib(question: Question, per_image: float) -> float:
+    """Of the driver in a step that holds so much for each image."""
+    return (constant_bytes(question) + question.images * per_image) / GIB
 
 
-def separate_bytes(question: Question) -> float:
-    """Of the driver per image when it separates: the images, what is predicted, once by block and once by detector, and what it writes.
-
-    Counted, not measured.
-    """
-    return IMAGE_ROW_BYTES + 2 * arrow_bytes(question)
+def constant_bytes(question: Question) -> float:
+    """Of the driver, whatever the number of images."""
+    return DRIVER_BYTES + DRIVER_ROWS * arrow_bytes(question)
 
 
-def driver_bytes(question: Question) -> dict[str, float]:
-    """What each step that holds tables needs of the driver's memory, per image."""
-    return {"collect": collect_bytes(question), "separate": separate_bytes(question), "distill": EXAMPLE_BYTES}
+DRIVER_HOLDS = {"images": IMAGE_ROW_BYTES, "collect": MERGE_BYTES, "separate": PREDICT_BYTES, "distill": EXAMPLE_BYTES}
+"""What each step needs of the driver's memory, in bytes per image."""
 
 
 def answer_bytes(question: Question) -> float:
@@ -399,25 +412,23 @@ def storage_needed(question: Question) -> Storage:
 
 def walls(question: Question) -> tuple[Wall, ...]:
     """What stops working at how many images, the nearest first."""
-    config, fit = question.config, question.config.distill.fit
+    fit = question.config.distill.fit
     patience = question.patience_days * 24 * HOUR
     rates = collect_rates(question)
     slowest = min(rates, key=lambda name: rates[name])
     per_second = rates[slowest] if question.per_day is None else min(rates[slowest], question.per_day / (24 * HOUR))
-    head = MEMORY_SHARE * question.head_gib * GIB
-    per_image = driver_bytes(question)
-    hungriest = max(per_image, key=lambda step: per_image[step])
-    reading = OBJECT_SECONDS if question.store == "object" else FILE_SECONDS
+    head = max(MEMORY_SHARE * question.head_gib * GIB - constant_bytes(question), 0.0)
+    hungriest = max(DRIVER_HOLDS, key=lambda step: DRIVER_HOLDS[step])
     found = [
         Wall("images are paid for and never trained on", fit.steps * fit.batch, "distill.fit.steps, distill.fit.batch"),
-        Wall(f"the driver's tables fill its memory, first in {hungriest}", head / per_image[hungriest], "a head with more memory"),
+        Wall(f"the driver's tables fill its memory, first in {hungriest}", head / DRIVER_HOLDS[hungriest], "a head with more memory"),
         Wall(f"collect takes over {question.patience_days:g} days", patience * per_second, _collect_knob(question, slowest)),
         Wall(
             f"separate takes over {question.patience_days:g} days",
-            patience / predict_seconds(question),
-            "detector.proposals-test, detector.roi-size, a faster GPU" if question.gpus else "distill.fit.gpu",
+            patience * predictors(question) / predict_seconds(question),
+            "detector.proposals-test, detector.roi-size, more GPUs (distill.fit.workers)" if question.gpus else "distill.fit.gpu",
         ),
-        Wall("an hour to read the parts of collect", HOUR / reading * config.collect.batch, "collect.batch"),
+        Wall("an hour to merge the parts of collect", HOUR / merge_seconds(question), "collect.batch"),
         Wall(
             "the journal's index fills a node",
             MEMORY_SHARE * question.node_gib * GIB / INDEX_BYTES[question.store],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import pyarrow.compute as pc
+
 from coin_ray import storage
 from coin_ray.cli import reported
 from coin_ray.configfile import from_yaml
@@ -41,31 +43,30 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 def _out(given: argparse.Namespace) -> str:
     root, folder = storage.absolute(given.root), storage.absolute(given.out)
-    found, classes = _disputed(root)
-    chosen = found[: given.most]
+    chosen, total, classes = _disputed(root, given.most)
     if given.tool == "label-studio":
         label_studio.write(chosen, folder, classes, given.url)
     elif given.tool == "cvat":
         cvat.write(chosen, folder, classes)
     else:
         fiftyone.write(chosen, folder)
-    return f"{len(chosen)} of {len(found)} training images, those in most dispute first: {folder}"
+    return f"{len(chosen)} of {total} training images, those in most dispute first: {folder}"
 
 
-def _disputed(root: str) -> tuple[list[Review], tuple[str, ...]]:
-    """Images of the run's step separate, those in most dispute first, and its classes."""
+def _disputed(root: str, most: int | None) -> tuple[list[Review], int, tuple[str, ...]]:
+    """Images of the run's step separate, those in most dispute first; how many there are in all; and its classes."""
     config = from_yaml(storage.join(root, "config.yaml"))
     steps = graph(config)
     if steps["separate"].manifest(root) is None:
         raise StepError(
             f"a review needs the finished step separate below {root}: run pipelines/separate.py --config {root}/config.yaml first"
         )
-    images = storage.read_table(storage.join(steps["images"].folder(root), "images.parquet")).to_pylist()
+    images = storage.read_table(storage.join(steps["images"].folder(root), "images.parquet"))
     if "corrections" in steps:
-        done = storage.read_table(storage.join(steps["corrections"].folder(root), "corrections.parquet"))["image_id"].to_pylist()
-        images = [image for image in images if image["image_id"] not in set(done)]
-    separation = storage.read_table(storage.join(steps["separate"].folder(root), "separation.parquet")).to_pylist()
-    return reviews(images, separation, config.classes), config.classes
+        done = storage.read_table(storage.join(steps["corrections"].folder(root), "corrections.parquet"))["image_id"]
+        images = images.filter(pc.invert(pc.is_in(images["image_id"], value_set=done)))
+    separation = storage.join(steps["separate"].folder(root), "separation.parquet")
+    return *reviews(images, separation, config.classes, most), config.classes
 
 
 def _back(given: argparse.Namespace) -> str:

@@ -7,8 +7,10 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +19,11 @@ from fsspec.core import url_to_fs
 IN_MEMORY = 1 << 26
 """Bytes of a Parquet file from which ``open_table`` leaves its rows on the disk."""
 GROUP = 1 << 14
-"""Rows that are read from Parquet at once."""
+"""Rows of a group in a Parquet file, unless they are more than ``IN_MEMORY`` bytes."""
+BLOCK = 1 << 10
+"""Rows of a table that are worked on at once, where each becomes Python objects."""
+READERS = 16
+"""Files of a folder that are read at once: on an object store reading is mostly waiting."""
 
 
 def absolute(uri: str) -> str:
@@ -63,22 +69,43 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write so that a reader, or a crash, sees the whole file or none of it; on a local disk also after a power cut."""
     filesystem, path = _filesystem(uri)
-    parent = filesystem._parent(path)
-    filesystem.makedirs(parent, exist_ok=True)
-    if "file" not in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
-        with filesystem.open(path, "wb") as stream:
+    if _is_local(filesystem):
+        with whole_file(uri) as stream:
             stream.write(data)
+        return
+    filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+    with filesystem.open(path, "wb") as stream:
+        stream.write(data)
+
+
+@contextmanager
+def whole_file(uri: str) -> Iterator[IO[bytes]]:
+    """A stream that becomes the file when the block ends, as a whole; if the block raises, what was there before stays.
+
+    For an object store it is a file in the temporary folder (TMPDIR) until then.
+    """
+    filesystem, path = _filesystem(uri)
+    filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+    if not _is_local(filesystem):
+        with tempfile.NamedTemporaryFile(prefix="coin_ray-") as copy:
+            yield copy
+            copy.flush()
+            filesystem.put_file(copy.name, path)
         return
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _is_local(filesystem: Any) -> bool:
+    return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
 
 
 def remove(uri: str) -> None:
@@ -125,7 +152,27 @@ def read_table(uri: str) -> pa.Table:
     parts = [uri] if uri.endswith(".parquet") else list_files(uri, ".parquet")
     if not parts:
         raise FileNotFoundError(f"no Parquet parts below {uri}")
-    return pa.concat_tables([pq.read_table(pa.BufferReader(read_bytes(p))) for p in parts], promote_options="default")
+    return pa.concat_tables(read_parts(parts), promote_options="default")
+
+
+def read_parts(uris: Iterable[str], columns: Sequence[str] | None = None) -> list[pa.Table]:
+    """Parquet files in the order of ``uris``, several at a time; of ``columns`` those that a file has."""
+
+    def read(uri: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=None if columns is None else list(columns), use_threads=False)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, uris))
+
+
+def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """One Parquet file in blocks of ``BLOCK`` rows; its other rows are not in memory."""
+    filesystem, path = _filesystem(uri)
+    with filesystem.open(path, "rb") as stream:
+        file = pq.ParquetFile(stream)
+        for group in range(file.num_row_groups):  # a reader of several keeps what it has read of all of them
+            for batch in file.iter_batches(BLOCK, row_groups=[group], columns=None if columns is None else list(columns)):
+                yield pa.Table.from_batches([batch])
 
 
 def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
@@ -136,16 +183,48 @@ def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
     filesystem, path = _filesystem(uri)
     if filesystem.size(path) <= IN_MEMORY:
         return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=list(columns))
-    with filesystem.open(path, "rb") as stream, tempfile.NamedTemporaryFile(prefix="coin_ray-", suffix=".arrow") as copy:
-        source = pq.ParquetFile(stream)
-        with pa.ipc.new_file(copy, pa.schema([source.schema_arrow.field(name) for name in columns])) as writer:
-            for batch in source.iter_batches(GROUP, columns=list(columns)):
-                writer.write_batch(batch.select(list(columns)))
+    with tempfile.NamedTemporaryFile(prefix="coin_ray-", suffix=".arrow") as copy:
+        with filesystem.open(path, "rb") as stream:
+            schema = pq.ParquetFile(stream).schema_arrow
+        with pa.ipc.new_file(copy, pa.schema([schema.field(name) for name in columns])) as writer:
+            for block in stream_table(uri, columns):
+                writer.write_table(block.select(list(columns)))
         copy.flush()
         return pa.ipc.open_file(pa.memory_map(copy.name)).read_all()
 
 
 def write_table(uri: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=GROUP)
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    with table_writer(uri, table.schema) as writer:
+        for start in range(0, table.num_rows, GROUP):
+            writer.write(table.slice(start, GROUP))
+
+
+class TableWriter:
+    """Writes rows to a Parquet file as they come; what it holds are the rows of one group."""
+
+    def __init__(self, file: pq.ParquetWriter) -> None:
+        self.file = file
+        self.held, self.rows, self.bytes = [file.schema.empty_table()], 0, 0
+
+    def write(self, table: pa.Table) -> None:
+        """Rows to follow those before; columns as in the schema."""
+        self.held.append(table)
+        self.rows, self.bytes = self.rows + table.num_rows, self.bytes + table.nbytes
+        if self.rows >= GROUP or self.bytes >= IN_MEMORY:
+            self.flush(self.rows // GROUP * GROUP or self.rows)
+
+    def flush(self, rows: int) -> None:
+        """Write so many of the rows that are held."""
+        held = pa.concat_tables(self.held)
+        self.file.write_table(held.slice(0, rows).combine_chunks(), row_group_size=GROUP)
+        rest = held.slice(rows)
+        self.held, self.rows, self.bytes = [rest], rest.num_rows, rest.nbytes
+
+
+@contextmanager
+def table_writer(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
+    """A writer of one Parquet file, which is there once the block has ended."""
+    with whole_file(uri) as stream, pq.ParquetWriter(stream, schema) as file:
+        writer = TableWriter(file)
+        yield writer
+        writer.flush(writer.rows)

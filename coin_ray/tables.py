@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coin_ray.storage import open_table
+from coin_ray.storage import BLOCK, open_table, stream_table
 from coin_ray.structures import Detections
+
+T = TypeVar("T")
 
 BOXES = pa.list_(pa.list_(pa.float32(), 4))
 VECTORS = pa.list_(pa.list_(pa.float32()))
@@ -57,6 +61,37 @@ SEPARATION = pa.schema(
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]
 )
+FAILED = pa.array(["error", "skipped_budget"])
+"""Values of ``status`` of images without an answer."""
+
+
+class Rows:
+    """A table that grows row by row. Only its last ones are Python objects: those take nine times the memory."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema, self.blocks = schema, [schema.empty_table()]
+        self.last: list[Mapping[str, Any]] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self.last.append(row)
+        if len(self.last) == BLOCK:
+            self.blocks, self.last = [*self.blocks, pa.Table.from_pylist(self.last, schema=self.schema)], []
+
+    def table(self) -> pa.Table:
+        return pa.concat_tables([*self.blocks, pa.Table.from_pylist(self.last, schema=self.schema)])
+
+
+def blocks(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows as tables of ``BLOCK`` rows, while they come."""
+    coming = iter(rows)
+    while some := list(islice(coming, BLOCK)):
+        yield pa.Table.from_pylist(some, schema=schema)
+
+
+def rows_of(uri: str, images: pa.Array | pa.ChunkedArray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file that are about these images, by their ids; in the file's order."""
+    for block in stream_table(uri, columns):
+        yield from block.filter(pc.is_in(block["image_id"], value_set=images)).to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +134,18 @@ USED = ("image_id", "boxes", "scores", "labels", "probs", "status")
 """Columns that make ``Detections``."""
 
 
-class DetectionsTable(Mapping[str, Detections]):
-    """Detections by ``image_id``, made of their Arrow row when asked for; rows with an error are left out, rows without objects are not.
+class ByImage(Mapping[str, T]):
+    """Some rows of a table by their ``image_id``; what a row says is made when it is asked for."""
 
-    With a ``uri`` it goes to other processes by reference.
-    """
+    def __init__(self, table: pa.Table, counts: NDArray[np.bool_]) -> None:
+        self.table, self.names = table, table["image_id"]
+        self.rows: NDArray[np.int64] = np.flatnonzero(counts)
+        by_name = pc.sort_indices(self.names).to_numpy()
+        self.order = by_name[counts[by_name]].astype(np.int32)
 
-    def __init__(self, table: pa.Table, num_classes: int, uri: str | None = None) -> None:
-        self.table, self.num_classes, self.uri = table.select(USED), num_classes, uri
-        self.names, *self.columns = (self.table[name] for name in USED[:5])
-        failed = pc.is_in(table["status"], value_set=pa.array(["error", "skipped_budget"])).to_numpy()
-        self.rows: NDArray[np.int64] = np.flatnonzero(~failed.astype(bool))
-        by_name = pc.sort_indices(table["image_id"]).to_numpy()
-        self.order = by_name[~failed.astype(bool)[by_name]].astype(np.int32)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (DetectionsTable, (self.table, self.num_classes)) if self.uri is None else (open_detections, (self.uri, self.num_classes))
+    @abstractmethod
+    def made(self, row: int) -> T:
+        """What a row of the table says."""
 
     @property
     def ids(self) -> pa.ChunkedArray:
@@ -130,17 +161,11 @@ class DetectionsTable(Mapping[str, Detections]):
     def __contains__(self, image_id: object) -> bool:
         return isinstance(image_id, str) and self._row(image_id) is not None
 
-    def __getitem__(self, image_id: str) -> Detections:
+    def __getitem__(self, image_id: str) -> T:
         row = self._row(image_id)
         if row is None:
             raise KeyError(image_id)
-        boxes, scores, labels, probs = (column[row].values for column in self.columns)
-        return Detections(
-            boxes=_tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
-            scores=_tensor(scores, torch.float32),
-            labels=_tensor(labels, torch.int64),
-            probs=_tensor(probs.flatten(), torch.float32).reshape(-1, self.num_classes + 1),
-        )
+        return self.made(row)
 
     def _name(self, row: int) -> str:
         return str(self.names[int(row)].as_py())
@@ -150,6 +175,31 @@ class DetectionsTable(Mapping[str, Detections]):
         place = bisect_left(self.order, image_id, key=self._name)
         found = int(self.order[place]) if place < len(self.order) else None
         return found if found is not None and self._name(found) == image_id else None
+
+
+class DetectionsTable(ByImage[Detections]):
+    """Detections by ``image_id``; rows with an error are left out, rows without objects are not.
+
+    With a ``uri`` it goes to other processes by reference.
+    """
+
+    def __init__(self, table: pa.Table, num_classes: int, uri: str | None = None) -> None:
+        failed = pc.is_in(table["status"], value_set=FAILED).to_numpy()
+        super().__init__(table.select(USED), ~failed.astype(bool))
+        self.num_classes, self.uri = num_classes, uri
+        self.columns = [self.table[name] for name in USED[1:5]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (DetectionsTable, (self.table, self.num_classes)) if self.uri is None else (open_detections, (self.uri, self.num_classes))
+
+    def made(self, row: int) -> Detections:
+        boxes, scores, labels, probs = (column[row].values for column in self.columns)
+        return Detections(
+            boxes=_tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
+            scores=_tensor(scores, torch.float32),
+            labels=_tensor(labels, torch.int64),
+            probs=_tensor(probs.flatten(), torch.float32).reshape(-1, self.num_classes + 1),
+        )
 
 
 def read_detections(table: pa.Table, num_classes: int) -> DetectionsTable:
@@ -166,10 +216,6 @@ def _tensor(values: pa.Array, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values.to_numpy(zero_copy_only=False), dtype=dtype)
 
 
-def _floats(rows: list[float], width: int) -> Tensor:
-    return torch.from_numpy(np.asarray(rows, np.float32).reshape(-1, width))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Truth:
     """Annotations of one image: boxes [N, 4] xyxy, labels [N], difficult [N] bool (neither required nor wrong in evaluation)."""
@@ -179,13 +225,21 @@ class Truth:
     difficult: Tensor
 
 
-def read_truth(table: pa.Table) -> dict[str, Truth]:
-    """Annotations by ``image_id``."""
-    return {
-        row["image_id"]: Truth(
-            _floats(row["boxes"], 4),
-            torch.tensor(row["labels"], dtype=torch.int64),
-            torch.tensor(row["difficult"], dtype=torch.bool),
-        )
-        for row in table.to_pylist()
-    }
+class TruthTable(ByImage[Truth]):
+    """Annotations by ``image_id``. It goes to other processes by reference, with its ``uri``."""
+
+    def __init__(self, uri: str) -> None:
+        table = open_table(uri, ANNOTATIONS.names)
+        super().__init__(table, np.ones(len(table), bool))
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TruthTable, (self.uri,)
+
+    def made(self, row: int) -> Truth:
+        boxes, labels, difficult = (self.table[name][row].values for name in ANNOTATIONS.names[1:])
+        return Truth(_tensor(boxes.flatten(), torch.float32).reshape(-1, 4), _tensor(labels, torch.int64), _tensor(difficult, torch.bool))
+
+    def of(self, images: pa.Array | pa.ChunkedArray) -> dict[str, Truth]:
+        """Those of the images that are annotated, in the order given."""
+        return {i: self[i] for i in images.to_pylist() if i in self}

@@ -20,11 +20,13 @@ from coin_ray import capacity
 from coin_ray.capacity import Question, plan
 from coin_ray.cloud.journal import Journal, Record
 from coin_ray.config import Cloud, Folder
+from coin_ray.data import examples
 from coin_ray.errors import ConfigError
 from coin_ray.estimate import estimate
 from coin_ray.pipeline import graph
 from coin_ray.presets import DEMO_ASSETS, PRESETS, folder
-from coin_ray.stages.collect import PART
+from coin_ray.stages import parts
+from coin_ray.stages.parts import PART
 
 SCALE_PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 
@@ -198,6 +200,18 @@ def test_a_row_takes_as_many_bytes_in_a_table(boxes: int, classes: int) -> None:
     assert capacity.arrow_bytes(Question(boxes=boxes, classes=classes)) == pytest.approx(table.nbytes / 100, rel=0.2)
 
 
+def test_numbers_that_are_written_twice_are_the_same() -> None:
+    assert (capacity.DRIVER_ROWS, capacity.READERS) == (4 * parts.BLOCK, examples.READERS)
+
+
+@pytest.mark.parametrize("store", ["object", "disk"])
+def test_a_million_images_fit_a_small_head(store: str) -> None:
+    """No step holds what the teachers said of all images."""
+    question = Question(images=1e6, store=store, head_gib=16.0)  # type: ignore[arg-type]
+    assert all(s.gib < 0.5 * 16 for s in plan(question).stages)
+    assert not [wall for wall in plan(question).reached if "memory" in wall.name or "merge" in wall.name]
+
+
 def test_operations_are_those_that_torch_counts() -> None:
     described = json.loads((DEMO_ASSETS / "coin_tiny.json").read_text())
     with torch.device("meta"):
@@ -255,12 +269,13 @@ def test_walls_stand_in_the_order_in_which_one_meets_them() -> None:
     assert all(w.knob for w in found)
 
 
+CONSTANT = capacity.constant_bytes(Question())
 KNOBS = [
-    ("the driver's tables", {"head_gib": 64.0}, 4.0),
+    ("the driver's tables", {"head_gib": 64.0}, (0.8 * 64 * capacity.GIB - CONSTANT) / (0.8 * 16 * capacity.GIB - CONSTANT)),
     ("collect takes", {"rate": 40.0}, 2.0),
     ("separate takes", {"patience_days": 14.0}, 2.0),
     ("the journal's index", {"node_gib": 64.0}, 2.0),
-    ("an hour to read", {"store": "disk"}, 80.0),
+    ("an hour to merge", {"store": "disk"}, 1 + 2 * capacity.OBJECT_SECONDS / 16 / 32 / capacity.MERGE_SECONDS),
 ]
 
 

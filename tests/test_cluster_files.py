@@ -230,9 +230,6 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[Resources] = []
 
-    def repartition(self, _: int) -> Recorder:
-        return self
-
     def map_batches(self, _: object, *, num_cpus: float, num_gpus: float = 0, **more: object) -> Recorder:
         self.asked.append({"CPU": num_cpus, "GPU": num_gpus})
         return self
@@ -249,7 +246,7 @@ def asked_by_stages(monkeypatch: pytest.MonkeyPatch, config: PipelineConfig, cpu
         monkeypatch.setattr(module, "largest_node_cpus", lambda: largest, raising=False)
         monkeypatch.setattr(module, "on_cluster", lambda: True, raising=False)
         monkeypatch.setattr(module, "ensure_ray", lambda: None, raising=False)
-    monkeypatch.setattr(ray.data, "from_arrow", lambda _: recorder)
+    monkeypatch.setattr(ray.data, "from_arrow", lambda _, **__: recorder)
     list(collect._labelled(recorder, config, "parts"))  # type: ignore[arg-type]
     list(predicting._on_cluster({"student": "x"}, pa.table({"uri": ["a"]}), config))
     labeler, predictor = recorder.asked

@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from coin_ray import storage
@@ -89,3 +90,49 @@ def test_absolute(uri: str, expected: str) -> None:
 
 def test_join() -> None:
     assert storage.join("s3://b/x/", "y", "z") == "s3://b/x/y/z"
+
+
+@pytest.mark.parametrize("block", [1, 7, 10])
+def test_a_table_written_as_its_rows_come_is_the_same_file(root: str, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "GROUP", 10)
+    table = pa.table({"n": range(33), "name": [[str(n)] * (n % 3) for n in range(33)]})
+    pq.write_table(table, tmp_path / "whole.parquet", row_group_size=10)
+    storage.write_table(storage.join(root, "whole.parquet"), table)
+    with storage.table_writer(storage.join(root, "rows.parquet"), table.schema) as writer:
+        for start in range(0, 33, block):
+            writer.write(table.slice(start, block))
+    for name in ("rows", "whole"):
+        assert storage.read_bytes(storage.join(root, f"{name}.parquet")) == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_rows_that_are_large_are_written_before_a_group_is_full(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "IN_MEMORY", 50)
+    with storage.table_writer(storage.join(root, "rows.parquet"), pa.schema([("n", pa.int64())])) as writer:
+        for n in range(21):
+            writer.write(pa.table({"n": [n]}))
+            assert writer.bytes < 50
+    assert storage.read_table(storage.join(root, "rows.parquet"))["n"].to_pylist() == list(range(21))
+
+
+def test_a_table_whose_rows_break_off_leaves_the_old_one(root: str) -> None:
+    place = storage.join(root, "rows.parquet")
+    storage.write_table(place, pa.table({"n": [1]}))
+
+    def broken_off() -> None:
+        with storage.table_writer(place, pa.schema([("n", pa.int64())])) as writer:
+            writer.write(pa.table({"n": [2]}))
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        broken_off()
+    assert storage.read_table(place)["n"].to_pylist() == [1]
+    assert len(storage.list_files(root)) == 1
+
+
+def test_a_table_is_read_in_blocks(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BLOCK", 4)
+    place = storage.join(root, "rows.parquet")
+    storage.write_table(place, pa.table({"n": range(10), "other": range(10)}))
+    blocks = list(storage.stream_table(place, ["n"]))
+    assert [block["n"].to_pylist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert blocks[0].column_names == ["n"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,12 +57,28 @@ def test_the_source_of_probabilities_is_stored(given: tuple[str, ...] | None, st
     assert detections_table([detections_row("a", FOUND, Provenance("cloud"), given)])["prob_source"].to_pylist() == [stored]
 
 
-def test_truth() -> None:
+def test_truth(tmp_path: Path) -> None:
     rows = [
         {"image_id": "a", "boxes": [[0, 0, 5, 5]], "labels": [1], "difficult": [True]},
         {"image_id": "none", "boxes": [], "labels": [], "difficult": []},
     ]
-    truth = tables.read_truth(pa.Table.from_pylist(rows, schema=tables.ANNOTATIONS))
+    uri = str(tmp_path / "annotations.parquet")
+    storage.write_table(uri, pa.Table.from_pylist(rows, schema=tables.ANNOTATIONS))
+    truth = pickle.loads(pickle.dumps(tables.TruthTable(uri)))
+    assert list(truth) == ["a", "none"]
+    assert list(truth.of(pa.array(["none", "absent", "a"]))) == ["none", "a"]
     assert (truth["a"].boxes.tolist(), truth["a"].labels.tolist(), truth["a"].difficult.tolist()) == ([[0, 0, 5, 5]], [1], [True])
     assert truth["none"].boxes.shape == (0, 4)
     assert truth["none"].difficult.dtype == torch.bool
+
+
+def test_rows_become_a_table_whatever_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BLOCK", 3)
+    schema = pa.schema([("n", pa.int64())])
+    for count in (0, 2, 3, 7):
+        rows, made = tables.Rows(schema), [{"n": n} for n in range(count)]
+        for row in made:
+            rows.append(row)
+            assert len(rows.last) < 3
+        assert rows.table().to_pylist() == made
+        assert [block.num_rows for block in tables.blocks(made, schema)] == [3] * (count // 3) + [count % 3] * bool(count % 3)

@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from coin_ray.errors import InputError
 
 CHILDREN = 4
+AHEAD = 4 * CHILDREN
+"""Files that are looked at, or wait for it, beyond the one whose turn it is."""
 SECONDS = 120.0
 """For one file, reading included; after that it counts as one that hangs."""
 Found = dict[str, Any] | str
@@ -35,7 +38,13 @@ def inspect(uris: Iterable[str], total: int, seconds: float = SECONDS) -> Iterat
 
     try:
         with ThreadPoolExecutor(max(1, min(CHILDREN, os.cpu_count() or 1, total))) as pool:
-            yield from pool.map(look, uris)
+            waiting = deque[Future[Found]]()
+            for uri in uris:
+                waiting.append(pool.submit(look, uri))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
     finally:
         for child in started:
             child.end()

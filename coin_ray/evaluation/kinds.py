@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from coin_ray.tables import Truth
 IOU = 0.5
 
 
-def judged_kinds(separation: Sequence[Mapping[str, Any]], truth: Mapping[str, Truth]) -> dict[str, dict[str, float]]:
+def judged_kinds(separation: Iterable[Mapping[str, Any]], truth: Mapping[str, Truth]) -> dict[str, dict[str, float]]:
     """Shares in 0..1 by kind, over the ``SEPARATION`` rows whose image has truth; kinds without a box are left out.
 
     A box is about the truth box it overlaps most, at IoU .5 or more, and about background otherwise. ``consistent`` and ``private``:

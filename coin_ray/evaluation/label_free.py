@@ -6,7 +6,7 @@ neither required nor wrong. This sorts students; it is not their accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def label_free(student: Results, teacher: Results, agreed: Mapping[str, Truth], 
     return {"score": score / sum(abs(w) for w in WEIGHTS.values()), **parts}
 
 
-def agreed_boxes(separation: Sequence[Mapping[str, Any]], num_classes: int) -> dict[str, Truth]:
+def agreed_boxes(separation: Iterable[Mapping[str, Any]], num_classes: int) -> dict[str, Truth]:
     """Rows of ``separation.parquet`` as truth by image: consistent boxes and people's, and all others as difficult, whatever their class."""
     return {str(row["image_id"]): _agreed(row, num_classes) for row in separation}
 

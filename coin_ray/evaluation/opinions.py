@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coin_ray.evaluation.voc import Integers
@@ -13,14 +15,23 @@ from coin_ray.evaluation.voc import Integers
 PAIRED = ("consistent", "inconsistent")
 
 
-def confusion(separation: Sequence[Mapping[str, Any]], classes: int) -> Integers:
-    """Boxes [K+1, K+1] that both teachers saw, by the cloud's name (row) and CLIP's (column); background last. Of ``SEPARATION`` rows."""
+def confusion(separation: Iterable[pa.Table], classes: int) -> Integers:
+    """Boxes [K+1, K+1] that both teachers saw, by the cloud's name (row) and CLIP's (column); background last. Of ``SEPARATION`` tables."""
     counts = np.zeros((classes + 1, classes + 1), np.int64)
-    for row in separation:
-        for kind, cloud, clip in zip(row["kind"], row["cloud_probs"], row["clip_probs"], strict=True):
-            if kind in PAIRED:
-                counts[int(np.argmax(cloud)), int(np.argmax(clip))] += 1
+    for table in separation:
+        cloud, clip = paired(table, classes)
+        np.add.at(counts, (cloud.argmax(1), clip.argmax(1)), 1)
     return counts
+
+
+def paired(separation: pa.Table, classes: int, kinds: Sequence[str] = PAIRED) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in a ``SEPARATION`` table."""
+    chosen = pc.is_in(pc.list_flatten(separation["kind"]), value_set=pa.array(kinds)).to_numpy().astype(bool)
+    cloud, clip = (
+        pc.list_flatten(pc.list_flatten(separation[name])).to_numpy().reshape(-1, classes + 1)[chosen]
+        for name in ("cloud_probs", "clip_probs")
+    )
+    return cloud, clip
 
 
 def sides(cloud: Tensor, clip: Tensor, fused: Tensor, answers: Tensor) -> dict[str, dict[str, float]]:

@@ -8,7 +8,6 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from coin_ray import storage
 from coin_ray.config import Fusion
 from coin_ray.experiments.grid import Trial
 from coin_ray.experiments.variants import PUBLISHED_PI
@@ -38,6 +37,5 @@ def notes(reference: Sequence[Trial], groups: Sequence[str], share: float, root:
 
 
 def _opinions(trial: Trial, root: str) -> tuple[list[Tensor], list[Tensor]]:
-    separated = storage.read_table(storage.join(trial.steps["separate"].folder(root), "separation.parquet"))
-    classes = len(trial.config.classes)
-    return paired_opinions(separated, classes), paired_opinions(separated, classes, ("inconsistent",))
+    separate, classes = trial.steps["separate"].folder(root), len(trial.config.classes)
+    return paired_opinions(separate, classes), paired_opinions(separate, classes, ("inconsistent",))

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from coin_ray import runner, storage, tables
+from coin_ray import runner, storage
 from coin_ray.cli import Options, parse
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
@@ -21,7 +21,7 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.pipeline import graph
 from coin_ray.stages.fitting import load_weights
-from coin_ray.stages.knowledge import image_rows
+from coin_ray.stages.knowledge import image_rows, truth_of
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Step
 
@@ -146,7 +146,7 @@ def int8_images(step: Step, root: str) -> Int8Images:
     """Training images spread over the whole list, and the first annotated test images; decoded one at a time."""
     folder = step.folder(root)
     rows = image_rows(folder, "train")
-    truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
+    truth = truth_of(folder)
     annotated = [row for row in image_rows(folder, "test") if row["image_id"] in truth][:LABELLED]
     return Int8Images(
         (_decoded(row) for row in rows[:: max(1, len(rows) // CALIBRATED)][:CALIBRATED]),

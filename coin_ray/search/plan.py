@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from coin_ray import storage, tables
+import pyarrow as pa
+
+from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.configfile import fingerprint
 from coin_ray.errors import ConfigError, InputError
@@ -18,9 +20,9 @@ from coin_ray.runner import up_to
 from coin_ray.search.lineage import Look, scheduled
 from coin_ray.search.needs import has_validation
 from coin_ray.search.space import CHANGEABLE, Space, apply, space_of
-from coin_ray.stages.knowledge import held_out, image_rows
+from coin_ray.stages.knowledge import held_out, image_table, truth_of
 from coin_ray.steps import Step
-from coin_ray.tables import Truth
+from coin_ray.tables import Truth, rows_of
 
 Objective = Literal["map50", "label-free"]
 Algorithm = Literal["optuna", "random", "bohb", "population"]
@@ -158,14 +160,13 @@ class Search:
 
     def agreed(self) -> dict[str, Truth]:
         """Agreed boxes of the held-out images, as the preset separates them: the same for all trials."""
-        table = storage.read_table(storage.join(self.shared["separate"].folder(self.root), "separation.parquet"))
-        every = agreed_boxes(table.to_pylist(), len(self.config.classes))
-        return {image: truth for image, truth in every.items() if held_out(image, HELD_OUT)}
+        train = image_table(self.shared["images"].folder(self.root), "train")["image_id"]
+        wanted = pa.array([i for i in train.to_pylist() if held_out(i, HELD_OUT)], pa.string())
+        separated = storage.join(self.shared["separate"].folder(self.root), "separation.parquet")
+        return agreed_boxes(rows_of(separated, wanted), len(self.config.classes))
 
     def validation(self) -> dict[str, Truth]:
         """Truth of the validation images; empty if they have none."""
         folder = self.shared["images"].folder(self.root)
-        wanted = {row["image_id"] for row in image_rows(folder, "val")}
-        truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
-        chosen = {image: annotated for image, annotated in truth.items() if image in wanted}
+        chosen = truth_of(folder).of(image_table(folder, "val")["image_id"])
         return chosen if any(len(annotated.boxes) for annotated in chosen.values()) else {}

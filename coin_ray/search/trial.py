@@ -7,6 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from coin_ray import storage, tables
 from coin_ray.errors import CoinError
 from coin_ray.evaluation.label_free import label_free
@@ -15,7 +18,7 @@ from coin_ray.search.plan import FULL, LOOKS, Search
 from coin_ray.search.space import Settings
 from coin_ray.stages import distill
 from coin_ray.stages.fitting import Fit, save_weights, train
-from coin_ray.stages.knowledge import image_rows
+from coin_ray.stages.knowledge import image_table
 from coin_ray.stages.predicting import predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context, execute
@@ -100,6 +103,7 @@ def validated(search: Search, student: str) -> float | None:
 
 def _found(search: Search, weights: dict[str, str], split: str, wanted: Container[str]) -> dict[str, Mapping[str, Detections]]:
     """Results of each detector on the wanted images of a split."""
-    images = [row for row in image_rows(search.shared["images"].folder(search.root), split) if str(row["image_id"]) in wanted]
-    found = predictions(weights, images, search.config)
-    return {name: tables.read_detections(table, len(search.config.classes)) for name, table in found.items()}
+    images = image_table(search.shared["images"].folder(search.root), split)
+    images = images.filter(pa.array([i in wanted for i in images["image_id"].to_pylist()], pa.bool_()))
+    found = pa.concat_tables([tables.DETECTIONS.empty_table(), *predictions(weights, images, search.config)])
+    return {n: tables.read_detections(found.filter(pc.equal(found["source"], n)), len(search.config.classes)) for n in weights}

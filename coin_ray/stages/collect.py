@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ import ray
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from coin_ray import errors, storage, tables
+from coin_ray import errors, storage
 from coin_ray.clip.encoder import load_clip
 from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.cloud.client import limits
@@ -42,18 +41,11 @@ from coin_ray.serving.launch import local_cloud
 from coin_ray.stages.asking import STOPPED, CloudActor
 from coin_ray.stages.attempts import Attempts
 from coin_ray.stages.cluster import cluster_cpus, ensure_ray, full_disk, on_cluster, threads
+from coin_ray.stages.parts import PART, Parts, merge
 from coin_ray.stages.progress import bar
 from coin_ray.stages.watch import Watch
 from coin_ray.steps import Context
-from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
-
-PART = (
-    tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS))
-    .append(pa.field("calls", pa.int32()))
-    .append(pa.field("score_kind", pa.string()))
-    .append(pa.field("teachers", pa.list_(pa.string())))
-)
 
 DEATHS = 2
 """Labelers that one image may cost, beside the first, of which its batch is known."""
@@ -73,15 +65,15 @@ def run(context: Context) -> dict[str, Any]:
     images = _once(images.filter(pc.not_equal(images["split"], "val")))  # nothing asks about those yet, and calls cost money
     _collect(context, images, _parts(context.folder))
     if _cascades(context.config):
-        doubted = _doubted(context.config, _parts(context.folder))
-        _collect(context, _only(images, doubted), _parts(context.folder, second=True), second=True)
-    return _compile(context, images["image_id"].to_pylist(), _parts(context.folder))
+        doubted = _doubted(context.config, Parts(_parts(context.folder)))
+        _collect(context, images.filter(pc.is_in(images["image_id"], value_set=doubted)), _parts(context.folder, second=True), second=True)
+    return _compile(context, images["image_id"])
 
 
 def _once(images: pa.Table) -> pa.Table:
     """Each image in its first row: one may be a training and a test image."""
-    first = np.unique(images["image_id"].to_numpy(zero_copy_only=False), return_index=True)[1]
-    return images.take(np.sort(first))
+    names = images["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return images.take(np.sort(np.unique(names, return_index=True)[1]))
 
 
 def _parts(folder: str, second: bool = False) -> str:
@@ -92,14 +84,10 @@ def _cascades(config: PipelineConfig) -> bool:
     return bool(config.more_clouds) and config.ensemble.mode == "cascade"
 
 
-def _only(images: pa.Table, wanted: set[str]) -> pa.Table:
-    return images.filter(pa.array([i in wanted for i in images["image_id"].to_pylist()], pa.bool_()))
-
-
 def _collect(context: Context, images: pa.Table, parts: str, second: bool = False) -> None:
-    """Ask about the images that have no final answer in ``parts``."""
+    """Ask about the images that have no final answer in ``parts``; failed ones are asked again when a stopped run goes on."""
     config, total = context.config, images.num_rows
-    todo = _only(images, set(images["image_id"].to_pylist()) - _committed(parts))
+    todo = images.filter(pc.invert(pc.is_in(images["image_id"], value_set=Parts(parts).answered)))
     if not todo.num_rows:
         return
     with ExitStack() as running, ThreadPoolExecutor(1) as pool:
@@ -108,17 +96,15 @@ def _collect(context: Context, images: pa.Table, parts: str, second: bool = Fals
         load_backbone(config)  # what training will need is there, and fits, before a call is paid
         urls = starting.result()
         pool.submit(_check_services, config, urls, context.root).result()  # not here: a notebook's thread has an event loop already
-        stream = (
-            ray.data.from_arrow(todo.select(["image_id", "uri"]))
-            .repartition(max(1, -(-todo.num_rows // config.collect.batch)))
-            .map_batches(
-                CloudActor,
-                fn_constructor_args=(config, urls, journal_uri(context.root), second),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=0,
-                compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=8, max_concurrent_calls_per_actor=8),
-            )
+        stream = ray.data.from_arrow(
+            todo.select(["image_id", "uri"]), override_num_blocks=-(-todo.num_rows // config.collect.batch)
+        ).map_batches(
+            CloudActor,
+            fn_constructor_args=(config, urls, journal_uri(context.root), second),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=8, max_concurrent_calls_per_actor=8),
         )
         with Watch("collect", config.collect.stalled_after) as watch:
             _drain(_labelled(stream, config, parts), total - todo.num_rows, total, watch)
@@ -277,18 +263,14 @@ def make_labeler(config: PipelineConfig) -> Labeler | None:
     return RoiLabeler(clip, config.classes, config.clip, config.detector.short_side, config.detector.long_side)
 
 
-def _committed(parts: str) -> set[str]:
-    """Images with a final answer; failed ones are asked again when a stopped run goes on."""
-    files = storage.list_files(parts, ".parquet")
-    if not files:
-        return set()
-    rows = storage.read_table(parts).select(["image_id", "status"]).to_pylist()
-    return {r["image_id"] for r in rows if r["status"] not in ("error", "skipped_budget")}
-
-
-def _doubted(config: PipelineConfig, parts: str) -> set[str]:
+def _doubted(config: PipelineConfig, parts: Parts) -> pa.Array:
     """Images that the first cloud failed in, or in which CLIP contradicts it."""
-    return {image_id for image_id, row in _latest(_rows(parts)).items() if row["status"] == "error" or _contradicted(config, row)}
+    found = [pa.array([], pa.string())]
+    for rows in parts.blocks(parts.counting(parts.images)):
+        told = rows.select(["status", "scores", "labels", "clip_probs"]).to_pylist()
+        doubts = [row["status"] == "error" or _contradicted(config, row) for row in told]
+        found += rows["image_id"].filter(pa.array(doubts)).chunks
+    return pa.concat_arrays(found)
 
 
 def _contradicted(config: PipelineConfig, row: dict[str, Any]) -> bool:
@@ -297,48 +279,10 @@ def _contradicted(config: PipelineConfig, row: dict[str, Any]) -> bool:
     return needs_second_opinion(scores, labels, probs, config.ensemble)
 
 
-def _rows(parts: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = storage.read_table(parts).to_pylist() if storage.list_files(parts, ".parquet") else []
-    return rows
-
-
-def _latest(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By image, the row that counts: the first that is no failure."""
-    latest: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["image_id"] not in latest or latest[row["image_id"]]["status"] in ("error", "skipped_budget"):
-            latest[row["image_id"]] = row
-    return latest
-
-
-def _compile(context: Context, order: list[str], parts: str) -> dict[str, Any]:
+def _compile(context: Context, images: pa.Array | pa.ChunkedArray) -> dict[str, Any]:
     """One row per image in the order of the images, whatever order the parts came in; a second opinion goes before the first."""
-    second = _rows(_parts(context.folder, second=True)) if _cascades(context.config) else []
-    every = second + _rows(parts)
-    calls, cost = sum(row["calls"] for row in every), sum(row["cost_usd"] for row in every)
-    latest = _latest(every)
-    rows = [latest[i] for i in order]
-    storage.write_table(
-        storage.join(context.folder, "cloud.parquet"), pa.Table.from_pylist(rows, schema=PART).select(tables.DETECTIONS.names)
-    )
-    if context.config.collect.labeler != "none":
-        opinions = [_opinion(row, len(context.config.classes)) for row in rows]
-        storage.write_table(storage.join(context.folder, "clip_labels.parquet"), tables.detections_table(opinions))
-    states = [row["status"] for row in rows]
-    failed = states.count("error")
-    reasons = sorted({row["error"] for row in rows if row["error"]})[:10]
-    answered_by = Counter(name for row in rows for name in row.get("teachers") or ())
-    return {
-        "calls": {"made": calls, "cached": states.count("cached"), "failed": failed, "cost_usd": round(cost, 6)},
-        "empty": sum(s in ("ok", "cached", "empty") and not row["boxes"] for s, row in zip(states, rows, strict=True)),
-        "boxes": sum(len(row["boxes"]) for row in rows),
-        "errors": reasons,
-    } | ({"answered_by": dict(answered_by), "second_opinions": len(_latest(second))} if context.config.more_clouds else {})
-
-
-def _opinion(row: dict[str, Any], classes: int) -> dict[str, object]:
-    """CLIP's best foreground class of each cloud box; probabilities keep the background column."""
-    probs = torch.tensor(row["clip_probs"], dtype=torch.float32).reshape(-1, classes + 1)
-    best = probs[:, :-1].max(1)
-    found = Detections(torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4), best.values, best.indices, probs)
-    return detections_row(row["image_id"], found, Provenance("clip_labels", row["status"]))
+    config, first, second = context.config, _parts(context.folder), _parts(context.folder, second=True)
+    parts = Parts(second, first) if _cascades(config) else Parts(first)
+    metrics = merge(parts, images, context.folder, len(config.classes) if config.collect.labeler != "none" else None)
+    several = {"answered_by": metrics.pop("answered_by"), "second_opinions": len(Parts(second).images) if _cascades(config) else 0}
+    return metrics | (several if config.more_clouds else {})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
+from coin_ray.evaluation.opinions import PAIRED, paired
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
@@ -20,6 +22,7 @@ from coin_ray.stages.knowledge import OPINIONS, collected, corrected, held_out, 
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.students import look_of, new_student, student_from_clip_detector
 from coin_ray.steps import Context
+from coin_ray.tables import SEPARATION
 from coin_ray.training.distill import Distillation
 from coin_ray.training.loop import Curve, Task
 
@@ -44,20 +47,14 @@ def annotators_of(separate: str, config: PipelineConfig) -> Annotators | None:
     """Both teachers' confusions, from all boxes that both saw in the training images before distillation; None if the fusion needs none."""
     if config.distill.fusion != "dawid_skene":
         return None
-    separated = storage.read_table(storage.join(separate, "separation.parquet"))
-    return dawid_skene(*paired_opinions(separated, len(config.classes)))
+    return dawid_skene(*paired_opinions(separate, len(config.classes)))
 
 
-def paired_opinions(separated: pa.Table, classes: int, kinds: tuple[str, ...] = ("consistent", "inconsistent")) -> list[torch.Tensor]:
-    """The cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in a ``separation.parquet``."""
-    rows = separated.to_pylist()
-    chosen = [[kind in kinds for kind in row["kind"]] for row in rows]
-    return [
-        torch.tensor([p for row, keep in zip(rows, chosen, strict=True) for p, k in zip(row[name], keep, strict=True) if k]).reshape(
-            -1, classes + 1
-        )
-        for name in ("cloud_probs", "clip_probs")
-    ]
+def paired_opinions(separate: str, classes: int, kinds: Sequence[str] = PAIRED) -> list[torch.Tensor]:
+    """The cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in the ``separation.parquet`` of a folder."""
+    blocks = storage.stream_table(storage.join(separate, "separation.parquet"))
+    found = [paired(SEPARATION.empty_table(), classes), *(paired(block, classes, kinds) for block in blocks)]
+    return [torch.from_numpy(np.concatenate(teacher)) for teacher in zip(*found, strict=True)]
 
 
 def make(config: PipelineConfig, teacher_weights: str, annotators: Annotators | None = None) -> Distillation:

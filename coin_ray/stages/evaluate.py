@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
@@ -13,8 +13,8 @@ from coin_ray.evaluation.coco import coco_average_precision
 from coin_ray.evaluation.fusion_baselines import clip_labelled, every_class, static_fusion
 from coin_ray.evaluation.kinds import judged_kinds
 from coin_ray.evaluation.voc import average_precision
-from coin_ray.stages.knowledge import collected, image_rows
-from coin_ray.stages.predicting import predictions
+from coin_ray.stages.knowledge import collected, image_table, truth_of
+from coin_ray.stages.predicting import write_predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
@@ -26,29 +26,31 @@ Results = dict[str, Mapping[str, Detections]]
 
 def run(context: Context) -> dict[str, Any]:
     """Write ``predictions/NAME.parquet``; the metrics hold VOC and COCO AP50 by method and class. Without truth: no numbers."""
-    images = image_rows(context.inputs["images"], "test")
-    truth = _truth(context, "annotations", images)
-    if not images or not truth:
+    images = image_table(context.inputs["images"], "test")
+    truth = truth_of(context.inputs["images"]).of(images["image_id"])
+    if not truth:
         return {"map50": {}, "note": "no annotated test images: nothing to measure against"}
     weights = {NAMES[s]: storage.join(f, WEIGHTS) for s, f in context.inputs.items() if s in NAMES}
-    students = predictions(weights, images, context.config)
-    for name, table in students.items():
-        storage.write_table(storage.join(context.folder, "predictions", f"{name}.parquet"), table)
-    count = len(context.config.classes)
-    results: Results = teachers(context) | {name: tables.read_detections(table, count) for name, table in students.items()}
+    folder, count = storage.join(context.folder, "predictions"), len(context.config.classes)
+    write_predictions(weights, images, context.config, folder)
+    students = {name: tables.open_detections(storage.join(folder, f"{name}.parquet"), count) for name in weights}
+    results: Results = teachers(context, truth) | students
     metrics: dict[str, Any] = _measure(results, truth, context.config) | {"knowledge": _knowledge(context)}
     if storage.exists(storage.join(context.inputs["images"], "unknown.parquet")):
-        unknown = _truth(context, "unknown", images)
+        unknown = truth_of(context.inputs["images"], "unknown").of(images["image_id"])
         metrics["map50_unknown"] = {
             n: _rounded(average_precision(r, unknown, count, plus_one=context.config.evaluate.plus_one).map) for n, r in results.items()
         }
     return metrics
 
 
-def teachers(context: Context) -> Results:
-    """Every class score of each box: the cloud with its full tail, CLIP's labels on its boxes, and the free fusion of both at test time."""
+def teachers(context: Context, images: Iterable[str]) -> Results:
+    """Of those images that the cloud has answered every class score of each box: the cloud with its full tail, CLIP's labels on its boxes,
+    and the free fusion of both at test time.
+    """
     config = context.config
-    cloud = collected(context.inputs["collect"], "cloud", config)
+    answered = collected(context.inputs["collect"], "cloud", config)
+    cloud = {i: answered[i] for i in images if i in answered}
     if config.collect.labeler == "none":
         return {"cloud": {i: every_class(d) for i, d in cloud.items()}}
     clip = collected(context.inputs["collect"], "clip_labels", config)
@@ -61,14 +63,9 @@ def teachers(context: Context) -> Results:
 
 def _knowledge(context: Context) -> dict[str, dict[str, float]]:
     """How right each kind was on the training images, where those have truth."""
-    separation = storage.read_table(storage.join(context.inputs["separate"], "separation.parquet")).to_pylist()
-    return judged_kinds(separation, _truth(context, "annotations", image_rows(context.inputs["images"], "train")))
-
-
-def _truth(context: Context, table: str, images: list[dict[str, object]]) -> dict[str, Truth]:
-    wanted = {i["image_id"] for i in images}
-    rows: pa.Table = storage.read_table(storage.join(context.inputs["images"], f"{table}.parquet"))
-    return {i: t for i, t in tables.read_truth(rows).items() if i in wanted}
+    truth, train = truth_of(context.inputs["images"]), image_table(context.inputs["images"], "train")["image_id"]
+    known = truth.ids.filter(pc.is_in(truth.ids, value_set=train))
+    return judged_kinds(tables.rows_of(storage.join(context.inputs["separate"], "separation.parquet"), known), truth)
 
 
 def _measure(results: Results, truth: dict[str, Truth], config: PipelineConfig) -> dict[str, Any]:

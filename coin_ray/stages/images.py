@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from coin_ray import storage, tables
 from coin_ray.cloud.labelmap import LabelMap
@@ -19,6 +19,7 @@ from coin_ray.data.inspect import inspect
 from coin_ray.errors import InputError
 from coin_ray.stages.progress import bar
 from coin_ray.steps import Context
+from coin_ray.tables import Rows
 
 if TYPE_CHECKING:
     from coin_ray.demo.scenes import Scene
@@ -48,7 +49,7 @@ def _demo(context: Context, data: DemoScenes) -> dict[str, Any]:
 
 def write_scenes(context: Context, scene: Callable[[str, int], Scene], counts: Mapping[str, int]) -> dict[str, Any]:
     """So many scenes of each split, as JPEGs and tables; ``unknown`` marks drawings that a teacher has seen as difficult."""
-    images, annotations, unknown = [], [], []
+    images, annotations, unknown = Rows(tables.IMAGES), Rows(tables.ANNOTATIONS), Rows(tables.ANNOTATIONS)
     for split, count in counts.items():
         for index in range(count):
             made = scene(split, index)
@@ -62,14 +63,16 @@ def write_scenes(context: Context, scene: Callable[[str, int], Scene], counts: M
             row = {"image_id": image_id, "boxes": made.boxes.tolist(), "labels": made.labels.tolist()}
             annotations.append(row | {"difficult": [False] * len(known)})
             unknown.append(row | {"difficult": known})
-    _write(context, images, annotations, [])
-    storage.write_table(storage.join(context.folder, "unknown.parquet"), pa.Table.from_pylist(unknown, schema=tables.ANNOTATIONS))
-    return _metrics(images, [], 0)
+    listed = images.table()
+    _write(context, listed, annotations.table(), [])
+    storage.write_table(storage.join(context.folder, "unknown.parquet"), unknown.table())
+    return _metrics(listed, [], 0)
 
 
 def _folder(context: Context, data: Folder) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
-    annotations: dict[str, dict[str, Any]] = {}
+    images, annotations = Rows(tables.IMAGES), Rows(tables.ANNOTATIONS)
+    annotated: set[str] = set()
+    again: dict[str, dict[str, Any]] = {}  # with data.same_images: what a test set says of a training image
     rejected: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     duplicates = 0
@@ -92,11 +95,18 @@ def _folder(context: Context, data: Folder) -> dict[str, Any]:
             seen[image_id] = split
             images.append(row | {"split": split})
             if record.annotated:
-                annotations[image_id] = {"image_id": image_id, **_truth(record, indexes)}
-    truth = list(annotations.values())
-    _check(images, truth, rejected, data)
-    _write(context, images, truth, rejected)
-    return _metrics(images, rejected, duplicates)
+                truth = {"image_id": image_id, **_truth(record, indexes)}
+                if image_id in annotated:
+                    again[image_id] = truth
+                else:
+                    annotations.append(truth)
+                    annotated.add(image_id)
+    listed, known = images.table(), annotations.table()
+    if again:
+        known = pa.Table.from_pylist([again.get(row["image_id"], row) for row in known.to_pylist()], schema=tables.ANNOTATIONS)
+    _check(listed, known, rejected, data)
+    _write(context, listed, known, rejected)
+    return _metrics(listed, rejected, duplicates)
 
 
 def _shown(inspected: Iterable[Inspected], split: str, total: int) -> Iterator[Inspected]:
@@ -106,12 +116,12 @@ def _shown(inspected: Iterable[Inspected], split: str, total: int) -> Iterator[I
             shown.update(done)
 
 
-def _check(images: list[dict[str, Any]], annotations: list[dict[str, Any]], rejected: list[dict[str, str]], data: Folder) -> None:
-    if not any(i["split"] == "train" for i in images):
+def _check(images: pa.Table, annotations: pa.Table, rejected: list[dict[str, str]], data: Folder) -> None:
+    if not pc.any(pc.equal(images["split"], "train")).as_py():
         raise InputError(f"no usable image below {data.images}: expected files ending in {', '.join(IMAGE_SUFFIXES)} that can be decoded")
     for split, place in (("val", data.val), ("test", data.test)):
-        annotated = {a["image_id"] for a in annotations}
-        if place and not any(i["split"] == split and i["image_id"] in annotated for i in images):
+        annotated = pc.is_in(images["image_id"], value_set=annotations["image_id"])
+        if place and not pc.any(pc.and_(pc.equal(images["split"], split), annotated)).as_py():
             shared = sum(r["split"] == split and r["reason"].startswith(SAME) for r in rejected)
             if shared:
                 raise InputError(
@@ -150,17 +160,21 @@ def _truth(record: Record, indexes: dict[str, int]) -> dict[str, list[Any]]:
     return {"boxes": record.boxes[kept].tolist(), "labels": labels, "difficult": record.difficult[kept].tolist()}
 
 
-def _write(context: Context, images: list[dict[str, Any]], annotations: list[dict[str, Any]], rejected: list[dict[str, str]]) -> None:
-    storage.write_table(storage.join(context.folder, "images.parquet"), pa.Table.from_pylist(images, schema=tables.IMAGES))
-    storage.write_table(storage.join(context.folder, "annotations.parquet"), pa.Table.from_pylist(annotations, schema=tables.ANNOTATIONS))
+def _write(context: Context, images: pa.Table, annotations: pa.Table, rejected: list[dict[str, str]]) -> None:
+    storage.write_table(storage.join(context.folder, "images.parquet"), images)
+    storage.write_table(storage.join(context.folder, "annotations.parquet"), annotations)
     schema = pa.schema([("uri", pa.string()), ("split", pa.string()), ("reason", pa.string())])
     storage.write_table(storage.join(context.folder, "rejected.parquet"), pa.Table.from_pylist(rejected, schema=schema))
 
 
-def _metrics(images: list[dict[str, Any]], rejected: list[dict[str, str]], duplicates: int) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps(sorted(i["image_id"] for i in images)).encode()).hexdigest()
-    counts = {split: sum(i["split"] == split for i in images) for split in SPLIT_SEEDS}
+def _metrics(images: pa.Table, rejected: list[dict[str, str]], duplicates: int) -> dict[str, Any]:
+    ids = images["image_id"]
+    digest = hashlib.sha256(b"[")  # of the sorted ids as JSON
+    for number, image_id in enumerate(ids.take(pc.sort_indices(ids))):
+        digest.update(f'{", " if number else ""}"{image_id}"'.encode())
+    digest.update(b"]")
+    counts = {split: int(pc.sum(pc.equal(images["split"], split)).as_py() or 0) for split in SPLIT_SEEDS}
     reasons = [f"{r['uri']}: {r['reason']}" for r in rejected[:20]]
-    in_both = len(images) - len({i["image_id"] for i in images})
-    metrics = {"digest": digest, "count": counts, "rejected": len(rejected), "duplicates": duplicates, "reasons": reasons}
+    in_both = len(images) - len(ids.unique())
+    metrics = {"digest": digest.hexdigest(), "count": counts, "rejected": len(rejected), "duplicates": duplicates, "reasons": reasons}
     return metrics | ({"in_both": in_both} if in_both else {})

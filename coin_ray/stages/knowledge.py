@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
@@ -19,17 +20,28 @@ from coin_ray.data.examples import Know, TableExamples
 from coin_ray.errors import InputError
 from coin_ray.fusion.vectors import FORMS
 from coin_ray.structures import Detections
-from coin_ray.tables import DetectionsTable
+from coin_ray.tables import DetectionsTable, TruthTable
 
 LabelSource = Literal["clip", "cloud", "truth"]
 OPINIONS = ("cloud", "clip", "clip_labels")
 """What distillation is told of an image: by the cloud, by the CLIP detector, and CLIP's verdicts on the cloud's boxes."""
 
 
+def image_table(folder: str, split: str) -> pa.Table:
+    """The images of one split."""
+    images = storage.read_table(storage.join(folder, "images.parquet"))
+    return images.filter(pc.equal(images["split"], split))
+
+
 def image_rows(folder: str, split: str) -> list[dict[str, object]]:
-    """Rows of the images table of one split."""
-    rows = storage.read_table(storage.join(folder, "images.parquet")).to_pylist()
-    return [r for r in rows if r["split"] == split]
+    """Rows of ``image_table``; for splits that are small."""
+    rows: list[dict[str, object]] = image_table(folder, split).to_pylist()
+    return rows
+
+
+def truth_of(folder: str, name: str = "annotations") -> TruthTable:
+    """All annotations of the step images."""
+    return TruthTable(storage.join(folder, f"{name}.parquet"))
 
 
 def held_out(image_id: str, share: float) -> bool:
@@ -97,8 +109,8 @@ def labels_for(source: LabelSource, folders: Mapping[str, str], config: Pipeline
     Labels are CLIP's on cloud boxes (the cloud's own without CLIP), the cloud's, or the truth (the oracle).
     """
     if source == "truth":
-        truth = _truth(folders["images"], len(config.classes))
-        return pa.array(list(truth)), partial(_true_labels, truth), {}
+        truth, annotated = _annotated(folders["images"])
+        return annotated, partial(_true_labels, truth, len(config.classes)), {}
     cloud = collected(folders["collect"], "cloud", config)
     know: Know = partial(_cloud_labels, cloud, config.labels)
     if source == "clip" and config.collect.labeler != "none":
@@ -109,19 +121,30 @@ def labels_for(source: LabelSource, folders: Mapping[str, str], config: Pipeline
 def count_labels(source: LabelSource, folders: Mapping[str, str], config: PipelineConfig) -> int:
     """Boxes that ``labels_for`` has for all training images together. Counted in the tables: building an example takes half a millisecond."""
     if source == "truth":
-        return sum(map(len, _truth(folders["images"], len(config.classes)).values()))
-    labels, reviewed = config.labels, corrected(folders, config)
-    ids = [i for row in image_rows(folders["images"], "train") if (i := str(row["image_id"])) not in reviewed]
-    cloud = collected(folders["collect"], "cloud", config).table
-    wanted = pc.is_in(cloud["image_id"], value_set=pa.array(ids, pa.string()))
-    used = _flat(cloud["scores"].filter(wanted)) >= labels.score_min
+        truth, annotated = _annotated(folders["images"])
+        return sum(int((~truth[i.as_py()].difficult).sum()) for i in annotated)
+    reviewed = corrected(folders, config)
+    train = image_table(folders["images"], "train")["image_id"]
+    ids = train.filter(pc.invert(pc.is_in(train, value_set=pa.array(list(reviewed), pa.string()))))
+    cloud = storage.stream_table(storage.join(folders["collect"], "cloud.parquet"), ("image_id", "scores"))
+    clip: Iterable[pa.Table | None] = repeat(None)
     if source == "clip" and config.collect.labeler != "none":  # row by row the cloud's boxes
-        clip = collected(folders["collect"], "clip_labels", config).table
+        clip = storage.stream_table(storage.join(folders["collect"], "clip_labels.parquet"), ("scores", "probs"))
+    used = sum(_used(ours, theirs, ids, config) for ours, theirs in zip(cloud, clip, strict=False))
+    return used + sum(map(len, reviewed.values()))
+
+
+def _used(cloud: pa.Table, clip: pa.Table | None, ids: pa.ChunkedArray, config: PipelineConfig) -> int:
+    """Boxes of these images above the thresholds, in rows of ``cloud`` and the same rows of ``clip_labels``."""
+    labels = config.labels
+    wanted = pc.is_in(cloud["image_id"], value_set=ids)
+    used = _flat(cloud["scores"].filter(wanted)) >= labels.score_min
+    if clip is not None:
         used &= _flat(clip["scores"].filter(wanted)) >= labels.clip_score_min
         if labels.clip_background == "drop":
             probs = _flat(pc.list_flatten(clip["probs"].filter(wanted))).reshape(-1, len(config.classes) + 1)
             used &= probs.argmax(1) < len(config.classes)
-    return int(used.sum()) + sum(map(len, reviewed.values()))
+    return int(used.sum())
 
 
 def _flat(column: pa.ChunkedArray) -> NDArray[np.float32]:
@@ -129,8 +152,10 @@ def _flat(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return values
 
 
-def _true_labels(truth: Mapping[str, Detections], image_id: str) -> dict[str, Detections]:
-    return {"labels": truth[image_id]}
+def _true_labels(truth: TruthTable, classes: int, image_id: str) -> dict[str, Detections]:
+    known = truth[image_id]
+    boxes, labels = known.boxes[~known.difficult], known.labels[~known.difficult]
+    return {"labels": Detections(boxes, torch.ones(len(labels)), labels, F.one_hot(labels, classes + 1).float())}
 
 
 def _cloud_labels(cloud: DetectionsTable, labels: Labels, image_id: str) -> dict[str, Detections]:
@@ -170,16 +195,10 @@ def training_examples(folder: str, known: pa.Array, know: Know, reviewed: Contai
     return TableExamples(uri, np.flatnonzero(chosen.to_numpy()), know, reviewed)
 
 
-def _truth(folder: str, classes: int) -> dict[str, Detections]:
-    train = {row["image_id"] for row in image_rows(folder, "train")}
-    rows = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
-    found = {}
-    for i, truth in rows.items():
-        if i not in train:
-            continue
-        required = ~truth.difficult
-        boxes, labels = truth.boxes[required], truth.labels[required]
-        found[i] = Detections(boxes, torch.ones(len(labels)), labels, F.one_hot(labels, classes + 1).float())
-    if not found:
+def _annotated(folder: str) -> tuple[TruthTable, pa.ChunkedArray]:
+    """The truth, and the training images that have some. Raises InputError if none has."""
+    truth, train = truth_of(folder), image_table(folder, "train")["image_id"]
+    found = truth.ids.filter(pc.is_in(truth.ids, value_set=train))
+    if not len(found):
         raise InputError("the oracle baseline needs annotated training images; data.images has no labels in a format of docs/formats.md")
-    return found
+    return truth, found

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from coin_ray import storage, tables
+from coin_ray import storage
 from coin_ray.data.examples import Example
 from coin_ray.errors import InputError
 from coin_ray.structures import Detections
-from coin_ray.tables import Truth
+from coin_ray.tables import Truth, TruthTable
 
 logger = logging.getLogger(__name__)
 THINNEST = 0.01
@@ -32,7 +32,7 @@ class Labelled:
 
 def labelled(folder: str, split: str) -> Labelled:
     """Of ``train``, ``val`` or ``test``; a val part of the training images if there are no annotated val images."""
-    truth = tables.read_truth(storage.read_table(storage.join(folder, "annotations.parquet")))
+    truth = TruthTable(storage.join(folder, "annotations.parquet"))
     rows = [r for r in storage.read_table(storage.join(folder, "images.parquet")).to_pylist() if r["image_id"] in truth]
     if split != "test" and not any(r["split"] == "val" for r in rows):
         chosen = [r for r in rows if r["split"] == "train" and held_out(str(r["image_id"])) == (split == "val")]

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from coin_ray.evaluation.opinions import confusion, sides
 from coin_ray.evaluation.voc import Floats, Judged, judged, mean_over_classes
 from coin_ray.stages.evaluate import NAMES, Results, teachers
 from coin_ray.stages.knowledge import clip_labelled as taught_by_clip
-from coin_ray.stages.knowledge import cloud_knowledge, collected, corrected, image_rows
+from coin_ray.stages.knowledge import cloud_knowledge, collected, corrected, image_table, truth_of
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
@@ -35,9 +34,8 @@ Verdicts = dict[str, tuple[Judged, ...]]
 
 def held_out_truth(context: Context) -> dict[str, Truth]:
     """Truth by id of the annotated test images."""
-    ids = {i["image_id"] for i in image_rows(context.inputs["images"], "test")}
-    table: pa.Table = storage.read_table(storage.join(context.inputs["images"], "annotations.parquet"))
-    return {i: t for i, t in tables.read_truth(table).items() if i in ids}
+    folder = context.inputs["images"]
+    return truth_of(folder).of(image_table(folder, "test")["image_id"])
 
 
 def students(context: Context) -> Results:
@@ -46,7 +44,7 @@ def students(context: Context) -> Results:
     for name in NAMES.values():
         path = storage.join(context.inputs["evaluate"], "predictions", f"{name}.parquet")
         if storage.exists(path):
-            found[name] = tables.read_detections(storage.read_table(path), len(context.config.classes))
+            found[name] = tables.open_detections(path, len(context.config.classes))
     return found
 
 
@@ -97,7 +95,7 @@ def mean_curve(rows: Floats) -> list[float]:
 
 
 def teachers_confused(context: Context) -> list[list[int]]:
-    separation = storage.read_table(storage.join(context.inputs["separate"], "separation.parquet")).to_pylist()
+    separation = storage.stream_table(storage.join(context.inputs["separate"], "separation.parquet"))
     found: list[list[int]] = confusion(separation, len(context.config.classes)).tolist()
     return found
 
@@ -106,10 +104,10 @@ def opinions(answers: Results, fused: Mapping[str, Tensor], truth: Mapping[str, 
     """How well each opinion of the cloud's test boxes is calibrated, and whom the fusion follows where the teachers differ."""
     if "clip_labels" not in answers:
         return _calibrated({"cloud": _probs(answers["cloud"], truth, score_min)}, _answers(answers["cloud"], truth, score_min))
-    by_cloud = {i: d for i, d in answers["cloud"].items() if i in truth and i in answers["clip_labels"]}
+    by_cloud = {i: answers["cloud"][i] for i in truth if i in answers["cloud"] and i in answers["clip_labels"]}
     used = {i: t for i, t in truth.items() if i in by_cloud and (not fused or i in fused)}
     named = _answers(by_cloud, used, score_min)
-    clip = {i: d.probs[by_cloud[i].scores >= score_min] for i, d in answers["clip_labels"].items() if i in used}
+    clip = {i: answers["clip_labels"][i].probs[by_cloud[i].scores >= score_min] for i in used}
     said = {"cloud": _probs(by_cloud, used, score_min), "clip": _stack(clip, used)}
     found: dict[str, Any] = {}
     if fused:
@@ -131,7 +129,7 @@ def _calibrated(said: Mapping[str, Tensor], named: Tensor) -> dict[str, Any]:
 
 
 def _probs(found: Mapping[str, Detections], truth: Mapping[str, Truth], score_min: float) -> Tensor:
-    return _stack({i: d.probs[d.scores >= score_min] for i, d in found.items()}, truth)
+    return _stack({i: found[i].probs[found[i].scores >= score_min] for i in truth if i in found}, truth)
 
 
 def _answers(found: Mapping[str, Detections], truth: Mapping[str, Truth], score_min: float) -> Tensor:
@@ -189,11 +187,11 @@ def judge_all(context: Context, truth: dict[str, Truth]) -> tuple[Verdicts, Verd
     """Every method with every class score, as mAP is measured; and as it is used: one name for each box of a teacher."""
     judge = partial(judged, truth=truth, num_classes=len(context.config.classes), plus_one=context.config.evaluate.plus_one)
     ours = {name: judge(found) for name, found in students(context).items()}
-    ranked = {name: judge(found) for name, found in teachers(context).items()}
+    ranked = {name: judge(found) for name, found in teachers(context, truth).items()}
     answered = named_once(context)
     if "clip_labels" in answered:
-        clip = answered["clip_labels"]
-        answered["clip_labels"] = {i: clip_labelled(d, clip[i].probs) for i, d in answered["cloud"].items()}
+        cloud, clip = answered["cloud"], answered["clip_labels"]
+        answered["clip_labels"] = {i: clip_labelled(cloud[i], clip[i].probs) for i in truth if i in cloud}
     once = {name: judge(found) for name, found in answered.items()}
     return ranked | ours, once | ours
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torchvision.ops import box_iou
 
@@ -17,7 +19,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.evaluation.operating import Tally, losses
 from coin_ray.report.gallery import Box, GalleryImage
 from coin_ray.stages.evaluate import Results
-from coin_ray.stages.knowledge import image_rows
+from coin_ray.stages.knowledge import image_rows, image_table, truth_of
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
@@ -27,7 +29,8 @@ LONG_SIDE = 640
 SHOWN_FROM = {"cloud": 0.3, "clip_labels": 0.3, "clip_detector": 0.4, "student": 0.4}
 """Scores from which boxes are drawn, where no truth says a better one."""
 IOU = 0.5
-Row = dict[str, object]
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,38 @@ class Seen:
     layers: Results
     from_score: Mapping[str, float]
     truth: Mapping[str, Truth]
-    separation: Mapping[str, Mapping[str, Any]]
     tallies: Mapping[str, Tally]
 
 
 def seen(context: Context, layers: Results, points: Mapping[str, Mapping[str, float]], tallies: Mapping[str, Tally]) -> Seen:
-    truth = tables.read_truth(storage.read_table(storage.join(context.inputs["images"], "annotations.parquet")))
-    rows = storage.read_table(storage.join(context.inputs["separate"], "separation.parquet")).to_pylist()
     limits = {name: points.get(name, {}).get("score", SHOWN_FROM[name]) for name in SHOWN_FROM}
-    return Seen({n: f for n, f in layers.items() if n in limits}, limits, truth, {r["image_id"]: r for r in rows}, tallies)
+    return Seen({n: f for n, f in layers.items() if n in limits}, limits, truth_of(context.inputs["images"]), tallies)
 
 
 def gallery(context: Context, what: Seen) -> list[GalleryImage]:
     """The test images on which the student is worst against the cloud, further ones evenly spread, and training images with their kinds."""
     test = image_rows(context.inputs["images"], "test")
-    train = [i for i in image_rows(context.inputs["images"], "train") if i["image_id"] in what.separation]
     worst = _worst(test, what)
     ids = {row["image_id"] for row, _ in worst}
     rest = _spread([i for i in test if i["image_id"] not in ids], TEST)
     chosen = [("worst", row, note) for row, note in worst]
     chosen += [("test", row, "") for row in rest]
-    chosen += [("train", row, "") for row in _spread(train, TRAIN + TEST - len(rest))]
-    return [_image(row, group, note, what, context.config) for group, row, note in chosen]
+    train = _separated(context, TRAIN + TEST - len(rest))
+    chosen += [("train", row, "") for row in train]
+    place, ids = storage.join(context.inputs["separate"], "separation.parquet"), pa.array([row["image_id"] for row in train], pa.string())
+    kinds = {row["image_id"]: row for row in tables.rows_of(place, ids)}
+    return [_image(row, group, note, what, kinds, context.config) for group, row, note in chosen]
+
+
+def _separated(context: Context, count: int) -> list[Row]:
+    """So many training images of which there is knowledge, evenly spread."""
+    images = image_table(context.inputs["images"], "train")
+    known = [
+        rows["image_id"] for rows in storage.stream_table(storage.join(context.inputs["separate"], "separation.parquet"), ["image_id"])
+    ]
+    separated = images.filter(pc.is_in(images["image_id"], value_set=pa.chunked_array([c for k in known for c in k.chunks], pa.string())))
+    rows: list[Row] = separated.take(_spread(range(len(separated)), count)).to_pylist()
+    return rows
 
 
 def _worst(test: Sequence[Row], what: Seen) -> list[tuple[Row, str]]:
@@ -73,11 +86,11 @@ def _worst(test: Sequence[Row], what: Seen) -> list[tuple[Row, str]]:
     return [(rows[ids[n]], told.format(ours.truth[n], theirs.found[n], ours.found[n], theirs.wrong[n], ours.wrong[n])) for n in order]
 
 
-def _spread(rows: list[Row], count: int) -> list[Row]:
+def _spread(rows: Sequence[T], count: int) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))] if rows else []
 
 
-def _image(image: Row, group: str, note: str, what: Seen, config: PipelineConfig) -> GalleryImage:
+def _image(image: Row, group: str, note: str, what: Seen, kinds: Mapping[str, Row], config: PipelineConfig) -> GalleryImage:
     image_id = str(image["image_id"])
     shown = {n: found[image_id] for n, found in what.layers.items() if image_id in found}
     shown = {n: d[d.scores >= what.from_score[n]] for n, d in shown.items()}
@@ -89,7 +102,7 @@ def _image(image: Row, group: str, note: str, what: Seen, config: PipelineConfig
         known = what.truth[image_id]
         layers["truth"] = [_box(b, config.classes[int(c)]) for b, c in zip(known.boxes.tolist(), known.labels, strict=True)]
     if group == "train":
-        layers["separation"] = _kinds(what.separation[image_id], config)
+        layers["separation"] = _kinds(kinds[image_id], config)
     jpeg, width, height = _jpeg(str(image["uri"]))
     name = str(image["uri"]).rsplit("/", 1)[-1]
     return GalleryImage(jpeg, width, height, name, layers, group, note, disagreements(shown, what.truth.get(image_id)))

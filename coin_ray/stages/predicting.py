@@ -1,8 +1,9 @@
-"""Trained detectors' results on many images, as tables: in this process, or by an actor of the cluster. Rows come back in the images' order."""
+"""Trained detectors' results on many images, as tables: in this process, or by actors of the cluster. Rows come back in the images' order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from coin_ray.config import Detector, PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.views import fit
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.stages.cluster import ensure_ray, largest_node_cpus, on_cluster, threads
+from coin_ray.stages.cluster import cluster_cpus, ensure_ray, largest_node_cpus, on_cluster, threads
 from coin_ray.stages.progress import bar
 from coin_ray.stages.students import Deployed, load_detector
 from coin_ray.structures import Detections
@@ -25,18 +26,40 @@ from coin_ray.tables import Provenance, detections_row
 BATCH, BLOCK = 16, 64
 
 
-def predictions(weights: dict[str, str], images: Sequence[dict[str, object]], config: PipelineConfig) -> dict[str, pa.Table]:
-    """``DETECTIONS`` tables of several detectors (weights' URIs by name) over the same images, each image decoded once."""
-    table = pa.Table.from_pylist([{"image_id": i["image_id"], "uri": i["uri"]} for i in images])
-    batches = _on_cluster(weights, table, config) if on_cluster() else _here(weights, table, config)
-    done: list[pa.Table] = []
+def predictions(weights: dict[str, str], images: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
+    """``DETECTIONS`` of several detectors (weights' URIs by name) over the same images, each decoded once, in blocks in the images' order.
+
+    ``images``: columns ``image_id`` and ``uri``; ``source`` names the detector.
+    """
+    table = images.select(["image_id", "uri"])
+    blocks = _on_cluster(weights, table, config) if on_cluster() else _here(weights, table, config)
+    done = 0
     with bar("predict", len(images)) as shown:
-        for batch in batches:
-            done.append(batch)
-            shown.update(sum(b.num_rows for b in done) // len(weights), f"{len(weights)} detectors")
-    places = pc.index_in(pa.array([b["image_id"][0].as_py() for b in done]), value_set=table["image_id"]).to_pylist()
-    in_order = [block for _, block in sorted(zip(places, done, strict=True), key=lambda pair: pair[0])]
-    return {name: pa.concat_tables([b.filter(pc.equal(b["source"], name)) for b in in_order]) for name in weights}
+        for block in _in_order(blocks, table["image_id"], len(weights)):
+            done += block.num_rows // len(weights)
+            shown.update(done, f"{len(weights)} detectors")
+            yield block
+
+
+def write_predictions(weights: dict[str, str], images: pa.Table, config: PipelineConfig, folder: str) -> None:
+    """``predictions`` as ``NAME.parquet`` below the folder, one for each detector."""
+    with ExitStack() as files:
+        writers = {n: files.enter_context(storage.table_writer(storage.join(folder, f"{n}.parquet"), tables.DETECTIONS)) for n in weights}
+        for block in predictions(weights, images, config):
+            for name, writer in writers.items():
+                writer.write(block.filter(pc.equal(block["source"], name)))
+
+
+def _in_order(blocks: Iterable[pa.Table], images: pa.ChunkedArray, detectors: int) -> Iterator[pa.Table]:
+    """On a cluster one block may overtake another; it waits here."""
+    waiting: dict[int, pa.Table] = {}
+    place = 0
+    for block in blocks:
+        waiting[pc.index(images, block["image_id"][0], start=place).as_py()] = block
+        while place in waiting:
+            first = waiting.pop(place)
+            place += first.num_rows // detectors
+            yield first
 
 
 def _here(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
@@ -47,19 +70,19 @@ def _here(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> I
 
 
 def _on_cluster(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
+    """On as many GPUs as train, or in an actor for each node. Blocks are cut here: an actor may hold the only CPU."""
     ensure_ray()
-    stream = (
-        ray.data.from_arrow(table)
-        .repartition(max(1, -(-table.num_rows // BLOCK)))
-        .map_batches(
-            Detectors,
-            fn_constructor_args=(weights, config),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1 if config.distill.fit.gpu else max(1, largest_node_cpus() - 1),
-            num_gpus=1 if config.distill.fit.gpu else 0,
-            compute=ray.data.ActorPoolStrategy(size=1),
-        )
+    fit = config.distill.fit
+    cpus = 1 if fit.gpu else max(1, largest_node_cpus() - 1)
+    actors = (fit.max_workers or fit.workers) if fit.gpu else max(1, cluster_cpus() // cpus)
+    stream = ray.data.from_arrow(table, override_num_blocks=max(1, -(-table.num_rows // BLOCK))).map_batches(
+        Detectors,
+        fn_constructor_args=(weights, config),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cpus,
+        num_gpus=1 if fit.gpu else 0,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
     )
     yield from stream.iter_batches(batch_size=None, batch_format="pyarrow")
 

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import psutil
+import pyarrow.compute as pc
 import torch
 
 from coin_ray import storage
@@ -21,7 +22,7 @@ from coin_ray.report.methods import METHODS
 from coin_ray.report.page import build_page
 from coin_ray.stages import measures
 from coin_ray.stages.fused import fused_opinions
-from coin_ray.stages.knowledge import image_rows
+from coin_ray.stages.knowledge import image_rows, image_table
 from coin_ray.stages.pictures import gallery, seen
 from coin_ray.steps import Context
 from coin_ray.summary import summarise
@@ -104,10 +105,12 @@ def hardware() -> dict[str, Any]:
 
 def _kept(context: Context) -> dict[str, int]:
     """The cloud's boxes on the training images: all of them, and those above the threshold of training."""
-    answered = measures.named_once(context)["cloud"]
-    ids = {str(i["image_id"]) for i in image_rows(context.inputs["images"], "train")}
-    scores = torch.cat([torch.zeros(0), *(d.scores for i, d in answered.items() if i in ids)])
-    return {"boxes": len(scores), "used": int((scores >= context.config.labels.score_min).sum())}
+    ids = image_table(context.inputs["images"], "train")["image_id"]
+    boxes, used = 0, 0
+    for rows in storage.stream_table(storage.join(context.inputs["collect"], "cloud.parquet"), ("image_id", "scores")):
+        scores = pc.list_flatten(rows["scores"].filter(pc.is_in(rows["image_id"], value_set=ids))).to_numpy()
+        boxes, used = boxes + len(scores), used + int((scores >= context.config.labels.score_min).sum())
+    return {"boxes": boxes, "used": used}
 
 
 def _curves(context: Context) -> list[tuple[str, int, str, float]]:

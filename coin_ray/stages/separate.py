@@ -5,53 +5,58 @@ Training separates again at every step; this table is the view before distillati
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from coin_ray import storage, tables
 from coin_ray.fusion.separate import separate
-from coin_ray.stages.knowledge import collected, corrected, image_rows, opinions
-from coin_ray.stages.predicting import predictions
+from coin_ray.stages.knowledge import collected, corrected, image_table, opinions
+from coin_ray.stages.predicting import write_predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.structures import Detections, Separation
 
-BLOCK = 1024
+KINDS = ("consistent", "inconsistent", "private")
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write ``clip_detector.parquet`` and ``separation.parquet``. The metrics count what the teachers say; reviewed images are a kind of their own."""
     config = context.config
-    images = image_rows(context.inputs["images"], "train")
+    images = image_table(context.inputs["images"], "train")
     weights = {"clip_detector": storage.join(context.inputs["propagate"], WEIGHTS)}
-    found = predictions(weights, images, config)["clip_detector"]
-    storage.write_table(storage.join(context.folder, "clip_detector.parquet"), found)
-    clip = tables.read_detections(found, len(config.classes))
+    write_predictions(weights, images, config, context.folder)
+    place = storage.join(context.folder, "separation.parquet")
+    with storage.table_writer(place, tables.SEPARATION) as table:
+        for block in tables.blocks(_rows(context, images["image_id"]), tables.SEPARATION):
+            table.write(block)
+    counts: Counter[str] = Counter()
+    for block in storage.stream_table(place, ["kind"]):
+        counts.update(pc.list_flatten(block["kind"]).to_pylist())
+    return {"separation": {kind: counts[kind] for kind in KINDS}}
+
+
+def _rows(context: Context, images: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
+    """Of each image that a person has labelled or the cloud has answered."""
+    config = context.config
+    clip = tables.open_detections(storage.join(context.folder, "clip_detector.parquet"), len(config.classes))
     cloud = collected(context.inputs["collect"], "cloud", config)
     know = opinions(cloud, clip, context.inputs["collect"], config)
     reviewed = corrected(context.inputs, config)
-    blocks, rows, counts = [], list[dict[str, Any]](), {"consistent": 0, "inconsistent": 0, "private": 0}
     for number, image in enumerate(images):
-        image_id = str(image["image_id"])
+        image_id = image.as_py()
         person = reviewed.get(image_id)
         if person is not None:
-            rows.append(_row(image_id, Separation.of_labels(person, reviewed=True)))
+            yield _row(image_id, Separation.of_labels(person, reviewed=True))
         elif image_id in cloud:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
             known = know(image_id)
             theirs = Detections.cat([known["clip"], known["clip_labels"]])
-            parts = separate(known["cloud"], theirs, config.separate, fuse_boxes=True, generator=generator)
-            for kind in counts:
-                counts[kind] += len(getattr(parts, kind))
-            rows.append(_row(image_id, parts))
-        if len(rows) == BLOCK:  # Python's lists take nine times the memory of a table
-            blocks.append(pa.Table.from_pylist(rows, schema=tables.SEPARATION))
-            rows = []
-    blocks.append(pa.Table.from_pylist(rows, schema=tables.SEPARATION))
-    storage.write_table(storage.join(context.folder, "separation.parquet"), pa.concat_tables(blocks))
-    return {"separation": counts}
+            yield _row(image_id, separate(known["cloud"], theirs, config.separate, fuse_boxes=True, generator=generator))
 
 
 def _row(image_id: str, parts: Separation) -> dict[str, Any]:

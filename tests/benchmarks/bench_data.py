@@ -1,7 +1,8 @@
-"""What training data costs: ``python tests/benchmarks/bench_data.py [--sizes 1000 10000] [--steps N]``, or ``make bench-data``.
+"""What training data costs: ``python tests/benchmarks/bench_data.py [--sizes 1000 10000] [--steps N] [--memory 1000 10000]``, or ``make bench-data``.
 
 First the demo's training, fed from tables and files against the same from memory, in turns: the ratio of their CPU seconds. Then memory
 and seconds by the number of images (22 boxes of 8 classes, three opinions, a batch of 8), tables on the disk against tensors in memory.
+Then what each step holds in the memory of the job's own process, by the number of images (``--memory 1000 10000 100000``).
 Prints tables, and all figures as JSON last. The defaults take some minutes; 100000 and 1000000 images as --sizes much longer.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import driver_memory
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,12 +76,6 @@ def write_tables(folder: Path, count: int, uris: Sequence[str]) -> None:
 # -- one size, in a process of its own
 
 
-def anonymous_bytes() -> int:
-    """Memory that is this process's own; what is mapped from files can be dropped at any time."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024
-
-
 def known(found: dict[str, object], image_id: str) -> dict[str, object]:
     return {name: table[image_id] for name, table in found.items()}  # type: ignore[index]
 
@@ -98,11 +94,11 @@ def measure_size(folder: Path, count: int, held: bool) -> dict[str, float]:
     first = table_examples(folder, min(count, 10))  # what importing and opening cost once is not the images'
     list(first[:2])  # type: ignore[index]
     del first
-    before, start = anonymous_bytes(), time.process_time()
+    before, start = driver_memory.own_bytes(), time.process_time()
     examples = table_examples(folder, count)
     if held:
         examples = list(examples)  # type: ignore[call-overload]
-    opened, bytes_held = time.process_time() - start, anonymous_bytes() - before
+    opened, bytes_held = time.process_time() - start, driver_memory.own_bytes() - before
     order = Order(count, BATCH, 0)
     order.rows_of_step(0)
     steps, start = 200, time.process_time()
@@ -199,6 +195,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--steps", type=int, default=20, help="training steps of each of the demo's rounds; 0 leaves them out")
     parser.add_argument("--seconds", type=float, default=180, help="of the demo's rounds; at least two are made")
+    parser.add_argument("--memory", type=int, nargs="*", default=[], metavar="N", help="images for which the steps' memory is measured")
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside:
@@ -214,6 +211,8 @@ def main() -> None:
         for row in sizes_measured(given.sizes, Path(place)):
             rows.append(row)
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    if given.memory:
+        found["memory"] = driver_memory.show(given.memory)
     print(json.dumps(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,20 @@ def test_an_image_that_crashes_or_stops_its_process_is_rejected_and_the_others_a
     assert "was not decoded in 20 s" in str(found["hang.png"])
     assert "not an image" in str(found["broken.png"])
     print(f"killed: {len(poisoned)} processes started for 3 images that end them; lost: nothing else")
+
+
+def test_few_files_are_asked_for_ahead_of_their_turn(tmp_path: Path) -> None:
+    one, asked = picture(tmp_path / "a.png"), list[int]()
+
+    def uris() -> Iterator[str]:
+        for number in range(200):
+            asked.append(number)
+            yield one
+
+    found = inspect.inspect(uris(), 200)
+    next(found)
+    assert len(asked) <= inspect.AHEAD + 1
+    assert len(list(found)) == 199
 
 
 def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from coin_ray import storage, tables
 from coin_ray.data.review import cvat, fiftyone, label_studio
 from coin_ray.data.review.record import KINDS, Box, Review, reviews
 from coin_ray.errors import InputError
@@ -44,8 +46,12 @@ def separation() -> list[dict[str, Any]]:
     return [whole, agreed, {"image_id": "empty", "boxes": [], "kind": [], "cloud_probs": [], "clip_probs": []}, corrected]
 
 
-def made(folder: Path) -> list[Review]:
-    return reviews(images(folder), separation(), CLASSES)
+def made(folder: Path, most: int | None = None) -> list[Review]:
+    separated = str(folder / "separation.parquet")
+    storage.write_table(separated, pa.Table.from_pylist(separation(), schema=tables.SEPARATION))
+    found, total = reviews(pa.Table.from_pylist(images(folder), schema=tables.IMAGES), separated, CLASSES, most)
+    assert total == 3
+    return found
 
 
 def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_not_at_all(tmp_path: Path) -> None:
@@ -55,6 +61,7 @@ def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_no
         ("agreed", "agreed.jpg", 0),
         ("empty", "empty.jpg", 0),
     ]
+    assert made(tmp_path, 2) == found[:2]
     assert found[0].counts == {"consistent": 1, "inconsistent": 1, "private": 1}
     assert not any(r.reviewed for r in found)
 

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import pyarrow as pa
 import torch
 
 from coin_ray.evaluation.opinions import confusion, sides
+from coin_ray.tables import SEPARATION
 
 CAR, DOG, NOTHING = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]
 
 
 def test_confusion_counts_boxes_that_both_saw_by_both_names() -> None:
-    row = {"kind": ["consistent", "inconsistent", "inconsistent", "private"], "cloud_probs": [CAR, CAR, DOG, CAR]}
-    counts = confusion([row | {"clip_probs": [CAR, NOTHING, CAR, [0.0, 0, 0]]}], 2)
+    row = {
+        "image_id": "a",
+        "boxes": [[0.0] * 4] * 4,
+        "kind": ["consistent", "inconsistent", "inconsistent", "private"],
+        "cloud_probs": [CAR, CAR, DOG, CAR],
+    }
+    table = pa.Table.from_pylist([row | {"clip_probs": [CAR, NOTHING, CAR, [0.0, 0, 0]]}], schema=SEPARATION)
+    counts = confusion([table, SEPARATION.empty_table()], 2)
     assert counts.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0]]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import distillation, examples, tiny_config, tiny_detector, tiny_embeddings, tiny_fit
 
-from coin_ray import tables
+from coin_ray import storage, tables
 from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import batches
 from coin_ray.errors import ConfigError
@@ -79,7 +79,7 @@ def test_impossible_fusions_are_refused(wrong: dict[str, object]) -> None:
         Distill(**wrong)  # type: ignore[arg-type]
 
 
-def test_opinions_are_paired_by_kind() -> None:
+def test_opinions_are_paired_by_kind(tmp_path: Path) -> None:
     def row(name: str, kinds: list[str]) -> dict[str, object]:
         probs = [[0.1 * (i + 1), 1 - 0.1 * (i + 1)] for i in range(len(kinds))]
         return {
@@ -91,9 +91,10 @@ def test_opinions_are_paired_by_kind() -> None:
         }
 
     rows = [row("a", ["consistent", "inconsistent", "private"]), row("b", []), row("c", ["private", "inconsistent"])]
-    table = pa.Table.from_pylist(rows, schema=tables.SEPARATION)
-    cloud, clip = paired_opinions(table, 1)
+    for name, some in (("all", rows), ("nothing", rows[1:2])):
+        storage.write_table(str(tmp_path / name / "separation.parquet"), pa.Table.from_pylist(some, schema=tables.SEPARATION))
+    cloud, clip = paired_opinions(str(tmp_path / "all"), 1)
     torch.testing.assert_close(cloud[:, 0], torch.tensor([0.1, 0.2, 0.2]))
     torch.testing.assert_close(clip[:, 1], cloud[:, 0])
-    assert [len(part) for part in paired_opinions(table, 1, ("inconsistent",))] == [2, 2]
-    assert paired_opinions(table.slice(1, 1), 1)[0].shape == (0, 2)
+    assert [len(part) for part in paired_opinions(str(tmp_path / "all"), 1, ("inconsistent",))] == [2, 2]
+    assert paired_opinions(str(tmp_path / "nothing"), 1)[0].shape == (0, 2)

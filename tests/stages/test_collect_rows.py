@@ -18,7 +18,8 @@ from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
 from coin_ray.presets import folder
 from coin_ray.stages.asking import RAW, _raw_row
-from coin_ray.stages.collect import PART, LabelerActor, _committed, _compile
+from coin_ray.stages.collect import LabelerActor, _compile
+from coin_ray.stages.parts import PART, Parts
 from coin_ray.steps import Context
 
 CLASSES = ("car", "bus", "dog")
@@ -43,9 +44,9 @@ def collected(tmp_path: Path, used: PipelineConfig, **answers: Answer) -> list[d
     actor = LabelerActor(used, parts)
     for image_id, one in answers.items():
         actor(pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=RAW))
-    assert _committed(parts) == {i for i, a in answers.items() if a.raw is not None}
+    assert set(Parts(parts).answered.to_pylist()) == {i for i, a in answers.items() if a.raw is not None}
     context = Context(used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect")
-    _compile(context, list(answers), parts)
+    _compile(context, pa.array(list(answers)))
     table = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert table.schema == tables.DETECTIONS
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -111,7 +112,7 @@ def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     actor = LabelerActor(used, parts)
     actor(pa.Table.from_pylist([_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))], schema=RAW))
     context = Context(used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect")
-    _compile(context, ["old", "new"], parts)
+    _compile(context, pa.array(["old", "new"]))
     rows = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert rows["prob_source"].to_pylist() == [None, ["label_prior"]]
     assert set(tables.read_detections(rows, len(CLASSES))) == {"old", "new"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,8 @@ def test_published_protocols_may_test_on_the_training_images(tmp_path: Path) -> 
     c = context(tmp_path, Folder(images=str(place), test=str(place), same_images=True))
     metrics = images.run(c)
     assert (metrics["count"], metrics["in_both"], metrics["duplicates"]) == ({"train": 2, "val": 0, "test": 2}, 2, 0)
+    ids = sorted(row["image_id"] for row in written(c, "images"))
+    assert metrics["digest"] == hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     assert len(written(c, "annotations")) == len({row["image_id"] for row in written(c, "images")}) == 2
     assert collect._once(storage.read_table(f"{c.folder}/images.parquet"))["split"].to_pylist() == ["train", "train"]
     (place / "JPEGImages" / "two.jpg").write_bytes((place / "JPEGImages" / "one.jpg").read_bytes())

@@ -23,7 +23,8 @@ from coin_ray.config import Cloud, Ensemble, PipelineConfig
 from coin_ray.presets import folder
 from coin_ray.stages import collect
 from coin_ray.stages.asking import CloudActor
-from coin_ray.stages.collect import LabelerActor, _committed, _compile, _doubted, _parts
+from coin_ray.stages.collect import LabelerActor, _compile, _doubted, _parts
+from coin_ray.stages.parts import Parts
 from coin_ray.steps import Context
 
 CLASSES = ("car", "bus", "dog")
@@ -79,7 +80,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
 
         async def ask() -> pa.Table:
             actor = CloudActor(config, urls, place, second)
-            return await actor(pa.Table.from_pylist([i for i in images if i["image_id"] not in _committed(parts)]))
+            return await actor(pa.Table.from_pylist([i for i in images if i["image_id"] not in Parts(parts).answered.to_pylist()]))
 
         table = asyncio.run(ask())
         LabelerActor(config, parts)(table)
@@ -89,9 +90,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
         context = Context(config, str(tmp_path), storage.join(str(tmp_path), name), {}, {}, "collect")
         one_pass(config, images, _parts(context.folder), second=False)
         if config.ensemble.mode == "cascade":
-            doubted = _doubted(config, _parts(context.folder))
+            doubted = _doubted(config, Parts(_parts(context.folder))).to_pylist()
             one_pass(config, [i for i in images if i["image_id"] in doubted], _parts(context.folder, second=True), second=True)
-        metrics = _compile(context, [i["image_id"] for i in images], _parts(context.folder))
+        metrics = _compile(context, pa.array([i["image_id"] for i in images]))
         return storage.read_table(storage.join(context.folder, "cloud.parquet")).to_pylist(), metrics
 
     return run

@@ -7,9 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from coin_ray.data.formats.record import Annotation, Record
+from coin_ray.storage import stream_table
+from coin_ray.tables import rows_of
 
 KINDS = ("consistent", "inconsistent", "private")
+PEOPLE = ("reviewed",)
 DIGITS = 4
 
 
@@ -53,20 +61,40 @@ class Review:
         return Record.of(self.name, self.uri, (self.width, self.height), found)
 
 
-def reviews(images: Sequence[Mapping[str, Any]], separation: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Review]:
-    """Of rows of ``tables.IMAGES`` and ``tables.SEPARATION``: the images in most dispute first. Those that people have reviewed are left out."""
-    rows = {row["image_id"]: row for row in separation if not set(row["kind"]) - set(KINDS)}
-    chosen = [image for image in images if image["image_id"] in rows]
-    names = _names([str(image["uri"]) for image in chosen])
-    made = [_review(image, name, rows[image["image_id"]], classes) for image, name in zip(chosen, names, strict=True)]
-    return sorted(made, key=lambda r: -r.disagreement)
+def reviews(images: pa.Table, separation: str, classes: Sequence[str], most: int | None = None) -> tuple[list[Review], int]:
+    """Of ``tables.IMAGES`` the ``most`` in most dispute, those first, and how many there are; ``separation``: URI of a table ``SEPARATION``.
+
+    Images that people have reviewed are left out.
+    """
+    ids, disputed = _disputed(separation)
+    place = pc.index_in(images["image_id"], value_set=ids)
+    images = images.filter(place.is_valid())
+    order = np.argsort(-disputed[place.drop_null().to_numpy()], kind="stable")[:most]
+    shared = _shared(images["uri"])
+    rows = {row["image_id"]: row for row in rows_of(separation, images["image_id"].take(pa.array(order)))}
+    made = [_review(image, shared, rows[image["image_id"]], classes) for image in images.take(pa.array(order)).to_pylist()]
+    return made, len(images)
 
 
-def _review(image: Mapping[str, Any], name: str, row: Mapping[str, Any], classes: Sequence[str]) -> Review:
+def _disputed(separation: str) -> tuple[pa.Array, NDArray[np.float64]]:
+    """Ids of the images that nobody has reviewed, and their disagreement."""
+    ids, shares = [pa.array([], pa.string())], [np.zeros(0)]
+    for rows in stream_table(separation, ("image_id", "kind")):
+        kinds, owner = pc.list_flatten(rows["kind"]), pc.list_parent_indices(rows["kind"]).to_numpy()
+        total, consistent, theirs = (
+            np.bincount(owner, pc.is_in(kinds, value_set=pa.array(some)).to_numpy(), len(rows)) for some in (KINDS, KINDS[:1], PEOPLE)
+        )
+        ids += rows["image_id"].filter(pa.array(theirs == 0)).chunks
+        shares.append(np.round(1 - np.divide(consistent, total, out=np.ones(len(rows)), where=total > 0), DIGITS)[theirs == 0])
+    return pa.concat_arrays(ids), np.concatenate(shares)
+
+
+def _review(image: Mapping[str, Any], shared: int, row: Mapping[str, Any], classes: Sequence[str]) -> Review:
     boxes = [
         _box(box, kind, _best(cloud, classes), _best(clip, classes))
         for box, kind, cloud, clip in zip(row["boxes"], row["kind"], row["cloud_probs"], row["clip_probs"], strict=True)
     ]
+    name = "/".join(image["uri"].split("/")[shared:])
     return Review(image["image_id"], image["uri"], name, image["width"], image["height"], tuple(boxes))
 
 
@@ -83,10 +111,9 @@ def _best(probs: Sequence[float], classes: Sequence[str]) -> tuple[str, float]:
     return classes[best], float(probs[best])
 
 
-def _names(uris: Sequence[str]) -> list[str]:
-    """What tells the files apart: their paths below the folder that holds all of them."""
-    parts = [uri.split("/") for uri in uris]
-    shared = 0
-    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return ["/".join(p[shared:]) for p in parts]
+def _shared(uris: pa.ChunkedArray) -> int:
+    """Parts of the path of the folder that holds all of the files: what comes after them tells the files apart."""
+    if not len(uris):
+        return 0
+    first, last = (pc.min_max(uris)[name].as_py().rsplit("/", 1)[0].split("/") for name in ("min", "max"))
+    return next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
