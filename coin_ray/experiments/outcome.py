@@ -13,6 +13,8 @@ from rich.table import Table
 
 from coin_ray.report.methods import DASH, METHODS, difference, number, points
 
+GAP = "Gap closed"
+"""A row that is no mAP50: a share of the way from the cloud to the oracle."""
 PERCENT = 5.2
 """Width of one percent in the figure, in pixels; the other measures are pixels too."""
 LABELS, HEIGHT, BAR = 250, 26, 16
@@ -55,7 +57,7 @@ def variant_rows(records: Sequence[Mapping[str, Any]], notes: Mapping[tuple[str,
 def method_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """mAP50 of every method of the same run, teachers and baselines, and last the share of the gap closed."""
     rows = [Row(m.name, "", _numbers(r["map50"].get(m.key) for r in records), m.needs) for m in METHODS]
-    gap = Row("Gap closed", "", _numbers(r["gap_closed"] for r in records), "(student - cloud) / (oracle - cloud)")
+    gap = Row(GAP, "", _numbers(r["gap_closed"] for r in records), "(student - cloud) / (oracle - cloud)")
     return [replace(row, values=_once(row.values)) for row in rows if row.values] + ([gap] if gap.values else [])
 
 
@@ -70,33 +72,29 @@ def _once(values: tuple[float, ...]) -> tuple[float, ...]:
 
 def print_rows(title: str, rows: Sequence[Row]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    header = _header(rows)
-    for index, column in enumerate(header):
-        table.add_column(column, justify="right" if 2 <= index < len(header) - 1 else "left", header_style="dim")
-    for row in rows:
-        table.add_row(*_cells(row, rows))
+    header, *lines = _cells(rows)
+    for column in header:
+        table.add_column(column, justify="left" if column in ("", "group", "note") else "right", header_style="dim")
+    for line in lines:
+        table.add_row(*line)
     Console(width=120).print(table)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    header = _header(rows)
-    lines = [header, ["---"] * len(header), *(_cells(row, rows) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    header, *lines = _cells(rows)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + "\n"
 
 
-def _header(rows: Sequence[Row]) -> list[str]:
-    return ["", "group", "mAP50", f"vs {rows[0].name}" if rows else "", "seeds", "note"]
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and lines; a column of groups only where there are any."""
+    grouped = any(row.group for row in rows)
+    header = ["", *(["group"] if grouped else []), "mAP50", f"vs {rows[0].name}" if rows else "", "by seed", "note"]
+    return [header, *([row.name, *([row.group or DASH] if grouped else []), *_figures(row, rows[0]), row.note] for row in rows)]
 
 
-def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    return [
-        row.name,
-        row.group or DASH,
-        row.text,
-        "" if row is rows[0] else difference(row.mean, rows[0].mean),
-        str(len(row.values)),
-        row.note,
-    ]
+def _figures(row: Row, first: Row) -> list[str]:
+    compared = "" if row is first or row.name == GAP else difference(row.mean, first.mean)
+    return [f"{row.text} %" if row.name == GAP else row.text, compared, " / ".join(points(value) for value in row.values)]
 
 
 def figure(title: str, rows: Sequence[Row]) -> str:

@@ -51,8 +51,14 @@ def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]
     return asked, known.out or (REPOSITORY / "docs" / "results" if real else None)
 
 
-def measure(asked: Request, host: Host) -> dict[str, list[Row]]:
-    return {name: study(asked, host) for name, (_, study) in STUDIES.items()}
+def measure(preset: str, asked: Request, host: Host, out: Path | None, command: str) -> dict[str, list[Row]]:
+    """The studies one after the other; what is found so far is written after each."""
+    found: dict[str, list[Row]] = {}
+    for name, (_, study) in STUDIES.items():
+        found[name] = study(asked, host)
+        if out is not None and not asked.dry_run:
+            write(out, preset, asked, found, command)
+    return found
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
@@ -71,7 +77,10 @@ def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str)
     """Markdown with all tables, figures beside it, and what made them."""
     parts = [f"# {preset}: measured results\n"]
     for name, (title, _) in STUDIES.items():
-        parts += [f"## {title}\n", markdown(found[name]), f"![{title}]({preset}-{name}.svg)\n"]
+        if name in found:
+            parts += [f"## {title}\n", markdown(found[name]), f"![{title}]({preset}-{name}.svg)\n"]
+        else:
+            parts += [f"## {title}\n", "Not finished when this page was written.\n"]
     packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     parts += [
         "## How it was made\n",
@@ -86,7 +95,7 @@ def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str)
 def write(out: Path, preset: str, asked: Request, found: dict[str, list[Row]], command: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{preset}.md").write_text(page(preset, asked, found, command))
-    for name in STUDIES:
+    for name in found:
         (out / f"{preset}-{name}.svg").write_bytes((Path(asked.root) / f"{name}.svg").read_bytes())
 
 
@@ -95,16 +104,13 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         asked, out = requests(arguments)
-        found = {preset: measure(one, under_tune) for preset, one in asked.items()}
+        command = f'make bench-coin ARGS="{shlex.join(arguments)}"' if arguments else "make bench-coin"
+        found = {preset: measure(preset, one, under_tune, out, command) for preset, one in asked.items()}
     except CoinError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     if any(one.dry_run for one in asked.values()):
         return 0
-    command = f'make bench-coin ARGS="{shlex.join(arguments)}"' if arguments else "make bench-coin"
-    for preset, rows in found.items():
-        if out is not None:
-            write(out, preset, asked[preset], rows, command)
     print(json.dumps({preset: {name: figures(part) for name, part in rows.items()} for preset, rows in found.items()}))
     return 0
 

@@ -38,8 +38,17 @@ def test_what_no_seed_changes_counts_once() -> None:
 
 def test_markdown_compares_with_the_first_row() -> None:
     lines = markdown(variant_rows(RECORDS, {("average", "pi"): "never"})).splitlines()
-    assert lines[0] == "|  | group | mAP50 | vs COIN | seeds | note |"
-    assert lines[3] == "| average | pi | 42.0 ± 2.8 | \u22125.0 | 2 | never |"
+    assert lines[0] == "|  | group | mAP50 | vs COIN | by seed | note |"
+    assert lines[3] == "| average | pi | 42.0 ± 2.8 | \u22125.0 | 40.0 / 44.0 | never |"
+
+
+def test_a_share_is_compared_with_no_map50_and_groups_are_shown_only_where_there_are_any() -> None:
+    rows = method_rows([record("COIN", 0, 0.4, cloud=0.3) | {"gap_closed": 0.25}])
+    header, _, cloud, student, gap = markdown(rows).splitlines()
+    assert header == "|  | mAP50 | vs Cloud detector | by seed | note |"
+    assert cloud.startswith("| Cloud detector | 30.0 |  | 30.0 |")
+    assert student.startswith("| Student | 40.0 | +10.0 | 40.0 |")
+    assert gap.startswith("| Gap closed | 25.0 % |  | 25.0 |")
 
 
 def test_figure_is_an_svg_with_one_bar_whisker_and_seed_dots_per_row() -> None:
