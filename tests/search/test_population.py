@@ -84,7 +84,7 @@ def test_the_worst_copy_the_best_and_a_killed_population_ends_as_an_undisturbed_
     assert drive(undisturbed).wait(500) == 0
     found = looks(undisturbed)
     assert len(found) == 36
-    assert Counter(map(tuple, ran(undisturbed))) == Counter(found), "each ninth of each member once"
+    assert Counter(map(tuple, ran(undisturbed))) == Counter(list(found)), "each ninth of each member once"
     for ninths in range(2, 10):
         before = sorted((found[m, ninths - 1].figures["score"], m) for m in range(4))
         for member in range(4):
