@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,9 @@ def export(asked: Request) -> None:
     student = load_student(asked, steps, summary)
     images = compared_images(steps["images"], asked.options.root)
     print(f"comparing the exported files with the model on {len(images)} images", flush=True)
-    measured = write_package(student, images, asked.out, int8_images(steps["images"], asked.options.root) if asked.int8 else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.")  # of its own exporters, about each other
+        measured = write_package(student, images, asked.out, int8_images(steps["images"], asked.options.root) if asked.int8 else None)
     for name, found in measured.equality.items():
         print(
             f"{name}: {found.detections} detections, {found.unmatched} without counterpart, IoU >= {found.iou_min}, "
