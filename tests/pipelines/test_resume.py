@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import IMAGES, IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
+from runs import IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")
@@ -89,7 +89,5 @@ def test_killed_in_every_stage_gives_the_same_tables_and_repeats_no_call(
     finish(tmp_path)
     assert_same_results(tmp_path, reference)
     repeated = repeated_calls(tmp_path, reference)
-    print(
-        f"{sum(asked(tmp_path).values())} calls with a kill while collecting, {sum(asked(reference).values())} undisturbed, {IMAGES} images"
-    )
+    print(f"killed: the run in {', '.join(KILLED_IN)}; lost: nothing; {len(repeated)} of {sum(asked(tmp_path).values())} calls made again")
     assert len(repeated) <= IN_FLIGHT, "only calls in flight when the run was killed may be made again"
