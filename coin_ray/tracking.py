@@ -223,7 +223,7 @@ def _first_line(error: Exception) -> str:
 
 def without_password(text: str) -> str:
     """``text`` with what stands before the host left out of every address: a name and a password."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def _log_step(metrics: dict[str, Any], folder: str) -> None:

@@ -39,6 +39,7 @@ def test_the_setting_counts_before_the_environment_and_that_before_the_root(tmp_
         ("API request to http://me:s3cret@host:5000/api failed at me@work", "API request to http://host:5000/api failed at me@work"),
         ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
         ("postgresql+psycopg2://u:p@db/x", "postgresql+psycopg2://db/x"),
+        ("postgresql://u:p@ss@db/x and http://host/a@b", "postgresql://db/x and http://host/a@b"),
     ],
 )
 def test_no_password_of_a_tracking_server_is_told(text: str, shown: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from coin_ray import runner, storage
@@ -22,7 +24,7 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.pipeline import graph
 from coin_ray.stages.fitting import load_weights
-from coin_ray.stages.knowledge import image_rows, truth_of
+from coin_ray.stages.knowledge import image_table, truth_of
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Step
 
@@ -141,19 +143,18 @@ def load_student(asked: Request, steps: dict[str, Step], summary: dict[str, Any]
 
 def compared_images(step: Step, root: str) -> list[Image.Image]:
     """The first hundred: of the test images, then of the others."""
-    rows = [row for split in ("test", "val", "train") for row in image_rows(step.folder(root), split)]
-    return [_decoded(row) for row in rows[:COMPARED]]
+    splits = pa.concat_tables(image_table(step.folder(root), split) for split in ("test", "val", "train"))
+    return [_decoded(row) for row in splits.slice(0, COMPARED).to_pylist()]
 
 
 def int8_images(step: Step, root: str) -> Int8Images:
     """Training images spread over the whole list, and the first annotated test images; decoded one at a time."""
     folder = step.folder(root)
-    rows = image_rows(folder, "train")
-    truth = truth_of(folder)
-    annotated = [row for row in image_rows(folder, "test") if row["image_id"] in truth][:LABELLED]
+    train, test, truth = image_table(folder, "train"), image_table(folder, "test"), truth_of(folder)
+    spread = train.take(list(range(0, len(train), max(1, len(train) // CALIBRATED)))[:CALIBRATED])
+    annotated = test.filter(pc.is_in(test["image_id"], value_set=truth.ids)).slice(0, LABELLED)
     return Int8Images(
-        (_decoded(row) for row in rows[:: max(1, len(rows) // CALIBRATED)][:CALIBRATED]),
-        ((_decoded(row), truth[str(row["image_id"])]) for row in annotated),
+        (_decoded(row) for row in spread.to_pylist()), ((_decoded(row), truth[row["image_id"]]) for row in annotated.to_pylist())
     )
 
 

@@ -22,9 +22,9 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, score_min:
 
 
 if __name__ == "__main__":
-    name, *paths = sys.argv[1:] if sys.argv[1].endswith(".onnx") else ["model.onnx", *sys.argv[1:]]
-    session = load(name)
-    for path in paths:
+    given = sys.argv[1:] or sys.exit(__doc__)
+    session = load(given.pop(0)) if given[0].endswith(".onnx") else load()
+    for path in given:
         print(path)
         for found, score, box in detect(session, Image.open(path)):
             print(f"  {found:<20} {score:.3f}  {[round(v, 1) for v in box]}")

@@ -14,14 +14,13 @@ import pyarrow.compute as pc
 import torch
 
 from coin_ray import storage, tables
+from coin_ray.data.review.record import KINDS
 from coin_ray.fusion.separate import separate
 from coin_ray.stages.knowledge import collected, corrected, image_table, opinions
 from coin_ray.stages.predicting import write_predictions
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.steps import Context
 from coin_ray.structures import Detections, Separation
-
-KINDS = ("consistent", "inconsistent", "private")
 
 
 def run(context: Context) -> dict[str, Any]:
