@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster, cluster_of
-from runs import SMALL
+from small_runs import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from runs import asked
+from small_runs import asked
 
 from coin_ray.data.review import cvat
 from coin_ray.data.review.record import Box, Review

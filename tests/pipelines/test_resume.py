@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
+from small_runs import IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")

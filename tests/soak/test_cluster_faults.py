@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from clusters import Cluster, cluster_of, kill_node, until
-from runs import IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
+from small_runs import IN_FLIGHT, SMALL, asked, assert_same_results, repeated_calls
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 STORE = 78_643_200

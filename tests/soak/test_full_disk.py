@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from clusters import REPOSITORY, environment
-from runs import SMALL, assert_same_results
+from small_runs import SMALL, assert_same_results
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from clusters import REPOSITORY, environment, until
-from runs import SMALL
+from small_runs import SMALL
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 OPTIONS = ["--space", "loss-weights", "--algorithm", "random", "--trials", "3", "--concurrent", "1", "--scheduler", "none"]
