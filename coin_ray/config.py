@@ -84,6 +84,9 @@ class Folder:
     figures say nothing of images that were not trained on."""
 
 
+PLAIN = "plain"
+OPERATIONS = ("mirrored", "grey", "inverted", "reduced")
+"""What may be done to an image before a cloud sees it (``coin_ray.cloud.views``)."""
 Service = Literal[
     "http", "dino-x", "grounding-dino", "google-vision", "rekognition", "azure-vision", "hf-endpoint", "roboflow", "openai-vlm", "gemini"
 ]
@@ -139,6 +142,9 @@ class Cloud:
     """Collection stops when more than this share of at least 50 images failed."""
     max_side: int = 4096
     """Longer side of the image sent, in pixels. Boxes come back in the original's frame."""
+    views: tuple[str, ...] = added((PLAIN,))
+    """How each image is shown to the service, one call for each: ``plain``, or of mirrored, grey, inverted and reduced those joined by "+",
+    as in inverted+reduced. What it says of each is fused as if several clouds had been asked."""
 
     def __post_init__(self) -> None:
         _check(self.service in get_args(Service), f"cloud.service must be one of {', '.join(get_args(Service))}; got {self.service!r}")
@@ -150,19 +156,24 @@ class Cloud:
         _check(self.attempts >= 1, f"cloud.attempts must be at least 1; got {self.attempts}")
         _check(not (self.url and self.serve != "none"), "give cloud.url or cloud.serve, not both")
         _check(self.serve != "onnx" or bool(self.onnx_models), "cloud.serve onnx needs --cloud.onnx-models PATH [PATH ...]")
+        for view in self.views:
+            known = view == PLAIN or set(view.split("+")) <= set(OPERATIONS)
+            _check(known, f"cloud.views are {PLAIN}, or {', '.join(OPERATIONS)} joined by +; got {view!r}")
+        different = {frozenset(view.split("+")) for view in self.views}
+        _check(len(different) == len(self.views) > 0, f"cloud.views needs at least one, each once; got {' '.join(self.views) or 'none'}")
         named = self.serve not in ("transformers", "checkpoint") or self.model not in ("", "default")
         _check(named, f"cloud.serve {self.serve} needs --cloud.model: the model's folder, or for transformers its name on the hub")
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """How several clouds (``cloud`` and ``more_clouds``) are one; without ``more_clouds`` nothing of this counts."""
+    """How several clouds (``cloud`` and ``more_clouds``), or views of one, are one; with a single one nothing of this counts."""
 
     mode: Literal["fuse", "failover", "cascade"] = "fuse"
     """``fuse`` asks all about each image and fuses their boxes; ``failover`` the first that can be reached; ``cascade`` the first, and
     the others only about images in which CLIP contradicts it."""
     reliability: tuple[float, ...] = ()
-    """Weight of each cloud, the first one's first. Empty: all alike."""
+    """Weight of each cloud, the first one's first, or of each of its views. Empty: all alike."""
     iou: float = 0.55
     """Boxes of different clouds that overlap at least so much are one."""
     doubt_score_min: float = 0.25
@@ -538,9 +549,14 @@ class PipelineConfig:
         return _arrived, (PACKAGE, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     @property
-    def clouds(self) -> tuple[Cloud, ...]:
+    def services(self) -> tuple[Cloud, ...]:
         """All that are asked, the first one first."""
         return (self.cloud, *self.more_clouds)
+
+    @property
+    def clouds(self) -> tuple[Cloud, ...]:
+        """All that are fused: the services, one that is asked in several views once for each."""
+        return tuple(replace(cloud, views=(view,)) for cloud in self.services for view in cloud.views)
 
 
 def _arrived(package: str, values: dict[str, Any]) -> PipelineConfig:
@@ -556,16 +572,20 @@ def check_runnable(config: PipelineConfig) -> None:
         all(c.url or c.serve != "none" or c.service != "http" for c in config.clouds),
         "which cloud? give --cloud https://... or --cloud SERVICE, or --cloud.serve demo|onnx|transformers|checkpoint for a local one",
     )
-    if config.more_clouds:
+    if len(config.clouds) > 1:
         _check_ensemble(config)
 
 
 def _check_ensemble(config: PipelineConfig) -> None:
     clouds, ensemble = config.clouds, config.ensemble
-    different = {(c.service, c.url, c.serve, c.onnx_models, c.model, c.region, c.coordinates) for c in clouds}
+    different = {(c.service, c.url, c.serve, c.onnx_models, c.model, c.region, c.coordinates, c.views) for c in clouds}
     _check(len(different) == len(clouds), "cloud and more_clouds hold the same service, address and model twice")
+    several = any(len(cloud.views) > 1 for cloud in config.services)
+    _check(
+        ensemble.mode == "fuse" or not several, f"several views of a cloud are fused; ensemble.mode {ensemble.mode} takes one of each cloud"
+    )
     given = len(ensemble.reliability)
-    _check(given in (0, len(clouds)), f"ensemble.reliability needs one number for each of the {len(clouds)} clouds; got {given}")
+    _check(given in (0, len(clouds)), f"ensemble.reliability needs one number for each of the {len(clouds)} clouds, or views; got {given}")
     _check(
         ensemble.mode != "cascade" or config.collect.labeler != "none",
         "ensemble.mode cascade needs CLIP's opinion of the first cloud's boxes: give --collect.labeler roi or crop",

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from coin_ray import storage
-from coin_ray.config import Cloud, DemoScenes, PipelineConfig
+from coin_ray.config import PLAIN, Cloud, DemoScenes, PipelineConfig
 from coin_ray.serving.launch import EMULATED
 from coin_ray.steps import Step
 
@@ -21,7 +22,8 @@ MINUTES_SHOWN = 1440
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one cloud would be asked. ``answered``: images whose answer the journal has; ``at_most``: calls that may not be needed.
+    """What one service would be asked, in all its views. ``answered``: calls whose answer the journal has; ``at_most``: calls that may not
+    be needed.
 
     ``rate``: calls per second within the cloud's limits.
     """
@@ -34,25 +36,25 @@ class Estimate:
     minutes: float
     rate: float
     at_most: bool = False
+    views: int = 1
 
 
 def estimate(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> list[Estimate]:
-    """For each cloud. If the images of the run have not been listed yet, files are counted without opening them."""
+    """For each service. If the images of the run have not been listed yet, files are counted without opening them."""
     from coin_ray.cloud.ensemble import names_of
 
     images = _count_images(config, steps["images"], root)
     on_record = _on_record(config, steps, root)
-    today = _asked_today(config, root)
     mode = config.ensemble.mode if config.more_clouds else "fuse"
     if mode == "failover":
         on_record = [set[str]().union(*on_record)] * len(on_record)
-    figures = []
-    for number, (name, cloud) in enumerate(zip(names_of(config.clouds), config.clouds, strict=True)):
-        calls = max(images - len(on_record[number]), 0)
-        rate = _pace(cloud)
-        minutes = seconds_needed(calls, rate, cloud.per_day, today[number]) / 60
-        at_most = number > 0 and mode != "fuse"
-        figures.append(Estimate(name, images, len(on_record[number]), calls, calls * cloud.usd_per_call, minutes, rate, at_most))
+    answers, figures = iter(on_record), list[Estimate]()
+    for cloud, name, today in zip(config.services, names_of(config.services), _asked_today(config, root), strict=True):
+        answered = sum(len(found) for found in islice(answers, len(cloud.views)))
+        calls, rate = max(images * len(cloud.views) - answered, 0), _pace(cloud)
+        minutes = seconds_needed(calls, rate, cloud.per_day, today) / 60
+        at_most = bool(figures) and mode != "fuse"
+        figures.append(Estimate(name, images, answered, calls, calls * cloud.usd_per_call, minutes, rate, at_most, len(cloud.views)))
     return figures
 
 
@@ -67,8 +69,9 @@ def seconds_needed(calls: int, rate: float, per_day: int | None, today: int) -> 
 
 def print_estimate(cloud: Cloud, figures: Estimate) -> None:
     minutes = f"{figures.minutes:.1f} minutes" if figures.minutes < MINUTES_SHOWN else f"{figures.minutes / 1440:.1f} days"
+    views = f" in {figures.views} views" if figures.views > 1 else ""
     print(
-        f"\n{figures.cloud}: {figures.images} images, {figures.answered} answered already, {'at most ' * figures.at_most}"
+        f"\n{figures.cloud}: {figures.images} images{views}, {figures.answered} answered already, {'at most ' * figures.at_most}"
         f"{figures.calls} calls to make, ${figures.usd:.2f} at ${cloud.usd_per_call:g} each, {minutes} at {figures.rate:g} calls/s"
     )
     if cloud.per_day is not None and figures.calls > cloud.per_day:
@@ -101,16 +104,16 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
 
 
 def _asked_today(config: PipelineConfig, root: str) -> list[int]:
-    """Calls of each cloud in the last 24 hours."""
+    """Calls of each service in the last 24 hours."""
     from coin_ray.cloud.client import account_of
     from coin_ray.cloud.journal import Journal
     from coin_ray.cloud.services import adapter_for
 
     place = storage.join(root, "journal")
     if not storage.exists(place):
-        return [0] * len(config.clouds)
+        return [0] * len(config.services)
     journal = Journal.open(place)
-    accounts = [account_of(cloud, url, adapter_for(cloud)) for cloud, url in zip(config.clouds, _urls(config), strict=True)]
+    accounts = [account_of(cloud, url, adapter_for(cloud)) for cloud, url in zip(config.services, _urls(config.services), strict=True)]
     return [len(journal.starts(account, time.time() - 86_400)) for account in accounts]
 
 
@@ -128,13 +131,13 @@ def _on_record(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> 
     journal = Journal.open(place)
     clients = [
         CloudClient(cloud, config.classes, url, journal, LocalGovernor(Governor(limits(cloud))))
-        for cloud, url in zip(config.clouds, _urls(config), strict=True)
+        for cloud, url in zip(config.clouds, _urls(config.clouds), strict=True)
     ]
     rows = [row for row in storage.read_table(listed).to_pylist() if row["split"] != "val"]
     answered = set(filter(lambda key: not key.endswith(TASK), journal.keys()))
     waiting = set(answered)
     for row, images, client in ((r, f, c) for r in rows for f, c in zip(found, clients, strict=True)):
-        if (key := client.key_of_file(row["image_id"])) in answered:
+        if client.view[1] == PLAIN and (key := client.key_of_file(row["image_id"])) in answered:
             images.add(row["uri"])
             waiting.discard(key)
     for row in rows:  # what is not sent as it is must be made ready to be known
@@ -145,12 +148,12 @@ def _on_record(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> 
 
 def _recognise(uri: str, clients: Sequence[CloudClient], found: Sequence[set[str]], answered: set[str]) -> set[str]:
     """Adds the image to those ``found`` that each cloud has answered; returns the keys of its answers."""
-    from coin_ray.data.canonical import canonical_image
+    from coin_ray.cloud.views import image_in_view
     from coin_ray.errors import InputError
 
     try:
         data = storage.read_bytes(uri)
-        keys = [client.key(canonical_image(data, client.max_side)) for client in clients]
+        keys = [client.key(image_in_view(data, *client.view)) for client in clients]
     except (InputError, FileNotFoundError):
         return set()
     for images, key in zip(found, keys, strict=True):
@@ -159,7 +162,7 @@ def _recognise(uri: str, clients: Sequence[CloudClient], found: Sequence[set[str
     return answered.intersection(keys)
 
 
-def _urls(config: PipelineConfig) -> list[str]:
+def _urls(clouds: Sequence[Cloud]) -> list[str]:
     from coin_ray.cloud.services import adapter_for, endpoint_for
 
-    return [endpoint_for(cloud, adapter_for(cloud)) or "http://127.0.0.1" for cloud in config.clouds]
+    return [endpoint_for(cloud, adapter_for(cloud)) or "http://127.0.0.1" for cloud in clouds]

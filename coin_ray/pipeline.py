@@ -49,8 +49,9 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
 
 
 def _reading(config: PipelineConfig) -> list[Any]:
-    """What else decides what is read from answers: further clouds, and the content of label maps."""
-    several = [config.more_clouds, config.ensemble] if config.more_clouds else []
+    """What else decides what is read from answers: further clouds, how several are one, and the content of label maps."""
+    several: list[Any] = [config.more_clouds] if config.more_clouds else []
+    several += [config.ensemble] if len(config.clouds) > 1 else []
     return several + [_digest(cloud.label_map) for cloud in config.clouds if cloud.label_map is not None]
 
 

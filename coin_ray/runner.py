@@ -116,5 +116,5 @@ def plan(config: PipelineConfig, steps: Mapping[str, Step], root: str, until: st
     if "collect" in chosen and "collect" not in done:
         from coin_ray.estimate import estimate, print_estimate
 
-        for cloud, figures in zip(config.clouds, estimate(config, chosen, root), strict=True):
+        for cloud, figures in zip(config.services, estimate(config, chosen, root), strict=True):
             print_estimate(cloud, figures)

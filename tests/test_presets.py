@@ -142,7 +142,7 @@ HTTP = Cloud(url="https://x")
 UNUSABLE = [
     ({"more_clouds": (HTTP,)}, "twice"),
     ({"more_clouds": (replace(HTTP, max_usd=5.0),)}, "twice"),
-    ({"more_clouds": (Cloud(service="dino-x"),), "ensemble": Ensemble(reliability=(1.0,))}, "each of the 2 clouds; got 1"),
+    ({"more_clouds": (Cloud(service="dino-x"),), "ensemble": Ensemble(reliability=(1.0,))}, "each of the 2 clouds, or views; got 1"),
 ]
 
 

@@ -133,6 +133,8 @@ class CloudClient:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
+        if len(config.views) > 1:
+            raise ValueError("a client asks in one view; PipelineConfig.clouds has a cloud for each")
         self._adapter = adapter or adapter_for(config)
         self._capabilities = self._adapter.capabilities
         check_askable(config, classes, self._capabilities)
@@ -161,6 +163,11 @@ class CloudClient:
     def max_side(self) -> int:
         """Longer side in pixels of the images that are sent."""
         return side_max(self._config, self._capabilities)
+
+    @property
+    def view(self) -> tuple[int, str]:
+        """How ``image_in_view`` makes what is sent of a file: the longer side in pixels, and the view."""
+        return self.max_side, self._config.views[0]
 
     async def check(self) -> None:
         """Ask for the service's health, if it has a page for that. Raises ``AuthError`` and ``CloudUnreachable``."""
@@ -212,7 +219,7 @@ class CloudClient:
         return self._replies.key(image)
 
     def key_of_file(self, image_id: str) -> str:
-        """The journal's key of a file that is sent as it is, by the sha256 of its bytes."""
+        """The journal's key of a file that is sent as it is, in the plain view, by the sha256 of its bytes."""
         return self._replies.key_of_file(image_id)
 
     def _answer_or_request(self, call: Call) -> RawDetections | PreparedRequest | None:

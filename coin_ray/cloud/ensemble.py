@@ -19,8 +19,9 @@ from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.labelmap import ASSUMED_PRECISION, Prior
 from coin_ray.cloud.limiter import AsyncGovernor
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
-from coin_ray.config import Cloud, Ensemble, PipelineConfig
-from coin_ray.data.canonical import CanonicalImage, canonical_image
+from coin_ray.cloud.views import image_in_view
+from coin_ray.config import PLAIN, Cloud, Ensemble, PipelineConfig
+from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import BudgetExhausted, CloudError, CloudUnreachable, QuotaExhausted
 
 WEIGHT_MIN = 1e-9
@@ -106,13 +107,12 @@ def needs_second_opinion(scores: NDArray[np.float32], labels: NDArray[np.int64],
 
 
 def names_of(clouds: Sequence[Cloud]) -> tuple[str, ...]:
-    """A name for each cloud: its service, numbered where several speak the same."""
-    counts = Counter(cloud.service for cloud in clouds)
-    seen: Counter[str] = Counter()
-    names = []
-    for cloud in clouds:
-        seen[cloud.service] += 1
-        names.append(cloud.service if counts[cloud.service] == 1 else f"{cloud.service} {seen[cloud.service]}")
+    """A name for each cloud: its service and its view, numbered where several have the same."""
+    asked = [cloud.service if cloud.views == (PLAIN,) or len(cloud.views) > 1 else f"{cloud.service} {cloud.views[0]}" for cloud in clouds]
+    counts, seen, names = Counter(asked), Counter[str](), []
+    for name in asked:
+        seen[name] += 1
+        names.append(name if counts[name] == 1 else f"{name} {seen[name]}")
     return tuple(names)
 
 
@@ -134,9 +134,9 @@ class EnsembleClient:
         await asyncio.gather(*(client.aclose() for client in self.clients))
 
     @property
-    def max_sides(self) -> tuple[int, ...]:
-        """Longer side in pixels of the image that each cloud gets."""
-        return tuple(client.max_side for client in self.clients)
+    def views(self) -> tuple[tuple[int, str], ...]:
+        """How each cloud gets an image."""
+        return tuple(client.view for client in self.clients)
 
     async def check(self) -> None:
         """As ``CloudClient.check``; for ``failover`` it is enough if one can be reached."""
@@ -222,8 +222,8 @@ Client = CloudClient | EnsembleClient
 
 def client_for(config: PipelineConfig, urls: Sequence[str], journal: Journal, governors: Sequence[AsyncGovernor]) -> Client:
     """The client of a configuration's cloud or clouds; ``urls`` and ``governors`` in the order of ``config.clouds``."""
-    if not config.more_clouds:
-        return CloudClient(config.cloud, config.classes, urls[0], journal, governors[0])
+    if len(config.clouds) == 1:
+        return CloudClient(config.clouds[0], config.classes, urls[0], journal, governors[0])
     failover = config.ensemble.mode == "failover"
     clients = [
         CloudClient(cloud, config.classes, url, journal, governor, skip_unreachable=True, skip_over_budget=failover)
@@ -234,6 +234,6 @@ def client_for(config: PipelineConfig, urls: Sequence[str], journal: Journal, go
 
 def images_for(client: Client, data: bytes) -> list[CanonicalImage]:
     """A file's image as each cloud gets it alone, so that its answers are found again whoever else is asked. Raises ``InputError``."""
-    sides = client.max_sides if isinstance(client, EnsembleClient) else (client.max_side,)
-    made = {side: canonical_image(data, side) for side in sides}
-    return [made[side] for side in sides]
+    views = client.views if isinstance(client, EnsembleClient) else (client.view,)
+    made = {view: image_in_view(data, *view) for view in set(views)}
+    return [made[view] for view in views]

@@ -151,8 +151,11 @@ def to_original(boxes: Sequence[Sequence[float]], box_format: BoxFormat, frame: 
         values = values * [width, height, width, height]
     if box_format.endswith("1000"):
         values = values / 1000 * [width, height, width, height]
-    sent, original = np.array(frame.sent * 2, np.float64), np.array(frame.original * 2, np.float64)
-    return (np.clip(values, 0, sent) * (original / sent)).astype(np.float32)
+    shown = frame.shown or frame.sent
+    if frame.mirrored:
+        values = np.stack([shown[0] - values[:, 2], values[:, 1], shown[0] - values[:, 0], values[:, 3]], 1)
+    part, original = np.array(shown * 2, np.float64), np.array(frame.original * 2, np.float64)
+    return (np.clip(values, 0, part) * (original / part)).astype(np.float32)
 
 
 def short_text(*parts: Any) -> str:

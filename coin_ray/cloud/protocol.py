@@ -89,10 +89,15 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Sizes (width, height) in pixels of the image that was sent and of the upright original."""
+    """Sizes (width, height) in pixels of the image that was sent and of the upright original.
+
+    ``shown``: the part of what was sent, from the upper left, that is the original; None: all of it. ``mirrored``: left to right.
+    """
 
     sent: tuple[int, int]
     original: tuple[int, int]
+    shown: tuple[float, float] | None = None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

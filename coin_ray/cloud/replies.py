@@ -45,7 +45,7 @@ class Call:
 
     @property
     def frame(self) -> Frame:
-        return Frame((self.image.width, self.image.height), self.image.original)
+        return Frame((self.image.width, self.image.height), self.image.original, self.image.shown, self.image.mirrored)
 
     @property
     def idempotency_key(self) -> str:

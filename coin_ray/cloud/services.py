@@ -204,4 +204,5 @@ def _smaller(image: CanonicalImage, side: int) -> CanonicalImage:
         smaller = canonical_image(image.data, max(side, 1))
     except InputError as error:
         raise ImageRejected(f"the image can't be made smaller: {error}") from None
-    return replace(smaller, original=image.original, image_id=image.image_id)
+    shown = image.shown and (image.shown[0] * smaller.width / image.width, image.shown[1] * smaller.height / image.height)
+    return replace(smaller, original=image.original, image_id=image.image_id, shown=shown, mirrored=image.mirrored)

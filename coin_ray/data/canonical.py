@@ -48,6 +48,10 @@ class CanonicalImage:
     original: tuple[int, int]
     image_id: str
     """sha256 of the file's bytes, in hexadecimal."""
+    shown: tuple[float, float] | None = None
+    """(width, height) of the part of the sent pixels, from the upper left, that is the image; None: all of it. The rest is margin."""
+    mirrored: bool = False
+    """The image is sent left to right."""
 
 
 def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
@@ -65,7 +69,7 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
             return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
         size = _fit(original, max_side)
         pixels = _upright_rgb(image, size)
-    return CanonicalImage(_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw))
+    return CanonicalImage(jpeg(pixels), "image/jpeg", *size, original, _sha256(raw))
 
 
 def decode_rgb(raw: bytes) -> Image.Image:
@@ -194,7 +198,8 @@ def _is_plain_jpeg(image: Image.Image, raw: bytes) -> bool:
     return bare and raw.endswith(b"\xff\xd9")
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
+    """The file that is sent of these pixels; what is lost, no detector should miss."""
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return sink.getvalue()

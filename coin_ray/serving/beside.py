@@ -14,8 +14,8 @@ from coin_ray.cloud.client import CloudClient, limits
 from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.limiter import Governor, LocalGovernor
 from coin_ray.cloud.services import adapter_for, check_clouds, endpoint_for
+from coin_ray.cloud.views import image_in_view
 from coin_ray.config import PipelineConfig
-from coin_ray.data.canonical import canonical_image
 from coin_ray.errors import CloudError
 from coin_ray.serving.launch import local_cloud
 from coin_ray.serving.wire import elements
@@ -28,14 +28,14 @@ class NotAnswered(Exception):
 
 
 class CloudBeside:
-    """``config.cloud``, asked about ``config.classes``, at most ``calls_max`` times; starts the local server if the configuration says so.
+    """``config.cloud``, in its first view, asked about ``config.classes``, at most ``calls_max`` times; starts the local server if the configuration says so.
 
     ``journal``: of the run (a URI), which has its answers and gets new ones. Without one, answers last as long as this.
     Raises ConfigError for settings that the service can't be asked with, AuthError if the secret's variable is not set.
     """
 
     def __init__(self, config: PipelineConfig, calls_max: int = CALLS_MAX, journal: str = "") -> None:
-        cloud = config.cloud
+        cloud = config.clouds[0]
         check_clouds([cloud], config.classes)
         self.name = cloud.service if cloud.serve == "none" else f"local {cloud.serve}"
         self._classes = config.classes
@@ -51,7 +51,7 @@ class CloudBeside:
     async def ask(self, data: bytes, score_min: float) -> dict[str, Any]:
         """The answer in the reference format about an image file. Raises InputError for a bad image, NotAnswered with the kind of error."""
         started = time.perf_counter()
-        image = await asyncio.to_thread(canonical_image, data, self._client.max_side)
+        image = await asyncio.to_thread(image_in_view, data, *self._client.view)
         try:
             answer = await self._client.answer(image)
         except CloudError as error:

@@ -96,15 +96,17 @@ class CloudActor:
 
 
 def governors_for(config: PipelineConfig, urls: Sequence[str], journal: Journal) -> list[LocalGovernor]:
-    """One for each cloud, that knows what it has cost and how often it was asked today. A single cloud's budget is the journal's."""
-    now = time.time()
-    governors = []
-    for cloud, url in zip(config.clouds, urls, strict=True):
-        account = account_of(cloud, url, adapter_for(cloud))
+    """One for each cloud, that knows what it has cost and how often it was asked today; the views of one cloud share it.
+
+    A single cloud's budget is the journal's.
+    """
+    now, governors = time.time(), dict[str, LocalGovernor]()
+    accounts = [account_of(cloud, url, adapter_for(cloud)) for cloud, url in zip(config.clouds, urls, strict=True)]
+    for cloud, account in zip(config.clouds, accounts, strict=True):
         spent = journal.spent(account if config.more_clouds else None)
         ages = [] if cloud.per_day is None else [now - start for start in journal.starts(account, now - DAY)]
-        governors.append(LocalGovernor(Governor(limits(cloud), spent, ages=ages)))
-    return governors
+        governors.setdefault(account, LocalGovernor(Governor(limits(cloud), spent, ages=ages)))
+    return [governors[account] for account in accounts]
 
 
 def _raw_row(image_id: str, data: bytes, answer: Answer, status: str | None = None) -> dict[str, Any]:

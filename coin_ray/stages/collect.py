@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from coin_ray.cloud.limiter import Governor, LocalGovernor
 from coin_ray.cloud.probabilities import converted, fuse_rows, joined
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.services import adapter_for, endpoint_for, label_map_for
-from coin_ray.config import Cloud, PipelineConfig
+from coin_ray.config import PLAIN, Cloud, PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.serving.launch import local_cloud
@@ -159,13 +159,14 @@ def _arriving(labelled: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
     """Where each cloud answers; local ones are started, and end with ``running``."""
-    urls = []
-    for number, cloud in enumerate(clouds, 1):
+    urls: dict[Cloud, str] = {}
+    servers = [replace(cloud, views=(PLAIN,)) for cloud in clouds]
+    for number, cloud in enumerate(dict.fromkeys(servers), 1):  # one for all views
         name = "local_cloud" if number == 1 else f"local_cloud_{number}"
         folder = storage.join(root, name) if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
         url = endpoint_for(cloud, adapter_for(cloud))
-        urls.append(url if cloud.serve == "none" else running.enter_context(local_cloud(cloud, folder)))
-    return urls
+        urls[cloud] = url if cloud.serve == "none" else running.enter_context(local_cloud(cloud, folder))
+    return [urls[cloud] for cloud in servers]
 
 
 def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> None:
@@ -285,4 +286,4 @@ def _compile(context: Context, images: pa.Array | pa.ChunkedArray) -> dict[str, 
     parts = Parts(second, first) if _cascades(config) else Parts(first)
     metrics = merge(parts, images, context.folder, len(config.classes) if config.collect.labeler != "none" else None)
     several = {"answered_by": metrics.pop("answered_by"), "second_opinions": len(Parts(second).images) if _cascades(config) else 0}
-    return metrics | (several if config.more_clouds else {})
+    return metrics | (several if len(config.clouds) > 1 else {})
