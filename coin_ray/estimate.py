@@ -51,7 +51,7 @@ def estimate(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> li
     answers, figures = iter(on_record), list[Estimate]()
     for cloud, name, today in zip(config.services, names_of(config.services), _asked_today(config, root), strict=True):
         answered = sum(len(found) for found in islice(answers, len(cloud.views)))
-        calls, rate = max(images * len(cloud.views) - answered, 0), _pace(cloud)
+        calls, rate = max(images * len(cloud.views) - answered, 0), pace(cloud)
         minutes = seconds_needed(calls, rate, cloud.per_day, today) / 60
         at_most = bool(figures) and mode != "fuse"
         figures.append(Estimate(name, images, answered, calls, calls * cloud.usd_per_call, minutes, rate, at_most, len(cloud.views)))
@@ -82,7 +82,8 @@ def print_estimate(cloud: Cloud, figures: Estimate) -> None:
         print(f"cloud.max_calls = {cloud.max_calls} would stop the run before the end")
 
 
-def _pace(cloud: Cloud) -> float:
+def pace(cloud: Cloud) -> float:
+    """Calls per second within the limits of a cloud, or of the local server that stands for one."""
     from coin_ray.cloud.client import limits
 
     rate = limits(cloud).rate

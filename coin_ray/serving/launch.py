@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from coin_ray.config import Cloud
+from coin_ray import storage
+from coin_ray.cloud.services import adapter_for, endpoint_for
+from coin_ray.config import PLAIN, Cloud
 from coin_ray.errors import CloudUnreachable
 
 EMULATED = ("demo", "onnx")
@@ -20,6 +24,18 @@ START_SECONDS_LARGE = 1800.0  # a download may come first
 STOP_SECONDS = 5.0
 LOG_TAIL = 20
 POLL = 0.05
+
+
+def start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
+    """Where each cloud answers; local ones are started, one server for all views of one, and end with ``running``."""
+    urls: dict[Cloud, str] = {}
+    servers = [replace(cloud, views=(PLAIN,)) for cloud in clouds]
+    for number, cloud in enumerate(dict.fromkeys(servers), 1):
+        name = "local_cloud" if number == 1 else f"local_cloud_{number}"
+        folder = storage.join(root, name) if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
+        url = endpoint_for(cloud, adapter_for(cloud))
+        urls[cloud] = url if cloud.serve == "none" else running.enter_context(local_cloud(cloud, folder))
+    return [urls[cloud] for cloud in servers]
 
 
 @contextmanager

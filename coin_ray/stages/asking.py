@@ -44,6 +44,11 @@ PLACES = 2
 """Images at hand for every call under way: some are made ready, others wait for the disk that keeps their answer, and no place waits for one."""
 
 
+def journal_uri(root: str) -> str:
+    """Answers are kept beside the steps: no changed setting and no deleted step loses a paid one."""
+    return storage.join(root, "journal")
+
+
 class CloudActor:
     """Asks the cloud (or the clouds) about each image of a block, all at once as far as the governors allow. Needs no CPU of its own.
 

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,12 @@ from coin_ray.cloud.labelmap import Prior
 from coin_ray.cloud.limiter import Governor, LocalGovernor
 from coin_ray.cloud.probabilities import converted, fuse_rows, joined
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
-from coin_ray.cloud.services import adapter_for, endpoint_for, label_map_for
-from coin_ray.config import PLAIN, Cloud, PipelineConfig
+from coin_ray.cloud.services import adapter_for, label_map_for
+from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.serving.launch import local_cloud
-from coin_ray.stages.asking import STOPPED, CloudActor
+from coin_ray.serving.launch import start_services
+from coin_ray.stages.asking import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.attempts import Attempts
 from coin_ray.stages.cluster import cluster_cpus, ensure_ray, full_disk, on_cluster, threads
 from coin_ray.stages.parts import PART, Parts, merge
@@ -49,11 +49,6 @@ from coin_ray.tables import Provenance, detections_row
 
 DEATHS = 2
 """Labelers that one image may cost, beside the first, of which its batch is known."""
-
-
-def journal_uri(root: str) -> str:
-    """Answers are kept beside the steps: no changed setting and no deleted step loses a paid one."""
-    return storage.join(root, "journal")
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -91,7 +86,7 @@ def _collect(context: Context, images: pa.Table, parts: str, second: bool = Fals
     if not todo.num_rows:
         return
     with ExitStack() as running, ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(_start_services, config.clouds, context.root, running)
+        starting = pool.submit(start_services, config.clouds, context.root, running)
         ensure_ray()
         load_backbone(config)  # what training will need is there, and fits, before a call is paid
         urls = starting.result()
@@ -155,18 +150,6 @@ def _arriving(labelled: Iterator[pa.Table]) -> Iterator[pa.Table]:
     except ray.exceptions.RayError as error:
         full_disk(str(error), "of a worker")
         raise
-
-
-def _start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
-    """Where each cloud answers; local ones are started, and end with ``running``."""
-    urls: dict[Cloud, str] = {}
-    servers = [replace(cloud, views=(PLAIN,)) for cloud in clouds]
-    for number, cloud in enumerate(dict.fromkeys(servers), 1):  # one for all views
-        name = "local_cloud" if number == 1 else f"local_cloud_{number}"
-        folder = storage.join(root, name) if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
-        url = endpoint_for(cloud, adapter_for(cloud))
-        urls[cloud] = url if cloud.serve == "none" else running.enter_context(local_cloud(cloud, folder))
-    return [urls[cloud] for cloud in servers]
 
 
 def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> None:

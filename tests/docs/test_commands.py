@@ -15,7 +15,7 @@ import pytest
 from pages import PAGES, REPOSITORY, commands, fenced, served
 
 from coin_ray import cli, detector_cli, review
-from coin_ray.cloud import tools
+from coin_ray.cloud import pilot, tools
 from coin_ray.experiments import command as grids
 from coin_ray.experiments import components
 from coin_ray.export import command as exporting
@@ -56,6 +56,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(grids, "main", grid)
     monkeypatch.setattr(components, "study", lambda *_: None)
     monkeypatch.setattr(tools, "main", tool)
+    monkeypatch.setattr(pilot, "compare", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "map.yaml").write_text(MAP)
     return tmp_path
