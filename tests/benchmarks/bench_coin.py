@@ -1,11 +1,11 @@
 """What COIN reaches and what its parts are worth: ``make bench-coin`` or ``python tests/benchmarks/bench_coin.py``.
 
     make bench-coin                               # the demo, seeds 0 1 2
-    make bench-coin ARGS="--assets DIR"           # the demo and thermal
+    make bench-coin ARGS="--assets DIR"           # the demo, thermal, and thermal with the cloud asked in the plain view only
     make bench-coin ARGS="--quick"                # a tenth of the steps, two seeds; writes nothing into docs/results
 
-Three studies per preset (baselines, ablation, fusion) on one root each, so that they share images, answers and teachers. A killed run goes
-on by the same command. Prints the tables, writes them as Markdown with figures and the versions that made them, and prints all figures as
+Three studies per preset (baselines, ablation, fusion; of thermal-plain only the baselines) on one root each, so that they share images,
+answers and teachers. A killed run goes on by the same command. Prints the tables, writes them as Markdown with figures and the versions that made them, and prints all figures as
 one line of JSON last. Other options are those of pipelines/ablate.py (--seeds, --steps-share, --share, settings by dotted name).
 """
 
@@ -37,6 +37,12 @@ STUDIES: dict[str, tuple[str, studies.Study]] = {
     "fusion": ("What supervises inconsistent boxes", studies.fusion),
 }
 
+PLAIN_VIEW = "thermal-plain"
+
+
+def studies_of(preset: str) -> list[str]:
+    return ["baselines"] if preset == PLAIN_VIEW else list(STUDIES)
+
 
 def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]:
     """A request by preset, and where the results go (None: only the roots). Raises ConfigError."""
@@ -45,7 +51,9 @@ def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]
     parser.add_argument("--root", default=str(REPOSITORY / "runs" / "bench-coin"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="folder of tables and figures (default: docs/results, none for --quick and --steps-share)")
     known, rest = parser.parse_known_args(list(arguments))
-    presets = {"demo": ["demo"]} | ({"thermal": ["thermal", "--assets", known.assets]} if known.assets else {})
+    thermal = ["thermal", "--assets", str(known.assets)]
+    photos = {"thermal": thermal, PLAIN_VIEW: [*thermal, "--cloud.views", "plain"]} if known.assets else {}
+    presets = {"demo": ["demo"], **photos}
     asked = {name: request([*first, "--root", f"{known.root}/{name}", *rest], "bench_coin.py", "") for name, first in presets.items()}
     real = not any(argument.startswith(("--quick", "--steps-share")) for argument in rest)
     return asked, known.out or (REPOSITORY / "docs" / "results" if real else None)
@@ -54,8 +62,8 @@ def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]
 def measure(preset: str, asked: Request, host: Host, out: Path | None, command: str) -> dict[str, list[Row]]:
     """The studies one after the other; what is found so far is written after each."""
     found: dict[str, list[Row]] = {}
-    for name, (_, study) in STUDIES.items():
-        found[name] = study(asked, host)
+    for name in studies_of(preset):
+        found[name] = STUDIES[name][1](asked, host)
         if out is not None and not asked.dry_run:
             write(out, preset, asked, found, command)
     return found
@@ -76,7 +84,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str) -> str:
     """Markdown with all tables, figures beside it, and what made them."""
     parts = [f"# {preset}: measured results\n"]
-    for name, (title, _) in STUDIES.items():
+    for name in studies_of(preset):
+        title = STUDIES[name][0]
         if name in found:
             parts += [f"## {title}\n", markdown(found[name]), f"![{title}]({preset}-{name}.svg)\n"]
         else:
