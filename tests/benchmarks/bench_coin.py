@@ -5,8 +5,9 @@
     make bench-coin ARGS="--quick"                # a tenth of the steps, two seeds; writes nothing into docs/results
 
 Three studies per preset (baselines, ablation, fusion; of thermal-plain only the baselines) on one root each, so that they share images,
-answers and teachers. A killed run goes on by the same command. Prints the tables, writes them as Markdown with figures and the versions that made them, and prints all figures as
-one line of JSON last. Other options are those of pipelines/ablate.py (--seeds, --steps-share, --share, settings by dotted name).
+answers and teachers. A killed run goes on by the same command. Prints the tables, writes them as Markdown with figures and the versions that
+made them, and prints all figures as one line of JSON last. Other options are those of pipelines/ablate.py (--seeds, --steps-share, --share,
+settings by dotted name).
 """
 
 from __future__ import annotations
