@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +109,11 @@ def train(work: Fit, tell: Tell) -> Curve:
     if not work.optimize.gpu:
         torch.set_num_threads(threads(worker_count()))
     task = work.make().to(_device(work.optimize))
-    with bar(work.title, work.optimize.steps) as shown, Watch(work.title, work.optimize.stalled_after) as watch:
-        host = FolderHost(work.folder, shown, tell, watch)
+    stalled_after = work.optimize.stalled_after
+    with bar(work.title, work.optimize.steps) as shown, Watch(work.title, stalled_after) as watch, ThreadPoolExecutor(1) as writer:
+        host = FolderHost(work.folder, shown, tell, watch, writer)
         curve = run(task, work.examples, work.optimize, work.detector, seed=work.seed, host=host)
+        host.settle()
     if worker_rank() == 0:
         for name, weights in work.finish(task).items():
             place = storage.join(work.folder, name)
@@ -130,10 +133,14 @@ def _device(optimize: Optimize) -> torch.device:
 
 
 class FolderHost:
-    """The training loop's host: rank 0 keeps the last state in a file that is replaced whole; all ranks wait for each other."""
+    """The training loop's host: rank 0 keeps the last state in a file that is replaced whole; all ranks wait for each other.
 
-    def __init__(self, folder: str, shown: Bar, tell: Tell, watch: Watch) -> None:
-        self.place, self.shown, self.tell, self.watch = storage.join(folder, STATE), shown, tell, watch
+    The file is written, or sent to an object store, while training goes on; a state that can't be kept ends the fit at the next one.
+    """
+
+    def __init__(self, folder: str, shown: Bar, tell: Tell, watch: Watch, writer: Executor) -> None:
+        self.place, self.shown, self.tell, self.watch, self.writer = storage.join(folder, STATE), shown, tell, watch, writer
+        self.writing: Future[None] | None = None
 
     def resume(self) -> dict[str, Any] | None:
         return load_state(self.place) if storage.exists(self.place) else None
@@ -141,10 +148,17 @@ class FolderHost:
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None) -> None:
         if worker_rank() == 0:
             if checkpoint is not None:
-                save_weights(self.place, checkpoint)
+                self.settle()
+                self.writing = self.writer.submit(storage.write_bytes, self.place, as_bytes(checkpoint))
             self.shown.update(step + 1, " ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name not in diagnosis.NAMES))
         self.tell(step, metrics, checkpoint)
         self.watch.seen()
+
+    def settle(self) -> None:
+        """The last state is in its file. Raises what kept it from there."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def forget(self) -> None:
         """The weights are written: the state with its optimizers is no longer needed."""
@@ -152,9 +166,14 @@ class FolderHost:
 
 
 def save_weights(uri: str, weights: Mapping[str, Any]) -> None:
+    storage.write_bytes(uri, as_bytes(weights))
+
+
+def as_bytes(weights: Mapping[str, Any]) -> bytes:
+    """The file of a state, which may change from here on."""
     buffer = io.BytesIO()
     torch.save(dict(weights), buffer)
-    storage.write_bytes(uri, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_state(uri: str) -> dict[str, Any]:
