@@ -97,6 +97,8 @@ class Question:
 
     images: float = 1e6
     """Images that the cloud is asked about."""
+    views: int = 1
+    """Calls for each image (cloud.views)."""
     preset: Literal["demo", "folder"] = "folder"
     """Where steps, batch and networks come from."""
     rate: float = 20.0
@@ -131,7 +133,19 @@ class Question:
     """A step that takes longer counts as broken."""
 
     def __post_init__(self) -> None:
-        positive = ("images", "rate", "in_flight", "latency", "megapixels", "classes", "gpu_tflops", "cpus", "head_gib", "node_gib")
+        positive = (
+            "images",
+            "views",
+            "rate",
+            "in_flight",
+            "latency",
+            "megapixels",
+            "classes",
+            "gpu_tflops",
+            "cpus",
+            "head_gib",
+            "node_gib",
+        )
         for name in (*positive, "patience_days"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
@@ -140,6 +154,10 @@ class Question:
                 raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.per_day is not None and self.per_day < 1:
             raise ConfigError(f"per_day must be at least 1, or left out; got {self.per_day}")
+
+    @property
+    def calls(self) -> float:
+        return self.images * self.views
 
     @property
     def config(self) -> PipelineConfig:
@@ -209,8 +227,8 @@ def plan(question: Question) -> Plan:
     fit = config.distill.fit
     return Plan(
         images=round(question.images),
-        calls=round(question.images),
-        usd_calls=question.images * question.usd_per_call,
+        calls=round(question.calls),
+        usd_calls=question.calls * question.usd_per_call,
         usd_gpus=gpu_hours * question.usd_per_gpu_hour,
         hours=sum(stage.hours for stage in stages),
         gpu_hours=gpu_hours,
@@ -228,9 +246,9 @@ def collect_rates(question: Question) -> dict[str, float]:
     """Images per second that each part of a collection lets through; the smallest counts."""
     asking = ASK_SECONDS + CHECK_SECONDS_PER_MEGAPIXEL * question.megapixels
     rates = {
-        "rate": limits(question.config.cloud).rate,
-        "latency": question.in_flight / question.latency,
-        "cloud actor": 1 / asking,
+        "rate": limits(question.config.cloud).rate / question.views,
+        "latency": question.in_flight / question.latency / question.views,
+        "cloud actor": 1 / asking / question.views,
     }
     if question.config.collect.labeler != "none":
         rates["labelers"] = (1 if question.gpus else question.cpus) / label_seconds(question)
@@ -314,7 +332,7 @@ def _images(question: Question) -> Stage:
 def _collect(question: Question) -> Stage:
     rates = collect_rates(question)
     slowest = min(rates, key=lambda name: rates[name])
-    asking = seconds_needed(round(question.images), rates[slowest], question.per_day, 0)
+    asking = seconds_needed(round(question.calls), rates[slowest] * question.views, question.per_day, 0)
     by_day = question.per_day is not None and asking > question.images / rates[slowest] * 1.001
     hours = (asking + compile_seconds(question)) / HOUR
     gpu_hours = hours if question.gpus and question.config.collect.labeler != "none" else 0.0
@@ -323,7 +341,7 @@ def _collect(question: Question) -> Stage:
 
 def compile_seconds(question: Question) -> float:
     """To list the journal twice, and to merge the parts into one table."""
-    listing = 2 * 2 * question.images / KEYS_PER_SECOND if question.store == "object" else 0.0
+    listing = 2 * 2 * question.calls / KEYS_PER_SECOND if question.store == "object" else 0.0
     return listing + question.images * merge_seconds(question)
 
 
@@ -402,8 +420,8 @@ def storage_needed(question: Question) -> Storage:
     n, k = question.images, question.classes
     tables = 5 * 200 + question.boxes * (5 * 36 + 4.0 * (7 * k + 31))
     attempts = ATTEMPT_BYTES if question.store == "disk" else 0
-    objects = 2 * n + n / question.config.collect.batch if question.store == "object" else 0.0
-    journal = n * (answer_bytes(question) + attempts) / 1e9
+    objects = 2 * question.calls + n / question.config.collect.batch if question.store == "object" else 0.0
+    journal = question.calls * (answer_bytes(question) + attempts) / 1e9
     return Storage(n * question.image_mb / 1e3, journal, n * tables / 1e9, round(objects), objects * USD_PER_WRITE)
 
 
@@ -416,7 +434,7 @@ def walls(question: Question) -> tuple[Wall, ...]:
     patience = question.patience_days * 24 * HOUR
     rates = collect_rates(question)
     slowest = min(rates, key=lambda name: rates[name])
-    per_second = rates[slowest] if question.per_day is None else min(rates[slowest], question.per_day / (24 * HOUR))
+    per_second = rates[slowest] if question.per_day is None else min(rates[slowest], question.per_day / question.views / (24 * HOUR))
     head = max(MEMORY_SHARE * question.head_gib * GIB - constant_bytes(question), 0.0)
     hungriest = max(DRIVER_HOLDS, key=lambda step: DRIVER_HOLDS[step])
     found = [
@@ -431,7 +449,7 @@ def walls(question: Question) -> tuple[Wall, ...]:
         Wall("an hour to merge the parts of collect", HOUR / merge_seconds(question), "collect.batch"),
         Wall(
             "the journal's index fills a node",
-            MEMORY_SHARE * question.node_gib * GIB / INDEX_BYTES[question.store],
+            MEMORY_SHARE * question.node_gib * GIB / INDEX_BYTES[question.store] / question.views,
             "several runs, one for each part of the images",
         ),
     ]
@@ -439,7 +457,7 @@ def walls(question: Question) -> tuple[Wall, ...]:
 
 
 def _collect_knob(question: Question, slowest: str) -> str:
-    if question.per_day is not None and question.per_day / (24 * HOUR) <= min(collect_rates(question).values()):
+    if question.per_day is not None and question.per_day / question.views / (24 * HOUR) <= min(collect_rates(question).values()):
         return "the service's quota, more-clouds"
     return {
         "rate": "cloud.rate: a higher quota",

@@ -128,15 +128,16 @@ def test_a_daily_quota_takes_days() -> None:
 
 @pytest.mark.parametrize("per_day", [None, 15])
 @pytest.mark.parametrize("rate", [0.5, 2.0])
-def test_it_agrees_with_the_estimate_of_a_dry_run(tmp_path: Path, rate: float, per_day: int | None) -> None:
+@pytest.mark.parametrize("views", [("plain",), ("plain", "inverted", "grey")])
+def test_it_agrees_with_the_estimate_of_a_dry_run(tmp_path: Path, rate: float, per_day: int | None, views: tuple[str, ...]) -> None:
     """Where both speak of the same: calls, cost and the time that the service's limits take."""
     (tmp_path / "images").mkdir()
     for number in range(40):
         (tmp_path / "images" / f"{number}.jpg").touch()
-    cloud = Cloud(url="https://one.example.com", rate=rate, usd_per_call=0.01, per_day=per_day)
+    cloud = Cloud(url="https://one.example.com", rate=rate, usd_per_call=0.01, per_day=per_day, views=views)
     config = replace(folder(), classes=("car",), data=Folder(str(tmp_path / "images")), cloud=cloud)
     (dry,) = estimate(config, graph(config), str(tmp_path))
-    question = Question(images=40, rate=rate, usd_per_call=0.01, per_day=per_day, latency=0.1, store="disk")
+    question = Question(images=40, views=len(views), rate=rate, usd_per_call=0.01, per_day=per_day, latency=0.1, store="disk")
     found = plan(question)
     assert found.calls == dry.calls
     assert found.usd_calls == pytest.approx(dry.usd)
