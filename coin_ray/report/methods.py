@@ -21,9 +21,9 @@ class Method:
 
 
 METHODS = (
-    Method("cloud", "Cloud detector", "cloud", "a cloud call"),
-    Method("clip_labels", "Cloud boxes, CLIP labels", "clip", "a cloud call and CLIP"),
-    Method("static_fusion", "Cloud boxes, averaged labels", "neutral", "a cloud call and CLIP"),
+    Method("cloud", "Cloud detector", "cloud", "the cloud"),
+    Method("clip_labels", "Cloud boxes, CLIP labels", "clip", "the cloud and CLIP"),
+    Method("static_fusion", "Cloud boxes, averaged labels", "neutral", "the cloud and CLIP"),
     Method("clip_detector", "CLIP detector", "clip", "the local model"),
     Method("pseudo_label", "Student on cloud labels alone", "neutral", "the local model"),
     Method("student", "Student", "student", "the local model"),
