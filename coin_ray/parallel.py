@@ -6,7 +6,7 @@ workers, so a step on n workers equals the step on one with the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,17 @@ def _reduced(values: Tensor, operation: Any) -> Tensor:
     return wire.to(values.device)
 
 
-def global_value(local: Tensor) -> Tensor:
-    """Sum over workers whose gradient flows into this worker's part only; summing such gradients over workers is exact."""
-    return local + (all_sum(local) - local.detach())
+def all_sums(values: Sequence[Tensor]) -> list[Tensor]:
+    """``all_sum`` of several tensors of one kind, in one message: workers then wait for each other once."""
+    if worker_count() == 1:
+        return [v.detach() for v in values]
+    flat = all_sum(torch.cat([v.flatten() for v in values]))
+    return [part.view_as(v) for part, v in zip(flat.split([v.numel() for v in values]), values, strict=True)]
+
+
+def global_values(local: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over workers whose gradient flows into this worker's part only; summing such gradients over workers is exact."""
+    return [own + (total - own.detach()) for own, total in zip(local, all_sums(local), strict=True)]
 
 
 def mean(values: Tensor, count: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.parallel import global_value, mean, worker_count
+from coin_ray.parallel import global_values, mean, worker_count
 
 SCALE = 1e4
 """Both losses are multiplied by this before differentiation; it cancels in the cosine."""
@@ -28,7 +28,8 @@ def gradient_misalignment(consistent_loss: Tensor, inconsistent_loss: Tensor, pa
     with torch.autocast(consistent_loss.device.type, enabled=False):
         right = torch.autograd.grad(SCALE * consistent_loss, parameters, create_graph=True)
         ours = torch.autograd.grad(SCALE * inconsistent_loss, parameters, create_graph=True)
-        angles = [1 - _cosine(global_value(b), global_value(a).detach()) for a, b in zip(right, ours, strict=True)]
+        whole = global_values([*right, *ours])
+        angles = [1 - _cosine(b, a.detach()) for a, b in zip(whole[: len(right)], whole[len(right) :], strict=True)]
         value = torch.stack(angles).mean()
     # The value is global on every worker while its gradient is this worker's part: shrink the value only.
     return value - value.detach() * (1 - 1 / worker_count())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.parallel import all_sum
+from coin_ray.parallel import all_sums
 
 
 class Prototypes(nn.Module):
@@ -23,7 +23,7 @@ class Prototypes(nn.Module):
         """P_c <- (1 - rate) P_c + rate x mean of the unit-length ``features`` [R, D] labelled c, over all workers; absent classes stay."""
         sums = torch.zeros_like(self.values).index_add_(0, labels, features.detach().float())
         counts = torch.bincount(labels, minlength=len(self.values)).to(sums)
-        sums, counts = all_sum(sums), all_sum(counts)
+        sums, counts = all_sums([sums, counts])
         present = counts > 0
         mean = sums[present] / counts[present, None]
         self.values[present] = (1 - rate) * self.values[present] + rate * mean

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coin_ray.parallel import all_sum, mean, worker_count
+from coin_ray.parallel import all_sum, all_sums, worker_count
 from coin_ray.structures import Pairs, Separation
 
 COUNTS = frozenset({"count_consistent", "count_inconsistent", "count_private"})
@@ -32,16 +32,17 @@ def whom_ckg_follows(fused: Tensor, pairs: Pairs, trusted_from: float) -> dict[s
     score, name = fused.max(-1)
     cloud, clip = name == pairs.cloud.labels, name == pairs.clip.labels
     shares = {"passing": score >= trusted_from, "cloud": cloud, "clip": clip, "neither": ~(cloud | clip)}
-    return {f"ckg_{side}": mean(rows.float()) for side, rows in shares.items()}
+    regions = all_sum(torch.tensor(float(len(fused)), device=fused.device)).clamp(min=1)
+    return {f"ckg_{side}": rows.float().sum() / regions for side, rows in shares.items()}
 
 
 @torch.no_grad()
 def spread(weights: Tensor) -> Tensor:
     """Mean over teachers and classes of the standard deviation over RoIs of CKG's ``weights`` [2, R, K+1]: 0 when it answers all alike."""
     weights = weights.double()  # a small spread is a difference of large squares
-    rows = all_sum(torch.tensor(float(weights.shape[1]), device=weights.device)).clamp(min=1)
-    first, second = all_sum(weights.sum(1)) / rows, all_sum((weights**2).sum(1)) / rows
-    return (second - first**2).clamp(min=0).sqrt().mean().float() / worker_count()
+    first, second, rows = all_sums([weights.sum(1), (weights**2).sum(1), weights.new_tensor([weights.shape[1]])])
+    rows = rows.clamp(min=1)
+    return (second / rows - (first / rows) ** 2).clamp(min=0).sqrt().mean().float() / worker_count()
 
 
 @torch.no_grad()
