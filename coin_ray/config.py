@@ -7,6 +7,7 @@ config holds the *name* of the environment variable. Symbols in brackets are the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -556,7 +557,11 @@ class PipelineConfig:
     @property
     def clouds(self) -> tuple[Cloud, ...]:
         """All that are fused: the services, one that is asked in several views once for each."""
-        return tuple(replace(cloud, views=(view,)) for cloud in self.services for view in cloud.views)
+        return tuple(one for cloud in self.services for one in _in_each_view(cloud))
+
+
+def _in_each_view(cloud: Cloud) -> Sequence[Cloud]:
+    return [replace(cloud, views=(view,)) for view in cloud.views] if len(cloud.views) > 1 else [cloud]
 
 
 def _arrived(package: str, values: dict[str, Any]) -> PipelineConfig:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
         sys.exit(tools.main(sys.argv[1:]))
     if sys.argv[1:2] == ["views"]:
-        from coin_ray.cloud import pilot
+        from coin_ray import pilot
 
         sys.exit(pilot.main(sys.argv[2:]))
     from coin_ray.cli import main

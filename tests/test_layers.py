@@ -24,7 +24,7 @@ stages
 estimate
 runner
 cli
-library export detector_cli review
+library export detector_cli review pilot
 experiments
 search
 capacity

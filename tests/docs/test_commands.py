@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from pages import PAGES, REPOSITORY, commands, fenced, served
 
-from coin_ray import cli, detector_cli, review
-from coin_ray.cloud import pilot, tools
+from coin_ray import cli, detector_cli, pilot, review
+from coin_ray.cloud import tools
 from coin_ray.experiments import command as grids
 from coin_ray.experiments import components
 from coin_ray.export import command as exporting

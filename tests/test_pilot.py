@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coin_ray.cloud import pilot
+from coin_ray import pilot
 from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.protocol import RawDetections
 
