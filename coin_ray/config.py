@@ -560,6 +560,11 @@ class PipelineConfig:
         return tuple(one for cloud in self.services for one in _in_each_view(cloud))
 
 
+def in_plain_view(cloud: Cloud) -> Cloud:
+    """The same service with the same limits: what all views of a cloud have in common."""
+    return replace(cloud, views=(PLAIN,))
+
+
 def _in_each_view(cloud: Cloud) -> Sequence[Cloud]:
     return [replace(cloud, views=(view,)) for view in cloud.views] if len(cloud.views) > 1 else [cloud]
 

@@ -25,8 +25,8 @@ from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.cloud.views import image_in_view
 from coin_ray.config import PLAIN, PipelineConfig
-from coin_ray.data.canonical import CanonicalImage, decode_rgb
-from coin_ray.errors import CloudError, ConfigError
+from coin_ray.data.canonical import CanonicalImage, decode_sent
+from coin_ray.errors import CloudError, ConfigError, InputError
 from coin_ray.estimate import Estimate, pace, print_estimate
 from coin_ray.pipeline import graph
 from coin_ray.serving.launch import start_services
@@ -101,7 +101,9 @@ def compare(config: PipelineConfig, root: str, sample: int) -> None:
     answers = asyncio.run(_ask(config, uris, root))
     found = [sureness(view, column) for view, column in zip(config.cloud.views, zip(*answers, strict=True), strict=True)]
     place = storage.join(root, "views.png")
-    storage.write_bytes(place, picture(config, uris[:: -(-count // SHOWN)], answers[:: -(-count // SHOWN)]))
+    seen = [n for n, row in enumerate(answers) if any(raw is not None for raw in row)]
+    shown = seen[:: max(1, -(-len(seen) // SHOWN))]
+    storage.write_bytes(place, picture(config, [uris[n] for n in shown], [answers[n] for n in shown]))
     _print(found, count, place)
 
 
@@ -128,7 +130,7 @@ async def _ask(config: PipelineConfig, uris: Sequence[str], root: str) -> list[l
 
 @dataclass
 class _Asking:
-    """Calls under way end when one stops the run, since they may be paid; no other begins."""
+    """Calls under way end when one stops the run, since they may be paid; no other begins. A file that is gone or damaged has no answer."""
 
     places: asyncio.Semaphore
     shown: Bar
@@ -141,6 +143,8 @@ class _Asking:
                 return None
             try:
                 answer = await client.answer(await asyncio.to_thread(_read, uri, *client.view))
+            except (InputError, FileNotFoundError):
+                return None
             except CloudError as error:
                 self.stopped = error
                 return None
@@ -170,7 +174,7 @@ def picture(config: PipelineConfig, uris: Sequence[str], answers: Sequence[Seque
 
 
 def _drawn(image: CanonicalImage, raw: RawDetections | None, classes: Sequence[str]) -> Image.Image:
-    pixels = decode_rgb(image.data)
+    pixels = decode_sent(image)
     draw = ImageDraw.Draw(pixels)
     if raw is None:
         draw.text((4, 4), "no answer", COLOUR)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from coin_ray import pilot
 from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.protocol import RawDetections
+from coin_ray.presets import demo
 
 FIRST_LINES = (
     "demo",
@@ -52,6 +54,26 @@ def test_views_of_the_demo_are_compared_and_paid_once(tmp_path: Path, capsys: py
         assert sheet.size == (2 * (pilot.SIDE + pilot.GAP), pilot.GAP + 4 * (pilot.SIDE + pilot.GAP))
     assert pilot.main(command) == 0
     assert Journal.open(str(tmp_path / "journal")).spent()[0] == 8
+
+
+def test_a_file_that_is_gone_has_no_answer_and_the_others_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*FIRST_LINES, "--root", str(tmp_path), "--in", "plain", "inverted"]
+    assert pilot.main([*command, "--sample", "1"]) == 0
+    next(iter(sorted(tmp_path.glob("steps/images-*/images/train_*")))).unlink()
+    capsys.readouterr()
+    assert pilot.main([*command, "--sample", "6"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[-2].strip() for row in rows] == ["1", "1"]
+    with Image.open(tmp_path / "views.png") as sheet:
+        assert sheet.height == pilot.GAP + 5 * (pilot.SIDE + pilot.GAP)
+
+
+def test_a_panorama_is_shown_too(tmp_path: Path) -> None:
+    """Six pixels high, which no service would take, and is only to be looked at."""
+    Image.new("RGB", (2400, 60), "red").save(tmp_path / "wide.png")
+    config = replace(demo(), cloud=replace(demo().cloud, views=("plain", "inverted+reduced")))
+    with Image.open(io.BytesIO(pilot.picture(config, [str(tmp_path / "wide.png")], [[None, None]]))) as sheet:
+        assert sheet.size == (2 * (pilot.SIDE + pilot.GAP), 2 * pilot.GAP + pilot.SIDE)
 
 
 def test_a_budget_stops_it_and_keeps_what_was_paid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

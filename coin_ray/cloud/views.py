@@ -11,7 +11,7 @@ from dataclasses import replace
 from PIL import Image, ImageOps
 
 from coin_ray.config import OPERATIONS, PLAIN
-from coin_ray.data.canonical import CanonicalImage, canonical_image, decode_rgb, jpeg
+from coin_ray.data.canonical import CanonicalImage, canonical_image, decode_sent, jpeg
 
 REDUCED = 1.5
 """Side of the canvas / side of the image in its upper left corner, for ``reduced``: objects that fill the image look smaller."""
@@ -25,7 +25,7 @@ def image_in_view(raw: bytes, max_side: int, view: str) -> CanonicalImage:
         return canonical_image(raw, max_side)
     asked = view.split("+")
     image = canonical_image(raw, max(1, int(max_side / REDUCED)) if "reduced" in asked else max_side)
-    pixels = decode_rgb(image.data)
+    pixels = decode_sent(image)
     for operation in OPERATIONS:
         if operation in asked:
             pixels = _DONE[operation](pixels)

@@ -78,6 +78,12 @@ def decode_rgb(raw: bytes) -> Image.Image:
         return _upright_rgb(image)
 
 
+def decode_sent(image: CanonicalImage) -> Image.Image:
+    """The pixels that are sent, 8-bit RGB, however narrow."""
+    with Image.open(io.BytesIO(image.data)) as sent:
+        return sent.convert("RGB")
+
+
 def stored_size(raw: bytes) -> tuple[int, int]:
     """(width, height) as the file's header has them, before any pixel is decoded. Raises ``InputError`` for what is not a usable image."""
     with _readable(raw) as image:

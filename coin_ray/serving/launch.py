@@ -9,12 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from coin_ray import storage
 from coin_ray.cloud.services import adapter_for, endpoint_for
-from coin_ray.config import PLAIN, Cloud
+from coin_ray.config import Cloud, in_plain_view
 from coin_ray.errors import CloudUnreachable
 
 EMULATED = ("demo", "onnx")
@@ -29,7 +28,7 @@ POLL = 0.05
 def start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
     """Where each cloud answers; local ones are started, one server for all views of one, and end with ``running``."""
     urls: dict[Cloud, str] = {}
-    servers = [replace(cloud, views=(PLAIN,)) for cloud in clouds]
+    servers = [in_plain_view(cloud) for cloud in clouds]
     for number, cloud in enumerate(dict.fromkeys(servers), 1):
         name = "local_cloud" if number == 1 else f"local_cloud_{number}"
         folder = storage.join(root, name) if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"

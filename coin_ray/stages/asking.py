@@ -17,7 +17,7 @@ from coin_ray.cloud.ensemble import EnsembleClient, client_for, images_for
 from coin_ray.cloud.journal import Journal
 from coin_ray.cloud.limiter import DAY, Governor, LocalGovernor
 from coin_ray.cloud.services import adapter_for
-from coin_ray.config import PipelineConfig
+from coin_ray.config import Cloud, PipelineConfig, in_plain_view
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import CloudError, InputError
 
@@ -105,13 +105,14 @@ def governors_for(config: PipelineConfig, urls: Sequence[str], journal: Journal)
 
     A single cloud's budget is the journal's.
     """
-    now, governors = time.time(), dict[str, LocalGovernor]()
-    accounts = [account_of(cloud, url, adapter_for(cloud)) for cloud, url in zip(config.clouds, urls, strict=True)]
-    for cloud, account in zip(config.clouds, accounts, strict=True):
+    now, governors = time.time(), dict[Cloud, LocalGovernor]()
+    servers = [in_plain_view(cloud) for cloud in config.clouds]
+    for cloud, url in dict(zip(servers, urls, strict=True)).items():
+        account = account_of(cloud, url, adapter_for(cloud))
         spent = journal.spent(account if config.more_clouds else None)
         ages = [] if cloud.per_day is None else [now - start for start in journal.starts(account, now - DAY)]
-        governors.setdefault(account, LocalGovernor(Governor(limits(cloud), spent, ages=ages)))
-    return [governors[account] for account in accounts]
+        governors[cloud] = LocalGovernor(Governor(limits(cloud), spent, ages=ages))
+    return [governors[cloud] for cloud in servers]
 
 
 def _raw_row(image_id: str, data: bytes, answer: Answer, status: str | None = None) -> dict[str, Any]:

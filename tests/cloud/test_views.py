@@ -172,6 +172,14 @@ def test_views_share_one_limit_and_one_budget(tmp_path: Path) -> None:
     assert len(set(map(id, governors))) == 1
 
 
+def test_clouds_that_differ_in_more_than_the_view_keep_their_own_limits(tmp_path: Path) -> None:
+    config = configured(tmp_path, max_calls=5)
+    other = replace(config.cloud, views=("grey",), max_calls=1)
+    both = replace(config, more_clouds=(other,))
+    governors = governors_for(both, [config.cloud.url] * 4, Journal.open(str(tmp_path / "journal")))
+    assert [governors.index(governor) for governor in governors] == [0, 0, 0, 3]
+
+
 def white_or_black(request: httpx.Request) -> httpx.Response:
     """A detector of dark things on light ground, which is how the object looks in the inverted view only."""
     sent = base64.b64decode(json.loads(request.content)["image"]["b64"])
