@@ -175,6 +175,13 @@ def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.
                 yield pa.Table.from_batches([batch])
 
 
+def row_count(uri: str) -> int:
+    """Rows of one Parquet file, by its footer."""
+    filesystem, path = _filesystem(uri)
+    with filesystem.open(path, "rb") as stream:
+        return int(pq.ParquetFile(stream).metadata.num_rows)
+
+
 def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
     """Columns of one Parquet file. A large one is not held in memory: it is mapped from a copy in the temporary folder (TMPDIR).
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,16 +26,20 @@ from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 
 BATCH, BLOCK = 16, 64
+KEPT_SECONDS = 300.0
+"""How much work a killed prediction loses at most."""
 
 
-def predictions(weights: dict[str, str], images: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
+def predictions(weights: dict[str, str], images: pa.Table, config: PipelineConfig, *, first: int = 0) -> Iterator[pa.Table]:
     """``DETECTIONS`` of several detectors (weights' URIs by name) over the same images, each decoded once, in blocks in the images' order.
 
-    ``images``: columns ``image_id`` and ``uri``; ``source`` names the detector.
+    ``images``: columns ``image_id`` and ``uri``; those before row ``first`` are done. ``source`` names the detector.
     """
-    table = images.select(["image_id", "uri"])
+    table = images.select(["image_id", "uri"]).slice(first)
+    if not len(table):
+        return
     blocks = _on_cluster(weights, table, config) if on_cluster() else _here(weights, table, config)
-    done = 0
+    done = first
     with bar("predict", len(images)) as shown:
         for block in _in_order(blocks, table["image_id"], len(weights)):
             done += block.num_rows // len(weights)
@@ -42,12 +48,36 @@ def predictions(weights: dict[str, str], images: pa.Table, config: PipelineConfi
 
 
 def write_predictions(weights: dict[str, str], images: pa.Table, config: PipelineConfig, folder: str) -> None:
-    """``predictions`` as ``NAME.parquet`` below the folder, one for each detector."""
-    with ExitStack() as files:
-        writers = {n: files.enter_context(storage.table_writer(storage.join(folder, f"{n}.parquet"), tables.DETECTIONS)) for n in weights}
-        for block in predictions(weights, images, config):
+    """``predictions`` as ``NAME.parquet`` below the folder, one for each detector.
+
+    Until those are whole there are parts, one for each ``KEPT_SECONDS``: a run that was killed goes on after the last.
+    """
+    files = {name: storage.join(folder, f"{name}.parquet") for name in weights}
+    if all(storage.exists(file) for file in files.values()):
+        return
+    parts = storage.join(folder, "parts")
+    first = sum(storage.row_count(part) for part in storage.list_files(parts, ".parquet")) // len(weights)
+    _keep(predictions(weights, images, config, first=first), parts, first, len(weights))
+    kept = storage.list_files(parts, ".parquet")
+    with ExitStack() as open_files:
+        writers = {n: open_files.enter_context(storage.table_writer(file, tables.DETECTIONS)) for n, file in files.items()}
+        for block in chain.from_iterable(storage.stream_table(part) for part in kept):
             for name, writer in writers.items():
                 writer.write(block.filter(pc.equal(block["source"], name)))
+    for part in kept:
+        storage.remove(part)
+
+
+def _keep(blocks: Iterator[pa.Table], folder: str, first: int, detectors: int) -> None:
+    """Files of ``KEPT_SECONDS`` of work, each named by the number of its first image."""
+    for start in blocks:
+        until = time.monotonic() + KEPT_SECONDS
+        with storage.table_writer(storage.join(folder, f"{first:012}.parquet"), tables.DETECTIONS) as part:
+            block: pa.Table | None = start
+            while block is not None:
+                part.write(block)
+                first += block.num_rows // detectors
+                block = next(blocks, None) if time.monotonic() < until else None
 
 
 def _in_order(blocks: Iterable[pa.Table], images: pa.ChunkedArray, detectors: int) -> Iterator[pa.Table]:
