@@ -37,7 +37,7 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     pseudo_label = Step(
         "pseudo_label", "propagate", (detector, labels, baseline, *network), (images, collect, *reviewed), options={"labels": "cloud"}
     )
-    oracle = Step("oracle", "propagate", (detector, baseline, *network), (images, collect), options={"labels": "truth"})
+    oracle = Step("oracle", "propagate", (detector, baseline, *network), (images,), options={"labels": "truth"})
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
     deployed = c.distill.co_detr_detects if c.distill.student == "co-detr" else ""
     evaluate = Step("evaluate", "evaluate", identity=(c.classes, c.evaluate, deployed), inputs=(images, collect, separate, *students))

@@ -54,6 +54,14 @@ def test_baselines_do_not_train_the_student_again() -> None:
     assert all(alone[n].fingerprint == beside[n].fingerprint for n in ("images", "collect", "propagate", "separate", "distill", "export"))
 
 
+def test_another_cloud_does_not_train_the_oracle_again() -> None:
+    """It reads the truth alone."""
+    config = PRESETS["demo"]()
+    other = replace(config, cloud=replace(config.cloud, views=("plain", "mirrored")))
+    ours, theirs = graph(config, baselines=True), graph(other, baselines=True)
+    assert {n for n in ours if ours[n].fingerprint == theirs[n].fingerprint} == {"images", "oracle"}
+
+
 def test_another_student_keeps_all_before_it_and_trains_baselines_of_its_own() -> None:
     config = PRESETS["demo"]()
     detr = with_student(config, "co-detr")

@@ -101,7 +101,7 @@ def run(name: str, trials: Sequence[Trial], root: str, host: Host, runs: Runs) -
             _track(by_title[job.title], root, runs)
 
     for wave in todo:
-        alone = wave[0].steps[0].stage in ON_DRIVER
+        alone = any(job.steps[0].stage in ON_DRIVER for job in wave)
         (one_by_one if alone else host)(wave, root, report)
     for trial in trials:
         _track(trial, root, runs)
