@@ -32,7 +32,7 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     reviewed = (Step("corrections", "corrections", (_content(c.corrections), c.classes), (images,)),) if c.corrections else ()
     collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)), inputs=(images,))
     propagate = Step("propagate", "propagate", (detector, labels, c.propagate), (images, collect, *reviewed), options={"labels": "clip"})
-    separate = Step("separate", "separate", (labels, separating), (images, collect, propagate, *reviewed))
+    separate = Step("separate", "separate", (labels, separating), (images, collect, propagate, *reviewed), version=2)
     distill = Step("distill", "distill", (detector, labels, separating, c.distill), (images, collect, propagate, separate, *reviewed))
     pseudo_label = Step(
         "pseudo_label", "propagate", (detector, labels, baseline, *network), (images, collect, *reviewed), options={"labels": "cloud"}

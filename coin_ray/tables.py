@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 BOXES = pa.list_(pa.list_(pa.float32(), 4))
 VECTORS = pa.list_(pa.list_(pa.float32()))
+LABELS = pa.list_(pa.int64())
+NOBODY = -1
+"""The name that nobody gave."""
 
 IMAGES = pa.schema(
     [
@@ -33,15 +36,13 @@ IMAGES = pa.schema(
         ("split", pa.string()),  # train, val, test
     ]
 )
-ANNOTATIONS = pa.schema(
-    [("image_id", pa.string()), ("boxes", BOXES), ("labels", pa.list_(pa.int64())), ("difficult", pa.list_(pa.bool_()))]
-)
+ANNOTATIONS = pa.schema([("image_id", pa.string()), ("boxes", BOXES), ("labels", LABELS), ("difficult", pa.list_(pa.bool_()))])
 DETECTIONS = pa.schema(
     [
         ("image_id", pa.string()),
         ("boxes", BOXES),
         ("scores", pa.list_(pa.float32())),
-        ("labels", pa.list_(pa.int64())),
+        ("labels", LABELS),
         ("probs", VECTORS),  # rows of K+1, background last
         ("prob_source", pa.list_(pa.string())),  # how each row of probs came about: coin_ray.cloud.probabilities
         ("source", pa.string()),  # cloud, clip_labels, clip_detector, student, ...
@@ -57,7 +58,9 @@ SEPARATION = pa.schema(
         ("image_id", pa.string()),
         ("boxes", BOXES),  # the box that stands for the pair, or the private box
         ("kind", pa.list_(pa.string())),  # consistent, inconsistent, private; reviewed: a person's box
-        ("cloud_probs", VECTORS),  # of a private box: of the one teacher that saw it
+        ("cloud_labels", LABELS),  # the names that were compared: an unsure vector's best entry may be background, its box's name is none
+        ("clip_labels", LABELS),  # K: CLIP's verdict is background; NOBODY for private boxes
+        ("cloud_probs", VECTORS),  # of a private box, as its name: of the one teacher that saw it
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]
 )

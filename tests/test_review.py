@@ -34,8 +34,8 @@ def root(tmp_path: Path) -> str:
         Image.new("RGB", (40, 30), (n, 0, 0)).save(path)
         rows.append({"image_id": str(n), "uri": str(path), "width": 40, "height": 30, "split": "train"})
         kinds = ["inconsistent"] * n + ["consistent"] * (3 - n)
-        probs = [[0.8, 0.2, 0.0]] * 3
-        separated.append({"image_id": str(n), "boxes": [BOX] * 3, "kind": kinds, "cloud_probs": probs, "clip_probs": probs})
+        probs, names = [[0.8, 0.2, 0.0]] * 3, dict.fromkeys(("cloud_labels", "clip_labels"), [0] * 3)
+        separated.append({"image_id": str(n), "boxes": [BOX] * 3, "kind": kinds, "cloud_probs": probs, "clip_probs": probs} | names)
     storage.write_bytes(storage.join(place, "config.yaml"), to_yaml(config).encode())
     storage.write_table(storage.join(steps["images"].folder(place), "images.parquet"), pa.Table.from_pylist(rows, schema=tables.IMAGES))
     folder = steps["separate"].folder(place)

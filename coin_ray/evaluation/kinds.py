@@ -19,15 +19,15 @@ def judged_kinds(separation: Iterable[Mapping[str, Any]], truth: Mapping[str, Tr
     """Shares in 0..1 by kind, over the ``SEPARATION`` rows whose image has truth; kinds without a box are left out.
 
     A box is about the truth box it overlaps most, at IoU .5 or more, and about background otherwise. ``consistent`` and ``private``:
-    how often the name was ``right``; ``inconsistent``: how often the ``cloud`` was, ``clip``, the ``mean`` of both, and ``neither``.
+    how often the name was ``right``; ``inconsistent``: how often the ``cloud`` was, ``clip``, the best of the ``mean`` vector, and ``neither`` name.
     """
     counts: dict[str, Counter[str]] = {"consistent": Counter(), "inconsistent": Counter(), "private": Counter()}
     for row in separation:
         if row["image_id"] not in truth or not set(row["kind"]) & counts.keys():
             continue
-        cloud, clip = torch.tensor(row["cloud_probs"]), torch.tensor(row["clip_probs"])
-        answers = true_names(torch.tensor(row["boxes"], dtype=torch.float32), truth[row["image_id"]], cloud.shape[1] - 1)
-        says = zip(row["kind"], answers.tolist(), *(p.argmax(1).tolist() for p in (cloud, clip, cloud + clip)), strict=True)
+        mean = torch.tensor(row["cloud_probs"]) + torch.tensor(row["clip_probs"])
+        answers = true_names(torch.tensor(row["boxes"], dtype=torch.float32), truth[row["image_id"]], mean.shape[1] - 1)
+        says = zip(row["kind"], answers.tolist(), row["cloud_labels"], row["clip_labels"], mean.argmax(1).tolist(), strict=True)
         for kind, answer, by_cloud, by_clip, by_mean in says:
             found = counts[kind]
             found["boxes"] += 1

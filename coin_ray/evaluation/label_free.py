@@ -60,7 +60,7 @@ def calibration_error(student: Results, agreed: Mapping[str, Truth]) -> float:
 def _agreed(row: Mapping[str, Any], num_classes: int) -> Truth:
     boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
     consistent = torch.tensor([kind in ("consistent", "reviewed") for kind in row["kind"]], dtype=torch.bool)
-    labels = torch.tensor(row["cloud_probs"]).reshape(len(boxes), num_classes + 1)[consistent, :-1].argmax(1)
+    labels = torch.tensor(row["cloud_labels"], dtype=torch.int64)[consistent]
     disputed = boxes[~consistent].repeat(num_classes, 1)
     every = torch.arange(num_classes).repeat_interleave(int((~consistent).sum()))
     return _truth(boxes[consistent], labels, disputed, every)

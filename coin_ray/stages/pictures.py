@@ -140,16 +140,11 @@ def _boxes(shown: Detections, config: PipelineConfig) -> list[Box]:
 
 
 def _kinds(row: Mapping[str, Any], config: PipelineConfig) -> list[Box]:
-    boxes = []
-    for box, kind, cloud, clip in zip(row["boxes"], row["kind"], row["cloud_probs"], row["clip_probs"], strict=True):
-        ours, theirs = _best(cloud, config), _best(clip, config)
-        boxes.append(_box(box, f"{ours} / {theirs}" if kind == "inconsistent" else ours, None, kind))
-    return boxes
-
-
-def _best(probs: list[float], config: PipelineConfig) -> str:
     names = (*config.classes, "background")
-    return names[max(range(len(names)), key=lambda k: probs[k])]
+    boxes = []
+    for box, kind, cloud, clip in zip(row["boxes"], row["kind"], row["cloud_labels"], row["clip_labels"], strict=True):
+        boxes.append(_box(box, f"{names[cloud]} / {names[clip]}" if kind == "inconsistent" else names[cloud], None, kind))
+    return boxes
 
 
 def _box(box: list[float], label: str, score: float | None = None, kind: str = "") -> Box:

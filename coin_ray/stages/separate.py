@@ -60,13 +60,15 @@ def _rows(context: Context, images: pa.ChunkedArray) -> Iterator[dict[str, Any]]
 
 def _row(image_id: str, parts: Separation) -> dict[str, Any]:
     pairs = (parts.consistent, parts.inconsistent)
-    nothing = torch.zeros_like(parts.private.probs)
+    nothing, nobody = torch.zeros_like(parts.private.probs), torch.full_like(parts.private.labels, tables.NOBODY)
     return {
         "image_id": image_id,
         "boxes": torch.cat([*(p.boxes for p in pairs), parts.private.boxes]).tolist(),
         "kind": ["reviewed" if parts.reviewed else "consistent"] * len(pairs[0])
         + ["inconsistent"] * len(pairs[1])
         + ["private"] * len(parts.private),
+        "cloud_labels": torch.cat([*(p.cloud.labels for p in pairs), parts.private.labels]).tolist(),
+        "clip_labels": torch.cat([*(p.clip.labels for p in pairs), nobody]).tolist(),
         "cloud_probs": torch.cat([*(p.cloud.probs for p in pairs), parts.private.probs]).tolist(),
         "clip_probs": torch.cat([*(p.clip.probs for p in pairs), nothing]).tolist(),
     }

@@ -74,6 +74,8 @@ def rows(first: int, count: int, schema: pa.Schema, source: str) -> pa.Table:
         "scores": nested(draw.random(n, np.float32), BOXES),
         "labels": nested(draw.integers(0, CLASSES, n), BOXES),
         "probs": vectors[0],
+        "cloud_labels": nested(draw.integers(0, CLASSES, n), BOXES),
+        "clip_labels": nested(draw.integers(0, CLASSES, n), BOXES),
         "clip_probs": vectors[1],
         "cloud_probs": vectors[0],
         "prob_source": nested(["native"] * n, BOXES),

@@ -24,7 +24,7 @@ from coin_ray.errors import InputError
 
 CLASSES = ("cat", 'stop "sign" & <more>')
 BOXES = [[0.0, 0.0, 40.0, 30.0], [1.0, 2.0, 11.0, 7.0], [4.0, 5.0, 8.0, 9.0]]
-CLOUD = [[0.9, 0.05, 0.05], [0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]
+CLOUD = [[0.9, 0.05, 0.05], [0.75, 0.25, 0.0], [0.0, 0.4, 0.6]]
 CLIP = [[0.8, 0.1, 0.1], [0.125, 0.625, 0.25], [0.0, 0.0, 0.0]]
 
 
@@ -40,10 +40,12 @@ def images(folder: Path) -> list[dict[str, Any]]:
 
 def separation() -> list[dict[str, Any]]:
     kinds = ["consistent", "inconsistent", "private"]
-    whole = {"image_id": "a/disputed", "boxes": BOXES, "kind": kinds, "cloud_probs": CLOUD, "clip_probs": CLIP}
-    agreed = {"image_id": "agreed", "boxes": BOXES[:1], "kind": kinds[:1], "cloud_probs": CLOUD[:1], "clip_probs": CLIP[:1]}
+    names = {"cloud_labels": [0, 0, 1], "clip_labels": [0, 1, tables.NOBODY]}
+    whole = {"image_id": "a/disputed", "boxes": BOXES, "kind": kinds, "cloud_probs": CLOUD, "clip_probs": CLIP} | names
+    agreed = {name: values if isinstance(values, str) else values[:1] for name, values in whole.items()} | {"image_id": "agreed"}
     corrected = agreed | {"image_id": "corrected", "kind": ["reviewed"]}
-    return [whole, agreed, {"image_id": "empty", "boxes": [], "kind": [], "cloud_probs": [], "clip_probs": []}, corrected]
+    empty = {name: values if isinstance(values, str) else [] for name, values in whole.items()} | {"image_id": "empty"}
+    return [whole, agreed, empty, corrected]
 
 
 def made(folder: Path, most: int | None = None) -> list[Review]:
@@ -70,7 +72,7 @@ def test_a_box_says_its_kind_and_what_each_teacher_says(tmp_path: Path) -> None:
     assert [(b.label, b.kind, b.said) for b in made(tmp_path)[0].boxes] == [
         ("cat", "consistent", "cloud cat 0.90, CLIP cat 0.80"),
         ("cat", "inconsistent", f"cloud cat 0.75, CLIP {CLASSES[1]} 0.62"),
-        (CLASSES[1], "private", f"{CLASSES[1]} 0.50"),
+        (CLASSES[1], "private", f"{CLASSES[1]} 0.40"),
     ]
 
 

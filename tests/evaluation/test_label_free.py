@@ -26,9 +26,8 @@ def world(seed: int = 0) -> tuple[dict[str, Truth], list[dict[str, object]]]:
         labels = draw.integers(0, CLASSES, len(PLACES))
         truth[str(number)] = Truth(torch.tensor(PLACES), torch.tensor(labels), torch.zeros(len(PLACES), dtype=torch.bool))
         said = [int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES)) for label in labels]
-        probs = np.eye(CLASSES + 1)[said].tolist()
         kinds = ["consistent"] * 3 + [str(draw.choice(["inconsistent", "private"]))]
-        separation.append({"image_id": str(number), "boxes": PLACES, "kind": kinds, "cloud_probs": probs, "clip_probs": probs})
+        separation.append({"image_id": str(number), "boxes": PLACES, "kind": kinds, "cloud_labels": said})
     return truth, separation
 
 
@@ -63,7 +62,7 @@ def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
 
 
 def test_a_disputed_box_neither_helps_nor_harms() -> None:
-    row = {"image_id": "a", "boxes": PLACES[:2], "kind": ["consistent", "inconsistent"], "cloud_probs": np.eye(4)[[0, 1]].tolist()}
+    row = {"image_id": "a", "boxes": PLACES[:2], "kind": ["consistent", "inconsistent"], "cloud_labels": [0, 1]}
     agreed = agreed_boxes([row], CLASSES)
     right = (PLACES[0], 0, 0.8)
     alone = label_free({"a": detections(right)}, {}, agreed, CLASSES)

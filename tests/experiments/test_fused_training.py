@@ -86,6 +86,8 @@ def test_opinions_are_paired_by_kind(tmp_path: Path) -> None:
             "image_id": name,
             "boxes": [[0.0] * 4] * len(kinds),
             "kind": kinds,
+            "cloud_labels": [0] * len(kinds),
+            "clip_labels": [0] * len(kinds),
             "cloud_probs": probs,
             "clip_probs": [p[::-1] for p in probs],
         }

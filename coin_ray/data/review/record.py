@@ -90,25 +90,25 @@ def _disputed(separation: str) -> tuple[pa.Array, NDArray[np.float64]]:
 
 
 def _review(image: Mapping[str, Any], shared: int, row: Mapping[str, Any], classes: Sequence[str]) -> Review:
+    cloud, clip = (zip(row[f"{who}_labels"], row[f"{who}_probs"], strict=True) for who in ("cloud", "clip"))
     boxes = [
-        _box(box, kind, _best(cloud, classes), _best(clip, classes))
-        for box, kind, cloud, clip in zip(row["boxes"], row["kind"], row["cloud_probs"], row["clip_probs"], strict=True)
+        _box(box, kind, _said(*ours, classes), _said(*theirs, classes))
+        for box, kind, ours, theirs in zip(row["boxes"], row["kind"], cloud, clip, strict=True)
     ]
     name = "/".join(image["uri"].split("/")[shared:])
     return Review(image["image_id"], image["uri"], name, image["width"], image["height"], tuple(boxes))
 
 
 def _box(box: Sequence[float], kind: str, cloud: tuple[str, float], clip: tuple[str, float]) -> Box:
-    """``cloud`` and ``clip``: best class and its probability; of a private box only ``cloud`` counts, and may be either teacher's."""
+    """``cloud`` and ``clip``: name and its probability; of a private box only ``cloud`` counts, and may be either teacher's."""
     left, top, right, bottom = (float(edge) for edge in box)
     said = f"{cloud[0]} {cloud[1]:.2f}" if kind == "private" else f"cloud {cloud[0]} {cloud[1]:.2f}, CLIP {clip[0]} {clip[1]:.2f}"
     return Box((left, top, right, bottom), cloud[0], kind, said)
 
 
-def _best(probs: Sequence[float], classes: Sequence[str]) -> tuple[str, float]:
-    """Best class, background left out: ``probs`` [K+1], background last."""
-    best = max(range(len(classes)), key=lambda k: probs[k])
-    return classes[best], float(probs[best])
+def _said(label: int, probs: Sequence[float], classes: Sequence[str]) -> tuple[str, float]:
+    """The name and its part of ``probs`` [K+1], background last."""
+    return (*classes, "background")[label], float(probs[label])
 
 
 def _shared(uris: pa.ChunkedArray) -> int:
