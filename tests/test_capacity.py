@@ -223,14 +223,19 @@ def test_operations_are_those_that_torch_counts() -> None:
         visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels))))
     with FlopCounterMode(display=False) as regional, torch.no_grad():
         visual.layer4(cells)
+    with FlopCounterMode(display=False) as crop, torch.no_grad():
+        visual(torch.zeros(1, 3, 64, 64, device="meta"))
+    by_parts = tower.shared_per_pixel * 64**2 + tower.regional_per_cell * 4**2 + tower.pooling
+    assert by_parts == pytest.approx(crop.get_total_flops(), rel=0.02)
     assert tower.shared_per_pixel == pytest.approx(shared.get_total_flops() / 256**2, rel=0.01)
     assert tower.regional_per_cell == pytest.approx(regional.get_total_flops() / 16, rel=0.02)
 
 
 def test_what_was_measured_on_the_demo_comes_out_for_the_demo() -> None:
-    """A labeler's 18 ms and steps of 0.25 and 0.33 s, from which everything else is scaled."""
+    """A labeler's 18 ms by RoIs and 47 by crops, and steps of 0.25 and 0.33 s, from which everything else is scaled."""
     question = Question(preset="demo", images=500, megapixels=192 * 192 / 1e6, gpus=0, cpus=1, store="disk")
-    assert capacity.label_seconds(question) == pytest.approx(0.018, rel=0.25)
+    assert capacity.label_seconds(question) == pytest.approx(0.047, rel=0.25)
+    assert capacity.label_seconds(question, "roi") == pytest.approx(0.018, rel=0.25)
     config = question.config
     assert stage(question, "propagate").hours * 3600 / config.propagate.fit.steps == pytest.approx(0.25, rel=0.3)
     assert stage(question, "distill").hours * 3600 / config.distill.fit.steps == pytest.approx(0.33, rel=0.4)
