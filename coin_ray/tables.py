@@ -58,7 +58,7 @@ SEPARATION = pa.schema(
         ("image_id", pa.string()),
         ("boxes", BOXES),  # the box that stands for the pair, or the private box
         ("kind", pa.list_(pa.string())),  # consistent, inconsistent, private; reviewed: a person's box
-        ("cloud_labels", LABELS),  # the names that were compared: an unsure vector's best entry may be background, its box's name is none
+        ("cloud_labels", LABELS),  # the names that were compared; the best entry of an unsure vector may be background all the same
         ("clip_labels", LABELS),  # K: CLIP's verdict is background; NOBODY for private boxes
         ("cloud_probs", VECTORS),  # of a private box, as its name: of the one teacher that saw it
         ("clip_probs", VECTORS),  # all zeros for private boxes

@@ -83,8 +83,10 @@ def test_finished_predictions_are_not_made_again(tmp_path: Path, monkeypatch: py
     weights = {"student": ""}
     monkeypatch.setattr(predicting, "_here", lambda weights, table, config: iter([predicted(*table["image_id"].to_pylist())]))
     predicting.write_predictions(weights, IMAGES, demo(), str(tmp_path))
+    stamp = (tmp_path / "student.parquet").stat().st_mtime_ns
     monkeypatch.setattr(predicting, "_here", lambda *_: pytest.fail("looked again"))
     predicting.write_predictions(weights, IMAGES, demo(), str(tmp_path))
+    assert (tmp_path / "student.parquet").stat().st_mtime_ns == stamp
 
 
 def test_parts_that_were_all_made_are_only_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
