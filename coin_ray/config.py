@@ -335,6 +335,8 @@ class Optimize:
     group_aspects: bool = False
     """Steps see images of one orientation, wide or high, which saves padding in mixed sets. Another order of the images."""
     checkpoint_every: int = execution(1000)
+    validate_every: int = execution(0)
+    """Steps between looks at the labelled validation images (mAP50, at a saved state, by a task beside the training); 0: none."""
     stalled_after: float = execution(3600.0)
     """Seconds without a logged or saved step after which a worker counts as hanging and ends itself; 0: never."""
     workers: int = execution(1)
@@ -347,6 +349,7 @@ class Optimize:
 
     def __post_init__(self) -> None:
         _check(self.steps > 0 and self.batch > 0 and self.checkpoint_every > 0, "steps, batch and checkpoint_every must be positive")
+        _check(self.validate_every >= 0, f"validate_every must be a number of steps, or 0 for no look; got {self.validate_every}")
         _check(self.batch % max(self.workers, 1) == 0, f"batch {self.batch} must be a multiple of workers {self.workers}")
         _check(
             self.max_workers is None or self.workers <= self.max_workers <= self.batch,

@@ -233,9 +233,9 @@ def _log_step(metrics: dict[str, Any], folder: str) -> None:
     if numbers:
         mlflow.log_metrics(numbers)
     mlflow.log_dict(json.loads(json.dumps(metrics, default=str)), "metrics.json")
-    curve = storage.join(folder, "curve.json")
-    if storage.exists(curve):
-        log_curve(storage.read_json(curve))
+    for curve in (storage.join(folder, name) for name in ("curve.json", "validation.json")):
+        if storage.exists(curve):
+            log_curve(storage.read_json(curve))
 
 
 def log_curve(curve: list[dict[str, float]]) -> None:

@@ -77,6 +77,7 @@ class DetectorConfig:
         kept = self.ship == "base" or (self.co_detr.auxiliary and self.co_detr.auxiliary_losses)
         _check(bool(kept), f"ship {self.ship} needs heads that are trained: co_detr.auxiliary and co_detr.auxiliary_losses")
         _check(0 < self.short_side <= self.long_side, "short_side must be positive and not exceed long_side")
+        _check(not self.fit.validate_every, "validate_every is for adaptation: train_detector.py measures the val images once, at its end")
         _check(self.evaluate_batch > 0, f"evaluate_batch must be positive; got {self.evaluate_batch}")
 
         self._check_fast()

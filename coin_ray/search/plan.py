@@ -20,7 +20,8 @@ from coin_ray.runner import up_to
 from coin_ray.search.lineage import Look, scheduled
 from coin_ray.search.needs import has_validation
 from coin_ray.search.space import CHANGEABLE, Space, apply, space_of
-from coin_ray.stages.knowledge import held_out, image_table, truth_of
+from coin_ray.stages.knowledge import held_out, image_table
+from coin_ray.stages.validation import validation_truth
 from coin_ray.steps import Step
 from coin_ray.tables import Truth, rows_of
 
@@ -167,6 +168,4 @@ class Search:
 
     def validation(self) -> dict[str, Truth]:
         """Truth of the validation images; empty if they have none."""
-        folder = self.shared["images"].folder(self.root)
-        chosen = truth_of(folder).of(image_table(folder, "val")["image_id"])
-        return chosen if any(len(annotated.boxes) for annotated in chosen.values()) else {}
+        return validation_truth(self.shared["images"].folder(self.root))

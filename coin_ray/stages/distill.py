@@ -21,6 +21,7 @@ from coin_ray.stages.fused import CKG, trained_fusion
 from coin_ray.stages.knowledge import OPINIONS, collected, corrected, held_out, opinions, training_examples, with_corrections
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.students import look_of, new_student, student_from_clip_detector
+from coin_ray.stages.validation import beside, looks
 from coin_ray.steps import Context
 from coin_ray.tables import SEPARATION
 from coin_ray.training.distill import Distillation
@@ -39,8 +40,12 @@ def run(context: Context, train: Callable[[Fit], Curve] = fit) -> dict[str, Any]
     examples = training_examples(context.inputs["images"], used, know, reviewed)
     teacher = storage.join(context.inputs["propagate"], WEIGHTS)
     build = partial(make, config, teacher, annotators_of(context.inputs["separate"], config))
-    work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder)
-    return {"images": len(examples), "last": train(work)[-1]}
+    watched = looks(config, context.inputs["images"], context.folder, "student", "student", config.distill.fit)
+    saved = watched.leave if watched else None
+    work = Fit(context.name, build, finish, examples, config.distill.fit, config.detector, config.seed, context.folder, saved)
+    with beside(watched):
+        curve = train(work)
+    return {"images": len(examples), "last": curve[-1]}
 
 
 def annotators_of(separate: str, config: PipelineConfig) -> Annotators | None:

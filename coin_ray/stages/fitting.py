@@ -52,10 +52,12 @@ class Fit:
     detector: Detector
     seed: int
     folder: str
+    saved: Callable[[int, Mapping[str, Any]], None] | None = None
+    """Told on rank 0 of each saved state, after how many steps."""
 
 
 def fit(work: Fit) -> Curve:
-    """Train, or go on where a killed run stopped; writes ``finish``'s weights and ``curve.json`` into the folder. Returns the curve.
+    """Train, or go on where a killed run stopped; writes ``finish``'s weights and, last, ``curve.json`` into the folder. Returns the curve.
 
     Raises TrainingError if a worker fails, on a cluster if several do without a state saved between them.
     """
@@ -63,9 +65,10 @@ def fit(work: Fit) -> Curve:
     quiet()
     if not here:
         ensure_ray()
-    while not _fitted(work, here):
+    written = storage.join(work.folder, "curve.json")
+    while not storage.exists(written) and not _fitted(work, here):
         print(f"{work.title}: {CLUSTER_RETRIES + 1} workers lost, but it has got on; it goes on from its last state", flush=True)
-    curve: Curve = storage.read_json(storage.join(work.folder, "curve.json"))
+    curve: Curve = storage.read_json(written)
     return curve
 
 
@@ -100,7 +103,14 @@ def _scaling(optimize: Optimize) -> ScalingConfig:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    train(config["work"], lambda step, metrics, _: ray.train.report({"step": step, **metrics}))
+    work: Fit = config["work"]
+
+    def tell(step: int, metrics: Mapping[str, float], state: dict[str, Any] | None) -> None:
+        if work.saved is not None and state is not None and worker_rank() == 0:
+            work.saved(step + 1, state)
+        ray.train.report({"step": step, **metrics})
+
+    train(work, tell)
 
 
 def train(work: Fit, tell: Tell) -> Curve:

@@ -10,7 +10,8 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_em
 from coin_ray.pipeline import baseline_training
 from coin_ray.stages.fitting import Fit, fit
 from coin_ray.stages.knowledge import LabelSource, count_labels, labels_for, training_examples
-from coin_ray.stages.students import look_of, new_clip_detector, new_student
+from coin_ray.stages.students import CLIP_DETECTOR, look_of, new_clip_detector, new_student
+from coin_ray.stages.validation import beside, looks
 from coin_ray.steps import Context
 from coin_ray.training.loop import Task
 from coin_ray.training.propagate import Propagation
@@ -24,18 +25,11 @@ def run(context: Context) -> dict[str, Any]:
     source = context.options["labels"]
     propagate = config.propagate if source == "clip" else baseline_training(config)
     examples = training_examples(context.inputs["images"], *labels_for(source, context.inputs, config))
-    curve = fit(
-        Fit(
-            context.name,
-            partial(make, config, propagate, source),
-            finish,
-            examples,
-            propagate.fit,
-            config.detector,
-            config.seed,
-            context.folder,
-        ),
-    )
+    name = CLIP_DETECTOR if source == "clip" else context.name
+    watched = looks(config, context.inputs["images"], context.folder, name, "detector", propagate.fit)
+    build, saved = partial(make, config, propagate, source), watched.leave if watched else None
+    with beside(watched):
+        curve = fit(Fit(context.name, build, finish, examples, propagate.fit, config.detector, config.seed, context.folder, saved))
     return {"images": len(examples), "labels": count_labels(source, context.inputs, config), "last": curve[-1]}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import product
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +21,7 @@ from coin_ray.evaluation.voc import Floats
 from coin_ray.presets import PRESETS, with_student
 from coin_ray.report.methods import METHODS
 from coin_ray.report.page import build_page
-from coin_ray.stages import measures
+from coin_ray.stages import measures, validation
 from coin_ray.stages.fused import fused_opinions
 from coin_ray.stages.knowledge import image_rows, image_table
 from coin_ray.stages.pictures import gallery, seen
@@ -115,8 +116,8 @@ def _kept(context: Context) -> dict[str, int]:
 
 def _curves(context: Context) -> list[tuple[str, int, str, float]]:
     rows = []
-    for name in FITS:
-        folder = context.inputs.get(name)
-        for point in storage.read_json(storage.join(folder, "curve.json")) if folder else []:
+    for name, file in product(FITS, ("curve.json", validation.CURVE)):
+        place = storage.join(context.inputs.get(name, ""), file)
+        for point in storage.read_json(place) if name in context.inputs and storage.exists(place) else []:
             rows += [(name, int(point["step"]), metric, value) for metric, value in point.items() if metric != "step"]
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from small_runs import SMALL, Kill, asked, assert_same_results
+
+from coin_ray.configfile import from_yaml
+from coin_ray.stages.validation import validation_map50
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")
@@ -79,6 +83,28 @@ def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, object]]) -
     assert set(summary["separation"]) == {"consistent", "inconsistent", "private"}  # type: ignore[call-overload]
     assert {"made", "cached", "failed", "cost_usd"} == set(summary["calls"])  # type: ignore[call-overload]
     assert summary["seconds"]["total"] > 0  # type: ignore[index]
+
+
+def test_looks_at_validation_images_beside_the_training_change_nothing_and_end_at_the_student(
+    undisturbed: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    reference, _ = undisturbed
+    root = tmp_path / "looked_at"
+    shutil.copytree(reference, root)
+    (distilled,) = root.glob("steps/distill-*")
+    shutil.rmtree(distilled)
+    looking = command(root, "--distill.fit.validate-every", "9")
+    told = subprocess.run(looking, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600, check=True).stdout
+    assert_same_results(root, reference)
+    curve = json.loads((distilled / "validation.json").read_text())
+    assert [point["step"] for point in curve] == [9, 18, 24]
+    assert "validation after 24 steps: mAP50" in told
+    (images,) = root.glob("steps/images-*")
+    config = from_yaml(str(root / "config.yaml"))
+    assert curve[-1]["validation_map50"] == pytest.approx(
+        validation_map50(config, str(images), "student", str(distilled / "detector.pt")), abs=1e-3
+    )
+    assert not list(distilled.glob("looks/*"))
 
 
 def test_killed_in_every_stage_gives_the_same_tables_and_repeats_no_call(
