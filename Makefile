@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
 
 test: $(DEVELOPED) check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --durations=15 --durations-min=5 $(ARGS)
 
 slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -15,6 +15,7 @@ from coin_ray.errors import ConfigError, InputError
 from coin_ray.evaluation.label_free import agreed_boxes
 from coin_ray.experiments.grid import Job
 from coin_ray.experiments.variants import shortened
+from coin_ray.needs import check_installed
 from coin_ray.pipeline import graph
 from coin_ray.runner import up_to
 from coin_ray.search.lineage import Look, scheduled
@@ -142,11 +143,15 @@ class Search:
         return {name: step for name, step in self.steps({}).items() if name != "distill"}
 
     def prepare(self) -> None:
-        """Do the shared steps that are missing. Raises InputError if their results leave nothing to judge trials by."""
-        for step in self.shared.values():
-            if step.manifest(self.root) is None:
-                print(f"{step.name}: started", flush=True)
-                Job(step.name, self.config, (step,)).run(self.root)
+        """Do the shared steps that are missing.
+
+        Raises ConfigError if they or the trials need packages that are missing, InputError if their results leave nothing to judge trials by.
+        """
+        missing = [step for step in self.shared.values() if step.manifest(self.root) is None]
+        check_installed(self.config, {step.name for step in missing} | {"distill"})
+        for step in missing:
+            print(f"{step.name}: started", flush=True)
+            Job(step.name, self.config, (step,)).run(self.root)
         if self.objective == "map50" and not self.validation():
             raise InputError(
                 "the validation images are annotated, but with no object of the asked classes: nothing can be measured on them"

@@ -6,7 +6,8 @@
 1. `full.py demo` on 1,000 images (600 to train on, 100 and 300 to measure on), from the command to its end: what is spent beside the steps'
    own seconds and Ray's start-up, as a share of the steps' seconds; and the same command again, when everything is finished.
 2. Distillation steps a second of two workers with one thread each, against one worker with one thread, same global batch of 8 (gloo, two
-   processes on this machine). Processes take turns; the ratio is the median over rounds.
+   processes on this machine). Processes take turns; the ratio is the median over rounds. Beside it the bound: two workers that each take
+   half of the batch and never meet, so that all they have in common is the machine; and two that each take a whole batch.
 
 Wall time decides here, so let nothing else run. Prints a table and, last, the figures as one line of JSON.
 """
@@ -70,14 +71,14 @@ def share(batch: Batch, rank: int, workers: int) -> Batch:
     return Batch(batch.weak[own], batch.strong[own], knowledge, batch.generators[own], batch.reviewed[own])
 
 
-def worker(rank: int, workers: int, folder: str, steps: int) -> None:
-    """Time of each step after the first ones, which warm up."""
+def worker(rank: int, processes: int, folder: str, steps: int, meet: bool, parts: int) -> None:
+    """Time of each step after the first ones, which warm up, with one of so many ``parts`` of the batch."""
     torch.set_num_threads(1)
-    if workers > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=workers)
+    if meet:
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=processes)
     config = demo()
     task = distillation(config, replace(config.distill, burn_up=0))
-    batches = [share(demo_batch(config, number), rank, workers) for number in range(BATCHES)]
+    batches = [share(demo_batch(config, number), rank % parts, parts) for number in range(BATCHES)]
     taken = []
     for step in range(WARM_UP + steps):
         start = time.monotonic()
@@ -85,23 +86,35 @@ def worker(rank: int, workers: int, folder: str, steps: int) -> None:
         taken.append(time.monotonic() - start)
     if rank == 0:
         Path(folder, "seconds").write_text(json.dumps(median(taken[WARM_UP:])))
-    if workers > 1:
+    if meet:
         dist.destroy_process_group()
 
 
-def step_seconds(workers: int, steps: int) -> float:
-    """Median seconds of a step with a global batch of 8."""
+def step_seconds(processes: int, steps: int, *, meet: bool = False, parts: int = 1) -> float:
+    """Median seconds of a step of a batch of 8, or of a part of it."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (workers, folder, steps), nprocs=workers)  # type: ignore[no-untyped-call]
+        multiprocessing.spawn(worker, (processes, folder, steps, meet, parts), nprocs=processes)  # type: ignore[no-untyped-call]
         return float(json.loads(Path(folder, "seconds").read_text()))
 
 
 def two_workers(steps: int, rounds: int) -> dict[str, float]:
-    pairs = [(step_seconds(1, steps), step_seconds(2, steps)) for _ in range(rounds)]
+    turns = [
+        (
+            step_seconds(1, steps),
+            step_seconds(2, steps, meet=True, parts=2),
+            step_seconds(2, steps, parts=2),
+            step_seconds(2, steps),
+            step_seconds(1, steps, parts=2),
+        )
+        for _ in range(rounds)
+    ]
     return {
-        "seconds of a step, one worker": median(one for one, _ in pairs),
-        "seconds of a step, two workers": median(two for _, two in pairs),
-        "two workers / one": median(one / two for one, two in pairs),
+        "seconds of a step, one worker": median(one for one, *_ in turns),
+        "seconds of a step, two workers": median(two for _, two, *_ in turns),
+        "seconds of a step, half a batch, one worker alone": median(half for *_, half in turns),
+        "two workers / one": median(one / two for one, two, *_ in turns),
+        "two that never meet / one": median(one / apart for one, _, apart, *_ in turns),
+        "two with a whole batch each / one": median(2 * one / whole for one, _, _, whole, _ in turns),
     }
 
 

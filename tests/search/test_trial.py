@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from builders import distillation, examples, tiny_config, tiny_fit
 
-from coin_ray.errors import TrainingError
+from coin_ray.config import Cloud
+from coin_ray.errors import ConfigError, TrainingError
+from coin_ray.presets import demo
 from coin_ray.search import trial
 from coin_ray.search.plan import HELD_OUT, Search
 from coin_ray.search.trial import FAILED, run_trial
@@ -99,3 +102,11 @@ def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
     kept = [i for i in ids if held_out(i, HELD_OUT)]
     assert 0.17 < len(kept) / len(ids) < 0.23
     assert not any(held_out(i, 0.0) for i in ids)
+
+
+def test_missing_packages_are_named_before_anything_is_asked(asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coin_ray.needs.find_spec", lambda name: None)
+    search = asked(config=replace(demo(), cloud=Cloud(serve="onnx", onnx_models=("teacher.onnx",))))
+    with pytest.raises(ConfigError, match="onnxruntime"):
+        search.prepare()
+    assert not list(Path(search.root).glob("steps/*"))
