@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.parallel import global_values, mean, worker_count
+from coin_ray.losses.mean import mean
+from coin_ray.parallel import global_values, worker_count
 
 SCALE = 1e4
 """Both losses are multiplied by this before differentiation; it cancels in the cosine."""
 
 
-def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
+def squared_error(logits: Tensor, targets: Tensor, count: float | None = None) -> Tensor:
     """Mean squared difference of softmax(logits) [R, K+1] and ``targets``. Unlike KL it is twice differentiable in the target."""
-    return mean((logits.float().softmax(-1) - targets) ** 2)
+    return mean((logits.float().softmax(-1) - targets) ** 2, count)
 
 
 def gradient_misalignment(consistent_loss: Tensor, inconsistent_loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Detection losses against boxes with one label each: consistent knowledge, CLIP labels, or truth."""
+"""Detection losses against boxes with one label each: consistent knowledge, CLIP labels, or truth. ``count``: see ``mean``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from coin_ray import boxes as box_ops
-from coin_ray.parallel import mean
+from coin_ray.losses.mean import mean
 
 
-def anchor_objectness(logits: Tensor, is_object: Tensor) -> Tensor:
+def anchor_objectness(logits: Tensor, is_object: Tensor, count: float | None = None) -> Tensor:
     """Binary cross-entropy of sampled anchors [A] against 0/1 [A]."""
-    return mean(F.binary_cross_entropy_with_logits(logits, is_object.to(logits), reduction="none"))
+    return mean(F.binary_cross_entropy_with_logits(logits, is_object.to(logits), reduction="none"), count)
 
 
-def anchor_boxes(deltas: Tensor, anchors: Tensor, boxes: Tensor, sampled: int, weights: Sequence[float] = box_ops.DELTA_WEIGHTS) -> Tensor:
+def anchor_boxes(
+    deltas: Tensor, anchors: Tensor, boxes: Tensor, sampled: float, weights: Sequence[float] = box_ops.DELTA_WEIGHTS
+) -> Tensor:
     """L1 of predicted deltas [P, 4] of positive anchors to their boxes, divided by the number of all ``sampled`` anchors.
 
     ``weights``: scale of the deltas along x, y, width, height.
@@ -27,22 +29,22 @@ def anchor_boxes(deltas: Tensor, anchors: Tensor, boxes: Tensor, sampled: int, w
     return mean((deltas - box_ops.encode(boxes, anchors) * scale).abs(), sampled)
 
 
-def region_class(logits: Tensor, labels: Tensor, background_weight: float) -> Tensor:
+def region_class(logits: Tensor, labels: Tensor, background_weight: float, count: float | None = None) -> Tensor:
     """Cross-entropy of RoIs [R, K+1] against labels [R]; background rows (label K) count ``background_weight``, the sum is divided by R.
 
     In the published code the weight scales the term, not the denominator.
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
     weights = torch.where(labels == logits.shape[1] - 1, background_weight, 1.0)
-    return mean(losses * weights)
+    return mean(losses * weights, count)
 
 
-def region_soft_class(logits: Tensor, targets: Tensor) -> Tensor:
+def region_soft_class(logits: Tensor, targets: Tensor, count: float | None = None) -> Tensor:
     """Cross-entropy of RoIs [R, K+1] against probability vectors [R, K+1]."""
-    return mean(-(targets * logits.float().log_softmax(-1)).sum(-1))
+    return mean(-(targets * logits.float().log_softmax(-1)).sum(-1), count)
 
 
-def region_boxes(deltas: Tensor, proposals: Tensor, boxes: Tensor, sampled: int, kind: str) -> Tensor:
+def region_boxes(deltas: Tensor, proposals: Tensor, boxes: Tensor, sampled: float, kind: str) -> Tensor:
     """Distance of regressed proposals [P, 4] to their boxes, divided by the number of all ``sampled`` RoIs: L1 of deltas, or 1 - GIoU."""
     if kind == "l1":
         return mean((deltas.float() - box_ops.encode(boxes, proposals)).abs(), sampled)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coin_ray.parallel import all_sum, all_sums, worker_count
+from coin_ray.losses.mean import mean
+from coin_ray.parallel import all_sums, worker_count
 from coin_ray.structures import Pairs, Separation
 
 COUNTS = frozenset({"count_consistent", "count_inconsistent", "count_private"})
@@ -27,13 +28,15 @@ def kinds(separations: Sequence[Separation]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def whom_ckg_follows(fused: Tensor, pairs: Pairs, trusted_from: float) -> dict[str, Tensor]:
-    """Shares of inconsistent RoIs: passing pi, and named as the cloud, as CLIP, or as neither did. ``fused`` [R, K+1] of ``pairs`` [R]."""
+def whom_ckg_follows(fused: Tensor, pairs: Pairs, trusted_from: float, regions: float) -> dict[str, Tensor]:
+    """Shares of inconsistent RoIs: passing pi, and named as the cloud, as CLIP, or as neither did. ``fused`` [R, K+1] of ``pairs`` [R].
+
+    ``regions``: such RoIs of all workers.
+    """
     score, name = fused.max(-1)
     cloud, clip = name == pairs.cloud.labels, name == pairs.clip.labels
     shares = {"passing": score >= trusted_from, "cloud": cloud, "clip": clip, "neither": ~(cloud | clip)}
-    regions = all_sum(torch.tensor(float(len(fused)), device=fused.device)).clamp(min=1)
-    return {f"ckg_{side}": rows.float().sum() / regions for side, rows in shares.items()}
+    return {f"ckg_{side}": mean(rows.float(), regions) for side, rows in shares.items()}
 
 
 @torch.no_grad()
@@ -48,4 +51,4 @@ def spread(weights: Tensor) -> Tensor:
 @torch.no_grad()
 def gradient_angle(misalignment: Tensor) -> Tensor:
     """Degrees whose cosine is the mean one: 1 - ``misalignment``, of which every worker holds 1/n."""
-    return (1 - all_sum(misalignment)).clamp(-1, 1).acos().rad2deg() / worker_count()
+    return (1 - worker_count() * misalignment).clamp(-1, 1).acos().rad2deg() / worker_count()

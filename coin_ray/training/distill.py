@@ -24,8 +24,8 @@ from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
 from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.models.prototypes import Prototypes
-from coin_ray.parallel import all_sum, sum_gradients
+from coin_ray.models.prototypes import Prototypes, follow_features
+from coin_ray.parallel import sum_gradients
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training import diagnosis
 from coin_ray.training.ema import follow
@@ -71,9 +71,10 @@ class Distillation:
         burnt_up = step >= config.burn_up
         if burnt_up:
             self.move_teacher(step)
-        separations = self.separate(batch, burnt_up)
+        size = common_size(batch.weak)  # and of the strong views
+        separations = self.separate(batch, burnt_up, size)
         with mixed_precision(student, config.fit):
-            view = self.look(student, batch.strong, separations, batch.generators)
+            view = self.look(student, batch.strong, size, separations, batch.generators)
 
         losses = {name: config.consistent * loss for name, loss in view.supervised_losses(student.config).items()}
         losses |= {name: config.private * loss for name, loss in view.private_losses().items()}
@@ -91,12 +92,12 @@ class Distillation:
             self.update_prototypes(view)
         return losses | ckg_losses | diagnosis.kinds(separations)
 
-    def separate(self, batch: Batch, burnt_up: bool) -> list[Separation]:
-        """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view).
+    def separate(self, batch: Batch, burnt_up: bool, size: tuple[int, int]) -> list[Separation]:
+        """Before the burn-up the teacher is frozen: its results are those collected once (mirrored with the view). Then it looks, at ``size``.
 
         What a person says of an image is not up to the teachers.
         """
-        results = self.second_opinions(batch) if burnt_up else batch.knowledge["clip"]
+        results = self.second_opinions(batch, size) if burnt_up else batch.knowledge["clip"]
         clip = [Detections.cat(parts) for parts in zip(results, batch.knowledge["clip_labels"], strict=True)]
         fuse = self.separation.fused_boxes == "always" or (self.separation.fused_boxes == "after_burn_up" and burnt_up)
         return [
@@ -111,15 +112,15 @@ class Distillation:
         start = step == self.config.burn_up and not self.teacher_is_clip
         follow(self.teacher, self.student, 1.0 if start else self.config.teacher_rate)
 
-    def second_opinions(self, batch: Batch) -> list[Detections]:
+    def second_opinions(self, batch: Batch, size: tuple[int, int]) -> list[Detections]:
         """The teacher's results. One that is not the CLIP detector does not replace what that one saw: of the same object the surer result stays."""
-        found = self.look_with_teacher(batch.weak)
+        found = self.look_with_teacher(batch.weak, size)
         return found if self.teacher_is_clip else [_surer(*both) for both in zip(found, batch.knowledge["clip"], strict=True)]
 
-    def look_with_teacher(self, images: Sequence[Tensor]) -> list[Detections]:
+    def look_with_teacher(self, images: Sequence[Tensor], size: tuple[int, int]) -> list[Detections]:
         self.teacher.eval()  # forgets its cached class embeddings: its prompts have moved
         with mixed_precision(self.teacher, self.config.fit):
-            found = self.teacher.predict(self.teacher.prepare(images, common_size(images)))
+            found = self.teacher.predict(self.teacher.prepare(images, size))
         return [d.to(torch.device("cpu")) for d in found]
 
     def inconsistent_losses(self, view: View, weight: float) -> dict[str, Tensor]:
@@ -152,8 +153,8 @@ class Distillation:
 
         Nothing happens unless the global batch holds RoIs of both kinds.
         """
-        counts = all_sum(torch.tensor([len(view.on_consistent), len(view.on_inconsistent)]))
-        if self.config.fusion != "ckg" or not bool((counts > 0).all()):
+        totals = view.totals
+        if self.config.fusion != "ckg" or not (totals.consistent and totals.inconsistent):
             return {}
         losses = {"ckg_consistent": self.misnamed(view)}
         regions, head = view.regions, self.student.head
@@ -163,9 +164,11 @@ class Distillation:
         again = head(regions.pooled[torch.cat([view.on_consistent, view.on_inconsistent])].detach(), regions.classes.detach()).logits
         on_consistent, on_inconsistent = again.split([len(answers), len(fused)])
         losses["ckg_gradient"] = gradient_misalignment(
-            squared_error(on_consistent, answers), squared_error(on_inconsistent, fused), list(head.transformation.parameters())
+            squared_error(on_consistent, answers, totals.consistent * view.classes),
+            squared_error(on_inconsistent, fused, totals.inconsistent * view.classes),
+            list(head.transformation.parameters()),
         )
-        shown = diagnosis.whom_ckg_follows(fused, view.inconsistent, self.trusted_from(fused))
+        shown = diagnosis.whom_ckg_follows(fused, view.inconsistent, self.trusted_from(fused), totals.inconsistent)
         shown["ckg_spread"] = diagnosis.spread(
             self.ckg.weights(embedded, (self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()))
         )
@@ -186,16 +189,18 @@ class Distillation:
         answers = F.one_hot(labels, classes).float()
         nothing = answers[len(view.on_consistent) :]
         cloud, clip = (torch.cat([opinion.probs, nothing]) for opinion in (view.consistent.cloud, view.consistent.clip))
-        return distillation.divergence_of_probabilities(self.fuse(view.regions.embedded[rows], cloud, clip), answers)
+        count = view.totals.labelled if self.config.ckg_background else view.totals.consistent
+        return distillation.divergence_of_probabilities(self.fuse(view.regions.embedded[rows], cloud, clip), answers, count * classes)
 
     def update_prototypes(self, view: View) -> None:
         """Consistent + background for the student's prompts; with inconsistent ones, named by either teacher, for CKG."""
         rate, embedded = self.config.prototype_rate, view.regions.embedded
-        self.consistent_prototypes.update(embedded[view.labelled], view.labels, rate)
-        if int(all_sum(torch.tensor(len(view.on_inconsistent)))):
-            rows = torch.cat([view.labelled, view.on_inconsistent])
-            for bank, opinion in ((self.cloud_prototypes, view.inconsistent.cloud), (self.clip_prototypes, view.inconsistent.clip)):
-                bank.update(embedded[rows], torch.cat([view.labels, opinion.labels]), rate)
+        seen = [(self.consistent_prototypes, embedded[view.labelled], view.labels)]
+        if view.totals.inconsistent:
+            features = embedded[torch.cat([view.labelled, view.on_inconsistent])]
+            for prototypes, opinion in ((self.cloud_prototypes, view.inconsistent.cloud), (self.clip_prototypes, view.inconsistent.clip)):
+                seen.append((prototypes, features, torch.cat([view.labels, opinion.labels])))
+        follow_features(seen, rate)
 
     def _parts(self) -> dict[str, Any]:
         return {

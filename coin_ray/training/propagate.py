@@ -21,7 +21,7 @@ from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import sum_gradients
 from coin_ray.structures import Separation
 from coin_ray.training.schedule import make_optimizer, set_learning_rate
-from coin_ray.training.view import Look, View, look
+from coin_ray.training.view import Look, View, common_size, look
 
 
 class Propagation:
@@ -38,10 +38,10 @@ class Propagation:
         if self.config.views == "both":
             images, labels, generators = images + batch.weak, labels * 2, generators * 2
         with mixed_precision(self.detector, self.config.fit):
-            view = self.look(self.detector, images, labels, generators)
+            view = self.look(self.detector, images, common_size(images), labels, generators)
         losses = view.supervised_losses(self.detector.config)
         if self.config.soft_labels:
-            losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view))
+            losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view), view.totals.labelled)
         losses["alignment"] = self.config.alignment * prompt_alignment(view.regions.classes, self.prototypes.values)
         descend(self.optimizer, self.detector, losses, step, self.config.fit)
         if step >= self.config.prototypes_from:

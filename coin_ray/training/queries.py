@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -28,7 +29,7 @@ from coin_ray.models.co_detr.targets import normalise
 from coin_ray.parallel import all_sum
 from coin_ray.structures import Pairs, Separation
 from coin_ray.training.targets import RegionTargets
-from coin_ray.training.view import Fused, Losses, View, common_size, sample
+from coin_ray.training.view import Fused, Losses, View, sample
 
 NONE = -1
 """Row of a query that stands for no object."""
@@ -63,7 +64,7 @@ class Objects:
         return replace(self, targets=mass[:, None], kinds=torch.where(pair, CONSISTENT, self.kinds))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """What queries of L layers say: ``logits`` [L, B, Q, C], ``boxes`` [L, B, Q, 4]; ``rows`` [L, B, Q]: the object each stands for, or NONE;
     ``real`` [B, Q]: those that take part.
@@ -74,7 +75,7 @@ class Answers:
     rows: Tensor
     real: Tensor
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
         """Queries of a layer that stand for an object, over all workers, at least 1."""
         return all_sum(((self.rows[0] != NONE) & self.real).sum().float()).clamp(min=1)
@@ -145,10 +146,14 @@ class QueryView(View):
 
 
 def look_with_queries(
-    student: RegionalDetr, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]
+    student: RegionalDetr,
+    images: Sequence[Tensor],
+    size: tuple[int, int],
+    separations: Sequence[Separation],
+    generators: Sequence[torch.Generator],
 ) -> QueryView:
     """As ``coin_ray.training.view.look`` for the auxiliary head; and the encoder's proposals and the decoder's queries beside it."""
-    batch = student.prepare(images, common_size(images))
+    batch = student.prepare(images, size)
     shared, proposed = student.propose(batch)
     view = sample(student, batch, shared, proposed, separations, generators)
     separations = [s.to(batch.pixels.device) for s in separations]

@@ -5,6 +5,7 @@ Everything is drawn from a generator of the image's own, so it does not matter w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torchvision.ops import box_iou
 
 from coin_ray.config import Detector
 from coin_ray.models.faster_rcnn_clip.rpn import inside
+from coin_ray.parallel import all_sum_later
 from coin_ray.structures import Separation
 
 RPN_POSITIVE, RPN_NEGATIVE = 0.7, 0.3
@@ -56,6 +58,39 @@ class RegionTargets:
     @property
     def positives(self) -> int:
         return len(self.consistent) + len(self.inconsistent)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What losses are divided by: anchors and RoIs of *all* workers.
+
+    ``regions``: sampled RoIs, those on private boxes aside; ``labelled``: of them those with a label, on consistent pairs and background.
+    """
+
+    anchors: float
+    private_anchors: float
+    regions: float
+    labelled: float
+    consistent: float
+    inconsistent: float
+    private: float
+
+    @classmethod
+    def counted(cls, anchors: Sequence[AnchorTargets], targets: Sequence[RegionTargets], private: int) -> Callable[[], Totals]:
+        """From this worker's targets, in one message that is on its way until what is returned is called."""
+        consistent, inconsistent = (sum(len(getattr(t, kind)) for t in targets) for kind in ("consistent", "inconsistent"))
+        regions = sum(len(t.proposals) for t in targets)
+        own = {
+            "anchors": sum(len(t.sampled) for t in anchors),
+            "private_anchors": sum(len(t.private) for t in anchors),
+            "regions": regions,
+            "labelled": regions - inconsistent,
+            "consistent": consistent,
+            "inconsistent": inconsistent,
+            "private": private,
+        }
+        total = all_sum_later(torch.tensor([float(n) for n in own.values()]))
+        return lambda: cls(**dict(zip(own, total().tolist(), strict=True)))
 
 
 def anchor_targets(

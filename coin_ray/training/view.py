@@ -12,9 +12,9 @@ from torch import Tensor
 from coin_ray.config import Detector
 from coin_ray.losses import distillation, supervised
 from coin_ray.models.base import Images, Proposed, Regional, Regions
-from coin_ray.parallel import all_max
+from coin_ray.parallel import all_max, all_sum
 from coin_ray.structures import Detections, Pairs, Separation
-from coin_ray.training.targets import AnchorTargets, RegionTargets, anchor_targets, region_targets
+from coin_ray.training.targets import AnchorTargets, RegionTargets, Totals, anchor_targets, region_targets
 
 Losses = dict[str, Tensor]
 Fused = Callable[[Tensor, Pairs], tuple[Tensor, float]]
@@ -42,6 +42,12 @@ class View:
     consistent: Pairs
     inconsistent: Pairs
     private: Detections
+    totals: Totals
+
+    @property
+    def classes(self) -> int:
+        """Background included."""
+        return self.regions.logits.shape[1]
 
     @property
     def labels(self) -> Tensor:
@@ -57,58 +63,73 @@ class View:
     def supervised_losses(self, config: Detector) -> Losses:
         """Consistent knowledge as ground truth, and the boxes of inconsistent pairs (their class is not settled)."""
         on_pairs = torch.cat([self.on_consistent, self.on_inconsistent])
-        proposed, sampled = self.proposed, self.anchors
+        proposed, sampled, totals = self.proposed, self.anchors, self.totals
         objectness = torch.cat([row[t.sampled] for row, t in zip(proposed.objectness, sampled, strict=True)])
-        count = len(objectness)
+        is_object = torch.cat([t.is_object for t in sampled]).to(objectness)
         return {
-            "anchor_objectness": supervised.anchor_objectness(objectness, torch.cat([t.is_object for t in sampled]).to(objectness)),
+            "anchor_objectness": supervised.anchor_objectness(objectness, is_object, totals.anchors),
             "anchor_boxes": supervised.anchor_boxes(
                 torch.cat([row[t.positive] for row, t in zip(proposed.deltas, sampled, strict=True)]),
                 torch.cat([proposed.anchors[t.positive] for t in sampled]),
                 torch.cat([t.boxes for t in sampled]),
-                count,
+                totals.anchors,
                 config.anchor_weights,
             ),
-            "consistent": supervised.region_class(self.regions.logits[self.labelled], self.labels, config.background_weight),
+            "consistent": supervised.region_class(
+                self.regions.logits[self.labelled], self.labels, config.background_weight, totals.labelled
+            ),
             "boxes": supervised.region_boxes(
                 self.regions.deltas[on_pairs],
                 self.proposals[on_pairs],
                 self.boxes,
-                len(self.proposals) - len(self.on_private),
+                totals.regions,
                 config.box_loss,
             ),
         }
 
     def private_losses(self) -> Losses:
         """RoIs and anchors on boxes that one teacher alone saw, against its view of them."""
+        logits, totals = self.regions.logits[self.on_private], self.totals
         objectness = torch.cat([row[t.private] for row, t in zip(self.proposed.objectness, self.anchors, strict=True)])
+        seen = torch.cat([t.private_probs for t in self.anchors])
         return {
-            "private_regions": distillation.private_regions(self.regions.logits[self.on_private], self.private.probs),
-            "private_anchors": distillation.private_anchors(objectness, torch.cat([t.private_probs for t in self.anchors])),
+            "private_regions": distillation.private_regions(logits, self.private.probs, totals.private * self.classes),
+            "private_anchors": distillation.private_anchors(objectness, seen, totals.private_anchors * 2),
         }
 
     def inconsistent_losses(self, fused: Fused, *, per_region: bool) -> Losses:
         """RoIs on inconsistent pairs against what CKG makes of both opinions; ``per_region``: the mean is over RoIs, not over elements."""
         answers, sure = fused(self.regions.embedded[self.on_inconsistent], self.inconsistent)
-        regions = len(self.labelled) if per_region else None
         logits = self.regions.logits[self.on_inconsistent]
-        return {"inconsistent": distillation.inconsistent_regions(logits, answers, sure, regions)}
+        count = self.totals.labelled if per_region else float(all_sum(distillation.trusted(answers, sure).sum())) * self.classes
+        return {"inconsistent": distillation.inconsistent_regions(logits, answers, sure, count)}
 
 
 class Look(Protocol):
     """How a kind of student is shown a batch: all that distillation must know of it."""
 
     def __call__(
-        self, student: Any, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]
+        self,
+        student: Any,
+        images: Sequence[Tensor],
+        size: tuple[int, int],
+        separations: Sequence[Separation],
+        generators: Sequence[torch.Generator],
     ) -> View: ...
 
 
-def look(student: Regional, images: Sequence[Tensor], separations: Sequence[Separation], generators: Sequence[torch.Generator]) -> View:
-    """Forward the student on ``images`` (uint8 [3, H, W]) and sample anchors and RoIs against their separations (same frame).
+def look(
+    student: Regional,
+    images: Sequence[Tensor],
+    size: tuple[int, int],
+    separations: Sequence[Separation],
+    generators: Sequence[torch.Generator],
+) -> View:
+    """Forward the student on ``images`` (uint8 [3, H, W]), padded to ``size``, and sample anchors and RoIs against their separations (same frame).
 
     Boxes are assigned on the CPU, where the separations are; what is sampled goes to the student's device.
     """
-    batch = student.prepare(images, common_size(images))
+    batch = student.prepare(images, size)
     shared, proposed = student.propose(batch)
     return sample(student, batch, shared, proposed, separations, generators)
 
@@ -135,6 +156,7 @@ def sample(
     separations = [s.to(device) for s in separations]
     private = Detections.cat([s.private for s in separations])
     rois = [torch.cat([t.proposals, s.private.boxes]) for t, s in zip(targets, separations, strict=True)]
+    totals = Totals.counted(anchors, targets, len(private))
     regions = student.describe(shared, rois)
     consistent, inconsistent, background, on_private = _rows(targets, separations, len(regions.logits))
     return View(
@@ -151,6 +173,7 @@ def sample(
         consistent=Pairs.joined([s.consistent[t.consistent] for t, s in zip(targets, separations, strict=True)]),
         inconsistent=Pairs.joined([s.inconsistent[t.inconsistent] for t, s in zip(targets, separations, strict=True)]),
         private=private,
+        totals=totals(),
     )
 
 

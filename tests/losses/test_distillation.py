@@ -45,9 +45,9 @@ def test_the_mean_is_over_trusted_rows() -> None:
 
 def test_inconsistent_regions_may_count_as_much_as_consistent_ones() -> None:
     """Divided by the RoIs of another loss, not by the elements of the rows used."""
-    assert float(distillation.inconsistent_regions(LOGITS, TARGETS, 0.0, regions=4)) == pytest.approx((FIRST + SECOND) / 4, rel=1e-5)
+    assert float(distillation.inconsistent_regions(LOGITS, TARGETS, 0.0, count=4)) == pytest.approx((FIRST + SECOND) / 4, rel=1e-5)
     none = torch.zeros(0, 3, dtype=torch.float64)
-    assert float(distillation.inconsistent_regions(none, none, 0.0, regions=4)) == 0
+    assert float(distillation.inconsistent_regions(none, none, 0.0, count=4)) == 0
 
 
 def test_private_anchors() -> None:

@@ -24,7 +24,7 @@ def test_whom_ckg_follows() -> None:
     """The cloud says 0, CLIP says 1 of all four boxes; the fused vectors say 0, 1, 2 and, too softly to pass, 0."""
     disputed = separation(inconsistent=rows(4)).inconsistent
     fused = torch.tensor([[0.9, 0.1, 0, 0], [0.1, 0.9, 0, 0], [0.1, 0.1, 0.8, 0], [0.4, 0.3, 0.3, 0]])
-    found = {name: float(value) for name, value in diagnosis.whom_ckg_follows(fused, disputed, 0.7).items()}
+    found = {name: float(value) for name, value in diagnosis.whom_ckg_follows(fused, disputed, 0.7, len(fused)).items()}
     assert found == {"ckg_passing": 0.75, "ckg_cloud": 0.5, "ckg_clip": 0.25, "ckg_neither": 0.25}
 
 

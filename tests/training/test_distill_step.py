@@ -18,7 +18,7 @@ from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.structures import Detections
 from coin_ray.training import diagnosis
 from coin_ray.training.distill import Distillation
-from coin_ray.training.view import look
+from coin_ray.training.view import common_size, look
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "distill_losses.json"
 SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
@@ -85,7 +85,7 @@ def test_teacher_and_ckg_and_prototypes_move_when_they_should(tmp_path: Path, mo
     for step, batch in enumerate(three_steps(tmp_path, fit)):
         parts = (task.student, task.teacher, task.ckg, *banks)
         clip = batch.knowledge["clip"]  # has pairs of both kinds, unlike a random teacher
-        monkeypatch.setattr(task, "look_with_teacher", lambda images, clip=clip: clip)
+        monkeypatch.setattr(task, "look_with_teacher", lambda images, size, clip=clip: clip)
         before = [weights(p) for p in parts]
         task.train_step(batch, step)
         found = [moved(b, p) for b, p in zip(before, parts, strict=True)]
@@ -128,7 +128,7 @@ def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_
     (batch,) = three_steps(tmp_path, fit)
     ours, theirs = ([detections(*rows)] * len(batch.weak) for rows in (cloud, clip))
     batch.knowledge.update({"cloud": ours, "clip": theirs})
-    monkeypatch.setattr(task, "look_with_teacher", lambda images: theirs)
+    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: theirs)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)
     both = clip == [A, B_OTHER]
@@ -188,11 +188,11 @@ def test_a_person_outranks_both_teachers_whatever_they_say(burnt_up: bool, tmp_p
     """The images of the batch are as a person says, one of them empty, before and after the burn-up; those nobody reviewed are the teachers'."""
     fit = tiny_fit(steps=1, batch=3)
     (batch,) = three_steps(tmp_path, fit)
-    theirs = distillation(fit).separate(batch, burnt_up)
+    theirs = distillation(fit).separate(batch, burnt_up, common_size(batch.weak))
     person = detections(((2, 2, 20, 30), 1, 1.0), ((30, 4, 50, 40), 2, 1.0))
     batch.knowledge["cloud"][:2] = [person, person[:0]]
     batch.reviewed[:2] = [True, True]
-    first, empty, other = distillation(fit).separate(batch, burnt_up)
+    first, empty, other = distillation(fit).separate(batch, burnt_up, common_size(batch.weak))
     assert torch.equal(first.consistent.boxes, person.boxes)
     assert torch.equal(first.consistent.cloud.labels, person.labels)
     assert torch.equal(first.consistent.clip.probs, person.probs)
@@ -267,8 +267,8 @@ def test_boxes_of_pairs(rule: Any, burnt_up: bool, fused: bool, tmp_path: Path, 
     (batch,) = three_steps(tmp_path, fit)
     clip: list[Detections] = [detections(((4.0, 4, 30, 20), 0, 0.9))] * len(batch.weak)
     batch.knowledge.update({"cloud": [detections(A)] * len(batch.weak), "clip": clip})
-    monkeypatch.setattr(task, "look_with_teacher", lambda images: clip)
-    bottom = float(task.separate(batch, burnt_up)[0].consistent.boxes[0, 3])
+    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: clip)
+    bottom = float(task.separate(batch, burnt_up, common_size(batch.weak))[0].consistent.boxes[0, 3])
     assert bottom == pytest.approx(24 if fused else 28)
 
 
@@ -277,7 +277,8 @@ def test_ckg_names_background_only_if_it_was_shown_some(background: bool, tmp_pa
     fit = tiny_fit(steps=1, lr=1e-2)
     task = distillation(fit, ckg_background=background, ckg_lr=1e-2)
     (batch,) = three_steps(tmp_path, fit)
-    view = look(task.student, batch.strong, task.separate(batch, False), batch.generators)
+    size = common_size(batch.weak)
+    view = look(task.student, batch.strong, size, task.separate(batch, False, size), batch.generators)
     for _ in range(60):
         task.train_ckg(view, 5)
     embedded = view.regions.embedded[view.on_background]

@@ -9,7 +9,7 @@ from builders import examples, propagation, tiny_config, tiny_fit
 
 from coin_ray.data.examples import batches
 from coin_ray.structures import Separation
-from coin_ray.training.view import look
+from coin_ray.training.view import common_size, look
 
 
 def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
@@ -17,7 +17,8 @@ def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     task = propagation(fit, soft_labels=True)
     (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
-    view = look(task.detector, batch.strong, [Separation.of_labels(kept) for kept in batch.knowledge["labels"]], batch.generators)
+    labels = [Separation.of_labels(kept) for kept in batch.knowledge["labels"]]
+    view = look(task.detector, batch.strong, common_size(batch.strong), labels, batch.generators)
     targets = task.soft_targets(view)
     boxes = len(view.on_consistent)
     torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled)))
@@ -41,9 +42,9 @@ def test_soft_and_hard_labels_differ_only_in_the_class_loss(tmp_path: Path) -> N
 def test_the_weak_view_is_trained_with_the_same_labels(views: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, list[list[float]]]] = []
 
-    def watched(student: Any, pixels: Any, separations: Any, generators: Any) -> Any:
+    def watched(student: Any, pixels: Any, size: Any, separations: Any, generators: Any) -> Any:
         seen.append((len(pixels), [s.consistent.cloud.scores.tolist() for s in separations]))
-        return look(student, pixels, separations, generators)
+        return look(student, pixels, size, separations, generators)
 
     fit = tiny_fit(steps=1)
     (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)

@@ -28,6 +28,7 @@ from coin_ray.training.queries import (
     assigned,
     look_with_queries,
 )
+from coin_ray.training.view import common_size
 
 REGIONAL = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
 PARTS = ("class", "l1", "giou")
@@ -58,7 +59,9 @@ def seen(student: RegionalDetr, *separations: Separation) -> QueryView:
     images = [
         torch.randint(0, 255, (3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in range(len(separations))
     ]
-    return look_with_queries(student.train(), images, separations, [torch.Generator().manual_seed(i) for i in range(len(separations))])
+    return look_with_queries(
+        student.train(), images, common_size(images), separations, [torch.Generator().manual_seed(i) for i in range(len(separations))]
+    )
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -89,7 +92,7 @@ def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_
     (batch,) = three_steps(tmp_path, fit)
     ours, theirs = ([detections(*rows)] * len(batch.weak) for rows in (cloud, clip))
     batch.knowledge.update({"cloud": ours, "clip": theirs})
-    monkeypatch.setattr(task, "look_with_teacher", lambda images: theirs)
+    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: theirs)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)
     assert (set(parts) >= CKG) == (clip == [A, B_OTHER])
@@ -220,7 +223,8 @@ def test_ckg_aligns_gradients_of_the_auxiliary_heads_transformation(tmp_path: Pa
     fit = tiny_fit(steps=1)
     (batch,) = three_steps(tmp_path, fit)
     task = detr_distillation(fit)
-    view = look_with_queries(task.student, batch.strong, task.separate(batch, False), batch.generators)  # type: ignore[arg-type]
+    size = common_size(batch.weak)
+    view = look_with_queries(task.student, batch.strong, size, task.separate(batch, False, size), batch.generators)  # type: ignore[arg-type]
     before = [p.detach().clone() for p in task.ckg.parameters()]
     assert set(task.train_ckg(view, 5)) - diagnosis.NAMES == CKG
     assert any(not torch.equal(a, b) for a, b in zip(before, task.ckg.parameters(), strict=True))
@@ -244,8 +248,8 @@ def test_what_the_clip_detector_saw_stays_beside_the_teachers_results(tmp_path: 
     task = detr_distillation(fit)
     stored, found = detections((A[0], 0, 0.4), (B[0], 1, 0.9)), detections((A[0], 0, 0.6), (B[0], 1, 0.5), (C[0], 2, 0.3))
     batch.knowledge["clip"] = [stored] * len(batch.weak)
-    monkeypatch.setattr(task, "look_with_teacher", lambda images: [found] * len(images))
-    (both, *_) = task.second_opinions(batch)
+    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: [found] * len(images))
+    (both, *_) = task.second_opinions(batch, common_size(batch.weak))
     assert sorted(zip(both.labels.tolist(), both.scores.tolist(), strict=True)) == [
         (0, pytest.approx(0.6)),
         (1, pytest.approx(0.9)),

@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ UNEVEN = replace(EVEN, batch=3)
 """The first worker has two images of three: as many workers train as there is room for."""
 
 
+MEETINGS = {"faster-rcnn": 8, "co-detr": 11}
+"""Messages of a step: workers wait for each other at each. Size of the images, counts, trusted rows, gradients to be aligned, CKG's spread, its
+gradients, the student's, prototypes; queries are counted by group."""
+
 MAKERS = {"faster-rcnn": distillation, "co-detr": detr_distillation}
 
 
@@ -31,12 +36,14 @@ def train(folder: str, student: str, fit: Optimize) -> dict[str, Any]:
     """Three steps of this worker's share; global losses and the final state."""
     torch.set_num_threads(1)
     task = MAKERS[student](fit, burn_up=1)
-    losses = []
+    losses, met = [], []
     source = batches(examples(Path(folder)), fit, tiny_config(), seed=2, first=0, rank=worker_rank(), workers=worker_count())
     for step, batch in enumerate(source):
-        parts = task.train_step(batch, step)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as meeting:
+            parts = task.train_step(batch, step)
+        met.append(meeting.call_count)
         losses.append({n: float(all_sum(v.detach().double())) for n, v in sorted(parts.items())})
-    return {"losses": losses, "state": task.state_dict()}
+    return {"losses": losses, "state": task.state_dict(), "met": met}
 
 
 def worker(rank: int, port: int, folder: str, student: str, fit: Optimize) -> None:
@@ -60,6 +67,8 @@ def test_two_workers_equal_one(student: str, fit: Optimize, tmp_path: Path) -> N
     alone = train(str(tmp_path), student, fit)
     both = [torch.load(tmp_path / f"worker{rank}.pt", weights_only=True) for rank in range(2)]
     assert both[0]["losses"] == both[1]["losses"]
+    assert both[0]["met"] == both[1]["met"]
+    assert max(both[0]["met"]) <= MEETINGS[student]
     for step, (parts, wanted) in enumerate(zip(both[0]["losses"], alone["losses"], strict=True)):
         assert parts == pytest.approx(wanted, abs=1e-5, rel=1e-5), f"step {step}"
     losses = {name: value for name, value in alone["losses"][-1].items() if name not in diagnosis.NAMES}
