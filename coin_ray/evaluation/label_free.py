@@ -1,13 +1,11 @@
-"""How good a student is, judged without labels: by what both teachers agree on, in images it was not trained on.
+"""How good a student is, judged without labels: by what its teachers' fusion is sure of, in images it was not trained on.
 
-A consistent box (both teachers, same name) stands for truth. What the teachers dispute, or only one of them saw, is
-neither required nor wrong. This sorts students; it is not their accuracy.
+Such a box stands for truth. What the fusion is not sure of is neither required nor wrong. This sorts students; it is not their accuracy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,35 +17,40 @@ from coin_ray.tables import Truth
 
 IOU = 0.5
 SURE = 0.5
-"""Score from which a detection of the teacher is expected of the student too."""
+"""Score from which a teacher's detection is expected of the student too."""
 BINS = 10
 WEIGHTS = {"agreement": 4, "disagreement": -1, "miscalibration": -1}
 Results = Mapping[str, Detections]
 
 
-def label_free(student: Results, teacher: Results, agreed: Mapping[str, Truth], num_classes: int) -> dict[str, float]:
-    """``agreement`` (AP50 on agreed boxes), ``disagreement`` of student and teacher, ``miscalibration``, and the ``score`` of all three, each in 0..1.
+def label_free(student: Results, teacher: Results, expected: Mapping[str, Truth], num_classes: int) -> dict[str, float]:
+    """``agreement`` (AP50 on expected boxes), ``disagreement`` of student and teacher, ``miscalibration``, and the ``score`` of all three, each in 0..1.
 
-    ``agreed``: from ``agreed_boxes``; all three are measured over its images.
+    ``expected``: by image, from ``expected_boxes`` of the teachers' fusion; all three are measured over its images.
     """
-    teachers = {image: _expected(teacher.get(image), num_classes) for image in agreed}
+    nothing = Detections.empty(num_classes)
+    teachers = {image: expected_boxes(teacher.get(image, nothing)) for image in expected}
     parts = {
-        "agreement": _known(average_precision(student, agreed, num_classes).map, 0.0),
+        "agreement": _known(average_precision(student, expected, num_classes).map, 0.0),
         "disagreement": 1 - _known(average_precision(student, teachers, num_classes).map, 0.0),
-        "miscalibration": calibration_error(student, agreed),
+        "miscalibration": calibration_error(student, expected),
     }
     score = sum(abs(w) * (parts[name] if w > 0 else 1 - parts[name]) for name, w in WEIGHTS.items())
     return {"score": score / sum(abs(w) for w in WEIGHTS.values()), **parts}
 
 
-def agreed_boxes(separation: Iterable[Mapping[str, Any]], num_classes: int) -> dict[str, Truth]:
-    """Rows of ``separation.parquet`` as truth by image: consistent boxes and people's, and all others as difficult, whatever their class."""
-    return {str(row["image_id"]): _agreed(row, num_classes) for row in separation}
+def expected_boxes(found: Detections) -> Truth:
+    """What is expected of a student of an image in which a teacher, or both together, ``found`` this: the boxes of which it is sure. The others are
+    neither required nor wrong, under their name.
+    """
+    sure = found.scores >= SURE
+    boxes, labels = (torch.cat([values[sure], values[~sure]]) for values in (found.boxes, found.labels))
+    return Truth(boxes, labels, torch.arange(len(found)) >= int(sure.sum()))
 
 
-def calibration_error(student: Results, agreed: Mapping[str, Truth]) -> float:
-    """Expected calibration error over ten bins: |mean score - share confirmed by an agreed box|. 1 without detections to judge."""
-    judged = [_judged(student[image], truth) for image, truth in agreed.items() if image in student]
+def calibration_error(student: Results, expected: Mapping[str, Truth]) -> float:
+    """Expected calibration error over ten bins: |mean score - share confirmed by an expected box|. 1 without detections to judge."""
+    judged = [_judged(student[image], truth) for image, truth in expected.items() if image in student]
     scores = torch.cat([s for s, _ in judged] or [torch.zeros(0)])
     confirmed = torch.cat([c for _, c in judged] or [torch.zeros(0)])
     if not len(scores):
@@ -57,32 +60,12 @@ def calibration_error(student: Results, agreed: Mapping[str, Truth]) -> float:
     return float(gaps.abs().sum() / len(scores))
 
 
-def _agreed(row: Mapping[str, Any], num_classes: int) -> Truth:
-    boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
-    consistent = torch.tensor([kind in ("consistent", "reviewed") for kind in row["kind"]], dtype=torch.bool)
-    labels = torch.tensor(row["cloud_labels"], dtype=torch.int64)[consistent]
-    disputed = boxes[~consistent].repeat(num_classes, 1)
-    every = torch.arange(num_classes).repeat_interleave(int((~consistent).sum()))
-    return _truth(boxes[consistent], labels, disputed, every)
-
-
-def _expected(found: Detections | None, num_classes: int) -> Truth:
-    found = Detections.empty(num_classes) if found is None else found
-    sure = found.scores >= SURE
-    return _truth(found.boxes[sure], found.labels[sure], found.boxes[~sure], found.labels[~sure])
-
-
-def _truth(boxes: Tensor, labels: Tensor, ignored: Tensor, ignored_labels: Tensor) -> Truth:
-    difficult = torch.arange(len(boxes) + len(ignored)) >= len(boxes)
-    return Truth(torch.cat([boxes, ignored]), torch.cat([labels, ignored_labels]), difficult)
-
-
 def _judged(found: Detections, truth: Truth) -> tuple[Tensor, Tensor]:
-    """Scores and verdicts (1: confirmed) of the detections that lie on no disputed box."""
+    """Scores and verdicts (1: confirmed) of the detections that lie on no box which is neither required nor wrong."""
     same = found.labels[:, None] == truth.labels[None]
     hits = (box_iou(found.boxes, truth.boxes) > IOU) & same
-    confirmed, disputed = hits[:, ~truth.difficult].any(1), hits[:, truth.difficult].any(1)
-    judged = confirmed | ~disputed
+    confirmed, open_ = hits[:, ~truth.difficult].any(1), hits[:, truth.difficult].any(1)
+    judged = confirmed | ~open_
     return found.scores[judged], confirmed[judged].float()
 
 

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.configfile import fingerprint
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.evaluation.label_free import agreed_boxes
+from coin_ray.evaluation.label_free import SURE, expected_boxes
 from coin_ray.experiments.grid import Job
 from coin_ray.experiments.variants import shortened
 from coin_ray.needs import check_installed
@@ -21,10 +19,10 @@ from coin_ray.runner import up_to
 from coin_ray.search.lineage import Look, scheduled
 from coin_ray.search.needs import has_validation
 from coin_ray.search.space import CHANGEABLE, Space, apply, space_of
-from coin_ray.stages.knowledge import held_out, image_table
+from coin_ray.stages.knowledge import fused_opinions, held_out, image_table
 from coin_ray.stages.validation import validation_truth
 from coin_ray.steps import Step
-from coin_ray.tables import Truth, rows_of
+from coin_ray.tables import Truth
 
 Objective = Literal["map50", "label-free"]
 Algorithm = Literal["optuna", "random", "bohb", "population"]
@@ -37,8 +35,8 @@ HELD_OUT = 0.2
 """Share of the training images that a label-free search keeps from training, to judge by."""
 FEWEST_MEMBERS = 4
 """Of a population: the worst quarter copies the best quarter."""
-FEWEST_AGREED = 10
-"""Held-out consistent boxes below which nothing can be judged."""
+FEWEST_EXPECTED = 10
+"""Held-out boxes that the teachers are sure of below which nothing can be judged."""
 
 
 @dataclass(frozen=True)
@@ -157,19 +155,19 @@ class Search:
                 "the validation images are annotated, but with no object of the asked classes: nothing can be measured on them"
             )
         if self.objective == "label-free":
-            count = sum(int((~truth.difficult).sum()) for truth in self.agreed().values())
-            if count < FEWEST_AGREED:
+            count = sum(int((~truth.difficult).sum()) for truth in self.expected().values())
+            if count < FEWEST_EXPECTED:
                 raise InputError(
-                    f"a label-free search judges by held-out boxes on which both teachers agree, and needs {FEWEST_AGREED} of them; "
-                    f"there are {count}. Give more images, or labelled ones with --val DIR"
+                    f"a label-free search judges by held-out boxes to which both teachers together give {SURE} or more, and needs "
+                    f"{FEWEST_EXPECTED} of them; there are {count}. Give more images, or labelled ones with --val DIR"
                 )
 
-    def agreed(self) -> dict[str, Truth]:
-        """Agreed boxes of the held-out images, as the preset separates them: the same for all trials."""
-        train = image_table(self.shared["images"].folder(self.root), "train")["image_id"]
-        wanted = pa.array([i for i in train.to_pylist() if held_out(i, HELD_OUT)], pa.string())
-        separated = storage.join(self.shared["separate"].folder(self.root), "separation.parquet")
-        return agreed_boxes(rows_of(separated, wanted), len(self.config.classes))
+    def expected(self) -> dict[str, Truth]:
+        """What people, or the free fusion of both teachers, say of the held-out images: the same for all trials."""
+        folders = {name: step.folder(self.root) for name, step in self.shared.items()}
+        train = image_table(folders["images"], "train")["image_id"].to_pylist()
+        found = fused_opinions([image for image in train if held_out(image, HELD_OUT)], folders, self.config)
+        return {image: expected_boxes(said) for image, said in found.items()}
 
     def validation(self) -> dict[str, Truth]:
         """Truth of the validation images; empty if they have none."""

@@ -21,7 +21,7 @@ Host = Callable[..., list[Record]]
 """``under_tune``, or what stands for it in a test."""
 JUDGES = {
     "map50": "mAP50 on the labelled validation images; test images are not looked at",
-    "label-free": "no label is used: held-out boxes on which both teachers agree, docs/search.md says what that is worth",
+    "label-free": "no label is used: held-out boxes that both teachers together are sure of, docs/search.md says what that is worth",
 }
 
 

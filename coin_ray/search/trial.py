@@ -87,9 +87,9 @@ def measured(search: Search, weights: Mapping[str, str]) -> dict[str, Any]:
     if search.objective == "map50":
         value = validated(search, weights["student"])
         return {"score": value, "validation": value}
-    agreed = search.agreed()
-    found = _found(search, dict(weights), "train", agreed)
-    return label_free(found["student"], found["teacher"], agreed, len(search.config.classes))
+    expected = search.expected()
+    found = _found(search, dict(weights), "train", expected)
+    return label_free(found["student"], found["teacher"], expected, len(search.config.classes))
 
 
 def validated(search: Search, student: str) -> float | None:

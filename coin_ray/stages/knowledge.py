@@ -18,6 +18,7 @@ from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
 from coin_ray.data.examples import Know, TableExamples
 from coin_ray.errors import InputError
+from coin_ray.evaluation.fusion_baselines import static_fusion
 from coin_ray.fusion.vectors import FORMS
 from coin_ray.structures import Detections
 from coin_ray.tables import DetectionsTable, TruthTable
@@ -101,6 +102,16 @@ def clip_verdicts(cloud: Detections, clip: Detections, labels: Labels) -> Detect
     used = clip[cloud.scores >= labels.score_min]
     best = used.probs.max(1)
     return Detections(used.boxes, best.values, best.indices, used.probs)
+
+
+def fused_opinions(images: Iterable[str], folders: Mapping[str, str], config: PipelineConfig) -> dict[str, Detections]:
+    """What a person says of each image, else what the free fusion of both teachers does (the cloud alone without CLIP). Unanswered images are left out."""
+    cloud, reviewed = collected(folders["collect"], "cloud", config), corrected(folders, config)
+    known = {i: reviewed[i] if i in reviewed else cloud[i] for i in images if i in reviewed or i in cloud}
+    if config.collect.labeler == "none":
+        return known
+    clip = collected(folders["collect"], "clip_labels", config)
+    return {i: found if i in reviewed else static_fusion(found, clip[i].probs) for i, found in known.items()}
 
 
 def labels_for(source: LabelSource, folders: Mapping[str, str], config: PipelineConfig) -> tuple[pa.Array, Know, Mapping[str, Detections]]:

@@ -8,7 +8,7 @@ import torch
 from builders import detections
 from scipy.stats import spearmanr
 
-from coin_ray.evaluation.label_free import agreed_boxes, calibration_error, label_free
+from coin_ray.evaluation.label_free import SURE, calibration_error, expected_boxes, label_free
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
@@ -18,17 +18,18 @@ QUALITIES = (1.0, 0.85, 0.7, 0.5, 0.3, 0.1)
 PLACES = [(10.0 + 60 * n, 10.0, 50.0 + 60 * n, 60.0) for n in range(4)]
 
 
-def world(seed: int = 0) -> tuple[dict[str, Truth], list[dict[str, object]]]:
-    """Truth, and what two teachers make of it: three of four objects they agree on, now and then wrongly, one they dispute."""
+def world(seed: int = 0) -> tuple[dict[str, Truth], dict[str, Truth]]:
+    """Truth, and what two teachers together make of it: they are sure of three of four objects, now and then wrongly, of one they are not."""
     draw = np.random.default_rng(seed)
-    truth, separation = {}, []
+    truth, expected = {}, {}
     for number in range(IMAGES):
         labels = draw.integers(0, CLASSES, len(PLACES))
         truth[str(number)] = Truth(torch.tensor(PLACES), torch.tensor(labels), torch.zeros(len(PLACES), dtype=torch.bool))
         said = [int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES)) for label in labels]
-        kinds = ["consistent"] * 3 + [str(draw.choice(["inconsistent", "private"]))]
-        separation.append({"image_id": str(number), "boxes": PLACES, "kind": kinds, "cloud_labels": said})
-    return truth, separation
+        scores = [*draw.uniform(SURE, 1, 3), draw.uniform(0, SURE)]
+        rows = [(place, label, float(score)) for place, label, score in zip(PLACES, said, scores, strict=True)]
+        expected[str(number)] = expected_boxes(detections(*rows, classes=CLASSES))
+    return truth, expected
 
 
 def student(truth: dict[str, Truth], quality: float, seed: int = 1) -> dict[str, Detections]:
@@ -50,32 +51,34 @@ def student(truth: dict[str, Truth], quality: float, seed: int = 1) -> dict[str,
 
 @pytest.mark.parametrize("seed", range(5))
 def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
-    truth, separation = world(seed)
-    agreed = agreed_boxes(separation, CLASSES)
+    truth, expected = world(seed)
     judged, true = [], []
     for quality in QUALITIES:
         found = student(truth, quality, seed + 1)
-        judged.append(label_free(found, student(truth, quality, seed + 100), agreed, CLASSES)["score"])
+        judged.append(label_free(found, student(truth, quality, seed + 100), expected, CLASSES)["score"])
         true.append(average_precision(found, truth, CLASSES).map)
     assert spearmanr(judged, true).statistic == pytest.approx(1.0)
     assert all(0 <= score <= 1 for score in judged)
 
 
-def test_a_disputed_box_neither_helps_nor_harms() -> None:
-    row = {"image_id": "a", "boxes": PLACES[:2], "kind": ["consistent", "inconsistent"], "cloud_labels": [0, 1]}
-    agreed = agreed_boxes([row], CLASSES)
+def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None:
+    """Under another name it is wrong."""
+    expected = {"a": expected_boxes(detections((PLACES[1], 1, SURE - 0.01), (PLACES[0], 0, SURE)))}
     right = (PLACES[0], 0, 0.8)
-    alone = label_free({"a": detections(right)}, {}, agreed, CLASSES)
-    for label in range(CLASSES):
-        assert label_free({"a": detections(right, (PLACES[1], label, 0.9))}, {}, agreed, CLASSES) == alone
+    alone, with_it, renamed = (
+        label_free({"a": detections(right, *more)}, {}, expected, CLASSES) for more in ((), ((PLACES[1], 1, 0.9),), ((PLACES[1], 0, 0.9),))
+    )
+    assert with_it == alone
     assert alone["agreement"] == 1
     assert alone["miscalibration"] == pytest.approx(0.2)
+    assert renamed["agreement"] == pytest.approx(0.5)
+    assert renamed["miscalibration"] > 0.2
 
 
 def test_a_student_that_differs_from_its_teacher_is_worth_less() -> None:
-    truth, separation = world()
-    agreed, found = agreed_boxes(separation, CLASSES), student(truth, 0.8)
-    same, other = (label_free(found, teacher, agreed, CLASSES) for teacher in (found, student(truth, 0.2, seed=9)))
+    truth, expected = world()
+    found = student(truth, 0.8)
+    same, other = (label_free(found, teacher, expected, CLASSES) for teacher in (found, student(truth, 0.2, seed=9)))
     assert same["disagreement"] < 0.05 < other["disagreement"]
     assert same["agreement"] == other["agreement"]
     assert same["score"] > other["score"]
@@ -89,8 +92,7 @@ def test_calibration_error_is_the_gap_between_score_and_share_confirmed(score: f
 
 
 def test_a_student_that_sees_nothing_is_the_worst() -> None:
-    truth, separation = world()
-    agreed = agreed_boxes(separation, CLASSES)
+    truth, expected = world()
     empty = {image: Detections.empty(CLASSES) for image in truth}
-    worst = min(label_free(student(truth, q), student(truth, q, 7), agreed, CLASSES)["score"] for q in QUALITIES)
-    assert label_free(empty, empty, agreed, CLASSES)["score"] < worst
+    worst = min(label_free(student(truth, q), student(truth, q, 7), expected, CLASSES)["score"] for q in QUALITIES)
+    assert label_free(empty, empty, expected, CLASSES)["score"] < worst

@@ -30,7 +30,16 @@ from coin_ray.errors import InputError
 from coin_ray.pipeline import graph
 from coin_ray.presets import PRESETS
 from coin_ray.stages import corrections, measures, separate
-from coin_ray.stages.knowledge import OPINIONS, collected, corrected, labels_for, opinions, training_examples, with_corrections
+from coin_ray.stages.knowledge import (
+    OPINIONS,
+    collected,
+    corrected,
+    fused_opinions,
+    labels_for,
+    opinions,
+    training_examples,
+    with_corrections,
+)
 from coin_ray.steps import Context
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
@@ -223,6 +232,25 @@ def test_distillation_is_told_what_people_say_by_all_teachers(reviewed: Context,
     for e in list(examples)[:3]:
         assert set(e.knowledge) == set(OPINIONS)
         assert all(torch.equal(found.boxes, person[e.image_id].boxes) for found in e.knowledge.values())
+
+
+@pytest.mark.parametrize("labeler", ["crop", "none"])
+def test_students_are_judged_by_what_people_say_else_by_both_teachers(reviewed: Context, labeler: str) -> None:
+    """CLIP names the cloud's box otherwise, so that both are less sure together; without CLIP the cloud's word stands."""
+    cloud, clip = detections((BOX, 2, 0.9)), detections((BOX, 1, 0.9))
+    collect(Path(reviewed.root), cloud, clip)
+    config = replace(reviewed.config, collect=replace(reviewed.config.collect, labeler=labeler))
+    ids = {name: image_id(Path(reviewed.root), name) for name in SPLITS}
+    found = fused_opinions(ids.values(), reviewed.inputs, config)
+    answered = set(collected(reviewed.root, "cloud", config))
+    assert set(found) == {i for name, i in ids.items() if name in PERSON or i in answered}
+    for name, labels in LABELS.items():
+        assert found[ids[name]].labels.tolist() == labels
+        assert found[ids[name]].scores.tolist() == [1] * len(labels)
+    free = found[ids["free"]]
+    assert torch.equal(free.boxes, cloud.boxes)
+    assert free.labels.tolist() == [2] or labeler == "crop"
+    assert float(free.scores) == pytest.approx(0.9) if labeler == "none" else float(free.scores) < 0.6
 
 
 def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> None:
