@@ -442,7 +442,7 @@ class Distill:
     fusion_score_min: float = 0.7
     """A fused inconsistent box teaches only if its best probability reaches this [pi]."""
     fusion_share: float | None = None
-    """If given, pi is a quantile of each step (and worker): the surest share of its inconsistent boxes teaches, whatever the fusion's scale."""
+    """If given, pi is a quantile of each step: the surest share of its inconsistent boxes teaches, whatever the fusion's scale."""
     prototype_rate: float = 0.0004
     prototypes_from: int = 5000
     """Step from which prototypes move and CKG trains."""

@@ -49,6 +49,15 @@ def all_max(values: Tensor) -> Tensor:
     return values if worker_count() == 1 else _reduced(values.clone(), dist.ReduceOp.MAX)
 
 
+@torch.no_grad()
+def gathered(values: Tensor) -> Tensor:
+    """Rows of all workers, which may hold different numbers of them, without gradient."""
+    parts = [values.detach()] * worker_count()
+    if worker_count() > 1:
+        dist.all_gather_object(parts, parts[0].cpu())
+    return torch.cat([part.to(values.device) for part in parts])
+
+
 def _reduced(values: Tensor, operation: Any) -> Tensor:
     """``values``, which may be overwritten."""
     wire = values.to(_wire())

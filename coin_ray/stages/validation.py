@@ -63,10 +63,17 @@ class Looks:
         return storage.join(self.folder, "looks")
 
     def leave(self, step: int, state: Mapping[str, Any]) -> None:
-        """The worker's side, told of each saved state after ``step`` steps: the weights, if it is time for a look."""
+        """The worker's side, told of each saved state after ``step`` steps: the weights, if it is time for a look.
+
+        A training that goes on from an earlier state comes to the same weights again; one look at them is enough.
+        """
         every, before = self.optimize.validate_every, step - self.optimize.checkpoint_every
-        if step // every > max(before, 0) // every or step == self.optimize.steps:
-            save_weights(storage.join(self.place, f"{step:09}.pt"), state["task"][self.part])
+        weights = storage.join(self.place, f"{step:09}.pt")
+        if step // every == max(before, 0) // every and step != self.optimize.steps:
+            return
+        if storage.exists(weights) or storage.exists(_figure(weights)):  # in this order: a look writes its figure, then removes the weights
+            return
+        save_weights(weights, state["task"][self.part])
 
     def waiting(self) -> list[str]:
         """Weights that nobody has looked at, in the order of the steps."""
@@ -76,11 +83,15 @@ class Looks:
         """Measure and leave the figure in the weights' place."""
         figure = validation_map50(self.config, self.images, self.name, weights)
         step = int(weights.rsplit("/", 1)[-1].removesuffix(".pt"))
-        storage.write_json(weights.removesuffix(".pt") + ".json", {"step": step, "validation_map50": round(figure, 4)})
+        storage.write_json(_figure(weights), {"step": step, "validation_map50": round(figure, 4)})
         storage.remove(weights)
 
     def curve(self) -> list[dict[str, float]]:
         return [storage.read_json(place) for place in sorted(storage.list_files(self.place, ".json"))]
+
+
+def _figure(weights: str) -> str:
+    return weights.removesuffix(".pt") + ".json"
 
 
 def looks(config: PipelineConfig, images: str, folder: str, name: str, part: str, optimize: Optimize) -> Looks | None:
@@ -137,5 +148,5 @@ def _look(wanted: Looks, weights: str) -> None:
         print(f"validation: {weights} could not be measured ({type(error).__name__}: {reason[:300]}); the training goes on", flush=True)
         storage.remove(weights)
         return
-    point = storage.read_json(weights.removesuffix(".pt") + ".json")
+    point = storage.read_json(_figure(weights))
     print(f"validation after {point['step']} steps: mAP50 {100 * point['validation_map50']:.1f}", flush=True)

@@ -25,7 +25,7 @@ from coin_ray.losses.gradient import gradient_misalignment, squared_error
 from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes, follow_features
-from coin_ray.parallel import sum_gradients
+from coin_ray.parallel import gathered, sum_gradients
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training import diagnosis
 from coin_ray.training.ema import follow
@@ -133,11 +133,12 @@ class Distillation:
         return fused, self.trusted_from(fused)
 
     def trusted_from(self, fused: Tensor) -> float:
-        """The best probability from which a fused box teaches: pi, or with ``fusion_share`` the quantile of ``fused`` [R, K+1] that lets it pass."""
+        """The best probability from which a fused box teaches: pi, or with ``fusion_share`` the quantile of all workers' ``fused`` that lets it pass."""
         share = self.config.fusion_share
-        if share is None or not len(fused):
+        if share is None:
             return self.config.fusion_score_min
-        return float(fused.detach().float().max(-1).values.quantile(1 - share, interpolation="lower"))
+        best = gathered(fused.float().max(-1).values)
+        return float(best.quantile(1 - share, interpolation="lower")) if len(best) else self.config.fusion_score_min
 
     def fuse(self, embedded: Tensor, cloud: Tensor, clip: Tensor) -> Tensor:
         """Fused probabilities [R, K+1] of RoIs with embeddings [R, D] and two opinions [R, K+1], by CKG or a rule."""

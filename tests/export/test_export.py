@@ -77,11 +77,8 @@ def test_a_batch_gives_each_image_its_own_answer(session: onnxruntime.InferenceS
 @pytest.mark.parametrize(
     "changes",
     [
-        {"roi_samples": 0},
-        {"short_side": 700, "long_side": 900},
-        {"short_side": 600, "long_side": 640, "proposals_test": 120},
-        {"roi_size": 5},
-        {"batch_norm": "live"},
+        {"roi_samples": 0, "short_side": 700, "long_side": 900, "batch_norm": "live"},
+        {"roi_size": 5, "short_side": 600, "long_side": 640, "proposals_test": 120},
         {"detections": 3, "score_min": 0.01},
     ],
 )

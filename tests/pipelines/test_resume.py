@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")
 
 
+LOOKING = ("--distill.fit.validate-every", "16")
+
+
 def command(root: Path, *more: str) -> list[str]:
     return [sys.executable, "pipelines/full.py", "demo", "--root", str(root), *SMALL, *more]
 
@@ -29,8 +31,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def finish(root: Path) -> dict[str, object]:
-    done = subprocess.run(command(root), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+def finish(root: Path, *more: str) -> dict[str, object]:
+    done = subprocess.run(command(root, *more), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary: dict[str, object] = json.loads((root / "summary.json").read_text())
     return summary
@@ -50,7 +52,9 @@ def started(root: Path, stage: str) -> bool:
 
 
 def kill_in(root: Path, stage: str) -> Kill:
-    process = subprocess.Popen(command(root), cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(root, *LOOKING), cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     give_up_at = time.monotonic() + 300
     while not started(root, stage):
         assert process.poll() is None, f"the run ended before it could be killed in {stage}"
@@ -85,36 +89,32 @@ def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, object]]) -
     assert summary["seconds"]["total"] > 0  # type: ignore[index]
 
 
-def test_looks_at_validation_images_beside_the_training_change_nothing_and_end_at_the_student(
-    undisturbed: tuple[Path, dict[str, object]], tmp_path: Path
-) -> None:
-    reference, _ = undisturbed
-    root = tmp_path / "looked_at"
-    shutil.copytree(reference, root)
-    (distilled,) = root.glob("steps/distill-*")
-    shutil.rmtree(distilled)
-    looking = command(root, "--distill.fit.validate-every", "16")
-    told = subprocess.run(looking, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600, check=True).stdout
-    assert_same_results(root, reference)
-    curve = json.loads((distilled / "validation.json").read_text())
-    assert [point["step"] for point in curve] == [18, 24]
-    assert "validation after 24 steps: mAP50" in told
-    (images,) = root.glob("steps/images-*")
-    config = from_yaml(str(root / "config.yaml"))
-    assert curve[-1]["validation_map50"] == pytest.approx(
-        validation_map50(config, str(images), "student", str(distilled / "detector.pt")), abs=1e-3
-    )
-    assert not list(distilled.glob("looks/*"))
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Kill]]:
+    """Killed in every stage while it looks at validation images beside the training, and finished."""
+    root = tmp_path_factory.mktemp("disturbed")
+    kills = [kill_in(root, stage) for stage in KILLED_IN]
+    finish(root, *LOOKING)
+    return root, kills
 
 
 def test_killed_in_every_stage_gives_the_same_tables_and_repeats_no_call(
-    undisturbed: tuple[Path, dict[str, object]], tmp_path: Path
+    undisturbed: tuple[Path, dict[str, object]], disturbed: tuple[Path, list[Kill]]
 ) -> None:
     reference, _ = undisturbed
-    kills = [kill_in(tmp_path, stage) for stage in KILLED_IN]
-    finish(tmp_path)
-    assert_same_results(tmp_path, reference)
-    assert set(asked(tmp_path)) == set(asked(reference))
+    root, kills = disturbed
+    assert_same_results(root, reference)
+    assert set(asked(root)) == set(asked(reference))
     assert kills[-1].answered, "answers are on record"
-    repeated = {key for kill in kills for key in kill.repeated(tmp_path)}
-    print(f"killed: the run in {', '.join(KILLED_IN)}; lost: nothing; {len(repeated)} of {sum(asked(tmp_path).values())} calls made again")
+    repeated = {key for kill in kills for key in kill.repeated(root)}
+    print(f"killed: the run in {', '.join(KILLED_IN)}; lost: nothing; {len(repeated)} of {sum(asked(root).values())} calls made again")
+
+
+def test_looks_at_validation_images_end_at_the_student_and_leave_only_their_curve(disturbed: tuple[Path, list[Kill]]) -> None:
+    root, _ = disturbed
+    (distilled,), (images,) = root.glob("steps/distill-*"), root.glob("steps/images-*")
+    curve = json.loads((distilled / "validation.json").read_text())
+    assert [point["step"] for point in curve] == [18, 24]
+    student = validation_map50(from_yaml(str(root / "config.yaml")), str(images), "student", str(distilled / "detector.pt"))
+    assert curve[-1]["validation_map50"] == pytest.approx(student, abs=1e-3)
+    assert not list(distilled.glob("looks/*"))

@@ -97,7 +97,9 @@ def test_a_killed_run_goes_on_with_what_is_still_to_be_measured(
     assert not (tmp_path / CURVE).exists()
     monkeypatch.setattr(validation, "_look", look)
     with beside(wanted):
-        trained(wanted, 20, 30, 40)  # from the state before 20 on
+        while wanted.waiting():
+            time.sleep(0.01)
+        trained(wanted, 10, 20, 30, 40)  # anew from before 10 on, with the same weights
     assert measured == [10, 20, 30, 40]
     assert [point["step"] for point in storage.read_json(str(tmp_path / CURVE))] == [10, 20, 30, 40]
 

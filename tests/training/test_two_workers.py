@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +20,7 @@ from coin_ray.config import Optimize
 from coin_ray.data.examples import batches
 from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.training import diagnosis
+from coin_ray.training.distill import Distillation
 
 EVEN = tiny_fit(steps=3, batch=4, optimizer="sgd", lr=0.01, warmup=0)
 """Plain SGD: Adam divides small gradients by themselves, so that rounding would decide their sign."""
@@ -25,11 +28,15 @@ UNEVEN = replace(EVEN, batch=3)
 """The first worker has two images of three: as many workers train as there is room for."""
 
 
-MEETINGS = {"faster-rcnn": 8, "co-detr": 11}
+MEETINGS = {"faster-rcnn": 8, "surest share": 8, "co-detr": 11}
 """Messages of a step: workers wait for each other at each. Size of the images, counts, trusted rows, gradients to be aligned, CKG's spread, its
 gradients, the student's, prototypes; queries are counted by group."""
 
-MAKERS = {"faster-rcnn": distillation, "co-detr": detr_distillation}
+MAKERS: dict[str, Callable[..., Distillation]] = {
+    "faster-rcnn": distillation,
+    "surest share": partial(distillation, fusion_share=0.5),
+    "co-detr": detr_distillation,
+}
 
 
 def train(folder: str, student: str, fit: Optimize) -> dict[str, Any]:
@@ -46,11 +53,14 @@ def train(folder: str, student: str, fit: Optimize) -> dict[str, Any]:
     return {"losses": losses, "state": task.state_dict(), "met": met}
 
 
-def worker(rank: int, port: int, folder: str, student: str, fit: Optimize) -> None:
+CASES = [("co-detr", EVEN), ("faster-rcnn", EVEN), ("faster-rcnn", UNEVEN), ("surest share", UNEVEN)]
+
+
+def worker(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = Path(folder) / f"images{rank}"
     own.mkdir()
-    torch.save(train(str(own), student, fit), Path(folder) / f"worker{rank}.pt")
+    torch.save([train(str(own), *case) for case in CASES], Path(folder) / f"worker{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -61,11 +71,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize(("student", "fit"), [("co-detr", EVEN), ("faster-rcnn", EVEN), ("faster-rcnn", UNEVEN)])
-def test_two_workers_equal_one(student: str, fit: Optimize, tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, (free_port(), str(tmp_path), student, fit), nprocs=2)  # type: ignore[no-untyped-call]
-    alone = train(str(tmp_path), student, fit)
-    both = [torch.load(tmp_path / f"worker{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], ...]]:
+    """Of each case what either worker came to."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+    return list(zip(*(torch.load(folder / f"worker{rank}.pt", weights_only=True) for rank in range(2)), strict=True))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{student}, {fit.batch} images" for student, fit in CASES])
+def test_two_workers_equal_one(case: int, trained_by_two: list[tuple[dict[str, Any], ...]], tmp_path: Path) -> None:
+    student, fit = CASES[case]
+    both, alone = trained_by_two[case], train(str(tmp_path), student, fit)
     assert both[0]["losses"] == both[1]["losses"]
     assert both[0]["met"] == both[1]["met"]
     assert max(both[0]["met"]) <= MEETINGS[student]
