@@ -133,7 +133,7 @@ class Distillation:
         return fused, self.trusted_from(fused)
 
     def trusted_from(self, fused: Tensor) -> float:
-        """The best probability from which a fused box teaches: pi, or with ``fusion_share`` the quantile of all workers' ``fused`` that lets it pass."""
+        """The best probability from which a box of ``fused`` [R, K+1] teaches: pi, or with ``fusion_share`` its quantile over all workers."""
         share = self.config.fusion_share
         if share is None:
             return self.config.fusion_score_min

@@ -18,8 +18,6 @@ from coin_ray.stages.validation import validation_map50
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")
-
-
 LOOKING = ("--distill.fit.validate-every", "16")
 
 
