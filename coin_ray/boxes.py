@@ -1,4 +1,6 @@
-"""Pure algebra on xyxy boxes. Everything torchvision has (IoU, NMS, clipping) is used from there."""
+"""Pure algebra on xyxy boxes. Everything torchvision has (IoU, NMS, clipping) is used
+from there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ LARGEST_LOG_SCALE = 4.135
 
 def mirror(boxes: Tensor, width: float) -> Tensor:
     """Boxes [N, 4] in the image of ``width`` mirrored left to right: x' = width - x."""
-    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    return torch.stack(
+        [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
+    )
 
 
 def scale(boxes: Tensor, x: float, y: float) -> Tensor:
@@ -22,16 +26,29 @@ def scale(boxes: Tensor, x: float, y: float) -> Tensor:
 
 
 def weighted_mean(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor) -> Tensor:
-    """Row-wise mean of boxes a, b [N, 4] with weights [N] (paper: the fused box of a matched pair)."""
+    """Row-wise mean of boxes a, b [N, 4] with weights [N] (paper: the fused box of a
+    matched pair).
+    """
     total = (weight_a + weight_b).clamp(min=1e-6)
     return (a * weight_a[:, None] + b * weight_b[:, None]) / total[:, None]
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Regression targets [N, 4] that move ``anchors`` onto ``boxes`` (Faster R-CNN, eq. 2)."""
-    anchor_size, box_size = anchors[:, 2:] - anchors[:, :2], (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-3)
-    shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / 2 / anchor_size
-    return torch.cat([shift, (box_size / anchor_size).log()], 1) * boxes.new_tensor(DELTA_WEIGHTS)
+    """Regression targets [N, 4] that move ``anchors`` onto ``boxes`` (Faster R-CNN, eq.
+    2).
+    """
+    anchor_size, box_size = (
+        anchors[:, 2:] - anchors[:, :2],
+        (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-3),
+    )
+    shift = (
+        ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:]))
+        / 2
+        / anchor_size
+    )
+    return torch.cat([shift, (box_size / anchor_size).log()], 1) * boxes.new_tensor(
+        DELTA_WEIGHTS
+    )
 
 
 def decode(deltas: Tensor, anchors: Tensor) -> Tensor:

@@ -10,14 +10,17 @@
         ├── is retried:       Throttled, Transient, DeadlineExceeded
         └── marks the image:  ImageRejected, ProtocolError, Refused
 
-Messages say what was expected, what came, and what to do. They never contain a secret or image bytes.
+Messages say what was expected, what came, and what to do. They never contain a secret
+or image bytes.
 """
 
 from __future__ import annotations
 
 
 class CoinError(Exception):
-    """Base of all errors raised for users; ``exit_code`` is what the command line returns."""
+    """Base of all errors raised for users; ``exit_code`` is what the command line
+    returns.
+    """
 
     exit_code = 1
 
@@ -39,7 +42,9 @@ class TrainingError(CoinError, RuntimeError):
 
 
 class CloudError(CoinError):
-    """A call to the detection API failed. ``may_have_billed``: the service may count the call although no answer came."""
+    """A call to the detection API failed. ``may_have_billed``: the service may count
+    the call although no answer came.
+    """
 
     retryable = False
     stops_run = False
@@ -96,7 +101,9 @@ class ImageRejected(CloudError):
 
 
 class ProtocolError(CloudError):
-    """The answer could not be understood. It is quarantined, never read as "no objects"."""
+    """The answer could not be understood. It is quarantined, never read as "no
+    objects".
+    """
 
 
 class Refused(CloudError):

@@ -1,8 +1,9 @@
 """Sums over all workers. With one worker they are the plain ones.
 
-Every worker holds a share of the global batch. A loss is normalised by *global* counts, gradients are summed over
-workers, so a step on n workers equals the step on one with the same batch. At each sum the faster worker waits for the
-slower, so what is known at one place of a step goes in one message, and what is needed later is waited for later.
+Every worker holds a share of the global batch. A loss is normalised by *global* counts,
+gradients are summed over workers, so a step on n workers equals the step on one with
+the same batch. At each sum the faster worker waits for the slower, so what is known at
+one place of a step goes in one message, and what is needed later is waited for later.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ def worker_rank() -> int:
 @torch.no_grad()
 def all_sum(values: Tensor) -> Tensor:
     """Sum over workers, without gradient."""
-    return values.detach() if worker_count() == 1 else _reduced(values.detach().clone(), dist.ReduceOp.SUM)
+    return (
+        values.detach()
+        if worker_count() == 1
+        else _reduced(values.detach().clone(), dist.ReduceOp.SUM)
+    )
 
 
 def all_sum_later(values: Tensor) -> Callable[[], Tensor]:
-    """``all_sum`` without waiting: the sum is there when what is returned is called, once."""
+    """``all_sum`` without waiting: the sum is there when what is returned is called,
+    once.
+    """
     if worker_count() == 1:
         return lambda: values
     wire = values.to(_wire())
@@ -46,7 +53,9 @@ def all_sum_later(values: Tensor) -> Callable[[], Tensor]:
 @torch.no_grad()
 def all_max(values: Tensor) -> Tensor:
     """Element-wise maximum over workers."""
-    return values if worker_count() == 1 else _reduced(values.clone(), dist.ReduceOp.MAX)
+    return (
+        values if worker_count() == 1 else _reduced(values.clone(), dist.ReduceOp.MAX)
+    )
 
 
 @torch.no_grad()
@@ -71,24 +80,42 @@ def _wire() -> str:
 
 
 def all_sums(values: Sequence[Tensor]) -> list[Tensor]:
-    """``all_sum`` of several tensors of one kind, in one message: workers then wait for each other once."""
+    """``all_sum`` of several tensors of one kind, in one message: workers then wait for
+    each other once.
+    """
     if worker_count() == 1:
         return [v.detach() for v in values]
-    flat = _reduced(torch.cat([v.detach().flatten() for v in values]), dist.ReduceOp.SUM)
-    return [part.view_as(v) for part, v in zip(flat.split([v.numel() for v in values]), values, strict=True)]
+    flat = _reduced(
+        torch.cat([v.detach().flatten() for v in values]), dist.ReduceOp.SUM
+    )
+    return [
+        part.view_as(v)
+        for part, v in zip(flat.split([v.numel() for v in values]), values, strict=True)
+    ]
 
 
 def global_values(local: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over workers whose gradient flows into this worker's part only; summing such gradients over workers is exact."""
-    return [own + (total - own.detach()) for own, total in zip(local, all_sums(local), strict=True)]
+    """Sums over workers whose gradient flows into this worker's part only; summing such
+    gradients over workers is exact.
+    """
+    return [
+        own + (total - own.detach())
+        for own, total in zip(local, all_sums(local), strict=True)
+    ]
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all workers in one flat all-reduce; a missing gradient counts as zero."""
+    """Add up the gradients of all workers in one flat all-reduce; a missing gradient
+    counts as zero.
+    """
     if worker_count() == 1:
         return
     chosen = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen])
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen]
+    )
     flat = _reduced(flat, dist.ReduceOp.SUM)
-    for parameter, part in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
+    for parameter, part in zip(
+        chosen, flat.split([p.numel() for p in chosen]), strict=True
+    ):
         parameter.grad = part.view_as(parameter)

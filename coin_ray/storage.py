@@ -1,4 +1,6 @@
-"""Every path is a URI: a local path, ``s3://``, ``gs://``, ... (fsspec). The last write is the commit."""
+"""Every path is a URI: a local path, ``s3://``, ``gs://``, ... (fsspec). The last write
+is the commit.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,14 @@ GROUP = 1 << 14
 BLOCK = 1 << 10
 """Rows of a table that are worked on at once, where each becomes Python objects."""
 READERS = 16
-"""Files of a folder that are read at once: on an object store reading is mostly waiting."""
+"""Files of a folder that are read at once: on an object store reading is mostly
+waiting."""
 
 
 def absolute(uri: str) -> str:
-    """The URI with local paths, also those behind ``file://``, made absolute; a Ray job runs in a temporary copy of the working directory."""
+    """The URI with local paths, also those behind ``file://``, made absolute; a Ray job
+    runs in a temporary copy of the working directory.
+    """
     path = uri.removeprefix("file://")
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
@@ -37,7 +42,9 @@ def join(uri: str, *parts: str) -> str:
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    """Without a cache of listings: other processes write too. ``s3://`` follows AWS_ENDPOINT_URL and AWS's other variables."""
+    """Without a cache of listings: other processes write too. ``s3://`` follows
+    AWS_ENDPOINT_URL and AWS's other variables.
+    """
     filesystem, path = url_to_fs(uri, use_listings_cache=False)
     return filesystem, path
 
@@ -53,7 +60,12 @@ def stamp(uri: str) -> str:
     if not filesystem.exists(path):
         return ""
     found = filesystem.info(path)
-    return str([found.get(name) for name in ("size", "mtime", "ETag", "LastModified", "updated", "ino")])
+    return str(
+        [
+            found.get(name)
+            for name in ("size", "mtime", "ETag", "LastModified", "updated", "ino")
+        ]
+    )
 
 
 def make_folder(uri: str) -> None:
@@ -67,7 +79,9 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write so that a reader, or a crash, sees the whole file or none of it; on a local disk also after a power cut."""
+    """Write so that a reader, or a crash, sees the whole file or none of it; on a local
+    disk also after a power cut.
+    """
     filesystem, path = _filesystem(uri)
     if _is_local(filesystem):
         with whole_file(uri) as stream:
@@ -80,7 +94,8 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 @contextmanager
 def whole_file(uri: str) -> Iterator[IO[bytes]]:
-    """A stream that becomes the file when the block ends, as a whole; if the block raises, what was there before stays.
+    """A stream that becomes the file when the block ends, as a whole; if the block
+    raises, what was there before stays.
 
     For an object store it is a file in the temporary folder (TMPDIR) until then.
     """
@@ -105,7 +120,11 @@ def whole_file(uri: str) -> Iterator[IO[bytes]]:
 
 
 def _is_local(filesystem: Any) -> bool:
-    return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
+    return "file" in (
+        filesystem.protocol
+        if isinstance(filesystem.protocol, tuple)
+        else (filesystem.protocol,)
+    )
 
 
 def remove(uri: str) -> None:
@@ -127,7 +146,10 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     filesystem, path = _filesystem(uri)
     if not filesystem.exists(path):
         return []
-    found = (filesystem.unstrip_protocol(p) if "://" in uri else p for p in filesystem.find(path))
+    found = (
+        filesystem.unstrip_protocol(p) if "://" in uri else p
+        for p in filesystem.find(path)
+    )
     return sorted(p for p in found if p.endswith(suffix))
 
 
@@ -136,7 +158,10 @@ def file_sizes(uri: str) -> dict[str, int]:
     filesystem, path = _filesystem(uri)
     if not filesystem.exists(path):
         return {}
-    return {name: int(info["size"]) for name, info in filesystem.find(path, detail=True).items()}
+    return {
+        name: int(info["size"])
+        for name, info in filesystem.find(path, detail=True).items()
+    }
 
 
 def read_json(uri: str) -> Any:
@@ -148,18 +173,28 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def read_table(uri: str) -> pa.Table:
-    """One Parquet file, or all parts of a folder in the order of their names; a column that a part lacks is null there."""
+    """One Parquet file, or all parts of a folder in the order of their names; a column
+    that a part lacks is null there.
+    """
     parts = [uri] if uri.endswith(".parquet") else list_files(uri, ".parquet")
     if not parts:
         raise FileNotFoundError(f"no Parquet parts below {uri}")
     return pa.concat_tables(read_parts(parts), promote_options="default")
 
 
-def read_parts(uris: Iterable[str], columns: Sequence[str] | None = None) -> list[pa.Table]:
-    """Parquet files in the order of ``uris``, several at a time; of ``columns`` those that a file has."""
+def read_parts(
+    uris: Iterable[str], columns: Sequence[str] | None = None
+) -> list[pa.Table]:
+    """Parquet files in the order of ``uris``, several at a time; of ``columns`` those
+    that a file has.
+    """
 
     def read(uri: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=None if columns is None else list(columns), use_threads=False)
+        return pq.read_table(
+            pa.BufferReader(read_bytes(uri)),
+            columns=None if columns is None else list(columns),
+            use_threads=False,
+        )
 
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read, uris))
@@ -170,8 +205,13 @@ def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.
     filesystem, path = _filesystem(uri)
     with filesystem.open(path, "rb") as stream:
         file = pq.ParquetFile(stream)
-        for group in range(file.num_row_groups):  # a reader of several keeps what it has read of all of them
-            for batch in file.iter_batches(BLOCK, row_groups=[group], columns=None if columns is None else list(columns)):
+        # a reader of several keeps what it has read of all of them
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(
+                BLOCK,
+                row_groups=[group],
+                columns=None if columns is None else list(columns),
+            ):
                 yield pa.Table.from_batches([batch])
 
 
@@ -183,9 +223,11 @@ def row_count(uri: str) -> int:
 
 
 def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of one Parquet file. A large one is not held in memory: it is mapped from a copy in the temporary folder (TMPDIR).
+    """Columns of one Parquet file. A large one is not held in memory: it is mapped from
+    a copy in the temporary folder (TMPDIR).
 
-    The copy has no name any more when this returns; the disk is free again when the table is gone or the process ends.
+    The copy has no name any more when this returns; the disk is free again when the
+    table is gone or the process ends.
     """
     filesystem, path = _filesystem(uri)
     if filesystem.size(path) <= IN_MEMORY:
@@ -193,7 +235,9 @@ def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
     with tempfile.NamedTemporaryFile(prefix="coin_ray-", suffix=".arrow") as copy:
         with filesystem.open(path, "rb") as stream:
             schema = pq.ParquetFile(stream).schema_arrow
-        with pa.ipc.new_file(copy, pa.schema([schema.field(name) for name in columns])) as writer:
+        with pa.ipc.new_file(
+            copy, pa.schema([schema.field(name) for name in columns])
+        ) as writer:
             for block in stream_table(uri, columns):
                 writer.write_table(block.select(list(columns)))
         copy.flush()
@@ -207,7 +251,9 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 class TableWriter:
-    """Writes rows to a Parquet file as they come; what it holds are the rows of one group."""
+    """Writes rows to a Parquet file as they come; what it holds are the rows of one
+    group.
+    """
 
     def __init__(self, file: pq.ParquetWriter) -> None:
         self.file = file
@@ -223,7 +269,9 @@ class TableWriter:
     def flush(self, rows: int) -> None:
         """Write so many of the rows that are held."""
         held = pa.concat_tables(self.held)
-        self.file.write_table(held.slice(0, rows).combine_chunks(), row_group_size=GROUP)
+        self.file.write_table(
+            held.slice(0, rows).combine_chunks(), row_group_size=GROUP
+        )
         rest = held.slice(rows)
         self.held, self.rows, self.bytes = [rest], rest.num_rows, rest.nbytes
 

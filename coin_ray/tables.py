@@ -1,4 +1,6 @@
-"""Arrow schemas of every table, and ``Detections`` to and from Arrow. One row per image, so empty images survive."""
+"""Arrow schemas of every table, and ``Detections`` to and from Arrow. One row per
+image, so empty images survive.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,14 @@ IMAGES = pa.schema(
         ("split", pa.string()),  # train, val, test
     ]
 )
-ANNOTATIONS = pa.schema([("image_id", pa.string()), ("boxes", BOXES), ("labels", LABELS), ("difficult", pa.list_(pa.bool_()))])
+ANNOTATIONS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("boxes", BOXES),
+        ("labels", LABELS),
+        ("difficult", pa.list_(pa.bool_())),
+    ]
+)
 DETECTIONS = pa.schema(
     [
         ("image_id", pa.string()),
@@ -44,7 +53,8 @@ DETECTIONS = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("labels", LABELS),
         ("probs", VECTORS),  # rows of K+1, background last
-        ("prob_source", pa.list_(pa.string())),  # how each row of probs came about: coin_ray.cloud.probabilities
+        # how each row of probs came about: coin_ray.cloud.probabilities
+        ("prob_source", pa.list_(pa.string())),
         ("source", pa.string()),  # cloud, clip_labels, clip_detector, student, ...
         ("status", pa.string()),  # ok, cached, empty, error, skipped_budget
         ("attempts", pa.int32()),
@@ -57,10 +67,15 @@ SEPARATION = pa.schema(
     [
         ("image_id", pa.string()),
         ("boxes", BOXES),  # the box that stands for the pair, or the private box
-        ("kind", pa.list_(pa.string())),  # consistent, inconsistent, private; reviewed: a person's box
-        ("cloud_labels", LABELS),  # the names that were compared; the best entry of an unsure vector may be background all the same
-        ("clip_labels", LABELS),  # K: CLIP's verdict is background; NOBODY for private boxes
-        ("cloud_probs", VECTORS),  # of a private box, as its name: of the one teacher that saw it
+        # consistent, inconsistent, private; reviewed: a person's box
+        ("kind", pa.list_(pa.string())),
+        # the names that were compared; the best entry of an unsure vector may be
+        # background all the same
+        ("cloud_labels", LABELS),
+        # K: CLIP's verdict is background; NOBODY for private boxes
+        ("clip_labels", LABELS),
+        # of a private box, as its name: of the one teacher that saw it
+        ("cloud_probs", VECTORS),
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]
 )
@@ -69,7 +84,9 @@ FAILED = pa.array(["error", "skipped_budget"])
 
 
 class Rows:
-    """A table that grows row by row. Only its last ones are Python objects: those take nine times the memory."""
+    """A table that grows row by row. Only its last ones are Python objects: those take
+    nine times the memory.
+    """
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema, self.blocks = schema, [schema.empty_table()]
@@ -78,10 +95,18 @@ class Rows:
     def append(self, row: Mapping[str, Any]) -> None:
         self.last.append(row)
         if len(self.last) == BLOCK:
-            self.blocks, self.last = [*self.blocks, pa.Table.from_pylist(self.last, schema=self.schema)], []
+            self.blocks, self.last = (
+                [
+                    *self.blocks,
+                    pa.Table.from_pylist(self.last, schema=self.schema),
+                ],
+                [],
+            )
 
     def table(self) -> pa.Table:
-        return pa.concat_tables([*self.blocks, pa.Table.from_pylist(self.last, schema=self.schema)])
+        return pa.concat_tables(
+            [*self.blocks, pa.Table.from_pylist(self.last, schema=self.schema)]
+        )
 
 
 def blocks(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -91,15 +116,23 @@ def blocks(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.
         yield pa.Table.from_pylist(some, schema=schema)
 
 
-def rows_of(uri: str, images: pa.Array | pa.ChunkedArray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file that are about these images, by their ids; in the file's order."""
+def rows_of(
+    uri: str, images: pa.Array | pa.ChunkedArray, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file that are about these images, by their ids; in the file's
+    order.
+    """
     for block in stream_table(uri, columns):
-        yield from block.filter(pc.is_in(block["image_id"], value_set=images)).to_pylist()
+        yield from block.filter(
+            pc.is_in(block["image_id"], value_set=images)
+        ).to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where one image's detections come from; the columns of a ``DETECTIONS`` row beside the detections themselves."""
+    """Where one image's detections come from; the columns of a ``DETECTIONS`` row
+    beside the detections themselves.
+    """
 
     source: str
     status: str = "ok"
@@ -110,16 +143,23 @@ class Provenance:
 
 
 def detections_row(
-    image_id: str, detections: Detections, provenance: Provenance, prob_source: Sequence[str] | None = None
+    image_id: str,
+    detections: Detections,
+    provenance: Provenance,
+    prob_source: Sequence[str] | None = None,
 ) -> dict[str, object]:
-    """One row of a ``DETECTIONS`` table. ``prob_source`` [N]; None: our own models, which score every class."""
+    """One row of a ``DETECTIONS`` table. ``prob_source`` [N]; None: our own models,
+    which score every class.
+    """
     return {
         "image_id": image_id,
         "boxes": detections.boxes.tolist(),
         "scores": detections.scores.tolist(),
         "labels": detections.labels.tolist(),
         "probs": detections.probs.tolist(),
-        "prob_source": ["native"] * len(detections) if prob_source is None else list(prob_source),
+        "prob_source": (
+            ["native"] * len(detections) if prob_source is None else list(prob_source)
+        ),
         "source": provenance.source,
         "status": provenance.status,
         "attempts": provenance.attempts,
@@ -138,7 +178,9 @@ USED = ("image_id", "boxes", "scores", "labels", "probs", "status")
 
 
 class ByImage(Mapping[str, T]):
-    """Some rows of a table by their ``image_id``; what a row says is made when it is asked for."""
+    """Some rows of a table by their ``image_id``; what a row says is made when it is
+    asked for.
+    """
 
     def __init__(self, table: pa.Table, counts: NDArray[np.bool_]) -> None:
         self.table, self.names = table, table["image_id"]
@@ -174,26 +216,35 @@ class ByImage(Mapping[str, T]):
         return str(self.names[int(row)].as_py())
 
     def _row(self, image_id: str) -> int | None:
-        """Found by halves: an index of the names themselves would take more memory than a small answer."""
+        """Found by halves: an index of the names themselves would take more memory than
+        a small answer.
+        """
         place = bisect_left(self.order, image_id, key=self._name)
         found = int(self.order[place]) if place < len(self.order) else None
         return found if found is not None and self._name(found) == image_id else None
 
 
 class DetectionsTable(ByImage[Detections]):
-    """Detections by ``image_id``; rows with an error are left out, rows without objects are not.
+    """Detections by ``image_id``; rows with an error are left out, rows without objects
+    are not.
 
     With a ``uri`` it goes to other processes by reference.
     """
 
-    def __init__(self, table: pa.Table, num_classes: int, uri: str | None = None) -> None:
+    def __init__(
+        self, table: pa.Table, num_classes: int, uri: str | None = None
+    ) -> None:
         failed = pc.is_in(table["status"], value_set=FAILED).to_numpy()
         super().__init__(table.select(USED), ~failed.astype(bool))
         self.num_classes, self.uri = num_classes, uri
         self.columns = [self.table[name] for name in USED[1:5]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (DetectionsTable, (self.table, self.num_classes)) if self.uri is None else (open_detections, (self.uri, self.num_classes))
+        return (
+            (DetectionsTable, (self.table, self.num_classes))
+            if self.uri is None
+            else (open_detections, (self.uri, self.num_classes))
+        )
 
     def made(self, row: int) -> Detections:
         boxes, scores, labels, probs = (column[row].values for column in self.columns)
@@ -201,7 +252,9 @@ class DetectionsTable(ByImage[Detections]):
             boxes=_tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
             scores=_tensor(scores, torch.float32),
             labels=_tensor(labels, torch.int64),
-            probs=_tensor(probs.flatten(), torch.float32).reshape(-1, self.num_classes + 1),
+            probs=_tensor(probs.flatten(), torch.float32).reshape(
+                -1, self.num_classes + 1
+            ),
         )
 
 
@@ -221,7 +274,9 @@ def _tensor(values: pa.Array, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truth:
-    """Annotations of one image: boxes [N, 4] xyxy, labels [N], difficult [N] bool (neither required nor wrong in evaluation)."""
+    """Annotations of one image: boxes [N, 4] xyxy, labels [N], difficult [N] bool
+    (neither required nor wrong in evaluation).
+    """
 
     boxes: Tensor
     labels: Tensor
@@ -229,7 +284,9 @@ class Truth:
 
 
 class TruthTable(ByImage[Truth]):
-    """Annotations by ``image_id``. It goes to other processes by reference, with its ``uri``."""
+    """Annotations by ``image_id``. It goes to other processes by reference, with its
+    ``uri``.
+    """
 
     def __init__(self, uri: str) -> None:
         table = open_table(uri, ANNOTATIONS.names)
@@ -240,8 +297,14 @@ class TruthTable(ByImage[Truth]):
         return TruthTable, (self.uri,)
 
     def made(self, row: int) -> Truth:
-        boxes, labels, difficult = (self.table[name][row].values for name in ANNOTATIONS.names[1:])
-        return Truth(_tensor(boxes.flatten(), torch.float32).reshape(-1, 4), _tensor(labels, torch.int64), _tensor(difficult, torch.bool))
+        boxes, labels, difficult = (
+            self.table[name][row].values for name in ANNOTATIONS.names[1:]
+        )
+        return Truth(
+            _tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
+            _tensor(labels, torch.int64),
+            _tensor(difficult, torch.bool),
+        )
 
     def of(self, images: pa.Array | pa.ChunkedArray) -> dict[str, Truth]:
         """Those of the images that are annotated, in the order given."""

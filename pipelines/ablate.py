@@ -1,16 +1,18 @@
-"""What each loss and each stage is worth: COIN with one of them left out, over several seeds.
+"""What each loss and each stage is worth: COIN with one of them left out, over several
+seeds.
 
     python pipelines/ablate.py demo [--seeds 0 1 2] [--quick] [--dry-run]
     python pipelines/ablate.py co-detr [--data coco:DIR --classes person,dog] [--seeds 0 1 2] [--quick] [--dry-run]
 
-Shares images, answers and trained teachers with other runs below the same --root. Results: ROOT/ablation.{json,md,svg} and MLflow.
-co-detr: what Co-DETR's auxiliary heads and positive queries are worth, on the demo's source scenes or on labelled images, with the settings
-of train_detector.py. Results: ROOT/components.{json,md}.
+Shares images, answers and trained teachers with other runs below the same --root.
+Results: ROOT/ablation.{json,md,svg} and MLflow. co-detr: what Co-DETR's auxiliary heads
+and positive queries are worth, on the demo's source scenes or on labelled images, with
+the settings of train_detector.py. Results: ROOT/components.{json,md}.
 """
 
 import sys
 
-from coin_ray.experiments.command import Request, main
+from coin_ray.commands.grid import Request, main
 
 
 def work(request: Request) -> None:

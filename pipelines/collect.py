@@ -1,4 +1,5 @@
-"""Ask the cloud about every image and CLIP about every box, running first whatever this needs and is not finished.
+"""Ask the cloud about every image and CLIP about every box, running first whatever this
+needs and is not finished.
 
 python pipelines/collect.py demo [--dry-run]
 python pipelines/collect.py views PRESET [--sample 40]          in which view of your images the cloud sees most
@@ -10,13 +11,13 @@ import sys
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["labels"], ["journal"]):
-        from coin_ray.cloud import tools
+        from coin_ray.commands import labels as tools
 
         sys.exit(tools.main(sys.argv[1:]))
     if sys.argv[1:2] == ["views"]:
-        from coin_ray import pilot
+        from coin_ray.commands import renderings as pilot
 
         sys.exit(pilot.main(sys.argv[2:]))
-    from coin_ray.cli import main
+    from coin_ray.commands.arguments import main
 
     sys.exit(main("collect.py", __doc__, only="collect"))

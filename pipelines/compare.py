@@ -1,13 +1,15 @@
-"""Which fusion of two disputed opinions teaches best: one teacher, rules, Dawid-Skene, CKG; with the published threshold and a fair one.
+"""Which fusion of two disputed opinions teaches best: one teacher, rules, Dawid-Skene,
+CKG; with the published threshold and a fair one.
 
     python pipelines/compare.py demo [--seeds 0 1 2] [--quick] [--dry-run]
 
-Shares images, answers and trained teachers with other runs below the same --root. Results: ROOT/fusion.{json,md,svg} and MLflow.
+Shares images, answers and trained teachers with other runs below the same --root.
+Results: ROOT/fusion.{json,md,svg} and MLflow.
 """
 
 import sys
 
-from coin_ray.experiments.command import Request, main
+from coin_ray.commands.grid import Request, main
 
 
 def work(request: Request) -> None:

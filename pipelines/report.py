@@ -1,5 +1,5 @@
-"""Write the page with figures, curves and pictures, running first whatever this needs and is not finished; or compare finished runs,
-or list the trials of a search.
+"""Write the page with figures, curves and pictures, running first whatever this needs
+and is not finished; or compare finished runs, or list the trials of a search.
 
 python pipelines/report.py demo [--dry-run]
 python pipelines/report.py runs/A runs/B ... [--out comparison.html]
@@ -8,7 +8,7 @@ python pipelines/report.py runs/A/search/SEARCH                   the page of a 
 
 import sys
 
-from coin_ray.cli import main
+from coin_ray.commands.arguments import main
 from coin_ray.report import compare
 
 if __name__ == "__main__":
@@ -17,4 +17,8 @@ if __name__ == "__main__":
         from coin_ray.search import page
 
         sys.exit(page.main(arguments[0]))
-    sys.exit(compare.main(arguments) if compare.runs_of(arguments) else main("report.py", __doc__, only="report"))
+    sys.exit(
+        compare.main(arguments)
+        if compare.runs_of(arguments)
+        else main("report.py", __doc__, only="report")
+    )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coin_ray.clip.encoder import ClipModel, class_embeddings
 from coin_ray.config import Clip, Detector, Distill, Optimize, Propagate, Separate
+from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.data.examples import Example
-from coin_ray.models.co_detr.config import CoDetr, tiny
 from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.backbone import new_embeddings, new_tower
@@ -30,10 +30,16 @@ Row = tuple[Sequence[float], int, float]
 
 
 def detections(*rows: Row, classes: int = 3) -> Detections:
-    """Of (box, label, score); what the score leaves is spread over the other classes and background."""
+    """Of (box, label, score); what the score leaves is spread over the other classes
+    and background."""
     if not rows:
         return Detections.empty(classes)
-    probs = torch.tensor([[score if k == label else (1 - score) / classes for k in range(classes + 1)] for _, label, score in rows])
+    probs = torch.tensor(
+        [
+            [score if k == label else (1 - score) / classes for k in range(classes + 1)]
+            for _, label, score in rows
+        ]
+    )
     return Detections(
         torch.tensor([list(box) for box, _, _ in rows], dtype=torch.float32),
         torch.tensor([score for _, _, score in rows]),
@@ -47,31 +53,63 @@ def pairs(cloud: Detections, clip: Detections) -> Pairs:
 
 
 def separation(
-    consistent: Sequence[Row] = (), inconsistent: Sequence[Row] = (), private: Sequence[Row] = (), classes: int = 3
+    consistent: Sequence[Row] = (),
+    inconsistent: Sequence[Row] = (),
+    private: Sequence[Row] = (),
+    classes: int = 3,
 ) -> Separation:
     """Both teachers give the same rows; of inconsistent ones CLIP gives the next class."""
-    agreed, disputed = detections(*consistent, classes=classes), detections(*inconsistent, classes=classes)
-    other = detections(*[(box, (label + 1) % classes, score) for box, label, score in inconsistent], classes=classes)
-    return Separation(pairs(agreed, agreed), pairs(disputed, other), detections(*private, classes=classes))
+    agreed, disputed = (
+        detections(*consistent, classes=classes),
+        detections(*inconsistent, classes=classes),
+    )
+    other = detections(
+        *[(box, (label + 1) % classes, score) for box, label, score in inconsistent],
+        classes=classes,
+    )
+    return Separation(
+        pairs(agreed, agreed),
+        pairs(disputed, other),
+        detections(*private, classes=classes),
+    )
 
 
 def tiny_clip(seed: int = 0) -> ClipModel:
     """A CLIP with random weights, the same ones for the same seed."""
     torch.manual_seed(seed)
-    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32, "patch_size": None}
-    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {
+        "image_size": 64,
+        "layers": [1, 1, 1, 1],
+        "width": 8,
+        "head_width": 32,
+        "patch_size": None,
+    }
+    text = {
+        "context_length": 20,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+    }
     network = open_clip.CLIP(64, vision_cfg=vision, text_cfg=text)
     for name, weight in network.visual.named_parameters():
-        if name.endswith("bn3.weight"):  # open_clip starts these at zero, which switches the blocks off
+        # open_clip starts these at zero, which switches the blocks off
+        if name.endswith("bn3.weight"):
             torch.nn.init.constant_(weight, 0.5)
     calibrate(network.visual)
     network.eval().requires_grad_(False)
-    return ClipModel(network, open_clip.SimpleTokenizer(context_length=20), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return ClipModel(
+        network,
+        open_clip.SimpleTokenizer(context_length=20),
+        open_clip.OPENAI_DATASET_MEAN,
+        open_clip.OPENAI_DATASET_STD,
+    )
 
 
 @torch.no_grad()
 def calibrate(visual: torch.nn.Module) -> None:
-    """Batch statistics of noise, so that features of random weights neither vanish nor look all alike."""
+    """Batch statistics of noise, so that features of random weights neither vanish nor
+    look all alike."""
     norms = [m for m in visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -106,10 +144,16 @@ TEMPLATES = Clip(templates=("a photo of a {}.", "a drawing of a {}."))
 
 
 def tiny_detector(seed: int = 0, **changes: Any) -> ClipDetector:
-    """A detector whose RPN and box head are wilder than at the published start, so that its boxes differ from the anchors."""
+    """A detector whose RPN and box head are wilder than at the published start, so that
+    its boxes differ from the anchors."""
     detector = build_detector(tiny_clip(), CLASSES, tiny_config(**changes), seed=seed)
     with torch.no_grad():
-        for layer in (detector.rpn.objectness, detector.rpn.deltas, detector.head.box, detector.head.embed):
+        for layer in (
+            detector.rpn.objectness,
+            detector.rpn.deltas,
+            detector.head.box,
+            detector.head.embed,
+        ):
             layer.weight.mul_(20)
     return detector
 
@@ -135,7 +179,18 @@ def tiny_fit(**changes: Any) -> Optimize:
 
 
 def propagation(fit: Optimize, **changes: Any) -> Propagation:
-    config = Propagate(fit=fit, **({"alignment": 1.0, "prototype_rate": 0.1, "prototypes_from": 1, "views": "both"} | changes))
+    config = Propagate(
+        fit=fit,
+        **(
+            {
+                "alignment": 1.0,
+                "prototype_rate": 0.1,
+                "prototypes_from": 1,
+                "views": "both",
+            }
+            | changes
+        ),
+    )
     return Propagation(tiny_detector(), tiny_embeddings(), config)
 
 
@@ -153,11 +208,18 @@ def distillation(fit: Optimize, **changes: Any) -> Distillation:
     }
     student, teacher = tiny_detector(seed=1), tiny_detector(seed=0)
     rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
-    return Distillation(student, teacher, tiny_embeddings(), Distill(fit=fit, **(values | changes)), rules)
+    return Distillation(
+        student,
+        teacher,
+        tiny_embeddings(),
+        Distill(fit=fit, **(values | changes)),
+        rules,
+    )
 
 
 def tiny_network(**changes: Any) -> CoDetr:
-    """Two layers of decoder and one of encoder, few queries, and the auxiliary head COIN needs."""
+    """Two layers of decoder and one of encoder, few queries, and the auxiliary head
+    COIN needs."""
     values: dict[str, Any] = {
         "width": 32,
         "levels": 3,
@@ -178,12 +240,24 @@ def tiny_network(**changes: Any) -> CoDetr:
     return tiny(**(values | changes))
 
 
-def tiny_co_detr(seed: int = 0, *, named: bool = True, network: CoDetr | None = None, **changes: Any) -> RegionalDetr:
-    """A Co-DETR student on the tiny CLIP; weights that start at zero have values, so that nothing is switched off."""
+def tiny_co_detr(
+    seed: int = 0, *, named: bool = True, network: CoDetr | None = None, **changes: Any
+) -> RegionalDetr:
+    """A Co-DETR student on the tiny CLIP; weights that start at zero have values, so
+    that nothing is switched off."""
     clip, config = tiny_clip(), tiny_config(**changes)
     torch.manual_seed(seed)
     prompts, tower = new_embeddings(clip, CLASSES, config), new_tower(clip, config)
-    base = TextDetr(tower, prompts, len(CLASSES), clip.embedding_size, network or tiny_network(), named=named, mean=clip.mean, std=clip.std)
+    base = TextDetr(
+        tower,
+        prompts,
+        len(CLASSES),
+        clip.embedding_size,
+        network or tiny_network(),
+        named=named,
+        mean=clip.mean,
+        std=clip.std,
+    )
     student = RegionalDetr(base, clip.embedding_size, config)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -193,7 +267,9 @@ def tiny_co_detr(seed: int = 0, *, named: bool = True, network: CoDetr | None = 
     return student
 
 
-def detr_distillation(fit: Optimize, *, named: bool = True, **changes: Any) -> Distillation:
+def detr_distillation(
+    fit: Optimize, *, named: bool = True, **changes: Any
+) -> Distillation:
     """As ``distillation``, with a Co-DETR student."""
     values = {
         "alignment": 1.0,
@@ -205,30 +281,49 @@ def detr_distillation(fit: Optimize, *, named: bool = True, **changes: Any) -> D
         "burn_up": 1,
         "teacher_rate": 0.1,
     }
-    student, teacher = tiny_co_detr(seed=1, named=named), tiny_co_detr(seed=0, named=named)
+    student, teacher = (
+        tiny_co_detr(seed=1, named=named),
+        tiny_co_detr(seed=0, named=named),
+    )
     rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
     config = Distill(fit=fit, student="co-detr", **(values | changes))
-    return Distillation(student, teacher, tiny_embeddings(), config, rules, look=look_with_queries)
+    return Distillation(
+        student, teacher, tiny_embeddings(), config, rules, look=look_with_queries
+    )
 
 
 SIZES = ((96, 64), (64, 80), (72, 72), (64, 96), (90, 60))
 
 
 def examples(folder: Path) -> list[Example]:
-    """Five images of different sizes with coloured blocks, and two opinions on the blocks: equal, different, and lonely ones."""
+    """Five images of different sizes with coloured blocks, and two opinions on the
+    blocks: equal, different, and lonely ones."""
     draw = np.random.default_rng(7)
     made = []
     for number, (width, height) in enumerate(SIZES):
         pixels = draw.integers(60, 190, (height, width, 3), np.uint8)
         boxes = [(4, 4, 30, 28), (34, 8, 58, 34), (6, 34, 32, 58), (36, 36, 58, 58)]
-        for (left, top, right, bottom), colour in zip(boxes, draw.integers(0, 255, (4, 3)), strict=True):
+        for (left, top, right, bottom), colour in zip(
+            boxes, draw.integers(0, 255, (4, 3)), strict=True
+        ):
             pixels[top:bottom, left:right] = colour
         uri = folder / f"{number}.png"
         Image.fromarray(pixels).save(uri)
         moved = [(a + 2.0, b + 1.0, c, d - 1.0) for a, b, c, d in boxes]
         cloud = detections((boxes[0], 0, 0.9), (boxes[1], 1, 0.8), (boxes[2], 2, 0.7))
         clip = detections((moved[0], 0, 0.6), (moved[1], 2, 0.5), (moved[3], 1, 0.4))
-        made.append(Example(str(number), str(uri), {"cloud": cloud, "clip": clip, "clip_labels": clip[:0], "labels": cloud}))
+        made.append(
+            Example(
+                str(number),
+                str(uri),
+                {
+                    "cloud": cloud,
+                    "clip": clip,
+                    "clip_labels": clip[:0],
+                    "labels": cloud,
+                },
+            )
+        )
     return made
 
 

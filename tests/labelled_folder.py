@@ -20,10 +20,14 @@ def records(folder: Path, count: int, seed: int) -> list[Record]:
     for number in range(count):
         pixels = draw.integers(90, 160, (48, 64, 3), np.uint8)
         found = []
-        for label, colour in (("cat", (220, 20, 20)), ("dog", (20, 20, 220)))[: 1 + number % 2]:
+        for label, colour in (("cat", (220, 20, 20)), ("dog", (20, 20, 220)))[
+            : 1 + number % 2
+        ]:
             left, top = int(draw.integers(0, 40)), int(draw.integers(0, 24))
             pixels[top : top + 20, left : left + 20] = colour
-            found.append(Annotation((float(left), float(top), left + 20.0, top + 20.0), label))
+            found.append(
+                Annotation((float(left), float(top), left + 20.0, top + 20.0), label)
+            )
         uri = folder / f"{seed}_{number}.png"
         Image.fromarray(pixels).save(uri)
         made.append(Record.of(uri.name, str(uri), (64, 48), found))

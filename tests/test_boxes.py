@@ -16,8 +16,14 @@ def rows(*values: list[float]) -> Tensor:
 
 
 sides = st.integers(1, 300)
-box_lists = st.lists(st.tuples(st.integers(-50, 300), st.integers(-50, 300), sides, sides), min_size=1, max_size=6).map(
-    lambda found: torch.tensor([[x, y, x + w, y + h] for x, y, w, h in found], dtype=torch.float64)
+box_lists = st.lists(
+    st.tuples(st.integers(-50, 300), st.integers(-50, 300), sides, sides),
+    min_size=1,
+    max_size=6,
+).map(
+    lambda found: torch.tensor(
+        [[x, y, x + w, y + h] for x, y, w, h in found], dtype=torch.float64
+    )
 )
 
 
@@ -34,23 +40,36 @@ def test_scale() -> None:
     assert box_ops.scale(rows([1, 2, 3, 4]), 2, 10).tolist() == [[2, 20, 6, 40]]
 
 
-@pytest.mark.parametrize(("weights", "expected"), [((1, 1), [5, 5, 15, 15]), ((3, 1), [2.5, 2.5, 12.5, 12.5]), ((0, 2), [10, 10, 20, 20])])
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((1, 1), [5, 5, 15, 15]),
+        ((3, 1), [2.5, 2.5, 12.5, 12.5]),
+        ((0, 2), [10, 10, 20, 20]),
+    ],
+)
 def test_weighted_mean(weights: tuple[float, float], expected: list[float]) -> None:
     a, b = rows([0, 0, 10, 10]), rows([10, 10, 20, 20])
-    assert box_ops.weighted_mean(a, b, torch.tensor([float(weights[0])]), torch.tensor([float(weights[1])])).tolist() == [expected]
+    assert box_ops.weighted_mean(
+        a, b, torch.tensor([float(weights[0])]), torch.tensor([float(weights[1])])
+    ).tolist() == [expected]
 
 
 def test_encode_by_hand() -> None:
     """Centre moves by (2, -1) of sides (10, 20): .2 and -.05; sides grow by 2 and 1/2."""
     expected = [10 * 0.2, 10 * -0.05, 5 * math.log(2), 5 * math.log(0.5)]
-    assert box_ops.encode(rows([-3, 4, 17, 14]), rows([0, 0, 10, 20])).tolist()[0] == pytest.approx(expected)
+    assert box_ops.encode(rows([-3, 4, 17, 14]), rows([0, 0, 10, 20])).tolist()[
+        0
+    ] == pytest.approx(expected)
 
 
 @given(box_lists, box_lists)
 def test_decode_inverts_encode(boxes: Tensor, anchors: Tensor) -> None:
     count = min(len(boxes), len(anchors))
     boxes, anchors = boxes[:count], anchors[:count]
-    possible = ((boxes[:, 2:] - boxes[:, :2]) / (anchors[:, 2:] - anchors[:, :2])).log().max() < box_ops.LARGEST_LOG_SCALE
+    possible = (
+        (boxes[:, 2:] - boxes[:, :2]) / (anchors[:, 2:] - anchors[:, :2])
+    ).log().max() < box_ops.LARGEST_LOG_SCALE
     back = box_ops.decode(box_ops.encode(boxes, anchors), anchors)
     assert not possible or torch.allclose(back, boxes, atol=1e-6)
 
@@ -63,5 +82,10 @@ def test_growth_is_limited() -> None:
 
 def test_no_boxes() -> None:
     none = torch.zeros(0, 4)
-    for result in (box_ops.mirror(none, 9), box_ops.scale(none, 2, 2), box_ops.encode(none, none), box_ops.decode(none, none)):
+    for result in (
+        box_ops.mirror(none, 9),
+        box_ops.scale(none, 2, 2),
+        box_ops.encode(none, none),
+        box_ops.decode(none, none),
+    ):
         assert result.shape == (0, 4)

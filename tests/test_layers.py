@@ -12,28 +12,29 @@ import coin_ray
 
 PACKAGE = Path(coin_ray.__file__).parent
 LAYERS = """
-errors storage names
+errors storage class_names
 config structures boxes parallel
-configfile tables published registry needs
-steps losses evaluation summary tracking data clip presets fusion
-pipeline cloud models
-detectors
-training demo report
+tables
+losses evaluation data clip fusion
+cloud models
+training demo predictors report
 serving
+runs export
 stages
-estimate
-runner
-cli
-library export detector_cli review pilot
 experiments
 search
-capacity
-tune
+commands
 """
-SETTINGS = "coin_ray.models.co_detr.config"
-"""Settings of a model that are settings of the pipeline too: it counts as part of the config, and imports no more than that does."""
-RANK = {part: rank for rank, line in enumerate(LAYERS.split("\n")) for part in line.split()}
-MODULES = {file.relative_to(PACKAGE.parent).as_posix(): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
+SETTINGS = "coin_ray.config.co_detr"
+"""Settings of a model that are settings of the pipeline too: it counts as part of the
+config, and imports no more than that does."""
+RANK = {
+    part: rank for rank, line in enumerate(LAYERS.split("\n")) for part in line.split()
+}
+MODULES = {
+    file.relative_to(PACKAGE.parent).as_posix(): ast.parse(file.read_text())
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -50,19 +51,29 @@ def test_imports_point_upwards(file: str) -> None:
     own = Path(file).parts[1].removesuffix(".py")
     assert own in RANK, f"say in LAYERS where {own} belongs"
     others = {
-        name.split(".")[1] for name in imported(MODULES[file]) if name.startswith("coin_ray.") and not name.startswith(f"{SETTINGS}.")
+        name.split(".")[1]
+        for name in imported(MODULES[file])
+        if name.startswith("coin_ray.") and not name.startswith(f"{SETTINGS}.")
     } - {own}
     assert not sorted(o for o in others if RANK.get(o, 99) >= RANK[own])
 
 
 def test_settings_of_a_model_need_nothing_of_it() -> None:
     file = SETTINGS.replace(".", "/") + ".py"
-    ours = {name.split(".")[1] for name in imported(MODULES[file]) if name.startswith("coin_ray.")}
+    ours = {
+        name.split(".")[1]
+        for name in imported(MODULES[file])
+        if name.startswith("coin_ray.")
+    }
     assert all(RANK[o] < RANK["config"] for o in ours)
 
 
 def test_ray_stays_in_stages_serving_and_the_hosts_of_grids_and_searches() -> None:
-    users = {f for f, tree in MODULES.items() if any(n.split(".")[0] == "ray" for n in imported(tree))}
+    users = {
+        f
+        for f, tree in MODULES.items()
+        if any(n.split(".")[0] == "ray" for n in imported(tree))
+    }
     assert users
     allowed = (
         "coin_ray/stages/",

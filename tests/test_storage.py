@@ -14,7 +14,11 @@ from coin_ray import storage
 
 @pytest.fixture(params=["local", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "new") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return (
+        str(tmp_path / "new")
+        if request.param == "local"
+        else f"memory://{uuid.uuid4().hex}"
+    )
 
 
 def test_bytes_and_json(root: str) -> None:
@@ -42,20 +46,29 @@ def test_list_files(root: str) -> None:
 def test_digest_is_that_of_the_whole_file(root: str) -> None:
     content = bytes(range(256)) * 5000
     storage.write_bytes(storage.join(root, "a.bin"), content)
-    assert storage.digest(storage.join(root, "a.bin")) == hashlib.sha256(content).hexdigest()
+    assert (
+        storage.digest(storage.join(root, "a.bin"))
+        == hashlib.sha256(content).hexdigest()
+    )
 
 
 def test_tables_in_parts(root: str) -> None:
     for number in (1, 0, 2):
-        storage.write_table(storage.join(root, f"part-{number}.parquet"), pa.table({"n": [number]}))
+        storage.write_table(
+            storage.join(root, f"part-{number}.parquet"), pa.table({"n": [number]})
+        )
     assert storage.read_table(root)["n"].to_pylist() == [0, 1, 2]
-    assert storage.read_table(storage.join(root, "part-1.parquet"))["n"].to_pylist() == [1]
+    assert storage.read_table(storage.join(root, "part-1.parquet"))[
+        "n"
+    ].to_pylist() == [1]
     with pytest.raises(FileNotFoundError, match="no Parquet parts"):
         storage.read_table(storage.join(root, "absent"))
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     place = tmp_path / "file"
     storage.write_bytes(str(place), b"old")
 
@@ -93,25 +106,38 @@ def test_join() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 10])
-def test_a_table_written_as_its_rows_come_is_the_same_file(root: str, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_written_as_its_rows_come_is_the_same_file(
+    root: str, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "GROUP", 10)
     table = pa.table({"n": range(33), "name": [[str(n)] * (n % 3) for n in range(33)]})
     pq.write_table(table, tmp_path / "whole.parquet", row_group_size=10)
     storage.write_table(storage.join(root, "whole.parquet"), table)
-    with storage.table_writer(storage.join(root, "rows.parquet"), table.schema) as writer:
+    with storage.table_writer(
+        storage.join(root, "rows.parquet"), table.schema
+    ) as writer:
         for start in range(0, 33, block):
             writer.write(table.slice(start, block))
     for name in ("rows", "whole"):
-        assert storage.read_bytes(storage.join(root, f"{name}.parquet")) == (tmp_path / "whole.parquet").read_bytes()
+        assert (
+            storage.read_bytes(storage.join(root, f"{name}.parquet"))
+            == (tmp_path / "whole.parquet").read_bytes()
+        )
 
 
-def test_rows_that_are_large_are_written_before_a_group_is_full(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_large_are_written_before_a_group_is_full(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "IN_MEMORY", 50)
-    with storage.table_writer(storage.join(root, "rows.parquet"), pa.schema([("n", pa.int64())])) as writer:
+    with storage.table_writer(
+        storage.join(root, "rows.parquet"), pa.schema([("n", pa.int64())])
+    ) as writer:
         for n in range(21):
             writer.write(pa.table({"n": [n]}))
             assert writer.bytes < 50
-    assert storage.read_table(storage.join(root, "rows.parquet"))["n"].to_pylist() == list(range(21))
+    assert storage.read_table(storage.join(root, "rows.parquet"))[
+        "n"
+    ].to_pylist() == list(range(21))
 
 
 def test_a_table_whose_rows_break_off_leaves_the_old_one(root: str) -> None:
@@ -134,5 +160,9 @@ def test_a_table_is_read_in_blocks(root: str, monkeypatch: pytest.MonkeyPatch) -
     place = storage.join(root, "rows.parquet")
     storage.write_table(place, pa.table({"n": range(10), "other": range(10)}))
     blocks = list(storage.stream_table(place, ["n"]))
-    assert [block["n"].to_pylist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [block["n"].to_pylist() for block in blocks] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
     assert blocks[0].column_names == ["n"]

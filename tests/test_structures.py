@@ -36,7 +36,9 @@ def test_wrong_shapes_are_refused_and_shown(field: str, wrong: torch.Tensor) -> 
 
 
 def test_index_by_mask_rows_and_slice() -> None:
-    found = detections(([0, 0, 1, 1], 0, 0.9), ([0, 0, 2, 2], 1, 0.8), ([0, 0, 3, 3], 2, 0.7))
+    found = detections(
+        ([0, 0, 1, 1], 0, 0.9), ([0, 0, 2, 2], 1, 0.8), ([0, 0, 3, 3], 2, 0.7)
+    )
     assert found[found.scores > 0.75].labels.tolist() == [0, 1]
     assert found[torch.tensor([2, 0])].labels.tolist() == [2, 0]
     assert found[1:].boxes.tolist() == [[0, 0, 2, 2], [0, 0, 3, 3]]
@@ -63,4 +65,8 @@ def test_pairs_are_indexed_together() -> None:
     cloud = detections(([0, 0, 1, 1], 0, 0.9), ([0, 0, 2, 2], 1, 0.8))
     clip = detections(([0, 0, 1, 2], 2, 0.5), ([0, 0, 2, 1], 1, 0.4))
     second = Pairs(cloud.boxes, cloud, clip)[torch.tensor([1])]
-    assert (second.boxes.tolist(), second.cloud.labels.tolist(), second.clip.boxes.tolist()) == ([[0, 0, 2, 2]], [1], [[0, 0, 2, 1]])
+    assert (
+        second.boxes.tolist(),
+        second.cloud.labels.tolist(),
+        second.clip.boxes.tolist(),
+    ) == ([[0, 0, 2, 2]], [1], [[0, 0, 2, 1]])

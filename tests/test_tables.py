@@ -10,17 +10,28 @@ from builders import detections
 
 from coin_ray import storage, tables
 from coin_ray.structures import Detections
-from coin_ray.tables import Provenance, detections_row, detections_table, read_detections
+from coin_ray.tables import (
+    Provenance,
+    detections_row,
+    detections_table,
+    read_detections,
+)
 
 FOUND = detections(([0.1, 0.2, 1 / 3, 7.7], 0, 0.9), ([1, 2, 3.3, 4], 2, 0.3))
 
 
 def same(a: Detections, b: Detections) -> bool:
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("boxes", "scores", "labels", "probs"))
+    return all(
+        torch.equal(getattr(a, n), getattr(b, n))
+        for n in ("boxes", "scores", "labels", "probs")
+    )
 
 
 def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
-    rows = [detections_row("a", FOUND, Provenance("cloud")), detections_row("none", Detections.empty(3), Provenance("cloud", "empty"))]
+    rows = [
+        detections_row("a", FOUND, Provenance("cloud")),
+        detections_row("none", Detections.empty(3), Provenance("cloud", "empty")),
+    ]
     uri = str(tmp_path / "t.parquet")
     storage.write_table(uri, detections_table(rows))
     back = read_detections(storage.read_table(uri), 3)
@@ -29,7 +40,16 @@ def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
     assert same(back["none"], Detections.empty(3))
 
 
-@pytest.mark.parametrize(("status", "kept"), [("ok", True), ("cached", True), ("empty", True), ("error", False), ("skipped_budget", False)])
+@pytest.mark.parametrize(
+    ("status", "kept"),
+    [
+        ("ok", True),
+        ("cached", True),
+        ("empty", True),
+        ("error", False),
+        ("skipped_budget", False),
+    ],
+)
 def test_only_answered_images_are_read(status: str, kept: bool) -> None:
     table = detections_table([detections_row("a", FOUND, Provenance("cloud", status))])
     assert ("a" in read_detections(table, 3)) == kept
@@ -41,8 +61,17 @@ def test_a_table_of_no_images() -> None:
 
 
 def test_provenance_is_stored() -> None:
-    row = detections_table([detections_row("a", FOUND, Provenance("cloud", "error", 3, 12.5, 0.002, "busy"))]).to_pylist()[0]
-    assert {k: row[k] for k in ("source", "status", "attempts", "latency_ms", "cost_usd", "error")} == {
+    row = detections_table(
+        [
+            detections_row(
+                "a", FOUND, Provenance("cloud", "error", 3, 12.5, 0.002, "busy")
+            )
+        ]
+    ).to_pylist()[0]
+    assert {
+        k: row[k]
+        for k in ("source", "status", "attempts", "latency_ms", "cost_usd", "error")
+    } == {
         "source": "cloud",
         "status": "error",
         "attempts": 3,
@@ -52,9 +81,19 @@ def test_provenance_is_stored() -> None:
     }
 
 
-@pytest.mark.parametrize(("given", "stored"), [(None, ["native", "native"]), (("grouped", "label_prior"), ["grouped", "label_prior"])])
-def test_the_source_of_probabilities_is_stored(given: tuple[str, ...] | None, stored: list[str]) -> None:
-    assert detections_table([detections_row("a", FOUND, Provenance("cloud"), given)])["prob_source"].to_pylist() == [stored]
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (None, ["native", "native"]),
+        (("grouped", "label_prior"), ["grouped", "label_prior"]),
+    ],
+)
+def test_the_source_of_probabilities_is_stored(
+    given: tuple[str, ...] | None, stored: list[str]
+) -> None:
+    assert detections_table([detections_row("a", FOUND, Provenance("cloud"), given)])[
+        "prob_source"
+    ].to_pylist() == [stored]
 
 
 def test_truth(tmp_path: Path) -> None:
@@ -67,12 +106,18 @@ def test_truth(tmp_path: Path) -> None:
     truth = pickle.loads(pickle.dumps(tables.TruthTable(uri)))
     assert list(truth) == ["a", "none"]
     assert list(truth.of(pa.array(["none", "absent", "a"]))) == ["none", "a"]
-    assert (truth["a"].boxes.tolist(), truth["a"].labels.tolist(), truth["a"].difficult.tolist()) == ([[0, 0, 5, 5]], [1], [True])
+    assert (
+        truth["a"].boxes.tolist(),
+        truth["a"].labels.tolist(),
+        truth["a"].difficult.tolist(),
+    ) == ([[0, 0, 5, 5]], [1], [True])
     assert truth["none"].boxes.shape == (0, 4)
     assert truth["none"].difficult.dtype == torch.bool
 
 
-def test_rows_become_a_table_whatever_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_become_a_table_whatever_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tables, "BLOCK", 3)
     schema = pa.schema([("n", pa.int64())])
     for count in (0, 2, 3, 7):
@@ -81,4 +126,6 @@ def test_rows_become_a_table_whatever_their_number(monkeypatch: pytest.MonkeyPat
             rows.append(row)
             assert len(rows.last) < 3
         assert rows.table().to_pylist() == made
-        assert [block.num_rows for block in tables.blocks(made, schema)] == [3] * (count // 3) + [count % 3] * bool(count % 3)
+        assert [block.num_rows for block in tables.blocks(made, schema)] == [3] * (
+            count // 3
+        ) + [count % 3] * bool(count % 3)

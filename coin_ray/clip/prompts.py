@@ -1,4 +1,6 @@
-"""Learnable prompts "[v1 ... vM] {class}." shared by all classes (CoOp; paper section 3.2), encoded by CLIP's frozen text tower."""
+"""Learnable prompts "[v1 ... vM] {class}." shared by all classes (CoOp; paper section
+3.2), encoded by CLIP's frozen text tower.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,33 @@ LEAD = "a photo of a"
 
 
 class LearnedPrompts(nn.Module):
-    """The tokens of "a photo of a" and M new vectors are learned; class names, "." and the text tower are frozen.
+    """The tokens of "a photo of a" and M new vectors are learned; class names, "." and
+    the text tower are frozen.
 
-    Class names of any number of words are tokenised whole. Only parameters are in the state dict: the text tower stays outside.
+    Class names of any number of words are tokenised whole. Only parameters are in the
+    state dict: the text tower stays outside.
     """
 
-    def __init__(self, clip: ClipModel, classes: Sequence[str], context_tokens: int) -> None:
+    def __init__(
+        self, clip: ClipModel, classes: Sequence[str], context_tokens: int
+    ) -> None:
         super().__init__()
         text = clip.network
         placeholder = " ".join(["x"] * context_tokens)
-        tokens = clip.tokenize([f"{LEAD} {placeholder} {name}." for name in (*classes, BACKGROUND)])
+        tokens = clip.tokenize(
+            [f"{LEAD} {placeholder} {name}." for name in (*classes, BACKGROUND)]
+        )
         lead = len(LEAD.split())
         with torch.no_grad():
             embedded = text.token_embedding(tokens).float()  # type: ignore[operator]
-        self.context = nn.Parameter(torch.cat([embedded[0, 1 : 1 + lead], 0.02 * torch.randn(context_tokens, embedded.shape[2])]))
+        self.context = nn.Parameter(
+            torch.cat(
+                [
+                    embedded[0, 1 : 1 + lead],
+                    0.02 * torch.randn(context_tokens, embedded.shape[2]),
+                ]
+            )
+        )
         self.register_buffer("embedded", embedded, persistent=False)
         self.register_buffer("ends", tokens.argmax(-1), persistent=False)
         self._text = (text,)  # a tuple, so that the frozen tower is no submodule
@@ -42,6 +57,10 @@ class LearnedPrompts(nn.Module):
             text.to(self.context.device)
         start, stop = 1, 1 + len(self.context)
         context = self.context.expand(len(self.embedded), -1, -1)
-        x = torch.cat([self.embedded[:, :start], context, self.embedded[:, stop:]], 1) + text.positional_embedding  # type: ignore[operator]
+        tokens = [self.embedded[:, :start], context, self.embedded[:, stop:]]
+        x = torch.cat(tokens, 1)
+        x = x + text.positional_embedding  # type: ignore[operator]
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask))  # type: ignore[operator]
-        return F.normalize(x[torch.arange(len(x)), self.ends] @ text.text_projection, dim=-1)  # type: ignore[operator]
+        return F.normalize(
+            x[torch.arange(len(x)), self.ends] @ text.text_projection, dim=-1
+        )  # type: ignore[operator]

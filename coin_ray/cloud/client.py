@@ -1,8 +1,11 @@
-"""The client of the detection API: one call of ``CloudClient.answer`` per image, whatever the network does.
+"""The client of the detection API: one call of ``CloudClient.answer`` per image,
+whatever the network does.
 
-The adapter knows the wire format, ``Connections`` send, ``Replies`` keep what was paid for in the journal, the governor decides when a
-call may be made. This module owns the rest: deadline, retries, one call per image at a time, and the polling of services that answer
-with a task: its id is on record before the first poll, so that a task once paid is asked for until it is done or lost.
+The adapter knows the wire format, ``Connections`` send, ``Replies`` keep what was paid
+for in the journal, the governor decides when a call may be made. This module owns the
+rest: deadline, retries, one call per image at a time, and the polling of services that
+answer with a task: its id is on record before the first poll, so that a task once paid
+is asked for until it is done or lost.
 """
 
 from __future__ import annotations
@@ -19,12 +22,20 @@ from weakref import WeakValueDictionary
 
 import httpx
 
-from coin_ray.cloud.connections import Connections, NotConnected, checked_url
-from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.labelmap import Prior
-from coin_ray.cloud.limiter import AsyncGovernor, Limits, Outcome
-from coin_ray.cloud.protocol import RETRY_AFTER_MAX, Adapter, Pending, PreparedRequest, Query, RawDetections
-from coin_ray.cloud.replies import Call, Replies, TaskLost
+from coin_ray.cloud.governor import AsyncGovernor, Limits, Outcome
+from coin_ray.cloud.http.connections import Connections, NotConnected, checked_url
+from coin_ray.cloud.http.signing import signer_for
+from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.label_map import Prior
+from coin_ray.cloud.protocol import (
+    RETRY_AFTER_MAX,
+    Adapter,
+    Pending,
+    PreparedRequest,
+    Query,
+    RawDetections,
+)
+from coin_ray.cloud.responses import Call, Replies, TaskLost
 from coin_ray.cloud.services import (
     adapter_for,
     calls_per_minute,
@@ -34,7 +45,6 @@ from coin_ray.cloud.services import (
     side_max,
     token_variable,
 )
-from coin_ray.cloud.signing import signer_for
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
@@ -60,17 +70,21 @@ TASK_SECONDS = 86_400.0
 """A task older than this that gives no result is asked for no more."""
 RETRY_BURST_MIN = 20
 
-AnswerStatus = Literal["ok", "cached", "empty", "error", "skipped_budget", "skipped_quota", "unreachable"]
+AnswerStatus = Literal[
+    "ok", "cached", "empty", "error", "skipped_budget", "skipped_quota", "unreachable"
+]
 Sleep = Callable[[float], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one image. ``raw`` is None for ``error``, ``skipped_budget``, ``skipped_quota`` and ``unreachable``; ``empty`` is a
-    proved absence of objects. ``teachers``: names of the clouds that answered, if several could.
+    """What became of one image. ``raw`` is None for ``error``, ``skipped_budget``,
+    ``skipped_quota`` and ``unreachable``; ``empty`` is a proved absence of objects.
+    ``teachers``: names of the clouds that answered, if several could.
 
-    ``attempts``: tries, 0 if cached or if an earlier run had asked. ``calls`` and ``cost_usd``: those that were or may have been billed.
-    ``latency_ms``: of the last try.
+    ``attempts``: tries, 0 if cached or if an earlier run had asked. ``calls`` and
+    ``cost_usd``: those that were or may have been billed. ``latency_ms``: of the last
+    try.
     """
 
     status: AnswerStatus
@@ -84,7 +98,9 @@ class Answer:
 
 
 def limits(config: Cloud) -> Limits:
-    """The governor's limits for a configuration. Calls per minute are spread over the minute."""
+    """The governor's limits for a configuration. Calls per minute are spread over the
+    minute.
+    """
     per_minute = calls_per_minute(config)
     rate = config.rate if per_minute is None else min(config.rate, per_minute / 60)
     return Limits(
@@ -101,18 +117,26 @@ def limits(config: Cloud) -> Limits:
 
 
 def account_of(config: Cloud, url: str, adapter: Adapter) -> str:
-    """Name [12 hexadecimal digits] under which the journal adds up what a service, an address and a model have cost."""
-    identity = f"{adapter.capabilities.name} {_endpoint(config, httpx.URL(url))} {config.model}"
+    """Name [12 hexadecimal digits] under which the journal adds up what a service, an
+    address and a model have cost.
+    """
+    identity = (
+        f"{adapter.capabilities.name} {_endpoint(config, httpx.URL(url))}"
+        f" {config.model}"
+    )
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 class CloudClient:
-    """Asks the detection API about images. Use inside one event loop, and ``aclose`` at the end.
+    """Asks the detection API about images. Use inside one event loop, and ``aclose`` at
+    the end.
 
-    ``answer`` returns an ``Answer`` for everything that concerns one image, and raises what must stop the run:
-    ``AuthError``, ``QuotaExhausted``, ``BudgetExhausted``, ``BadRequest``, ``CloudUnreachable``. With
-    ``skip_over_budget`` a spent budget or quota is an ``Answer`` too, so that journalled images still come through, and a service
-    that says its quota is spent is asked no more; with ``skip_unreachable`` so is a service that can't be reached: another one may answer.
+    ``answer`` returns an ``Answer`` for everything that concerns one image, and raises
+    what must stop the run: ``AuthError``, ``QuotaExhausted``, ``BudgetExhausted``,
+    ``BadRequest``, ``CloudUnreachable``. With ``skip_over_budget`` a spent budget or
+    quota is an ``Answer`` too, so that journalled images still come through, and a
+    service that says its quota is spent is asked no more; with ``skip_unreachable`` so
+    is a service that can't be reached: another one may answer.
     """
 
     def __init__(
@@ -134,23 +158,47 @@ class CloudClient:
     ) -> None:
         self._config = config
         if len(config.views) > 1:
-            raise ValueError("a client asks in one view; PipelineConfig.clouds has a cloud for each")
+            raise ValueError(
+                "a client asks in one view; PipelineConfig.clouds has a cloud for each"
+            )
         self._adapter = adapter or adapter_for(config)
         self._capabilities = self._adapter.capabilities
         check_askable(config, classes, self._capabilities)
-        self._query = Query(config.model, tuple(classes), config.score_min, label_map_for(config, classes))
-        self._signer = signer_for(self._capabilities.auth, token_variable(config), config.region, wall_clock)
+        self._query = Query(
+            config.model,
+            tuple(classes),
+            config.score_min,
+            label_map_for(config, classes),
+        )
+        self._signer = signer_for(
+            self._capabilities.auth, token_variable(config), config.region, wall_clock
+        )
         self._url = checked_url(url, self._signer.secret)
         self._signer.check()
         self._journal = journal
         self._governor = governor
-        self._skip_over_budget, self._skip_unreachable = skip_over_budget, skip_unreachable
+        self._skip_over_budget, self._skip_unreachable = (
+            skip_over_budget,
+            skip_unreachable,
+        )
         self._no_quota = ""
         self._account = account_of(config, url, self._adapter)
-        self._sleep, self._clock, self._uniform, self._wall_clock = sleep, clock, uniform, wall_clock
+        self._sleep, self._clock, self._uniform, self._wall_clock = (
+            sleep,
+            clock,
+            uniform,
+            wall_clock,
+        )
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._http = Connections(self._url, self._signer, config.deadline, transport)
-        self._replies = Replies(config, self._adapter, self._query, journal, _place(config, self._url), wall_clock)
+        self._replies = Replies(
+            config,
+            self._adapter,
+            self._query,
+            journal,
+            _place(config, self._url),
+            wall_clock,
+        )
 
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
@@ -166,18 +214,24 @@ class CloudClient:
 
     @property
     def view(self) -> tuple[int, str]:
-        """How ``image_in_view`` makes what is sent of a file: the longer side in pixels, and the view."""
+        """How ``image_in_view`` makes what is sent of a file: the longer side in
+        pixels, and the view.
+        """
         return self.max_side, self._config.views[0]
 
     async def check(self) -> None:
-        """Ask for the service's health, if it has a page for that. Raises ``AuthError`` and ``CloudUnreachable``."""
+        """Ask for the service's health, if it has a page for that. Raises ``AuthError``
+        and ``CloudUnreachable``.
+        """
         self._signer.check()
         if self._capabilities.health_path is None:
             return
         health = PreparedRequest(self._capabilities.health_path, method="GET")
         for attempt in range(1, CHECK_ATTEMPTS + 1):
             try:
-                reply = await asyncio.wait_for(self._http.send(health), self._config.deadline)
+                reply = await asyncio.wait_for(
+                    self._http.send(health), self._config.deadline
+                )
                 break
             except (TimeoutError, NotConnected):
                 if attempt == CHECK_ATTEMPTS:
@@ -194,9 +248,11 @@ class CloudClient:
         return self._query.labels.prior if self._query.labels is not None else Prior()
 
     async def answer(self, image: CanonicalImage, *, patient: bool = True) -> Answer:
-        """The service's detections in one image, from the journal if it was asked before.
+        """The service's detections in one image, from the journal if it was asked
+        before.
 
-        Not ``patient``: while the breaker is open the service counts as unreachable, instead of being waited for.
+        Not ``patient``: while the breaker is open the service counts as unreachable,
+        instead of being waited for.
         """
         try:
             call = await asyncio.to_thread(self._replies.begun, image, patient)
@@ -209,7 +265,9 @@ class CloudClient:
     async def known(self, image: CanonicalImage) -> Answer | None:
         """The answer on record, if there is one. Nothing is asked."""
         try:
-            raw = await asyncio.to_thread(lambda: self._replies.on_record(self._replies.begun(image)))
+            raw = await asyncio.to_thread(
+                lambda: self._replies.on_record(self._replies.begun(image))
+            )
         except ImageRejected:
             return None
         return None if raw is None else Answer("cached", raw)
@@ -219,7 +277,9 @@ class CloudClient:
         return self._replies.key(image)
 
     def key_of_file(self, image_id: str) -> str:
-        """The journal's key of a file that is sent as it is, in the plain view, by the sha256 of its bytes."""
+        """The journal's key of a file that is sent as it is, in the plain view, by the
+        sha256 of its bytes.
+        """
         return self._replies.key_of_file(image_id)
 
     def _answer_or_request(self, call: Call) -> RawDetections | PreparedRequest | None:
@@ -228,7 +288,9 @@ class CloudClient:
         return known if known is not None or call.task else self._replies.request(call)
 
     async def _ask(self, call: Call) -> Answer:
-        """Waiting for the first place does not count towards the deadline: with many images that is queueing."""
+        """Waiting for the first place does not count towards the deadline: with many
+        images that is queueing.
+        """
         try:
             found = await asyncio.to_thread(self._answer_or_request, call)
             if isinstance(found, RawDetections):
@@ -240,37 +302,57 @@ class CloudClient:
                 raise
             return self._finished(call, self._spent(error))
         except TimeoutError:
-            return self._finished(call, Answer("error", None, error=f"DeadlineExceeded: {self._too_late(call)}"))
+            return self._finished(
+                call,
+                Answer(
+                    "error", None, error=f"DeadlineExceeded: {self._too_late(call)}"
+                ),
+            )
         except CloudError as error:
             unreachable = isinstance(error, CloudUnreachable) and self._skip_unreachable
             if error.stops_run and not unreachable:
                 raise
             text = f"{type(error).__name__}: {error}"
-            return self._finished(call, Answer("unreachable" if unreachable else "error", None, error=text))
+            return self._finished(
+                call,
+                Answer("unreachable" if unreachable else "error", None, error=text),
+            )
         return self._finished(call, Answer("ok" if len(raw) else "empty", raw))
 
     def _spent(self, error: BudgetExhausted | QuotaExhausted) -> Answer:
-        """A budget is asked for again, as a day's calls come back; a quota that the service says is spent stays so for this client."""
+        """A budget is asked for again, as a day's calls come back; a quota that the
+        service says is spent stays so for this client.
+        """
         if isinstance(error, BudgetExhausted):
             return Answer("skipped_budget", None, error=str(error))
         self._no_quota = str(error)
         return Answer("skipped_quota", None, error=str(error))
 
-    async def _asked(self, call: Call, request: PreparedRequest | None) -> RawDetections:
+    async def _asked(
+        self, call: Call, request: PreparedRequest | None
+    ) -> RawDetections:
         if request is None:
             request = await asyncio.to_thread(self._replies.request, call)
         lease = await self._admit(call)
-        return await asyncio.wait_for(self._until_answered(call, request, lease), call.seconds)
+        return await asyncio.wait_for(
+            self._until_answered(call, request, lease), call.seconds
+        )
 
     async def _resumed(self, call: Call) -> RawDetections | None:
-        """The result of a task that an earlier run left behind; None if the service no longer has it."""
+        """The result of a task that an earlier run left behind; None if the service no
+        longer has it.
+        """
         call.started = self._clock()
         call.give_up_at = call.started + call.seconds
         try:
             return await asyncio.wait_for(self._polled(call, 0.0), call.seconds)
         except CloudError as error:
-            too_old = self._wall_clock() - call.task_time > TASK_SECONDS and not error.stops_run
-            if not (too_old or isinstance(error, (TaskLost, BadRequest))):  # a poll that is wrong now says nothing of the question
+            too_old = (
+                self._wall_clock() - call.task_time > TASK_SECONDS
+                and not error.stops_run
+            )
+            # a poll that is wrong now says nothing of the question
+            if not (too_old or isinstance(error, (TaskLost, BadRequest))):
                 raise
             if call.task is not None:
                 await asyncio.to_thread(self._replies.forget_task, call, str(error))
@@ -280,15 +362,33 @@ class CloudClient:
         return None
 
     def _too_late(self, call: Call) -> str:
-        text = f"no answer within cloud.deadline={self._config.deadline:g} s in {call.attempts} attempts"
-        return f"{text}; the service's task stays on record, run again to ask for its result" if call.task else text
+        text = (
+            f"no answer within cloud.deadline={self._config.deadline:g} s in"
+            f" {call.attempts} attempts"
+        )
+        return (
+            f"{text}; the service's task stays on record, run again to ask for its"
+            " result"
+            if call.task
+            else text
+        )
 
     def _finished(self, call: Call, answer: Answer) -> Answer:
         cost = call.calls * self._config.usd_per_call
-        return replace(answer, attempts=call.attempts, latency_ms=call.latency_ms, cost_usd=cost, calls=call.calls)
+        return replace(
+            answer,
+            attempts=call.attempts,
+            latency_ms=call.latency_ms,
+            cost_usd=cost,
+            calls=call.calls,
+        )
 
-    async def _until_answered(self, call: Call, request: PreparedRequest, lease: int) -> RawDetections:
-        """Tries until the image is answered, may not be retried, or attempts, time or everybody's retries run out."""
+    async def _until_answered(
+        self, call: Call, request: PreparedRequest, lease: int
+    ) -> RawDetections:
+        """Tries until the image is answered, may not be retried, or attempts, time or
+        everybody's retries run out.
+        """
         call.give_up_at = self._clock() + call.seconds
         malformed = 0
         while True:
@@ -296,7 +396,9 @@ class CloudClient:
                 return await self._attempt(call, request, lease)
             except CloudError as error:
                 malformed += isinstance(error, ProtocolError)
-                again = error.retryable or (isinstance(error, ProtocolError) and malformed == 1)
+                again = error.retryable or (
+                    isinstance(error, ProtocolError) and malformed == 1
+                )
                 if call.task is not None or not again:
                     raise
                 if call.attempts >= self._config.attempts:
@@ -310,16 +412,23 @@ class CloudClient:
             return self._unreachable()
         return error
 
-    async def _back_off(self, error: CloudError, attempt: int, give_up_at: float) -> None:
+    async def _back_off(
+        self, error: CloudError, attempt: int, give_up_at: float
+    ) -> None:
         """Full jitter; a Retry-After is waited out, by all workers."""
         asked = await self._asked_wait(error)
         delay = self._backoff(attempt) if asked is None else asked
         if self._clock() + delay >= give_up_at:
-            raise DeadlineExceeded(f"cloud.deadline={self._config.deadline:g} s leaves no time for attempt {attempt + 1} after: {error}")
+            raise DeadlineExceeded(
+                f"cloud.deadline={self._config.deadline:g} s leaves no time for attempt"
+                f" {attempt + 1} after: {error}"
+            )
         await self._sleep(delay)
 
     async def _asked_wait(self, error: CloudError) -> float | None:
-        """Seconds the service asks to wait, if it does, and a little more. Everybody waits."""
+        """Seconds the service asks to wait, if it does, and a little more. Everybody
+        waits.
+        """
         if not isinstance(error, Throttled) or error.retry_after is None:
             return None
         seconds = min(max(error.retry_after, 0.0), RETRY_AFTER_MAX)
@@ -330,25 +439,35 @@ class CloudClient:
         return self._uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (attempt - 1)))
 
     async def _admit(self, call: Call, failed: CloudError | None = None) -> int:
-        """A lease from the governor, once its wait is over; ``failed``: the error after which this is a retry.
+        """A lease from the governor, once its wait is over; ``failed``: the error after
+        which this is a retry.
 
-        Raises ``BudgetExhausted``, ``QuotaExhausted``, ``CloudUnreachable``, or ``failed`` itself if there have been too many retries.
+        Raises ``BudgetExhausted``, ``QuotaExhausted``, ``CloudUnreachable``, or
+        ``failed`` itself if there have been too many retries.
         """
         while True:
-            grant = await self._governor.reserve(self._config.usd_per_call, failed is not None)
-            if self._no_quota:  # said to another image, maybe while this one waited for a place
+            grant = await self._governor.reserve(
+                self._config.usd_per_call, failed is not None
+            )
+            # said to another image, maybe while this one waited for a place
+            if self._no_quota:
                 if grant.lease is not None:
                     await self._governor.settle(grant.lease, "unsent", billed=False)
                 raise QuotaExhausted(self._no_quota)
             if grant.refusal == "budget":
-                raise BudgetExhausted(f"{grant.reason}; raise the limit and run again, answers so far are kept")
+                raise BudgetExhausted(
+                    f"{grant.reason}; raise the limit and run again, answers so far are"
+                    " kept"
+                )
             if grant.refusal == "unreachable":
                 raise self._unreachable(grant.reason)
             if grant.refusal == "retries" and failed is not None:
                 failed.args = (f"{failed}; not tried again: {grant.reason}",)
                 raise self._last(failed)
             if grant.breaker_open and not call.patient:
-                raise self._unreachable("too many of its answers failed, the breaker is open")
+                raise self._unreachable(
+                    "too many of its answers failed, the breaker is open"
+                )
             if grant.lease is None:
                 await self._sleep(grant.wait)
                 continue
@@ -360,8 +479,11 @@ class CloudClient:
                 raise
             return grant.lease
 
-    async def _attempt(self, call: Call, request: PreparedRequest, lease: int) -> RawDetections:
-        """One call. Unless the service surely did not bill it, it stays spent: also if it is cancelled or the process dies.
+    async def _attempt(
+        self, call: Call, request: PreparedRequest, lease: int
+    ) -> RawDetections:
+        """One call. Unless the service surely did not bill it, it stays spent: also if
+        it is cancelled or the process dies.
 
         Polls belong to the call: they keep its place and cost nothing more.
         """
@@ -371,32 +493,54 @@ class CloudClient:
         call.attempts += 1
         call.calls += 1
         try:
-            await self._noted(self._journal.attempt, call.key, self._config.usd_per_call, self._account, self._wall_clock())
+            await self._noted(
+                self._journal.attempt,
+                call.key,
+                self._config.usd_per_call,
+                self._account,
+                self._wall_clock(),
+            )
             found = await self._exchange(call, request, lease)
-            raw = await self._polled(call, _poll_wait(found.seconds)) if isinstance(found, Pending) else found
+            raw = (
+                await self._polled(call, _poll_wait(found.seconds))
+                if isinstance(found, Pending)
+                else found
+            )
             outcome = "answered"
             return raw
         except CloudError as error:
             billed = error.may_have_billed or found is not None
             outcome = _outcome(error)
             if isinstance(error, QuotaExhausted):
-                self._no_quota = str(error)  # before the place goes to an image that waits for it
+                # before the place goes to an image that waits for it
+                self._no_quota = str(error)
             raise
         finally:
             if not billed:
                 call.calls -= 1
-                await self._noted(self._journal.refund, call.key, self._config.usd_per_call, self._account)
+                await self._noted(
+                    self._journal.refund,
+                    call.key,
+                    self._config.usd_per_call,
+                    self._account,
+                )
             await self._governor.settle(lease, outcome, billed)
 
     async def _noted(self, note: Callable[..., None], *what: str | float) -> None:
-        """Write down what was or was not spent; a thread per call costs more than writing to a disk's cache."""
+        """Write down what was or was not spent; a thread per call costs more than
+        writing to a disk's cache.
+        """
         if self._journal.prompt:
             note(*what)
         else:
             await asyncio.to_thread(note, *what)
 
-    async def _exchange(self, call: Call, request: PreparedRequest, lease: int) -> RawDetections | Pending:
-        """A service that is done with a call gets the next one while the answer goes to the journal; a task keeps its place."""
+    async def _exchange(
+        self, call: Call, request: PreparedRequest, lease: int
+    ) -> RawDetections | Pending:
+        """A service that is done with a call gets the next one while the answer goes to
+        the journal; a task keeps its place.
+        """
         call.started = self._clock()
         reply = await self._http.send(request, call.idempotency_key)
         call.latency_ms = (self._clock() - call.started) * 1000
@@ -407,9 +551,11 @@ class CloudClient:
         return await asyncio.to_thread(self._replies.received, call, reply)
 
     async def _polled(self, call: Call, wait: float) -> RawDetections:
-        """The result of the task on record, first asked for after ``wait`` seconds. Raises ``TaskLost`` if there will be none.
+        """The result of the task on record, first asked for after ``wait`` seconds.
+        Raises ``TaskLost`` if there will be none.
 
-        What fails on the way to a poll costs nothing and is tried again, ``cloud.attempts`` times in a row.
+        What fails on the way to a poll costs nothing and is tried again,
+        ``cloud.attempts`` times in a row.
         """
         interval, failures, malformed = POLL_MIN, 0, 0
         while call.task is not None:
@@ -420,8 +566,14 @@ class CloudClient:
             try:
                 found = await self._poll(call)
             except CloudError as error:
-                failures, malformed = failures + 1, malformed + isinstance(error, ProtocolError)
-                if call.task is None or not (error.retryable or (isinstance(error, ProtocolError) and malformed == 1)):
+                failures, malformed = (
+                    failures + 1,
+                    malformed + isinstance(error, ProtocolError),
+                )
+                if call.task is None or not (
+                    error.retryable
+                    or (isinstance(error, ProtocolError) and malformed == 1)
+                ):
                     raise
                 if failures >= self._config.attempts:
                     raise self._last(error) from None
@@ -431,7 +583,10 @@ class CloudClient:
                     return found
                 call.task = replace(found, request=found.request or call.task.request)
                 failures = malformed = 0
-            interval = min(POLL_CAP, max(_poll_wait(call.task.seconds), POLL_GROWTH * max(wait, interval)))
+            interval = min(
+                POLL_CAP,
+                max(_poll_wait(call.task.seconds), POLL_GROWTH * max(wait, interval)),
+            )
             wait = max(interval, hint)
         raise TaskLost("the service's task is lost", may_have_billed=True)
 
@@ -451,13 +606,16 @@ class CloudClient:
     def _unreachable(self, reason: str = "") -> CloudUnreachable:
         why = f" ({reason})" if reason else ""
         return CloudUnreachable(
-            f"the detection API at {self._url.host} can't be reached{why}. Check cloud.url, that the service runs, and "
-            "proxies and certificates; then run again: answers so far are kept"
+            f"the detection API at {self._url.host} can't be reached{why}. Check"
+            " cloud.url, that the service runs, and proxies and certificates; then run"
+            " again: answers so far are kept"
         )
 
 
 def _endpoint(config: Cloud, url: httpx.URL) -> str:
-    """Host and path. A server started for this run has another port each time, so its name stands for it."""
+    """Host and path. A server started for this run has another port each time, so its
+    name stands for it.
+    """
     if config.serve != "none":
         models = ",".join(os.path.basename(m) for m in config.onnx_models)
         return f"{config.serve}:{models}"
@@ -465,7 +623,9 @@ def _endpoint(config: Cloud, url: httpx.URL) -> str:
 
 
 def _place(config: Cloud, url: httpx.URL) -> str:
-    """As ``answer_key`` knows the endpoint: other weights under the same name give other answers."""
+    """As ``answer_key`` knows the endpoint: other weights under the same name give
+    other answers.
+    """
     digest = models_digest(config)
     return f"{_endpoint(config, url)}#{digest}" if digest else _endpoint(config, url)
 

@@ -1,16 +1,19 @@
-"""From a service's scores to the class distributions that the method works with, and how much each one was made up.
+"""From a service's scores to the class distributions that the method works with, and
+how much each one was made up.
 
-Tiers by what the service says of a box, best first. All give rows that sum to 1 with background last, keep the label the best
-class, rise with the score, and for one class are [s, 1 - s].
+Tiers by what the service says of a box, best first. All give rows that sum to 1 with
+background last, keep the label the best class, rise with the score, and for one class
+are [s, 1 - s].
 
-    native           a score for each class
-    grouped          several labels on one box, or each class asked by itself; what is missing lies below the threshold asked for
-    label_confusion  a label and a score; the rest is shared as measured on images where each class was scored
-    label_prior      a label and a score; the rest is shared alike
+    native           a score for each class grouped          several labels on one box,
+    or each class asked by itself; what is missing lies below the threshold asked for
+    label_confusion  a label and a score; the rest is shared as measured on images where
+    each class was scored label_prior      a label and a score; the rest is shared alike
     self_reported    the same, but the score is a number that a language model wrote
     precision        a label only; the score is the measured precision of that label
-    assumed          a label only, and nothing measured; the score is ``ASSUMED_PRECISION``
-    published        the paper's own conversion: without background, and 1 where there is one class
+    assumed          a label only, and nothing measured; the score is
+    ``ASSUMED_PRECISION`` published        the paper's own conversion: without
+    background, and 1 where there is one class
 """
 
 from __future__ import annotations
@@ -23,28 +26,45 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from coin_ray.cloud.labelmap import ASSUMED_PRECISION, Prior
+from coin_ray.cloud.label_map import ASSUMED_PRECISION, Prior
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.structures import Detections
 
-ProbSource = Literal["native", "grouped", "label_confusion", "label_prior", "self_reported", "precision", "assumed", "published"]
+ProbSource = Literal[
+    "native",
+    "grouped",
+    "label_confusion",
+    "label_prior",
+    "self_reported",
+    "precision",
+    "assumed",
+    "published",
+]
 JOINED_IOU = 0.8
 BELOW_THRESHOLD = 0.25
-"""Expected score of a class that was not reported, as a share of the lowest score asked for."""
+"""Expected score of a class that was not reported, as a share of the lowest score asked
+for."""
 OTHERS_MAX = 0.95
-"""No other class gets more than this share of the label's probability; what is over goes to the background."""
+"""No other class gets more than this share of the label's probability; what is over
+goes to the background."""
 NO_PRIOR = Prior()
 T = TypeVar("T")
 
 
 def to_detections(
-    raw: RawDetections, kind: Literal["background", "published"], prior: Prior = NO_PRIOR, score_min: float = 0.0
+    raw: RawDetections,
+    kind: Literal["background", "published"],
+    prior: Prior = NO_PRIOR,
+    score_min: float = 0.0,
 ) -> Detections:
-    """Detections sorted best first: scores = the best class score, probs [N, K+1] with background last.
+    """Detections sorted best first: scores = the best class score, probs [N, K+1] with
+    background last.
 
-    ``background``: background is the chance that no class is there, prod(1 - s_k); the rest is shared in proportion to
-    s_k; a label alone keeps s, and the rest is shared by ``prior``. ``published``: s_k / sum(s), background 0; with one
-    class every row is [1, 0] and only the score ranks. ``score_min``: the lowest score the service was asked for.
+    ``background``: background is the chance that no class is there, prod(1 - s_k); the
+    rest is shared in proportion to s_k; a label alone keeps s, and the rest is shared
+    by ``prior``. ``published``: s_k / sum(s), background 0; with one class every row is
+    [1, 0] and only the score ranks. ``score_min``: the lowest score the service was
+    asked for.
     """
     return converted(raw, kind, prior, score_min)[0]
 
@@ -59,8 +79,8 @@ def converted(
 ) -> tuple[Detections, list[ProbSource]]:
     """``to_detections``, and the tier of each row.
 
-    ``each_class_asked``: the service looks for each class by itself, so that also on a box with one label the others lie
-    below ``score_min``.
+    ``each_class_asked``: the service looks for each class by itself, so that also on a
+    box with one label the others lie below ``score_min``.
     """
     class_scores = torch.from_numpy(raw.class_scores).double().clamp(0, 1)
     if raw.score_kind == "none":
@@ -75,17 +95,28 @@ def converted(
         probs = _with_background(class_scores)
     else:
         alone = _with_prior(best, labels, _shares(prior, class_scores.shape[1]))
-        probs = torch.where(several[:, None], _with_background(_censored(class_scores, best, score_min)), alone)
-    detections = Detections(torch.from_numpy(raw.boxes).float(), best.float(), labels, probs.float())
+        probs = torch.where(
+            several[:, None],
+            _with_background(_censored(class_scores, best, score_min)),
+            alone,
+        )
+    detections = Detections(
+        torch.from_numpy(raw.boxes).float(), best.float(), labels, probs.float()
+    )
     order = best.argsort(descending=True, stable=True)
-    sources = [_source(raw, kind, prior, int(labels[i]), bool(several[i])) for i in order.tolist()]
+    sources = [
+        _source(raw, kind, prior, int(labels[i]), bool(several[i]))
+        for i in order.tolist()
+    ]
     return detections[order], sources
 
 
 def joined(raw: RawDetections, iou: float = JOINED_IOU) -> RawDetections:
-    """Boxes of different labels that overlap at least ``iou`` become the best one of them, with the best score of each label.
+    """Boxes of different labels that overlap at least ``iou`` become the best one of
+    them, with the best score of each label.
 
-    Greedy from the best down. Services that score every class return a box once for each; answers with class vectors stay as they are.
+    Greedy from the best down. Services that score every class return a box once for
+    each; answers with class vectors stay as they are.
     """
     if raw.score_kind == "per_class" or len(raw) < 2:
         return raw
@@ -106,37 +137,52 @@ def joined(raw: RawDetections, iou: float = JOINED_IOU) -> RawDetections:
     return replace(raw, boxes=raw.boxes[kept], class_scores=torch.stack(rows).numpy())
 
 
-def calibrated_confusion(measured: Iterable[Detections], classes: int, uniform: float = 1.0) -> tuple[tuple[float, ...] | None, ...]:
-    """``Prior.confusion`` from images where each class was scored (``native`` or ``grouped``): by label, where the other mass went.
+def calibrated_confusion(
+    measured: Iterable[Detections], classes: int, uniform: float = 1.0
+) -> tuple[tuple[float, ...] | None, ...]:
+    """``Prior.confusion`` from images where each class was scored (``native`` or
+    ``grouped``): by label, where the other mass went.
 
-    ``uniform``: weight of an even share, in boxes, so that few boxes don't decide; a label without any box is None.
+    ``uniform``: weight of an even share, in boxes, so that few boxes don't decide; a
+    label without any box is None.
     """
-    mass, boxes = torch.zeros(classes, classes + 1, dtype=torch.float64), torch.zeros(classes)
+    mass, boxes = (
+        torch.zeros(classes, classes + 1, dtype=torch.float64),
+        torch.zeros(classes),
+    )
     for detections in measured:
         mass.index_add_(0, detections.labels, detections.probs.double())
         boxes += torch.bincount(detections.labels, minlength=classes)
     own = torch.eye(classes, classes + 1, dtype=torch.bool)
     mass = (mass + uniform * _shares(NO_PRIOR, classes)).masked_fill(own, 0)
     rows = (mass / mass.sum(1, keepdim=True)).tolist()
-    return tuple(tuple(row) if n else None for row, n in zip(rows, boxes.tolist(), strict=True))
+    return tuple(
+        tuple(row) if n else None for row, n in zip(rows, boxes.tolist(), strict=True)
+    )
 
 
 def fuse_duplicates(detections: Detections, iou: float) -> Detections:
-    """Merge boxes of one class that overlap more than ``iou``: the best one's score and probs, the score-weighted mean box.
+    """Merge boxes of one class that overlap more than ``iou``: the best one's score and
+    probs, the score-weighted mean box.
 
-    Greedy from the best down, in two passes as published, since merged boxes move. Result sorted best first.
+    Greedy from the best down, in two passes as published, since merged boxes move.
+    Result sorted best first.
     """
     return fuse_rows(detections, iou)[0]
 
 
 def fuse_rows(detections: Detections, iou: float) -> tuple[Detections, Tensor]:
-    """``fuse_duplicates``, and for each result the row [M] of ``detections`` whose score and probs it has."""
+    """``fuse_duplicates``, and for each result the row [M] of ``detections`` whose
+    score and probs it has.
+    """
     first, rows = _fuse_once(detections, iou)
     second, again = _fuse_once(first, iou)
     return second, rows[again]
 
 
-def _source(raw: RawDetections, kind: str, prior: Prior, label: int, several: bool) -> ProbSource:
+def _source(
+    raw: RawDetections, kind: str, prior: Prior, label: int, several: bool
+) -> ProbSource:
     if kind == "published":
         return "published"
     if raw.score_kind == "per_class":
@@ -153,12 +199,18 @@ def _source(raw: RawDetections, kind: str, prior: Prior, label: int, several: bo
 def _precision(prior: Prior, classes: int) -> Tensor:
     """[K]"""
     known = [_of(prior.precision, k) for k in range(classes)]
-    return torch.tensor([ASSUMED_PRECISION if p is None else p for p in known], dtype=torch.float64)
+    return torch.tensor(
+        [ASSUMED_PRECISION if p is None else p for p in known], dtype=torch.float64
+    )
 
 
 def _shares(prior: Prior, classes: int) -> Tensor:
-    """[K, K+1]: how what the label's score leaves is shared among the other classes and the background; rows sum to 1, own share 0."""
-    shares = torch.full((classes, classes + 1), 1 / max(classes, 1), dtype=torch.float64)
+    """[K, K+1]: how what the label's score leaves is shared among the other classes and
+    the background; rows sum to 1, own share 0.
+    """
+    shares = torch.full(
+        (classes, classes + 1), 1 / max(classes, 1), dtype=torch.float64
+    )
     for k in range(classes):
         row = _of(prior.confusion, k)
         if row is not None:
@@ -178,12 +230,18 @@ def _with_prior(scores: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
     rest = (1 - scores)[:, None] * shares[labels]
     others = torch.minimum(rest[:, :-1], OTHERS_MAX * scores[:, None])
     foreground = others.scatter(1, labels[:, None], scores[:, None])
-    return torch.cat([foreground, (1 - foreground.sum(1, keepdim=True)).clamp_min(0)], 1)
+    return torch.cat(
+        [foreground, (1 - foreground.sum(1, keepdim=True)).clamp_min(0)], 1
+    )
 
 
 def _censored(scores: Tensor, best: Tensor, score_min: float) -> Tensor:
-    """Scores [N, K] with the expected score of a class that was not reported in place of 0; never near the best one."""
-    expected = torch.minimum(torch.full_like(best, BELOW_THRESHOLD * score_min), best / 2)
+    """Scores [N, K] with the expected score of a class that was not reported in place
+    of 0; never near the best one.
+    """
+    expected = torch.minimum(
+        torch.full_like(best, BELOW_THRESHOLD * score_min), best / 2
+    )
     return torch.where(scores > 0, scores, expected[:, None])
 
 
@@ -192,7 +250,9 @@ def _with_background(scores: Tensor) -> Tensor:
     background = (1 - scores).prod(1, keepdim=True)
     share = scores / scores.sum(1, keepdim=True).clamp_min(1e-12)
     foreground = (1 - background) * share
-    return torch.cat([foreground, (1 - foreground.sum(1, keepdim=True)).clamp_min(0)], 1)
+    return torch.cat(
+        [foreground, (1 - foreground.sum(1, keepdim=True)).clamp_min(0)], 1
+    )
 
 
 def _foreground_only(scores: Tensor) -> Tensor:
@@ -219,7 +279,9 @@ def _fuse_once(detections: Detections, iou: float) -> tuple[Detections, Tensor]:
         cluster[i] = True
         free &= ~cluster
         survivors.append(i)
-        boxes.append(_weighted_mean(detections.boxes[cluster], detections.scores[cluster]))
+        boxes.append(
+            _weighted_mean(detections.boxes[cluster], detections.scores[cluster])
+        )
     rows = torch.tensor(survivors, dtype=torch.int64)
     kept = detections[rows]
     return (kept.with_boxes(torch.stack(boxes)) if boxes else kept), order[rows]

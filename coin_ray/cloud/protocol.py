@@ -1,4 +1,6 @@
-"""What every service's adapter is: capabilities and three pure functions. No I/O, no secrets, no torch."""
+"""What every service's adapter is: capabilities and three pure functions. No I/O, no
+secrets, no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,32 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from coin_ray.cloud.labelmap import LabelMap
+from coin_ray.cloud.label_map import LabelMap
 from coin_ray.data.canonical import CanonicalImage
-from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, QuotaExhausted, Refused, Throttled, Transient
+from coin_ray.errors import (
+    AuthError,
+    BadRequest,
+    CloudError,
+    ImageRejected,
+    QuotaExhausted,
+    Refused,
+    Throttled,
+    Transient,
+)
 
 RETRY_AFTER_MAX = 120.0
 ScoreKind = Literal["per_class", "label", "self_reported", "none"]
-"""``per_class``: each class was scored; ``label``: one score for the box's one label; ``self_reported``: a number a language
-model wrote; ``none``: the service gives no score, and the named class's column holds 1 to say just that it was named."""
+"""``per_class``: each class was scored; ``label``: one score for the box's one label;
+``self_reported``: a number a language model wrote; ``none``: the service gives no
+score, and the named class's column holds 1 to say just that it was named.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Auth:
-    """How the secret travels: in a header after a prefix, or as an AWS signature (``sigv4``: the name of the AWS service)."""
+    """How the secret travels: in a header after a prefix, or as an AWS signature
+    (``sigv4``: the name of the AWS service).
+    """
 
     header: str = "Authorization"
     prefix: str = "Bearer "
@@ -59,7 +74,9 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is asked of the service for every image. ``labels`` reads the answers and is no part of the question."""
+    """What is asked of the service for every image. ``labels`` reads the answers and is
+    no part of the question.
+    """
 
     model: str
     classes: tuple[str, ...]
@@ -70,7 +87,9 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request below the service's URL; ``path`` may hold a query. The client adds the secret; it is never part of this."""
+    """A request below the service's URL; ``path`` may hold a query. The client adds the
+    secret; it is never part of this.
+    """
 
     path: str
     body: bytes = field(default=b"", repr=False)
@@ -81,7 +100,9 @@ class PreparedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """The service took the image on as a task: ask ``request`` in ``seconds``; None: the request that was just answered, again."""
+    """The service took the image on as a task: ask ``request`` in ``seconds``; None:
+    the request that was just answered, again.
+    """
 
     request: PreparedRequest | None
     seconds: float
@@ -89,9 +110,11 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Sizes (width, height) in pixels of the image that was sent and of the upright original.
+    """Sizes (width, height) in pixels of the image that was sent and of the upright
+    original.
 
-    ``shown``: the part of what was sent, from the upper left, that is the original; None: all of it. ``mirrored``: left to right.
+    ``shown``: the part of what was sent, from the upper left, that is the original;
+    None: all of it. ``mirrored``: left to right.
     """
 
     sent: tuple[int, int]
@@ -104,8 +127,9 @@ class Frame:
 class RawDetections:
     """What the service said about one image, best first.
 
-    boxes [N, 4] float32 xyxy pixels of the upright original, clipped to it; class_scores [N, K] float32, independent
-    scores in 0..1. ``unmapped``: names the service gave to further boxes that are none of the classes.
+    boxes [N, 4] float32 xyxy pixels of the upright original, clipped to it;
+    class_scores [N, K] float32, independent scores in 0..1. ``unmapped``: names the
+    service gave to further boxes that are none of the classes.
     """
 
     boxes: NDArray[np.float32]
@@ -124,14 +148,21 @@ class Adapter(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """The request for one image. Raises ``BadRequest`` for classes the service can't be asked for."""
-
-    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections | Pending:
-        """A 2xx answer. Raises ``ProtocolError`` for anything that is not surely an answer, and never returns "empty" instead;
-        an error inside a 2xx answer is raised as the ``CloudError`` it stands for.
+        """The request for one image. Raises ``BadRequest`` for classes the service
+        can't be asked for.
         """
 
-    def classify_error(self, status: int, headers: Mapping[str, str], body: bytes) -> CloudError:
+    def decode(
+        self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
+    ) -> RawDetections | Pending:
+        """A 2xx answer. Raises ``ProtocolError`` for anything that is not surely an
+        answer, and never returns "empty" instead; an error inside a 2xx answer is
+        raised as the ``CloudError`` it stands for.
+        """
+
+    def classify_error(
+        self, status: int, headers: Mapping[str, str], body: bytes
+    ) -> CloudError:
         """The error that any other status stands for."""
 
 
@@ -148,8 +179,12 @@ BY_STATUS: dict[int, type[CloudError]] = {
 }
 
 
-def by_status(status: int, headers: Mapping[str, str], detail: str = "", wait: float | None = None) -> CloudError:
-    """The error a status usually stands for. ``detail``: safe text of the body; ``wait``: seconds a body asks to wait, if it does."""
+def by_status(
+    status: int, headers: Mapping[str, str], detail: str = "", wait: float | None = None
+) -> CloudError:
+    """The error a status usually stands for. ``detail``: safe text of the body;
+    ``wait``: seconds a body asks to wait, if it does.
+    """
     message = f"the service answered {status}" + (f": {detail}" if detail else "")
     if status in (402, 403, 429) and "quota" in detail.lower():
         return QuotaExhausted(message)
@@ -162,12 +197,16 @@ def by_status(status: int, headers: Mapping[str, str], detail: str = "", wait: f
     if status >= 500:
         return Transient(message, may_have_billed=True)
     if 300 <= status < 400:
-        return BadRequest(f"{message}, a redirect; give the address it leads to as cloud.url")
+        return BadRequest(
+            f"{message}, a redirect; give the address it leads to as cloud.url"
+        )
     return BadRequest(message)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds a Retry-After header asks to wait, 0..120, or None without a usable one. Dates count from the service's own clock."""
+    """Seconds a Retry-After header asks to wait, 0..120, or None without a usable one.
+    Dates count from the service's own clock.
+    """
     value = headers.get("retry-after", "").strip()
     try:
         seconds = float(value)

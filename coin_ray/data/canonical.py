@@ -1,7 +1,9 @@
-"""One way to read an image file, so that every model and every service sees the same upright pixels.
+"""One way to read an image file, so that every model and every service sees the same
+upright pixels.
 
-Upright by EXIF, first frame, 8-bit sRGB, transparency on white. ``decode_rgb`` gives those pixels in full size,
-``canonical_image`` the bytes to send: without metadata and no longer than the service wants.
+Upright by EXIF, first frame, 8-bit sRGB, transparency on white. ``decode_rgb`` gives
+those pixels in full size, ``canonical_image`` the bytes to send: without metadata and
+no longer than the service wants.
 """
 
 from __future__ import annotations
@@ -33,13 +35,26 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
+BROKEN_FILE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+)
 """What Pillow's readers raise for damaged files."""
 
 
 @dataclass(frozen=True, slots=True)
 class CanonicalImage:
-    """An image ready to send: ``data`` holds ``width`` x ``height`` pixels; ``original`` is the upright full size (width, height)."""
+    """An image ready to send: ``data`` holds ``width`` x ``height`` pixels;
+    ``original`` is the upright full size (width, height).
+    """
 
     data: bytes = field(repr=False)
     media_type: str
@@ -49,22 +64,27 @@ class CanonicalImage:
     image_id: str
     """sha256 of the file's bytes, in hexadecimal."""
     shown: tuple[float, float] | None = None
-    """(width, height) of the part of the sent pixels, from the upper left, that is the image; None: all of it. The rest is margin."""
+    """(width, height) of the part of the sent pixels, from the upper left, that is the
+    image; None: all of it. The rest is margin."""
     mirrored: bool = False
     """The image is sent left to right."""
 
 
 def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
-    """The file's image with a longer side of at most ``max_side`` pixels. Raises ``InputError`` for what is not a usable image.
+    """The file's image with a longer side of at most ``max_side`` pixels. Raises
+    ``InputError`` for what is not a usable image.
 
-    A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new JPEG.
+    A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new
+    JPEG.
     """
     with _readable(raw) as image:
         if image.format != "JPEG":
             image.load()  # Pillow turns a TIFF upright while it loads it
         original = _upright_size(image)
         if max(original) <= max_side and _is_plain_jpeg(image, raw):
-            image.draft(None, (1, 1))  # reads all of the file, but makes an eighth of the pixels: enough to find damage
+            # reads all of the file, but makes an eighth of the pixels: enough to find
+            # damage
+            image.draft(None, (1, 1))
             image.load()
             return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
         size = _fit(original, max_side)
@@ -73,7 +93,9 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
 
 
 def decode_rgb(raw: bytes) -> Image.Image:
-    """The file's image upright, in full size, as 8-bit RGB. Raises ``InputError`` for what is not a usable image."""
+    """The file's image upright, in full size, as 8-bit RGB. Raises ``InputError`` for
+    what is not a usable image.
+    """
     with _readable(raw) as image:
         return _upright_rgb(image)
 
@@ -85,14 +107,18 @@ def decode_sent(image: CanonicalImage) -> Image.Image:
 
 
 def stored_size(raw: bytes) -> tuple[int, int]:
-    """(width, height) as the file's header has them, before any pixel is decoded. Raises ``InputError`` for what is not a usable image."""
+    """(width, height) as the file's header has them, before any pixel is decoded.
+    Raises ``InputError`` for what is not a usable image.
+    """
     with _readable(raw) as image:
         return image.size
 
 
 @contextmanager
 def _readable(raw: bytes) -> Iterator[Image.Image]:
-    """The opened image; whatever Pillow raises inside the block becomes an ``InputError``."""
+    """The opened image; whatever Pillow raises inside the block becomes an
+    ``InputError``.
+    """
     if not raw:
         raise InputError("the image file is empty")
     try:
@@ -104,16 +130,24 @@ def _readable(raw: bytes) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise InputError(f"the image has more than {PIXELS_MAX:,} pixels") from None
     except UnidentifiedImageError:
-        raise InputError(f"the file is not an image in one of the formats {', '.join(FORMATS)}") from None
+        raise InputError(
+            f"the file is not an image in one of the formats {', '.join(FORMATS)}"
+        ) from None
     except BROKEN_FILE as error:
         raise InputError(f"the image file is damaged or truncated: {error}") from None
 
 
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > PIXELS_MAX:
-        raise InputError(f"the image has more than {PIXELS_MAX:,} pixels: {image.width} x {image.height}")
+        raise InputError(
+            f"the image has more than {PIXELS_MAX:,} pixels: {image.width} x"
+            f" {image.height}"
+        )
     if min(image.size) < SIDE_MIN:
-        raise InputError(f"the image is too small, {image.width} x {image.height}; both sides need at least {SIDE_MIN} pixels")
+        raise InputError(
+            f"the image is too small, {image.width} x {image.height}; both sides need"
+            f" at least {SIDE_MIN} pixels"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -134,10 +168,14 @@ def _fit(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _decode_smaller(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Let the JPEG decoder skip detail that a resize to the stored ``size`` would throw away: a panorama then needs little memory.
+def _decode_smaller(
+    image: Image.Image, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+    """Let the JPEG decoder skip detail that a resize to the stored ``size`` would throw
+    away: a panorama then needs little memory.
 
-    Returns the box that holds the whole image: an odd side ends within the last pixel of the smaller one. None: all of it.
+    Returns the box that holds the whole image: an odd side ends within the last pixel
+    of the smaller one. None: all of it.
     """
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
@@ -145,8 +183,12 @@ def _decode_smaller(image: Image.Image, size: tuple[int, int]) -> tuple[float, f
     return drafted[1] if drafted is not None else None
 
 
-def _upright_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """``size``: of the upright result; None: full size. Resized as stored, where the decoder's box holds, then turned."""
+def _upright_rgb(
+    image: Image.Image, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """``size``: of the upright result; None: full size. Resized as stored, where the
+    decoder's box holds, then turned.
+    """
     stored = size[::-1] if size is not None and _orientation(image) >= 5 else size
     box = _decode_smaller(image, stored) if stored is not None else None
     image.load()
@@ -158,14 +200,20 @@ def _upright_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Ima
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey is divided by 256. 32-bit integers and floats have no defined white: their own range is stretched."""
+    """16-bit grey is divided by 256. 32-bit integers and floats have no defined white:
+    their own range is stretched.
+    """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        return Image.fromarray(
+            (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        )
     if image.mode not in ("I", "F"):
         return image
     values = np.nan_to_num(np.asarray(image, np.float64))
     values -= values.min()
-    return Image.fromarray(np.round(values * (255 / max(float(values.max()), 1e-12))).astype(np.uint8))
+    return Image.fromarray(
+        np.round(values * (255 / max(float(values.max()), 1e-12))).astype(np.uint8)
+    )
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
@@ -184,7 +232,12 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if not ImageCms.getProfileDescription(source).startswith("sRGB"):
-                image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+                image = (
+                    ImageCms.profileToProfile(
+                        image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                    )
+                    or image
+                )
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass
     return _stripped(image.convert("RGB"))
@@ -197,10 +250,20 @@ def _stripped(image: Image.Image) -> Image.Image:
 
 
 def _is_plain_jpeg(image: Image.Image, raw: bytes) -> bool:
-    """Whether the file is an upright RGB JPEG with nothing in it but the image: no EXIF, profile, comment, thumbnail or second image."""
-    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.format != "JPEG" or image.mode != "RGB":
+    """Whether the file is an upright RGB JPEG with nothing in it but the image: no
+    EXIF, profile, comment, thumbnail or second image.
+    """
+    if (
+        not isinstance(image, JpegImagePlugin.JpegImageFile)
+        or image.format != "JPEG"
+        or image.mode != "RGB"
+    ):
         return False
-    bare = all(name == "APP14" or (name == "APP0" and content[:5] == b"JFIF\0" and len(content) == 14) for name, content in image.applist)
+    bare = all(
+        name == "APP14"
+        or (name == "APP0" and content[:5] == b"JFIF\0" and len(content) == 14)
+        for name, content in image.applist
+    )
     return bare and raw.endswith(b"\xff\xd9")
 
 

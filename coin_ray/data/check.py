@@ -1,6 +1,8 @@
-"""``python -m coin_ray.data.check DIR [DIR ...] [--classes a,b]``: what is wrong with annotated images, before money or hours are spent.
+"""``python -m coin_ray.data.check DIR [DIR ...] [--classes a,b]``: what is wrong with
+annotated images, before money or hours are spent.
 
-Each DIR is a split, in any format of ``coin_ray.data.formats``, also as ``FOLDER#SPLIT``. Exit code 1 if anything is wrong.
+Each DIR is a split, in any format of ``coin_ray.data.formats``, also as
+``FOLDER#SPLIT``. Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from coin_ray import storage
+from coin_ray.class_names import alike
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.formats import Dataset, Record, read
 from coin_ray.data.formats.record import parallel
 from coin_ray.errors import InputError
-from coin_ray.names import alike
 
 OUTSIDE = 1.0
-"""Pixels a box may stand out: formats round, and VOC's pixels are counted in several ways."""
+"""Pixels a box may stand out: formats round, and VOC's pixels are counted in several
+ways."""
 SHOWN = 3
 
 
@@ -40,7 +43,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A record after its image was decoded: ``digest`` sha256 of the file, ``size`` upright (width, height); ``broken`` says why not."""
+    """A record after its image was decoded: ``digest`` sha256 of the file, ``size``
+    upright (width, height); ``broken`` says why not.
+    """
 
     record: Record
     digest: str = ""
@@ -49,7 +54,9 @@ class Look:
 
 
 def check(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
-    """Every fault of the folders together; decodes every image. Of labels that can't be read, only the first file of a folder is named."""
+    """Every fault of the folders together; decodes every image. Of labels that can't be
+    read, only the first file of a folder is named.
+    """
     datasets: dict[str, Dataset] = {}
     faults = []
     for place in places:
@@ -57,8 +64,14 @@ def check(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
             datasets[place] = read(place)
         except InputError as error:
             faults.append(Fault("can't be read", str(error)))
-    looks = {place: parallel(_look, dataset.records) for place, dataset in datasets.items()}
-    faults += [fault for place, dataset in datasets.items() for fault in _of_split(place, dataset, looks[place])]
+    looks = {
+        place: parallel(_look, dataset.records) for place, dataset in datasets.items()
+    }
+    faults += [
+        fault
+        for place, dataset in datasets.items()
+        for fault in _of_split(place, dataset, looks[place])
+    ]
     return faults + list(_duplicates(looks)) + list(_names(datasets.values(), classes))
 
 
@@ -74,7 +87,9 @@ def _of_split(place: str, dataset: Dataset, looks: Sequence[Look]) -> Iterator[F
     if not dataset.records:
         yield Fault("no images", place)
     for name in dataset.missing:
-        yield Fault("image missing", f"{place}: {name} is labelled or listed, but not there")
+        yield Fault(
+            "image missing", f"{place}: {name} is labelled or listed, but not there"
+        )
     for look in looks:
         if look.broken:
             yield Fault("broken image", f"{look.record.uri}: {look.broken}")
@@ -84,11 +99,20 @@ def _of_split(place: str, dataset: Dataset, looks: Sequence[Look]) -> Iterator[F
 
 def _boxes(record: Record, size: tuple[int, int]) -> Iterator[Fault]:
     if (record.width, record.height) != size:
-        yield Fault("size differs", f"{record.uri} is {size[0]} x {size[1]}, its labels say {record.width} x {record.height}")
+        yield Fault(
+            "size differs",
+            f"{record.uri} is {size[0]} x {size[1]}, its labels say {record.width} x"
+            f" {record.height}",
+        )
     left, top, right, bottom = record.boxes.T
     reversed_ = (right < left) | (bottom < top)
     empty = ((right == left) | (bottom == top)) & ~reversed_
-    outside = np.maximum(record.boxes - np.tile(size, 2), -record.boxes).max(1, initial=-np.inf) > OUTSIDE
+    outside = (
+        np.maximum(record.boxes - np.tile(size, 2), -record.boxes).max(
+            1, initial=-np.inf
+        )
+        > OUTSIDE
+    )
     kinds = (
         ("reversed box", reversed_),
         ("empty box", empty),
@@ -98,7 +122,10 @@ def _boxes(record: Record, size: tuple[int, int]) -> Iterator[Fault]:
     for kind, found in kinds:
         for row in np.flatnonzero(found):
             yield Fault(
-                kind, f"{record.uri}: {record.labels[row]} {[round(v, 1) for v in record.boxes[row].tolist()]} of {size[0]} x {size[1]}"
+                kind,
+                f"{record.uri}: {record.labels[row]}"
+                f" {[round(v, 1) for v in record.boxes[row].tolist()]} of {size[0]} x"
+                f" {size[1]}",
             )
 
 
@@ -113,7 +140,9 @@ def _twice(record: Record) -> NDArray[np.bool_]:
 
 
 def _duplicates(looks: dict[str, list[Look]]) -> Iterator[Fault]:
-    """Files with the same bytes, and a file listed twice; the same image encoded anew is not found."""
+    """Files with the same bytes, and a file listed twice; the same image encoded anew
+    is not found.
+    """
     first: dict[str, tuple[str, str]] = {}
     for place, found in looks.items():
         for look in found:
@@ -123,14 +152,25 @@ def _duplicates(looks: dict[str, list[Look]]) -> Iterator[Fault]:
                 first[look.digest] = place, look.record.uri
                 continue
             other, uri = first[look.digest]
-            yield Fault("same image twice" if other == place else "same image in two splits", f"{look.record.uri} is {uri}")
+            yield Fault(
+                "same image twice" if other == place else "same image in two splits",
+                f"{look.record.uri} is {uri}",
+            )
 
 
 def _names(datasets: Collection[Dataset], classes: Sequence[str]) -> Iterator[Fault]:
     counts = Counter({name: 0 for dataset in datasets for name in dataset.names})
-    counts.update(label for dataset in datasets for record in dataset.records for label in record.labels)
+    counts.update(
+        label
+        for dataset in datasets
+        for record in dataset.records
+        for label in record.labels
+    )
     for names in _alike({*counts, *classes}):
-        told = (f"{name!r} ({counts[name]} boxes{', asked for' if name in classes else ''})" for name in names)
+        told = (
+            f"{name!r} ({counts[name]} boxes{', asked for' if name in classes else ''})"
+            for name in names
+        )
         if len(names) > 1:
             yield Fault("names differ only in case or plural", ", ".join(told))
     if not any(record.annotated for dataset in datasets for record in dataset.records):
@@ -138,14 +178,19 @@ def _names(datasets: Collection[Dataset], classes: Sequence[str]) -> Iterator[Fa
     present = [name for name, count in counts.items() if count]
     for name in classes:
         if not any(alike(name, known) for known in present):
-            yield Fault("class without a box", f"{name!r}; there are {', '.join(sorted(counts)) or 'no names'}"[:300])
+            yield Fault(
+                "class without a box",
+                f"{name!r}; there are {', '.join(sorted(counts)) or 'no names'}"[:300],
+            )
 
 
 def _alike(names: Iterable[str]) -> list[list[str]]:
     """Names in groups, each of them like another one of its group."""
     groups: list[list[str]] = []
     for name in sorted(names):
-        group = next((g for g in groups if any(alike(name, known) for known in g)), None)
+        group = next(
+            (g for g in groups if any(alike(name, known) for known in g)), None
+        )
         if group is None:
             groups.append([name])
         else:
@@ -168,12 +213,33 @@ def table(faults: Sequence[Fault]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m coin_ray.data.check", description="Look for faults in annotated images.")
-    parser.add_argument("places", nargs="+", metavar="DIR", help="a split: a folder, or FOLDER#SPLIT; several are compared with each other")
-    parser.add_argument("--classes", default="", help="names that will be asked for: a,b")
+    parser = argparse.ArgumentParser(
+        prog="python -m coin_ray.data.check",
+        description="Look for faults in annotated images.",
+    )
+    parser.add_argument(
+        "places",
+        nargs="+",
+        metavar="DIR",
+        help="a split: a folder, or FOLDER#SPLIT; several are compared with each other",
+    )
+    parser.add_argument(
+        "--classes", default="", help="names that will be asked for: a,b"
+    )
     given = parser.parse_args(arguments)
-    faults = check(given.places, [name.strip() for name in given.classes.split(",") if name.strip()])
-    Console().print(table(faults) if faults else f"nothing wrong found in {', '.join(given.places)}", soft_wrap=not faults, markup=False)
+    faults = check(
+        given.places,
+        [name.strip() for name in given.classes.split(",") if name.strip()],
+    )
+    Console().print(
+        (
+            table(faults)
+            if faults
+            else f"nothing wrong found in {', '.join(given.places)}"
+        ),
+        soft_wrap=not faults,
+        markup=False,
+    )
     return 1 if faults else 0
 
 

@@ -1,6 +1,8 @@
-"""Training examples and their batches. Which images a step sees, and every random draw, is a function of (seed, step) alone.
+"""Training examples and their batches. Which images a step sees, and every random draw,
+is a function of (seed, step) alone.
 
-So a resumed run needs no sampler state, and n workers see together what one worker would see.
+So a resumed run needs no sampler state, and n workers see together what one worker
+would see.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray.config import Detector, Optimize
+from coin_ray.data.augmentation import fit, into_view, mirror_image, strong
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.order import Order
-from coin_ray.data.views import fit, into_view, mirror_image, strong
 from coin_ray.storage import open_table, read_bytes
 from coin_ray.structures import Detections
 
@@ -31,7 +33,9 @@ READERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image and what is known of it, by name ("labels", "cloud", "clip"), in original pixels."""
+    """One image and what is known of it, by name ("labels", "cloud", "clip"), in
+    original pixels.
+    """
 
     image_id: str
     uri: str
@@ -47,13 +51,21 @@ Know = Callable[[str], Mapping[str, Detections]]
 
 
 class TableExamples(Sequence[Example]):
-    """Examples built from tables when they are asked for: 8 bytes an image stay in memory beside what the tables need.
+    """Examples built from tables when they are asked for: 8 bytes an image stay in
+    memory beside what the tables need.
 
-    ``uri``: an images table; ``rows`` [N]: those of its rows that take part; ``know`` is called for each access; ``reviewed``: ids of
-    images that a person has labelled. Goes to other processes by reference if those two do: they open the same tables.
+    ``uri``: an images table; ``rows`` [N]: those of its rows that take part; ``know``
+    is called for each access; ``reviewed``: ids of images that a person has labelled.
+    Goes to other processes by reference if those two do: they open the same tables.
     """
 
-    def __init__(self, uri: str, rows: NDArray[np.int64], know: Know, reviewed: Container[str] = ()) -> None:
+    def __init__(
+        self,
+        uri: str,
+        rows: NDArray[np.int64],
+        know: Know,
+        reviewed: Container[str] = (),
+    ) -> None:
         self.uri, self.rows, self.know, self.reviewed = uri, rows, know, reviewed
         self.images = open_table(uri, ("image_id", "uri", "width", "height"))
 
@@ -71,22 +83,35 @@ class TableExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = int(self.rows[index])
-        image_id, uri, width, height = (self.images[name][row].as_py() for name in ("image_id", "uri", "width", "height"))
-        return Example(image_id, uri, self.know(image_id), width >= height, image_id in self.reviewed)
+        image_id, uri, width, height = (
+            self.images[name][row].as_py()
+            for name in ("image_id", "uri", "width", "height")
+        )
+        return Example(
+            image_id,
+            uri,
+            self.know(image_id),
+            width >= height,
+            image_id in self.reviewed,
+        )
 
     @property
     def wide(self) -> NDArray[np.bool_]:
         """[N] at least as wide as high."""
-        flags: NDArray[np.bool_] = pc.greater_equal(self.images["width"], self.images["height"]).to_numpy()
+        flags: NDArray[np.bool_] = pc.greater_equal(
+            self.images["width"], self.images["height"]
+        ).to_numpy()
         return flags[self.rows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """This worker's part of a step. ``knowledge[name]``: one Detections per image, in the frame of the views.
+    """This worker's part of a step. ``knowledge[name]``: one Detections per image, in
+    the frame of the views.
 
-    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every draw the training step makes. ``reviewed``:
-    of which images a person's word is known.
+    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every
+    draw the training step makes. ``reviewed``: of which images a person's word is
+    known.
     """
 
     weak: list[Tensor]
@@ -97,7 +122,9 @@ class Batch:
 
 
 class ImageCache:
-    """Decoded images of the set, kept while they fit into ``limit`` bytes. What came first stays: an epoch asks for each image once."""
+    """Decoded images of the set, kept while they fit into ``limit`` bytes. What came
+    first stays: an epoch asks for each image once.
+    """
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.left, self.images = limit, dict[str, Tensor]()
@@ -114,18 +141,34 @@ class ImageCache:
 
 
 def batches(
-    examples: Sequence[Example], config: Optimize, detector: Detector, *, seed: int, first: int, rank: int, workers: int
+    examples: Sequence[Example],
+    config: Optimize,
+    detector: Detector,
+    *,
+    seed: int,
+    first: int,
+    rank: int,
+    workers: int,
 ) -> Iterator[Batch]:
-    """This worker's batches of steps ``first`` .. ``config.steps - 1``; the next one is loaded while the last one trains."""
+    """This worker's batches of steps ``first`` .. ``config.steps - 1``; the next one is
+    loaded while the last one trains.
+    """
     cache = ImageCache()
-    order = Order(len(examples), config.batch, seed, wide_images(examples) if config.group_aspects else None)
+    order = Order(
+        len(examples),
+        config.batch,
+        seed,
+        wide_images(examples) if config.group_aspects else None,
+    )
 
     def load(step: int) -> Batch:
         rows = order.rows_of_step(step)
         positions = range(rank, config.batch, workers)
         chosen = [examples[rows[p]] for p in positions]
         images = list(readers.map(cache.__getitem__, [e.uri for e in chosen]))
-        return _batch(chosen, images, [[seed, 2, step, p] for p in positions], config, detector)
+        return _batch(
+            chosen, images, [[seed, 2, step, p] for p in positions], config, detector
+        )
 
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(load, first)
@@ -138,14 +181,24 @@ def batches(
 
 def wide_images(examples: Sequence[Example]) -> NDArray[np.bool_]:
     """[N] whether each image is at least as wide as it is high."""
-    return examples.wide if isinstance(examples, TableExamples) else np.array([e.wide for e in examples], bool)
+    return (
+        examples.wide
+        if isinstance(examples, TableExamples)
+        else np.array([e.wide for e in examples], bool)
+    )
 
 
 def _batch(
-    examples: Sequence[Example], images: Sequence[Tensor], seeds: Sequence[list[int]], config: Optimize, detector: Detector
+    examples: Sequence[Example],
+    images: Sequence[Tensor],
+    seeds: Sequence[list[int]],
+    config: Optimize,
+    detector: Detector,
 ) -> Batch:
     weak_views, strong_views, generators = [], [], []
-    knowledge: dict[str, list[Detections]] = {name: [] for name in examples[0].knowledge}
+    knowledge: dict[str, list[Detections]] = {
+        name: [] for name in examples[0].knowledge
+    }
     for example, original, seed in zip(examples, images, seeds, strict=True):
         number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1
         draw = random.Random(number)
@@ -158,4 +211,6 @@ def _batch(
         sizes = (original.shape[2], original.shape[1]), (view.shape[2], view.shape[1])
         for name, detections in example.knowledge.items():
             knowledge[name].append(into_view(detections, *sizes, mirrored))
-    return Batch(weak_views, strong_views, knowledge, generators, [e.reviewed for e in examples])
+    return Batch(
+        weak_views, strong_views, knowledge, generators, [e.reviewed for e in examples]
+    )

@@ -1,4 +1,6 @@
-"""Image files looked at in processes of their own: a file that crashes or hangs its decoder costs that process, not the run."""
+"""Image files looked at in processes of their own: a file that crashes or hangs its
+decoder costs that process, not the run.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,16 @@ AHEAD = 4 * CHILDREN
 SECONDS = 120.0
 """For one file, reading included; after that it counts as one that hangs."""
 Found = dict[str, Any] | str
-"""``image_id``, ``uri``, ``width`` and ``height`` (upright), or the reason why the image can't be used."""
+"""``image_id``, ``uri``, ``width`` and ``height`` (upright), or the reason why the
+image can't be used."""
 
 
-def inspect(uris: Iterable[str], total: int, seconds: float = SECONDS) -> Iterator[Found]:
-    """What is found in each file, in their order; ``total``: how many there are. Raises OSError for a file that can't be read."""
+def inspect(
+    uris: Iterable[str], total: int, seconds: float = SECONDS
+) -> Iterator[Found]:
+    """What is found in each file, in their order; ``total``: how many there are. Raises
+    OSError for a file that can't be read.
+    """
     here = threading.local()
     started: list[_Child] = []
 
@@ -37,7 +44,9 @@ def inspect(uris: Iterable[str], total: int, seconds: float = SECONDS) -> Iterat
         return child.look(uri)
 
     try:
-        with ThreadPoolExecutor(max(1, min(CHILDREN, os.cpu_count() or 1, total))) as pool:
+        with ThreadPoolExecutor(
+            max(1, min(CHILDREN, os.cpu_count() or 1, total))
+        ) as pool:
             waiting = deque[Future[Found]]()
             for uri in uris:
                 waiting.append(pool.submit(look, uri))
@@ -51,7 +60,9 @@ def inspect(uris: Iterable[str], total: int, seconds: float = SECONDS) -> Iterat
 
 
 class _Child:
-    """One process that decodes files one after the other; it is started again after a file that it did not survive."""
+    """One process that decodes files one after the other; it is started again after a
+    file that it did not survive.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -90,7 +101,12 @@ class _Child:
         self.end()
         if expired.is_set():
             return {"reason": f"the image was not decoded in {self.seconds:.0f} s"}
-        return {"reason": f"the image crashed the process that decoded it (exit code {process.returncode})"}
+        return {
+            "reason": (
+                "the image crashed the process that decoded it (exit code"
+                f" {process.returncode})"
+            )
+        }
 
     def end(self) -> None:
         if self.process is not None:
@@ -99,15 +115,26 @@ class _Child:
 
 
 def _start() -> subprocess.Popen[str]:
-    """With this process's path of modules: in a job they come from its working directory."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    """With this process's path of modules: in a job they come from its working
+    directory.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", "coin_ray.data.inspect"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "coin_ray.data.inspect"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
 def look_at(uri: str) -> dict[str, Any]:
-    """Of one file: its ``row``, the ``reason`` why it can't be used, or how it is ``unreadable``."""
+    """Of one file: its ``row``, the ``reason`` why it can't be used, or how it is
+    ``unreadable``.
+    """
     from coin_ray import storage
     from coin_ray.data.canonical import decode_rgb
 
@@ -119,7 +146,14 @@ def look_at(uri: str) -> dict[str, Any]:
         width, height = decode_rgb(raw).size
     except InputError as error:
         return {"reason": str(error)}
-    return {"row": {"image_id": hashlib.sha256(raw).hexdigest(), "uri": uri, "width": width, "height": height}}
+    return {
+        "row": {
+            "image_id": hashlib.sha256(raw).hexdigest(),
+            "uri": uri,
+            "width": width,
+            "height": height,
+        }
+    }
 
 
 def main() -> None:

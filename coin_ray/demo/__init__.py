@@ -1,1 +1,3 @@
-"""The embedded default: a target domain, a tiny CLIP and a local "cloud" that need no download."""
+"""The embedded default: a target domain, a tiny CLIP and a local "cloud" that need no
+download.
+"""

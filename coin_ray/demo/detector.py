@@ -1,7 +1,8 @@
-"""The demo's stand-in for a cloud: a small anchor-free detector (objectness x class on a stride-8 map).
+"""The demo's stand-in for a cloud: a small anchor-free detector (objectness x class on
+a stride-8 map).
 
-It is trained by ``coin_ray.demo.build.cloud`` on source-style scenes and answers over HTTP only
-(``coin_ray.serving.local_cloud``). Nothing in the adaptation imports it.
+It is trained by ``coin_ray.demo.build.cloud`` on source-style scenes and answers over
+HTTP only (``coin_ray.serving.local_cloud``). Nothing in the adaptation imports it.
 """
 
 from __future__ import annotations
@@ -22,19 +23,31 @@ SIDE_SCALE = 32.0
 WEIGHTS = ASSETS / "cloud.pt"
 
 
-def _block(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def _block(
+    inputs: int, outputs: int, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(True))
 
 
 class CloudStandIn(nn.Module):
-    """Images [B, 3, H, W] in 0..1 -> objectness logits [B, h, w], class logits [B, h, w, K], side distances [B, h, w, 4] in pixels."""
+    """Images [B, 3, H, W] in 0..1 -> objectness logits [B, h, w], class logits [B, h,
+    w, K], side distances [B, h, w, 4] in pixels.
+    """
 
     def __init__(self, width: int = 24, classes: int = len(CLASSES)) -> None:
         super().__init__()
         w = width
-        self.fine = nn.Sequential(_block(3, w, 2), _block(w, 2 * w, 2), _block(2 * w, 2 * w), _block(2 * w, 4 * w, 2), _block(4 * w, 4 * w))
-        self.coarse = nn.Sequential(_block(4 * w, 6 * w, 2), _block(6 * w, 6 * w), _block(6 * w, 6 * w, 1, 2))
+        self.fine = nn.Sequential(
+            _block(3, w, 2),
+            _block(w, 2 * w, 2),
+            _block(2 * w, 2 * w),
+            _block(2 * w, 4 * w, 2),
+            _block(4 * w, 4 * w),
+        )
+        self.coarse = nn.Sequential(
+            _block(4 * w, 6 * w, 2), _block(6 * w, 6 * w), _block(6 * w, 6 * w, 1, 2)
+        )
         self.from_fine = nn.Conv2d(4 * w, 4 * w, 1)
         self.from_coarse = nn.Conv2d(6 * w, 4 * w, 1)
         self.head = _block(4 * w, 4 * w)
@@ -43,9 +56,17 @@ class CloudStandIn(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fine = self.fine((images - 0.5) / 0.27)
-        coarse = F.interpolate(self.from_coarse(self.coarse(fine)), size=fine.shape[-2:])
-        output = self.output(self.head(F.relu(self.from_fine(fine) + coarse))).permute(0, 2, 3, 1)
-        return output[..., 0], output[..., 1:-4], F.softplus(output[..., -4:]) * SIDE_SCALE
+        coarse = F.interpolate(
+            self.from_coarse(self.coarse(fine)), size=fine.shape[-2:]
+        )
+        output = self.output(self.head(F.relu(self.from_fine(fine) + coarse))).permute(
+            0, 2, 3, 1
+        )
+        return (
+            output[..., 0],
+            output[..., 1:-4],
+            F.softplus(output[..., -4:]) * SIDE_SCALE,
+        )
 
 
 def cell_centres(height: int, width: int) -> Tensor:
@@ -55,12 +76,18 @@ def cell_centres(height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def detect(model: CloudStandIn, image: Image.Image, score_min: float, limit: int = 40) -> tuple[Tensor, Tensor]:
-    """Boxes [N, 4] xyxy pixels of ``image`` and independent class scores [N, K], best first. Images of any size; scenes are 192 px."""
+def detect(
+    model: CloudStandIn, image: Image.Image, score_min: float, limit: int = 40
+) -> tuple[Tensor, Tensor]:
+    """Boxes [N, 4] xyxy pixels of ``image`` and independent class scores [N, K], best
+    first. Images of any size; scenes are 192 px.
+    """
     padded = _pad(pil_to_tensor(image.convert("RGB")).float() / 255)
     objectness, classes, sides = (o[0].flatten(0, 1) for o in model(padded[None]))
     scores = objectness.sigmoid()[:, None] * classes.softmax(-1)
-    centres = cell_centres(padded.shape[1] // STRIDE, padded.shape[2] // STRIDE).flatten(0, 1)
+    centres = cell_centres(
+        padded.shape[1] // STRIDE, padded.shape[2] // STRIDE
+    ).flatten(0, 1)
     boxes = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1)
     boxes[:, 0::2].clamp_(0, image.width)
     boxes[:, 1::2].clamp_(0, image.height)
@@ -73,7 +100,9 @@ def detect(model: CloudStandIn, image: Image.Image, score_min: float, limit: int
 
 def _pad(image: Tensor) -> Tensor:
     multiple = 2 * STRIDE
-    return F.pad(image, (0, -image.shape[2] % multiple, 0, -image.shape[1] % multiple), value=0.5)
+    return F.pad(
+        image, (0, -image.shape[2] % multiple, 0, -image.shape[1] % multiple), value=0.5
+    )
 
 
 def load(path: Path = WEIGHTS) -> CloudStandIn:

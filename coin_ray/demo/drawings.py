@@ -4,8 +4,10 @@ Every drawing belongs to one *share* of the artwork, drawn once with a fixed see
 ``coin_ray.demo.build.drawings``:
 
 * ``source``: the cloud and CLIP were both trained on it;
-* ``target``: the drawings of the target domain. ``known_to_cloud`` and ``known_to_clip`` say which of
-  them each teacher's training has also seen, in other scenes. The two draws are independent;
+* ``target``: the drawings of the target domain. ``known_to_cloud`` and
+``known_to_clip`` say which of
+  them each teacher's training has also seen, in other scenes. The two draws are
+  independent;
 * ``unseen``: nobody was trained on it; kept for measuring the limit.
 """
 

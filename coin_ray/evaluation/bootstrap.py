@@ -1,7 +1,8 @@
 """How far a figure could be chance: the bootstrap over images.
 
-A draw takes as many test images as there are, with replacement; whole images, because boxes of one image are alike.
-All methods are measured on the same draws, so a difference between two methods is paired.
+A draw takes as many test images as there are, with replacement; whole images, because
+boxes of one image are alike. All methods are measured on the same draws, so a
+difference between two methods is paired.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ CELLS = 2_000_000
 
 def draw_images(images: int, seed: int, draws: int = DRAWS) -> Integers:
     """How often each image is in each draw [draws, images]; the same for the same seed."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), draws).astype(np.int64)
+    return (
+        np.random.default_rng(seed)
+        .multinomial(images, np.full(images, 1 / images), draws)
+        .astype(np.int64)
+    )
 
 
 def resampled(classes: Sequence[Judged], draws: Integers) -> Floats:
-    """VOC AP [B, K] of each class on each of the draws [B, I]; NaN where a draw has no truth of the class."""
+    """VOC AP [B, K] of each class on each of the draws [B, I]; NaN where a draw has no
+    truth of the class.
+    """
     return np.stack([_average_precision(judged, draws) for judged in classes], axis=1)
 
 
@@ -34,7 +41,9 @@ def mean_ap(values: Floats) -> Floats:
     known = ~np.isnan(values)
     count = known.sum(1)
     total: Floats = np.where(known, values, 0.0).sum(1)
-    mean: Floats = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    mean: Floats = np.divide(
+        total, count, out=np.full(len(values), np.nan), where=count > 0
+    )
     return mean
 
 
@@ -48,17 +57,28 @@ def interval(values: Floats) -> tuple[float, float] | None:
 
 
 def _average_precision(judged: Judged, draws: Integers) -> Floats:
-    """[B]. An image drawn w times counts each of its boxes w times, which is what w copies of the image would give."""
+    """[B]. An image drawn w times counts each of its boxes w times, which is what w
+    copies of the image would give.
+    """
     required = draws @ judged.required
     last = int(np.flatnonzero(judged.right)[-1]) + 1 if judged.right.any() else 0
     image, right = judged.image[:last], judged.right[:last]
     size = max(1, CELLS // max(last, 1))
-    area = np.concatenate([_area(draws[start : start + size, image], right) for start in range(0, len(draws), size)])
-    precision: Floats = np.divide(area, required, out=np.full(len(draws), np.nan), where=required > 0)
+    area = np.concatenate(
+        [
+            _area(draws[start : start + size, image], right)
+            for start in range(0, len(draws), size)
+        ]
+    )
+    precision: Floats = np.divide(
+        area, required, out=np.full(len(draws), np.nan), where=required > 0
+    )
     return precision
 
 
-def _area(weight: Integers, right: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Floats:
+def _area(
+    weight: Integers, right: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+) -> Floats:
     """Right detections [B] times their enveloped precision; weight [B, D]."""
     hits = weight[:, right]
     found = hits.cumsum(1)

@@ -1,4 +1,6 @@
-"""Does a confidence of 70 % mean right in 70 of 100 cases? Reliability by bin, and the expected calibration error."""
+"""Does a confidence of 70 % mean right in 70 of 100 cases? Reliability by bin, and the
+expected calibration error.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Cases of about one confidence: their mean confidence, the share that was right, and how many there are."""
+    """Cases of about one confidence: their mean confidence, the share that was right,
+    and how many there are.
+    """
 
     confidence: float
     right: float
@@ -21,7 +25,9 @@ class Bin:
 
 
 def reliability(confidence: Floats, right: Mask, bins: int = BINS) -> tuple[Bin, ...]:
-    """Bins of equal width over 0..1, those with a case; confidence [N] in 0..1, right [N]."""
+    """Bins of equal width over 0..1, those with a case; confidence [N] in 0..1, right
+    [N].
+    """
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     return tuple(
         Bin(float(confidence[mine].mean()), float(right[mine].mean()), int(mine.sum()))
@@ -31,6 +37,12 @@ def reliability(confidence: Floats, right: Mask, bins: int = BINS) -> tuple[Bin,
 
 
 def calibration_error(found: tuple[Bin, ...]) -> float:
-    """Expected calibration error in 0..1: mean distance of confidence and share right, weighted by cases; NaN without any."""
+    """Expected calibration error in 0..1: mean distance of confidence and share right,
+    weighted by cases; NaN without any.
+    """
     total = sum(b.count for b in found)
-    return sum(b.count * abs(b.confidence - b.right) for b in found) / total if total else float("nan")
+    return (
+        sum(b.count * abs(b.confidence - b.right) for b in found) / total
+        if total
+        else float("nan")
+    )

@@ -1,7 +1,9 @@
-"""COCO average precision through ``faster_coco_eval``, from the same inputs as the VOC measure.
+"""COCO average precision through ``faster_coco_eval``, from the same inputs as the VOC
+measure.
 
-It differs from VOC in more than the overlaps averaged over: 101 recall points, at most 100 detections per image, an
-overlap of exactly the limit counts, and a detection may fall back to its second-best truth box.
+It differs from VOC in more than the overlaps averaged over: 101 recall points, at most
+100 detections per image, an overlap of exactly the limit counts, and a detection may
+fall back to its second-best truth box.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ DETECTIONS_PER_IMAGE = 100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CocoReport:
-    """``ap`` (mean over IoU .5, .55, ..., .95) and ``ap50`` of each class [K], in 0..1; NaN where a class has no truth."""
+    """``ap`` (mean over IoU .5, .55, ..., .95) and ``ap50`` of each class [K], in 0..1;
+    NaN where a class has no truth.
+    """
 
     ap: Floats
     ap50: Floats
@@ -39,18 +43,36 @@ class CocoReport:
         return mean_over_classes(self.ap50)
 
 
-def coco_average_precision(predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int) -> CocoReport:
-    """COCO AP and AP50 of every class, over the images in ``truth`` (by image id); boxes xyxy pixels.
+def coco_average_precision(
+    predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int
+) -> CocoReport:
+    """COCO AP and AP50 of every class, over the images in ``truth`` (by image id);
+    boxes xyxy pixels.
 
-    ``difficult`` boxes are handed over as crowds: not required, and detections inside them don't count as wrong.
+    ``difficult`` boxes are handed over as crowds: not required, and detections inside
+    them don't count as wrong.
     """
     images = sorted(truth)
-    annotated = _coco(images, num_classes, [row for i, name in enumerate(images, 1) for row in _truth_rows(i, truth[name])])
-    found = [row for i, name in enumerate(images, 1) if name in predictions for row in _detection_rows(i, predictions[name])]
+    annotated = _coco(
+        images,
+        num_classes,
+        [
+            row
+            for i, name in enumerate(images, 1)
+            for row in _truth_rows(i, truth[name])
+        ],
+    )
+    found = [
+        row
+        for i, name in enumerate(images, 1)
+        if name in predictions
+        for row in _detection_rows(i, predictions[name])
+    ]
     if not found:
         zero = np.where(_required(images, truth, num_classes) > 0, 0.0, np.nan)
         return CocoReport(zero, zero.copy())
-    # The last two axes of precision [IoU, recall, class, area, limit] have one entry each.
+    # The last two axes of precision [IoU, recall, class, area, limit] have one entry
+    # each.
     precision = _evaluate(annotated, _coco(images, num_classes, found))[..., 0, 0]
     precision = np.where(precision < 0, np.nan, precision)
     return CocoReport(precision.mean((0, 1)), precision[0].mean(0))
@@ -68,7 +90,9 @@ def _evaluate(annotated: COCO, found: COCO) -> Floats:
 def _coco(images: Sequence[str], num_classes: int, rows: list[dict[str, Any]]) -> COCO:
     dataset = {
         "images": [{"id": i} for i in range(1, len(images) + 1)],
-        "categories": [{"id": label, "name": str(label)} for label in range(num_classes)],
+        "categories": [
+            {"id": label, "name": str(label)} for label in range(num_classes)
+        ],
         "annotations": [{"id": i, **row} for i, row in enumerate(rows, 1)],
     }
     return COCO(dataset, print_function=_silent)
@@ -77,25 +101,41 @@ def _coco(images: Sequence[str], num_classes: int, rows: list[dict[str, Any]]) -
 def _truth_rows(image: int, truth: Truth) -> list[dict[str, Any]]:
     return [
         {**_row(image, box, int(label)), "iscrowd": int(difficult)}
-        for box, label, difficult in zip(array(truth.boxes), truth.labels, truth.difficult, strict=True)
+        for box, label, difficult in zip(
+            array(truth.boxes), truth.labels, truth.difficult, strict=True
+        )
     ]
 
 
 def _detection_rows(image: int, detections: Detections) -> list[dict[str, Any]]:
     boxes, scores = array(detections.boxes), array(detections.scores)
     return [
-        {**_row(image, box, int(label)), "score": float(score)} for box, score, label in zip(boxes, scores, detections.labels, strict=True)
+        {**_row(image, box, int(label)), "score": float(score)}
+        for box, score, label in zip(boxes, scores, detections.labels, strict=True)
     ]
 
 
 def _row(image: int, box: Floats, label: int) -> dict[str, Any]:
     left, top, right, bottom = map(float, box)
     size = [right - left, bottom - top]
-    return {"image_id": image, "category_id": label, "bbox": [left, top, *size], "area": size[0] * size[1], "iscrowd": 0}
+    return {
+        "image_id": image,
+        "category_id": label,
+        "bbox": [left, top, *size],
+        "area": size[0] * size[1],
+        "iscrowd": 0,
+    }
 
 
-def _required(images: Sequence[str], truth: Mapping[str, Truth], num_classes: int) -> Floats:
-    labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(truth[name].labels[~truth[name].difficult] for name in images)])
+def _required(
+    images: Sequence[str], truth: Mapping[str, Truth], num_classes: int
+) -> Floats:
+    labels = torch.cat(
+        [
+            torch.zeros(0, dtype=torch.int64),
+            *(truth[name].labels[~truth[name].difficult] for name in images),
+        ]
+    )
     return array(torch.bincount(labels, minlength=num_classes))[:num_classes]
 
 

@@ -1,6 +1,8 @@
-"""How good a student is, judged without labels: by what its teachers' fusion is sure of, in images it was not trained on.
+"""How good a student is, judged without labels: by what its teachers' fusion is sure
+of, in images it was not trained on.
 
-Such a box stands for truth. What the fusion is not sure of is neither required nor wrong. This sorts students; it is not their accuracy.
+Such a box stands for truth. What the fusion is not sure of is neither required nor
+wrong. This sorts students; it is not their accuracy.
 """
 
 from __future__ import annotations
@@ -23,34 +25,55 @@ WEIGHTS = {"agreement": 4, "disagreement": -1, "miscalibration": -1}
 Results = Mapping[str, Detections]
 
 
-def label_free(student: Results, teacher: Results, expected: Mapping[str, Truth], num_classes: int) -> dict[str, float]:
-    """``agreement`` (AP50 on expected boxes), ``disagreement`` of student and teacher, ``miscalibration``, and the ``score`` of all three, each in 0..1.
+def label_free(
+    student: Results, teacher: Results, expected: Mapping[str, Truth], num_classes: int
+) -> dict[str, float]:
+    """``agreement`` (AP50 on expected boxes), ``disagreement`` of student and teacher,
+    ``miscalibration``, and the ``score`` of all three, each in 0..1.
 
-    ``expected``: by image, from ``expected_boxes`` of the teachers' fusion; all three are measured over its images.
+    ``expected``: by image, from ``expected_boxes`` of the teachers' fusion; all three
+    are measured over its images.
     """
     nothing = Detections.empty(num_classes)
-    teachers = {image: expected_boxes(teacher.get(image, nothing)) for image in expected}
+    teachers = {
+        image: expected_boxes(teacher.get(image, nothing)) for image in expected
+    }
     parts = {
         "agreement": _known(average_precision(student, expected, num_classes).map, 0.0),
-        "disagreement": 1 - _known(average_precision(student, teachers, num_classes).map, 0.0),
+        "disagreement": (
+            1 - _known(average_precision(student, teachers, num_classes).map, 0.0)
+        ),
         "miscalibration": calibration_error(student, expected),
     }
-    score = sum(abs(w) * (parts[name] if w > 0 else 1 - parts[name]) for name, w in WEIGHTS.items())
+    score = sum(
+        abs(w) * (parts[name] if w > 0 else 1 - parts[name])
+        for name, w in WEIGHTS.items()
+    )
     return {"score": score / sum(abs(w) for w in WEIGHTS.values()), **parts}
 
 
 def expected_boxes(found: Detections) -> Truth:
-    """What is expected of a student of an image in which a teacher, or both together, ``found`` this: the boxes of which it is sure. The others are
-    neither required nor wrong, under their name.
+    """What is expected of a student of an image in which a teacher, or both together,
+    ``found`` this: the boxes of which it is sure. The others are neither required nor
+    wrong, under their name.
     """
     sure = found.scores >= SURE
-    boxes, labels = (torch.cat([values[sure], values[~sure]]) for values in (found.boxes, found.labels))
+    boxes, labels = (
+        torch.cat([values[sure], values[~sure]])
+        for values in (found.boxes, found.labels)
+    )
     return Truth(boxes, labels, torch.arange(len(found)) >= int(sure.sum()))
 
 
 def calibration_error(student: Results, expected: Mapping[str, Truth]) -> float:
-    """Expected calibration error over ten bins: |mean score - share confirmed by an expected box|. 1 without detections to judge."""
-    judged = [_judged(student[image], truth) for image, truth in expected.items() if image in student]
+    """Expected calibration error over ten bins: |mean score - share confirmed by an
+    expected box|. 1 without detections to judge.
+    """
+    judged = [
+        _judged(student[image], truth)
+        for image, truth in expected.items()
+        if image in student
+    ]
     scores = torch.cat([s for s, _ in judged] or [torch.zeros(0)])
     confirmed = torch.cat([c for _, c in judged] or [torch.zeros(0)])
     if not len(scores):
@@ -61,7 +84,9 @@ def calibration_error(student: Results, expected: Mapping[str, Truth]) -> float:
 
 
 def _judged(found: Detections, truth: Truth) -> tuple[Tensor, Tensor]:
-    """Scores and verdicts (1: confirmed) of the detections that lie on no box which is neither required nor wrong."""
+    """Scores and verdicts (1: confirmed) of the detections that lie on no box which is
+    neither required nor wrong.
+    """
     same = found.labels[:, None] == truth.labels[None]
     hits = (box_iou(found.boxes, truth.boxes) > IOU) & same
     confirmed, open_ = hits[:, ~truth.difficult].any(1), hits[:, truth.difficult].any(1)

@@ -1,4 +1,6 @@
-"""A detector at one score threshold, as it would be used: what it finds, what it gets wrong, and on which images."""
+"""A detector at one score threshold, as it would be used: what it finds, what it gets
+wrong, and on which images.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Tally:
 
 
 def best_f1(classes: Sequence[Judged]) -> OperatingPoint | None:
-    """The threshold with the best harmonic mean of precision and recall, the highest one of equals; None if nothing is ever right."""
+    """The threshold with the best harmonic mean of precision and recall, the highest
+    one of equals; None if nothing is ever right.
+    """
     scores = np.concatenate([j.score for j in classes])
     right = np.concatenate([j.right for j in classes])
     required = sum(int(j.required.sum()) for j in classes)
@@ -40,9 +44,15 @@ def best_f1(classes: Sequence[Judged]) -> OperatingPoint | None:
     scores, found = scores[order], right[order].cumsum()
     shown = np.arange(1, len(scores) + 1)
     f1 = 2 * found / (shown + required)
-    f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold shows all boxes of one score, or none
+    # a threshold shows all boxes of one score, or none
+    f1[:-1][scores[:-1] == scores[1:]] = 0
     best = int(f1.argmax())
-    return OperatingPoint(float(scores[best]), float(found[best] / shown[best]), float(found[best] / required), float(f1[best]))
+    return OperatingPoint(
+        float(scores[best]),
+        float(found[best] / shown[best]),
+        float(found[best] / required),
+        float(f1[best]),
+    )
 
 
 def tally(classes: Sequence[Judged], score: float) -> Tally:
@@ -57,6 +67,8 @@ def tally(classes: Sequence[Judged], score: float) -> Tally:
 
 
 def losses(ours: Tally, theirs: Tally) -> Integers:
-    """How much worse ours is than theirs on each image [I]: boxes no longer found plus boxes newly wrong."""
+    """How much worse ours is than theirs on each image [I]: boxes no longer found plus
+    boxes newly wrong.
+    """
     lost: Integers = (theirs.found - theirs.wrong) - (ours.found - ours.wrong)
     return lost

@@ -1,8 +1,10 @@
-"""PASCAL VOC average precision: area under the precision-recall curve over all points (VOC 2010 and later).
+"""PASCAL VOC average precision: area under the precision-recall curve over all points
+(VOC 2010 and later).
 
-The protocol of COIN section 7: a detection is judged against the truth box of its class and image that it overlaps
-most. It is right if that overlap is *strictly* above the limit and no better detection was matched to the same box.
-Detections matched to a ``difficult`` box are neither right nor wrong, and such boxes are not required.
+The protocol of COIN section 7: a detection is judged against the truth box of its class
+and image that it overlaps most. It is right if that overlap is *strictly* above the
+limit and no better detection was matched to the same box. Detections matched to a
+``difficult`` box are neither right nor wrong, and such boxes are not required.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """Precision and recall [D] of one class after each of its D detections, best score first; difficult matches left out."""
+    """Precision and recall [D] of one class after each of its D detections, best score
+    first; difficult matches left out.
+    """
 
     precision: Floats
     recall: Floats
@@ -32,8 +36,9 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """The D detections of one class, best score first, difficult matches left out: score, number of the image (in the order of
-    the sorted ids) and whether it is right [D]; ``required`` [I]: truth boxes of each image.
+    """The D detections of one class, best score first, difficult matches left out:
+    score, number of the image (in the order of the sorted ids) and whether it is right
+    [D]; ``required`` [I]: truth boxes of each image.
     """
 
     score: Floats
@@ -44,7 +49,9 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """``ap`` [K] in 0..1, NaN where a class has no truth; ``truth`` [K] counts it (difficult left out); ``curves``: one per class."""
+    """``ap`` [K] in 0..1, NaN where a class has no truth; ``truth`` [K] counts it
+    (difficult left out); ``curves``: one per class.
+    """
 
     ap: Floats
     truth: Integers
@@ -65,17 +72,29 @@ def average_precision(
 ) -> Report:
     """VOC AP of every class, over the images in ``truth`` (by image id).
 
-    Images without predictions count as empty; predictions for other images are not looked at. Boxes are xyxy pixels;
-    ``plus_one`` measures a box as ``right - left + 1`` pixels wide, as the paper's evaluation does. Equal scores are
-    ordered by image id, then by box, so the order of the inputs never matters.
+    Images without predictions count as empty; predictions for other images are not
+    looked at. Boxes are xyxy pixels; ``plus_one`` measures a box as ``right - left +
+    1`` pixels wide, as the paper's evaluation does. Equal scores are ordered by image
+    id, then by box, so the order of the inputs never matters.
     """
     images = sorted(truth)
     annotated = _annotated(images, truth)
     found = _detected(images, predictions, annotated, plus_one)
     matched = found.overlap > iou
-    required = np.bincount(annotated.labels[~annotated.difficult], minlength=num_classes)[:num_classes]
-    curves = tuple(_curve(found, matched, annotated.difficult, label, int(required[label])) for label in range(num_classes))
-    ap = np.array([_area(curve) if count else np.nan for curve, count in zip(curves, required, strict=True)], np.float64)
+    required = np.bincount(
+        annotated.labels[~annotated.difficult], minlength=num_classes
+    )[:num_classes]
+    curves = tuple(
+        _curve(found, matched, annotated.difficult, label, int(required[label]))
+        for label in range(num_classes)
+    )
+    ap = np.array(
+        [
+            _area(curve) if count else np.nan
+            for curve, count in zip(curves, required, strict=True)
+        ],
+        np.float64,
+    )
     return Report(ap, required.astype(np.int64), curves)
 
 
@@ -86,7 +105,9 @@ def judged(
     iou: float = 0.5,
     plus_one: bool = False,
 ) -> tuple[Judged, ...]:
-    """Every detection of each class as ``average_precision`` judges it, over the images in ``truth``."""
+    """Every detection of each class as ``average_precision`` judges it, over the images
+    in ``truth``.
+    """
     images = sorted(truth)
     annotated = _annotated(images, truth)
     found = _detected(images, predictions, annotated, plus_one)
@@ -108,7 +129,9 @@ def mean_over_classes(values: Floats) -> float:
 
 
 def pairwise_iou(boxes: Floats, others: Floats, plus_one: bool = False) -> Floats:
-    """Intersection over union [N, M] of boxes [N, 4] and [M, 4], xyxy pixels; 0 where the union is empty."""
+    """Intersection over union [N, M] of boxes [N, 4] and [M, 4], xyxy pixels; 0 where
+    the union is empty.
+    """
     extra = 1.0 if plus_one else 0.0
     left_top = np.maximum(boxes[:, None, :2], others[None, :, :2])
     right_bottom = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
@@ -116,7 +139,9 @@ def pairwise_iou(boxes: Floats, others: Floats, plus_one: bool = False) -> Float
     area = (boxes[:, 2:] - boxes[:, :2] + extra).clip(min=0).prod(-1)
     other_area = (others[:, 2:] - others[:, :2] + extra).clip(min=0).prod(-1)
     union = area[:, None] + other_area[None] - shared
-    overlap: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    overlap: Floats = np.divide(
+        shared, union, out=np.zeros_like(shared), where=union > 0
+    )
     return overlap
 
 
@@ -127,7 +152,9 @@ def array(values: torch.Tensor) -> Floats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Annotated:
-    """All truth, one row per box, images in the order of their ids; image i owns rows ``starts[i]`` to ``starts[i + 1]``."""
+    """All truth, one row per box, images in the order of their ids; image i owns rows
+    ``starts[i]`` to ``starts[i + 1]``.
+    """
 
     boxes: Floats
     labels: Integers
@@ -137,7 +164,9 @@ class _Annotated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Detected:
-    """All detections, best score first: label, the truth row of its class it overlaps most, and that overlap (-1: none)."""
+    """All detections, best score first: label, the truth row of its class it overlaps
+    most, and that overlap (-1: none).
+    """
 
     labels: Integers
     rows: Integers
@@ -151,36 +180,74 @@ def _annotated(images: Sequence[str], truth: Mapping[str, Truth]) -> _Annotated:
     return _Annotated(
         np.concatenate([np.zeros((0, 4)), *(boxes for boxes, _, _ in parts)]),
         np.concatenate([np.zeros(0, np.int64), *(labels for _, labels, _ in parts)]),
-        np.concatenate([np.zeros(0, np.bool_), *(difficult for _, _, difficult in parts)]),
+        np.concatenate(
+            [np.zeros(0, np.bool_), *(difficult for _, _, difficult in parts)]
+        ),
         np.cumsum([0, *(len(boxes) for boxes, _, _ in parts)]),
     )
 
 
 def _canonical(truth: Truth) -> tuple[Floats, Integers, Mask]:
-    """Boxes, labels, difficult in an order that doesn't depend on the given one; it decides between equal overlaps."""
-    boxes, labels, difficult = array(truth.boxes), truth.labels.cpu().numpy(), truth.difficult.cpu().numpy()
+    """Boxes, labels, difficult in an order that doesn't depend on the given one; it
+    decides between equal overlaps.
+    """
+    boxes, labels, difficult = (
+        array(truth.boxes),
+        truth.labels.cpu().numpy(),
+        truth.difficult.cpu().numpy(),
+    )
     order = np.lexsort((difficult, *boxes.T))
     return boxes[order], labels[order], difficult[order]
 
 
-def _detected(images: Sequence[str], predictions: Mapping[str, Detections], annotated: _Annotated, plus_one: bool) -> _Detected:
-    present = [(index, predictions[name]) for index, name in enumerate(images) if name in predictions]
+def _detected(
+    images: Sequence[str],
+    predictions: Mapping[str, Detections],
+    annotated: _Annotated,
+    plus_one: bool,
+) -> _Detected:
+    present = [
+        (index, predictions[name])
+        for index, name in enumerate(images)
+        if name in predictions
+    ]
     if not present:
         none = np.zeros(0, np.int64)
         return _Detected(none, none, np.zeros(0), np.zeros(0), none)
-    every = Detections.cat([detections.to(torch.device("cpu")) for _, detections in present])
-    boxes, scores, labels = array(every.boxes), array(every.scores), every.labels.numpy()
-    owner = np.repeat(np.array([index for index, _ in present], np.int64), [len(detections) for _, detections in present])
+    every = Detections.cat(
+        [detections.to(torch.device("cpu")) for _, detections in present]
+    )
+    boxes, scores, labels = (
+        array(every.boxes),
+        array(every.scores),
+        every.labels.numpy(),
+    )
+    owner = np.repeat(
+        np.array([index for index, _ in present], np.int64),
+        [len(detections) for _, detections in present],
+    )
     rows, overlap = _best_truth(boxes, labels, owner, annotated, plus_one)
     order = np.lexsort((*boxes.T, owner, -scores))
-    return _Detected(labels[order], rows[order], overlap[order], scores[order], owner[order])
+    return _Detected(
+        labels[order], rows[order], overlap[order], scores[order], owner[order]
+    )
 
 
-def _best_truth(boxes: Floats, labels: Integers, owner: Integers, annotated: _Annotated, plus_one: bool) -> tuple[Integers, Floats]:
-    """For each detection the truth row of its image and class with the largest overlap, and that overlap; -1 where there is none."""
+def _best_truth(
+    boxes: Floats,
+    labels: Integers,
+    owner: Integers,
+    annotated: _Annotated,
+    plus_one: bool,
+) -> tuple[Integers, Floats]:
+    """For each detection the truth row of its image and class with the largest overlap,
+    and that overlap; -1 where there is none.
+    """
     rows, overlap = np.full(len(boxes), -1), np.full(len(boxes), -1.0)
     ends = np.searchsorted(owner, np.arange(len(annotated.starts)))
-    for image, (start, stop) in enumerate(zip(annotated.starts[:-1], annotated.starts[1:], strict=True)):
+    for image, (start, stop) in enumerate(
+        zip(annotated.starts[:-1], annotated.starts[1:], strict=True)
+    ):
         mine = slice(ends[image], ends[image + 1])
         if start == stop or mine.start == mine.stop:
             continue
@@ -190,14 +257,18 @@ def _best_truth(boxes: Floats, labels: Integers, owner: Integers, annotated: _An
     return rows, overlap
 
 
-def _curve(found: _Detected, matched: Mask, difficult: Mask, label: int, required: int) -> Curve:
+def _curve(
+    found: _Detected, matched: Mask, difficult: Mask, label: int, required: int
+) -> Curve:
     _, right = _kept(found, matched, difficult, label)
     true_positives = right.cumsum()
     precision = true_positives / np.arange(1, len(right) + 1)
     return Curve(precision, true_positives / max(required, 1))
 
 
-def _kept(found: _Detected, matched: Mask, difficult: Mask, label: int) -> tuple[Integers, Mask]:
+def _kept(
+    found: _Detected, matched: Mask, difficult: Mask, label: int
+) -> tuple[Integers, Mask]:
     """Places of a class's detections that count, and which of them are right."""
     mine = np.flatnonzero(found.labels == label)
     rows, hit = found.rows[mine], matched[mine]

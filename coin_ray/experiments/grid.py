@@ -1,4 +1,6 @@
-"""A grid of runs of the pipeline below one root. Steps are found by their content, so what runs share is done, and paid, once."""
+"""A grid of runs of the pipeline below one root. Steps are found by their content, so
+what runs share is done, and paid, once.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,23 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
+from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.experiments.tracked import Runs
-from coin_ray.needs import check_installed
-from coin_ray.pipeline import graph
-from coin_ray.runner import up_to
-from coin_ray.steps import Step, execute, finished
-from coin_ray.summary import PACKAGES, gap_closed
+from coin_ray.runs.graph import graph
+from coin_ray.runs.runner import up_to
+from coin_ray.runs.steps import Step, execute, finished
+from coin_ray.runs.summary import PACKAGES, gap_closed
 
 ON_DRIVER = ("images", "collect")
-"""Stages that use the whole cluster themselves and pay: one at a time, before all others."""
+"""Stages that use the whole cluster themselves and pay: one at a time, before all
+others."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run up to its evaluation. ``group``: what the variant belongs to, as the losses or a threshold; empty for the reference."""
+    """One run up to its evaluation. ``group``: what the variant belongs to, as the
+    losses or a threshold; empty for the reference.
+    """
 
     variant: str
     group: str
@@ -35,7 +40,11 @@ class Trial:
 
     @property
     def title(self) -> str:
-        return ", ".join(part for part in (self.variant, self.group, f"seed {self.config.seed}") if part)
+        return ", ".join(
+            part
+            for part in (self.variant, self.group, f"seed {self.config.seed}")
+            if part
+        )
 
     @property
     def steps(self) -> dict[str, Step]:
@@ -59,7 +68,8 @@ class Job:
 Report = Callable[[Job, float], None]
 """Told of each finished job and its seconds."""
 Host = Callable[[Sequence[Job], str, Report], None]
-"""Runs jobs that do not depend on each other, in any order; returns when all are done."""
+"""Runs jobs that do not depend on each other, in any order; returns when all are done.
+"""
 
 
 def one_by_one(jobs: Sequence[Job], root: str, report: Report) -> None:
@@ -71,26 +81,46 @@ def one_by_one(jobs: Sequence[Job], root: str, report: Report) -> None:
 
 
 def waves(trials: Sequence[Trial], root: str) -> list[list[Job]]:
-    """What is not finished: first the steps that several trials share, level by level, then the rest of each trial.
+    """What is not finished: first the steps that several trials share, level by level,
+    then the rest of each trial.
 
     No step is in two jobs, and a wave needs nothing but the waves before it.
     """
-    users = Counter(step.fingerprint for trial in trials for step in trial.steps.values())
+    users = Counter(
+        step.fingerprint for trial in trials for step in trial.steps.values()
+    )
     shared: dict[int, dict[str, Job]] = {}
     own: list[Job] = []
     for trial in trials:
         todo = [step for step in trial.steps.values() if step.manifest(root) is None]
-        alone = tuple(step for step in todo if users[step.fingerprint] == 1 and step.stage not in ON_DRIVER)
+        alone = tuple(
+            step
+            for step in todo
+            if users[step.fingerprint] == 1 and step.stage not in ON_DRIVER
+        )
         for step in todo:
             if step not in alone:
-                title = f"{step.name} for {trial.title}" if step.stage not in ON_DRIVER else step.name
-                shared.setdefault(_depth(step), {}).setdefault(step.fingerprint, Job(title, trial.config, (step,)))
+                title = (
+                    f"{step.name} for {trial.title}"
+                    if step.stage not in ON_DRIVER
+                    else step.name
+                )
+                shared.setdefault(_depth(step), {}).setdefault(
+                    step.fingerprint, Job(title, trial.config, (step,))
+                )
         own += [Job(trial.title, trial.config, alone)] if alone else []
-    return [*(list(shared[depth].values()) for depth in sorted(shared)), *([own] if own else [])]
+    return [
+        *(list(shared[depth].values()) for depth in sorted(shared)),
+        *([own] if own else []),
+    ]
 
 
-def run(name: str, trials: Sequence[Trial], root: str, host: Host, runs: Runs) -> list[dict[str, Any]]:
-    """Do what is missing and return one record per trial, which is also in ROOT/NAME.json with the versions that made it."""
+def run(
+    name: str, trials: Sequence[Trial], root: str, host: Host, runs: Runs
+) -> list[dict[str, Any]]:
+    """Do what is missing and return one record per trial, which is also in
+    ROOT/NAME.json with the versions that made it.
+    """
     todo = waves(trials, root)
     total, count = sum(len(wave) for wave in todo), 0
     by_title = {trial.title: trial for trial in trials}
@@ -110,13 +140,20 @@ def run(name: str, trials: Sequence[Trial], root: str, host: Host, runs: Runs) -
     for trial in trials:
         _track(trial, root, runs)
     records = [record(trial, root) for trial in trials]
-    versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
-    storage.write_json(storage.join(root, f"{name}.json"), {"grid": name, "trials": records, "versions": versions})
+    versions = {package: version(package) for package in PACKAGES} | {
+        "python": platform.python_version()
+    }
+    storage.write_json(
+        storage.join(root, f"{name}.json"),
+        {"grid": name, "trials": records, "versions": versions},
+    )
     return records
 
 
 def record(trial: Trial, root: str) -> dict[str, Any]:
-    """What a finished trial found: mAP50 by method, the share of the gap closed, seconds of all its steps, shared ones too."""
+    """What a finished trial found: mAP50 by method, the share of the gap closed,
+    seconds of all its steps, shared ones too.
+    """
     done = finished(list(trial.steps.values()), root)
     map50 = done["evaluate"]["metrics"]["map50"]
     return {
@@ -133,7 +170,13 @@ def record(trial: Trial, root: str) -> dict[str, Any]:
 def _track(trial: Trial, root: str, runs: Runs) -> None:
     found = record(trial, root)
     figures = {name: found[name] for name in ("map50", "gap_closed", "seconds")}
-    runs.add(trial.title, figures, trial.config, trial.steps["distill"].folder(root), found["steps"]["images"])
+    runs.add(
+        trial.title,
+        figures,
+        trial.config,
+        trial.steps["distill"].folder(root),
+        found["steps"]["images"],
+    )
 
 
 def _depth(step: Step) -> int:

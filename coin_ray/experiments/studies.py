@@ -1,14 +1,23 @@
-"""The three studies: what each loss and stage is worth, how opinions are best fused, and COIN beside its baselines."""
+"""The three studies: what each loss and stage is worth, how opinions are best fused,
+and COIN beside its baselines.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from coin_ray import storage
+from coin_ray.commands.grid import Request
 from coin_ray.experiments import disputes, grid
-from coin_ray.experiments.command import Request
 from coin_ray.experiments.grid import Host, Trial
-from coin_ray.experiments.outcome import Row, figure, markdown, method_rows, print_rows, variant_rows
+from coin_ray.experiments.outcome import (
+    Row,
+    figure,
+    markdown,
+    method_rows,
+    print_rows,
+    variant_rows,
+)
 from coin_ray.experiments.tracked import Runs
 from coin_ray.experiments.variants import ABLATION, fusions, trials
 
@@ -18,7 +27,14 @@ Study = Callable[[Request, Host], list[Row]]
 def ablation(request: Request, host: Host) -> list[Row]:
     """Each loss and each stage left out."""
     chosen = trials(request.config, ABLATION, request.seeds)
-    return _study("ablation", "Ablation", chosen, request, host, lambda records: variant_rows(records))
+    return _study(
+        "ablation",
+        "Ablation",
+        chosen,
+        request,
+        host,
+        lambda records: variant_rows(records),
+    )
 
 
 def fusion(request: Request, host: Host) -> list[Row]:
@@ -32,7 +48,10 @@ def fusion(request: Request, host: Host) -> list[Row]:
         chosen,
         request,
         host,
-        lambda records: variant_rows(records, disputes.notes(reference, list(groups), request.share, request.root)),
+        lambda records: variant_rows(
+            records,
+            disputes.notes(reference, list(groups), request.share, request.root),
+        ),
     )
 
 
@@ -43,17 +62,35 @@ def baselines(request: Request, host: Host) -> list[Row]:
 
 
 def _study(
-    name: str, title: str, chosen: Sequence[Trial], request: Request, host: Host, rows_of: Callable[[list[dict[str, object]]], list[Row]]
+    name: str,
+    title: str,
+    chosen: Sequence[Trial],
+    request: Request,
+    host: Host,
+    rows_of: Callable[[list[dict[str, object]]], list[Row]],
 ) -> list[Row]:
-    """Run, print and leave NAME.json, NAME.md and NAME.svg at the root. With ``dry_run`` only say what is to do."""
+    """Run, print and leave NAME.json, NAME.md and NAME.svg at the root. With
+    ``dry_run`` only say what is to do.
+    """
     if request.dry_run:
         for number, wave in enumerate(grid.waves(chosen, request.root), start=1):
             for job in wave:
-                print(f"wave {number}  {job.title}: {', '.join(step.name for step in job.steps)}")
+                print(
+                    f"wave {number}  {job.title}:"
+                    f" {', '.join(step.name for step in job.steps)}"
+                )
         return []
-    rows = rows_of(grid.run(name, chosen, request.root, host, Runs(name, request.config, request.root)))
+    rows = rows_of(
+        grid.run(
+            name, chosen, request.root, host, Runs(name, request.config, request.root)
+        )
+    )
     heading = f"{title}: {request.config.preset}"
     print_rows(heading, rows)
-    storage.write_bytes(storage.join(request.root, f"{name}.md"), markdown(rows).encode())
-    storage.write_bytes(storage.join(request.root, f"{name}.svg"), figure(heading, rows).encode())
+    storage.write_bytes(
+        storage.join(request.root, f"{name}.md"), markdown(rows).encode()
+    )
+    storage.write_bytes(
+        storage.join(request.root, f"{name}.svg"), figure(heading, rows).encode()
+    )
     return rows

@@ -1,4 +1,6 @@
-"""A grid in MLflow: one parent run, one child for each trial, all written by the driver."""
+"""A grid in MLflow: one parent run, one child for each trial, all written by the
+driver.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,35 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
-from coin_ray.configfile import fingerprint
-from coin_ray.tracking import Tracker
+from coin_ray.config.files import fingerprint
+from coin_ray.runs.tracking import Tracker
 
 
 class Runs:
-    """``name``: of the grid. A trial is written once, however often the same command runs."""
+    """``name``: of the grid. A trial is written once, however often the same command
+    runs.
+    """
 
     def __init__(self, name: str, config: PipelineConfig, root: str) -> None:
         self.root = root
         self.tracker = Tracker(replace(config, preset=f"{config.preset} {name}"), root)
 
-    def add(self, title: str, figures: Mapping[str, Any], config: PipelineConfig, folder: str, digest: str = "") -> None:
-        """One child run: the whole config, every figure, and the distillation's curve from ``folder``."""
-        place = storage.join(self.root, "mlflow", f"trial-{fingerprint([self.tracker.parent_run, title])}.json")
+    def add(
+        self,
+        title: str,
+        figures: Mapping[str, Any],
+        config: PipelineConfig,
+        folder: str,
+        digest: str = "",
+    ) -> None:
+        """One child run: the whole config, every figure, and the distillation's curve
+        from ``folder``.
+        """
+        place = storage.join(
+            self.root,
+            "mlflow",
+            f"trial-{fingerprint([self.tracker.parent_run, title])}.json",
+        )
         if not self.tracker.enabled or storage.exists(place):
             return
         with self.tracker.stage(title, config, digest) as run:

@@ -1,4 +1,6 @@
-"""python detect.py [FILE.onnx] IMAGE [...]: objects in images, by model.onnx or FILE beside this. Needs onnxruntime, numpy and pillow."""
+"""python detect.py [FILE.onnx] IMAGE [...]: objects in images, by model.onnx or FILE
+beside this. Needs onnxruntime, numpy and pillow.
+"""
 
 import sys
 from pathlib import Path
@@ -9,16 +11,26 @@ from PIL import Image, ImageOps
 
 
 def load(name: str = "model.onnx") -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(Path(__file__).with_name(name), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        Path(__file__).with_name(name), providers=["CPUExecutionProvider"]
+    )
 
 
-def detect(session: onnxruntime.InferenceSession, image: Image.Image, score_min: float = 0.3) -> list[tuple[str, float, list[float]]]:
-    """(class, score, [x0, y0, x1, y1] in pixels) of each object, best first; ``image``: PIL."""
+def detect(
+    session: onnxruntime.InferenceSession, image: Image.Image, score_min: float = 0.3
+) -> list[tuple[str, float, list[float]]]:
+    """(class, score, [x0, y0, x1, y1] in pixels) of each object, best first; ``image``:
+    PIL.
+    """
     classes = session.get_modelmeta().custom_metadata_map["classes"].split("\n")
     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     boxes, scores, labels, _image, _probs = session.run(None, {"images": pixels})
     found = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-    return [(classes[label], score, box) for box, score, label in found if score >= score_min]
+    return [
+        (classes[label], score, box)
+        for box, score, label in found
+        if score >= score_min
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Nodes of an ONNX graph, one after the other; tensors are known by their names. Needs the extra ``export``."""
+"""Nodes of an ONNX graph, one after the other; tensors are known by their names. Needs
+the extra ``export``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, compose, helper, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    checker,
+    compose,
+    helper,
+    numpy_helper,
+)
 
 OPSET = 18
 
@@ -24,7 +36,9 @@ class Graph:
         """A node with one output; returns the output's name. An input "" is left out."""
         return self.op_many(kind, 1, *inputs, **attributes)[0]
 
-    def op_many(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+    def op_many(
+        self, kind: str, outputs: int, *inputs: str, **attributes: Any
+    ) -> list[str]:
         names = [self._name(kind) for _ in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
         return names
@@ -56,20 +70,38 @@ class Graph:
         """tensor[..., start:end, ...] along one axis."""
         return self.op("Slice", tensor, self.i64(start), self.i64(end), self.i64(axis))
 
-    def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str], kind: int, shape: Sequence[int | None]) -> str:
-        """What ``then`` makes where the scalar ``condition`` holds, else what ``otherwise`` makes; the other one is not computed."""
-        branches = {name: self._branch(make, kind, shape) for name, make in (("then_branch", then), ("else_branch", otherwise))}
+    def choose(
+        self,
+        condition: str,
+        then: Callable[[], str],
+        otherwise: Callable[[], str],
+        kind: int,
+        shape: Sequence[int | None],
+    ) -> str:
+        """What ``then`` makes where the scalar ``condition`` holds, else what
+        ``otherwise`` makes; the other one is not computed.
+        """
+        branches = {
+            name: self._branch(make, kind, shape)
+            for name, make in (("then_branch", then), ("else_branch", otherwise))
+        }
         return self.op("If", condition, **branches)
 
-    def _branch(self, make: Callable[[], str], kind: int, shape: Sequence[int | None]) -> GraphProto:
+    def _branch(
+        self, make: Callable[[], str], kind: int, shape: Sequence[int | None]
+    ) -> GraphProto:
         before, self._nodes = self._nodes, []
         name, end = self._name("branch"), self._name("end")
         self._nodes.append(helper.make_node("Identity", [make()], [end]))
         own, self._nodes = self._nodes, before
-        return helper.make_graph(own, name, [], [helper.make_tensor_value_info(end, kind, shape)])
+        return helper.make_graph(
+            own, name, [], [helper.make_tensor_value_info(end, kind, shape)]
+        )
 
     def network(self, prefix: str, model: ModelProto, *inputs: str) -> list[str]:
-        """All nodes of another model, fed with ``inputs`` in its order; returns the names of its outputs."""
+        """All nodes of another model, fed with ``inputs`` in its order; returns the
+        names of its outputs.
+        """
         inner = compose.add_prefix(model, f"{prefix}/").graph
         for name, given in zip(inner.input, inputs, strict=True):
             self._nodes.append(helper.make_node("Identity", [given], [name.name]))
@@ -77,11 +109,30 @@ class Graph:
         self._constants.extend(inner.initializer)
         return [output.name for output in inner.output]
 
-    def model(self, name: str, inputs: Sequence[ValueInfoProto], outputs: dict[str, ValueInfoProto]) -> ModelProto:
+    def model(
+        self,
+        name: str,
+        inputs: Sequence[ValueInfoProto],
+        outputs: dict[str, ValueInfoProto],
+    ) -> ModelProto:
         """The checked model; ``outputs`` says which tensor becomes which output."""
-        ends = [helper.make_node("Identity", [tensor], [info.name]) for tensor, info in outputs.items()]
-        graph = helper.make_graph([*self._nodes, *ends], name, list(inputs), list(outputs.values()), self._constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9, producer_name="coin-ray")
+        ends = [
+            helper.make_node("Identity", [tensor], [info.name])
+            for tensor, info in outputs.items()
+        ]
+        graph = helper.make_graph(
+            [*self._nodes, *ends],
+            name,
+            list(inputs),
+            list(outputs.values()),
+            self._constants,
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=9,
+            producer_name="coin-ray",
+        )
         checker.check_model(model, full_check=True)
         return model
 

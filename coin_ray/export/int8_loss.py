@@ -22,8 +22,10 @@ POINTS_MAX = 1.0
 
 @dataclass(frozen=True)
 class Int8Loss:
-    """``detections``: of the float file above .3 on ``images``; ``found_again``: share of them that the quantized one finds with the same
-    class and IoU >= .9; ``score_difference``: mean over those. ``map50``, ``map50_int8``: on ``labelled`` images; None if there are none.
+    """``detections``: of the float file above .3 on ``images``; ``found_again``: share
+    of them that the quantized one finds with the same class and IoU >= .9;
+    ``score_difference``: mean over those. ``map50``, ``map50_int8``: on ``labelled``
+    images; None if there are none.
     """
 
     images: int
@@ -37,7 +39,11 @@ class Int8Loss:
     @property
     def points(self) -> float | None:
         """mAP50 lost, in points."""
-        return None if self.map50 is None or self.map50_int8 is None else round(100 * (self.map50 - self.map50_int8), 2)
+        return (
+            None
+            if self.map50 is None or self.map50_int8 is None
+            else round(100 * (self.map50 - self.map50_int8), 2)
+        )
 
     @property
     def too_large(self) -> bool:
@@ -54,17 +60,36 @@ class Pair:
 
 
 def int8_loss(
-    pair: Pair, images: Iterable[Image.Image], labelled: Iterable[tuple[Image.Image, Truth]], classes: int, plus_one: bool = False
+    pair: Pair,
+    images: Iterable[Image.Image],
+    labelled: Iterable[tuple[Image.Image, Truth]],
+    classes: int,
+    plus_one: bool = False,
 ) -> Int8Loss:
-    """Both files on ``images`` and on annotated test images; ``plus_one`` as in ``average_precision``."""
+    """Both files on ``images`` and on annotated test images; ``plus_one`` as in
+    ``average_precision``.
+    """
     answers = [(pair.exact(image), pair.int8(image)) for image in images]
-    differences = torch.cat([torch.zeros(0), *(_differences(exact, int8) for exact, int8 in answers)])
+    differences = torch.cat(
+        [torch.zeros(0), *(_differences(exact, int8) for exact, int8 in answers)]
+    )
     again = differences[differences.isfinite()]
     truth, exact, int8 = {}, {}, {}
     for number, (image, annotated) in enumerate(labelled):
         name = f"{number:06d}"
-        truth[name], exact[name], int8[name] = annotated, pair.exact(image), pair.int8(image)
-    scores = [average_precision(found, truth, classes, plus_one=plus_one).map if truth else None for found in (exact, int8)]
+        truth[name], exact[name], int8[name] = (
+            annotated,
+            pair.exact(image),
+            pair.int8(image),
+        )
+    scores = [
+        (
+            average_precision(found, truth, classes, plus_one=plus_one).map
+            if truth
+            else None
+        )
+        for found in (exact, int8)
+    ]
     return Int8Loss(
         len(answers),
         len(differences),
@@ -76,10 +101,14 @@ def int8_loss(
 
 
 def _differences(exact: Detections, int8: Detections) -> torch.Tensor:
-    """Of each shown detection: how far the score of its best counterpart is off; infinite without one."""
+    """Of each shown detection: how far the score of its best counterpart is off;
+    infinite without one.
+    """
     shown = exact.scores > SHOWN
     scores, ious = exact.scores[shown], box_iou(exact.boxes[shown], int8.boxes)
-    ious = torch.where(exact.labels[shown][:, None] == int8.labels[None], ious, torch.zeros(()))
+    ious = torch.where(
+        exact.labels[shown][:, None] == int8.labels[None], ious, torch.zeros(())
+    )
     best, place = torch.cat([ious, torch.zeros(len(scores), 1)], 1).max(1)
     theirs = torch.cat([int8.scores, torch.tensor([torch.inf])])[place]
     return torch.where(best >= IOU_MIN, (scores - theirs).abs(), torch.inf)

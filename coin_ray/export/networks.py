@@ -1,4 +1,6 @@
-"""The two halves of a detector as networks of tensors alone: what is between them is written once for ONNX and once for TorchScript."""
+"""The two halves of a detector as networks of tensors alone: what is between them is
+written once for ONNX and once for TorchScript.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ PAD = 32
 
 
 class Propose(nn.Module):
-    """pixels [B, 3, H, W] normalised, limits [4] (w, h, w, h) of the view inside -> features [B, C, h, w], objectness [B, A], boxes [B, A, 4]."""
+    """pixels [B, 3, H, W] normalised, limits [4] (w, h, w, h) of the view inside ->
+    features [B, C, h, w], objectness [B, A], boxes [B, A, 4].
+    """
 
     cell_anchors: Tensor
     scale: Tensor
@@ -27,24 +31,43 @@ class Propose(nn.Module):
         anchors = detector.rpn.anchor_generator.cell_anchors[0]
         self.register_buffer("cell_anchors", anchors.detach().clone().round())
         config = detector.config
-        self.register_buffer("scale", torch.tensor(config.anchor_weights) / torch.tensor(box_ops.DELTA_WEIGHTS))
+        self.register_buffer(
+            "scale",
+            torch.tensor(config.anchor_weights) / torch.tensor(box_ops.DELTA_WEIGHTS),
+        )
 
     def forward(self, pixels: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.tower.shared(pixels)
         hidden = self.rpn.conv(features).relu()
         objectness = self.rpn.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.rpn.deltas(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
+        deltas = (
+            self.rpn.deltas(hidden)
+            .permute(0, 2, 3, 1)
+            .reshape(features.shape[0], -1, 4)
+        )
         y = torch.arange(features.shape[2], dtype=torch.float32) * STRIDE
         x = torch.arange(features.shape[3], dtype=torch.float32) * STRIDE
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack([columns, rows, columns, rows], -1)
-        anchors = (shifts[:, :, None] + self.cell_anchors).reshape(1, -1, 4).expand(features.shape[0], -1, -1)
-        boxes = box_ops.decode((deltas / self.scale).reshape(-1, 4), anchors.reshape(-1, 4))
-        return features, objectness, _clipped(boxes, limits).reshape(features.shape[0], -1, 4)
+        anchors = (
+            (shifts[:, :, None] + self.cell_anchors)
+            .reshape(1, -1, 4)
+            .expand(features.shape[0], -1, -1)
+        )
+        boxes = box_ops.decode(
+            (deltas / self.scale).reshape(-1, 4), anchors.reshape(-1, 4)
+        )
+        return (
+            features,
+            objectness,
+            _clipped(boxes, limits).reshape(features.shape[0], -1, 4),
+        )
 
 
 class Describe(nn.Module):
-    """pooled [R, C, s, s], proposals [R, 4], limits [4] -> probs [R, K+1], background last, and boxes [R, 4]."""
+    """pooled [R, C, s, s], proposals [R, 4], limits [4] -> probs [R, K+1], background
+    last, and boxes [R, 4].
+    """
 
     embeddings: Tensor
 
@@ -53,13 +76,19 @@ class Describe(nn.Module):
         self.tower, self.head = detector.tower, detector.head
         self.register_buffer("embeddings", embeddings)
 
-    def forward(self, pooled: Tensor, proposals: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pooled: Tensor, proposals: Tensor, limits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return self.judge(self.tower.regional(pooled), proposals, limits)
 
-    def judge(self, described: Tensor, proposals: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(
+        self, described: Tensor, proposals: Tensor, limits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """``described`` [R, regional_channels]: the pooled regions behind the tower."""
         regions = self.head(described, self.embeddings)
-        return regions.logits.softmax(-1), _clipped(box_ops.decode(regions.deltas, proposals), limits)
+        return regions.logits.softmax(-1), _clipped(
+            box_ops.decode(regions.deltas, proposals), limits
+        )
 
 
 def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:
@@ -68,7 +97,9 @@ def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def halves(detector: ClipDetector) -> tuple[Propose, Describe]:
-    """Both halves of a copy of ``detector`` on the CPU, class embeddings cached and norms folded into the convolutions before them."""
+    """Both halves of a copy of ``detector`` on the CPU, class embeddings cached and
+    norms folded into the convolutions before them.
+    """
     copied = copy.deepcopy(detector).cpu().eval()
     embeddings = detector.eval().class_embeddings().detach().cpu().clone()
     _fold_norms(copied)

@@ -1,4 +1,5 @@
-"""A detector as TorchScript: one uint8 image in, boxes in its pixels out. Whoever loads it needs torch and ``import torchvision``.
+"""A detector as TorchScript: one uint8 image in, boxes in its pixels out. Whoever loads
+it needs torch and ``import torchvision``.
 
 No postponed annotations here: TorchScript reads them.
 """
@@ -15,7 +16,9 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class OneImage(nn.Module):
-    """image [H, W, 3] uint8 RGB -> boxes [N, 4], scores [N], labels [N], probs [N, K+1], best first."""
+    """image [H, W, 3] uint8 RGB -> boxes [N, 4], scores [N], labels [N], probs [N,
+    K+1], best first.
+    """
 
     mean: Tensor
     std: Tensor
@@ -24,7 +27,11 @@ class OneImage(nn.Module):
         super().__init__()
         config, (propose, describe) = detector.config, halves(detector)
         self.short, self.long = config.short_side, config.long_side
-        self.proposals, self.rpn_nms, self.nms = config.proposals_test, config.rpn_nms, config.nms
+        self.proposals, self.rpn_nms, self.nms = (
+            config.proposals_test,
+            config.rpn_nms,
+            config.nms,
+        )
         self.side, self.samples = config.roi_size, config.roi_samples
         self.score_min, self.detections = config.score_min, config.detections
         self.stride, self.pad = STRIDE, PAD
@@ -32,8 +39,12 @@ class OneImage(nn.Module):
         self.register_buffer("std", detector.std.detach().cpu().clone())
         limits = torch.tensor([4.0 * PAD, 3.0 * PAD, 4.0 * PAD, 3.0 * PAD])
         pooled = torch.zeros(5, propose.tower.shared_channels, self.side, self.side)
-        self.propose = torch.jit.trace(propose, (torch.zeros(1, 3, 3 * PAD, 4 * PAD), limits), check_trace=False)
-        self.describe = torch.jit.trace(describe, (pooled, torch.ones(5, 4), limits), check_trace=False)
+        self.propose = torch.jit.trace(
+            propose, (torch.zeros(1, 3, 3 * PAD, 4 * PAD), limits), check_trace=False
+        )
+        self.describe = torch.jit.trace(
+            describe, (pooled, torch.ones(5, 4), limits), check_trace=False
+        )
 
     def forward(self, image: Tensor) -> Found:
         height, width = image.shape[0], image.shape[1]
@@ -42,22 +53,39 @@ class OneImage(nn.Module):
         columns = max(1, int(round(width * factor)))  # noqa: RUF046
         view = image.permute(2, 0, 1)[None]
         if rows != height or columns != width:
-            view = F.interpolate(view, size=[rows, columns], mode="bilinear", antialias=True)
-        pixels = F.pad((view.float() / 255 - self.mean) / self.std, [0, -columns % self.pad, 0, -rows % self.pad])
+            view = F.interpolate(
+                view, size=[rows, columns], mode="bilinear", antialias=True
+            )
+        pixels = F.pad(
+            (view.float() / 255 - self.mean) / self.std,
+            [0, -columns % self.pad, 0, -rows % self.pad],
+        )
         limits = torch.tensor([columns, rows, columns, rows], dtype=torch.float32)
         features, objectness, candidates = self.propose(pixels, limits)
         proposals = self.choose(objectness[0], candidates[0])
-        pooled = roi_align(features, [proposals], self.side, 1 / self.stride, self.samples, aligned=True)
+        pooled = roi_align(
+            features,
+            [proposals],
+            self.side,
+            1 / self.stride,
+            self.samples,
+            aligned=True,
+        )
         probs, boxes = self.describe(pooled, proposals, limits)
         boxes, scores, labels, probs = self.select(boxes, probs)
-        scale = torch.tensor([width / columns, height / rows, width / columns, height / rows], dtype=torch.float32)
+        scale = torch.tensor(
+            [width / columns, height / rows, width / columns, height / rows],
+            dtype=torch.float32,
+        )
         return boxes * scale, scores, labels, probs
 
     def choose(self, objectness: Tensor, candidates: Tensor) -> Tensor:
         best = objectness.topk(min(6 * self.proposals, len(objectness)))
         boxes = candidates[best.indices]
         large = ((boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1.0).nonzero().flatten()
-        return boxes[large[nms(boxes[large], best.values[large], self.rpn_nms)[: self.proposals]]]
+        return boxes[
+            large[nms(boxes[large], best.values[large], self.rpn_nms)[: self.proposals]]
+        ]
 
     def select(self, boxes: Tensor, probs: Tensor) -> Found:
         kept: list[Tensor] = []
@@ -68,10 +96,17 @@ class OneImage(nn.Module):
         pairs = torch.cat(kept)
         scores = probs[pairs[:, 0], pairs[:, 1]]
         order = scores.argsort(descending=True, stable=True)[: self.detections]
-        return boxes[pairs[order, 0]], scores[order], pairs[order, 1], probs[pairs[order, 0]]
+        return (
+            boxes[pairs[order, 0]],
+            scores[order],
+            pairs[order, 1],
+            probs[pairs[order, 0]],
+        )
 
 
 def torchscript(detector: ClipDetector) -> torch.jit.ScriptModule:
     """The detector on the CPU, frozen, without a text encoder."""
-    frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(OneImage(detector).eval()))
+    frozen: torch.jit.ScriptModule = torch.jit.freeze(
+        torch.jit.script(OneImage(detector).eval())
+    )
     return frozen

@@ -1,4 +1,6 @@
-"""Decision-level fusion of opinions on the same boxes, without anything to train. All opinions are probabilities [R, K+1], background last."""
+"""Decision-level fusion of opinions on the same boxes, without anything to train. All
+opinions are probabilities [R, K+1], background last.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 FLOOR = 1e-3
 """Least probability in the product of experts: no opinion is a veto."""
 PRIOR_COUNT = 1.0
-"""Boxes each annotator is taken to have named rightly, per class, before the first is seen."""
+"""Boxes each annotator is taken to have named rightly, per class, before the first is
+seen."""
 SPREAD_COUNT = 0.01
 """The same for each wrong name, so that none is impossible."""
 
@@ -27,7 +30,9 @@ def score_weighted(cloud: Tensor, clip: Tensor) -> Tensor:
 
 
 def product(cloud: Tensor, clip: Tensor) -> Tensor:
-    """Product of experts: normalised product, no factor below ``FLOOR`` (Hinton 2002, with a flat prior)."""
+    """Product of experts: normalised product, no factor below ``FLOOR`` (Hinton 2002,
+    with a flat prior).
+    """
     joint = cloud.clamp(min=FLOOR) * clip.clamp(min=FLOOR)
     return joint / joint.sum(-1, keepdim=True)
 
@@ -44,24 +49,38 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Annotators:
-    """How often each of T annotators says k [columns] where c [rows] is true: ``confusion`` [T, C, C]; ``prior`` [C] of the truth."""
+    """How often each of T annotators says k [columns] where c [rows] is true:
+    ``confusion`` [T, C, C]; ``prior`` [C] of the truth.
+    """
 
     prior: Tensor
     confusion: Tensor
 
     def posterior(self, *opinions: Tensor) -> Tensor:
-        """p(truth | opinions) [R, C] of T opinions [R, C]. A soft opinion counts as its expected logarithm, a sure one as in Dawid-Skene."""
+        """p(truth | opinions) [R, C] of T opinions [R, C]. A soft opinion counts as its
+        expected logarithm, a sure one as in Dawid-Skene.
+        """
         log_confusion = self.confusion.log().to(opinions[0])
-        evidence = torch.stack([opinion @ names.T for opinion, names in zip(opinions, log_confusion, strict=True)]).sum(0)
+        evidence = torch.stack(
+            [
+                opinion @ names.T
+                for opinion, names in zip(opinions, log_confusion, strict=True)
+            ]
+        ).sum(0)
         return (evidence + self.prior.log().to(opinions[0])).softmax(-1)
 
 
-def dawid_skene(*opinions: Tensor, rounds: int = 100, tolerance: float = 1e-6) -> Annotators:
-    """Estimate T annotators from their opinions [N, C] on the same N boxes by EM (Dawid & Skene 1979, soft opinions).
+def dawid_skene(
+    *opinions: Tensor, rounds: int = 100, tolerance: float = 1e-6
+) -> Annotators:
+    """Estimate T annotators from their opinions [N, C] on the same N boxes by EM (Dawid
+    & Skene 1979, soft opinions).
 
-    Starts from the mean opinion. A weak prior towards the diagonal keeps classes in their places and names possible that were never
-    given; without boxes it is all there is. Two annotators alone can't be told apart where they differ: whom to believe then follows
-    from how often each class is seen, so a third opinion is worth more than a better start.
+    Starts from the mean opinion. A weak prior towards the diagonal keeps classes in
+    their places and names possible that were never given; without boxes it is all there
+    is. Two annotators alone can't be told apart where they differ: whom to believe then
+    follows from how often each class is seen, so a third opinion is worth more than a
+    better start.
     """
     said = torch.stack(opinions).double()
     truth = said.mean(0)
@@ -76,6 +95,10 @@ def dawid_skene(*opinions: Tensor, rounds: int = 100, tolerance: float = 1e-6) -
 
 def _estimate(said: Tensor, truth: Tensor) -> Annotators:
     classes = said.shape[-1]
-    counts = torch.einsum("nc,tnk->tck", truth, said) + PRIOR_COUNT * torch.eye(classes).double() + SPREAD_COUNT
+    counts = (
+        torch.einsum("nc,tnk->tck", truth, said)
+        + PRIOR_COUNT * torch.eye(classes).double()
+        + SPREAD_COUNT
+    )
     prior = truth.sum(0) + PRIOR_COUNT
     return Annotators(prior / prior.sum(), counts / counts.sum(-1, keepdim=True))

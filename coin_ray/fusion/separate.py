@@ -1,7 +1,9 @@
-"""Knowledge separation: which results both teachers share, where they contradict, and what only one of them saw (paper section 3.3).
+"""Knowledge separation: which results both teachers share, where they contradict, and
+what only one of them saw (paper section 3.3).
 
-The published matching is many-to-many: no best match, no Hungarian assignment, no confidence threshold on agreement.
-Where the paper says nothing and the official code draws at random, we draw from a seeded generator.
+The published matching is many-to-many: no best match, no Hungarian assignment, no
+confidence threshold on agreement. Where the paper says nothing and the official code
+draws at random, we draw from a seeded generator.
 """
 
 from __future__ import annotations
@@ -29,10 +31,19 @@ class _Matches:
     private_clip: list[int]
 
 
-def separate(cloud: Detections, clip: Detections, config: Separate, *, fuse_boxes: bool, generator: torch.Generator) -> Separation:
-    """Split one image's results. All boxes in one frame; ``clip`` may carry one box several times with different classes.
+def separate(
+    cloud: Detections,
+    clip: Detections,
+    config: Separate,
+    *,
+    fuse_boxes: bool,
+    generator: torch.Generator,
+) -> Separation:
+    """Split one image's results. All boxes in one frame; ``clip`` may carry one box
+    several times with different classes.
 
-    ``fuse_boxes``: a pair's box is the score-weighted mean of both boxes, else the cloud's.
+    ``fuse_boxes``: a pair's box is the score-weighted mean of both boxes, else the
+    cloud's.
     """
     clip = clip[clip.scores > config.clip_score_min]
     if not len(cloud) or not len(clip):
@@ -45,25 +56,48 @@ def separate(cloud: Detections, clip: Detections, config: Separate, *, fuse_boxe
     agreeing = [(o, f) for o, f in pairs if cloud.labels[o] == clip.labels[f]]
     disagreeing = [(o, f) for o, f in pairs if cloud.labels[o] != clip.labels[f]]
     consistent = _without_doubles(_pairs(agreeing, cloud, clip, fuse_boxes), generator)
-    inconsistent = _without_doubles(_pairs(disagreeing, cloud, clip, fuse_boxes), generator)
+    inconsistent = _without_doubles(
+        _pairs(disagreeing, cloud, clip, fuse_boxes), generator
+    )
     claimed = (inconsistent.boxes[:, None] == consistent.boxes[None]).all(-1).any(1)
-    private = Detections.cat([cloud[torch.tensor(lonely, dtype=torch.int64)], clip[torch.tensor(matches.private_clip, dtype=torch.int64)]])
+    private = Detections.cat(
+        [
+            cloud[torch.tensor(lonely, dtype=torch.int64)],
+            clip[torch.tensor(matches.private_clip, dtype=torch.int64)],
+        ]
+    )
     return Separation(consistent, inconsistent[~claimed], private)
 
 
-def _from_one_teacher(cloud: Detections, clip: Detections, config: Separate, generator: torch.Generator) -> Separation:
-    """The two published fallbacks for images in which one teacher saw nothing (the paper: all private). A box keeps one name."""
+def _from_one_teacher(
+    cloud: Detections, clip: Detections, config: Separate, generator: torch.Generator
+) -> Separation:
+    """The two published fallbacks for images in which one teacher saw nothing (the
+    paper: all private). A box keeps one name.
+    """
     none = Pairs.empty(cloud.num_classes)
     if len(cloud):
         if config.lone_cloud_consistent:
-            return Separation(_without_doubles(Pairs(cloud.boxes, cloud, cloud), generator), none, cloud[:0])
+            return Separation(
+                _without_doubles(Pairs(cloud.boxes, cloud, cloud), generator),
+                none,
+                cloud[:0],
+            )
         return Separation(none, none, cloud)
     sure = clip.scores > config.lone_clip_score
-    return Separation(_without_doubles(Pairs(clip.boxes[sure], clip[sure], clip[sure]), generator), none, clip[~sure])
+    return Separation(
+        _without_doubles(Pairs(clip.boxes[sure], clip[sure], clip[sure]), generator),
+        none,
+        clip[~sure],
+    )
 
 
-def _match(cloud: Detections, clip: Detections, overlaps: Tensor, generator: torch.Generator) -> _Matches:
-    """Every overlapping pair; a CLIP box with several classes takes part once, with the class the cloud gave if it has it."""
+def _match(
+    cloud: Detections, clip: Detections, overlaps: Tensor, generator: torch.Generator
+) -> _Matches:
+    """Every overlapping pair; a CLIP box with several classes takes part once, with the
+    class the cloud gave if it has it.
+    """
     pairs: list[Match] = []
     private: list[int] = []
     for members in _same_box_groups(clip.boxes):
@@ -80,15 +114,21 @@ def _match(cloud: Detections, clip: Detections, overlaps: Tensor, generator: tor
 
 
 def _same_box_groups(boxes: Tensor) -> list[list[int]]:
-    """Rows with bit-identical boxes, in order of first appearance (class-agnostic regression gives one box several classes)."""
+    """Rows with bit-identical boxes, in order of first appearance (class-agnostic
+    regression gives one box several classes).
+    """
     groups: dict[tuple[float, ...], list[int]] = {}
     for row, box in enumerate(boxes.tolist()):
         groups.setdefault(tuple(box), []).append(row)
     return list(groups.values())
 
 
-def _resolve_cloud_doubles(pairs: list[Match], cloud: Detections, clip: Detections) -> list[Match]:
-    """Where the cloud gave one object two names: keep the name CLIP confirms; if CLIP contradicts itself, only the conflicts."""
+def _resolve_cloud_doubles(
+    pairs: list[Match], cloud: Detections, clip: Detections
+) -> list[Match]:
+    """Where the cloud gave one object two names: keep the name CLIP confirms; if CLIP
+    contradicts itself, only the conflicts.
+    """
     same = box_iou(cloud.boxes, cloud.boxes) >= SAME_CLOUD_BOX
     done: set[int] = set()
     dropped: set[Match] = set()
@@ -107,10 +147,16 @@ def _resolve_cloud_doubles(pairs: list[Match], cloud: Detections, clip: Detectio
     return [pair for pair in pairs if pair not in dropped]
 
 
-def _pairs(matches: list[Match], cloud: Detections, clip: Detections, fuse_boxes: bool) -> Pairs:
+def _pairs(
+    matches: list[Match], cloud: Detections, clip: Detections, fuse_boxes: bool
+) -> Pairs:
     rows = torch.tensor(matches, dtype=torch.int64).reshape(-1, 2)
     ours, theirs = cloud[rows[:, 0]], clip[rows[:, 1]]
-    boxes = box_ops.weighted_mean(ours.boxes, theirs.boxes, ours.scores, theirs.scores) if fuse_boxes else ours.boxes
+    boxes = (
+        box_ops.weighted_mean(ours.boxes, theirs.boxes, ours.scores, theirs.scores)
+        if fuse_boxes
+        else ours.boxes
+    )
     return Pairs(boxes, ours, theirs)
 
 
@@ -121,4 +167,8 @@ def _without_doubles(pairs: Pairs, generator: torch.Generator) -> Pairs:
 
 
 def _choose(rows: list[int], generator: torch.Generator) -> int:
-    return rows[0] if len(rows) == 1 else rows[int(torch.randint(len(rows), (), generator=generator))]
+    return (
+        rows[0]
+        if len(rows) == 1
+        else rows[int(torch.randint(len(rows), (), generator=generator))]
+    )

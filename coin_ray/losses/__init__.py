@@ -1,1 +1,3 @@
-"""Losses: pure functions of tensors, named for what they compare. Means are over the global batch (``coin_ray.parallel``)."""
+"""Losses: pure functions of tensors, named for what they compare. Means are over the
+global batch (``coin_ray.parallel``).
+"""

@@ -1,4 +1,6 @@
-"""Set prediction losses against class vectors that may be unsure: one-hot for what both teachers agree on, probabilities for the rest."""
+"""Set prediction losses against class vectors that may be unsure: one-hot for what both
+teachers agree on, probabilities for the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ WEIGHTS = {"class": 2.0, "l1": 5.0, "giou": 2.0}
 
 
 def soft_focal(logits: Tensor, targets: Tensor) -> Tensor:
-    """Focal loss [..., K] of ``logits`` against probabilities ``targets``, least where both are equal (arXiv 2006.04388, eq. 10, with alpha).
+    """Focal loss [..., K] of ``logits`` against probabilities ``targets``, least where
+    both are equal (arXiv 2006.04388, eq. 10, with alpha).
 
     For targets of 0 and 1 it is the sigmoid focal loss.
     """
@@ -23,15 +26,25 @@ def soft_focal(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matching_cost(logits: Tensor, boxes: Tensor, targets: Tensor, truth: Tensor) -> Tensor:
-    """[Q, N]: 2 focal + 5 L1 - 2 GIoU of queries (``logits`` [Q, K], ``boxes`` [Q, 4]) against objects (``targets`` [N, K], ``truth`` [N, 4]).
+def matching_cost(
+    logits: Tensor, boxes: Tensor, targets: Tensor, truth: Tensor
+) -> Tensor:
+    """[Q, N]: 2 focal + 5 L1 - 2 GIoU of queries (``logits`` [Q, K], ``boxes`` [Q, 4])
+    against objects (``targets`` [N, K], ``truth`` [N, 4]).
 
-    Boxes are cxcywh in 0..1. The focal part is the one expected under the object's class vector.
+    Boxes are cxcywh in 0..1. The focal part is the one expected under the object's
+    class vector.
     """
     scores = logits.sigmoid()
     taken = -ALPHA * (1 - scores) ** GAMMA * F.logsigmoid(logits)
     left = -(1 - ALPHA) * scores**GAMMA * F.logsigmoid(-logits)
-    giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy"))
+    giou = generalized_box_iou(
+        box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
+    )
     l1 = torch.cdist(boxes, truth, p=1)
-    cost = WEIGHTS["class"] * (taken - left) @ targets.T + WEIGHTS["l1"] * l1 - WEIGHTS["giou"] * giou
+    cost = (
+        WEIGHTS["class"] * (taken - left) @ targets.T
+        + WEIGHTS["l1"] * l1
+        - WEIGHTS["giou"] * giou
+    )
     return torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)

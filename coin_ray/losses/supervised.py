@@ -1,4 +1,6 @@
-"""Detection losses against boxes with one label each: consistent knowledge, CLIP labels, or truth. ``count``: see ``mean``."""
+"""Detection losses against boxes with one label each: consistent knowledge, CLIP
+labels, or truth. ``count``: see ``mean``.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,27 @@ from coin_ray import boxes as box_ops
 from coin_ray.losses.mean import mean
 
 
-def anchor_objectness(logits: Tensor, is_object: Tensor, count: float | None = None) -> Tensor:
+def anchor_objectness(
+    logits: Tensor, is_object: Tensor, count: float | None = None
+) -> Tensor:
     """Binary cross-entropy of sampled anchors [A] against 0/1 [A]."""
-    return mean(F.binary_cross_entropy_with_logits(logits, is_object.to(logits), reduction="none"), count)
+    return mean(
+        F.binary_cross_entropy_with_logits(
+            logits, is_object.to(logits), reduction="none"
+        ),
+        count,
+    )
 
 
 def anchor_boxes(
-    deltas: Tensor, anchors: Tensor, boxes: Tensor, sampled: float, weights: Sequence[float] = box_ops.DELTA_WEIGHTS
+    deltas: Tensor,
+    anchors: Tensor,
+    boxes: Tensor,
+    sampled: float,
+    weights: Sequence[float] = box_ops.DELTA_WEIGHTS,
 ) -> Tensor:
-    """L1 of predicted deltas [P, 4] of positive anchors to their boxes, divided by the number of all ``sampled`` anchors.
+    """L1 of predicted deltas [P, 4] of positive anchors to their boxes, divided by the
+    number of all ``sampled`` anchors.
 
     ``weights``: scale of the deltas along x, y, width, height.
     """
@@ -29,8 +43,11 @@ def anchor_boxes(
     return mean((deltas - box_ops.encode(boxes, anchors) * scale).abs(), sampled)
 
 
-def region_class(logits: Tensor, labels: Tensor, background_weight: float, count: float | None = None) -> Tensor:
-    """Cross-entropy of RoIs [R, K+1] against labels [R]; background rows (label K) count ``background_weight``, the sum is divided by R.
+def region_class(
+    logits: Tensor, labels: Tensor, background_weight: float, count: float | None = None
+) -> Tensor:
+    """Cross-entropy of RoIs [R, K+1] against labels [R]; background rows (label K)
+    count ``background_weight``, the sum is divided by R.
 
     In the published code the weight scales the term, not the denominator.
     """
@@ -39,13 +56,22 @@ def region_class(logits: Tensor, labels: Tensor, background_weight: float, count
     return mean(losses * weights, count)
 
 
-def region_soft_class(logits: Tensor, targets: Tensor, count: float | None = None) -> Tensor:
+def region_soft_class(
+    logits: Tensor, targets: Tensor, count: float | None = None
+) -> Tensor:
     """Cross-entropy of RoIs [R, K+1] against probability vectors [R, K+1]."""
     return mean(-(targets * logits.float().log_softmax(-1)).sum(-1), count)
 
 
-def region_boxes(deltas: Tensor, proposals: Tensor, boxes: Tensor, sampled: float, kind: str) -> Tensor:
-    """Distance of regressed proposals [P, 4] to their boxes, divided by the number of all ``sampled`` RoIs: L1 of deltas, or 1 - GIoU."""
+def region_boxes(
+    deltas: Tensor, proposals: Tensor, boxes: Tensor, sampled: float, kind: str
+) -> Tensor:
+    """Distance of regressed proposals [P, 4] to their boxes, divided by the number of
+    all ``sampled`` RoIs: L1 of deltas, or 1 - GIoU.
+    """
     if kind == "l1":
         return mean((deltas.float() - box_ops.encode(boxes, proposals)).abs(), sampled)
-    return mean(generalized_box_iou_loss(box_ops.decode(deltas.float(), proposals), boxes), sampled)
+    return mean(
+        generalized_box_iou_loss(box_ops.decode(deltas.float(), proposals), boxes),
+        sampled,
+    )

@@ -14,7 +14,9 @@ from coin_ray.structures import Detections
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """A batch: ``pixels`` [B, 3, H, W] float32 normalised, padded at the right and bottom; ``sizes`` (height, width) of each image inside."""
+    """A batch: ``pixels`` [B, 3, H, W] float32 normalised, padded at the right and
+    bottom; ``sizes`` (height, width) of each image inside.
+    """
 
     pixels: Tensor
     sizes: tuple[tuple[int, int], ...]
@@ -22,8 +24,9 @@ class Images:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regions:
-    """What a detector says of R given boxes: ``pooled`` [R, C], ``embedded`` [R, D] unit length, ``logits`` [R, K+1], ``deltas`` [R, 4];
-    and ``classes`` [K+1, D], the class embeddings the logits come from.
+    """What a detector says of R given boxes: ``pooled`` [R, C], ``embedded`` [R, D]
+    unit length, ``logits`` [R, K+1], ``deltas`` [R, 4]; and ``classes`` [K+1, D], the
+    class embeddings the logits come from.
     """
 
     pooled: Tensor
@@ -34,12 +37,20 @@ class Regions:
 
     def float(self) -> Regions:
         """In float32, whatever precision the network ran in."""
-        return Regions(self.pooled.float(), self.embedded.float(), self.logits.float(), self.deltas.float(), self.classes.float())
+        return Regions(
+            self.pooled.float(),
+            self.embedded.float(),
+            self.logits.float(),
+            self.deltas.float(),
+            self.classes.float(),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Proposed:
-    """``anchors`` [A, 4] (the same for every image), ``objectness`` [B, A] logits, ``deltas`` [B, A, 4], ``boxes``: proposals [P, 4] per image."""
+    """``anchors`` [A, 4] (the same for every image), ``objectness`` [B, A] logits,
+    ``deltas`` [B, A, 4], ``boxes``: proposals [P, 4] per image.
+    """
 
     anchors: Tensor
     objectness: Tensor
@@ -53,13 +64,19 @@ class Detector(Protocol):
 
 
 class Regional(Protocol):
-    """What COIN needs of a student: proposals to sample, and its view of any box. ``config`` says how anchors and RoIs are sampled."""
+    """What COIN needs of a student: proposals to sample, and its view of any box.
+    ``config`` says how anchors and RoIs are sampled.
+    """
 
     config: config.Detector
     num_classes: int
 
-    def prepare(self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)) -> Images:
-        """uint8 images [3, H, W] of any sizes -> one normalised batch that holds all and ``at_least`` (H, W)."""
+    def prepare(
+        self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)
+    ) -> Images:
+        """uint8 images [3, H, W] of any sizes -> one normalised batch that holds all
+        and ``at_least`` (H, W).
+        """
 
     def propose(self, images: Images) -> tuple[Any, Proposed]:
         """What is computed once per image, for ``describe``; and proposals."""

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from coin_ray.parallel import all_sums
 
 Seen = tuple["Prototypes", Tensor, Tensor]
-"""Prototypes, and the unit-length features [R, D] with labels [R] that they are to follow."""
+"""Prototypes, and the unit-length features [R, D] with labels [R] that they are to
+follow."""
 
 
 class Prototypes(nn.Module):
@@ -33,13 +34,19 @@ class Prototypes(nn.Module):
 
 @torch.no_grad()
 def follow_features(seen: Sequence[Seen], rate: float) -> None:
-    """P_c <- (1 - rate) P_c + rate x mean of the features labelled c, over all workers, which exchange them once; absent classes stay."""
+    """P_c <- (1 - rate) P_c + rate x mean of the features labelled c, over all workers,
+    which exchange them once; absent classes stay.
+    """
     own = []
     for prototypes, features, labels in seen:
-        sums = torch.zeros_like(prototypes.values).index_add_(0, labels, features.detach().float())
+        sums = torch.zeros_like(prototypes.values).index_add_(
+            0, labels, features.detach().float()
+        )
         own += [sums, torch.bincount(labels, minlength=len(sums)).to(sums)]
     total = all_sums(own)
-    for (prototypes, _, _), sums, counts in zip(seen, total[::2], total[1::2], strict=True):
+    for (prototypes, _, _), sums, counts in zip(
+        seen, total[::2], total[1::2], strict=True
+    ):
         values, present = prototypes.values, counts > 0
         mean = sums[present] / counts[present, None]
         values[present] = (1 - rate) * values[present] + rate * mean

@@ -15,7 +15,9 @@ MOST_CLASSES = 6
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """``text``: the verdict; figures in points; ``interval``: 95 % of the change; all but the text may be empty."""
+    """``text``: the verdict; figures in points; ``interval``: 95 % of the change; all
+    but the text may be empty.
+    """
 
     text: str
     student: str = ""
@@ -35,14 +37,32 @@ def headline(summary: Mapping[str, Any]) -> Headline:
     scores = summary.get("map50") or {}
     student, cloud = number(scores.get("student")), number(scores.get("cloud"))
     if student is None:
-        return Headline("No annotated test images were given, so nothing here was measured against truth.")
+        return Headline(
+            "No annotated test images were given, so nothing here was measured against"
+            " truth."
+        )
     if cloud is None:
-        return Headline("The student was evaluated; the cloud was not.", student=points(student))
+        return Headline(
+            "The student was evaluated; the cloud was not.", student=points(student)
+        )
     change = difference(student, cloud)
     size = change.lstrip("+" + MINUS)
-    verdict = {"+": f"scores {size} points above", MINUS: f"scores {size} points below"}.get(change[0], "scores the same as")
-    text = f"The student {verdict} the cloud detector it learned from, and needs no cloud call."
-    return Headline(text, points(student), points(cloud), change, interval_text(_interval(summary, "vs_cloud_interval")), _gap(summary))
+    verdict = {
+        "+": f"scores {size} points above",
+        MINUS: f"scores {size} points below",
+    }.get(change[0], "scores the same as")
+    text = (
+        f"The student {verdict} the cloud detector it learned from, and needs no cloud"
+        " call."
+    )
+    return Headline(
+        text,
+        points(student),
+        points(cloud),
+        change,
+        interval_text(_interval(summary, "vs_cloud_interval")),
+        _gap(summary),
+    )
 
 
 def answers(summary: Mapping[str, Any]) -> list[Answer]:
@@ -71,7 +91,9 @@ def bounds(found: object) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def _interval(summary: Mapping[str, Any], name: str, method: str = "student") -> tuple[float, float] | None:
+def _interval(
+    summary: Mapping[str, Any], name: str, method: str = "student"
+) -> tuple[float, float] | None:
     return bounds((summary.get(name) or {}).get(method))
 
 
@@ -84,12 +106,17 @@ def _better(summary: Mapping[str, Any]) -> str:
     found = _interval(summary, "vs_cloud_interval")
     if found is None:
         return ""
-    change = difference(*((summary.get("map50") or {}).get(k) for k in ("student", "cloud")))
+    change = difference(
+        *((summary.get("map50") or {}).get(k) for k in ("student", "cloud"))
+    )
     figures = f"{change} points mAP50, 95 % interval {interval_text(found)}"
     verdict = {
         "better": f"Yes: {figures}.",
         "worse": f"No: {figures}.",
-        "": f"These test images can't tell: {figures}, which includes zero. More annotated test images would.",
+        "": (
+            f"These test images can't tell: {figures}, which includes zero. More"
+            " annotated test images would."
+        ),
     }[sure(*found)]
     return f"{verdict}{_baseline(summary)}"
 
@@ -100,7 +127,10 @@ def _baseline(summary: Mapping[str, Any]) -> str:
     plain = number(scores.get("pseudo_label"))
     if plain is None:
         return ""
-    return f" Against the same student on plain cloud labels: {difference(scores.get('student'), plain)} points."
+    return (
+        " Against the same student on plain cloud labels:"
+        f" {difference(scores.get('student'), plain)} points."
+    )
 
 
 def _classes(summary: Mapping[str, Any]) -> str:
@@ -108,24 +138,46 @@ def _classes(summary: Mapping[str, Any]) -> str:
     if not {"student", "cloud"} <= set(per_class):
         return ""
     spans = summary.get("class_change_interval") or [(None, None)] * len(names)
-    rows = [(o, c, n, s) for o, c, n, s in zip(per_class["student"], per_class["cloud"], names, spans, strict=True)]
-    lower = sorted((o - c, n, s, difference(o, c)) for o, c, n, s in rows if number(o) is not None and number(c) is not None and o < c)
+    rows = [
+        (o, c, n, s)
+        for o, c, n, s in zip(
+            per_class["student"], per_class["cloud"], names, spans, strict=True
+        )
+    ]
+    lower = sorted(
+        (o - c, n, s, difference(o, c))
+        for o, c, n, s in rows
+        if number(o) is not None and number(c) is not None and o < c
+    )
     if not lower:
         return "On no class with test objects does the student score below the cloud."
-    told = [f"{name} {change}{'' if sure(*span) else ' (may be chance)'}" for _, name, span, change in lower]
+    told = [
+        f"{name} {change}{'' if sure(*span) else ' (may be chance)'}"
+        for _, name, span, change in lower
+    ]
     more = f" and {len(told) - MOST_CLASSES} more" if len(told) > MOST_CLASSES else ""
     return f"Below the cloud: {', '.join(told[:MOST_CLASSES])}{more}."
 
 
 def _cost(summary: Mapping[str, Any]) -> str:
-    calls, seconds = summary.get("calls") or {}, (summary.get("seconds") or {}).get("total")
+    calls, seconds = (
+        summary.get("calls") or {},
+        (summary.get("seconds") or {}).get("total"),
+    )
     made, paid = number(calls.get("made")), number(calls.get("cost_usd"))
     if made is None:
         return ""
     took = f"{duration(seconds)} of work" if number(seconds) else ""
-    spent = [f"{made:,.0f} cloud calls", *([money(paid)] if paid is not None else []), *([took] if took else [])]
+    spent = [
+        f"{made:,.0f} cloud calls",
+        *([money(paid)] if paid is not None else []),
+        *([took] if took else []),
+    ]
     per = (
-        f" 1,000 further images would cost {money(1000 * paid / made)} at the cloud, and nothing with the student." if paid and made else ""
+        f" 1,000 further images would cost {money(1000 * paid / made)} at the cloud,"
+        " and nothing with the student."
+        if paid and made
+        else ""
     )
     return f"{', '.join(spent)}.{per}"
 
@@ -134,5 +186,11 @@ def _belief(summary: Mapping[str, Any]) -> str:
     images = (summary.get("images") or {}).get("test")
     if not images or number((summary.get("map50") or {}).get("student")) is None:
         return ""
-    chance = " Intervals come from drawing the test images anew (bootstrap); they don't include chance in training: try further seeds."
-    return f"Measured on {images:,} annotated test images that no training read.{chance if summary.get('map50_interval') else ''}"
+    chance = (
+        " Intervals come from drawing the test images anew (bootstrap); they don't"
+        " include chance in training: try further seeds."
+    )
+    return (
+        f"Measured on {images:,} annotated test images that no training"
+        f" read.{chance if summary.get('map50_interval') else ''}"
+    )

@@ -1,4 +1,6 @@
-"""Several finished runs on one page: what each reached, what it cost, and which settings tell them apart."""
+"""Several finished runs on one page: what each reached, what it cost, and which
+settings tell them apart.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,16 @@ from coin_ray.errors import CoinError, InputError
 from coin_ray.report.answers import bounds, interval_text
 from coin_ray.report.methods import DASH, difference, duration, money, number, points
 from coin_ray.report.page import template
-from coin_ray.tracking import flatten
+from coin_ray.runs.tracking import flatten
 
 PAGE = "comparison.html"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``name``: as given, shortened to what tells it apart; ``settings``: leaves of the config by dotted name; ``link``: its report, if any."""
+    """``name``: as given, shortened to what tells it apart; ``settings``: leaves of the
+    config by dotted name; ``link``: its report, if any.
+    """
 
     name: str
     summary: Mapping[str, Any]
@@ -32,13 +36,19 @@ class Run:
 
 
 def runs_of(arguments: Sequence[str]) -> list[str]:
-    """The folders in ``A B ... [--out FILE]``; empty if the arguments are those of a single run (``demo --seed 1``)."""
-    first = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
+    """The folders in ``A B ... [--out FILE]``; empty if the arguments are those of a
+    single run (``demo --seed 1``).
+    """
+    first = next(
+        (i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments)
+    )
     return list(arguments[:first]) if first > 1 else []
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare the runs in ``A B ... [--out FILE]``; returns the exit code. User errors are one message, no traceback."""
+    """Compare the runs in ``A B ... [--out FILE]``; returns the exit code. User errors
+    are one message, no traceback.
+    """
     try:
         print(compare(runs_of(arguments), _out(arguments)))
     except CoinError as error:
@@ -48,9 +58,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def compare(roots: Sequence[str], out: str) -> str:
-    """Write the page of the runs below ``roots`` to ``out``; returns where it is. Raises InputError for a folder without a finished run."""
+    """Write the page of the runs below ``roots`` to ``out``; returns where it is.
+    Raises InputError for a folder without a finished run.
+    """
     out = storage.absolute(out)
-    runs = [_read(storage.absolute(root), name, out) for root, name in zip(roots, _names(roots), strict=True)]
+    runs = [
+        _read(storage.absolute(root), name, out)
+        for root, name in zip(roots, _names(roots), strict=True)
+    ]
     storage.write_bytes(out, comparison(runs).encode())
     return out
 
@@ -68,7 +83,9 @@ def comparison(runs: Sequence[Run]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """``width``, ``low``, ``high``: the student's mAP50 and its interval in percent of the track."""
+    """``width``, ``low``, ``high``: the student's mAP50 and its interval in percent of
+    the track.
+    """
 
     run: Run
     student: str
@@ -84,7 +101,10 @@ class _Row:
 def _row(run: Run) -> _Row:
     s = run.summary
     scores = s.get("map50") or {}
-    own, against = (bounds((s.get(name) or {}).get("student")) for name in ("map50_interval", "vs_cloud_interval"))
+    own, against = (
+        bounds((s.get(name) or {}).get("student"))
+        for name in ("map50_interval", "vs_cloud_interval")
+    )
     closed = number(s.get("gap_closed"))
     cells = (
         points(scores.get("cloud")),
@@ -110,15 +130,27 @@ def _row(run: Run) -> _Row:
 
 
 def _spread(runs: Sequence[Run]) -> str:
-    """Mean and deviation of the student over runs of one configuration with different seeds; else empty."""
-    known = [v for run in runs if (v := number((run.summary.get("map50") or {}).get("student"))) is not None]
-    if len(known) < 2 or {name for name, _ in _different(runs)} - {"seed"} or len({r.summary.get("seed") for r in runs}) < len(runs):
+    """Mean and deviation of the student over runs of one configuration with different
+    seeds; else empty.
+    """
+    known = [
+        v
+        for run in runs
+        if (v := number((run.summary.get("map50") or {}).get("student"))) is not None
+    ]
+    if (
+        len(known) < 2
+        or {name for name, _ in _different(runs)} - {"seed"}
+        or len({r.summary.get("seed") for r in runs}) < len(runs)
+    ):
         return ""
     return f"{points(fmean(known))} ± {points(stdev(known))}"
 
 
 def _by_class(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """The student's AP50 of each class in every run, and whether it is the best of them; of runs with the same classes."""
+    """The student's AP50 of each class in every run, and whether it is the best of
+    them; of runs with the same classes.
+    """
     classes = runs[0].summary.get("classes") or ()
     found = [(run.summary.get("per_class") or {}).get("student") for run in runs]
     if any(run.summary.get("classes") != classes for run in runs) or not all(found):
@@ -141,15 +173,27 @@ def _different(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _read(root: str, name: str, out: str) -> Run:
     path = storage.join(root, "summary.json")
     if not storage.exists(path):
-        raise InputError(f"comparing needs finished runs: {root} has no summary.json; run pipelines/full.py --root {root} first")
+        raise InputError(
+            f"comparing needs finished runs: {root} has no summary.json; run"
+            f" pipelines/full.py --root {root} first"
+        )
     summary = storage.read_json(path)
     config = storage.join(root, "config.yaml")
-    settings = yaml.safe_load(storage.read_bytes(config)) if storage.exists(config) else {}
-    return Run(name, summary, {k: str(v) for k, v in flatten(settings).items() if k != "value"}, _link(root, summary, out))
+    settings = (
+        yaml.safe_load(storage.read_bytes(config)) if storage.exists(config) else {}
+    )
+    return Run(
+        name,
+        summary,
+        {k: str(v) for k, v in flatten(settings).items() if k != "value"},
+        _link(root, summary, out),
+    )
 
 
 def _link(root: str, summary: Mapping[str, Any], out: str) -> str:
-    """From ``out`` to the run's page, which lies where it was made relative to the root; empty if it isn't there."""
+    """From ``out`` to the run's page, which lies where it was made relative to the
+    root; empty if it isn't there.
+    """
     if not summary.get("page"):
         return ""
     page = storage.join(root, *str(summary["page"]).split("/")[-3:])
@@ -172,4 +216,6 @@ def _out(arguments: Sequence[str]) -> str:
         return rest[0].removeprefix("--out=")
     if len(rest) == 2 and rest[0] == "--out":
         return rest[1]
-    raise InputError(f"comparing takes folders of runs and --out FILE; got {' '.join(rest)}")
+    raise InputError(
+        f"comparing takes folders of runs and --out FILE; got {' '.join(rest)}"
+    )

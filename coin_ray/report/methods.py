@@ -1,4 +1,6 @@
-"""What is compared, in the order and with the names of every table. Imports nothing heavy."""
+"""What is compared, in the order and with the names of every table. Imports nothing
+heavy.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ MINUS = "\u2212"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """``key``: name in summary.json. ``hue``: the colour it has everywhere. ``needs``: what using it on a new image takes."""
+    """``key``: name in summary.json. ``hue``: the colour it has everywhere. ``needs``:
+    what using it on a new image takes.
+    """
 
     key: str
     name: str
@@ -23,9 +27,13 @@ class Method:
 METHODS = (
     Method("cloud", "Cloud detector", "cloud", "the cloud"),
     Method("clip_labels", "Cloud boxes, CLIP labels", "clip", "the cloud and CLIP"),
-    Method("static_fusion", "Cloud boxes, averaged labels", "neutral", "the cloud and CLIP"),
+    Method(
+        "static_fusion", "Cloud boxes, averaged labels", "neutral", "the cloud and CLIP"
+    ),
     Method("clip_detector", "CLIP detector", "clip", "the local model"),
-    Method("pseudo_label", "Student on cloud labels alone", "neutral", "the local model"),
+    Method(
+        "pseudo_label", "Student on cloud labels alone", "neutral", "the local model"
+    ),
     Method("student", "Student", "student", "the local model"),
     Method("oracle", "Student on true labels", "truth", "the local model"),
 )
@@ -33,13 +41,19 @@ METHODS = (
 
 def number(value: object) -> float | None:
     """A finite number, or None for null, NaN and anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+    ):
         return None
     return float(value)
 
 
 def points(value: object) -> str:
-    """A share as points of 100 with one decimal, the way detection tables are read; a dash if unknown."""
+    """A share as points of 100 with one decimal, the way detection tables are read; a
+    dash if unknown.
+    """
     known = number(value)
     return DASH if known is None else f"{known * 100:.1f}"
 

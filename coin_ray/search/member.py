@@ -1,4 +1,6 @@
-"""A member of a population: the pipeline's own distillation, looked at after each ninth, that may go on from another member's state."""
+"""A member of a population: the pipeline's own distillation, looked at after each
+ninth, that may go on from another member's state.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +12,34 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.errors import CoinError
-from coin_ray.search.lineage import Look, by_place, line_of, place, read_look, read_looks
+from coin_ray.runs.steps import Context, context_of, execute
+from coin_ray.search.lineage import (
+    Look,
+    by_place,
+    line_of,
+    place,
+    read_look,
+    read_looks,
+)
 from coin_ray.search.plan import FULL, Search
 from coin_ray.search.space import Settings
 from coin_ray.search.trial import FAILED, final_figures, looked
 from coin_ray.stages import distill
-from coin_ray.stages.fitting import STATE, Fit, save_weights, train
-from coin_ray.steps import Context, context_of, execute
+from coin_ray.stages.common.training_job import STATE, Fit, save_weights, train
 from coin_ray.training.loop import Curve
 
 Report = Callable[[Look], None]
 """Told of a member after each ninth; under Tune it may end the process."""
 
 
-def run_member(search: Search, number: int, settings: Settings, begun: Look | None, report: Report) -> None:
-    """Train to the end under ``settings``, from the state that ``begun`` names (its own or another member's), or from the start.
+def run_member(
+    search: Search, number: int, settings: Settings, begun: Look | None, report: Report
+) -> None:
+    """Train to the end under ``settings``, from the state that ``begun`` names (its own
+    or another member's), or from the start.
 
-    What is there already from before a kill is told, not done again. A training that diverges counts as failed in all that follows.
+    What is there already from before a kill is told, not done again. A training that
+    diverges counts as failed in all that follows.
     """
     member = Member(search, number, dict(settings), begun, report)
     while (known := member.known()) is not None:
@@ -45,8 +58,20 @@ def run_member(search: Search, number: int, settings: Settings, begun: Look | No
 
 
 class Member:
-    def __init__(self, search: Search, number: int, settings: dict[str, Any], begun: Look | None, report: Report) -> None:
-        self.search, self.number, self.settings, self.report = search, number, settings, report
+    def __init__(
+        self,
+        search: Search,
+        number: int,
+        settings: dict[str, Any],
+        begun: Look | None,
+        report: Report,
+    ) -> None:
+        self.search, self.number, self.settings, self.report = (
+            search,
+            number,
+            settings,
+            report,
+        )
         self.last, self.started = begun, time.monotonic()
         self.folder = storage.join(search.folder, "population", str(number), "training")
 
@@ -59,18 +84,32 @@ class Member:
         return self.last.member if self.last else self.number
 
     def known(self) -> Look | None:
-        """The next look, if it was made before a kill, of the same state under the same settings."""
+        """The next look, if it was made before a kill, of the same state under the same
+        settings.
+        """
         look = read_look(self.search.folder, self.number, self.ninths + 1)
-        return look if look and look.copied == self.source and look.settings == self.settings else None
+        return (
+            look
+            if look and look.copied == self.source and look.settings == self.settings
+            else None
+        )
 
     def train(self) -> None:
         search, config = self.search, self.search.trial_config(self.settings)
         state = storage.join(self.folder, STATE)
         storage.remove(state)
         if self.last:
-            storage.write_bytes(state, storage.read_bytes(place(search.folder, self.last.member, self.last.ninths, ".pt")))
+            storage.write_bytes(
+                state,
+                storage.read_bytes(
+                    place(search.folder, self.last.member, self.last.ninths, ".pt")
+                ),
+            )
         step = search.steps(self.settings)["distill"]
-        made = distill.run(replace(context_of(step, config, search.root), folder=self.folder), self._fit)
+        made = distill.run(
+            replace(context_of(step, config, search.root), folder=self.folder),
+            self._fit,
+        )
         folder = self._handed_over(made)
         self.tell(final_figures(search, folder))
 
@@ -78,9 +117,22 @@ class Member:
         """Keep a look, then report it."""
         now = time.monotonic()
         seconds, self.started = round(now - self.started, 1), now
-        known = {name: float(value) for name, value in figures.items() if value is not None}
-        look = Look(self.number, self.ninths + 1, self.source, self.settings, known, seconds, failure)
-        storage.write_json(place(self.search.folder, look.member, look.ninths, ".json"), dataclasses.asdict(look))
+        known = {
+            name: float(value) for name, value in figures.items() if value is not None
+        }
+        look = Look(
+            self.number,
+            self.ninths + 1,
+            self.source,
+            self.settings,
+            known,
+            seconds,
+            failure,
+        )
+        storage.write_json(
+            place(self.search.folder, look.member, look.ninths, ".json"),
+            dataclasses.asdict(look),
+        )
         self.last = look
         self.report(look)
 
@@ -94,11 +146,14 @@ class Member:
         if state is None or rest or ninths >= FULL:
             return
         save_weights(place(self.search.folder, self.number, ninths, ".pt"), state)
-        storage.remove(place(self.search.folder, self.number, ninths - 2, ".pt"))  # all have been looked at since
+        # all have been looked at since
+        storage.remove(place(self.search.folder, self.number, ninths - 2, ".pt"))
         self.tell(looked(self.search, self.folder, state))
 
     def _handed_over(self, made: dict[str, Any]) -> str:
-        """The folder of the distillation with this line's schedule, finished: what the pipeline finds."""
+        """The folder of the distillation with this line's schedule, finished: what the
+        pipeline finds.
+        """
         search = self.search
         final = Look(self.number, FULL, self.source, self.settings, {}, 0.0)
         looks = read_looks(search.folder, search.trials, FULL) | by_place([final])
@@ -107,11 +162,16 @@ class Member:
 
         def moved(context: Context) -> dict[str, Any]:
             for uri in storage.list_files(self.folder):
-                storage.write_bytes(storage.join(context.folder, uri.rpartition("/")[2]), storage.read_bytes(uri))
+                storage.write_bytes(
+                    storage.join(context.folder, uri.rpartition("/")[2]),
+                    storage.read_bytes(uri),
+                )
             return made
 
         if step.manifest(search.root) is None:
-            execute(step, search.trial_config(line[0].settings, line), search.root, moved)
+            execute(
+                step, search.trial_config(line[0].settings, line), search.root, moved
+            )
         for uri in storage.list_files(self.folder):
             storage.remove(uri)
         return step.folder(search.root)

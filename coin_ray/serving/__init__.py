@@ -1,4 +1,6 @@
-"""A detector behind HTTP (docs/serving.md): ``serve run coin_ray.serving:app``, or ``coin_ray.serving:build`` with words."""
+"""A detector behind HTTP (docs/serving.md): ``serve run coin_ray.serving:app``, or
+``coin_ray.serving:build`` with words.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """``app`` and ``build``, made when Ray Serve asks for them: no other module of this package needs Ray."""
+    """``app`` and ``build``, made when Ray Serve asks for them: no other module of this
+    package needs Ray.
+    """
     if name not in ("app", "build"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import os

@@ -1,4 +1,6 @@
-"""What a server takes on at once: calls, bytes of their bodies, pixels of their images. Beyond that it answers 503 with Retry-After."""
+"""What a server takes on at once: calls, bytes of their bodies, pixels of their images.
+Beyond that it answers 503 with Retry-After.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Room:
 
 
 class Body:
-    """A request's body, read in parts: never more than ``limit`` bytes, never more than the ``room`` that all bodies share."""
+    """A request's body, read in parts: never more than ``limit`` bytes, never more than
+    the ``room`` that all bodies share.
+    """
 
     def __init__(self, request: Request, room: Room, limit: int = BODY_MAX) -> None:
         self._request, self._room, self._limit = request, room, limit
@@ -53,7 +57,9 @@ class Body:
     async def read(self) -> bytes:
         """Raises ``Problem`` 413, 408, 400 (the client went away) and 503."""
         declared = self._request.headers.get("content-length", "0")
-        if declared.isdecimal() and (len(declared) > DIGITS_MAX or int(declared) > self._limit):
+        if declared.isdecimal() and (
+            len(declared) > DIGITS_MAX or int(declared) > self._limit
+        ):
             raise self._too_large()
         parts = bytearray()
         try:
@@ -62,7 +68,11 @@ class Body:
                     self._hold(len(part))
                     parts += part
         except TimeoutError:
-            raise Problem(408, "the request took too long to arrive", f"{READ_SECONDS:.0f} seconds") from None
+            raise Problem(
+                408,
+                "the request took too long to arrive",
+                f"{READ_SECONDS:.0f} seconds",
+            ) from None
         except ClientDisconnect:
             raise Problem(400, "the client went away") from None
         self.complete = True
@@ -76,7 +86,12 @@ class Body:
         self._held += size
 
     def _too_large(self) -> Problem:
-        return Problem(413, "the request is too large", f"at most {self._limit} bytes", Connection="close")
+        return Problem(
+            413,
+            "the request is too large",
+            f"at most {self._limit} bytes",
+            Connection="close",
+        )
 
     def release(self) -> None:
         """What was read is no longer kept."""
@@ -84,7 +99,9 @@ class Body:
         self._held = 0
 
     async def drain(self) -> None:
-        """Read on and forget, within bounds: a client that is still sending must be able to see why it was refused."""
+        """Read on and forget, within bounds: a client that is still sending must be
+        able to see why it was refused.
+        """
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
                 left = self._limit

@@ -17,7 +17,8 @@ from coin_ray.config import Cloud, in_plain_view
 from coin_ray.errors import CloudUnreachable
 
 EMULATED = ("demo", "onnx")
-"""Small models that stand in for a cloud: one thread, and the latency, limit and faults of a real one."""
+"""Small models that stand in for a cloud: one thread, and the latency, limit and faults
+of a real one."""
 START_SECONDS = 120.0
 START_SECONDS_LARGE = 1800.0  # a download may come first
 STOP_SECONDS = 5.0
@@ -26,31 +27,49 @@ POLL = 0.05
 
 
 def start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
-    """Where each cloud answers; local ones are started, one server for all views of one, and end with ``running``."""
+    """Where each cloud answers; local ones are started, one server for all views of
+    one, and end with ``running``.
+    """
     urls: dict[Cloud, str] = {}
     servers = [in_plain_view(cloud) for cloud in clouds]
     for number, cloud in enumerate(dict.fromkeys(servers), 1):
         name = "local_cloud" if number == 1 else f"local_cloud_{number}"
-        folder = storage.join(root, name) if "://" not in root else f"/tmp/coin_ray/{uuid.uuid4().hex}"
+        folder = (
+            storage.join(root, name)
+            if "://" not in root
+            else f"/tmp/coin_ray/{uuid.uuid4().hex}"
+        )
         url = endpoint_for(cloud, adapter_for(cloud))
-        urls[cloud] = url if cloud.serve == "none" else running.enter_context(local_cloud(cloud, folder))
+        urls[cloud] = (
+            url
+            if cloud.serve == "none"
+            else running.enter_context(local_cloud(cloud, folder))
+        )
     return [urls[cloud] for cloud in servers]
 
 
 @contextmanager
 def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
-    """The URL of a local server as ``config.serve`` says; it keeps its log, statistics and call log in a local folder.
+    """The URL of a local server as ``config.serve`` says; it keeps its log, statistics
+    and call log in a local folder.
 
-    It ends with the block, and also when this process is killed. Raises ``CloudUnreachable`` with the end of its log if it
-    does not start.
+    It ends with the block, and also when this process is killed. Raises
+    ``CloudUnreachable`` with the end of its log if it does not start.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     ready = place / "url"
     ready.unlink(missing_ok=True)
     with (place / "server.log").open("wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if config.serve in EMULATED else None
-        process = subprocess.Popen(_command(config, place), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        environment = (
+            {**os.environ, "OMP_NUM_THREADS": "1"} if config.serve in EMULATED else None
+        )
+        process = subprocess.Popen(
+            _command(config, place),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
     try:
         seconds = START_SECONDS if config.serve in EMULATED else START_SECONDS_LARGE
         yield _wait_ready(process, ready, place / "server.log", seconds)
@@ -59,10 +78,30 @@ def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
 
 
 def _command(config: Cloud, folder: Path) -> list[str]:
-    command = [sys.executable, "-m", "coin_ray.serving.local_cloud", "--serve", config.serve, "--parent-pid", str(os.getpid())]
+    command = [
+        sys.executable,
+        "-m",
+        "coin_ray.serving.local_cloud",
+        "--serve",
+        config.serve,
+        "--parent-pid",
+        str(os.getpid()),
+    ]
     if config.serve in EMULATED:
-        command += ["--latency", str(config.serve_latency), "--rate", str(config.serve_rate), "--faults", str(config.serve_faults)]
-    command += ["--ready-file", str(folder / "url"), "--stats-file", str(folder / "stats.json")]
+        command += [
+            "--latency",
+            str(config.serve_latency),
+            "--rate",
+            str(config.serve_rate),
+            "--faults",
+            str(config.serve_faults),
+        ]
+    command += [
+        "--ready-file",
+        str(folder / "url"),
+        "--stats-file",
+        str(folder / "stats.json"),
+    ]
     command += ["--call-log", str(folder / "calls.jsonl")]
     if config.token_env:
         command += ["--token-env", config.token_env]
@@ -72,7 +111,9 @@ def _command(config: Cloud, folder: Path) -> list[str]:
     return command
 
 
-def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, seconds: float) -> str:
+def _wait_ready(
+    process: subprocess.Popen[bytes], ready: Path, log: Path, seconds: float
+) -> str:
     give_up_at = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < give_up_at:
         if ready.exists():

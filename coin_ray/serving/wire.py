@@ -1,4 +1,6 @@
-"""The server's side of the reference wire format (docs/cloud.md): what a call must look like, and what answers look like."""
+"""The server's side of the reference wire format (docs/cloud.md): what a call must look
+like, and what answers look like.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from starlette.responses import JSONResponse
 
 from coin_ray.data.canonical import stored_size
 from coin_ray.errors import InputError
-from coin_ray.serving.onnx_detectors import Floats
+from coin_ray.predictors.onnx_detectors import Floats
 
 BODY_MAX = 64 * 2**20
 CLASSES_MAX = 4096
@@ -27,10 +29,16 @@ PROBLEM = "application/problem+json"
 class Problem(Exception):
     """An answer in ``application/problem+json``."""
 
-    def __init__(self, status: int, title: str, detail: str = "", **headers: str) -> None:
+    def __init__(
+        self, status: int, title: str, detail: str = "", **headers: str
+    ) -> None:
         super().__init__(title)
         self.status = status
-        content = {"status": status, "title": title, "detail": detail.encode(errors="replace").decode()}
+        content = {
+            "status": status,
+            "title": title,
+            "detail": detail.encode(errors="replace").decode(),
+        }
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         self.response = JSONResponse(content, status, names, media_type=PROBLEM)
 
@@ -56,8 +64,13 @@ class DetectCall(BaseModel):
     model_config = ConfigDict(hide_input_in_errors=True)
 
     image: SentImage
-    classes: Annotated[list[Annotated[StrictStr, Field(min_length=1, max_length=NAME_MAX)]], Field(min_length=1, max_length=CLASSES_MAX)]
-    threshold: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 0.0
+    classes: Annotated[
+        list[Annotated[StrictStr, Field(min_length=1, max_length=NAME_MAX)]],
+        Field(min_length=1, max_length=CLASSES_MAX),
+    ]
+    threshold: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = (
+        0.0
+    )
     model: StrictStr | None = "default"
     wanted: Annotated[StrictStr | None, Field(alias="return")] = "probs"
 
@@ -70,7 +83,9 @@ class ImageSize(BaseModel):
 
 
 class Detection(BaseModel):
-    """``box``: x0, y0, x1, y1 in pixels; ``scores``: of each class that was asked about."""
+    """``box``: x0, y0, x1, y1 in pixels; ``scores``: of each class that was asked
+    about.
+    """
 
     box: Annotated[list[float], Field(min_length=4, max_length=4)]
     label: str
@@ -88,7 +103,9 @@ class DetectAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """``live``: it answers; ``ready``: the detector has not failed in each of the last images."""
+    """``live``: it answers; ``ready``: the detector has not failed in each of the last
+    images.
+    """
 
     status: str
     live: bool
@@ -102,7 +119,9 @@ class Health(BaseModel):
 
 @dataclass(frozen=True)
 class Question:
-    """One parsed call; ``size``: as the file's header has it; ``image_id``: sha256 of the file."""
+    """One parsed call; ``size``: as the file's header has it; ``image_id``: sha256 of
+    the file.
+    """
 
     data: bytes = field(repr=False)
     size: tuple[int, int]
@@ -113,43 +132,79 @@ class Question:
 
 
 def parse(body: bytes, key: str, pixels_max: int) -> Question:
-    """Raises ``Problem`` 400 for what is not in the reference format, 413 and 415 for an image that can't be used."""
+    """Raises ``Problem`` 400 for what is not in the reference format, 413 and 415 for
+    an image that can't be used.
+    """
     try:
         call = DetectCall.model_validate_json(body)
     except ValidationError as error:
-        raise Problem(400, "the request is not in the reference format", _reason(error)) from None
+        raise Problem(
+            400, "the request is not in the reference format", _reason(error)
+        ) from None
     if len(set(call.classes)) < len(call.classes):
-        raise Problem(400, "a class name is given twice", "the scores of both could not be told apart")
+        raise Problem(
+            400,
+            "a class name is given twice",
+            "the scores of both could not be told apart",
+        )
     try:
         data = base64.b64decode(call.image.b64, validate=True)
         width, height = stored_size(data)
     except (binascii.Error, ValueError, InputError) as error:
         raise Problem(415, "not a usable image", str(error)) from None
     if width * height > pixels_max:
-        raise Problem(413, "the image is too large", f"it has {width} x {height} pixels; this server takes {pixels_max:,}: make it smaller")
-    return Question(data, (width, height), hashlib.sha256(data).hexdigest(), tuple(call.classes), call.threshold, key)
+        raise Problem(
+            413,
+            "the image is too large",
+            f"it has {width} x {height} pixels; this server takes {pixels_max:,}: make"
+            " it smaller",
+        )
+    return Question(
+        data,
+        (width, height),
+        hashlib.sha256(data).hexdigest(),
+        tuple(call.classes),
+        call.threshold,
+        key,
+    )
 
 
 def _reason(error: ValidationError) -> str:
     """The first places that are wrong, without what stood there."""
     found = error.errors(include_input=False, include_url=False, include_context=False)
-    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3])[:REASON_MAX]
+    return "; ".join(
+        f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3]
+    )[:REASON_MAX]
 
 
-def elements(boxes: Floats, scores: Floats, classes: Sequence[str]) -> list[dict[str, Any]]:
+def elements(
+    boxes: Floats, scores: Floats, classes: Sequence[str]
+) -> list[dict[str, Any]]:
     """Boxes [N, 4] and scores [N, K] as the format's ``detections``."""
     made = []
     for box, row in zip(boxes, scores, strict=True):
         best = int(np.argmax(row))
-        named = {name: round(float(score), 6) for name, score in zip(classes, row, strict=True)}
-        made.append({"box": [round(float(v), 3) for v in box], "label": classes[best], "score": named[classes[best]], "scores": named})
+        named = {
+            name: round(float(score), 6)
+            for name, score in zip(classes, row, strict=True)
+        }
+        made.append(
+            {
+                "box": [round(float(v), 3) for v in box],
+                "label": classes[best],
+                "score": named[classes[best]],
+                "scores": named,
+            }
+        )
     return made
 
 
 def sent_image_id(body: bytes) -> str:
     """sha256 of the image in a request, or an empty string."""
     try:
-        return hashlib.sha256(base64.b64decode(DetectCall.model_validate_json(body).image.b64)).hexdigest()
+        return hashlib.sha256(
+            base64.b64decode(DetectCall.model_validate_json(body).image.b64)
+        ).hexdigest()
     except ValueError:
         return ""
 
@@ -157,7 +212,10 @@ def sent_image_id(body: bytes) -> str:
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's word on the problems a route can answer with."""
     schema = {"schema": ProblemAnswer.model_json_schema()}
-    return {status: {"description": REASONS[status], "content": {PROBLEM: schema}} for status in statuses}
+    return {
+        status: {"description": REASONS[status], "content": {PROBLEM: schema}}
+        for status in statuses
+    }
 
 
 REASONS = {
@@ -171,5 +229,8 @@ REASONS = {
     422: "classes that the model does not know",
     429: "too many calls; Retry-After says when to come again",
     500: "the detector failed",
-    503: "busy, not ready, or the cloud can't be asked; Retry-After says when to come again",
+    503: (
+        "busy, not ready, or the cloud can't be asked; Retry-After says when to come"
+        " again"
+    ),
 }

@@ -1,1 +1,3 @@
-"""The stages: one module each with ``run(context) -> metrics``. Only here (and in serving) is Ray imported."""
+"""The stages: one module each with ``run(context) -> metrics``. Only here (and in
+serving) is Ray imported.
+"""

@@ -1,6 +1,8 @@
-"""Separate: the CLIP detector's results on the training images, and what they and the cloud's make together.
+"""Separate: the CLIP detector's results on the training images, and what they and the
+cloud's make together.
 
-Training separates again at every step; this table is the view before distillation, for the report and for comparison.
+Training separates again at every step; this table is the view before distillation, for
+the report and for comparison.
 """
 
 from __future__ import annotations
@@ -16,22 +18,31 @@ import torch
 from coin_ray import storage, tables
 from coin_ray.data.review.record import KINDS
 from coin_ray.fusion.separate import separate
-from coin_ray.stages.knowledge import collected, corrected, image_table, opinions
-from coin_ray.stages.predicting import write_predictions
+from coin_ray.runs.steps import Context
+from coin_ray.stages.common.prediction import write_predictions
+from coin_ray.stages.common.teacher_outputs import (
+    collected,
+    corrected,
+    image_table,
+    opinions,
+)
 from coin_ray.stages.propagate import WEIGHTS
-from coin_ray.steps import Context
 from coin_ray.structures import Detections, Separation
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write ``clip_detector.parquet`` and ``separation.parquet``. The metrics count what the teachers say; reviewed images are a kind of their own."""
+    """Write ``clip_detector.parquet`` and ``separation.parquet``. The metrics count
+    what the teachers say; reviewed images are a kind of their own.
+    """
     config = context.config
     images = image_table(context.inputs["images"], "train")
     weights = {"clip_detector": storage.join(context.inputs["propagate"], WEIGHTS)}
     write_predictions(weights, images, config, context.folder)
     place = storage.join(context.folder, "separation.parquet")
     with storage.table_writer(place, tables.SEPARATION) as table:
-        for block in tables.blocks(_rows(context, images["image_id"]), tables.SEPARATION):
+        for block in tables.blocks(
+            _rows(context, images["image_id"]), tables.SEPARATION
+        ):
             table.write(block)
     counts: Counter[str] = Counter()
     for block in storage.stream_table(place, ["kind"]):
@@ -42,7 +53,9 @@ def run(context: Context) -> dict[str, Any]:
 def _rows(context: Context, images: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
     """Of each image that a person has labelled or the cloud has answered."""
     config = context.config
-    clip = tables.open_detections(storage.join(context.folder, "clip_detector.parquet"), len(config.classes))
+    clip = tables.open_detections(
+        storage.join(context.folder, "clip_detector.parquet"), len(config.classes)
+    )
     cloud = collected(context.inputs["collect"], "cloud", config)
     know = opinions(cloud, clip, context.inputs["collect"], config)
     reviewed = corrected(context.inputs, config)
@@ -55,20 +68,38 @@ def _rows(context: Context, images: pa.ChunkedArray) -> Iterator[dict[str, Any]]
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
             known = know(image_id)
             theirs = Detections.cat([known["clip"], known["clip_labels"]])
-            yield _row(image_id, separate(known["cloud"], theirs, config.separate, fuse_boxes=True, generator=generator))
+            yield _row(
+                image_id,
+                separate(
+                    known["cloud"],
+                    theirs,
+                    config.separate,
+                    fuse_boxes=True,
+                    generator=generator,
+                ),
+            )
 
 
 def _row(image_id: str, parts: Separation) -> dict[str, Any]:
     pairs = (parts.consistent, parts.inconsistent)
-    nothing, nobody = torch.zeros_like(parts.private.probs), torch.full_like(parts.private.labels, tables.NOBODY)
+    nothing, nobody = (
+        torch.zeros_like(parts.private.probs),
+        torch.full_like(parts.private.labels, tables.NOBODY),
+    )
     return {
         "image_id": image_id,
         "boxes": torch.cat([*(p.boxes for p in pairs), parts.private.boxes]).tolist(),
-        "kind": ["reviewed" if parts.reviewed else "consistent"] * len(pairs[0])
-        + ["inconsistent"] * len(pairs[1])
-        + ["private"] * len(parts.private),
-        "cloud_labels": torch.cat([*(p.cloud.labels for p in pairs), parts.private.labels]).tolist(),
+        "kind": (
+            ["reviewed" if parts.reviewed else "consistent"] * len(pairs[0])
+            + ["inconsistent"] * len(pairs[1])
+            + ["private"] * len(parts.private)
+        ),
+        "cloud_labels": (
+            torch.cat([*(p.cloud.labels for p in pairs), parts.private.labels]).tolist()
+        ),
         "clip_labels": torch.cat([*(p.clip.labels for p in pairs), nobody]).tolist(),
-        "cloud_probs": torch.cat([*(p.cloud.probs for p in pairs), parts.private.probs]).tolist(),
+        "cloud_probs": (
+            torch.cat([*(p.cloud.probs for p in pairs), parts.private.probs]).tolist()
+        ),
         "clip_probs": torch.cat([*(p.clip.probs for p in pairs), nothing]).tolist(),
     }

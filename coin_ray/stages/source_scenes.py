@@ -1,14 +1,16 @@
-"""Labelled scenes of the demo's source domain, which its cloud was trained on: plain scenes of the drawings that the cloud knows."""
+"""Labelled scenes of the demo's source domain, which its cloud was trained on: plain
+scenes of the drawings that the cloud knows.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from coin_ray.config.detector_training import SourceScenes
 from coin_ray.demo.drawings import load_drawings
 from coin_ray.demo.scenes import Artwork, Scene, compose
-from coin_ray.detectors.config import SourceScenes
+from coin_ray.runs.steps import Context
 from coin_ray.stages.images import write_scenes
-from coin_ray.steps import Context
 
 FIRST_SEEDS = {"train": 10_000_000, "val": 30_000_000, "test": 40_000_000}
 """The cloud's training counts on from the first; the target's seeds are above all."""
@@ -21,7 +23,16 @@ def run(context: Context) -> dict[str, Any]:
     artwork = Artwork.of([d for d in load_drawings() if d.known_to_cloud])
 
     def scene(split: str, index: int) -> Scene:
-        cluttered = split == "train" and index % scenes.cluttered == scenes.cluttered - 1
-        return compose(artwork, "target" if cluttered else "source", FIRST_SEEDS[split] + index, OBJECTS)
+        cluttered = (
+            split == "train" and index % scenes.cluttered == scenes.cluttered - 1
+        )
+        return compose(
+            artwork,
+            "target" if cluttered else "source",
+            FIRST_SEEDS[split] + index,
+            OBJECTS,
+        )
 
-    return write_scenes(context, scene, {"train": scenes.train, "val": scenes.val, "test": scenes.test})
+    return write_scenes(
+        context, scene, {"train": scenes.train, "val": scenes.val, "test": scenes.test}
+    )

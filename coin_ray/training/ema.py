@@ -1,4 +1,6 @@
-"""The mean teacher: weights, prompts, batch statistics and prototypes follow the student."""
+"""The mean teacher: weights, prompts, batch statistics and prototypes follow the
+student.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from torch import nn
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, rate: float) -> None:
-    """teacher <- (1 - rate) teacher + rate student over the whole state; integer counters are copied."""
+    """teacher <- (1 - rate) teacher + rate student over the whole state; integer
+    counters are copied.
+    """
     ours, done = teacher.state_dict(), set()
     for name, value in student.state_dict().items():
         place = ours[name].data_ptr()

@@ -1,4 +1,6 @@
-"""The one training loop: resume, batches, checkpoints, curves. It knows neither the method nor Ray."""
+"""The one training loop: resume, batches, checkpoints, curves. It knows neither the
+method nor Ray.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Task(Protocol):
     """What is trained: propagation, distillation, a baseline."""
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Update everything once; return the named loss parts, weighted, this worker's share."""
+        """Update everything once; return the named loss parts, weighted, this worker's
+        share.
+        """
 
     def to(self, device: torch.device) -> Task:
         """Moved there whole; batches stay on the CPU."""
@@ -36,27 +40,51 @@ class Host(Protocol):
     def resume(self) -> dict[str, Any] | None:
         """The last checkpoint, or None."""
 
-    def report(self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None) -> None:
+    def report(
+        self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None
+    ) -> None:
         """Called by all workers at the same steps."""
 
 
 Curve = list[dict[str, float]]
 
 
-def run(task: Task, examples: Sequence[Example], fit: Optimize, detector: Detector, *, seed: int, host: Host) -> Curve:
-    """Train from the host's last checkpoint to ``fit.steps``; a finished run returns at once. Returns the curve of all steps logged so far.
+def run(
+    task: Task,
+    examples: Sequence[Example],
+    fit: Optimize,
+    detector: Detector,
+    *,
+    seed: int,
+    host: Host,
+) -> Curve:
+    """Train from the host's last checkpoint to ``fit.steps``; a finished run returns at
+    once. Returns the curve of all steps logged so far.
 
     Raises TrainingError naming the part when a loss is not finite.
     """
     if not examples:
-        raise TrainingError("nothing to train on: no image has a usable label. Lower collect.score_min or check the class names")
+        raise TrainingError(
+            "nothing to train on: no image has a usable label. Lower collect.score_min"
+            " or check the class names"
+        )
     state = host.resume()
     first, curve = 0, Curve()
     if state is not None:
         task.load_state_dict(state["task"])
         first, curve = state["step"], state["curve"]
     source = (
-        batches(examples, fit, detector, seed=seed, first=first, rank=worker_rank(), workers=worker_count()) if first < fit.steps else ()
+        batches(
+            examples,
+            fit,
+            detector,
+            seed=seed,
+            first=first,
+            rank=worker_rank(),
+            workers=worker_count(),
+        )
+        if first < fit.steps
+        else ()
     )
     for step, batch in enumerate(source, start=first):
         torch.manual_seed(seed * 1_000_003 + step)
@@ -69,7 +97,15 @@ def run(task: Task, examples: Sequence[Example], fit: Optimize, detector: Detect
         metrics = _global_values(parts, step)  # a step that is saved is checked
         if logged:
             curve.append({"step": float(step), **metrics})
-        host.report(step, metrics, {"task": task.state_dict(), "step": done, "curve": curve} if saved else None)
+        host.report(
+            step,
+            metrics,
+            (
+                {"task": task.state_dict(), "step": done, "curve": curve}
+                if saved
+                else None
+            ),
+        )
     return curve
 
 
@@ -80,6 +116,7 @@ def _global_values(parts: Mapping[str, Tensor], step: int) -> dict[str, float]:
     wrong = [n for n in names if not abs(metrics[n]) < float("inf")]
     if wrong:
         raise TrainingError(
-            f"loss {', '.join(wrong)} is not finite at step {step}: {metrics}. Lower the learning rate or set clip_gradient"
+            f"loss {', '.join(wrong)} is not finite at step {step}: {metrics}. Lower"
+            " the learning rate or set clip_gradient"
         )
     return metrics

@@ -1,4 +1,5 @@
-"""Knowledge dissemination: the CLIP detector learns cloud boxes with CLIP labels (paper section 3.2).
+"""Knowledge dissemination: the CLIP detector learns cloud boxes with CLIP labels (paper
+section 3.2).
 
 Plain pseudo-labels and the oracle are the same training with other labels.
 """
@@ -21,37 +22,64 @@ from coin_ray.models.prototypes import Prototypes
 from coin_ray.parallel import sum_gradients
 from coin_ray.structures import Separation
 from coin_ray.training.schedule import make_optimizer, set_learning_rate
-from coin_ray.training.view import Look, View, common_size, look
+from coin_ray.training.student_outputs import Look, View, common_size, look
 
 
 class Propagation:
     """``look``: the one for detectors of this kind."""
 
-    def __init__(self, detector: ClipDetector | RegionalDetr, embeddings: Tensor, config: Propagate, look: Look = look) -> None:
+    def __init__(
+        self,
+        detector: ClipDetector | RegionalDetr,
+        embeddings: Tensor,
+        config: Propagate,
+        look: Look = look,
+    ) -> None:
         self.detector, self.config, self.look = detector.train(), config, look
         self.prototypes = Prototypes(embeddings)
         self.optimizer = make_optimizer(detector, config.fit)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         images, generators = batch.strong, batch.generators
-        labels = [Separation.of_labels(kept, reviewed=sure) for kept, sure in zip(batch.knowledge["labels"], batch.reviewed, strict=True)]
+        labels = [
+            Separation.of_labels(kept, reviewed=sure)
+            for kept, sure in zip(
+                batch.knowledge["labels"], batch.reviewed, strict=True
+            )
+        ]
         if self.config.views == "both":
             images, labels, generators = images + batch.weak, labels * 2, generators * 2
         with mixed_precision(self.detector, self.config.fit):
-            view = self.look(self.detector, images, common_size(images), labels, generators)
+            view = self.look(
+                self.detector, images, common_size(images), labels, generators
+            )
         losses = view.supervised_losses(self.detector.config)
         if self.config.soft_labels:
-            losses["consistent"] = region_soft_class(view.regions.logits[view.labelled], self.soft_targets(view), view.totals.labelled)
-        losses["alignment"] = self.config.alignment * prompt_alignment(view.regions.classes, self.prototypes.values)
+            losses["consistent"] = region_soft_class(
+                view.regions.logits[view.labelled],
+                self.soft_targets(view),
+                view.totals.labelled,
+            )
+        losses["alignment"] = self.config.alignment * prompt_alignment(
+            view.regions.classes, self.prototypes.values
+        )
         descend(self.optimizer, self.detector, losses, step, self.config.fit)
         if step >= self.config.prototypes_from:
-            self.prototypes.update(view.regions.embedded[view.labelled], view.labels, self.config.prototype_rate)
+            self.prototypes.update(
+                view.regions.embedded[view.labelled],
+                view.labels,
+                self.config.prototype_rate,
+            )
         return losses
 
     def soft_targets(self, view: View) -> Tensor:
-        """[A + G, K+1] class vectors of the boxes that RoIs lie on; background RoIs are background."""
+        """[A + G, K+1] class vectors of the boxes that RoIs lie on; background RoIs are
+        background.
+        """
         classes = self.detector.num_classes + 1
-        background = F.one_hot(torch.full_like(view.on_background, classes - 1), classes)
+        background = F.one_hot(
+            torch.full_like(view.on_background, classes - 1), classes
+        )
         return torch.cat([view.consistent.clip.probs, background.float()])
 
     def to(self, device: torch.device) -> Propagation:
@@ -73,16 +101,28 @@ class Propagation:
 
 
 def mixed_precision(model: nn.Module, fit: Optimize) -> torch.autocast:
-    """The forward pass in bfloat16, if ``fit.amp``; boxes, losses and weights stay in float32."""
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=fit.amp)
+    """The forward pass in bfloat16, if ``fit.amp``; boxes, losses and weights stay in
+    float32.
+    """
+    return torch.autocast(
+        next(model.parameters()).device.type, torch.bfloat16, enabled=fit.amp
+    )
 
 
-def descend(optimizer: torch.optim.Optimizer, model: nn.Module, losses: dict[str, Tensor], step: int, fit: Optimize) -> None:
+def descend(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    losses: dict[str, Tensor],
+    step: int,
+    fit: Optimize,
+) -> None:
     """One optimizer step on the sum of ``losses``, gradients summed over workers."""
     optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     sum_gradients(model.parameters())
     if fit.clip_gradient is not None:
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], fit.clip_gradient)
+        nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.grad is not None], fit.clip_gradient
+        )
     set_learning_rate(optimizer, step, fit)
     optimizer.step()

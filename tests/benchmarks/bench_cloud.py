@@ -1,7 +1,9 @@
-"""How fast, how big and how forgetful collection is: ``python tests/benchmarks/bench_cloud.py [--only NAME]``, or ``make bench-cloud``.
+"""How fast, how big and how forgetful collection is: ``python
+tests/benchmarks/bench_cloud.py [--only NAME]``, or ``make bench-cloud``.
 
-Everything runs against an emulator of one's own in another process (``tests/cloud/counting_server.py``), end to end through
-``pipelines/collect.py``: Ray Data, governor, journal. Prints a table, and all figures as one line of JSON last.
+Everything runs against an emulator of one's own in another process
+(``tests/cloud/counting_server.py``), end to end through ``pipelines/collect.py``: Ray
+Data, governor, journal. Prints a table, and all figures as one line of JSON last.
 """
 
 from __future__ import annotations
@@ -34,8 +36,13 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIP = REPOSITORY / "coin_ray" / "demo" / "assets" / "coin_tiny"
 CLASSES = "car,bus,dog"
-GROUPS = {"CloudActor": "cloud actor", "LabelerActor": "labeler actor", "raylet": "raylet"}
-"""What a process's title holds, and what it is called here; others below the driver are "other Ray"."""
+GROUPS = {
+    "CloudActor": "cloud actor",
+    "LabelerActor": "labeler actor",
+    "raylet": "raylet",
+}
+"""What a process's title holds, and what it is called here; others below the driver are
+"other Ray"."""
 OURS = ("driver", "cloud actor", "labeler actor")
 SAMPLE_SECONDS, MEMORY_EVERY = 0.5, 4
 
@@ -58,7 +65,8 @@ class Sizes:
 
 @dataclass
 class Usage:
-    """CPU seconds and memory of a run's processes, by group. ``cpu``: at each time; ``pss`` and ``anon``: peak bytes of each group."""
+    """CPU seconds and memory of a run's processes, by group. ``cpu``: at each time;
+    ``pss`` and ``anon``: peak bytes of each group."""
 
     times: list[float] = field(default_factory=list)
     cpu: list[Counter[str]] = field(default_factory=list)
@@ -69,9 +77,14 @@ class Usage:
 
     def cpu_between(self, start: float, end: float) -> dict[str, float]:
         """Cores in use on average, by group."""
-        first, last = (min(bisect_left(self.times, t), len(self.times) - 1) for t in (start, end))
+        first, last = (
+            min(bisect_left(self.times, t), len(self.times) - 1) for t in (start, end)
+        )
         seconds = max(self.times[last] - self.times[first], 1e-9)
-        return {name: round((self.cpu[last][name] - self.cpu[first][name]) / seconds, 3) for name in self.cpu[last]}
+        return {
+            name: round((self.cpu[last][name] - self.cpu[first][name]) / seconds, 3)
+            for name in self.cpu[last]
+        }
 
 
 @dataclass
@@ -90,18 +103,29 @@ class Server:
     """The emulator; its ``process`` is measured with the others."""
 
     def __init__(self, size: tuple[int, int], latency: float) -> None:
-        command = [sys.executable, str(REPOSITORY / "tests/cloud/counting_server.py"), "--latency", str(latency)]
+        command = [
+            sys.executable,
+            str(REPOSITORY / "tests/cloud/counting_server.py"),
+            "--latency",
+            str(latency),
+        ]
         command += ["--width", str(size[0]), "--height", str(size[1])]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
 
     def get(self, path: str) -> Any:
-        with build_opener(ProxyHandler({})).open(f"{self.url}{path}", timeout=60) as response:
+        with build_opener(ProxyHandler({})).open(
+            f"{self.url}{path}", timeout=60
+        ) as response:
             return json.loads(response.read())
 
     def reset(self, latency: float) -> None:
-        build_opener(ProxyHandler({})).open(Request(f"{self.url}/reset?latency={latency}", method="POST"), timeout=60).close()
+        build_opener(ProxyHandler({})).open(
+            Request(f"{self.url}/reset?latency={latency}", method="POST"), timeout=60
+        ).close()
 
     def close(self) -> None:
         self.process.communicate()
@@ -121,17 +145,26 @@ def image_size(side: int) -> tuple[int, int]:
 
 
 def write_images(folder: Path, count: int, side: int) -> None:
-    """JPEG files that differ, with as much detail as photos: soft noise, and the file's number as blocks."""
+    """JPEG files that differ, with as much detail as photos: soft noise, and the file's
+    number as blocks."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     size = image_size(side)
     grounds = [
-        Image.fromarray(draw.integers(0, 255, (side // 8, side // 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC) for _ in range(8)
+        Image.fromarray(
+            draw.integers(0, 255, (side // 8, side // 8, 3), np.uint8)
+        ).resize(size, Image.Resampling.BICUBIC)
+        for _ in range(8)
     ]
     for number in range(count):
         image = grounds[number % 8].copy()
         bits = bytes(255 * (number >> bit & 1) for bit in range(20))
-        image.paste(Image.frombytes("L", (5, 4), bits).resize((side // 2, side // 3), Image.Resampling.NEAREST), (4, 4))
+        image.paste(
+            Image.frombytes("L", (5, 4), bits).resize(
+                (side // 2, side // 3), Image.Resampling.NEAREST
+            ),
+            (4, 4),
+        )
         sink = io.BytesIO()
         image.save(sink, "JPEG", quality=88)
         (folder / f"{number:06d}.jpg").write_bytes(sink.getvalue())
@@ -140,18 +173,45 @@ def write_images(folder: Path, count: int, side: int) -> None:
 
 def arguments(images: Path, root: Path, url: str, in_flight: int) -> list[str]:
     """Of ``pipelines/collect.py``: no CLIP labeler, no limit but the calls under way."""
-    given = ["folder", "--images", str(images), "--classes", CLASSES, "--cloud", url, "--labeler", "none", "--root", str(root)]
-    given += ["--cloud.in-flight", str(in_flight), "--cloud.rate", "100000", "--tracking.no-enabled"]
+    given = [
+        "folder",
+        "--images",
+        str(images),
+        "--classes",
+        CLASSES,
+        "--cloud",
+        url,
+        "--labeler",
+        "none",
+        "--root",
+        str(root),
+    ]
+    given += [
+        "--cloud.in-flight",
+        str(in_flight),
+        "--cloud.rate",
+        "100000",
+        "--tracking.no-enabled",
+    ]
     return [*given, "--clip.model", f"{CLIP}.json", "--clip.pretrained", f"{CLIP}.pt"]
 
 
-def collect(images: Path, root: Path, running: Server, in_flight: int, *more: str) -> Run:
+def collect(
+    images: Path, root: Path, running: Server, in_flight: int, *more: str
+) -> Run:
     """One run of the pipeline up to the answers, watched from outside."""
     before = len(running.get("/stats")["times"])
-    command = [sys.executable, "pipelines/collect.py", *arguments(images, root, running.url, in_flight), *more]
+    command = [
+        sys.executable,
+        "pipelines/collect.py",
+        *arguments(images, root, running.url, in_flight),
+        *more,
+    ]
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, text=True
+        )
         usage = watch(process, running.process.pid)
         log.seek(0)
         output = log.read()
@@ -216,7 +276,10 @@ def groups(driver: int, emulator: int) -> Iterator[tuple[int, str]]:
             title = " ".join(child.cmdline()) or child.name()
         except psutil.Error:
             continue
-        yield child.pid, next((name for part, name in GROUPS.items() if part in title), "other Ray")
+        yield (
+            child.pid,
+            next((name for part, name in GROUPS.items() if part in title), "other Ray"),
+        )
 
 
 def pss_of(pid: int) -> tuple[int, int]:
@@ -229,7 +292,8 @@ def pss_of(pid: int) -> tuple[int, int]:
 
 
 def throughput(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Images per second in steady state, as a share of the least of the rate and in_flight / latency."""
+    """Images per second in steady state, as a share of the least of the rate and
+    in_flight / latency."""
     images = work / "images"
     write_images(images, sizes.images, sizes.side)
     with server(image_size(sizes.side), sizes.latency) as running:
@@ -247,7 +311,8 @@ def throughput(sizes: Sizes, work: Path) -> dict[str, Any]:
 
 
 def ceiling(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Images per second where the CPU is the limit, what it is spent on, and how fast a full journal is replayed."""
+    """Images per second where the CPU is the limit, what it is spent on, and how fast a
+    full journal is replayed."""
     images = work / "images"
     write_images(images, sizes.images, sizes.side)
     with server(image_size(sizes.side), sizes.fast_latency) as running:
@@ -261,7 +326,11 @@ def ceiling(sizes: Sizes, work: Path) -> dict[str, Any]:
         "images_per_second": round(run.rate, 1),
         "seconds": round(run.seconds, 1),
         "cores": run.cores,
-        "cpu_ms_per_image": {k: round(1000 * v / run.rate, 2) for k, v in run.cores.items()} if run.rate else {},
+        "cpu_ms_per_image": (
+            {k: round(1000 * v / run.rate, 2) for k, v in run.cores.items()}
+            if run.rate
+            else {}
+        ),
         "cores_in_all": round(total, 2),
         "replay_seconds": round(again.seconds, 1),
         "replay_calls": again.calls,
@@ -274,15 +343,29 @@ def sequential(sizes: Sizes, work: Path) -> dict[str, Any]:
     write_images(images, sizes.sequential, sizes.side)
     with server(image_size(sizes.side), sizes.latency) as running:
         script = str(Path(__file__).with_name("one_by_one.py"))
-        command = [sizes.autodistill, script, running.url, str(images), str(work / "out")]
+        command = [
+            sizes.autodistill,
+            script,
+            running.url,
+            str(images),
+            str(work / "out"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
         times = running.get("/stats")["times"]
     if done.stdout.strip().endswith("plain loop"):
-        print("no autodistill: python -m venv V; V/bin/pip install autodistill; then --autodistill V/bin/python", file=sys.stderr)
+        print(
+            "no autodistill: python -m venv V; V/bin/pip install autodistill; then"
+            " --autodistill V/bin/python",
+            file=sys.stderr,
+        )
     rate = (len(times) - 1) / (times[-1] - times[0])
-    return {"images": len(times), "images_per_second": round(rate, 3), "loop": done.stdout.strip().splitlines()[-1]}
+    return {
+        "images": len(times),
+        "images_per_second": round(rate, 3),
+        "loop": done.stdout.strip().splitlines()[-1],
+    }
 
 
 def memory(sizes: Sizes, work: Path) -> dict[str, Any]:
@@ -297,13 +380,24 @@ def memory(sizes: Sizes, work: Path) -> dict[str, Any]:
         shutil.rmtree(images)
         usage = run.usage
         peaks[count] = usage.together
-        megabytes = {name: {"pss": round(usage.pss[name] / 2**20), "anon": round(usage.anon[name] / 2**20)} for name in usage.pss}
-        found[str(count)] = {"driver_and_actors_mib": round(usage.together / 2**20), "seconds": round(run.seconds, 1), "mib": megabytes}
+        megabytes = {
+            name: {
+                "pss": round(usage.pss[name] / 2**20),
+                "anon": round(usage.anon[name] / 2**20),
+            }
+            for name in usage.pss
+        }
+        found[str(count)] = {
+            "driver_and_actors_mib": round(usage.together / 2**20),
+            "seconds": round(run.seconds, 1),
+            "mib": megabytes,
+        }
     return found | {"growth": round(peaks[sizes.many] / max(peaks[sizes.few], 1), 3)}
 
 
 def finished(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Seconds until a finished set is known to be finished: by its step, and by its journal alone."""
+    """Seconds until a finished set is known to be finished: by its step, and by its
+    journal alone."""
     images, root = work / "images", work / "root"
     write_images(images, sizes.answers, 32)
     with server(image_size(32), 0.0) as running:
@@ -316,7 +410,9 @@ def finished(sizes: Sizes, work: Path) -> dict[str, Any]:
             shutil.rmtree(step)
         estimate = timed([*given, "--dry-run"])
         calls = running.get("/count")
-    answered = next(line for line in estimate[1].splitlines() if "answered already" in line).strip()
+    answered = next(
+        line for line in estimate[1].splitlines() if "answered already" in line
+    ).strip()
     return {
         "answers": sizes.answers,
         "step_seconds": round(whole[0], 2),
@@ -329,33 +425,49 @@ def finished(sizes: Sizes, work: Path) -> dict[str, Any]:
 
 def timed(given: Sequence[str]) -> tuple[float, str]:
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "pipelines/collect.py", *given], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "pipelines/collect.py", *given],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return time.monotonic() - begin, done.stdout
 
 
 def fill(given: Sequence[str], images: Path, url: str) -> None:
-    """What a finished run leaves behind, made without running it: the images' step, a journal with every answer, the manifests."""
+    """What a finished run leaves behind, made without running it: the images' step, a
+    journal with every answer, the manifests."""
     from concurrent.futures import ThreadPoolExecutor
 
     from coin_ray import storage
-    from coin_ray.cli import parse
     from coin_ray.cloud.client import CloudClient, limits
-    from coin_ray.cloud.journal import Record, SegmentJournal
-    from coin_ray.cloud.limiter import Governor, LocalGovernor
+    from coin_ray.cloud.governor import Governor, LocalGovernor
+    from coin_ray.cloud.journal.journal import Record, SegmentJournal
+    from coin_ray.commands.arguments import parse
     from coin_ray.data.canonical import canonical_image
-    from coin_ray.pipeline import graph
-    from coin_ray.steps import execute
+    from coin_ray.runs.graph import graph
+    from coin_ray.runs.steps import execute
 
     config, options = parse(given)
     steps = graph(config)
     execute(steps["images"], config, options.root)
     journal = SegmentJournal(storage.join(options.root, "journal"))
-    client = CloudClient(config.cloud, config.classes, url, journal, LocalGovernor(Governor(limits(config.cloud))))
+    client = CloudClient(
+        config.cloud,
+        config.classes,
+        url,
+        journal,
+        LocalGovernor(Governor(limits(config.cloud))),
+    )
     size = image_size(32)
     body = json.dumps(
-        {"image": {"w": size[0], "h": size[1]}, "detections": [{"box": [1, 2, 20, 20], "label": "car", "score": 0.5}]}
+        {
+            "image": {"w": size[0], "h": size[1]},
+            "detections": [{"box": [1, 2, 20, 20], "label": "car", "score": 0.5}],
+        }
     ).encode()
 
     def put(file: Path) -> None:
@@ -369,10 +481,24 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
     journal.close()
     asyncio.run(client.aclose())
     step = steps["collect"]
-    metrics = {"calls": {"made": len(os.listdir(images)), "cached": 0, "failed": 0, "cost_usd": 0.0}}
+    metrics = {
+        "calls": {
+            "made": len(os.listdir(images)),
+            "cached": 0,
+            "failed": 0,
+            "cost_usd": 0.0,
+        }
+    }
     storage.make_folder(step.folder(options.root))
-    manifest = {"step": step.name, "fingerprint": step.fingerprint, "metrics": metrics, "seconds": 1.0}
-    storage.write_json(storage.join(step.folder(options.root), "manifest.json"), manifest)
+    manifest = {
+        "step": step.name,
+        "fingerprint": step.fingerprint,
+        "metrics": metrics,
+        "seconds": 1.0,
+    }
+    storage.write_json(
+        storage.join(step.folder(options.root), "manifest.json"), manifest
+    )
 
 
 FIGURES: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
@@ -389,35 +515,111 @@ def goals(found: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     rows = []
     if "throughput" in found:
         share = found["throughput"]["share_of_bound"]
-        rate, bound = found["throughput"]["images_per_second"], found["throughput"]["bound"]
-        rows.append(("images/s of min(rate, in_flight / latency)", f"{rate:.1f} of {bound:.0f}: {share:.3f}", ">= 0.95", share >= 0.95))
+        rate, bound = (
+            found["throughput"]["images_per_second"],
+            found["throughput"]["bound"],
+        )
+        rows.append(
+            (
+                "images/s of min(rate, in_flight / latency)",
+                f"{rate:.1f} of {bound:.0f}: {share:.3f}",
+                ">= 0.95",
+                share >= 0.95,
+            )
+        )
     if "throughput" in found and "sequential" in found:
-        ratio = found["throughput"]["images_per_second"] / found["sequential"]["images_per_second"]
+        ratio = (
+            found["throughput"]["images_per_second"]
+            / found["sequential"]["images_per_second"]
+        )
         found["sequential"]["times_slower"] = round(ratio, 1)
-        rows.append((f"times faster than one by one ({found['sequential']['loop']})", f"{ratio:.1f}", ">= 40", ratio >= 40))
+        rows.append(
+            (
+                f"times faster than one by one ({found['sequential']['loop']})",
+                f"{ratio:.1f}",
+                ">= 40",
+                ratio >= 40,
+            )
+        )
     if "ceiling" in found:
-        rows.append(("images/s where the CPU is the limit", f"{found['ceiling']['images_per_second']:.1f}", "", True))
+        rows.append(
+            (
+                "images/s where the CPU is the limit",
+                f"{found['ceiling']['images_per_second']:.1f}",
+                "",
+                True,
+            )
+        )
     if "memory" in found:
         growth = found["memory"]["growth"]
-        rows.append(("memory for ten times the images", f"x {growth:.3f}", "<= 1.1", growth <= 1.1))
+        rows.append(
+            (
+                "memory for ten times the images",
+                f"x {growth:.3f}",
+                "<= 1.1",
+                growth <= 1.1,
+            )
+        )
     if "finished" in found:
-        for name, what in (("step_seconds", "finished step"), ("journal_seconds", "journal alone, --dry-run")):
+        for name, what in (
+            ("step_seconds", "finished step"),
+            ("journal_seconds", "journal alone, --dry-run"),
+        ):
             seconds = found["finished"][name]
-            rows.append((f"s until {found['finished']['answers']} answers are known: {what}", f"{seconds:.2f}", "<= 10", seconds <= 10))
-        rows.append(("calls made for them", str(found["finished"]["calls"]), "0", found["finished"]["calls"] == 0))
+            rows.append(
+                (
+                    f"s until {found['finished']['answers']} answers are known: {what}",
+                    f"{seconds:.2f}",
+                    "<= 10",
+                    seconds <= 10,
+                )
+            )
+        rows.append(
+            (
+                "calls made for them",
+                str(found["finished"]["calls"]),
+                "0",
+                found["finished"]["calls"] == 0,
+            )
+        )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=FIGURES, nargs="+", default=list(FIGURES), help="take these figures only")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run? The figures then mean nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        choices=FIGURES,
+        nargs="+",
+        default=list(FIGURES),
+        help="take these figures only",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="tiny sizes: does it run? The figures then mean nothing",
+    )
     for name, value in asdict(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
     given = vars(parser.parse_args())
     only, smoke = given.pop("only"), given.pop("smoke")
-    small = {"images": 60, "sequential": 4, "few": 20, "many": 40, "answers": 200, "latency": 0.1} if smoke else {}
-    sizes = Sizes(**(small | {name: value for name, value in given.items() if value is not None}))
+    small = (
+        {
+            "images": 60,
+            "sequential": 4,
+            "few": 20,
+            "many": 40,
+            "answers": 200,
+            "latency": 0.1,
+        }
+        if smoke
+        else {}
+    )
+    sizes = Sizes(
+        **(small | {name: value for name, value in given.items() if value is not None})
+    )
     found: dict[str, Any] = {}
     for name in only:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -426,8 +628,13 @@ def main() -> int:
         print(json.dumps(found[name]), file=sys.stderr, flush=True)
     rows = goals(found)
     for what, measured, wanted, reached in rows:
-        print(f"{what:<60} {measured:>24}  {wanted:<8} {'' if reached else 'MISSED'}".rstrip())
-    found["machine"] = {"cpus": os.cpu_count(), "load_average": [round(v, 1) for v in os.getloadavg()]}
+        print(
+            f"{what:<60} {measured:>24}  {wanted:<8} {'' if reached else 'MISSED'}".rstrip()
+        )
+    found["machine"] = {
+        "cpus": os.cpu_count(),
+        "load_average": [round(v, 1) for v in os.getloadavg()],
+    }
     print(json.dumps(found))
     return 0 if all(row[3] for row in rows) else 1
 

@@ -1,13 +1,17 @@
-"""What COIN reaches and what its parts are worth: ``make bench-coin`` or ``python tests/benchmarks/bench_coin.py``.
+"""What COIN reaches and what its parts are worth: ``make bench-coin`` or ``python
+tests/benchmarks/bench_coin.py``.
 
-    make bench-coin                               # the demo, seeds 0 1 2 (baselines: 0 to 4)
-    make bench-coin ARGS="--assets DIR"           # the demo, thermal, and thermal with the cloud asked in the plain view only
-    make bench-coin ARGS="--quick"                # a tenth of the steps, two seeds; writes nothing into docs/results
+    make bench-coin                               # the demo, seeds 0 1 2 (baselines: 0
+    to 4) make bench-coin ARGS="--assets DIR"           # the demo, thermal, and thermal
+    with the cloud asked in the plain view only make bench-coin ARGS="--quick"
+    # a tenth of the steps, two seeds; writes nothing into docs/results
 
-Three studies per preset (baselines, ablation, fusion; of thermal-plain only the baselines) on one root each, so that they share images,
-answers and teachers. A killed run goes on by the same command. Prints the tables, writes them as Markdown with figures and the versions that
-made them, and prints all figures as one line of JSON last. Other options are those of pipelines/ablate.py (--seeds, --steps-share, --share,
-settings by dotted name).
+Three studies per preset (baselines, ablation, fusion; of thermal-plain only the
+baselines) on one root each, so that they share images, answers and teachers. A killed
+run goes on by the same command. Prints the tables, writes them as Markdown with figures
+and the versions that made them, and prints all figures as one line of JSON last. Other
+options are those of pipelines/ablate.py (--seeds, --steps-share, --share, settings by
+dotted name).
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from coin_ray.commands.grid import Request, request
 from coin_ray.errors import CoinError
 from coin_ray.experiments import studies
-from coin_ray.experiments.command import Request, request
 from coin_ray.experiments.grid import Host
 from coin_ray.experiments.outcome import Row, markdown
-from coin_ray.summary import PACKAGES
+from coin_ray.runs.summary import PACKAGES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDIES: dict[str, tuple[str, studies.Study]] = {
@@ -41,7 +45,8 @@ STUDIES: dict[str, tuple[str, studies.Study]] = {
 
 PLAIN_VIEW = "thermal-plain"
 SEEDS, BASELINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
-"""Of all studies, and of the baselines of demo and thermal, unless ``--seeds`` or ``--quick`` chooses others."""
+"""Of all studies, and of the baselines of demo and thermal, unless ``--seeds`` or
+``--quick`` chooses others."""
 
 
 def studies_of(preset: str) -> list[str]:
@@ -54,21 +59,56 @@ def asked_of(study: str, preset: str, asked: Request) -> Request:
 
 
 def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]:
-    """A request by preset, and where the results go (None: only the roots). Raises ConfigError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--assets", help="folder of the thermal preset's images and detectors; without it only the demo is run")
-    parser.add_argument("--root", default=str(REPOSITORY / "runs" / "bench-coin"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="folder of tables and figures (default: docs/results, none for --quick and --steps-share)")
+    """A request by preset, and where the results go (None: only the roots). Raises
+    ConfigError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--assets",
+        help=(
+            "folder of the thermal preset's images and detectors; without it only the"
+            " demo is run"
+        ),
+    )
+    parser.add_argument(
+        "--root",
+        default=str(REPOSITORY / "runs" / "bench-coin"),
+        help="folder of the runs",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=(
+            "folder of tables and figures (default: docs/results, none for --quick and"
+            " --steps-share)"
+        ),
+    )
     known, rest = parser.parse_known_args(list(arguments))
     thermal = ["thermal", "--assets", str(known.assets)]
-    photos = {"thermal": thermal, PLAIN_VIEW: [*thermal, "--cloud.views", "plain"]} if known.assets else {}
+    photos = (
+        {"thermal": thermal, PLAIN_VIEW: [*thermal, "--cloud.views", "plain"]}
+        if known.assets
+        else {}
+    )
     presets = {"demo": ["demo"], **photos}
-    asked = {name: request([*first, "--root", f"{known.root}/{name}", *rest], "bench_coin.py", "") for name, first in presets.items()}
-    real = not any(argument.startswith(("--quick", "--steps-share")) for argument in rest)
+    asked = {
+        name: request(
+            [*first, "--root", f"{known.root}/{name}", *rest], "bench_coin.py", ""
+        )
+        for name, first in presets.items()
+    }
+    real = not any(
+        argument.startswith(("--quick", "--steps-share")) for argument in rest
+    )
     return asked, known.out or (REPOSITORY / "docs" / "results" if real else None)
 
 
-def measure(preset: str, asked: Request, host: Host, out: Path | None, command: str) -> dict[str, list[Row]]:
+def measure(
+    preset: str, asked: Request, host: Host, out: Path | None, command: str
+) -> dict[str, list[Row]]:
     """The studies one after the other; what is found so far is written after each."""
     found: dict[str, list[Row]] = {}
     for name in studies_of(preset):
@@ -100,26 +140,39 @@ def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str)
     for name in studies_of(preset):
         title = STUDIES[name][0]
         if name in found:
-            parts += [f"## {title}\n", markdown(found[name]), f"![{title}]({preset}-{name}.svg)\n"]
+            parts += [
+                f"## {title}\n",
+                markdown(found[name]),
+                f"![{title}]({preset}-{name}.svg)\n",
+            ]
         else:
             parts += [f"## {title}\n", "Not finished when this page was written.\n"]
     packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     parts += [
         "## How it was made\n",
         f"    {command}\n",
-        f"Seeds {numbers(asked.seeds)} (baselines: {numbers(asked_of('baselines', preset, asked).seeds)}); "
-        f"mAP50 in points, mean ± sample standard deviation over seeds; last checkpoint, "
-        f"{asked.config.propagate.fit.steps} steps of propagation and {asked.config.distill.fit.steps} of distillation. "
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}.\n",
+        (
+            f"Seeds {numbers(asked.seeds)} (baselines:"
+            f" {numbers(asked_of('baselines', preset, asked).seeds)}); mAP50 in points,"
+            " mean ± sample standard deviation over seeds; last checkpoint,"
+            f" {asked.config.propagate.fit.steps} steps of propagation and"
+            f" {asked.config.distill.fit.steps} of distillation."
+            f" {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python"
+            f" {platform.python_version()}, {packages}.\n"
+        ),
     ]
     return "\n".join(parts)
 
 
-def write(out: Path, preset: str, asked: Request, found: dict[str, list[Row]], command: str) -> None:
+def write(
+    out: Path, preset: str, asked: Request, found: dict[str, list[Row]], command: str
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{preset}.md").write_text(page(preset, asked, found, command))
     for name in found:
-        (out / f"{preset}-{name}.svg").write_bytes((Path(asked.root) / f"{name}.svg").read_bytes())
+        (out / f"{preset}-{name}.svg").write_bytes(
+            (Path(asked.root) / f"{name}.svg").read_bytes()
+        )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -127,14 +180,28 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         asked, out = requests(arguments)
-        command = f'make bench-coin ARGS="{shlex.join(arguments)}"' if arguments else "make bench-coin"
-        found = {preset: measure(preset, one, under_tune, out, command) for preset, one in asked.items()}
+        command = (
+            f'make bench-coin ARGS="{shlex.join(arguments)}"'
+            if arguments
+            else "make bench-coin"
+        )
+        found = {
+            preset: measure(preset, one, under_tune, out, command)
+            for preset, one in asked.items()
+        }
     except CoinError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     if any(one.dry_run for one in asked.values()):
         return 0
-    print(json.dumps({preset: {name: figures(part) for name, part in rows.items()} for preset, rows in found.items()}))
+    print(
+        json.dumps(
+            {
+                preset: {name: figures(part) for name, part in rows.items()}
+                for preset, rows in found.items()
+            }
+        )
+    )
     return 0
 
 

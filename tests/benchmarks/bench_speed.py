@@ -1,12 +1,17 @@
-"""Seconds per image on one CPU core: ``make bench-speed ARGS="--root runs/demo"``, after ``pipelines/export.py demo``.
+"""Seconds per image on one CPU core: ``make bench-speed ARGS="--root runs/demo"``,
+after ``pipelines/export.py demo``.
 
-The student with its text encoder and without, by number of proposals, exported (in float32 and in 8 bits) or not, beside Grounding DINO's
-tiny architecture (random weights: time does not depend on them) on the same images, the cloud that taught it and the latency of its API.
+The student with its text encoder and without, by number of proposals, exported (in
+float32 and in 8 bits) or not, beside Grounding DINO's tiny architecture (random
+weights: time does not depend on them) on the same images, the cloud that taught it and
+the latency of its API.
 
-Each method has one thread. All take turns image by image, in an order drawn anew for each, and what counts is the processor time of the
-process, so that what else runs on the machine hardly matters; a ratio is the median over the rounds of both methods' times in the same
-round, with its quartiles. Medians are printed as Markdown, the ratios with what is asked of them, all figures as JSON last. The exit code is 1
-if a ratio is less than asked.
+Each method has one thread. All take turns image by image, in an order drawn anew for
+each, and what counts is the processor time of the process, so that what else runs on
+the machine hardly matters; a ratio is the median over the rounds of both methods' times
+in the same round, with its quartiles. Medians are printed as Markdown, the ratios with
+what is asked of them, all figures as JSON last. The exit code is 1 if a ratio is less
+than asked.
 """
 
 from __future__ import annotations
@@ -24,42 +29,59 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from coin_ray.cli import Options
+from coin_ray.commands.arguments import Options
+from coin_ray.commands.export import Request, compared_images, int8_images, load_student
 from coin_ray.config import Cloud
-from coin_ray.configfile import from_yaml
-from coin_ray.export.command import Request, compared_images, int8_images, load_student
+from coin_ray.config.files import from_yaml
 from coin_ray.export.int8 import int8_model
 from coin_ray.export.onnx_model import onnx_model
 from coin_ray.export.torchscript import torchscript
-from coin_ray.pipeline import graph
-from coin_ray.serving.exported import Predictor
-from coin_ray.serving.onnx_student import OnnxStudent
+from coin_ray.predictors.onnx_student import OnnxStudent
+from coin_ray.predictors.student import Predictor
+from coin_ray.runs.graph import graph
 
 Work = Callable[[Image.Image], object]
 WARM_UP = 3
 DINO = "Grounding DINO tiny architecture, random weights"
-EAGER, ONNX, INT8 = "student, cached embeddings", "student, ONNX", "student, ONNX in 8 bits"
+EAGER, ONNX, INT8 = (
+    "student, cached embeddings",
+    "student, ONNX",
+    "student, ONNX in 8 bits",
+)
 ASKED = {DINO: 10.0, EAGER: 1.5}
 """How many times faster than these the exported student, in float32, must be."""
 GDINO_SIDE = 800
 GDINO_TOKENS = 24
 
 
-def student_works(root: str, proposals: Sequence[int]) -> tuple[dict[str, Work], list[Image.Image]]:
+def student_works(
+    root: str, proposals: Sequence[int]
+) -> tuple[dict[str, Work], list[Image.Image]]:
     config = from_yaml(f"{root}/config.yaml")
     steps = graph(config)
     works: dict[str, Work] = {}
     for count in proposals:
-        asked = Request(replace(config, detector=replace(config.detector, proposals_test=count)), Options(root, None, False, False), "", ())
+        asked = Request(
+            replace(config, detector=replace(config.detector, proposals_test=count)),
+            Options(root, None, False, False),
+            "",
+            (),
+        )
         detector = load_student(asked, steps, {}).detector
         eager = Predictor(config.classes, detector, detector.config)
-        works[f"student, text encoder for each image, {count} proposals"] = with_text(eager)
+        works[f"student, text encoder for each image, {count} proposals"] = with_text(
+            eager
+        )
         works[f"{EAGER}, {count} proposals"] = eager
         script = torchscript(detector)
-        works[f"student, TorchScript, {count} proposals"] = lambda image, script=script: script(_tensor(image))
+        works[f"student, TorchScript, {count} proposals"] = (
+            lambda image, script=script: script(_tensor(image))
+        )
         model = onnx_model(detector, config.classes)
         works[f"{ONNX}, {count} proposals"] = OnnxStudent(model.SerializeToString())
-        works[f"{INT8}, {count} proposals"] = OnnxStudent(int8_model(model, int8_images(steps["images"], root).training))
+        works[f"{INT8}, {count} proposals"] = OnnxStudent(
+            int8_model(model, int8_images(steps["images"], root).training)
+        )
     return works, compared_images(steps["images"], root)
 
 
@@ -78,7 +100,8 @@ def _tensor(image: Image.Image) -> torch.Tensor:
 
 
 def grounding_dino() -> Work:
-    """The tiny architecture with random weights, at the size its processor makes of a square image."""
+    """The tiny architecture with random weights, at the size its processor makes of a
+    square image."""
     from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
     model = GroundingDinoForObjectDetection(GroundingDinoConfig()).eval()
@@ -86,7 +109,12 @@ def grounding_dino() -> Work:
 
     @torch.no_grad()
     def work(image: Image.Image) -> object:
-        pixels = _tensor(image.resize((GDINO_SIDE, GDINO_SIDE))).permute(2, 0, 1)[None].float() / 255
+        pixels = (
+            _tensor(image.resize((GDINO_SIDE, GDINO_SIDE)))
+            .permute(2, 0, 1)[None]
+            .float()
+            / 255
+        )
         return model(pixel_values=pixels, input_ids=words)
 
     return work
@@ -99,16 +127,31 @@ class Times:
     seconds: dict[str, list[float]]
 
     def medians(self) -> dict[str, float]:
-        return {name: statistics.median(values) for name, values in self.seconds.items()}
+        return {
+            name: statistics.median(values) for name, values in self.seconds.items()
+        }
 
     def ratio(self, slow: str, fast: str) -> tuple[float, float, float]:
-        """Lower quartile, median and upper quartile of how many times ``fast`` is faster, in the rounds that have both."""
-        found = sorted(a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=False))
-        return found[len(found) // 4], statistics.median(found), found[len(found) * 3 // 4]
+        """Lower quartile, median and upper quartile of how many times ``fast`` is
+        faster, in the rounds that have both."""
+        found = sorted(
+            a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=False)
+        )
+        return (
+            found[len(found) // 4],
+            statistics.median(found),
+            found[len(found) * 3 // 4],
+        )
 
 
-def measured(works: dict[str, Work], images: Sequence[Image.Image], rounds: int, rare: dict[str, int] | None = None) -> Times:
-    """After a few images to warm up (TorchScript and caches); ``rare``: methods that take part in the first rounds only."""
+def measured(
+    works: dict[str, Work],
+    images: Sequence[Image.Image],
+    rounds: int,
+    rare: dict[str, int] | None = None,
+) -> Times:
+    """After a few images to warm up (TorchScript and caches); ``rare``: methods that
+    take part in the first rounds only."""
     rounds_of = dict.fromkeys(works, rounds) | (rare or {})
     for name, work in works.items():
         for image in images[: WARM_UP if rounds_of[name] == rounds else 1]:
@@ -125,8 +168,11 @@ def measured(works: dict[str, Work], images: Sequence[Image.Image], rounds: int,
     return Times(seconds)
 
 
-def cloud_seconds(images: Sequence[Image.Image], classes: Sequence[str], calls: int) -> dict[str, float]:
-    """The demo's cloud: its detector alone, and a call to its API with the latency that the demo pretends."""
+def cloud_seconds(
+    images: Sequence[Image.Image], classes: Sequence[str], calls: int
+) -> dict[str, float]:
+    """The demo's cloud: its detector alone, and a call to its API with the latency that
+    the demo pretends."""
     import base64
     import io
 
@@ -138,25 +184,44 @@ def cloud_seconds(images: Sequence[Image.Image], classes: Sequence[str], calls: 
     config = Cloud(serve="demo", serve_faults=0.0)
     teacher = DemoDetector()
     seconds: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, local_cloud(config, folder) as url, httpx.Client(timeout=60) as client:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        local_cloud(config, folder) as url,
+        httpx.Client(timeout=60) as client,
+    ):
         for image in images[:calls]:
             data = io.BytesIO()
             image.save(data, "JPEG", quality=95)
-            body = {"image": {"b64": base64.b64encode(data.getvalue()).decode()}, "classes": list(classes), "threshold": 0.05}
+            body = {
+                "image": {"b64": base64.b64encode(data.getvalue()).decode()},
+                "classes": list(classes),
+                "threshold": 0.05,
+            }
             start = time.perf_counter()
             client.post(f"{url}/v1/detect", json=body).raise_for_status()
             seconds.append(time.perf_counter() - start)
-    alone = measured({"teacher": lambda image: teacher.detect(image, classes, 0.05)}, images, calls).medians()["teacher"]
+    alone = measured(
+        {"teacher": lambda image: teacher.detect(image, classes, 0.05)}, images, calls
+    ).medians()["teacher"]
     name = f"one call to its API (emulated latency {config.serve_latency} s, loopback)"
     return {"the demo's cloud detector alone": alone, name: statistics.median(seconds)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="runs/demo", help="a finished run")
-    parser.add_argument("--proposals", type=int, nargs="+", help="default: what the run's student has, and 10 and 100")
+    parser.add_argument(
+        "--proposals",
+        type=int,
+        nargs="+",
+        help="default: what the run's student has, and 10 and 100",
+    )
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--gdino-rounds", type=int, default=3, help="0: without Grounding DINO")
+    parser.add_argument(
+        "--gdino-rounds", type=int, default=3, help="0: without Grounding DINO"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     config = from_yaml(f"{asked.root}/config.yaml")
@@ -164,13 +229,23 @@ def main() -> int:
     works, images = student_works(asked.root, asked.proposals or sorted({10, own, 100}))
     if asked.gdino_rounds:
         works[DINO] = grounding_dino()
-    times = measured(works, images, asked.rounds, {DINO: asked.gdino_rounds} if asked.gdino_rounds else None)
+    times = measured(
+        works,
+        images,
+        asked.rounds,
+        {DINO: asked.gdino_rounds} if asked.gdino_rounds else None,
+    )
     found = times.medians()
     print("| one core, one image | ms |\n|---|---|")
     for name, value in found.items():
         print(f"| {name} | {1000 * value:.1f} |", flush=True)
-    ratios = {count: compared(times, count) for count in (asked.proposals or [own])}
-    enough = all(by_name[name][1] >= least for by_name in ratios.values() for name, least in ASKED.items() if name in by_name)
+    ratios = {count: compared(times, count) for count in asked.proposals or [own]}
+    enough = all(
+        by_name[name][1] >= least
+        for by_name in ratios.values()
+        for name, least in ASKED.items()
+        if name in by_name
+    )
     if config.cloud.serve == "demo":
         clouds = cloud_seconds(images, config.classes, min(asked.rounds, 20))
         found |= clouds
@@ -183,18 +258,25 @@ def main() -> int:
 
 
 def compared(times: Times, proposals: int) -> dict[str, tuple[float, float, float]]:
-    """How many times faster the exported student is, and how much its 8-bit file gains on it (``INT8``), printed and returned."""
+    """How many times faster the exported student is, and how much its 8-bit file gains
+    on it (``INT8``), printed and returned."""
     ratios = {}
     for name, least in ASKED.items():
         slow = name if name == DINO else f"{name}, {proposals} proposals"
         if slow in times.seconds:
-            low, median, high = ratios[name] = times.ratio(slow, f"{ONNX}, {proposals} proposals")
+            low, median, high = ratios[name] = times.ratio(
+                slow, f"{ONNX}, {proposals} proposals"
+            )
             print(
-                f"exported, {proposals} proposals: {median:.2f} times faster than {slow} (quartiles {low:.2f} to {high:.2f}; asked {least:g})"
+                f"exported, {proposals} proposals: {median:.2f} times faster than"
+                f" {slow} (quartiles {low:.2f} to {high:.2f}; asked {least:g})"
             )
     exact, int8 = (f"{name}, {proposals} proposals" for name in (ONNX, INT8))
     low, median, high = ratios[INT8] = times.ratio(exact, int8)
-    print(f"in 8 bits, {proposals} proposals: {median:.2f} times faster than {exact} (quartiles {low:.2f} to {high:.2f})")
+    print(
+        f"in 8 bits, {proposals} proposals: {median:.2f} times faster than {exact}"
+        f" (quartiles {low:.2f} to {high:.2f})"
+    )
     return ratios
 
 

@@ -1,15 +1,20 @@
 """What COIN's own parts cost on one CPU core: ``make bench-training``.
 
-    make bench-training                           # five minutes
-    make bench-training ARGS="--seconds 10"       # each comparison for so long; less is less sure
+    make bench-training                           # five minutes make bench-training
+    ARGS="--seconds 10"       # each comparison for so long; less is less sure
 
-1. CLIP's opinion of boxes: RoI features of the whole image against open_clip on one crop a box, boxes a second (RN50, 20 boxes in an image
-   of 960 x 720 pixels, random weights: time does not depend on them), by the length of the image's shorter side.
-2. A distillation step of the demo with CKG and gradient alignment against the same step with the mean of both opinions.
-3. How often the text encoder runs in training steps and in evaluation of a detector with learned prompts.
+1. CLIP's opinion of boxes: RoI features of the whole image against open_clip on one
+crop a box, boxes a second (RN50, 20 boxes in an image
+   of 960 x 720 pixels, random weights: time does not depend on them), by the length of
+   the image's shorter side.
+2. A distillation step of the demo with CKG and gradient alignment against the same step
+with the mean of both opinions.
+3. How often the text encoder runs in training steps and in evaluation of a detector
+with learned prompts.
 
-Both sides of a ratio take turns and are measured in CPU time of this process, which a busy machine disturbs less; the ratio is the median.
-Prints a table and, last, the figures as one line of JSON.
+Both sides of a ratio take turns and are measured in CPU time of this process, which a
+busy machine disturbs less; the ratio is the median. Prints a table and, last, the
+figures as one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,13 +36,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from coin_ray.clip.encoder import ClipModel
 from coin_ray.clip.labeler import CropLabeler, RoiLabeler
 from coin_ray.config import Clip, Distill, PipelineConfig
+from coin_ray.config.presets import demo
 from coin_ray.data.examples import Batch
 from coin_ray.demo.drawings import load_drawings
 from coin_ray.demo.scenes import Artwork, compose
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.presets import demo
-from coin_ray.stages.students import new_clip_detector, new_student
+from coin_ray.stages.common.students import new_clip_detector, new_student
 from coin_ray.structures import Detections
 from coin_ray.training.distill import Distillation
 from coin_ray.training.propagate import Propagation
@@ -81,8 +86,15 @@ def cpu_seconds(work: Work) -> float:
 def labelling(seconds: float) -> dict[str, float]:
     """Boxes a second of RoI features / of crops, by short side."""
     torch.manual_seed(0)
-    network = open_clip.create_model("RN50", pretrained=None).eval().requires_grad_(False)
-    clip = ClipModel(network, open_clip.get_tokenizer("RN50"), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    network = (
+        open_clip.create_model("RN50", pretrained=None).eval().requires_grad_(False)
+    )
+    clip = ClipModel(
+        network,
+        open_clip.get_tokenizer("RN50"),
+        open_clip.OPENAI_DATASET_MEAN,
+        open_clip.OPENAI_DATASET_STD,
+    )
     classes, config = ("person", "car"), Clip(templates=("a photo of a {}.",))
     image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
     corners = torch.rand(BOXES, 2) * torch.tensor([WIDTH / 2, HEIGHT / 2])
@@ -91,44 +103,86 @@ def labelling(seconds: float) -> dict[str, float]:
     found = {}
     for side in SHORT_SIDES:
         regions = RoiLabeler(clip, classes, config, side, 10_000)
-        found[f"RoI labels, short side {side}"] = in_turn(lambda: crops(image, boxes), lambda r=regions: r(image, boxes), seconds).value  # type: ignore[misc]
+        found[f"RoI labels, short side {side}"] = in_turn(
+            lambda: crops(image, boxes), lambda r=regions: r(image, boxes), seconds
+        ).value  # type: ignore[misc]
     return found
 
 
 def distillation(config: PipelineConfig, changed: Distill) -> Distillation:
     backbone = load_backbone(config)
-    student, teacher = new_student(backbone, config, seed=1), new_student(backbone, config, seed=0)
-    return Distillation(student, teacher, starting_embeddings(backbone, config), changed, config.separate)
+    student, teacher = (
+        new_student(backbone, config, seed=1),
+        new_student(backbone, config, seed=0),
+    )
+    return Distillation(
+        student,
+        teacher,
+        starting_embeddings(backbone, config),
+        changed,
+        config.separate,
+    )
 
 
 def demo_batch(config: PipelineConfig, step: int) -> Batch:
-    """Scenes of the demo; both teachers see the true boxes, CLIP names every second one otherwise."""
+    """Scenes of the demo; both teachers see the true boxes, CLIP names every second one
+    otherwise."""
     artwork = Artwork.of(load_drawings())
-    scenes = [compose(artwork, "target", step * 100 + i, (3, 4)) for i in range(config.distill.fit.batch)]
+    scenes = [
+        compose(artwork, "target", step * 100 + i, (3, 4))
+        for i in range(config.distill.fit.batch)
+    ]
     images = [pil_to_tensor(scene.image) for scene in scenes]
-    truth = [(torch.from_numpy(scene.boxes), torch.from_numpy(scene.labels)) for scene in scenes]
+    truth = [
+        (torch.from_numpy(scene.boxes), torch.from_numpy(scene.labels))
+        for scene in scenes
+    ]
     classes = len(config.classes)
     cloud = [opinion(boxes, labels, classes) for boxes, labels in truth]
-    clip = [opinion(boxes, (labels + torch.arange(len(labels)) % 2) % classes, classes) for boxes, labels in truth]
+    clip = [
+        opinion(boxes, (labels + torch.arange(len(labels)) % 2) % classes, classes)
+        for boxes, labels in truth
+    ]
     none = [Detections.empty(classes) for _ in truth]
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    return Batch(images, images, {"cloud": cloud, "clip": clip, "clip_labels": none, "labels": cloud}, generators, [False] * len(images))
+    return Batch(
+        images,
+        images,
+        {"cloud": cloud, "clip": clip, "clip_labels": none, "labels": cloud},
+        generators,
+        [False] * len(images),
+    )
 
 
-def opinion(boxes: Tensor, labels: Tensor, classes: int, score: float = 0.7) -> Detections:
-    probs = torch.full((len(labels), classes + 1), (1 - score) / classes).scatter(1, labels[:, None], score)
+def opinion(
+    boxes: Tensor, labels: Tensor, classes: int, score: float = 0.7
+) -> Detections:
+    probs = torch.full((len(labels), classes + 1), (1 - score) / classes).scatter(
+        1, labels[:, None], score
+    )
     return Detections(boxes, torch.full((len(labels),), score), labels, probs)
 
 
 def distilling(seconds: float) -> dict[str, float]:
-    """Time of a step with CKG and its gradient alignment / with the mean of both opinions, before the teacher follows and after."""
+    """Time of a step with CKG and its gradient alignment / with the mean of both
+    opinions, before the teacher follows and after."""
     config = demo()
     batch = demo_batch(config, 0)
     found = {}
-    for name, burn_up in (("step with CKG", 1000), ("step with CKG, teacher follows", 0)):
+    for name, burn_up in (
+        ("step with CKG", 1000),
+        ("step with CKG, teacher follows", 0),
+    ):
         settings = replace(config.distill, burn_up=burn_up)
-        full, plain = distillation(config, settings), distillation(config, replace(settings, fusion="average"))
-        found[name] = in_turn(lambda f=full: f.train_step(batch, 1), lambda p=plain: p.train_step(batch, 1), seconds).value  # type: ignore[misc]
+        full, plain = (
+            distillation(config, settings),
+            distillation(config, replace(settings, fusion="average")),
+        )
+        found[name] = in_turn(
+            lambda f=full: f.train_step(batch, 1),
+            lambda p=plain: p.train_step(batch, 1),
+            seconds,
+        ).value  # type: ignore[misc]
     return found
 
 
@@ -144,20 +198,26 @@ class Counted:
 
 
 def text_encoder_runs(steps: int = 3, images: int = 6) -> dict[str, float]:
-    """Runs of the text encoder for each training step, and for several evaluated batches together."""
+    """Runs of the text encoder for each training step, and for several evaluated
+    batches together."""
     config = demo()
     backbone, batch = load_backbone(config), demo_batch(config, 0)
     detector = new_clip_detector(backbone, config, seed=0)
     assert isinstance(detector, ClipDetector)
     encoded = Counted(detector.prompts)
-    task = Propagation(detector, starting_embeddings(backbone, config), config.propagate)
+    task = Propagation(
+        detector, starting_embeddings(backbone, config), config.propagate
+    )
     for step in range(steps):
         task.train_step(batch, step)
     trained, encoded.calls = encoded.calls, 0
     detector.eval()
     for image in batch.weak[:images]:
         detector.predict(detector.prepare([image]))
-    return {"text encoder runs a training step": trained / steps, f"text encoder runs, {images} evaluated images": float(encoded.calls)}
+    return {
+        "text encoder runs a training step": trained / steps,
+        f"text encoder runs, {images} evaluated images": float(encoded.calls),
+    }
 
 
 def verdict(name: str, value: float) -> str:
@@ -169,9 +229,16 @@ def verdict(name: str, value: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=40, help="for each comparison")
-    parser.add_argument("--only", choices=("labels", "steps", "text"), nargs="+", default=("labels", "steps", "text"))
+    parser.add_argument(
+        "--only",
+        choices=("labels", "steps", "text"),
+        nargs="+",
+        default=("labels", "steps", "text"),
+    )
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, float] = {}

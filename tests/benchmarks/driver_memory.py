@@ -1,8 +1,10 @@
-"""What the steps of a run hold in the memory of the job's own process, by the number of images: the ``--memory`` part of ``bench_data.py``.
+"""What the steps of a run hold in the memory of the job's own process, by the number of
+images: the ``--memory`` part of ``bench_data.py``.
 
-Synthetic tables: 22 boxes of 8 classes an image, parts of 32 images. Networks are left out: what they find is made up, and the
-separation of an image is a constant. Each step runs in a process of its own; what counts is the most of its own memory
-(not what is mapped from files) above what a run of 100 images needed.
+Synthetic tables: 22 boxes of 8 classes an image, parts of 32 images. Networks are left
+out: what they find is made up, and the separation of an image is a constant. Each step
+runs in a process of its own; what counts is the most of its own memory (not what is
+mapped from files) above what a run of 100 images needed.
 """
 
 from __future__ import annotations
@@ -30,9 +32,19 @@ WARM = 100
 
 
 def own_bytes() -> int:
-    """Memory that is this process's own; what is mapped from files can be dropped at any time."""
+    """Memory that is this process's own; what is mapped from files can be dropped at
+    any time."""
     status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024
+    return (
+        int(
+            next(
+                line.split()[1]
+                for line in status.splitlines()
+                if line.startswith("RssAnon")
+            )
+        )
+        * 1024
+    )
 
 
 class Peak:
@@ -61,16 +73,26 @@ def name_of(number: int) -> str:
 
 
 def nested(values: Any, counts: int) -> pa.ListArray:
-    return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, counts, dtype=np.int32), pa.array(values))
+    return pa.ListArray.from_arrays(
+        np.arange(0, len(values) + 1, counts, dtype=np.int32), pa.array(values)
+    )
 
 
 def rows(first: int, count: int, schema: pa.Schema, source: str) -> pa.Table:
     """Random rows with the columns of ``DETECTIONS``, of parts or of ``SEPARATION``."""
     draw, n = np.random.default_rng(first), count * BOXES
-    vectors = [nested(nested(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1), BOXES) for _ in range(2)]
+    vectors = [
+        nested(nested(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1), BOXES)
+        for _ in range(2)
+    ]
     columns = {
         "image_id": pa.array([name_of(i) for i in range(first, first + count)]),
-        "boxes": nested(pa.FixedSizeListArray.from_arrays(pa.array(draw.random(4 * n, np.float32)), 4), BOXES),
+        "boxes": nested(
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(draw.random(4 * n, np.float32)), 4
+            ),
+            BOXES,
+        ),
         "scores": nested(draw.random(n, np.float32), BOXES),
         "labels": nested(draw.integers(0, CLASSES, n), BOXES),
         "probs": vectors[0],
@@ -92,23 +114,35 @@ def rows(first: int, count: int, schema: pa.Schema, source: str) -> pa.Table:
 def image_rows(count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         uri = f"s3://bucket/photos/of/a/user/{number:08d}.jpg"
-        yield {"image_id": name_of(number), "uri": uri, "width": 1200, "height": 900, "split": "train"}
+        yield {
+            "image_id": name_of(number),
+            "uri": uri,
+            "width": 1200,
+            "height": 900,
+            "split": "train",
+        }
 
 
 def write_inputs(folder: str, count: int) -> None:
     """What the steps read: images, parts, and what collect and separate make of them."""
     from coin_ray import storage, tables
-    from coin_ray.stages import parts
+    from coin_ray.stages.collecting import parts
 
     images = storage.join(folder, "images")
-    with storage.table_writer(storage.join(images, "images.parquet"), tables.IMAGES) as writer:
+    with storage.table_writer(
+        storage.join(images, "images.parquet"), tables.IMAGES
+    ) as writer:
         for block in tables.blocks(image_rows(count), tables.IMAGES):
             writer.write(block)
-    storage.write_table(storage.join(images, "annotations.parquet"), tables.ANNOTATIONS.empty_table())
+    storage.write_table(
+        storage.join(images, "annotations.parquet"), tables.ANNOTATIONS.empty_table()
+    )
     order = np.random.default_rng(0).permutation(-(-count // PART))
     for place, part in enumerate(order.tolist()):
         table = rows(PART * part, min(PART, count - PART * part), parts.PART, "cloud")
-        storage.write_table(storage.join(folder, "collect", "parts", f"{place:08d}.parquet"), table)
+        storage.write_table(
+            storage.join(folder, "collect", "parts", f"{place:08d}.parquet"), table
+        )
     finished = {
         "collect/cloud": "cloud",
         "collect/clip_labels": "clip_labels",
@@ -117,20 +151,34 @@ def write_inputs(folder: str, count: int) -> None:
     }
     for name, source in finished.items():
         schema = tables.DETECTIONS if source else tables.SEPARATION
-        with storage.table_writer(storage.join(folder, f"{name}.parquet"), schema) as writer:
+        with storage.table_writer(
+            storage.join(folder, f"{name}.parquet"), schema
+        ) as writer:
             for start in range(0, count, storage.BLOCK):
-                writer.write(rows(start, min(storage.BLOCK, count - start), schema, source))
+                writer.write(
+                    rows(start, min(storage.BLOCK, count - start), schema, source)
+                )
 
 
 # -- the steps
 
 
 def context_of(folder: str) -> Any:
-    from coin_ray.presets import demo
-    from coin_ray.steps import Context
+    from coin_ray.config.presets import demo
+    from coin_ray.runs.steps import Context
 
-    inputs = {name: f"{folder}/{name}" for name in ("images", "collect", "propagate", "separate")}
-    return Context(replace(demo(), collect=replace(demo().collect, labeler="roi")), folder, f"{folder}/out", inputs, {}, "memory")
+    inputs = {
+        name: f"{folder}/{name}"
+        for name in ("images", "collect", "propagate", "separate")
+    }
+    return Context(
+        replace(demo(), collect=replace(demo().collect, labeler="roi")),
+        folder,
+        f"{folder}/out",
+        inputs,
+        {},
+        "memory",
+    )
 
 
 def images(folder: str, count: int) -> None:
@@ -139,12 +187,23 @@ def images(folder: str, count: int) -> None:
     from coin_ray.data.formats import Dataset, Record
     from coin_ray.stages import images as stage
 
-    listed = Dataset("plain", tuple(Record.of(r["uri"], r["uri"], (0, 0), (), annotated=False) for r in image_rows(count)))
-    found = ({name: row[name] for name in ("image_id", "uri", "width", "height")} for row in image_rows(count))
+    listed = Dataset(
+        "plain",
+        tuple(
+            Record.of(r["uri"], r["uri"], (0, 0), (), annotated=False)
+            for r in image_rows(count)
+        ),
+    )
+    found = (
+        {name: row[name] for name in ("image_id", "uri", "width", "height")}
+        for row in image_rows(count)
+    )
     context = context_of(folder)
     stage.formats = type("formats", (), {"read": lambda *_: listed})  # type: ignore[assignment]
     stage.inspect = lambda *_: found  # type: ignore[assignment]
-    stage.run(replace(context, config=replace(context.config, data=Folder("somewhere"))))
+    stage.run(
+        replace(context, config=replace(context.config, data=Folder("somewhere")))
+    )
 
 
 def collect(folder: str, count: int) -> None:
@@ -160,13 +219,18 @@ def collect(folder: str, count: int) -> None:
 
 def separate(folder: str, count: int) -> None:
     from coin_ray import tables
-    from coin_ray.stages import predicting
     from coin_ray.stages import separate as stage
+    from coin_ray.stages.common import prediction as predicting
     from coin_ray.structures import Detections, Separation
 
     def found(_: object, given: pa.Table, __: object) -> Iterator[pa.Table]:
         for start in range(0, len(given), predicting.BLOCK):
-            yield rows(start, min(predicting.BLOCK, len(given) - start), tables.DETECTIONS, "clip_detector")
+            yield rows(
+                start,
+                min(predicting.BLOCK, len(given) - start),
+                tables.DETECTIONS,
+                "clip_detector",
+            )
 
     predicting._here = found  # type: ignore[assignment]
     one = Separation.of_labels(Detections.empty(CLASSES), reviewed=False)
@@ -175,18 +239,26 @@ def separate(folder: str, count: int) -> None:
 
 
 def propagate(folder: str, count: int) -> None:
-    from coin_ray.stages.knowledge import count_labels, labels_for, training_examples
+    from coin_ray.stages.common.teacher_outputs import (
+        count_labels,
+        labels_for,
+        training_examples,
+    )
 
     context = context_of(folder)
-    examples = training_examples(context.inputs["images"], *labels_for("clip", context.inputs, context.config))
+    examples = training_examples(
+        context.inputs["images"], *labels_for("clip", context.inputs, context.config)
+    )
     count_labels("clip", context.inputs, context.config)
     assert len(examples) == count
 
 
 def report(folder: str, count: int) -> None:
     """With evaluate, as far as both look at training images."""
-    from coin_ray.stages import evaluate, measures, pictures
+    from coin_ray.stages import evaluate
     from coin_ray.stages import report as stage
+    from coin_ray.stages.reporting import measurements as measures
+    from coin_ray.stages.reporting import pictures
 
     context = context_of(folder)
     evaluate._knowledge(context)
@@ -223,11 +295,31 @@ def measured(sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
             write_inputs(f"{place}/{count}", count)
         for count in sizes:
             for step in STEPS:
-                command = [sys.executable, __file__, step, f"{place}/{WARM}", f"{place}/{count}", str(count)]
-                paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": paths})
+                command = [
+                    sys.executable,
+                    __file__,
+                    step,
+                    f"{place}/{WARM}",
+                    f"{place}/{count}",
+                    str(count),
+                ]
+                paths = os.pathsep.join(
+                    [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+                )
+                done = subprocess.run(
+                    command,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                    env={**os.environ, "PYTHONPATH": paths},
+                )
                 found = json.loads(done.stdout)
-                yield {"images": count, "step": step, "MiB": found["bytes"] / 2**20, "CPU s": found["seconds"]}
+                yield {
+                    "images": count,
+                    "step": step,
+                    "MiB": found["bytes"] / 2**20,
+                    "CPU s": found["seconds"],
+                }
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -235,7 +327,10 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     sizes = sorted({row["images"] for row in found})[-2:]
     mib = {(row["step"], row["images"]): row["MiB"] for row in found}
     apart = max(sizes[-1] - sizes[0], 1)
-    return {step: round((mib[step, sizes[-1]] - mib[step, sizes[0]]) * 2**20 / apart) for step in STEPS}
+    return {
+        step: round((mib[step, sizes[-1]] - mib[step, sizes[0]]) * 2**20 / apart)
+        for step in STEPS
+    }
 
 
 def show(sizes: Sequence[int]) -> dict[str, Any]:
@@ -244,8 +339,16 @@ def show(sizes: Sequence[int]) -> dict[str, Any]:
     print(f"{'images':>9} {'step':<10} {'MiB':>8} {'CPU s':>8}")
     for row in measured(sizes):
         found.append(row)
-        print(f"{row['images']:>9,} {row['step']:<10} {row['MiB']:>8.1f} {row['CPU s']:>8.1f}", flush=True)
-    print("bytes an image: " + "  ".join(f"{step} {number}" for step, number in summary(found).items()), flush=True)
+        print(
+            f"{row['images']:>9,} {row['step']:<10} {row['MiB']:>8.1f}"
+            f" {row['CPU s']:>8.1f}",
+            flush=True,
+        )
+    print(
+        "bytes an image: "
+        + "  ".join(f"{step} {number}" for step, number in summary(found).items()),
+        flush=True,
+    )
     return {"rows": found, "bytes per image": summary(found)}
 
 

@@ -1,4 +1,5 @@
-"""Label a folder one image at a time: ``python one_by_one.py URL FOLDER OUT``, with autodistill's own loop where it is installed.
+"""Label a folder one image at a time: ``python one_by_one.py URL FOLDER OUT``, with
+autodistill's own loop where it is installed.
 
 Prints which loop ran. The emulator counts.
 """
@@ -23,9 +24,20 @@ class Service:
         self.connection = http.client.HTTPConnection(urlsplit(url).netloc)
 
     def ask(self, image: bytes) -> list[dict[str, Any]]:
-        question = {"image": {"b64": base64.b64encode(image).decode()}, "classes": list(CLASSES), "threshold": 0.05}
-        self.connection.request("POST", "/v1/detect", json.dumps(question), {"Content-Type": "application/json"})
-        detections: list[dict[str, Any]] = json.loads(self.connection.getresponse().read())["detections"]
+        question = {
+            "image": {"b64": base64.b64encode(image).decode()},
+            "classes": list(CLASSES),
+            "threshold": 0.05,
+        }
+        self.connection.request(
+            "POST",
+            "/v1/detect",
+            json.dumps(question),
+            {"Content-Type": "application/json"},
+        )
+        detections: list[dict[str, Any]] = json.loads(
+            self.connection.getresponse().read()
+        )["detections"]
         return detections
 
 
@@ -51,13 +63,18 @@ def with_autodistill(url: str, folder: str, out: str) -> None:
                 class_id=np.array([CLASSES.index(d["label"]) for d in found]),
             )
 
-    Cloud(CaptionOntology({name: name for name in CLASSES})).label(folder, extension=".jpg", output_folder=out)
+    Cloud(CaptionOntology({name: name for name in CLASSES})).label(
+        folder, extension=".jpg", output_folder=out
+    )
 
 
 def plain_loop(url: str, folder: str, out: str) -> None:
     """The same without autodistill: answers are kept in memory and written at the end."""
     service = Service(url)
-    answers = {file.name: service.ask(file.read_bytes()) for file in sorted(Path(folder).glob("*.jpg"))}
+    answers = {
+        file.name: service.ask(file.read_bytes())
+        for file in sorted(Path(folder).glob("*.jpg"))
+    }
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "answers.json").write_text(json.dumps(answers))
 

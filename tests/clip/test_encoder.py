@@ -10,8 +10,8 @@ from builders import CLASSES, TEMPLATES, tiny_clip
 
 from coin_ray.clip.encoder import class_embeddings, load_clip, prompts_for
 from coin_ray.config import Clip
+from coin_ray.config.presets import DEMO_CLIP
 from coin_ray.errors import InputError
-from coin_ray.presets import DEMO_CLIP
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,24 @@ def test_unusable_models(config: Clip, said: str) -> None:
         load_clip(config)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no tag"), OSError("[Errno 101] Network is unreachable"), ValueError("?")])
-def test_offline_is_an_input_error_with_advice(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no tag"),
+        OSError("[Errno 101] Network is unreachable"),
+        ValueError("?"),
+    ],
+)
+def test_offline_is_an_input_error_with_advice(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(open_clip, "create_model", fail)
-    with pytest.raises(InputError, match=r"Offline\? Give --clip.pretrained .* --collect.labeler none"):
+    with pytest.raises(
+        InputError, match=r"Offline\? Give --clip.pretrained .* --collect.labeler none"
+    ):
         load_clip(Clip())
 
 
@@ -51,12 +62,18 @@ def test_the_demos_clip() -> None:
     assert clip.roi_size * 16 == 64
     assert not clip.network.training
     assert not any(p.requires_grad for p in clip.network.parameters())
-    assert class_embeddings(clip, CLASSES, DEMO_CLIP).shape == (len(CLASSES) + 1, clip.embedding_size)
+    assert class_embeddings(clip, CLASSES, DEMO_CLIP).shape == (
+        len(CLASSES) + 1,
+        clip.embedding_size,
+    )
 
 
 def test_prompts() -> None:
     assert prompts_for("cat", TEMPLATES) == ["a photo of a cat.", "a drawing of a cat."]
-    styled, plain = prompts_for("stop sign", Clip(style="foggy")), prompts_for("stop sign", Clip())
+    styled, plain = (
+        prompts_for("stop sign", Clip(style="foggy")),
+        prompts_for("stop sign", Clip()),
+    )
     assert len(styled) == len(plain) == 81
     assert (styled[0], plain[0]) == ("foggy stop sign.", "stop sign.")
     assert "a bad photo of a stop sign." in plain
@@ -80,20 +97,32 @@ def test_the_style_stands_behind_the_article(plain: str, styled: str) -> None:
 
 
 def test_every_prompt_has_the_style_once_and_is_else_the_plain_one() -> None:
-    styled, plain = prompts_for("photo", Clip(style="SIM style")), prompts_for("photo", Clip())
+    styled, plain = (
+        prompts_for("photo", Clip(style="SIM style")),
+        prompts_for("photo", Clip()),
+    )
     assert [prompt.replace("SIM style ", "") for prompt in styled] == plain
     assert {prompt.count("SIM style") for prompt in styled} == {1}
     assert len(set(styled)) == 81
 
 
-@pytest.mark.parametrize(("name", "tag", "quick"), [("RN50", "openai", True), ("RN101", "openai", True), ("RN50", "weights.pt", False)])
+@pytest.mark.parametrize(
+    ("name", "tag", "quick"),
+    [
+        ("RN50", "openai", True),
+        ("RN101", "openai", True),
+        ("RN50", "weights.pt", False),
+    ],
+)
 def test_openais_weights_run_with_the_activation_they_were_trained_with(
     name: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """open_clip only warns if "RN50" is not told of it."""
     made: list[object] = []
 
-    def create(architecture: str, pretrained: str, force_quick_gelu: bool) -> torch.nn.Module:
+    def create(
+        architecture: str, pretrained: str, force_quick_gelu: bool
+    ) -> torch.nn.Module:
         made.append((architecture, pretrained, force_quick_gelu))
         return tiny_clip().network
 
@@ -105,7 +134,12 @@ def test_openais_weights_run_with_the_activation_they_were_trained_with(
 def test_class_embeddings_are_means_of_unit_vectors() -> None:
     clip = tiny_clip()
     found = class_embeddings(clip, ("stop sign",), TEMPLATES)
-    texts = [clip.network.encode_text(clip.tokenize([t.format("stop sign")]))[0].double() for t in TEMPLATES.templates]  # type: ignore[operator]
+    texts = [
+        clip.network.encode_text(clip.tokenize([t.format("stop sign")]))[0].double()
+        for t in TEMPLATES.templates
+    ]  # type: ignore[operator]
     mean = torch.stack([t / t.norm() for t in texts]).mean(0)
-    torch.testing.assert_close(found[0].double(), mean / mean.norm(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found[0].double(), mean / mean.norm(), rtol=1e-5, atol=1e-6
+    )
     assert found.shape == (2, clip.embedding_size)

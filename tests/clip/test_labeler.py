@@ -6,17 +6,33 @@ from builders import CLASSES, TEMPLATES, tiny_clip
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize, resize
 
-from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler, attention_pool, with_context
+from coin_ray.clip.labeler import (
+    CropLabeler,
+    Labeler,
+    RoiLabeler,
+    attention_pool,
+    with_context,
+)
 
 
 @pytest.fixture(scope="module", params=["roi", "crop"])
 def labeler(request: pytest.FixtureRequest) -> Labeler:
     clip = tiny_clip()
-    return RoiLabeler(clip, CLASSES, TEMPLATES, 64, 128) if request.param == "roi" else CropLabeler(clip, CLASSES, TEMPLATES)
+    return (
+        RoiLabeler(clip, CLASSES, TEMPLATES, 64, 128)
+        if request.param == "roi"
+        else CropLabeler(clip, CLASSES, TEMPLATES)
+    )
 
 
 def picture(height: int = 90, width: int = 120) -> Tensor:
-    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0,
+        256,
+        (3, height, width),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.uint8,
+    )
 
 
 BOXES = torch.tensor([[10.0, 10, 60, 50], [50, 30, 110, 80], [0, 0, 120, 90]])
@@ -38,7 +54,15 @@ def test_no_boxes(labeler: Labeler) -> None:
     assert labeler(picture(), torch.zeros(0, 4)).shape == (0, len(CLASSES) + 1)
 
 
-@pytest.mark.parametrize("box", [[119.6, 89.7, 119.9, 89.9], [5.0, 5, 5, 5], [-10.0, -10, 20, 20], [100.0, 60, 200, 200]])
+@pytest.mark.parametrize(
+    "box",
+    [
+        [119.6, 89.7, 119.9, 89.9],
+        [5.0, 5, 5, 5],
+        [-10.0, -10, 20, 20],
+        [100.0, 60, 200, 200],
+    ],
+)
 def test_boxes_at_the_edge(labeler: Labeler, box: list[float]) -> None:
     assert bool(torch.isfinite(labeler(picture(), torch.tensor([box]))).all())
 
@@ -55,10 +79,18 @@ def test_boxes_follow_the_resize_to_the_labelers_view() -> None:
 def test_a_crop_of_everything_is_clip_on_the_image() -> None:
     clip, image = tiny_clip(), picture(80, 80)
     labeler = CropLabeler(clip, CLASSES, TEMPLATES)
-    pixels = normalize(resize(image, [64, 64], antialias=True)[None].float() / 255, list(clip.mean), list(clip.std))
+    pixels = normalize(
+        resize(image, [64, 64], antialias=True)[None].float() / 255,
+        list(clip.mean),
+        list(clip.std),
+    )
     encoded = clip.network.encode_image(pixels, normalize=True)  # type: ignore[operator]
-    expected = (clip.network.logit_scale.exp() * encoded @ labeler.embeddings.T).softmax(-1)  # type: ignore[operator,union-attr]
-    torch.testing.assert_close(labeler(image, torch.tensor([[0.0, 0, 80, 80]])), expected, atol=1e-4, rtol=1e-3)
+    expected = (
+        clip.network.logit_scale.exp() * encoded @ labeler.embeddings.T
+    ).softmax(-1)  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(
+        labeler(image, torch.tensor([[0.0, 0, 80, 80]])), expected, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_attention_pooling_is_open_clips() -> None:
@@ -68,22 +100,35 @@ def test_attention_pooling_is_open_clips() -> None:
     for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):  # type: ignore[union-attr]
         projection.bias.data.normal_()
     maps = torch.randn(5, pool.positional_embedding.shape[1], side, side)  # type: ignore[union-attr,arg-type]
-    torch.testing.assert_close(attention_pool(pool, maps), pool(maps), rtol=1e-4, atol=1e-5)  # type: ignore[operator,arg-type]
+    torch.testing.assert_close(
+        attention_pool(pool, maps), pool(maps), rtol=1e-4, atol=1e-5
+    )  # type: ignore[operator,arg-type]
 
 
 @pytest.mark.parametrize(
     ("factor", "expected"),
     [(1.0, [20, 20, 40, 60]), (1.5, [15, 10, 45, 70]), (3.0, [0, 0, 60, 80])],
 )
-def test_context_grows_boxes_about_their_centres_and_stops_at_the_border(factor: float, expected: list[int]) -> None:
+def test_context_grows_boxes_about_their_centres_and_stops_at_the_border(
+    factor: float, expected: list[int]
+) -> None:
     box = torch.tensor([[20.0, 20, 40, 60]])
     assert with_context(box, factor, 80, 90)[0].tolist() == expected
 
 
 def test_crops_see_what_surrounds_the_box() -> None:
-    clip, image, box = tiny_clip(), torch.zeros(3, 80, 80, dtype=torch.uint8), torch.tensor([[20.0, 20, 60, 60]])
+    clip, image, box = (
+        tiny_clip(),
+        torch.zeros(3, 80, 80, dtype=torch.uint8),
+        torch.tensor([[20.0, 20, 60, 60]]),
+    )
     image[:, :18] = 255
-    alone, around = (CropLabeler(clip, CLASSES, TEMPLATES, context)(image, box) for context in (1.0, 1.5))
-    grown = CropLabeler(clip, CLASSES, TEMPLATES, 1.0)(image, torch.tensor([[10.0, 10, 70, 70]]))
+    alone, around = (
+        CropLabeler(clip, CLASSES, TEMPLATES, context)(image, box)
+        for context in (1.0, 1.5)
+    )
+    grown = CropLabeler(clip, CLASSES, TEMPLATES, 1.0)(
+        image, torch.tensor([[10.0, 10, 70, 70]])
+    )
     torch.testing.assert_close(around, grown)
     assert not torch.allclose(alone, around)

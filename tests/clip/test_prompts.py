@@ -15,10 +15,15 @@ def clip() -> ClipModel:
 
 
 def test_without_new_vectors_it_is_clips_own_encoding(clip: ClipModel) -> None:
-    """One prompt ends at another token than the next: each end must be read at its own place."""
+    """One prompt ends at another token than the next: each end must be read at its own
+    place."""
     names = ("cat", "traffic light", "a very long name of seven words", "x")
-    expected = clip.network.encode_text(clip.tokenize([f"{LEAD} {n}." for n in (*names, BACKGROUND)]))  # type: ignore[operator]
-    torch.testing.assert_close(LearnedPrompts(clip, names, 0)(), F.normalize(expected, dim=-1))
+    expected = clip.network.encode_text(
+        clip.tokenize([f"{LEAD} {n}." for n in (*names, BACKGROUND)])
+    )  # type: ignore[operator]
+    torch.testing.assert_close(
+        LearnedPrompts(clip, names, 0)(), F.normalize(expected, dim=-1)
+    )
 
 
 def test_names_are_tokenised_whole(clip: ClipModel) -> None:
@@ -28,12 +33,16 @@ def test_names_are_tokenised_whole(clip: ClipModel) -> None:
     assert prompts.ends.tolist() == ends == [10, 11, 11, 10]
     token = clip.network.token_embedding  # type: ignore[union-attr]
     for row, end in enumerate(ends):
-        assert torch.equal(prompts.embedded[row, 8 : end + 1], token(tokens[row, 8 : end + 1]))  # type: ignore[operator]
+        assert torch.equal(
+            prompts.embedded[row, 8 : end + 1], token(tokens[row, 8 : end + 1])
+        )  # type: ignore[operator]
 
 
 def test_every_token_of_a_name_counts(clip: ClipModel) -> None:
     torch.manual_seed(0)
-    found = LearnedPrompts(clip, ("traffic light", "traffic sign", "traffic"), 2)().detach()
+    found = LearnedPrompts(
+        clip, ("traffic light", "traffic sign", "traffic"), 2
+    )().detach()
     assert float((found[0] - found[1]).abs().max()) > 1e-3
     assert float((found[0] - found[2]).abs().max()) > 1e-3
 
@@ -59,5 +68,8 @@ def test_unit_length_and_background_last(clip: ClipModel) -> None:
 
 def test_order_of_classes_only_orders_the_rows(clip: ClipModel) -> None:
     """In the published code the suffix of class 0 is used for all."""
-    forward, backward = LearnedPrompts(clip, CLASSES, 0)(), LearnedPrompts(clip, CLASSES[::-1], 0)()
+    forward, backward = (
+        LearnedPrompts(clip, CLASSES, 0)(),
+        LearnedPrompts(clip, CLASSES[::-1], 0)(),
+    )
     torch.testing.assert_close(forward[:-1], backward[:-1].flip(0))

@@ -1,4 +1,5 @@
-"""The adapters that ``test_adapters.py`` holds to one table. To add one: a ``Case`` in ``CASES``, and a provider in ``emulator``."""
+"""The adapters that ``test_adapters.py`` holds to one table. To add one: a ``Case`` in
+``CASES``, and a provider in ``emulator``."""
 
 from __future__ import annotations
 
@@ -8,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from coin_ray.cloud.azure_vision import AzureVisionAdapter
-from coin_ray.cloud.dds import DdsAdapter
-from coin_ray.cloud.gemini import GeminiAdapter
-from coin_ray.cloud.google_vision import GoogleVisionAdapter
-from coin_ray.cloud.hf_endpoint import HfEndpointAdapter
-from coin_ray.cloud.labelmap import LabelMap
-from coin_ray.cloud.openai_vlm import OpenAiVlmAdapter
+from coin_ray.cloud.adapters.azure_vision import AzureVisionAdapter
+from coin_ray.cloud.adapters.dds import DdsAdapter
+from coin_ray.cloud.adapters.gemini import GeminiAdapter
+from coin_ray.cloud.adapters.google_vision import GoogleVisionAdapter
+from coin_ray.cloud.adapters.hf_endpoint import HfEndpointAdapter
+from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
+from coin_ray.cloud.adapters.reference import ReferenceAdapter
+from coin_ray.cloud.adapters.rekognition import RekognitionAdapter
+from coin_ray.cloud.adapters.roboflow import RoboflowAdapter
+from coin_ray.cloud.label_map import LabelMap
 from coin_ray.cloud.protocol import Adapter, PreparedRequest, Query, ScoreKind
-from coin_ray.cloud.reference import ReferenceAdapter
-from coin_ray.cloud.rekognition import RekognitionAdapter
-from coin_ray.cloud.roboflow import RoboflowAdapter
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
     AuthError,
@@ -39,14 +40,36 @@ CLASSES = ("car", "bus", "dog")
 """The run's classes; each is one of the emulator's SCENE_CLASSES."""
 SIZE = (600, 400)
 """Width and height of the image sent in the rows that need no emulator."""
-GOLDEN_IMAGE = CanonicalImage(b"\xff\xd8image\xff\xd9", "image/jpeg", *SIZE, SIZE, "0" * 64)
+GOLDEN_IMAGE = CanonicalImage(
+    b"\xff\xd8image\xff\xd9", "image/jpeg", *SIZE, SIZE, "0" * 64
+)
 GOLDEN_BASE64 = "/9hpbWFnZf/Z"
-Row = Literal["A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "B1", "B4", "C1", "C4", "E1", "E2", "E3", "E4", "E5", "F5"]
+Row = Literal[
+    "A1",
+    "A2",
+    "A3",
+    "A4",
+    "A5",
+    "A6",
+    "A7",
+    "A8",
+    "B1",
+    "B4",
+    "C1",
+    "C4",
+    "E1",
+    "E2",
+    "E3",
+    "E4",
+    "E5",
+    "F5",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """One object of an answer to build: the service's name for it, xyxy pixels of the image sent, score in 0..1.
+    """One object of an answer to build: the service's name for it, xyxy pixels of the
+    image sent, score in 0..1.
 
     ``score`` may be anything in row A8; then it goes into the answer as it is.
     """
@@ -58,7 +81,8 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Row A6: an answer in which names need care, the classes of the boxes read from it (best first), the unmapped names, the scores."""
+    """Row A6: an answer in which names need care, the classes of the boxes read from it
+    (best first), the unmapped names, the scores."""
 
     what: str
     answer: Any
@@ -69,7 +93,8 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Rows B4, C1, C4: what a failed call looks like, and what it means. ``body``: bytes, or a value for JSON."""
+    """Rows B4, C1, C4: what a failed call looks like, and what it means. ``body``:
+    bytes, or a value for JSON."""
 
     row: Literal["B4", "C1", "C4"]
     status: int
@@ -92,7 +117,8 @@ class Case:
     answer: Callable[[Sequence[Truth], tuple[int, int]], Any]
     """A valid answer's JSON value for objects in an image of that size."""
     golden: PreparedRequest
-    """The whole request for GOLDEN_IMAGE, CLASSES, the default model and lowest score 0.05."""
+    """The whole request for GOLDEN_IMAGE, CLASSES, the default model and lowest score
+    0.05."""
     content_type: str = "application/json"
     """Media type of the service's answers."""
     labels: LabelMap | None = None
@@ -105,11 +131,13 @@ class Case:
     embedded: tuple[tuple[Any, type[CloudError]], ...] = ()
     """Row E4: answers of status 200 that are errors."""
     refused_classes: tuple[tuple[str, ...], ...] = ()
-    """Row A5: class lists that the adapter must refuse; all others are either asked for or refused."""
+    """Row A5: class lists that the adapter must refuse; all others are either asked for
+    or refused."""
     broken: Mapping[str, Any] = field(default_factory=dict)
     """Row E2: further answers that must be ProtocolErrors."""
     pixel_rounding: float = 0.0
-    """How far the service's own rounding moves an edge, in pixels of the image sent ..."""
+    """How far the service's own rounding moves an edge, in pixels of the image sent ...
+    """
     ratio_rounding: float = 0.0
     """... or as a share of the image's side."""
     score_kind: ScoreKind = "label"
@@ -123,11 +151,17 @@ class Case:
         return self.score_kind != "none"
 
     def query(self, classes: tuple[str, ...] = CLASSES) -> Query:
-        return Query("default", classes, 0.05, self.labels if classes == CLASSES else None)
+        return Query(
+            "default", classes, 0.05, self.labels if classes == CLASSES else None
+        )
 
     def rounding(self, size: tuple[int, int]) -> tuple[float, float]:
-        """Largest error, in pixels of the image sent, that the wire format brings into x and into y."""
-        return (self.pixel_rounding + self.ratio_rounding * size[0], self.pixel_rounding + self.ratio_rounding * size[1])
+        """Largest error, in pixels of the image sent, that the wire format brings into
+        x and into y."""
+        return (
+            self.pixel_rounding + self.ratio_rounding * size[0],
+            self.pixel_rounding + self.ratio_rounding * size[1],
+        )
 
 
 def percent(score: Any) -> Any:
@@ -143,9 +177,16 @@ def label_map(**names: str) -> LabelMap:
     return LabelMap.of_classes([names.get(c, c) for c in CLASSES])
 
 
-def request(path: str, body: Any, content_type: str = "application/json", **headers: str) -> PreparedRequest:
+def request(
+    path: str, body: Any, content_type: str = "application/json", **headers: str
+) -> PreparedRequest:
     """The image in ``body`` is written as GOLDEN_BASE64."""
-    return PreparedRequest(path, body if isinstance(body, bytes) else json.dumps(body).encode(), content_type, headers)
+    return PreparedRequest(
+        path,
+        body if isinstance(body, bytes) else json.dumps(body).encode(),
+        content_type,
+        headers,
+    )
 
 
 def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> Case:
@@ -164,12 +205,27 @@ def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> C
         {name: name for name in CLASSES},
         dds_answer,
         request(path, golden),
-        further=({"code": 0, "msg": "ok", "data": {"task_uuid": "092ccde4-a51a-489b-b384-9c4ba8af7375"}},),
+        further=(
+            {
+                "code": 0,
+                "msg": "ok",
+                "data": {"task_uuid": "092ccde4-a51a-489b-b384-9c4ba8af7375"},
+            },
+        ),
         label_rows=(
-            Labels("merged phrase", dds_answer([Truth("car bus", (1, 2, 30, 40)), Truth("dog", (5, 5, 50, 50))]), ("dog",), ("car bus",)),
+            Labels(
+                "merged phrase",
+                dds_answer(
+                    [Truth("car bus", (1, 2, 30, 40)), Truth("dog", (5, 5, 50, 50))]
+                ),
+                ("dog",),
+                ("car bus",),
+            ),
             Labels(
                 "no substrings",
-                dds_answer([Truth("carpet", (1, 2, 30, 40)), Truth("bus stop", (1, 2, 30, 40))]),
+                dds_answer(
+                    [Truth("carpet", (1, 2, 30, 40)), Truth("bus stop", (1, 2, 30, 40))]
+                ),
                 (),
                 ("carpet", "bus stop"),
             ),
@@ -180,66 +236,182 @@ def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> C
             Failure("B4", 401, b"<html>", AuthError),
             Failure("B4", 403, {}, AuthError),
             Failure("B4", 200, {"code": 10001, "msg": "Token has expired"}, AuthError),
-            Failure("B4", 400, {"code": 1, "msg": "Bad Request", "errors": ["model is not supported"]}, BadRequest),
-            Failure("B4", 400, {"code": 1, "msg": "Bad Request", "errors": ["image can't be decoded"]}, ImageRejected),
+            Failure(
+                "B4",
+                400,
+                {"code": 1, "msg": "Bad Request", "errors": ["model is not supported"]},
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                400,
+                {"code": 1, "msg": "Bad Request", "errors": ["image can't be decoded"]},
+                ImageRejected,
+            ),
             Failure("B4", 404, {"code": 1, "msg": "Resource Not Found"}, BadRequest),
-            Failure("C1", 200, {"code": 5, "msg": "Token exceeds Rate Limit"}, Throttled),
-            Failure("C1", 400, {"code": 5, "msg": "Token exceeds Rate Limit"}, Throttled),
-            Failure("C1", 400, {"code": 5, "msg": "Token exceeds Rate Limit"}, Throttled, {"retry-after": "4"}, 4.0),
+            Failure(
+                "C1", 200, {"code": 5, "msg": "Token exceeds Rate Limit"}, Throttled
+            ),
+            Failure(
+                "C1", 400, {"code": 5, "msg": "Token exceeds Rate Limit"}, Throttled
+            ),
+            Failure(
+                "C1",
+                400,
+                {"code": 5, "msg": "Token exceeds Rate Limit"},
+                Throttled,
+                {"retry-after": "4"},
+                4.0,
+            ),
             Failure("C1", 200, {"code": 202001, "msg": "busy"}, Throttled),
-            Failure("C4", 200, {"code": 5, "msg": "Token out of Quota"}, QuotaExhausted),
-            Failure("C4", 400, {"code": 5, "msg": "Token out of Quota"}, QuotaExhausted),
-            Failure("C4", 429, {"code": 5, "msg": "Token out of Quota"}, QuotaExhausted),
+            Failure(
+                "C4", 200, {"code": 5, "msg": "Token out of Quota"}, QuotaExhausted
+            ),
+            Failure(
+                "C4", 400, {"code": 5, "msg": "Token out of Quota"}, QuotaExhausted
+            ),
+            Failure(
+                "C4", 429, {"code": 5, "msg": "Token out of Quota"}, QuotaExhausted
+            ),
         ),
         embedded=(
-            ({"code": 7, "msg": "something new", "data": {"status": "success", "result": {"objects": []}}}, ProtocolError),
+            (
+                {
+                    "code": 7,
+                    "msg": "something new",
+                    "data": {"status": "success", "result": {"objects": []}},
+                },
+                ProtocolError,
+            ),
             ({"code": 7, "msg": "image is too large"}, ImageRejected),
-            ({"code": 0, "data": {"status": "failed", "error": "failed to decode image"}}, ImageRejected),
-            ({"code": 0, "data": {"status": "failed", "error": "CUDA out of memory"}}, Transient),
+            (
+                {
+                    "code": 0,
+                    "data": {"status": "failed", "error": "failed to decode image"},
+                },
+                ImageRejected,
+            ),
+            (
+                {
+                    "code": 0,
+                    "data": {"status": "failed", "error": "CUDA out of memory"},
+                },
+                Transient,
+            ),
             ({"code": 0, "data": {"status": "failed"}}, Transient),
         ),
-        refused_classes=((), ("",), ("car", " "), ("St. Bernard",), ("what?",), ("car", "Car"), ("fire truck", "fire_truck"), ("a\nb",)),
+        refused_classes=(
+            (),
+            ("",),
+            ("car", " "),
+            ("St. Bernard",),
+            ("what?",),
+            ("car", "Car"),
+            ("fire truck", "fire_truck"),
+            ("a\nb",),
+        ),
         broken={
-            "no code": {"msg": "ok", "data": {"status": "success", "result": {"objects": []}}},
-            "code is a text": {"code": "0", "data": {"status": "success", "result": {"objects": []}}},
-            "unknown state": {"code": 0, "data": {"status": "paused", "result": {"objects": []}}},
+            "no code": {
+                "msg": "ok",
+                "data": {"status": "success", "result": {"objects": []}},
+            },
+            "code is a text": {
+                "code": "0",
+                "data": {"status": "success", "result": {"objects": []}},
+            },
+            "unknown state": {
+                "code": 0,
+                "data": {"status": "paused", "result": {"objects": []}},
+            },
             "no state": {"code": 0, "data": {}},
-            "task is a path": {"code": 0, "data": {"task_uuid": "../v2/task/dinox/detection"}},
+            "task is a path": {
+                "code": 0,
+                "data": {"task_uuid": "../v2/task/dinox/detection"},
+            },
             "task is empty": {"code": 0, "data": {"task_uuid": ""}},
             "no result": {"code": 0, "data": {"status": "success"}},
-            "result is null": {"code": 0, "data": {"status": "success", "result": None}},
+            "result is null": {
+                "code": 0,
+                "data": {"status": "success", "result": None},
+            },
             "box of three": {
                 "code": 0,
-                "data": {"status": "success", "result": {"objects": [{"bbox": [1, 2, 3], "category": "car", "score": 0.5}]}},
+                "data": {
+                    "status": "success",
+                    "result": {
+                        "objects": [
+                            {"bbox": [1, 2, 3], "category": "car", "score": 0.5}
+                        ]
+                    },
+                },
             },
             "box of five": {
                 "code": 0,
-                "data": {"status": "success", "result": {"objects": [{"bbox": [1, 2, 3, 4, 5], "category": "car", "score": 0.5}]}},
+                "data": {
+                    "status": "success",
+                    "result": {
+                        "objects": [
+                            {"bbox": [1, 2, 3, 4, 5], "category": "car", "score": 0.5}
+                        ]
+                    },
+                },
             },
         },
     )
 
 
 def dds_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-    found = [{"bbox": list(o.box), "category": o.name, "score": o.score} for o in objects]
-    return {"code": 0, "msg": "ok", "data": {"status": "success", "result": {"objects": found}}}
+    found = [
+        {"bbox": list(o.box), "category": o.name, "score": o.score} for o in objects
+    ]
+    return {
+        "code": 0,
+        "msg": "ok",
+        "data": {"status": "success", "result": {"objects": found}},
+    }
 
 
 def google_vision() -> Case:
     mids = {"car": "/m/0k4j", "bus": "/m/01bjv", "dog": "/m/0bt9lr"}
-    no_name = {"score": 0.5, "boundingPoly": {"normalizedVertices": [{}, {"x": 1}, {"x": 1, "y": 1}, {"y": 1}]}}
-    three = {"mid": "/m/0k4j", "score": 0.5, "boundingPoly": {"normalizedVertices": [{}, {"x": 1}, {"x": 1, "y": 1}]}}
-    pixels = {"mid": "/m/0k4j", "score": 0.5, "boundingPoly": {"vertices": [{}, {"x": 9}, {"x": 9, "y": 9}, {"y": 9}]}}
+    no_name = {
+        "score": 0.5,
+        "boundingPoly": {
+            "normalizedVertices": [{}, {"x": 1}, {"x": 1, "y": 1}, {"y": 1}]
+        },
+    }
+    three = {
+        "mid": "/m/0k4j",
+        "score": 0.5,
+        "boundingPoly": {"normalizedVertices": [{}, {"x": 1}, {"x": 1, "y": 1}]},
+    }
+    pixels = {
+        "mid": "/m/0k4j",
+        "score": 0.5,
+        "boundingPoly": {"vertices": [{}, {"x": 9}, {"x": 9, "y": 9}, {"y": 9}]},
+    }
 
     def answers(*annotations: Any) -> Any:
         return {"responses": [{"localizedObjectAnnotations": list(annotations)}]}
 
     def throttled(message: str, *details: Any) -> Any:
-        return {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": message, "details": list(details)}}
+        return {
+            "error": {
+                "code": 429,
+                "status": "RESOURCE_EXHAUSTED",
+                "message": message,
+                "details": list(details),
+            }
+        }
 
     delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}
-    minute = "Quota exceeded for quota metric 'Requests' and limit 'Requests per minute' of service 'vision.googleapis.com'."
-    day = "Quota exceeded for quota metric 'All requests' and limit 'All requests per day' of service 'vision.googleapis.com'."
+    minute = (
+        "Quota exceeded for quota metric 'Requests' and limit 'Requests per minute' of"
+        " service 'vision.googleapis.com'."
+    )
+    day = (
+        "Quota exceeded for quota metric 'All requests' and limit 'All requests per"
+        " day' of service 'vision.googleapis.com'."
+    )
     whole = ((0, 0, 600, 400),)
     return Case(
         "google-vision",
@@ -249,50 +421,189 @@ def google_vision() -> Case:
         google_answer,
         request(
             "/v1/images:annotate",
-            {"requests": [{"image": {"content": GOLDEN_BASE64}, "features": [{"type": "OBJECT_LOCALIZATION", "maxResults": 500}]}]},
+            {
+                "requests": [
+                    {
+                        "image": {"content": GOLDEN_BASE64},
+                        "features": [
+                            {"type": "OBJECT_LOCALIZATION", "maxResults": 500}
+                        ],
+                    }
+                ]
+            },
         ),
         labels=label_map(**mids),
-        optional=frozenset({"localizedObjectAnnotations", "mid", "name", "score", "x", "y"}),
+        optional=frozenset(
+            {"localizedObjectAnnotations", "mid", "name", "score", "x", "y"}
+        ),
         label_rows=(
             Labels(
                 "a score of zero is left out",
-                answers({k: v for k, v in no_name.items() if k != "score"} | {"mid": "/m/0k4j"}),
+                answers(
+                    {k: v for k, v in no_name.items() if k != "score"}
+                    | {"mid": "/m/0k4j"}
+                ),
                 ("car",),
                 scores=(0.0,),
             ),
-            Labels("name without mid", answers({**no_name, "name": "/m/0k4j"}), ("car",)),
-            Labels("mid before name", answers({**no_name, "mid": "/m/0k4j", "name": "/m/01bjv"}), ("car",)),
-            Labels("name if the mid is not mapped", answers({**no_name, "mid": "/m/zzz", "name": "/m/01bjv"}), ("bus",)),
-            Labels("unmapped", google_answer([Truth("/m/09j2d", *whole), Truth("/m/0bt9lr", *whole)]), ("dog",), ("/m/09j2d",)),
+            Labels(
+                "name without mid", answers({**no_name, "name": "/m/0k4j"}), ("car",)
+            ),
+            Labels(
+                "mid before name",
+                answers({**no_name, "mid": "/m/0k4j", "name": "/m/01bjv"}),
+                ("car",),
+            ),
+            Labels(
+                "name if the mid is not mapped",
+                answers({**no_name, "mid": "/m/zzz", "name": "/m/01bjv"}),
+                ("bus",),
+            ),
+            Labels(
+                "unmapped",
+                google_answer([Truth("/m/09j2d", *whole), Truth("/m/0bt9lr", *whole)]),
+                ("dog",),
+                ("/m/09j2d",),
+            ),
         ),
         failures=(
-            Failure("B4", 400, {"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}, AuthError),
-            Failure("B4", 401, {"error": {"code": 401, "message": "Request had invalid authentication credentials."}}, AuthError),
-            Failure("B4", 403, {"error": {"code": 403, "message": "Cloud Vision API has not been used in project 1 before."}}, AuthError),
+            Failure(
+                "B4",
+                400,
+                {
+                    "error": {
+                        "code": 400,
+                        "message": "API key not valid. Please pass a valid API key.",
+                    }
+                },
+                AuthError,
+            ),
+            Failure(
+                "B4",
+                401,
+                {
+                    "error": {
+                        "code": 401,
+                        "message": "Request had invalid authentication credentials.",
+                    }
+                },
+                AuthError,
+            ),
+            Failure(
+                "B4",
+                403,
+                {
+                    "error": {
+                        "code": 403,
+                        "message": (
+                            "Cloud Vision API has not been used in project 1 before."
+                        ),
+                    }
+                },
+                AuthError,
+            ),
             Failure("B4", 403, b"<html>", AuthError),
             Failure(
-                "B4", 400, {"error": {"code": 400, "message": "Request payload size exceeds the limit: 10485760 bytes."}}, ImageRejected
+                "B4",
+                400,
+                {
+                    "error": {
+                        "code": 400,
+                        "message": (
+                            "Request payload size exceeds the limit: 10485760 bytes."
+                        ),
+                    }
+                },
+                ImageRejected,
             ),
-            Failure("B4", 400, {"error": {"code": 400, "message": "Invalid JSON payload received."}}, BadRequest),
+            Failure(
+                "B4",
+                400,
+                {"error": {"code": 400, "message": "Invalid JSON payload received."}},
+                BadRequest,
+            ),
             Failure("B4", 400, {"error": "text"}, BadRequest),
             Failure("B4", 413, b"<html>", ImageRejected),
             Failure("C1", 429, throttled(minute), Throttled),
             Failure("C1", 429, throttled(minute, delay), Throttled, wait=34.0),
-            Failure("C1", 429, throttled(minute, {"retryDelay": "1.5s"}), Throttled, wait=1.5),
-            Failure("C1", 429, throttled(minute, {"retryDelay": "900s"}), Throttled, wait=120.0),
-            Failure("C1", 429, throttled(minute, delay), Throttled, {"retry-after": "2"}, 2.0),
-            Failure("C1", 429, throttled(minute, 3, {"retryDelay": 34}, {"retryDelay": "soon"}), Throttled),
-            Failure("C1", 200, {"responses": [{"error": {"code": 8, "message": "slow down"}}]}, Throttled),
+            Failure(
+                "C1",
+                429,
+                throttled(minute, {"retryDelay": "1.5s"}),
+                Throttled,
+                wait=1.5,
+            ),
+            Failure(
+                "C1",
+                429,
+                throttled(minute, {"retryDelay": "900s"}),
+                Throttled,
+                wait=120.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                throttled(minute, delay),
+                Throttled,
+                {"retry-after": "2"},
+                2.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                throttled(minute, 3, {"retryDelay": 34}, {"retryDelay": "soon"}),
+                Throttled,
+            ),
+            Failure(
+                "C1",
+                200,
+                {"responses": [{"error": {"code": 8, "message": "slow down"}}]},
+                Throttled,
+            ),
             Failure("C4", 429, throttled(day), QuotaExhausted),
-            Failure("C4", 429, throttled("exhausted", {"violations": [{"quotaId": "RequestsPerDayPerProject"}]}), QuotaExhausted),
-            Failure("C4", 403, {"error": {"code": 403, "message": "This API method requires billing to be enabled."}}, QuotaExhausted),
+            Failure(
+                "C4",
+                429,
+                throttled(
+                    "exhausted",
+                    {"violations": [{"quotaId": "RequestsPerDayPerProject"}]},
+                ),
+                QuotaExhausted,
+            ),
+            Failure(
+                "C4",
+                403,
+                {
+                    "error": {
+                        "code": 403,
+                        "message": "This API method requires billing to be enabled.",
+                    }
+                },
+                QuotaExhausted,
+            ),
         ),
         embedded=(
-            ({"responses": [{"error": {"code": 3, "message": "Bad image data."}}]}, ImageRejected),
-            ({"responses": [{"error": {"code": 13, "message": "Internal"}}]}, Transient),
-            ({"responses": [{"error": {"code": 14, "message": "Unavailable"}}]}, Transient),
+            (
+                {"responses": [{"error": {"code": 3, "message": "Bad image data."}}]},
+                ImageRejected,
+            ),
+            (
+                {"responses": [{"error": {"code": 13, "message": "Internal"}}]},
+                Transient,
+            ),
+            (
+                {"responses": [{"error": {"code": 14, "message": "Unavailable"}}]},
+                Transient,
+            ),
             ({"responses": [{"error": {"code": 7, "message": "Denied"}}]}, AuthError),
-            ({"responses": [{"error": {"code": 99}, "localizedObjectAnnotations": []}]}, ProtocolError),
+            (
+                {
+                    "responses": [
+                        {"error": {"code": 99}, "localizedObjectAnnotations": []}
+                    ]
+                },
+                ProtocolError,
+            ),
             ({"responses": [{"error": {}}]}, ProtocolError),
         ),
         broken={
@@ -301,7 +612,13 @@ def google_vision() -> Case:
             "two responses": {"responses": [{}, {}]},
             "no names": answers(no_name),
             "three vertices": answers(three),
-            "five vertices": answers({**no_name, "mid": "x", "boundingPoly": {"normalizedVertices": [{}] * 5}}),
+            "five vertices": answers(
+                {
+                    **no_name,
+                    "mid": "x",
+                    "boundingPoly": {"normalizedVertices": [{}] * 5},
+                }
+            ),
             "pixels": answers(pixels),
             "no polygon": answers({"mid": "/m/0k4j", "score": 0.5}),
         },
@@ -312,21 +629,50 @@ def google_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any
     found = []
     for one in objects:
         x0, y0, x1, y1 = ratios(one.box, size)
-        vertices = [{k: v for k, v in zip("xy", corner, strict=True) if v} for corner in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))]
-        found.append({"mid": one.name, "name": "Thing", "score": one.score, "boundingPoly": {"normalizedVertices": vertices}})
+        vertices = [
+            {k: v for k, v in zip("xy", corner, strict=True) if v}
+            for corner in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+        ]
+        found.append(
+            {
+                "mid": one.name,
+                "name": "Thing",
+                "score": one.score,
+                "boundingPoly": {"normalizedVertices": vertices},
+            }
+        )
     return {"responses": [{"localizedObjectAnnotations": found} if found else {}]}
 
 
 def rekognition() -> Case:
-    golden = {"Image": {"Bytes": GOLDEN_BASE64}, "MaxLabels": 1000, "MinConfidence": 5.0, "Features": ["GENERAL_LABELS"]}
+    golden = {
+        "Image": {"Bytes": GOLDEN_BASE64},
+        "MaxLabels": 1000,
+        "MinConfidence": 5.0,
+        "Features": ["GENERAL_LABELS"],
+    }
 
-    def label(name: str, *boxes: tuple[float, float], parents: Sequence[str] = (), aliases: Sequence[str] = ()) -> dict[str, Any]:
+    def label(
+        name: str,
+        *boxes: tuple[float, float],
+        parents: Sequence[str] = (),
+        aliases: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """``boxes``: left side and confidence of each."""
         return {
             "Name": name,
             "Confidence": 90.0,
             "Instances": [
-                {"BoundingBox": {"Left": left, "Top": 0.1, "Width": 0.2, "Height": 0.3}, "Confidence": score} for left, score in boxes
+                {
+                    "BoundingBox": {
+                        "Left": left,
+                        "Top": 0.1,
+                        "Width": 0.2,
+                        "Height": 0.3,
+                    },
+                    "Confidence": score,
+                }
+                for left, score in boxes
             ],
             "Parents": [{"Name": p} for p in parents],
             "Aliases": [{"Name": a} for a in aliases],
@@ -341,22 +687,50 @@ def rekognition() -> Case:
         "rekognition",
         {"car": "Car", "bus": "Bus", "dog": "Dog"},
         rekognition_answer,
-        request("/", golden, "application/x-amz-json-1.1", **{"X-Amz-Target": "RekognitionService.DetectLabels"}),
+        request(
+            "/",
+            golden,
+            "application/x-amz-json-1.1",
+            **{"X-Amz-Target": "RekognitionService.DetectLabels"},
+        ),
         content_type="application/x-amz-json-1.1",
         optional=frozenset({"Instances", "Parents", "Aliases"}),
         label_rows=(
             Labels("no boxes", {"Labels": [label("Road"), label("Car")]}, ()),
-            Labels("alias", {"Labels": [label("Automobile", (0.1, 70.0), aliases=["Car"])]}, ("car",)),
-            Labels("parent", {"Labels": [label("Poodle", (0.1, 70.0), parents=["Dog", "Animal"])]}, ("dog",)),
-            Labels("the child is a class, so its parent is not used", {"Labels": [label("Bus", (0.1, 70.0), parents=["Car"])]}, ("bus",)),
+            Labels(
+                "alias",
+                {"Labels": [label("Automobile", (0.1, 70.0), aliases=["Car"])]},
+                ("car",),
+            ),
+            Labels(
+                "parent",
+                {"Labels": [label("Poodle", (0.1, 70.0), parents=["Dog", "Animal"])]},
+                ("dog",),
+            ),
+            Labels(
+                "the child is a class, so its parent is not used",
+                {"Labels": [label("Bus", (0.1, 70.0), parents=["Car"])]},
+                ("bus",),
+            ),
             Labels(
                 "the nearest ancestor, in whatever order they come",
-                {"Labels": [label("Minibus", (0.1, 70.0), parents=["Car", "Bus"]), label("Bus", parents=["Car"]), label("Car")]},
+                {
+                    "Labels": [
+                        label("Minibus", (0.1, 70.0), parents=["Car", "Bus"]),
+                        label("Bus", parents=["Car"]),
+                        label("Car"),
+                    ]
+                },
                 ("bus",),
             ),
             Labels(
                 "child and ancestor on one box",
-                {"Labels": [label("Car", (0.1, 99.0), (0.5, 80.0)), label("Bus", (0.1, 70.0), parents=["Car"])]},
+                {
+                    "Labels": [
+                        label("Car", (0.1, 99.0), (0.5, 80.0)),
+                        label("Bus", (0.1, 70.0), parents=["Car"]),
+                    ]
+                },
                 ("car", "bus"),
             ),
             Labels(
@@ -372,45 +746,109 @@ def rekognition() -> Case:
                 scores=(0.6,),
             ),
             Labels(
-                "unmapped, counted once", {"Labels": [label("Oak", (0.1, 9.0), parents=["Tree"]), label("Tree", (0.1, 9.0))]}, (), ("Oak",)
+                "unmapped, counted once",
+                {
+                    "Labels": [
+                        label("Oak", (0.1, 9.0), parents=["Tree"]),
+                        label("Tree", (0.1, 9.0)),
+                    ]
+                },
+                (),
+                ("Oak",),
             ),
-            Labels("two names without kinship", {"Labels": [label("Car", (0.1, 90.0)), label("Dog", (0.1, 80.0))]}, ("car", "dog")),
+            Labels(
+                "two names without kinship",
+                {"Labels": [label("Car", (0.1, 90.0)), label("Dog", (0.1, 80.0))]},
+                ("car", "dog"),
+            ),
         ),
         failures=(
             *(
                 Failure("B4", 400, refused(f"{name}Exception"), AuthError)
-                for name in ("AccessDenied", "UnrecognizedClient", "InvalidSignature", "ExpiredToken", "IncompleteSignature")
+                for name in (
+                    "AccessDenied",
+                    "UnrecognizedClient",
+                    "InvalidSignature",
+                    "ExpiredToken",
+                    "IncompleteSignature",
+                )
             ),
             Failure(
-                "B4", 400, {"__type": "com.amazon.coral.service#UnrecognizedClientException", "Message": "The token is invalid."}, AuthError
+                "B4",
+                400,
+                {
+                    "__type": "com.amazon.coral.service#UnrecognizedClientException",
+                    "Message": "The token is invalid.",
+                },
+                AuthError,
             ),
             Failure("B4", 403, b"", AuthError),
             Failure("B4", 400, refused("ImageTooLargeException"), ImageRejected),
-            Failure("B4", 400, refused("InvalidImageFormatException", "Message"), ImageRejected),
             Failure(
-                "B4", 400, {"__type": "ValidationException", "message": "Value at 'image.bytes' failed: length <= 5242880"}, ImageRejected
+                "B4",
+                400,
+                refused("InvalidImageFormatException", "Message"),
+                ImageRejected,
+            ),
+            Failure(
+                "B4",
+                400,
+                {
+                    "__type": "ValidationException",
+                    "message": "Value at 'image.bytes' failed: length <= 5242880",
+                },
+                ImageRejected,
             ),
             Failure("B4", 400, refused("InvalidParameterException"), BadRequest),
             Failure("B4", 400, {"__type": 7}, BadRequest),
             Failure("B4", 500, refused("InternalServerError"), Transient),
             Failure("B4", 400, refused("ResourceNotReadyException"), Transient),
             Failure("C1", 400, refused("ThrottlingException"), Throttled),
-            Failure("C1", 400, refused("ThrottlingException"), Throttled, {"retry-after": "3"}, 3.0),
-            Failure("C1", 400, refused("ProvisionedThroughputExceededException"), Throttled),
-            Failure("C1", 400, refused("com.amazonaws.rekognition#ThrottlingException"), Throttled),
+            Failure(
+                "C1",
+                400,
+                refused("ThrottlingException"),
+                Throttled,
+                {"retry-after": "3"},
+                3.0,
+            ),
+            Failure(
+                "C1", 400, refused("ProvisionedThroughputExceededException"), Throttled
+            ),
+            Failure(
+                "C1",
+                400,
+                refused("com.amazonaws.rekognition#ThrottlingException"),
+                Throttled,
+            ),
         ),
         broken={
             "no labels": {"LabelModelVersion": "3.0"},
             "labels is null": {"Labels": None},
             "label without a name": {"Labels": [{"Confidence": 90.0, "Instances": []}]},
-            "no box": {"Labels": [{"Name": "Car", "Instances": [{"Confidence": 90.0}]}]},
+            "no box": {
+                "Labels": [{"Name": "Car", "Instances": [{"Confidence": 90.0}]}]
+            },
             "box without width": {
-                "Labels": [{"Name": "Car", "Instances": [{"BoundingBox": {"Left": 0, "Top": 0, "Height": 1}, "Confidence": 9}]}]
+                "Labels": [
+                    {
+                        "Name": "Car",
+                        "Instances": [
+                            {
+                                "BoundingBox": {"Left": 0, "Top": 0, "Height": 1},
+                                "Confidence": 9,
+                            }
+                        ],
+                    }
+                ]
             },
             "score above 100": rekognition_answer([Truth("Car", (1, 2, 30, 40), 1.2)]),
         },
         skips={
-            "C4": "the service has no quota of calls: what is used up is money, and what is too fast is throttled",
+            "C4": (
+                "the service has no quota of calls: what is used up is money, and what"
+                " is too fast is throttled"
+            ),
             "E4": "the service's errors are never inside a 200",
         },
     )
@@ -421,20 +859,40 @@ def rekognition_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -
     for one in objects:
         x0, y0, x1, y1 = ratios(one.box, size)
         label = labels.setdefault(
-            one.name, {"Name": one.name, "Confidence": 90.0, "Instances": [], "Parents": [{"Name": "Thing"}], "Aliases": []}
+            one.name,
+            {
+                "Name": one.name,
+                "Confidence": 90.0,
+                "Instances": [],
+                "Parents": [{"Name": "Thing"}],
+                "Aliases": [],
+            },
         )
         box = {"Left": x0, "Top": y0, "Width": x1 - x0, "Height": y1 - y0}
-        label["Instances"].append({"BoundingBox": box, "Confidence": percent(one.score)})
+        label["Instances"].append(
+            {"BoundingBox": box, "Confidence": percent(one.score)}
+        )
     return {"Labels": list(labels.values()), "LabelModelVersion": "3.0"}
 
 
 def azure_vision() -> Case:
     def refused(code: str, message: str, inner: str | None = None) -> Any:
-        return {"error": {"code": code, "message": message} | ({"innererror": {"code": inner, "message": message}} if inner else {})}
+        return {
+            "error": (
+                {"code": code, "message": message}
+                | ({"innererror": {"code": inner, "message": message}} if inner else {})
+            )
+        }
 
-    no_objects = {"modelVersion": "2023-10-01", "metadata": {"width": 600, "height": 400}}
+    no_objects = {
+        "modelVersion": "2023-10-01",
+        "metadata": {"width": 600, "height": 400},
+    }
     one = {"boundingBox": {"x": 1, "y": 2, "w": 30, "h": 40}}
-    rate = "Requests have exceeded call rate limit of your current ComputerVision F0 pricing tier. Please retry after 26 seconds."
+    rate = (
+        "Requests have exceeded call rate limit of your current ComputerVision F0"
+        " pricing tier. Please retry after 26 seconds."
+    )
     return Case(
         "azure-vision",
         AzureVisionAdapter(),
@@ -442,54 +900,130 @@ def azure_vision() -> Case:
         {name: name for name in CLASSES},
         azure_answer,
         request(
-            "/computervision/imageanalysis:analyze?features=Objects&api-version=2023-10-01", GOLDEN_IMAGE.data, "application/octet-stream"
+            "/computervision/imageanalysis:analyze?features=Objects&api-version=2023-10-01",
+            GOLDEN_IMAGE.data,
+            "application/octet-stream",
         ),
         label_rows=(
             Labels(
-                "unmapped", azure_answer([Truth("dining table", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]), ("dog",), ("dining table",)
+                "unmapped",
+                azure_answer(
+                    [
+                        Truth("dining table", (1, 2, 30, 40)),
+                        Truth("dog", (1, 2, 30, 40)),
+                    ]
+                ),
+                ("dog",),
+                ("dining table",),
             ),
             Labels(
                 "the best of several tags",
                 {
                     **no_objects,
                     "objectsResult": {
-                        "values": [{**one, "tags": [{"name": "bus", "confidence": 0.2}, {"name": "car", "confidence": 0.7}]}]
+                        "values": [
+                            {
+                                **one,
+                                "tags": [
+                                    {"name": "bus", "confidence": 0.2},
+                                    {"name": "car", "confidence": 0.7},
+                                ],
+                            }
+                        ]
                     },
                 },
                 ("car",),
             ),
         ),
         failures=(
-            Failure("B4", 401, refused("401", "Access denied due to invalid subscription key."), AuthError),
+            Failure(
+                "B4",
+                401,
+                refused("401", "Access denied due to invalid subscription key."),
+                AuthError,
+            ),
             Failure("B4", 403, {}, AuthError),
             Failure("B4", 404, refused("404", "Resource not found"), BadRequest),
-            Failure("B4", 400, refused("InvalidRequest", "The image dimension is not allowed.", "InvalidImageSize"), ImageRejected),
-            Failure("B4", 400, refused("InvalidRequest", "x", "InvalidImageFormat"), ImageRejected),
             Failure(
                 "B4",
                 400,
-                refused("InvalidRequest", "Input image is too large. It should not be larger than 20971520 bytes."),
+                refused(
+                    "InvalidRequest",
+                    "The image dimension is not allowed.",
+                    "InvalidImageSize",
+                ),
                 ImageRejected,
             ),
-            Failure("B4", 400, refused("BadArgument", "The api-version is not supported."), BadRequest),
+            Failure(
+                "B4",
+                400,
+                refused("InvalidRequest", "x", "InvalidImageFormat"),
+                ImageRejected,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    "InvalidRequest",
+                    "Input image is too large. It should not be larger than 20971520"
+                    " bytes.",
+                ),
+                ImageRejected,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused("BadArgument", "The api-version is not supported."),
+                BadRequest,
+            ),
             Failure("B4", 400, {"error": {"innererror": 3}}, BadRequest),
             Failure("B4", 415, b"", ImageRejected),
             Failure("C1", 429, refused("429", rate), Throttled, wait=26.0),
-            Failure("C1", 429, refused("429", rate), Throttled, {"retry-after": "7"}, 7.0),
-            Failure("C1", 429, refused("429", "Please retry after 86400 seconds."), Throttled, wait=120.0),
             Failure(
-                "C1", 429, refused("429", "Rate limit is exceeded. Ask for a higher quota. Try again in 1 second."), Throttled, wait=1.0
+                "C1", 429, refused("429", rate), Throttled, {"retry-after": "7"}, 7.0
             ),
-            Failure("C4", 403, refused("403", "Out of call volume quota for ComputerVision F0 pricing tier."), QuotaExhausted),
+            Failure(
+                "C1",
+                429,
+                refused("429", "Please retry after 86400 seconds."),
+                Throttled,
+                wait=120.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused(
+                    "429",
+                    "Rate limit is exceeded. Ask for a higher quota. Try again in 1"
+                    " second.",
+                ),
+                Throttled,
+                wait=1.0,
+            ),
+            Failure(
+                "C4",
+                403,
+                refused(
+                    "403",
+                    "Out of call volume quota for ComputerVision F0 pricing tier.",
+                ),
+                QuotaExhausted,
+            ),
         ),
         broken={
             "the feature was not computed": no_objects,
             "objects is null": {**no_objects, "objectsResult": None},
             "no values": {**no_objects, "objectsResult": {}},
-            "another size": {**azure_answer([]), "metadata": {"width": 601, "height": 400}},
+            "another size": {
+                **azure_answer([]),
+                "metadata": {"width": 601, "height": 400},
+            },
             "turned": {**azure_answer([]), "metadata": {"width": 400, "height": 600}},
             "no size": {"objectsResult": {"values": []}},
-            "no tags": {**no_objects, "objectsResult": {"values": [{**one, "tags": []}]}},
+            "no tags": {
+                **no_objects,
+                "objectsResult": {"values": [{**one, "tags": []}]},
+            },
         },
         pixel_rounding=0.5,
         skips={"E4": "the service's errors are never inside a 200"},
@@ -501,8 +1035,14 @@ def azure_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
     for one in objects:
         x0, y0, x1, y1 = (round(v) for v in one.box)
         box = {"x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0}
-        values.append({"boundingBox": box, "tags": [{"name": one.name, "confidence": one.score}]})
-    return {"modelVersion": "2023-10-01", "metadata": {"width": size[0], "height": size[1]}, "objectsResult": {"values": values}}
+        values.append(
+            {"boundingBox": box, "tags": [{"name": one.name, "confidence": one.score}]}
+        )
+    return {
+        "modelVersion": "2023-10-01",
+        "metadata": {"width": size[0], "height": size[1]},
+        "objectsResult": {"values": values},
+    }
 
 
 REPEATED = (("car", "Car"), ("fire truck", "fire_truck"))
@@ -511,40 +1051,120 @@ UNASKABLE = ((), ("",), ("car", " "), ("a\nb",), *REPEATED)
 
 
 def hf_endpoint() -> Case:
-    car = {"score": 0.9, "label": "car", "box": {"xmin": 1, "ymin": 2, "xmax": 31, "ymax": 42}}
-    loading = {"error": "Model google/owlv2-base is currently loading", "estimated_time": 20.0}
-    quoted = f"Incorrect image source. Must be a valid URL, a path or a base64 encoded string. Got {GOLDEN_BASE64 * 99}."
+    car = {
+        "score": 0.9,
+        "label": "car",
+        "box": {"xmin": 1, "ymin": 2, "xmax": 31, "ymax": 42},
+    }
+    loading = {
+        "error": "Model google/owlv2-base is currently loading",
+        "estimated_time": 20.0,
+    }
+    quoted = (
+        "Incorrect image source. Must be a valid URL, a path or a base64 encoded"
+        f" string. Got {GOLDEN_BASE64 * 99}."
+    )
     return Case(
         "hf-endpoint",
         HfEndpointAdapter(),
         "hf-endpoint",
         {name: name for name in CLASSES},
         hf_answer,
-        request("/", {"inputs": GOLDEN_BASE64, "parameters": {"candidate_labels": ["car", "bus", "dog"], "threshold": 0.05}}),
+        request(
+            "/",
+            {
+                "inputs": GOLDEN_BASE64,
+                "parameters": {
+                    "candidate_labels": ["car", "bus", "dog"],
+                    "threshold": 0.05,
+                },
+            },
+        ),
         label_rows=(
-            Labels("unmapped", hf_answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]), ("dog",), ("truck",)),
             Labels(
-                "one box under three labels", [car, {**car, "label": "dog", "score": 0.2}, {**car, "label": "bus", "score": 0.1}], ("car",)
+                "unmapped",
+                hf_answer(
+                    [Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]
+                ),
+                ("dog",),
+                ("truck",),
             ),
-            Labels("one box twice under one label", [{**car, "score": 0.3}, car], ("car",), scores=(0.9,)),
+            Labels(
+                "one box under three labels",
+                [
+                    car,
+                    {**car, "label": "dog", "score": 0.2},
+                    {**car, "label": "bus", "score": 0.1},
+                ],
+                ("car",),
+            ),
+            Labels(
+                "one box twice under one label",
+                [{**car, "score": 0.3}, car],
+                ("car",),
+                scores=(0.9,),
+            ),
             Labels(
                 "nearly the same box is another one",
-                [car, {**car, "label": "dog", "score": 0.2, "box": {**car["box"], "xmax": 32}}],  # type: ignore[dict-item]
+                [
+                    car,
+                    {
+                        **car,
+                        "label": "dog",
+                        "score": 0.2,
+                        "box": {**car["box"], "xmax": 32},
+                    },
+                ],  # type: ignore[dict-item]
                 ("car", "dog"),
                 scores=(0.9, 0.2),
             ),
         ),
         failures=(
-            Failure("B4", 401, {"error": "Invalid credentials in Authorization header"}, AuthError),
+            Failure(
+                "B4",
+                401,
+                {"error": "Invalid credentials in Authorization header"},
+                AuthError,
+            ),
             Failure("B4", 403, {"error": "gated"}, AuthError),
-            Failure("B4", 400, {"error": "CUDA out of memory. Tried to allocate 2.00 GiB"}, Transient),
-            Failure("B4", 400, {"error": "CUDA error: device-side assert triggered while reading the image"}, Transient),
-            Failure("B4", 400, {"error": "DefaultCPUAllocator: can't allocate memory"}, Transient),
-            Failure("B4", 400, {"error": "cannot identify image file <_io.BytesIO object>"}, ImageRejected),
+            Failure(
+                "B4",
+                400,
+                {"error": "CUDA out of memory. Tried to allocate 2.00 GiB"},
+                Transient,
+            ),
+            Failure(
+                "B4",
+                400,
+                {
+                    "error": (
+                        "CUDA error: device-side assert triggered while reading the"
+                        " image"
+                    )
+                },
+                Transient,
+            ),
+            Failure(
+                "B4",
+                400,
+                {"error": "DefaultCPUAllocator: can't allocate memory"},
+                Transient,
+            ),
+            Failure(
+                "B4",
+                400,
+                {"error": "cannot identify image file <_io.BytesIO object>"},
+                ImageRejected,
+            ),
             Failure("B4", 400, {"error": ["image file is truncated"]}, ImageRejected),
             Failure("B4", 400, {"error": quoted}, ImageRejected),
             Failure("B4", 422, {"error": "the image is too large"}, ImageRejected),
-            Failure("B4", 400, {"error": "unexpected keyword argument 'candidate_labels'"}, BadRequest),
+            Failure(
+                "B4",
+                400,
+                {"error": "unexpected keyword argument 'candidate_labels'"},
+                BadRequest,
+            ),
             Failure("B4", 422, {"error": "inputs: field required"}, BadRequest),
             Failure("B4", 404, {"error": "Not Found"}, BadRequest),
             Failure("B4", 500, {"error": "Internal Server Error"}, Transient),
@@ -552,10 +1172,17 @@ def hf_endpoint() -> Case:
             Failure("B4", 503, {"error": "x", "estimated_time": "soon"}, Transient),
             Failure("B4", 503, {"error": "x", "estimated_time": True}, Transient),
             Failure("C1", 503, loading, Throttled, wait=20.0),
-            Failure("C1", 503, {**loading, "estimated_time": 410.3}, Throttled, wait=120.0),
+            Failure(
+                "C1", 503, {**loading, "estimated_time": 410.3}, Throttled, wait=120.0
+            ),
             Failure("C1", 503, loading, Throttled, {"retry-after": "3"}, 3.0),
             Failure("C1", 429, {"error": "Rate limit reached"}, Throttled),
-            Failure("C4", 402, {"error": "You have exceeded your monthly included credits"}, QuotaExhausted),
+            Failure(
+                "C4",
+                402,
+                {"error": "You have exceeded your monthly included credits"},
+                QuotaExhausted,
+            ),
         ),
         embedded=(
             ([{"score": 0.3}], ProtocolError),
@@ -579,12 +1206,26 @@ def hf_endpoint() -> Case:
 
 def hf_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
     sides = ("xmin", "ymin", "xmax", "ymax")
-    return [{"score": o.score, "label": o.name, "box": dict(zip(sides, (int(v) for v in o.box), strict=True))} for o in objects]
+    return [
+        {
+            "score": o.score,
+            "label": o.name,
+            "box": dict(zip(sides, (int(v) for v in o.box), strict=True)),
+        }
+        for o in objects
+    ]
 
 
 def roboflow() -> Case:
     no_predictions = {"image": {"width": 600, "height": 400}}
-    one = {"x": 16.0, "y": 22.0, "width": 30.0, "height": 40.0, "confidence": 0.5, "class": "car"}
+    one = {
+        "x": 16.0,
+        "y": 22.0,
+        "width": 30.0,
+        "height": 40.0,
+        "confidence": 0.5,
+        "class": "car",
+    }
     return Case(
         "roboflow",
         RoboflowAdapter(),
@@ -601,19 +1242,62 @@ def roboflow() -> Case:
             },
         ),
         label_rows=(
-            Labels("unmapped", roboflow_answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]), ("dog",), ("truck",)),
-            Labels("no substrings", roboflow_answer([Truth("carpet", (1, 2, 30, 40))]), (), ("carpet",)),
+            Labels(
+                "unmapped",
+                roboflow_answer(
+                    [Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]
+                ),
+                ("dog",),
+                ("truck",),
+            ),
+            Labels(
+                "no substrings",
+                roboflow_answer([Truth("carpet", (1, 2, 30, 40))]),
+                (),
+                ("carpet",),
+            ),
         ),
         failures=(
-            Failure("B4", 401, {"message": "Unauthorized access to roboflow API"}, AuthError),
-            Failure("B4", 400, {"message": "Required Roboflow API key is missing."}, AuthError),
-            Failure("B4", 400, {"message": "Could not load input image. Cause: malformed base64 input image."}, ImageRejected),
+            Failure(
+                "B4", 401, {"message": "Unauthorized access to roboflow API"}, AuthError
+            ),
+            Failure(
+                "B4",
+                400,
+                {"message": "Required Roboflow API key is missing."},
+                AuthError,
+            ),
+            Failure(
+                "B4",
+                400,
+                {
+                    "message": (
+                        "Could not load input image. Cause: malformed base64 input"
+                        " image."
+                    )
+                },
+                ImageRejected,
+            ),
             Failure("B4", 400, {"message": "Missing argument."}, BadRequest),
-            Failure("B4", 404, {"message": "Requested Roboflow resource not found."}, BadRequest),
+            Failure(
+                "B4",
+                404,
+                {"message": "Requested Roboflow resource not found."},
+                BadRequest,
+            ),
             Failure("B4", 422, {"message": "the request is not valid"}, BadRequest),
-            Failure("B4", 501, {"message": "the model is not supported here"}, BadRequest),
+            Failure(
+                "B4", 501, {"message": "the model is not supported here"}, BadRequest
+            ),
             Failure("B4", 507, {"message": "out of memory"}, Transient),
-            Failure("C1", 503, {"message": "the model is loading"}, Throttled, {"retry-after": "1"}, 1.0),
+            Failure(
+                "C1",
+                503,
+                {"message": "the model is loading"},
+                Throttled,
+                {"retry-after": "1"},
+                1.0,
+            ),
             Failure("C4", 402, {"message": "Payment required"}, QuotaExhausted),
             Failure("C4", 423, {"message": "usage is paused"}, QuotaExhausted),
         ),
@@ -625,8 +1309,14 @@ def roboflow() -> Case:
             "turned": {"image": {"width": 400, "height": 600}, "predictions": []},
             "no size": {"predictions": []},
             "two images": [roboflow_answer([]), roboflow_answer([])],
-            "no class": {**no_predictions, "predictions": [{k: v for k, v in one.items() if k != "class"}]},
-            "no width": {**no_predictions, "predictions": [{k: v for k, v in one.items() if k != "width"}]},
+            "no class": {
+                **no_predictions,
+                "predictions": [{k: v for k, v in one.items() if k != "class"}],
+            },
+            "no width": {
+                **no_predictions,
+                "predictions": [{k: v for k, v in one.items() if k != "width"}],
+            },
         },
         skips={"E4": "the service's errors are never inside a 200"},
     )
@@ -636,9 +1326,27 @@ def roboflow_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> A
     found = []
     for i, one in enumerate(objects):
         x0, y0, x1, y1 = one.box
-        centre = {"x": (x0 + x1) / 2, "y": (y0 + y1) / 2, "width": x1 - x0, "height": y1 - y0}
-        found.append({**centre, "confidence": one.score, "class": one.name, "class_id": 0, "detection_id": str(i)})
-    return {"inference_id": "1", "time": 0.081, "image": {"width": size[0], "height": size[1]}, "predictions": found}
+        centre = {
+            "x": (x0 + x1) / 2,
+            "y": (y0 + y1) / 2,
+            "width": x1 - x0,
+            "height": y1 - y0,
+        }
+        found.append(
+            {
+                **centre,
+                "confidence": one.score,
+                "class": one.name,
+                "class_id": 0,
+                "detection_id": str(i),
+            }
+        )
+    return {
+        "inference_id": "1",
+        "time": 0.081,
+        "image": {"width": size[0], "height": size[1]},
+        "predictions": found,
+    }
 
 
 UNFINISHED = {
@@ -675,7 +1383,9 @@ UNFINISHED = {
     "a key twice": '[{"KEY": [1, 2, 300, 400], "KEY": [1, 2, 30, 40], "label": "car"}]',
     "another unit": '[{"KEY": [1, 2, 1900, 1000], "label": "car"}]',
     "negative": '[{"KEY": [-900, 2, 300, 400], "label": "car"}]',
-    "a good one and a broken one": '[{"KEY": [1, 2, 300, 400], "label": "car"}, {"label": "car"}]',
+    "a good one and a broken one": (
+        '[{"KEY": [1, 2, 300, 400], "label": "car"}, {"label": "car"}]'
+    ),
 }
 """Texts of language models that are no answer."""
 REFUSALS = (
@@ -692,29 +1402,45 @@ def cut(text: str) -> dict[str, str]:
 
 
 def text_problems(answer: Callable[[str], Any], key: str) -> dict[str, Any]:
-    """A language model's answers that are none: UNFINISHED, and a list that ends anywhere before its end."""
-    whole = json.dumps([{key: [1, 2, 300, 400], "label": "car"}, {key: [5, 6, 70, 80], "label": "dog"}])
-    texts = {name: text.replace("KEY", key) for name, text in UNFINISHED.items()} | cut(whole)
-    texts |= {f"fenced, {name}": text for name, text in cut(f"```json\n{whole}\n```").items()}
+    """A language model's answers that are none: UNFINISHED, and a list that ends
+    anywhere before its end."""
+    whole = json.dumps(
+        [{key: [1, 2, 300, 400], "label": "car"}, {key: [5, 6, 70, 80], "label": "dog"}]
+    )
+    texts = {name: text.replace("KEY", key) for name, text in UNFINISHED.items()} | cut(
+        whole
+    )
+    texts |= {
+        f"fenced, {name}": text for name, text in cut(f"```json\n{whole}\n```").items()
+    }
     return {name: answer(text) for name, text in texts.items()}
 
 
-def written_boxes(objects: Sequence[Truth], size: tuple[int, int], habit: str) -> list[dict[str, Any]]:
+def written_boxes(
+    objects: Sequence[Truth], size: tuple[int, int], habit: str
+) -> list[dict[str, Any]]:
     """As a language model writes them."""
     values = []
     for one in objects:
         pixels = [round(v) for v in one.box]
         x0, y0, x1, y1 = (round(1000 * v) for v in ratios(one.box, size))
-        box = {"xyxy_1000": [x0, y0, x1, y1], "yxyx_1000": [y0, x0, y1, x1], "xyxy_pixels": pixels}[habit]
-        values.append({"box_2d" if habit == "yxyx_1000" else "bbox_2d": box, "label": one.name})
+        box = {
+            "xyxy_1000": [x0, y0, x1, y1],
+            "yxyx_1000": [y0, x0, y1, x1],
+            "xyxy_pixels": pixels,
+        }[habit]
+        values.append(
+            {"box_2d" if habit == "yxyx_1000" else "bbox_2d": box, "label": one.name}
+        )
     return values
 
 
 def prompt(box: str, unit: str, more: str = "") -> str:
     return (
-        'Detect every instance of these classes in the image: ["car", "bus", "dog"]. Answer with a JSON list only, one object per '
-        f'instance: {{{box}, "label": "..."}}. The label is one of the classes, exactly as written above. Coordinates are {unit}. '
-        f"Answer [] if there is none.{more}"
+        'Detect every instance of these classes in the image: ["car", "bus", "dog"].'
+        f' Answer with a JSON list only, one object per instance: {{{box}, "label":'
+        ' "..."}. The label is one of the classes, exactly as written above.'
+        f" Coordinates are {unit}. Answer [] if there is none.{more}"
     )
 
 
@@ -723,12 +1449,18 @@ YXYX = '"box_2d": [ymin, xmin, ymax, xmax]'
 PROMPTS = {
     "xyxy_1000": prompt(XYXY, "thousandths of the image's width and height, 0 to 1000"),
     "yxyx_1000": prompt(YXYX, "thousandths of the image's height and width, 0 to 1000"),
-    "xyxy_pixels": prompt(XYXY, "pixels of the image", " The image is 600 pixels wide and 400 pixels high."),
+    "xyxy_pixels": prompt(
+        XYXY,
+        "pixels of the image",
+        " The image is 600 pixels wide and 400 pixels high.",
+    ),
 }
 NO_SCORES = "the model gives no scores: every box has 1 in its class's column"
 
 
-def openai_vlm(habit: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider: str) -> Case:
+def openai_vlm(
+    habit: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider: str
+) -> Case:
     key = "box_2d" if habit == "yxyx_1000" else "bbox_2d"
     box = [1, 2, 300, 400]
     car = {key: box, "label": "car"}
@@ -742,14 +1474,33 @@ def openai_vlm(habit: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider
         return says(json.dumps(written_boxes(objects, size, habit)))
 
     def refused(code: Any, message: str, **more: Any) -> Any:
-        return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code} | more}
+        return {
+            "error": (
+                {
+                    "message": message,
+                    "type": "invalid_request_error",
+                    "param": None,
+                    "code": code,
+                }
+                | more
+            )
+        }
 
     content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{GOLDEN_BASE64}"}},
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/jpeg;base64,{GOLDEN_BASE64}"},
+        },
         {"type": "text", "text": PROMPTS[habit]},
     ]
-    limit = "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM): Limit 30000. See your quota."
-    resets = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}
+    limit = (
+        "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM):"
+        " Limit 30000. See your quota."
+    )
+    resets = {
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m2.5s",
+    }
     tokens = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}
     return Case(
         f"openai-vlm-{habit}",
@@ -757,54 +1508,248 @@ def openai_vlm(habit: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider
         provider,
         {name: name for name in CLASSES},
         answer,
-        request("/chat/completions", {"messages": [{"role": "user", "content": content}], "temperature": 0}),
+        request(
+            "/chat/completions",
+            {"messages": [{"role": "user", "content": content}], "temperature": 0},
+        ),
         label_rows=(
-            Labels("unmapped", answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]), ("dog",), ("truck",)),
+            Labels(
+                "unmapped",
+                answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]),
+                ("dog",),
+                ("truck",),
+            ),
             Labels("case", answer([Truth("Cars", (1, 2, 30, 40))]), ("car",)),
             Labels(
-                "its own order", answer([Truth(n, (1, 2, 30, 40)) for n in ("dog", "car", "bus")]), ("dog", "car", "bus"), scores=(1, 1, 1)
+                "its own order",
+                answer([Truth(n, (1, 2, 30, 40)) for n in ("dog", "car", "bus")]),
+                ("dog", "car", "bus"),
+                scores=(1, 1, 1),
             ),
-            Labels("a number it wrote is no score", says(json.dumps([{**car, "confidence": 0.3, "score": 7}])), ("car",), scores=(1,)),
-            Labels("a fence", says(f"```json\n{json.dumps([car], indent=1)}\n```"), ("car",)),
-            Labels("a fence in one line", says(f" ```JSON {json.dumps([car])}``` \n"), ("car",)),
-            Labels("a fence without language", says(f"```\n{json.dumps([car])}\n```"), ("car",)),
+            Labels(
+                "a number it wrote is no score",
+                says(json.dumps([{**car, "confidence": 0.3, "score": 7}])),
+                ("car",),
+                scores=(1,),
+            ),
+            Labels(
+                "a fence",
+                says(f"```json\n{json.dumps([car], indent=1)}\n```"),
+                ("car",),
+            ),
+            Labels(
+                "a fence in one line",
+                says(f" ```JSON {json.dumps([car])}``` \n"),
+                ("car",),
+            ),
+            Labels(
+                "a fence without language",
+                says(f"```\n{json.dumps([car])}\n```"),
+                ("car",),
+            ),
             Labels("none in a fence", says("```json\n[]\n```"), ()),
             Labels("no refusal", says(json.dumps([car]), refusal=None), ("car",)),
             Labels("no error", {**says(json.dumps([car])), "error": None}, ("car",)),
         ),
         failures=(
-            Failure("B4", 401, refused("invalid_api_key", "Incorrect API key provided."), AuthError),
-            Failure("B4", 400, refused(None, "API key not valid. Please pass a valid API key."), AuthError),
+            Failure(
+                "B4",
+                401,
+                refused("invalid_api_key", "Incorrect API key provided."),
+                AuthError,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(None, "API key not valid. Please pass a valid API key."),
+                AuthError,
+            ),
             Failure("B4", 403, {}, AuthError),
-            Failure("B4", 403, refused(403, "Your chosen model requires moderation and your input was flagged"), Refused),
-            Failure("B4", 400, refused("content_filter", "The response was filtered"), Refused),
-            Failure("B4", 400, refused("data_inspection_failed", "Input data may contain inappropriate content."), Refused),
-            Failure("B4", 400, refused("invalid_image_format", "You uploaded an unsupported image."), ImageRejected),
-            Failure("B4", 400, refused("context_length_exceeded", "Please reduce the length of the messages."), ImageRejected),
-            Failure("B4", 400, refused(400, "You passed 9015 input tokens, but the context length is only 8192 tokens."), ImageRejected),
+            Failure(
+                "B4",
+                403,
+                refused(
+                    403,
+                    "Your chosen model requires moderation and your input was flagged",
+                ),
+                Refused,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused("content_filter", "The response was filtered"),
+                Refused,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    "data_inspection_failed",
+                    "Input data may contain inappropriate content.",
+                ),
+                Refused,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused("invalid_image_format", "You uploaded an unsupported image."),
+                ImageRejected,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    "context_length_exceeded",
+                    "Please reduce the length of the messages.",
+                ),
+                ImageRejected,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    400,
+                    "You passed 9015 input tokens, but the context length is only 8192"
+                    " tokens.",
+                ),
+                ImageRejected,
+            ),
             Failure("B4", 422, {"detail": "cannot identify image file"}, ImageRejected),
-            Failure("B4", 400, {"object": "error", "message": "cannot identify image file", "code": 400}, ImageRejected),
+            Failure(
+                "B4",
+                400,
+                {
+                    "object": "error",
+                    "message": "cannot identify image file",
+                    "code": 400,
+                },
+                ImageRejected,
+            ),
             Failure("B4", 400, {"error": "failed to process image"}, ImageRejected),
-            Failure("B4", 400, refused(None, "Invalid content type. image_url is only supported by certain models."), BadRequest),
-            Failure("B4", 400, refused(None, "This model does not support image inputs."), BadRequest),
-            Failure("B4", 400, refused("unsupported_value", "'temperature' does not support 0 with this model."), BadRequest),
-            Failure("B4", 422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, BadRequest),
-            Failure("B4", 404, refused("model_not_found", "The model does not exist."), BadRequest),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    None,
+                    "Invalid content type. image_url is only supported by certain"
+                    " models.",
+                ),
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(None, "This model does not support image inputs."),
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    "unsupported_value",
+                    "'temperature' does not support 0 with this model.",
+                ),
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                422,
+                {"detail": [{"loc": ["body"], "msg": "field required"}]},
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                404,
+                refused("model_not_found", "The model does not exist."),
+                BadRequest,
+            ),
             Failure("B4", 404, {"detail": "Not Found"}, BadRequest),
             Failure("B4", 500, refused(None, "The server had an error"), Transient),
-            Failure("C1", 429, refused("rate_limit_exceeded", limit, type="tokens"), Throttled),
-            Failure("C1", 429, refused("rate_limit_exceeded", limit), Throttled, {"retry-after": "7", **resets}, 7.0),
-            Failure("C1", 429, refused("rate_limit_exceeded", limit), Throttled, resets, 62.5),
-            Failure("C1", 429, refused("rate_limit_exceeded", limit), Throttled, resets | tokens, 62.5),
-            Failure("C1", 429, refused("rate_limit_exceeded", limit), Throttled, tokens, 0.12),
-            Failure("C1", 429, {}, Throttled, {**resets, "x-ratelimit-reset-requests": "8h"}, 120.0),
-            Failure("C1", 429, {}, Throttled, {**resets, "x-ratelimit-remaining-requests": "12"}),
-            Failure("C1", 429, {}, Throttled, {**resets, "x-ratelimit-reset-requests": "soon"}),
-            Failure("C1", 429, {}, Throttled, {**resets, "x-ratelimit-reset-requests": ""}),
+            Failure(
+                "C1",
+                429,
+                refused("rate_limit_exceeded", limit, type="tokens"),
+                Throttled,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused("rate_limit_exceeded", limit),
+                Throttled,
+                {"retry-after": "7", **resets},
+                7.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused("rate_limit_exceeded", limit),
+                Throttled,
+                resets,
+                62.5,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused("rate_limit_exceeded", limit),
+                Throttled,
+                resets | tokens,
+                62.5,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused("rate_limit_exceeded", limit),
+                Throttled,
+                tokens,
+                0.12,
+            ),
+            Failure(
+                "C1",
+                429,
+                {},
+                Throttled,
+                {**resets, "x-ratelimit-reset-requests": "8h"},
+                120.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                {},
+                Throttled,
+                {**resets, "x-ratelimit-remaining-requests": "12"},
+            ),
+            Failure(
+                "C1",
+                429,
+                {},
+                Throttled,
+                {**resets, "x-ratelimit-reset-requests": "soon"},
+            ),
+            Failure(
+                "C1", 429, {}, Throttled, {**resets, "x-ratelimit-reset-requests": ""}
+            ),
             Failure("C1", 200, refused(429, "Provider returned error"), Throttled),
-            Failure("C4", 429, refused("insufficient_quota", "You exceeded your current quota."), QuotaExhausted),
-            Failure("C4", 429, refused(None, "You exceeded your current quota.", type="insufficient_quota"), QuotaExhausted),
-            Failure("C4", 429, refused("insufficient_quota", "x"), QuotaExhausted, {"retry-after": "1"}),
+            Failure(
+                "C4",
+                429,
+                refused("insufficient_quota", "You exceeded your current quota."),
+                QuotaExhausted,
+            ),
+            Failure(
+                "C4",
+                429,
+                refused(
+                    None, "You exceeded your current quota.", type="insufficient_quota"
+                ),
+                QuotaExhausted,
+            ),
+            Failure(
+                "C4",
+                429,
+                refused("insufficient_quota", "x"),
+                QuotaExhausted,
+                {"retry-after": "1"},
+            ),
             Failure("C4", 402, refused(402, "Insufficient credits"), QuotaExhausted),
         ),
         embedded=(
@@ -823,7 +1768,17 @@ def openai_vlm(habit: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider
             (refused(200, "what?"), ProtocolError),
             (refused("server_error", "what?"), ProtocolError),
             ({**says("[]"), "error": "what?"}, ProtocolError),
-            ({"choices": [{**says("[]")["choices"][0], "error": {"code": 503, "message": "busy"}}]}, Transient),
+            (
+                {
+                    "choices": [
+                        {
+                            **says("[]")["choices"][0],
+                            "error": {"code": 503, "message": "busy"},
+                        }
+                    ]
+                },
+                Transient,
+            ),
         ),
         refused_classes=UNASKABLE,
         broken={
@@ -857,21 +1812,39 @@ def gemini() -> Case:
         return {"error": {"code": code, "message": message, "details": list(details)}}
 
     def exceeded(*names: str) -> Any:
-        return {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": name} for name in names]}
+        return {
+            "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+            "violations": [{"quotaId": name} for name in names],
+        }
 
-    minute, day = "GenerateRequestsPerMinutePerProjectPerModel-FreeTier", "GenerateRequestsPerDayPerProjectPerModel-FreeTier"
+    minute, day = (
+        "GenerateRequestsPerMinutePerProjectPerModel-FreeTier",
+        "GenerateRequestsPerDayPerProjectPerModel-FreeTier",
+    )
     delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}
-    plan = "You exceeded your current quota, please check your plan and billing details."
+    plan = (
+        "You exceeded your current quota, please check your plan and billing details."
+    )
     schema = {
         "type": "ARRAY",
         "items": {
             "type": "OBJECT",
-            "properties": {"box_2d": {"type": "ARRAY", "items": {"type": "INTEGER"}}, "label": {"type": "STRING"}},
+            "properties": {
+                "box_2d": {"type": "ARRAY", "items": {"type": "INTEGER"}},
+                "label": {"type": "STRING"},
+            },
             "required": ["box_2d", "label"],
         },
     }
-    content = [{"inlineData": {"mimeType": "image/jpeg", "data": GOLDEN_BASE64}}, {"text": PROMPTS["yxyx_1000"]}]
-    config = {"responseMimeType": "application/json", "responseSchema": schema, "thinkingConfig": {"thinkingLevel": "low"}}
+    content = [
+        {"inlineData": {"mimeType": "image/jpeg", "data": GOLDEN_BASE64}},
+        {"text": PROMPTS["yxyx_1000"]},
+    ]
+    config = {
+        "responseMimeType": "application/json",
+        "responseSchema": schema,
+        "thinkingConfig": {"thinkingLevel": "low"},
+    }
     return Case(
         "gemini",
         GeminiAdapter(),
@@ -880,46 +1853,180 @@ def gemini() -> Case:
         answer,
         request(
             "/v1beta/models/gemini-3.7-flash:generateContent",
-            {"contents": [{"role": "user", "parts": content}], "generationConfig": config},
+            {
+                "contents": [{"role": "user", "parts": content}],
+                "generationConfig": config,
+            },
         ),
         label_rows=(
-            Labels("unmapped", answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]), ("dog",), ("truck",)),
-            Labels("a number it wrote is no score", generated(json.dumps([{**car, "confidence": 0.3}])), ("car",), scores=(1,)),
-            Labels("a fence", generated(f"```json\n{json.dumps([car])}\n```"), ("car",)),
-            Labels("thoughts aside", parts({"text": "[]?", "thought": True}, {"text": json.dumps([car])}), ("car",)),
-            Labels("in two parts", parts({"text": json.dumps([car])[:20]}, {"text": json.dumps([car])[20:]}), ("car",)),
-            Labels("nothing blocked", {**generated(json.dumps([car])), "promptFeedback": {}}, ("car",)),
+            Labels(
+                "unmapped",
+                answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]),
+                ("dog",),
+                ("truck",),
+            ),
+            Labels(
+                "a number it wrote is no score",
+                generated(json.dumps([{**car, "confidence": 0.3}])),
+                ("car",),
+                scores=(1,),
+            ),
+            Labels(
+                "a fence", generated(f"```json\n{json.dumps([car])}\n```"), ("car",)
+            ),
+            Labels(
+                "thoughts aside",
+                parts({"text": "[]?", "thought": True}, {"text": json.dumps([car])}),
+                ("car",),
+            ),
+            Labels(
+                "in two parts",
+                parts(
+                    {"text": json.dumps([car])[:20]}, {"text": json.dumps([car])[20:]}
+                ),
+                ("car",),
+            ),
+            Labels(
+                "nothing blocked",
+                {**generated(json.dumps([car])), "promptFeedback": {}},
+                ("car",),
+            ),
         ),
         failures=(
-            Failure("B4", 400, refused(400, "API key not valid. Please pass a valid API key."), AuthError),
-            Failure("B4", 400, refused(400, "x", {"reason": "API_KEY_INVALID"}), AuthError),
+            Failure(
+                "B4",
+                400,
+                refused(400, "API key not valid. Please pass a valid API key."),
+                AuthError,
+            ),
+            Failure(
+                "B4", 400, refused(400, "x", {"reason": "API_KEY_INVALID"}), AuthError
+            ),
             Failure("B4", 403, refused(403, "Permission denied"), AuthError),
-            Failure("B4", 400, refused(400, "Unable to process input image."), ImageRejected),
-            Failure("B4", 400, refused(400, "Provided image is not valid"), ImageRejected),
-            Failure("B4", 400, refused(400, "Request payload size exceeds the limit: 20971520 bytes."), ImageRejected),
-            Failure("B4", 400, refused(400, "Invalid JSON payload received. Unknown name"), BadRequest),
-            Failure("B4", 404, refused(404, "models/x is not found for API version v1beta"), BadRequest),
-            Failure("B4", 503, refused(503, "The model is overloaded. Please try again later."), Transient),
+            Failure(
+                "B4", 400, refused(400, "Unable to process input image."), ImageRejected
+            ),
+            Failure(
+                "B4", 400, refused(400, "Provided image is not valid"), ImageRejected
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(400, "Request payload size exceeds the limit: 20971520 bytes."),
+                ImageRejected,
+            ),
+            Failure(
+                "B4",
+                400,
+                refused(400, "Invalid JSON payload received. Unknown name"),
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                404,
+                refused(404, "models/x is not found for API version v1beta"),
+                BadRequest,
+            ),
+            Failure(
+                "B4",
+                503,
+                refused(503, "The model is overloaded. Please try again later."),
+                Transient,
+            ),
             Failure("C1", 503, refused(503, "busy", delay), Throttled, wait=34.0),
-            Failure("C1", 429, refused(429, plan, exceeded(minute), delay), Throttled, wait=34.0),
-            Failure("C1", 429, refused(429, plan, exceeded(minute), delay), Throttled, {"retry-after": "2"}, 2.0),
-            Failure("C1", 429, refused(429, plan, exceeded(minute), {"retryDelay": "900s"}), Throttled, wait=120.0),
+            Failure(
+                "C1",
+                429,
+                refused(429, plan, exceeded(minute), delay),
+                Throttled,
+                wait=34.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused(429, plan, exceeded(minute), delay),
+                Throttled,
+                {"retry-after": "2"},
+                2.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused(429, plan, exceeded(minute), {"retryDelay": "900s"}),
+                Throttled,
+                wait=120.0,
+            ),
             Failure("C1", 429, refused(429, plan, exceeded(minute)), Throttled),
             Failure("C1", 429, refused(429, plan), Throttled),
-            Failure("C1", 429, refused(429, "Resource has been exhausted (e.g. check quota)."), Throttled),
-            Failure("C1", 429, refused(429, plan, 3, {"violations": 3}, {"violations": [3, {"quotaId": 3}]}), Throttled),
-            Failure("C4", 429, refused(429, plan, exceeded(day), delay), QuotaExhausted),
-            Failure("C4", 429, refused(429, plan, exceeded(minute, day), delay), QuotaExhausted, {"retry-after": "2"}),
-            Failure("C4", 429, refused(429, plan, {"violations": [{"quotaMetric": "x/requests_per_model_per_day"}]}), QuotaExhausted),
-            Failure("C4", 429, refused(429, "Your prepayment credits are depleted."), QuotaExhausted),
+            Failure(
+                "C1",
+                429,
+                refused(429, "Resource has been exhausted (e.g. check quota)."),
+                Throttled,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused(
+                    429, plan, 3, {"violations": 3}, {"violations": [3, {"quotaId": 3}]}
+                ),
+                Throttled,
+            ),
+            Failure(
+                "C4", 429, refused(429, plan, exceeded(day), delay), QuotaExhausted
+            ),
+            Failure(
+                "C4",
+                429,
+                refused(429, plan, exceeded(minute, day), delay),
+                QuotaExhausted,
+                {"retry-after": "2"},
+            ),
+            Failure(
+                "C4",
+                429,
+                refused(
+                    429,
+                    plan,
+                    {"violations": [{"quotaMetric": "x/requests_per_model_per_day"}]},
+                ),
+                QuotaExhausted,
+            ),
+            Failure(
+                "C4",
+                429,
+                refused(429, "Your prepayment credits are depleted."),
+                QuotaExhausted,
+            ),
         ),
         embedded=(
             ({"promptFeedback": {"blockReason": "SAFETY"}}, Refused),
             ({"promptFeedback": {"blockReason": "OTHER"}, "candidates": []}, Refused),
-            ({**answer([]), "promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}, Refused),
-            *((generated("[]", reason), Refused) for reason in ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII")),
+            (
+                {**answer([]), "promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}},
+                Refused,
+            ),
+            *(
+                (generated("[]", reason), Refused)
+                for reason in (
+                    "SAFETY",
+                    "RECITATION",
+                    "BLOCKLIST",
+                    "PROHIBITED_CONTENT",
+                    "SPII",
+                )
+            ),
             ({"candidates": [{"finishReason": "IMAGE_SAFETY"}]}, Refused),
-            *((generated("[]", reason), ProtocolError) for reason in ("MAX_TOKENS", "OTHER", "MALFORMED_FUNCTION_CALL", "stop", "")),
+            *(
+                (generated("[]", reason), ProtocolError)
+                for reason in (
+                    "MAX_TOKENS",
+                    "OTHER",
+                    "MALFORMED_FUNCTION_CALL",
+                    "stop",
+                    "",
+                )
+            ),
             *((generated(text), Refused) for text in REFUSALS),
         ),
         refused_classes=UNASKABLE,
@@ -928,12 +2035,16 @@ def gemini() -> Case:
             "nothing": {"usageMetadata": {}},
             "two candidates": {"candidates": answer([])["candidates"] * 2},
             "no reason": {"candidates": [{"content": {"parts": [{"text": "[]"}]}}]},
-            "no parts": {"candidates": [{"content": {"role": "model"}, "finishReason": "STOP"}]},
+            "no parts": {
+                "candidates": [{"content": {"role": "model"}, "finishReason": "STOP"}]
+            },
             "no content": {"candidates": [{"finishReason": "STOP"}]},
             "empty parts": parts(),
             "only thoughts": parts({"text": "[]", "thought": True}),
             "a call": parts({"functionCall": {"name": "detect"}}),
-            "a text and a call": parts({"text": "[]"}, {"functionCall": {"name": "detect"}}),
+            "a text and a call": parts(
+                {"text": "[]"}, {"functionCall": {"name": "detect"}}
+            ),
             **text_problems(generated, "box_2d"),
         },
         ratio_rounding=0.0005,
@@ -960,17 +2071,32 @@ def reference() -> Case:
         reference_answer,
         request("/v1/detect", golden),
         optional=frozenset({"scores"}),
-        label_rows=(Labels("exactly as asked for", reference_answer([Truth("bus", (1, 2, 30, 40))]), ("bus",)),),
+        label_rows=(
+            Labels(
+                "exactly as asked for",
+                reference_answer([Truth("bus", (1, 2, 30, 40))]),
+                ("bus",),
+            ),
+        ),
         failures=(
-            Failure("B4", 401, {"title": "unauthorized", "detail": "the token is not valid"}, AuthError),
+            Failure(
+                "B4",
+                401,
+                {"title": "unauthorized", "detail": "the token is not valid"},
+                AuthError,
+            ),
             Failure("B4", 403, b"", AuthError),
-            Failure("B4", 415, {"title": "refused", "detail": "not an image"}, ImageRejected),
+            Failure(
+                "B4", 415, {"title": "refused", "detail": "not an image"}, ImageRejected
+            ),
             Failure("B4", 404, {"title": "refused"}, BadRequest),
             Failure("B4", 400, {"title": 3}, BadRequest),
             Failure("C1", 503, {}, Throttled, {"retry-after": "4"}, 4.0),
             Failure("C4", 402, {"title": "pay"}, QuotaExhausted),
             Failure("C4", 423, {"title": "paused"}, QuotaExhausted),
-            Failure("C4", 429, {"title": "the monthly quota is used up"}, QuotaExhausted),
+            Failure(
+                "C4", 429, {"title": "the monthly quota is used up"}, QuotaExhausted
+            ),
         ),
         refused_classes=(("car", "bus", "car"),),
         broken={
@@ -979,8 +2105,14 @@ def reference() -> Case:
             "another size": {**empty, "image": {"w": 601, "h": 400}},
             "turned": {**empty, "image": {"w": 400, "h": 600}},
             "box of three": {**empty, "detections": [{**one, "box": [1, 2, 3]}]},
-            "a label that was not asked for": {**empty, "detections": [{**one, "label": "truck"}]},
-            "a class that was not asked for": {**empty, "detections": [{**one, "scores": {"truck": 0.5}}]},
+            "a label that was not asked for": {
+                **empty,
+                "detections": [{**one, "label": "truck"}],
+            },
+            "a class that was not asked for": {
+                **empty,
+                "detections": [{**one, "scores": {"truck": 0.5}}],
+            },
         },
         skips={
             "E4": "the wire format's errors are never inside a 200",
@@ -990,7 +2122,12 @@ def reference() -> Case:
 
 def reference_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
     found = [{"box": list(o.box), "label": o.name, "score": o.score} for o in objects]
-    return {"id": "1", "model": "m", "image": {"w": size[0], "h": size[1]}, "detections": found}
+    return {
+        "id": "1",
+        "model": "m",
+        "image": {"w": size[0], "h": size[1]},
+        "detections": found,
+    }
 
 
 CASES = [

@@ -15,15 +15,31 @@ import httpx
 import pytest
 from PIL import Image
 
+from coin_ray.cloud.adapters.parsing import error_object
+from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
-from coin_ray.cloud.parsing import error_object
-from coin_ray.cloud.protocol import Adapter, Capabilities, Frame, Pending, PreparedRequest, Query, RawDetections
-from coin_ray.cloud.reference import ReferenceAdapter
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.protocol import (
+    Adapter,
+    Capabilities,
+    Frame,
+    Pending,
+    PreparedRequest,
+    Query,
+    RawDetections,
+)
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
-from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, QuotaExhausted, Throttled, Transient
+from coin_ray.errors import (
+    AuthError,
+    BadRequest,
+    CloudError,
+    ImageRejected,
+    QuotaExhausted,
+    Throttled,
+    Transient,
+)
 
 CLASSES = ("car", "bus", "dog")
 URL = "https://detector.example.com/api"
@@ -48,15 +64,24 @@ class FakeTime:
 
 def picture(seed: int = 0, width: int = 60, height: int = 40) -> CanonicalImage:
     sink = io.BytesIO()
-    Image.new("RGB", (width, height), (seed % 8 * 32, seed // 8 % 8 * 32, 7)).save(sink, "PNG")
+    Image.new("RGB", (width, height), (seed % 8 * 32, seed // 8 % 8 * 32, 7)).save(
+        sink, "PNG"
+    )
     return canonical_image(sink.getvalue(), 4096)
 
 
-def element(label: str = "car", score: float = 0.5, box: Iterable[float] = (1, 2, 30, 20), **more: Any) -> dict[str, Any]:
+def element(
+    label: str = "car",
+    score: float = 0.5,
+    box: Iterable[float] = (1, 2, 30, 20),
+    **more: Any,
+) -> dict[str, Any]:
     return {"box": list(box), "label": label, "score": score, **more}
 
 
-def answer_body(*elements: dict[str, Any], width: int = 60, height: int = 40) -> dict[str, Any]:
+def answer_body(
+    *elements: dict[str, Any], width: int = 60, height: int = 40
+) -> dict[str, Any]:
     return {"image": {"w": width, "h": height}, "detections": list(elements)}
 
 
@@ -64,7 +89,9 @@ def good(*elements: dict[str, Any]) -> httpx.Response:
     return httpx.Response(200, json=answer_body(*(elements or (element(),))))
 
 
-def status(code: int, headers: Mapping[str, str] | None = None, **problem: str) -> httpx.Response:
+def status(
+    code: int, headers: Mapping[str, str] | None = None, **problem: str
+) -> httpx.Response:
     return httpx.Response(code, headers=headers, content=json.dumps(problem).encode())
 
 
@@ -91,7 +118,9 @@ class InBodyAdapter(ReferenceAdapter):
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities, **self.changes)
 
-    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections:
+    def decode(
+        self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
+    ) -> RawDetections:
         name = error_object(body).get("error")
         if isinstance(name, str):
             raise ERRORS[name]()
@@ -100,27 +129,42 @@ class InBodyAdapter(ReferenceAdapter):
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """A service of tasks: ``{"task": id}``, then ``{"wait": seconds}`` until an answer in the reference format or an error as above."""
+    """A service of tasks: ``{"task": id}``, then ``{"wait": seconds}`` until an answer
+    in the reference format or an error as above."""
 
     asynchronous: bool = True
     sync: InBodyAdapter = InBodyAdapter()
 
     @property
     def capabilities(self) -> Capabilities:
-        return replace(self.sync.capabilities, name="tasks", asynchronous=self.asynchronous, health_path=None)
+        return replace(
+            self.sync.capabilities,
+            name="tasks",
+            asynchronous=self.asynchronous,
+            health_path=None,
+        )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
         return replace(self.sync.encode(image, query), path="/tasks")
 
-    def decode(self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame) -> RawDetections | Pending:
+    def decode(
+        self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
+    ) -> RawDetections | Pending:
         answer = error_object(body)
         if "task" in answer:
-            return Pending(PreparedRequest(f"{answer.get('at', '/tasks/')}{answer['task']}", method="GET"), answer.get("wait", 1.0))
+            return Pending(
+                PreparedRequest(
+                    f"{answer.get('at', '/tasks/')}{answer['task']}", method="GET"
+                ),
+                answer.get("wait", 1.0),
+            )
         if "wait" in answer:
             return Pending(None, answer["wait"])
         return self.sync.decode(headers, body, query, frame)
 
-    def classify_error(self, status: int, headers: Mapping[str, str], body: bytes) -> CloudError:
+    def classify_error(
+        self, status: int, headers: Mapping[str, str], body: bytes
+    ) -> CloudError:
         return self.sync.classify_error(status, headers, body)
 
 
@@ -143,7 +187,9 @@ class Service:
             raise reply
         if callable(reply):
             return reply(request)
-        return httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
+        return httpx.Response(
+            reply.status_code, headers=reply.headers, content=reply.content
+        )
 
 
 @dataclass

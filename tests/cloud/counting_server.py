@@ -1,10 +1,13 @@
-"""A cheap detection server in the reference wire format that counts: ``python counting_server.py --width 64 --height 48``.
+"""A cheap detection server in the reference wire format that counts: ``python
+counting_server.py --width 64 --height 48``.
 
-Every image is said to be of one size; boxes and scores follow from the request's bytes, so equal questions get equal answers. It
-prints its address, and ends when its standard input is closed.
+Every image is said to be of one size; boxes and scores follow from the request's bytes,
+so equal questions get equal answers. It prints its address, and ends when its standard
+input is closed.
 
-``GET /stats``: ``calls`` received, each as [key, what became of it], and ``times``, the seconds at which answers were sent.
-``GET /count``: how many calls were received. ``POST /reset?latency=0.5``: forget them. Nothing recognises a repeated key: what is asked
+``GET /stats``: ``calls`` received, each as [key, what became of it], and ``times``, the
+seconds at which answers were sent. ``GET /count``: how many calls were received. ``POST
+/reset?latency=0.5``: forget them. Nothing recognises a repeated key: what is asked
 twice is billed twice.
 """
 
@@ -23,12 +26,17 @@ from urllib.parse import parse_qsl
 BILLED = ("ok", "broken", "drop", "500")
 """What a call may become and is paid for; the others are ``429`` and ``503``."""
 FAULTS = ("429", "503", "500", "broken", "drop")
-STATUS = {"429": "429 Too Many Requests\r\nRetry-After: 0", "503": "503 Service Unavailable", "500": "500 Internal Server Error"}
+STATUS = {
+    "429": "429 Too Many Requests\r\nRetry-After: 0",
+    "503": "503 Service Unavailable",
+    "500": "500 Internal Server Error",
+}
 
 
 @dataclass
 class Service:
-    """What the server does. ``faults``: share of the calls that fail, each kind alike, by ``seed`` and the number of the call."""
+    """What the server does. ``faults``: share of the calls that fail, each kind alike,
+    by ``seed`` and the number of the call."""
 
     size: tuple[int, int]
     latency: float = 0.0
@@ -41,12 +49,22 @@ class Service:
 
     def received(self, key: str) -> str:
         draw = random.Random(f"{self.seed}:{len(self.calls)}") if self.faults else None
-        kind = draw.choice(FAULTS) if draw is not None and draw.random() < self.faults else "ok"
+        kind = (
+            draw.choice(FAULTS)
+            if draw is not None and draw.random() < self.faults
+            else "ok"
+        )
         self.calls.append((key, kind))
         return kind
 
     def stats(self) -> bytes:
-        return json.dumps({"calls": self.calls, "times": self.times, "cpu_seconds": time.process_time()}).encode()
+        return json.dumps(
+            {
+                "calls": self.calls,
+                "times": self.times,
+                "cpu_seconds": time.process_time(),
+            }
+        ).encode()
 
     def count(self) -> bytes:
         return json.dumps(len(self.calls)).encode()
@@ -61,9 +79,22 @@ class Service:
         detections = []
         for i in range(self.boxes):
             a, b, c, d, label, score = (v / 256 for v in digest[5 * i : 5 * i + 6])
-            box = [a * width / 2, b * height / 2, (1 + c) * width / 2, (1 + d) * height / 2]
-            detections.append({"box": box, "label": self.labels[int(3 * label)], "score": 0.1 + 0.9 * score})
-        return json.dumps({"image": {"w": width, "h": height}, "detections": detections}).encode()
+            box = [
+                a * width / 2,
+                b * height / 2,
+                (1 + c) * width / 2,
+                (1 + d) * height / 2,
+            ]
+            detections.append(
+                {
+                    "box": box,
+                    "label": self.labels[int(3 * label)],
+                    "score": 0.1 + 0.9 * score,
+                }
+            )
+        return json.dumps(
+            {"image": {"w": width, "h": height}, "detections": detections}
+        ).encode()
 
 
 class Connection(asyncio.Protocol):
@@ -83,7 +114,10 @@ class Connection(asyncio.Protocol):
         if head_end < 0:
             return
         head = self.buffer[:head_end].decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+        headers = {
+            name.lower(): value
+            for name, _, value in (line.partition(": ") for line in head[1:])
+        }
         end = head_end + 4 + int(headers.get("content-length", 0))
         if len(self.buffer) < end:
             return
@@ -92,11 +126,15 @@ class Connection(asyncio.Protocol):
         method, target, _ = head[0].split(" ")
         self.respond(method, *target.partition("?")[::2], headers, body)
 
-    def respond(self, method: str, path: str, query: str, headers: dict[str, str], body: bytes) -> None:
+    def respond(
+        self, method: str, path: str, query: str, headers: dict[str, str], body: bytes
+    ) -> None:
         service = self.service
         if path == "/v1/detect" and method == "POST":
             kind = service.received(headers.get("idempotency-key", ""))
-            asyncio.get_running_loop().call_later(service.latency, self.finish, kind, body)
+            asyncio.get_running_loop().call_later(
+                service.latency, self.finish, kind, body
+            )
             return
         if path == "/reset":
             service.reset(query)
@@ -112,24 +150,33 @@ class Connection(asyncio.Protocol):
             self.send(STATUS[kind], b"{}")
         else:
             answer = self.service.answer(body)
-            self.send("200 OK", answer[: len(answer) // 2] if kind == "broken" else answer)
+            self.send(
+                "200 OK", answer[: len(answer) // 2] if kind == "broken" else answer
+            )
             self.service.times.append(time.monotonic())
 
     def send(self, status: str, body: bytes) -> None:
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length:"
+            f" {len(body)}\r\n\r\n"
+        )
         self.transport.write(head.encode() + body)
 
 
 async def serve(service: Service) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Connection(service), "127.0.0.1", 0, backlog=1000)
+    server = await loop.create_server(
+        lambda: Connection(service), "127.0.0.1", 0, backlog=1000
+    )
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
     server.close()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--height", type=int, default=48)
     parser.add_argument("--latency", type=float, default=0.0)
@@ -137,7 +184,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", nargs=3, default=["car", "bus", "dog"])
     given = parser.parse_args()
-    asyncio.run(serve(Service((given.width, given.height), given.latency, given.faults, given.seed, labels=tuple(given.labels))))
+    asyncio.run(
+        serve(
+            Service(
+                (given.width, given.height),
+                given.latency,
+                given.faults,
+                given.seed,
+                labels=tuple(given.labels),
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Ask about many images and be killed meanwhile: what ``test_storm.py`` and ``test_budget.py`` run.
+"""Ask about many images and be killed meanwhile: what ``test_storm.py`` and
+``test_budget.py`` run.
 
-The process that asks is a fork without an event loop, threads or connections of the parent's, so each start costs milliseconds. It is
-killed with SIGKILL after a random number of journal records and a random pause. The report is a line of JSON.
+The process that asks is a fork without an event loop, threads or connections of the
+parent's, so each start costs milliseconds. It is killed with SIGKILL after a random
+number of journal records and a random pause. The report is a line of JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from urllib.request import ProxyHandler, build_opener
 from PIL import Image
 
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import SegmentJournal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import SegmentJournal
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 
@@ -38,13 +40,16 @@ HERE = Path(__file__).parent
 
 
 class Watched(SegmentJournal):
-    """Writes a byte to ``pipe`` before and after each record, so that a kill can come at either side of it."""
+    """Writes a byte to ``pipe`` before and after each record, so that a kill can come
+    at either side of it."""
 
     def __init__(self, folder: str, pipe: int) -> None:
         self.pipe = pipe
         super().__init__(folder)
 
-    def _append(self, head: dict[str, Any], body: bytes = b"", *, durable: bool = False) -> None:
+    def _append(
+        self, head: dict[str, Any], body: bytes = b"", *, durable: bool = False
+    ) -> None:
         os.write(self.pipe, b"<")
         super()._append(head, body, durable=durable)
         os.write(self.pipe, b">")
@@ -69,7 +74,9 @@ def pictures(count: int) -> list[CanonicalImage]:
     for number in range(count):
         bits = bytes(255 * (number >> bit & 1) for bit in range(12))
         sink = io.BytesIO()
-        Image.frombytes("L", (4, 3), bits).resize(SIZE, Image.Resampling.NEAREST).convert("RGB").save(sink, "JPEG", quality=90)
+        Image.frombytes("L", (4, 3), bits).resize(
+            SIZE, Image.Resampling.NEAREST
+        ).convert("RGB").save(sink, "JPEG", quality=90)
         made.append(canonical_image(sink.getvalue(), 4096))
     return made
 
@@ -77,13 +84,25 @@ def pictures(count: int) -> list[CanonicalImage]:
 async def ask_all(job: Job, journal: SegmentJournal) -> dict[str, Any]:
     """Status, calls and answer of each image."""
     governor = LocalGovernor(Governor(limits(job.config), journal.spent()))
-    client = CloudClient(job.config, CLASSES, job.url, journal, governor, skip_over_budget=True, uniform=lambda low, high: 0.01)
+    client = CloudClient(
+        job.config,
+        CLASSES,
+        job.url,
+        journal,
+        governor,
+        skip_over_budget=True,
+        uniform=lambda low, high: 0.01,
+    )
     places = asyncio.Semaphore(IN_FLIGHT)
 
     async def ask(image: CanonicalImage) -> list[Any]:
         async with places:
             answer = await client.answer(image)
-        found = None if answer.raw is None else [answer.raw.boxes.tolist(), answer.raw.class_scores.tolist()]
+        found = (
+            None
+            if answer.raw is None
+            else [answer.raw.boxes.tolist(), answer.raw.class_scores.tolist()]
+        )
         return [answer.status, answer.calls, found, answer.error]
 
     rows = await asyncio.gather(*(ask(image) for image in job.pictures))
@@ -115,7 +134,8 @@ def started(job: Job, table: str) -> tuple[int, int]:
 
 
 def killed(job: Job, table: str, records: int, pause: float) -> bool:
-    """Let a process ask until it has begun or finished that many ``records``, then kill it; False if it finished before."""
+    """Let a process ask until it has begun or finished that many ``records``, then kill
+    it; False if it finished before."""
     process, pipe = started(job, table)
     ended = False
     while records > 0 and not ended:
@@ -146,7 +166,11 @@ def undisturbed(job: Job, table: str) -> dict[str, Any]:
 def state(job: Job) -> dict[str, Any]:
     """What is on record, and how many calls the server has received."""
     journal = SegmentJournal(job.folder)
-    found = {"recorded": journal.keys(), "spent": journal.spent(), "received": fetched(f"{job.url}/count")}
+    found = {
+        "recorded": journal.keys(),
+        "spent": journal.spent(),
+        "received": fetched(f"{job.url}/count"),
+    }
     journal.close()
     return found
 
@@ -156,12 +180,19 @@ def fetched(url: str) -> Any:
         return json.loads(response.read())
 
 
-def storm(job: Job, kills: int, seed: int, records: int, table: str) -> list[dict[str, Any]]:
-    """The state after each kill; every seventh comes while the process starts, the others after at most ``records`` records."""
+def storm(
+    job: Job, kills: int, seed: int, records: int, table: str
+) -> list[dict[str, Any]]:
+    """The state after each kill; every seventh comes while the process starts, the
+    others after at most ``records`` records."""
     draw = random.Random(seed)
     states = []
     for number in range(kills):
-        after, pause = (0, draw.uniform(0, 0.1)) if number % 7 == 6 else (draw.randint(1, 2 * records), draw.uniform(0, 0.01))
+        after, pause = (
+            (0, draw.uniform(0, 0.1))
+            if number % 7 == 6
+            else (draw.randint(1, 2 * records), draw.uniform(0, 0.01))
+        )
         if not killed(job, table, after, pause):
             break
         states.append(state(job))
@@ -171,9 +202,18 @@ def storm(job: Job, kills: int, seed: int, records: int, table: str) -> list[dic
 @contextmanager
 def server(faults: float = 0.0, seed: int = 0, latency: float = 0.02) -> Iterator[str]:
     """The address of a counting server with images of SIZE."""
-    command = [sys.executable, str(HERE / "counting_server.py"), "--width", str(SIZE[0]), "--height", str(SIZE[1])]
+    command = [
+        sys.executable,
+        str(HERE / "counting_server.py"),
+        "--width",
+        str(SIZE[0]),
+        "--height",
+        str(SIZE[1]),
+    ]
     command += ["--latency", str(latency), "--faults", str(faults), "--seed", str(seed)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     try:
         yield process.stdout.readline().strip()
@@ -184,7 +224,9 @@ def server(faults: float = 0.0, seed: int = 0, latency: float = 0.02) -> Iterato
 def run(**options: Any) -> dict[str, Any]:
     """The report of this script as a process of its own."""
     command = [sys.executable, str(Path(__file__)), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False
+    )
     if done.returncode:
         raise AssertionError(done.stderr[-3000:])
     report: dict[str, Any] = json.loads(done.stdout)
@@ -197,13 +239,19 @@ def main() -> None:
     parser.add_argument("options", type=json.loads)
     options = parser.parse_args().options
     folder = options["folder"]
-    job = Job(options["url"], f"{folder}/journal", pictures(options["images"]), options.get("settings", {}))
+    job = Job(
+        options["url"],
+        f"{folder}/journal",
+        pictures(options["images"]),
+        options.get("settings", {}),
+    )
     os.makedirs(folder, exist_ok=True)
     table = f"{folder}/table.json"
     states = storm(job, options["kills"], options["seed"], options["records"], table)
     kills, answers = len(states), undisturbed(job, table)
     states.append(state(job))
-    if any(status == "error" for status, *_ in answers.values()):  # as the pipeline does, which asks again about those
+    # as the pipeline does, which asks again about those
+    if any(status == "error" for status, *_ in answers.values()):
         answers = undisturbed(job, table)
         states.append(state(job))
     print(json.dumps({"kills": kills, "states": states, "table": answers}))

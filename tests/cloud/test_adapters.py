@@ -1,4 +1,5 @@
-"""One table for all adapters: rows of tests x ``CASES``. A row that can't apply to a service is skipped with a written reason."""
+"""One table for all adapters: rows of tests x ``CASES``. A row that can't apply to a
+service is skipped with a written reason."""
 
 from __future__ import annotations
 
@@ -18,13 +19,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coin_ray.cloud.labelmap import LabelMap
-from coin_ray.cloud.protocol import Auth, Frame, Pending, PreparedRequest, Query, RawDetections
+from coin_ray.class_names import fold
+from coin_ray.cloud.http.signing import signer_for
+from coin_ray.cloud.label_map import LabelMap
+from coin_ray.cloud.protocol import (
+    Auth,
+    Frame,
+    Pending,
+    PreparedRequest,
+    Query,
+    RawDetections,
+)
 from coin_ray.cloud.services import fitted
-from coin_ray.cloud.signing import signer_for
 from coin_ray.data.canonical import CanonicalImage, canonical_image
-from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected, ProtocolError, Refused, Throttled, Transient
-from coin_ray.names import fold
+from coin_ray.errors import (
+    AuthError,
+    BadRequest,
+    CloudError,
+    ImageRejected,
+    ProtocolError,
+    Refused,
+    Throttled,
+    Transient,
+)
 
 from .cases import CASES, CLASSES, GOLDEN_IMAGE, SIZE, Case, Failure, Labels, Row, Truth
 from .emulator import PROVIDERS, Emulator, scene
@@ -54,7 +71,14 @@ def row(name: Row) -> Callable[[Test], Test]:
 
         TESTS.append(test.__name__)
         TABLE.update({(name, c.name): c.skips.get(name) for c in CASES})
-        cases = [pytest.param(c, id=c.name, marks=[pytest.mark.skip(c.skips[name])] if name in c.skips else []) for c in CASES]
+        cases = [
+            pytest.param(
+                c,
+                id=c.name,
+                marks=[pytest.mark.skip(c.skips[name])] if name in c.skips else [],
+            )
+            for c in CASES
+        ]
         return pytest.mark.parametrize("case", cases)(recorded)  # type: ignore[no-any-return]
 
     return decorate
@@ -70,24 +94,38 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def ask(case: Case, image: CanonicalImage, emulator: Emulator | None = None, query: Query | None = None) -> RawDetections:
-    """The adapter in front of the emulator, which looks at the image that it really receives."""
+def ask(
+    case: Case,
+    image: CanonicalImage,
+    emulator: Emulator | None = None,
+    query: Query | None = None,
+) -> RawDetections:
+    """The adapter in front of the emulator, which looks at the image that it really
+    receives."""
 
     async def run() -> RawDetections:
-        async with httpx.AsyncClient(transport=(emulator or Emulator(PROVIDERS)).transport()) as http:
+        async with httpx.AsyncClient(
+            transport=(emulator or Emulator(PROVIDERS)).transport()
+        ) as http:
             return await until_answered(case, http, image, query or case.query())
 
     return asyncio.run(run())
 
 
-async def until_answered(case: Case, http: httpx.AsyncClient, image: CanonicalImage, query: Query) -> RawDetections:
+async def until_answered(
+    case: Case, http: httpx.AsyncClient, image: CanonicalImage, query: Query
+) -> RawDetections:
     request = case.adapter.encode(image, query)
     frame = Frame((image.width, image.height), image.original)
     for _ in range(POLLS_MAX):
         reply = await send(case, http, request)
         if reply.status_code != 200:
-            raise case.adapter.classify_error(reply.status_code, reply.headers, reply.content)
-        answer = case.adapter.decode({"content-type": reply.headers["content-type"]}, reply.content, query, frame)
+            raise case.adapter.classify_error(
+                reply.status_code, reply.headers, reply.content
+            )
+        answer = case.adapter.decode(
+            {"content-type": reply.headers["content-type"]}, reply.content, query, frame
+        )
         if isinstance(answer, RawDetections):
             return answer
         assert case.adapter.capabilities.asynchronous
@@ -95,51 +133,95 @@ async def until_answered(case: Case, http: httpx.AsyncClient, image: CanonicalIm
     raise AssertionError("still pending")
 
 
-async def send(case: Case, http: httpx.AsyncClient, request: PreparedRequest) -> httpx.Response:
+async def send(
+    case: Case, http: httpx.AsyncClient, request: PreparedRequest
+) -> httpx.Response:
     auth = case.adapter.capabilities.auth
     url = f"https://emulator.example.com/{case.provider}{request.path}"
-    headers = {**request.headers, "Idempotency-Key": "key-0"} | ({"Content-Type": request.content_type} if request.body else {})
-    signer = signer_for(auth, "EMULATED_TOKEN" if isinstance(auth, Auth) and auth.sigv4 is None else None, REGION)
-    signed = signer.sign(request.method, url, headers, request.body).headers if auth is not None else {}
-    return await http.request(request.method, url, content=request.body, headers={**headers, **signed})
+    headers = {**request.headers, "Idempotency-Key": "key-0"} | (
+        {"Content-Type": request.content_type} if request.body else {}
+    )
+    signer = signer_for(
+        auth,
+        "EMULATED_TOKEN" if isinstance(auth, Auth) and auth.sigv4 is None else None,
+        REGION,
+    )
+    signed = (
+        signer.sign(request.method, url, headers, request.body).headers
+        if auth is not None
+        else {}
+    )
+    return await http.request(
+        request.method, url, content=request.body, headers={**headers, **signed}
+    )
 
 
-def decode(case: Case, answer: Any, frame: Frame = FRAME, query: Query | None = None) -> RawDetections:
+def decode(
+    case: Case, answer: Any, frame: Frame = FRAME, query: Query | None = None
+) -> RawDetections:
     result = attempt(case, answer, frame, query)
     assert isinstance(result, RawDetections)
     return result
 
 
-def attempt(case: Case, answer: Any, frame: Frame = FRAME, query: Query | None = None) -> RawDetections | Pending:
+def attempt(
+    case: Case, answer: Any, frame: Frame = FRAME, query: Query | None = None
+) -> RawDetections | Pending:
     body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-    return case.adapter.decode({"content-type": case.content_type}, body, query or case.query(), frame)
+    return case.adapter.decode(
+        {"content-type": case.content_type}, body, query or case.query(), frame
+    )
 
 
 def three(case: Case) -> Any:
     """A valid answer: a car, a bus and a dog."""
     boxes = ((10, 20, 110, 170), (200, 30, 330, 90), (400, 200, 599, 399))
-    return case.answer([Truth(case.names[c], b, s) for c, b, s in zip(CLASSES, boxes, (0.9, 0.8, 0.7), strict=True)], SIZE)
+    return case.answer(
+        [
+            Truth(case.names[c], b, s)
+            for c, b, s in zip(CLASSES, boxes, (0.9, 0.8, 0.7), strict=True)
+        ],
+        SIZE,
+    )
 
 
 def check_against(
-    case: Case, raw: RawDetections, classes: Sequence[int], boxes: Sequence[Box], image: CanonicalImage, slack: float = 0.01
+    case: Case,
+    raw: RawDetections,
+    classes: Sequence[int],
+    boxes: Sequence[Box],
+    image: CanonicalImage,
+    slack: float = 0.01,
 ) -> None:
-    """Each object is found once, under its class; its edges are within ``slack`` original pixels and the service's own rounding."""
+    """Each object is found once, under its class; its edges are within ``slack``
+    original pixels and the service's own rounding."""
     assert raw.boxes.dtype == raw.class_scores.dtype == np.float32
     assert len(raw) == len(boxes)
     assert not raw.unmapped
     truth = np.array(boxes, np.float64).reshape(-1, 4)
-    tolerance = np.array(case.rounding((image.width, image.height))) * image.original / (image.width, image.height) + slack
+    tolerance = (
+        np.array(case.rounding((image.width, image.height)))
+        * image.original
+        / (image.width, image.height)
+        + slack
+    )
     for box, index in zip(raw.boxes, raw.class_scores.argmax(1), strict=True):
         nearest = int(np.abs(truth - box).max(1).argmin())
         assert (np.abs(truth[nearest] - box).reshape(2, 2) <= tolerance).all()
         assert index == classes[nearest]
     assert (np.diff(raw.class_scores.max(1)) <= 0).all()
     if case.scored:
-        assert np.allclose(raw.class_scores.max(1), [score_of(i) for i in range(len(boxes))], atol=1e-5)
+        assert np.allclose(
+            raw.class_scores.max(1), [score_of(i) for i in range(len(boxes))], atol=1e-5
+        )
 
 
-def pictured(classes: Sequence[int], boxes: Sequence[Box], size: tuple[int, int], max_side: int = 4096) -> CanonicalImage:
+def pictured(
+    classes: Sequence[int],
+    boxes: Sequence[Box],
+    size: tuple[int, int],
+    max_side: int = 4096,
+) -> CanonicalImage:
     return canonical_image(scene(classes, boxes, size), max_side)
 
 
@@ -161,7 +243,11 @@ def test_a2_one_object(case: Case, secrets: pytest.MonkeyPatch) -> None:
 
 @row("A3")
 def test_a3_300_objects(case: Case, secrets: pytest.MonkeyPatch) -> None:
-    boxes = [(x * 40 + 8, y * 40 + 8, x * 40 + 32, y * 40 + 32 - x % 5) for y in range(15) for x in range(20)]
+    boxes = [
+        (x * 40 + 8, y * 40 + 8, x * 40 + 32, y * 40 + 32 - x % 5)
+        for y in range(15)
+        for x in range(20)
+    ]
     classes = [i % 3 for i in range(300)]
     image = pictured(classes, boxes, (808, 608))
     check_against(case, ask(case, image), classes, boxes, image)
@@ -204,9 +290,17 @@ def test_a5_class_lists(case: Case) -> None:
             continue
         assert classes not in case.refused_classes
         boxes = [(float(3 * i), 10.0, 3.0 * i + 20, 60.0) for i in range(len(classes))]
-        raw = decode(case, case.answer([Truth(c, b) for c, b in zip(classes, boxes, strict=True)], SIZE), query=query)
+        raw = decode(
+            case,
+            case.answer(
+                [Truth(c, b) for c, b in zip(classes, boxes, strict=True)], SIZE
+            ),
+            query=query,
+        )
         assert len(raw) == len(classes)
-        for box, index in zip(raw.boxes, raw.class_scores.argmax(1) if classes else (), strict=True):
+        for box, index in zip(
+            raw.boxes, raw.class_scores.argmax(1) if classes else (), strict=True
+        ):
             asked = classes[int(np.abs(np.array(boxes) - box).max(1).argmin())]
             assert fold(classes[index]) == fold(asked)
 
@@ -220,7 +314,9 @@ def test_a6_names(case: Case) -> None:
 
 def check_labels(case: Case, labels: Labels) -> None:
     raw = decode(case, labels.answer)
-    assert tuple(CLASSES[k] for k in raw.class_scores.argmax(1)) == labels.classes, labels.what
+    assert tuple(CLASSES[k] for k in raw.class_scores.argmax(1)) == labels.classes, (
+        labels.what
+    )
     assert raw.unmapped == labels.unmapped, labels.what
     if labels.scores is not None:
         assert np.allclose(raw.class_scores.max(1), labels.scores), labels.what
@@ -228,9 +324,16 @@ def check_labels(case: Case, labels: Labels) -> None:
 
 @row("A6")
 def test_a6_weights_and_ignored_names(case: Case) -> None:
-    found = [Truth(case.names["car"], (10, 20, 110, 170), 0.8), Truth(case.names["dog"], (10, 20, 110, 170), 0.6)]
-    labels = LabelMap({fold(case.names["car"]): (1, 0.5)}, frozenset({fold(case.names["dog"])}))
-    raw = decode(case, case.answer(found, SIZE), query=replace(case.query(), labels=labels))
+    found = [
+        Truth(case.names["car"], (10, 20, 110, 170), 0.8),
+        Truth(case.names["dog"], (10, 20, 110, 170), 0.6),
+    ]
+    labels = LabelMap(
+        {fold(case.names["car"]): (1, 0.5)}, frozenset({fold(case.names["dog"])})
+    )
+    raw = decode(
+        case, case.answer(found, SIZE), query=replace(case.query(), labels=labels)
+    )
     assert raw.class_scores.argmax(1).tolist() == [1]
     assert not raw.unmapped
     if case.scored:
@@ -245,7 +348,10 @@ def test_a7_scores_become_distributions(case: Case) -> None:
         names = [case.names[c] for c in classes]
         query = Query("default", classes, 0.05, LabelMap.of_classes(names))
         scores = [round(0.95 - 0.06 * i, 2) for i in range(15)]
-        found = [Truth(names[i % len(names)], (10.0 * i, 20, 10.0 * i + 60, 170), s) for i, s in enumerate(scores)]
+        found = [
+            Truth(names[i % len(names)], (10.0 * i, 20, 10.0 * i + 60, 170), s)
+            for i, s in enumerate(scores)
+        ]
         raw = decode(case, case.answer(found, SIZE), query=query)
         check_scores(case, raw, len(found))
         detections, sources = converted(raw, "background", score_min=0.05)
@@ -260,7 +366,9 @@ def test_a7_scores_become_distributions(case: Case) -> None:
 def check_scores(case: Case, raw: RawDetections, count: int) -> None:
     assert len(raw) == count
     assert raw.score_kind == case.score_kind
-    assert not (raw.score_kind == "per_class" and not case.adapter.capabilities.per_class_scores)
+    assert not (
+        raw.score_kind == "per_class" and not case.adapter.capabilities.per_class_scores
+    )
     assert ((raw.class_scores >= 0) & (raw.class_scores <= 1)).all()
     assert (raw.class_scores.max(1) > 0).all()
     if raw.score_kind == "none":
@@ -268,17 +376,37 @@ def check_scores(case: Case, raw: RawDetections, count: int) -> None:
 
 
 SCORES = [(0.97, 0.97), (0.0, 0.0), (1.0, 1.0), (1.0000001, 1.0), (-0.0000001, 0.0)]
-BAD_SCORES = [1.5, 97.5, -0.5, float("nan"), float("inf"), "0.9", None, [0.9], {"value": 0.9}, True, 10**400]
+BAD_SCORES = [
+    1.5,
+    97.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    "0.9",
+    None,
+    [0.9],
+    {"value": 0.9},
+    True,
+    10**400,
+]
 
 
 @row("A8")
 def test_a8_scores(case: Case) -> None:
     for given_score, expected in SCORES:
-        raw = decode(case, case.answer([Truth(case.names["bus"], (10, 20, 110, 170), given_score)], SIZE))
+        raw = decode(
+            case,
+            case.answer(
+                [Truth(case.names["bus"], (10, 20, 110, 170), given_score)], SIZE
+            ),
+        )
         assert np.allclose(raw.class_scores, [[0, expected, 0]], atol=1e-6), given_score
     for bad in BAD_SCORES:
         with pytest.raises(ProtocolError):
-            attempt(case, case.answer([Truth(case.names["bus"], (10, 20, 110, 170), bad)], SIZE))
+            attempt(
+                case,
+                case.answer([Truth(case.names["bus"], (10, 20, 110, 170), bad)], SIZE),
+            )
 
 
 @row("B1")
@@ -293,15 +421,26 @@ def test_b1_golden_request(case: Case) -> None:
 def failure_kinds(case: Case, failures: Sequence[Failure]) -> None:
     assert failures
     for failure in failures:
-        body = failure.body if isinstance(failure.body, bytes) else json.dumps(failure.body).encode()
-        error = failed(case, failure.status, {"content-type": case.content_type, **failure.headers}, body)
+        body = (
+            failure.body
+            if isinstance(failure.body, bytes)
+            else json.dumps(failure.body).encode()
+        )
+        error = failed(
+            case,
+            failure.status,
+            {"content-type": case.content_type, **failure.headers},
+            body,
+        )
         assert type(error) is failure.kind, (failure, error)
         assert len(str(error)) < 400
         if isinstance(error, Throttled):
             assert error.retry_after == failure.wait, failure
 
 
-def failed(case: Case, status: int, headers: Mapping[str, str], body: bytes) -> CloudError:
+def failed(
+    case: Case, status: int, headers: Mapping[str, str], body: bytes
+) -> CloudError:
     if status != 200:
         return case.adapter.classify_error(status, headers, body)
     with pytest.raises(CloudError) as caught:
@@ -340,8 +479,24 @@ STATUSES: list[tuple[int, type[CloudError]]] = [
     (507, Transient),
     (307, BadRequest),
 ]
-JUNK = [b"", b"<html>502</html>", b"[]", b"null", b"3", b"{", b"\xff\xfe", b"[" * 100_000, b'{"error": []}', b'{"error": {"message": {}}}']
-JUNK += [b'{"error": {"message": "x", "details": 3}}', b'{"__type": []}', b'{"code": null, "msg": [], "errors": {}}', b'{"message": 5}']
+JUNK = [
+    b"",
+    b"<html>502</html>",
+    b"[]",
+    b"null",
+    b"3",
+    b"{",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"error": []}',
+    b'{"error": {"message": {}}}',
+]
+JUNK += [
+    b'{"error": {"message": "x", "details": 3}}',
+    b'{"__type": []}',
+    b'{"code": null, "msg": [], "errors": {}}',
+    b'{"message": 5}',
+]
 
 
 @row("B4")
@@ -406,7 +561,13 @@ def test_e1_indented_answers_too(case: Case) -> None:
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, child in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(child, (*path, key))
 
 
@@ -433,7 +594,9 @@ def without(value: Any, path: tuple[Any, ...]) -> Any:
 
 def same(one: RawDetections, other: RawDetections) -> bool:
     return (
-        np.array_equal(one.boxes, other.boxes) and np.array_equal(one.class_scores, other.class_scores) and one.unmapped == other.unmapped
+        np.array_equal(one.boxes, other.boxes)
+        and np.array_equal(one.class_scores, other.class_scores)
+        and one.unmapped == other.unmapped
     )
 
 
@@ -443,7 +606,13 @@ def test_e2_missing_and_extra_keys(case: Case) -> None:
     expected = decode(case, answer)
     for path in places(answer):
         if isinstance(at(answer, path), dict):
-            assert same(decode(case, changed(answer, path, {**at(answer, path), "new_field": [None]})), expected)
+            assert same(
+                decode(
+                    case,
+                    changed(answer, path, {**at(answer, path), "new_field": [None]}),
+                ),
+                expected,
+            )
         if not path or not isinstance(path[-1], str) or path[-1] in case.optional:
             continue
         with contextlib.suppress(ProtocolError):
@@ -462,11 +631,18 @@ def test_e2_wrong_types(case: Case) -> None:
     for path in places(answer):
         old = at(answer, path)
         for new in WRONG_TYPES:
-            number = isinstance(old, (int, float)) and isinstance(new, int) and not isinstance(new, bool)
+            number = (
+                isinstance(old, (int, float))
+                and isinstance(new, int)
+                and not isinstance(new, bool)
+            )
             if type(new) is type(old) or number:
                 continue
             try:
-                assert same(decode(case, changed(answer, path, new)), expected), (path, new)
+                assert same(decode(case, changed(answer, path, new)), expected), (
+                    path,
+                    new,
+                )
             except ProtocolError:
                 wrong += 1
     assert wrong >= 30
@@ -494,7 +670,8 @@ ODD_BOXES: list[tuple[tuple[float, float, float, float], bool]] = [
 
 @row("E2")
 def test_e2_odd_boxes(case: Case) -> None:
-    """Clipped to the image; what is left of less than a pixel is dropped. A service that gives corners in any order is read either way."""
+    """Clipped to the image; what is left of less than a pixel is dropped. A service
+    that gives corners in any order is read either way."""
     for box, kept in ODD_BOXES:
         try:
             raw = decode(case, case.answer([Truth(case.names["car"], box)], SIZE))
@@ -507,17 +684,45 @@ def test_e2_odd_boxes(case: Case) -> None:
         if box[0] <= box[2] and box[1] <= box[3]:
             assert len(raw) == kept, box
             error = np.clip(box, 0, [*SIZE, *SIZE]) - raw.boxes
-            assert (np.abs(error).reshape(-1, 2, 2) <= np.array(case.rounding(SIZE)) + 0.01).all()
+            assert (
+                np.abs(error).reshape(-1, 2, 2) <= np.array(case.rounding(SIZE)) + 0.01
+            ).all()
 
 
 @row("E3")
 def test_e3_not_an_answer(case: Case) -> None:
     whole = json.dumps(three(case)).encode()
-    bodies = [b"", b" ", b"\n", b"<html><body>OK</body></html>", b"OK", b"null", b"0", b'""', b"[]", b"{}", b"[null]"]
-    bodies += [whole + b"x", whole + whole, b"[" * 100_000, b'{"a":' * 50_000, b'[{"a":' * 50_000, b"\x1f\x8b" + whole, whole[:-1] + b"\0"]
-    bodies += [whole.replace(b"{", b'{"twice": 1, "twice": 2, ', 1), whole.replace(b"{", '{"é": 1, '.encode("latin-1"), 1)]
+    bodies = [
+        b"",
+        b" ",
+        b"\n",
+        b"<html><body>OK</body></html>",
+        b"OK",
+        b"null",
+        b"0",
+        b'""',
+        b"[]",
+        b"{}",
+        b"[null]",
+    ]
+    bodies += [
+        whole + b"x",
+        whole + whole,
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'[{"a":' * 50_000,
+        b"\x1f\x8b" + whole,
+        whole[:-1] + b"\0",
+    ]
+    bodies += [
+        whole.replace(b"{", b'{"twice": 1, "twice": 2, ', 1),
+        whole.replace(b"{", '{"é": 1, '.encode("latin-1"), 1),
+    ]
     for body in bodies:
-        if body in (json.dumps(case.answer([], SIZE)).encode(), b"[]" if isinstance(case.answer([], SIZE), list) else None):
+        if body in (
+            json.dumps(case.answer([], SIZE)).encode(),
+            b"[]" if isinstance(case.answer([], SIZE), list) else None,
+        ):
             continue
         with pytest.raises(ProtocolError):
             attempt(case, body)
@@ -526,14 +731,26 @@ def test_e3_not_an_answer(case: Case) -> None:
 @row("E3")
 def test_e3_other_encodings_and_types(case: Case) -> None:
     whole = json.dumps(three(case)).encode()
-    for body in (b"\xef\xbb\xbf" + whole, whole.decode().encode("utf-16"), whole.decode().encode("utf-32")):
+    for body in (
+        b"\xef\xbb\xbf" + whole,
+        whole.decode().encode("utf-16"),
+        whole.decode().encode("utf-32"),
+    ):
         with contextlib.suppress(ProtocolError):
             assert same(decode(case, body), decode(case, whole))
-    for content_type in ("text/html", "application/zip", "text/html; charset=application/json"):
+    for content_type in (
+        "text/html",
+        "application/zip",
+        "text/html; charset=application/json",
+    ):
         with pytest.raises(ProtocolError):
-            case.adapter.decode({"content-type": content_type}, whole, case.query(), FRAME)
+            case.adapter.decode(
+                {"content-type": content_type}, whole, case.query(), FRAME
+            )
     with_charset = {"content-type": f"{case.content_type}; charset=UTF-8"}
-    assert isinstance(case.adapter.decode(with_charset, whole, case.query(), FRAME), RawDetections)
+    assert isinstance(
+        case.adapter.decode(with_charset, whole, case.query(), FRAME), RawDetections
+    )
 
 
 @row("E4")
@@ -554,7 +771,12 @@ def test_e5_proved_empty(case: Case) -> None:
     assert not raw.unmapped
 
 
-LARGE: tuple[Box, ...] = ((0, 0, 403, 377), (501, 155, 867, 522), (1200, 600, 1601, 901), (1003, 101, 1399, 400))
+LARGE: tuple[Box, ...] = (
+    (0, 0, 403, 377),
+    (501, 155, 867, 522),
+    (1200, 600, 1601, 901),
+    (1003, 101, 1399, 400),
+)
 
 
 @row("F5")
@@ -567,20 +789,28 @@ def test_f5_boxes_of_a_smaller_image(case: Case, secrets: pytest.MonkeyPatch) ->
 
 @row("F5")
 def test_f5_boxes_of_an_odd_sized_jpeg(case: Case, secrets: pytest.MonkeyPatch) -> None:
-    """A JPEG is decoded at half its size; an odd side then ends within the last pixel. Made smaller as it is read, or as it is sent."""
+    """A JPEG is decoded at half its size; an odd side then ends within the last pixel.
+    Made smaller as it is read, or as it is sent."""
     photograph = scene([0, 1, 2, 0], LARGE, (1601, 901), "JPEG")
     whole = canonical_image(photograph, 4096)
     assert whole.data == photograph
-    for image in (canonical_image(photograph, 640), fitted(whole, case.adapter.capabilities, 640)):
+    for image in (
+        canonical_image(photograph, 640),
+        fitted(whole, case.adapter.capabilities, 640),
+    ):
         assert (image.width, image.height, image.original) == (640, 360, (1601, 901))
         check_against(case, ask(case, image), [0, 1, 2, 0], LARGE, image, slack=0.5)
 
 
 @row("F5")
-def test_f5_an_image_file_that_is_too_large(case: Case, secrets: pytest.MonkeyPatch) -> None:
+def test_f5_an_image_file_that_is_too_large(
+    case: Case, secrets: pytest.MonkeyPatch
+) -> None:
     boxes = [(0, 0, 403, 377), (501, 155, 867, 522), (1200, 600, 1600, 896)]
     image = pictured([0, 1, 2], boxes, (1600, 896))
-    capabilities = replace(case.adapter.capabilities, max_bytes=len(image.data) * 2 // 3)
+    capabilities = replace(
+        case.adapter.capabilities, max_bytes=len(image.data) * 2 // 3
+    )
     smaller = fitted(image, capabilities, min(1500, capabilities.max_side))
     assert len(smaller.data) <= capabilities.max_bytes
     assert smaller.width < 1500
@@ -590,16 +820,33 @@ def test_f5_an_image_file_that_is_too_large(case: Case, secrets: pytest.MonkeyPa
 @row("F5")
 def test_f5_each_axis_by_its_own_factor(case: Case) -> None:
     boxes = ((10.0, 20.0, 110.0, 170.0), (400.0, 200.0, 599.0, 399.0))
-    answer = case.answer([Truth(case.names["car"], b, s) for b, s in zip(boxes, (0.9, 0.8), strict=True)], SIZE)
+    answer = case.answer(
+        [
+            Truth(case.names["car"], b, s)
+            for b, s in zip(boxes, (0.9, 0.8), strict=True)
+        ],
+        SIZE,
+    )
     original = (4001, 2251)
     expected = np.array(boxes) * (np.array(original * 2) / (SIZE * 2))
     tolerance = (np.array(case.rounding(SIZE)) * original / SIZE + 0.01).tolist() * 2
-    assert (np.abs(decode(case, answer, Frame(SIZE, original)).boxes - expected) <= tolerance).all()
+    assert (
+        np.abs(decode(case, answer, Frame(SIZE, original)).boxes - expected)
+        <= tolerance
+    ).all()
 
 
 ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5) | st.sampled_from([10**400, 1e308, "NaN"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True)
+    | st.text(max_size=5)
+    | st.sampled_from([10**400, 1e308, "NaN"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -607,8 +854,14 @@ ANY_JSON = st.recursive(
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_mutated_answers_give_valid_detections_or_cloud_errors(case: Case, data: st.DataObject) -> None:
-    answer = data.draw(st.sampled_from([three(case), *case.further, *(labels.answer for labels in case.label_rows)]))
+def test_mutated_answers_give_valid_detections_or_cloud_errors(
+    case: Case, data: st.DataObject
+) -> None:
+    answer = data.draw(
+        st.sampled_from(
+            [three(case), *case.further, *(labels.answer for labels in case.label_rows)]
+        )
+    )
     for _ in range(data.draw(st.integers(1, 3))):
         paths = list(places(answer))
         path = data.draw(st.sampled_from(paths))
@@ -627,12 +880,20 @@ def test_mutated_answers_give_valid_detections_or_cloud_errors(case: Case, data:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @settings(max_examples=100, deadline=None)
-@given(status=st.sampled_from([400, 401, 403, 404, 409, 422, 429, 500, 503]), error=ANY_JSON, data=st.data())
-def test_any_error_body_is_classified(case: Case, status: int, error: Any, data: st.DataObject) -> None:
+@given(
+    status=st.sampled_from([400, 401, 403, 404, 409, 422, 429, 500, 503]),
+    error=ANY_JSON,
+    data=st.data(),
+)
+def test_any_error_body_is_classified(
+    case: Case, status: int, error: Any, data: st.DataObject
+) -> None:
     bodies = [f.body for f in case.failures if not isinstance(f.body, bytes)]
     body = data.draw(st.sampled_from(bodies)) if bodies else {}
     body = changed(body, data.draw(st.sampled_from(list(places(body)))), error)
-    assert isinstance(case.adapter.classify_error(status, {}, json.dumps(body).encode()), CloudError)
+    assert isinstance(
+        case.adapter.classify_error(status, {}, json.dumps(body).encode()), CloudError
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -645,21 +906,34 @@ def test_any_bytes_give_cloud_errors(case: Case, body: bytes) -> None:
 
 def iou(one: NDArray[np.float32], other: Sequence[float]) -> float:
     second = np.array(other, np.float64)
-    overlap = np.clip(np.minimum(one[2:], second[2:]) - np.maximum(one[:2], second[:2]), 0, None).prod()
-    return float(overlap / ((one[2:] - one[:2]).prod() + (second[2:] - second[:2]).prod() - overlap))
+    overlap = np.clip(
+        np.minimum(one[2:], second[2:]) - np.maximum(one[:2], second[:2]), 0, None
+    ).prod()
+    return float(
+        overlap
+        / ((one[2:] - one[:2]).prod() + (second[2:] - second[:2]).prod() - overlap)
+    )
 
 
-def test_the_table(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every row meets every adapter, or says why not. Prints the counts."""
     assert {name for name, _ in TABLE} == set(get_args(Row))
     assert len(TABLE) == len(get_args(Row)) * len(CASES)
     skipped = {place: reason for place, reason in TABLE.items() if reason is not None}
     assert all(len(reason) > 20 for reason in skipped.values())
-    collected = [item for item in request.session.items if getattr(item, "originalname", "") in TESTS and item.path == request.node.path]
+    collected = [
+        item
+        for item in request.session.items
+        if getattr(item, "originalname", "") in TESTS and item.path == request.node.path
+    ]
     if len(collected) == len(TESTS) * len(CASES):
         assert set(TABLE) - RAN == set(skipped)
     with capsys.disabled():
-        print(f"\nadapters x rows: {len(RAN)} of {len(TABLE)} run, {len(skipped)} skipped")
+        print(
+            f"\nadapters x rows: {len(RAN)} of {len(TABLE)} run, {len(skipped)} skipped"
+        )
         for (name, case), reason in sorted(skipped.items()):
             print(f"  {name} {case}: {reason}")
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import SegmentJournal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import SegmentJournal
 from coin_ray.config import Cloud
 from coin_ray.errors import BudgetExhausted, CloudError
 
@@ -39,18 +39,34 @@ def test_kills_do_not_stretch_the_budget(tmp_path: Path, budget: str) -> None:
     seed = list(BUDGETS).index(budget)
     with storm.server(faults=0.25, seed=seed) as url:
         report = storm.run(
-            url=url, folder=str(tmp_path), images=CALLS, kills=KILLS, seed=seed, records=30, settings=BUDGETS[budget] | {"attempts": 9}
+            url=url,
+            folder=str(tmp_path),
+            images=CALLS,
+            kills=KILLS,
+            seed=seed,
+            records=30,
+            settings=BUDGETS[budget] | {"attempts": 9},
         )
         calls = storm.fetched(f"{url}/stats")["calls"]
     assert report["kills"] == KILLS
     for state in report["states"]:
-        assert sum(kind in BILLED for _, kind in calls[: state["received"]]) <= state["spent"][0] <= CALLS
+        assert (
+            sum(kind in BILLED for _, kind in calls[: state["received"]])
+            <= state["spent"][0]
+            <= CALLS
+        )
         assert state["spent"][1] <= CALLS * PRICE + 1e-9
     statuses = [row[0] for row in report["table"].values()]
-    assert report["states"][-1]["spent"][0] == CALLS, "what was left must have been used"
+    assert report["states"][-1]["spent"][0] == CALLS, (
+        "what was left must have been used"
+    )
     assert len(calls) == report["states"][-1]["received"]
     assert statuses.count("skipped_budget") > 0
-    assert statuses.count("ok") + statuses.count("cached") == len(report["states"][-1]["recorded"]) > 0
+    assert (
+        statuses.count("ok") + statuses.count("cached")
+        == len(report["states"][-1]["recorded"])
+        > 0
+    )
 
 
 class Killed(BaseException):
@@ -85,7 +101,9 @@ class Biller:
         if self.kill_after is not None and self.received > self.kill_after:
             self.billed += billed
             raise Killed
-        outcome = self.draw.choice(["ok", "ok", "429", "500", "503", "drop", "refused", "broken", "late"])
+        outcome = self.draw.choice(
+            ["ok", "ok", "429", "500", "503", "drop", "refused", "broken", "late"]
+        )
         if outcome in ("ok", "late", "broken"):
             self.billed += 1
         elif outcome in ("500", "503", "drop"):
@@ -98,11 +116,20 @@ class Biller:
             raise httpx.ConnectError("nobody there")
         if outcome == "broken":
             return httpx.Response(200, content=b'{"image": ')
-        return good() if outcome == "ok" else httpx.Response(int(outcome), headers={"retry-after": "0"} if outcome == "429" else {})
+        return (
+            good()
+            if outcome == "ok"
+            else httpx.Response(
+                int(outcome), headers={"retry-after": "0"} if outcome == "429" else {}
+            )
+        )
 
 
-def live(folder: str, config: Cloud, draw: random.Random, kill_after: int | None, skip: bool) -> Biller:
-    """One life of a process: 16 callers ask until all is answered, the budget is spent or the process dies."""
+def live(
+    folder: str, config: Cloud, draw: random.Random, kill_after: int | None, skip: bool
+) -> Biller:
+    """One life of a process: 16 callers ask until all is answered, the budget is spent
+    or the process dies."""
     fake = FakeTime()
     service = Biller(draw, kill_after)
 
@@ -120,7 +147,9 @@ def live(folder: str, config: Cloud, draw: random.Random, kill_after: int | None
             clock=fake,
         )
         try:
-            await asyncio.gather(*(client.answer(picture(seed)) for seed in range(config.in_flight)))
+            await asyncio.gather(
+                *(client.answer(picture(seed)) for seed in range(config.in_flight))
+            )
         finally:
             journal.close()
 
@@ -142,10 +171,16 @@ def live(folder: str, config: Cloud, draw: random.Random, kill_after: int | None
     skip=st.booleans(),
     lives=st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=6),
 )
-def test_no_history_overspends(seed: int, budget: int, in_money: bool, skip: bool, lives: list[int | None]) -> None:
+def test_no_history_overspends(
+    seed: int, budget: int, in_money: bool, skip: bool, lives: list[int | None]
+) -> None:
     draw = random.Random(seed)
-    cap: dict[str, Any] = {"max_usd": budget * PRICE} if in_money else {"max_calls": budget}
-    config = Cloud(url=URL, rate=1e4, in_flight=16, attempts=4, usd_per_call=PRICE, **cap)
+    cap: dict[str, Any] = (
+        {"max_usd": budget * PRICE} if in_money else {"max_calls": budget}
+    )
+    config = Cloud(
+        url=URL, rate=1e4, in_flight=16, attempts=4, usd_per_call=PRICE, **cap
+    )
     billed = 0
     with tempfile.TemporaryDirectory() as folder:
         for kill_after in lives:

@@ -12,11 +12,18 @@ from typing import Any
 import httpx
 import pytest
 
-from coin_ray.cloud import connections
-from coin_ray.cloud.client import POLL_CAP, TASK_SECONDS, Answer, CloudClient, account_of, limits
-from coin_ray.cloud.journal import TASK
-from coin_ray.cloud.limiter import Governor, LocalGovernor
-from coin_ray.cloud.reference import ReferenceAdapter
+from coin_ray.cloud.adapters.reference import ReferenceAdapter
+from coin_ray.cloud.client import (
+    POLL_CAP,
+    TASK_SECONDS,
+    Answer,
+    CloudClient,
+    account_of,
+    limits,
+)
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.http import connections
+from coin_ray.cloud.journal.journal import TASK
 from coin_ray.config import Cloud
 from coin_ray.errors import (
     AuthError,
@@ -28,7 +35,18 @@ from coin_ray.errors import (
     QuotaExhausted,
 )
 
-from .conftest import CLASSES, URL, Bench, InBodyAdapter, Reply, TaskAdapter, element, good, picture, status
+from .conftest import (
+    CLASSES,
+    URL,
+    Bench,
+    InBodyAdapter,
+    Reply,
+    TaskAdapter,
+    element,
+    good,
+    picture,
+    status,
+)
 
 Build = Callable[..., Bench]
 TOKEN = "sk-live-0123456789abcdef"
@@ -36,7 +54,11 @@ TOKEN = "sk-live-0123456789abcdef"
 
 def ask(bench: Bench, *pictures: int) -> list[Answer]:
     async def run() -> list[Answer]:
-        return list(await asyncio.gather(*(bench.client.answer(picture(seed)) for seed in pictures or (0,))))
+        return list(
+            await asyncio.gather(
+                *(bench.client.answer(picture(seed)) for seed in pictures or (0,))
+            )
+        )
 
     return asyncio.run(run())
 
@@ -56,7 +78,11 @@ def test_an_answer_and_its_request(bench: Build) -> None:
 
 
 def test_a_proved_empty(bench: Build) -> None:
-    subject = bench(lambda _: httpx.Response(200, json={"image": {"w": 60, "h": 40}, "detections": []}))
+    subject = bench(
+        lambda _: httpx.Response(
+            200, json={"image": {"w": 60, "h": 40}, "detections": []}
+        )
+    )
     assert ask(subject)[0].status == "empty"
     (again,) = ask(subject)
     assert (again.status, again.calls) == ("cached", 0)
@@ -91,7 +117,10 @@ RETRIED: list[tuple[Reply, bool]] = [
     (httpx.ReadError("reset"), True),
     (httpx.RemoteProtocolError("closed early"), True),
     (httpx.Response(200, content=b'{"image": {"w": 60,'), True),
-    (httpx.Response(200, headers={"content-type": "text/html"}, content=b"<html>"), True),
+    (
+        httpx.Response(200, headers={"content-type": "text/html"}, content=b"<html>"),
+        True,
+    ),
     (httpx.Response(204), True),
 ]
 
@@ -134,11 +163,20 @@ def test_rejected_images_are_not_retried(bench: Build, code: int) -> None:
     assert str(code) in str(answer.error)
 
 
-STOPS = [(401, AuthError), (403, AuthError), (402, QuotaExhausted), (400, BadRequest), (422, BadRequest), (307, BadRequest)]
+STOPS = [
+    (401, AuthError),
+    (403, AuthError),
+    (402, QuotaExhausted),
+    (400, BadRequest),
+    (422, BadRequest),
+    (307, BadRequest),
+]
 
 
 @pytest.mark.parametrize(("code", "kind"), STOPS)
-def test_errors_that_stop_the_run_cost_one_request(bench: Build, code: int, kind: type[CloudError]) -> None:
+def test_errors_that_stop_the_run_cost_one_request(
+    bench: Build, code: int, kind: type[CloudError]
+) -> None:
     subject = bench(status(code, {"location": "http://elsewhere.example.com"}))
     with pytest.raises(kind):
         ask(subject)
@@ -146,11 +184,20 @@ def test_errors_that_stop_the_run_cost_one_request(bench: Build, code: int, kind
     assert subject.journal.spent()[0] == 0
 
 
-WAITS = [("2", 2.5), ("0", 0.5), ("-5", 0.5), ("abc", 0.5), ("99999", None), ("Wed, 21 Oct 2026 07:28:10 GMT", 10.5)]
+WAITS = [
+    ("2", 2.5),
+    ("0", 0.5),
+    ("-5", 0.5),
+    ("abc", 0.5),
+    ("99999", None),
+    ("Wed, 21 Oct 2026 07:28:10 GMT", 10.5),
+]
 
 
 @pytest.mark.parametrize(("value", "slept"), WAITS)
-def test_retry_after_is_waited_out(bench: Build, value: str, slept: float | None) -> None:
+def test_retry_after_is_waited_out(
+    bench: Build, value: str, slept: float | None
+) -> None:
     hint = status(429, {"retry-after": value, "date": "Wed, 21 Oct 2026 07:28:00 GMT"})
     subject = bench(hint, good())
     (answer,) = ask(subject)
@@ -164,7 +211,9 @@ def test_retry_after_is_waited_out(bench: Build, value: str, slept: float | None
 
 
 def test_a_throttled_call_slows_all_callers(bench: Build) -> None:
-    subject = bench(status(429, {"retry-after": "3"}), good(), in_flight=1, deadline=1e6)
+    subject = bench(
+        status(429, {"retry-after": "3"}), good(), in_flight=1, deadline=1e6
+    )
     answers = ask(subject, *range(20))
     assert all(a.status == "ok" for a in answers)
     assert len(subject.service.requests) == 21
@@ -187,14 +236,25 @@ def test_deadline_ends_a_stalled_call_which_stays_spent(bench: Build) -> None:
     (answer,) = ask(subject)
     assert answer.status == "error"
     assert "DeadlineExceeded" in str(answer.error)
-    assert (answer.calls, subject.journal.spent()[0], subject.governor.stats().calls) == (1, 1, 1)
+    assert (
+        answer.calls,
+        subject.journal.spent()[0],
+        subject.governor.stats().calls,
+    ) == (1, 1, 1)
     assert subject.governor.stats().in_flight == 0
 
 
-def test_a_spent_quota_is_asked_for_once_where_another_cloud_may_answer(bench: Build) -> None:
+def test_a_spent_quota_is_asked_for_once_where_another_cloud_may_answer(
+    bench: Build,
+) -> None:
     subject = bench(good(), status(402), good(), skip_over_budget=True)
     answers = [ask(subject, i)[0] for i in (0, 1, 2, 0)]
-    assert [a.status for a in answers] == ["ok", "skipped_quota", "skipped_quota", "cached"]
+    assert [a.status for a in answers] == [
+        "ok",
+        "skipped_quota",
+        "skipped_quota",
+        "cached",
+    ]
     assert [a.calls for a in answers] == [1, 0, 0, 0]
     assert len(subject.service.requests) == 2
     assert subject.governor.stats().in_flight == 0
@@ -220,8 +280,12 @@ def test_bodies_are_capped(bench: Build, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("limit", [{"max_calls": 10}, {"max_usd": 0.1}])
-def test_budget_is_exact_with_many_in_flight_and_after_reopening(bench: Build, limit: dict[str, Any]) -> None:
-    first = bench(good(), in_flight=16, usd_per_call=0.01, skip_over_budget=True, **limit)
+def test_budget_is_exact_with_many_in_flight_and_after_reopening(
+    bench: Build, limit: dict[str, Any]
+) -> None:
+    first = bench(
+        good(), in_flight=16, usd_per_call=0.01, skip_over_budget=True, **limit
+    )
     states = [a.status for a in ask(first, *range(40))]
     assert (states.count("ok"), states.count("skipped_budget")) == (10, 30)
     assert len(first.service.requests) == 10
@@ -245,9 +309,14 @@ def test_a_day_s_calls_are_counted_over_runs(bench: Build) -> None:
     config = Cloud(url=URL, rate=1000.0, per_day=3)
     account = account_of(config, URL, ReferenceAdapter())
     later = bench(good(), per_day=3)
-    ages = [time.time() - start for start in later.journal.starts(account, time.time() - 86_400)]
+    ages = [
+        time.time() - start
+        for start in later.journal.starts(account, time.time() - 86_400)
+    ]
     assert len(ages) == 2
-    later.client._governor = LocalGovernor(Governor(limits(config), later.journal.spent(), later.time, ages))
+    later.client._governor = LocalGovernor(
+        Governor(limits(config), later.journal.spent(), later.time, ages)
+    )
     assert ask(later, 3)[0].status == "ok"
     with pytest.raises(BudgetExhausted, match=r"cloud\.per_day=3"):
         ask(later, 4)
@@ -291,7 +360,14 @@ def test_a_service_that_dies_stops_the_run(bench: Build) -> None:
     assert len(subject.service.requests) < 60
 
 
-HEALTH = [(200, None), (404, None), (500, None), (401, AuthError), (403, AuthError), (301, BadRequest)]
+HEALTH = [
+    (200, None),
+    (404, None),
+    (500, None),
+    (401, AuthError),
+    (403, AuthError),
+    (301, BadRequest),
+]
 
 
 @pytest.mark.parametrize(("code", "kind"), HEALTH)
@@ -306,11 +382,20 @@ def test_check(bench: Build, code: int, kind: type[CloudError] | None) -> None:
     assert subject.journal.spent() == (0, 0)
 
 
-URLS = ["", "detector.example.com", "ftp://host", "https://user:pw@host", "https://host/?key=secret", "http://host"]
+URLS = [
+    "",
+    "detector.example.com",
+    "ftp://host",
+    "https://user:pw@host",
+    "https://host/?key=secret",
+    "http://host",
+]
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_unusable_addresses(bench: Build, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_unusable_addresses(
+    bench: Build, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", TOKEN)
     with pytest.raises(ConfigError) as caught:
         bench(good(), url=url or "/", token_env="CLOUD_TOKEN")
@@ -318,8 +403,12 @@ def test_unusable_addresses(bench: Build, monkeypatch: pytest.MonkeyPatch, url: 
     assert "pw" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", "two\nlines-secret", "schlüssel-secret"])
-def test_missing_or_unusable_token(bench: Build, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+@pytest.mark.parametrize(
+    "value", [None, "", "  ", "two\nlines-secret", "schlüssel-secret"]
+)
+def test_missing_or_unusable_token(
+    bench: Build, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     monkeypatch.delenv("CLOUD_TOKEN", raising=False)
     if value is not None:
         monkeypatch.setenv("CLOUD_TOKEN", value)
@@ -341,7 +430,11 @@ ECHOES: list[Reply] = [
 
 @pytest.mark.parametrize("reply", ECHOES, ids=lambda r: type(r).__name__)
 def test_the_token_is_sent_and_shown_nowhere(
-    bench: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reply: Reply
+    bench: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reply: Reply,
 ) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", TOKEN)
     caplog.set_level(logging.DEBUG)
@@ -352,7 +445,10 @@ def test_the_token_is_sent_and_shown_nowhere(
     except CloudError as error:
         shown += [repr(error), *traceback.format_exception(error)]
     assert subject.service.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
-    shown += [caplog.text, *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file())]
+    shown += [
+        caplog.text,
+        *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file()),
+    ]
     assert not any(TOKEN in text for text in shown)
     assert TOKEN not in str(subject.service.requests[0].url)
 
@@ -368,12 +464,21 @@ def test_a_local_server_is_the_same_on_another_port(bench: Build) -> None:
     subject = bench(good())
     governor = LocalGovernor(subject.governor)
     addresses = ("http://127.0.0.1:1111", "http://127.0.0.1:2222")
-    clients = [CloudClient(Cloud(serve="demo"), CLASSES, url, subject.journal, governor) for url in addresses]
-    assert clients[0].key(picture()) == clients[1].key(picture()) != subject.client.key(picture())
+    clients = [
+        CloudClient(Cloud(serve="demo"), CLASSES, url, subject.journal, governor)
+        for url in addresses
+    ]
+    assert (
+        clients[0].key(picture())
+        == clients[1].key(picture())
+        != subject.client.key(picture())
+    )
 
 
 @pytest.mark.parametrize("serve", ["onnx", "checkpoint", "transformers"])
-def test_other_weights_under_the_same_name_are_asked_anew(bench: Build, tmp_path: Path, serve: str) -> None:
+def test_other_weights_under_the_same_name_are_asked_anew(
+    bench: Build, tmp_path: Path, serve: str
+) -> None:
     subject, folder = bench(good()), tmp_path / "model"
     governor = LocalGovernor(subject.governor)
     folder.mkdir()
@@ -381,8 +486,14 @@ def test_other_weights_under_the_same_name_are_asked_anew(bench: Build, tmp_path
 
     def key(weights: bytes) -> str:
         (folder / "weights").write_bytes(weights)
-        config = Cloud(serve=serve, onnx_models=(model,)) if serve == "onnx" else Cloud(serve=serve, model=model)  # type: ignore[arg-type]
-        return CloudClient(config, CLASSES, "http://127.0.0.1:1", subject.journal, governor).key(picture())
+        config = (
+            Cloud(serve=serve, onnx_models=(model,))
+            if serve == "onnx"
+            else Cloud(serve=serve, model=model)
+        )  # type: ignore[arg-type]
+        return CloudClient(
+            config, CLASSES, "http://127.0.0.1:1", subject.journal, governor
+        ).key(picture())
 
     keys = [key(b"first"), key(b"second"), key(b"first")]
     assert keys[0] == keys[2] != keys[1]
@@ -405,10 +516,21 @@ RUNNING = body(wait=1.0)
 def test_polled_until_answered(bench: Build, polls: int, asynchronous: bool) -> None:
     """Also from a service that only sometimes answers with a task."""
     subject = bench(
-        ACCEPTED, *[RUNNING] * (polls - 1), good(), adapter=TaskAdapter(asynchronous), deadline=1000.0, usd_per_call=0.01, max_calls=1
+        ACCEPTED,
+        *[RUNNING] * (polls - 1),
+        good(),
+        adapter=TaskAdapter(asynchronous),
+        deadline=1000.0,
+        usd_per_call=0.01,
+        max_calls=1,
     )
     (answer,) = ask(subject)
-    assert (answer.status, answer.attempts, answer.calls, answer.cost_usd) == ("ok", 1, 1, 0.01)
+    assert (answer.status, answer.attempts, answer.calls, answer.cost_usd) == (
+        "ok",
+        1,
+        1,
+        0.01,
+    )
     assert methods(subject) == ["POST"] + ["GET"] * polls
     assert {r.url.path for r in subject.service.requests[1:]} == {"/api/tasks/t1"}
     kept = subject.journal.contents()
@@ -420,12 +542,21 @@ def test_polled_until_answered(bench: Build, polls: int, asynchronous: bool) -> 
     assert waits == sorted(waits)
     assert max(waits) <= POLL_CAP
     assert answer.latency_ms == pytest.approx(sum(waits) * 1000)
-    assert ask(bench(status(500), adapter=TaskAdapter(asynchronous)))[0].status == "cached"
+    assert (
+        ask(bench(status(500), adapter=TaskAdapter(asynchronous)))[0].status == "cached"
+    )
 
 
-@pytest.mark.parametrize(("asked", "slept"), [(3.0, 3.0), (0.0, 0.25), (-5.0, 0.25), (1e9, POLL_CAP), (float("nan"), 0.25)])
-def test_a_poll_waits_as_long_as_asked_within_reason(bench: Build, asked: float, slept: float) -> None:
-    taken = httpx.Response(200, content=json.dumps({"task": "t1", "wait": asked}).encode())
+@pytest.mark.parametrize(
+    ("asked", "slept"),
+    [(3.0, 3.0), (0.0, 0.25), (-5.0, 0.25), (1e9, POLL_CAP), (float("nan"), 0.25)],
+)
+def test_a_poll_waits_as_long_as_asked_within_reason(
+    bench: Build, asked: float, slept: float
+) -> None:
+    taken = httpx.Response(
+        200, content=json.dumps({"task": "t1", "wait": asked}).encode()
+    )
     subject = bench(taken, good(), adapter=TaskAdapter())
     assert ask(subject)[0].status == "ok"
     assert subject.time.slept == [slept]
@@ -452,7 +583,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_killed_between_the_task_and_its_first_poll(bench: Build, asynchronous: bool) -> None:
+def test_killed_between_the_task_and_its_first_poll(
+    bench: Build, asynchronous: bool
+) -> None:
     killed = bench(ACCEPTED, adapter=TaskAdapter(asynchronous))
 
     async def die(seconds: float) -> None:
@@ -471,9 +604,13 @@ def test_killed_between_the_task_and_its_first_poll(bench: Build, asynchronous: 
     assert later.journal.spent()[0] == 1
 
 
-@pytest.mark.parametrize("gone", [status(404), status(410), body(error="busy"), body(error="paid")])
+@pytest.mark.parametrize(
+    "gone", [status(404), status(410), body(error="busy"), body(error="paid")]
+)
 def test_a_lost_task_is_asked_for_anew(bench: Build, gone: httpx.Response) -> None:
-    subject = bench(ACCEPTED, RUNNING, gone, body(task="t2"), good(), adapter=TaskAdapter())
+    subject = bench(
+        ACCEPTED, RUNNING, gone, body(task="t2"), good(), adapter=TaskAdapter()
+    )
     (answer,) = ask(subject)
     assert (answer.status, answer.attempts, answer.calls) == ("ok", 2, 2)
     assert methods(subject) == ["POST", "GET", "GET", "POST", "GET"]
@@ -489,8 +626,12 @@ def test_tasks_are_not_lost_for_ever(bench: Build) -> None:
     assert "TaskLost" in str(answer.error)
 
 
-@pytest.mark.parametrize("gone", [status(404), status(400), body(error="busy"), body(error="unknown")])
-def test_a_task_of_an_earlier_run_that_is_lost(bench: Build, gone: httpx.Response) -> None:
+@pytest.mark.parametrize(
+    "gone", [status(404), status(400), body(error="busy"), body(error="unknown")]
+)
+def test_a_task_of_an_earlier_run_that_is_lost(
+    bench: Build, gone: httpx.Response
+) -> None:
     ask(bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=3.0))
     subject = bench(gone, body(task="t2"), good(), adapter=TaskAdapter())
     (answer,) = ask(subject)
@@ -499,9 +640,18 @@ def test_a_task_of_an_earlier_run_that_is_lost(bench: Build, gone: httpx.Respons
     assert subject.journal.spent()[0] == 2
 
 
-def test_an_earlier_runs_task_and_the_call_after_it_share_the_deadline(bench: Build) -> None:
+def test_an_earlier_runs_task_and_the_call_after_it_share_the_deadline(
+    bench: Build,
+) -> None:
     ask(bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=3.0))
-    subject = bench(*[RUNNING] * 3, status(404), body(task="t2"), RUNNING, adapter=TaskAdapter(), deadline=10.0)
+    subject = bench(
+        *[RUNNING] * 3,
+        status(404),
+        body(task="t2"),
+        RUNNING,
+        adapter=TaskAdapter(),
+        deadline=10.0,
+    )
     (answer,) = ask(subject)
     assert "DeadlineExceeded" in str(answer.error)
     assert methods(subject).count("POST") == 1
@@ -510,9 +660,24 @@ def test_an_earlier_runs_task_and_the_call_after_it_share_the_deadline(bench: Bu
 
 @pytest.mark.parametrize("age", [0.0, 2 * TASK_SECONDS])
 def test_an_old_task_that_gives_no_result_is_given_up(bench: Build, age: float) -> None:
-    ask(bench(ACCEPTED, RUNNING, adapter=TaskAdapter(), deadline=3.0, wall_clock=lambda: 1e9))
+    ask(
+        bench(
+            ACCEPTED,
+            RUNNING,
+            adapter=TaskAdapter(),
+            deadline=3.0,
+            wall_clock=lambda: 1e9,
+        )
+    )
     strange = httpx.Response(200, json=[])
-    subject = bench(strange, strange, ACCEPTED, good(), adapter=TaskAdapter(), wall_clock=lambda: 1e9 + age)
+    subject = bench(
+        strange,
+        strange,
+        ACCEPTED,
+        good(),
+        adapter=TaskAdapter(),
+        wall_clock=lambda: 1e9 + age,
+    )
     (answer,) = ask(subject)
     assert answer.status == ("ok" if age else "error")
     assert methods(subject).count("POST") == bool(age)
@@ -531,8 +696,12 @@ BLIPS: list[Reply] = [
 
 
 @pytest.mark.parametrize("blip", BLIPS)
-def test_what_fails_on_the_way_to_a_poll_costs_nothing(bench: Build, blip: Reply) -> None:
-    subject = bench(ACCEPTED, blip, RUNNING, blip, good(), adapter=TaskAdapter(), max_calls=1)
+def test_what_fails_on_the_way_to_a_poll_costs_nothing(
+    bench: Build, blip: Reply
+) -> None:
+    subject = bench(
+        ACCEPTED, blip, RUNNING, blip, good(), adapter=TaskAdapter(), max_calls=1
+    )
     (answer,) = ask(subject)
     assert (answer.status, answer.attempts, answer.calls) == ("ok", 1, 1)
     assert methods(subject) == ["POST"] + ["GET"] * 4
@@ -549,7 +718,9 @@ def test_polls_that_fail_for_ever_keep_the_task(bench: Build, blip: Reply) -> No
 
 
 def test_a_throttled_poll_slows_all_callers(bench: Build) -> None:
-    subject = bench(ACCEPTED, status(429, {"retry-after": "7"}), good(), adapter=TaskAdapter())
+    subject = bench(
+        ACCEPTED, status(429, {"retry-after": "7"}), good(), adapter=TaskAdapter()
+    )
     ask(subject)
     assert subject.time.slept == pytest.approx([1.0, 7.5])
     assert subject.governor.reserve(0).wait == pytest.approx(0, abs=0.1)
@@ -565,14 +736,19 @@ STOPPING_POLLS = [
 
 
 @pytest.mark.parametrize(("reply", "kind", "kept"), STOPPING_POLLS)
-def test_polls_that_stop_the_run(bench: Build, reply: httpx.Response, kind: type[CloudError], kept: bool) -> None:
-    """An error in the answer to a poll is the end of the task, but for a token that is wrong; the call stays spent."""
+def test_polls_that_stop_the_run(
+    bench: Build, reply: httpx.Response, kind: type[CloudError], kept: bool
+) -> None:
+    """An error in the answer to a poll is the end of the task, but for a token that is
+    wrong; the call stays spent."""
     subject = bench(ACCEPTED, reply, adapter=TaskAdapter())
     with pytest.raises(kind):
         ask(subject)
     assert methods(subject) == ["POST", "GET"]
     assert subject.journal.spent()[0] == 1
-    assert (subject.journal.get(subject.client.key(picture()) + TASK) is not None) == kept
+    assert (
+        subject.journal.get(subject.client.key(picture()) + TASK) is not None
+    ) == kept
 
 
 def test_a_task_that_failed_for_the_image(bench: Build) -> None:
@@ -593,7 +769,9 @@ def test_a_service_of_tasks_that_answers_at_once(bench: Build) -> None:
     assert again.service.requests == []
 
 
-def test_an_unnamed_task_is_no_answer_and_is_not_posted_again_and_again(bench: Build) -> None:
+def test_an_unnamed_task_is_no_answer_and_is_not_posted_again_and_again(
+    bench: Build,
+) -> None:
     subject = bench(RUNNING, adapter=TaskAdapter())
     (answer,) = ask(subject)
     assert (answer.status, answer.attempts) == ("error", 2)
@@ -633,12 +811,20 @@ def on_record(bench: Build, adapter: Any) -> tuple[Any, Any]:
     return subject.journal.get(key), subject.journal.get(key + TASK)
 
 
-@pytest.mark.parametrize("adapter", [InBodyAdapter(), TaskAdapter()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "adapter", [InBodyAdapter(), TaskAdapter()], ids=lambda a: type(a).__name__
+)
 @pytest.mark.parametrize("name", ["throttled", "busy", "paid"])
-def test_errors_inside_answers_are_retried_and_never_journalled(bench: Build, adapter: Any, name: str) -> None:
+def test_errors_inside_answers_are_retried_and_never_journalled(
+    bench: Build, adapter: Any, name: str
+) -> None:
     subject = bench(body(error=name), adapter=adapter, attempts=3)
     (answer,) = ask(subject)
-    assert (answer.status, answer.attempts, answer.calls) == ("error", 3, 3 * (name == "paid"))
+    assert (answer.status, answer.attempts, answer.calls) == (
+        "error",
+        3,
+        3 * (name == "paid"),
+    )
     assert len(subject.service.requests) == 3
     assert on_record(bench, adapter) == (None, None)
     assert ask(bench(good(), adapter=adapter))[0].status == "ok"
@@ -652,9 +838,16 @@ def test_a_throttle_inside_an_answer_is_waited_out_by_all(bench: Build) -> None:
     assert subject.governor.stats().throttled == 1
 
 
-@pytest.mark.parametrize("adapter", [InBodyAdapter(), TaskAdapter()], ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize(("name", "kind"), [("quota", QuotaExhausted), ("auth", AuthError), ("unknown", BadRequest)])
-def test_errors_inside_answers_that_stop_the_run(bench: Build, adapter: Any, name: str, kind: type[CloudError]) -> None:
+@pytest.mark.parametrize(
+    "adapter", [InBodyAdapter(), TaskAdapter()], ids=lambda a: type(a).__name__
+)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("quota", QuotaExhausted), ("auth", AuthError), ("unknown", BadRequest)],
+)
+def test_errors_inside_answers_that_stop_the_run(
+    bench: Build, adapter: Any, name: str, kind: type[CloudError]
+) -> None:
     subject = bench(body(error=name), adapter=adapter)
     with pytest.raises(kind):
         ask(subject)
@@ -663,7 +856,9 @@ def test_errors_inside_answers_that_stop_the_run(bench: Build, adapter: Any, nam
     assert on_record(bench, adapter) == (None, None)
 
 
-def test_an_error_that_a_killed_run_left_as_an_answer_is_not_served(bench: Build) -> None:
+def test_an_error_that_a_killed_run_left_as_an_answer_is_not_served(
+    bench: Build,
+) -> None:
     """Killed after the body was written and before it was understood."""
     killed = bench(body(error="throttled"), adapter=InBodyAdapter())
     killed.journal.quarantine = lambda *_: (_ for _ in ()).throw(Killed)  # type: ignore[assignment]
@@ -675,16 +870,24 @@ def test_an_error_that_a_killed_run_left_as_an_answer_is_not_served(bench: Build
     assert len(subject.service.requests) == 1
 
 
-def test_a_real_answer_is_durable_before_it_is_read(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_answer_is_durable_before_it_is_read(
+    bench: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = bench(good())
     found: list[bool] = []
     decode = subject.client._adapter.decode
 
     def look(*arguments: Any) -> Any:
-        found.append(bench(good()).journal.get(subject.client.key(picture())) is not None)
+        found.append(
+            bench(good()).journal.get(subject.client.key(picture())) is not None
+        )
         return decode(*arguments)
 
-    monkeypatch.setattr(type(subject.client._adapter), "decode", lambda self, *arguments: look(*arguments))
+    monkeypatch.setattr(
+        type(subject.client._adapter),
+        "decode",
+        lambda self, *arguments: look(*arguments),
+    )
     ask(subject)
     assert found == [True]
 
@@ -702,12 +905,16 @@ def test_a_storm_of_429_is_not_amplified(bench: Build, hint: dict[str, str]) -> 
 
 
 def test_a_wait_is_capped_whatever_an_adapter_says(bench: Build) -> None:
-    subject = bench(body(error="throttled long"), good(), adapter=InBodyAdapter(), deadline=1000.0)
+    subject = bench(
+        body(error="throttled long"), good(), adapter=InBodyAdapter(), deadline=1000.0
+    )
     assert ask(subject)[0].status == "ok"
     assert subject.time.slept[0] == pytest.approx(120.5)
 
 
-def test_without_a_health_page_the_token_is_checked_all_the_same(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_health_page_the_token_is_checked_all_the_same(
+    bench: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", TOKEN)
     subject = bench(good(), adapter=TaskAdapter(), token_env="CLOUD_TOKEN")
     asyncio.run(subject.client.check())
@@ -726,7 +933,9 @@ def test_an_image_that_can_not_be_sent_costs_no_request(bench: Build) -> None:
     assert subject.client.key(picture())
 
 
-def test_an_encoding_that_fails_leaves_no_place_taken(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_that_fails_leaves_no_place_taken(
+    bench: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = bench(good())
 
     def refuse(*_: Any) -> Any:
@@ -736,17 +945,28 @@ def test_an_encoding_that_fails_leaves_no_place_taken(bench: Build, monkeypatch:
     with pytest.raises(BadRequest):
         ask(subject)
     assert subject.service.requests == []
-    assert (subject.governor.stats().in_flight, subject.governor.stats().calls) == (0, 0)
+    assert (subject.governor.stats().in_flight, subject.governor.stats().calls) == (
+        0,
+        0,
+    )
 
 
 def test_the_size_limit_is_part_of_the_question(bench: Build) -> None:
-    keys = {bench(good(), adapter=InBodyAdapter({"max_side": side})).client.key(picture()) for side in (4096, 2048, 9999)}
+    keys = {
+        bench(good(), adapter=InBodyAdapter({"max_side": side})).client.key(picture())
+        for side in (4096, 2048, 9999)
+    }
     assert len(keys) == 2  # 9999 is more than cloud.max_side
     assert bench(good(), max_side=2048).client.key(picture()) in keys
 
 
-def test_a_smaller_image_is_sent_and_boxes_come_back_in_the_originals_frame(bench: Build) -> None:
-    half = httpx.Response(200, json={"image": {"w": 30, "h": 20}, "detections": [element(box=(1, 2, 30, 20))]})
+def test_a_smaller_image_is_sent_and_boxes_come_back_in_the_originals_frame(
+    bench: Build,
+) -> None:
+    half = httpx.Response(
+        200,
+        json={"image": {"w": 30, "h": 20}, "detections": [element(box=(1, 2, 30, 20))]},
+    )
     subject = bench(half, adapter=InBodyAdapter({"max_side": 30}))
     assert subject.client.max_side == 30
     (answer,) = ask(subject)

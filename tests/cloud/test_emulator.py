@@ -1,4 +1,5 @@
-"""The emulator must notice what the real services would: wrong pixels, wrong signatures, wrong limits."""
+"""The emulator must notice what the real services would: wrong pixels, wrong
+signatures, wrong limits."""
 
 from __future__ import annotations
 
@@ -17,47 +18,79 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coin_ray.cloud.dds import DdsAdapter
+from coin_ray.cloud.adapters.dds import DdsAdapter
+from coin_ray.cloud.adapters.rekognition import RekognitionAdapter
+from coin_ray.cloud.http.signing import AwsSigner
 from coin_ray.cloud.protocol import Pending, PreparedRequest
-from coin_ray.cloud.rekognition import RekognitionAdapter
-from coin_ray.cloud.signing import AwsSigner
 from coin_ray.data.canonical import canonical_image
 from coin_ray.errors import ImageRejected, ProtocolError, Transient
 
 from .cases import CASES, GOLDEN_BASE64, GOLDEN_IMAGE
 from .emulator import PROVIDERS, Emulator, Fault, scene
-from .emulator.app import AWS_KEY_ID, AWS_SECRET, AWS_SESSION, TOKEN, Call, Reply, SceneError, read_scene, score_of
+from .emulator.app import (
+    AWS_KEY_ID,
+    AWS_SECRET,
+    AWS_SESSION,
+    TOKEN,
+    Call,
+    Reply,
+    SceneError,
+    read_scene,
+    score_of,
+)
 from .test_adapters import FRAME
 
 REKOGNITION = next(c for c in CASES if c.name == "rekognition")
 AZURE = next(c for c in CASES if c.name == "azure-vision")
 DDS = next(c for c in CASES if c.name == "dino-x")
-PICTURE = canonical_image(scene([0, 2], [(20, 30, 120, 90), (150, 40, 300, 200)], (320, 240)), 4096)
+PICTURE = canonical_image(
+    scene([0, 2], [(20, 30, 120, 90), (150, 40, 300, 200)], (320, 240)), 4096
+)
 BODY = json.dumps(
-    {"Image": {"Bytes": base64.b64encode(PICTURE.data).decode()}, "MinConfidence": 5, "Features": ["GENERAL_LABELS"]}
+    {
+        "Image": {"Bytes": base64.b64encode(PICTURE.data).decode()},
+        "MinConfidence": 5,
+        "Features": ["GENERAL_LABELS"],
+    }
 ).encode()
-TARGET = {"X-Amz-Target": "RekognitionService.DetectLabels", "Content-Type": "application/x-amz-json-1.1"}
+TARGET = {
+    "X-Amz-Target": "RekognitionService.DetectLabels",
+    "Content-Type": "application/x-amz-json-1.1",
+}
 
 
-def exchange(emulator: Emulator, *requests: tuple[str, str, Mapping[str, str], bytes]) -> list[httpx.Response]:
+def exchange(
+    emulator: Emulator, *requests: tuple[str, str, Mapping[str, str], bytes]
+) -> list[httpx.Response]:
     """Method, address, headers and body of each request, one after the other."""
 
     async def run() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=emulator.transport()) as http:
-            return [await http.request(m, url, headers=h, content=b) for m, url, h, b in requests]
+            return [
+                await http.request(m, url, headers=h, content=b)
+                for m, url, h, b in requests
+            ]
 
     return asyncio.run(run())
 
 
 def to_azure(
-    emulator: Emulator, body: bytes = PICTURE.data, headers: Mapping[str, str] | None = None
+    emulator: Emulator,
+    body: bytes = PICTURE.data,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[str, str, Mapping[str, str], bytes]:
-    sent = {"Ocp-Apim-Subscription-Key": TOKEN, "Content-Type": "application/octet-stream", **(headers or {})}
+    sent = {
+        "Ocp-Apim-Subscription-Key": TOKEN,
+        "Content-Type": "application/octet-stream",
+        **(headers or {}),
+    }
     return "POST", emulator.url("azure-vision") + AZURE.golden.path, sent, body
 
 
 @st.composite
-def scenes(draw: st.DrawFn, unit: int = 1) -> tuple[tuple[int, int], list[int], list[tuple[int, int, int, int]]]:
+def scenes(
+    draw: st.DrawFn, unit: int = 1
+) -> tuple[tuple[int, int], list[int], list[tuple[int, int, int, int]]]:
     """A grid of cells of 60 * ``unit`` pixels, with a rectangle in each."""
     columns, rows = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     starts, sides = st.integers(10 * unit, 20 * unit), st.integers(20 * unit, 30 * unit)
@@ -66,7 +99,9 @@ def scenes(draw: st.DrawFn, unit: int = 1) -> tuple[tuple[int, int], list[int], 
         for x in range(columns):
             x0, y0 = 60 * unit * x + draw(starts), 60 * unit * y + draw(starts)
             boxes.append((x0, y0, x0 + draw(sides), y0 + draw(sides)))
-    classes = draw(st.lists(st.integers(0, 15), min_size=len(boxes), max_size=len(boxes)))
+    classes = draw(
+        st.lists(st.integers(0, 15), min_size=len(boxes), max_size=len(boxes))
+    )
     return (60 * unit * columns + 7, 60 * unit * rows + 3), classes, boxes
 
 
@@ -82,13 +117,18 @@ def test_a_scene_is_read_back(given_scene: Any) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(scenes(unit=2), st.floats(0.55, 0.95))
-def test_a_smaller_scene_is_read_to_parts_of_a_pixel(given_scene: Any, scale: float) -> None:
+def test_a_smaller_scene_is_read_to_parts_of_a_pixel(
+    given_scene: Any, scale: float
+) -> None:
     size, classes, boxes = given_scene
     image = canonical_image(scene(classes, boxes, size), round(max(size) * scale))
     found = sorted(read_scene(image.data).objects, key=lambda o: o.object_id)
     assert [o.class_index for o in found] == classes
     factors = np.array([image.width, image.height] * 2) / np.array(size * 2)
-    assert np.abs(np.array([o.box for o in found]) - np.array(boxes) * factors).max() <= 0.25
+    assert (
+        np.abs(np.array([o.box for o in found]) - np.array(boxes) * factors).max()
+        <= 0.25
+    )
 
 
 def test_turned_and_mirrored_images_give_other_answers() -> None:
@@ -96,7 +136,10 @@ def test_turned_and_mirrored_images_give_other_answers() -> None:
         for turn in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_90):
             sink = io.BytesIO()
             image.transpose(turn).save(sink, "PNG")
-            assert read_scene(sink.getvalue()).objects[0].box != read_scene(PICTURE.data).objects[0].box
+            assert (
+                read_scene(sink.getvalue()).objects[0].box
+                != read_scene(PICTURE.data).objects[0].box
+            )
 
 
 def test_what_is_no_scene() -> None:
@@ -111,7 +154,14 @@ def test_what_is_no_scene() -> None:
 
 
 @pytest.mark.parametrize(
-    "boxes", [[(0, 0, 19, 50)], [(10, 10, 50, 50), (54, 10, 90, 50)], [(50, 50, 101, 90)], [(-1, 0, 30, 30)], [(0, 0, 50, 50)] * 2]
+    "boxes",
+    [
+        [(0, 0, 19, 50)],
+        [(10, 10, 50, 50), (54, 10, 90, 50)],
+        [(50, 50, 101, 90)],
+        [(-1, 0, 30, 30)],
+        [(0, 0, 50, 50)] * 2,
+    ],
 )
 def test_scenes_that_could_not_be_read(boxes: list[tuple[int, int, int, int]]) -> None:
     with pytest.raises(ValueError, match="box"):
@@ -126,7 +176,12 @@ def test_a_script() -> None:
 
     emulator = Emulator(PROVIDERS, sleep=sleep)
     emulator.script(
-        [Fault(429, {"retry-after": "2"}, {"error": 1}), None, Fault(edit=lambda b: b[:-5]), Fault(delay=9, headers={"x-a": "b"})]
+        [
+            Fault(429, {"retry-after": "2"}, {"error": 1}),
+            None,
+            Fault(edit=lambda b: b[:-5]),
+            Fault(delay=9, headers={"x-a": "b"}),
+        ]
     )
     replies = exchange(emulator, *[to_azure(emulator)] * 5)
     assert [r.status_code for r in replies] == [429, 200, 200, 200, 200]
@@ -157,10 +212,14 @@ def test_unknown_provider() -> None:
 def test_a_provider_is_one_function() -> None:
     def answer(call: Call) -> Reply:
         call.state["asked"] = call.state.get("asked", 0) + 1
-        return Reply(200, {"path": call.path, "query": call.params, "asked": call.state["asked"]})
+        return Reply(
+            200, {"path": call.path, "query": call.params, "asked": call.state["asked"]}
+        )
 
     emulator = Emulator({"new": answer})
-    replies = exchange(emulator, *[("GET", emulator.url("new") + "/a/b?c=d%20e", {}, b"")] * 2)
+    replies = exchange(
+        emulator, *[("GET", emulator.url("new") + "/a/b?c=d%20e", {}, b"")] * 2
+    )
     assert replies[1].json() == {"path": "/a/b", "query": {"c": "d e"}, "asked": 2}
     assert emulator.state("new") == {"asked": 2}
     assert emulator.billed == {"new": 2}
@@ -176,7 +235,9 @@ LIMITS = [
 
 
 @pytest.mark.parametrize(("headers", "body", "status"), LIMITS)
-def test_limits_of_azure(headers: Mapping[str, str], body: bytes | None, status: int) -> None:
+def test_limits_of_azure(
+    headers: Mapping[str, str], body: bytes | None, status: int
+) -> None:
     emulator = Emulator(PROVIDERS)
     (reply,) = exchange(emulator, to_azure(emulator, body or PICTURE.data, headers))
     assert reply.status_code == status
@@ -185,8 +246,14 @@ def test_limits_of_azure(headers: Mapping[str, str], body: bytes | None, status:
     assert isinstance(error, ImageRejected) == (status != 401)
 
 
-def aws(monkeypatch: pytest.MonkeyPatch, session: str = "", clock: float = 0.0, url: str = "") -> tuple[str, dict[str, str]]:
-    """The address and the headers of a request signed with a clock that is ``clock`` seconds ahead."""
+def aws(
+    monkeypatch: pytest.MonkeyPatch,
+    session: str = "",
+    clock: float = 0.0,
+    url: str = "",
+) -> tuple[str, dict[str, str]]:
+    """The address and the headers of a request signed with a clock that is ``clock``
+    seconds ahead."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", AWS_KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
     monkeypatch.setenv("AWS_SESSION_TOKEN", session)
@@ -196,14 +263,21 @@ def aws(monkeypatch: pytest.MonkeyPatch, session: str = "", clock: float = 0.0, 
 
 
 @pytest.mark.parametrize("session", ["", AWS_SESSION])
-def test_an_aws_signature_is_computed_anew(monkeypatch: pytest.MonkeyPatch, session: str) -> None:
+def test_an_aws_signature_is_computed_anew(
+    monkeypatch: pytest.MonkeyPatch, session: str
+) -> None:
     pytest.importorskip("botocore")
     emulator = Emulator(PROVIDERS)
     url, headers = aws(monkeypatch, session)
     with_query, signed_query = aws(monkeypatch, session, url=f"{url}a%20b?z=1&a=x%2Fy")
-    replies = exchange(emulator, ("POST", url, headers, BODY), ("POST", with_query, signed_query, BODY))
+    replies = exchange(
+        emulator, ("POST", url, headers, BODY), ("POST", with_query, signed_query, BODY)
+    )
     assert replies[0].status_code == 200
-    assert [label["Name"] for label in replies[0].json()["Labels"]][:2] == ["Car", "Vehicle"]
+    assert [label["Name"] for label in replies[0].json()["Labels"]][:2] == [
+        "Car",
+        "Vehicle",
+    ]
     assert replies[1].json()["__type"] == "UnknownOperationException"
 
 
@@ -215,23 +289,37 @@ TAMPERED: list[tuple[dict[str, str], bytes]] = [
     ({"X-Amz-Date": "20200101T000000Z"}, BODY),
     ({"X-Amz-Extra": "1"}, BODY),
     ({"Authorization": "Bearer x"}, BODY),
-    ({"Authorization": "AWS4-HMAC-SHA256 Credential=x, SignedHeaders=host, Signature=0"}, BODY),
+    (
+        {
+            "Authorization": (
+                "AWS4-HMAC-SHA256 Credential=x, SignedHeaders=host, Signature=0"
+            )
+        },
+        BODY,
+    ),
     ({"Authorization": ""}, BODY),
 ]
 
 
 @pytest.mark.parametrize(("changes", "body"), TAMPERED)
-def test_a_tampered_aws_request_is_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], body: bytes) -> None:
+def test_a_tampered_aws_request_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], body: bytes
+) -> None:
     pytest.importorskip("botocore")
     emulator = Emulator(PROVIDERS)
     url, headers = aws(monkeypatch)
     (reply,) = exchange(emulator, ("POST", url, {**headers, **changes}, body))
     assert reply.status_code == 400
-    assert reply.json()["__type"] in ("InvalidSignatureException", "UnrecognizedClientException")
+    assert reply.json()["__type"] in (
+        "InvalidSignatureException",
+        "UnrecognizedClientException",
+    )
     assert not emulator.billed["rekognition"]
 
 
-def test_a_wrong_clock_is_refused_with_the_right_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_clock_is_refused_with_the_right_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("botocore")
     emulator = Emulator(PROVIDERS)
     url, headers = aws(monkeypatch, clock=3600)
@@ -245,9 +333,18 @@ def test_botocore_writes_the_same_request() -> None:
     """The vendor's own serializer as an oracle for the golden request."""
     session = pytest.importorskip("botocore.session").Session()
     model = session.get_service_model("rekognition")
-    serializer = pytest.importorskip("botocore.serialize").create_serializer(model.metadata["protocol"])
-    parameters = {"Image": {"Bytes": GOLDEN_IMAGE.data}, "MaxLabels": 1000, "MinConfidence": 5.0, "Features": ["GENERAL_LABELS"]}
-    written = serializer.serialize_to_request(parameters, model.operation_model("DetectLabels"))
+    serializer = pytest.importorskip("botocore.serialize").create_serializer(
+        model.metadata["protocol"]
+    )
+    parameters = {
+        "Image": {"Bytes": GOLDEN_IMAGE.data},
+        "MaxLabels": 1000,
+        "MinConfidence": 5.0,
+        "Features": ["GENERAL_LABELS"],
+    }
+    written = serializer.serialize_to_request(
+        parameters, model.operation_model("DetectLabels")
+    )
     golden = REKOGNITION.golden
     assert (written["method"], written["url_path"]) == (golden.method, golden.path)
     assert written["headers"] == {**golden.headers, "Content-Type": golden.content_type}
@@ -263,15 +360,29 @@ def test_botocore_reads_the_emulators_answer(monkeypatch: pytest.MonkeyPatch) ->
     emulator = Emulator(PROVIDERS)
     url, headers = aws(monkeypatch)
     (reply,) = exchange(emulator, ("POST", url, headers, BODY))
-    shape = Session().get_service_model("rekognition").operation_model("DetectLabels").output_shape
-    parsed = create_parser("json").parse({"status_code": 200, "headers": dict(reply.headers), "body": reply.content}, shape)
+    shape = (
+        Session()
+        .get_service_model("rekognition")
+        .operation_model("DetectLabels")
+        .output_shape
+    )
+    parsed = create_parser("json").parse(
+        {"status_code": 200, "headers": dict(reply.headers), "body": reply.content},
+        shape,
+    )
     (car,) = (label for label in parsed["Labels"] if label["Name"] == "Car")
     assert car["Instances"][0]["Confidence"] == pytest.approx(100 * score_of(0))
     assert [p["Name"] for p in car["Parents"]] == ["Vehicle", "Transportation"]
 
 
-def to_dds(emulator: Emulator, request: PreparedRequest, key: str = "key-1") -> tuple[str, str, Mapping[str, str], bytes]:
-    headers = {"Token": TOKEN, "Idempotency-Key": key, "Content-Type": "application/json"}
+def to_dds(
+    emulator: Emulator, request: PreparedRequest, key: str = "key-1"
+) -> tuple[str, str, Mapping[str, str], bytes]:
+    headers = {
+        "Token": TOKEN,
+        "Idempotency-Key": key,
+        "Content-Type": "application/json",
+    }
     return request.method, emulator.url("dds") + request.path, headers, request.body
 
 
@@ -280,25 +391,42 @@ def test_a_task_and_its_states() -> None:
     query = DDS.query()
     adapter = DdsAdapter("dino-x")
     submitted, again, other = exchange(
-        emulator, *(to_dds(emulator, adapter.encode(PICTURE, query), key) for key in ("key-1", "key-1", "key-2"))
+        emulator,
+        *(
+            to_dds(emulator, adapter.encode(PICTURE, query), key)
+            for key in ("key-1", "key-1", "key-2")
+        ),
     )
     assert submitted.json() == again.json() != other.json()
     assert emulator.billed["dds"] == 2
     pending = adapter.decode(submitted.headers, submitted.content, query, FRAME)
     assert isinstance(pending, Pending)
-    assert pending.request == PreparedRequest(f"/v2/task_status/{submitted.json()['data']['task_uuid']}", method="GET")
+    assert pending.request == PreparedRequest(
+        f"/v2/task_status/{submitted.json()['data']['task_uuid']}", method="GET"
+    )
     assert pending.seconds == 1
     polls = exchange(emulator, *[to_dds(emulator, pending.request)] * 4)
-    assert [p.json()["data"]["status"] for p in polls] == ["waiting", "running", "success", "success"]
+    assert [p.json()["data"]["status"] for p in polls] == [
+        "waiting",
+        "running",
+        "success",
+        "success",
+    ]
     for poll in polls[:2]:
-        assert adapter.decode(poll.headers, poll.content, query, FRAME) == Pending(None, 1)
-    assert not isinstance(adapter.decode(polls[2].headers, polls[2].content, query, FRAME), Pending)
+        assert adapter.decode(poll.headers, poll.content, query, FRAME) == Pending(
+            None, 1
+        )
+    assert not isinstance(
+        adapter.decode(polls[2].headers, polls[2].content, query, FRAME), Pending
+    )
     assert emulator.billed["dds"] == 2
 
 
 def test_a_task_in_a_poll_is_asked_again_by_its_name() -> None:
     task = {"code": 0, "data": {"task_uuid": "abc-1", "status": "running"}}
-    found = DdsAdapter("dino-x").decode({}, json.dumps(task).encode(), DDS.query(), FRAME)
+    found = DdsAdapter("dino-x").decode(
+        {}, json.dumps(task).encode(), DDS.query(), FRAME
+    )
     assert found == Pending(PreparedRequest("/v2/task_status/abc-1", method="GET"), 1)
 
 
@@ -307,7 +435,10 @@ def test_a_task_that_fails() -> None:
     question = json.loads(DDS.golden.body)
     headers = {"Token": TOKEN, "Content-Type": "application/json"}
     url = emulator.url("dds")
-    (submitted,) = exchange(emulator, ("POST", url + DDS.golden.path, headers, json.dumps(question).encode()))
+    (submitted,) = exchange(
+        emulator,
+        ("POST", url + DDS.golden.path, headers, json.dumps(question).encode()),
+    )
     status = f"{url}/v2/task_status/{submitted.json()['data']['task_uuid']}"
     last = exchange(emulator, *[("GET", status, headers, b"")] * 3)[-1]
     with pytest.raises(ImageRejected) as caught:
@@ -315,7 +446,12 @@ def test_a_task_that_fails() -> None:
     assert caught.value.may_have_billed
 
 
-FAILED = [("failed to decode image", ImageRejected), ("GPU worker died", Transient), (None, Transient), (7, Transient)]
+FAILED = [
+    ("failed to decode image", ImageRejected),
+    ("GPU worker died", Transient),
+    (None, Transient),
+    (7, Transient),
+]
 
 
 @pytest.mark.parametrize(("text", "kind"), FAILED)
@@ -325,7 +461,9 @@ def test_why_a_task_failed(text: Any, kind: type[Exception]) -> None:
         DDS.adapter.decode({}, body, DDS.query(), FRAME)
 
 
-@pytest.mark.parametrize("task", ["../../secret", "a/b", "a?b=c", "a b", "", "é", "x" * 65, None, 7, "a\n"])
+@pytest.mark.parametrize(
+    "task", ["../../secret", "a/b", "a?b=c", "a b", "", "é", "x" * 65, None, 7, "a\n"]
+)
 def test_a_task_name_leads_nowhere_else(task: Any) -> None:
     body = json.dumps({"code": 0, "data": {"task_uuid": task}}).encode()
     with pytest.raises(ProtocolError):
@@ -333,5 +471,13 @@ def test_a_task_name_leads_nowhere_else(task: Any) -> None:
 
 
 def test_models() -> None:
-    assert json.loads(DdsAdapter("grounding-dino").encode(GOLDEN_IMAGE, DDS.query()).body)["model"] == "GroundingDino-1.6-Pro"
-    assert RekognitionAdapter().capabilities.url == "https://rekognition.{region}.amazonaws.com"
+    assert (
+        json.loads(DdsAdapter("grounding-dino").encode(GOLDEN_IMAGE, DDS.query()).body)[
+            "model"
+        ]
+        == "GroundingDino-1.6-Pro"
+    )
+    assert (
+        RekognitionAdapter().capabilities.url
+        == "https://rekognition.{region}.amazonaws.com"
+    )

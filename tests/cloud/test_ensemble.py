@@ -17,18 +17,36 @@ from hypothesis import strategies as st
 
 from coin_ray.cloud import ensemble as ensemble_module
 from coin_ray.cloud.client import Answer, CloudClient, account_of, limits
-from coin_ray.cloud.ensemble import EnsembleClient, client_for, fuse, images_for, names_of, needs_second_opinion, scored
-from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.labelmap import Prior
-from coin_ray.cloud.limiter import COOL_DOWN, WINDOW_MIN, Governor, LocalGovernor
+from coin_ray.cloud.ensemble import (
+    EnsembleClient,
+    client_for,
+    fuse,
+    images_for,
+    names_of,
+    needs_second_opinion,
+    scored,
+)
+from coin_ray.cloud.governor import COOL_DOWN, WINDOW_MIN, Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.services import adapter_for
 from coin_ray.config import Cloud, Ensemble
+from coin_ray.config.presets import folder
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import AuthError, BudgetExhausted, CloudUnreachable, QuotaExhausted
-from coin_ray.presets import folder
 
-from .conftest import CLASSES, FakeTime, Reply, Service, answer_body, element, good, picture, status
+from .conftest import (
+    CLASSES,
+    FakeTime,
+    Reply,
+    Service,
+    answer_body,
+    element,
+    good,
+    picture,
+    status,
+)
 from .emulator import PROVIDERS, Emulator, scene
 from .emulator import app as emulated
 
@@ -36,15 +54,24 @@ NAMES = ("cheap", "dear")
 Row = tuple[Sequence[float], Sequence[float]]
 
 
-def raw(*rows: Row, kind: ScoreKind = "label", unmapped: tuple[str, ...] = ()) -> RawDetections:
+def raw(
+    *rows: Row, kind: ScoreKind = "label", unmapped: tuple[str, ...] = ()
+) -> RawDetections:
     boxes = np.array([box for box, _ in rows], np.float32).reshape(-1, 4)
-    scores = np.array([row for _, row in rows], np.float32).reshape(-1, len(rows[0][1]) if rows else 3)
+    scores = np.array([row for _, row in rows], np.float32).reshape(
+        -1, len(rows[0][1]) if rows else 3
+    )
     return RawDetections(boxes, scores, kind, unmapped)
 
 
 def same(one: RawDetections, other: RawDetections) -> bool:
-    equal = np.array_equal(one.boxes, other.boxes) and np.array_equal(one.class_scores, other.class_scores)
-    return equal and (one.score_kind, one.unmapped) == (other.score_kind, other.unmapped)
+    equal = np.array_equal(one.boxes, other.boxes) and np.array_equal(
+        one.class_scores, other.class_scores
+    )
+    return equal and (one.score_kind, one.unmapped) == (
+        other.score_kind,
+        other.unmapped,
+    )
 
 
 NUMBERS = st.integers(0, 40).map(float)
@@ -52,52 +79,92 @@ SCORES = st.integers(0, 20).map(lambda n: n / 20)
 
 
 @st.composite
-def answers(draw: st.DrawFn, classes: int, kinds: Sequence[ScoreKind] = ("per_class", "label", "self_reported", "none")) -> RawDetections:
+def answers(
+    draw: st.DrawFn,
+    classes: int,
+    kinds: Sequence[ScoreKind] = ("per_class", "label", "self_reported", "none"),
+) -> RawDetections:
     """Boxes that often overlap, and often tie."""
     rows = []
     for _ in range(draw(st.integers(0, 5))):
-        x, y, width, height = draw(NUMBERS), draw(NUMBERS), draw(NUMBERS) + 1, draw(NUMBERS) + 1
-        rows.append(([x, y, x + width, y + height], draw(st.lists(SCORES, min_size=classes, max_size=classes))))
+        x, y, width, height = (
+            draw(NUMBERS),
+            draw(NUMBERS),
+            draw(NUMBERS) + 1,
+            draw(NUMBERS) + 1,
+        )
+        rows.append(
+            (
+                [x, y, x + width, y + height],
+                draw(st.lists(SCORES, min_size=classes, max_size=classes)),
+            )
+        )
     rows.sort(key=lambda row: -max(row[1]))
     boxes = np.array([b for b, _ in rows], np.float32).reshape(-1, 4)
     scores = np.array([s for _, s in rows], np.float32).reshape(-1, classes)
-    return RawDetections(boxes, scores, draw(st.sampled_from(kinds)), tuple(draw(st.lists(st.sampled_from(["a", "b"]), max_size=2))))
+    return RawDetections(
+        boxes,
+        scores,
+        draw(st.sampled_from(kinds)),
+        tuple(draw(st.lists(st.sampled_from(["a", "b"]), max_size=2))),
+    )
 
 
-TEACHERS = st.integers(1, 3).flatmap(lambda k: st.lists(st.tuples(answers(k), st.sampled_from([0.25, 1.0, 3.0])), min_size=1, max_size=4))
+TEACHERS = st.integers(1, 3).flatmap(
+    lambda k: st.lists(
+        st.tuples(answers(k), st.sampled_from([0.25, 1.0, 3.0])), min_size=1, max_size=4
+    )
+)
 IOUS = st.sampled_from([0.05, 0.3, 0.55, 1.0])
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3).flatmap(answers), st.floats(0.01, 100), IOUS)
-def test_one_cloud_is_itself(answer: RawDetections, reliability: float, iou: float) -> None:
+def test_one_cloud_is_itself(
+    answer: RawDetections, reliability: float, iou: float
+) -> None:
     assert same(fuse([answer], [reliability], iou), answer)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 3).flatmap(lambda k: answers(k, ("label",))), st.integers(2, 4), IOUS)
-def test_clouds_that_agree_are_one(answer: RawDetections, clouds: int, iou: float) -> None:
-    """Boxes, and scores up to rounding; a cloud's boxes stay as many as they are, however much they overlap."""
+@given(
+    st.integers(1, 3).flatmap(lambda k: answers(k, ("label",))), st.integers(2, 4), IOUS
+)
+def test_clouds_that_agree_are_one(
+    answer: RawDetections, clouds: int, iou: float
+) -> None:
+    """Boxes, and scores up to rounding; a cloud's boxes stay as many as they are,
+    however much they overlap."""
     fused = fuse([answer] * clouds, [2.0] * clouds, iou)
     assert len(fused) == len(answer)
     if len({b.tobytes() for b in answer.boxes}) == len(answer) and iou == 1:
         order = np.lexsort(answer.boxes.T), np.lexsort(fused.boxes.T)
         assert np.array_equal(fused.boxes[order[1]], answer.boxes[order[0]])
-        assert np.allclose(fused.class_scores[order[1]], answer.class_scores[order[0]], atol=1e-6)
+        assert np.allclose(
+            fused.class_scores[order[1]], answer.class_scores[order[0]], atol=1e-6
+        )
 
 
 @settings(max_examples=300, deadline=None)
 @given(TEACHERS, IOUS, st.randoms(use_true_random=False))
-def test_the_order_of_the_clouds_decides_nothing(teachers: list[tuple[RawDetections, float]], iou: float, random: Any) -> None:
+def test_the_order_of_the_clouds_decides_nothing(
+    teachers: list[tuple[RawDetections, float]], iou: float, random: Any
+) -> None:
     shuffled = random.sample(teachers, len(teachers))
-    one, other = (fuse([a for a, _ in some], [r for _, r in some], iou) for some in (teachers, shuffled))
+    one, other = (
+        fuse([a for a, _ in some], [r for _, r in some], iou)
+        for some in (teachers, shuffled)
+    )
     assert same(one, other)
 
 
 @settings(max_examples=300, deadline=None)
 @given(TEACHERS, IOUS)
-def test_fused_boxes_stay_among_their_members(teachers: list[tuple[RawDetections, float]], iou: float) -> None:
-    """Each side lies between sides of boxes that were given, and the mass of scores is the weighted mean of everybody's."""
+def test_fused_boxes_stay_among_their_members(
+    teachers: list[tuple[RawDetections, float]], iou: float
+) -> None:
+    """Each side lies between sides of boxes that were given, and the mass of scores is
+    the weighted mean of everybody's."""
     said = [a for a, _ in teachers]
     trust = np.array([r for _, r in teachers])
     fused = fuse(said, trust.tolist(), iou)
@@ -131,7 +198,9 @@ def test_who_did_not_see_a_box_lowers_its_score() -> None:
 
 
 def test_one_class() -> None:
-    fused = fuse([raw(([0, 0, 10, 10], [0.6])), raw(([0, 0, 10, 10], [1.0]))], [1, 1], 0.5)
+    fused = fuse(
+        [raw(([0, 0, 10, 10], [0.6])), raw(([0, 0, 10, 10], [1.0]))], [1, 1], 0.5
+    )
     assert fused.class_scores.tolist() == [[pytest.approx(0.8)]]
 
 
@@ -149,7 +218,9 @@ KIND_PAIRS = [
 
 
 @pytest.mark.parametrize(("one", "two", "expected"), KIND_PAIRS)
-def test_fused_scores_are_of_the_worst_kind(one: ScoreKind, two: ScoreKind, expected: str) -> None:
+def test_fused_scores_are_of_the_worst_kind(
+    one: ScoreKind, two: ScoreKind, expected: str
+) -> None:
     assert fuse([raw(kind=one), raw(kind=two)], [1, 1], 0.5).score_kind == expected
 
 
@@ -174,21 +245,38 @@ DOUBTS = [
 
 
 @pytest.mark.parametrize(("scores", "labels", "probs", "share", "expected"), DOUBTS)
-def test_doubts(scores: list[float], labels: list[int], probs: list[list[float]], share: float, expected: bool) -> None:
+def test_doubts(
+    scores: list[float],
+    labels: list[int],
+    probs: list[list[float]],
+    share: float,
+    expected: bool,
+) -> None:
     rule = Ensemble("cascade", doubt_score_min=0.25, doubt_share=share)
-    arrays = np.array(scores, np.float32), np.array(labels, np.int64), np.array(probs, np.float32).reshape(-1, 3)
+    arrays = (
+        np.array(scores, np.float32),
+        np.array(labels, np.int64),
+        np.array(probs, np.float32).reshape(-1, 3),
+    )
     assert needs_second_opinion(*arrays, rule) is expected
 
 
 def test_names() -> None:
-    assert names_of([Cloud(url="https://a"), Cloud(service="dino-x"), Cloud(url="https://b")]) == ("http 1", "dino-x", "http 2")
+    assert names_of(
+        [Cloud(url="https://a"), Cloud(service="dino-x"), Cloud(url="https://b")]
+    ) == ("http 1", "dino-x", "http 2")
 
 
 class Bench:
-    """Clouds with scripted replies, each at an address of its own, behind one ``EnsembleClient`` and one journal."""
+    """Clouds with scripted replies, each at an address of its own, behind one
+    ``EnsembleClient`` and one journal."""
 
     def __init__(
-        self, journal: Journal, ensemble: Ensemble, replies: Sequence[Sequence[Reply]], settings: Sequence[dict[str, Any]]
+        self,
+        journal: Journal,
+        ensemble: Ensemble,
+        replies: Sequence[Sequence[Reply]],
+        settings: Sequence[dict[str, Any]],
     ) -> None:
         self.time = FakeTime()
         self.journal = journal
@@ -197,13 +285,36 @@ class Bench:
         clients = []
         for number, service in enumerate(self.services):
             more = settings[number] if settings else {}
-            cloud = Cloud(**{"url": f"https://{NAMES[number]}.example.com", "rate": 1000.0, "deadline": 60.0, **more})
+            cloud = Cloud(
+                **{
+                    "url": f"https://{NAMES[number]}.example.com",
+                    "rate": 1000.0,
+                    "deadline": 60.0,
+                    **more,
+                }
+            )
             account = account_of(cloud, cloud.url, adapter_for(cloud))
-            self.governors.append(Governor(limits(cloud), journal.spent(account), self.time))
-            clients.append(self.client(cloud, service, self.governors[-1], skip_over_budget=ensemble.mode == "failover"))
+            self.governors.append(
+                Governor(limits(cloud), journal.spent(account), self.time)
+            )
+            clients.append(
+                self.client(
+                    cloud,
+                    service,
+                    self.governors[-1],
+                    skip_over_budget=ensemble.mode == "failover",
+                )
+            )
         self.client_of_all = EnsembleClient(clients, NAMES, ensemble)
 
-    def client(self, cloud: Cloud, service: Service, governor: Governor, *, skip_over_budget: bool) -> CloudClient:
+    def client(
+        self,
+        cloud: Cloud,
+        service: Service,
+        governor: Governor,
+        *,
+        skip_over_budget: bool,
+    ) -> CloudClient:
         return CloudClient(
             cloud,
             CLASSES,
@@ -220,7 +331,11 @@ class Bench:
 
     def ask(self, *images: CanonicalImage, second: bool = False) -> list[Answer]:
         async def all_at_once() -> list[Answer]:
-            ask = self.client_of_all.second_opinion if second else self.client_of_all.answer
+            ask = (
+                self.client_of_all.second_opinion
+                if second
+                else self.client_of_all.answer
+            )
             return list(await asyncio.gather(*(ask(image) for image in images)))
 
         return asyncio.run(all_at_once())
@@ -235,8 +350,17 @@ Build = Callable[..., Bench]
 
 @pytest.fixture
 def clouds(tmp_path: Path) -> Build:
-    def build(*replies: Sequence[Reply], settings: Sequence[dict[str, Any]] = (), **ensemble: Any) -> Bench:
-        return Bench(Journal.open(str(tmp_path / "journal")), Ensemble(**ensemble), replies, settings)
+    def build(
+        *replies: Sequence[Reply],
+        settings: Sequence[dict[str, Any]] = (),
+        **ensemble: Any,
+    ) -> Bench:
+        return Bench(
+            Journal.open(str(tmp_path / "journal")),
+            Ensemble(**ensemble),
+            replies,
+            settings,
+        )
 
     return build
 
@@ -250,9 +374,17 @@ def test_all_are_asked_and_fused(clouds: Build) -> None:
     subject = clouds([CAR], [BUS], settings=PRICES, reliability=(3.0, 1.0))
     (answer,) = subject.ask(picture())
     assert answer.raw is not None
-    assert (answer.status, answer.teachers, answer.calls, answer.attempts, answer.error) == ("ok", NAMES, 2, 2, None)
+    assert (
+        answer.status,
+        answer.teachers,
+        answer.calls,
+        answer.attempts,
+        answer.error,
+    ) == ("ok", NAMES, 2, 2, None)
     assert answer.cost_usd == pytest.approx(0.51)
-    assert answer.raw.class_scores == pytest.approx(np.array([[0.6, 0.15, 0], [0, 0, 0.1]]))
+    assert answer.raw.class_scores == pytest.approx(
+        np.array([[0.6, 0.15, 0], [0, 0, 0.1]])
+    )
     assert subject.requests == [1, 1]
 
 
@@ -260,9 +392,13 @@ def test_all_are_asked_and_fused(clouds: Build) -> None:
 def test_the_same_again_makes_no_call(clouds: Build, mode: str) -> None:
     images = [picture(i) for i in range(4)]
     first = clouds([CAR], [BUS], mode=mode)
-    before = first.ask(*images) + (first.ask(images[0], second=True) if mode == "cascade" else [])
+    before = first.ask(*images) + (
+        first.ask(images[0], second=True) if mode == "cascade" else []
+    )
     again = clouds([status(500)], [status(500)], mode=mode)
-    after = again.ask(*images) + (again.ask(images[0], second=True) if mode == "cascade" else [])
+    after = again.ask(*images) + (
+        again.ask(images[0], second=True) if mode == "cascade" else []
+    )
     assert again.requests == [0, 0]
     assert {a.status for a in after} == {"cached"}
     assert [(a.calls, a.cost_usd) for a in after] == [(0, 0)] * len(after)
@@ -278,7 +414,8 @@ def test_an_image_is_an_error_only_if_nobody_answered(clouds: Build) -> None:
     (half,) = clouds([rejected], [BUS]).ask(picture(1))
     assert (half.status, half.teachers, half.calls) == ("ok", ("dear",), 1)
     assert half.raw is not None
-    assert half.raw.class_scores.max() == pytest.approx(0.6)  # of one cloud that answered, as it is
+    # of one cloud that answered, as it is
+    assert half.raw.class_scores.max() == pytest.approx(0.6)
     assert str(half.error).startswith("cheap: ImageRejected")
     (none,) = clouds([rejected], [rejected]).ask(picture(2))
     assert (none.status, none.raw, none.teachers) == ("error", None, ())
@@ -293,7 +430,9 @@ def test_two_proved_absences(clouds: Build) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fuse", "failover"])
-def test_a_wrong_key_stops_the_run_and_what_was_paid_is_kept(clouds: Build, mode: str) -> None:
+def test_a_wrong_key_stops_the_run_and_what_was_paid_is_kept(
+    clouds: Build, mode: str
+) -> None:
     subject = clouds([status(401)], [BUS], mode=mode)
     with pytest.raises(AuthError):
         subject.ask(picture())
@@ -302,8 +441,14 @@ def test_a_wrong_key_stops_the_run_and_what_was_paid_is_kept(clouds: Build, mode
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_fusing_stops_at_a_spent_budget_whoever_s_it_is(clouds: Build, number: int) -> None:
-    subject = clouds([CAR], [BUS], settings=[{"max_calls": 3} if i == number else {} for i in range(2)])
+def test_fusing_stops_at_a_spent_budget_whoever_s_it_is(
+    clouds: Build, number: int
+) -> None:
+    subject = clouds(
+        [CAR],
+        [BUS],
+        settings=[{"max_calls": 3} if i == number else {} for i in range(2)],
+    )
     with pytest.raises(BudgetExhausted, match=r"3 calls of cloud\.max_calls=3"):
         subject.ask(*[picture(i) for i in range(6)])
     assert subject.requests[number] == 3
@@ -312,13 +457,18 @@ def test_fusing_stops_at_a_spent_budget_whoever_s_it_is(clouds: Build, number: i
 
 LIMITS = [
     ({"max_calls": 3}, "cheap: 3 calls of cloud.max_calls=3 are spent"),
-    ({"max_usd": 0.03, "usd_per_call": 0.01}, "cheap: 0.0300 of cloud.max_usd=0.03 USD are spent"),
+    (
+        {"max_usd": 0.03, "usd_per_call": 0.01},
+        "cheap: 0.0300 of cloud.max_usd=0.03 USD are spent",
+    ),
     ({"per_day": 3}, "cheap: cloud.per_day=3 calls were made in 24 hours"),
 ]
 
 
 @pytest.mark.parametrize(("limit", "told"), LIMITS)
-def test_failover_when_the_first_one_s_budget_is_spent(clouds: Build, limit: dict[str, Any], told: str) -> None:
+def test_failover_when_the_first_one_s_budget_is_spent(
+    clouds: Build, limit: dict[str, Any], told: str
+) -> None:
     subject = clouds([CAR], [BUS], mode="failover", settings=[limit, {}])
     answers = [subject.ask(picture(i))[0] for i in range(6)]
     assert [a.teachers for a in answers] == [("cheap",)] * 3 + [("dear",)] * 3
@@ -328,7 +478,9 @@ def test_failover_when_the_first_one_s_budget_is_spent(clouds: Build, limit: dic
     assert subject.time.slept == []
 
 
-def test_failover_with_many_under_way_when_the_first_one_s_budget_is_spent(clouds: Build) -> None:
+def test_failover_with_many_under_way_when_the_first_one_s_budget_is_spent(
+    clouds: Build,
+) -> None:
     subject = clouds([CAR], [BUS], mode="failover", settings=[{"max_calls": 7}, {}])
     answers = subject.ask(*[picture(i) for i in range(20)])
     assert Counter(a.teachers for a in answers) == {("cheap",): 7, ("dear",): 13}
@@ -341,7 +493,9 @@ NO_QUOTA = status(402, title="the quota is used up")
 
 def test_failover_when_the_first_one_s_quota_is_spent(clouds: Build) -> None:
     """It is asked no more; a call of the same image that was paid before is counted."""
-    subject = clouds([CAR, CAR, status(500), NO_QUOTA, CAR], [BUS], mode="failover", settings=PRICES)
+    subject = clouds(
+        [CAR, CAR, status(500), NO_QUOTA, CAR], [BUS], mode="failover", settings=PRICES
+    )
     answers = [subject.ask(picture(i))[0] for i in range(6)]
     assert [a.teachers for a in answers] == [("cheap",)] * 2 + [("dear",)] * 4
     assert subject.requests == [4, 4]
@@ -351,8 +505,12 @@ def test_failover_when_the_first_one_s_quota_is_spent(clouds: Build) -> None:
     assert "cheap: the service answered 402" in str(answers[-1].error)
 
 
-def test_images_that_wait_for_a_place_do_not_ask_for_a_quota_that_is_gone(clouds: Build) -> None:
-    subject = clouds([NO_QUOTA], [BUS], mode="failover", settings=[{"in_flight": 1}, {}])
+def test_images_that_wait_for_a_place_do_not_ask_for_a_quota_that_is_gone(
+    clouds: Build,
+) -> None:
+    subject = clouds(
+        [NO_QUOTA], [BUS], mode="failover", settings=[{"in_flight": 1}, {}]
+    )
     answers = subject.ask(*(picture(i) for i in range(6)))
     assert [a.teachers for a in answers] == [("dear",)] * 6
     assert subject.requests == [1, 6]
@@ -361,15 +519,57 @@ def test_images_that_wait_for_a_place_do_not_ask_for_a_quota_that_is_gone(clouds
 TWO, NONE = {"max_calls": 2}, dict[str, Any]()
 GONE = httpx.ConnectError("refused")
 ALL_SPENT = [
-    ([CAR], [BUS], TWO, TWO, BudgetExhausted, "cheap: 2 calls of .*; dear: 2 calls of ", 4),
-    ([CAR, CAR, NO_QUOTA], [BUS], NONE, TWO, BudgetExhausted, "cheap: the service answered 402: .*; dear: 2 calls of ", 4),
-    ([CAR], [BUS, BUS, NO_QUOTA], TWO, NONE, QuotaExhausted, "cheap: 2 calls of .*; dear: the service answered 402", 4),
-    ([CAR], [GONE], TWO, NONE, BudgetExhausted, "cheap: 2 calls of .*; dear: CloudUnreachable: ", 2),
-    ([GONE], [BUS], NONE, TWO, BudgetExhausted, "cheap: CloudUnreachable: .*; dear: 2 calls of ", 2),
+    (
+        [CAR],
+        [BUS],
+        TWO,
+        TWO,
+        BudgetExhausted,
+        "cheap: 2 calls of .*; dear: 2 calls of ",
+        4,
+    ),
+    (
+        [CAR, CAR, NO_QUOTA],
+        [BUS],
+        NONE,
+        TWO,
+        BudgetExhausted,
+        "cheap: the service answered 402: .*; dear: 2 calls of ",
+        4,
+    ),
+    (
+        [CAR],
+        [BUS, BUS, NO_QUOTA],
+        TWO,
+        NONE,
+        QuotaExhausted,
+        "cheap: 2 calls of .*; dear: the service answered 402",
+        4,
+    ),
+    (
+        [CAR],
+        [GONE],
+        TWO,
+        NONE,
+        BudgetExhausted,
+        "cheap: 2 calls of .*; dear: CloudUnreachable: ",
+        2,
+    ),
+    (
+        [GONE],
+        [BUS],
+        NONE,
+        TWO,
+        BudgetExhausted,
+        "cheap: CloudUnreachable: .*; dear: 2 calls of ",
+        2,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("one", "two", "first", "second", "kind", "text", "answered"), ALL_SPENT)
+@pytest.mark.parametrize(
+    ("one", "two", "first", "second", "kind", "text", "answered"), ALL_SPENT
+)
 def test_failover_ends_when_nobody_is_left(
     clouds: Build,
     one: list[Reply],
@@ -386,12 +586,21 @@ def test_failover_ends_when_nobody_is_left(
     with pytest.raises(kind, match=text):
         subject.ask(picture(answered))
     again = clouds([CAR], [BUS], mode="failover", settings=[{"max_calls": 3}, NONE])
-    assert {a.status for a in again.ask(*[picture(i) for i in range(answered)])} == {"cached"}
+    assert {a.status for a in again.ask(*[picture(i) for i in range(answered)])} == {
+        "cached"
+    }
     assert again.ask(picture(answered))[0].status == "ok"
 
 
-def test_an_image_that_only_a_spent_cloud_could_answer_is_an_error_and_others_go_on(clouds: Build) -> None:
-    subject = clouds([status(415, title="not an image"), CAR], [BUS], mode="failover", settings=[NONE, {"max_calls": 0}])
+def test_an_image_that_only_a_spent_cloud_could_answer_is_an_error_and_others_go_on(
+    clouds: Build,
+) -> None:
+    subject = clouds(
+        [status(415, title="not an image"), CAR],
+        [BUS],
+        mode="failover",
+        settings=[NONE, {"max_calls": 0}],
+    )
     bad, good = (subject.ask(picture(i))[0] for i in range(2))
     assert bad.status == "error"
     assert "cheap: ImageRejected" in str(bad.error)
@@ -399,9 +608,13 @@ def test_an_image_that_only_a_spent_cloud_could_answer_is_an_error_and_others_go
     assert (good.status, good.teachers) == ("ok", ("cheap",))
 
 
-def test_an_open_breaker_is_waited_for_where_the_others_are_spent(clouds: Build) -> None:
+def test_an_open_breaker_is_waited_for_where_the_others_are_spent(
+    clouds: Build,
+) -> None:
     dear = Switched(BUS)
-    subject = clouds([CAR], [dear], mode="failover", settings=[{"max_calls": 1}, {"attempts": 1}])
+    subject = clouds(
+        [CAR], [dear], mode="failover", settings=[{"max_calls": 1}, {"attempts": 1}]
+    )
     assert subject.ask(picture(0))[0].teachers == ("cheap",)
     for i in range(1, WINDOW_MIN + 1):
         assert subject.ask(picture(i))[0].status == "error"
@@ -410,23 +623,41 @@ def test_an_open_breaker_is_waited_for_where_the_others_are_spent(clouds: Build)
     assert sum(subject.time.slept) == pytest.approx(COOL_DOWN)
 
 
-def test_a_wrong_key_stops_the_run_also_where_the_others_are_spent(clouds: Build) -> None:
-    subject = clouds([CAR], [status(401)], mode="failover", settings=[{"max_calls": 1}, {}])
+def test_a_wrong_key_stops_the_run_also_where_the_others_are_spent(
+    clouds: Build,
+) -> None:
+    subject = clouds(
+        [CAR], [status(401)], mode="failover", settings=[{"max_calls": 1}, {}]
+    )
     subject.ask(picture(0))
     with pytest.raises(AuthError):
         subject.ask(picture(1))
 
 
 @pytest.mark.parametrize("mode", ["fuse", "failover"])
-def test_a_configuration_s_clients_hand_over_only_in_failover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_a_configuration_s_clients_hand_over_only_in_failover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     def reply(request: httpx.Request) -> httpx.Response:
         return NO_QUOTA if request.url.host == "a" else BUS
 
-    monkeypatch.setattr(ensemble_module, "CloudClient", functools.partial(CloudClient, transport=httpx.MockTransport(reply)))
+    monkeypatch.setattr(
+        ensemble_module,
+        "CloudClient",
+        functools.partial(CloudClient, transport=httpx.MockTransport(reply)),
+    )
     sizes = Cloud(url="https://a"), Cloud(url="https://b")
-    config = replace(folder(), classes=CLASSES, cloud=sizes[0], more_clouds=sizes[1:], ensemble=Ensemble(mode))  # type: ignore[arg-type]
+    config = replace(
+        folder(),
+        classes=CLASSES,
+        cloud=sizes[0],
+        more_clouds=sizes[1:],
+        ensemble=Ensemble(mode),
+    )  # type: ignore[arg-type]
     governors = [LocalGovernor(Governor(limits(cloud))) for cloud in config.clouds]
-    client = client_for(config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors)
+    client = client_for(
+        config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors
+    )
     if mode == "failover":
         assert asyncio.run(client.answer(picture())).teachers == ("http 2",)
     else:
@@ -438,16 +669,23 @@ def test_budgets_add_up_over_runs_by_account(clouds: Build) -> None:
     first = clouds([CAR], [BUS], settings=PRICES)
     first.ask(picture(0), picture(1))
     accounts = [client._account for client in first.client_of_all.clients]
-    assert [first.journal.spent(a) for a in accounts] == [pytest.approx((2, 0.02)), pytest.approx((2, 1.0))]
+    assert [first.journal.spent(a) for a in accounts] == [
+        pytest.approx((2, 0.02)),
+        pytest.approx((2, 1.0)),
+    ]
     second = clouds([CAR], [BUS], settings=[{"max_calls": 3}, {"max_calls": 9}])
     second.ask(picture(2))
     with pytest.raises(BudgetExhausted, match=r"3 calls of cloud\.max_calls=3"):
-        clouds([CAR], [BUS], settings=[{"max_calls": 3}, {"max_calls": 9}]).ask(picture(3))
+        clouds([CAR], [BUS], settings=[{"max_calls": 3}, {"max_calls": 9}]).ask(
+            picture(3)
+        )
 
 
 def test_failover_asks_the_first_while_it_answers(clouds: Build) -> None:
     subject = clouds([CAR], [BUS], mode="failover")
-    assert {a.teachers for a in subject.ask(*[picture(i) for i in range(5)])} == {("cheap",)}
+    assert {a.teachers for a in subject.ask(*[picture(i) for i in range(5)])} == {
+        ("cheap",)
+    }
     assert subject.requests == [5, 0]
 
 
@@ -458,7 +696,11 @@ class Switched:
         self.up, self.reply = False, reply
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers=self.reply.headers, content=self.reply.content) if self.up else status(500)
+        return (
+            httpx.Response(200, headers=self.reply.headers, content=self.reply.content)
+            if self.up
+            else status(500)
+        )
 
 
 ONCE = [{"attempts": 1, "usd_per_call": 0.01}, {"attempts": 1, "usd_per_call": 0.5}]
@@ -471,7 +713,11 @@ def test_failover_when_the_breaker_opens_and_back(clouds: Build) -> None:
     assert {(a.status, a.teachers) for a in over} == {("ok", ("dear",))}
     assert subject.requests == [WINDOW_MIN, 30]
     assert sum(a.calls for a in over) == subject.journal.spent()[0] == WINDOW_MIN + 30
-    assert sum(a.cost_usd for a in over) == pytest.approx(subject.journal.spent()[1]) == pytest.approx(WINDOW_MIN * 0.01 + 15)
+    assert (
+        sum(a.cost_usd for a in over)
+        == pytest.approx(subject.journal.spent()[1])
+        == pytest.approx(WINDOW_MIN * 0.01 + 15)
+    )
     assert subject.time.slept == []  # nobody waited for the breaker
     cheap.up = True
     subject.time.now += COOL_DOWN
@@ -496,7 +742,9 @@ def test_fusing_waits_for_an_open_breaker(clouds: Build) -> None:
     """A hiccup of one cloud does not change what the student learns from."""
     cheap = Switched(CAR)
     subject = clouds([cheap], [BUS], settings=ONCE)
-    assert {a.teachers for i in range(WINDOW_MIN) for a in subject.ask(picture(i))} == {("dear",)}
+    assert {a.teachers for i in range(WINDOW_MIN) for a in subject.ask(picture(i))} == {
+        ("dear",)
+    }
     cheap.up = True
     assert subject.ask(picture(40))[0].teachers == NAMES
 
@@ -518,7 +766,9 @@ def test_nobody_can_be_reached(clouds: Build, mode: str) -> None:
 
 
 def test_fusing_goes_on_without_a_cloud_that_can_t_be_reached(clouds: Build) -> None:
-    subject = clouds([CAR], [httpx.ConnectError("refused")], settings=[{}, {"attempts": 2}])
+    subject = clouds(
+        [CAR], [httpx.ConnectError("refused")], settings=[{}, {"attempts": 2}]
+    )
     answers = subject.ask(*[picture(i) for i in range(8)])
     assert {a.teachers for a in answers} == {("cheap",)}
     assert {a.status for a in answers} == {"ok"}
@@ -534,7 +784,12 @@ def test_a_cascade_asks_the_dear_one_only_for_a_second_opinion(clouds: Build) ->
     assert {a.teachers for a in first} == {("cheap",)}
     (second,) = subject.ask(images[2], second=True)
     assert subject.requests == [4, 1]
-    assert (second.status, second.teachers, second.calls, second.cost_usd) == ("ok", NAMES, 1, 0.5)
+    assert (second.status, second.teachers, second.calls, second.cost_usd) == (
+        "ok",
+        NAMES,
+        1,
+        0.5,
+    )
     assert second.raw is not None
     assert second.raw.class_scores[0] == pytest.approx([0.4, 0.3, 0])
 
@@ -543,7 +798,12 @@ CHECKS = [
     ("fuse", [status(200)], [status(200)], None),
     ("fuse", [status(200)], [httpx.ConnectError("refused")], CloudUnreachable),
     ("failover", [status(200)], [httpx.ConnectError("refused")], None),
-    ("failover", [httpx.ConnectError("refused")], [httpx.ConnectError("refused")], CloudUnreachable),
+    (
+        "failover",
+        [httpx.ConnectError("refused")],
+        [httpx.ConnectError("refused")],
+        CloudUnreachable,
+    ),
     ("failover", [status(200)], [status(401)], AuthError),
     ("failover", [NO_QUOTA], [status(200)], None),
     ("failover", [NO_QUOTA], [NO_QUOTA], QuotaExhausted),
@@ -552,7 +812,13 @@ CHECKS = [
 
 
 @pytest.mark.parametrize(("mode", "one", "two", "kind"), CHECKS)
-def test_check(clouds: Build, mode: str, one: list[Reply], two: list[Reply], kind: type[Exception] | None) -> None:
+def test_check(
+    clouds: Build,
+    mode: str,
+    one: list[Reply],
+    two: list[Reply],
+    kind: type[Exception] | None,
+) -> None:
     subject = clouds(one, two, mode=mode)
     if kind is None:
         asyncio.run(subject.client_of_all.check())
@@ -561,8 +827,11 @@ def test_check(clouds: Build, mode: str, one: list[Reply], two: list[Reply], kin
             asyncio.run(subject.client_of_all.check())
 
 
-def test_two_services_of_different_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service of tasks that downsizes and one with names of its own, over the emulator; both see the same scene."""
+def test_two_services_of_different_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service of tasks that downsizes and one with names of its own, over the
+    emulator; both see the same scene."""
     for name in ("DDS_API_TOKEN", "GOOGLE_VISION_API_KEY"):
         monkeypatch.setenv(name, emulated.TOKEN)
     labels = tmp_path / "map.yaml"
@@ -572,7 +841,13 @@ def test_two_services_of_different_kinds(tmp_path: Path, monkeypatch: pytest.Mon
         folder(),
         classes=CLASSES,
         cloud=Cloud(service="dino-x", url=server.url("dds")),
-        more_clouds=(Cloud(service="google-vision", url=server.url("google-vision"), label_map=str(labels)),),
+        more_clouds=(
+            Cloud(
+                service="google-vision",
+                url=server.url("google-vision"),
+                label_map=str(labels),
+            ),
+        ),
     )
     boxes = [(40, 60, 1200, 900), (1500, 200, 1900, 700)]
     data = scene([0, 2], boxes, (2000, 1000))
@@ -580,7 +855,14 @@ def test_two_services_of_different_kinds(tmp_path: Path, monkeypatch: pytest.Mon
     async def ask() -> Answer:
         journal = Journal.open(str(tmp_path / "journal"))
         clients = [
-            CloudClient(cloud, CLASSES, cloud.url, journal, LocalGovernor(Governor(limits(cloud))), transport=server.transport())
+            CloudClient(
+                cloud,
+                CLASSES,
+                cloud.url,
+                journal,
+                LocalGovernor(Governor(limits(cloud))),
+                transport=server.transport(),
+            )
             for cloud in config.clouds
         ]
         client = EnsembleClient(clients, names_of(config.clouds), config.ensemble)
@@ -589,7 +871,11 @@ def test_two_services_of_different_kinds(tmp_path: Path, monkeypatch: pytest.Mon
         return await client.answer(*images)
 
     answer = asyncio.run(ask())
-    assert (answer.status, answer.teachers, answer.calls) == ("ok", ("dino-x", "google-vision"), 2)
+    assert (answer.status, answer.teachers, answer.calls) == (
+        "ok",
+        ("dino-x", "google-vision"),
+        2,
+    )
     assert answer.raw is not None
     assert answer.raw.boxes == pytest.approx(np.array(boxes, np.float32), abs=1.5)
     assert answer.raw.class_scores.argmax(1).tolist() == [0, 2]
@@ -598,13 +884,26 @@ def test_two_services_of_different_kinds(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_image_is_made_for_each_cloud_as_for_it_alone(tmp_path: Path) -> None:
     data = scene([0], [(40, 60, 1200, 900)], (2000, 1000), "JPEG")
-    sizes = (Cloud(url="https://a", max_side=512), Cloud(url="https://b"), Cloud(url="https://c", max_side=512))
+    sizes = (
+        Cloud(url="https://a", max_side=512),
+        Cloud(url="https://b"),
+        Cloud(url="https://c", max_side=512),
+    )
     config = replace(folder(), classes=CLASSES, cloud=sizes[0], more_clouds=sizes[1:])
     governors = [LocalGovernor(Governor(limits(cloud))) for cloud in config.clouds]
-    client = client_for(config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors)
+    client = client_for(
+        config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors
+    )
     images = images_for(client, data)
-    assert [image.data for image in images] == [canonical_image(data, side).data for side in (512, 4096, 512)]
-    alone = client_for(replace(config, more_clouds=()), ["https://a"], Journal.open(str(tmp_path)), governors)
+    assert [image.data for image in images] == [
+        canonical_image(data, side).data for side in (512, 4096, 512)
+    ]
+    alone = client_for(
+        replace(config, more_clouds=()),
+        ["https://a"],
+        Journal.open(str(tmp_path)),
+        governors,
+    )
     assert isinstance(alone, CloudClient)
     assert images_for(alone, data) == [canonical_image(data, 512)]
 
@@ -614,7 +913,11 @@ def test_more_clouds_cost_little_time() -> None:
     generator = np.random.default_rng(0)
     corners = generator.uniform(0, 500, (3, 300, 2))
     said = [
-        RawDetections(np.concatenate([c, c + 40], 1).astype(np.float32), generator.uniform(0, 1, (300, 5)).astype(np.float32), "label")
+        RawDetections(
+            np.concatenate([c, c + 40], 1).astype(np.float32),
+            generator.uniform(0, 1, (300, 5)).astype(np.float32),
+            "label",
+        )
         for c in corners
     ]
     for order in itertools.permutations(range(3)):

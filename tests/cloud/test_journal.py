@@ -14,15 +14,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coin_ray import storage
-from coin_ray.cloud import journal as journal_module
-from coin_ray.cloud.journal import Journal, ObjectJournal, Record, SegmentJournal, answer_key
+from coin_ray.cloud.journal.journal import (
+    Journal,
+    ObjectJournal,
+    Record,
+    SegmentJournal,
+    answer_key,
+)
+from coin_ray.cloud.journal.journal import journal as journal_module
 from coin_ray.cloud.protocol import Query
 from coin_ray.errors import InputError
 
 
 @pytest.fixture(params=["disk", "objects"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "journal") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/journal"
+    return (
+        str(tmp_path / "journal")
+        if request.param == "disk"
+        else f"memory://{uuid.uuid4().hex}/journal"
+    )
 
 
 def segment(folder: Path | str) -> Path:
@@ -37,7 +47,14 @@ def test_kinds(tmp_path: Path) -> None:
 
 def test_answers_come_back_also_after_reopening(place: str) -> None:
     journal = Journal.open(place)
-    record = Record(b'{"detections": []}', "application/json", attempts=3, latency_ms=12.5, cost_usd=0.02, time=5.0)
+    record = Record(
+        b'{"detections": []}',
+        "application/json",
+        attempts=3,
+        latency_ms=12.5,
+        cost_usd=0.02,
+        time=5.0,
+    )
     assert journal.get("a") is None
     journal.put("a", record)
     assert journal.get("a") == record
@@ -53,7 +70,9 @@ def test_many_writers(place: str) -> None:
     assert writers[0].get("k1") is None
     writers[0].refresh()
     for journal in (writers[0], Journal.open(place)):
-        assert [journal.get(f"k{i}").body for i in range(30)] == [b"%d" % i for i in range(30)]  # type: ignore[union-attr]
+        assert [journal.get(f"k{i}").body for i in range(30)] == [
+            b"%d" % i for i in range(30)
+        ]  # type: ignore[union-attr]
         assert journal.spent() == pytest.approx((30, 0.3))
 
 
@@ -90,7 +109,10 @@ def test_when_calls_were_made(place: str) -> None:
     for reader in (journal, Journal.open(place)):
         starts = reader.starts("c0ffee", now - 86_400)
         assert len(starts) == 3
-        assert all(moment - 1 <= start <= min(moment + 60, time.time()) for moment, start in zip(moments[1:], starts, strict=True))
+        assert all(
+            moment - 1 <= start <= min(moment + 60, time.time())
+            for moment, start in zip(moments[1:], starts, strict=True)
+        )
         assert len(reader.starts("c0ffee", 0)) == 4
         assert len(reader.starts("beef", now - 86_400)) == 1
         assert reader.starts("f00d", 0) == []
@@ -119,7 +141,17 @@ def test_spending_of_older_versions(tmp_path: Path) -> None:
     """Without time and account, also compacted: it counts as spent, and for no day."""
     journal = SegmentJournal(str(tmp_path / "disk"))
     journal._append({"kind": "attempt", "key": "a", "calls": 1, "micro_usd": 500_000})
-    journal._append({"kind": "compacted", "id": "x", "replaces": [], "attempts": 7, "refunds": 1, "calls": 6, "micro_usd": 3_000_000})
+    journal._append(
+        {
+            "kind": "compacted",
+            "id": "x",
+            "replaces": [],
+            "attempts": 7,
+            "refunds": 1,
+            "calls": 6,
+            "micro_usd": 3_000_000,
+        }
+    )
     objects = Journal.open(f"memory://{uuid.uuid4().hex}/journal")
     assert isinstance(objects, ObjectJournal)
     storage.write_bytes(storage.join(objects._uri, "spent", "abc_1_500000"), b"")
@@ -171,11 +203,19 @@ def test_a_reader_waits_for_the_rest_of_a_torn_record(tmp_path: Path) -> None:
     assert reader.get("a") is not None
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    place=st.integers(0, 10_000), damage=st.binary(min_size=1, max_size=6), bodies=st.lists(st.binary(max_size=40), min_size=2, max_size=6)
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_damage_never_gives_a_wrong_answer(tmp_path: Path, place: int, damage: bytes, bodies: list[bytes]) -> None:
+@given(
+    place=st.integers(0, 10_000),
+    damage=st.binary(min_size=1, max_size=6),
+    bodies=st.lists(st.binary(max_size=40), min_size=2, max_size=6),
+)
+def test_damage_never_gives_a_wrong_answer(
+    tmp_path: Path, place: int, damage: bytes, bodies: list[bytes]
+) -> None:
     folder = tmp_path / uuid.uuid4().hex
     journal = Journal.open(str(folder))
     for i, body in enumerate(bodies):
@@ -185,13 +225,15 @@ def test_damage_never_gives_a_wrong_answer(tmp_path: Path, place: int, damage: b
     data[place : place + len(damage)] = damage
     segment(folder).write_bytes(data)
     found = [Journal.open(str(folder)).get(str(i)) for i in range(len(bodies))]
-    assert all(r is None or r.body == body for r, body in zip(found, bodies, strict=True))
+    assert all(
+        r is None or r.body == body for r, body in zip(found, bodies, strict=True)
+    )
     assert sum(r is None for r in found) <= 2
 
 
 WRITER = """
 import sys
-from coin_ray.cloud.journal import Journal, Record
+from coin_ray.cloud.journal.journal import Journal, Record
 journal = Journal.open(sys.argv[1])
 for i in range(10**6):
     journal.attempt(str(i), 0.01)
@@ -201,7 +243,9 @@ for i in range(10**6):
 
 
 def test_kill(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     seen = [process.stdout.readline() for _ in range(20)]
     os.kill(process.pid, signal.SIGKILL)
@@ -222,10 +266,18 @@ def test_loads_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.process_time()
     journal = Journal.open(str(tmp_path))
     assert all(journal.get(f"{i:064d}") is not None for i in range(10_000))
-    assert time.process_time() - started < 1.0  # ten times as many in ten seconds; the process's own time, not that of its neighbours
+    # ten times as many in ten seconds; the process's own time, not that of its
+    # neighbours
+    assert time.process_time() - started < 1.0
 
 
-KEY = {"adapter": "reference", "endpoint": "host/path", "query": Query("m", ("a", "b"), 0.05), "max_side": 4096, "sent": b"image"}
+KEY = {
+    "adapter": "reference",
+    "endpoint": "host/path",
+    "query": Query("m", ("a", "b"), 0.05),
+    "max_side": 4096,
+    "sent": b"image",
+}
 CHANGES = {
     "adapter": "other",
     "endpoint": "host/other",
@@ -236,8 +288,13 @@ CHANGES = {
 
 
 def test_key_depends_on_everything() -> None:
-    keys = [answer_key(**KEY)] + [answer_key(**{**KEY, name: value}) for name, value in CHANGES.items()]  # type: ignore[arg-type]
-    keys += [answer_key(**{**KEY, "query": Query(*q)}) for q in (("n", ("a", "b"), 0.05), ("m", ("a", "b"), 0.06))]  # type: ignore[arg-type]
+    keys = [answer_key(**KEY)] + [
+        answer_key(**{**KEY, name: value}) for name, value in CHANGES.items()
+    ]  # type: ignore[arg-type]
+    keys += [
+        answer_key(**{**KEY, "query": Query(*q)})
+        for q in (("n", ("a", "b"), 0.05), ("m", ("a", "b"), 0.06))
+    ]  # type: ignore[arg-type]
     assert len(set(keys)) == len(keys)
     assert answer_key(**KEY) == keys[0]  # type: ignore[arg-type]
 
@@ -272,11 +329,23 @@ def test_service_and_model_are_kept(place: str) -> None:
 
 
 def test_journals_of_older_versions_are_read(tmp_path: Path) -> None:
-    head = {"kind": "answer", "key": "a", "content_type": "text/plain", "attempts": 1, "latency_ms": 1.0, "cost_usd": 0.0, "time": 5.0}
-    data = journal_module._frame({**head, "digest": journal_module._digest(b"body")}, b"body")
+    head = {
+        "kind": "answer",
+        "key": "a",
+        "content_type": "text/plain",
+        "attempts": 1,
+        "latency_ms": 1.0,
+        "cost_usd": 0.0,
+        "time": 5.0,
+    }
+    data = journal_module._frame(
+        {**head, "digest": journal_module._digest(b"body")}, b"body"
+    )
     (tmp_path / "ff00.segment").write_bytes(data)
     place = f"memory://{uuid.uuid4().hex}/journal"
-    storage.write_bytes(storage.join(place, "answers", f"a-{journal_module._digest(b'body')}"), data)
+    storage.write_bytes(
+        storage.join(place, "answers", f"a-{journal_module._digest(b'body')}"), data
+    )
     for journal in (Journal.open(str(tmp_path)), Journal.open(place)):
         assert journal.get("a") == Record(b"body", "text/plain", 1, 1.0, 0.0, 5.0)
         journal.put("a", Record(b"newer"))
@@ -295,10 +364,19 @@ def test_contents(place: str) -> None:
     journal.put("7.task", Record(b"under way"))
     journal.quarantine("0", b"0", "broken")
     found = Journal.open(place).contents()
-    assert (found.answers, found.tasks, found.quarantined, found.attempts, found.refunds, found.calls) == (2, 1, 1, 3, 1, 2)
+    assert (
+        found.answers,
+        found.tasks,
+        found.quarantined,
+        found.attempts,
+        found.refunds,
+        found.calls,
+    ) == (2, 1, 1, 3, 1, 2)
     assert found.usd == pytest.approx(1.0)
     assert found.size > 100
-    assert found.services == ({("dino-x", "m"): 2} if isinstance(journal, SegmentJournal) else {})
+    assert found.services == (
+        {("dino-x", "m"): 2} if isinstance(journal, SegmentJournal) else {}
+    )
 
 
 KEYS = st.sampled_from(["a", "b", "c", "a.task"])
@@ -328,7 +406,9 @@ def do(journal: Journal, step: tuple[str, str, bytes | float]) -> None:
 
 def state(journal: Journal) -> State:
     found = {key: journal.get(key) for key in ("a", "b", "c", "a.task")}
-    assert sorted(journal.keys()) == sorted(k for k, r in found.items() if r is not None)
+    assert sorted(journal.keys()) == sorted(
+        k for k, r in found.items() if r is not None
+    )
     return {k: r.body if r else None for k, r in found.items()}, journal.spent()
 
 
@@ -343,25 +423,45 @@ def expected(steps: list[tuple[str, str, bytes | float]]) -> State:
         else:
             sign = 1 if kind == "attempt" else -1
             calls, micro = calls + sign, micro + sign * round(value * 1_000_000)
-    answers = {key: next((b for b in reversed(bodies) if (key, b) not in rejected), None) for key, bodies in puts.items()}
+    answers = {
+        key: next((b for b in reversed(bodies) if (key, b) not in rejected), None)
+        for key, bodies in puts.items()
+    }
     return answers, (calls, micro / 1_000_000)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(steps=STEPS, kind=st.sampled_from(["disk", "objects"]))
 def test_one_writer_s_steps_and_any_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[int, tuple[str, str, bytes | float]]], kind: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[tuple[int, tuple[str, str, bytes | float]]],
+    kind: str,
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    place = str(tmp_path / uuid.uuid4().hex) if kind == "disk" else f"memory://{uuid.uuid4().hex}/journal"
+    place = (
+        str(tmp_path / uuid.uuid4().hex)
+        if kind == "disk"
+        else f"memory://{uuid.uuid4().hex}/journal"
+    )
     journal = Journal.open(place)
     for _, step in steps:
         do(journal, step)
-    assert state(journal) == state(Journal.open(place)) == expected([s for _, s in steps])
+    assert (
+        state(journal) == state(Journal.open(place)) == expected([s for _, s in steps])
+    )
     assert not list(journal.verify())
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(before=STEPS, after=STEPS)
 def test_compacting_changes_neither_answers_nor_spending(
     tmp_path: Path,
@@ -383,7 +483,10 @@ def test_compacting_changes_neither_answers_nor_spending(
         journal.compact()
         reader = SegmentJournal(folder)
         assert state(journal) == state(reader) == known
-        assert (reader.contents().attempts, reader.contents().refunds) == (contents.attempts, contents.refunds)
+        assert (reader.contents().attempts, reader.contents().refunds) == (
+            contents.attempts,
+            contents.refunds,
+        )
         assert not list(journal.verify())
         assert len(list(Path(folder).glob("*.segment"))) == 1
         journal.close()
@@ -391,7 +494,8 @@ def test_compacting_changes_neither_answers_nor_spending(
 
 
 def filled(folder: Path, writers: int = 3) -> State:
-    """Answers, superseded ones, a quarantined one, attempts and refunds in several segments; what a reader then finds."""
+    """Answers, superseded ones, a quarantined one, attempts and refunds in several
+    segments; what a reader then finds."""
     for number in range(writers):
         journal = SegmentJournal(str(folder))
         for key in ("a", "b", "c"):
@@ -435,12 +539,16 @@ def test_a_journal_in_use_is_not_compacted(tmp_path: Path, closed: bool) -> None
         journal.refresh()
         assert journal.get("x") is not None
         journal.put("y", Record(b"too"))
-    assert [SegmentJournal(str(tmp_path)).get(k) is not None for k in "abcxy"] == [True] * 3 + [not closed] * 2
+    assert [SegmentJournal(str(tmp_path)).get(k) is not None for k in "abcxy"] == [
+        True
+    ] * 3 + [not closed] * 2
     assert SegmentJournal(str(tmp_path)).spent() == known[1]
 
 
 def test_a_journal_used_by_another_process_is_not_compacted(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     process.stdout.readline()
     journal = SegmentJournal(str(tmp_path))
@@ -456,7 +564,9 @@ def test_a_journal_used_by_another_process_is_not_compacted(tmp_path: Path) -> N
     assert SegmentJournal(str(tmp_path)).spent() == spent
 
 
-def test_a_closed_journal_that_is_used_again_writes_beside_the_compacted_one(tmp_path: Path) -> None:
+def test_a_closed_journal_that_is_used_again_writes_beside_the_compacted_one(
+    tmp_path: Path,
+) -> None:
     journal = SegmentJournal(str(tmp_path))
     journal.put("a", Record(b"1"))
     journal.close()
@@ -469,7 +579,9 @@ def test_a_closed_journal_that_is_used_again_writes_beside_the_compacted_one(tmp
         reader.compact()
 
 
-def test_without_locks_nothing_is_compacted_but_all_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_nothing_is_compacted_but_all_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = filled(tmp_path)
     reader = SegmentJournal(str(tmp_path))
     reader.close()
@@ -487,11 +599,18 @@ def test_without_locks_nothing_is_compacted_but_all_is_read(tmp_path: Path, monk
         journal.compact()
 
 
-KILLED_AT = ("os.fsync", "os.replace", "os.remove", "os.path.getsize", "coin_ray.cloud.journal._frame")
+KILLED_AT = (
+    "os.fsync",
+    "os.replace",
+    "os.remove",
+    "os.path.getsize",
+    "coin_ray.cloud.journal.journal._frame",
+)
 
 
 def killed_compacting(folder: Path, step: int) -> bool:
-    """Whether a child that compacts was killed at the ``step``-th of the calls that matter, instead of finishing."""
+    """Whether a child that compacts was killed at the ``step``-th of the calls that
+    matter, instead of finishing."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -535,7 +654,9 @@ def test_killed_at_any_step_nothing_is_lost_or_counted_twice(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("*.segment"))) == 1
 
 
-def test_segments_left_behind_by_a_killed_compaction_do_not_count(tmp_path: Path) -> None:
+def test_segments_left_behind_by_a_killed_compaction_do_not_count(
+    tmp_path: Path,
+) -> None:
     known = filled(tmp_path)
     old = {f: f.read_bytes() for f in tmp_path.glob("*.segment")}
     journal = SegmentJournal(str(tmp_path))
@@ -563,7 +684,9 @@ def test_one_damaged_record_does_not_lose_the_sums(tmp_path: Path, place: int) -
     assert state(SegmentJournal(str(tmp_path))) == known
 
 
-def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_journal_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = filled(tmp_path)
     files = sorted(os.listdir(tmp_path))
     journal = SegmentJournal(str(tmp_path))
@@ -579,7 +702,9 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: p
     assert state(journal) == known
 
 
-def test_a_writer_unnoticed_by_the_lock_stops_the_compaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_unnoticed_by_the_lock_stops_the_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = filled(tmp_path)
     journal = SegmentJournal(str(tmp_path))
     live = journal._live
@@ -595,10 +720,24 @@ def test_a_writer_unnoticed_by_the_lock_stops_the_compaction(tmp_path: Path, mon
     assert state(SegmentJournal(str(tmp_path))) == known
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.integers(0, 10_000), bit=st.integers(0, 7), kind=st.sampled_from(["disk", "objects"]))
-def test_every_changed_bit_is_found(tmp_path: Path, place: int, bit: int, kind: str) -> None:
-    uri = str(tmp_path / uuid.uuid4().hex) if kind == "disk" else f"memory://{uuid.uuid4().hex}/journal"
+@settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    place=st.integers(0, 10_000),
+    bit=st.integers(0, 7),
+    kind=st.sampled_from(["disk", "objects"]),
+)
+def test_every_changed_bit_is_found(
+    tmp_path: Path, place: int, bit: int, kind: str
+) -> None:
+    uri = (
+        str(tmp_path / uuid.uuid4().hex)
+        if kind == "disk"
+        else f"memory://{uuid.uuid4().hex}/journal"
+    )
     journal = Journal.open(uri)
     journal.attempt("a", 0.01)
     journal.put("a", Record(b"first"))
@@ -629,8 +768,12 @@ def test_a_torn_tail_and_foreign_content_are_found(tmp_path: Path) -> None:
     size = written.stat().st_size
     journal.put("b", Record(b"second"))
     written.write_bytes(written.read_bytes()[:-3])
-    wrong = journal_module._frame({"kind": "answer", "key": "c", "digest": "0" * 16}, b"another body")
-    (tmp_path / "x.segment").write_bytes(wrong + journal_module._frame({"kind": "novel"}, b""))
+    wrong = journal_module._frame(
+        {"kind": "answer", "key": "c", "digest": "0" * 16}, b"another body"
+    )
+    (tmp_path / "x.segment").write_bytes(
+        wrong + journal_module._frame({"kind": "novel"}, b"")
+    )
     (tmp_path / "y.segment").touch()
     found = [(Path(d.place).name, d.offset, d.reason) for d in journal.verify()]
     assert found[0][:2] == (written.name, size)
@@ -647,9 +790,17 @@ def test_objects_under_wrong_names_are_found() -> None:
     journal.put("a", Record(b"1"))
     journal.attempt("a", 0.5)
     (answer,) = storage.list_files(storage.join(place, "answers"))
-    storage.write_bytes(storage.join(place, "answers", "b-" + "0" * 16), storage.read_bytes(answer))
-    storage.write_bytes(storage.join(place, "answers", "stray"), storage.read_bytes(answer))
+    storage.write_bytes(
+        storage.join(place, "answers", "b-" + "0" * 16), storage.read_bytes(answer)
+    )
+    storage.write_bytes(
+        storage.join(place, "answers", "stray"), storage.read_bytes(answer)
+    )
     storage.write_bytes(storage.join(place, "spent", "stray"), b"")
     again = Journal.open(place)
     assert (again.spent(), again.get("a").body) == ((1, 0.5), b"1")  # type: ignore[union-attr]
-    assert sorted(d.place.rpartition("/")[2] for d in again.verify()) == ["b-" + "0" * 16, "stray", "stray"]
+    assert sorted(d.place.rpartition("/")[2] for d in again.verify()) == [
+        "b-" + "0" * 16,
+        "stray",
+        "stray",
+    ]

@@ -7,8 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coin_ray.cloud.labelmap import Prior
-from coin_ray.cloud.probabilities import calibrated_confusion, converted, fuse_duplicates, fuse_rows, joined, to_detections
+from coin_ray.cloud.label_map import Prior
+from coin_ray.cloud.probabilities import (
+    calibrated_confusion,
+    converted,
+    fuse_duplicates,
+    fuse_rows,
+    joined,
+    to_detections,
+)
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.structures import Detections
 
@@ -17,13 +24,22 @@ BOX = [0.0, 0.0, 10.0, 10.0]
 
 def raw(scores: list[list[float]] | np.ndarray) -> RawDetections:
     class_scores = np.asarray(scores, np.float32)
-    return RawDetections(np.tile(np.array(BOX, np.float32), (len(class_scores), 1)), class_scores, "per_class")
+    return RawDetections(
+        np.tile(np.array(BOX, np.float32), (len(class_scores), 1)),
+        class_scores,
+        "per_class",
+    )
 
 
-def single(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Detections:
+def single(
+    boxes: list[list[float]], scores: list[float], labels: list[int]
+) -> Detections:
     rows = np.zeros((len(scores), 3), np.float32)
     rows[np.arange(len(scores)), labels] = scores
-    return to_detections(RawDetections(np.array(boxes, np.float32).reshape(-1, 4), rows, "label"), "background")
+    return to_detections(
+        RawDetections(np.array(boxes, np.float32).reshape(-1, 4), rows, "label"),
+        "background",
+    )
 
 
 EXAMPLES = [
@@ -41,33 +57,52 @@ EXAMPLES = [
 @pytest.mark.parametrize(("scores", "kind", "expected"), EXAMPLES)
 def test_examples(scores: list[float], kind: str, expected: list[float]) -> None:
     detections = to_detections(raw([scores]), kind)  # type: ignore[arg-type]
-    assert torch.allclose(detections.probs[0], torch.tensor(expected).float(), atol=6e-4)
+    assert torch.allclose(
+        detections.probs[0], torch.tensor(expected).float(), atol=6e-4
+    )
     assert detections.scores[0] == pytest.approx(max(scores))
 
 
-SCORES = arrays(np.float32, st.tuples(st.integers(0, 6), st.integers(1, 5)), elements=st.floats(0, 1, width=32))
+SCORES = arrays(
+    np.float32,
+    st.tuples(st.integers(0, 6), st.integers(1, 5)),
+    elements=st.floats(0, 1, width=32),
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(SCORES, st.sampled_from(["background", "published"]))
-def test_probabilities_are_distributions_that_keep_label_and_rank(scores: np.ndarray, kind: str) -> None:
+def test_probabilities_are_distributions_that_keep_label_and_rank(
+    scores: np.ndarray, kind: str
+) -> None:
     detections = to_detections(raw(scores), kind)  # type: ignore[arg-type]
     assert detections.probs.shape == (scores.shape[0], scores.shape[1] + 1)
     assert torch.allclose(detections.probs.sum(1), torch.ones(len(scores)), atol=1e-5)
     assert (detections.probs >= 0).all()
     foreground = detections.probs[:, :-1]
-    assert torch.allclose(foreground.gather(1, detections.labels[:, None])[:, 0], foreground.amax(1), atol=1e-6)
+    assert torch.allclose(
+        foreground.gather(1, detections.labels[:, None])[:, 0],
+        foreground.amax(1),
+        atol=1e-6,
+    )
     assert (detections.scores.diff() <= 0).all()
-    assert np.allclose(np.sort(scores.max(1, initial=0))[::-1], detections.scores.numpy())
+    assert np.allclose(
+        np.sort(scores.max(1, initial=0))[::-1], detections.scores.numpy()
+    )
     if kind == "published":
         assert (detections.probs[:, -1] == 0).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_a_higher_score_means_less_background(low: float, high: float, other: float) -> None:
+def test_a_higher_score_means_less_background(
+    low: float, high: float, other: float
+) -> None:
     low, high = sorted((low, high))
-    background = [float(to_detections(raw([[s, other]]), "background").probs[0, -1]) for s in (low, high)]
+    background = [
+        float(to_detections(raw([[s, other]]), "background").probs[0, -1])
+        for s in (low, high)
+    ]
     assert background[1] <= background[0] + 1e-6
 
 
@@ -84,7 +119,11 @@ def test_no_detections() -> None:
 
 
 def test_duplicates_become_the_weighted_mean() -> None:
-    detections = single([[0, 0, 10, 10], [0, 0, 10, 12], [0, 0, 10, 11], [50, 50, 60, 60]], [0.8, 0.2, 0.9, 0.4], [0, 0, 1, 0])
+    detections = single(
+        [[0, 0, 10, 10], [0, 0, 10, 12], [0, 0, 10, 11], [50, 50, 60, 60]],
+        [0.8, 0.2, 0.9, 0.4],
+        [0, 0, 1, 0],
+    )
     fused = fuse_duplicates(detections, 0.6)
     assert fused.labels.tolist() == [1, 0, 0]
     assert fused.scores.tolist() == pytest.approx([0.9, 0.8, 0.4])
@@ -104,73 +143,127 @@ def test_boxes_without_score_are_kept_finite() -> None:
 
 
 BOXES = st.lists(
-    st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 8), st.integers(1, 8), st.floats(0.01, 1), st.integers(0, 2)),
+    st.tuples(
+        st.integers(0, 8),
+        st.integers(0, 8),
+        st.integers(1, 8),
+        st.integers(1, 8),
+        st.floats(0.01, 1),
+        st.integers(0, 2),
+    ),
     max_size=10,
 )
 
 
 @settings(max_examples=100, deadline=None)
 @given(BOXES)
-def test_fusion_keeps_the_best_of_each_class_and_stays_inside(rows: list[tuple[int, int, int, int, float, int]]) -> None:
-    detections = single([[x, y, x + w, y + h] for x, y, w, h, _, _ in rows], [r[4] for r in rows], [r[5] for r in rows])
+def test_fusion_keeps_the_best_of_each_class_and_stays_inside(
+    rows: list[tuple[int, int, int, int, float, int]],
+) -> None:
+    detections = single(
+        [[x, y, x + w, y + h] for x, y, w, h, _, _ in rows],
+        [r[4] for r in rows],
+        [r[5] for r in rows],
+    )
     fused = fuse_duplicates(detections, 0.5)
     assert len(fused) <= len(detections)
     assert set(fused.labels.tolist()) == set(detections.labels.tolist())
     for label in set(detections.labels.tolist()):
-        assert fused.scores[fused.labels == label].max() == detections.scores[detections.labels == label].max()
+        assert (
+            fused.scores[fused.labels == label].max()
+            == detections.scores[detections.labels == label].max()
+        )
     if len(fused):
         assert (fused.boxes.amin(0) >= detections.boxes.amin(0) - 1e-4).all()
         assert (fused.boxes.amax(0) <= detections.boxes.amax(0) + 1e-4).all()
 
 
 KINDS = ("per_class", "label", "self_reported", "none")
-CONFUSION = ((0.0, 0.5, 0.1, 0.1, 0.1, 0.2), None, (0.3, 0.3, 0.2, 0.1, 0.0, 0.1), (0.0, 0.0, 0.0, 1.0, 0.0, 0.0))
+CONFUSION = (
+    (0.0, 0.5, 0.1, 0.1, 0.1, 0.2),
+    None,
+    (0.3, 0.3, 0.2, 0.1, 0.0, 0.1),
+    (0.0, 0.0, 0.0, 1.0, 0.0, 0.0),
+)
 PRIORS = (Prior(), Prior(CONFUSION, (0.9, None, 0.2)))
 
 
 def prior_for(prior: Prior, classes: int) -> Prior:
     """The first ``classes`` labels and columns, background last."""
-    rows = [None if r is None else (*r[:classes], r[-1] + sum(r[classes:-1])) for r in prior.confusion[:classes]]
+    rows = [
+        None if r is None else (*r[:classes], r[-1] + sum(r[classes:-1]))
+        for r in prior.confusion[:classes]
+    ]
     return Prior(tuple(rows), prior.precision[:classes])
 
 
-def one_label(scores: np.ndarray, labels: list[int], classes: int, kind: str) -> RawDetections:
+def one_label(
+    scores: np.ndarray, labels: list[int], classes: int, kind: str
+) -> RawDetections:
     rows = np.zeros((len(labels), classes), np.float32)
     rows[np.arange(len(labels)), labels] = 1.0 if kind == "none" else scores
-    return RawDetections(np.tile(np.array(BOX, np.float32), (len(labels), 1)), rows, kind)  # type: ignore[arg-type]
+    return RawDetections(
+        np.tile(np.array(BOX, np.float32), (len(labels), 1)), rows, kind
+    )  # type: ignore[arg-type]
 
 
 def check_contract(detections: Detections, kind: str) -> None:
     foreground = detections.probs[:, :-1]
-    assert torch.allclose(detections.probs.sum(1), torch.ones(len(detections)), atol=1e-5)
+    assert torch.allclose(
+        detections.probs.sum(1), torch.ones(len(detections)), atol=1e-5
+    )
     assert (detections.probs >= 0).all()
-    assert torch.allclose(foreground.gather(1, detections.labels[:, None])[:, 0], foreground.amax(1), atol=1e-6)
+    assert torch.allclose(
+        foreground.gather(1, detections.labels[:, None])[:, 0],
+        foreground.amax(1),
+        atol=1e-6,
+    )
     assert (detections.scores.diff() <= 0).all()
     if detections.num_classes == 1 and kind == "background":
         assert torch.allclose(foreground[:, 0], detections.scores, atol=1e-6)
 
 
 @settings(max_examples=300, deadline=None)
-@given(SCORES, st.sampled_from(KINDS), st.sampled_from(["background", "published"]), st.sampled_from(PRIORS), st.floats(0, 0.5))
-def test_the_contract_of_every_tier(scores: np.ndarray, score_kind: str, kind: str, prior: Prior, score_min: float) -> None:
+@given(
+    SCORES,
+    st.sampled_from(KINDS),
+    st.sampled_from(["background", "published"]),
+    st.sampled_from(PRIORS),
+    st.floats(0, 0.5),
+)
+def test_the_contract_of_every_tier(
+    scores: np.ndarray, score_kind: str, kind: str, prior: Prior, score_min: float
+) -> None:
     found = RawDetections(raw(scores).boxes, scores, score_kind)  # type: ignore[arg-type]
-    detections, sources = converted(found, kind, prior_for(prior, scores.shape[1]), score_min)  # type: ignore[arg-type]
+    detections, sources = converted(
+        found, kind, prior_for(prior, scores.shape[1]), score_min
+    )  # type: ignore[arg-type]
     assert len(sources) == len(detections) == len(scores)
     check_contract(detections, kind)
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(2**-10, 1, width=32), st.integers(0, 3)), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(st.floats(2**-10, 1, width=32), st.integers(0, 3)),
+        min_size=1,
+        max_size=5,
+    ),
     st.sampled_from(KINDS[1:]),
     st.sampled_from(PRIORS),
 )
-def test_one_label_keeps_its_score_and_its_place(rows: list[tuple[float, int]], score_kind: str, prior: Prior) -> None:
-    found = one_label(np.array([s for s, _ in rows], np.float32), [k for _, k in rows], 4, score_kind)
+def test_one_label_keeps_its_score_and_its_place(
+    rows: list[tuple[float, int]], score_kind: str, prior: Prior
+) -> None:
+    found = one_label(
+        np.array([s for s, _ in rows], np.float32), [k for _, k in rows], 4, score_kind
+    )
     detections, _ = converted(found, "background", prior_for(prior, 4))
     check_contract(detections, "background")
     best = detections.probs[:, :-1].max(1)
-    assert torch.equal(best.indices, detections.labels), "strictly the best class, no tie"
+    assert torch.equal(best.indices, detections.labels), (
+        "strictly the best class, no tie"
+    )
     assert torch.allclose(best.values, detections.scores, atol=1e-6)
     assert sorted(detections.labels.tolist()) == sorted(k for _, k in rows)
 
@@ -185,7 +278,12 @@ def test_one_label_keeps_its_score_and_its_place(rows: list[tuple[float, int]], 
     st.floats(0, 0.5),
 )
 def test_every_tier_rises_with_the_score(
-    low: float, high: float, others: np.ndarray, score_kind: str, prior: Prior, score_min: float
+    low: float,
+    high: float,
+    others: np.ndarray,
+    score_kind: str,
+    prior: Prior,
+    score_min: float,
 ) -> None:
     """Of the first class, as long as it is the label."""
     low, high = sorted((low, high))
@@ -194,56 +292,145 @@ def test_every_tier_rises_with_the_score(
     for score in (low, high):
         row = np.concatenate([np.array([score], np.float32), np.minimum(others, low)])
         found = RawDetections(np.array([BOX], np.float32), row[None], score_kind)  # type: ignore[arg-type]
-        shown.append(to_detections(found, "background", prior_for(prior, 4), score_min).probs[0])
+        shown.append(
+            to_detections(found, "background", prior_for(prior, 4), score_min).probs[0]
+        )
     assert shown[0][0] <= shown[1][0] + 1e-6
     assert shown[0][-1] >= shown[1][-1] - 1e-6
 
 
 @settings(max_examples=200, deadline=None)
 @given(SCORES, st.floats(0, 0.5))
-def test_scores_of_several_classes_keep_the_contract_where_some_are_missing(scores: np.ndarray, score_min: float) -> None:
-    found = RawDetections(raw(scores).boxes, np.where(scores < score_min, 0, scores).astype(np.float32), "label")
-    check_contract(to_detections(found, "background", score_min=score_min), "background")
+def test_scores_of_several_classes_keep_the_contract_where_some_are_missing(
+    scores: np.ndarray, score_min: float
+) -> None:
+    found = RawDetections(
+        raw(scores).boxes,
+        np.where(scores < score_min, 0, scores).astype(np.float32),
+        "label",
+    )
+    check_contract(
+        to_detections(found, "background", score_min=score_min), "background"
+    )
 
 
 TIERS = [
-    ("per_class", [0.6, 0.2, 0.1], Prior(), "native", [0.474667, 0.158222, 0.079111, 0.288]),
-    ("label", [0.6, 0.2, 0.0], Prior(), "grouped", [0.505108, 0.168369, 0.010523, 0.316]),
-    ("label", [0.6, 0.0, 0.0], Prior(), "label_prior", [0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3]),
+    (
+        "per_class",
+        [0.6, 0.2, 0.1],
+        Prior(),
+        "native",
+        [0.474667, 0.158222, 0.079111, 0.288],
+    ),
+    (
+        "label",
+        [0.6, 0.2, 0.0],
+        Prior(),
+        "grouped",
+        [0.505108, 0.168369, 0.010523, 0.316],
+    ),
+    (
+        "label",
+        [0.6, 0.0, 0.0],
+        Prior(),
+        "label_prior",
+        [0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3],
+    ),
     ("label", [0.1, 0.0, 0.0], Prior(), "label_prior", [0.1, 0.095, 0.095, 0.71]),
-    ("label", [0.6, 0.0, 0.0], Prior(((0.5, 0.4, 0.0, 0.1), None, None)), "label_confusion", [0.6, 0.32, 0.0, 0.08]),
-    ("label", [0.6, 0.0, 0.0], Prior(((1.0, 0.0, 0.0, 0.0), None, None)), "label_confusion", [0.6, 0.0, 0.0, 0.4]),
-    ("self_reported", [0.6, 0.0, 0.0], Prior(), "self_reported", [0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3]),
-    ("none", [1.0, 0.0, 0.0], Prior(precision=(0.7, None, None)), "precision", [0.7, 0.1, 0.1, 0.1]),
-    ("none", [0.5, 0.0, 0.0], Prior(precision=(0.7, None, None)), "precision", [0.35, 0.65 / 3, 0.65 / 3, 0.65 / 3]),
-    ("none", [0.0, 1.0, 0.0], Prior(precision=(0.7, None, None)), "assumed", [0.5 / 3, 0.5, 0.5 / 3, 0.5 / 3]),
+    (
+        "label",
+        [0.6, 0.0, 0.0],
+        Prior(((0.5, 0.4, 0.0, 0.1), None, None)),
+        "label_confusion",
+        [0.6, 0.32, 0.0, 0.08],
+    ),
+    (
+        "label",
+        [0.6, 0.0, 0.0],
+        Prior(((1.0, 0.0, 0.0, 0.0), None, None)),
+        "label_confusion",
+        [0.6, 0.0, 0.0, 0.4],
+    ),
+    (
+        "self_reported",
+        [0.6, 0.0, 0.0],
+        Prior(),
+        "self_reported",
+        [0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3],
+    ),
+    (
+        "none",
+        [1.0, 0.0, 0.0],
+        Prior(precision=(0.7, None, None)),
+        "precision",
+        [0.7, 0.1, 0.1, 0.1],
+    ),
+    (
+        "none",
+        [0.5, 0.0, 0.0],
+        Prior(precision=(0.7, None, None)),
+        "precision",
+        [0.35, 0.65 / 3, 0.65 / 3, 0.65 / 3],
+    ),
+    (
+        "none",
+        [0.0, 1.0, 0.0],
+        Prior(precision=(0.7, None, None)),
+        "assumed",
+        [0.5 / 3, 0.5, 0.5 / 3, 0.5 / 3],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("score_kind", "scores", "prior", "source", "expected"), TIERS)
-def test_tiers(score_kind: str, scores: list[float], prior: Prior, source: str, expected: list[float]) -> None:
-    found = RawDetections(np.array([BOX], np.float32), np.array([scores], np.float32), score_kind)  # type: ignore[arg-type]
+def test_tiers(
+    score_kind: str,
+    scores: list[float],
+    prior: Prior,
+    source: str,
+    expected: list[float],
+) -> None:
+    found = RawDetections(
+        np.array([BOX], np.float32), np.array([scores], np.float32), score_kind
+    )  # type: ignore[arg-type]
     detections, sources = converted(found, "background", prior, score_min=0.05)
     assert sources == [source]
     assert detections.probs[0].tolist() == pytest.approx(expected, abs=2e-5)
-    assert detections.scores[0] == pytest.approx(expected[int(detections.labels[0])] if source not in ("native", "grouped") else 0.6)
+    assert detections.scores[0] == pytest.approx(
+        expected[int(detections.labels[0])]
+        if source not in ("native", "grouped")
+        else 0.6
+    )
     assert converted(found, "published", prior)[1] == ["published"]
 
 
 def test_sources_follow_their_rows() -> None:
     boxes = np.array([BOX, BOX, BOX], np.float32)
     scores = np.array([[0.2, 0, 0], [0.5, 0.4, 0], [0, 0, 0.9]], np.float32)
-    detections, sources = converted(RawDetections(boxes, scores, "label"), "background", Prior((None, None, (0.0, 0.5, 0.0, 0.5))))
-    assert (detections.labels.tolist(), sources) == ([2, 0, 0], ["label_confusion", "grouped", "label_prior"])
+    detections, sources = converted(
+        RawDetections(boxes, scores, "label"),
+        "background",
+        Prior((None, None, (0.0, 0.5, 0.0, 0.5))),
+    )
+    assert (detections.labels.tolist(), sources) == (
+        [2, 0, 0],
+        ["label_confusion", "grouped", "label_prior"],
+    )
 
 
 def test_where_each_class_is_asked_a_lone_label_says_something_of_the_others() -> None:
-    told = RawDetections(np.array([BOX], np.float32), np.array([[0.6, 0, 0]], np.float32), "label")
-    detections, sources = converted(told, "background", score_min=0.05, each_class_asked=True)
+    told = RawDetections(
+        np.array([BOX], np.float32), np.array([[0.6, 0, 0]], np.float32), "label"
+    )
+    detections, sources = converted(
+        told, "background", score_min=0.05, each_class_asked=True
+    )
     background = 0.4 * 0.9875**2
     expected = [(1 - background) * s / 0.625 for s in (0.6, 0.0125, 0.0125)]
     assert sources == ["grouped"]
-    assert detections.probs[0].tolist() == pytest.approx([*expected, background], abs=1e-6)
+    assert detections.probs[0].tolist() == pytest.approx(
+        [*expected, background], abs=1e-6
+    )
     check_contract(detections, "background")
 
 
@@ -254,12 +441,17 @@ def formerly(scores: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     background = (1 - s).prod(1, keepdim=True)
     foreground = (1 - background) * (s / s.sum(1, keepdim=True).clamp_min(1e-12))
     order = best.argsort(descending=True, stable=True)
-    return best.float()[order], torch.cat([foreground, 1 - foreground.sum(1, keepdim=True)], 1).float()[order]
+    return (
+        best.float()[order],
+        torch.cat([foreground, 1 - foreground.sum(1, keepdim=True)], 1).float()[order],
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(SCORES, st.floats(0, 1))
-def test_class_scores_are_read_to_the_bit_as_before(scores: np.ndarray, score_min: float) -> None:
+def test_class_scores_are_read_to_the_bit_as_before(
+    scores: np.ndarray, score_min: float
+) -> None:
     detections = to_detections(joined(raw(scores)), "background", PRIORS[1], score_min)
     expected_scores, expected_probs = formerly(scores)
     assert torch.equal(detections.scores, expected_scores)
@@ -270,36 +462,65 @@ def labelled(*rows: tuple[list[float], int, float]) -> RawDetections:
     scores = np.zeros((len(rows), 3), np.float32)
     for i, (_, label, score) in enumerate(rows):
         scores[i, label] = score
-    return RawDetections(np.array([box for box, _, _ in rows], np.float32).reshape(-1, 4), scores, "label", ("tree",))
+    return RawDetections(
+        np.array([box for box, _, _ in rows], np.float32).reshape(-1, 4),
+        scores,
+        "label",
+        ("tree",),
+    )
 
 
 def test_labels_of_one_box_are_joined() -> None:
     near, far = [0.0, 0.0, 10.0, 11.0], [30.0, 0.0, 40.0, 10.0]
-    found = joined(labelled((BOX, 0, 0.5), (near, 1, 0.6), (far, 2, 0.3), (BOX, 1, 0.2)))
+    found = joined(
+        labelled((BOX, 0, 0.5), (near, 1, 0.6), (far, 2, 0.3), (BOX, 1, 0.2))
+    )
     assert found.boxes.tolist() == [near, far]
-    assert found.class_scores.tolist() == [pytest.approx([0.5, 0.6, 0]), pytest.approx([0, 0, 0.3])]
+    assert found.class_scores.tolist() == [
+        pytest.approx([0.5, 0.6, 0]),
+        pytest.approx([0, 0, 0.3]),
+    ]
     assert (found.score_kind, found.unmapped) == ("label", ("tree",))
 
 
 def test_boxes_of_one_label_and_distant_ones_are_left_alone() -> None:
     half = [0.0, 0.0, 10.0, 13.0]
-    for given_boxes in (labelled((BOX, 0, 0.5), (BOX, 0, 0.6)), labelled((BOX, 0, 0.5), (half, 1, 0.6)), labelled()):
+    for given_boxes in (
+        labelled((BOX, 0, 0.5), (BOX, 0, 0.6)),
+        labelled((BOX, 0, 0.5), (half, 1, 0.6)),
+        labelled(),
+    ):
         found = joined(given_boxes)
-        assert sorted(found.class_scores.tolist()) == sorted(given_boxes.class_scores.tolist())
+        assert sorted(found.class_scores.tolist()) == sorted(
+            given_boxes.class_scores.tolist()
+        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(BOXES)
-def test_joining_keeps_each_label_at_its_best_score(rows: list[tuple[int, int, int, int, float, int]]) -> None:
-    given_boxes = labelled(*(([float(x), float(y), float(x + w), float(y + h)], label, score) for x, y, w, h, score, label in rows))
+def test_joining_keeps_each_label_at_its_best_score(
+    rows: list[tuple[int, int, int, int, float, int]],
+) -> None:
+    given_boxes = labelled(
+        *(
+            ([float(x), float(y), float(x + w), float(y + h)], label, score)
+            for x, y, w, h, score, label in rows
+        )
+    )
     found = joined(given_boxes)
     assert len(found) <= len(given_boxes)
-    assert np.array_equal(found.class_scores.max(0, initial=0), given_boxes.class_scores.max(0, initial=0))
-    assert {tuple(b) for b in found.boxes.tolist()} <= {tuple(b) for b in given_boxes.boxes.tolist()}
+    assert np.array_equal(
+        found.class_scores.max(0, initial=0), given_boxes.class_scores.max(0, initial=0)
+    )
+    assert {tuple(b) for b in found.boxes.tolist()} <= {
+        tuple(b) for b in given_boxes.boxes.tolist()
+    }
 
 
 def test_confusion_is_measured_where_each_class_was_scored() -> None:
-    measured = to_detections(raw([[0.8, 0.4, 0.0], [0.7, 0.5, 0.0], [0.0, 0.0, 0.9]]), "background")
+    measured = to_detections(
+        raw([[0.8, 0.4, 0.0], [0.7, 0.5, 0.0], [0.0, 0.0, 0.9]]), "background"
+    )
     rows = calibrated_confusion([measured, Detections.empty(3)], 3, uniform=1e-6)
     assert rows[1] is None
     for k in (0, 2):
@@ -310,7 +531,9 @@ def test_confusion_is_measured_where_each_class_was_scored() -> None:
     first = rows[0]
     assert first is not None
     assert first[1] > first[3] > first[2]
-    told = RawDetections(np.array([BOX], np.float32), np.array([[0.6, 0, 0]], np.float32), "label")
+    told = RawDetections(
+        np.array([BOX], np.float32), np.array([[0.6, 0, 0]], np.float32), "label"
+    )
     detections, sources = converted(told, "background", Prior(rows))
     assert sources == ["label_confusion"]
     assert detections.probs[0, 1] > detections.probs[0, 2]
@@ -318,14 +541,20 @@ def test_confusion_is_measured_where_each_class_was_scored() -> None:
 
 def test_few_boxes_decide_little() -> None:
     measured = to_detections(raw([[0.8, 0.4, 0.0]]), "background")
-    steady, eager = (calibrated_confusion([measured], 3, uniform=u)[0] for u in (100.0, 1e-6))
+    steady, eager = (
+        calibrated_confusion([measured], 3, uniform=u)[0] for u in (100.0, 1e-6)
+    )
     assert steady is not None
     assert eager is not None
     assert abs(steady[1] - 1 / 3) < 0.01 < abs(eager[1] - 1 / 3)
 
 
 def test_fused_rows_name_where_they_come_from() -> None:
-    detections = single([[0, 0, 10, 10], [0, 0, 10, 12], [0, 0, 10, 11], [50, 50, 60, 60]], [0.2, 0.8, 0.9, 0.4], [0, 0, 1, 0])
+    detections = single(
+        [[0, 0, 10, 10], [0, 0, 10, 12], [0, 0, 10, 11], [50, 50, 60, 60]],
+        [0.2, 0.8, 0.9, 0.4],
+        [0, 0, 1, 0],
+    )
     fused, rows = fuse_rows(detections, 0.6)
     assert torch.equal(detections.scores[rows], fused.scores)
     assert torch.equal(detections.probs[rows], fused.probs)

@@ -1,4 +1,5 @@
-"""What all services with names of one's own choice share, and what the table does not say of them."""
+"""What all services with names of one's own choice share, and what the table does not
+say of them."""
 
 from __future__ import annotations
 
@@ -10,13 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.cloud.gemini import GeminiAdapter
-from coin_ray.cloud.hf_endpoint import HfEndpointAdapter
-from coin_ray.cloud.openai_vlm import OpenAiVlmAdapter
-from coin_ray.cloud.prompts import XYXY_1000, XYXY_PIXELS, YXYX_1000, BoxText
+from coin_ray.cloud.adapters.gemini import GeminiAdapter
+from coin_ray.cloud.adapters.hf_endpoint import HfEndpointAdapter
+from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
+from coin_ray.cloud.adapters.prompts import XYXY_1000, XYXY_PIXELS, YXYX_1000, BoxText
+from coin_ray.cloud.adapters.roboflow import RoboflowAdapter
 from coin_ray.cloud.protocol import Adapter, Frame, Query
-from coin_ray.cloud.roboflow import RoboflowAdapter
-from coin_ray.errors import BadRequest, CloudError, ImageRejected, ProtocolError, Refused
+from coin_ray.errors import (
+    BadRequest,
+    CloudError,
+    ImageRejected,
+    ProtocolError,
+    Refused,
+)
 
 from .cases import CASES, CLASSES, GOLDEN_IMAGE, REFUSALS
 from .test_adapters import ANY_JSON, FRAME, at, changed, places
@@ -36,17 +43,28 @@ ORIGINAL = Frame((600, 400), (1200, 1200))
         (XYXY_PIXELS, [-30, 0, 640, 401.5], [0, 0, 1200, 1200]),
     ],
 )
-def test_boxes_in_a_text(boxes: BoxText, numbers: list[float], expected: list[float]) -> None:
-    raw = boxes.detections(json.dumps([{boxes.key: numbers, "label": "dog"}]), QUERY, ORIGINAL)
+def test_boxes_in_a_text(
+    boxes: BoxText, numbers: list[float], expected: list[float]
+) -> None:
+    raw = boxes.detections(
+        json.dumps([{boxes.key: numbers, "label": "dog"}]), QUERY, ORIGINAL
+    )
     assert np.allclose(raw.boxes, [expected])
     assert raw.class_scores.tolist() == [[0, 0, 1]]
     assert raw.score_kind == "none"
 
 
-@pytest.mark.parametrize("numbers", [[0, 0, 721, 100], [0, 0, 100, 481], [-121, 0, 100, 100], [0, -81, 100, 100]])
+@pytest.mark.parametrize(
+    "numbers",
+    [[0, 0, 721, 100], [0, 0, 100, 481], [-121, 0, 100, 100], [0, -81, 100, 100]],
+)
 def test_pixels_far_outside_are_in_another_unit(numbers: list[int]) -> None:
-    with pytest.raises(ProtocolError, match="are these coordinates pixels of the image"):
-        XYXY_PIXELS.detections(json.dumps([{"bbox_2d": numbers, "label": "dog"}]), QUERY, FRAME)
+    with pytest.raises(
+        ProtocolError, match="are these coordinates pixels of the image"
+    ):
+        XYXY_PIXELS.detections(
+            json.dumps([{"bbox_2d": numbers, "label": "dog"}]), QUERY, FRAME
+        )
 
 
 @pytest.mark.parametrize("text", REFUSALS)
@@ -59,8 +77,13 @@ def test_refusals(text: str) -> None:
 @pytest.mark.parametrize("boxes", BOX_TEXTS, ids=lambda b: b.key + b.box_format)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_mutated_lists_give_valid_boxes_or_errors(boxes: BoxText, data: st.DataObject) -> None:
-    answer: Any = [{boxes.key: [1, 2, 300, 350], "label": "car"}, {boxes.key: [9, 20, 400, 200], "label": "truck"}]
+def test_mutated_lists_give_valid_boxes_or_errors(
+    boxes: BoxText, data: st.DataObject
+) -> None:
+    answer: Any = [
+        {boxes.key: [1, 2, 300, 350], "label": "car"},
+        {boxes.key: [9, 20, 400, 200], "label": "truck"},
+    ]
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(list(places(answer))))
         answer = changed(answer, path, data.draw(ANY_JSON | st.just(at(answer, path))))
@@ -75,7 +98,9 @@ def test_mutated_lists_give_valid_boxes_or_errors(boxes: BoxText, data: st.DataO
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(max_size=30) | st.text(alphabet=' \n[]`{}json\\"\ufeff\0', max_size=12))
+@given(
+    text=st.text(max_size=30) | st.text(alphabet=' \n[]`{}json\\"\ufeff\0', max_size=12)
+)
 def test_any_text_is_no_boxes_only_if_it_says_so(text: str) -> None:
     try:
         raw = XYXY_1000.detections(text, QUERY, FRAME)
@@ -105,14 +130,25 @@ def test_names_are_sent_as_they_are(adapter: Adapter) -> None:
 
 def hf(*elements: tuple[str, float, tuple[int, int, int, int]]) -> bytes:
     sides = ("xmin", "ymin", "xmax", "ymax")
-    return json.dumps([{"label": n, "score": s, "box": dict(zip(sides, b, strict=True))} for n, s, b in elements]).encode()
+    return json.dumps(
+        [
+            {"label": n, "score": s, "box": dict(zip(sides, b, strict=True))}
+            for n, s, b in elements
+        ]
+    ).encode()
 
 
 def test_a_box_under_several_labels_has_a_score_for_each() -> None:
     from coin_ray.cloud.probabilities import converted
 
     one, other = (10, 20, 110, 170), (300, 20, 400, 170)
-    body = hf(("car", 0.8, one), ("dog", 0.9, other), ("bus", 0.2, one), ("truck", 0.3, other), ("bus", 0.1, one))
+    body = hf(
+        ("car", 0.8, one),
+        ("dog", 0.9, other),
+        ("bus", 0.2, one),
+        ("truck", 0.3, other),
+        ("bus", 0.1, one),
+    )
     raw = HfEndpointAdapter().decode({}, body, QUERY, FRAME)
     assert np.allclose(raw.boxes, [other, one])
     assert np.allclose(raw.class_scores, [[0, 0, 0.9], [0.8, 0.2, 0]])
@@ -120,13 +156,25 @@ def test_a_box_under_several_labels_has_a_score_for_each() -> None:
     assert HfEndpointAdapter().capabilities.per_class_scores
     found, sources = converted(raw, "background", score_min=0.05, each_class_asked=True)
     assert sources == ["grouped", "grouped"]
-    assert np.allclose(found.probs[1, :3].sum(), 1 - 0.2 * 0.8 * (1 - 0.05 / 4), atol=1e-6)
+    assert np.allclose(
+        found.probs[1, :3].sum(), 1 - 0.2 * 0.8 * (1 - 0.05 / 4), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("adapter", [a for a in OPEN if not isinstance(a, HfEndpointAdapter)], ids=lambda a: a.capabilities.name)
+@pytest.mark.parametrize(
+    "adapter",
+    [a for a in OPEN if not isinstance(a, HfEndpointAdapter)],
+    ids=lambda a: a.capabilities.name,
+)
 def test_another_model(adapter: Adapter) -> None:
     request = adapter.encode(GOLDEN_IMAGE, Query("v2-x", CLASSES, 0.05))
-    assert "v2-x" in request.path + str({k: v for k, v in json.loads(request.body).items() if k in ("model", "yolo_world_version_id")})
+    assert "v2-x" in request.path + str(
+        {
+            k: v
+            for k, v in json.loads(request.body).items()
+            if k in ("model", "yolo_world_version_id")
+        }
+    )
 
 
 def test_an_endpoint_has_one_model() -> None:
@@ -135,7 +183,10 @@ def test_an_endpoint_has_one_model() -> None:
 
 
 FAMILIES = [
-    ("gemini-2.5-flash-lite", {"temperature": 0, "thinkingConfig": {"thinkingBudget": 0}}),
+    (
+        "gemini-2.5-flash-lite",
+        {"temperature": 0, "thinkingConfig": {"thinkingBudget": 0}},
+    ),
     ("gemini-2.5-pro", {"temperature": 0}),
     ("gemini-2.0-flash", {"temperature": 0}),
     ("gemini-3.8-flash", {"thinkingConfig": {"thinkingLevel": "low"}}),
@@ -152,15 +203,29 @@ def test_generations_of_gemini(model: str, expected: dict[str, Any]) -> None:
 
 
 def test_a_models_name_leads_nowhere_else() -> None:
-    assert "/../" not in GeminiAdapter().encode(GOLDEN_IMAGE, Query("../../v1/x?y#z", CLASSES, 0.05)).path
-    assert "?" not in GeminiAdapter().encode(GOLDEN_IMAGE, Query("x?y", CLASSES, 0.05)).path
+    assert (
+        "/../"
+        not in GeminiAdapter()
+        .encode(GOLDEN_IMAGE, Query("../../v1/x?y#z", CLASSES, 0.05))
+        .path
+    )
+    assert (
+        "?"
+        not in GeminiAdapter().encode(GOLDEN_IMAGE, Query("x?y", CLASSES, 0.05)).path
+    )
 
 
 def test_coordinates_are_part_of_the_question() -> None:
     """Or an answer on record would be read in another unit."""
-    habits: tuple[Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], ...] = ("xyxy_1000", "yxyx_1000", "xyxy_pixels")
+    habits: tuple[Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], ...] = (
+        "xyxy_1000",
+        "yxyx_1000",
+        "xyxy_pixels",
+    )
     assert len({OpenAiVlmAdapter(h).capabilities.name for h in habits}) == 3
-    assert len({OpenAiVlmAdapter(h).encode(GOLDEN_IMAGE, QUERY).body for h in habits}) == 3
+    assert (
+        len({OpenAiVlmAdapter(h).encode(GOLDEN_IMAGE, QUERY).body for h in habits}) == 3
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -168,21 +233,33 @@ def test_errors_quote_no_image(case: Any) -> None:
     """Some servers repeat what they were sent."""
     data = "/9j/4AAQSkZJRg" * 50
     text = f"bad image: data:image/jpeg;base64,{data}"
-    bodies: list[Any] = [{"error": text}, {"error": {"message": text}}, {"message": text}, {"title": text}, {"msg": text}]
+    bodies: list[Any] = [
+        {"error": text},
+        {"error": {"message": text}},
+        {"message": text},
+        {"title": text},
+        {"msg": text},
+    ]
     for status in (400, 413, 422, 500):
         for body in bodies:
-            assert "4AAQ" not in str(case.adapter.classify_error(status, {}, json.dumps(body).encode()))
+            assert "4AAQ" not in str(
+                case.adapter.classify_error(status, {}, json.dumps(body).encode())
+            )
 
 
 def test_what_to_do_about_an_answer_that_was_cut_off() -> None:
     body = {"choices": [{"message": {"content": "[]"}, "finish_reason": "length"}]}
     with pytest.raises(ProtocolError, match="limit of tokens"):
-        OpenAiVlmAdapter("xyxy_1000").decode({}, json.dumps(body).encode(), QUERY, FRAME)
+        OpenAiVlmAdapter("xyxy_1000").decode(
+            {}, json.dumps(body).encode(), QUERY, FRAME
+        )
     missing = OpenAiVlmAdapter("xyxy_1000").classify_error(404, {}, b"")
     assert "https://host/v1" in str(missing)
 
 
 def test_lack_of_memory_may_have_been_paid() -> None:
-    error = HfEndpointAdapter().classify_error(400, {}, b'{"error": "CUDA out of memory"}')
+    error = HfEndpointAdapter().classify_error(
+        400, {}, b'{"error": "CUDA out of memory"}'
+    )
     assert error.may_have_billed
     assert not isinstance(error, ImageRejected)

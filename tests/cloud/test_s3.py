@@ -1,4 +1,5 @@
-"""Storage and the journal on s3://, against a server on this machine that AWS_ENDPOINT_URL names."""
+"""Storage and the journal on s3://, against a server on this machine that
+AWS_ENDPOINT_URL names."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ import pyarrow as pa
 import pytest
 
 from coin_ray import storage
-from coin_ray.cloud import tools
-from coin_ray.cloud.journal import Journal, ObjectJournal, Record
+from coin_ray.cloud.journal.journal import Journal, ObjectJournal, Record
+from coin_ray.commands import labels as tools
 
 s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra s3")
-moto_server = pytest.importorskip("moto.server", reason="the S3 server of these tests is moto[server], of the extra test")
+moto_server = pytest.importorskip(
+    "moto.server",
+    reason="the S3 server of these tests is moto[server], of the extra test",
+)
 
 BUCKET = "coin-runs"
 
@@ -30,7 +34,14 @@ def endpoint() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HTTP_PROXY", "http_proxy"):
+        for name in (
+            "AWS_PROFILE",
+            "AWS_SESSION_TOKEN",
+            "AWS_CONFIG_FILE",
+            "AWS_SHARED_CREDENTIALS_FILE",
+            "HTTP_PROXY",
+            "http_proxy",
+        ):
             patch.delenv(name, raising=False)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "id")
@@ -73,8 +84,13 @@ def test_files(root: str) -> None:
 
 def test_tables_in_parts(root: str) -> None:
     storage.write_table(storage.join(root, "part-1.parquet"), pa.table({"n": [1]}))
-    storage.write_table(storage.join(root, "part-0.parquet"), pa.table({"n": [0], "later": ["x"]}))
-    assert storage.read_table(root).to_pylist() == [{"n": 0, "later": "x"}, {"n": 1, "later": None}]
+    storage.write_table(
+        storage.join(root, "part-0.parquet"), pa.table({"n": [0], "later": ["x"]})
+    )
+    assert storage.read_table(root).to_pylist() == [
+        {"n": 0, "later": "x"},
+        {"n": 1, "later": None},
+    ]
 
 
 def test_what_another_process_writes_is_seen(root: str) -> None:
@@ -114,7 +130,9 @@ def test_journal(root: str) -> None:
         assert journal.contents().size > 0
 
 
-def test_a_damaged_object_is_found_and_never_an_answer(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_object_is_found_and_never_an_answer(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = storage.join(root, "journal")
     Journal.open(place).put("a", Record(b"body" * 100))
     (answer,) = storage.list_files(storage.join(place, "answers"))
@@ -130,7 +148,7 @@ def test_a_damaged_object_is_found_and_never_an_answer(root: str, capsys: pytest
 
 WRITER = """
 import sys
-from coin_ray.cloud.journal import Journal, Record
+from coin_ray.cloud.journal.journal import Journal, Record
 journal = Journal.open(sys.argv[1])
 for i in range(10**6):
     journal.attempt(str(i), 0.01)
@@ -141,7 +159,9 @@ for i in range(10**6):
 
 def test_kill(root: str) -> None:
     place = storage.join(root, "journal")
-    process = subprocess.Popen([sys.executable, "-c", WRITER, place], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, place], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     seen = [process.stdout.readline() for _ in range(10)]
     os.kill(process.pid, signal.SIGKILL)

@@ -1,4 +1,5 @@
-"""Secrets are sent and stay nowhere else: not in logs, errors, variables of tracebacks, reprs, the journal, dumps of the configuration."""
+"""Secrets are sent and stay nowhere else: not in logs, errors, variables of tracebacks,
+reprs, the journal, dumps of the configuration."""
 
 from __future__ import annotations
 
@@ -21,20 +22,31 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from coin_ray import tracking
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import FRAME, MAGIC, Journal, SegmentJournal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import FRAME, MAGIC, Journal, SegmentJournal
 from coin_ray.cloud.services import OFFERS
 from coin_ray.config import Cloud, PipelineConfig, Service
-from coin_ray.configfile import to_yaml
+from coin_ray.config.files import to_yaml
+from coin_ray.config.presets import folder
 from coin_ray.errors import ConfigError
-from coin_ray.presets import folder
+from coin_ray.runs import tracking
 
 from .cases import CASES, CLASSES, SIZE, Case, Truth
 from .conftest import picture
 
-LOGGERS = ("httpx", "httpcore", "httpcore.http11", "httpcore.connection", "botocore", "asyncio", "coin_ray", "h11", "anyio", "urllib3")
+LOGGERS = (
+    "httpx",
+    "httpcore",
+    "httpcore.http11",
+    "httpcore.connection",
+    "botocore",
+    "asyncio",
+    "coin_ray",
+    "h11",
+    "anyio",
+    "urllib3",
+)
 AWS = {
     "AWS_ACCESS_KEY_ID": "QKIA7Z2XW9V4TRLMBN8P",
     "AWS_SECRET_ACCESS_KEY": "q/7Z+x2=W9&kLpRtVbNmQwErTyUiOpAsDfGh",
@@ -57,7 +69,14 @@ class Subject:
     @property
     def service(self) -> Service:
         name = self.case.adapter.capabilities.name
-        return cast("Service", max((offer for offer in OFFERS if name.startswith(offer)), key=len, default="http"))
+        return cast(
+            "Service",
+            max(
+                (offer for offer in OFFERS if name.startswith(offer)),
+                key=len,
+                default="http",
+            ),
+        )
 
     @property
     def token_env(self) -> str | None:
@@ -72,18 +91,31 @@ class Subject:
             return AWS
         variable = self.token_env or OFFERS[self.service].token_env
         number = zlib.crc32(str(variable).encode()) % 90 + 10
-        return {variable: f"k{number}/Y+4=&w{number}Qz~live-0123456789abcdef"} if variable else {}
+        return (
+            {variable: f"k{number}/Y+4=&w{number}Qz~live-0123456789abcdef"}
+            if variable
+            else {}
+        )
 
     @property
     def first(self) -> list[Reply]:
         """What comes before the answer: the service's health, or the name of a task."""
         capabilities = self.case.adapter.capabilities
-        health = [Raw(body={"status": "ok"})] if capabilities.health_path is not None else []
-        return [*health, *([Raw(body=self.case.further[0])] if capabilities.asynchronous else [])]
+        health = (
+            [Raw(body={"status": "ok"})] if capabilities.health_path is not None else []
+        )
+        return [
+            *health,
+            *([Raw(body=self.case.further[0])] if capabilities.asynchronous else []),
+        ]
 
     @property
     def success(self) -> Raw:
-        return Raw(body=self.case.answer([Truth(self.case.names["car"], (10, 10, 90, 80))], SIZE))
+        return Raw(
+            body=self.case.answer(
+                [Truth(self.case.names["car"], (10, 10, 90, 80))], SIZE
+            )
+        )
 
 
 PICTURE = picture(0, *SIZE)
@@ -93,7 +125,8 @@ HTTP = next(s for s in SUBJECTS if s.service == "http")
 
 @dataclass(frozen=True)
 class Raw:
-    """A reply on the wire. ``after``: how many of its bytes are sent before the connection is closed; ``hang``: it is never sent."""
+    """A reply on the wire. ``after``: how many of its bytes are sent before the
+    connection is closed; ``hang``: it is never sent."""
 
     status: int = 200
     body: Any = b""
@@ -102,8 +135,16 @@ class Raw:
     hang: bool = False
 
     def data(self, content_type: str) -> bytes:
-        body = self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
-        fields = {"Content-Type": content_type, "Content-Length": str(len(body)), **self.headers}
+        body = (
+            self.body
+            if isinstance(self.body, bytes)
+            else json.dumps(self.body).encode()
+        )
+        fields = {
+            "Content-Type": content_type,
+            "Content-Length": str(len(body)),
+            **self.headers,
+        }
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         return f"HTTP/1.1 {self.status} Reason\r\n{head}\r\n".encode() + body
 
@@ -128,7 +169,9 @@ class Server:
         finally:
             server.close()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         try:
             while await self.exchange(reader, writer):
                 pass
@@ -137,9 +180,14 @@ class Server:
         finally:
             writer.close()
 
-    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+        headers = {
+            name.lower(): value
+            for name, _, value in (line.partition(": ") for line in head[1:])
+        }
         await reader.readexactly(int(headers.get("content-length", 0)))
         reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
         self.requests.append(headers)
@@ -154,15 +202,29 @@ class Server:
 
 
 def forms(secret: str) -> dict[str, str]:
-    """What a secret may look like, each form's part that any 8 characters of its beginning show."""
-    plain = {"plain": secret, "quoted": quote(secret), "quoted all": quote(secret, safe=""), "plus": quote_plus(secret)}
-    plain |= {f"{name}, lower case": re.sub("%..", lambda m: m.group().lower(), text) for name, text in plain.items()}
+    """What a secret may look like, each form's part that any 8 characters of its
+    beginning show."""
+    plain = {
+        "plain": secret,
+        "quoted": quote(secret),
+        "quoted all": quote(secret, safe=""),
+        "plus": quote_plus(secret),
+    }
+    plain |= {
+        f"{name}, lower case": re.sub("%..", lambda m: m.group().lower(), text)
+        for name, text in plain.items()
+    }
     encoded: dict[str, str] = {}
     for shift in range(3):
         whole = base64.b64encode(bytes(shift) + secret.encode()).decode()
         text = whole[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
-        encoded |= {f"base64, {shift}": text, f"base64 for addresses, {shift}": text.replace("+", "-").replace("/", "_")}
-    return {name: text[:PREFIX] for name, text in plain.items()} | {name: text[: PREFIX * 4 // 3] for name, text in encoded.items()}
+        encoded |= {
+            f"base64, {shift}": text,
+            f"base64 for addresses, {shift}": text.replace("+", "-").replace("/", "_"),
+        }
+    return {name: text[:PREFIX] for name, text in plain.items()} | {
+        name: text[: PREFIX * 4 // 3] for name, text in encoded.items()
+    }
 
 
 def assert_hidden(secrets: Sequence[str], shown: Mapping[str, str]) -> None:
@@ -170,13 +232,20 @@ def assert_hidden(secrets: Sequence[str], shown: Mapping[str, str]) -> None:
         for name, text in forms(secret).items():
             for where, content in shown.items():
                 place = content.find(text)
-                assert place < 0, f"{name} in {where}: ...{content[max(0, place - 300) : place + 80]}"
+                assert place < 0, (
+                    f"{name} in {where}: ...{content[max(0, place - 300) : place + 80]}"
+                )
 
 
 def with_locals(error: BaseException | None) -> Iterator[str]:
-    """The tracebacks of an error and of all that led to it, suppressed ones too, with the variables of every frame."""
+    """The tracebacks of an error and of all that led to it, suppressed ones too, with
+    the variables of every frame."""
     while error is not None:
-        yield "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+        yield "".join(
+            traceback.TracebackException.from_exception(
+                error, capture_locals=True
+            ).format()
+        )
         yield repr(error)
         yield from with_locals(error.__cause__)
         error = error.__context__
@@ -199,7 +268,8 @@ def journal_text(place: Path) -> str:
 
 @cache
 def settings_text(cloud: Cloud) -> str:
-    """What a run writes and sends about its settings: config.yaml, MLflow's parameters, the arguments of Ray's actors."""
+    """What a run writes and sends about its settings: config.yaml, MLflow's parameters,
+    the arguments of Ray's actors."""
     config: PipelineConfig = replace(folder(), classes=CLASSES, cloud=cloud)
     arguments = pickle.dumps((config, cloud, limits(cloud)))
     return f"{to_yaml(config)}\n{tracking.flat(config)}\n{config!r}\n{arguments.decode('latin-1')}\n{arguments!r}"
@@ -219,14 +289,26 @@ class Seen:
 
 
 def observed(
-    subject: Subject, replies: Sequence[Reply], place: Path, caplog: pytest.LogCaptureFixture, debug: bool = False, **settings: Any
+    subject: Subject,
+    replies: Sequence[Reply],
+    place: Path,
+    caplog: pytest.LogCaptureFixture,
+    debug: bool = False,
+    **settings: Any,
 ) -> Seen:
-    """Ask about one image, twice at once, and gather all that can be seen afterwards. ``debug``: asyncio tells more, slowly."""
+    """Ask about one image, twice at once, and gather all that can be seen afterwards.
+    ``debug``: asyncio tells more, slowly."""
     server = Server(replies, subject.case.content_type)
     cloud = Cloud(
         service=subject.service,
         token_env=subject.token_env,
-        **{"rate": 1e5, "attempts": 2, "deadline": 20.0, "url": "http://127.0.0.1", **settings},
+        **{
+            "rate": 1e5,
+            "attempts": 2,
+            "deadline": 20.0,
+            "url": "http://127.0.0.1",
+            **settings,
+        },
     )
     caplog.clear()
     for name in ("", *LOGGERS):
@@ -238,13 +320,31 @@ def observed(
         async with server.address() as url:
             journal = Journal.open(str(place / "journal"))
             governor = LocalGovernor(Governor(limits(cloud), journal.spent()))
-            client = CloudClient(cloud, CLASSES, url, journal, governor, subject.case.adapter, sleep=briefly, uniform=lambda low, high: low)
+            client = CloudClient(
+                cloud,
+                CLASSES,
+                url,
+                journal,
+                governor,
+                subject.case.adapter,
+                sleep=briefly,
+                uniform=lambda low, high: low,
+            )
             client._query = client._replies._query = subject.case.query()
-            left.extend([client, subject.case.adapter, subject.case.adapter.capabilities, vars(client)])
+            left.extend(
+                [
+                    client,
+                    subject.case.adapter,
+                    subject.case.adapter.capabilities,
+                    vars(client),
+                ]
+            )
             try:
                 await client.check()
                 left.append(subject.case.adapter.encode(PICTURE, client._query))
-                left.extend(await asyncio.gather(client.answer(PICTURE), client.answer(PICTURE)))
+                left.extend(
+                    await asyncio.gather(client.answer(PICTURE), client.answer(PICTURE))
+                )
             finally:
                 await client.aclose()
 
@@ -267,13 +367,24 @@ def secrets_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for subject in SUBJECTS:
         for name, value in subject.secrets.items():
             monkeypatch.setenv(name, value)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 def derived_secrets(subject: Subject, server: Server) -> list[str]:
     """Those of the environment, and what was made of them: AWS's signatures."""
-    signatures = [part for r in server.requests for part in re.findall("Signature=([0-9a-f]+)", r.get("authorization", ""))]
+    signatures = [
+        part
+        for r in server.requests
+        for part in re.findall("Signature=([0-9a-f]+)", r.get("authorization", ""))
+    ]
     return [*subject.secrets.values(), *signatures]
 
 
@@ -281,7 +392,9 @@ def check(subject: Subject, seen: Seen) -> None:
     sent = str(seen.server.requests)
     auth = subject.case.adapter.capabilities.auth
     if seen.server.requests and auth is not None and not auth.sigv4:
-        assert all(secret in sent for secret in subject.secrets.values()), "the secret was not even sent"
+        assert all(secret in sent for secret in subject.secrets.values()), (
+            "the secret was not even sent"
+        )
     assert_hidden(derived_secrets(subject, seen.server), seen.shown)
 
 
@@ -291,10 +404,25 @@ def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
     yield "success", [*first, good]
     yield "an error, then success", [*first, Raw(500), good]
     for status in (302, 400, 401, 402, 404, 408, 413, 429, 500, 503):
-        yield f"status {status}", [*first, Raw(status, {}, {"location": "https://elsewhere.example.com/"})]
+        yield (
+            f"status {status}",
+            [
+                *first,
+                Raw(status, {}, {"location": "https://elsewhere.example.com/"}),
+            ],
+        )
     yield "status 403 at once", [Raw(403, b"<html>")]
     for number, failure in enumerate(case.failures):
-        yield f"failure {number}", [Raw(failure.status, failure.body, {**failure.headers, "retry-after": "0"})]
+        yield (
+            f"failure {number}",
+            [
+                Raw(
+                    failure.status,
+                    failure.body,
+                    {**failure.headers, "retry-after": "0"},
+                )
+            ],
+        )
     for number, (body, _) in enumerate(case.embedded):
         yield f"embedded {number}", [*first, Raw(body=body)]
     for name, body in islice(case.broken.items(), 8):
@@ -302,41 +430,95 @@ def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
     yield "not JSON", [*first, Raw(body=b"{")]
     yield "closed at once", [*first, Raw(after=0)]
     yield "closed in the head", [*first, Raw(body=b"{}", after=20)]
-    yield "closed in the body", [*first, replace(good, after=len(good.data("application/json")) - 5)]
+    yield (
+        "closed in the body",
+        [
+            *first,
+            replace(good, after=len(good.data("application/json")) - 5),
+        ],
+    )
     yield "not HTTP", [*first, Raw(headers={"Bad Header\x01": "x"})]
-    yield "not gzip", [*first, Raw(body=b"not gzip", headers={"content-encoding": "gzip"})]
+    yield (
+        "not gzip",
+        [
+            *first,
+            Raw(body=b"not gzip", headers={"content-encoding": "gzip"}),
+        ],
+    )
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
-def test_whatever_the_service_does(subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_whatever_the_service_does(
+    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kinds = set()
     for number, (what, replies) in enumerate(replies_of(subject)):
-        seen = observed(subject, replies, tmp_path / str(number), caplog, debug="success" in what)
+        seen = observed(
+            subject, replies, tmp_path / str(number), caplog, debug="success" in what
+        )
         try:
             check(subject, seen)
         except AssertionError as error:
             raise AssertionError(f"{what}: {error}") from None
-        kinds |= {type(seen.error).__name__} | set(re.findall(r"error='(\w+)", seen.shown["reprs"]))
+        kinds |= {type(seen.error).__name__} | set(
+            re.findall(r"error='(\w+)", seen.shown["reprs"])
+        )
         if what == "success":
             assert "status='ok'" in seen.shown["reprs"]
-            assert "connected to 127.0.0.1" in seen.shown["log"], "what libraries log is looked at"
-    assert {"NoneType", "AuthError", "BadRequest", "Throttled", "Transient", "ProtocolError", "ImageRejected"} <= kinds
+            assert "connected to 127.0.0.1" in seen.shown["log"], (
+                "what libraries log is looked at"
+            )
+    assert {
+        "NoneType",
+        "AuthError",
+        "BadRequest",
+        "Throttled",
+        "Transient",
+        "ProtocolError",
+        "ImageRejected",
+    } <= kinds
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
-def test_a_service_that_never_answers(subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    seen = observed(subject, [*subject.first, Raw(hang=True)], tmp_path, caplog, deadline=0.4)
+def test_a_service_that_never_answers(
+    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = observed(
+        subject, [*subject.first, Raw(hang=True)], tmp_path, caplog, deadline=0.4
+    )
     assert "DeadlineExceeded" in seen.shown["reprs"]
     check(subject, seen)
 
 
 def echo(status: int, changed: Callable[[str], str]) -> Reply:
-    """Tells all the request's headers back, in headers and in the body, which is JSON unless the status is 500."""
+    """Tells all the request's headers back, in headers and in the body, which is JSON
+    unless the status is 500."""
 
     def reply(headers: dict[str, str]) -> Raw:
-        told = SEEN + changed(" ".join(v for n, v in headers.items() if n not in ("content-length", "host", "accept-encoding")))
-        back = dict.fromkeys(("x-echo", "retry-after", "x-amzn-errortype", "x-ratelimit-left", "set-cookie", "content-language"), told)
-        body = {"error": {"message": told, "code": told}, "msg": told, "title": told, "code": 1}
+        told = SEEN + changed(
+            " ".join(
+                v
+                for n, v in headers.items()
+                if n not in ("content-length", "host", "accept-encoding")
+            )
+        )
+        back = dict.fromkeys(
+            (
+                "x-echo",
+                "retry-after",
+                "x-amzn-errortype",
+                "x-ratelimit-left",
+                "set-cookie",
+                "content-language",
+            ),
+            told,
+        )
+        body = {
+            "error": {"message": told, "code": told},
+            "msg": told,
+            "title": told,
+            "code": 1,
+        }
         return Raw(status, told.encode() if status == 500 else body, back)
 
     return reply
@@ -352,22 +534,42 @@ CHANGES: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
-def test_a_service_that_tells_secrets_back(subject: Subject, change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_service_that_tells_secrets_back(
+    subject: Subject, change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     told = 0
     for status in (200, 401, 500):
-        seen = observed(subject, [*subject.first, echo(status, CHANGES[change])], tmp_path / str(status), caplog, attempts=1)
+        seen = observed(
+            subject,
+            [*subject.first, echo(status, CHANGES[change])],
+            tmp_path / str(status),
+            caplog,
+            attempts=1,
+        )
         check(subject, seen)
         told += "***" in str(seen.shown)
     assert told > 0, "nothing was told back: the test sees nothing"
 
 
 CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "disk full": lambda patch: patch.setattr(SegmentJournal, "put", _raise(OSError(28, "No space left on device"))),
-    "disk full before the call": lambda patch: patch.setattr(SegmentJournal, "attempt", _raise(OSError(28, "No space left on device"))),
-    "a bug in the HTTP client": lambda patch: patch.setattr("h11.Connection.send", _raise(RuntimeError("a bug"))),
-    "a bug below the HTTP client": lambda patch: patch.setattr("h11.Connection.receive_data", _raise(KeyError("a bug"))),
-    "a bug while signing": lambda patch: patch.setattr("botocore.auth.SigV4Auth.signature", _raise(ValueError("a bug"))),
-    "a bug while cutting": lambda patch: patch.setattr("coin_ray.cloud.connections._capped_body", _raise(MemoryError("a bug"))),
+    "disk full": lambda patch: patch.setattr(
+        SegmentJournal, "put", _raise(OSError(28, "No space left on device"))
+    ),
+    "disk full before the call": lambda patch: patch.setattr(
+        SegmentJournal, "attempt", _raise(OSError(28, "No space left on device"))
+    ),
+    "a bug in the HTTP client": lambda patch: patch.setattr(
+        "h11.Connection.send", _raise(RuntimeError("a bug"))
+    ),
+    "a bug below the HTTP client": lambda patch: patch.setattr(
+        "h11.Connection.receive_data", _raise(KeyError("a bug"))
+    ),
+    "a bug while signing": lambda patch: patch.setattr(
+        "botocore.auth.SigV4Auth.signature", _raise(ValueError("a bug"))
+    ),
+    "a bug while cutting": lambda patch: patch.setattr(
+        "coin_ray.cloud.http.connections._capped_body", _raise(MemoryError("a bug"))
+    ),
 }
 
 
@@ -380,7 +582,13 @@ def _raise(error: BaseException) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("crash", CRASHES)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
-def test_crashes(subject: Subject, crash: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashes(
+    subject: Subject,
+    crash: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     CRASHES[crash](monkeypatch)
     seen = observed(subject, [*subject.first, subject.success], tmp_path, caplog)
     signed = subject.secrets is AWS
@@ -393,7 +601,11 @@ def test_crashes(subject: Subject, crash: str, tmp_path: Path, caplog: pytest.Lo
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
 @pytest.mark.parametrize("value", [None, "unprintable\x01"])
 def test_half_of_the_credentials(
-    missing: str, value: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    missing: str,
+    value: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if value is None:
         monkeypatch.delenv(missing)
@@ -406,7 +618,9 @@ def test_half_of_the_credentials(
     check(subject, seen)
 
 
-def test_an_unusable_token(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_TOKEN", HTTP.secrets["MY_TOKEN"] + "\x01")
     seen = observed(HTTP, [Raw()], tmp_path, caplog)
     assert isinstance(seen.error, ConfigError)

@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coin_ray import cli
+from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.protocol import Capabilities
-from coin_ray.cloud.reference import ReferenceAdapter
-from coin_ray.cloud.services import OFFERS, adapter_for, check_askable, endpoint_for, fitted, side_max, token_variable
+from coin_ray.cloud.services import (
+    OFFERS,
+    adapter_for,
+    check_askable,
+    endpoint_for,
+    fitted,
+    side_max,
+    token_variable,
+)
+from coin_ray.commands import arguments as cli
 from coin_ray.config import Cloud, Service
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import ConfigError, ImageRejected
@@ -54,7 +62,9 @@ def test_adapters_and_addresses(service: str) -> None:
             endpoint_for(cloud(service), adapter)
 
 
-@pytest.mark.parametrize("service", ["http", "azure-vision", "hf-endpoint", "openai-vlm"])
+@pytest.mark.parametrize(
+    "service", ["http", "azure-vision", "hf-endpoint", "openai-vlm"]
+)
 def test_services_that_every_user_has_elsewhere(service: str) -> None:
     assert adapter_for(cloud(service)).capabilities.url == ""
 
@@ -73,8 +83,14 @@ def test_a_local_server_needs_no_address_and_speaks_the_reference_format() -> No
 
 def test_the_region_of_rekognition() -> None:
     adapter = adapter_for(cloud("rekognition"))
-    assert endpoint_for(cloud("rekognition"), adapter) == "https://rekognition.us-east-1.amazonaws.com"
-    assert endpoint_for(cloud("rekognition", region="eu-west-1"), adapter) == "https://rekognition.eu-west-1.amazonaws.com"
+    assert (
+        endpoint_for(cloud("rekognition"), adapter)
+        == "https://rekognition.us-east-1.amazonaws.com"
+    )
+    assert (
+        endpoint_for(cloud("rekognition", region="eu-west-1"), adapter)
+        == "https://rekognition.eu-west-1.amazonaws.com"
+    )
     for region in ("", "evil.example.com/", "eu west"):
         with pytest.raises(ConfigError, match=r"cloud\.region"):
             endpoint_for(cloud("rekognition", region=region), adapter)
@@ -85,20 +101,37 @@ def test_coordinates_must_be_said() -> None:
         adapter_for(Cloud(service="openai-vlm", url=ADDRESS))
 
 
-def test_coordinates_are_part_of_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coordinates_are_part_of_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-token")
     keys = set()
     for coordinates in ("xyxy_1000", "yxyx_1000", "xyxy_pixels"):
         config = cloud("openai-vlm", url=ADDRESS, coordinates=coordinates)
-        client = CloudClient(config, ("car",), ADDRESS, Journal.open(str(tmp_path)), LocalGovernor(Governor(limits(config))))
+        client = CloudClient(
+            config,
+            ("car",),
+            ADDRESS,
+            Journal.open(str(tmp_path)),
+            LocalGovernor(Governor(limits(config))),
+        )
         keys.add(client.key(noise(64, 48)))
     assert len(keys) == 3
 
 
 @pytest.mark.parametrize(("service", "side"), [("http", 20_000), ("dino-x", 1536)])
-def test_a_server_of_one_s_own_gets_images_as_large_as_one_says(service: str, side: int) -> None:
-    assert side_max(cloud(service, max_side=20_000), adapter_for(cloud(service)).capabilities) == side
-    assert side_max(cloud(service), adapter_for(cloud(service)).capabilities) == min(4096, side)
+def test_a_server_of_one_s_own_gets_images_as_large_as_one_says(
+    service: str, side: int
+) -> None:
+    assert (
+        side_max(
+            cloud(service, max_side=20_000), adapter_for(cloud(service)).capabilities
+        )
+        == side
+    )
+    assert side_max(cloud(service), adapter_for(cloud(service)).capabilities) == min(
+        4096, side
+    )
 
 
 def test_an_unknown_service() -> None:
@@ -121,18 +154,29 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("service", ALL)
-def test_variables_of_tokens(service: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_variables_of_tokens(
+    service: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert token_variable(cloud(service)) == TOKENS[service]
     assert token_variable(cloud(service, token_env="MINE")) == "MINE"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", *filter(None, TOKENS.values())):
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        *filter(None, TOKENS.values()),
+    ):
         monkeypatch.delenv(name, raising=False)
     config = cloud(service, url=ADDRESS)
 
     def client() -> CloudClient:
         governor = LocalGovernor(Governor(limits(config)))
-        return CloudClient(config, ("car",), ADDRESS, Journal.open(str(tmp_path)), governor)
+        return CloudClient(
+            config, ("car",), ADDRESS, Journal.open(str(tmp_path)), governor
+        )
 
-    missing = TOKENS[service] or ("AWS_ACCESS_KEY_ID" if service == "rekognition" else None)
+    missing = TOKENS[service] or (
+        "AWS_ACCESS_KEY_ID" if service == "rekognition" else None
+    )
     if missing is None:
         client()
         return
@@ -140,7 +184,11 @@ def test_variables_of_tokens(service: str, monkeypatch: pytest.MonkeyPatch, tmp_
         client()
     for name in (missing, "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret-token")
-    asyncio.run(client().check()) if adapter_for(config).capabilities.health_path is None else client()
+    (
+        asyncio.run(client().check())
+        if adapter_for(config).capabilities.health_path is None
+        else client()
+    )
 
 
 def test_limits_of_a_service() -> None:
@@ -156,7 +204,9 @@ def test_limits_of_a_service() -> None:
             Cloud(**unusable)  # type: ignore[arg-type]
 
 
-CAPABILITIES = Capabilities("some", open_vocabulary=True, per_class_scores=False, idempotent=False)
+CAPABILITIES = Capabilities(
+    "some", open_vocabulary=True, per_class_scores=False, idempotent=False
+)
 
 
 def test_too_many_classes(bench: Any) -> None:
@@ -169,13 +219,20 @@ def test_too_many_classes(bench: Any) -> None:
 @pytest.mark.parametrize("service", ["rekognition"])
 def test_a_token_that_would_not_be_used(service: str) -> None:
     with pytest.raises(ConfigError, match=r"remove cloud\.token_env"):
-        check_askable(cloud(service, token_env="X"), ("a",), adapter_for(cloud(service)).capabilities)
+        check_askable(
+            cloud(service, token_env="X"),
+            ("a",),
+            adapter_for(cloud(service)).capabilities,
+        )
 
 
 def test_another_label_map_is_not_another_question(bench: Any, tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     file.write_text("service: http\nmap:\n  sedan: car\n")
-    subject, mapped = bench(httpx.Response(200)), bench(httpx.Response(200), label_map=str(file))
+    subject, mapped = (
+        bench(httpx.Response(200)),
+        bench(httpx.Response(200), label_map=str(file)),
+    )
     assert subject.client._query.labels is None
     assert mapped.client._query.labels.find(["Sedan"]) == (0, 1.0)
     assert subject.client.key(noise(64, 48)) == mapped.client.key(noise(64, 48))
@@ -190,12 +247,16 @@ def test_a_label_map_for_another_service(bench: Any, tmp_path: Path) -> None:
 
 def noise(width: int, height: int, max_side: int = 4096) -> CanonicalImage:
     sink = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(sink, "PNG")
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    ).save(sink, "PNG")
     return canonical_image(sink.getvalue(), max_side)
 
 
 def with_limits(**limits: int) -> Capabilities:
-    return Capabilities("some", open_vocabulary=True, per_class_scores=False, idempotent=False, **limits)  # type: ignore[arg-type]
+    return Capabilities(
+        "some", open_vocabulary=True, per_class_scores=False, idempotent=False, **limits
+    )  # type: ignore[arg-type]
 
 
 def test_an_image_that_fits_is_sent_as_it_is() -> None:
@@ -203,9 +264,14 @@ def test_an_image_that_fits_is_sent_as_it_is() -> None:
     assert fitted(image, CAPABILITIES, 4096) is image
 
 
-@pytest.mark.parametrize(("max_side", "max_bytes"), [(100, 10**7), (400, 20_000), (100, 3000), (400, 120_000)])
+@pytest.mark.parametrize(
+    ("max_side", "max_bytes"),
+    [(100, 10**7), (400, 20_000), (100, 3000), (400, 120_000)],
+)
 @pytest.mark.parametrize("size", [(400, 200), (200, 400), (400, 20)])
-def test_images_are_made_to_fit(size: tuple[int, int], max_side: int, max_bytes: int) -> None:
+def test_images_are_made_to_fit(
+    size: tuple[int, int], max_side: int, max_bytes: int
+) -> None:
     image = noise(*size)
     try:
         sent = fitted(image, with_limits(max_bytes=max_bytes, min_side=4), max_side)
@@ -215,7 +281,11 @@ def test_images_are_made_to_fit(size: tuple[int, int], max_side: int, max_bytes:
     assert max(sent.width, sent.height) <= max_side
     assert len(sent.data) <= max_bytes
     assert min(sent.width, sent.height) >= 4
-    assert (sent.original, sent.image_id, sent.media_type) == (image.original, image.image_id, "image/jpeg")
+    assert (sent.original, sent.image_id, sent.media_type) == (
+        image.original,
+        image.image_id,
+        "image/jpeg",
+    )
     with Image.open(io.BytesIO(sent.data)) as opened:
         assert opened.size == (sent.width, sent.height)
     assert sent.width / sent.height == pytest.approx(size[0] / size[1], rel=0.2)
@@ -224,7 +294,13 @@ def test_images_are_made_to_fit(size: tuple[int, int], max_side: int, max_bytes:
 
 
 @pytest.mark.parametrize(
-    "limits", [{"min_side": 50}, {"max_bytes": 10}, {"max_bytes": 10, "min_side": 1}, {"max_bytes": 700, "min_side": 30}]
+    "limits",
+    [
+        {"min_side": 50},
+        {"max_bytes": 10},
+        {"max_bytes": 10, "min_side": 1},
+        {"max_bytes": 700, "min_side": 30},
+    ],
 )
 def test_images_that_can_not_be_sent(limits: dict[str, int]) -> None:
     with pytest.raises(ImageRejected, match="64 x 48") as caught:
@@ -234,9 +310,15 @@ def test_images_that_can_not_be_sent(limits: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("equals", [False, True])
 @pytest.mark.parametrize(
-    ("value", "service", "url"), [("dino-x", "dino-x", ""), ("https://c.example.com", "http", "https://c.example.com")]
+    ("value", "service", "url"),
+    [
+        ("dino-x", "dino-x", ""),
+        ("https://c.example.com", "http", "https://c.example.com"),
+    ],
 )
-def test_the_cloud_by_name_or_address(value: str, service: str, url: str, equals: bool) -> None:
+def test_the_cloud_by_name_or_address(
+    value: str, service: str, url: str, equals: bool
+) -> None:
     given = [f"--cloud={value}"] if equals else ["--cloud", value]
     for arguments in ((*FOLDER, *given), ("folder", *given, *FOLDER[1:])):
         config = cli.parse(arguments)[0].cloud
@@ -244,8 +326,22 @@ def test_the_cloud_by_name_or_address(value: str, service: str, url: str, equals
 
 
 def test_a_service_at_another_address() -> None:
-    config = cli.parse((*FOLDER, "--cloud", "hf-endpoint", "--cloud.url", ADDRESS, "--cloud.per-minute", "30"))[0].cloud
-    assert (config.service, config.url, config.per_minute) == ("hf-endpoint", ADDRESS, 30)
+    config = cli.parse(
+        (
+            *FOLDER,
+            "--cloud",
+            "hf-endpoint",
+            "--cloud.url",
+            ADDRESS,
+            "--cloud.per-minute",
+            "30",
+        )
+    )[0].cloud
+    assert (config.service, config.url, config.per_minute) == (
+        "hf-endpoint",
+        ADDRESS,
+        30,
+    )
 
 
 UNUSABLE_CLOUDS = [
@@ -271,18 +367,28 @@ def test_clouds_that_can_not_be_used(given: tuple[str, ...], said: str) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["folder", "--settings"]])
 def test_help_imports_no_adapter(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom coin_ray import cli\n"
-        f"try:\n    cli.parse({arguments!r})\n"
-        "except SystemExit as end:\n    assert not end.code\n"
-        "print(sorted({'torch', 'httpx', 'ray', 'botocore', 'coin_ray.cloud.client', 'coin_ray.cloud.dds'} & set(sys.modules)))"
+        "import sys\nfrom coin_ray import cli\ntry:\n   "
+        f" cli.parse({arguments!r})\nexcept SystemExit as end:\n    assert not"
+        " end.code\nprint(sorted({'torch', 'httpx', 'ray', 'botocore',"
+        " 'coin_ray.cloud.client', 'coin_ray.cloud.adapters.dds'} &"
+        " set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_client_and_a_service(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signature, path, task and polls as the service wants them, from the first request to an answer that is never paid again."""
+def test_the_client_and_a_service(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signature, path, task and polls as the service wants them, from the first request
+    to an answer that is never paid again."""
     monkeypatch.setenv("CLOUD_TOKEN", emulated.TOKEN)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", emulated.AWS_KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", emulated.AWS_SECRET)
@@ -290,8 +396,12 @@ def test_the_client_and_a_service(case: Case, tmp_path: Path, monkeypatch: pytes
     auth = case.adapter.capabilities.auth
     assert auth is not None
     server = Emulator(PROVIDERS)
-    config = Cloud(url=server.url(case.provider), token_env=None if auth.sigv4 else "CLOUD_TOKEN")
-    image = canonical_image(scene([0, 2], [(20, 30, 220, 200), (300, 100, 500, 380)], (600, 400)), 4096)
+    config = Cloud(
+        url=server.url(case.provider), token_env=None if auth.sigv4 else "CLOUD_TOKEN"
+    )
+    image = canonical_image(
+        scene([0, 2], [(20, 30, 220, 200), (300, 100, 500, 380)], (600, 400)), 4096
+    )
 
     async def run() -> list[Any]:
         async def no_sleep(seconds: float) -> None:
@@ -300,13 +410,25 @@ def test_the_client_and_a_service(case: Case, tmp_path: Path, monkeypatch: pytes
         governor = LocalGovernor(Governor(limits(config)))
         journal = Journal.open(str(tmp_path))
         client = CloudClient(
-            config, case.query().classes, config.url, journal, governor, case.adapter, transport=server.transport(), sleep=no_sleep
+            config,
+            case.query().classes,
+            config.url,
+            journal,
+            governor,
+            case.adapter,
+            transport=server.transport(),
+            sleep=no_sleep,
         )
         client._query = client._replies._query = case.query()
         await client.check()
         return [await client.answer(image), await client.answer(image)]
 
     first, second = asyncio.run(run())
-    assert (first.error, first.status, first.calls, second.status) == (None, "ok", 1, "cached")
+    assert (first.error, first.status, first.calls, second.status) == (
+        None,
+        "ok",
+        1,
+        "cached",
+    )
     assert sorted(first.raw.class_scores.argmax(1).tolist()) == [0, 2]
     assert server.billed[case.provider] == 1

@@ -22,15 +22,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.cloud.journal import FRAME
+from coin_ray.cloud.http.signing import AwsSigner, redacted, signer_for
+from coin_ray.cloud.journal.journal import FRAME
 from coin_ray.cloud.protocol import Auth, PreparedRequest
-from coin_ray.cloud.signing import AwsSigner, redacted, signer_for
 from coin_ray.errors import AuthError, CloudError, ConfigError
 
 from .conftest import Bench, InBodyAdapter, TaskAdapter, good, picture, status
 
 TOKEN = "sk-live/01+23=45&67 89"
-KEY_ID, SECRET, SESSION = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "FwoGZXIvYXdzE/session+token=="
+KEY_ID, SECRET, SESSION = (
+    "AKIDEXAMPLE",
+    "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
+    "FwoGZXIvYXdzE/session+token==",
+)
 THEN = dt.datetime(2015, 8, 30, 12, 36, tzinfo=dt.UTC).timestamp()
 Build = Callable[..., Bench]
 
@@ -46,7 +50,12 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 class AwsAdapter(InBodyAdapter):
     def encode(self, image: Any, query: Any) -> PreparedRequest:
         headers = {"X-Amz-Target": "RekognitionService.DetectLabels"}
-        return replace(super().encode(image, query), path="/", content_type="application/x-amz-json-1.1", headers=headers)
+        return replace(
+            super().encode(image, query),
+            path="/",
+            content_type="application/x-amz-json-1.1",
+            headers=headers,
+        )
 
 
 def aws_adapter() -> AwsAdapter:
@@ -60,64 +69,132 @@ def ask(subject: Bench) -> Any:
 def test_the_signature_of_awss_own_test_suite(aws: pytest.MonkeyPatch) -> None:
     """The case get-vanilla."""
     aws.delenv("AWS_SESSION_TOKEN")
-    signed = AwsSigner("service", "us-east-1", lambda: THEN).sign("GET", "https://example.amazonaws.com/", {}, b"")
+    signed = AwsSigner("service", "us-east-1", lambda: THEN).sign(
+        "GET", "https://example.amazonaws.com/", {}, b""
+    )
     assert signed.headers["X-Amz-Date"] == "20150830T123600Z"
-    assert signed.headers["Authorization"] == (
-        "AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/20150830/us-east-1/service/aws4_request, SignedHeaders=host;x-amz-date, "
-        "Signature=5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"
+    assert (
+        signed.headers["Authorization"] == "AWS4-HMAC-SHA256"
+        " Credential=AKIDEXAMPLE/20150830/us-east-1/service/aws4_request,"
+        " SignedHeaders=host;x-amz-date,"
+        " Signature=5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"
     )
 
 
-URLS = ["https://rekognition.eu-west-1.amazonaws.com/", "http://127.0.0.1:9000/", "https://host.example.com/a%20b/c?x=1&b=%2F&a="]
+URLS = [
+    "https://rekognition.eu-west-1.amazonaws.com/",
+    "http://127.0.0.1:9000/",
+    "https://host.example.com/a%20b/c?x=1&b=%2F&a=",
+]
 
 
 @pytest.mark.parametrize("session", [True, False])
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("body", [b"", b'{"Image": {}}', bytes(range(256))])
-def test_the_signature_of_botocore(aws: pytest.MonkeyPatch, url: str, body: bytes, session: bool) -> None:
+def test_the_signature_of_botocore(
+    aws: pytest.MonkeyPatch, url: str, body: bytes, session: bool
+) -> None:
     from botocore import auth
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
 
     if not session:
         aws.delenv("AWS_SESSION_TOKEN")
-    headers = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "RekognitionService.DetectLabels", "Idempotency-Key": "k"}
-    aws.setattr(auth, "get_current_datetime", lambda: dt.datetime.fromtimestamp(THEN, dt.UTC))
+    headers = {
+        "Content-Type": "application/x-amz-json-1.1",
+        "X-Amz-Target": "RekognitionService.DetectLabels",
+        "Idempotency-Key": "k",
+    }
+    aws.setattr(
+        auth, "get_current_datetime", lambda: dt.datetime.fromtimestamp(THEN, dt.UTC)
+    )
     expected = AWSRequest("POST", url, headers=dict(headers), data=body)
-    auth.SigV4Auth(Credentials(KEY_ID, SECRET, SESSION if session else None), "rekognition", "eu-west-1").add_auth(expected)
-    signed = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign("POST", url, headers, body)
+    auth.SigV4Auth(
+        Credentials(KEY_ID, SECRET, SESSION if session else None),
+        "rekognition",
+        "eu-west-1",
+    ).add_auth(expected)
+    signed = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign(
+        "POST", url, headers, body
+    )
     assert {**headers, **signed.headers} == dict(expected.headers)
 
 
 def test_a_signed_call(bench: Build, aws: pytest.MonkeyPatch) -> None:
     """What is signed is what is sent."""
-    subject = bench(good(), adapter=aws_adapter(), url=URLS[0], region="eu-west-1", wall_clock=lambda: THEN)
+    subject = bench(
+        good(),
+        adapter=aws_adapter(),
+        url=URLS[0],
+        region="eu-west-1",
+        wall_clock=lambda: THEN,
+    )
     assert ask(subject).status == "ok"
     (request,) = subject.service.requests
-    names = request.headers["authorization"].split("SignedHeaders=")[1].split(",")[0].split(";")
-    assert {"host", "content-type", "x-amz-date", "x-amz-target", "x-amz-security-token"} <= set(names)
-    headers = {name: request.headers[name] for name in names if name not in ("host", "x-amz-date", "x-amz-security-token")}
-    again = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign("POST", str(request.url), headers, request.content)
+    names = (
+        request.headers["authorization"]
+        .split("SignedHeaders=")[1]
+        .split(",")[0]
+        .split(";")
+    )
+    assert {
+        "host",
+        "content-type",
+        "x-amz-date",
+        "x-amz-target",
+        "x-amz-security-token",
+    } <= set(names)
+    headers = {
+        name: request.headers[name]
+        for name in names
+        if name not in ("host", "x-amz-date", "x-amz-security-token")
+    }
+    again = AwsSigner("rekognition", "eu-west-1", lambda: THEN).sign(
+        "POST", str(request.url), headers, request.content
+    )
     assert again.headers["Authorization"] == request.headers["authorization"]
 
 
 def skewed(code: str, date: float) -> httpx.Response:
-    return httpx.Response(400, headers={"date": formatdate(date, usegmt=True)}, json={"__type": code, "message": "no"})
+    return httpx.Response(
+        400,
+        headers={"date": formatdate(date, usegmt=True)},
+        json={"__type": code, "message": "no"},
+    )
 
 
-@pytest.mark.parametrize("code", ["RequestTimeTooSkewed", "com.amazon#RequestExpired", "InvalidSignatureException: Signature expired"])
-def test_a_wrong_clock_is_corrected_once(bench: Build, aws: pytest.MonkeyPatch, code: str) -> None:
-    subject = bench(skewed(code, THEN + 3600), good(), adapter=aws_adapter(), wall_clock=lambda: THEN)
+@pytest.mark.parametrize(
+    "code",
+    [
+        "RequestTimeTooSkewed",
+        "com.amazon#RequestExpired",
+        "InvalidSignatureException: Signature expired",
+    ],
+)
+def test_a_wrong_clock_is_corrected_once(
+    bench: Build, aws: pytest.MonkeyPatch, code: str
+) -> None:
+    subject = bench(
+        skewed(code, THEN + 3600),
+        good(),
+        adapter=aws_adapter(),
+        wall_clock=lambda: THEN,
+    )
     answer = ask(subject)
     assert (answer.status, answer.attempts, answer.calls) == ("ok", 1, 1)
-    assert [r.headers["x-amz-date"] for r in subject.service.requests] == ["20150830T123600Z", "20150830T133600Z"]
+    assert [r.headers["x-amz-date"] for r in subject.service.requests] == [
+        "20150830T123600Z",
+        "20150830T133600Z",
+    ]
     assert asyncio.run(subject.client.answer(picture(1))).status == "ok"
     assert subject.service.requests[-1].headers["x-amz-date"] == "20150830T133600Z"
     assert len(subject.service.requests) == 3
 
 
 @pytest.mark.parametrize("ahead", [3600, 20, None])
-def test_a_clock_is_not_corrected_again_and_again(bench: Build, aws: pytest.MonkeyPatch, ahead: float | None) -> None:
+def test_a_clock_is_not_corrected_again_and_again(
+    bench: Build, aws: pytest.MonkeyPatch, ahead: float | None
+) -> None:
     reply = skewed("RequestTimeTooSkewed", THEN + (ahead or 0))
     if ahead is None:
         del reply.headers["date"]
@@ -128,7 +205,9 @@ def test_a_clock_is_not_corrected_again_and_again(bench: Build, aws: pytest.Monk
     assert subject.journal.spent()[0] == 0
 
 
-def test_calls_under_way_while_the_clock_is_corrected(bench: Build, aws: pytest.MonkeyPatch) -> None:
+def test_calls_under_way_while_the_clock_is_corrected(
+    bench: Build, aws: pytest.MonkeyPatch
+) -> None:
     calls, old_dates = 8, 0
     subject = bench(adapter=aws_adapter(), wall_clock=lambda: THEN, in_flight=calls)
 
@@ -144,21 +223,34 @@ def test_calls_under_way_while_the_clock_is_corrected(bench: Build, aws: pytest.
             return skewed("RequestTimeTooSkewed", THEN + 900)
 
         subject.service.answered_by = serve
-        return list(await asyncio.gather(*(subject.client.answer(picture(seed)) for seed in range(calls))))
+        return list(
+            await asyncio.gather(
+                *(subject.client.answer(picture(seed)) for seed in range(calls))
+            )
+        )
 
     assert {a.status for a in asyncio.run(run())} == {"ok"}
     assert old_dates == calls
 
 
-def test_a_wrong_aws_key_costs_one_request(bench: Build, aws: pytest.MonkeyPatch) -> None:
-    subject = bench(status(403, {"date": formatdate(THEN + 9999)}, title="InvalidSignatureException"), adapter=aws_adapter())
+def test_a_wrong_aws_key_costs_one_request(
+    bench: Build, aws: pytest.MonkeyPatch
+) -> None:
+    subject = bench(
+        status(
+            403, {"date": formatdate(THEN + 9999)}, title="InvalidSignatureException"
+        ),
+        adapter=aws_adapter(),
+    )
     with pytest.raises(AuthError):
         ask(subject)
     assert len(subject.service.requests) == 1
 
 
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_missing_aws_credentials(bench: Build, aws: pytest.MonkeyPatch, missing: str) -> None:
+def test_missing_aws_credentials(
+    bench: Build, aws: pytest.MonkeyPatch, missing: str
+) -> None:
     aws.delenv(missing)
     with pytest.raises(ConfigError, match=missing):
         bench(good(), adapter=aws_adapter())
@@ -184,9 +276,13 @@ AUTHS = [
 
 
 @pytest.mark.parametrize(("auth", "header", "value"), AUTHS)
-def test_headers_with_a_token(bench: Build, monkeypatch: pytest.MonkeyPatch, auth: Auth, header: str, value: str) -> None:
+def test_headers_with_a_token(
+    bench: Build, monkeypatch: pytest.MonkeyPatch, auth: Auth, header: str, value: str
+) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", " secret-token\n")
-    subject = bench(good(), adapter=InBodyAdapter({"auth": auth}), token_env="CLOUD_TOKEN")
+    subject = bench(
+        good(), adapter=InBodyAdapter({"auth": auth}), token_env="CLOUD_TOKEN"
+    )
     ask(subject)
     asyncio.run(subject.client.check())
     assert [r.method for r in subject.service.requests] == ["POST", "GET"]
@@ -195,14 +291,25 @@ def test_headers_with_a_token(bench: Build, monkeypatch: pytest.MonkeyPatch, aut
         assert sum("secret-token" in v for v in request.headers.values()) == 1
 
 
-def test_polls_carry_the_token_too(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polls_carry_the_token_too(
+    bench: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", "secret-token")
-    subject = bench(httpx.Response(200, json={"task": "t"}), good(), adapter=TaskAdapter(), token_env="CLOUD_TOKEN")
+    subject = bench(
+        httpx.Response(200, json={"task": "t"}),
+        good(),
+        adapter=TaskAdapter(),
+        token_env="CLOUD_TOKEN",
+    )
     ask(subject)
-    assert [r.headers["authorization"] for r in subject.service.requests] == ["Bearer secret-token"] * 2
+    assert [r.headers["authorization"] for r in subject.service.requests] == [
+        "Bearer secret-token"
+    ] * 2
 
 
-def test_a_service_that_takes_no_secret_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_takes_no_secret_gets_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", "secret-token")
     signer = signer_for(None, "CLOUD_TOKEN", "us-east-1")
     assert not signer.secret
@@ -215,7 +322,12 @@ def derived(secret: str) -> dict[str, str]:
         "plain": secret,
         "url": quote(secret),
         "url, also slashes": quote(secret, safe=""),
-        "url, lower case": quote(secret, safe="").replace("%2F", "%2f").replace("%2B", "%2b").replace("%3D", "%3d"),
+        "url, lower case": (
+            quote(secret, safe="")
+            .replace("%2F", "%2f")
+            .replace("%2B", "%2b")
+            .replace("%3D", "%3d")
+        ),
         "form": quote_plus(secret),
         "json": json.dumps(secret)[1:-1],
         "json, escaped slashes": json.dumps(secret)[1:-1].replace("/", "\\/"),
@@ -232,18 +344,27 @@ def derived(secret: str) -> dict[str, str]:
 @pytest.mark.parametrize("form", derived(TOKEN))
 def test_derived_forms_are_cut_out(secret: str, form: str) -> None:
     text = derived(secret)[form]
-    cut = redacted(f'{{"before": 1, "echo": "{text}", "after": 2}}'.encode(), [secret]).decode()
+    cut = redacted(
+        f'{{"before": 1, "echo": "{text}", "after": 2}}'.encode(), [secret]
+    ).decode()
     assert cut.startswith('{"before": 1, "echo": "')
     assert cut.endswith('", "after": 2}')
     left = cut.removeprefix('{"before": 1, "echo": "').removesuffix('", "after": 2}')
     assert "***" in left
-    assert len(left.replace("***", "")) <= len(text) - len(secret) + 1 + 5  # what surrounds the secret, and base64's edges
+    # what surrounds the secret, and base64's edges
+    assert len(left.replace("***", "")) <= len(text) - len(secret) + 1 + 5
     assert secret[:6] not in left
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("abcXYZ019+/=-_", min_size=6, max_size=40), st.binary(max_size=5), st.binary(max_size=5))
-def test_base64_around_a_secret_tells_at_most_its_edges(secret: str, before: bytes, after: bytes) -> None:
+@given(
+    st.text("abcXYZ019+/=-_", min_size=6, max_size=40),
+    st.binary(max_size=5),
+    st.binary(max_size=5),
+)
+def test_base64_around_a_secret_tells_at_most_its_edges(
+    secret: str, before: bytes, after: bytes
+) -> None:
     text = base64.b64encode(before + secret.encode() + after)
     cut = redacted(text, [secret])
     assert b"***" in cut or len(secret) < 8
@@ -275,7 +396,11 @@ def shown_by(subject: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         shown.append(repr(ask(subject)))
     except CloudError as error:
         shown += [repr(error), *traceback.format_exception(error)]
-    shown += [caplog.text, bodies(tmp_path).decode("latin-1"), *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*.segment"))]
+    shown += [
+        caplog.text,
+        bodies(tmp_path).decode("latin-1"),
+        *(p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*.segment")),
+    ]
     return "".join(shown)
 
 
@@ -290,19 +415,29 @@ SECRETS_TOLD: dict[str, Callable[[httpx.Request], str]] = {
 @pytest.mark.parametrize("form", ["plain", "url, also slashes", "base64"])
 @pytest.mark.parametrize("what", SECRETS_TOLD)
 def test_aws_secrets_are_shown_nowhere(
-    bench: Build, tmp_path: Path, aws: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, form: str, what: str
+    bench: Build,
+    tmp_path: Path,
+    aws: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    form: str,
+    what: str,
 ) -> None:
     """Not even if the service tells them back."""
 
     def reply(request: httpx.Request) -> httpx.Response:
         told = derived(SECRETS_TOLD[what](request))[form]
-        return httpx.Response(code, headers={"retry-after": told, "x-ratelimit-echo": told}, json={"title": f"seen: {told}."})
+        return httpx.Response(
+            code,
+            headers={"retry-after": told, "x-ratelimit-echo": told},
+            json={"title": f"seen: {told}."},
+        )
 
     caplog.set_level(logging.DEBUG)
     subject = bench(reply, adapter=aws_adapter(), attempts=1)
     shown = shown_by(subject, tmp_path, caplog)
     assert "seen: ***" in shown
-    (request, *_) = subject.service.requests
+    request, *_ = subject.service.requests
     assert derived(SECRETS_TOLD[what](request))[form] not in shown
     assert request.headers["x-amz-security-token"] == SESSION
     assert SECRET not in str(request.headers)
@@ -311,7 +446,12 @@ def test_aws_secrets_are_shown_nowhere(
 @pytest.mark.parametrize("code", [200, 403, 500])
 @pytest.mark.parametrize("form", derived(TOKEN))
 def test_tokens_are_shown_nowhere(
-    bench: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, form: str
+    bench: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    form: str,
 ) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", TOKEN)
     caplog.set_level(logging.DEBUG)
@@ -334,5 +474,10 @@ def test_reprs_hide_secrets(aws: pytest.MonkeyPatch) -> None:
 
 
 def test_botocore_is_imported_for_aws_only() -> None:
-    code = "import sys, coin_ray.cloud.client; print('botocore' in sys.modules, 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+    code = (
+        "import sys, coin_ray.cloud.client; print('botocore' in sys.modules, 'torch' in"
+        " sys.modules)"
+    )
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split() == ["False", "False"]

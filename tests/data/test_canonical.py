@@ -50,9 +50,16 @@ def exif(orientation: int) -> Image.Exif:
 CORNERS = {1: "ul", 2: "ur", 3: "lr", 4: "ll", 5: "ul", 6: "ur", 7: "lr", 8: "ll"}
 
 
-@pytest.mark.parametrize(("orientation", "format"), list(itertools.product(CORNERS, ["JPEG", "PNG", "WEBP"])))
+@pytest.mark.parametrize(
+    ("orientation", "format"), list(itertools.product(CORNERS, ["JPEG", "PNG", "WEBP"]))
+)
 def test_upright(orientation: int, format: str) -> None:  # noqa: A002
-    raw = encoded(corner_image(), format, exif=exif(orientation), **({"lossless": True} if format == "WEBP" else {}))
+    raw = encoded(
+        corner_image(),
+        format,
+        exif=exif(orientation),
+        **({"lossless": True} if format == "WEBP" else {}),
+    )
     image = canonical_image(raw, 4096)
     expected = (32, 48) if orientation >= 5 else (48, 32)
     assert (image.width, image.height) == image.original == expected
@@ -60,8 +67,17 @@ def test_upright(orientation: int, format: str) -> None:  # noqa: A002
     assert not upright.getexif()
     for pixels in (upright, decode_rgb(raw)):
         width, height = pixels.size
-        corners = {"ul": (2, 2), "ur": (width - 3, 2), "ll": (2, height - 3), "lr": (width - 3, height - 3)}
-        found = [name for name, place in corners.items() if close(pixels.getpixel(place), (255, 0, 0), 40)]
+        corners = {
+            "ul": (2, 2),
+            "ur": (width - 3, 2),
+            "ll": (2, height - 3),
+            "lr": (width - 3, height - 3),
+        }
+        found = [
+            name
+            for name, place in corners.items()
+            if close(pixels.getpixel(place), (255, 0, 0), 40)
+        ]
         assert found == [CORNERS[orientation]]
 
 
@@ -82,7 +98,11 @@ def test_plain_jpeg_is_sent_unchanged() -> None:
 METADATA = {
     "exif": {"exif": exif(1)},
     "comment": {"comment": b"private"},
-    "profile": {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()},
+    "profile": {
+        "icc_profile": (
+            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        )
+    },
 }
 
 
@@ -124,13 +144,34 @@ def transparent() -> Image.Image:
 
 MODES = {
     "rgba": (encoded(transparent(), "PNG"), (0, 255, 0), (255, 255, 255)),
-    "la": (encoded(Image.merge("LA", [Image.new("L", (16, 16), 9), transparent().getchannel("A")]), "PNG"), (9, 9, 9), (255, 255, 255)),
+    "la": (
+        encoded(
+            Image.merge(
+                "LA", [Image.new("L", (16, 16), 9), transparent().getchannel("A")]
+            ),
+            "PNG",
+        ),
+        (9, 9, 9),
+        (255, 255, 255),
+    ),
     "palette": (encoded(transparent().quantize(), "PNG"), (0, 255, 0), (255, 255, 255)),
     "gif": (encoded(transparent(), "GIF"), (0, 255, 0), (255, 255, 255)),
-    "one bit": (encoded(Image.new("1", (16, 16), 1), "PNG"), (255, 255, 255), (255, 255, 255)),
+    "one bit": (
+        encoded(Image.new("1", (16, 16), 1), "PNG"),
+        (255, 255, 255),
+        (255, 255, 255),
+    ),
     "grey": (encoded(Image.new("L", (16, 16), 77), "PNG"), (77, 77, 77), (77, 77, 77)),
-    "cmyk": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), (255, 0, 0), (255, 0, 0)),
-    "cmyk tiff": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF"), (255, 0, 0), (255, 0, 0)),
+    "cmyk": (
+        encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"),
+        (255, 0, 0),
+        (255, 0, 0),
+    ),
+    "cmyk tiff": (
+        encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF"),
+        (255, 0, 0),
+        (255, 0, 0),
+    ),
 }
 
 
@@ -155,11 +196,16 @@ def test_profile_is_applied() -> None:
     profile = ImageCms.ImageCmsProfile(lab).tobytes()
     raw = encoded(corner_image(), "PNG", icc_profile=profile)
     assert decode_rgb(raw).size == (48, 32)  # a profile for another mode is ignored
-    assert decode_rgb(encoded(corner_image(), "PNG", icc_profile=b"broken")).size == (48, 32)
+    assert decode_rgb(encoded(corner_image(), "PNG", icc_profile=b"broken")).size == (
+        48,
+        32,
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(width=st.integers(8, 90), height=st.integers(8, 90), max_side=st.integers(8, 100))
+@given(
+    width=st.integers(8, 90), height=st.integers(8, 90), max_side=st.integers(8, 100)
+)
 def test_downscaled_to_max_side(width: int, height: int, max_side: int) -> None:
     for format in ("JPEG", "PNG"):  # noqa: A001
         image = canonical_image(encoded(corner_image(width, height), format), max_side)
@@ -170,10 +216,13 @@ def test_downscaled_to_max_side(width: int, height: int, max_side: int) -> None:
 
 STORED = (4001, 2251)
 RECTANGLE = (301, 203, 3777, 2149)
-"""xyxy pixels of the stored image: light grey on dark grey, so that the resize has nothing to clip."""
+"""xyxy pixels of the stored image: light grey on dark grey, so that the resize has
+nothing to clip."""
 
 
-def turned(box: tuple[int, int, int, int], orientation: int) -> tuple[int, int, int, int]:
+def turned(
+    box: tuple[int, int, int, int], orientation: int
+) -> tuple[int, int, int, int]:
     """A box of the stored image, seen upright."""
     mask = Image.new("L", STORED, 0)
     mask.paste(255, box)
@@ -184,7 +233,8 @@ def turned(box: tuple[int, int, int, int], orientation: int) -> tuple[int, int, 
 
 
 def edges(line: NDArray[np.float64]) -> tuple[float, float]:
-    """Where the light part of a line begins and ends, to parts of a pixel: from the light on each side of its middle."""
+    """Where the light part of a line begins and ends, to parts of a pixel: from the
+    light on each side of its middle."""
     middle = len(line) // 2
     light = (line - 64) / 128
     return middle - float(light[:middle].sum()), middle + float(light[middle:].sum())
@@ -207,11 +257,18 @@ def photograph(orientation: int, mode: str) -> bytes:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_odd_sides_keep_their_place_in_a_smaller_image(orientation: int, mode: str) -> None:
+def test_odd_sides_keep_their_place_in_a_smaller_image(
+    orientation: int, mode: str
+) -> None:
     image = canonical_image(photograph(orientation, mode), 1024)
     assert max(image.width, image.height) == 1024
     assert image.original == (STORED[::-1] if orientation >= 5 else STORED)
-    factors = np.array(image.original * 2) / (image.width, image.height, image.width, image.height)
+    factors = np.array(image.original * 2) / (
+        image.width,
+        image.height,
+        image.width,
+        image.height,
+    )
     error = np.abs(rectangle_in(image.data) * factors - turned(RECTANGLE, orientation))
     assert error.max() <= 0.3
 
@@ -220,16 +277,29 @@ def test_odd_sides_keep_their_place_in_a_smaller_image(orientation: int, mode: s
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_a_turned_tiff(orientation: int, compression: str) -> None:
     """Pillow turns TIFFs by itself, and no other format."""
-    raw = encoded(corner_image(), "TIFF", exif=exif(orientation), compression=compression)
+    raw = encoded(
+        corner_image(), "TIFF", exif=exif(orientation), compression=compression
+    )
     image = canonical_image(raw, 4096)
-    assert (image.width, image.height) == image.original == decode_rgb(raw).size == ((32, 48) if orientation >= 5 else (48, 32))
+    assert (
+        (image.width, image.height)
+        == image.original
+        == decode_rgb(raw).size
+        == ((32, 48) if orientation >= 5 else (48, 32))
+    )
 
 
 def test_very_long_image() -> None:
     image = canonical_image(encoded(Image.new("L", (20_000, 20), 128), "PNG"), 4096)
     assert (image.width, image.height, image.original) == (4096, 4, (20_000, 20))
-    panorama = canonical_image(encoded(Image.new("RGB", (20_000, 40), "red"), "JPEG", exif=exif(6)), 1000)
-    assert (panorama.width, panorama.height, panorama.original) == (2, 1000, (40, 20_000))
+    panorama = canonical_image(
+        encoded(Image.new("RGB", (20_000, 40), "red"), "JPEG", exif=exif(6)), 1000
+    )
+    assert (panorama.width, panorama.height, panorama.original) == (
+        2,
+        1000,
+        (40, 20_000),
+    )
 
 
 PHOTO = encoded(Image.effect_noise((64, 64), 80).convert("RGB"), "JPEG")
@@ -238,7 +308,10 @@ REJECTED = {
     "empty": (b"", "empty"),
     "text": (b"width,height\n1,2\n", "not an image"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n", "not an image"),
+    "postscript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n",
+        "not an image",
+    ),
     "truncated jpeg": (PHOTO[: len(PHOTO) // 2], "truncated"),
     "truncated png": (PNG[: len(PNG) // 2], "truncated"),
     "header only": (PHOTO[:20], "truncated|not an image"),
@@ -273,7 +346,9 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     value=st.binary(min_size=1, max_size=8),
     source=st.sampled_from([PHOTO, PNG, MODES["gif"][0], MODES["cmyk tiff"][0]]),
 )
-def test_damage_gives_an_image_or_input_error(place: int, value: bytes, source: bytes) -> None:
+def test_damage_gives_an_image_or_input_error(
+    place: int, value: bytes, source: bytes
+) -> None:
     place %= len(source)
     damaged = source[:place] + value + source[place + len(value) :]
     with contextlib.suppress(InputError):

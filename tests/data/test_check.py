@@ -1,4 +1,5 @@
-"""``python -m coin_ray.data.check``: each kind of fault planted alone is found, and nothing else is."""
+"""``python -m coin_ray.data.check``: each kind of fault planted alone is found, and
+nothing else is."""
 
 from __future__ import annotations
 
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coin_ray.class_names import alike
 from coin_ray.data.check import check, main
 from coin_ray.data.formats import Annotation, Record, write
-from coin_ray.names import alike
 
 GOOD = (Annotation((0, 0, 40, 30), "traffic light"), Annotation((2, 3, 12.5, 9), "bus"))
 
 
 def photo(path: Path, seed: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (30, 40, 3), np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (30, 40, 3), np.uint8)
+    ).save(path)
     return str(path)
 
 
@@ -28,7 +31,10 @@ def split(folder: Path, name: str, *more: Annotation, seed: int = 0) -> Path:
     """Two good images in VOC format; ``more`` boxes in the second."""
     boxes: tuple[Sequence[Annotation], ...] = (GOOD, (*GOOD, *more))
     uris = [photo(folder / "source" / f"{name}{n}.png", seed + n) for n in range(2)]
-    records = [Record.of(f"{name}{n}.png", uri, (40, 30), boxes[n]) for n, uri in enumerate(uris)]
+    records = [
+        Record.of(f"{name}{n}.png", uri, (40, 30), boxes[n])
+        for n, uri in enumerate(uris)
+    ]
     write(records, str(folder / name), "voc", split=name)
     return folder / name
 
@@ -47,11 +53,15 @@ def gone(train: Path) -> None:
 
 
 def copied(train: Path) -> None:
-    (train / "JPEGImages" / "again.png").write_bytes((train / "JPEGImages" / "train0.png").read_bytes())
+    (train / "JPEGImages" / "again.png").write_bytes(
+        (train / "JPEGImages" / "train0.png").read_bytes()
+    )
 
 
 def leaked(train: Path) -> None:
-    (train / "JPEGImages" / "train0.png").write_bytes((train.parent / "val" / "JPEGImages" / "val1.png").read_bytes())
+    (train / "JPEGImages" / "train0.png").write_bytes(
+        (train.parent / "val" / "JPEGImages" / "val1.png").read_bytes()
+    )
 
 
 def resized(train: Path) -> None:
@@ -69,7 +79,9 @@ def kinds(*places: Path, classes: Sequence[str] = ()) -> Counter[str]:
     return Counter(fault.kind for fault in check([str(p) for p in places], classes))
 
 
-def test_good_folders_have_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_good_folders_have_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = [split(tmp_path, "train"), split(tmp_path, "val", seed=10)]
     assert kinds(*places, classes=("bus", "traffic light")) == {}
     assert main([*map(str, places), "--classes", "bus, traffic light"]) == 0
@@ -81,14 +93,20 @@ def test_good_folders_have_no_fault(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (cut, "broken image", "train0.png: the image file is damaged"),
         (no_image, "broken image", "train0.png: the file is not an image"),
-        (gone, "image missing", "JPEGImages/train0 is labelled or listed, but not there"),
+        (
+            gone,
+            "image missing",
+            "JPEGImages/train0 is labelled or listed, but not there",
+        ),
         (copied, "same image twice", "train0.png is "),
         (leaked, "same image in two splits", "val1.png is "),
         (resized, "size differs", "train0.png is 80 x 60, its labels say 40 x 30"),
         (torn_label, "can't be read", "train0.xml:2: not XML"),
     ],
 )
-def test_a_damaged_file_is_found(tmp_path: Path, damage: Callable[[Path], None], kind: str, example: str) -> None:
+def test_a_damaged_file_is_found(
+    tmp_path: Path, damage: Callable[[Path], None], kind: str, example: str
+) -> None:
     train, val = split(tmp_path, "train"), split(tmp_path, "val", seed=10)
     damage(train)
     [fault] = check([str(train), str(val)])
@@ -111,19 +129,38 @@ def test_a_damaged_file_is_found(tmp_path: Path, damage: Callable[[Path], None],
         ((-1, 0, 41, 31), None),
     ],
 )
-def test_a_bad_box_is_found(tmp_path: Path, box: Sequence[float], kind: str | None) -> None:
-    assert kinds(split(tmp_path, "train", Annotation(box, "bus"))) == ({kind: 1} if kind else {})
+def test_a_bad_box_is_found(
+    tmp_path: Path, box: Sequence[float], kind: str | None
+) -> None:
+    assert kinds(split(tmp_path, "train", Annotation(box, "bus"))) == (
+        {kind: 1} if kind else {}
+    )
 
 
-@pytest.mark.parametrize("other", ["Bus", "buses", "BUSES", "Traffic Lights", "traffic_light", "traffic-lights"])
-def test_names_that_differ_only_in_case_or_plural_are_found(tmp_path: Path, other: str) -> None:
-    assert kinds(split(tmp_path, "train", Annotation((5, 5, 9, 9), other))) == {"names differ only in case or plural": 1}
+@pytest.mark.parametrize(
+    "other",
+    ["Bus", "buses", "BUSES", "Traffic Lights", "traffic_light", "traffic-lights"],
+)
+def test_names_that_differ_only_in_case_or_plural_are_found(
+    tmp_path: Path, other: str
+) -> None:
+    assert kinds(split(tmp_path, "train", Annotation((5, 5, 9, 9), other))) == {
+        "names differ only in case or plural": 1
+    }
 
 
 def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> None:
-    [alike, absent] = check([str(split(tmp_path, "train"))], ["Bus", "traffic light", "dog"])
-    assert (alike.kind, alike.example) == ("names differ only in case or plural", "'Bus' (0 boxes, asked for), 'bus' (2 boxes)")
-    assert (absent.kind, absent.example) == ("class without a box", "'dog'; there are bus, traffic light")
+    [alike, absent] = check(
+        [str(split(tmp_path, "train"))], ["Bus", "traffic light", "dog"]
+    )
+    assert (alike.kind, alike.example) == (
+        "names differ only in case or plural",
+        "'Bus' (0 boxes, asked for), 'bus' (2 boxes)",
+    )
+    assert (absent.kind, absent.example) == (
+        "class without a box",
+        "'dog'; there are bus, traffic light",
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +197,9 @@ def test_images_without_labels_are_checked_too(tmp_path: Path) -> None:
     assert kinds(tmp_path / "none") == {"no images": 1}
 
 
-def test_the_command_counts_faults_and_shows_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_counts_faults_and_shows_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = [Annotation((n, 5, n, 9), "[red]") for n in range(5)]
     assert main([str(split(tmp_path, "train", *bad)), str(tmp_path / "nowhere")]) == 1
     out = "".join(capsys.readouterr().out.replace("│", " ").split())
@@ -172,6 +211,10 @@ def test_the_command_counts_faults_and_shows_examples(tmp_path: Path, capsys: py
 
 def test_an_image_that_labels_list_twice_is_found(tmp_path: Path) -> None:
     photo(tmp_path / "images" / "a.png", 1)
-    images = [{"id": n, "file_name": "a.png", "width": 40, "height": 30} for n in (1, 2)]
-    (tmp_path / "annotations.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    images = [
+        {"id": n, "file_name": "a.png", "width": 40, "height": 30} for n in (1, 2)
+    ]
+    (tmp_path / "annotations.json").write_text(
+        json.dumps({"images": images, "annotations": [], "categories": []})
+    )
     assert kinds(tmp_path) == {"same image twice": 1}

@@ -12,16 +12,34 @@ from coin_ray.data.examples import Batch, ImageCache, batches
 FIT, DETECTOR = tiny_fit(steps=4, batch=4), tiny_config()
 
 
-def load(folder: Path, *, first: int = 0, rank: int = 0, workers: int = 1, seed: int = 3) -> list[Batch]:
-    return list(batches(examples(folder), FIT, DETECTOR, seed=seed, first=first, rank=rank, workers=workers))
+def load(
+    folder: Path, *, first: int = 0, rank: int = 0, workers: int = 1, seed: int = 3
+) -> list[Batch]:
+    return list(
+        batches(
+            examples(folder),
+            FIT,
+            DETECTOR,
+            seed=seed,
+            first=first,
+            rank=rank,
+            workers=workers,
+        )
+    )
 
 
 def assert_same(a: Batch, b: Batch, places: list[int]) -> None:
     """Batch ``a`` holds what batch ``b`` has at ``places``."""
     for name in ("weak", "strong"):
-        assert all(torch.equal(x, getattr(b, name)[p]) for x, p in zip(getattr(a, name), places, strict=True))
+        assert all(
+            torch.equal(x, getattr(b, name)[p])
+            for x, p in zip(getattr(a, name), places, strict=True)
+        )
     for name, found in a.knowledge.items():
-        assert all(torch.equal(x.boxes, b.knowledge[name][p].boxes) for x, p in zip(found, places, strict=True))
+        assert all(
+            torch.equal(x.boxes, b.knowledge[name][p].boxes)
+            for x, p in zip(found, places, strict=True)
+        )
     for generator, place in zip(a.generators, places, strict=True):
         assert torch.equal(generator.get_state(), b.generators[place].get_state())
 
@@ -30,7 +48,9 @@ def assert_same(a: Batch, b: Batch, places: list[int]) -> None:
 def test_workers_see_together_what_one_sees(tmp_path: Path, workers: int) -> None:
     alone = load(tmp_path)
     for rank in range(workers):
-        for ours, all_of_it in zip(load(tmp_path, rank=rank, workers=workers), alone, strict=True):
+        for ours, all_of_it in zip(
+            load(tmp_path, rank=rank, workers=workers), alone, strict=True
+        ):
             assert_same(ours, all_of_it, list(range(rank, FIT.batch, workers)))
 
 
@@ -46,10 +66,13 @@ def test_steps_and_seeds_differ(tmp_path: Path) -> None:
 
 
 def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
-    """The first cloud box begins at (4, 4) of the original: after a mirror it ends 4 original pixels before the right edge."""
+    """The first cloud box begins at (4, 4) of the original: after a mirror it ends 4
+    original pixels before the right edge."""
     mirrored = 0
     for batch in load(tmp_path):
-        for weak, strong, cloud in zip(batch.weak, batch.strong, batch.knowledge["cloud"], strict=True):
+        for weak, strong, cloud in zip(
+            batch.weak, batch.strong, batch.knowledge["cloud"], strict=True
+        ):
             assert weak.shape == strong.shape
             height, width = weak.shape[1:]
             assert min(height, width) <= DETECTOR.short_side
@@ -65,8 +88,12 @@ def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
 
 def test_without_augmentation_both_views_are_the_same(tmp_path: Path) -> None:
     fit = replace(FIT, augmentation=0.0)
-    for batch in batches(examples(tmp_path), fit, DETECTOR, seed=0, first=0, rank=0, workers=1):
-        assert all(torch.equal(a, b) for a, b in zip(batch.weak, batch.strong, strict=True))
+    for batch in batches(
+        examples(tmp_path), fit, DETECTOR, seed=0, first=0, rank=0, workers=1
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(batch.weak, batch.strong, strict=True)
+        )
 
 
 def test_cache_keeps_what_fits(tmp_path: Path) -> None:

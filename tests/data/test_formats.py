@@ -1,4 +1,5 @@
-"""Dataset formats: what is written reads back the same, published layouts are understood, broken files are named."""
+"""Dataset formats: what is written reads back the same, published layouts are
+understood, broken files are named."""
 
 from __future__ import annotations
 
@@ -38,12 +39,18 @@ def put(folder: Path, files: Mapping[str, Any]) -> str:
         elif isinstance(content, bytes):
             path.write_bytes(content)
         else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content))
+            path.write_text(
+                content if isinstance(content, str) else json.dumps(content)
+            )
     return str(folder)
 
 
 def rows(record: Record) -> list[tuple[list[float], str, bool]]:
-    return list(zip(record.boxes.tolist(), record.labels, record.difficult.tolist(), strict=True))
+    return list(
+        zip(
+            record.boxes.tolist(), record.labels, record.difficult.tolist(), strict=True
+        )
+    )
 
 
 def found(dataset: Dataset) -> dict[str, list[tuple[list[float], str, bool]]]:
@@ -53,18 +60,35 @@ def found(dataset: Dataset) -> dict[str, list[tuple[list[float], str, bool]]]:
 # What is written reads back the same
 
 edges = st.integers(-3 * 16, 70 * 16).map(lambda n: n / 16)
-words = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8).filter(str.isprintable)
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8
+).filter(str.isprintable)
 phrases = st.lists(words, min_size=1, max_size=3).map(" ".join)
 
 
 @st.composite
-def annotated(draw: st.DrawFn, format: str) -> list[tuple[str, tuple[int, int], list[Annotation]]]:  # noqa: A002
+def annotated(
+    draw: st.DrawFn, format: str
+) -> list[tuple[str, tuple[int, int], list[Annotation]]]:
     files = draw(
         st.lists(
-            st.sampled_from(("a.jpg", "b c.jpg", "city/a.jpg", "ünï 1.jpg", "in/images/1.jpg", "deep/er/x.y.jpg")), unique=True, max_size=3
+            st.sampled_from(
+                (
+                    "a.jpg",
+                    "b c.jpg",
+                    "city/a.jpg",
+                    "ünï 1.jpg",
+                    "in/images/1.jpg",
+                    "deep/er/x.y.jpg",
+                )
+            ),
+            unique=True,
+            max_size=3,
         )
     )
-    names = (words if format == "kitti" else phrases).filter(lambda n: n not in (*RENAMED, "DontCare"))
+    names = (words if format == "kitti" else phrases).filter(
+        lambda n: n not in (*RENAMED, "DontCare")
+    )
     images = []
     for file in files:
         size = draw(st.tuples(st.integers(8, 64), st.integers(8, 64)))
@@ -75,9 +99,15 @@ def annotated(draw: st.DrawFn, format: str) -> list[tuple[str, tuple[int, int], 
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
-def test_reading_what_was_written_gives_the_same_records(tmp_path: Path, format: str, data: st.DataObject) -> None:  # noqa: A002
+def test_reading_what_was_written_gives_the_same_records(
+    tmp_path: Path, format: str, data: st.DataObject
+) -> None:
     folder = tmp_path / uuid.uuid4().hex
     records = [
         Record.of(file, str(jpeg(folder / "from" / file, size)), size, boxes)
@@ -86,14 +116,20 @@ def test_reading_what_was_written_gives_the_same_records(tmp_path: Path, format:
     if not records:
         return
     write(records, str(folder / "to"), format, split="val")
-    for place in (folder / "to", f"{folder / 'to'}#val")[: 1 if format == "coco" else 2]:
+    for place in (folder / "to", f"{folder / 'to'}#val")[
+        : 1 if format == "coco" else 2
+    ]:
         back = read(str(place))
         assert (back.format, back.missing) == (format, ())
         again = {r.file: r for r in back.records}
         assert again.keys() == {r.file for r in records}
         for record in records:
             other = again[record.file]
-            assert (other.width, other.height, other.annotated) == (record.width, record.height, True)
+            assert (other.width, other.height, other.annotated) == (
+                record.width,
+                record.height,
+                True,
+            )
             assert other.labels == record.labels
             assert other.difficult.tolist() == record.difficult.tolist()
             np.testing.assert_allclose(other.boxes, record.boxes, atol=1e-9, rtol=0)
@@ -101,10 +137,17 @@ def test_reading_what_was_written_gives_the_same_records(tmp_path: Path, format:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_was_read_can_be_written_as_every_other_format(tmp_path: Path, format: str) -> None:  # noqa: A002
+def test_what_was_read_can_be_written_as_every_other_format(
+    tmp_path: Path, format: str
+) -> None:
     size = (40, 30)
     first = [
-        Record.of("a.jpg", str(jpeg(tmp_path / "a.jpg")), size, [Annotation((1, 2, 11.5, 7), "cat"), Annotation((0, 0, 40, 30), "dog")])
+        Record.of(
+            "a.jpg",
+            str(jpeg(tmp_path / "a.jpg")),
+            size,
+            [Annotation((1, 2, 11.5, 7), "cat"), Annotation((0, 0, 40, 30), "dog")],
+        )
     ]
     place = tmp_path / "0"
     write(first, str(place), format)
@@ -118,25 +161,50 @@ def test_what_was_read_can_be_written_as_every_other_format(tmp_path: Path, form
 
 
 @pytest.mark.parametrize("format", ["voc", "yolo", "kitti"])
-def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:  # noqa: A002
-    one, two = (Record.of(f"{n}.jpg", str(jpeg(tmp_path / f"{n}.jpg")), (40, 30), [], annotated=n == "seen") for n in ("seen", "unseen"))
+def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
+    one, two = (
+        Record.of(
+            f"{n}.jpg",
+            str(jpeg(tmp_path / f"{n}.jpg")),
+            (40, 30),
+            [],
+            annotated=n == "seen",
+        )
+        for n in ("seen", "unseen")
+    )
     write([one, two], str(tmp_path / "to"), format, names=["cat"])
-    assert {r.file: r.annotated for r in read(str(tmp_path / "to")).records} == {"seen.jpg": True, "unseen.jpg": False}
+    assert {r.file: r.annotated for r in read(str(tmp_path / "to")).records} == {
+        "seen.jpg": True,
+        "unseen.jpg": False,
+    }
 
 
 def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        record = Record.of(f"{split}.jpg", str(jpeg(tmp_path / f"{split}.jpg")), (40, 30), [Annotation((0, 0, 4, 4), "dog")])
+        record = Record.of(
+            f"{split}.jpg",
+            str(jpeg(tmp_path / f"{split}.jpg")),
+            (40, 30),
+            [Annotation((0, 0, 4, 4), "dog")],
+        )
         write([record], str(tmp_path / "to"), "yolo", split, names=["cat", "dog"])
     assert [r.file for r in read(f"{tmp_path}/to#val").records] == ["val.jpg"]
-    assert sorted(r.file for r in read(f"{tmp_path}/to").records) == ["train.jpg", "val.jpg"]
+    assert sorted(r.file for r in read(f"{tmp_path}/to").records) == [
+        "train.jpg",
+        "val.jpg",
+    ]
     with pytest.raises(InputError, match="other class names"):
         write([record], str(tmp_path / "to"), "yolo", "test", names=["dog"])
 
 
 def test_a_place_may_be_a_uri(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
-    record = Record.of("a.jpg", str(jpeg(tmp_path / "a.jpg")), (40, 30), [Annotation((1, 2, 3, 4), "cat", True)])
+    record = Record.of(
+        "a.jpg",
+        str(jpeg(tmp_path / "a.jpg")),
+        (40, 30),
+        [Annotation((1, 2, 3, 4), "cat", True)],
+    )
     for format in ("coco", "voc", "bdd100k"):  # noqa: A001
         write([record], f"{root}/{format}", format)
         [back] = read(f"{root}/{format}").records
@@ -155,8 +223,18 @@ TWO = Annotation((1, 2, 3, 4), "traffic light", True)
     [
         ("tfrecord", ["a.jpg"], [], "can't write 'tfrecord'; known are coco"),
         ("yolo", ["a.jpg"], [TWO], "a.jpg: YOLO can't mark boxes as difficult"),
-        ("kitti", ["a.jpg"], [TWO], "a.jpg: in KITTI DontCare and only DontCare is difficult"),
-        ("kitti", ["a.jpg"], [Annotation((1, 2, 3, 4), "a b"), Annotation((1, 2, 3, 4), "a_b")], "two of these are one: a b, a_b"),
+        (
+            "kitti",
+            ["a.jpg"],
+            [TWO],
+            "a.jpg: in KITTI DontCare and only DontCare is difficult",
+        ),
+        (
+            "kitti",
+            ["a.jpg"],
+            [Annotation((1, 2, 3, 4), "a b"), Annotation((1, 2, 3, 4), "a_b")],
+            "two of these are one: a b, a_b",
+        ),
         ("voc", ["a.jpg", "a.png"], [], "a.png and a.jpg would share one label file"),
         ("coco", ["../a.jpg"], [], "no path of a file inside a folder"),
         ("coco", ["/a.jpg"], [], "no path of a file inside a folder"),
@@ -171,15 +249,29 @@ def test_what_a_format_cannot_hold_is_an_error(
 ) -> None:
     source = str(jpeg(tmp_path / "source.jpg"))
     with pytest.raises(InputError, match=message):
-        write([Record.of(file, source, (40, 30), boxes) for file in files], str(tmp_path / "to"), format)
+        write(
+            [Record.of(file, source, (40, 30), boxes) for file in files],
+            str(tmp_path / "to"),
+            format,
+        )
     assert not list((tmp_path / "to").rglob("*.xml"))
 
 
 def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
-    record = Record.of("a.jpg", str(jpeg(tmp_path / "a.jpg")), (40, 30), [TWO, Annotation((0, 0, 4, 4), "traffic light")])
-    for format, label in (("yolo", "traffic light"), ("kitti", "traffic_light")):  # noqa: A001
+    record = Record.of(
+        "a.jpg",
+        str(jpeg(tmp_path / "a.jpg")),
+        (40, 30),
+        [TWO, Annotation((0, 0, 4, 4), "traffic light")],
+    )
+    for format, label in (
+        ("yolo", "traffic light"),
+        ("kitti", "traffic_light"),
+    ):
         write([record], str(tmp_path / format), format, drop_difficult=True)
-        assert found(read(str(tmp_path / format))) == {"a.jpg": [([0, 0, 4, 4], label, False)]}
+        assert found(read(str(tmp_path / format))) == {
+            "a.jpg": [([0, 0, 4, 4], label, False)]
+        }
 
 
 @pytest.mark.parametrize("label", ["", " cat", "cat ", "two\nlines", "\x00"])
@@ -191,12 +283,20 @@ def test_what_is_no_name_is_no_label(label: str) -> None:
 # Published layouts
 
 
-def voc_object(name: str, box: tuple[Any, ...] = (1, 1, 40, 30), extra: str = "") -> str:
-    sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+def voc_object(
+    name: str, box: tuple[Any, ...] = (1, 1, 40, 30), extra: str = ""
+) -> str:
+    sides = "".join(
+        f"<{k}>{v}</{k}>"
+        for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     return f"<object><name>{name}</name>{extra}\n<bndbox>{sides}</bndbox></object>\n"
 
 
-def voc_xml(*objects: str, size: str = "<size><width>40</width><height>30</height><depth>3</depth></size>") -> str:
+def voc_xml(
+    *objects: str,
+    size: str = "<size><width>40</width><height>30</height><depth>3</depth></size>",
+) -> str:
     return f"<annotation>\n{size}\n{''.join(objects)}</annotation>"
 
 
@@ -206,21 +306,39 @@ BOX2D = {"x1": 1.5, "y1": 2, "x2": 11, "y2": 7}
 
 def test_voc_corners_name_the_first_and_the_last_pixel_from_1(tmp_path: Path) -> None:
     whole = voc_object("dog", extra="<difficult>1</difficult>")
-    person = voc_object("person", (5, 6, 5, 6), "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>")
-    dataset = read(put(tmp_path, {"JPEGImages/1.jpg": None, "Annotations/1.xml": voc_xml(whole, person)}))
-    assert found(dataset) == {"1.jpg": [([0, 0, 40, 30], "dog", True), ([4, 5, 5, 6], "person", False)]}
+    person = voc_object(
+        "person",
+        (5, 6, 5, 6),
+        "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>",
+    )
+    dataset = read(
+        put(
+            tmp_path,
+            {"JPEGImages/1.jpg": None, "Annotations/1.xml": voc_xml(whole, person)},
+        )
+    )
+    assert found(dataset) == {
+        "1.jpg": [([0, 0, 40, 30], "dog", True), ([4, 5, 5, 6], "person", False)]
+    }
     assert dataset.names == ("dog", "person")
 
 
 def test_voc_splits_are_image_lists(tmp_path: Path) -> None:
     files: dict[str, Any] = {f"JPEGImages/{n}.jpg": None for n in "123"}
     files |= {f"Annotations/{n}.xml": voc_xml(voc_object("dog")) for n in "124"}
-    files |= {"ImageSets/Main/val.txt": "2\n4\n\n", "ImageSets/Main/dog_val.txt": "1 -1\n2  1\n3  0\n"}
+    files |= {
+        "ImageSets/Main/val.txt": "2\n4\n\n",
+        "ImageSets/Main/dog_val.txt": "1 -1\n2  1\n3  0\n",
+    }
     place = put(tmp_path, files)
     assert [r.file for r in read(f"{place}#val").records] == ["2.jpg"]
     assert read(f"{place}#val").missing == ("JPEGImages/4",)
     assert [r.file for r in read(f"{place}#dog_val").records] == ["2.jpg", "3.jpg"]
-    assert {r.file: r.annotated for r in read(place).records} == {"1.jpg": True, "2.jpg": True, "3.jpg": False}
+    assert {r.file: r.annotated for r in read(place).records} == {
+        "1.jpg": True,
+        "2.jpg": True,
+        "3.jpg": False,
+    }
     with pytest.raises(InputError, match="for 'test'; it has dog_val, val"):
         read(f"{place}#test")
 
@@ -228,7 +346,15 @@ def test_voc_splits_are_image_lists(tmp_path: Path) -> None:
 def coco_json(**changes: Any) -> dict[str, Any]:
     content: dict[str, Any] = {
         "images": [{"id": 7, "file_name": "1.jpg", "width": 40, "height": 30}],
-        "annotations": [{"id": 1, "image_id": 7, "category_id": 18, "bbox": [1, 2, 10, 5], "iscrowd": 1}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 7,
+                "category_id": 18,
+                "bbox": [1, 2, 10, 5],
+                "iscrowd": 1,
+            }
+        ],
         "categories": [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}],
     }
     return content | changes
@@ -239,25 +365,52 @@ def coco_json(**changes: Any) -> dict[str, Any]:
     [
         ({"annotations.json": coco_json(), "images/1.jpg": None}, ""),
         ({"_annotations.coco.json": coco_json(), "1.jpg": None}, ""),
-        ({"annotations.json": b"\xef\xbb\xbf" + json.dumps(coco_json()).encode(), "images/1.jpg": None}, ""),
-        ({"annotations/instances_val2017.json": coco_json(), "val2017/1.jpg": None, "train2017/1.jpg": None}, "#val2017"),
-        ({"annotations/instances_val2017.json": coco_json(), "annotations/captions_val2017.json": "[]", "images/val2017/1.jpg": None}, ""),
+        (
+            {
+                "annotations.json": b"\xef\xbb\xbf" + json.dumps(coco_json()).encode(),
+                "images/1.jpg": None,
+            },
+            "",
+        ),
+        (
+            {
+                "annotations/instances_val2017.json": coco_json(),
+                "val2017/1.jpg": None,
+                "train2017/1.jpg": None,
+            },
+            "#val2017",
+        ),
+        (
+            {
+                "annotations/instances_val2017.json": coco_json(),
+                "annotations/captions_val2017.json": "[]",
+                "images/val2017/1.jpg": None,
+            },
+            "",
+        ),
     ],
 )
-def test_coco_in_its_usual_places(tmp_path: Path, files: dict[str, Any], split: str) -> None:
+def test_coco_in_its_usual_places(
+    tmp_path: Path, files: dict[str, Any], split: str
+) -> None:
     dataset = read(put(tmp_path, files) + split)
     assert found(dataset) == {"1.jpg": [([1, 2, 11, 7], "dog", True)]}
     assert dataset.names == ("dog", "person")
 
 
 def test_several_coco_files_need_a_choice(tmp_path: Path) -> None:
-    place = put(tmp_path, {f"annotations/instances_{s}.json": coco_json() for s in ("train", "val")})
+    place = put(
+        tmp_path,
+        {f"annotations/instances_{s}.json": coco_json() for s in ("train", "val")},
+    )
     with pytest.raises(InputError, match=r"say which: .*#train or .*#val"):
         read(place)
 
 
 def test_images_a_coco_file_does_not_list_have_no_objects(tmp_path: Path) -> None:
-    dataset = read(put(tmp_path, {"annotations.json": coco_json(), "images/2.jpg": None}))
+    dataset = read(
+        put(tmp_path, {"annotations.json": coco_json(), "images/2.jpg": None})
+    )
     assert found(dataset) == {"2.jpg": []}
     assert dataset.missing == ("1.jpg",)
 
@@ -265,14 +418,35 @@ def test_images_a_coco_file_does_not_list_have_no_objects(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("yaml", "image", "label"),
     [
-        ("names: [cat, dog]\ntrain: images/train", "images/train/1.jpg", "labels/train/1.txt"),
-        ("names: {0: cat, 1: dog}\npath: ../datasets/pets\ntrain: images/train\nval:", "images/train/1.jpg", "labels/train/1.txt"),
-        ("names: [cat, dog]\nnc: 2\ntrain: ../train/images", "train/images/1.jpg", "train/labels/1.txt"),
-        ("names: [cat, dog]\ntrain: [images/a, images/b]", "images/b/1.jpg", "labels/b/1.txt"),
+        (
+            "names: [cat, dog]\ntrain: images/train",
+            "images/train/1.jpg",
+            "labels/train/1.txt",
+        ),
+        (
+            (
+                "names: {0: cat, 1: dog}\npath: ../datasets/pets\ntrain:"
+                " images/train\nval:"
+            ),
+            "images/train/1.jpg",
+            "labels/train/1.txt",
+        ),
+        (
+            "names: [cat, dog]\nnc: 2\ntrain: ../train/images",
+            "train/images/1.jpg",
+            "train/labels/1.txt",
+        ),
+        (
+            "names: [cat, dog]\ntrain: [images/a, images/b]",
+            "images/b/1.jpg",
+            "labels/b/1.txt",
+        ),
         ("names: [cat, dog]\ntrain: train.txt", "images/1.jpg", "labels/1.txt"),
     ],
 )
-def test_yolo_in_its_usual_places(tmp_path: Path, yaml: str, image: str, label: str) -> None:
+def test_yolo_in_its_usual_places(
+    tmp_path: Path, yaml: str, image: str, label: str
+) -> None:
     files = {
         "data.yaml": yaml,
         image: None,
@@ -283,13 +457,17 @@ def test_yolo_in_its_usual_places(tmp_path: Path, yaml: str, image: str, label: 
         files["images/a/2.jpg"] = None
     records = read(f"{put(tmp_path, files)}#train").records
     boxes = next(r for r in records if r.uri.endswith("1.jpg"))
-    np.testing.assert_allclose(boxes.boxes, [[0, 0, 40, 30], [8, 12, 12, 18], [0, 0, 20, 15]])
+    np.testing.assert_allclose(
+        boxes.boxes, [[0, 0, 40, 30], [8, 12, 12, 18], [0, 0, 20, 15]]
+    )
     assert boxes.labels == ("dog", "cat", "dog")
 
 
 @pytest.mark.parametrize("base", ["", "training/"])
 def test_kitti_with_regions_to_ignore_and_a_list(tmp_path: Path, base: str) -> None:
-    ignored = "DontCare -1 -1 -10 503.89 169.71 590.61 190.13 -1 -1 -1 -1000 -1000 -1000 -10"
+    ignored = (
+        "DontCare -1 -1 -10 503.89 169.71 590.61 190.13 -1 -1 -1 -1000 -1000 -1000 -10"
+    )
     files = {
         f"{base}image_2/000001.png": None,
         f"{base}label_2/000001.txt": f"{KITTI_LINE}\n{ignored}\n",
@@ -297,30 +475,61 @@ def test_kitti_with_regions_to_ignore_and_a_list(tmp_path: Path, base: str) -> N
     }
     for place in (put(tmp_path, files), f"{tmp_path}#train_car"):
         [record] = read(place).records
-        assert rows(record) == [([1, 2.5, 11, 7], "Car", False), ([503.89, 169.71, 590.61, 190.13], "DontCare", True)]
+        assert rows(record) == [
+            ([1, 2.5, 11, 7], "Car", False),
+            ([503.89, 169.71, 590.61, 190.13], "DontCare", True),
+        ]
         assert (record.width, record.height) == (40, 30)
 
 
-@pytest.mark.parametrize("layout", ["labels/det_20/det_val.json", "labels/bdd100k_labels_images_val.json", "frames"])
+@pytest.mark.parametrize(
+    "layout",
+    ["labels/det_20/det_val.json", "labels/bdd100k_labels_images_val.json", "frames"],
+)
 def test_bdd100k_of_both_releases(tmp_path: Path, layout: str) -> None:
     lane = {"category": "lane", "poly2d": [], "id": 3}
-    day = {"name": "d.jpg", "attributes": {"timeofday": "daytime"}, "labels": [{"category": "bike", "box2d": BOX2D}, lane]}
-    crowd = {"category": "pedestrian", "attributes": {"crowd": True, "occluded": False}, "box2d": BOX2D}
-    frames = [day, {"name": "n.jpg", "attributes": {"timeofday": "night"}, "labels": [crowd]}, {"name": "gone.jpg"}]
+    day = {
+        "name": "d.jpg",
+        "attributes": {"timeofday": "daytime"},
+        "labels": [{"category": "bike", "box2d": BOX2D}, lane],
+    }
+    crowd = {
+        "category": "pedestrian",
+        "attributes": {"crowd": True, "occluded": False},
+        "box2d": BOX2D,
+    }
+    frames = [
+        day,
+        {"name": "n.jpg", "attributes": {"timeofday": "night"}, "labels": [crowd]},
+        {"name": "gone.jpg"},
+    ]
     content = {"frames": frames, "config": {}} if layout == "frames" else frames
     path = "labels/det_20/det_val.json" if layout == "frames" else layout
-    images = {"images/100k/val/d.jpg": None, "images/100k/val/n.jpg": None, "images/100k/train/d.jpg": None}
+    images = {
+        "images/100k/val/d.jpg": None,
+        "images/100k/val/n.jpg": None,
+        "images/100k/train/d.jpg": None,
+    }
     place = put(tmp_path, {path: content} | images)
     dataset = read(f"{place}#val")
     box = [1.5, 2, 11, 7]
-    assert found(dataset) == {"d.jpg": [(box, "bicycle", False)], "n.jpg": [(box, "person", True)]}
+    assert found(dataset) == {
+        "d.jpg": [(box, "bicycle", False)],
+        "n.jpg": [(box, "person", True)],
+    }
     assert dataset.missing == ("gone.jpg",)
     assert [r.file for r in read(f"{place}#val_daytime").records] == ["d.jpg"]
 
 
-def square(label: str, left: int, top: int, right: int, bottom: int, **extra: Any) -> dict[str, Any]:
+def square(
+    label: str, left: int, top: int, right: int, bottom: int, **extra: Any
+) -> dict[str, Any]:
     """Filled with its border, as polygons are drawn: the last column is ``right``."""
-    return {"label": label, "polygon": [[left, top], [right, top], [right, bottom], [left, bottom]], **extra}
+    return {
+        "label": label,
+        "polygon": [[left, top], [right, top], [right, bottom], [left, bottom]],
+        **extra,
+    }
 
 
 def city(*objects: dict[str, Any]) -> dict[str, Any]:
@@ -331,41 +540,92 @@ def city(*objects: dict[str, Any]) -> dict[str, Any]:
     ("objects", "expected"),
     [
         ([square("car", 2, 3, 9, 9)], [([2, 3, 10, 10], "car", False)]),
-        ([square("car", 2, 3, 9, 9), square("pole", 6, 0, 12, 29)], [([2, 3, 6, 10], "car", False)]),
-        ([square("pole", 6, 0, 12, 29), square("car", 2, 3, 9, 9)], [([2, 3, 10, 10], "car", False)]),
-        ([square("car", 2, 3, 9, 9), square("bus", 0, 0, 20, 20)], [([0, 0, 21, 21], "bus", False)]),
-        ([square("car", 2, 3, 9, 9), square("pole", 6, 0, 12, 29, deleted=1)], [([2, 3, 10, 10], "car", False)]),
-        ([square("car", 2, 3, 9, 9), square("license plate", 2, 3, 9, 9)], [([2, 3, 10, 10], "car", False)]),
+        (
+            [square("car", 2, 3, 9, 9), square("pole", 6, 0, 12, 29)],
+            [([2, 3, 6, 10], "car", False)],
+        ),
+        (
+            [square("pole", 6, 0, 12, 29), square("car", 2, 3, 9, 9)],
+            [([2, 3, 10, 10], "car", False)],
+        ),
+        (
+            [square("car", 2, 3, 9, 9), square("bus", 0, 0, 20, 20)],
+            [([0, 0, 21, 21], "bus", False)],
+        ),
+        (
+            [square("car", 2, 3, 9, 9), square("pole", 6, 0, 12, 29, deleted=1)],
+            [([2, 3, 10, 10], "car", False)],
+        ),
+        (
+            [square("car", 2, 3, 9, 9), square("license plate", 2, 3, 9, 9)],
+            [([2, 3, 10, 10], "car", False)],
+        ),
         ([square("persongroup", -5, 3, 60, 9)], [([0, 3, 40, 10], "person", True)]),
         ([square("road", 0, 0, 39, 29), square("polegroup", 0, 0, 5, 5)], []),
         ([square("car", 50, 3, 60, 9)], []),
         ([square("car", -9, -9, -2, -2)], []),
     ],
 )
-def test_cityscapes_boxes_hold_the_visible_pixels(tmp_path: Path, objects: list[dict[str, Any]], expected: list[Any]) -> None:
+def test_cityscapes_boxes_hold_the_visible_pixels(
+    tmp_path: Path, objects: list[dict[str, Any]], expected: list[Any]
+) -> None:
     name = "aachen/aachen_000000_000019"
-    files = {f"gtFine/val/{name}_gtFine_polygons.json": city(*objects), f"leftImg8bit/val/{name}_leftImg8bit.png": None}
+    files = {
+        f"gtFine/val/{name}_gtFine_polygons.json": city(*objects),
+        f"leftImg8bit/val/{name}_leftImg8bit.png": None,
+    }
     files |= {f"gtFine/val/{name}_gtFine_instanceIds.png": None}
-    assert found(read(put(tmp_path, files))) == {f"val/{name}_leftImg8bit.png": expected}
+    assert found(read(put(tmp_path, files))) == {
+        f"val/{name}_leftImg8bit.png": expected
+    }
 
 
 def test_foggy_cityscapes_is_a_split(tmp_path: Path) -> None:
     names = {split: f"{split}/aachen/aachen_{split}" for split in ("train", "val")}
-    files: dict[str, Any] = {f"gtFine/{name}_gtFine_polygons.json": city(square("car", 2, 3, 9, 9)) for name in names.values()}
-    files |= {f"leftImg8bit_foggy/{n}_leftImg8bit_foggy_beta_{beta}.png": None for n in names.values() for beta in ("0.005", "0.02")}
+    files: dict[str, Any] = {
+        f"gtFine/{name}_gtFine_polygons.json": city(square("car", 2, 3, 9, 9))
+        for name in names.values()
+    }
+    files |= {
+        f"leftImg8bit_foggy/{n}_leftImg8bit_foggy_beta_{beta}.png": None
+        for n in names.values()
+        for beta in ("0.005", "0.02")
+    }
     place = put(tmp_path, files)
-    assert [r.file for r in read(f"{place}#val_foggy_0.02").records] == ["val/aachen/aachen_val_leftImg8bit_foggy_beta_0.02.png"]
-    with pytest.raises(InputError, match="no leftImg8bit images for the 1 label files of val"):
+    assert [r.file for r in read(f"{place}#val_foggy_0.02").records] == [
+        "val/aachen/aachen_val_leftImg8bit_foggy_beta_0.02.png"
+    ]
+    with pytest.raises(
+        InputError, match="no leftImg8bit images for the 1 label files of val"
+    ):
         read(f"{place}#val")
 
 
 def test_a_plain_folder_has_images_nobody_annotated(tmp_path: Path) -> None:
-    dataset = read(put(tmp_path / "a#b", {"x/1.JPG": None, "2.png": None, "notes.txt": "text", "runs/det_1.json": "x"}))
-    assert (dataset.format, [(r.file, r.annotated) for r in dataset.records]) == ("folder", [("2.png", False), ("x/1.JPG", False)])
+    dataset = read(
+        put(
+            tmp_path / "a#b",
+            {
+                "x/1.JPG": None,
+                "2.png": None,
+                "notes.txt": "text",
+                "runs/det_1.json": "x",
+            },
+        )
+    )
+    assert (dataset.format, [(r.file, r.annotated) for r in dataset.records]) == (
+        "folder",
+        [("2.png", False), ("x/1.JPG", False)],
+    )
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("nowhere", "no such folder"), ("nowhere#val", "no such folder"), ("#val", "no split 'val'")]
+    ("place", "message"),
+    [
+        ("nowhere", "no such folder"),
+        ("nowhere#val", "no such folder"),
+        ("#val", "no split 'val'"),
+    ],
 )
 def test_a_place_that_is_not_there(tmp_path: Path, place: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -375,15 +635,29 @@ def test_a_place_that_is_not_there(tmp_path: Path, place: str, message: str) -> 
 def test_a_turned_photo_is_measured_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    put(tmp_path, {"data.yaml": "names: [cat]\ntrain: images", "labels/1.txt": "0 .5 .5 1 1", "images/2.jpg": None})
+    put(
+        tmp_path,
+        {
+            "data.yaml": "names: [cat]\ntrain: images",
+            "labels/1.txt": "0 .5 .5 1 1",
+            "images/2.jpg": None,
+        },
+    )
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "1.jpg", exif=exif)
     record = read(str(tmp_path)).records[0]
-    assert (record.width, record.height, record.boxes.tolist()) == (30, 40, [[0, 0, 30, 40]])
+    assert (record.width, record.height, record.boxes.tolist()) == (
+        30,
+        40,
+        [[0, 0, 30, 40]],
+    )
 
 
 # Broken files are named, with the line or the entry
 
-BOMB = '<?xml version="1.0"?>\n<!DOCTYPE a [\n<!ENTITY x "y">]>\n<annotation>&x;</annotation>'
+BOMB = (
+    '<?xml version="1.0"?>\n<!DOCTYPE a [\n<!ENTITY x'
+    ' "y">]>\n<annotation>&x;</annotation>'
+)
 VOC = {"JPEGImages/1.jpg": None}
 YOLO = {"data.yaml": "names: [cat]\ntrain: images", "images/1.jpg": None}
 KITTI = {"label_2/2.txt": "", "image_2/1.png": None}
@@ -393,58 +667,156 @@ CITY = {"leftImg8bit/val/a_leftImg8bit.png": None}
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (VOC | {"Annotations/1.xml": "<annotation>\n<object>\n</annotation>"}, r"1\.xml:3: not XML: mismatched tag"),
-        (VOC | {"Annotations/1.xml": ""}, r"1\.xml:1: not XML: no element found"),
-        (VOC | {"Annotations/1.xml": "<html/>"}, r"1\.xml:1: expected <annotation>, got <html>"),
-        (VOC | {"Annotations/1.xml": BOMB}, r"1\.xml:3: entity declarations"),
-        (VOC | {"Annotations/1.xml": voc_xml(voc_object("dog"), voc_object(" "))}, r"1\.xml:5: an object without <name>"),
-        (VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", (1, "x", 3, 4)))}, r"1\.xml:3: <ymin>: expected a number, got 'x'"),
-        (VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", (1, 2, 3, "inf")))}, r"1\.xml:3: <ymax>: expected a number, got 'inf'"),
-        (VOC | {"Annotations/1.xml": voc_xml("<object><name>a</name></object>")}, r"1\.xml:3: <xmin>: expected a number, got None"),
         (
-            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", extra="<difficult>2</difficult>"))},
+            VOC | {"Annotations/1.xml": "<annotation>\n<object>\n</annotation>"},
+            r"1\.xml:3: not XML: mismatched tag",
+        ),
+        (VOC | {"Annotations/1.xml": ""}, r"1\.xml:1: not XML: no element found"),
+        (
+            VOC | {"Annotations/1.xml": "<html/>"},
+            r"1\.xml:1: expected <annotation>, got <html>",
+        ),
+        (VOC | {"Annotations/1.xml": BOMB}, r"1\.xml:3: entity declarations"),
+        (
+            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog"), voc_object(" "))},
+            r"1\.xml:5: an object without <name>",
+        ),
+        (
+            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", (1, "x", 3, 4)))},
+            r"1\.xml:3: <ymin>: expected a number, got 'x'",
+        ),
+        (
+            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", (1, 2, 3, "inf")))},
+            r"1\.xml:3: <ymax>: expected a number, got 'inf'",
+        ),
+        (
+            VOC | {"Annotations/1.xml": voc_xml("<object><name>a</name></object>")},
+            r"1\.xml:3: <xmin>: expected a number, got None",
+        ),
+        (
+            VOC
+            | {
+                "Annotations/1.xml": voc_xml(
+                    voc_object("dog", extra="<difficult>2</difficult>")
+                )
+            },
             r"1\.xml:3: <difficult> must be 0 or 1",
         ),
-        (VOC | {"Annotations/1.xml": voc_xml(size="<size><width>w</width></size>")}, r"1\.xml: size: expected a number, got 'w'"),
-        ({"annotations.json": '{"images": [],\n"annotations": ['}, r"annotations\.json is not COCO json: .*line 2"),
+        (
+            VOC | {"Annotations/1.xml": voc_xml(size="<size><width>w</width></size>")},
+            r"1\.xml: size: expected a number, got 'w'",
+        ),
+        (
+            {"annotations.json": '{"images": [],\n"annotations": ['},
+            r"annotations\.json is not COCO json: .*line 2",
+        ),
         ({"annotations.json": "[]"}, r"annotations\.json is not COCO json"),
-        ({"annotations.json": {"images": []}}, r"not COCO json: annotations: Field required; categories: Field required"),
-        ({"annotations.json": coco_json(annotations=[{"image_id": 7, "category_id": 18, "bbox": [1, 2, 3]}])}, r"annotations\.0\.bbox\.3"),
-        ({"annotations.json": coco_json(categories=[])}, r"annotations\.0\.category_id 18 is not in the file"),
-        ({"annotations.json": coco_json(images=[])}, r"annotations\.0\.image_id 7 is not in the file"),
-        (YOLO | {"labels/1.txt": "0 .5 .5 1 1\n\n1 .5 .5 1 1"}, r"labels/1\.txt:3: class 1 is not in data\.yaml, which names 1 classes"),
-        (YOLO | {"labels/1.txt": "0 .5 .5 1"}, r"labels/1\.txt:1: expected 'class x y width height', or a polygon; got 4 words"),
-        (YOLO | {"labels/1.txt": "0 .5 .5 1 1 1 1 1"}, r"labels/1\.txt:1: .* got 8 words"),
-        (YOLO | {"labels/1.txt": "cat .5 .5 1 1"}, r"labels/1\.txt:1: expected a number, got 'cat'"),
+        (
+            {"annotations.json": {"images": []}},
+            r"not COCO json: annotations: Field required; categories: Field required",
+        ),
+        (
+            {
+                "annotations.json": coco_json(
+                    annotations=[{"image_id": 7, "category_id": 18, "bbox": [1, 2, 3]}]
+                )
+            },
+            r"annotations\.0\.bbox\.3",
+        ),
+        (
+            {"annotations.json": coco_json(categories=[])},
+            r"annotations\.0\.category_id 18 is not in the file",
+        ),
+        (
+            {"annotations.json": coco_json(images=[])},
+            r"annotations\.0\.image_id 7 is not in the file",
+        ),
+        (
+            YOLO | {"labels/1.txt": "0 .5 .5 1 1\n\n1 .5 .5 1 1"},
+            r"labels/1\.txt:3: class 1 is not in data\.yaml, which names 1 classes",
+        ),
+        (
+            YOLO | {"labels/1.txt": "0 .5 .5 1"},
+            (
+                r"labels/1\.txt:1: expected 'class x y width height', or a polygon; got"
+                r" 4 words"
+            ),
+        ),
+        (
+            YOLO | {"labels/1.txt": "0 .5 .5 1 1 1 1 1"},
+            r"labels/1\.txt:1: .* got 8 words",
+        ),
+        (
+            YOLO | {"labels/1.txt": "cat .5 .5 1 1"},
+            r"labels/1\.txt:1: expected a number, got 'cat'",
+        ),
         (YOLO | {"labels/1.txt": "-1 .5 .5 1 1"}, r"labels/1\.txt:1: class -1"),
-        (YOLO | {"labels/1.txt": "0 nan .5 1 1"}, r"labels/1\.txt:1: expected a number, got 'nan'"),
+        (
+            YOLO | {"labels/1.txt": "0 nan .5 1 1"},
+            r"labels/1\.txt:1: expected a number, got 'nan'",
+        ),
         (YOLO | {"labels/1.txt": b"\xff\xfe0"}, r"labels/1\.txt is not text in UTF-8"),
-        (YOLO | {"data.yaml": "names: [cat\ntrain: images"}, r"data\.yaml is not YAML: .*line 2"),
+        (
+            YOLO | {"data.yaml": "names: [cat\ntrain: images"},
+            r"data\.yaml is not YAML: .*line 2",
+        ),
         (YOLO | {"data.yaml": "- cat"}, r"data\.yaml: expected a mapping"),
         (YOLO | {"data.yaml": "train: images"}, r"data\.yaml: names must be a list"),
-        (YOLO | {"data.yaml": "names: {1: cat}\ntrain: images"}, r"data\.yaml: names must be a list, or a mapping from 0"),
-        (YOLO | {"data.yaml": "names: [cat]\ntrain: pictures"}, r"names pictures, but there is no image below pictures"),
+        (
+            YOLO | {"data.yaml": "names: {1: cat}\ntrain: images"},
+            r"data\.yaml: names must be a list, or a mapping from 0",
+        ),
+        (
+            YOLO | {"data.yaml": "names: [cat]\ntrain: pictures"},
+            r"names pictures, but there is no image below pictures",
+        ),
         (
             KITTI | {"label_2/1.txt": f"{KITTI_LINE}\nCar 1 2"},
-            r"label_2/1\.txt:2: expected the 15 fields of KITTI, or 16 with a score; got 3",
+            (
+                r"label_2/1\.txt:2: expected the 15 fields of KITTI, or 16 with a"
+                r" score; got 3"
+            ),
         ),
-        (KITTI | {"label_2/1.txt": KITTI_LINE.replace("2.5", "x")}, r"label_2/1\.txt:1: expected a number, got 'x'"),
-        ({"labels/det_train.json": "[{"}, r"det_train\.json is not BDD100K json: .*line 1"),
-        ({"labels/det_train.json": [{"labels": []}]}, r"det_train\.json is not BDD100K json: 0\.name: Field required"),
         (
-            {"labels/det_train.json": [{"name": "a", "labels": [{"category": "car", "box2d": {}}]}]},
+            KITTI | {"label_2/1.txt": KITTI_LINE.replace("2.5", "x")},
+            r"label_2/1\.txt:1: expected a number, got 'x'",
+        ),
+        (
+            {"labels/det_train.json": "[{"},
+            r"det_train\.json is not BDD100K json: .*line 1",
+        ),
+        (
+            {"labels/det_train.json": [{"labels": []}]},
+            r"det_train\.json is not BDD100K json: 0\.name: Field required",
+        ),
+        (
+            {
+                "labels/det_train.json": [
+                    {"name": "a", "labels": [{"category": "car", "box2d": {}}]}
+                ]
+            },
             r"0\.labels\.0\.box2d\.x1: Field required",
         ),
         (
             CITY | {"gtFine/val/a_gtFine_polygons.json": "{}"},
-            r"a_gtFine_polygons\.json is not Cityscapes polygon json: imgWidth: Field required",
+            (
+                r"a_gtFine_polygons\.json is not Cityscapes polygon json: imgWidth:"
+                r" Field required"
+            ),
         ),
         (
-            CITY | {"gtFine/val/a_gtFine_polygons.json": city({"label": "car", "polygon": [[1, 2]]})},
+            CITY
+            | {
+                "gtFine/val/a_gtFine_polygons.json": city(
+                    {"label": "car", "polygon": [[1, 2]]}
+                )
+            },
             r"can't be drawn: an object 'car' has 1 corners",
         ),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+def test_a_broken_file_is_named(
+    tmp_path: Path, files: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
         read(put(tmp_path, files))

@@ -36,7 +36,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     started: list[int] = []
 
     def start() -> subprocess.Popen[str]:
-        made = subprocess.Popen([sys.executable, "-c", POISONED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        made = subprocess.Popen(
+            [sys.executable, "-c", POISONED],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         started.append(made.pid)
         return made
 
@@ -49,17 +54,36 @@ def picture(path: Path) -> str:
     return str(path)
 
 
-def test_an_image_that_crashes_or_stops_its_process_is_rejected_and_the_others_are_not(tmp_path: Path, poisoned: list[int]) -> None:
-    names = ["a.png", "crash.png", "b.png", "hang.png", "crash2.png", "c.png", "broken.png"]
+def test_an_image_that_crashes_or_stops_its_process_is_rejected_and_the_others_are_not(
+    tmp_path: Path, poisoned: list[int]
+) -> None:
+    names = [
+        "a.png",
+        "crash.png",
+        "b.png",
+        "hang.png",
+        "crash2.png",
+        "c.png",
+        "broken.png",
+    ]
     uris = [picture(tmp_path / name) for name in names]
     (tmp_path / "broken.png").write_bytes(b"no image")
     found = dict(zip(names, inspect.inspect(uris, len(uris), seconds=20), strict=True))
-    assert [name for name, one in found.items() if isinstance(one, dict)] == ["a.png", "b.png", "c.png"]
+    assert [name for name, one in found.items() if isinstance(one, dict)] == [
+        "a.png",
+        "b.png",
+        "c.png",
+    ]
     assert found["a.png"]["width"] == 30  # type: ignore[index]
-    assert "crashed the process that decoded it (exit code -11)" in str(found["crash.png"])
+    assert "crashed the process that decoded it (exit code -11)" in str(
+        found["crash.png"]
+    )
     assert "was not decoded in 20 s" in str(found["hang.png"])
     assert "not an image" in str(found["broken.png"])
-    print(f"killed: {len(poisoned)} processes started for 3 images that end them; lost: nothing else")
+    print(
+        f"killed: {len(poisoned)} processes started for 3 images that end them; lost:"
+        " nothing else"
+    )
 
 
 def test_few_files_are_asked_for_ahead_of_their_turn(tmp_path: Path) -> None:

@@ -18,17 +18,29 @@ def rows(step: int, count: int, batch: int, seed: int) -> list[int]:
 
 @settings(max_examples=50, deadline=None)
 @given(*SIZES, st.one_of(st.none(), st.lists(st.booleans(), min_size=12, max_size=12)))
-def test_every_epoch_holds_each_image_once(count: int, batch: int, seed: int, kinds: list[bool] | None) -> None:
+def test_every_epoch_holds_each_image_once(
+    count: int, batch: int, seed: int, kinds: list[bool] | None
+) -> None:
     epochs = 4
-    order = Order(count, batch, seed, None if kinds is None else np.array(kinds[:count]))
-    seen = [row for step in range(-(-epochs * count // batch)) for row in order.rows_of_step(step)]
+    order = Order(
+        count, batch, seed, None if kinds is None else np.array(kinds[:count])
+    )
+    seen = [
+        row
+        for step in range(-(-epochs * count // batch))
+        for row in order.rows_of_step(step)
+    ]
     for epoch in range(epochs):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 def test_an_order_is_that_of_numpy_by_seed_and_epoch() -> None:
-    """The order that runs of earlier versions have seen: golden losses and resumed runs depend on it."""
-    expected = [int(np.random.default_rng([7, 1, p // 5]).permutation(5)[p % 5]) for p in range(24)]
+    """The order that runs of earlier versions have seen: golden losses and resumed runs
+    depend on it."""
+    expected = [
+        int(np.random.default_rng([7, 1, p // 5]).permutation(5)[p % 5])
+        for p in range(24)
+    ]
     assert [row for step in range(6) for row in rows(step, 5, 4, 7)] == expected
 
 
@@ -40,10 +52,15 @@ def test_steps_may_be_asked_for_in_any_order(wide: np.ndarray | None) -> None:
 
 
 def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A permutation of 10^6 images takes 36 ms; one for each image of a batch would be slower than training."""
+    """A permutation of 10^6 images takes 36 ms; one for each image of a batch would be
+    slower than training."""
     drawn = []
     original = np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(tuple(seed)), original(seed))[1])
+    monkeypatch.setattr(
+        np.random,
+        "default_rng",
+        lambda seed: (drawn.append(tuple(seed)), original(seed))[1],
+    )
     order = Order(10, 4, 0)
     for step in range(10):
         order.rows_of_step(step)
@@ -51,7 +68,9 @@ def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:
-    orders = [tuple(rows(0, 20, 20, seed)) for seed in range(3)] + [tuple(rows(1, 20, 20, 0))]
+    orders = [tuple(rows(0, 20, 20, seed)) for seed in range(3)] + [
+        tuple(rows(1, 20, 20, 0))
+    ]
     assert len(set(orders)) == 4
 
 
@@ -61,8 +80,11 @@ def test_batch_size_does_not_change_the_order() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(0, 3), st.integers(0, 1000))
-def test_grouped_steps_see_one_kind(count: int, batch: int, seed: int, draw: int) -> None:
-    """Per epoch at most three steps are mixed: where it begins, where it ends, and where one kind runs out."""
+def test_grouped_steps_see_one_kind(
+    count: int, batch: int, seed: int, draw: int
+) -> None:
+    """Per epoch at most three steps are mixed: where it begins, where it ends, and
+    where one kind runs out."""
     wide = np.random.default_rng(draw).random(count) < 0.5
     order = Order(count, batch, seed, wide)
     epochs = 5
@@ -73,5 +95,7 @@ def test_grouped_steps_see_one_kind(count: int, batch: int, seed: int, draw: int
 
 def test_grouped_steps_are_shuffled() -> None:
     wide = np.arange(400) < 200
-    kinds = [bool(wide[Order(400, 4, 0, wide).rows_of_step(step)[0]]) for step in range(100)]
+    kinds = [
+        bool(wide[Order(400, 4, 0, wide).rows_of_step(step)[0]]) for step in range(100)
+    ]
     assert sum(a != b for a, b in itertools.pairwise(kinds)) > 20

@@ -34,29 +34,58 @@ def images(folder: Path) -> list[dict[str, Any]]:
         path = folder / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30)).save(path)
-        rows.append({"image_id": name, "uri": str(path), "width": 40, "height": 30, "split": "train"})
+        rows.append(
+            {
+                "image_id": name,
+                "uri": str(path),
+                "width": 40,
+                "height": 30,
+                "split": "train",
+            }
+        )
     return rows
 
 
 def separation() -> list[dict[str, Any]]:
     kinds = ["consistent", "inconsistent", "private"]
     names = {"cloud_labels": [0, 0, 1], "clip_labels": [0, 1, tables.NOBODY]}
-    whole = {"image_id": "a/disputed", "boxes": BOXES, "kind": kinds, "cloud_probs": CLOUD, "clip_probs": CLIP} | names
-    agreed = {name: values if isinstance(values, str) else values[:1] for name, values in whole.items()} | {"image_id": "agreed"}
+    whole = {
+        "image_id": "a/disputed",
+        "boxes": BOXES,
+        "kind": kinds,
+        "cloud_probs": CLOUD,
+        "clip_probs": CLIP,
+    } | names
+    agreed = {
+        name: values if isinstance(values, str) else values[:1]
+        for name, values in whole.items()
+    } | {"image_id": "agreed"}
     corrected = agreed | {"image_id": "corrected", "kind": ["reviewed"]}
-    empty = {name: values if isinstance(values, str) else [] for name, values in whole.items()} | {"image_id": "empty"}
+    empty = {
+        name: values if isinstance(values, str) else []
+        for name, values in whole.items()
+    } | {"image_id": "empty"}
     return [whole, agreed, empty, corrected]
 
 
 def made(folder: Path, most: int | None = None) -> list[Review]:
     separated = str(folder / "separation.parquet")
-    storage.write_table(separated, pa.Table.from_pylist(separation(), schema=tables.SEPARATION))
-    found, total = reviews(pa.Table.from_pylist(images(folder), schema=tables.IMAGES), separated, CLASSES, most)
+    storage.write_table(
+        separated, pa.Table.from_pylist(separation(), schema=tables.SEPARATION)
+    )
+    found, total = reviews(
+        pa.Table.from_pylist(images(folder), schema=tables.IMAGES),
+        separated,
+        CLASSES,
+        most,
+    )
     assert total == 3
     return found
 
 
-def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_not_at_all(tmp_path: Path) -> None:
+def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_not_at_all(
+    tmp_path: Path,
+) -> None:
     found = made(tmp_path)
     assert [(r.image_id, r.name, r.disagreement) for r in found] == [
         ("a/disputed", "a/disputed.jpg", 0.6667),
@@ -92,15 +121,33 @@ def through_cvat(found: Sequence[Review], folder: Path) -> list[Review]:
 
 
 def through_fiftyone(found: Sequence[Review], folder: Path) -> list[Review]:
-    (folder / "samples.json").write_text(json.dumps({"samples": [fiftyone.sample(r) for r in found]}))
+    (folder / "samples.json").write_text(
+        json.dumps({"samples": [fiftyone.sample(r) for r in found]})
+    )
     return fiftyone.read(str(folder))
 
 
-TOOLS = {"label studio": through_label_studio, "cvat": through_cvat, "fiftyone": through_fiftyone}
-names = st.text(string.ascii_letters + string.digits + "äß犬 &<>\"'-_:.", min_size=1, max_size=12).map(str.strip).filter(bool)
+TOOLS = {
+    "label studio": through_label_studio,
+    "cvat": through_cvat,
+    "fiftyone": through_fiftyone,
+}
+names = (
+    st.text(
+        string.ascii_letters + string.digits + "äß犬 &<>\"'-_:.",
+        min_size=1,
+        max_size=12,
+    )
+    .map(str.strip)
+    .filter(bool)
+)
 edges = st.tuples(*[st.floats(0, 3000, allow_subnormal=False)] * 4)
-told = st.one_of(st.tuples(st.just(""), st.just("")), st.tuples(st.sampled_from(KINDS), names))
-boxes = st.builds(lambda place, label, said: Box(place, label, *said), edges, names, told)
+told = st.one_of(
+    st.tuples(st.just(""), st.just("")), st.tuples(st.sampled_from(KINDS), names)
+)
+boxes = st.builds(
+    lambda place, label, said: Box(place, label, *said), edges, names, told
+)
 review = st.builds(
     Review,
     image_id=names,
@@ -116,11 +163,15 @@ review = st.builds(
 @pytest.mark.parametrize("tool", TOOLS)
 @settings(max_examples=60, deadline=None)
 @given(found=st.lists(review, min_size=1, max_size=3))
-def test_what_goes_out_comes_back(tmp_path_factory: pytest.TempPathFactory, tool: str, found: list[Review]) -> None:
+def test_what_goes_out_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, tool: str, found: list[Review]
+) -> None:
     back = TOOLS[tool](found, tmp_path_factory.mktemp("x"))
     assert [replace(r, boxes=()) for r in back] == [replace(r, boxes=()) for r in found]
     for ours, theirs in zip(back, found, strict=True):
-        assert [replace(b, edges=(0, 0, 0, 0)) for b in ours.boxes] == [replace(b, edges=(0, 0, 0, 0)) for b in theirs.boxes]
+        assert [replace(b, edges=(0, 0, 0, 0)) for b in ours.boxes] == [
+            replace(b, edges=(0, 0, 0, 0)) for b in theirs.boxes
+        ]
         for box, other in zip(ours.boxes, theirs.boxes, strict=True):
             assert box.edges == pytest.approx(other.edges, abs=1e-9)
 
@@ -130,22 +181,45 @@ def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
     cvat.write(found, str(tmp_path / "cvat"), CLASSES)
     fiftyone.write(found, str(tmp_path / "fiftyone"))
     for folder in (tmp_path / "cvat" / "images", tmp_path / "fiftyone" / "data"):
-        assert (folder / "a" / "disputed.jpg").read_bytes() == (tmp_path / "in" / "a" / "disputed.jpg").read_bytes()
+        assert (folder / "a" / "disputed.jpg").read_bytes() == (
+            tmp_path / "in" / "a" / "disputed.jpg"
+        ).read_bytes()
     assert cvat.read(str(tmp_path / "cvat" / "annotations.xml")) == found
-    assert [r.image_id for r in fiftyone.read(str(tmp_path / "fiftyone"))] == [r.image_id for r in found]
+    assert [r.image_id for r in fiftyone.read(str(tmp_path / "fiftyone"))] == [
+        r.image_id for r in found
+    ]
 
 
 # Label Studio
 
 
 def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
-    first, second, _ = (label_studio.task(r, "/data/local-files/?d={uri}") for r in made(tmp_path))
-    assert [t["predictions"][0]["score"] for t in (first, second)] == [pytest.approx(1 / 3, abs=1e-4), 1]
-    known = {"image": f"/data/local-files/?d={tmp_path}/a/disputed.jpg", "disagreement": 0.6667, "inconsistent": 1, "private": 1}
+    first, second, _ = (
+        label_studio.task(r, "/data/local-files/?d={uri}") for r in made(tmp_path)
+    )
+    assert [t["predictions"][0]["score"] for t in (first, second)] == [
+        pytest.approx(1 / 3, abs=1e-4),
+        1,
+    ]
+    known = {
+        "image": f"/data/local-files/?d={tmp_path}/a/disputed.jpg",
+        "disagreement": 0.6667,
+        "inconsistent": 1,
+        "private": 1,
+    }
     assert known.items() <= first["data"].items()
     region = first["predictions"][0]["result"][1]
-    assert region["meta"]["text"] == [f"inconsistent: cloud cat 0.75, CLIP {CLASSES[1]} 0.62"]
-    value = {"x": 2.5, "y": pytest.approx(20 / 3), "width": 25, "height": pytest.approx(50 / 3), "rotation": 0, "rectanglelabels": ["cat"]}
+    assert region["meta"]["text"] == [
+        f"inconsistent: cloud cat 0.75, CLIP {CLASSES[1]} 0.62"
+    ]
+    value = {
+        "x": 2.5,
+        "y": pytest.approx(20 / 3),
+        "width": 25,
+        "height": pytest.approx(50 / 3),
+        "rotation": 0,
+        "rectanglelabels": ["cat"],
+    }
     assert region["value"] == value
     assert (region["original_width"], region["original_height"]) == (40, 30)
 
@@ -161,30 +235,68 @@ def export(folder: Path, content: Any) -> str:
 
 def annotated(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """As a person took it, with the prediction that Label Studio exports as a number."""
-    return task | {"predictions": [7], "annotations": [{"result": task["predictions"][0]["result"], "was_cancelled": False} | changes]}
+    return task | {
+        "predictions": [7],
+        "annotations": [
+            {"result": task["predictions"][0]["result"], "was_cancelled": False}
+            | changes
+        ],
+    }
 
 
-def test_only_finished_tasks_count_as_reviewed_and_the_last_word_counts(tmp_path: Path) -> None:
+def test_only_finished_tasks_count_as_reviewed_and_the_last_word_counts(
+    tmp_path: Path,
+) -> None:
     first, second, third = tasks(tmp_path)
     late = {"result": [], "updated_at": "2026-02-01T00:00:00Z"}
-    early = {"result": first["predictions"][0]["result"], "updated_at": "2026-01-01T00:00:00Z"}
-    content = [first | {"annotations": [late, early]}, annotated(second, was_cancelled=True), third | {"annotations": []}]
+    early = {
+        "result": first["predictions"][0]["result"],
+        "updated_at": "2026-01-01T00:00:00Z",
+    }
+    content = [
+        first | {"annotations": [late, early]},
+        annotated(second, was_cancelled=True),
+        third | {"annotations": []},
+    ]
     found = label_studio.read(export(tmp_path, content))
-    assert [(r.image_id, r.reviewed, len(r.boxes)) for r in found] == [("a/disputed", True, 0), ("agreed", False, 0), ("empty", False, 0)]
+    assert [(r.image_id, r.reviewed, len(r.boxes)) for r in found] == [
+        ("a/disputed", True, 0),
+        ("agreed", False, 0),
+        ("empty", False, 0),
+    ]
 
 
-def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(tmp_path: Path) -> None:
+def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(
+    tmp_path: Path,
+) -> None:
     choice = {"type": "choices", "value": {"choices": ["night"]}}
-    drawn = {"type": "rectanglelabels", "value": {"x": 0, "y": 0, "width": 50, "height": 100, "rectanglelabels": ["cat"]}}
-    [found] = label_studio.read(export(tmp_path, [annotated(tasks(tmp_path)[0], result=[choice, drawn])]))
+    drawn = {
+        "type": "rectanglelabels",
+        "value": {
+            "x": 0,
+            "y": 0,
+            "width": 50,
+            "height": 100,
+            "rectanglelabels": ["cat"],
+        },
+    }
+    [found] = label_studio.read(
+        export(tmp_path, [annotated(tasks(tmp_path)[0], result=[choice, drawn])])
+    )
     assert found.boxes == (Box((0, 0, 20, 30), "cat"),)
 
 
-@pytest.mark.parametrize("change", [{"rotation": 30}, {"rectanglelabels": []}, {"width": None}])
-def test_what_is_no_box_of_label_studio_is_an_error(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"rotation": 30}, {"rectanglelabels": []}, {"width": None}]
+)
+def test_what_is_no_box_of_label_studio_is_an_error(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     content = [annotated(tasks(tmp_path)[0])]
     content[0]["annotations"][0]["result"][0]["value"].update(change)
-    with pytest.raises(InputError, match="task 0: expected an upright box with one label"):
+    with pytest.raises(
+        InputError, match="task 0: expected an upright box with one label"
+    ):
         label_studio.read(export(tmp_path, content))
 
 
@@ -192,11 +304,28 @@ def test_what_is_no_box_of_label_studio_is_an_error(tmp_path: Path, change: dict
     ("content", "message"),
     [
         ({}, "is not a JSON export of Label Studio"),
-        ([{"data": {"image": "x"}, "annotations": [{"result": []}]}], "task 0 has no data.uri"),
-        ([{"data": {"image_id": "x", "uri": "/nowhere.jpg", "width": 0, "height": 0}}], "no image that can be read"),
+        (
+            [{"data": {"image": "x"}, "annotations": [{"result": []}]}],
+            "task 0 has no data.uri",
+        ),
+        (
+            [
+                {
+                    "data": {
+                        "image_id": "x",
+                        "uri": "/nowhere.jpg",
+                        "width": 0,
+                        "height": 0,
+                    }
+                }
+            ],
+            "no image that can be read",
+        ),
     ],
 )
-def test_an_export_of_something_else_is_an_error(tmp_path: Path, content: Any, message: str) -> None:
+def test_an_export_of_something_else_is_an_error(
+    tmp_path: Path, content: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         label_studio.read(export(tmp_path, content))
 
@@ -214,8 +343,9 @@ XML = """<annotations><version>1.1</version><meta><task><name>x</name></task></m
 {shapes}
 </image><image id="1" name="other.jpg" width="4" height="3"/></annotations>"""
 BOX = (
-    '<box label="cat" source="manual" occluded="0" xtl="1.00" ytl="2.00" xbr="11.00" ybr="7.00" {more}><attribute name="kind">{kind}</attribute>'
-    '<attribute name="teachers">said</attribute></box>'
+    '<box label="cat" source="manual" occluded="0" xtl="1.00" ytl="2.00" xbr="11.00"'
+    ' ybr="7.00" {more}><attribute name="kind">{kind}</attribute><attribute'
+    ' name="teachers">said</attribute></box>'
 )
 
 
@@ -226,11 +356,24 @@ def cvat_xml(folder: Path, shapes: str = "", done: str = "true") -> str:
 
 def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
     """Images that were added to the task by hand, without our tag, are left out."""
-    place = cvat_xml(tmp_path, BOX.format(kind="by hand", more='rotation="0.0"') + BOX.format(kind="private", more=""))
+    place = cvat_xml(
+        tmp_path,
+        BOX.format(kind="by hand", more='rotation="0.0"')
+        + BOX.format(kind="private", more=""),
+    )
     with zipfile.ZipFile(tmp_path / "job.zip", "w") as archive:
         archive.write(place, "annotations.xml")
     expected = Review(
-        "abc", "", "a.jpg", 40, 30, (Box((1, 2, 11, 7), "cat", "", "said"), Box((1, 2, 11, 7), "cat", "private", "said")), reviewed=True
+        "abc",
+        "",
+        "a.jpg",
+        40,
+        30,
+        (
+            Box((1, 2, 11, 7), "cat", "", "said"),
+            Box((1, 2, 11, 7), "cat", "private", "said"),
+        ),
+        reviewed=True,
     )
     assert cvat.read(place) == cvat.read(str(tmp_path / "job.zip")) == [expected]
     assert not cvat.read(cvat_xml(tmp_path, done="false"))[0].reviewed
@@ -240,17 +383,30 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (
-            XML.format(done="true", shapes=BOX.format(kind="x", more='rotation="12.5"')),
+            XML.format(
+                done="true", shapes=BOX.format(kind="x", more='rotation="12.5"')
+            ),
             r"x\.xml:4: expected an upright box, .* 12\.5 degrees",
         ),
-        (XML.format(done="true", shapes='<polygon label="cat" points="1,2;3,4"/>'), r"x\.xml:4: expected boxes, got a polygon of 'cat'"),
-        (XML.format(done="true", shapes='<box label="cat" xtl="a"/>'), r"x\.xml:4: xtl: expected a number, got 'a'"),
-        ("<annotations><image/></annotations>", "no image has the tag 'review' with its image_id"),
+        (
+            XML.format(done="true", shapes='<polygon label="cat" points="1,2;3,4"/>'),
+            r"x\.xml:4: expected boxes, got a polygon of 'cat'",
+        ),
+        (
+            XML.format(done="true", shapes='<box label="cat" xtl="a"/>'),
+            r"x\.xml:4: xtl: expected a number, got 'a'",
+        ),
+        (
+            "<annotations><image/></annotations>",
+            "no image has the tag 'review' with its image_id",
+        ),
         ("<annotation/>", "expected <annotations>, got <annotation>"),
         ("<annotations>", "not XML"),
     ],
 )
-def test_what_can_not_be_read_of_cvat_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_what_can_not_be_read_of_cvat_is_named(
+    tmp_path: Path, content: str, message: str
+) -> None:
     (tmp_path / "x.xml").write_text(content)
     with pytest.raises(InputError, match=message):
         cvat.read(str(tmp_path / "x.xml"))
@@ -265,12 +421,18 @@ def test_an_archive_of_another_format_is_an_error(tmp_path: Path) -> None:
 
 def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
     found = made(tmp_path)
-    known = {label["name"]: {a["name"]: a for a in label["attributes"]} for label in cvat.labels(CLASSES)}
+    known = {
+        label["name"]: {a["name"]: a for a in label["attributes"]}
+        for label in cvat.labels(CLASSES)
+    }
     root = ET.fromstring(cvat.as_xml(found))
     for node in (*root.iter("box"), *root.iter("tag")):
         for attribute in node.iterfind("attribute"):
             told = known[node.get("label", "")][attribute.get("name", "")]
-            assert told["input_type"] == "text" or attribute.text in told["values"] + ["true", "false"]
+            assert told["input_type"] == "text" or attribute.text in told["values"] + [
+                "true",
+                "false",
+            ]
     with pytest.raises(InputError, match="no class can have it"):
         cvat.write([], str(tmp_path / "x"), ("review",))
 
@@ -289,13 +451,33 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
         "bounding_box": [0.25, 0, 0.5, 1],
         "mask": None,
     }
-    own = {"_id": {"$oid": "5"}, "metadata": None, "created_at": {"$date": "2026-01-01T00:00:00Z"}, "_media_type": "image"}
-    known = {"filepath": "data/a.jpg", "image_id": "abc", "pixels_wide": 40, "pixels_high": 30, "tags": ["reviewed", "night"]}
+    own = {
+        "_id": {"$oid": "5"},
+        "metadata": None,
+        "created_at": {"$date": "2026-01-01T00:00:00Z"},
+        "_media_type": "image",
+    }
+    known = {
+        "filepath": "data/a.jpg",
+        "image_id": "abc",
+        "pixels_wide": 40,
+        "pixels_high": 30,
+        "tags": ["reviewed", "night"],
+    }
     empty = known | {"image_id": "def", "tags": [], "ground_truth": None}
-    content = {"samples": [own | known | {"ground_truth": {"_cls": "Detections", "detections": [box]}}, empty]}
+    content = {
+        "samples": [
+            own | known | {"ground_truth": {"_cls": "Detections", "detections": [box]}},
+            empty,
+        ]
+    }
     (tmp_path / "samples.json").write_text(json.dumps(content))
     first, second = fiftyone.read(str(tmp_path))
-    assert (first.image_id, first.reviewed, first.boxes) == ("abc", True, (Box((10, 0, 30, 30), "cat"),))
+    assert (first.image_id, first.reviewed, first.boxes) == (
+        "abc",
+        True,
+        (Box((10, 0, 30, 30), "cat"),),
+    )
     assert (second.reviewed, second.boxes) == (False, ())
 
 
@@ -303,10 +485,15 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"samples": [{"filepath": "a.jpg"}]}, "samples.0.image_id: Field required"),
-        ({"samples": [{"image_id": "a", "pixels_wide": 0, "pixels_high": 3}]}, "samples.0: an image needs pixels_wide"),
+        (
+            {"samples": [{"image_id": "a", "pixels_wide": 0, "pixels_high": 3}]},
+            "samples.0: an image needs pixels_wide",
+        ),
     ],
 )
-def test_a_fiftyone_dataset_of_someone_else_is_an_error(tmp_path: Path, content: Any, message: str) -> None:
+def test_a_fiftyone_dataset_of_someone_else_is_an_error(
+    tmp_path: Path, content: Any, message: str
+) -> None:
     (tmp_path / "samples.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         fiftyone.read(str(tmp_path))

@@ -14,7 +14,13 @@ from builders import CLASSES, examples, tiny_config, tiny_fit
 from coin_ray import storage, tables
 from coin_ray.data.examples import Example, TableExamples, batches, wide_images
 from coin_ray.structures import Detections
-from coin_ray.tables import DetectionsTable, Provenance, detections_row, detections_table, open_detections
+from coin_ray.tables import (
+    DetectionsTable,
+    Provenance,
+    detections_row,
+    detections_table,
+    open_detections,
+)
 
 NAMES = ("cloud", "clip", "labels")
 
@@ -24,25 +30,50 @@ def opinions(found: dict[str, DetectionsTable], image_id: str) -> dict[str, Dete
 
 
 def from_tables(folder: Path, source: list[Example]) -> TableExamples:
-    """The same examples, read from Parquet. Rows of the opinions are in another order than those of the images."""
+    """The same examples, read from Parquet. Rows of the opinions are in another order
+    than those of the images."""
     sizes = [(96, 64) if e.wide else (64, 96) for e in source]
     rows = [
-        {"image_id": e.image_id, "uri": e.uri, "width": w, "height": h, "split": "train"} for e, (w, h) in zip(source, sizes, strict=True)
+        {
+            "image_id": e.image_id,
+            "uri": e.uri,
+            "width": w,
+            "height": h,
+            "split": "train",
+        }
+        for e, (w, h) in zip(source, sizes, strict=True)
     ]
-    storage.write_table(str(folder / "images.parquet"), pa.Table.from_pylist(rows, schema=tables.IMAGES))
+    storage.write_table(
+        str(folder / "images.parquet"), pa.Table.from_pylist(rows, schema=tables.IMAGES)
+    )
     for name in NAMES:
-        written = [detections_row(e.image_id, e.knowledge[name], Provenance(name)) for e in reversed(source)]
+        written = [
+            detections_row(e.image_id, e.knowledge[name], Provenance(name))
+            for e in reversed(source)
+        ]
         storage.write_table(str(folder / f"{name}.parquet"), detections_table(written))
-    found = {name: open_detections(str(folder / f"{name}.parquet"), len(CLASSES)) for name in NAMES}
-    return TableExamples(str(folder / "images.parquet"), np.arange(len(source)), partial(opinions, found))
+    found = {
+        name: open_detections(str(folder / f"{name}.parquet"), len(CLASSES))
+        for name in NAMES
+    }
+    return TableExamples(
+        str(folder / "images.parquet"), np.arange(len(source)), partial(opinions, found)
+    )
 
 
 def in_memory(folder: Path) -> list[Example]:
-    return [Example(e.image_id, e.uri, {n: e.knowledge[n] for n in NAMES}) for e in examples(folder)]
+    return [
+        Example(e.image_id, e.uri, {n: e.knowledge[n] for n in NAMES})
+        for e in examples(folder)
+    ]
 
 
 def equal(a: Detections, b: Detections) -> bool:
-    return all(torch.equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype for n in Detections.__slots__)
+    return all(
+        torch.equal(getattr(a, n), getattr(b, n))
+        and getattr(a, n).dtype == getattr(b, n).dtype
+        for n in Detections.__slots__
+    )
 
 
 @pytest.fixture(params=[1 << 26, 0], ids=["small, in memory", "large, on the disk"])
@@ -52,19 +83,37 @@ def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-@pytest.mark.parametrize("send", [lambda x: x, lambda x: pickle.loads(pickle.dumps(x))], ids=["here", "in another process"])
-def test_batches_are_those_of_examples_in_memory(tmp_path: Path, limit: int, send: Callable[[TableExamples], TableExamples]) -> None:
+@pytest.mark.parametrize(
+    "send",
+    [lambda x: x, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["here", "in another process"],
+)
+def test_batches_are_those_of_examples_in_memory(
+    tmp_path: Path, limit: int, send: Callable[[TableExamples], TableExamples]
+) -> None:
     source = in_memory(tmp_path)
     given = (tiny_fit(steps=4, batch=4), tiny_config())
-    read = batches(send(from_tables(tmp_path, source)), *given, seed=3, first=0, rank=0, workers=1)
-    for ours, expected in zip(read, batches(source, *given, seed=3, first=0, rank=0, workers=1), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours.strong, expected.strong, strict=True))
+    read = batches(
+        send(from_tables(tmp_path, source)), *given, seed=3, first=0, rank=0, workers=1
+    )
+    for ours, expected in zip(
+        read, batches(source, *given, seed=3, first=0, rank=0, workers=1), strict=True
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.strong, expected.strong, strict=True)
+        )
         for name in NAMES:
-            assert all(equal(a, b) for a, b in zip(ours.knowledge[name], expected.knowledge[name], strict=True))
+            assert all(
+                equal(a, b)
+                for a, b in zip(
+                    ours.knowledge[name], expected.knowledge[name], strict=True
+                )
+            )
 
 
 def test_sent_by_reference(tmp_path: Path) -> None:
-    """What goes to a worker does not grow with the answers: 4 bytes a row of the index, and addresses."""
+    """What goes to a worker does not grow with the answers: 4 bytes a row of the index,
+    and addresses."""
     assert len(pickle.dumps(from_tables(tmp_path, in_memory(tmp_path)))) < 2000
 
 
@@ -77,24 +126,51 @@ def test_slices_and_ends(tmp_path: Path) -> None:
 
 
 def test_orientation(tmp_path: Path) -> None:
-    source = [Example(e.image_id, e.uri, e.knowledge, wide=n % 2 == 0) for n, e in enumerate(in_memory(tmp_path))]
+    source = [
+        Example(e.image_id, e.uri, e.knowledge, wide=n % 2 == 0)
+        for n, e in enumerate(in_memory(tmp_path))
+    ]
     expected = [True, False, True, False, True]
-    assert wide_images(source).tolist() == wide_images(from_tables(tmp_path, source)).tolist() == expected
+    assert (
+        wide_images(source).tolist()
+        == wide_images(from_tables(tmp_path, source)).tolist()
+        == expected
+    )
     assert [e.wide for e in from_tables(tmp_path, source)] == expected
 
 
 def test_a_step_of_grouped_images_has_one_orientation(tmp_path: Path) -> None:
-    source = [Example(str(n), e.uri, e.knowledge, wide=n % 2 == 0) for n, e in enumerate(in_memory(tmp_path)[:1] * 8)]
-    seen = batches(source, tiny_fit(steps=2, batch=4, group_aspects=True), tiny_config(), seed=0, first=0, rank=0, workers=1)
+    source = [
+        Example(str(n), e.uri, e.knowledge, wide=n % 2 == 0)
+        for n, e in enumerate(in_memory(tmp_path)[:1] * 8)
+    ]
+    seen = batches(
+        source,
+        tiny_fit(steps=2, batch=4, group_aspects=True),
+        tiny_config(),
+        seed=0,
+        first=0,
+        rank=0,
+        workers=1,
+    )
     assert len(list(seen)) == 2
 
 
 class TestLookup:
     def table(self, *names: str, failed: str = "") -> DetectionsTable:
-        rows = [detections_row(n, Detections.empty(3), Provenance("cloud", "error" if n == failed else "empty")) for n in names]
+        rows = [
+            detections_row(
+                n,
+                Detections.empty(3),
+                Provenance("cloud", "error" if n == failed else "empty"),
+            )
+            for n in names
+        ]
         return tables.read_detections(detections_table(rows), 3)
 
-    @pytest.mark.parametrize("names", [(), ("a",), ("b", "a", "c"), tuple(str(n) for n in range(50))])
+    @pytest.mark.parametrize(
+        "names", [(), ("a",), ("b", "a", "c"), tuple(str(n) for n in range(50))]
+    )
     def test_every_name_is_found_and_no_other(self, names: tuple[str, ...]) -> None:
         table = self.table(*names)
         assert list(table) == list(names)
@@ -105,15 +181,24 @@ class TestLookup:
 
     def test_failed_images_are_absent_and_their_neighbours_are_not(self) -> None:
         table = self.table("c", "a", "b", failed="b")
-        assert (list(table), len(table), table.ids.to_pylist()) == (["c", "a"], 2, ["c", "a"])
+        assert (list(table), len(table), table.ids.to_pylist()) == (
+            ["c", "a"],
+            2,
+            ["c", "a"],
+        )
         assert "b" not in table
 
 
-def test_a_large_table_leaves_no_file_and_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_table_leaves_no_file_and_no_memory_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    storage.write_table(str(tmp_path / "a.parquet"), pa.table({"number": range(200_000), "other": range(200_000)}))
+    storage.write_table(
+        str(tmp_path / "a.parquet"),
+        pa.table({"number": range(200_000), "other": range(200_000)}),
+    )
     before = pa.total_allocated_bytes()
     table = storage.open_table(str(tmp_path / "a.parquet"), ("number",))
     assert table["number"].to_pylist() == list(range(200_000))

@@ -10,31 +10,43 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 PAGES = {
     file.relative_to(REPOSITORY).as_posix(): file.read_text(encoding="utf-8")
-    for file in [*sorted(REPOSITORY.glob("README*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+    for file in [
+        *sorted(REPOSITORY.glob("README*.md")),
+        *sorted((REPOSITORY / "docs").rglob("*.md")),
+    ]
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 
 def fenced(text: str, *languages: str) -> list[str]:
-    return [content for language, content in FENCE.findall(text) if language in languages]
+    return [
+        content for language, content in FENCE.findall(text) if language in languages
+    ]
 
 
 def prose(text: str) -> str:
     """The text without code."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^(?: {4,}).*$", "", FENCE.sub("", text), flags=re.M))
+    return re.sub(
+        r"`[^`\n]*`", "", re.sub(r"^(?: {4,}).*$", "", FENCE.sub("", text), flags=re.M)
+    )
 
 
 def commands(text: str) -> list[tuple[str, ...]]:
-    """The words behind ``python`` of every command that starts a program of ours: in bash blocks, indented ones and spans of code."""
+    """The words behind ``python`` of every command that starts a program of ours: in
+    bash blocks, indented ones and spans of code."""
     spans = re.findall(r"`(python [^`\n]+)`", FENCE.sub("", text))
     indented = re.findall(r"^ {4}((?:.*\\\n)*.*)$", FENCE.sub("", text), re.M)
     blocks = [*fenced(text, "bash", "sh"), *indented, *spans]
-    lines = (line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines())
+    lines = (
+        line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()
+    )
     return [words for line in lines for words in _ours(line)]
 
 
 def _ours(line: str) -> Iterator[tuple[str, ...]]:
-    if "[" in line.split("#")[0] or not re.search(r"python (pipelines/|tune/|-m coin_ray)", line):
+    if "[" in line.split("#")[0] or not re.search(
+        r"python (pipelines/|tune/|-m coin_ray)", line
+    ):
         return  # brackets: a line of a synopsis
     words = shlex.split(line, comments=True)
     if "python" in words:
@@ -43,7 +55,11 @@ def _ours(line: str) -> Iterator[tuple[str, ...]]:
 
 def served(text: str) -> list[tuple[dict[str, str], str, dict[str, str]]]:
     """(variables, import path, words) of every ``serve run`` of an application of ours."""
-    found = re.findall(r"^ *((?:[A-Z_]+=\S+ )*)serve run (coin_ray\.[\w.:]+)((?: \w+=\S+)*)", text, re.M)
+    found = re.findall(
+        r"^ *((?:[A-Z_]+=\S+ )*)serve run (coin_ray\.[\w.:]+)((?: \w+=\S+)*)",
+        text,
+        re.M,
+    )
     return [(_pairs(before), target, _pairs(words)) for before, target, words in found]
 
 
@@ -55,11 +71,17 @@ def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings; the site generator checks its own."""
     found: list[str] = []
     for heading in re.findall(r"^#{1,6} (.+)$", FENCE.sub("", text), re.M):
-        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
+        plain = (
+            re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
+        )
         name = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         found.append(name if name not in found else f"{name}-{found.count(name)}")
     return set(found)
 
 
 def links(text: str) -> list[str]:
-    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)) if not re.match(r"[a-z]+://|mailto:", target)]
+    return [
+        target
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(text))
+        if not re.match(r"[a-z]+://|mailto:", target)
+    ]

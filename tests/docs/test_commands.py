@@ -1,4 +1,5 @@
-"""Every command in the docs that starts a program of ours, up to where it would begin to work."""
+"""Every command in the docs that starts a program of ours, up to where it would begin
+to work."""
 
 from __future__ import annotations
 
@@ -14,15 +15,20 @@ from pathlib import Path
 import pytest
 from pages import PAGES, REPOSITORY, commands, fenced, served
 
-from coin_ray import cli, detector_cli, pilot, review
-from coin_ray.cloud import tools
-from coin_ray.experiments import command as grids
+from coin_ray.commands import arguments as cli
+from coin_ray.commands import detector as detector_cli
+from coin_ray.commands import export as exporting
+from coin_ray.commands import grid as grids
+from coin_ray.commands import labels as tools
+from coin_ray.commands import renderings as pilot
+from coin_ray.commands import review
 from coin_ray.experiments import components
-from coin_ray.export import command as exporting
 from coin_ray.search import page as search_pages
 from coin_ray.search import run as searches
 
-FOUND = sorted({(words, page) for page, text in PAGES.items() for words in commands(text)})
+FOUND = sorted(
+    {(words, page) for page, text in PAGES.items() for words in commands(text)}
+)
 SCRIPTS = [(words, page) for words, page in FOUND if words[0].endswith(".py")]
 MODULES = [(words, page) for words, page in FOUND if words[0] == "-m"]
 MAP = "classes: [car, truck, person]\nmap: {Car: car, Truck: truck, Person: person}\n"
@@ -34,9 +40,12 @@ def name(value: object) -> str | None:
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Programs read their command lines and stop; the files that commands name are there."""
+    """Programs read their command lines and stop; the files that commands name are
+    there."""
 
-    def grid(script: str, description: str, work: Callable[[grids.Request], None]) -> int:
+    def grid(
+        script: str, description: str, work: Callable[[grids.Request], None]
+    ) -> int:
         grids.request(sys.argv[1:], script, description)
         return 0
 
@@ -76,7 +85,9 @@ def start(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> obj
 
 
 @pytest.mark.parametrize(("words", "page"), SCRIPTS, ids=name)
-def test_a_documented_pipeline_is_understood(words: tuple[str, ...], page: str, stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_documented_pipeline_is_understood(
+    words: tuple[str, ...], page: str, stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if "--config" in words:  # ROOT/config.yaml of a run that is not here
         assert (REPOSITORY / words[0]).exists()
         return
@@ -85,59 +96,97 @@ def test_a_documented_pipeline_is_understood(words: tuple[str, ...], page: str, 
 
 @pytest.mark.parametrize(("words", "page"), MODULES, ids=name)
 def test_a_documented_module_has_the_options(
-    words: tuple[str, ...], page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...],
+    page: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     module, *arguments = words[1:]
     if module.startswith("coin_ray.demo.build"):
-        source = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()  # its own needs are an extra
+        # its own needs are an extra
+        source = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
         assert all(option in source for option in arguments if option.startswith("--"))
         return
     assert start(monkeypatch, module, "--help") in (None, 0)
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known | {"--help"}, page
+    assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known | {
+        "--help"
+    }, page
 
 
 @pytest.mark.parametrize("page", [p for p, text in PAGES.items() if served(text)])
-def test_a_documented_application_is_served_with_settings_it_has(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_documented_application_is_served_with_settings_it_has(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("grpc_reflection", reason="needs the extra serve")
     import_attr = importlib.import_module("ray._common.utils").import_attr
     for variables, target, words in served(PAGES[page]):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         application = import_attr(target)
-        assert (application(words) if target.endswith("build") else application)._bound_deployment.name == "coin-detector"
+        assert (
+            application(words) if target.endswith("build") else application
+        )._bound_deployment.name == "coin-detector"
 
 
 def test_applications_are_found_at_all() -> None:
-    assert served("    A=1 B=c serve run coin_ray.serving:app\nserve run coin_ray.serving:build x=1 y=a,b\n") == [
+    assert served(
+        "    A=1 B=c serve run coin_ray.serving:app\nserve run coin_ray.serving:build"
+        " x=1 y=a,b\n"
+    ) == [
         ({"A": "1", "B": "c"}, "coin_ray.serving:app", {}),
         ({}, "coin_ray.serving:build", {"x": "1", "y": "a,b"}),
     ]
     assert len(served(PAGES["docs/serving.md"])) == 3
 
 
-def test_an_unknown_option_and_a_removed_pipeline_would_be_noticed(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_option_and_a_removed_pipeline_would_be_noticed(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert start(monkeypatch, "pipelines/full.py", "demo", "--no-such-thing", "1") == 2
-    assert start(monkeypatch, "pipelines/compare.py", "demo", "--no-such-thing", "1") == 2
+    assert (
+        start(monkeypatch, "pipelines/compare.py", "demo", "--no-such-thing", "1") == 2
+    )
     assert start(monkeypatch, "pipelines/collect.py", "journal", "burn") == 2
     with pytest.raises(FileNotFoundError):
         start(monkeypatch, "pipelines/absent.py")
 
 
 def test_commands_are_found_at_all() -> None:
-    text = "```bash\nexport A=1\nray job submit -- \\\n  python pipelines/full.py demo --root r  # why\n```\n\n    python -m coin_ray.capacity --json\n"
-    assert commands(text) == [("pipelines/full.py", "demo", "--root", "r"), ("-m", "coin_ray.capacity", "--json")]
-    assert {page for _, page in FOUND} >= {"README.md", "README.zh.md", "docs/quickstart.zh.md", "docs/own-data.md", "docs/cluster.md"}
+    text = (
+        "```bash\nexport A=1\nray job submit -- \\\n  python pipelines/full.py demo"
+        " --root r  # why\n```\n\n    python -m coin_ray.commands.capacity --json\n"
+    )
+    assert commands(text) == [
+        ("pipelines/full.py", "demo", "--root", "r"),
+        ("-m", "coin_ray.commands.capacity", "--json"),
+    ]
+    assert {page for _, page in FOUND} >= {
+        "README.md",
+        "README.zh.md",
+        "docs/quickstart.zh.md",
+        "docs/own-data.md",
+        "docs/cluster.md",
+    }
 
 
 def test_make_has_what_the_docs_tell_it_to_make() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
-    told = {t for text in PAGES.values() for block in fenced(text, "bash") for t in re.findall(r"^make ([\w-]+)", block, re.M)}
+    targets = set(
+        re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
+    )
+    told = {
+        t
+        for text in PAGES.values()
+        for block in fenced(text, "bash")
+        for t in re.findall(r"^make ([\w-]+)", block, re.M)
+    }
     assert told
     assert told <= targets
 
 
-@pytest.mark.parametrize("page", [p for p, text in PAGES.items() if fenced(text, "python")])
+@pytest.mark.parametrize(
+    "page", [p for p, text in PAGES.items() if fenced(text, "python")]
+)
 def test_python_in_the_docs_imports_what_exists(page: str) -> None:
     for block in fenced(PAGES[page], "python"):
         compile(block, page, "exec")
@@ -145,9 +194,21 @@ def test_python_in_the_docs_imports_what_exists(page: str) -> None:
             exec(line, {})
 
 
-def test_help_names_every_option_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_option_of_the_parser(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         cli.parse(["--help"])
     said = capsys.readouterr().out
-    assert all(option in said for option in ("--root", "--until", "--dry-run", "--baselines", "--config", "--settings"))
+    assert all(
+        option in said
+        for option in (
+            "--root",
+            "--until",
+            "--dry-run",
+            "--baselines",
+            "--config",
+            "--settings",
+        )
+    )
     assert argparse.SUPPRESS not in said

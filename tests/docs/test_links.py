@@ -14,7 +14,9 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
     for link in links(PAGES[page]):
         place, _, anchor = link.partition("#")
         target = (REPOSITORY / page).parent / place if place else REPOSITORY / page
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+        if not target.exists() or (
+            anchor and anchor not in anchors(target.read_text(encoding="utf-8"))
+        ):
             missing.append(link)
     assert not missing
 
@@ -22,24 +24,41 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
 def test_links_are_found_at_all() -> None:
     assert len(links(PAGES["docs/method.md"])) > 30
     assert "docs/cloud.md#the-reference-wire-format" in links(PAGES["README.zh.md"])
-    assert links("[`f`](a.py) `[no](b)` [web](https://c)\n```\n[no](d)\n```\n") == ["a.py"]
-    assert anchors("# What *is* `it`, then?\n## A & B\n## A & B\n") == {"what-is-it-then", "a--b", "a--b-1"}
+    assert links("[`f`](a.py) `[no](b)` [web](https://c)\n```\n[no](d)\n```\n") == [
+        "a.py"
+    ]
+    assert anchors("# What *is* `it`, then?\n## A & B\n## A & B\n") == {
+        "what-is-it-then",
+        "a--b",
+        "a--b-1",
+    }
 
 
 def test_every_page_is_on_the_site() -> None:
-    entries = re.findall(r"[\w./-]+\.md", yaml.safe_dump(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(entries) == sorted(p.removeprefix("docs/") for p in PAGES if p.startswith("docs/"))
+    entries = re.findall(
+        r"[\w./-]+\.md",
+        yaml.safe_dump(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]),
+    )
+    assert sorted(entries) == sorted(
+        p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")
+    )
 
 
 def test_functions_beside_equations_exist() -> None:
     """Each `name` that links to a source file is defined there."""
     for page in ("docs/equations.md", "docs/method.md"):
-        named = re.findall(r"\[((?:`[\w.]+`(?:, )?)+)\]\((\.\./coin_ray/[^)]+\.py)\)", PAGES[page])
+        named = re.findall(
+            r"\[((?:`[\w.]+`(?:, )?)+)\]\((\.\./coin_ray/[^)]+\.py)\)", PAGES[page]
+        )
         assert len(named) > 10
         for names, file in named:
             source = ((REPOSITORY / page).parent / file).resolve().read_text()
             for name in re.findall(r"`([\w.]+)`", names):
-                assert re.search(rf"(def|class) {name.split('.')[-1]}\b", source) or Path(file).name in name or name in file, (name, file)
+                assert (
+                    re.search(rf"(def|class) {name.split('.')[-1]}\b", source)
+                    or Path(file).name in name
+                    or name in file
+                ), (name, file)
 
 
 FIGURE = re.compile(r"\d+(?:\.\d+)?")
@@ -47,10 +66,17 @@ FIGURE = re.compile(r"\d+(?:\.\d+)?")
 
 def test_the_chinese_readme_tells_the_same_figures_and_commands() -> None:
     def rows(page: str) -> list[list[str]]:
-        return [FIGURE.findall(line) for line in PAGES[page].splitlines() if (line.startswith("|") and "±" in line) or "38.7" in line]
+        return [
+            FIGURE.findall(line)
+            for line in PAGES[page].splitlines()
+            if (line.startswith("|") and "±" in line) or "38.7" in line
+        ]
 
     def settings(page: str) -> list[list[str]]:
-        return [re.findall(r"--[\w.-]+|pipelines/\w+\.py", block) for block in re.findall(r"```bash\n(.*?)```", PAGES[page], re.S)]
+        return [
+            re.findall(r"--[\w.-]+|pipelines/\w+\.py", block)
+            for block in re.findall(r"```bash\n(.*?)```", PAGES[page], re.S)
+        ]
 
     assert rows("README.md") == rows("README.zh.md")
     assert settings("README.md") == settings("README.zh.md")

@@ -15,7 +15,9 @@ from tests.builders import detections
 HERE, THERE, NOWHERE = (0, 0, 10, 10), (20, 20, 40, 40), (60, 60, 80, 80)
 
 
-def truth(*boxes: tuple[tuple[int, int, int, int], int], difficult: bool = False) -> Truth:
+def truth(
+    *boxes: tuple[tuple[int, int, int, int], int], difficult: bool = False
+) -> Truth:
     return Truth(
         torch.tensor([list(b) for b, _ in boxes], dtype=torch.float32).reshape(-1, 4),
         torch.tensor([label for _, label in boxes], dtype=torch.int64),
@@ -45,22 +47,38 @@ def test_an_image_drawn_twice_counts_as_two_images() -> None:
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[dict[str, Detections], dict[str, Truth]]:
     places = st.sampled_from([HERE, THERE, NOWHERE])
-    rows = st.lists(st.tuples(places, st.integers(0, 1)), max_size=3, unique_by=lambda row: row[0])
+    rows = st.lists(
+        st.tuples(places, st.integers(0, 1)), max_size=3, unique_by=lambda row: row[0]
+    )
     scores = iter(draw(st.permutations([i / 20 for i in range(1, 20)])))
     found, known = {}, {}
     for name in "abc":
-        found[name] = detections(*[(box, label, next(scores)) for box, label in draw(rows)], classes=2)
+        found[name] = detections(
+            *[(box, label, next(scores)) for box, label in draw(rows)], classes=2
+        )
         known[name] = truth(*draw(rows))
     return found, known
 
 
 @settings(max_examples=60, deadline=None)
 @given(scenes(), st.lists(st.integers(0, 2), min_size=3, max_size=3))
-def test_a_draw_scores_as_copies_of_its_images_would(scene: tuple[dict[str, Detections], dict[str, Truth]], counts: list[int]) -> None:
+def test_a_draw_scores_as_copies_of_its_images_would(
+    scene: tuple[dict[str, Detections], dict[str, Truth]], counts: list[int]
+) -> None:
     found, known = scene
-    copies = {f"{name}{n}": name for name, count in zip("abc", counts, strict=True) for n in range(count)}
-    expected = average_precision({c: found[n] for c, n in copies.items()}, {c: known[n] for c, n in copies.items()}, 2).ap
-    np.testing.assert_allclose(resampled(judged(found, known, 2), np.array([counts]))[0], expected)
+    copies = {
+        f"{name}{n}": name
+        for name, count in zip("abc", counts, strict=True)
+        for n in range(count)
+    }
+    expected = average_precision(
+        {c: found[n] for c, n in copies.items()},
+        {c: known[n] for c, n in copies.items()},
+        2,
+    ).ap
+    np.testing.assert_allclose(
+        resampled(judged(found, known, 2), np.array([counts]))[0], expected
+    )
 
 
 def test_each_image_drawn_once_is_the_figure_itself() -> None:
@@ -70,8 +88,15 @@ def test_each_image_drawn_once_is_the_figure_itself() -> None:
 
 def test_difficult_matches_are_neither_right_nor_wrong() -> None:
     hard = {"a": truth((HERE, 0), difficult=True), "b": truth((HERE, 0))}
-    (first, *_) = judged({"a": detections((HERE, 0, 0.9)), "b": detections((HERE, 0, 0.5))}, hard, 2)
-    assert (first.score.tolist(), first.image.tolist(), first.right.tolist(), first.required.tolist()) == ([0.5], [1], [True], [0, 1])
+    first, *_ = judged(
+        {"a": detections((HERE, 0, 0.9)), "b": detections((HERE, 0, 0.5))}, hard, 2
+    )
+    assert (
+        first.score.tolist(),
+        first.image.tolist(),
+        first.right.tolist(),
+        first.required.tolist(),
+    ) == ([0.5], [1], [True], [0, 1])
 
 
 def test_the_same_seed_draws_the_same_images() -> None:
@@ -83,7 +108,13 @@ def test_the_same_seed_draws_the_same_images() -> None:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [(np.linspace(0, 1, 1001), (0.025, 0.975)), (np.array([0.4, np.nan, 0.4]), (0.4, 0.4)), (np.array([np.nan]), None)],
+    [
+        (np.linspace(0, 1, 1001), (0.025, 0.975)),
+        (np.array([0.4, np.nan, 0.4]), (0.4, 0.4)),
+        (np.array([np.nan]), None),
+    ],
 )
-def test_interval_holds_the_middle_95_percent(values: np.ndarray[tuple[int], np.dtype[np.float64]], expected: object) -> None:
+def test_interval_holds_the_middle_95_percent(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]], expected: object
+) -> None:
     assert interval(values) == (pytest.approx(expected) if expected else None)

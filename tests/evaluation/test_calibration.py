@@ -17,6 +17,8 @@ def test_bins_hold_mean_confidence_and_share_right() -> None:
 
 
 def test_error_is_the_mean_distance_weighted_by_cases() -> None:
-    assert calibration_error((Bin(0.9, 0.6, 3), Bin(0.5, 0.6, 1))) == pytest.approx((3 * 0.3 + 0.1) / 4)
+    assert calibration_error((Bin(0.9, 0.6, 3), Bin(0.5, 0.6, 1))) == pytest.approx(
+        (3 * 0.3 + 0.1) / 4
+    )
     assert calibration_error((Bin(0.7, 0.7, 5),)) == 0
     assert math.isnan(calibration_error(()))

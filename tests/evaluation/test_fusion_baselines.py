@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from coin_ray.evaluation.fusion_baselines import clip_labelled, every_class, pseudo_label_quality, static_fusion
+from coin_ray.evaluation.fusion_baselines import (
+    clip_labelled,
+    every_class,
+    pseudo_label_quality,
+    static_fusion,
+)
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -14,39 +19,54 @@ BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
 
 def cloud(probs: list[list[float]], scores: list[float]) -> Detections:
     vectors = torch.tensor(probs)
-    return Detections(BOXES[: len(probs)], torch.tensor(scores), vectors[:, :-1].argmax(1), vectors)
+    return Detections(
+        BOXES[: len(probs)], torch.tensor(scores), vectors[:, :-1].argmax(1), vectors
+    )
 
 
 def test_clip_labelled_takes_the_best_foreground_class() -> None:
-    found = clip_labelled(cloud([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]], [0.8, 0.5]), torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.1, 0.6]]))
-    assert found.labels.tolist() == [1, 0]  # background won the second box; its best foreground class is kept
+    found = clip_labelled(
+        cloud([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]], [0.8, 0.5]),
+        torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.1, 0.6]]),
+    )
+    # background won the second box; its best foreground class is kept
+    assert found.labels.tolist() == [1, 0]
     assert found.scores.tolist() == pytest.approx([0.8 * 0.7, 0.5 * 0.3])
     assert torch.equal(found.boxes, BOXES)
 
 
 def test_static_fusion_with_background_mass() -> None:
-    # foreground-conditional: cloud (.75, .25), CLIP (.2, .8); mean (.475, .525); objectness 1 - .2
-    found = static_fusion(cloud([[0.6, 0.2, 0.2]], [0.6]), torch.tensor([[0.1, 0.4, 0.5]]))
+    # foreground-conditional: cloud (.75, .25), CLIP (.2, .8); mean (.475, .525);
+    # objectness 1 - .2
+    found = static_fusion(
+        cloud([[0.6, 0.2, 0.2]], [0.6]), torch.tensor([[0.1, 0.4, 0.5]])
+    )
     assert found.labels.tolist() == [1]
     assert found.scores.tolist() == pytest.approx([0.8 * 0.525])
     assert found.probs[0].tolist() == pytest.approx([0.8 * 0.475, 0.8 * 0.525, 0.2])
 
 
 def test_static_fusion_without_background_mass_takes_the_cloud_score() -> None:
-    found = static_fusion(cloud([[0.9, 0.1, 0.0]], [0.4]), torch.tensor([[0.5, 0.5, 0.0]]))
+    found = static_fusion(
+        cloud([[0.9, 0.1, 0.0]], [0.4]), torch.tensor([[0.5, 0.5, 0.0]])
+    )
     assert found.scores.tolist() == pytest.approx([0.4 * 0.7])
     assert found.probs[0].tolist() == pytest.approx([0.28, 0.12, 0.6])
 
 
 def test_static_fusion_where_clip_sees_only_background() -> None:
-    found = static_fusion(cloud([[0.8, 0.0, 0.2]], [0.8]), torch.tensor([[0.0, 0.0, 1.0]]))
+    found = static_fusion(
+        cloud([[0.8, 0.0, 0.2]], [0.8]), torch.tensor([[0.0, 0.0, 1.0]])
+    )
     assert found.probs[0].tolist() == pytest.approx([0.8 * 0.75, 0.8 * 0.25, 0.2])
 
 
 def test_probs_are_distributions_whatever_comes_in() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        mine, other = (torch.rand(2, 5, generator=generator).pow(8).softmax(1) for _ in range(2))
+        mine, other = (
+            torch.rand(2, 5, generator=generator).pow(8).softmax(1) for _ in range(2)
+        )
         fused = static_fusion(cloud(mine.tolist(), [0.3, 0.9]), other)
         assert fused.probs.sum(1).tolist() == pytest.approx([1, 1])
         assert ((fused.scores >= 0) & (fused.scores <= 1)).all()
@@ -55,7 +75,11 @@ def test_probs_are_distributions_whatever_comes_in() -> None:
 
 def test_empty_and_wrong_shapes() -> None:
     none = Detections.empty(3)
-    assert len(static_fusion(none, torch.zeros(0, 4))) == len(clip_labelled(none, torch.zeros(0, 4))) == 0
+    assert (
+        len(static_fusion(none, torch.zeros(0, 4)))
+        == len(clip_labelled(none, torch.zeros(0, 4)))
+        == 0
+    )
     with pytest.raises(ValueError, match="shape"):
         clip_labelled(none, torch.zeros(2, 4))
 
@@ -68,11 +92,18 @@ def test_pseudo_label_quality() -> None:
     }
     off = torch.tensor([[50.0, 50, 60, 60]])
     labels = {
-        "a": (torch.cat([BOXES, BOXES[:1], off]), torch.tensor([0, 0, 0, 1])),  # right, misnamed, right again, nowhere
+        # right, misnamed, right again, nowhere
+        "a": (torch.cat([BOXES, BOXES[:1], off]), torch.tensor([0, 0, 0, 1])),
         "b": (BOXES, torch.tensor([1, 0])),  # misnamed, on difficult
     }
     quality = pseudo_label_quality(labels, truth)
-    assert (quality.boxes, quality.localised, quality.correct, quality.covered, quality.truth) == (5, 4, 2, 1, 4)
+    assert (
+        quality.boxes,
+        quality.localised,
+        quality.correct,
+        quality.covered,
+        quality.truth,
+    ) == (5, 4, 2, 1, 4)
     assert quality.precision == pytest.approx(2 / 5)
     assert quality.recall == pytest.approx(1 / 4)
     assert quality.label_accuracy == pytest.approx(2 / 4)
@@ -80,12 +111,22 @@ def test_pseudo_label_quality() -> None:
 
 def test_quality_of_nothing_is_nan() -> None:
     quality = pseudo_label_quality({}, {})
-    assert all(math.isnan(value) for value in (quality.precision, quality.recall, quality.label_accuracy))
+    assert all(
+        math.isnan(value)
+        for value in (quality.precision, quality.recall, quality.label_accuracy)
+    )
 
 
 def test_every_class_reports_each_name_a_box_may_have() -> None:
     probs = torch.tensor([[0.6, 0.3, 0.0, 0.1]])
-    found = every_class(Detections(torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0.8]), torch.tensor([0]), probs))
+    found = every_class(
+        Detections(
+            torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
+            torch.tensor([0.8]),
+            torch.tensor([0]),
+            probs,
+        )
+    )
     assert found.labels.tolist() == [0, 1]
     assert found.scores.tolist() == pytest.approx([0.8, 0.4])
     assert torch.equal(found.boxes, torch.tensor([[0.0, 0.0, 4.0, 4.0]] * 2))

@@ -8,7 +8,12 @@ import torch
 from builders import detections
 from scipy.stats import spearmanr
 
-from coin_ray.evaluation.label_free import SURE, calibration_error, expected_boxes, label_free
+from coin_ray.evaluation.label_free import (
+    SURE,
+    calibration_error,
+    expected_boxes,
+    label_free,
+)
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
@@ -19,21 +24,35 @@ PLACES = [(10.0 + 60 * n, 10.0, 50.0 + 60 * n, 60.0) for n in range(4)]
 
 
 def world(seed: int = 0) -> tuple[dict[str, Truth], dict[str, Truth]]:
-    """Truth, and what two teachers together make of it: they are sure of three of four objects, now and then wrongly, of one they are not."""
+    """Truth, and what two teachers together make of it: they are sure of three of four
+    objects, now and then wrongly, of one they are not."""
     draw = np.random.default_rng(seed)
     truth, expected = {}, {}
     for number in range(IMAGES):
         labels = draw.integers(0, CLASSES, len(PLACES))
-        truth[str(number)] = Truth(torch.tensor(PLACES), torch.tensor(labels), torch.zeros(len(PLACES), dtype=torch.bool))
-        said = [int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES)) for label in labels]
+        truth[str(number)] = Truth(
+            torch.tensor(PLACES),
+            torch.tensor(labels),
+            torch.zeros(len(PLACES), dtype=torch.bool),
+        )
+        said = [
+            int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES))
+            for label in labels
+        ]
         scores = [*draw.uniform(SURE, 1, 3), draw.uniform(0, SURE)]
-        rows = [(place, label, float(score)) for place, label, score in zip(PLACES, said, scores, strict=True)]
+        rows = [
+            (place, label, float(score))
+            for place, label, score in zip(PLACES, said, scores, strict=True)
+        ]
         expected[str(number)] = expected_boxes(detections(*rows, classes=CLASSES))
     return truth, expected
 
 
-def student(truth: dict[str, Truth], quality: float, seed: int = 1) -> dict[str, Detections]:
-    """Finds and names rightly a ``quality`` of the objects, and is as sure as that; else a wrong name or nothing, and boxes of nothing."""
+def student(
+    truth: dict[str, Truth], quality: float, seed: int = 1
+) -> dict[str, Detections]:
+    """Finds and names rightly a ``quality`` of the objects, and is as sure as that;
+    else a wrong name or nothing, and boxes of nothing."""
     draw = np.random.default_rng(seed)
     found = {}
     for image, annotated in truth.items():
@@ -42,9 +61,17 @@ def student(truth: dict[str, Truth], quality: float, seed: int = 1) -> dict[str,
             if draw.random() < quality:
                 rows.append((place, label, float(draw.uniform(0.7, 1.0))))
             elif draw.random() < 0.5:
-                rows.append((place, int((label + 1) % CLASSES), float(draw.uniform(0.3, 0.9))))
+                rows.append(
+                    (place, int((label + 1) % CLASSES), float(draw.uniform(0.3, 0.9)))
+                )
         if draw.random() > quality:
-            rows.append(((100.0, 120.0, 150.0, 170.0), int(draw.integers(CLASSES)), float(draw.uniform(0.3, 0.9))))
+            rows.append(
+                (
+                    (100.0, 120.0, 150.0, 170.0),
+                    int(draw.integers(CLASSES)),
+                    float(draw.uniform(0.3, 0.9)),
+                )
+            )
         found[image] = detections(*rows, classes=CLASSES)
     return found
 
@@ -55,7 +82,11 @@ def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
     judged, true = [], []
     for quality in QUALITIES:
         found = student(truth, quality, seed + 1)
-        judged.append(label_free(found, student(truth, quality, seed + 100), expected, CLASSES)["score"])
+        judged.append(
+            label_free(found, student(truth, quality, seed + 100), expected, CLASSES)[
+                "score"
+            ]
+        )
         true.append(average_precision(found, truth, CLASSES).map)
     assert spearmanr(judged, true).statistic == pytest.approx(1.0)
     assert all(0 <= score <= 1 for score in judged)
@@ -63,10 +94,15 @@ def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
 
 def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None:
     """Under another name it is wrong."""
-    expected = {"a": expected_boxes(detections((PLACES[1], 1, SURE - 0.01), (PLACES[0], 0, SURE)))}
+    expected = {
+        "a": expected_boxes(
+            detections((PLACES[1], 1, SURE - 0.01), (PLACES[0], 0, SURE))
+        )
+    }
     right = (PLACES[0], 0, 0.8)
     alone, with_it, renamed = (
-        label_free({"a": detections(right, *more)}, {}, expected, CLASSES) for more in ((), ((PLACES[1], 1, 0.9),), ((PLACES[1], 0, 0.9),))
+        label_free({"a": detections(right, *more)}, {}, expected, CLASSES)
+        for more in ((), ((PLACES[1], 1, 0.9),), ((PLACES[1], 0, 0.9),))
     )
     assert with_it == alone
     assert alone["agreement"] == 1
@@ -78,21 +114,39 @@ def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None
 def test_a_student_that_differs_from_its_teacher_is_worth_less() -> None:
     truth, expected = world()
     found = student(truth, 0.8)
-    same, other = (label_free(found, teacher, expected, CLASSES) for teacher in (found, student(truth, 0.2, seed=9)))
+    same, other = (
+        label_free(found, teacher, expected, CLASSES)
+        for teacher in (found, student(truth, 0.2, seed=9))
+    )
     assert same["disagreement"] < 0.05 < other["disagreement"]
     assert same["agreement"] == other["agreement"]
     assert same["score"] > other["score"]
 
 
-@pytest.mark.parametrize(("score", "share", "error"), [(0.75, 0.75, 0.0), (0.95, 0.5, 0.45), (0.1, 0.5, 0.4)])
-def test_calibration_error_is_the_gap_between_score_and_share_confirmed(score: float, share: float, error: float) -> None:
-    truth = {str(n): Truth(torch.tensor(PLACES[:1]), torch.tensor([0]), torch.tensor([False])) for n in range(8)}
-    found = {str(n): detections((PLACES[0] if n < 8 * share else PLACES[2], 0, score)) for n in range(8)}
+@pytest.mark.parametrize(
+    ("score", "share", "error"), [(0.75, 0.75, 0.0), (0.95, 0.5, 0.45), (0.1, 0.5, 0.4)]
+)
+def test_calibration_error_is_the_gap_between_score_and_share_confirmed(
+    score: float, share: float, error: float
+) -> None:
+    truth = {
+        str(n): Truth(
+            torch.tensor(PLACES[:1]), torch.tensor([0]), torch.tensor([False])
+        )
+        for n in range(8)
+    }
+    found = {
+        str(n): detections((PLACES[0] if n < 8 * share else PLACES[2], 0, score))
+        for n in range(8)
+    }
     assert calibration_error(found, truth) == pytest.approx(error, abs=1e-6)
 
 
 def test_a_student_that_sees_nothing_is_the_worst() -> None:
     truth, expected = world()
     empty = {image: Detections.empty(CLASSES) for image in truth}
-    worst = min(label_free(student(truth, q), student(truth, q, 7), expected, CLASSES)["score"] for q in QUALITIES)
+    worst = min(
+        label_free(student(truth, q), student(truth, q, 7), expected, CLASSES)["score"]
+        for q in QUALITIES
+    )
     assert label_free(empty, empty, expected, CLASSES)["score"] < worst

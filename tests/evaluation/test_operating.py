@@ -9,7 +9,12 @@ from coin_ray.evaluation.voc import Judged
 
 def judge(rows: list[tuple[float, int, bool]], required: list[int]) -> Judged:
     score, image, right = zip(*rows, strict=True) if rows else ((), (), ())
-    return Judged(np.array(score, np.float64), np.array(image, np.int64), np.array(right, np.bool_), np.array(required, np.int64))
+    return Judged(
+        np.array(score, np.float64),
+        np.array(image, np.int64),
+        np.array(right, np.bool_),
+        np.array(required, np.int64),
+    )
 
 
 CAT = judge([(0.9, 0, True), (0.5, 0, False), (0.4, 1, True)], [1, 2])
@@ -18,9 +23,15 @@ DOG = judge([(0.8, 1, True), (0.2, 1, False)], [0, 1])
 
 def test_the_best_threshold_balances_precision_and_recall() -> None:
     point = best_f1([CAT, DOG])
-    # by score: right .9, right .8, wrong .5, right .4, wrong .2; 4 objects: f1 = 2/5, 4/6, 4/7, 6/8, 6/9
+    # by score: right .9, right .8, wrong .5, right .4, wrong .2; 4 objects: f1 = 2/5,
+    # 4/6, 4/7, 6/8, 6/9
     assert point is not None
-    assert (point.score, point.precision, point.recall, point.f1) == (0.4, 0.75, 0.75, 0.75)
+    assert (point.score, point.precision, point.recall, point.f1) == (
+        0.4,
+        0.75,
+        0.75,
+        0.75,
+    )
 
 
 def test_boxes_of_one_score_are_shown_together() -> None:
@@ -30,12 +41,18 @@ def test_boxes_of_one_score_are_shown_together() -> None:
 
 
 @pytest.mark.parametrize("rows", [[], [(0.9, 0, False)]])
-def test_a_method_that_is_never_right_has_no_threshold(rows: list[tuple[float, int, bool]]) -> None:
+def test_a_method_that_is_never_right_has_no_threshold(
+    rows: list[tuple[float, int, bool]],
+) -> None:
     assert best_f1([judge(rows, [1])]) is None
 
 
 def test_tally_and_losses_count_by_image() -> None:
     theirs, ours = tally([CAT, DOG], 0.45), tally([CAT, DOG], 0.85)
-    assert (theirs.truth.tolist(), theirs.found.tolist(), theirs.wrong.tolist()) == ([1, 3], [1, 1], [1, 0])
+    assert (theirs.truth.tolist(), theirs.found.tolist(), theirs.wrong.tolist()) == (
+        [1, 3],
+        [1, 1],
+        [1, 0],
+    )
     # ours drops a wrong box of the first image and a right one of the second
     assert losses(ours, theirs).tolist() == [-1, 1]

@@ -51,28 +51,61 @@ TABLE = [
     ("half found", [(A, 0.9, 0)], [(A, 0), (B, 0)], 0.5),
     ("wrong class", [(A, 0.9, 1)], [(A, 0)], 0.0),
     # right, wrong, right: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
-    ("false positive between", [(A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)], [(A, 0), (B, 0)], 0.5 + 0.5 * 2 / 3),
+    (
+        "false positive between",
+        [(A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)],
+        [(A, 0), (B, 0)],
+        0.5 + 0.5 * 2 / 3,
+    ),
     ("false positive first", [(OFF, 0.9, 0), (A, 0.8, 0)], [(A, 0)], 0.5),
     ("false positive last", [(A, 0.8, 0), (OFF, 0.1, 0)], [(A, 0)], 1.0),
     # the duplicate is wrong: precision 1, 1/2, 2/3
-    ("duplicate", [(A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 0)], [(A, 0), (B, 0)], 0.5 + 0.5 * 2 / 3),
+    (
+        "duplicate",
+        [(A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 0)],
+        [(A, 0), (B, 0)],
+        0.5 + 0.5 * 2 / 3,
+    ),
     ("difficult is not required", [(A, 0.9, 0)], [(A, 0), (B, 0, True)], 1.0),
-    ("difficult does no harm", [(B, 0.9, 0), (B, 0.8, 0), (A, 0.7, 0)], [(A, 0), (B, 0, True)], 1.0),
+    (
+        "difficult does no harm",
+        [(B, 0.9, 0), (B, 0.8, 0), (A, 0.7, 0)],
+        [(A, 0), (B, 0, True)],
+        1.0,
+    ),
     # 5 of 10 columns shared, union exactly twice that: IoU = 50 / 100
     ("IoU of exactly .5", [((0, 0, 10, 5), 0.9, 0)], [(A, 0)], 0.0),
     ("IoU just above .5", [((0, 0, 10, 5.01), 0.9, 0)], [(A, 0)], 1.0),
-    # the second detection overlaps the taken box most, so it is a duplicate even though B2 is free (VOC, not COCO)
-    ("no second choice", [(A, 0.9, 0), ((1, 0, 11, 10), 0.8, 0)], [(A, 0), ((3, 0, 13, 10), 0)], 0.5),
+    # the second detection overlaps the taken box most, so it is a duplicate even though
+    # B2 is free (VOC, not COCO)
+    (
+        "no second choice",
+        [(A, 0.9, 0), ((1, 0, 11, 10), 0.8, 0)],
+        [(A, 0), ((3, 0, 13, 10), 0)],
+        0.5,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("found", "annotated", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_hand_computed(found: list[tuple[Box, float, int]], annotated: list[tuple[Box, int]], expected: float) -> None:
-    assert one_image(detections(*found), truth(*annotated)).ap[0] == pytest.approx(expected)
+@pytest.mark.parametrize(
+    ("found", "annotated", "expected"),
+    [row[1:] for row in TABLE],
+    ids=[row[0] for row in TABLE],
+)
+def test_hand_computed(
+    found: list[tuple[Box, float, int]],
+    annotated: list[tuple[Box, int]],
+    expected: float,
+) -> None:
+    assert one_image(detections(*found), truth(*annotated)).ap[0] == pytest.approx(
+        expected
+    )
 
 
 def test_a_class_without_truth_is_nan_and_not_in_the_mean() -> None:
-    report = one_image(detections((A, 0.9, 0), (B, 0.9, 1)), truth((A, 0), (B, 1, True)))
+    report = one_image(
+        detections((A, 0.9, 0), (B, 0.9, 1)), truth((A, 0), (B, 1, True))
+    )
     assert math.isnan(report.ap[1])
     assert report.map == 1.0
     assert report.truth.tolist() == [1, 0]
@@ -91,14 +124,22 @@ def test_plus_one_changes_the_overlap() -> None:
 
 
 def test_one_class_ranks_by_score_although_its_vectors_are_all_alike() -> None:
-    """The published conversion gives every box of one class [1, 0]. Scores of 1 would leave the ranking to chance: AP .5 here, not 1."""
+    """The published conversion gives every box of one class [1, 0]. Scores of 1 would
+    leave the ranking to chance: AP .5 here, not 1."""
     annotated = {"b": truth((A, 0)), "a": truth()}
     vectors = torch.tensor([[1.0, 0.0]])
 
     def found(right: float, wrong: float) -> dict[str, Detections]:
         scores = {"b": right, "a": wrong}
         return {
-            i: every_class(Detections(torch.tensor([A]), torch.tensor([s]), torch.zeros(1, dtype=torch.int64), vectors))
+            i: every_class(
+                Detections(
+                    torch.tensor([A]),
+                    torch.tensor([s]),
+                    torch.zeros(1, dtype=torch.int64),
+                    vectors,
+                )
+            )
             for i, s in scores.items()
         }
 
@@ -123,11 +164,15 @@ def test_equal_scores_are_ordered_by_image_id() -> None:
     found = {"b": detections((A, 0.5, 0)), "a": detections((A, 0.5, 0))}
     assert average_precision(found, annotated, 2).ap[0] == 1.0
     renamed = {"b": annotated["a"], "a": annotated["b"]}
-    assert average_precision({"b": found["a"], "a": found["b"]}, renamed, 2).ap[0] == 0.5
+    assert (
+        average_precision({"b": found["a"], "a": found["b"]}, renamed, 2).ap[0] == 0.5
+    )
 
 
 def test_curve_points() -> None:
-    curve = one_image(detections((A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)), truth((A, 0), (B, 0))).curves[0]
+    curve = one_image(
+        detections((A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)), truth((A, 0), (B, 0))
+    ).curves[0]
     assert curve.precision == pytest.approx([1, 1 / 2, 2 / 3])
     assert curve.recall == pytest.approx([1 / 2, 1 / 2, 1])
 
@@ -137,7 +182,9 @@ def test_iou_of_empty_boxes_is_zero() -> None:
     assert pairwise_iou(point, point).tolist() == [[0.0]]
 
 
-def random_case(seed: int, images: int, objects: int, found: int, num_classes: int = 3) -> tuple[dict[str, Detections], dict[str, Truth]]:
+def random_case(
+    seed: int, images: int, objects: int, found: int, num_classes: int = 3
+) -> tuple[dict[str, Detections], dict[str, Truth]]:
     """Truth at random; detections are jittered truth and noise."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -152,9 +199,15 @@ def random_case(seed: int, images: int, objects: int, found: int, num_classes: i
         annotated[f"{image:04d}"] = Truth(boxes, labels, uniform(objects) < 0.1)
         pick = torch.randint(objects, (found,), generator=generator)
         noisy = boxes[pick] + (uniform(found, 4) - 0.5) * 16
-        guess = torch.where(uniform(found) < 0.7, labels[pick], torch.randint(num_classes, (found,), generator=generator))
+        guess = torch.where(
+            uniform(found) < 0.7,
+            labels[pick],
+            torch.randint(num_classes, (found,), generator=generator),
+        )
         probs = torch.full((found, num_classes + 1), 1 / (num_classes + 1))
-        predictions[f"{image:04d}"] = Detections(noisy, uniform(found).mul(20).round() / 20, guess, probs)
+        predictions[f"{image:04d}"] = Detections(
+            noisy, uniform(found).mul(20).round() / 20, guess, probs
+        )
     return predictions, annotated
 
 
@@ -176,8 +229,15 @@ def test_the_order_of_images_and_boxes_does_not_matter(seed: int) -> None:
     turned = {}
     for n in reversed(names):
         order = torch.randperm(len(annotated[n].boxes))
-        turned[n] = Truth(annotated[n].boxes[order], annotated[n].labels[order], annotated[n].difficult[order])
-    np.testing.assert_array_equal(average_precision(shuffled, turned, 3).ap, average_precision(predictions, annotated, 3).ap)
+        turned[n] = Truth(
+            annotated[n].boxes[order],
+            annotated[n].labels[order],
+            annotated[n].difficult[order],
+        )
+    np.testing.assert_array_equal(
+        average_precision(shuffled, turned, 3).ap,
+        average_precision(predictions, annotated, 3).ap,
+    )
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,29 +7,51 @@ from pathlib import Path
 import pytest
 from labelled_folder import CLASSES, records
 
+from coin_ray.commands.detector import Options
 from coin_ray.config import Tracking
+from coin_ray.config.co_detr import CoDetr
+from coin_ray.config.detector_presets import small
+from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data import formats
-from coin_ray.detector_cli import Options
-from coin_ray.detectors.config import DetectorConfig
-from coin_ray.detectors.presets import small
 from coin_ray.errors import ConfigError
 from coin_ray.experiments import components
-from coin_ray.experiments.components import QUICK_SCENES, SETTINGS, arms, markdown, requested, study, table
-from coin_ray.models.co_detr.config import CoDetr
+from coin_ray.experiments.components import (
+    QUICK_SCENES,
+    SETTINGS,
+    arms,
+    markdown,
+    requested,
+    study,
+    table,
+)
 
 
 def config(data: str = "/data") -> DetectorConfig:
     fit = replace(small().fit, steps=1, batch=2, warmup=0)
-    return replace(small(), data=data, classes=CLASSES, short_side=48, long_side=64, fit=fit, tracking=Tracking(enabled=False))
+    return replace(
+        small(),
+        data=data,
+        classes=CLASSES,
+        short_side=48,
+        long_side=64,
+        fit=fit,
+        tracking=Tracking(enabled=False),
+    )
 
 
 def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
     found = arms(replace(config(), ship="heads"), [0, 1])
-    assert [(a.name, a.seed) for a in found] == [(name, seed) for seed in (0, 1) for name in SETTINGS]
+    assert [(a.name, a.seed) for a in found] == [
+        (name, seed) for seed in (0, 1) for name in SETTINGS
+    ]
     by_name = {a.name: a.config for a in found if a.seed == 1}
 
     def parts(own: CoDetr) -> tuple[object, ...]:
-        return own.auxiliary, bool(own.auxiliary) and own.auxiliary_losses, bool(own.auxiliary) and own.positive_queries
+        return (
+            own.auxiliary,
+            bool(own.auxiliary) and own.auxiliary_losses,
+            bool(own.auxiliary) and own.positive_queries,
+        )
 
     assert {name: parts(own.co_detr) for name, own in by_name.items()} == {
         "none": ((), False, False),
@@ -38,16 +60,27 @@ def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
         "both": (("atss",), True, True),
         "both, two heads": (("rcnn", "atss"), True, True),
     }
-    assert {replace(own, co_detr=CoDetr()) for own in by_name.values()} == {replace(config(), co_detr=CoDetr(), seed=1)}
+    assert {replace(own, co_detr=CoDetr()) for own in by_name.values()} == {
+        replace(config(), co_detr=CoDetr(), seed=1)
+    }
 
 
-def test_the_table_is_made_and_kept_and_a_second_time_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_made_and_kept_and_a_second_time_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     formats.write(records(tmp_path / "raw", 8, 1), str(tmp_path / "coco"), "coco")
-    chosen, options = arms(config(str(tmp_path / "coco")), [0]), Options(str(tmp_path / "run"), dry_run=False)
+    chosen, options = (
+        arms(config(str(tmp_path / "coco")), [0]),
+        Options(str(tmp_path / "run"), dry_run=False),
+    )
     study(chosen, options)
     first = (tmp_path / "run" / "components.md").read_text()
-    assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == [f"| {name}" for name in SETTINGS]
-    assert set(json.loads((tmp_path / "run" / "components.json").read_text())) == set(SETTINGS)
+    assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == [
+        f"| {name}" for name in SETTINGS
+    ]
+    assert set(json.loads((tmp_path / "run" / "components.json").read_text())) == set(
+        SETTINGS
+    )
 
     def never(*_: object) -> None:
         raise AssertionError("a finished arm is not trained again")
@@ -57,36 +90,82 @@ def test_the_table_is_made_and_kept_and_a_second_time_costs_nothing(tmp_path: Pa
     assert (tmp_path / "run" / "components.md").read_text() == first
 
 
-def test_a_dry_run_says_what_is_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_says_what_is_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study(arms(config(), [3]), Options(str(tmp_path), dry_run=True))
-    assert "both, two heads, seed 3: to do images, train, evaluate" in capsys.readouterr().out
+    assert (
+        "both, two heads, seed 3: to do images, train, evaluate"
+        in capsys.readouterr().out
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_rows_are_means_over_seeds() -> None:
     found = [
-        {"arm": name, "seed": seed, "voc_ap50": 0.5 + 0.1 * seed, "coco_ap": None, "seconds_per_step": 0.2}
+        {
+            "arm": name,
+            "seed": seed,
+            "voc_ap50": 0.5 + 0.1 * seed,
+            "coco_ap": None,
+            "seconds_per_step": 0.2,
+        }
         for name in SETTINGS
         for seed in (0, 2)
     ]
     row = table(found)["both"]
     assert row["voc_ap50"] == {"mean": 0.6, "std": 0.1414, "values": [0.5, 0.7]}
     assert row["coco_ap"]["mean"] == 0.0
-    assert "| both | K=1, ATSS | 60.0 ± 14.1 | 0.0 ± 0.0 | 0.20 |" in markdown(table(found))
+    assert "| both | K=1, ATSS | 60.0 ± 14.1 | 0.0 ± 0.0 | 0.20 |" in markdown(
+        table(found)
+    )
 
 
 def test_the_command_line_takes_the_demo_s_scenes_or_labelled_images() -> None:
     demo, _ = requested([], "ablate.py co-detr", "")
-    assert (len(demo), demo[0].config.data, demo[0].scenes, demo[0].config.fit.steps) == (15, "demo-source", None, 300)
+    assert (
+        len(demo),
+        demo[0].config.data,
+        demo[0].scenes,
+        demo[0].config.fit.steps,
+    ) == (15, "demo-source", None, 300)
     quick, _ = requested(["--quick"], "ablate.py co-detr", "")
-    assert (len(quick), quick[0].scenes, quick[0].config.fit.steps) == (5, QUICK_SCENES, 10)
-    own, options = requested(["--data=coco:/x", "--classes", "cat,dog", "--seeds", "4", "--root", "/r", "--quick"], "ablate.py co-detr", "")
-    assert (own[0].seed, own[0].config.preset, own[0].config.epochs, options.root) == (4, "r50", 0, "/r")
+    assert (len(quick), quick[0].scenes, quick[0].config.fit.steps) == (
+        5,
+        QUICK_SCENES,
+        10,
+    )
+    own, options = requested(
+        [
+            "--data=coco:/x",
+            "--classes",
+            "cat,dog",
+            "--seeds",
+            "4",
+            "--root",
+            "/r",
+            "--quick",
+        ],
+        "ablate.py co-detr",
+        "",
+    )
+    assert (own[0].seed, own[0].config.preset, own[0].config.epochs, options.root) == (
+        4,
+        "r50",
+        0,
+        "/r",
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--model", "d-fine", "--classes", "cat", "--data", "/x"], "the table is Co-DETR's"), (["--seed", "1"], "give --seeds 0 1 2")],
+    [
+        (
+            ["--model", "d-fine", "--classes", "cat", "--data", "/x"],
+            "the table is Co-DETR's",
+        ),
+        (["--seed", "1"], "give --seeds 0 1 2"),
+    ],
 )
 def test_what_a_table_cannot_have_is_told(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from builders import distillation, examples, tiny_config, tiny_detector, tiny_embeddings, tiny_fit
+from builders import (
+    distillation,
+    examples,
+    tiny_config,
+    tiny_detector,
+    tiny_embeddings,
+    tiny_fit,
+)
 
 from coin_ray import storage, tables
 from coin_ray.config import Distill, Separate
@@ -30,30 +37,67 @@ def opinions(rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rule", list(RULES))
 def test_training_fuses_by_the_named_rule(rule: str) -> None:
     cloud, clip = opinions()
-    torch.testing.assert_close(distillation(tiny_fit(), fusion=rule).fuse(torch.zeros(40, 8), cloud, clip), RULES[rule](cloud, clip))
+    torch.testing.assert_close(
+        distillation(tiny_fit(), fusion=rule).fuse(torch.zeros(40, 8), cloud, clip),
+        RULES[rule](cloud, clip),
+    )
 
 
 def test_training_fuses_by_the_annotators_it_is_given(tmp_path: Path) -> None:
     cloud, clip = opinions()
     annotators = dawid_skene(cloud, clip)
-    config = Distill(fit=tiny_fit(steps=1), fusion="dawid_skene", prototypes_from=0, burn_up=0, fusion_score_min=0.0)
-    task = Distillation(tiny_detector(seed=1), tiny_detector(), tiny_embeddings(), config, Separate(iou_min=0.2), annotators)
-    torch.testing.assert_close(task.fuse(torch.zeros(40, 8), cloud, clip), annotators.posterior(cloud, clip))
-    (batch,) = batches(examples(tmp_path), config.fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+    config = Distill(
+        fit=tiny_fit(steps=1),
+        fusion="dawid_skene",
+        prototypes_from=0,
+        burn_up=0,
+        fusion_score_min=0.0,
+    )
+    task = Distillation(
+        tiny_detector(seed=1),
+        tiny_detector(),
+        tiny_embeddings(),
+        config,
+        Separate(iou_min=0.2),
+        annotators,
+    )
+    torch.testing.assert_close(
+        task.fuse(torch.zeros(40, 8), cloud, clip), annotators.posterior(cloud, clip)
+    )
+    (batch,) = batches(
+        examples(tmp_path),
+        config.fit,
+        tiny_config(),
+        seed=2,
+        first=0,
+        rank=0,
+        workers=1,
+    )
     parts = task.train_step(batch, 0)
     assert bool(torch.isfinite(parts["inconsistent"]))
 
 
 @pytest.mark.parametrize(("fusion", "given"), [("dawid_skene", False), ("ckg", True)])
-def test_annotators_without_their_fusion_and_the_other_way_round_are_an_error(fusion: str, given: bool) -> None:
+def test_annotators_without_their_fusion_and_the_other_way_round_are_an_error(
+    fusion: str, given: bool
+) -> None:
     annotators = dawid_skene(*opinions()) if given else None
     with pytest.raises(ValueError, match="dawid_skene"):
-        Distillation(tiny_detector(), tiny_detector(), tiny_embeddings(), Distill(fusion=fusion), Separate(), annotators)  # type: ignore[arg-type]
+        Distillation(
+            tiny_detector(),
+            tiny_detector(),
+            tiny_embeddings(),
+            Distill(fusion=fusion),
+            Separate(),
+            annotators,
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_a_fair_threshold_lets_the_same_share_pass_whatever_the_rule(rule: str, share: float) -> None:
+def test_a_fair_threshold_lets_the_same_share_pass_whatever_the_rule(
+    rule: str, share: float
+) -> None:
     task = distillation(tiny_fit(), fusion=rule, fusion_share=share)
     fused = RULES[rule](*opinions())
     passed = fused.max(-1).values >= task.trusted_from(fused)
@@ -63,17 +107,30 @@ def test_a_fair_threshold_lets_the_same_share_pass_whatever_the_rule(rule: str, 
 def test_the_published_threshold_is_the_same_for_all() -> None:
     fused = RULES["average"](*opinions())
     assert distillation(tiny_fit(), fusion_score_min=0.7).trusted_from(fused) == 0.7
-    assert distillation(tiny_fit(), fusion_score_min=0.7, fusion_share=0.5).trusted_from(fused[:0]) == 0.7
+    assert (
+        distillation(tiny_fit(), fusion_score_min=0.7, fusion_share=0.5).trusted_from(
+            fused[:0]
+        )
+        == 0.7
+    )
 
 
-def test_without_consistent_knowledge_nothing_is_learned_as_ground_truth(tmp_path: Path) -> None:
+def test_without_consistent_knowledge_nothing_is_learned_as_ground_truth(
+    tmp_path: Path,
+) -> None:
     fit = tiny_fit(steps=1)
-    (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+    (batch,) = batches(
+        examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+    )
     parts = distillation(fit, burn_up=0, consistent=0.0).train_step(batch, 0)
-    assert {name for name, value in parts.items() if float(value.detach()) == 0} - diagnosis.NAMES == SUPERVISED
+    assert {
+        name for name, value in parts.items() if float(value.detach()) == 0
+    } - diagnosis.NAMES == SUPERVISED
 
 
-@pytest.mark.parametrize("wrong", [{"fusion": "mean"}, {"fusion_share": 0.0}, {"fusion_share": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"fusion": "mean"}, {"fusion_share": 0.0}, {"fusion_share": 1.5}]
+)
 def test_impossible_fusions_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"distill\.fusion"):
         Distill(**wrong)  # type: ignore[arg-type]
@@ -92,11 +149,21 @@ def test_opinions_are_paired_by_kind(tmp_path: Path) -> None:
             "clip_probs": [p[::-1] for p in probs],
         }
 
-    rows = [row("a", ["consistent", "inconsistent", "private"]), row("b", []), row("c", ["private", "inconsistent"])]
+    rows = [
+        row("a", ["consistent", "inconsistent", "private"]),
+        row("b", []),
+        row("c", ["private", "inconsistent"]),
+    ]
     for name, some in (("all", rows), ("nothing", rows[1:2])):
-        storage.write_table(str(tmp_path / name / "separation.parquet"), pa.Table.from_pylist(some, schema=tables.SEPARATION))
+        storage.write_table(
+            str(tmp_path / name / "separation.parquet"),
+            pa.Table.from_pylist(some, schema=tables.SEPARATION),
+        )
     cloud, clip = paired_opinions(str(tmp_path / "all"), 1)
     torch.testing.assert_close(cloud[:, 0], torch.tensor([0.1, 0.2, 0.2]))
     torch.testing.assert_close(clip[:, 1], cloud[:, 0])
-    assert [len(part) for part in paired_opinions(str(tmp_path / "all"), 1, ("inconsistent",))] == [2, 2]
+    assert [
+        len(part)
+        for part in paired_opinions(str(tmp_path / "all"), 1, ("inconsistent",))
+    ] == [2, 2]
     assert paired_opinions(str(tmp_path / "nothing"), 1)[0].shape == (0, 2)

@@ -1,4 +1,5 @@
-"""The grid's logic, and two real trials of a few steps: once in this process, once (slow) under Ray Tune."""
+"""The grid's logic, and two real trials of a few steps: once in this process, once
+(slow) under Ray Tune."""
 
 from __future__ import annotations
 
@@ -11,68 +12,99 @@ from typing import Any
 
 import pytest
 
+from coin_ray.commands.grid import Request, request
 from coin_ray.config import PipelineConfig, Tracking
 from coin_ray.errors import ConfigError
 from coin_ray.experiments import grid
-from coin_ray.experiments.command import Request, request
 from coin_ray.experiments.grid import Job, Report, Trial, one_by_one, waves
 from coin_ray.experiments.studies import ablation, fusion
 from coin_ray.experiments.tracked import Runs
 from coin_ray.experiments.variants import ABLATION, distilled, fusions, trials
-from coin_ray.steps import Step
+from coin_ray.runs.steps import Step
 
 STEPS = ["images", "collect", "propagate", "separate", "distill", "evaluate"]
 
 
 class Pretended:
-    """Stands for ``execute``: leaves a manifest, notes what ran, and insists that inputs are finished and nothing runs twice."""
+    """Stands for ``execute``: leaves a manifest, notes what ran, and insists that
+    inputs are finished and nothing runs twice."""
 
     def __init__(self, fail: str = "") -> None:
         self.ran: list[str] = []
         self.fail = fail
 
     def __call__(self, step: Step, config: PipelineConfig, root: str) -> dict[str, Any]:
-        assert all(i.manifest(root) is not None for i in step.inputs), f"{step.name} before its inputs"
+        assert all(i.manifest(root) is not None for i in step.inputs), (
+            f"{step.name} before its inputs"
+        )
         assert step.fingerprint not in self.ran, f"{step.name} twice"
         if step.name == self.fail:
             raise RuntimeError("killed")
         self.ran.append(step.fingerprint)
-        metrics = {"map50": {"student": 0.4, "cloud": 0.3}} if step.name == "evaluate" else {}
-        manifest = {"metrics": metrics, "seconds": 1.0, "fingerprint": step.fingerprint, "step": step.name}
+        metrics = (
+            {"map50": {"student": 0.4, "cloud": 0.3}} if step.name == "evaluate" else {}
+        )
+        manifest = {
+            "metrics": metrics,
+            "seconds": 1.0,
+            "fingerprint": step.fingerprint,
+            "step": step.name,
+        }
         folder = Path(step.folder(root))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return manifest
 
 
-def run(chosen: Sequence[Trial], root: Path, config: PipelineConfig) -> list[dict[str, Any]]:
-    return grid.run("test", chosen, str(root), one_by_one, Runs("test", config, str(root)))
+def run(
+    chosen: Sequence[Trial], root: Path, config: PipelineConfig
+) -> list[dict[str, Any]]:
+    return grid.run(
+        "test", chosen, str(root), one_by_one, Runs("test", config, str(root))
+    )
 
 
-def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(small_demo: PipelineConfig, tmp_path: Path) -> None:
+def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(
+    small_demo: PipelineConfig, tmp_path: Path
+) -> None:
     chosen = trials(small_demo, ABLATION | fusions(0.5), (0, 1, 2))
     planned = waves(chosen, str(tmp_path))
     steps = [[step for job in wave for step in job.steps] for wave in planned]
     everything = Counter(step.fingerprint for wave in steps for step in wave)
     assert set(everything.values()) == {1}
-    assert set(everything) == {step.fingerprint for trial in chosen for step in trial.steps.values()}
-    assert [sorted({step.name for step in wave}) for wave in steps[:4]] == [["images"], ["collect"], ["propagate"], ["separate"]]
+    assert set(everything) == {
+        step.fingerprint for trial in chosen for step in trial.steps.values()
+    }
+    assert [sorted({step.name for step in wave}) for wave in steps[:4]] == [
+        ["images"],
+        ["collect"],
+        ["propagate"],
+        ["separate"],
+    ]
     assert [len(wave) for wave in steps[:4]] == [1, 2, 6, 3]
     earlier: set[str] = set()
     for wave in planned:
         for job in wave:
             own = {step.fingerprint for step in job.steps}
-            assert all(i.fingerprint in earlier | own for step in job.steps for i in step.inputs)
+            assert all(
+                i.fingerprint in earlier | own
+                for step in job.steps
+                for i in step.inputs
+            )
         earlier |= {step.fingerprint for job in wave for step in job.steps}
 
 
-def test_equal_trials_are_run_once(small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_trials_are_run_once(
+    small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grid, "execute", pretended := Pretended())
     run([Trial("a", "", small_demo), Trial("b", "", small_demo)], tmp_path, small_demo)
     assert len(pretended.ran) == len(STEPS)
 
 
-def test_a_finished_grid_again_does_nothing(small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_grid_again_does_nothing(
+    small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grid, "execute", pretended := Pretended())
     chosen = trials(small_demo, ABLATION, (0, 1))
     first = run(chosen, tmp_path, small_demo)
@@ -83,7 +115,9 @@ def test_a_finished_grid_again_does_nothing(small_demo: PipelineConfig, tmp_path
     assert json.loads((tmp_path / "test.json").read_text())["trials"] == first
 
 
-def test_a_killed_grid_goes_on_where_it_was(small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_grid_goes_on_where_it_was(
+    small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = trials(small_demo, ABLATION, (0, 1))
     monkeypatch.setattr(grid, "execute", killed := Pretended(fail="separate"))
     with pytest.raises(RuntimeError, match="killed"):
@@ -105,8 +139,14 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
         run(chosen, tmp_path, config)
     runs = Runs("test", config, str(tmp_path))
     found = mlflow.search_runs([runs.tracker.experiment], output_format="list")
-    children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == runs.tracker.parent_run]
-    assert sorted(r.info.run_name for r in children) == sorted(trial.title for trial in chosen)
+    children = [
+        r
+        for r in found
+        if r.data.tags.get("mlflow.parentRunId") == runs.tracker.parent_run
+    ]
+    assert sorted(r.info.run_name for r in children) == sorted(
+        trial.title for trial in chosen
+    )
     assert all(r.data.metrics["map50.student"] == 0.4 for r in children)
 
 
@@ -127,45 +167,84 @@ def test_command_line(arguments: str, seeds: tuple[int, ...], steps: float) -> N
     assert asked.root.endswith("runs/demo")
 
 
-@pytest.mark.parametrize("wrong", ["--seed 3", "--until distill", "--baselines", "--seeds 1 1", "--share 0", "--steps-share 2"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--seed 3",
+        "--until distill",
+        "--baselines",
+        "--seeds 1 1",
+        "--share 0",
+        "--steps-share 2",
+    ],
+)
 def test_what_a_grid_cannot_do_is_said_before_it_starts(wrong: str) -> None:
     with pytest.raises(ConfigError, match="--"):
         request(["demo", *wrong.split()], "ablate.py", "")
 
 
-def test_a_plan_runs_nothing(small_demo: PipelineConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_runs_nothing(
+    small_demo: PipelineConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def never(jobs: Sequence[Job], root: str, report: Report) -> None:
         raise AssertionError
 
-    assert ablation(Request(small_demo, str(tmp_path), (0,), 0.5, dry_run=True), never) == []
+    assert (
+        ablation(Request(small_demo, str(tmp_path), (0,), 0.5, dry_run=True), never)
+        == []
+    )
     assert "no private, losses, seed 0: distill, evaluate" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_fusions_of_one_seed_under_ray_tune(small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps, but everything real: collection with its local cloud, two rules and CKG as Tune trials, tables and figures."""
+def test_fusions_of_one_seed_under_ray_tune(
+    small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few steps, but everything real: collection with its local cloud, two rules and
+    CKG as Tune trials, tables and figures."""
     import ray
 
     from coin_ray.experiments import studies
     from coin_ray.experiments.tuning import under_tune
 
-    few = {group: {name: rules[name] for name in ("average", "dawid_skene")} for group, rules in fusions(0.5).items()}
+    few = {
+        group: {name: rules[name] for name in ("average", "dawid_skene")}
+        for group, rules in fusions(0.5).items()
+    }
     monkeypatch.setattr(studies, "fusions", lambda share: few)
     asked = Request(small_demo, str(tmp_path), (0,), 0.5, dry_run=False)
     try:
         rows = fusion(asked, under_tune)
-        stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()}
+        stamps = {
+            p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()
+        }
         assert fusion(asked, under_tune) == rows
     finally:
         ray.shutdown()
-    assert [(row.name, row.group) for row in rows[:2]] == [("COIN", ""), ("average", "pi = 0.7")]
+    assert [(row.name, row.group) for row in rows[:2]] == [
+        ("COIN", ""),
+        ("average", "pi = 0.7"),
+    ]
     assert len(rows) == 5
     assert all(len(row.values) == 1 for row in rows)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()} == stamps
-    assert Counter(p.name.split("-")[0] for p in (tmp_path / "steps").iterdir()) == Counter(
-        {"images": 1, "collect": 1, "propagate": 1, "separate": 1, "distill": 5, "evaluate": 5}
+    assert {
+        p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()
+    } == stamps
+    assert Counter(
+        p.name.split("-")[0] for p in (tmp_path / "steps").iterdir()
+    ) == Counter(
+        {
+            "images": 1,
+            "collect": 1,
+            "propagate": 1,
+            "separate": 1,
+            "distill": 5,
+            "evaluate": 5,
+        }
     )
     calls = (tmp_path / "local_cloud" / "calls.jsonl").read_text().splitlines()
     assert len(calls) == 16 + 8
-    assert {f"fusion.{kind}" for kind in ("json", "md", "svg")} <= {p.name for p in tmp_path.iterdir()}
+    assert {f"fusion.{kind}" for kind in ("json", "md", "svg")} <= {
+        p.name for p in tmp_path.iterdir()
+    }

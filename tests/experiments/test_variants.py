@@ -6,17 +6,29 @@ from dataclasses import replace
 import pytest
 
 from coin_ray.config import Change, PipelineConfig
-from coin_ray.configfile import identity
-from coin_ray.experiments.variants import ABLATION, REFERENCE, clip_off, fusions, no_propagation, shortened, trials
-from coin_ray.pipeline import graph
-from coin_ray.presets import demo, folder, thermal
+from coin_ray.config.files import identity
+from coin_ray.config.presets import demo, folder, thermal
+from coin_ray.experiments.variants import (
+    ABLATION,
+    REFERENCE,
+    clip_off,
+    fusions,
+    no_propagation,
+    shortened,
+    trials,
+)
+from coin_ray.runs.graph import graph
 
 SHARED_BY_DISTILL_VARIANTS = ("images", "collect", "propagate", "separate")
 
 
 def differences(ours: object, theirs: object, at: str = "") -> set[str]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        return {d for key in ours for d in differences(ours[key], theirs[key], f"{at}.{key}".strip("."))}
+        return {
+            d
+            for key in ours
+            for d in differences(ours[key], theirs[key], f"{at}.{key}".strip("."))
+        }
     return set() if ours == theirs else {at}
 
 
@@ -27,37 +39,62 @@ def differences(ours: object, theirs: object, at: str = "") -> set[str]:
         ("losses", "no consistent", {"distill.consistent"}),
         ("losses", "no inconsistent", {"distill.inconsistent"}),
         ("losses", "no private", {"distill.private"}),
-        ("stages", "no propagation", {"propagate.fit.steps", "distill.fit.steps", "distill.burn_up"}),
+        (
+            "stages",
+            "no propagation",
+            {"propagate.fit.steps", "distill.fit.steps", "distill.burn_up"},
+        ),
         ("stages", "CLIP off", {"collect.labeler"}),
         ("stages", "cloud only", {"collect.labeler", "separate.clip_score_min"}),
     ],
 )
-def test_a_variant_changes_only_what_it_is_named_after(group: str, name: str, changed: set[str]) -> None:
+def test_a_variant_changes_only_what_it_is_named_after(
+    group: str, name: str, changed: set[str]
+) -> None:
     config = demo()
-    assert differences(identity(ABLATION[group][name](config)), identity(config)) == changed
+    assert (
+        differences(identity(ABLATION[group][name](config)), identity(config))
+        == changed
+    )
 
 
 @pytest.mark.parametrize("preset", [demo, folder])
-def test_a_student_without_propagation_makes_as_many_steps_as_its_weights_made(preset: object) -> None:
+def test_a_student_without_propagation_makes_as_many_steps_as_its_weights_made(
+    preset: object,
+) -> None:
     config: PipelineConfig = preset()  # type: ignore[operator]
     without = no_propagation(config)
-    steps = [c.distill.fit.steps + (c.propagate.fit.steps if c.distill.start_from == "clip_detector" else 0) for c in (config, without)]
+    steps = [
+        c.distill.fit.steps
+        + (c.propagate.fit.steps if c.distill.start_from == "clip_detector" else 0)
+        for c in (config, without)
+    ]
     assert steps[0] == steps[1]
     assert without.propagate.fit.steps == 1
 
 
 @pytest.mark.parametrize(
-    "variant", [*ABLATION["losses"].values(), *fusions(0.5)["pi = 0.7"].values(), *fusions(0.5)["surest 50%"].values()]
+    "variant",
+    [
+        *ABLATION["losses"].values(),
+        *fusions(0.5)["pi = 0.7"].values(),
+        *fusions(0.5)["surest 50%"].values(),
+    ],
 )
 def test_variants_of_distillation_share_everything_before_it(variant: object) -> None:
     config = demo()
     ours, theirs = graph(variant(config)), graph(config)  # type: ignore[operator]
-    assert all(ours[step].fingerprint == theirs[step].fingerprint for step in SHARED_BY_DISTILL_VARIANTS)
+    assert all(
+        ours[step].fingerprint == theirs[step].fingerprint
+        for step in SHARED_BY_DISTILL_VARIANTS
+    )
 
 
 def test_every_variant_has_every_seed_and_a_run_of_its_own() -> None:
     chosen = trials(demo(), ABLATION, (0, 1, 2))
-    assert Counter(trial.variant for trial in chosen) == Counter(dict.fromkeys([REFERENCE, *ABLATION["losses"], *ABLATION["stages"]], 3))
+    assert Counter(trial.variant for trial in chosen) == Counter(
+        dict.fromkeys([REFERENCE, *ABLATION["losses"], *ABLATION["stages"]], 3)
+    )
     assert len({trial.steps["distill"].fingerprint for trial in chosen}) == len(chosen)
     assert len({trial.title for trial in chosen}) == len(chosen)
 
@@ -77,12 +114,28 @@ def test_a_preset_without_clip_is_not_ablated_of_it() -> None:
 def test_shortened_trainings_still_burn_up_before_they_end() -> None:
     config = shortened(demo(), 0.1)
     assert config.propagate.fit.steps == round(demo().propagate.fit.steps * 0.1)
-    assert config.distill.prototypes_from <= config.distill.burn_up < config.distill.fit.steps
+    assert (
+        config.distill.prototypes_from
+        <= config.distill.burn_up
+        < config.distill.fit.steps
+    )
     assert replace(config, propagate=demo().propagate, distill=demo().distill) == demo()
 
 
 def test_the_schedule_of_a_distillation_moves_with_its_steps() -> None:
-    config = replace(demo(), distill=replace(demo().distill, schedule=(Change(100, 1.0, 1.0, 1.0), Change(201, 2.0, 2.0, 2.0))))
+    config = replace(
+        demo(),
+        distill=replace(
+            demo().distill,
+            schedule=(Change(100, 1.0, 1.0, 1.0), Change(201, 2.0, 2.0, 2.0)),
+        ),
+    )
     skipped = config.propagate.fit.steps - 1
-    assert [change.start for change in no_propagation(config).distill.schedule] == [100 + skipped, 201 + skipped]
-    assert [change.start for change in shortened(config, 0.1).distill.schedule] == [10, 20]
+    assert [change.start for change in no_propagation(config).distill.schedule] == [
+        100 + skipped,
+        201 + skipped,
+    ]
+    assert [change.start for change in shortened(config, 0.1).distill.schedule] == [
+        10,
+        20,
+    ]

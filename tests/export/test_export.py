@@ -10,13 +10,13 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
 
+from coin_ray.commands.export import check_added, request
+from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.export import equality
-from coin_ray.export.command import check_added, request
 from coin_ray.export.int8_loss import Pair, int8_loss
-from coin_ray.presets import demo
-from coin_ray.serving.exported import Predictor, load_exported
-from coin_ray.serving.onnx_student import OnnxStudent
+from coin_ray.predictors.onnx_student import OnnxStudent
+from coin_ray.predictors.student import Predictor, load_exported
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 from tests.builders import CLASSES, detections, tiny_detector
@@ -28,15 +28,26 @@ import onnxruntime  # noqa: E402
 
 from coin_ray.export.graph import Graph  # noqa: E402
 from coin_ray.export.onnx_model import onnx_model  # noqa: E402
-from coin_ray.export.package import Int8Images, Measured, Student, write_package  # noqa: E402
+from coin_ray.export.package import (
+    Int8Images,
+    Measured,
+    Student,
+    write_package,
+)
 from coin_ray.export.resizing import resize  # noqa: E402
 
 SIZES = ((96, 64), (64, 80), (72, 72), (300, 120), (9, 8), (50, 400), (1, 1))
-SUMMARY = {"images": {"train": 500, "test": 300}, "map50": {"cloud": 0.387, "student": 0.459, "oracle": None}}
+SUMMARY = {
+    "images": {"train": 500, "test": 300},
+    "map50": {"cloud": 0.387, "student": 0.459, "oracle": None},
+}
 
 
 WHERE = torch.tensor([[10.0, 10.0, 60.0, 50.0]])
-LABELLED = [(picture(96, 64, seed), Truth(WHERE, torch.tensor([seed]), torch.tensor([False]))) for seed in range(3)]
+LABELLED = [
+    (picture(96, 64, seed), Truth(WHERE, torch.tensor([seed]), torch.tensor([False])))
+    for seed in range(3)
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Measured]:
     student = Student(tiny_detector(score_min=0.02), CLASSES, (), demo(), SUMMARY)
     training = (picture(96, 64, seed) for seed in range(20, 28))
     return folder, write_package(
-        student, [picture(*size, seed) for seed, size in enumerate(SIZES)], str(folder), Int8Images(training, LABELLED)
+        student,
+        [picture(*size, seed) for seed, size in enumerate(SIZES)],
+        str(folder),
+        Int8Images(training, LABELLED),
     )
 
 
@@ -55,16 +69,26 @@ def session(package: tuple[Path, Measured]) -> onnxruntime.InferenceSession:
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
-def test_exported_files_find_what_the_model_finds(package: tuple[Path, Measured], file: str) -> None:
+def test_exported_files_find_what_the_model_finds(
+    package: tuple[Path, Measured], file: str
+) -> None:
     found = package[1].equality[file]
     assert (found.images, found.unmatched) == (len(SIZES), 0)
     assert found.detections > 3 * len(SIZES)
 
 
 @pytest.mark.parametrize("size", [(96, 64), (300, 120)])
-def test_a_batch_gives_each_image_its_own_answer(session: onnxruntime.InferenceSession, size: tuple[int, int]) -> None:
+def test_a_batch_gives_each_image_its_own_answer(
+    session: onnxruntime.InferenceSession, size: tuple[int, int]
+) -> None:
     batch = np.stack([np.asarray(picture(*size, seed)) for seed in range(3)])
-    together = dict(zip(("boxes", "scores", "labels", "image", "probs"), session.run(None, {"images": batch}), strict=True))
+    together = dict(
+        zip(
+            ("boxes", "scores", "labels", "image", "probs"),
+            session.run(None, {"images": batch}),
+            strict=True,
+        )
+    )
     assert (np.diff(together["scores"]) <= 0).all()
     for number, image in enumerate(batch):
         mine = together["image"] == number
@@ -82,11 +106,16 @@ def test_a_batch_gives_each_image_its_own_answer(session: onnxruntime.InferenceS
         {"detections": 3, "score_min": 0.01},
     ],
 )
-def test_equal_with_any_way_of_pooling_with_live_norms_and_with_few_detections(changes: dict[str, Any]) -> None:
+def test_equal_with_any_way_of_pooling_with_live_norms_and_with_few_detections(
+    changes: dict[str, Any],
+) -> None:
     detector = tiny_detector(**changes).eval()
     exported = OnnxStudent(onnx_model(detector, CLASSES).SerializeToString())
     found = equality.compare(
-        Predictor(CLASSES, detector, detector.config), exported, [picture(90, 60), picture(64, 64, 1)], detector.config.score_min
+        Predictor(CLASSES, detector, detector.config),
+        exported,
+        [picture(90, 60), picture(64, 64, 1)],
+        detector.config.score_min,
     )
     assert found.detections > 0
     assert found.unmatched == 0
@@ -102,27 +131,44 @@ def test_equal_with_any_way_of_pooling_with_live_norms_and_with_few_detections(c
         ((1080, 1920), (192, 341), 1e-4),
     ],
 )
-def test_resizing_equals_pytorch_s(own: tuple[int, int], view: tuple[int, int], others: float) -> None:
-    """``others``: share of pixels that may be one grey level off, where many old pixels are summed."""
+def test_resizing_equals_pytorch_s(
+    own: tuple[int, int], view: tuple[int, int], others: float
+) -> None:
+    """``others``: share of pixels that may be one grey level off, where many old pixels
+    are summed."""
     graph = Graph()
     out = resize(graph, "images", graph.f64(*own), graph.f64(*view))
     kind = onnx.TensorProto.FLOAT
     inputs = [onnx.helper.make_tensor_value_info("images", kind, [1, 3, *own])]
-    model = graph.model("resize", inputs, {out: onnx.helper.make_tensor_value_info("view", kind, [1, 3, *view])})
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *own), np.uint8))
+    model = graph.model(
+        "resize",
+        inputs,
+        {out: onnx.helper.make_tensor_value_info("view", kind, [1, 3, *view])},
+    )
+    image = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (3, *own), np.uint8)
+    )
     given = {"images": image[None].numpy().astype(np.float32)}
-    resized = onnxruntime.InferenceSession(model.SerializeToString()).run(None, given)[0][0]
+    resized = onnxruntime.InferenceSession(model.SerializeToString()).run(None, given)[
+        0
+    ][0]
     off = np.abs(resized - V.resize(image, list(view), antialias=True).numpy())
     assert off.max() <= 1
     assert (off > 0).mean() <= others
 
 
-def test_no_file_holds_a_text_encoder_and_weights_load(package: tuple[Path, Measured]) -> None:
+def test_no_file_holds_a_text_encoder_and_weights_load(
+    package: tuple[Path, Measured],
+) -> None:
     folder = package[0]
     for file in ("model.onnx", "model.int8.onnx"):
         names = {i.name for i in onnx.load(folder / file).graph.initializer}
         assert names
-        assert not [n for n in names if "token_embedding" in n or "prompts" in n or "transformer" in n]
+        assert not [
+            n
+            for n in names
+            if "token_embedding" in n or "prompts" in n or "transformer" in n
+        ]
     assert load_exported(str(folder)).classes == CLASSES
     assert {f.name for f in folder.iterdir()} == {
         "model.onnx",
@@ -148,22 +194,40 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.int8.onnx"])
-def test_the_example_runs_both_files_outside_the_package(package: tuple[Path, Measured], tmp_path: Path, file: str) -> None:
+def test_the_example_runs_both_files_outside_the_package(
+    package: tuple[Path, Measured], tmp_path: Path, file: str
+) -> None:
     image = tmp_path / "image.png"
     picture(96, 64).save(image)
     example = package[0] / "detect.py"
     assert len(example.read_text().splitlines()) <= 30
-    command = [sys.executable, "-I", "-c", BLOCKED, str(example), *([] if file == "model.onnx" else [file]), str(image)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        BLOCKED,
+        str(example),
+        *([] if file == "model.onnx" else [file]),
+        str(image),
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()[1:]
     expected = OnnxStudent((package[0] / file).read_bytes())(picture(96, 64))
-    shown = [CLASSES[int(k)] for k, s in zip(expected.labels, expected.scores, strict=True) if s >= 0.3]
+    shown = [
+        CLASSES[int(k)]
+        for k, s in zip(expected.labels, expected.scores, strict=True)
+        if s >= 0.3
+    ]
     assert [line[2:22].strip() for line in printed] == shown
     assert shown
 
 
-def test_the_card_says_who_taught_what_was_measured_and_the_signature(package: tuple[Path, Measured]) -> None:
+def test_the_card_says_who_taught_what_was_measured_and_the_signature(
+    package: tuple[Path, Measured],
+) -> None:
     card = (package[0] / "README.md").read_text()
     for part in (
         "traffic light",
@@ -178,18 +242,38 @@ def test_the_card_says_who_taught_what_was_measured_and_the_signature(package: t
     assert "Never trained" not in card
 
 
-def test_the_loss_reported_of_the_8_bit_file_is_the_loss_measured(package: tuple[Path, Measured]) -> None:
+def test_the_loss_reported_of_the_8_bit_file_is_the_loss_measured(
+    package: tuple[Path, Measured],
+) -> None:
     folder, measured = package
-    pair = Pair(*(OnnxStudent((folder / file).read_bytes()) for file in ("model.onnx", "model.int8.onnx")))
-    again = int8_loss(pair, [picture(*size, seed) for seed, size in enumerate(SIZES)], LABELLED, len(CLASSES))
+    pair = Pair(
+        *(
+            OnnxStudent((folder / file).read_bytes())
+            for file in ("model.onnx", "model.int8.onnx")
+        )
+    )
+    again = int8_loss(
+        pair,
+        [picture(*size, seed) for seed, size in enumerate(SIZES)],
+        LABELLED,
+        len(CLASSES),
+    )
     assert measured.int8 == again
     assert (again.images, again.labelled) == (len(SIZES), len(LABELLED))
     card = (folder / "README.md").read_text()
-    assert f"Of {again.detections} detections above .3 in {len(SIZES)} images {100 * again.found_again:.1f} % are found again" in card
-    assert f"mAP50 {100 * again.map50_int8:.1f} against {100 * again.map50:.1f} ({again.points:.2f} points lost" in card
+    assert (
+        f"Of {again.detections} detections above .3 in {len(SIZES)} images"
+        f" {100 * again.found_again:.1f} % are found again" in card
+    )
+    assert (
+        f"mAP50 {100 * again.map50_int8:.1f} against {100 * again.map50:.1f}"
+        f" ({again.points:.2f} points lost" in card
+    )
 
 
-def test_an_export_without_the_8_bit_file_leaves_none_of_an_earlier_one(tmp_path: Path) -> None:
+def test_an_export_without_the_8_bit_file_leaves_none_of_an_earlier_one(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "model.int8.onnx").write_bytes(b"of another student")
     student = Student(tiny_detector(), CLASSES, (), demo(), SUMMARY)
     assert write_package(student, [picture(96, 64)], str(tmp_path)).int8 is None
@@ -198,7 +282,10 @@ def test_an_export_without_the_8_bit_file_leaves_none_of_an_earlier_one(tmp_path
 
 
 def test_a_difference_is_an_error() -> None:
-    ours, theirs = detections(((0, 0, 9, 9), 0, 0.9)), detections(((0, 0, 9, 9), 0, 0.898))
+    ours, theirs = (
+        detections(((0, 0, 9, 9), 0, 0.9)),
+        detections(((0, 0, 9, 9), 0, 0.898)),
+    )
     found = equality.compare(lambda _: ours, lambda _: theirs, [picture(9, 9)], 0.05)
     assert found.unmatched == 2
     with pytest.raises(InputError, match=r"model\.onnx and the model differ: 2 of 1"):
@@ -215,7 +302,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("theirs", "unmatched", "at_limit"), CASES)
-def test_what_counts_as_equal(theirs: Detections, unmatched: int, at_limit: int) -> None:
+def test_what_counts_as_equal(
+    theirs: Detections, unmatched: int, at_limit: int
+) -> None:
     ours = detections(((0, 0, 9, 9), 0, 0.9))
     found = equality.compare(lambda _: ours, lambda _: theirs, [picture(9, 9)], 0.05)
     assert (found.unmatched, found.at_limit) == (unmatched, at_limit)
@@ -229,18 +318,30 @@ def test_new_names_are_checked_before_anything_runs() -> None:
             check_added(demo(), names)
 
 
-def test_a_name_added_by_text_leaves_the_others_boxes_and_shares_their_probability(tmp_path: Path) -> None:
+def test_a_name_added_by_text_leaves_the_others_boxes_and_shares_their_probability(
+    tmp_path: Path,
+) -> None:
     from coin_ray.models.faster_rcnn_clip.model import build_detector
     from tests.builders import tiny_clip
 
     known = tiny_detector(score_min=0.02)
     more = build_detector(tiny_clip(), (*CLASSES, "truck"), known.config, seed=5)
     more.load_state_dict(known.state_dict())
-    write_package(Student(more, (*CLASSES, "truck"), ("truck",), demo(), {}), [picture(96, 64)], str(tmp_path))
+    write_package(
+        Student(more, (*CLASSES, "truck"), ("truck",), demo(), {}),
+        [picture(96, 64)],
+        str(tmp_path),
+    )
     student = OnnxStudent((tmp_path / "model.onnx").read_bytes())
     assert student.classes == (*CLASSES, "truck")
-    probs, before = student.predict(picture(96, 64)).probs, Predictor(CLASSES, known.eval(), known.config)(picture(96, 64)).probs
+    probs, before = (
+        student.predict(picture(96, 64)).probs,
+        Predictor(CLASSES, known.eval(), known.config)(picture(96, 64)).probs,
+    )
     assert float(probs[:, 3].max()) > 0
     ratio = lambda p: p[:, 0] / p[:, 1]  # noqa: E731
-    assert all(bool(torch.isclose(ratio(before), value, rtol=1e-3).any()) for value in ratio(probs)[:5])
+    assert all(
+        bool(torch.isclose(ratio(before), value, rtol=1e-3).any())
+        for value in ratio(probs)[:5]
+    )
     assert "Never trained:** truck" in (tmp_path / "README.md").read_text()

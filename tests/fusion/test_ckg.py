@@ -15,14 +15,24 @@ def network(size: int = SIZE, heads: int = HEADS) -> ConsistentKnowledge:
     return ConsistentKnowledge(size, CLASSES, heads).double()
 
 
-def inputs(rows: int = ROWS, size: int = SIZE) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+def inputs(
+    rows: int = ROWS, size: int = SIZE
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    features, banks = F.normalize(normal(rows, size), dim=-1), [F.normalize(normal(CLASSES + 1, size), dim=-1) for _ in range(2)]
-    return features, (banks[0], banks[1]), normal(rows, CLASSES + 1).softmax(-1), normal(rows, CLASSES + 1).softmax(-1)
+    features, banks = (
+        F.normalize(normal(rows, size), dim=-1),
+        [F.normalize(normal(CLASSES + 1, size), dim=-1) for _ in range(2)],
+    )
+    return (
+        features,
+        (banks[0], banks[1]),
+        normal(rows, CLASSES + 1).softmax(-1),
+        normal(rows, CLASSES + 1).softmax(-1),
+    )
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -30,9 +40,14 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def weights_by_hand(attention: PrototypeAttention, features: np.ndarray, bank: np.ndarray) -> np.ndarray:
+def weights_by_hand(
+    attention: PrototypeAttention, features: np.ndarray, bank: np.ndarray
+) -> np.ndarray:
     """Paper eq. 6, head by head."""
-    query, key, value, out = (getattr(attention, n).weight.detach().numpy() for n in ("query", "key", "value", "output"))
+    query, key, value, out = (
+        getattr(attention, n).weight.detach().numpy()
+        for n in ("query", "key", "value", "output")
+    )
     width, parts = SIZE // HEADS, []
     for head in range(HEADS):
         rows = slice(head * width, (head + 1) * width)
@@ -48,14 +63,19 @@ def test_forward_by_hand() -> None:
         weights_by_hand(ckg.cloud, features.numpy(), banks[0].numpy()) * cloud.numpy()
         + weights_by_hand(ckg.clip, features.numpy(), banks[1].numpy()) * clip.numpy()
     )
-    np.testing.assert_allclose(ckg(features, banks, cloud, clip).detach().numpy(), by_hand, rtol=1e-12)
+    np.testing.assert_allclose(
+        ckg(features, banks, cloud, clip).detach().numpy(), by_hand, rtol=1e-12
+    )
 
 
 def test_weights_are_those_of_forward() -> None:
     ckg, (features, banks, cloud, clip) = network(), inputs()
     weights = ckg.weights(features, banks)
     assert weights.shape == (2, ROWS, CLASSES + 1)
-    torch.testing.assert_close((weights[0] * cloud + weights[1] * clip).softmax(-1), ckg(features, banks, cloud, clip))
+    torch.testing.assert_close(
+        (weights[0] * cloud + weights[1] * clip).softmax(-1),
+        ckg(features, banks, cloud, clip),
+    )
 
 
 def test_rows_are_probabilities() -> None:
@@ -72,7 +92,8 @@ def test_no_rows() -> None:
 
 
 def test_at_the_start_weights_hardly_depend_on_the_roi() -> None:
-    """Published observation: with a real embedding size CKG begins as one constant weight per class."""
+    """Published observation: with a real embedding size CKG begins as one constant
+    weight per class."""
     features, banks, _, _ = inputs(64, 512)
     weights = network(512, 8).weights(features, banks).detach()
     assert float(weights.std(1).max()) < 5e-3 * float(weights.abs().max())
@@ -81,9 +102,17 @@ def test_at_the_start_weights_hardly_depend_on_the_roi() -> None:
 def test_published_parameters() -> None:
     """q, k, v without bias; the output with a bias that starts at zero."""
     attention = network().cloud
-    assert {n for n, _ in attention.named_parameters()} == {"query.weight", "key.weight", "value.weight", "output.weight", "output.bias"}
+    assert {n for n, _ in attention.named_parameters()} == {
+        "query.weight",
+        "key.weight",
+        "value.weight",
+        "output.weight",
+        "output.bias",
+    }
     assert bool((attention.output.bias == 0).all())
-    assert float(attention.query.weight.detach().std()) == pytest.approx((2 / (2 * SIZE)) ** 0.5, rel=0.2)
+    assert float(attention.query.weight.detach().std()) == pytest.approx(
+        (2 / (2 * SIZE)) ** 0.5, rel=0.2
+    )
 
 
 def test_features_are_not_differentiated() -> None:

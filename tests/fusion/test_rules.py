@@ -7,29 +7,54 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from coin_ray.fusion.rules import FLOOR, RULES, Annotators, average, dawid_skene, product, score_weighted
+from coin_ray.fusion.rules import (
+    FLOOR,
+    RULES,
+    Annotators,
+    average,
+    dawid_skene,
+    product,
+    score_weighted,
+)
 
 CLASSES = 4
 quickly = settings(deadline=None, max_examples=40)
 
 
-def opinions(seed: int, rows: int, sharpness: float = 2.0, count: int = 2) -> list[Tensor]:
+def opinions(
+    seed: int, rows: int, sharpness: float = 2.0, count: int = 2
+) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return [(sharpness * torch.randn(rows, CLASSES, generator=draw, dtype=torch.float64)).softmax(-1) for _ in range(count)]
+    return [
+        (
+            sharpness * torch.randn(rows, CLASSES, generator=draw, dtype=torch.float64)
+        ).softmax(-1)
+        for _ in range(count)
+    ]
 
 
 def confusion(accuracy: float) -> Tensor:
     """Right with ``accuracy``; mistakes are one class further, as a rule."""
-    wrong = torch.eye(CLASSES).double().roll(1, 1) * 0.8 + (1 - torch.eye(CLASSES).double()) * 0.2 / (CLASSES - 1)
+    wrong = torch.eye(CLASSES).double().roll(1, 1) * 0.8 + (
+        1 - torch.eye(CLASSES).double()
+    ) * 0.2 / (CLASSES - 1)
     names = torch.eye(CLASSES).double() * accuracy + (1 - accuracy) * wrong
     return names / names.sum(1, keepdim=True)
 
 
-def annotated(*names: Tensor, boxes: int = 4000, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """Truth [N] and each annotator's sure opinion [N, C]; classes aren't equally frequent."""
+def annotated(
+    *names: Tensor, boxes: int = 4000, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """Truth [N] and each annotator's sure opinion [N, C]; classes aren't equally
+    frequent."""
     torch.manual_seed(seed)
-    truth = torch.multinomial(torch.tensor([0.4, 0.3, 0.2, 0.1]), boxes, replacement=True)
-    return truth, [F.one_hot(torch.multinomial(table[truth], 1)[:, 0], CLASSES).double() for table in names]
+    truth = torch.multinomial(
+        torch.tensor([0.4, 0.3, 0.2, 0.1]), boxes, replacement=True
+    )
+    return truth, [
+        F.one_hot(torch.multinomial(table[truth], 1)[:, 0], CLASSES).double()
+        for table in names
+    ]
 
 
 def right(opinion: Tensor, truth: Tensor) -> float:
@@ -40,13 +65,19 @@ rules = pytest.mark.parametrize("rule", [*RULES, "dawid_skene"])
 
 
 def fused(rule: str, cloud: Tensor, clip: Tensor) -> Tensor:
-    return RULES[rule](cloud, clip) if rule in RULES else dawid_skene(cloud, clip).posterior(cloud, clip)
+    return (
+        RULES[rule](cloud, clip)
+        if rule in RULES
+        else dawid_skene(cloud, clip).posterior(cloud, clip)
+    )
 
 
 @rules
 @quickly
 @given(seed=st.integers(0, 10_000), rows=st.integers(0, 6), sharpness=st.floats(0, 30))
-def test_fused_rows_are_probabilities(rule: str, seed: int, rows: int, sharpness: float) -> None:
+def test_fused_rows_are_probabilities(
+    rule: str, seed: int, rows: int, sharpness: float
+) -> None:
     found = fused(rule, *opinions(seed, rows, sharpness))
     assert found.shape == (rows, CLASSES)
     assert bool((found >= 0).all())
@@ -58,7 +89,12 @@ def test_fused_rows_are_probabilities(rule: str, seed: int, rows: int, sharpness
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(CLASSES)))
 def test_no_class_is_special(rule: str, seed: int, order: list[int]) -> None:
     cloud, clip = opinions(seed, 5)
-    torch.testing.assert_close(fused(rule, cloud[:, order], clip[:, order]), fused(rule, cloud, clip)[:, order], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        fused(rule, cloud[:, order], clip[:, order]),
+        fused(rule, cloud, clip)[:, order],
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("rule", [average, score_weighted, product])
@@ -74,8 +110,15 @@ def test_neither_teacher_is_special(rule: object, seed: int) -> None:
 def test_the_surer_teacher_counts_more(seed: int) -> None:
     cloud, clip = opinions(seed, 20)
     found = score_weighted(cloud, clip)
-    surer = torch.where((cloud.max(-1).values > clip.max(-1).values)[:, None], cloud, clip)
-    assert bool(((found - surer).norm(dim=-1) <= (average(cloud, clip) - surer).norm(dim=-1) + 1e-12).all())
+    surer = torch.where(
+        (cloud.max(-1).values > clip.max(-1).values)[:, None], cloud, clip
+    )
+    assert bool(
+        (
+            (found - surer).norm(dim=-1)
+            <= (average(cloud, clip) - surer).norm(dim=-1) + 1e-12
+        ).all()
+    )
 
 
 @quickly
@@ -85,13 +128,21 @@ def test_product_is_surer_where_both_agree(seed: int) -> None:
     clip = torch.where((clip.argmax(-1) == cloud.argmax(-1))[:, None], clip, cloud)
     found = product(cloud, clip)
     assert bool((found.argmax(-1) == cloud.argmax(-1)).all())
-    assert bool((found.max(-1).values >= average(cloud, clip).max(-1).values - CLASSES * FLOOR).all())
+    assert bool(
+        (
+            found.max(-1).values
+            >= average(cloud, clip).max(-1).values - CLASSES * FLOOR
+        ).all()
+    )
 
 
 def test_product_has_no_veto() -> None:
-    """Sure of different classes: undecided between them, and a class nobody can see stays small."""
+    """Sure of different classes: undecided between them, and a class nobody can see
+    stays small."""
     found = product(torch.eye(3)[:1], torch.eye(3)[1:2])
-    torch.testing.assert_close(found[0, :2], torch.tensor([0.5, 0.5]), atol=FLOOR, rtol=0)
+    torch.testing.assert_close(
+        found[0, :2], torch.tensor([0.5, 0.5]), atol=FLOOR, rtol=0
+    )
     assert 0 < float(found[0, 2]) <= FLOOR
 
 
@@ -105,12 +156,15 @@ def test_em_recovers_three_annotators() -> None:
     truth, said = annotated(*tables)
     found = dawid_skene(*said)
     torch.testing.assert_close(found.confusion, torch.stack(tables), atol=0.08, rtol=0)
-    torch.testing.assert_close(found.prior, F.one_hot(truth, CLASSES).double().mean(0), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        found.prior, F.one_hot(truth, CLASSES).double().mean(0), atol=0.03, rtol=0
+    )
     assert right(found.posterior(*said), truth) > max(right(s, truth) for s in said)
 
 
 def test_two_annotators_who_agree_are_believed() -> None:
-    """With two, disputes can't be settled from the opinions alone, but what both say stands."""
+    """With two, disputes can't be settled from the opinions alone, but what both say
+    stands."""
     _, said = annotated(confusion(0.9), confusion(0.7))
     agreed = said[0].argmax(-1) == said[1].argmax(-1)
     found = dawid_skene(*said).posterior(*said)
@@ -121,7 +175,9 @@ def test_sure_opinions_give_the_posterior_by_hand() -> None:
     tables = torch.stack([confusion(0.9), confusion(0.6)])
     prior = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
     by_hand = prior * tables[0][:, 2] * tables[1][:, 0]
-    found = Annotators(prior, tables).posterior(torch.eye(CLASSES).double()[2:3], torch.eye(CLASSES).double()[:1])
+    found = Annotators(prior, tables).posterior(
+        torch.eye(CLASSES).double()[2:3], torch.eye(CLASSES).double()[:1]
+    )
     torch.testing.assert_close(found[0], by_hand / by_hand.sum())
 
 

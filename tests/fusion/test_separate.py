@@ -1,4 +1,5 @@
-"""The published cases of knowledge separation (docs: coin-method section 4). Coordinates are whole numbers, so that geometry is exact."""
+"""The published cases of knowledge separation (docs: coin-method section 4).
+Coordinates are whole numbers, so that geometry is exact."""
 
 from __future__ import annotations
 
@@ -17,12 +18,32 @@ from coin_ray.fusion.separate import separate
 from coin_ray.fusion.vectors import FORMS, one_hot
 from coin_ray.structures import Detections, Separation
 
-RULES = Separate(iou_min=0.5, clip_score_min=0.05, lone_clip_score=0.8, lone_cloud_consistent=True)
-LEFT, LEFT_MOVED, RIGHT, FAR = (0, 0, 20, 20), (0, 0, 20, 18), (100, 0, 140, 40), (0, 200, 30, 230)
+RULES = Separate(
+    iou_min=0.5, clip_score_min=0.05, lone_clip_score=0.8, lone_cloud_consistent=True
+)
+LEFT, LEFT_MOVED, RIGHT, FAR = (
+    (0, 0, 20, 20),
+    (0, 0, 20, 18),
+    (100, 0, 140, 40),
+    (0, 200, 30, 230),
+)
 
 
-def split(cloud: Detections, clip: Detections, *, fuse: bool = False, seed: int = 0, **changes: Any) -> Separation:
-    return separate(cloud, clip, replace(RULES, **changes), fuse_boxes=fuse, generator=torch.Generator().manual_seed(seed))
+def split(
+    cloud: Detections,
+    clip: Detections,
+    *,
+    fuse: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> Separation:
+    return separate(
+        cloud,
+        clip,
+        replace(RULES, **changes),
+        fuse_boxes=fuse,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def counts(parts: Separation) -> tuple[int, int, int]:
@@ -34,31 +55,49 @@ def test_both_empty() -> None:
 
 
 def test_cloud_empty_sure_results_are_consistent() -> None:
-    parts = split(detections(), detections((LEFT, 0, 0.81), (RIGHT, 1, 0.8), (FAR, 2, 0.3)))
+    parts = split(
+        detections(), detections((LEFT, 0, 0.81), (RIGHT, 1, 0.8), (FAR, 2, 0.3))
+    )
     assert counts(parts) == (1, 0, 2)
     assert parts.consistent.boxes.tolist() == [list(LEFT)]
-    assert parts.consistent.cloud.labels.tolist() == parts.consistent.clip.labels.tolist() == [0]
+    assert (
+        parts.consistent.cloud.labels.tolist()
+        == parts.consistent.clip.labels.tolist()
+        == [0]
+    )
     assert parts.private.labels.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize(("believed", "expected"), [(True, (2, 0, 0)), (False, (0, 0, 2))])
+@pytest.mark.parametrize(
+    ("believed", "expected"), [(True, (2, 0, 0)), (False, (0, 0, 2))]
+)
 def test_clip_empty(believed: bool, expected: tuple[int, int, int]) -> None:
     cloud = detections((LEFT, 0, 0.3), (RIGHT, 1, 0.9))
     parts = split(cloud, detections((LEFT, 0, 0.04)), lone_cloud_consistent=believed)
     assert counts(parts) == expected
-    assert (parts.consistent.boxes if believed else parts.private.boxes).tolist() == cloud.boxes.tolist()
+    assert (
+        parts.consistent.boxes if believed else parts.private.boxes
+    ).tolist() == cloud.boxes.tolist()
 
 
 def test_agreement_contradiction_and_lonely_results() -> None:
     cloud = detections((LEFT, 0, 0.9), (RIGHT, 1, 0.8), (FAR, 2, 0.7))
-    clip = detections((LEFT_MOVED, 0, 0.6), (RIGHT, 2, 0.5), ((300, 300, 320, 320), 1, 0.4))
+    clip = detections(
+        (LEFT_MOVED, 0, 0.6), (RIGHT, 2, 0.5), ((300, 300, 320, 320), 1, 0.4)
+    )
     parts = split(cloud, clip)
     assert counts(parts) == (1, 1, 2)
-    assert (parts.consistent.cloud.scores.tolist(), parts.consistent.clip.scores.tolist()) == (
+    assert (
+        parts.consistent.cloud.scores.tolist(),
+        parts.consistent.clip.scores.tolist(),
+    ) == (
         pytest.approx([0.9]),
         pytest.approx([0.6]),
     )
-    assert (parts.inconsistent.cloud.labels.tolist(), parts.inconsistent.clip.labels.tolist()) == ([1], [2])
+    assert (
+        parts.inconsistent.cloud.labels.tolist(),
+        parts.inconsistent.clip.labels.tolist(),
+    ) == ([1], [2])
     assert sorted(parts.private.labels.tolist()) == [1, 2]
 
 
@@ -70,12 +109,19 @@ def test_the_threshold_itself_matches(side: int, matches: bool) -> None:
 
 
 def test_matching_is_many_to_many() -> None:
-    """Two cloud boxes (IoU .9 with each other) and two CLIP boxes, all overlapping: four pairs."""
+    """Two cloud boxes (IoU .9 with each other) and two CLIP boxes, all overlapping:
+    four pairs."""
     cloud = detections((LEFT, 0, 0.9), ((0, 0, 18, 20), 1, 0.8))
     clip = detections(((0, 0, 20, 19), 0, 0.7), ((0, 1, 20, 20), 1, 0.6))
     parts = split(cloud, clip, fuse=True)
     assert counts(parts) == (2, 2, 0)
-    found = sorted(zip(parts.inconsistent.cloud.labels.tolist(), parts.inconsistent.clip.labels.tolist(), strict=True))
+    found = sorted(
+        zip(
+            parts.inconsistent.cloud.labels.tolist(),
+            parts.inconsistent.clip.labels.tolist(),
+            strict=True,
+        )
+    )
     assert found == [(0, 1), (1, 0)]
 
 
@@ -115,17 +161,33 @@ TWO_NAMES = detections((LEFT, 0, 0.9), (LEFT, 1, 0.8))
     ("clip", "consistent", "inconsistent"),
     [
         pytest.param([(LEFT_MOVED, 1, 0.7)], [(1, 1)], [], id="clip confirms one name"),
-        pytest.param([(LEFT_MOVED, 2, 0.7)], [], [(0, 2), (1, 2)], id="clip confirms neither"),
-        pytest.param([(LEFT_MOVED, 0, 0.7), ((0, 0, 18, 20), 1, 0.6)], [], [(0, 1), (1, 0)], id="clip contradicts itself"),
+        pytest.param(
+            [(LEFT_MOVED, 2, 0.7)], [], [(0, 2), (1, 2)], id="clip confirms neither"
+        ),
+        pytest.param(
+            [(LEFT_MOVED, 0, 0.7), ((0, 0, 18, 20), 1, 0.6)],
+            [],
+            [(0, 1), (1, 0)],
+            id="clip contradicts itself",
+        ),
     ],
 )
-def test_two_cloud_names_for_one_object(clip: list[Row], consistent: list[tuple[int, int]], inconsistent: list[tuple[int, int]]) -> None:
+def test_two_cloud_names_for_one_object(
+    clip: list[Row],
+    consistent: list[tuple[int, int]],
+    inconsistent: list[tuple[int, int]],
+) -> None:
     parts = split(TWO_NAMES, detections(*clip), fuse=True)
 
     def names(kind: Any) -> list[tuple[int, int]]:
-        return sorted(zip(kind.cloud.labels.tolist(), kind.clip.labels.tolist(), strict=True))
+        return sorted(
+            zip(kind.cloud.labels.tolist(), kind.clip.labels.tolist(), strict=True)
+        )
 
-    assert (names(parts.consistent), names(parts.inconsistent)) == (consistent, inconsistent)
+    assert (names(parts.consistent), names(parts.inconsistent)) == (
+        consistent,
+        inconsistent,
+    )
     assert len(parts.private) == 0
 
 
@@ -150,27 +212,45 @@ def test_cloud_box_with_agreement_and_contradiction_is_consistent_only() -> None
 @pytest.mark.parametrize(("label", "kind"), [(0, "consistent"), (1, "inconsistent")])
 def test_of_pairs_with_one_box_a_random_one_stays(label: int, kind: str) -> None:
     clip = detections((LEFT_MOVED, label, 0.6), ((0, 0, 18, 20), label, 0.7))
-    kept = [getattr(split(detections((LEFT, 0, 0.9)), clip, seed=seed), kind) for seed in range(20)]
+    kept = [
+        getattr(split(detections((LEFT, 0, 0.9)), clip, seed=seed), kind)
+        for seed in range(20)
+    ]
     assert {len(k) for k in kept} == {1}
     assert {round(float(k.clip.scores[0]), 3) for k in kept} == {0.6, 0.7}
 
 
 def test_fused_boxes_are_means_weighted_by_score() -> None:
     """(.75 x 20 + .25 x 12) / 1 = 18."""
-    parts = split(detections((LEFT, 0, 0.75)), detections(((0, 0, 12, 20), 0, 0.25)), fuse=True)
+    parts = split(
+        detections((LEFT, 0, 0.75)), detections(((0, 0, 12, 20), 0, 0.25)), fuse=True
+    )
     assert parts.consistent.boxes.tolist() == [[0, 0, 18, 20]]
-    parts = split(detections(((0, 0, 10, 10), 0, 0.6)), detections(((1, 2, 11, 12), 1, 0.3)), fuse=True)
-    torch.testing.assert_close(parts.inconsistent.boxes, torch.tensor([[1 / 3, 2 / 3, 31 / 3, 32 / 3]]))
+    parts = split(
+        detections(((0, 0, 10, 10), 0, 0.6)),
+        detections(((1, 2, 11, 12), 1, 0.3)),
+        fuse=True,
+    )
+    torch.testing.assert_close(
+        parts.inconsistent.boxes, torch.tensor([[1 / 3, 2 / 3, 31 / 3, 32 / 3]])
+    )
 
 
-def test_the_published_form_of_the_cloud_moves_fused_boxes_and_private_vectors() -> None:
+def test_the_published_form_of_the_cloud_moves_fused_boxes_and_private_vectors() -> (
+    None
+):
     """A label without score counts 1: (1 x 20 + .25 x 10) / 1.25 = 18."""
-    cloud, clip = detections((LEFT, 0, 0.5), (FAR, 1, 0.5)), detections(((0, 0, 10, 20), 0, 0.25))
+    cloud, clip = (
+        detections((LEFT, 0, 0.5), (FAR, 1, 0.5)),
+        detections(((0, 0, 10, 20), 0, 0.25)),
+    )
     parts = split(one_hot(cloud), clip, fuse=True)
     assert parts.consistent.boxes.tolist() == [[0, 0, 18, 20]]
     assert parts.consistent.cloud.scores.tolist() == [1]
     assert parts.private.probs.tolist() == [[0, 1, 0, 0]]
-    assert split(cloud, clip, fuse=True).private.probs.tolist() == [pytest.approx([1 / 6, 0.5, 1 / 6, 1 / 6])]
+    assert split(cloud, clip, fuse=True).private.probs.tolist() == [
+        pytest.approx([1 / 6, 0.5, 1 / 6, 1 / 6])
+    ]
 
 
 corner = st.integers(0, 6).map(lambda n: n * 8)
@@ -180,7 +260,9 @@ score = st.integers(6, 99).map(lambda n: n / 100)
 
 def results(most: int) -> st.SearchStrategy[list[Row]]:
     row = st.tuples(st.tuples(corner, corner, extent, extent), st.integers(0, 2), score)
-    boxed = row.map(lambda r: ((r[0][0], r[0][1], r[0][0] + r[0][2], r[0][1] + r[0][3]), r[1], r[2]))
+    boxed = row.map(
+        lambda r: ((r[0][0], r[0][1], r[0][0] + r[0][2], r[0][1] + r[0][3]), r[1], r[2])
+    )
     return st.lists(boxed, max_size=most, unique_by=lambda r: r[2])  # type: ignore[return-value]
 
 
@@ -190,36 +272,61 @@ def one_class_per_box(rows: list[Row]) -> list[Row]:
 
 def as_sets(parts: Separation) -> list[list[tuple[float, ...]]]:
     both = (parts.consistent, parts.inconsistent)
-    sets = [sorted_rows(p.boxes, p.cloud.labels, p.cloud.scores, p.clip.labels, p.clip.scores) for p in both]
-    return [*sets, sorted_rows(parts.private.boxes, parts.private.labels, parts.private.scores)]
+    sets = [
+        sorted_rows(
+            p.boxes, p.cloud.labels, p.cloud.scores, p.clip.labels, p.clip.scores
+        )
+        for p in both
+    ]
+    return [
+        *sets,
+        sorted_rows(parts.private.boxes, parts.private.labels, parts.private.scores),
+    ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(results(6), results(8), st.booleans())
-def test_same_seed_same_separation(cloud: list[Row], clip: list[Row], fuse: bool) -> None:
-    first, second = (as_sets(split(detections(*cloud), detections(*clip), fuse=fuse, seed=3)) for _ in range(2))
+def test_same_seed_same_separation(
+    cloud: list[Row], clip: list[Row], fuse: bool
+) -> None:
+    first, second = (
+        as_sets(split(detections(*cloud), detections(*clip), fuse=fuse, seed=3))
+        for _ in range(2)
+    )
     assert first == second
 
 
 @settings(max_examples=60, deadline=None)
 @given(results(6), results(8).map(one_class_per_box), st.randoms(use_true_random=False))
-def test_order_of_results_does_not_matter(cloud: list[Row], clip: list[Row], draw: Any) -> None:
-    """Up to which of several pairs with one box is drawn. (Of a CLIP box with several classes, one is drawn too: left out here.)"""
+def test_order_of_results_does_not_matter(
+    cloud: list[Row], clip: list[Row], draw: Any
+) -> None:
+    """Up to which of several pairs with one box is drawn. (Of a CLIP box with several
+    classes, one is drawn too: left out here.)"""
     shuffled = draw.sample(cloud, len(cloud)), draw.sample(clip, len(clip))
     first = split(detections(*cloud), detections(*clip), fuse=True)
     second = split(detections(*shuffled[0]), detections(*shuffled[1]), fuse=True)
     for kind in ("consistent", "inconsistent", "private"):
-        assert sorted_rows(getattr(first, kind).boxes) == sorted_rows(getattr(second, kind).boxes)
+        assert sorted_rows(getattr(first, kind).boxes) == sorted_rows(
+            getattr(second, kind).boxes
+        )
 
 
 @settings(max_examples=40, deadline=None)
 @given(results(6), results(8))
 def test_mirrored_images_separate_alike(cloud: list[Row], clip: list[Row]) -> None:
     ours, theirs = detections(*cloud), detections(*clip)
-    mirrored = split(ours.with_boxes(box_ops.mirror(ours.boxes, 128)), theirs.with_boxes(box_ops.mirror(theirs.boxes, 128)), seed=5)
+    mirrored = split(
+        ours.with_boxes(box_ops.mirror(ours.boxes, 128)),
+        theirs.with_boxes(box_ops.mirror(theirs.boxes, 128)),
+        seed=5,
+    )
     plain = split(ours, theirs, seed=5)
     back = Separation(
-        *(replace(p, boxes=box_ops.mirror(p.boxes, 128)) for p in (mirrored.consistent, mirrored.inconsistent)),
+        *(
+            replace(p, boxes=box_ops.mirror(p.boxes, 128))
+            for p in (mirrored.consistent, mirrored.inconsistent)
+        ),
         mirrored.private.with_boxes(box_ops.mirror(mirrored.private.boxes, 128)),
     )
     assert as_sets(back) == as_sets(plain)
@@ -227,20 +334,40 @@ def test_mirrored_images_separate_alike(cloud: list[Row], clip: list[Row]) -> No
 
 @settings(max_examples=40, deadline=None)
 @given(results(6), results(8), st.booleans())
-def test_kinds_keep_their_promise(cloud: list[Row], clip: list[Row], fuse: bool) -> None:
+def test_kinds_keep_their_promise(
+    cloud: list[Row], clip: list[Row], fuse: bool
+) -> None:
     parts = split(detections(*cloud), detections(*clip), fuse=fuse)
     assert torch.equal(parts.consistent.cloud.labels, parts.consistent.clip.labels)
-    assert not bool((parts.inconsistent.cloud.labels == parts.inconsistent.clip.labels).any())
-    boxes = [tuple(b) for kind in (parts.consistent, parts.inconsistent) for b in kind.boxes.tolist()]
+    assert not bool(
+        (parts.inconsistent.cloud.labels == parts.inconsistent.clip.labels).any()
+    )
+    boxes = [
+        tuple(b)
+        for kind in (parts.consistent, parts.inconsistent)
+        for b in kind.boxes.tolist()
+    ]
     assert len(boxes) == len(set(boxes))
 
 
 @settings(max_examples=40, deadline=None)
-@given(results(6), results(8).map(one_class_per_box), st.sampled_from(["collected", "normalised"]))
-def test_one_class_is_never_inconsistent_and_keeps_the_order(cloud: list[Row], clip: list[Row], form: str) -> None:
-    ours, theirs = (detections(*[(box, 0, s) for box, _, s in rows], classes=1) for rows in (cloud, clip))
+@given(
+    results(6),
+    results(8).map(one_class_per_box),
+    st.sampled_from(["collected", "normalised"]),
+)
+def test_one_class_is_never_inconsistent_and_keeps_the_order(
+    cloud: list[Row], clip: list[Row], form: str
+) -> None:
+    ours, theirs = (
+        detections(*[(box, 0, s) for box, _, s in rows], classes=1)
+        for rows in (cloud, clip)
+    )
     parts = split(FORMS[form](ours), theirs)
     assert len(parts.inconsistent) == 0
     assert set(parts.consistent.cloud.labels.tolist()) <= {0}
     if form == "collected" and len(clip):
-        assert set(parts.consistent.cloud.scores.tolist()) <= {*ours.scores.tolist(), *theirs.scores.tolist()}
+        assert set(parts.consistent.cloud.scores.tolist()) <= {
+            *ours.scores.tolist(),
+            *theirs.scores.tolist(),
+        }

@@ -9,8 +9,12 @@ from coin_ray.structures import Detections
 BOXES = torch.tensor([[0.0, 0, 1, 1], [2, 2, 3, 3]])
 
 
-def cloud(scores: list[float], labels: list[int], probs: list[list[float]]) -> Detections:
-    return Detections(BOXES, torch.tensor(scores), torch.tensor(labels), torch.tensor(probs))
+def cloud(
+    scores: list[float], labels: list[int], probs: list[list[float]]
+) -> Detections:
+    return Detections(
+        BOXES, torch.tensor(scores), torch.tensor(labels), torch.tensor(probs)
+    )
 
 
 SEVERAL = cloud([0.6, 0.3], [0, 2], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0.6]])
@@ -20,12 +24,18 @@ SEVERAL = cloud([0.6, 0.3], [0, 2], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0
     ("form", "scores", "probs"),
     [
         ("collected", [0.6, 0.3], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0.6]]),
-        ("normalised", [0.75, 0.625], [[0.75, 0.1875, 0.0625, 0], [0.125, 0.25, 0.625, 0]]),
+        (
+            "normalised",
+            [0.75, 0.625],
+            [[0.75, 0.1875, 0.0625, 0], [0.125, 0.25, 0.625, 0]],
+        ),
         ("smoothed", [0.6, 0.3], [[0.6, 0.2, 0.2, 0], [0.35, 0.35, 0.3, 0]]),
         ("one_hot", [1, 1], [[1, 0, 0, 0], [0, 0, 1, 0]]),
     ],
 )
-def test_forms_by_hand(form: str, scores: list[float], probs: list[list[float]]) -> None:
+def test_forms_by_hand(
+    form: str, scores: list[float], probs: list[list[float]]
+) -> None:
     found = FORMS[form](SEVERAL)
     torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float32))
     torch.testing.assert_close(found.probs, torch.tensor(probs, dtype=torch.float32))
@@ -34,10 +44,17 @@ def test_forms_by_hand(form: str, scores: list[float], probs: list[list[float]])
 
 
 @pytest.mark.parametrize(
-    ("form", "scores"), [("collected", [0.6, 0.3]), ("normalised", [1, 1]), ("smoothed", [0.6, 0.3]), ("one_hot", [1, 1])]
+    ("form", "scores"),
+    [
+        ("collected", [0.6, 0.3]),
+        ("normalised", [1, 1]),
+        ("smoothed", [0.6, 0.3]),
+        ("one_hot", [1, 1]),
+    ],
 )
 def test_one_class(form: str, scores: list[float]) -> None:
-    """The published conversion of Grounding DINO makes every score 1; as collected, or as GLIP, scores keep their order."""
+    """The published conversion of Grounding DINO makes every score 1; as collected, or
+    as GLIP, scores keep their order."""
     found = FORMS[form](cloud([0.6, 0.3], [0, 0], [[0.6, 0.4], [0.3, 0.7]]))
     torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float32))
     torch.testing.assert_close(found.probs.sum(1), torch.ones(2))

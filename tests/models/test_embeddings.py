@@ -9,13 +9,20 @@ import torch
 from coin_ray.config import MobileNet
 from coin_ray.data.coco_classes import COCO_CLASSES
 from coin_ray.errors import InputError
-from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors, coco_text_vectors, first_vectors
+from coin_ray.models.faster_rcnn_clip.embeddings import (
+    ClassVectors,
+    coco_text_vectors,
+    first_vectors,
+)
 
 
 @pytest.fixture
 def matrix(tmp_path: Path) -> str:
     """Row k is k + 1 times the k-th unit vector."""
-    np.save(tmp_path / "text.npy", (np.eye(80) * np.arange(1, 81)[:, None]).astype(np.float16))
+    np.save(
+        tmp_path / "text.npy",
+        (np.eye(80) * np.arange(1, 81)[:, None]).astype(np.float16),
+    )
     return str(tmp_path / "text.npy")
 
 
@@ -23,11 +30,15 @@ def test_there_are_80_different_classes() -> None:
     assert len(COCO_CLASSES) == len(set(COCO_CLASSES)) == 80
 
 
-def test_learned_vectors_are_given_in_unit_length_also_by_a_teacher_that_is_not_trained() -> None:
+def test_learned_vectors_are_given_in_unit_length_also_by_a_teacher_that_is_not_trained() -> (
+    None
+):
     vectors = ClassVectors(torch.randn(3, 8), learned=True)
     assert vectors.values.requires_grad
     torch.testing.assert_close(vectors().norm(dim=1), torch.ones(3))
-    torch.testing.assert_close(vectors.requires_grad_(False)().norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(
+        vectors.requires_grad_(False)().norm(dim=1), torch.ones(3)
+    )
 
 
 def test_fixed_vectors_are_given_bit_for_bit_and_do_not_learn() -> None:
@@ -37,7 +48,9 @@ def test_fixed_vectors_are_given_bit_for_bit_and_do_not_learn() -> None:
     assert not vectors.values.requires_grad
 
 
-def test_text_vectors_are_chosen_by_name_in_the_order_of_the_classes(matrix: str) -> None:
+def test_text_vectors_are_chosen_by_name_in_the_order_of_the_classes(
+    matrix: str,
+) -> None:
     found = coco_text_vectors(matrix, ("Dog", "person"))
     assert found.dtype == torch.float32
     assert found.argmax(1).tolist() == [COCO_CLASSES.index("dog"), 0]
@@ -54,12 +67,18 @@ def test_first_vectors_are_text_and_a_random_background(matrix: str) -> None:
 @pytest.mark.parametrize("text", [True, False])
 def test_first_vectors_repeat_for_a_seed(matrix: str, text: bool) -> None:
     config = MobileNet(text_vectors=matrix if text else None, vector_size=16)
-    assert torch.equal(first_vectors(config, ("dog",), seed=1), first_vectors(config, ("dog",), seed=1))
-    assert not torch.equal(first_vectors(config, ("dog",), seed=1), first_vectors(config, ("dog",), seed=2))
+    assert torch.equal(
+        first_vectors(config, ("dog",), seed=1), first_vectors(config, ("dog",), seed=1)
+    )
+    assert not torch.equal(
+        first_vectors(config, ("dog",), seed=1), first_vectors(config, ("dog",), seed=2)
+    )
 
 
 def test_learned_vectors_need_no_known_names() -> None:
-    assert first_vectors(MobileNet(vector_size=16), ("rider", "kerb"), seed=0).shape == (3, 16)
+    assert first_vectors(
+        MobileNet(vector_size=16), ("rider", "kerb"), seed=0
+    ).shape == (3, 16)
 
 
 def test_unknown_classes_are_named(matrix: str) -> None:

@@ -11,16 +11,19 @@ from builders import CLASSES, tiny_clip, tiny_detector
 from PIL import Image
 from torch import Tensor
 
+from coin_ray.config.presets import DEMO_CLASSES, DEMO_CLIP, TINY_DETECTOR
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.models.faster_rcnn_clip.rpn import inside
-from coin_ray.presets import DEMO_CLASSES, DEMO_CLIP, TINY_DETECTOR
-from coin_ray.serving.exported import load_exported, write_exported
+from coin_ray.predictors.student import load_exported, write_exported
 from coin_ray.structures import Detections
 
 
 def images(*sizes: tuple[int, int]) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (3, *size), generator=draw, dtype=torch.uint8) for size in sizes]
+    return [
+        torch.randint(0, 256, (3, *size), generator=draw, dtype=torch.uint8)
+        for size in sizes
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def predict(detector: ClipDetector, *pixels: Tensor) -> list[Detections]:
 
 def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> None:
     sizes = (64, 96), (90, 60), (71, 65)
-    for found, (height, width) in zip(predict(detector, *images(*sizes)), sizes, strict=True):
+    for found, (height, width) in zip(
+        predict(detector, *images(*sizes)), sizes, strict=True
+    ):
         assert 0 < len(found) <= detector.config.detections
         assert found.num_classes == len(CLASSES)
         assert bool((found.boxes >= 0).all())
@@ -43,7 +48,9 @@ def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> N
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
         assert float(found.scores.min()) > detector.config.score_min
         torch.testing.assert_close(found.probs.sum(1), torch.ones(len(found)))
-        assert torch.equal(found.probs.gather(1, found.labels[:, None])[:, 0], found.scores)
+        assert torch.equal(
+            found.probs.gather(1, found.labels[:, None])[:, 0], found.scores
+        )
 
 
 def test_classes_of_one_region_share_its_box_bit_for_bit() -> None:
@@ -61,7 +68,10 @@ def test_no_region_above_the_threshold() -> None:
 
 def test_order_in_the_batch_does_not_matter(detector: ClipDetector) -> None:
     first, second, third = images((64, 96), (64, 96), (64, 96))
-    forward, backward = predict(detector, first, second, third), predict(detector, third, second, first)[::-1]
+    forward, backward = (
+        predict(detector, first, second, third),
+        predict(detector, third, second, first)[::-1],
+    )
     for a, b in zip(forward, backward, strict=True):
         torch.testing.assert_close(a.boxes, b.boxes, atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-4)
@@ -75,7 +85,8 @@ def test_neighbours_do_not_matter_with_the_same_padding(detector: ClipDetector) 
 
 
 def test_padding_reaches_only_features_near_it(detector: ClipDetector) -> None:
-    """Convolutions see the padding: features further away are the same, so are RoIs on them."""
+    """Convolutions see the padding: features further away are the same, so are RoIs on
+    them."""
     (image,) = images((64, 256))
     plain, padded = detector.prepare([image]), detector.prepare([image], (64, 320))
     assert padded.pixels.shape[-1] == 320
@@ -90,25 +101,44 @@ def test_padding_reaches_only_features_near_it(detector: ClipDetector) -> None:
         )
         assert not torch.allclose(a[..., -1], b[..., 15])
         boxes = [torch.tensor([[8.0, 4, 90, 60]])]
-        torch.testing.assert_close(detector.describe(a, boxes).logits, detector.describe(b, boxes).logits)
+        torch.testing.assert_close(
+            detector.describe(a, boxes).logits, detector.describe(b, boxes).logits
+        )
 
 
 def test_prepare_normalises_and_pads(detector: ClipDetector) -> None:
-    batch = detector.prepare([torch.full((3, 40, 70), 255, dtype=torch.uint8), torch.zeros(3, 33, 20, dtype=torch.uint8)])
+    batch = detector.prepare(
+        [
+            torch.full((3, 40, 70), 255, dtype=torch.uint8),
+            torch.zeros(3, 33, 20, dtype=torch.uint8),
+        ]
+    )
     assert batch.pixels.shape == (2, 3, 64, 96)
     assert batch.sizes == ((40, 70), (33, 20))
-    torch.testing.assert_close(batch.pixels[0, :, 0, 0], (1 - detector.mean[:, 0, 0]) / detector.std[:, 0, 0])
-    assert float(batch.pixels[0, :, 40:].abs().max()) == float(batch.pixels[0, :, :, 70:].abs().max()) == 0
+    torch.testing.assert_close(
+        batch.pixels[0, :, 0, 0], (1 - detector.mean[:, 0, 0]) / detector.std[:, 0, 0]
+    )
+    assert (
+        float(batch.pixels[0, :, 40:].abs().max())
+        == float(batch.pixels[0, :, :, 70:].abs().max())
+        == 0
+    )
 
 
 def test_inside() -> None:
-    anchors = torch.tensor([[0.0, 0, 10, 10], [55, 0, 64, 10], [57, 0, 75, 10], [0, 60, 10, 80]])
+    anchors = torch.tensor(
+        [[0.0, 0, 10, 10], [55, 0, 64, 10], [57, 0, 75, 10], [0, 60, 10, 80]]
+    )
     assert inside(anchors, (64, 64)).tolist() == [True, True, False, False]
 
 
 def test_anchors_move_alike_in_any_scale_of_their_deltas() -> None:
-    """Weights of 1 instead of (10, 10, 5, 5): the same boxes from outputs that are 10 and 5 times smaller."""
-    ours, theirs = tiny_detector().eval(), tiny_detector(anchor_weights=(1.0, 1.0, 1.0, 1.0)).eval()
+    """Weights of 1 instead of (10, 10, 5, 5): the same boxes from outputs that are 10
+    and 5 times smaller."""
+    ours, theirs = (
+        tiny_detector().eval(),
+        tiny_detector(anchor_weights=(1.0, 1.0, 1.0, 1.0)).eval(),
+    )
     scale = torch.tensor([10.0, 10, 5, 5]).repeat(len(theirs.rpn.deltas.weight) // 4)
     with torch.no_grad():
         theirs.rpn.deltas.weight.div_(scale[:, None, None, None])
@@ -120,11 +150,25 @@ def test_anchors_move_alike_in_any_scale_of_their_deltas() -> None:
 
 
 def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
-    one, two, other = (build_detector(tiny_clip(), CLASSES, tiny_detector().config, seed=s) for s in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    one, two, other = (
+        build_detector(tiny_clip(), CLASSES, tiny_detector().config, seed=s)
+        for s in (3, 3, 4)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            one.state_dict().values(), two.state_dict().values(), strict=True
+        )
+    )
     assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
-    assert torch.equal(one.tower.visual.conv1.convolution.weight, other.tower.visual.conv1.convolution.weight)  # type: ignore[union-attr,arg-type]
-    assert (tiny_detector().background.requires_grad, tiny_detector(background="prompt").background.requires_grad) == (True, False)
+    assert torch.equal(
+        one.tower.visual.conv1.convolution.weight,
+        other.tower.visual.conv1.convolution.weight,
+    )  # type: ignore[union-attr,arg-type]
+    assert (
+        tiny_detector().background.requires_grad,
+        tiny_detector(background="prompt").background.requires_grad,
+    ) == (True, False)
 
 
 def test_stem_and_first_stage_are_frozen() -> None:
@@ -132,7 +176,11 @@ def test_stem_and_first_stage_are_frozen() -> None:
     batch = detector.prepare(images((64, 64)))
     shared, proposed = detector.propose(batch)
     detector.describe(shared, proposed.boxes).logits.sum().backward()
-    moving = {n.split(".")[2] for n, p in detector.named_parameters() if n.startswith("tower.") and p.grad is not None}
+    moving = {
+        n.split(".")[2]
+        for n, p in detector.named_parameters()
+        if n.startswith("tower.") and p.grad is not None
+    }
     assert moving == {"layer2", "layer3", "layer4"}
 
 
@@ -152,7 +200,11 @@ def test_batch_statistics_move_only_when_live(live: Any) -> None:
     detector = tiny_detector(batch_norm=live).train()
     before = {n: b.clone() for n, b in detector.named_buffers() if "running" in n}
     detector.tower.shared(detector.prepare(images((64, 64))).pixels)
-    moved = {n.split(".")[2] for n, b in detector.named_buffers() if "running" in n and not torch.equal(b, before[n])}
+    moved = {
+        n.split(".")[2]
+        for n, b in detector.named_buffers()
+        if "running" in n and not torch.equal(b, before[n])
+    }
     assert moved == ({"layer2", "layer3"} if live == "live" else set())
 
 
@@ -166,7 +218,11 @@ def test_exported_model_predicts_the_same_bits(background: str, tmp_path: Path) 
     assert loaded.classes == CLASSES
     assert size == (tmp_path / "model.safetensors").stat().st_size
     for sizes in [((64, 96),), ((64, 64), (96, 60))]:
-        for ours, theirs in zip(predict(detector, *images(*sizes)), predict(loaded.detector, *images(*sizes)), strict=True):
+        for ours, theirs in zip(
+            predict(detector, *images(*sizes)),
+            predict(loaded.detector, *images(*sizes)),
+            strict=True,
+        ):
             assert len(ours)
             for name in ("boxes", "scores", "labels", "probs"):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
@@ -178,13 +234,25 @@ def test_export_holds_no_text(tmp_path: Path) -> None:
 
     names = set(load_file(tmp_path / "model.safetensors"))
     assert {n for n in names if n.startswith("prompts")} == {"prompts.values"}
-    assert not [n for n in names if "text" in n or "token" in n or "context" in n or "attnpool" in n or n.startswith("background")]
+    assert not [
+        n
+        for n in names
+        if "text" in n
+        or "token" in n
+        or "context" in n
+        or "attnpool" in n
+        or n.startswith("background")
+    ]
     assert json.loads((tmp_path / "model.json").read_text())["classes"] == list(CLASSES)
 
 
 def test_exported_model_answers_in_the_images_own_pixels(tmp_path: Path) -> None:
     write_exported(tiny_detector().eval(), CLASSES, str(tmp_path))
-    found = load_exported(str(tmp_path))(Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 800, 3), np.uint8)))
+    found = load_exported(str(tmp_path))(
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 255, (640, 800, 3), np.uint8)
+        )
+    )
     assert len(found)
     assert float(found.boxes.max()) > 200
     assert float(found.boxes[:, 2].max()) <= 800.01
@@ -193,5 +261,7 @@ def test_exported_model_answers_in_the_images_own_pixels(tmp_path: Path) -> None
 def test_the_demos_clip_makes_a_detector() -> None:
     from coin_ray.clip.encoder import load_clip
 
-    detector = build_detector(load_clip(DEMO_CLIP), DEMO_CLASSES, TINY_DETECTOR, seed=0).eval()
+    detector = build_detector(
+        load_clip(DEMO_CLIP), DEMO_CLASSES, TINY_DETECTOR, seed=0
+    ).eval()
     assert predict(detector, *images((96, 96)))[0].num_classes == len(DEMO_CLASSES)

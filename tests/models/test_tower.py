@@ -8,7 +8,13 @@ from builders import tiny_clip
 from torch import nn
 from torchvision.models import mobilenet_v2
 
-from coin_ray.models.faster_rcnn_clip.tower import BatchNorm, ClipTower, MobileNetTower, Tower, freeze_batch_norm
+from coin_ray.models.faster_rcnn_clip.tower import (
+    BatchNorm,
+    ClipTower,
+    MobileNetTower,
+    Tower,
+    freeze_batch_norm,
+)
 
 NAMES = ["clip", "mobilenet_v2"]
 
@@ -25,14 +31,22 @@ def test_shapes_at_stride_16_and_of_regions(name: str) -> None:
     made = tower(name).eval()
     shared = made.shared(torch.randn(2, 3, 64, 96))
     assert shared.shape == (2, made.shared_channels, 4, 6)
-    assert made.regional(torch.randn(5, made.shared_channels, 4, 4)).shape == (5, made.regional_channels)
+    assert made.regional(torch.randn(5, made.shared_channels, 4, 4)).shape == (
+        5,
+        made.regional_channels,
+    )
 
 
 def test_mobilenet_is_the_whole_network_when_one_region_is_the_whole_map() -> None:
     network = mobilenet_v2().eval()
     made = MobileNetTower(network, "frozen").eval()
     pixels = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(made.regional(made.shared(pixels)), network.features(pixels).mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        made.regional(made.shared(pixels)),
+        network.features(pixels).mean((2, 3)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +55,8 @@ def test_maps_of_a_whole_tower_hold_the_shared_one(name: str) -> None:
     pixels = torch.randn(2, 3, 64, 96)
     eighth, sixteenth, last = made.maps(pixels)
     assert [tuple(m.shape[1:]) for m in (eighth, sixteenth, last)] == [
-        (channels, 64 // stride, 96 // stride) for channels, stride in zip(made.map_channels, (8, 16, 32), strict=True)
+        (channels, 64 // stride, 96 // stride)
+        for channels, stride in zip(made.map_channels, (8, 16, 32), strict=True)
     ]
     torch.testing.assert_close(sixteenth, made.shared(pixels))
     (eighth.sum() + sixteenth.sum() + last.sum()).backward()
@@ -56,12 +71,18 @@ def test_first_layers_get_no_gradient_and_later_ones_do(name: str) -> None:
     frozen = {id(p) for layer in made.frozen for p in layer.parameters()}
     assert frozen
     for parameter in made.parameters():
-        assert parameter.requires_grad == (parameter.grad is not None) == (id(parameter) not in frozen)
+        assert (
+            parameter.requires_grad
+            == (parameter.grad is not None)
+            == (id(parameter) not in frozen)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch_norm", ["frozen", "live"])
-def test_batch_norm_is_live_only_where_asked_and_trained(name: str, batch_norm: BatchNorm) -> None:
+def test_batch_norm_is_live_only_where_asked_and_trained(
+    name: str, batch_norm: BatchNorm
+) -> None:
     made = tower(name, batch_norm).train()
     norms = [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]
     assert bool(norms) == (batch_norm == "live")
@@ -72,16 +93,26 @@ def test_batch_norm_is_live_only_where_asked_and_trained(name: str, batch_norm: 
 def test_the_given_network_is_copied(name: str) -> None:
     source: nn.Module = tiny_clip().network.visual if name == "clip" else mobilenet_v2()  # type: ignore[assignment]
     before = {key: value.clone() for key, value in source.state_dict().items()}
-    made: Tower = ClipTower(source, "frozen") if name == "clip" else MobileNetTower(source, "frozen")
+    made: Tower = (
+        ClipTower(source, "frozen")
+        if name == "clip"
+        else MobileNetTower(source, "frozen")
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(1)
-    assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) for key, value in source.state_dict().items()
+    )
 
 
 def test_a_norm_in_the_convolution_is_the_norm_behind_it_gradients_included() -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False, groups=2), nn.BatchNorm2d(6)).double().eval()
+    plain = (
+        nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False, groups=2), nn.BatchNorm2d(6))
+        .double()
+        .eval()
+    )
     norm = plain[1]
     for values in (norm.weight, norm.bias, norm.running_mean):
         values.data.normal_()  # type: ignore[union-attr,operator]
@@ -93,7 +124,14 @@ def test_a_norm_in_the_convolution_is_the_norm_behind_it_gradients_included() ->
     results = []
     for made in (plain, folded):
         out = made(maps)
-        results.append([out, *torch.autograd.grad((out * direction).sum(), [maps, next(made[0].parameters())])])
+        results.append(
+            [
+                out,
+                *torch.autograd.grad(
+                    (out * direction).sum(), [maps, next(made[0].parameters())]
+                ),
+            ]
+        )
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
     assert not isinstance(folded[1], nn.BatchNorm2d)

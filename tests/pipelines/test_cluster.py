@@ -1,4 +1,5 @@
-"""A head and a second node, each a ``ray start`` of its own: a run and a search submitted as jobs leave their results where they were told."""
+"""A head and a second node, each a ``ray start`` of its own: a run and a search
+submitted as jobs leave their results where they were told."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """The head has no CPU, as in cluster.yaml: all work is done on the node that joined."""
+    """The head has no CPU, as in cluster.yaml: all work is done on the node that
+    joined."""
     with cluster_of(2) as made:
         yield made
 
@@ -26,7 +28,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_as_a_job(cluster: Cluster, root: Path) -> None:
-    cluster.submit("run", ["python", "pipelines/full.py", "demo", "--root", f"file://{root}", *SMALL])
+    cluster.submit(
+        "run",
+        ["python", "pipelines/full.py", "demo", "--root", f"file://{root}", *SMALL],
+    )
     cluster.wait("run")
     summary = json.loads((root / "summary.json").read_text())
     assert summary["map50"]["student"] is not None
@@ -35,15 +40,43 @@ def test_a_run_as_a_job(cluster: Cluster, root: Path) -> None:
     assert len(list(root.glob("steps/*/manifest.json"))) == 8
 
 
-def test_a_search_as_a_job_shares_the_steps_of_the_run(cluster: Cluster, root: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in root.glob("steps/*/manifest.json")}
-    options = ["--space", "loss-weights", "--algorithm", "random", "--trials", "3", "--concurrent", "2"]
-    cluster.submit("search", ["python", "tune/search.py", "demo", "--root", f"file://{root}", *SMALL, *options])
+def test_a_search_as_a_job_shares_the_steps_of_the_run(
+    cluster: Cluster, root: Path
+) -> None:
+    before = {
+        path: path.stat().st_mtime_ns for path in root.glob("steps/*/manifest.json")
+    }
+    options = [
+        "--space",
+        "loss-weights",
+        "--algorithm",
+        "random",
+        "--trials",
+        "3",
+        "--concurrent",
+        "2",
+    ]
+    cluster.submit(
+        "search",
+        [
+            "python",
+            "tune/search.py",
+            "demo",
+            "--root",
+            f"file://{root}",
+            *SMALL,
+            *options,
+        ],
+    )
     log = cluster.wait("search")
     folder = root / "search" / "loss-weights-map50"
-    assert {"best.yaml", "search.json", "parallel.svg", "importance.svg"} <= {file.name for file in folder.iterdir()}
+    assert {"best.yaml", "search.json", "parallel.svg", "importance.svg"} <= {
+        file.name for file in folder.iterdir()
+    }
     found = json.loads((folder / "search.json").read_text())
     assert len(found["trials"]) == 3
     assert any(trial["state"] == "finished" for trial in found["trials"])
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), "no step of the run was made again"
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), (
+        "no step of the run was made again"
+    )
     assert "collect: started" not in log

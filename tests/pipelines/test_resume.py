@@ -1,4 +1,5 @@
-"""Whole runs of the pipeline: killed in the middle of its stages and run again, run twice."""
+"""Whole runs of the pipeline: killed in the middle of its stages and run again, run
+twice."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, Kill, asked, assert_same_results
 
-from coin_ray.configfile import from_yaml
-from coin_ray.stages.validation import validation_map50
+from coin_ray.config.files import from_yaml
+from coin_ray.stages.common.validation import validation_map50
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")
@@ -22,22 +23,43 @@ LOOKING = ("--distill.fit.validate-every", "16")
 
 
 def command(root: Path, *more: str) -> list[str]:
-    return [sys.executable, "pipelines/full.py", "demo", "--root", str(root), *SMALL, *more]
+    return [
+        sys.executable,
+        "pipelines/full.py",
+        "demo",
+        "--root",
+        str(root),
+        *SMALL,
+        *more,
+    ]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0"}
+    return {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
 
 
 def finish(root: Path, *more: str) -> dict[str, object]:
-    done = subprocess.run(command(root, *more), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command(root, *more),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary: dict[str, object] = json.loads((root / "summary.json").read_text())
     return summary
 
 
 def started(root: Path, stage: str) -> bool:
-    """Whether ``stage`` has begun to leave something behind, so that a kill hits the middle of its work."""
+    """Whether ``stage`` has begun to leave something behind, so that a kill hits the
+    middle of its work."""
     traces = {
         "images": ("steps/images-*/images/train_0010.jpg",),
         "collect": ("steps/collect-*/parts/*.parquet",),
@@ -51,11 +73,17 @@ def started(root: Path, stage: str) -> bool:
 
 def kill_in(root: Path, stage: str) -> Kill:
     process = subprocess.Popen(
-        command(root, *LOOKING), cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(root, *LOOKING),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     give_up_at = time.monotonic() + 300
     while not started(root, stage):
-        assert process.poll() is None, f"the run ended before it could be killed in {stage}"
+        assert process.poll() is None, (
+            f"the run ended before it could be killed in {stage}"
+        )
         assert time.monotonic() < give_up_at
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -64,24 +92,45 @@ def kill_in(root: Path, stage: str) -> Kill:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, object]]:
     root = tmp_path_factory.mktemp("undisturbed")
     return root, finish(root)
 
 
-def test_a_finished_run_again_is_a_quick_no_op(undisturbed: tuple[Path, dict[str, object]]) -> None:
+def test_a_finished_run_again_is_a_quick_no_op(
+    undisturbed: tuple[Path, dict[str, object]],
+) -> None:
     root, before = undisturbed
     stamps = {p: p.stat().st_mtime_ns for p in root.glob("steps/*/*") if p.is_file()}
     start = time.monotonic()
     assert finish(root) == before
-    assert {p: p.stat().st_mtime_ns for p in root.glob("steps/*/*") if p.is_file()} == stamps
+    assert {
+        p: p.stat().st_mtime_ns for p in root.glob("steps/*/*") if p.is_file()
+    } == stamps
     print(f"finished run again: {time.monotonic() - start:.1f} s")
 
 
 def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, object]]) -> None:
     _, summary = undisturbed
-    assert {"preset", "seed", "map50", "gap_closed", "separation", "calls", "seconds", "versions"} <= set(summary)
-    assert set(summary["map50"]) == {"cloud", "clip_labels", "static_fusion", "clip_detector", "student"}  # type: ignore[call-overload]
+    assert {
+        "preset",
+        "seed",
+        "map50",
+        "gap_closed",
+        "separation",
+        "calls",
+        "seconds",
+        "versions",
+    } <= set(summary)
+    assert set(summary["map50"]) == {
+        "cloud",
+        "clip_labels",
+        "static_fusion",
+        "clip_detector",
+        "student",
+    }  # type: ignore[call-overload]
     assert set(summary["separation"]) == {"consistent", "inconsistent", "private"}  # type: ignore[call-overload]
     assert {"made", "cached", "failed", "cost_usd"} == set(summary["calls"])  # type: ignore[call-overload]
     assert summary["seconds"]["total"] > 0  # type: ignore[index]
@@ -89,7 +138,8 @@ def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, object]]) -
 
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Kill]]:
-    """Killed in every stage while it looks at validation images beside the training, and finished."""
+    """Killed in every stage while it looks at validation images beside the training,
+    and finished."""
     root = tmp_path_factory.mktemp("disturbed")
     kills = [kill_in(root, stage) for stage in KILLED_IN]
     finish(root, *LOOKING)
@@ -105,14 +155,24 @@ def test_killed_in_every_stage_gives_the_same_tables_and_repeats_no_call(
     assert set(asked(root)) == set(asked(reference))
     assert kills[-1].answered, "answers are on record"
     repeated = {key for kill in kills for key in kill.repeated(root)}
-    print(f"killed: the run in {', '.join(KILLED_IN)}; lost: nothing; {len(repeated)} of {sum(asked(root).values())} calls made again")
+    print(
+        f"killed: the run in {', '.join(KILLED_IN)}; lost: nothing; {len(repeated)} of"
+        f" {sum(asked(root).values())} calls made again"
+    )
 
 
-def test_looks_at_validation_images_end_at_the_student_and_leave_only_their_curve(disturbed: tuple[Path, list[Kill]]) -> None:
+def test_looks_at_validation_images_end_at_the_student_and_leave_only_their_curve(
+    disturbed: tuple[Path, list[Kill]],
+) -> None:
     root, _ = disturbed
     (distilled,), (images,) = root.glob("steps/distill-*"), root.glob("steps/images-*")
     curve = json.loads((distilled / "validation.json").read_text())
     assert [point["step"] for point in curve] == [18, 24]
-    student = validation_map50(from_yaml(str(root / "config.yaml")), str(images), "student", str(distilled / "detector.pt"))
+    student = validation_map50(
+        from_yaml(str(root / "config.yaml")),
+        str(images),
+        "student",
+        str(distilled / "detector.pt"),
+    )
     assert curve[-1]["validation_map50"] == pytest.approx(student, abs=1e-3)
     assert not list(distilled.glob("looks/*"))

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from coin_ray.commands.detector import Options, check_images, parse, train
 from coin_ray.config import Tracking
+from coin_ray.config.co_detr import tiny
+from coin_ray.config.detector_presets import FAST, PRESETS, small
+from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data import formats
-from coin_ray.detector_cli import Options, check_images, parse, train
-from coin_ray.detectors.config import DetectorConfig
-from coin_ray.detectors.graph import graph
-from coin_ray.detectors.presets import FAST, PRESETS, small
 from coin_ray.errors import CoinError, ConfigError, InputError
-from coin_ray.models.co_detr.config import tiny
-from coin_ray.serving.co_detr import CoDetrPredictor
-from coin_ray.serving.exported import load_exported
+from coin_ray.predictors.co_detr import CoDetrPredictor
+from coin_ray.predictors.student import load_exported
+from coin_ray.runs.detector_graph import graph
 from coin_ray.training.supervised import Supervised
 from tests.labelled_folder import CLASSES, records
 from tests.models.co_detr.fast_networks import folder as fast_folder
@@ -28,10 +28,16 @@ from tests.models.co_detr.fast_networks import folder as fast_folder
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same images in every format that can be written."""
     root = tmp_path_factory.mktemp("data")
-    train_records, val_records = records(root / "raw", 8, 1), records(root / "raw", 4, 2)
+    train_records, val_records = (
+        records(root / "raw", 8, 1),
+        records(root / "raw", 4, 2),
+    )
     places = {}
     for name in ("coco", "voc", "yolo", "kitti", "bdd100k"):
-        places[name], places[f"{name} val"] = str(root / name), str(root / f"{name}-val")
+        places[name], places[f"{name} val"] = (
+            str(root / name),
+            str(root / f"{name}-val"),
+        )
         formats.write(train_records, places[name], name)
         formats.write(val_records, places[f"{name} val"], name)
     places["plain"] = str(root / "raw")
@@ -40,19 +46,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def config(data: str, val: str = "", steps: int = 4, **changes: Any) -> DetectorConfig:
     fit = replace(small().fit, steps=steps, batch=2, warmup=0, checkpoint_every=2)
-    values = {"classes": CLASSES, "short_side": 48, "long_side": 64, "tracking": Tracking(enabled=False), "fit": fit} | changes
+    values = {
+        "classes": CLASSES,
+        "short_side": 48,
+        "long_side": 64,
+        "tracking": Tracking(enabled=False),
+        "fit": fit,
+    } | changes
     return replace(small(), data=data, val=val, **values)
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "yolo", "kitti", "bdd100k"])
-def test_every_format_is_checked_before_training(name: str, folders: dict[str, str]) -> None:
+def test_every_format_is_checked_before_training(
+    name: str, folders: dict[str, str]
+) -> None:
     counts = check_images(config(f"{name}:{folders[name]}", folders[f"{name} val"]))
     assert counts["train"] == {"images": 8, "cat": 8, "dog": 4}
     assert counts["val"] == {"images": 4, "cat": 4, "dog": 2}
 
 
-def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(folders: dict[str, str], tmp_path: Path) -> None:
-    settings = config(f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True))
+def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    settings = config(
+        f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True)
+    )
     found = train(settings, Options(str(tmp_path), dry_run=False))
     figures = found["evaluate"]["val"]
     assert figures["images"] == 4
@@ -60,8 +78,12 @@ def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(folders: 
     assert set(figures["voc_ap50_by_class"]) == set(CLASSES)
     assert found["train"]["boxes"] == 12
     assert load_exported(str(tmp_path / "co_detr.pt")).classes == CLASSES
-    assert json.loads((tmp_path / "summary.json").read_text())["model"] == str(tmp_path / "co_detr.pt")
-    assert not list(tmp_path.rglob("state.pt")), "the optimizer's state is gone once the weights are written"
+    assert json.loads((tmp_path / "summary.json").read_text())["model"] == str(
+        tmp_path / "co_detr.pt"
+    )
+    assert not list(tmp_path.rglob("state.pt")), (
+        "the optimizer's state is gone once the weights are written"
+    )
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
@@ -87,10 +109,17 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
     monkeypatch.setattr(Supervised, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
         train(settings, Options(str(tmp_path / "killed"), dry_run=False))
-    monkeypatch.setattr(Supervised, "train_step", lambda self, batch, step: (made.append(step), original(self, batch, step))[1])
+    monkeypatch.setattr(
+        Supervised,
+        "train_step",
+        lambda self, batch, step: (made.append(step), original(self, batch, step))[1],
+    )
     train(settings, Options(str(tmp_path / "killed"), dry_run=False))
     assert made == [0, 1, 2, 3, 2, 3, 4]
-    whole, killed = (torch.load(tmp_path / name / "co_detr.pt", weights_only=True)["weights"] for name in ("whole", "killed"))
+    whole, killed = (
+        torch.load(tmp_path / name / "co_detr.pt", weights_only=True)["weights"]
+        for name in ("whole", "killed")
+    )
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
     made.clear()
     train(settings, Options(str(tmp_path / "killed"), dry_run=False))
@@ -100,7 +129,10 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(config(folders["voc"], folders["voc val"]), Options(str(tmp_path / "run"), dry_run=True))
+    train(
+        config(folders["voc"], folders["voc val"]),
+        Options(str(tmp_path / "run"), dry_run=True),
+    )
     told = capsys.readouterr().out
     assert "train: 8 annotated images; boxes: cat 8, dog 4" in told
     assert "training: 4 steps of 2 images, 1.0 epochs, heads: atss" in told
@@ -108,12 +140,22 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
 
 
 @pytest.mark.parametrize("ship", ["heads", "agreement"])
-def test_heads_that_are_shipped_are_evaluated_each_and_all_together(ship: Any, folders: dict[str, str], tmp_path: Path) -> None:
-    settings = config(folders["coco"], folders["coco val"], steps=2, ship=ship, co_detr=tiny(auxiliary=("rcnn", "atss")))
+def test_heads_that_are_shipped_are_evaluated_each_and_all_together(
+    ship: Any, folders: dict[str, str], tmp_path: Path
+) -> None:
+    settings = config(
+        folders["coco"],
+        folders["coco val"],
+        steps=2,
+        ship=ship,
+        co_detr=tiny(auxiliary=("rcnn", "atss")),
+    )
     figures = train(settings, Options(str(tmp_path), dry_run=False))["evaluate"]["val"]
     assert set(figures["heads"]) == {"decoder", "rcnn", "atss", "agreement"}
     reported = "decoder" if ship == "heads" else "agreement"
-    assert figures["heads"][reported] == {name: value for name, value in figures.items() if name != "heads"}
+    assert figures["heads"][reported] == {
+        name: value for name, value in figures.items() if name != "heads"
+    }
     predictor = load_exported(str(tmp_path / "co_detr.pt"))
     assert isinstance(predictor, CoDetrPredictor)
     assert predictor.reported == reported
@@ -121,35 +163,53 @@ def test_heads_that_are_shipped_are_evaluated_each_and_all_together(ship: Any, f
 
 @pytest.mark.parametrize("model", ["rt-detr-v2", "d-fine"])
 def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_folder(
-    model: Any, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Any,
+    folders: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("transformers")
-    from coin_ray.serving.transformers_detectors import load_transformers
+    from coin_ray.predictors.transformers_detectors import load_transformers
 
     network = fast_folder(tmp_path / "before", model, classes=5)
-    settings = config(folders["coco"], folders["coco val"], model=model, network=network, average=0.9)
+    settings = config(
+        folders["coco"], folders["coco val"], model=model, network=network, average=0.9
+    )
     found = train(settings, Options(str(tmp_path / "run"), dry_run=False))
     assert 0 <= found["evaluate"]["val"]["coco_ap"] <= 1
     (curve,) = (tmp_path / "run").glob("steps/train-*/curve.json")
     assert {"decoder", "atss"} <= set(json.loads(curve.read_text())[-1])
     place = tmp_path / "run" / model
-    assert f"--cloud.serve transformers --cloud.model {place}" in capsys.readouterr().out
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} == {file.name for file in place.iterdir()}
+    assert (
+        f"--cloud.serve transformers --cloud.model {place}" in capsys.readouterr().out
+    )
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} == {
+        file.name for file in place.iterdir()
+    }
     served = load_transformers(str(place))
     assert served.classes == CLASSES
     boxes, scores = served.detect(Image.new("RGB", (64, 48)), ("dog",), 0.0)
     assert len(boxes) == len(scores) > 0
 
 
-def test_what_cannot_be_trained_on_is_told_before_anything_is_written(folders: dict[str, str], tmp_path: Path) -> None:
+def test_what_cannot_be_trained_on_is_told_before_anything_is_written(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
     cases: dict[str, DetectorConfig] = {
-        r"no box of zebra in 8 annotated images; its classes are cat, dog": config(folders["coco"], classes=("cat", "zebra")),
+        r"no box of zebra in 8 annotated images; its classes are cat, dog": config(
+            folders["coco"], classes=("cat", "zebra")
+        ),
         r"no box of cat, dog in 0 annotated images": config(folders["plain"]),
         r"the folder is in the format voc, not coco": config(f"coco:{folders['voc']}"),
-        r"--val .*: no box of cat, dog in 0 annotated images": config(folders["coco"], folders["plain"]),
+        r"--val .*: no box of cat, dog in 0 annotated images": config(
+            folders["coco"], folders["plain"]
+        ),
         r"no such folder": config("/nowhere"),
         r"has no .* for 'test'": config(f"{folders['voc']}#test"),
-        r"of another network": config(folders["coco"], backbone=replace(PRESETS["r50"]().backbone, weights=_weights(tmp_path))),
+        r"of another network": config(
+            folders["coco"],
+            backbone=replace(PRESETS["r50"]().backbone, weights=_weights(tmp_path)),
+        ),
     }
     for message, settings in cases.items():
         with pytest.raises(CoinError, match=message):
@@ -182,8 +242,23 @@ def test_the_command_line_reads_names_and_settings() -> None:
     assert (found.preset, found.backbone.name, found.epochs) == ("r50", "resnet50", 3)
     assert found.pipeline.data.images == "/data#train"  # type: ignore[union-attr]
     assert options == Options("/runs/a", dry_run=False)
-    demo, _ = parse(["--data", "demo-source", "--co-detr.auxiliary", "rcnn", "atss", "--fit.steps", "7"])
-    assert (demo.preset, demo.co_detr.auxiliary, demo.fit.steps, len(demo.classes)) == ("tiny", ("rcnn", "atss"), 7, 8)
+    demo, _ = parse(
+        [
+            "--data",
+            "demo-source",
+            "--co-detr.auxiliary",
+            "rcnn",
+            "atss",
+            "--fit.steps",
+            "7",
+        ]
+    )
+    assert (demo.preset, demo.co_detr.auxiliary, demo.fit.steps, len(demo.classes)) == (
+        "tiny",
+        ("rcnn", "atss"),
+        7,
+        8,
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +268,10 @@ def test_the_command_line_reads_names_and_settings() -> None:
         (["--data", "/data"], "which classes"),
         (["--data", "demo", "--classes", "cat"], "the demo's classes are bird, bug"),
         (["--data", "demo-source", "--val", "/x"], "leave --val and --test out"),
-        (["--model", "d-fine", "--preset", "r50", "--data", "/data"], "--preset r50 is a Co-DETR; --model d-fine takes --network"),
+        (
+            ["--model", "d-fine", "--preset", "r50", "--data", "/data"],
+            "--preset r50 is a Co-DETR; --model d-fine takes --network",
+        ),
     ],
 )
 def test_impossible_settings_are_told(arguments: list[str], message: str) -> None:
@@ -210,10 +288,22 @@ def test_impossible_settings_are_told(arguments: list[str], message: str) -> Non
         ({"short_side": 300}, "short_side must be positive and not exceed long_side"),
         ({"network": "a/b"}, "--network goes with --model rt-detr-v2 or d-fine"),
         ({"model": "d-fine"}, "--model d-fine needs --network"),
-        ({"model": "d-fine", "network": "a/b", "ship": "heads"}, "ships transformers' own folder"),
-        ({"model": "d-fine", "network": "a/b", "co_detr": tiny()}, "with the ATSS head alone"),
-        ({"ship": "heads", "co_detr": tiny(auxiliary=())}, "ship heads needs heads that are trained"),
-        ({"ship": "agreement", "co_detr": tiny(auxiliary_losses=False)}, "ship agreement needs heads that are trained"),
+        (
+            {"model": "d-fine", "network": "a/b", "ship": "heads"},
+            "ships transformers' own folder",
+        ),
+        (
+            {"model": "d-fine", "network": "a/b", "co_detr": tiny()},
+            "with the ATSS head alone",
+        ),
+        (
+            {"ship": "heads", "co_detr": tiny(auxiliary=())},
+            "ship heads needs heads that are trained",
+        ),
+        (
+            {"ship": "agreement", "co_detr": tiny(auxiliary_losses=False)},
+            "ship agreement needs heads that are trained",
+        ),
     ],
 )
 def test_impossible_values_are_told(changes: dict[str, Any], message: str) -> None:
@@ -233,14 +323,44 @@ def test_presets_are_named_by_their_key(name: str) -> None:
 
 
 def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
-    found, options = parse(["--model", "d-fine", "--network", "/nets/a", "--data", "/data", "--classes", "cat"])
-    assert (found.model, found.network, found.co_detr.auxiliary, options.root[-11:]) == ("d-fine", "/nets/a", ("atss",), "runs/d-fine")
-    alone, _ = parse(["--model", "rt-detr-v2", "--data", "/data", "--classes", "cat", "--co-detr.auxiliary"])
+    found, options = parse(
+        [
+            "--model",
+            "d-fine",
+            "--network",
+            "/nets/a",
+            "--data",
+            "/data",
+            "--classes",
+            "cat",
+        ]
+    )
+    assert (
+        found.model,
+        found.network,
+        found.co_detr.auxiliary,
+        options.root[-11:],
+    ) == ("d-fine", "/nets/a", ("atss",), "runs/d-fine")
+    alone, _ = parse(
+        [
+            "--model",
+            "rt-detr-v2",
+            "--data",
+            "/data",
+            "--classes",
+            "cat",
+            "--co-detr.auxiliary",
+        ]
+    )
     assert (alone.network, alone.co_detr.auxiliary) == ("PekingU/rtdetr_v2_r18vd", ())
 
 
 def test_what_is_shipped_and_which_network_is_trained_identify_a_training() -> None:
     plain = config("/data")
-    others = [replace(plain, ship="heads"), replace(plain, model="d-fine", network="a/b"), replace(plain, model="d-fine", network="a/c")]
+    others = [
+        replace(plain, ship="heads"),
+        replace(plain, model="d-fine", network="a/b"),
+        replace(plain, model="d-fine", network="a/c"),
+    ]
     prints = {graph(own)["train"].fingerprint for own in (plain, *others)}
     assert len(prints) == 4

@@ -32,10 +32,17 @@ def told(whole: dict[str, Any]) -> dict[str, str]:
     [
         (0.01, 0.09, "Yes: +5.0", "+1.0 to +9.0"),
         (-0.09, -0.01, "No: ", f"{MINUS}9.0 to {MINUS}1.0"),
-        (-0.01, 0.1, "These test images can't tell: +5.0", f"{MINUS}1.0 to +10.0, which includes zero"),
+        (
+            -0.01,
+            0.1,
+            "These test images can't tell: +5.0",
+            f"{MINUS}1.0 to +10.0, which includes zero",
+        ),
     ],
 )
-def test_better_only_if_the_interval_leaves_out_zero(low: float, high: float, start: str, span: str) -> None:
+def test_better_only_if_the_interval_leaves_out_zero(
+    low: float, high: float, start: str, span: str
+) -> None:
     text = told(summary(low, high))["Is it better than the cloud?"]
     assert text.startswith(start)
     assert span in text
@@ -45,14 +52,20 @@ def test_better_only_if_the_interval_leaves_out_zero(low: float, high: float, st
 def test_classes_below_the_cloud_are_named_worst_first() -> None:
     text = told(summary(0, 1))["For which classes not?"]
     assert text == f"Below the cloud: bird {MINUS}10.0, car {MINUS}5.0 (may be chance)."
-    better = summary(0, 1, per_class={"cloud": [0.3, None, 0.2], "student": [0.3, None, 0.5]})
-    assert told(better)["For which classes not?"] == "On no class with test objects does the student score below the cloud."
+    better = summary(
+        0, 1, per_class={"cloud": [0.3, None, 0.2], "student": [0.3, None, 0.5]}
+    )
+    assert (
+        told(better)["For which classes not?"]
+        == "On no class with test objects does the student score below the cloud."
+    )
 
 
 def test_cost_and_belief() -> None:
     found = told(summary(0, 1))
     assert found["What did it cost?"].startswith(
-        "400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost $2.00 at the cloud"
+        "400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost"
+        " $2.00 at the cloud"
     )
     assert "1,300 annotated test images" in found["Can it be believed?"]
 

@@ -1,4 +1,5 @@
-"""The page in a real browser: a script clicks through it, and what it saw comes back in the page's text."""
+"""The page in a real browser: a script clicks through it, and what it saw comes back in
+the page's text."""
 
 from __future__ import annotations
 
@@ -16,8 +17,18 @@ from coin_ray.report.gallery import Box, GalleryImage
 from coin_ray.report.page import build_page
 from tests.report.test_page import CURVES, PER_CLASS, picture, summary
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH: the page is not clicked through")
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no Chromium or Chrome on the PATH: the page is not clicked through",
+)
 
 SEEN = """
 const $ = (q) => document.querySelector(q), all = (q) => [...document.querySelectorAll(q)];
@@ -33,20 +44,57 @@ WIDTHS = (1280, 768, 390)
 def page() -> str:
     bird = picture("bird.jpg")
     car = GalleryImage(
-        bird.jpeg, 64, 48, "car.jpg", {"cloud": [Box((1, 1, 9, 9), "car", 0.5)]}, "worst", "Of 1 objects", ("worse", "student")
+        bird.jpeg,
+        64,
+        48,
+        "car.jpg",
+        {"cloud": [Box((1, 1, 9, 9), "car", 0.5)]},
+        "worst",
+        "Of 1 objects",
+        ("worse", "student"),
     )
-    shapes = {"precision_recall": {"student": [1.0, 0.5]}, "confusion": [[3, 1, 0], [0, 2, 0], [0, 0, 0]]}
-    return build_page(summary(), PER_CLASS, CURVES, [bird, car], "preset: demo\n", "python pipelines/full.py demo", shapes)
+    shapes = {
+        "precision_recall": {"student": [1.0, 0.5]},
+        "confusion": [[3, 1, 0], [0, 2, 0], [0, 0, 0]],
+    }
+    return build_page(
+        summary(),
+        PER_CLASS,
+        CURVES,
+        [bird, car],
+        "preset: demo\n",
+        "python pipelines/full.py demo",
+        shapes,
+    )
 
 
 def browse(folder: Path, script: str, width: int = 1280) -> dict[str, Any]:
     """What ``script`` put into ``seen`` after running in the page."""
-    told = f'<script>{SEEN}{script};document.body.insertAdjacentHTML("beforeend", "<pre id=told></pre>");$("#told").textContent=JSON.stringify(seen)</script>'
-    (folder / "page.html").write_text(page().replace("</body>", told + "</body>"), encoding="utf-8")
+    told = (
+        f'<script>{SEEN}{script};document.body.insertAdjacentHTML("beforeend", "<pre'
+        ' id=told></pre>");$("#told").textContent=JSON.stringify(seen)</script>'
+    )
+    (folder / "page.html").write_text(
+        page().replace("</body>", told + "</body>"), encoding="utf-8"
+    )
     assert CHROMIUM is not None
     size = f"--window-size={width},900"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile", size, "--dump-dom"]
-    done = subprocess.run([*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder}/profile",
+        size,
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [*command, (folder / "page.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     seen: dict[str, Any] = json.loads(unescape(found[1]))

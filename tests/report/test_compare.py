@@ -10,7 +10,13 @@ from coin_ray.errors import InputError
 from coin_ray.report.compare import compare, main, runs_of
 
 
-def run(folder: Path, seed: int, student: float, classes: tuple[str, ...] = ("bird", "car"), **settings: Any) -> str:
+def run(
+    folder: Path,
+    seed: int,
+    student: float,
+    classes: tuple[str, ...] = ("bird", "car"),
+    **settings: Any,
+) -> str:
     page = folder / "steps" / f"report-{seed}" / "report.html"
     page.parent.mkdir(parents=True)
     page.write_text("")
@@ -30,10 +36,14 @@ def run(folder: Path, seed: int, student: float, classes: tuple[str, ...] = ("bi
 
 
 def page_of(roots: list[str], folder: Path) -> str:
-    return " ".join(Path(compare(roots, str(folder / "out" / "all.html"))).read_text().split())
+    return " ".join(
+        Path(compare(roots, str(folder / "out" / "all.html"))).read_text().split()
+    )
 
 
-def test_runs_that_differ_in_the_seed_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
+def test_runs_that_differ_in_the_seed_have_a_mean_and_a_deviation(
+    tmp_path: Path,
+) -> None:
     page = page_of([run(tmp_path / "a", 0, 0.4), run(tmp_path / "b", 1, 0.5)], tmp_path)
     for phrase in [
         "45.0 ± 7.1 mAP50 over 2 seeds",
@@ -46,34 +56,64 @@ def test_runs_that_differ_in_the_seed_have_a_mean_and_a_deviation(tmp_path: Path
 
 
 def test_settings_that_differ_are_listed_and_no_mean_is_taken(tmp_path: Path) -> None:
-    page = page_of([run(tmp_path / "a", 0, 0.4, private=1.0, batch=8), run(tmp_path / "b", 0, 0.5, private=2.0, batch=8)], tmp_path)
+    page = page_of(
+        [
+            run(tmp_path / "a", 0, 0.4, private=1.0, batch=8),
+            run(tmp_path / "b", 0, 0.5, private=2.0, batch=8),
+        ],
+        tmp_path,
+    )
     assert '<th scope="row">distill.private</th><td>1.0</td><td>2.0</td>' in page
     assert "distill.batch" not in page
     assert "±" not in page
 
 
 def test_runs_of_other_classes_have_no_table_by_class(tmp_path: Path) -> None:
-    page = page_of([run(tmp_path / "a", 0, 0.4), run(tmp_path / "b", 0, 0.5, classes=("cat", "dog"))], tmp_path)
+    page = page_of(
+        [
+            run(tmp_path / "a", 0, 0.4),
+            run(tmp_path / "b", 0, 0.5, classes=("cat", "dog")),
+        ],
+        tmp_path,
+    )
     assert "By class" not in page
 
 
 def test_what_users_named_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)<"
-    page = page_of([run(tmp_path / evil, 0, 0.4, (evil, "car")), run(tmp_path / "b", 0, 0.5, (evil, "car"), name=evil)], tmp_path)
+    page = page_of(
+        [
+            run(tmp_path / evil, 0, 0.4, (evil, "car")),
+            run(tmp_path / "b", 0, 0.5, (evil, "car"), name=evil),
+        ],
+        tmp_path,
+    )
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;") >= 3
 
 
-def test_a_folder_without_a_run_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match=r"has no summary\.json; run pipelines/full\.py"):
-        compare([run(tmp_path / "a", 0, 0.4), str(tmp_path)], str(tmp_path / "all.html"))
+def test_a_folder_without_a_run_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        InputError, match=r"has no summary\.json; run pipelines/full\.py"
+    ):
+        compare(
+            [run(tmp_path / "a", 0, 0.4), str(tmp_path)], str(tmp_path / "all.html")
+        )
     assert main([str(tmp_path), str(tmp_path), "--seed", "1"]) == InputError.exit_code
     assert "--out FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "runs"),
-    [(["demo"], []), (["demo", "--seed", "1"], []), ([], []), (["--config", "a.yaml"], []), (["a", "b", "--out", "c"], ["a", "b"])],
+    [
+        (["demo"], []),
+        (["demo", "--seed", "1"], []),
+        ([], []),
+        (["--config", "a.yaml"], []),
+        (["a", "b", "--out", "c"], ["a", "b"]),
+    ],
 )
 def test_two_folders_mean_a_comparison(arguments: list[str], runs: list[str]) -> None:
     assert runs_of(arguments) == runs

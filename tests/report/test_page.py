@@ -66,7 +66,12 @@ def summary(**changes: Any) -> dict[str, Any]:
         "gap_closed": 0.261,
         "separation": {"consistent": 729, "inconsistent": 670, "private": 1362},
         "calls": {"made": 1000, "cached": 24, "failed": 3, "cost_usd": 1.5},
-        "seconds": {"collect": 31.2, "propagate": 214.8, "distill": 402.5, "total": 673.0},
+        "seconds": {
+            "collect": 31.2,
+            "propagate": 214.8,
+            "distill": 402.5,
+            "total": 673.0,
+        },
         "versions": {"coin_ray": "0.1.0"},
     }
     return whole | changes
@@ -76,23 +81,56 @@ def picture(name: str = "a.jpg", label: str = "bird") -> GalleryImage:
     stream = io.BytesIO()
     Image.new("RGB", (64, 48)).save(stream, "JPEG")
     box = Box((1, 2, 30, 40), label, 0.875)
-    layers = {"truth": [Box(box.xyxy, label)], "cloud": [box], "student": [box], "separation": [Box(box.xyxy, label, 0.5, "private")]}
+    layers = {
+        "truth": [Box(box.xyxy, label)],
+        "cloud": [box],
+        "student": [box],
+        "separation": [Box(box.xyxy, label, 0.5, "private")],
+    }
     return GalleryImage(stream.getvalue(), 64, 48, name, layers)
 
 
-PER_CLASS = {"cloud": [0.2, 0.4], "clip_detector": [0.3, math.nan], "student": [0.5, 0.31]}
+PER_CLASS = {
+    "cloud": [0.2, 0.4],
+    "clip_detector": [0.3, math.nan],
+    "student": [0.5, 0.31],
+}
 BY_CLASS = {"cloud": [0.6, 0.4], "student": [0.5, 0.31]}
-CURVES = [(run, step, "roi_class", 1 / (step + 1)) for run in ("distill", "propagate") for step in range(500)]
+CURVES = [
+    (run, step, "roi_class", 1 / (step + 1))
+    for run in ("distill", "propagate")
+    for step in range(500)
+]
 
 
 def full(**changes: Any) -> str:
-    return build_page(summary(**changes), PER_CLASS, CURVES, [picture()], "preset: demo\n", "coin-ray demo")
+    return build_page(
+        summary(**changes),
+        PER_CLASS,
+        CURVES,
+        [picture()],
+        "preset: demo\n",
+        "coin-ray demo",
+    )
 
 
 def test_shows_everything() -> None:
-    text = " ".join(parse(full(map50_unknown={"cloud": 0.158, "student": 0.19})).text.split())
-    expected = "scores 7.7 points above|40.5|32.8|+7.7|26 %|62.3|15.8|known to neither teacher|consistent 729 (26 %)|11 min 13 s|1,000"
-    for phrase in [*expected.split("|"), "$1.50", "bird .88", "roi_class", "preset: demo", "coin-ray demo", "Averaging both teachers"]:
+    text = " ".join(
+        parse(full(map50_unknown={"cloud": 0.158, "student": 0.19})).text.split()
+    )
+    expected = (
+        "scores 7.7 points above|40.5|32.8|+7.7|26 %|62.3|15.8|known to neither"
+        " teacher|consistent 729 (26 %)|11 min 13 s|1,000"
+    )
+    for phrase in [
+        *expected.split("|"),
+        "$1.50",
+        "bird .88",
+        "roi_class",
+        "preset: demo",
+        "coin-ray demo",
+        "Averaging both teachers",
+    ]:
         assert phrase in text, phrase
 
 
@@ -104,14 +142,33 @@ def test_opens_without_network() -> None:
     for tag, attributes in parse(page).tags:
         assert tag != "link"
         assert tag != "script" or "src" not in attributes
-        assert tag != "img" or (attributes["src"] or "").startswith("data:image/jpeg;base64,")
+        assert tag != "img" or (attributes["src"] or "").startswith(
+            "data:image/jpeg;base64,"
+        )
 
 
 def test_escapes_what_users_supply() -> None:
     evil = '"><script>alert(1)</script>'
-    whole = summary(classes=[evil, "car"], preset=evil, versions={evil: evil}, seconds={evil: 3.0, "total": 3.0}, per_class=BY_CLASS)
-    shapes = {"confusion": [[1, 2, 0], [0, 3, 0], [0, 0, 0]], "class_curves": {"student": [[1.0, 0.0], [1.0, 0.5]]}}
-    page = build_page(whole, PER_CLASS, [(evil, s, evil, 1.0) for s in range(3)], [picture(evil, evil)], evil, evil, shapes)
+    whole = summary(
+        classes=[evil, "car"],
+        preset=evil,
+        versions={evil: evil},
+        seconds={evil: 3.0, "total": 3.0},
+        per_class=BY_CLASS,
+    )
+    shapes = {
+        "confusion": [[1, 2, 0], [0, 3, 0], [0, 0, 0]],
+        "class_curves": {"student": [[1.0, 0.0], [1.0, 0.5]]},
+    }
+    page = build_page(
+        whole,
+        PER_CLASS,
+        [(evil, s, evil, 1.0) for s in range(3)],
+        [picture(evil, evil)],
+        evil,
+        evil,
+        shapes,
+    )
     assert "<script>alert" not in page
     assert sum(tag == "script" for tag, _ in parse(page).tags) == 1
 
@@ -120,17 +177,37 @@ def test_layers_are_switched_by_checkboxes() -> None:
     tags = parse(full()).tags
     boxes = {a["value"]: "checked" in a for tag, a in tags if tag == "input"}
     assert boxes == {"truth": True, "cloud": False, "student": True, "private": True}
-    hidden = {a["data-layer"]: "off" in (a["class"] or "") for tag, a in tags if "data-layer" in a}
+    hidden = {
+        a["data-layer"]: "off" in (a["class"] or "")
+        for tag, a in tags
+        if "data-layer" in a
+    }
     assert hidden == {key: not on for key, on in boxes.items()}
-    assert [a["value"] for tag, a in tags if tag == "option"] == ["", "=bird", "", "private"]
+    assert [a["value"] for tag, a in tags if tag == "option"] == [
+        "",
+        "=bird",
+        "",
+        "private",
+    ]
 
 
 def test_text_of_boxes_stays_inside_the_image() -> None:
     image = GalleryImage(
-        b"", 100, 100, "edge", {"cloud": [Box((0, 0, 3, 3), "a long name", 0.5)], "student": [Box((97, 97, 100, 100), "a long name", 0.5)]}
+        b"",
+        100,
+        100,
+        "edge",
+        {
+            "cloud": [Box((0, 0, 3, 3), "a long name", 0.5)],
+            "student": [Box((97, 97, 100, 100), "a long name", 0.5)],
+        },
     )
     page = build_page({}, {}, [], [image], "", "")
-    places = [(float(a["x"] or 0), float(a["y"] or 0), a["text-anchor"]) for tag, a in parse(page).tags if tag == "text"]
+    places = [
+        (float(a["x"] or 0), float(a["y"] or 0), a["text-anchor"])
+        for tag, a in parse(page).tags
+        if tag == "text"
+    ]
     assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y, _ in places)
     assert places[0][0] > 30  # ends there
     assert places[1][0] < 70  # starts there
@@ -140,11 +217,25 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
     "whole",
     [
         {},
-        {"preset": "folder", "classes": ["a"], "map50": {"cloud": None, "student": None}, "gap_closed": None},
-        {"map50": None, "separation": None, "calls": None, "seconds": None, "versions": None},
+        {
+            "preset": "folder",
+            "classes": ["a"],
+            "map50": {"cloud": None, "student": None},
+            "gap_closed": None,
+        },
+        {
+            "map50": None,
+            "separation": None,
+            "calls": None,
+            "seconds": None,
+            "versions": None,
+        },
         {"map50": {"student": 0.4}},
         {"map50": {"student": math.nan, "cloud": 0.2}},
-        {"separation": {"consistent": 0, "inconsistent": 0, "private": 0}, "seconds": {"total": 0}},
+        {
+            "separation": {"consistent": 0, "inconsistent": 0, "private": 0},
+            "seconds": {"total": 0},
+        },
     ],
 )
 def test_leaves_out_what_is_missing(whole: dict[str, Any]) -> None:
@@ -154,7 +245,14 @@ def test_leaves_out_what_is_missing(whole: dict[str, Any]) -> None:
 
 
 def test_a_run_without_truth_says_so() -> None:
-    page = build_page(summary(map50={"cloud": None, "student": None}, gap_closed=None), {}, [], [picture()], "", "")
+    page = build_page(
+        summary(map50={"cloud": None, "student": None}, gap_closed=None),
+        {},
+        [],
+        [picture()],
+        "",
+        "",
+    )
     assert "No annotated test images" in page
     assert "<h2>Results</h2>" not in page
     assert "<h2>What it looks like</h2>" in page
@@ -169,34 +267,73 @@ def test_a_worse_student_is_called_worse() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "\u2013"), (6.14, "6.1 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")],
+    [
+        (None, "\u2013"),
+        (6.14, "6.1 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (187, "3 min 07 s"),
+        (7500, "2 h 05 min"),
+    ],
 )
 def test_duration(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 
 def test_numbers() -> None:
-    assert [points(v) for v in (0.4056, None, math.nan, 0)] == ["40.6", "\u2013", "\u2013", "0.0"]
-    assert [difference(a, b) for a, b in [(0.5, 0.4), (0.4, 0.5), (0.4, 0.4), (None, 1)]] == ["+10.0", f"{MINUS}10.0", "0.0", ""]
+    assert [points(v) for v in (0.4056, None, math.nan, 0)] == [
+        "40.6",
+        "\u2013",
+        "\u2013",
+        "0.0",
+    ]
+    assert [
+        difference(a, b) for a, b in [(0.5, 0.4), (0.4, 0.5), (0.4, 0.4), (None, 1)]
+    ] == ["+10.0", f"{MINUS}10.0", "0.0", ""]
 
 
-def test_terminal_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     print_summary(summary(map50_unknown={"student": 0.19}), "runs/[demo]/report.html")
     out = capsys.readouterr().out
-    for phrase in ["Student ", "40.5", "+7.7", "19.0", "inconsistent", "1,362", "49%", "$1.50", "6 min 42 s", "runs/[demo]/report.html"]:
+    for phrase in [
+        "Student ",
+        "40.5",
+        "+7.7",
+        "19.0",
+        "inconsistent",
+        "1,362",
+        "49%",
+        "$1.50",
+        "6 min 42 s",
+        "runs/[demo]/report.html",
+    ]:
         assert phrase in out, phrase
 
 
-@pytest.mark.parametrize("whole", [{}, {"map50": {"cloud": None}}, {"calls": {"made": 3}}])
-def test_terminal_table_without_truth(whole: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "whole", [{}, {"map50": {"cloud": None}}, {"calls": {"made": 3}}]
+)
+def test_terminal_table_without_truth(
+    whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     print_summary(whole)
     assert "No annotated test images" in capsys.readouterr().out
 
 
 def test_terminal_table_imports_neither_torch_nor_jinja2() -> None:
-    code = "import sys, coin_ray.report.table; print(sorted({'torch', 'jinja2', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, coin_ray.report.table; print(sorted({'torch', 'jinja2', 'numpy'} &"
+        " set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 KNOWLEDGE = {
@@ -206,10 +343,15 @@ KNOWLEDGE = {
 }
 
 
-def test_how_right_each_kind_is_stands_beside_its_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_right_each_kind_is_stands_beside_its_size(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     text = " ".join(full(knowledge=KNOWLEDGE).split())
-    assert "consistent 72 %; inconsistent cloud 53 %, clip 56 %, mean 65 %, neither 21 %; private 50 %." in text
+    assert (
+        "consistent 72 %; inconsistent cloud 53 %, clip 56 %, mean 65 %, neither 21 %;"
+        " private 50 %." in text
+    )
     assert "which no training sees" not in full()
     print_summary(summary(knowledge=KNOWLEDGE))
     shown = capsys.readouterr().out
@@ -220,14 +362,36 @@ def test_how_right_each_kind_is_stands_beside_its_size(capsys: pytest.CaptureFix
 def test_what_people_corrected_is_told_with_how_often_each_teacher_was_wrong() -> None:
     cloud = {"boxes": 40, "wrong": 10, "missed": 6, "images": 5}
     clip = {"boxes": 0, "wrong": 0, "missed": 60, "images": 8}
-    found = {"images": 8, "boxes": 60, "empty": 1, "teachers": {"cloud": cloud, "clip_detector": clip}}
-    text = " ".join(parse(build_page(summary(corrections=found), {}, [], [], "", "")).text.split())
+    found = {
+        "images": 8,
+        "boxes": 60,
+        "empty": 1,
+        "teachers": {"cloud": cloud, "clip_detector": clip},
+    }
+    text = " ".join(
+        parse(build_page(summary(corrections=found), {}, [], [], "", "")).text.split()
+    )
     assert "8 training images with 60 objects, 1 of them empty" in text
-    assert all(share in text for share in ("10 (25 %)", "6 (10 %)", "5 (62 %)", "0 (none)", "60 (100 %)"))
-    assert "Corrected by people" not in parse(build_page(summary(), {}, [], [], "", "")).text
+    assert all(
+        share in text
+        for share in ("10 (25 %)", "6 (10 %)", "5 (62 %)", "0 (none)", "60 (100 %)")
+    )
+    assert (
+        "Corrected by people"
+        not in parse(build_page(summary(), {}, [], [], "", "")).text
+    )
 
 
 def test_a_person_s_boxes_are_a_layer_of_the_gallery() -> None:
-    shown = GalleryImage(picture().jpeg, 40, 30, "a.jpg", {"separation": [Box((1, 1, 9, 9), "bird", None, "reviewed")]}, "train")
+    shown = GalleryImage(
+        picture().jpeg,
+        40,
+        30,
+        "a.jpg",
+        {"separation": [Box((1, 1, 9, 9), "bird", None, "reviewed")]},
+        "train",
+    )
     page = parse(build_page(summary(), {}, [], [shown], "", ""))
-    assert ("input", "reviewed") in [(tag, known.get("value")) for tag, known in page.tags]
+    assert ("input", "reviewed") in [
+        (tag, known.get("value")) for tag, known in page.tags
+    ]

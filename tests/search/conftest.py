@@ -8,17 +8,25 @@ from typing import Any
 import pytest
 
 from coin_ray.config import Tracking
-from coin_ray.presets import demo
+from coin_ray.config.presets import demo
 from coin_ray.search.plan import Search
 
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Callable[..., Search]:
-    """A search of the demo's loss weights below ``tmp_path``, nothing tracked; changes by name."""
+    """A search of the demo's loss weights below ``tmp_path``, nothing tracked; changes
+    by name."""
 
     def make(**changes: Any) -> Search:
-        config = replace(changes.pop("config", demo()), tracking=Tracking(enabled=False))
-        values: dict[str, Any] = {"space_name": "loss-weights", "objective": "map50", "algorithm": "random", "trials": 4}
+        config = replace(
+            changes.pop("config", demo()), tracking=Tracking(enabled=False)
+        )
+        values: dict[str, Any] = {
+            "space_name": "loss-weights",
+            "objective": "map50",
+            "algorithm": "random",
+            "trials": 4,
+        }
         return Search(config, str(tmp_path), **(values | changes))
 
     return make

@@ -1,4 +1,5 @@
-"""Who copies whom, and what is drawn: the scheduler of a population, driven without Ray in whatever order members get ready."""
+"""Who copies whom, and what is drawn: the scheduler of a population, driven without Ray
+in whatever order members get ready."""
 
 from __future__ import annotations
 
@@ -23,13 +24,22 @@ Seen = dict[tuple[int, int], tuple[int, dict[str, float], float]]
 
 
 class Member:
-    """Of a Tune trial what its scheduler touches. A checkpoint is (member, ninths, score)."""
+    """Of a Tune trial what its scheduler touches. A checkpoint is (member, ninths,
+    score)."""
 
     def __init__(self, number: int, settings: dict[str, float]) -> None:
-        self.number, self.trial_id, self.config, self.status = number, f"abc_{number:05d}", {"settings": settings}, Trial.PENDING
+        self.number, self.trial_id, self.config, self.status = (
+            number,
+            f"abc_{number:05d}",
+            {"settings": settings},
+            Trial.PENDING,
+        )
         self.experiment_tag, self.last_result, self.checkpoint = str(number), {}, None
         self.temporary_state = SimpleNamespace(saving_to=None)
-        manager = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None), _latest_checkpoint_result=None)
+        manager = SimpleNamespace(
+            checkpoint_config=SimpleNamespace(num_to_keep=None),
+            _latest_checkpoint_result=None,
+        )
         self.run_metadata = SimpleNamespace(checkpoint_manager=manager)
 
     def is_finished(self) -> bool:
@@ -58,11 +68,16 @@ class Tuner:
         return trial.checkpoint
 
 
-def trained(search: Search, order: random.Random, seen: Seen | None = None, begin: int = 0) -> Seen:
-    """A whole population, whose score says how near alignment was to 3 on the way. From ``begin`` on as it was ``seen`` there."""
+def trained(
+    search: Search, order: random.Random, seen: Seen | None = None, begin: int = 0
+) -> Seen:
+    """A whole population, whose score says how near alignment was to 3 on the way. From
+    ``begin`` on as it was ``seen`` there."""
     population = _Population(search, begin)
     population.set_search_properties("score", "max")
-    given = [seen[m, begin][1] for m in range(search.trials)] if seen else starts(search, 0)
+    given = (
+        [seen[m, begin][1] for m in range(search.trials)] if seen else starts(search, 0)
+    )
     members = [Member(number, settings) for number, settings in enumerate(given)]
     tuner = Tuner(members)
     for member in members:
@@ -72,13 +87,26 @@ def trained(search: Search, order: random.Random, seen: Seen | None = None, begi
         for member in order.sample(members, len(members)):
             if ninths > begin:
                 make(member, ninths, found)
-            member.status, member.checkpoint = Trial.RUNNING, (member.number, ninths, found[member.number, ninths][2])
-            said = population.on_trial_result(tuner, member, {"ninths": ninths, "score": found[member.number, ninths][2]})
+            member.status, member.checkpoint = (
+                Trial.RUNNING,
+                (
+                    member.number,
+                    ninths,
+                    found[member.number, ninths][2],
+                ),
+            )
+            said = population.on_trial_result(
+                tuner,
+                member,
+                {"ninths": ninths, "score": found[member.number, ninths][2]},
+            )
             assert said in (TrialScheduler.PAUSE, TrialScheduler.NOOP)
             copied = member.run_metadata.checkpoint_manager._latest_checkpoint_result
             member.status = Trial.PAUSED
             if copied is None or copied.checkpoint[1] < ninths:
-                member.run_metadata.checkpoint_manager._latest_checkpoint_result = SimpleNamespace(checkpoint=member.checkpoint)
+                member.run_metadata.checkpoint_manager._latest_checkpoint_result = (
+                    SimpleNamespace(checkpoint=member.checkpoint)
+                )
         assert population.choose_trial_to_run(tuner) in members, "nobody waits for ever"
     for member in members:
         make(member, FULL, found)
@@ -89,7 +117,11 @@ def make(member: Member, ninths: int, found: Seen) -> None:
     result = member.run_metadata.checkpoint_manager._latest_checkpoint_result
     source, _, score = result.checkpoint if result else (member.number, 0, 0.0)
     settings = member.config["settings"]
-    found[member.number, ninths] = (source, settings, score + 1 / (1 + abs(settings["distill.alignment"] - 3)))
+    found[member.number, ninths] = (
+        source,
+        settings,
+        score + 1 / (1 + abs(settings["distill.alignment"] - 3)),
+    )
 
 
 @pytest.fixture
@@ -97,7 +129,9 @@ def wanted(asked: Asked) -> Search:
     return asked(algorithm="population", scheduler="none", trials=8)
 
 
-def test_the_worst_quarter_copies_the_best_quarter_and_moves_within_the_ranges(wanted: Search) -> None:
+def test_the_worst_quarter_copies_the_best_quarter_and_moves_within_the_ranges(
+    wanted: Search,
+) -> None:
     seen = trained(wanted, random.Random(1))
     steps = set()
     for ninths in range(2, FULL + 1):
@@ -116,7 +150,9 @@ def test_the_worst_quarter_copies_the_best_quarter_and_moves_within_the_ranges(w
     assert len(steps) > 5, "now and then a setting is drawn anew"
 
 
-def test_the_seed_decides_and_not_the_order_in_which_members_get_ready(wanted: Search) -> None:
+def test_the_seed_decides_and_not_the_order_in_which_members_get_ready(
+    wanted: Search,
+) -> None:
     seen = trained(wanted, random.Random(1))
     random.seed(99)
     before = random.getstate()
@@ -125,7 +161,9 @@ def test_the_seed_decides_and_not_the_order_in_which_members_get_ready(wanted: S
 
 
 @pytest.mark.parametrize("begin", [1, 2, 5, 8])
-def test_a_population_that_goes_on_from_a_look_ends_as_if_it_had_not_stopped(wanted: Search, begin: int) -> None:
+def test_a_population_that_goes_on_from_a_look_ends_as_if_it_had_not_stopped(
+    wanted: Search, begin: int
+) -> None:
     seen = trained(wanted, random.Random(1))
     assert trained(wanted, random.Random(3), seen, begin) == seen
 
@@ -133,15 +171,31 @@ def test_a_population_that_goes_on_from_a_look_ends_as_if_it_had_not_stopped(wan
 @pytest.mark.parametrize("nodes", [(2,), (8,), (16,), (4, 4, 4, 4), (3, 8), (64, 2)])
 @pytest.mark.parametrize("concurrent", [1, 2, 3, 5, 8, None])
 def test_no_more_members_find_room_than_are_asked_for(
-    asked: Asked, nodes: tuple[int, ...], concurrent: int | None, monkeypatch: pytest.MonkeyPatch
+    asked: Asked,
+    nodes: tuple[int, ...],
+    concurrent: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(sum(nodes))})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
-    search = asked(algorithm="population", scheduler="none", trials=8, concurrent=concurrent)
+    monkeypatch.setattr(
+        ray,
+        "nodes",
+        lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes],
+    )
+    search = asked(
+        algorithm="population", scheduler="none", trials=8, concurrent=concurrent
+    )
     most = max(nodes)
-    if concurrent is not None and (concurrent > sum(nodes) or (concurrent < 8 and sum(nodes) // (concurrent + 1) >= most)):
+    if concurrent is not None and (
+        concurrent > sum(nodes)
+        or (concurrent < 8 and sum(nodes) // (concurrent + 1) >= most)
+    ):
         with pytest.raises(
-            ConfigError, match=rf"there are {sum(nodes)}\.|the largest has {most}\. Give --concurrent {sum(nodes) // most} or more"
+            ConfigError,
+            match=(
+                rf"there are {sum(nodes)}\.|the largest has {most}\. Give --concurrent"
+                rf" {sum(nodes) // most} or more"
+            ),
         ):
             _needs(search)
         return

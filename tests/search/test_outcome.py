@@ -5,16 +5,40 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from coin_ray.search.outcome import Record, best, importance, line, ordered, truth_correlation
+from coin_ray.search.outcome import (
+    Record,
+    best,
+    importance,
+    line,
+    ordered,
+    truth_correlation,
+)
 from coin_ray.search.plots import height, importance_bars, parallel_coordinates
 from coin_ray.search.space import Choice, Real, Space
 
-SPACE: Space = {"distill.alignment": Real(0.1, 10.0, log=True), "distill.fusion": Choice(("ckg", "average")), "seedless": Real(0.0, 1.0)}
+SPACE: Space = {
+    "distill.alignment": Real(0.1, 10.0, log=True),
+    "distill.fusion": Choice(("ckg", "average")),
+    "seedless": Real(0.0, 1.0),
+}
 
 
-def record(number: int, score: float | None, ninths: int = 9, failure: str = "", **more: float) -> Record:
-    settings = {"distill.alignment": 10.0 ** (number / 5 - 1), "distill.fusion": "ckg" if number % 2 else "average", "seedless": 0.5}
-    return Record(number, settings, ({} if score is None else {"score": score}) | more, ninths, 60.0, failure)
+def record(
+    number: int, score: float | None, ninths: int = 9, failure: str = "", **more: float
+) -> Record:
+    settings = {
+        "distill.alignment": 10.0 ** (number / 5 - 1),
+        "distill.fusion": "ckg" if number % 2 else "average",
+        "seedless": 0.5,
+    }
+    return Record(
+        number,
+        settings,
+        ({} if score is None else {"score": score}) | more,
+        ninths,
+        60.0,
+        failure,
+    )
 
 
 RECORDS = [
@@ -28,7 +52,13 @@ RECORDS = [
 
 def test_trials_are_ordered_by_how_far_they_came_then_by_score() -> None:
     assert [r.number for r in ordered(RECORDS)] == [1, 0, 4, 2, 3]
-    assert [r.state for r in RECORDS] == ["finished", "finished", "stopped at 1/9", "failed", "stopped at 3/9"]
+    assert [r.state for r in RECORDS] == [
+        "finished",
+        "finished",
+        "stopped at 1/9",
+        "failed",
+        "stopped at 3/9",
+    ]
 
 
 def test_only_a_finished_trial_can_be_best() -> None:
@@ -46,9 +76,14 @@ def test_importance_finds_the_setting_that_decides() -> None:
 
 
 @pytest.mark.parametrize(("trend", "expected"), [(1, 1.0), (-1, -1.0)])
-def test_the_correlation_with_the_truth_is_over_finished_trials(trend: int, expected: float) -> None:
+def test_the_correlation_with_the_truth_is_over_finished_trials(
+    trend: int, expected: float
+) -> None:
     records = [record(n, 0.1 * n, validation=0.5 + trend * 0.02 * n) for n in range(5)]
-    assert truth_correlation([*records, record(9, 0.9, ninths=1, validation=0.0)]) == (pytest.approx(expected), 5)
+    assert truth_correlation([*records, record(9, 0.9, ninths=1, validation=0.0)]) == (
+        pytest.approx(expected),
+        5,
+    )
     assert truth_correlation(records[:2]) is None
 
 
@@ -68,5 +103,9 @@ def test_figures_are_svg_and_failed_trials_no_line(records: list[Record]) -> Non
 
 
 def test_a_trial_is_one_line_in_the_log() -> None:
-    assert line(RECORDS[1]) == "trial 1: score 45.0, finished, 60 s (alignment 0.158, fusion ckg, seedless 0.5)"
+    assert (
+        line(RECORDS[1])
+        == "trial 1: score 45.0, finished, 60 s (alignment 0.158, fusion ckg, seedless"
+        " 0.5)"
+    )
     assert "failed, TrainingError: loss" in line(RECORDS[3])

@@ -9,29 +9,49 @@ from pathlib import Path
 import pytest
 
 from coin_ray import storage
-from coin_ray.cli import parse
+from coin_ray.commands.arguments import parse
 from coin_ray.errors import InputError
-from coin_ray.pipeline import graph
+from coin_ray.runs.graph import graph
+from coin_ray.runs.steps import Context
 from coin_ray.search.outcome import Record
 from coin_ray.search.page import main, write_page
 from coin_ray.search.plan import Search
 from coin_ray.search.run import search
 from coin_ray.stages.report import sweeps
-from coin_ray.steps import Context
 
 Asked = Callable[..., Search]
 
 
-def host(wanted: Search, told: Callable[[Record], None], *, resume: bool) -> list[Record]:
-    """Trial n has n times lambda; the third is the best, the second was stopped, the last one fails. All but that left a student."""
+def host(
+    wanted: Search, told: Callable[[Record], None], *, resume: bool
+) -> list[Record]:
+    """Trial n has n times lambda; the third is the best, the second was stopped, the
+    last one fails. All but that left a student."""
     records = [
         Record(
-            n, {"distill.alignment": 1.0 + n, "distill.inconsistent": 1.0, "distill.private": 2.0}, {"score": score}, ninths, 1.0, failure
+            n,
+            {
+                "distill.alignment": 1.0 + n,
+                "distill.inconsistent": 1.0,
+                "distill.private": 2.0,
+            },
+            {"score": score},
+            ninths,
+            1.0,
+            failure,
         )
-        for n, (score, ninths, failure) in enumerate([(0.4, 9, ""), (0.42, 3, ""), (0.5, 9, ""), (-1.0, 9, "TrainingError: <b>")])
+        for n, (score, ninths, failure) in enumerate(
+            [(0.4, 9, ""), (0.42, 3, ""), (0.5, 9, ""), (-1.0, 9, "TrainingError: <b>")]
+        )
     ]
     for record in records[:1] + records[2:3]:
-        storage.write_json(storage.join(wanted.steps(record.settings)["distill"].folder(wanted.root), "manifest.json"), {})
+        storage.write_json(
+            storage.join(
+                wanted.steps(record.settings)["distill"].folder(wanted.root),
+                "manifest.json",
+            ),
+            {},
+        )
     return records
 
 
@@ -46,10 +66,18 @@ def made(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Searc
 def rows(page: str) -> list[tuple[str, list[str]]]:
     """(trial, links) of each row."""
     body = page.partition("<tbody>")[2].partition("</tbody>")[0]
-    return [(re.findall(r'<th scope="row">(.*?)</th>', row)[0], re.findall(r'href="(.*?)"', row)) for row in body.split("</tr>")[:-1]]
+    return [
+        (
+            re.findall(r'<th scope="row">(.*?)</th>', row)[0],
+            re.findall(r'href="(.*?)"', row),
+        )
+        for row in body.split("</tr>")[:-1]
+    ]
 
 
-def test_the_page_of_a_search_links_its_trials(made: Search, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_a_search_links_its_trials(
+    made: Search, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = Path(write_page(made.folder))
     found = rows(page.read_text())
     assert [trial for trial, _ in found] == ["2", "0 (preset)", "1", "3"]
@@ -71,7 +99,11 @@ def test_a_trials_report_links_its_search(made: Search) -> None:
     assert sweeps(context) == [], "a search without a page"
     page = write_page(made.folder)
     [found] = sweeps(context)
-    assert (found["name"], found["trial"], found["trials"]) == ("loss-weights-map50", 2, 4)
+    assert (found["name"], found["trial"], found["trials"]) == (
+        "loss-weights-map50",
+        2,
+        4,
+    )
     assert (Path(folder) / found["link"]).resolve() == Path(page)
     other, _ = parse(["--config", f"{made.folder}/best.yaml"])
     object.__setattr__(other.distill, "alignment", 17.0)

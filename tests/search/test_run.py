@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.cli import parse
+from coin_ray.commands.arguments import parse
+from coin_ray.commands.search import request
 from coin_ray.config import DemoScenes, Tracking
+from coin_ray.config.presets import demo, folder
 from coin_ray.errors import ConfigError, TrainingError
-from coin_ray.pipeline import graph
-from coin_ray.presets import demo, folder
+from coin_ray.runs.graph import graph
 from coin_ray.search import run
-from coin_ray.search.command import request
 from coin_ray.search.outcome import Record
 from coin_ray.search.plan import Search
 from coin_ray.search.run import search
@@ -28,18 +28,40 @@ def _nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Search, "prepare", lambda self: None)
 
 
-def host(wanted: Search, told: Callable[[Record], None], *, resume: bool) -> list[Record]:
+def host(
+    wanted: Search, told: Callable[[Record], None], *, resume: bool
+) -> list[Record]:
     """Trial n has n times lambda; the third is the best, the last one fails."""
     records = [
-        Record(n, {"distill.alignment": 1.0 + n, "distill.inconsistent": 1.0, "distill.private": 2.0}, {"score": score}, 9, 1.0, failure)
-        for n, (score, failure) in enumerate([(0.4, ""), (0.42, ""), (0.5, ""), (-1.0, "TrainingError: loss private is not finite")])
+        Record(
+            n,
+            {
+                "distill.alignment": 1.0 + n,
+                "distill.inconsistent": 1.0,
+                "distill.private": 2.0,
+            },
+            {"score": score},
+            9,
+            1.0,
+            failure,
+        )
+        for n, (score, failure) in enumerate(
+            [
+                (0.4, ""),
+                (0.42, ""),
+                (0.5, ""),
+                (-1.0, "TrainingError: loss private is not finite"),
+            ]
+        )
     ]
     for record in records:
         told(record)
     return records
 
 
-def test_the_best_setting_is_a_file_that_the_pipeline_takes(asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_setting_is_a_file_that_the_pipeline_takes(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     winner = search(asked(), host)
     assert winner.number == 2
     file = tmp_path / "search" / "loss-weights-map50" / "best.yaml"
@@ -52,28 +74,45 @@ def test_the_best_setting_is_a_file_that_the_pipeline_takes(asked: Asked, tmp_pa
     assert "failed, TrainingError: loss private is not finite" in said
 
 
-def test_the_winners_student_is_the_one_the_pipeline_would_train(asked: Asked, tmp_path: Path) -> None:
+def test_the_winners_student_is_the_one_the_pipeline_would_train(
+    asked: Asked, tmp_path: Path
+) -> None:
     wanted = asked()
     winner = search(wanted, host)
-    config, _ = parse(["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")])
-    assert graph(config)["distill"].fingerprint == wanted.steps(winner.settings)["distill"].fingerprint
+    config, _ = parse(
+        ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
+    )
+    assert (
+        graph(config)["distill"].fingerprint
+        == wanted.steps(winner.settings)["distill"].fingerprint
+    )
 
 
-def test_held_out_images_and_fewer_steps_make_another_student_but_the_same_teachers(asked: Asked) -> None:
+def test_held_out_images_and_fewer_steps_make_another_student_but_the_same_teachers(
+    asked: Asked,
+) -> None:
     own = graph(demo())
     for other in (asked(objective="label-free"), asked(steps_share=0.1)):
         steps = other.steps({})
         assert steps["distill"].fingerprint != own["distill"].fingerprint
-        assert {name: steps[name].fingerprint for name in other.shared} == {name: own[name].fingerprint for name in other.shared}
+        assert {name: steps[name].fingerprint for name in other.shared} == {
+            name: own[name].fingerprint for name in other.shared
+        }
 
 
-def test_a_shorter_search_leaves_a_config_of_full_length(asked: Asked, tmp_path: Path) -> None:
+def test_a_shorter_search_leaves_a_config_of_full_length(
+    asked: Asked, tmp_path: Path
+) -> None:
     search(asked(steps_share=0.1), host)
-    config, _ = parse(["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")])
+    config, _ = parse(
+        ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
+    )
     assert config.distill.fit == demo().distill.fit
 
 
-def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another(asked: Asked) -> None:
+def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another(
+    asked: Asked,
+) -> None:
     with pytest.raises(ConfigError, match="no search of this space"):
         search(asked(), host, resume=True)
     search(asked(), host)
@@ -86,30 +125,60 @@ def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another
     assert search(asked(concurrent=2), host, resume=True).number == 2
 
 
-def test_if_no_trial_finishes_that_is_an_error_with_the_reason(asked: Asked, tmp_path: Path) -> None:
+def test_if_no_trial_finishes_that_is_an_error_with_the_reason(
+    asked: Asked, tmp_path: Path
+) -> None:
     def failing(wanted: Search, told: object, *, resume: bool) -> list[Record]:
-        return [Record(0, dict.fromkeys(wanted.space, 1.0), {"score": -1.0}, 9, 1.0, "TrainingError: loss boxes")]
+        return [
+            Record(
+                0,
+                dict.fromkeys(wanted.space, 1.0),
+                {"score": -1.0},
+                9,
+                1.0,
+                "TrainingError: loss boxes",
+            )
+        ]
 
-    with pytest.raises(TrainingError, match=r"none of the 1 trials finished\. TrainingError: loss boxes"):
+    with pytest.raises(
+        TrainingError,
+        match=r"none of the 1 trials finished\. TrainingError: loss boxes",
+    ):
         search(asked(), failing)
-    assert json.loads((tmp_path / "search" / "loss-weights-map50" / "search.json").read_text())["trials"][0]["state"] == "failed"
+    assert (
+        json.loads(
+            (tmp_path / "search" / "loss-weights-map50" / "search.json").read_text()
+        )["trials"][0]["state"]
+        == "failed"
+    )
 
 
-def test_the_state_of_an_unfinished_training_is_removed(asked: Asked, tmp_path: Path) -> None:
+def test_the_state_of_an_unfinished_training_is_removed(
+    asked: Asked, tmp_path: Path
+) -> None:
     wanted = asked()
-    settings = {"distill.alignment": 2.0, "distill.inconsistent": 1.0, "distill.private": 2.0}
+    settings = {
+        "distill.alignment": 2.0,
+        "distill.inconsistent": 1.0,
+        "distill.private": 2.0,
+    }
     state = Path(wanted.steps(settings)["distill"].folder(str(tmp_path))) / "state.pt"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"")
 
     def stopping(wanted: Search, told: object, *, resume: bool) -> list[Record]:
-        return [Record(0, settings | {"distill.alignment": 1.0}, {"score": 0.1}, 9, 1.0), Record(1, settings, {"score": 0.0}, 1, 1.0)]
+        return [
+            Record(0, settings | {"distill.alignment": 1.0}, {"score": 0.1}, 9, 1.0),
+            Record(1, settings, {"score": 0.0}, 1, 1.0),
+        ]
 
     search(wanted, stopping)
     assert not state.exists()
 
 
-def test_trials_are_child_runs_of_one_parent_with_figures_and_files(asked: Asked, tmp_path: Path) -> None:
+def test_trials_are_child_runs_of_one_parent_with_figures_and_files(
+    asked: Asked, tmp_path: Path
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     wanted = asked()
     wanted = replace(wanted, config=replace(wanted.config, tracking=Tracking()))
@@ -120,8 +189,17 @@ def test_trials_are_child_runs_of_one_parent_with_figures_and_files(asked: Asked
     found = mlflow.search_runs([runs.tracker.experiment], output_format="list")
     children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parent]
     assert sorted(r.data.metrics["score"] for r in children) == [-1.0, 0.4, 0.42, 0.5]
-    assert {float(r.data.params["distill.alignment"]) for r in children} == {1.0, 2.0, 3.0, 4.0}
-    assert {f.path for f in mlflow.MlflowClient().list_artifacts(parent)} >= {"parallel.svg", "importance.svg", "best.yaml"}
+    assert {float(r.data.params["distill.alignment"]) for r in children} == {
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+    }
+    assert {f.path for f in mlflow.MlflowClient().list_artifacts(parent)} >= {
+        "parallel.svg",
+        "importance.svg",
+        "best.yaml",
+    }
 
 
 @pytest.mark.parametrize(
@@ -131,7 +209,11 @@ def test_trials_are_child_runs_of_one_parent_with_figures_and_files(asked: Asked
         ("demo --objective label-free --trials 3", "label-free", 3),
         ("demo --data.val 0", "label-free", 16),
         ("folder --images a --classes dog --cloud dino-x", "label-free", 16),
-        ("folder --images a --val b --classes dog --cloud dino-x --concurrent 2", "map50", 16),
+        (
+            "folder --images a --val b --classes dog --cloud dino-x --concurrent 2",
+            "map50",
+            16,
+        ),
     ],
 )
 def test_command_line(arguments: str, objective: str, trials: int) -> None:
@@ -160,7 +242,9 @@ def test_what_a_search_cannot_do_is_said_before_it_starts(wrong: str) -> None:
         request(["demo", *wrong.split()], "search.py", "")
 
 
-def test_without_validation_images_and_truth_the_search_is_label_free(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_validation_images_and_truth_the_search_is_label_free(
+    asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(demo(), data=DemoScenes(val=0))
     search(asked(config=config, objective="label-free"), host)
     assert "no label is used" in capsys.readouterr().out

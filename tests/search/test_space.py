@@ -7,15 +7,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coin_ray.cli import parse
+from coin_ray.commands.arguments import parse
 from coin_ray.config import PipelineConfig
-from coin_ray.configfile import fingerprint, to_yaml
+from coin_ray.config.files import fingerprint, to_yaml
+from coin_ray.config.presets import PRESETS, demo, thermal
 from coin_ray.errors import ConfigError
-from coin_ray.pipeline import graph
-from coin_ray.presets import PRESETS, demo, thermal
+from coin_ray.runs.graph import graph
 from coin_ray.search.space import SPACES, Choice, Real, apply, space_of, start, value
 
-RUNNABLE = {name: preset for name, preset in PRESETS.items() if name not in ("folder", "thermal")}
+RUNNABLE = {
+    name: preset
+    for name, preset in PRESETS.items()
+    if name not in ("folder", "thermal")
+}
 BEFORE = ("images", "collect", "propagate")
 
 
@@ -23,16 +27,26 @@ def drawn(config: PipelineConfig, name: str) -> st.SearchStrategy[dict[str, obje
     space = space_of(name, config)
     return st.fixed_dictionaries(
         {
-            key: st.sampled_from(domain.values) if isinstance(domain, Choice) else st.floats(domain.low, domain.high)
+            key: (
+                st.sampled_from(domain.values)
+                if isinstance(domain, Choice)
+                else st.floats(domain.low, domain.high)
+            )
             for key, domain in space.items()
         }
     )
 
 
 @pytest.mark.parametrize("name", list(SPACES))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
+)
 @given(data=st.data())
-def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(name: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(
+    name: str, tmp_path: Path, data: st.DataObject
+) -> None:
     config = demo()
     chosen = data.draw(drawn(config, name))
     made = apply(config, chosen)
@@ -47,11 +61,15 @@ def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(name: str, t
 @pytest.mark.parametrize("name", list(SPACES))
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_trials_share_all_that_comes_before_the_separation(name: str, data: st.DataObject) -> None:
+def test_trials_share_all_that_comes_before_the_separation(
+    name: str, data: st.DataObject
+) -> None:
     config = demo()
     own, varied = graph(config), graph(apply(config, data.draw(drawn(config, name))))
     shared = BEFORE if name == "full" else (*BEFORE, "separate")
-    assert {step: varied[step].fingerprint for step in shared} == {step: own[step].fingerprint for step in shared}
+    assert {step: varied[step].fingerprint for step in shared} == {
+        step: own[step].fingerprint for step in shared
+    }
 
 
 @pytest.mark.parametrize("name", list(SPACES))
@@ -62,21 +80,35 @@ def test_the_presets_own_values_lie_in_every_space(name: str, preset: str) -> No
     own = start(config, space)
     assert apply(config, own) == config
     for key, domain in space.items():
-        assert own[key] in domain.values if isinstance(domain, Choice) else domain.low <= own[key] <= domain.high, key
+        assert (
+            own[key] in domain.values
+            if isinstance(domain, Choice)
+            else domain.low <= own[key] <= domain.high
+        ), key
 
 
 def test_what_is_switched_off_stays_off() -> None:
     config = demo()
-    assert "distill.private" not in space_of("full", replace(config, distill=replace(config.distill, private=0.0)))
+    assert "distill.private" not in space_of(
+        "full", replace(config, distill=replace(config.distill, private=0.0))
+    )
 
 
 def test_a_range_reaches_the_users_own_value() -> None:
     config = demo()
-    stronger = replace(config, distill=replace(config.distill, fit=replace(config.distill.fit, augmentation=3.0)))
+    stronger = replace(
+        config,
+        distill=replace(
+            config.distill, fit=replace(config.distill.fit, augmentation=3.0)
+        ),
+    )
     assert space_of("augment", stronger)["distill.fit.augmentation"] == Real(0.0, 3.0)
 
 
-@pytest.mark.parametrize("changes", [{"fusion_share": 0.5}, {"alignment": 0.0, "inconsistent": 0.0, "private": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"fusion_share": 0.5}, {"alignment": 0.0, "inconsistent": 0.0, "private": 0.0}],
+)
 def test_a_search_without_effect_is_an_error(changes: dict[str, float]) -> None:
     config = demo()
     name = "fusion" if "fusion_share" in changes else "loss-weights"
@@ -85,5 +117,7 @@ def test_a_search_without_effect_is_an_error(changes: dict[str, float]) -> None:
 
 
 def test_an_unknown_space_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="loss-weights, augment, fusion, full; got 'losses'"):
+    with pytest.raises(
+        ConfigError, match="loss-weights, augment, fusion, full; got 'losses'"
+    ):
         space_of("losses", demo())

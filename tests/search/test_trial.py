@@ -10,15 +10,15 @@ import torch
 from builders import distillation, examples, tiny_config, tiny_fit
 
 from coin_ray.config import Cloud
+from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError, TrainingError
-from coin_ray.presets import demo
+from coin_ray.runs.steps import Context
 from coin_ray.search import trial
 from coin_ray.search.plan import HELD_OUT, Search
 from coin_ray.search.trial import FAILED, run_trial
+from coin_ray.stages.common.teacher_outputs import held_out
+from coin_ray.stages.common.training_job import Fit, load_weights, train
 from coin_ray.stages.distill import finish
-from coin_ray.stages.fitting import Fit, load_weights, train
-from coin_ray.stages.knowledge import held_out
-from coin_ray.steps import Context
 from coin_ray.training.loop import Curve
 
 FIT = tiny_fit(steps=9, checkpoint_every=100)
@@ -26,10 +26,24 @@ FIT = tiny_fit(steps=9, checkpoint_every=100)
 
 def fit_into(folder: Path) -> Fit:
     folder.mkdir()
-    return Fit("distill", lambda: distillation(FIT), finish, examples(folder), FIT, tiny_config(), 2, str(folder))
+    return Fit(
+        "distill",
+        lambda: distillation(FIT),
+        finish,
+        examples(folder),
+        FIT,
+        tiny_config(),
+        2,
+        str(folder),
+    )
 
 
-def watched(work: Fit, wanted: Search, report: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def watched(
+    work: Fit,
+    wanted: Search,
+    report: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def run(context: Context, fit: Callable[[Fit], Curve]) -> dict[str, Any]:
         return {"last": fit(work)[-1]}
 
@@ -43,7 +57,12 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
 ) -> None:
     def measured(search: Search, weights: dict[str, str]) -> dict[str, float]:
         assert set(weights) == {"student", "teacher"}
-        return {"score": float(sum(w.sum() for w in load_weights(weights["student"]).values())) + float(torch.rand(())) * 0}
+        return {
+            "score": (
+                float(sum(w.sum() for w in load_weights(weights["student"]).values()))
+                + float(torch.rand(())) * 0
+            )
+        }
 
     monkeypatch.setattr(trial, "measured", measured)
     told: list[dict[str, Any]] = []
@@ -53,7 +72,12 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
     assert [t["ninths"] for t in told] == [1, 3]
     assert told[0]["score"] != told[1]["score"]
     for name in ("detector.pt", "teacher.pt"):
-        torch.testing.assert_close(load_weights(f"{plain.folder}/{name}"), load_weights(f"{looked.folder}/{name}"), rtol=0, atol=0)
+        torch.testing.assert_close(
+            load_weights(f"{plain.folder}/{name}"),
+            load_weights(f"{looked.folder}/{name}"),
+            rtol=0,
+            atol=0,
+        )
     assert not list(Path(looked.folder).rglob("student.pt"))
 
 
@@ -75,7 +99,10 @@ def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
     undisturbed = fit_into(tmp_path / "undisturbed")
     train(undisturbed, lambda *_: None)
     torch.testing.assert_close(
-        load_weights(f"{work.folder}/detector.pt"), load_weights(f"{undisturbed.folder}/detector.pt"), rtol=0, atol=0
+        load_weights(f"{work.folder}/detector.pt"),
+        load_weights(f"{undisturbed.folder}/detector.pt"),
+        rtol=0,
+        atol=0,
     )
 
 
@@ -87,14 +114,22 @@ def test_without_a_scheduler_nothing_is_looked_at_on_the_way(
     assert told == []
 
 
-def test_a_trial_that_diverges_has_failed_and_says_why(asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_diverges_has_failed_and_says_why(
+    asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def diverging(*_: object) -> dict[str, Any]:
         raise TrainingError("loss private_regions is not finite at step 40")
 
     monkeypatch.setattr(trial, "_distilled", diverging)
     told: list[dict[str, Any]] = []
     run_trial(asked(), {}, told.append)
-    assert told == [{"ninths": 9, "score": FAILED, "failure": "TrainingError: loss private_regions is not finite at step 40"}]
+    assert told == [
+        {
+            "ninths": 9,
+            "score": FAILED,
+            "failure": "TrainingError: loss private_regions is not finite at step 40",
+        }
+    ]
 
 
 def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
@@ -104,9 +139,15 @@ def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
     assert not any(held_out(i, 0.0) for i in ids)
 
 
-def test_missing_packages_are_named_before_anything_is_asked(asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coin_ray.needs.find_spec", lambda name: None)
-    search = asked(config=replace(demo(), cloud=Cloud(serve="onnx", onnx_models=("teacher.onnx",))))
+def test_missing_packages_are_named_before_anything_is_asked(
+    asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "coin_ray.config.optional_dependencies.find_spec", lambda name: None
+    )
+    search = asked(
+        config=replace(demo(), cloud=Cloud(serve="onnx", onnx_models=("teacher.onnx",)))
+    )
     with pytest.raises(ConfigError, match="onnxruntime"):
         search.prepare()
     assert not list(Path(search.root).glob("steps/*"))

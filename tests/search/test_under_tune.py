@@ -1,4 +1,5 @@
-"""Real Ray Tune, with a trial that trains nothing: what ASHA stops, what fails, and what a kill costs."""
+"""Real Ray Tune, with a trial that trains nothing: what ASHA stops, what fails, and
+what a kill costs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ DRIVER = """
 import json, os, sys, time
 from dataclasses import asdict, replace
 from coin_ray.config import Tracking
-from coin_ray.presets import demo
+from coin_ray.config.presets import demo
 from coin_ray.search.plan import Search
 from coin_ray.search.tuner import under_tune
 
@@ -51,8 +52,14 @@ open(os.path.join(root, "records.json"), "w").write(json.dumps([asdict(r) | {"st
 def drive(root: Path, algorithm: str, mode: str) -> subprocess.Popen[bytes]:
     script = root / "drive.py"
     script.write_text(DRIVER)
-    environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    return subprocess.Popen([sys.executable, str(script), str(root), algorithm, mode], env=environment)
+    environment = {
+        **os.environ,
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, str(script), str(root), algorithm, mode], env=environment
+    )
 
 
 def ran(root: Path) -> list[str]:
@@ -61,7 +68,9 @@ def ran(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
-def test_a_killed_search_goes_on_without_repeating_what_had_finished(tmp_path: Path, algorithm: str) -> None:
+def test_a_killed_search_goes_on_without_repeating_what_had_finished(
+    tmp_path: Path, algorithm: str
+) -> None:
     if algorithm == "optuna":
         pytest.importorskip("optuna")
     process = drive(tmp_path, algorithm, "new")
@@ -77,7 +86,11 @@ def test_a_killed_search_goes_on_without_repeating_what_had_finished(tmp_path: P
     records = json.loads((tmp_path / "records.json").read_text())
     assert [r["state"] for r in records] == ["finished"] * 6
     assert len({json.dumps(r["settings"], sort_keys=True) for r in records}) == 6
-    assert records[0]["settings"] == {"distill.alignment": 1.0, "distill.inconsistent": 1.0, "distill.private": 2.0}
+    assert records[0]["settings"] == {
+        "distill.alignment": 1.0,
+        "distill.inconsistent": 1.0,
+        "distill.private": 2.0,
+    }
     times = Counter(ran(tmp_path))
     assert [times[settings] for settings in finished] == [1, 1]
     assert sum(times.values()) <= 6 + 2
@@ -91,7 +104,9 @@ def test_bohb_is_told_of_each_look(tmp_path: Path) -> None:
     assert any(r["state"] == "finished" for r in records)
 
 
-def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_nothing(asked: Callable[..., Search]) -> None:
+def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_nothing(
+    asked: Callable[..., Search],
+) -> None:
     """Two at once, nine in all: all end, so no place is kept by a stopped one."""
     import ray
 
@@ -103,14 +118,25 @@ def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_noth
         score = -abs(settings["distill.alignment"] - 1)
         for ninths in (1, 3):
             report({"ninths": ninths, "score": score})
-        failed = {"score": bad, "failure": "TrainingError: loss"} if settings["distill.alignment"] > 4 else {"score": score}
+        failed = (
+            {"score": bad, "failure": "TrainingError: loss"}
+            if settings["distill.alignment"] > 4
+            else {"score": score}
+        )
         report({"ninths": 9, **failed})
 
     told: list[Record] = []
     try:
-        records = under_tune(asked(trials=9, concurrent=2, scheduler="asha"), told.append, resume=False, work=work)
+        records = under_tune(
+            asked(trials=9, concurrent=2, scheduler="asha"),
+            told.append,
+            resume=False,
+            work=work,
+        )
         every, give_up_at = ray.cluster_resources()["CPU"], time.monotonic() + 30
-        while (free := ray.available_resources().get("CPU", 0.0)) < every and time.monotonic() < give_up_at:
+        while (
+            free := ray.available_resources().get("CPU", 0.0)
+        ) < every and time.monotonic() < give_up_at:
             time.sleep(0.5)  # the last actors end after the search has returned
     finally:
         ray.shutdown()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coin_ray.cloud.reference import ReferenceAdapter
+from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.errors import InputError, Throttled
 from coin_ray.serving.batching import FAILURES_MAX, BatchDetector, BatchQueue, Found
 from coin_ray.serving.local_cloud import create_app
@@ -21,7 +21,8 @@ Question = tuple[int, tuple[str, ...], float]
 
 
 class Recorder:
-    """Answers with the image's width and remembers the batches; ``gate`` holds it while it is closed."""
+    """Answers with the image's width and remembers the batches; ``gate`` holds it while
+    it is closed."""
 
     name = "recorder"
     classes: Sequence[str] = ()
@@ -37,33 +38,48 @@ class Recorder:
         if "zebra" in classes:
             raise InputError("ask about cat")
 
-    def detect(self, image: Image.Image, classes: Sequence[str], score_min: float) -> Found:
+    def detect(
+        self, image: Image.Image, classes: Sequence[str], score_min: float
+    ) -> Found:
         return self.detect_batch([image], classes, score_min)[0]
 
-    def detect_batch(self, images: Sequence[Image.Image], classes: Sequence[str], score_min: float) -> list[Found]:
+    def detect_batch(
+        self, images: Sequence[Image.Image], classes: Sequence[str], score_min: float
+    ) -> list[Found]:
         self.gate.wait(10)
         self.threads.add(threading.get_ident())
         self.batches.append([image.width for image in images])
         if any(image.width == 13 for image in images):
             raise RuntimeError("unlucky")
         row = np.ones((1, len(classes)), np.float32)
-        return [(np.array([[0, 0, image.width, 1]], np.float32), row) for image in images]
+        return [
+            (np.array([[0, 0, image.width, 1]], np.float32), row) for image in images
+        ]
 
 
 def image(width: int) -> Image.Image:
     return Image.new("RGB", (width, 1))
 
 
-def asked(detector: Any, questions: Sequence[Question], closed: bool = True) -> list[Any]:
-    """All at once; with ``closed`` the detector is held until all wait behind the first one."""
+def asked(
+    detector: Any, questions: Sequence[Question], closed: bool = True
+) -> list[Any]:
+    """All at once; with ``closed`` the detector is held until all wait behind the first
+    one."""
 
     async def run() -> list[Any]:
         queue = BatchQueue(detector, 0.0)
         if closed:
             detector.gate.clear()
-        tasks = [asyncio.create_task(queue.detect(image(w), c, s)) for w, c, s in questions[:1]]
+        tasks = [
+            asyncio.create_task(queue.detect(image(w), c, s))
+            for w, c, s in questions[:1]
+        ]
         await asyncio.sleep(0.05)
-        tasks += [asyncio.create_task(queue.detect(image(w), c, s)) for w, c, s in questions[1:]]
+        tasks += [
+            asyncio.create_task(queue.detect(image(w), c, s))
+            for w, c, s in questions[1:]
+        ]
         await asyncio.sleep(0.05)
         detector.gate.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -71,14 +87,27 @@ def asked(detector: Any, questions: Sequence[Question], closed: bool = True) -> 
     return asyncio.run(run())
 
 
-def test_images_that_wait_are_batched_by_question_and_each_gets_its_own_answer() -> None:
+def test_images_that_wait_are_batched_by_question_and_each_gets_its_own_answer() -> (
+    None
+):
     detector = Recorder()
     cat, dog = ("cat",), ("dog", "cat")
-    questions = [(1, cat, 0.1), (2, cat, 0.1), (3, dog, 0.1), (4, cat, 0.1), (5, cat, 0.2), (6, cat, 0.1), (7, cat, 0.1), (8, cat, 0.1)]
+    questions = [
+        (1, cat, 0.1),
+        (2, cat, 0.1),
+        (3, dog, 0.1),
+        (4, cat, 0.1),
+        (5, cat, 0.2),
+        (6, cat, 0.1),
+        (7, cat, 0.1),
+        (8, cat, 0.1),
+    ]
     results = asked(detector, questions)
     assert detector.batches == [[1], [2, 4, 6, 7], [3], [5], [8]]
     assert [float(boxes[0, 2]) for boxes, _ in results] == [w for w, _, _ in questions]
-    assert [scores.shape[1] for _, scores in results] == [len(c) for _, c, _ in questions]
+    assert [scores.shape[1] for _, scores in results] == [
+        len(c) for _, c, _ in questions
+    ]
     assert threading.get_ident() not in detector.threads
 
 
@@ -105,7 +134,9 @@ def test_several_wait_for_a_full_batch_but_not_longer_than_told() -> None:
     async def run() -> float:
         queue = BatchQueue(detector, batch_wait=0.3)
         started = time.monotonic()
-        first = [asyncio.create_task(queue.detect(image(w), ("cat",), 0.1)) for w in (1, 2)]
+        first = [
+            asyncio.create_task(queue.detect(image(w), ("cat",), 0.1)) for w in (1, 2)
+        ]
         await asyncio.sleep(0.05)
         await asyncio.gather(*first, queue.detect(image(3), ("cat",), 0.1))
         return time.monotonic() - started
@@ -122,7 +153,9 @@ class Slow(Brightness):
         self.together = 0
         self.most = 0
 
-    def detect(self, image: Image.Image, classes: Sequence[str], score_min: float) -> Found:
+    def detect(
+        self, image: Image.Image, classes: Sequence[str], score_min: float
+    ) -> Found:
         self.together += 1
         self.most = max(self.most, self.together)
         self.gate.wait(10)
@@ -163,12 +196,24 @@ def test_a_full_queue_refuses_with_retry_after_and_health_tells_its_length() -> 
     app = create_app(detector, queue_max=2)
 
     async def run() -> tuple[list[httpx.Response], httpx.Response, httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://local") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://local"
+        ) as client:
             detector.gate.clear()
             tasks = []
             for width in (20, 21, 22):
-                tasks.append(asyncio.create_task(client.post("/v1/detect", json=call(jpeg(size=(width, 20)), ("cat",)))))
-                while app.state.cloud.waiting + app.state.cloud.queue.under_way < len(tasks) or not app.state.cloud.queue.under_way:
+                tasks.append(
+                    asyncio.create_task(
+                        client.post(
+                            "/v1/detect", json=call(jpeg(size=(width, 20)), ("cat",))
+                        )
+                    )
+                )
+                while (
+                    app.state.cloud.waiting + app.state.cloud.queue.under_way
+                    < len(tasks)
+                    or not app.state.cloud.queue.under_way
+                ):
                     await asyncio.sleep(0.01)
             health = await client.get("/health")
             refused = await client.post("/v1/detect", json=call(jpeg(), ("cat",)))
@@ -178,7 +223,11 @@ def test_a_full_queue_refuses_with_retry_after_and_health_tells_its_length() -> 
     answered, health, refused = asyncio.run(run())
     assert [r.json()["image"]["w"] for r in answered] == [20, 21, 22]
     content = health.json()
-    assert (content["status"], content["ready"], content["model"]) == ("ok", True, "recorder")
+    assert (content["status"], content["ready"], content["model"]) == (
+        "ok",
+        True,
+        "recorder",
+    )
     assert (content["queue"], content["queue_max"]) == (2, 2)
     assert refused.status_code == 503
     error = ReferenceAdapter().classify_error(503, refused.headers, refused.content)
@@ -186,12 +235,19 @@ def test_a_full_queue_refuses_with_retry_after_and_health_tells_its_length() -> 
     assert error.retry_after is not None
     assert 1 <= error.retry_after <= 30
     stats = app.state.cloud.stats
-    assert (stats.received, stats.answered, stats.busy, app.state.cloud.waiting) == (4, 3, 1, 0)
+    assert (stats.received, stats.answered, stats.busy, app.state.cloud.waiting) == (
+        4,
+        3,
+        1,
+        0,
+    )
 
 
 def exchange(app: Any, *calls: Any) -> tuple[list[httpx.Response], dict[str, Any]]:
     async def run() -> tuple[list[httpx.Response], dict[str, Any]]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://local") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://local"
+        ) as client:
             responses = [await client.post("/v1/detect", json=c) for c in calls]
             return responses, (await client.get("/health")).json()
 
@@ -199,13 +255,17 @@ def exchange(app: Any, *calls: Any) -> tuple[list[httpx.Response], dict[str, Any
 
 
 def test_classes_that_a_detector_refuses_are_a_400_with_its_reason() -> None:
-    (refused, answered), _ = exchange(create_app(Recorder()), call(classes=("zebra",)), call(classes=("cat",)))
+    (refused, answered), _ = exchange(
+        create_app(Recorder()), call(classes=("zebra",)), call(classes=("cat",))
+    )
     assert (refused.status_code, answered.status_code) == (400, 200)
     assert refused.json()["detail"] == "ask about cat"
 
 
 @pytest.mark.parametrize("failures", [FAILURES_MAX - 1, FAILURES_MAX])
-def test_a_detector_that_fails_again_and_again_is_not_ready_until_it_answers(failures: int) -> None:
+def test_a_detector_that_fails_again_and_again_is_not_ready_until_it_answers(
+    failures: int,
+) -> None:
     app = create_app(Recorder())
     bad = call(jpeg(size=(13, 20)), ("cat",))
     responses, health = exchange(app, *[bad] * failures)

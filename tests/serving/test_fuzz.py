@@ -1,4 +1,5 @@
-"""Requests made from the server's own OpenAPI schema, those that follow it and those that break it, against the application itself."""
+"""Requests made from the server's own OpenAPI schema, those that follow it and those
+that break it, against the application itself."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ schemathesis = pytest.importorskip("schemathesis", reason="needs the extra test"
 logging.getLogger("faker").setLevel(logging.WARNING)
 APP = create_app(Brightness(), pixels_max=1_000_000)
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
-BOUNDED = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+BOUNDED = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
 CHECKS = [
     schemathesis.checks.not_a_server_error,
     schemathesis.specs.openapi.checks.status_code_conformance,
@@ -36,7 +42,9 @@ def test_every_request_gets_an_answer_that_the_schema_names(case: Any) -> None:
 
 @SCHEMA.include(path="/v1/detect").parametrize()
 @BOUNDED
-def test_questions_with_a_real_image_are_answered_or_refused_for_their_classes(case: Any) -> None:
+def test_questions_with_a_real_image_are_answered_or_refused_for_their_classes(
+    case: Any,
+) -> None:
     if not (isinstance(case.body, dict) and isinstance(case.body.get("image"), dict)):
         return
     case.body["image"]["b64"] = base64.b64encode(jpeg()).decode()

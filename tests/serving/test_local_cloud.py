@@ -22,17 +22,20 @@ import uvicorn
 from PIL import Image
 
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import Journal
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import canonical_image
 from coin_ray.demo import detector as demo_detector
 from coin_ray.errors import CloudUnreachable
+from coin_ray.predictors.onnx_detectors import Floats, fuse_weighted_boxes
 from coin_ray.serving.launch import local_cloud
 from coin_ray.serving.local_cloud import create_app
-from coin_ray.serving.onnx_detectors import Floats, fuse_weighted_boxes
 
-needs_weights = pytest.mark.skipif(not demo_detector.WEIGHTS.exists(), reason="the demo's cloud has not been trained yet")
+needs_weights = pytest.mark.skipif(
+    not demo_detector.WEIGHTS.exists(),
+    reason="the demo's cloud has not been trained yet",
+)
 
 
 class Brightness:
@@ -41,11 +44,15 @@ class Brightness:
     name = "brightness"
     classes: Sequence[str] = ("dark", "bright")
 
-    def detect(self, image: Image.Image, classes: Sequence[str], score_min: float) -> tuple[Floats, Floats]:
+    def detect(
+        self, image: Image.Image, classes: Sequence[str], score_min: float
+    ) -> tuple[Floats, Floats]:
         bright = float(np.asarray(image).mean()) / 255
         scores = {"dark": 1 - bright, "bright": bright}
         w, h = image.size
-        return np.array([[w / 4, h / 4, w * 3 / 4, h * 3 / 4]], np.float32), np.array([[scores[c] for c in classes]], np.float32)
+        return np.array([[w / 4, h / 4, w * 3 / 4, h * 3 / 4]], np.float32), np.array(
+            [[scores[c] for c in classes]], np.float32
+        )
 
 
 def jpeg(value: int = 200, size: tuple[int, int] = (40, 20)) -> bytes:
@@ -54,16 +61,31 @@ def jpeg(value: int = 200, size: tuple[int, int] = (40, 20)) -> bytes:
     return sink.getvalue()
 
 
-def call(image: bytes = b"", classes: Sequence[str] = ("dark", "bright")) -> dict[str, Any]:
-    return {"image": {"b64": base64.b64encode(image or jpeg()).decode()}, "classes": list(classes), "threshold": 0.05}
+def call(
+    image: bytes = b"", classes: Sequence[str] = ("dark", "bright")
+) -> dict[str, Any]:
+    return {
+        "image": {"b64": base64.b64encode(image or jpeg()).decode()},
+        "classes": list(classes),
+        "threshold": 0.05,
+    }
 
 
 def post(app: Any, *calls: Any, **headers: str) -> list[httpx.Response]:
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     async def run() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://local") as client:
-            return [await client.post("/v1/detect", content=c if isinstance(c, bytes) else json.dumps(c), headers=headers) for c in calls]
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://local"
+        ) as client:
+            return [
+                await client.post(
+                    "/v1/detect",
+                    content=c if isinstance(c, bytes) else json.dumps(c),
+                    headers=headers,
+                )
+                for c in calls
+            ]
 
     return asyncio.run(run())
 
@@ -76,7 +98,11 @@ def test_answers_in_the_reference_format() -> None:
     (element,) = answer["detections"]
     assert element["box"] == [10, 5, 30, 15]
     assert element["label"] == "bright"
-    assert element["score"] == element["scores"]["bright"] == pytest.approx(200 / 255, abs=1e-3)
+    assert (
+        element["score"]
+        == element["scores"]["bright"]
+        == pytest.approx(200 / 255, abs=1e-3)
+    )
 
 
 REFUSED = [
@@ -143,12 +169,22 @@ def test_duplicates_are_counted() -> None:
     post(app, call(), call(), idempotency_key="a")
     post(app, call(), idempotency_key="b")
     stats = app.state.cloud.stats
-    assert (stats.received, stats.answered, stats.billed, stats.duplicates) == (3, 3, 3, 1)
+    assert (stats.received, stats.answered, stats.billed, stats.duplicates) == (
+        3,
+        3,
+        3,
+        1,
+    )
 
 
 def test_call_log(tmp_path: Path) -> None:
     log = tmp_path / "calls.jsonl"
-    post(create_app(Brightness(), call_log=str(log)), call(), b"no json", idempotency_key="k")
+    post(
+        create_app(Brightness(), call_log=str(log)),
+        call(),
+        b"no json",
+        idempotency_key="k",
+    )
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["key"] for line in lines] == ["k", "k"]
     assert len(lines[0]["image"]) == 64
@@ -165,35 +201,60 @@ def test_the_client_gets_all_images_through_faults(tmp_path: Path) -> None:
 
         governor = LocalGovernor(Governor(limits(config)))
         journal = Journal.open(str(tmp_path))
-        client = CloudClient(config, Brightness.classes, config.url, journal, governor, transport=httpx.ASGITransport(app), sleep=no_sleep)
+        client = CloudClient(
+            config,
+            Brightness.classes,
+            config.url,
+            journal,
+            governor,
+            transport=httpx.ASGITransport(app),
+            sleep=no_sleep,
+        )
         await client.check()
         images = [canonical_image(jpeg(5 * i, (30 + i, 20)), 4096) for i in range(40)]
         return await asyncio.gather(*(client.answer(image) for image in images))
 
     answers = asyncio.run(run())
     answered = [(30 + i, a.raw) for i, a in enumerate(answers) if a.status == "ok"]
-    assert all("ProtocolError" in a.error for a in answers if a.status == "error")  # two broken bodies in a row
+    # two broken bodies in a row
+    assert all("ProtocolError" in a.error for a in answers if a.status == "error")
     assert len(answered) >= 36
     stats = app.state.cloud.stats
     assert (stats.answered, stats.duplicates) == (len(answered), 0)
-    assert stats.received == sum(a.attempts for a in answers) == stats.answered + stats.faults
+    assert (
+        stats.received
+        == sum(a.attempts for a in answers)
+        == stats.answered + stats.faults
+    )
     for width, raw in answered:
         assert np.allclose(raw.boxes, [[width / 4, 5, width * 3 / 4, 15]], atol=1e-3)
 
 
 def test_weighted_boxes_fusion() -> None:
-    first = (np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32), np.array([[0.8, 0.1], [0.0, 0.4]], np.float32))
-    second = (np.array([[0, 0, 10, 12]], np.float32), np.array([[0.4, 0.0]], np.float32))
+    first = (
+        np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32),
+        np.array([[0.8, 0.1], [0.0, 0.4]], np.float32),
+    )
+    second = (
+        np.array([[0, 0, 10, 12]], np.float32),
+        np.array([[0.4, 0.0]], np.float32),
+    )
     boxes, scores = fuse_weighted_boxes([first, second])
     assert np.allclose(boxes, [[0, 0, 10, 10 + 2 / 3], [50, 50, 60, 60]])
     assert np.allclose(scores, [[0.6, 0.05], [0, 0.2]])
     nothing = np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32)
-    assert [a.shape for a in fuse_weighted_boxes([nothing, nothing])] == [(0, 4), (0, 2)]
+    assert [a.shape for a in fuse_weighted_boxes([nothing, nothing])] == [
+        (0, 4),
+        (0, 2),
+    ]
 
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
     config = Cloud(serve="onnx", onnx_models=("absent.onnx",))
-    with pytest.raises(CloudUnreachable, match=r"absent\.onnx"), local_cloud(config, str(tmp_path)):
+    with (
+        pytest.raises(CloudUnreachable, match=r"absent\.onnx"),
+        local_cloud(config, str(tmp_path)),
+    ):
         pass
 
 
@@ -202,7 +263,11 @@ def test_server_process(tmp_path: Path) -> None:
     config = Cloud(serve="demo", serve_latency=0.0, serve_faults=0.0)
     with local_cloud(config, str(tmp_path)) as url:
         assert httpx.get(f"{url}/health").json()["status"] == "ok"
-        response = httpx.post(f"{url}/v1/detect", json=call(jpeg(size=(192, 192)), ("cat", "car")), timeout=30)
+        response = httpx.post(
+            f"{url}/v1/detect",
+            json=call(jpeg(size=(192, 192)), ("cat", "car")),
+            timeout=30,
+        )
         assert response.status_code == 200
         assert httpx.get(f"{url}/stats").json()["answered"] == 1
     assert json.loads((tmp_path / "stats.json").read_text())["answered"] == 1
@@ -222,7 +287,9 @@ with local_cloud(Cloud(serve="demo"), sys.argv[1]) as url:
 
 @needs_weights
 def test_the_server_ends_with_a_killed_parent(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline().startswith("http://127.0.0.1:")
     (server,) = psutil.Process(holder.pid).children()
@@ -239,8 +306,8 @@ CLIENT = """
 import asyncio, io, sys
 from PIL import Image
 from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal import Journal
-from coin_ray.cloud.limiter import Governor, LocalGovernor
+from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import canonical_image
 
@@ -273,7 +340,9 @@ def server(tmp_path: Path) -> Iterator[str]:
     thread.join()
 
 
-def test_a_killed_client_pays_again_only_for_calls_under_way(server: str, tmp_path: Path) -> None:
+def test_a_killed_client_pays_again_only_for_calls_under_way(
+    server: str, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", CLIENT, server, str(tmp_path / "journal")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
@@ -283,7 +352,9 @@ def test_a_killed_client_pays_again_only_for_calls_under_way(server: str, tmp_pa
     first.wait()
     first.stdout.close()
     before = len((tmp_path / "calls.jsonl").read_text().splitlines())
-    second = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    second = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     calls = (tmp_path / "calls.jsonl").read_text().splitlines()
     assert second.count("ok") + second.count("cached") == 60
     assert second.count("cached") >= 20

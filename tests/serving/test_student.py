@@ -11,8 +11,8 @@ from torchvision.ops import box_iou
 
 from coin_ray.config import Cloud
 from coin_ray.errors import ConfigError, InputError
+from coin_ray.predictors.student import write_exported
 from coin_ray.serving.batching import BatchDetector
-from coin_ray.serving.exported import write_exported
 from coin_ray.serving.launch import local_cloud
 from coin_ray.serving.local_cloud import create_app, load
 from coin_ray.serving.student import DUPLICATE_IOU, StudentDetector, load_student
@@ -33,19 +33,25 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.parametrize("asked", [CLASSES, ("stop sign", "cat"), ("traffic light",)])
-def test_class_vectors_are_the_student_s_probabilities_of_the_asked_classes(folder: str, asked: tuple[str, ...]) -> None:
+def test_class_vectors_are_the_student_s_probabilities_of_the_asked_classes(
+    folder: str, asked: tuple[str, ...]
+) -> None:
     student = load_student(folder)
     found = student.predictor(picture())
     boxes, scores = student.detect(picture(), asked, 0.0)
     assert isinstance(student, BatchDetector)
-    assert 0 < len(boxes) < len(found), "the case holds a box that carries several classes"
+    assert 0 < len(boxes) < len(found), (
+        "the case holds a box that carries several classes"
+    )
     columns = [CLASSES.index(name) for name in asked]
     for box, row in zip(boxes, scores, strict=True):
         same = np.isclose(found.boxes.numpy(), box, atol=1e-4).all(1)
         assert same.any()
         assert np.allclose(found.probs[same][:, columns].numpy(), row, atol=1e-6)
     assert (np.diff(scores.max(1)) <= 0).all()
-    overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).fill_diagonal_(0)
+    overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).fill_diagonal_(
+        0
+    )
     assert float(overlaps.max()) <= DUPLICATE_IOU
 
 
@@ -53,18 +59,30 @@ def test_only_boxes_above_the_asked_score(folder: str) -> None:
     student = load_student(folder)
     everything = student.detect(picture(), CLASSES, 0.0)[1].max(1)
     limit = float(np.median(everything))
-    assert student.detect(picture(), CLASSES, limit)[1].max(1).tolist() == everything[everything >= limit].tolist()
+    assert (
+        student.detect(picture(), CLASSES, limit)[1].max(1).tolist()
+        == everything[everything >= limit].tolist()
+    )
     assert student.detect(picture(), CLASSES, 1.01)[0].shape == (0, 4)
 
 
 def test_unlearned_classes_are_a_400_with_the_learned_ones(folder: str) -> None:
-    refused, answered = post(create_app(load_student(folder)), call(classes=("cat", "zebra")), call(classes=("cat",)))
+    refused, answered = post(
+        create_app(load_student(folder)),
+        call(classes=("cat", "zebra")),
+        call(classes=("cat",)),
+    )
     assert (refused.status_code, answered.status_code) == (400, 200)
-    assert refused.json()["detail"] == f"harbour has not learned zebra; ask it about {', '.join(CLASSES)}"
+    assert (
+        refused.json()["detail"]
+        == f"harbour has not learned zebra; ask it about {', '.join(CLASSES)}"
+    )
 
 
 @pytest.mark.parametrize("file", ["", "/", "/model.json", "/model.safetensors"])
-def test_an_export_is_named_by_its_folder_or_one_of_its_files(folder: str, file: str) -> None:
+def test_an_export_is_named_by_its_folder_or_one_of_its_files(
+    folder: str, file: str
+) -> None:
     student = load("checkpoint", [folder + file])
     assert isinstance(student, StudentDetector)
     assert (student.name, student.classes) == ("harbour", CLASSES)
@@ -85,9 +103,14 @@ def test_a_model_must_be_named(serve: str) -> None:
 
 
 def test_a_run_starts_a_server_for_its_checkpoint(folder: str, tmp_path: Path) -> None:
-    config = Cloud(serve="checkpoint", model=folder, serve_latency=30.0, serve_faults=1.0)  # neither counts for a real model
+    # neither counts for a real model
+    config = Cloud(
+        serve="checkpoint", model=folder, serve_latency=30.0, serve_faults=1.0
+    )
     with local_cloud(config, str(tmp_path)) as url:
         assert httpx.get(f"{url}/health").json()["classes"] == list(CLASSES)
-        response = httpx.post(f"{url}/v1/detect", json=call(jpeg(), CLASSES), timeout=20)
+        response = httpx.post(
+            f"{url}/v1/detect", json=call(jpeg(), CLASSES), timeout=20
+        )
     assert response.status_code == 200
     assert response.json()["model"] == "harbour"

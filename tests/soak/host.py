@@ -1,4 +1,5 @@
-"""python tests/soak/host.py EXPORT PORT QUEUE: the server under Ray Serve, on a Ray of its own, until it is told to end."""
+"""python tests/soak/host.py EXPORT PORT QUEUE: the server under Ray Serve, on a Ray of
+its own, until it is told to end."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from coin_ray.serving.application import Arguments, build
 def main(export: str, port: str, queue: str) -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
-    serve.run(build(Arguments(serve="checkpoint", models=(export,), queue_max=int(queue), cpus=0.5)))
+    serve.run(
+        build(
+            Arguments(
+                serve="checkpoint", models=(export,), queue_max=int(queue), cpus=0.5
+            )
+        )
+    )
     print("ready", flush=True)
     signal.sigwait([signal.SIGTERM, signal.SIGINT])
     serve.shutdown()

@@ -1,4 +1,5 @@
-"""Bounded mixed load on a detection server, good requests and bad ones, and what its processes' memory does meanwhile."""
+"""Bounded mixed load on a detection server, good requests and bad ones, and what its
+processes' memory does meanwhile."""
 
 from __future__ import annotations
 
@@ -25,14 +26,16 @@ from tests.serving.test_bounds import png_bomb
 MIB = 2**20
 GROWTH_MIB = 32.0
 GROWTH_SHARE = 0.05
-"""Memory is flat if the median of its last third is at most so much above that of its first third: the larger of both, after a fifth to warm up."""
+"""Memory is flat if the median of its last third is at most so much above that of its
+first third: the larger of both, after a fifth to warm up."""
 PAUSE = 0.002
 OTHER_SECONDS = 1.0
 
 
 @dataclass
 class Seen:
-    """Answers by (kind of request, status), seconds of good answers, MiB of the server's processes by time."""
+    """Answers by (kind of request, status), seconds of good answers, MiB of the
+    server's processes by time."""
 
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
@@ -41,15 +44,27 @@ class Seen:
 
     def bad_statuses(self) -> list[tuple[str, int]]:
         """Neither 2xx, 4xx nor 503."""
-        return sorted(k for k in self.answers if not (200 <= k[1] < 300 or 400 <= k[1] < 500 or k[1] == 503))
+        return sorted(
+            k
+            for k in self.answers
+            if not (200 <= k[1] < 300 or 400 <= k[1] < 500 or k[1] == 503)
+        )
 
     def growth(self) -> dict[str, float]:
-        """MiB: medians of the first and the last third after the warm-up, allowed growth, slope per hour (least squares)."""
+        """MiB: medians of the first and the last third after the warm-up, allowed
+        growth, slope per hour (least squares)."""
         start, end = self.memory[0][0], self.memory[-1][0]
         kept = [(t, m) for t, m in self.memory if t >= start + (end - start) / 5]
         third = max(1, len(kept) // 3)
-        before, after = (statistics.median(m for _, m in part) for part in (kept[:third], kept[-third:]))
-        slope = np.polyfit([t for t, _ in kept], [m for _, m in kept], 1)[0] * 3600 if len(kept) > 2 else 0.0
+        before, after = (
+            statistics.median(m for _, m in part)
+            for part in (kept[:third], kept[-third:])
+        )
+        slope = (
+            np.polyfit([t for t, _ in kept], [m for _, m in kept], 1)[0] * 3600
+            if len(kept) > 2
+            else 0.0
+        )
         return {
             "before_mib": round(before, 1),
             "after_mib": round(after, 1),
@@ -63,7 +78,16 @@ class Seen:
 
     def as_json(self) -> dict[str, Any]:
         good = sorted(self.seconds)
-        shares = {f"p{p}_ms": round(1000 * good[min(len(good) - 1, len(good) * p // 100)], 1) for p in (50, 95, 99)} if good else {}
+        shares = (
+            {
+                f"p{p}_ms": round(
+                    1000 * good[min(len(good) - 1, len(good) * p // 100)], 1
+                )
+                for p in (50, 95, 99)
+            }
+            if good
+            else {}
+        )
         statuses = Counter[int]()
         for (_, status), count in self.answers.items():
             statuses[status] += count
@@ -78,7 +102,11 @@ class Seen:
 
     def table(self) -> str:
         kinds = sorted({kind for kind, _ in self.answers})
-        rows = [f"| {kind} | {', '.join(f'{s}: {n}' for (k, s), n in sorted(self.answers.items()) if k == kind)} |" for kind in kinds]
+        rows = [
+            f"| {kind} |"
+            f" {', '.join(f'{s}: {n}' for (k, s), n in sorted(self.answers.items()) if k == kind)} |"
+            for kind in kinds
+        ]
         return "\n".join(["| request | answers by status |", "|---|---|", *rows])
 
 
@@ -92,7 +120,14 @@ def photo(seed: int) -> bytes:
 
 
 def question(image: bytes, classes: Sequence[str], **changes: Any) -> bytes:
-    return json.dumps({"image": {"b64": base64.b64encode(image).decode()}, "classes": list(classes), "threshold": 0.3} | changes).encode()
+    return json.dumps(
+        {
+            "image": {"b64": base64.b64encode(image).decode()},
+            "classes": list(classes),
+            "threshold": 0.3,
+        }
+        | changes
+    ).encode()
 
 
 def bad_questions(classes: Sequence[str]) -> list[tuple[str, bytes]]:
@@ -101,7 +136,10 @@ def bad_questions(classes: Sequence[str]) -> list[tuple[str, bytes]]:
         ("no json", b"\x00no json"),
         ("nested deep", b'{"image":' + b"[" * 50_000),
         ("no image", json.dumps({"classes": list(classes)}).encode()),
-        ("no base64", json.dumps({"image": {"b64": "%%%"}, "classes": list(classes)}).encode()),
+        (
+            "no base64",
+            json.dumps({"image": {"b64": "%%%"}, "classes": list(classes)}).encode(),
+        ),
         ("text as image", question(b"text", classes)),
         ("half an image", question(whole[: len(whole) // 2], classes)),
         ("image bomb", question(png_bomb(8000), classes)),
@@ -112,28 +150,44 @@ def bad_questions(classes: Sequence[str]) -> list[tuple[str, bytes]]:
 
 
 class Load:
-    """``clients`` ask ``url`` until the time is over, each its next request when the one before is answered."""
+    """``clients`` ask ``url`` until the time is over, each its next request when the
+    one before is answered."""
 
     def __init__(self, url: str, classes: Sequence[str], clients: int) -> None:
         self.seen = Seen()
         self._url, self._clients = url, clients
         good = [("good", question(photo(seed), classes)) for seed in range(24)]
-        self._questions = itertools.cycle(random.Random(0).sample([*good * 2, *bad_questions(classes)], len(good) * 2 + 10))
+        self._questions = itertools.cycle(
+            random.Random(0).sample(
+                [*good * 2, *bad_questions(classes)], len(good) * 2 + 10
+            )
+        )
         self._end = 0.0
 
     async def run(self, seconds: float, memory: Callable[[], float]) -> Seen:
         self._end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=self._clients + 4)
-        async with httpx.AsyncClient(base_url=self._url, timeout=60, limits=limits) as http:
+        async with httpx.AsyncClient(
+            base_url=self._url, timeout=60, limits=limits
+        ) as http:
             tasks = [self._asking(http) for _ in range(self._clients)]
-            await asyncio.gather(*tasks, self._others(http), self._leaving(), self._watching(memory))
+            await asyncio.gather(
+                *tasks, self._others(http), self._leaving(), self._watching(memory)
+            )
         return self.seen
 
     async def _asking(self, http: httpx.AsyncClient) -> None:
         while time.monotonic() < self._end:
             kind, body = next(self._questions)
             started = time.monotonic()
-            status = await self._noted(kind, http.post("/v1/detect", content=body, headers={"Content-Type": "application/json"}))
+            status = await self._noted(
+                kind,
+                http.post(
+                    "/v1/detect",
+                    content=body,
+                    headers={"Content-Type": "application/json"},
+                ),
+            )
             if kind == "good" and status == 200:
                 self.seen.seconds.append(time.monotonic() - started)
             await asyncio.sleep(0.1 if status == 503 else PAUSE)
@@ -141,7 +195,15 @@ class Load:
     async def _others(self, http: httpx.AsyncClient) -> None:
         """Once a second every other route, a path and a method that are none."""
         while time.monotonic() < self._end:
-            for path in ("/", "/health", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/no/such"):
+            for path in (
+                "/",
+                "/health",
+                "/health/live",
+                "/health/ready",
+                "/metrics",
+                "/openapi.json",
+                "/no/such",
+            ):
                 await self._noted(path, http.get(path))
             await self._noted("DELETE", http.delete("/v1/detect"))
             await asyncio.sleep(OTHER_SECONDS)
@@ -151,7 +213,10 @@ class Load:
         host, _, port = self._url.removeprefix("http://").partition(":")
         while time.monotonic() < self._end:
             _, writer = await asyncio.open_connection(host, int(port))
-            writer.write(b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + bytes(1000))
+            writer.write(
+                b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length:"
+                b" 1000000\r\n\r\n" + bytes(1000)
+            )
             await writer.drain()
             await asyncio.sleep(0.1)
             writer.close()

@@ -1,4 +1,5 @@
-"""States are written while training goes on, whole and in order, and one that can't be kept ends the fit."""
+"""States are written while training goes on, whole and in order, and one that can't be
+kept ends the fit."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ import pytest
 import torch
 
 from coin_ray import storage
-from coin_ray.stages.fitting import STATE, FolderHost, load_state
-from coin_ray.stages.progress import Bar
-from coin_ray.stages.watch import Watch
+from coin_ray.stages.common.progress import Bar
+from coin_ray.stages.common.training_job import STATE, FolderHost, load_state
+from coin_ray.stages.common.watchdog import Watch
 
 SECONDS = 30.0
 
 
-def nothing(step: int, metrics: Mapping[str, float], state: dict[str, Any] | None) -> None:
+def nothing(
+    step: int, metrics: Mapping[str, float], state: dict[str, Any] | None
+) -> None:
     """Nobody is told."""
 
 
@@ -27,8 +30,11 @@ def state(step: int) -> dict[str, Any]:
     return {"step": step, "task": {"weights": torch.full((1000,), float(step))}}
 
 
-def test_training_goes_on_while_a_state_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slow write of the first state lasts until two more steps were reported; changing the weights then changes no file."""
+def test_training_goes_on_while_a_state_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow write of the first state lasts until two more steps were reported;
+    changing the weights then changes no file."""
     sent, release = [], threading.Event()
     write = storage.write_bytes
 
@@ -48,7 +54,9 @@ def test_training_goes_on_while_a_state_is_sent(tmp_path: Path, monkeypatch: pyt
         assert not sent
         release.set()
         host.settle()
-        assert load_state(str(tmp_path / STATE))["task"]["weights"].unique().tolist() == [1.0]
+        assert load_state(str(tmp_path / STATE))["task"][
+            "weights"
+        ].unique().tolist() == [1.0]
         host.report(3, {}, state(4))
         host.report(4, {}, state(5))  # waits for the one before
         host.settle()
@@ -58,7 +66,9 @@ def test_training_goes_on_while_a_state_is_sent(tmp_path: Path, monkeypatch: pyt
     assert (found["step"], found["task"]["weights"][0]) == (5, 5.0)
 
 
-def test_a_state_that_cannot_be_kept_ends_the_fit_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_cannot_be_kept_ends_the_fit_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(uri: str, data: bytes) -> None:
         raise OSError(28, "No space left on device", uri)
 

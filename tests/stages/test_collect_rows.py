@@ -16,11 +16,11 @@ from coin_ray.cloud.client import Answer
 from coin_ray.cloud.probabilities import fuse_duplicates, to_detections
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
-from coin_ray.presets import folder
-from coin_ray.stages.asking import RAW, _raw_row
+from coin_ray.config.presets import folder
+from coin_ray.runs.steps import Context
 from coin_ray.stages.collect import LabelerActor, _compile
-from coin_ray.stages.parts import PART, Parts
-from coin_ray.steps import Context
+from coin_ray.stages.collecting.cloud_actor import RAW, _raw_row
+from coin_ray.stages.collecting.parts import PART, Parts
 
 CLASSES = ("car", "bus", "dog")
 LEFT, RIGHT = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0]
@@ -28,24 +28,44 @@ LEFT, RIGHT = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0]
 
 def config(tmp_path: Path, label_map: str | None = None) -> PipelineConfig:
     preset = folder()
-    cloud = replace(preset.cloud, url="https://detector.example.com", label_map=label_map)
-    return replace(preset, classes=CLASSES, cloud=cloud, collect=replace(preset.collect, labeler="none"))
+    cloud = replace(
+        preset.cloud, url="https://detector.example.com", label_map=label_map
+    )
+    return replace(
+        preset,
+        classes=CLASSES,
+        cloud=cloud,
+        collect=replace(preset.collect, labeler="none"),
+    )
 
 
 def answer(kind: ScoreKind, *rows: tuple[list[float], list[float]]) -> Answer:
     boxes = np.array([box for box, _ in rows], np.float32).reshape(-1, 4)
     scores = np.array([s for _, s in rows], np.float32).reshape(-1, len(CLASSES))
-    return Answer("ok" if rows else "empty", RawDetections(boxes, scores, kind), 1, 2.0, 0.5, calls=1)
+    return Answer(
+        "ok" if rows else "empty",
+        RawDetections(boxes, scores, kind),
+        1,
+        2.0,
+        0.5,
+        calls=1,
+    )
 
 
-def collected(tmp_path: Path, used: PipelineConfig, **answers: Answer) -> list[dict[str, Any]]:
+def collected(
+    tmp_path: Path, used: PipelineConfig, **answers: Answer
+) -> list[dict[str, Any]]:
     """Rows of ``cloud.parquet``; the answers take the way of a run."""
     parts = storage.join(str(tmp_path), "collect", "parts")
     actor = LabelerActor(used, parts)
     for image_id, one in answers.items():
         actor(pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=RAW))
-    assert set(Parts(parts).answered.to_pylist()) == {i for i, a in answers.items() if a.raw is not None}
-    context = Context(used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect")
+    assert set(Parts(parts).answered.to_pylist()) == {
+        i for i, a in answers.items() if a.raw is not None
+    }
+    context = Context(
+        used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect"
+    )
     _compile(context, pa.array(list(answers)))
     table = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert table.schema == tables.DETECTIONS
@@ -53,21 +73,34 @@ def collected(tmp_path: Path, used: PipelineConfig, **answers: Answer) -> list[d
     return rows
 
 
-def test_each_box_is_marked_with_the_source_of_its_probabilities(tmp_path: Path) -> None:
+def test_each_box_is_marked_with_the_source_of_its_probabilities(
+    tmp_path: Path,
+) -> None:
     rows = collected(
         tmp_path,
         config(tmp_path),
         scored=answer("per_class", (LEFT, [0.9, 0.1, 0.0])),
-        named=answer("label", (LEFT, [0.9, 0, 0]), (RIGHT, [0, 0.8, 0]), (RIGHT, [0, 0, 0.7])),
+        named=answer(
+            "label", (LEFT, [0.9, 0, 0]), (RIGHT, [0, 0.8, 0]), (RIGHT, [0, 0, 0.7])
+        ),
         written=answer("self_reported", (LEFT, [0.9, 0, 0])),
         bare=answer("none", (LEFT, [0, 1, 0]), (LEFT, [0, 1, 0])),
         nothing=answer("none"),
         failed=Answer("error", None, 3, error="busy"),
     )
-    assert [r["prob_source"] for r in rows] == [["native"], ["label_prior", "grouped"], ["self_reported"], ["assumed"], [], []]
+    assert [r["prob_source"] for r in rows] == [
+        ["native"],
+        ["label_prior", "grouped"],
+        ["self_reported"],
+        ["assumed"],
+        [],
+        [],
+    ]
     assert [len(r["boxes"]) for r in rows] == [1, 2, 1, 1, 0, 0]
     assert rows[3]["scores"] == [0.5]
-    kinds = storage.read_table(storage.join(str(tmp_path), "collect", "parts")).to_pylist()
+    kinds = storage.read_table(
+        storage.join(str(tmp_path), "collect", "parts")
+    ).to_pylist()
     assert {r["image_id"]: r["score_kind"] for r in kinds} == {
         "scored": "per_class",
         "named": "label",
@@ -80,38 +113,79 @@ def test_each_box_is_marked_with_the_source_of_its_probabilities(tmp_path: Path)
 
 def test_the_label_map_s_priors_are_used(tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
-    file.write_text("service: http\nmap: {car: car}\nprecision: {bus: 0.8}\nconfusion: {bus: {car: 1}}\n")
+    file.write_text(
+        "service: http\nmap: {car: car}\nprecision: {bus: 0.8}\nconfusion: {bus: {car:"
+        " 1}}\n"
+    )
     rows = collected(
         tmp_path,
         config(tmp_path, str(file)),
         bare=answer("none", (LEFT, [0, 1, 0])),
         named=answer("label", (LEFT, [0, 0.6, 0]), (RIGHT, [0.6, 0, 0])),
     )
-    assert [r["prob_source"] for r in rows] == [["precision"], ["label_confusion", "label_prior"]]
+    assert [r["prob_source"] for r in rows] == [
+        ["precision"],
+        ["label_confusion", "label_prior"],
+    ]
     assert rows[0]["probs"][0] == pytest.approx([0.2, 0.8, 0, 0])
     assert rows[1]["probs"][0] == pytest.approx([0.4, 0.6, 0, 0])
 
 
 def test_class_scores_become_what_they_always_became(tmp_path: Path) -> None:
-    scored = answer("per_class", (LEFT, [0.9, 0.1, 0.0]), ([1.0, 0.0, 20.0, 20.0], [0.7, 0.2, 0.1]), (LEFT, [0.3, 0.5, 0.0]))
+    scored = answer(
+        "per_class",
+        (LEFT, [0.9, 0.1, 0.0]),
+        ([1.0, 0.0, 20.0, 20.0], [0.7, 0.2, 0.1]),
+        (LEFT, [0.3, 0.5, 0.0]),
+    )
     used = config(tmp_path)
     (row,) = collected(tmp_path, used, a=scored)
     assert scored.raw is not None
-    expected = fuse_duplicates(to_detections(scored.raw, "background"), used.collect.fuse_iou)
-    read = tables.read_detections(pa.Table.from_pylist([row], schema=tables.DETECTIONS), len(CLASSES))["a"]
-    assert all(torch.equal(getattr(read, n), getattr(expected, n)) for n in ("boxes", "scores", "labels", "probs"))
+    expected = fuse_duplicates(
+        to_detections(scored.raw, "background"), used.collect.fuse_iou
+    )
+    read = tables.read_detections(
+        pa.Table.from_pylist([row], schema=tables.DETECTIONS), len(CLASSES)
+    )["a"]
+    assert all(
+        torch.equal(getattr(read, n), getattr(expected, n))
+        for n in ("boxes", "scores", "labels", "probs")
+    )
 
 
 def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     parts = storage.join(str(tmp_path), "collect", "parts")
     old = pa.schema([f for f in PART if f.name not in ("prob_source", "score_kind")])
-    row = {"image_id": "old", "boxes": [LEFT], "scores": [0.5], "labels": [0], "probs": [[0.5, 0, 0, 0.5]], "status": "ok", "calls": 1}
-    more = {"source": "cloud", "attempts": 1, "latency_ms": 1.0, "cost_usd": 0.0, "error": None, "clip_probs": []}
-    storage.write_table(storage.join(parts, "0.parquet"), pa.Table.from_pylist([row | more], schema=old))
+    row = {
+        "image_id": "old",
+        "boxes": [LEFT],
+        "scores": [0.5],
+        "labels": [0],
+        "probs": [[0.5, 0, 0, 0.5]],
+        "status": "ok",
+        "calls": 1,
+    }
+    more = {
+        "source": "cloud",
+        "attempts": 1,
+        "latency_ms": 1.0,
+        "cost_usd": 0.0,
+        "error": None,
+        "clip_probs": [],
+    }
+    storage.write_table(
+        storage.join(parts, "0.parquet"), pa.Table.from_pylist([row | more], schema=old)
+    )
     used = config(tmp_path)
     actor = LabelerActor(used, parts)
-    actor(pa.Table.from_pylist([_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))], schema=RAW))
-    context = Context(used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect")
+    actor(
+        pa.Table.from_pylist(
+            [_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))], schema=RAW
+        )
+    )
+    context = Context(
+        used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect"
+    )
     _compile(context, pa.array(["old", "new"]))
     rows = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert rows["prob_source"].to_pylist() == [None, ["label_prior"]]

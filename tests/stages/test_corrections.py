@@ -1,4 +1,5 @@
-"""What people say of training images: what is read of it, what is refused, and that no teacher is heard beside it."""
+"""What people say of training images: what is read of it, what is refused, and that no
+teacher is heard beside it."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
+from coin_ray.config.presets import PRESETS
 from coin_ray.data.examples import batches
 from coin_ray.data.formats import Annotation, Record, write
 from coin_ray.data.order import Order
@@ -27,10 +29,10 @@ from coin_ray.data.review import cvat, fiftyone, label_studio
 from coin_ray.data.review.corrections import content
 from coin_ray.data.review.record import Box, Review
 from coin_ray.errors import InputError
-from coin_ray.pipeline import graph
-from coin_ray.presets import PRESETS
-from coin_ray.stages import corrections, measures, separate
-from coin_ray.stages.knowledge import (
+from coin_ray.runs.graph import graph
+from coin_ray.runs.steps import Context
+from coin_ray.stages import corrections, separate
+from coin_ray.stages.common.teacher_outputs import (
     OPINIONS,
     collected,
     corrected,
@@ -40,21 +42,33 @@ from coin_ray.stages.knowledge import (
     training_examples,
     with_corrections,
 )
-from coin_ray.steps import Context
+from coin_ray.stages.reporting import measurements as measures
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
 
 CLASSES = ("cat", "traffic light", "bird")
 BOX, OTHER = (4.0, 4.0, 30.0, 28.0), (34.0, 8.0, 58.0, 34.0)
-SPLITS = {"both": "train", "none": "train", "failed": "train", "free": "train", "held": "test"}
-PERSON = {"both": [Box(OTHER, "Traffic-Lights")], "none": [], "failed": [Box(BOX, "cat"), Box(OTHER, "bird")]}
+SPLITS = {
+    "both": "train",
+    "none": "train",
+    "failed": "train",
+    "free": "train",
+    "held": "test",
+}
+PERSON = {
+    "both": [Box(OTHER, "Traffic-Lights")],
+    "none": [],
+    "failed": [Box(BOX, "cat"), Box(OTHER, "bird")],
+}
 LABELS = {"both": [1], "none": [], "failed": [0, 2]}
 
 
 def picture(folder: Path, name: str) -> Path:
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (64, 48), tuple(hashlib.sha256(name.encode()).digest()[:3])).save(path)
+    Image.new("RGB", (64, 48), tuple(hashlib.sha256(name.encode()).digest()[:3])).save(
+        path
+    )
     return path
 
 
@@ -63,20 +77,46 @@ def image_id(folder: Path, name: str) -> str:
 
 
 def review(folder: Path, name: str, boxes: list[Box], **changes: Any) -> Review:
-    found = Review(image_id(folder, name), str(folder / "in" / f"{name}.png"), f"{name}.png", 64, 48, tuple(boxes), reviewed=True)
+    found = Review(
+        image_id(folder, name),
+        str(folder / "in" / f"{name}.png"),
+        f"{name}.png",
+        64,
+        48,
+        tuple(boxes),
+        reviewed=True,
+    )
     return replace(found, **changes)
 
 
 def context(folder: Path, place: str, **changes: Any) -> Context:
     labels = Labels(score_min=0.3, probabilities="background", clip_background="keep")
-    config: PipelineConfig = replace(PRESETS["demo"](), classes=CLASSES, labels=labels, corrections=(place,), **changes)
+    config: PipelineConfig = replace(
+        PRESETS["demo"](),
+        classes=CLASSES,
+        labels=labels,
+        corrections=(place,),
+        **changes,
+    )
     rows = [
-        {"image_id": image_id(folder, i), "uri": str(folder / "in" / f"{i}.png"), "width": 64, "height": 48, "split": s}
+        {
+            "image_id": image_id(folder, i),
+            "uri": str(folder / "in" / f"{i}.png"),
+            "width": 64,
+            "height": 48,
+            "split": s,
+        }
         for i, s in SPLITS.items()
     ]
-    storage.write_table(str(folder / "images.parquet"), pa.Table.from_pylist(rows, schema=tables.IMAGES))
-    inputs = dict.fromkeys(("images", "collect", "propagate"), str(folder)) | {"corrections": str(folder / "corrections")}
-    return Context(config, str(folder), str(folder / "corrections"), inputs, {}, "corrections")
+    storage.write_table(
+        str(folder / "images.parquet"), pa.Table.from_pylist(rows, schema=tables.IMAGES)
+    )
+    inputs = dict.fromkeys(("images", "collect", "propagate"), str(folder)) | {
+        "corrections": str(folder / "corrections")
+    }
+    return Context(
+        config, str(folder), str(folder / "corrections"), inputs, {}, "corrections"
+    )
 
 
 def label_studio_file(found: list[Review], folder: Path) -> str:
@@ -99,33 +139,59 @@ def data_set(found: list[Review], folder: Path) -> str:
     return f"{folder}#done"
 
 
-FORMS = {"label studio": label_studio_file, "cvat": cvat_file, "fiftyone": fiftyone_folder, "voc": data_set}
+FORMS = {
+    "label studio": label_studio_file,
+    "cvat": cvat_file,
+    "fiftyone": fiftyone_folder,
+    "voc": data_set,
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_certain_labels(form: str, tmp_path: Path) -> None:
-    place = FORMS[form]([review(tmp_path, name, boxes) for name, boxes in PERSON.items()], tmp_path / "out")
+    place = FORMS[form](
+        [review(tmp_path, name, boxes) for name, boxes in PERSON.items()],
+        tmp_path / "out",
+    )
     c = context(tmp_path, place)
     assert corrections.run(c) == {"images": 3, "boxes": 3, "empty": 1}
     found = corrected(c.inputs, c.config)
     for name, labels in LABELS.items():
         person = found[image_id(tmp_path, name)]
         assert person.labels.tolist() == labels
-        assert torch.allclose(person.boxes, torch.tensor([b.edges for b in PERSON[name]]).reshape(-1, 4), atol=1e-4)
-        assert torch.equal(person.probs, torch.nn.functional.one_hot(person.labels, 4).float())
+        assert torch.allclose(
+            person.boxes,
+            torch.tensor([b.edges for b in PERSON[name]]).reshape(-1, 4),
+            atol=1e-4,
+        )
+        assert torch.equal(
+            person.probs, torch.nn.functional.one_hot(person.labels, 4).float()
+        )
         assert person.scores.tolist() == [1] * len(labels)
 
 
 def test_what_no_one_has_reviewed_is_left_to_the_teachers(tmp_path: Path) -> None:
-    found = [review(tmp_path, "both", [Box(BOX, "cat")]), review(tmp_path, "free", [Box(BOX, "cat")], reviewed=False)]
+    found = [
+        review(tmp_path, "both", [Box(BOX, "cat")]),
+        review(tmp_path, "free", [Box(BOX, "cat")], reviewed=False),
+    ]
     c = context(tmp_path, cvat_file(found, tmp_path / "out"))
     assert corrections.run(c)["images"] == 1
     assert list(corrected(c.inputs, c.config)) == [image_id(tmp_path, "both")]
 
 
-def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out(tmp_path: Path) -> None:
-    boxes = [Annotation((-0.5, 0, 64.8, 48.2), "cat"), Annotation(BOX, "bird", difficult=True)]
-    write([Record.of("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)], str(tmp_path / "voc"), "voc")
+def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out(
+    tmp_path: Path,
+) -> None:
+    boxes = [
+        Annotation((-0.5, 0, 64.8, 48.2), "cat"),
+        Annotation(BOX, "bird", difficult=True),
+    ]
+    write(
+        [Record.of("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)],
+        str(tmp_path / "voc"),
+        "voc",
+    )
     c = context(tmp_path, str(tmp_path / "voc"))
     corrections.run(c)
     [person] = corrected(c.inputs, c.config).values()
@@ -135,57 +201,123 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_id": "0" * 64}, r"both\.png is no image of this run: expected one of its training images"),
-        ({"boxes": (Box(BOX, "dog"),)}, "both.png has a 'dog', which is no class of this run"),
-        ({"boxes": (Box((4, 4, 66, 28), "cat"),)}, r"the box cat \[4\.0, 4\.0, 66\.0, 28\.0\] is not inside the image of 64 x 48"),
-        ({"boxes": (Box((-3, 4, 6, 28), "cat"),)}, "is not inside the image of 64 x 48"),
+        (
+            {"image_id": "0" * 64},
+            r"both\.png is no image of this run: expected one of its training images",
+        ),
+        (
+            {"boxes": (Box(BOX, "dog"),)},
+            "both.png has a 'dog', which is no class of this run",
+        ),
+        (
+            {"boxes": (Box((4, 4, 66, 28), "cat"),)},
+            (
+                r"the box cat \[4\.0, 4\.0, 66\.0, 28\.0\] is not inside the image of"
+                r" 64 x 48"
+            ),
+        ),
+        (
+            {"boxes": (Box((-3, 4, 6, 28), "cat"),)},
+            "is not inside the image of 64 x 48",
+        ),
         ({"boxes": (Box((4, 4, 4, 28), "cat"),)}, "has no area"),
         ({"boxes": (Box((4, 28, 9, 4), "cat"),)}, "has no area"),
         ({"width": 63}, "both.png is 64 x 48, its corrections are for 63 x 48"),
         ({"reviewed": False}, "no image in it is marked as reviewed"),
     ],
 )
-def test_bad_corrections_are_an_error_that_names_the_image(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    place = label_studio_file([replace(review(tmp_path, "both", [Box(BOX, "cat")]), **changes)], tmp_path / "out")
+def test_bad_corrections_are_an_error_that_names_the_image(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    place = label_studio_file(
+        [replace(review(tmp_path, "both", [Box(BOX, "cat")]), **changes)],
+        tmp_path / "out",
+    )
     with pytest.raises(InputError, match=f"corrections .*tasks.json: .*{message}"):
         corrections.run(context(tmp_path, place))
     assert not (tmp_path / "corrections").exists()
 
 
 def test_later_rounds_are_further_files(tmp_path: Path) -> None:
-    c = context(tmp_path, cvat_file([review(tmp_path, "both", [Box(BOX, "cat")])], tmp_path / "one"))
+    c = context(
+        tmp_path,
+        cvat_file([review(tmp_path, "both", [Box(BOX, "cat")])], tmp_path / "one"),
+    )
     second = label_studio_file([review(tmp_path, "none", [])], tmp_path / "two")
-    c = replace(c, config=replace(c.config, corrections=(*c.config.corrections, second)))
+    c = replace(
+        c, config=replace(c.config, corrections=(*c.config.corrections, second))
+    )
     assert corrections.run(c) == {"images": 2, "boxes": 1, "empty": 1}
     again = replace(c, config=replace(c.config, corrections=(second, second)))
-    with pytest.raises(InputError, match=r"tasks\.json, .*tasks\.json: none\.png is in it twice"):
+    with pytest.raises(
+        InputError, match=r"tasks\.json, .*tasks\.json: none\.png is in it twice"
+    ):
         corrections.run(again)
 
 
 def test_all_faults_are_told_at_once_up_to_a_few(tmp_path: Path) -> None:
-    found = [review(tmp_path, "held", []), review(tmp_path, "both", []), review(tmp_path, "both", [])]
+    found = [
+        review(tmp_path, "held", []),
+        review(tmp_path, "both", []),
+        review(tmp_path, "both", []),
+    ]
     found.append(review(tmp_path, "none", [Box(BOX, f"x{n}") for n in range(9)]))
-    with pytest.raises(InputError, match=r"held\.png is a test image .*; both\.png is in it twice; .*'x2'.*; and 6 more"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"held\.png is a test image .*; both\.png is in it twice; .*'x2'.*; and 6"
+            r" more"
+        ),
+    ):
         corrections.run(context(tmp_path, label_studio_file(found, tmp_path / "out")))
 
 
-@pytest.mark.parametrize(("place", "message"), [("nowhere.json", "no such folder"), ("nowhere", "no such folder")])
-def test_corrections_that_are_not_there_are_an_error(place: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("nowhere.json", "no such folder"), ("nowhere", "no such folder")],
+)
+def test_corrections_that_are_not_there_are_an_error(
+    place: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         corrections.run(context(tmp_path, str(tmp_path / place)))
 
 
 # No teacher is heard beside a person
 
-box = st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(31, 64), st.integers(21, 48))
-seen = st.lists(st.tuples(box, st.integers(0, 2), st.floats(0.05, 1)), max_size=4).map(lambda rows: detections(*rows))
+box = st.tuples(
+    st.integers(0, 30), st.integers(0, 20), st.integers(31, 64), st.integers(21, 48)
+)
+seen = st.lists(st.tuples(box, st.integers(0, 2), st.floats(0.05, 1)), max_size=4).map(
+    lambda rows: detections(*rows)
+)
 
 
-def collect(folder: Path, cloud: Detections, labelled: Detections, clip: Detections | None = None) -> None:
-    """``labelled``: row by row the cloud's boxes; ``clip``: the CLIP detector's results, the same if not given."""
-    for name, found in (("cloud", cloud), ("clip_labels", labelled), ("clip_detector", labelled if clip is None else clip)):
-        rows = [detections_row(image_id(folder, i), found, Provenance(name)) for i in SPLITS if i != "failed"]
-        rows.append(detections_row(image_id(folder, "failed"), Detections.empty(3), Provenance(name, "error")))
+def collect(
+    folder: Path,
+    cloud: Detections,
+    labelled: Detections,
+    clip: Detections | None = None,
+) -> None:
+    """``labelled``: row by row the cloud's boxes; ``clip``: the CLIP detector's
+    results, the same if not given."""
+    for name, found in (
+        ("cloud", cloud),
+        ("clip_labels", labelled),
+        ("clip_detector", labelled if clip is None else clip),
+    ):
+        rows = [
+            detections_row(image_id(folder, i), found, Provenance(name))
+            for i in SPLITS
+            if i != "failed"
+        ]
+        rows.append(
+            detections_row(
+                image_id(folder, "failed"),
+                Detections.empty(3),
+                Provenance(name, "error"),
+            )
+        )
         storage.write_table(str(folder / f"{name}.parquet"), detections_table(rows))
 
 
@@ -199,13 +331,21 @@ def reviewed(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 
 @settings(max_examples=8, deadline=None)
-@given(cloud=seen, labeler=st.sampled_from(["crop", "none"]), source=st.sampled_from(["clip", "cloud"]))
-def test_propagation_learns_what_people_say(reviewed: Context, cloud: Detections, labeler: str, source: Any) -> None:
+@given(
+    cloud=seen,
+    labeler=st.sampled_from(["crop", "none"]),
+    source=st.sampled_from(["clip", "cloud"]),
+)
+def test_propagation_learns_what_people_say(
+    reviewed: Context, cloud: Detections, labeler: str, source: Any
+) -> None:
     """Also where the cloud failed; and the others stay as they are."""
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, cloud, cloud)
     config = replace(config, collect=replace(config.collect, labeler=labeler))
-    examples = training_examples(str(folder), *labels_for(source, reviewed.inputs, config))
+    examples = training_examples(
+        str(folder), *labels_for(source, reviewed.inputs, config)
+    )
     examples = pickle.loads(pickle.dumps(examples))
     assert [Path(e.uri).stem for e in examples] == ["both", "none", "failed", "free"]
     person = corrected(reviewed.inputs, config)
@@ -221,87 +361,176 @@ def test_propagation_learns_what_people_say(reviewed: Context, cloud: Detections
 
 @settings(max_examples=8, deadline=None)
 @given(cloud=seen, clip=seen)
-def test_distillation_is_told_what_people_say_by_all_teachers(reviewed: Context, cloud: Detections, clip: Detections) -> None:
+def test_distillation_is_told_what_people_say_by_all_teachers(
+    reviewed: Context, cloud: Detections, clip: Detections
+) -> None:
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, cloud, cloud, clip)
     answered = collected(str(folder), "cloud", config)
-    know = opinions(answered, tables.open_detections(str(folder / "clip_detector.parquet"), 3), str(folder), config)
+    know = opinions(
+        answered,
+        tables.open_detections(str(folder / "clip_detector.parquet"), 3),
+        str(folder),
+        config,
+    )
     person = corrected(reviewed.inputs, config)
-    examples = training_examples(str(folder), *with_corrections(answered.ids, know, OPINIONS, person))
+    examples = training_examples(
+        str(folder), *with_corrections(answered.ids, know, OPINIONS, person)
+    )
     assert [e.reviewed for e in examples] == [True, True, True, False]
     for e in list(examples)[:3]:
         assert set(e.knowledge) == set(OPINIONS)
-        assert all(torch.equal(found.boxes, person[e.image_id].boxes) for found in e.knowledge.values())
+        assert all(
+            torch.equal(found.boxes, person[e.image_id].boxes)
+            for found in e.knowledge.values()
+        )
 
 
 @pytest.mark.parametrize("labeler", ["crop", "none"])
-def test_students_are_judged_by_what_people_say_else_by_both_teachers(reviewed: Context, labeler: str) -> None:
-    """CLIP names the cloud's box otherwise, so that both are less sure together; without CLIP the cloud's word stands."""
+def test_students_are_judged_by_what_people_say_else_by_both_teachers(
+    reviewed: Context, labeler: str
+) -> None:
+    """CLIP names the cloud's box otherwise, so that both are less sure together;
+    without CLIP the cloud's word stands."""
     cloud, clip = detections((BOX, 2, 0.9)), detections((BOX, 1, 0.9))
     collect(Path(reviewed.root), cloud, clip)
-    config = replace(reviewed.config, collect=replace(reviewed.config.collect, labeler=labeler))
+    config = replace(
+        reviewed.config, collect=replace(reviewed.config.collect, labeler=labeler)
+    )
     ids = {name: image_id(Path(reviewed.root), name) for name in SPLITS}
     found = fused_opinions(ids.values(), reviewed.inputs, config)
     answered = set(collected(reviewed.root, "cloud", config))
-    assert set(found) == {i for name, i in ids.items() if name in PERSON or i in answered}
+    assert set(found) == {
+        i for name, i in ids.items() if name in PERSON or i in answered
+    }
     for name, labels in LABELS.items():
         assert found[ids[name]].labels.tolist() == labels
         assert found[ids[name]].scores.tolist() == [1] * len(labels)
     free = found[ids["free"]]
     assert torch.equal(free.boxes, cloud.boxes)
     assert free.labels.tolist() == [2] or labeler == "crop"
-    assert float(free.scores) == pytest.approx(0.9) if labeler == "none" else float(free.scores) < 0.6
+    assert (
+        float(free.scores) == pytest.approx(0.9)
+        if labeler == "none"
+        else float(free.scores) < 0.6
+    )
 
 
 def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> None:
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
-    examples = training_examples(str(folder), *labels_for("clip", reviewed.inputs, config))
-    (batch,) = batches(examples, replace(config.distill.fit, steps=1, batch=4), config.detector, seed=0, first=0, rank=0, workers=1)
-    assert batch.reviewed == [examples[row].reviewed for row in Order(4, 4, 0, None).rows_of_step(0)]
+    examples = training_examples(
+        str(folder), *labels_for("clip", reviewed.inputs, config)
+    )
+    (batch,) = batches(
+        examples,
+        replace(config.distill.fit, steps=1, batch=4),
+        config.detector,
+        seed=0,
+        first=0,
+        rank=0,
+        workers=1,
+    )
+    assert batch.reviewed == [
+        examples[row].reviewed for row in Order(4, 4, 0, None).rows_of_step(0)
+    ]
     assert sorted(batch.reviewed) == [False, True, True, True]
 
 
-def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(reviewed: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(
+    reviewed: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     folder = Path(reviewed.root)
     collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
-    monkeypatch.setattr(separate, "write_predictions", lambda *given: shutil.copy(folder / "clip_detector.parquet", given[-1]))
+    monkeypatch.setattr(
+        separate,
+        "write_predictions",
+        lambda *given: shutil.copy(folder / "clip_detector.parquet", given[-1]),
+    )
     c = replace(reviewed, folder=str(tmp_path), name="separate")
-    assert separate.run(c) == {"separation": {"consistent": 1, "inconsistent": 0, "private": 0}}
-    rows = {r["image_id"]: r for r in storage.read_table(str(tmp_path / "separation.parquet")).to_pylist()}
-    assert {name: rows[image_id(folder, name)]["kind"] for name in SPLITS if name != "held"} == {
+    assert separate.run(c) == {
+        "separation": {"consistent": 1, "inconsistent": 0, "private": 0}
+    }
+    rows = {
+        r["image_id"]: r
+        for r in storage.read_table(str(tmp_path / "separation.parquet")).to_pylist()
+    }
+    assert {
+        name: rows[image_id(folder, name)]["kind"] for name in SPLITS if name != "held"
+    } == {
         "both": ["reviewed"],
         "none": [],
         "failed": ["reviewed", "reviewed"],
         "free": ["consistent"],
     }
-    assert rows[image_id(folder, "both")]["cloud_probs"] == rows[image_id(folder, "both")]["clip_probs"] == [[0, 1, 0, 0]]
+    assert (
+        rows[image_id(folder, "both")]["cloud_probs"]
+        == rows[image_id(folder, "both")]["clip_probs"]
+        == [[0, 1, 0, 0]]
+    )
 
 
 # What is done again
 
-LATER = {"corrections", "propagate", "separate", "distill", "pseudo_label", "evaluate", "export", "report"}
+LATER = {
+    "corrections",
+    "propagate",
+    "separate",
+    "distill",
+    "pseudo_label",
+    "evaluate",
+    "export",
+    "report",
+}
 
 
 def fingerprints(*places: str) -> dict[str, str]:
-    return {name: step.fingerprint for name, step in graph(replace(PRESETS["demo"](), corrections=places), baselines=True).items()}
+    return {
+        name: step.fingerprint
+        for name, step in graph(
+            replace(PRESETS["demo"](), corrections=places), baselines=True
+        ).items()
+    }
 
 
 def test_other_corrections_ask_nothing_again_but_train_again(tmp_path: Path) -> None:
-    """By their content: neither the place nor the name of the file matters. The oracle and what is asked never depend on them."""
+    """By their content: neither the place nor the name of the file matters. The oracle
+    and what is asked never depend on them."""
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.json").write_text("[]")
     (tmp_path / "c.json").write_text("[1]")
-    none, first, same, other = (fingerprints(*places) for places in ((), *((str(tmp_path / f"{n}.json"),) for n in "abc")))
+    none, first, same, other = (
+        fingerprints(*places)
+        for places in ((), *((str(tmp_path / f"{n}.json"),) for n in "abc"))
+    )
     assert first == same
     assert set(first) - set(none) == {"corrections"}
-    assert {n for n in first if first[n] != none.get(n)} == {n for n in first if first[n] != other[n]} == LATER
-    assert list(first)[:3] == ["images", "corrections", "collect"], "checked before a call is paid"
+    assert (
+        {n for n in first if first[n] != none.get(n)}
+        == {n for n in first if first[n] != other[n]}
+        == LATER
+    )
+    assert list(first)[:3] == [
+        "images",
+        "corrections",
+        "collect",
+    ], "checked before a call is paid"
 
 
-def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(tmp_path: Path) -> None:
+def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(
+    tmp_path: Path,
+) -> None:
     place = tmp_path / "voc"
-    write([Record.of("a.png", str(picture(tmp_path, "a")), (64, 48), [Annotation(BOX, "cat")])], str(place), "voc", split="done")
+    write(
+        [
+            Record.of(
+                "a.png", str(picture(tmp_path, "a")), (64, 48), [Annotation(BOX, "cat")]
+            )
+        ],
+        str(place),
+        "voc",
+        split="done",
+    )
     before = content(str(place))
     assert before != content(f"{place}#done")
     label = place / "Annotations" / "a.xml"
@@ -309,17 +538,36 @@ def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(tmp_p
     changed = content(str(place))
     (place / "JPEGImages" / "a.png").write_bytes(b"x")
     assert len({before, changed, content(str(place))}) == 3
-    assert content(str(tmp_path / "nowhere")) == content(str(tmp_path / "nowhere.json")) == ""
+    assert (
+        content(str(tmp_path / "nowhere"))
+        == content(str(tmp_path / "nowhere.json"))
+        == ""
+    )
 
 
 def test_the_files_that_tools_write_are_json(tmp_path: Path) -> None:
     found = [review(tmp_path, "both", [Box(BOX, "cat", "private", "cat 0.50")])]
-    assert json.loads((tmp_path / "in").joinpath(label_studio_file(found, tmp_path / "ls")).read_text())[0]["data"]["private"] == 1
-    assert json.loads((Path(fiftyone_folder(found, tmp_path / "fo")) / "samples.json").read_text())["samples"][0]["private"] == 1
+    assert (
+        json.loads(
+            (tmp_path / "in")
+            .joinpath(label_studio_file(found, tmp_path / "ls"))
+            .read_text()
+        )[0]["data"]["private"]
+        == 1
+    )
+    assert (
+        json.loads(
+            (Path(fiftyone_folder(found, tmp_path / "fo")) / "samples.json").read_text()
+        )["samples"][0]["private"]
+        == 1
+    )
 
 
-def test_the_report_counts_what_each_teacher_would_have_taught_there(reviewed: Context) -> None:
-    """Of three reviewed images: one with OTHER as class 1, an empty one, and one that the cloud did not answer (classes 0 and 2)."""
+def test_the_report_counts_what_each_teacher_would_have_taught_there(
+    reviewed: Context,
+) -> None:
+    """Of three reviewed images: one with OTHER as class 1, an empty one, and one that
+    the cloud did not answer (classes 0 and 2)."""
     folder = Path(reviewed.root)
     cloud = detections((OTHER, 1, 0.9), (BOX, 1, 0.8), (BOX, 2, 0.1))
     collect(folder, cloud, detections((OTHER, 0, 0.9), (BOX, 0, 0.8), (BOX, 0, 0.9)))
@@ -334,4 +582,9 @@ def test_the_report_counts_what_each_teacher_would_have_taught_there(reviewed: C
             "clip_detector": {"boxes": 6, "wrong": 6, "missed": 3, "images": 3},
         },
     }
-    assert measures.corrections(replace(c, inputs={k: v for k, v in c.inputs.items() if k != "corrections"})) == {}
+    assert (
+        measures.corrections(
+            replace(c, inputs={k: v for k, v in c.inputs.items() if k != "corrections"})
+        )
+        == {}
+    )

@@ -15,28 +15,47 @@ from coin_ray import storage
 from coin_ray.config import Cloud, Folder, PipelineConfig
 from coin_ray.data.formats import Annotation, Record, write
 from coin_ray.errors import InputError
+from coin_ray.runs.steps import Context
 from coin_ray.stages import collect, images
-from coin_ray.steps import Context
 
 
-def context(tmp_path: Path, data: Folder, classes: tuple[str, ...] = ("person", "traffic light")) -> Context:
+def context(
+    tmp_path: Path, data: Folder, classes: tuple[str, ...] = ("person", "traffic light")
+) -> Context:
     config = PipelineConfig("folder", classes, data, Cloud(serve="demo"))
-    return Context(config, str(tmp_path / "root"), str(tmp_path / "root" / "step"), {}, {}, "images")
+    return Context(
+        config,
+        str(tmp_path / "root"),
+        str(tmp_path / "root" / "step"),
+        {},
+        {},
+        "images",
+    )
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **save: Any) -> Path:
+def picture(
+    path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **save: Any
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = sum(path.name.encode())
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)).convert(mode).save(path, **save)
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    ).convert(mode).save(path, **save)
     return path
 
 
 def written(c: Context, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = storage.read_table(storage.join(c.folder, f"{name}.parquet")).to_pylist()
+    rows: list[dict[str, Any]] = storage.read_table(
+        storage.join(c.folder, f"{name}.parquet")
+    ).to_pylist()
     return rows
 
 
-def coco(folder: Path, files: dict[str, list[tuple[list[float], int]]], names: tuple[str, ...] = ("person", "Traffic Light")) -> None:
+def coco(
+    folder: Path,
+    files: dict[str, list[tuple[list[float], int]]],
+    names: tuple[str, ...] = ("person", "Traffic Light"),
+) -> None:
     annotations = [
         {"id": n, "image_id": i, "bbox": box, "category_id": label, "iscrowd": 0}
         for i, boxes in enumerate(files.values())
@@ -44,13 +63,19 @@ def coco(folder: Path, files: dict[str, list[tuple[list[float], int]]], names: t
     ]
     categories = [{"id": k, "name": name} for k, name in enumerate(names)]
     listed = [{"id": i, "file_name": name} for i, name in enumerate(files)]
-    (folder / "annotations.json").write_text(json.dumps({"images": listed, "annotations": annotations, "categories": categories}))
+    (folder / "annotations.json").write_text(
+        json.dumps(
+            {"images": listed, "annotations": annotations, "categories": categories}
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["grey.png", "cmyk.jpg", "wide.jpg"])
 def test_usual_and_unusual_images_are_listed(tmp_path: Path, name: str) -> None:
     mode = {"grey.png": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB")
-    picture(tmp_path / "in" / name, (20_000, 16) if name == "wide.jpg" else (40, 30), mode)
+    picture(
+        tmp_path / "in" / name, (20_000, 16) if name == "wide.jpg" else (40, 30), mode
+    )
     c = context(tmp_path, Folder(images=str(tmp_path / "in")))
     assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 0}
     assert written(c, "images")[0]["width"] == (20_000 if name == "wide.jpg" else 40)
@@ -66,7 +91,9 @@ def test_a_rotated_photo_has_its_upright_size(tmp_path: Path) -> None:
     assert (row["width"], row["height"]) == (30, 40)
 
 
-def test_bad_files_are_recorded_with_a_reason_and_duplicates_counted(tmp_path: Path) -> None:
+def test_bad_files_are_recorded_with_a_reason_and_duplicates_counted(
+    tmp_path: Path,
+) -> None:
     good = picture(tmp_path / "in" / "a.jpg", (400, 300))
     (tmp_path / "in" / "again.jpg").write_bytes(good.read_bytes())
     (tmp_path / "in" / "text.jpg").write_text("no image")
@@ -77,7 +104,12 @@ def test_bad_files_are_recorded_with_a_reason_and_duplicates_counted(tmp_path: P
     metrics = images.run(c)
     assert metrics["count"]["train"] == 1
     assert metrics["duplicates"] == 1
-    assert {r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")} == {"text.jpg", "cut.jpg", "empty.png", "pixel.png"}
+    assert {r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")} == {
+        "text.jpg",
+        "cut.jpg",
+        "empty.png",
+        "pixel.png",
+    }
     assert all(r["reason"] for r in written(c, "rejected"))
 
 
@@ -100,65 +132,124 @@ def test_coco_truth_of_the_asked_classes_by_name(tmp_path: Path) -> None:
     for name in ("one.jpg", "two.jpg"):
         picture(tmp_path / "test" / "images" / name)
     coco(tmp_path / "test", {"one.jpg": [([1, 2, 10, 5], 1)], "two.jpg": []})
-    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    c = context(
+        tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
+    )
     assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 2}
     rows = {row["image_id"]: row for row in written(c, "annotations")}
     assert sorted(len(r["boxes"]) for r in rows.values()) == [0, 1]
     found = next(r for r in rows.values() if r["boxes"])
-    assert (found["boxes"], found["labels"], found["difficult"]) == ([[1.0, 2.0, 11.0, 7.0]], [1], [False])
+    assert (found["boxes"], found["labels"], found["difficult"]) == (
+        [[1.0, 2.0, 11.0, 7.0]],
+        [1],
+        [False],
+    )
 
 
 def test_truth_without_any_asked_class_is_an_error(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "train.jpg")
     picture(tmp_path / "test" / "images" / "one.jpg")
     coco(tmp_path / "test", {"one.jpg": []}, names=("cat",))
-    with pytest.raises(InputError, match="none of the classes person, traffic light; it has cat"):
-        images.run(context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))))
+    with pytest.raises(
+        InputError, match="none of the classes person, traffic light; it has cat"
+    ):
+        images.run(
+            context(
+                tmp_path,
+                Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")),
+            )
+        )
 
 
-def test_an_image_in_two_splits_stays_in_the_first_and_is_reported(tmp_path: Path) -> None:
+def test_an_image_in_two_splits_stays_in_the_first_and_is_reported(
+    tmp_path: Path,
+) -> None:
     first = picture(tmp_path / "in" / "train.jpg")
     picture(tmp_path / "test" / "images" / "other.jpg")
     (tmp_path / "test" / "images" / "leak.jpg").write_bytes(first.read_bytes())
     coco(tmp_path / "test", {"other.jpg": [([1, 2, 3, 4], 0)], "leak.jpg": []})
-    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    c = context(
+        tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
+    )
     assert images.run(c)["count"]["test"] == 1
     assert "same image as one in train" in written(c, "rejected")[0]["reason"]
 
 
-def labelled(folder: Path, place: Path, form: str, *boxes: Annotation, split: str = "test", annotated: bool = True) -> None:
+def labelled(
+    folder: Path,
+    place: Path,
+    form: str,
+    *boxes: Annotation,
+    split: str = "test",
+    annotated: bool = True,
+) -> None:
     picture(folder / f"{split}.jpg")
-    record = Record.of(f"{split}.jpg", str(folder / f"{split}.jpg"), (40, 30), boxes if annotated else (), annotated)
-    write([record], str(place), form, split=split, names=sorted({b.label for b in boxes}))
+    record = Record.of(
+        f"{split}.jpg",
+        str(folder / f"{split}.jpg"),
+        (40, 30),
+        boxes if annotated else (),
+        annotated,
+    )
+    write(
+        [record], str(place), form, split=split, names=sorted({b.label for b in boxes})
+    )
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "yolo", "kitti", "bdd100k"])
 def test_truth_in_every_format(tmp_path: Path, form: str) -> None:
-    boxes = (Annotation((1, 2, 11, 7), "Traffic-Lights"), Annotation((0, 0, 4, 4), "cat"))
+    boxes = (
+        Annotation((1, 2, 11, 7), "Traffic-Lights"),
+        Annotation((0, 0, 4, 4), "cat"),
+    )
     labelled(tmp_path / "from", tmp_path / "test", form, *boxes)
     picture(tmp_path / "in" / "train.jpg")
-    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    c = context(
+        tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
+    )
     assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 1}
     [row] = written(c, "annotations")
-    assert (row["boxes"], row["labels"], row["difficult"]) == ([[1.0, 2.0, 11.0, 7.0]], [1], [False])
+    assert (row["boxes"], row["labels"], row["difficult"]) == (
+        [[1.0, 2.0, 11.0, 7.0]],
+        [1],
+        [False],
+    )
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "bdd100k"])
 def test_difficult_boxes_stay_difficult(tmp_path: Path, form: str) -> None:
-    labelled(tmp_path / "from", tmp_path / "test", form, Annotation((1, 2, 11, 7), "person", True), Annotation((0, 0, 4, 4), "person"))
+    labelled(
+        tmp_path / "from",
+        tmp_path / "test",
+        form,
+        Annotation((1, 2, 11, 7), "person", True),
+        Annotation((0, 0, 4, 4), "person"),
+    )
     picture(tmp_path / "in" / "train.jpg")
-    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    c = context(
+        tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
+    )
     images.run(c)
     assert written(c, "annotations")[0]["difficult"] == [True, False]
 
 
 def test_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
-        labelled(tmp_path / "from", tmp_path / "voc", "voc", Annotation((1, 2, 11, 7), "person"), split=split)
+        labelled(
+            tmp_path / "from",
+            tmp_path / "voc",
+            "voc",
+            Annotation((1, 2, 11, 7), "person"),
+            split=split,
+        )
     places = [f"{tmp_path}/voc#{split}" for split in ("train", "val", "test")]
     c = context(tmp_path, Folder(*places))
     assert images.run(c)["count"] == {"train": 1, "val": 1, "test": 1}
-    assert [row["uri"].rsplit("/", 1)[-1] for row in written(c, "images")] == ["train.jpg", "val.jpg", "test.jpg"]
+    assert [row["uri"].rsplit("/", 1)[-1] for row in written(c, "images")] == [
+        "train.jpg",
+        "val.jpg",
+        "test.jpg",
+    ]
     assert images.image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
 
 
@@ -167,39 +258,85 @@ def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:
     (tmp_path / "test" / "Annotations").mkdir()
     (tmp_path / "test" / "Annotations" / "none.xml").write_text("<annotation/>")
     picture(tmp_path / "in" / "train.jpg")
-    with pytest.raises(InputError, match=r"data\.test .*: no annotated image; expected annotations in the format COCO, VOC"):
-        images.run(context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))))
+    with pytest.raises(
+        InputError,
+        match=(
+            r"data\.test .*: no annotated image; expected annotations in the format"
+            r" COCO, VOC"
+        ),
+    ):
+        images.run(
+            context(
+                tmp_path,
+                Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")),
+            )
+        )
 
 
 def test_a_broken_image_in_a_labelled_folder_is_recorded(tmp_path: Path) -> None:
     for split in ("one", "two"):
-        labelled(tmp_path / "from", tmp_path / "test", "kitti", Annotation((1, 2, 11, 7), "person"), split=split)
+        labelled(
+            tmp_path / "from",
+            tmp_path / "test",
+            "kitti",
+            Annotation((1, 2, 11, 7), "person"),
+            split=split,
+        )
     (tmp_path / "test" / "training" / "image_2" / "one.jpg").write_text("no image")
     picture(tmp_path / "in" / "train.jpg")
-    c = context(tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")))
+    c = context(
+        tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
+    )
     assert images.run(c)["count"]["test"] == 1
     assert [r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")] == ["one.jpg"]
 
 
 def test_a_test_set_of_training_images_is_an_error_that_says_so(tmp_path: Path) -> None:
-    labelled(tmp_path / "from", tmp_path / "both", "voc", Annotation((1, 2, 11, 7), "person"))
+    labelled(
+        tmp_path / "from", tmp_path / "both", "voc", Annotation((1, 2, 11, 7), "person")
+    )
     place = str(tmp_path / "both")
-    with pytest.raises(InputError, match=r"no annotated image is left; 1 are in an earlier split too"):
+    with pytest.raises(
+        InputError, match=r"no annotated image is left; 1 are in an earlier split too"
+    ):
         images.run(context(tmp_path, Folder(images=place, test=place)))
 
 
 def test_published_protocols_may_test_on_the_training_images(tmp_path: Path) -> None:
-    """Each image has a row of each split, its truth once; a further copy among the test images is still a duplicate."""
+    """Each image has a row of each split, its truth once; a further copy among the test
+    images is still a duplicate."""
     for split in ("one", "two"):
-        labelled(tmp_path / "from", tmp_path / "both", "voc", Annotation((1, 2, 11, 7), "person"), split=split)
+        labelled(
+            tmp_path / "from",
+            tmp_path / "both",
+            "voc",
+            Annotation((1, 2, 11, 7), "person"),
+            split=split,
+        )
     place = tmp_path / "both"
     c = context(tmp_path, Folder(images=str(place), test=str(place), same_images=True))
     metrics = images.run(c)
-    assert (metrics["count"], metrics["in_both"], metrics["duplicates"]) == ({"train": 2, "val": 0, "test": 2}, 2, 0)
+    assert (metrics["count"], metrics["in_both"], metrics["duplicates"]) == (
+        {"train": 2, "val": 0, "test": 2},
+        2,
+        0,
+    )
     ids = sorted(row["image_id"] for row in written(c, "images"))
     assert metrics["digest"] == hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    assert len(written(c, "annotations")) == len({row["image_id"] for row in written(c, "images")}) == 2
-    assert collect._once(storage.read_table(f"{c.folder}/images.parquet"))["split"].to_pylist() == ["train", "train"]
-    (place / "JPEGImages" / "two.jpg").write_bytes((place / "JPEGImages" / "one.jpg").read_bytes())
+    assert (
+        len(written(c, "annotations"))
+        == len({row["image_id"] for row in written(c, "images")})
+        == 2
+    )
+    assert collect._once(storage.read_table(f"{c.folder}/images.parquet"))[
+        "split"
+    ].to_pylist() == ["train", "train"]
+    (place / "JPEGImages" / "two.jpg").write_bytes(
+        (place / "JPEGImages" / "one.jpg").read_bytes()
+    )
     metrics = images.run(c)
-    assert (metrics["count"]["test"], metrics["in_both"], metrics["duplicates"]) == (1, 1, 2)
+    assert (metrics["count"]["test"], metrics["in_both"], metrics["duplicates"]) == (
+        1,
+        1,
+        2,
+    )

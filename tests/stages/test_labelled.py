@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from coin_ray.detectors.config import SourceScenes
+from coin_ray.config.detector_training import SourceScenes
 from coin_ray.errors import InputError
+from coin_ray.runs.steps import Context
 from coin_ray.stages import source_scenes
-from coin_ray.stages.labelled import Labelled, held_out, labelled, training_examples
-from coin_ray.steps import Context
+from coin_ray.stages.common.labelled_images import (
+    Labelled,
+    held_out,
+    labelled,
+    training_examples,
+)
 from coin_ray.tables import Truth
 
 Row = tuple[float, float, float, float, int]
@@ -21,32 +26,66 @@ def found(*images: list[Row], difficult: tuple[int, ...] = ()) -> Labelled:
     rows, truth = [], {}
     for number, boxes in enumerate(images):
         name = f"{number:08x}"
-        rows.append({"image_id": name, "uri": f"/data/{name}.png", "width": 100, "height": 80, "split": "train"})
-        marks = torch.tensor([n in difficult for n in range(len(boxes))], dtype=torch.bool)
-        truth[name] = Truth(torch.tensor([b[:4] for b in boxes]).reshape(-1, 4).float(), torch.tensor([b[4] for b in boxes]).long(), marks)
+        rows.append(
+            {
+                "image_id": name,
+                "uri": f"/data/{name}.png",
+                "width": 100,
+                "height": 80,
+                "split": "train",
+            }
+        )
+        marks = torch.tensor(
+            [n in difficult for n in range(len(boxes))], dtype=torch.bool
+        )
+        truth[name] = Truth(
+            torch.tensor([b[:4] for b in boxes]).reshape(-1, 4).float(),
+            torch.tensor([b[4] for b in boxes]).long(),
+            marks,
+        )
     return Labelled(rows, truth)
 
 
 def test_difficult_boxes_are_ignored_and_empty_images_kept() -> None:
-    examples = training_examples(found([(1, 1, 9, 9, 0), (20, 20, 40, 40, 1), (50, 50, 60, 60, 1)], [], difficult=(1,)), ("cat", "dog"))
+    examples = training_examples(
+        found(
+            [(1, 1, 9, 9, 0), (20, 20, 40, 40, 1), (50, 50, 60, 60, 1)],
+            [],
+            difficult=(1,),
+        ),
+        ("cat", "dog"),
+    )
     assert [len(e.knowledge["labels"]) for e in examples] == [2, 0]
     assert examples[0].knowledge["ignored"].boxes.tolist() == [[20, 20, 40, 40]]
     assert examples[0].knowledge["labels"].scores.tolist() == [1, 1]
 
 
-def test_boxes_are_cut_at_the_border_and_those_without_an_area_inside_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    boxes: list[Row] = [(-5, -5, 300, 300, 0), (10, 10, 10, 30, 0), (100, 10, 140, 30, 0), (5, 5, 6, 6, 0)]
+def test_boxes_are_cut_at_the_border_and_those_without_an_area_inside_are_left_out_and_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    boxes: list[Row] = [
+        (-5, -5, 300, 300, 0),
+        (10, 10, 10, 30, 0),
+        (100, 10, 140, 30, 0),
+        (5, 5, 6, 6, 0),
+    ]
     with caplog.at_level(logging.WARNING):
         (example,) = training_examples(found(boxes), ("cat",))
     assert example.knowledge["labels"].boxes.tolist() == [[0, 0, 100, 80], [5, 5, 6, 6]]
     assert (
-        "2 boxes have no area inside their image and are left out, the first one /data/00000000.png: [10.0, 10.0, 10.0, 30.0]"
-        in caplog.text
+        "2 boxes have no area inside their image and are left out, the first one"
+        " /data/00000000.png: [10.0, 10.0, 10.0, 30.0]" in caplog.text
     )
 
 
 def test_classes_without_a_box_and_images_without_labels_are_told() -> None:
-    with pytest.raises(InputError, match=r"no training image has a box of dog, bus \(of 1 annotated images, 1 boxes\)"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"no training image has a box of dog, bus \(of 1 annotated images, 1"
+            r" boxes\)"
+        ),
+    ):
         training_examples(found([(1, 1, 9, 9, 0)]), ("cat", "dog", "bus"))
     with pytest.raises(InputError, match="no training image has annotations"):
         training_examples(found(), ("cat",))
@@ -59,18 +98,33 @@ def context(place: Path, scenes: SourceScenes) -> Context:
     return Context(config, str(place), str(place), {}, {"scenes": scenes}, "images")
 
 
-def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(tmp_path: Path) -> None:
+def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(
+    tmp_path: Path,
+) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
-    digests = {source_scenes.run(context(folder, SourceScenes(train=14, val=5, test=3)))["digest"] for folder in folders}
+    digests = {
+        source_scenes.run(context(folder, SourceScenes(train=14, val=5, test=3)))[
+            "digest"
+        ]
+        for folder in folders
+    }
     assert len(digests) == 1
-    parts = {split: labelled(str(folders[0]), split) for split in ("train", "val", "test")}
-    assert {split: len(part.rows) for split, part in parts.items()} == {"train": 14, "val": 5, "test": 3}
+    parts = {
+        split: labelled(str(folders[0]), split) for split in ("train", "val", "test")
+    }
+    assert {split: len(part.rows) for split, part in parts.items()} == {
+        "train": 14,
+        "val": 5,
+        "test": 3,
+    }
     assert len({row["image_id"] for part in parts.values() for row in part.rows}) == 22
     boxes = np.concatenate([t.boxes.numpy() for t in parts["train"].truth.values()])
     assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_without_val_images_a_tenth_of_the_training_images_is_held_out(tmp_path: Path) -> None:
+def test_without_val_images_a_tenth_of_the_training_images_is_held_out(
+    tmp_path: Path,
+) -> None:
     source_scenes.run(context(tmp_path, SourceScenes(train=60, val=0)))
     train, val = (labelled(str(tmp_path), split) for split in ("train", "val"))
     assert len(train.rows) + len(val.rows) == 60

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coin_ray import storage
-from coin_ray.stages.watch import STALLED
+from coin_ray.stages.common.watchdog import STALLED
 
 LABELER = """
 import os, sys, time
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from coin_ray.cloud.client import Answer
 from coin_ray.cloud.protocol import RawDetections
-from coin_ray.presets import folder
-from coin_ray.stages.asking import RAW, _raw_row
+from coin_ray.config.presets import folder
+from coin_ray.stages.collecting.cloud_actor import RAW, _raw_row
 from coin_ray.stages.collect import LabelerActor
 
 class Poisoned(LabelerActor):
@@ -43,16 +43,28 @@ for _ in range(4):  # a process each, that need not load the libraries anew
 
 
 @pytest.mark.parametrize(("fault", "code"), [("crash", 9), ("hang", STALLED)])
-def test_an_image_that_costs_labelers_is_given_up_after_three_and_the_others_are_kept(tmp_path: Path, fault: str, code: int) -> None:
+def test_an_image_that_costs_labelers_is_given_up_after_three_and_the_others_are_kept(
+    tmp_path: Path, fault: str, code: int
+) -> None:
     parts = str(tmp_path / "parts")
-    done = subprocess.run([sys.executable, "-c", LABELER, parts, fault], capture_output=True, text=True, timeout=500, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LABELER, parts, fault],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=True,
+    )
     codes = [int(line) for line in done.stdout.split()]
     if fault == "hang":
         assert done.stderr.count("a labeler: nothing has happened for 2 s") == 3
         assert "in _labelled" in done.stderr, "where it hung"
     assert codes == [code, code, code, 0]
     rows = {row["image_id"]: row for row in storage.read_table(parts).to_pylist()}
-    assert {name: row["status"] for name, row in rows.items()} == {"a": "ok", "poison": "error", "b": "ok"}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a": "ok",
+        "poison": "error",
+        "b": "ok",
+    }
     assert "has died 2 times with it" in rows["poison"]["error"]
     assert [len(rows[name]["boxes"]) for name in ("a", "poison", "b")] == [1, 0, 1]
     assert storage.list_files(f"{parts}_begun") == []

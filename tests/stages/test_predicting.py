@@ -9,8 +9,8 @@ import pytest
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
-from coin_ray.presets import demo
-from coin_ray.stages import predicting
+from coin_ray.config.presets import demo
+from coin_ray.stages.common import prediction as predicting
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
 
@@ -19,7 +19,11 @@ IMAGES = pa.table({"image_id": ["c", "a", "b", "e", "d"], "uri": ["x"] * 5})
 
 def block(*images: str) -> pa.Table:
     """What two detectors say."""
-    rows = [detections_row(i, Detections.empty(3), Provenance(name)) for name in ("student", "teacher") for i in images]
+    rows = [
+        detections_row(i, Detections.empty(3), Provenance(name))
+        for name in ("student", "teacher")
+        for i in images
+    ]
     return detections_table(rows)
 
 
@@ -29,7 +33,9 @@ def test_predictions_stand_in_the_images_order_whichever_came_first(
 ) -> None:
     blocks = [block("c", "a"), block("b"), block("e", "d")]
     monkeypatch.setattr(predicting, "_here", lambda *_: (blocks[n] for n in order))
-    predicting.write_predictions(dict.fromkeys(("student", "teacher"), ""), IMAGES, demo(), str(tmp_path))
+    predicting.write_predictions(
+        dict.fromkeys(("student", "teacher"), ""), IMAGES, demo(), str(tmp_path)
+    )
     for name in ("student", "teacher"):
         found = storage.read_table(str(tmp_path / f"{name}.parquet"))
         assert found.schema == tables.DETECTIONS
@@ -39,7 +45,12 @@ def test_predictions_stand_in_the_images_order_whichever_came_first(
 
 def test_a_block_is_given_on_as_soon_as_its_turn_has_come() -> None:
     blocks = iter([block("c", "a"), block("e", "d")])
-    assert next(predicting._in_order(blocks, IMAGES["image_id"], 2))["image_id"].to_pylist() == ["c", "a"] * 2
+    assert (
+        next(predicting._in_order(blocks, IMAGES["image_id"], 2))[
+            "image_id"
+        ].to_pylist()
+        == ["c", "a"] * 2
+    )
     assert len(list(blocks)) == 1
 
 
@@ -48,11 +59,14 @@ def test_a_block_is_given_on_as_soon_as_its_turn_has_come() -> None:
 def test_a_killed_prediction_goes_on_after_its_last_part(
     fails_at: int, kept_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One image a block: with a part for each block only the one that failed is looked at again, with one part for all of them all."""
+    """One image a block: with a part for each block only the one that failed is looked
+    at again, with one part for all of them all."""
     seen: list[str] = []
     fails = True
 
-    def look(weights: dict[str, str], table: pa.Table, config: PipelineConfig) -> Iterator[pa.Table]:
+    def look(
+        weights: dict[str, str], table: pa.Table, config: PipelineConfig
+    ) -> Iterator[pa.Table]:
         for image in table["image_id"].to_pylist():
             seen.append(image)
             if fails and len(seen) == fails_at + 1:
@@ -60,7 +74,12 @@ def test_a_killed_prediction_goes_on_after_its_last_part(
             yield block(image)
 
     def write(folder: str) -> None:
-        predicting.write_predictions(dict.fromkeys(("student", "teacher"), ""), IMAGES, demo(), str(tmp_path / folder))
+        predicting.write_predictions(
+            dict.fromkeys(("student", "teacher"), ""),
+            IMAGES,
+            demo(),
+            str(tmp_path / folder),
+        )
 
     monkeypatch.setattr(predicting, "_here", look)
     monkeypatch.setattr(predicting, "KEPT_SECONDS", kept_seconds)
@@ -74,14 +93,25 @@ def test_a_killed_prediction_goes_on_after_its_last_part(
     assert seen == (images[fails_at:] if kept_seconds == 0 else images)
     write("undisturbed")
     for name in ("student", "teacher"):
-        whole = [storage.read_table(str(tmp_path / folder / f"{name}.parquet")) for folder in ("killed", "undisturbed")]
+        whole = [
+            storage.read_table(str(tmp_path / folder / f"{name}.parquet"))
+            for folder in ("killed", "undisturbed")
+        ]
         assert whole[0].equals(whole[1])
     assert not list(tmp_path.glob("*/parts/*"))
 
 
-def test_finished_predictions_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_predictions_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = {"student": ""}
-    monkeypatch.setattr(predicting, "_here", lambda weights, table, config: iter([predicted(*table["image_id"].to_pylist())]))
+    monkeypatch.setattr(
+        predicting,
+        "_here",
+        lambda weights, table, config: iter(
+            [predicted(*table["image_id"].to_pylist())]
+        ),
+    )
     predicting.write_predictions(weights, IMAGES, demo(), str(tmp_path))
     stamp = (tmp_path / "student.parquet").stat().st_mtime_ns
     monkeypatch.setattr(predicting, "_here", lambda *_: pytest.fail("looked again"))
@@ -89,15 +119,26 @@ def test_finished_predictions_are_not_made_again(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "student.parquet").stat().st_mtime_ns == stamp
 
 
-def test_parts_that_were_all_made_are_only_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_were_all_made_are_only_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a kill between the last image and the tables."""
-    storage.write_table(str(tmp_path / "parts" / f"{0:012}.parquet"), predicted("c", "a", "b"))
-    storage.write_table(str(tmp_path / "parts" / f"{3:012}.parquet"), predicted("e", "d"))
+    storage.write_table(
+        str(tmp_path / "parts" / f"{0:012}.parquet"), predicted("c", "a", "b")
+    )
+    storage.write_table(
+        str(tmp_path / "parts" / f"{3:012}.parquet"), predicted("e", "d")
+    )
     monkeypatch.setattr(predicting, "_here", lambda *_: pytest.fail("looked again"))
     predicting.write_predictions({"student": ""}, IMAGES, demo(), str(tmp_path))
-    assert storage.read_table(str(tmp_path / "student.parquet"))["image_id"].to_pylist() == IMAGES["image_id"].to_pylist()
+    assert (
+        storage.read_table(str(tmp_path / "student.parquet"))["image_id"].to_pylist()
+        == IMAGES["image_id"].to_pylist()
+    )
 
 
 def predicted(*images: str) -> pa.Table:
     """What one detector says."""
-    return detections_table([detections_row(i, Detections.empty(3), Provenance("student")) for i in images])
+    return detections_table(
+        [detections_row(i, Detections.empty(3), Provenance("student")) for i in images]
+    )

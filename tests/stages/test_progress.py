@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from coin_ray.stages import progress
-from coin_ray.stages.progress import bar
+from coin_ray.stages.common import progress
+from coin_ray.stages.common.progress import bar
 
 
 def test_a_log_gets_a_line_now_and_then_with_counts_note_and_time_left(

@@ -16,21 +16,34 @@ from coin_ray.config import Cloud, DemoScenes, Distill, PipelineConfig
 from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.pipeline import graph
-from coin_ray.serving.exported import load_exported, write_exported
-from coin_ray.stages.fitting import save_weights
-from coin_ray.stages.predicting import predict
-from coin_ray.stages.students import load_detector, look_of, new_clip_detector, new_student, student_from_clip_detector
+from coin_ray.predictors.student import load_exported, write_exported
+from coin_ray.runs.graph import graph
+from coin_ray.stages.common.prediction import predict
+from coin_ray.stages.common.students import (
+    load_detector,
+    look_of,
+    new_clip_detector,
+    new_student,
+    student_from_clip_detector,
+)
+from coin_ray.stages.common.training_job import save_weights
 from coin_ray.training.queries import look_with_queries
-from coin_ray.training.view import look
+from coin_ray.training.student_outputs import look
 
-PLAIN = PipelineConfig("test", CLASSES, DemoScenes(), Cloud(), clip=TEMPLATES, detector=tiny_config())
+PLAIN = PipelineConfig(
+    "test", CLASSES, DemoScenes(), Cloud(), clip=TEMPLATES, detector=tiny_config()
+)
 DETR = replace(PLAIN, distill=Distill(student="co-detr", co_detr=tiny_network()))
 CLIP = tiny_clip()
 
 
-@pytest.mark.parametrize(("config", "kind", "view"), [(PLAIN, ClipDetector, look), (DETR, RegionalDetr, look_with_queries)])
-def test_a_student_is_drawn_from_its_seed_and_looked_at_as_its_kind_is(config: PipelineConfig, kind: type, view: object) -> None:
+@pytest.mark.parametrize(
+    ("config", "kind", "view"),
+    [(PLAIN, ClipDetector, look), (DETR, RegionalDetr, look_with_queries)],
+)
+def test_a_student_is_drawn_from_its_seed_and_looked_at_as_its_kind_is(
+    config: PipelineConfig, kind: type, view: object
+) -> None:
     one, same, other = (new_student(CLIP, config, seed=seed) for seed in (3, 3, 4))
     assert isinstance(one, kind)
     assert look_of(one) is view
@@ -45,29 +58,44 @@ def test_a_student_may_start_from_the_clip_detector(config: PipelineConfig) -> N
     with torch.no_grad():
         for parameter in detector.parameters():
             parameter.add_(0.01)
-    student = student_from_clip_detector(new_student(CLIP, config, seed=1), detector.state_dict())
+    student = student_from_clip_detector(
+        new_student(CLIP, config, seed=1), detector.state_dict()
+    )
     assert torch.equal(student.class_embeddings(), detector.class_embeddings())
 
 
 @pytest.mark.parametrize(
     ("config", "name", "kind"),
-    [(PLAIN, "student", ClipDetector), (DETR, "student", TextDetr), (DETR, "oracle", TextDetr), (DETR, "clip_detector", ClipDetector)],
+    [
+        (PLAIN, "student", ClipDetector),
+        (DETR, "student", TextDetr),
+        (DETR, "oracle", TextDetr),
+        (DETR, "clip_detector", ClipDetector),
+    ],
 )
-def test_what_was_trained_is_what_is_evaluated(config: PipelineConfig, name: str, kind: type, tmp_path: Path) -> None:
-    trained = (new_clip_detector if name == "clip_detector" else new_student)(CLIP, config, seed=5).eval()
+def test_what_was_trained_is_what_is_evaluated(
+    config: PipelineConfig, name: str, kind: type, tmp_path: Path
+) -> None:
+    trained = (new_clip_detector if name == "clip_detector" else new_student)(
+        CLIP, config, seed=5
+    ).eval()
     uri = str(tmp_path / "detector.pt")
     save_weights(uri, trained.state_dict())
     loaded = load_detector(name, uri, CLIP, config)
     assert isinstance(loaded, kind)
     images = [torch.randint(0, 255, (3, 90, 120), dtype=torch.uint8)]
     whole = trained if isinstance(trained, ClipDetector) else trained.base
-    (ours,), (theirs,) = predict(loaded, images, config.detector), predict(whole, images, config.detector)
+    (ours,), (theirs,) = (
+        predict(loaded, images, config.detector),
+        predict(whole, images, config.detector),
+    )
     assert torch.equal(ours.boxes, theirs.boxes)
     assert torch.equal(ours.probs, theirs.probs)
 
 
 def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> None:
-    """It finds boxes that the decoder and the proposals place, one for each object and name, and its export finds the same."""
+    """It finds boxes that the decoder and the proposals place, one for each object and
+    name, and its export finds the same."""
     config = replace(DETR, distill=replace(DETR.distill, co_detr_detects="regions"))
     trained = new_student(CLIP, config, seed=5).eval()
     assert isinstance(trained, RegionalDetr)
@@ -76,19 +104,35 @@ def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> No
     save_weights(str(tmp_path / "detector.pt"), trained.state_dict())
     loaded = load_detector("student", str(tmp_path / "detector.pt"), CLIP, config)
     assert isinstance(loaded, ByRegions)
-    image = Image.fromarray(torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8).numpy())
+    image = Image.fromarray(
+        torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8).numpy()
+    )
     write_exported(loaded, config.classes, str(tmp_path / "export"), config.detector)
     (ours,) = predict(loaded, [pil_to_tensor(image)], config.detector)
     theirs = load_exported(str(tmp_path / "export"))(image)
     assert len(ours) > 0
-    for one, other in ((ours.boxes, theirs.boxes), (ours.probs, theirs.probs), (ours.labels, theirs.labels)):
+    for one, other in (
+        (ours.boxes, theirs.boxes),
+        (ours.probs, theirs.probs),
+        (ours.labels, theirs.labels),
+    ):
         assert torch.allclose(one, other, atol=1e-5)
     assert torch.equal(ours.scores, ours.scores.sort(descending=True).values)
     same = (ours.labels[:, None] == ours.labels[None]).triu(1)
-    assert float((box_iou(ours.boxes, ours.boxes) * same).max()) <= config.detector.nms + 1e-6
+    assert (
+        float((box_iou(ours.boxes, ours.boxes) * same).max())
+        <= config.detector.nms + 1e-6
+    )
 
 
 def test_how_a_student_is_deployed_costs_no_training() -> None:
-    decoder, regions = (graph(replace(DETR, distill=replace(DETR.distill, co_detr_detects=how))) for how in ("decoder", "regions"))
-    changed = {name for name in decoder if decoder[name].fingerprint != regions[name].fingerprint}
+    decoder, regions = (
+        graph(replace(DETR, distill=replace(DETR.distill, co_detr_detects=how)))
+        for how in ("decoder", "regions")
+    )
+    changed = {
+        name
+        for name in decoder
+        if decoder[name].fingerprint != regions[name].fingerprint
+    }
     assert changed == {"evaluate", "export", "report"}

@@ -13,33 +13,74 @@ from builders import detections
 
 from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
+from coin_ray.config.presets import PRESETS
 from coin_ray.errors import InputError
-from coin_ray.presets import PRESETS
-from coin_ray.stages.knowledge import collected, count_labels, labels_for, opinions, training_examples
+from coin_ray.stages.common.teacher_outputs import (
+    collected,
+    count_labels,
+    labels_for,
+    opinions,
+    training_examples,
+)
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
 
 BOX, OTHER = (4.0, 4.0, 30.0, 28.0), (34.0, 8.0, 58.0, 34.0)
-CLOUD = {"a": detections((BOX, 0, 0.9), (OTHER, 1, 0.1)), "b": detections(), "held": detections((BOX, 2, 0.8))}
-CLIP = {"a": detections((BOX, 1, 0.6), (OTHER, 1, 0.7)), "b": detections(), "held": detections((BOX, 2, 0.8))}
+CLOUD = {
+    "a": detections((BOX, 0, 0.9), (OTHER, 1, 0.1)),
+    "b": detections(),
+    "held": detections((BOX, 2, 0.8)),
+}
+CLIP = {
+    "a": detections((BOX, 1, 0.6), (OTHER, 1, 0.7)),
+    "b": detections(),
+    "held": detections((BOX, 2, 0.8)),
+}
 SPLITS = {"b": "train", "a": "train", "failed": "train", "held": "test"}
 
 
 def config(**changes: object) -> PipelineConfig:
     labels = Labels(score_min=0.3, probabilities="background", clip_background="keep")
-    return replace(PRESETS["demo"](), classes=("cat", "dog", "bird"), labels=labels, **changes)  # type: ignore[arg-type]
+    return replace(
+        PRESETS["demo"](), classes=("cat", "dog", "bird"), labels=labels, **changes
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, str]:
-    rows = [{"image_id": i, "uri": f"{i}.jpg", "width": 64, "height": 48, "split": s} for i, s in SPLITS.items()]
-    storage.write_table(str(tmp_path / "images.parquet"), pa.Table.from_pylist(rows, schema=tables.IMAGES))
-    truth = [{"image_id": i, "boxes": [BOX, OTHER], "labels": [2, 1], "difficult": [False, True]} for i in ("a", "held")]
-    storage.write_table(str(tmp_path / "annotations.parquet"), pa.Table.from_pylist(truth, schema=tables.ANNOTATIONS))
-    for name, found in (("cloud", CLOUD), ("clip_labels", CLIP), ("clip_detector", CLIP)):
+    rows = [
+        {"image_id": i, "uri": f"{i}.jpg", "width": 64, "height": 48, "split": s}
+        for i, s in SPLITS.items()
+    ]
+    storage.write_table(
+        str(tmp_path / "images.parquet"),
+        pa.Table.from_pylist(rows, schema=tables.IMAGES),
+    )
+    truth = [
+        {
+            "image_id": i,
+            "boxes": [BOX, OTHER],
+            "labels": [2, 1],
+            "difficult": [False, True],
+        }
+        for i in ("a", "held")
+    ]
+    storage.write_table(
+        str(tmp_path / "annotations.parquet"),
+        pa.Table.from_pylist(truth, schema=tables.ANNOTATIONS),
+    )
+    for name, found in (
+        ("cloud", CLOUD),
+        ("clip_labels", CLIP),
+        ("clip_detector", CLIP),
+    ):
         written = [detections_row(i, d, Provenance(name)) for i, d in found.items()]
-        written.append(detections_row("failed", Detections.empty(3), Provenance(name, "error")))
-        storage.write_table(str(tmp_path / f"{name}.parquet"), detections_table(written))
+        written.append(
+            detections_row("failed", Detections.empty(3), Provenance(name, "error"))
+        )
+        storage.write_table(
+            str(tmp_path / f"{name}.parquet"), detections_table(written)
+        )
     return {"images": str(tmp_path), "collect": str(tmp_path)}
 
 
@@ -54,13 +95,20 @@ def folders(tmp_path: Path) -> dict[str, str]:
 )
 @pytest.mark.parametrize("sent", [False, True])
 def test_labels_of_the_training_images(
-    folders: dict[str, str], source: str, labeler: str, expected: dict[str, list[int]], sent: bool
+    folders: dict[str, str],
+    source: str,
+    labeler: str,
+    expected: dict[str, list[int]],
+    sent: bool,
 ) -> None:
-    """In the order of the images table, without those that failed or are held out; also after a way to another process."""
+    """In the order of the images table, without those that failed or are held out; also
+    after a way to another process."""
     used = config(collect=replace(PRESETS["demo"]().collect, labeler=labeler))
     examples = training_examples(folders["images"], *labels_for(source, folders, used))  # type: ignore[arg-type]
     examples = pickle.loads(pickle.dumps(examples)) if sent else examples
-    assert {e.image_id: e.knowledge["labels"].labels.tolist() for e in examples} == expected
+    assert {
+        e.image_id: e.knowledge["labels"].labels.tolist() for e in examples
+    } == expected
     assert [e.image_id for e in examples] == list(expected)
     assert [e.uri for e in examples] == [f"{i}.jpg" for i in expected]
     assert count_labels(source, folders, used) == sum(map(len, expected.values()))  # type: ignore[arg-type]
@@ -69,7 +117,9 @@ def test_labels_of_the_training_images(
 def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> None:
     empty = pa.Table.from_pylist([], schema=tables.ANNOTATIONS)
     storage.write_table(storage.join(folders["images"], "annotations.parquet"), empty)
-    with pytest.raises(InputError, match="the oracle baseline needs annotated training images"):
+    with pytest.raises(
+        InputError, match="the oracle baseline needs annotated training images"
+    ):
         labels_for("truth", folders, config())
 
 
@@ -77,7 +127,9 @@ def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> 
 def test_opinions_of_both_teachers(folders: dict[str, str], stands: bool) -> None:
     used = config(separate=replace(PRESETS["demo"]().separate, clip_labels=stands))
     cloud = collected(folders["collect"], "cloud", used)
-    clip = tables.open_detections(storage.join(folders["collect"], "clip_detector.parquet"), 3)
+    clip = tables.open_detections(
+        storage.join(folders["collect"], "clip_detector.parquet"), 3
+    )
     know = opinions(cloud, clip, folders["collect"], used)
     known = know("a")
     assert torch.equal(known["cloud"].probs, CLOUD["a"].probs[:1])
@@ -88,15 +140,22 @@ def test_opinions_of_both_teachers(folders: dict[str, str], stands: bool) -> Non
 
 @pytest.mark.parametrize("keep", ["keep", "drop"])
 @pytest.mark.parametrize("clip_score_min", [0.0, 0.5, 0.65])
-def test_labels_are_counted_as_they_are_used(folders: dict[str, str], keep: str, clip_score_min: float) -> None:
-    """CLIP takes one box for background, and the float32 scores .6 and .7 are on both sides of a limit."""
+def test_labels_are_counted_as_they_are_used(
+    folders: dict[str, str], keep: str, clip_score_min: float
+) -> None:
+    """CLIP takes one box for background, and the float32 scores .6 and .7 are on both
+    sides of a limit."""
     cloud = detections((BOX, 0, 0.9), (OTHER, 1, 0.8), (BOX, 2, 0.7))
     clip = detections((BOX, 1, 0.6), (OTHER, 1, 0.7), (BOX, 2, 0.55))
     clip.probs[1] = torch.tensor([0.1, 0.2, 0.1, 0.6])
     for name, found in (("cloud", cloud), ("clip_labels", clip)):
         rows = [detections_row(i, found, Provenance(name)) for i in ("held", "b", "a")]
-        storage.write_table(str(Path(folders["collect"]) / f"{name}.parquet"), detections_table(rows))
+        storage.write_table(
+            str(Path(folders["collect"]) / f"{name}.parquet"), detections_table(rows)
+        )
     labels = Labels(score_min=0.3, clip_background=keep, clip_score_min=clip_score_min)  # type: ignore[arg-type]
     used = replace(config(), labels=labels)
     examples = training_examples(folders["images"], *labels_for("clip", folders, used))
-    assert count_labels("clip", folders, used) == sum(len(e.knowledge["labels"]) for e in examples)
+    assert count_labels("clip", folders, used) == sum(
+        len(e.knowledge["labels"]) for e in examples
+    )

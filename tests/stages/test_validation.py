@@ -1,4 +1,5 @@
-"""Looks at a training's states: which ones, that all are measured in order, and that neither a kill nor a failing look costs more than itself."""
+"""Looks at a training's states: which ones, that all are measured in order, and that
+neither a kill nor a failing look costs more than itself."""
 
 from __future__ import annotations
 
@@ -15,20 +16,33 @@ from hypothesis import strategies as st
 
 from coin_ray import storage
 from coin_ray.config import Optimize
+from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError
-from coin_ray.presets import demo
-from coin_ray.stages import validation
-from coin_ray.stages.fitting import load_weights
-from coin_ray.stages.validation import CURVE, Looks, beside
+from coin_ray.stages.common import validation
+from coin_ray.stages.common.training_job import load_weights
+from coin_ray.stages.common.validation import CURVE, Looks, beside
 
 
 def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> Looks:
-    optimize = Optimize(steps=steps, validate_every=every, checkpoint_every=saved, warmup=0, milestones=(), factors=())
+    optimize = Optimize(
+        steps=steps,
+        validate_every=every,
+        checkpoint_every=saved,
+        warmup=0,
+        milestones=(),
+        factors=(),
+    )
     return Looks(demo(), "images", str(folder), "student", "student", optimize)
 
 
 def state(step: int) -> dict[str, Any]:
-    return {"step": step, "task": {"student": {"w": torch.tensor(float(step))}, "teacher": {"w": torch.tensor(-1.0)}}}
+    return {
+        "step": step,
+        "task": {
+            "student": {"w": torch.tensor(float(step))},
+            "teacher": {"w": torch.tensor(-1.0)},
+        },
+    }
 
 
 def trained(wanted: Looks, *steps: int) -> None:
@@ -62,23 +76,34 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 200))
-def test_a_look_at_the_first_state_from_each_multiple_on_and_at_the_last(every: int, saved: int, steps: int) -> None:
+def test_a_look_at_the_first_state_from_each_multiple_on_and_at_the_last(
+    every: int, saved: int, steps: int
+) -> None:
     left: list[int] = []
     wanted = looks_of(Path("nowhere"), every, saved, steps)
     states = [*range(saved, steps, saved), steps]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "save_weights", lambda uri, _: left.append(int(Path(uri).stem)))
+        patch.setattr(
+            validation, "save_weights", lambda uri, _: left.append(int(Path(uri).stem))
+        )
         trained(wanted, *states)
-    due = {next(s for s in states if s >= multiple) for multiple in range(every, steps + 1, every)} | {steps}
+    due = {
+        next(s for s in states if s >= multiple)
+        for multiple in range(every, steps + 1, every)
+    } | {steps}
     assert left == sorted(due)
 
 
-def test_all_that_is_left_is_measured_in_order_and_only_the_curve_stays(tmp_path: Path, measured: list[int]) -> None:
+def test_all_that_is_left_is_measured_in_order_and_only_the_curve_stays(
+    tmp_path: Path, measured: list[int]
+) -> None:
     wanted = looks_of(tmp_path)
     with beside(wanted):
         trained(wanted, 5, 10, 15, 20, 25, 30, 35, 40)
     assert measured == [10, 20, 30, 40]
-    assert storage.read_json(str(tmp_path / CURVE)) == [{"step": s, "validation_map50": s / 100} for s in measured]
+    assert storage.read_json(str(tmp_path / CURVE)) == [
+        {"step": s, "validation_map50": s / 100} for s in measured
+    ]
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [CURVE]
 
 
@@ -101,7 +126,12 @@ def test_a_killed_run_goes_on_with_what_is_still_to_be_measured(
             time.sleep(0.01)
         trained(wanted, 10, 20, 30, 40)  # anew from before 10 on, with the same weights
     assert measured == [10, 20, 30, 40]
-    assert [point["step"] for point in storage.read_json(str(tmp_path / CURVE))] == [10, 20, 30, 40]
+    assert [point["step"] for point in storage.read_json(str(tmp_path / CURVE))] == [
+        10,
+        20,
+        30,
+        40,
+    ]
 
 
 def test_a_look_that_fails_is_told_and_costs_its_point_only(
@@ -128,7 +158,9 @@ def test_a_look_that_fails_is_told_and_costs_its_point_only(
     monkeypatch.setattr(validation, "validation_map50", lambda *_: 0.5)
     with beside(wanted):
         trained(wanted, 10, 40)
-    assert storage.read_json(str(tmp_path / CURVE)) == [{"step": 40, "validation_map50": 0.5}]
+    assert storage.read_json(str(tmp_path / CURVE)) == [
+        {"step": 40, "validation_map50": 0.5}
+    ]
     told = capsys.readouterr().out
     assert "RuntimeError: CUDA out of memory" in told
     assert "validation after 40 steps: mAP50 50.0" in told
@@ -138,10 +170,24 @@ def test_without_the_option_or_without_labels_nothing_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optimize = looks_of(tmp_path).optimize
-    with beside(validation.looks(demo(), "images", str(tmp_path), "student", "student", replace(optimize, validate_every=0))):
+    with beside(
+        validation.looks(
+            demo(),
+            "images",
+            str(tmp_path),
+            "student",
+            "student",
+            replace(optimize, validate_every=0),
+        )
+    ):
         pass
     monkeypatch.setattr(validation, "validation_truth", lambda _: {})
-    assert validation.looks(demo(), "images", str(tmp_path), "student", "student", optimize) is None
+    assert (
+        validation.looks(
+            demo(), "images", str(tmp_path), "student", "student", optimize
+        )
+        is None
+    )
     assert "no validation image is labelled" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

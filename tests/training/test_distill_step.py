@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TEMPLATES, detections, distillation, examples, pairs, tiny_clip, tiny_config, tiny_fit
+from builders import (
+    TEMPLATES,
+    detections,
+    distillation,
+    examples,
+    pairs,
+    tiny_clip,
+    tiny_config,
+    tiny_fit,
+)
 from torch import Tensor
 
 from coin_ray.clip.encoder import class_embeddings
@@ -18,16 +27,22 @@ from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.structures import Detections
 from coin_ray.training import diagnosis
 from coin_ray.training.distill import Distillation
-from coin_ray.training.view import common_size, look
+from coin_ray.training.student_outputs import common_size, look
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "distill_losses.json"
 SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
-ALWAYS = SUPERVISED | {"private_regions", "private_anchors", "alignment"} | diagnosis.COUNTS
+ALWAYS = (
+    SUPERVISED | {"private_regions", "private_anchors", "alignment"} | diagnosis.COUNTS
+)
 CKG = {"ckg_consistent", "ckg_gradient"} | (diagnosis.NAMES - diagnosis.COUNTS)
 
 
 def three_steps(folder: Path, fit: Any) -> list[Batch]:
-    return list(batches(examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1))
+    return list(
+        batches(
+            examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+        )
+    )
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -49,11 +64,15 @@ def assert_finite(task: Distillation, parts: dict[str, Tensor]) -> None:
 
 
 def test_golden_losses_of_three_steps(tmp_path: Path) -> None:
-    """A fixed run on one thread. After a wanted change of the method: delete the file, run this test twice and look at the difference."""
+    """A fixed run on one thread. After a wanted change of the method: delete the file,
+    run this test twice and look at the difference."""
     torch.set_num_threads(1)
     fit = tiny_fit(steps=3)
     task = distillation(fit, burn_up=1)
-    found = [values(task.train_step(batch, step)) for step, batch in enumerate(three_steps(tmp_path, fit))]
+    found = [
+        values(task.train_step(batch, step))
+        for step, batch in enumerate(three_steps(tmp_path, fit))
+    ]
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True))
         pytest.fail(f"wrote {GOLDEN}")
@@ -66,8 +85,15 @@ def test_golden_losses_of_three_steps(tmp_path: Path) -> None:
 def test_named_parts_before_and_after_the_burn_up(tmp_path: Path) -> None:
     fit = tiny_fit(steps=3)
     task = distillation(fit, burn_up=1)
-    names = [set(task.train_step(batch, step)) for step, batch in enumerate(three_steps(tmp_path, fit))]
-    assert names == [ALWAYS | CKG, ALWAYS | CKG | {"inconsistent"}, ALWAYS | CKG | {"inconsistent"}]
+    names = [
+        set(task.train_step(batch, step))
+        for step, batch in enumerate(three_steps(tmp_path, fit))
+    ]
+    assert names == [
+        ALWAYS | CKG,
+        ALWAYS | CKG | {"inconsistent"},
+        ALWAYS | CKG | {"inconsistent"},
+    ]
 
 
 def test_every_loss_is_active(tmp_path: Path) -> None:
@@ -75,17 +101,24 @@ def test_every_loss_is_active(tmp_path: Path) -> None:
     task = distillation(fit, burn_up=1)
     for step, batch in enumerate(three_steps(tmp_path, fit)):
         parts = values(task.train_step(batch, step))
-    assert all(abs(v) > 1e-9 for name, v in parts.items() if name not in diagnosis.NAMES), parts
+    assert all(
+        abs(v) > 1e-9 for name, v in parts.items() if name not in diagnosis.NAMES
+    ), parts
 
 
-def test_teacher_and_ckg_and_prototypes_move_when_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_and_ckg_and_prototypes_move_when_they_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = tiny_fit(steps=4)
     task = distillation(fit, burn_up=3, prototypes_from=2)
     banks = (task.consistent_prototypes, task.cloud_prototypes, task.clip_prototypes)
     for step, batch in enumerate(three_steps(tmp_path, fit)):
         parts = (task.student, task.teacher, task.ckg, *banks)
-        clip = batch.knowledge["clip"]  # has pairs of both kinds, unlike a random teacher
-        monkeypatch.setattr(task, "look_with_teacher", lambda images, size, clip=clip: clip)
+        # has pairs of both kinds, unlike a random teacher
+        clip = batch.knowledge["clip"]
+        monkeypatch.setattr(
+            task, "look_with_teacher", lambda images, size, clip=clip: clip
+        )
         before = [weights(p) for p in parts]
         task.train_step(batch, step)
         found = [moved(b, p) for b, p in zip(before, parts, strict=True)]
@@ -101,11 +134,17 @@ def test_the_teachers_prompts_follow_too(tmp_path: Path) -> None:
         task.train_step(batch, step)
         if step:
             seen.append(task.teacher.class_embeddings().clone())
-            torch.testing.assert_close(seen[-1], task.teacher.train().eval().class_embeddings())
+            torch.testing.assert_close(
+                seen[-1], task.teacher.train().eval().class_embeddings()
+            )
     assert not torch.allclose(seen[0], seen[1])
 
 
-A, B, C = ((4.0, 4, 30, 28), 0, 0.9), ((34.0, 8, 58, 34), 1, 0.8), ((36.0, 36, 58, 58), 2, 0.7)
+A, B, C = (
+    ((4.0, 4, 30, 28), 0, 0.9),
+    ((34.0, 8, 58, 34), 1, 0.8),
+    ((36.0, 36, 58, 58), 2, 0.7),
+)
 B_OTHER = (B[0], 2, 0.6)
 
 
@@ -121,7 +160,13 @@ B_OTHER = (B[0], 2, 0.6)
         pytest.param([A], [], id="no clip"),
     ],
 )
-def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_finite(
+    cloud: list[Any],
+    clip: list[Any],
+    step: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Before and after the burn-up; after it the teacher is made to see the same."""
     fit = tiny_fit(steps=1)
     task = distillation(fit, burn_up=5)
@@ -140,7 +185,9 @@ def test_without_both_kinds_ckg_does_not_move(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     task = distillation(fit)
     (batch,) = three_steps(tmp_path, fit)
-    batch.knowledge.update({name: [detections(A)] * len(batch.weak) for name in ("cloud", "clip")})
+    batch.knowledge.update(
+        {name: [detections(A)] * len(batch.weak) for name in ("cloud", "clip")}
+    )
     before, bank = weights(task.ckg), weights(task.cloud_prototypes)
     task.train_step(batch, 0)
     assert not moved(before, task.ckg)
@@ -160,20 +207,27 @@ def test_rules_instead_of_ckg(fusion: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ckg_lr", "same"), [(0.0, True), (0.1, False)])
-def test_ckg_may_teach_before_or_after_its_own_step(ckg_lr: float, same: bool, tmp_path: Path) -> None:
-    """The paper lets it learn first, the published code last; the first losses differ by CKG's step alone."""
+def test_ckg_may_teach_before_or_after_its_own_step(
+    ckg_lr: float, same: bool, tmp_path: Path
+) -> None:
+    """The paper lets it learn first, the published code last; the first losses differ
+    by CKG's step alone."""
     fit = tiny_fit(steps=1, warmup=0)
     found = []
     for first in (True, False):
         (batch,) = three_steps(tmp_path, fit)
-        task = distillation(fit, ckg_first=first, ckg_lr=ckg_lr, burn_up=5, inconsistent_from=0)
+        task = distillation(
+            fit, ckg_first=first, ckg_lr=ckg_lr, burn_up=5, inconsistent_from=0
+        )
         found.append(values(task.train_step(batch, 0)))
     before, after = (parts.pop("inconsistent") for parts in found)
     assert found[0] == found[1]
     assert (before == after) == same
 
 
-def test_the_teacher_follows_what_the_student_was_before_the_step(tmp_path: Path) -> None:
+def test_the_teacher_follows_what_the_student_was_before_the_step(
+    tmp_path: Path,
+) -> None:
     fit = tiny_fit(steps=1)
     (batch,) = three_steps(tmp_path, fit)
     task = distillation(fit, burn_up=0, teacher_rate=0.25)
@@ -184,19 +238,33 @@ def test_the_teacher_follows_what_the_student_was_before_the_step(tmp_path: Path
 
 
 @pytest.mark.parametrize("burnt_up", [False, True])
-def test_a_person_outranks_both_teachers_whatever_they_say(burnt_up: bool, tmp_path: Path) -> None:
-    """The images of the batch are as a person says, one of them empty, before and after the burn-up; those nobody reviewed are the teachers'."""
+def test_a_person_outranks_both_teachers_whatever_they_say(
+    burnt_up: bool, tmp_path: Path
+) -> None:
+    """The images of the batch are as a person says, one of them empty, before and after
+    the burn-up; those nobody reviewed are the teachers'."""
     fit = tiny_fit(steps=1, batch=3)
     (batch,) = three_steps(tmp_path, fit)
     theirs = distillation(fit).separate(batch, burnt_up, common_size(batch.weak))
     person = detections(((2, 2, 20, 30), 1, 1.0), ((30, 4, 50, 40), 2, 1.0))
     batch.knowledge["cloud"][:2] = [person, person[:0]]
     batch.reviewed[:2] = [True, True]
-    first, empty, other = distillation(fit).separate(batch, burnt_up, common_size(batch.weak))
+    first, empty, other = distillation(fit).separate(
+        batch, burnt_up, common_size(batch.weak)
+    )
     assert torch.equal(first.consistent.boxes, person.boxes)
     assert torch.equal(first.consistent.cloud.labels, person.labels)
     assert torch.equal(first.consistent.clip.probs, person.probs)
-    assert [len(parts) for parts in (first.inconsistent, first.private, empty.consistent, empty.inconsistent, empty.private)] == [0] * 5
+    assert [
+        len(parts)
+        for parts in (
+            first.inconsistent,
+            first.private,
+            empty.consistent,
+            empty.inconsistent,
+            empty.private,
+        )
+    ] == [0] * 5
     assert (first.reviewed, empty.reviewed, other.reviewed) == (True, True, False)
     assert torch.equal(other.consistent.boxes, theirs[2].consistent.boxes)
     assert torch.equal(other.private.boxes, theirs[2].private.boxes)
@@ -208,26 +276,47 @@ def test_order_of_images_in_the_batch_does_not_matter(tmp_path: Path) -> None:
     for way in (1, -1):
         (batch,) = three_steps(tmp_path, fit)
         knowledge = {name: rows[::way] for name, rows in batch.knowledge.items()}
-        turned = Batch(batch.weak[::way], batch.strong[::way], knowledge, batch.generators[::way], batch.reviewed[::way])
-        found.append(values(distillation(fit, burn_up=5, inconsistent_from=0).train_step(turned, 0)))
+        turned = Batch(
+            batch.weak[::way],
+            batch.strong[::way],
+            knowledge,
+            batch.generators[::way],
+            batch.reviewed[::way],
+        )
+        found.append(
+            values(
+                distillation(fit, burn_up=5, inconsistent_from=0).train_step(turned, 0)
+            )
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def one_class(seen: Detections) -> Detections:
     """The published vectors of one class: all mass is on it; scores stay."""
-    return Detections(seen.boxes, seen.scores, torch.zeros_like(seen.labels), torch.tensor([[1.0, 0.0]]).repeat(len(seen), 1))
+    return Detections(
+        seen.boxes,
+        seen.scores,
+        torch.zeros_like(seen.labels),
+        torch.tensor([[1.0, 0.0]]).repeat(len(seen), 1),
+    )
 
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_one_class_teaches_without_contradictions(step: int, tmp_path: Path) -> None:
     """Nothing is inconsistent, so CKG never moves; everything else does."""
     fit = tiny_fit(steps=1)
-    student, teacher = (build_detector(tiny_clip(), ("car",), tiny_config(), seed=s) for s in (1, 0))
+    student, teacher = (
+        build_detector(tiny_clip(), ("car",), tiny_config(), seed=s) for s in (1, 0)
+    )
     embeddings = class_embeddings(tiny_clip(), ("car",), TEMPLATES)
     config = Distill(fit=fit, prototypes_from=0, burn_up=5, teacher_rate=0.1)
-    task = Distillation(student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0))
+    task = Distillation(
+        student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0)
+    )
     (batch,) = three_steps(tmp_path, fit)
-    batch.knowledge.update({name: [one_class(d) for d in rows] for name, rows in batch.knowledge.items()})
+    batch.knowledge.update(
+        {name: [one_class(d) for d in rows] for name, rows in batch.knowledge.items()}
+    )
     batch.knowledge["cloud"] = [normalised(d) for d in batch.knowledge["cloud"]]
     before = weights(task.ckg), weights(task.student)
     parts = task.train_step(batch, step)
@@ -247,7 +336,12 @@ def test_rules_by_hand() -> None:
         "average": (known.cloud.probs + known.clip.probs) / 2,
     }
     for rule, wanted in expected.items():
-        torch.testing.assert_close(distillation(tiny_fit(), fusion=rule).fuse(embedded, known.cloud.probs, known.clip.probs), wanted)
+        torch.testing.assert_close(
+            distillation(tiny_fit(), fusion=rule).fuse(
+                embedded, known.cloud.probs, known.clip.probs
+            ),
+            wanted,
+        )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +354,13 @@ def test_rules_by_hand() -> None:
         ("never", True, False),
     ],
 )
-def test_boxes_of_pairs(rule: Any, burnt_up: bool, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_of_pairs(
+    rule: Any,
+    burnt_up: bool,
+    fused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fit = tiny_fit(steps=1)
     task = distillation(fit)
     task.separation = replace(task.separation, fused_boxes=rule)
@@ -268,21 +368,35 @@ def test_boxes_of_pairs(rule: Any, burnt_up: bool, fused: bool, tmp_path: Path, 
     clip: list[Detections] = [detections(((4.0, 4, 30, 20), 0, 0.9))] * len(batch.weak)
     batch.knowledge.update({"cloud": [detections(A)] * len(batch.weak), "clip": clip})
     monkeypatch.setattr(task, "look_with_teacher", lambda images, size: clip)
-    bottom = float(task.separate(batch, burnt_up, common_size(batch.weak))[0].consistent.boxes[0, 3])
+    bottom = float(
+        task.separate(batch, burnt_up, common_size(batch.weak))[0].consistent.boxes[
+            0, 3
+        ]
+    )
     assert bottom == pytest.approx(24 if fused else 28)
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_ckg_names_background_only_if_it_was_shown_some(background: bool, tmp_path: Path) -> None:
+def test_ckg_names_background_only_if_it_was_shown_some(
+    background: bool, tmp_path: Path
+) -> None:
     fit = tiny_fit(steps=1, lr=1e-2)
     task = distillation(fit, ckg_background=background, ckg_lr=1e-2)
     (batch,) = three_steps(tmp_path, fit)
     size = common_size(batch.weak)
-    view = look(task.student, batch.strong, size, task.separate(batch, False, size), batch.generators)
+    view = look(
+        task.student,
+        batch.strong,
+        size,
+        task.separate(batch, False, size),
+        batch.generators,
+    )
     for _ in range(60):
         task.train_ckg(view, 5)
     embedded = view.regions.embedded[view.on_background]
-    nothing = torch.nn.functional.one_hot(torch.full_like(view.on_background, task.student.num_classes)).float()
+    nothing = torch.nn.functional.one_hot(
+        torch.full_like(view.on_background, task.student.num_classes)
+    ).float()
     said = task.fuse(embedded, nothing, nothing)[:, -1]
     assert len(said) > 0
     assert bool((said > 0.5).all()) == background
@@ -297,7 +411,9 @@ def test_bfloat16_forward_leaves_losses_and_weights_in_float32(tmp_path: Path) -
     for step, own in enumerate(three_steps(tmp_path, mixed_fit)):
         parts = task.train_step(own, step)
         if step == 0:
-            assert values(parts)["consistent"] == pytest.approx(full["consistent"], rel=0.1)
+            assert values(parts)["consistent"] == pytest.approx(
+                full["consistent"], rel=0.1
+            )
             assert values(parts) != full
         assert {v.dtype for v in parts.values()} == {torch.float32}
         assert_finite(task, parts)

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import detr_distillation, distillation, examples, propagation, tiny_config, tiny_fit
+from builders import (
+    detr_distillation,
+    distillation,
+    examples,
+    propagation,
+    tiny_config,
+    tiny_fit,
+)
 from torch import Tensor
 
 from coin_ray.data.examples import Batch
@@ -20,7 +27,8 @@ class Killed(Exception):
 
 
 class MemoryHost:
-    """Keeps the last checkpoint as a file would: a copy. Dies after ``until`` reports that hold one."""
+    """Keeps the last checkpoint as a file would: a copy. Dies after ``until`` reports
+    that hold one."""
 
     def __init__(self, state: dict[str, Any] | None = None, until: int = 99) -> None:
         self.state, self.left = state, until
@@ -29,7 +37,9 @@ class MemoryHost:
     def resume(self) -> dict[str, Any] | None:
         return copy.deepcopy(self.state)
 
-    def report(self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None) -> None:
+    def report(
+        self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None
+    ) -> None:
         self.reports.append((step, dict(metrics), checkpoint is not None))
         if checkpoint is not None:
             self.state = copy.deepcopy(checkpoint)
@@ -64,12 +74,22 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
     "make",
     [
         pytest.param(lambda: propagation(FIT), id="propagation"),
-        pytest.param(lambda: distillation(FIT, burn_up=1), id="distillation, killed after the burn-up"),
-        pytest.param(lambda: distillation(FIT, burn_up=4), id="distillation, killed before the burn-up"),
-        pytest.param(lambda: detr_distillation(FIT, burn_up=1), id="distillation of a Co-DETR"),
+        pytest.param(
+            lambda: distillation(FIT, burn_up=1),
+            id="distillation, killed after the burn-up",
+        ),
+        pytest.param(
+            lambda: distillation(FIT, burn_up=4),
+            id="distillation, killed before the burn-up",
+        ),
+        pytest.param(
+            lambda: detr_distillation(FIT, burn_up=1), id="distillation of a Co-DETR"
+        ),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(make: Callable[[], Task], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    make: Callable[[], Task], tmp_path: Path
+) -> None:
     whole, killed = MemoryHost(), MemoryHost(until=1)
     curve = train(make(), tmp_path, whole)
     with pytest.raises(Killed):
@@ -89,7 +109,10 @@ class Scripted:
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         self.steps.append(step)
-        return {"boxes": torch.tensor(float("nan") if step in self.bad else 0.5), "alignment": torch.tensor(1.0)}
+        return {
+            "boxes": torch.tensor(float("nan") if step in self.bad else 0.5),
+            "alignment": torch.tensor(1.0),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": list(self.steps)}
@@ -115,7 +138,11 @@ def test_a_broken_state_is_never_saved(tmp_path: Path) -> None:
 def test_reports_and_curve(tmp_path: Path) -> None:
     host = MemoryHost()
     curve = train(Scripted(), tmp_path, host)
-    assert [(step, saved) for step, _, saved in host.reports] == [(0, False), (2, True), (5, True)]
+    assert [(step, saved) for step, _, saved in host.reports] == [
+        (0, False),
+        (2, True),
+        (5, True),
+    ]
     assert [point["step"] for point in curve] == [0, 5]
     assert curve[0] == {"step": 0.0, "boxes": 0.5, "alignment": 1.0}
 

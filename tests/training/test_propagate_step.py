@@ -9,16 +9,21 @@ from builders import examples, propagation, tiny_config, tiny_fit
 
 from coin_ray.data.examples import batches
 from coin_ray.structures import Separation
-from coin_ray.training.view import common_size, look
+from coin_ray.training.student_outputs import common_size, look
 
 
 def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
-    """RoIs on a box learn its class vector, background included; the others learn background."""
+    """RoIs on a box learn its class vector, background included; the others learn
+    background."""
     fit = tiny_fit(steps=1)
     task = propagation(fit, soft_labels=True)
-    (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+    (batch,) = batches(
+        examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+    )
     labels = [Separation.of_labels(kept) for kept in batch.knowledge["labels"]]
-    view = look(task.detector, batch.strong, common_size(batch.strong), labels, batch.generators)
+    view = look(
+        task.detector, batch.strong, common_size(batch.strong), labels, batch.generators
+    )
     targets = task.soft_targets(view)
     boxes = len(view.on_consistent)
     torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled)))
@@ -30,27 +35,48 @@ def test_soft_and_hard_labels_differ_only_in_the_class_loss(tmp_path: Path) -> N
     fit = tiny_fit(steps=1)
     found = []
     for soft in (False, True):
-        (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+        (batch,) = batches(
+            examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+        )
         torch.manual_seed(0)
-        found.append({n: float(v.detach()) for n, v in propagation(fit, soft_labels=soft).train_step(batch, 0).items()})
+        found.append(
+            {
+                n: float(v.detach())
+                for n, v in (
+                    propagation(fit, soft_labels=soft).train_step(batch, 0).items()
+                )
+            }
+        )
     hard, soft_parts = found
     assert hard.pop("consistent") != pytest.approx(soft_parts.pop("consistent"))
     assert hard == pytest.approx(soft_parts)
 
 
 @pytest.mark.parametrize(("views", "images"), [("strong", 2), ("both", 4)])
-def test_the_weak_view_is_trained_with_the_same_labels(views: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weak_view_is_trained_with_the_same_labels(
+    views: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, list[list[float]]]] = []
 
-    def watched(student: Any, pixels: Any, size: Any, separations: Any, generators: Any) -> Any:
-        seen.append((len(pixels), [s.consistent.cloud.scores.tolist() for s in separations]))
+    def watched(
+        student: Any, pixels: Any, size: Any, separations: Any, generators: Any
+    ) -> Any:
+        seen.append(
+            (len(pixels), [s.consistent.cloud.scores.tolist() for s in separations])
+        )
         return look(student, pixels, size, separations, generators)
 
     fit = tiny_fit(steps=1)
-    (batch,) = batches(examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1)
+    (batch,) = batches(
+        examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+    )
     task = propagation(fit, views=views)
     monkeypatch.setattr(task, "look", watched)
     task.train_step(batch, 0)
     ((count, labels),) = seen
     assert count == images
-    assert labels[:2] == labels[-2:] == [d.scores.tolist() for d in batch.knowledge["labels"]]
+    assert (
+        labels[:2]
+        == labels[-2:]
+        == [d.scores.tolist() for d in batch.knowledge["labels"]]
+    )

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from builders import detections, detr_distillation, examples, pairs, separation, tiny_co_detr, tiny_config, tiny_fit, tiny_network
+from builders import (
+    detections,
+    detr_distillation,
+    examples,
+    pairs,
+    separation,
+    tiny_co_detr,
+    tiny_config,
+    tiny_fit,
+    tiny_network,
+)
 from torch import Tensor
 
 from coin_ray.data.examples import Batch, batches
@@ -28,21 +38,35 @@ from coin_ray.training.queries import (
     assigned,
     look_with_queries,
 )
-from coin_ray.training.view import common_size
+from coin_ray.training.student_outputs import common_size
 
 REGIONAL = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
 PARTS = ("class", "l1", "giou")
-QUERIES = {f"{name}_{part}" for name in ("proposals", "decoder", "replayed") for part in PARTS}
-ALWAYS = REGIONAL | QUERIES | {"private_regions", "private_anchors", "private_queries", "alignment"}
+QUERIES = {
+    f"{name}_{part}" for name in ("proposals", "decoder", "replayed") for part in PARTS
+}
+ALWAYS = (
+    REGIONAL
+    | QUERIES
+    | {"private_regions", "private_anchors", "private_queries", "alignment"}
+)
 CKG = {"ckg_consistent", "ckg_gradient"}
 NAMED = {"inconsistent", "inconsistent_queries"}
-A, B, C = ((4.0, 4, 30, 28), 0, 0.9), ((34.0, 8, 58, 34), 1, 0.8), ((36.0, 36, 58, 58), 2, 0.7)
+A, B, C = (
+    ((4.0, 4, 30, 28), 0, 0.9),
+    ((34.0, 8, 58, 34), 1, 0.8),
+    ((36.0, 36, 58, 58), 2, 0.7),
+)
 B_OTHER = (B[0], 2, 0.6)
 SIZE = (64, 64)
 
 
 def three_steps(folder: Path, fit: Any) -> list[Batch]:
-    return list(batches(examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1))
+    return list(
+        batches(
+            examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+        )
+    )
 
 
 def values(parts: dict[str, Tensor]) -> dict[str, float]:
@@ -57,22 +81,39 @@ def assert_finite(task: Distillation, parts: dict[str, Tensor]) -> None:
 
 def seen(student: RegionalDetr, *separations: Separation) -> QueryView:
     images = [
-        torch.randint(0, 255, (3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in range(len(separations))
+        torch.randint(
+            0,
+            255,
+            (3, *SIZE),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(i),
+        )
+        for i in range(len(separations))
     ]
     return look_with_queries(
-        student.train(), images, common_size(images), separations, [torch.Generator().manual_seed(i) for i in range(len(separations))]
+        student.train(),
+        images,
+        common_size(images),
+        separations,
+        [torch.Generator().manual_seed(i) for i in range(len(separations))],
     )
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_every_named_loss_is_active_before_and_after_the_burn_up(named: bool, tmp_path: Path) -> None:
+def test_every_named_loss_is_active_before_and_after_the_burn_up(
+    named: bool, tmp_path: Path
+) -> None:
     fit = tiny_fit(steps=3)
     task = detr_distillation(fit, named=named)
     for step, batch in enumerate(three_steps(tmp_path, fit)):
         parts = task.train_step(batch, step)
         assert set(parts) - diagnosis.NAMES == ALWAYS | CKG | (NAMED if step else set())
         assert_finite(task, parts)
-        assert all(abs(v) > 1e-9 for name, v in values(parts).items() if name not in diagnosis.NAMES), values(parts)
+        assert all(
+            abs(v) > 1e-9
+            for name, v in values(parts).items()
+            if name not in diagnosis.NAMES
+        ), values(parts)
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -86,7 +127,13 @@ def test_every_named_loss_is_active_before_and_after_the_burn_up(named: bool, tm
         pytest.param([A, B], [A, B_OTHER], id="no private"),
     ],
 )
-def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_finite(
+    cloud: list[Any],
+    clip: list[Any],
+    step: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fit = tiny_fit(steps=1)
     task = detr_distillation(fit, burn_up=5)
     (batch,) = three_steps(tmp_path, fit)
@@ -101,12 +148,17 @@ def test_every_step_is_finite(cloud: list[Any], clip: list[Any], step: int, tmp_
 
 def test_objects_are_listed_image_by_image_and_kind_by_kind() -> None:
     both = separation(consistent=[A], inconsistent=[B], private=[C])
-    objects = all_objects([both, separation(), separation(private=[A])], [SIZE, SIZE, SIZE], 3)
+    objects = all_objects(
+        [both, separation(), separation(private=[A])], [SIZE, SIZE, SIZE], 3
+    )
     assert objects.starts == (0, 3, 3, 4)
     assert objects.kinds.tolist() == [CONSISTENT, INCONSISTENT, PRIVATE, PRIVATE]
     torch.testing.assert_close(objects.boxes[0], torch.tensor([17.0, 16, 26, 24]) / 64)
     assert objects.targets[0].tolist() == [1, 0, 0]
-    torch.testing.assert_close(objects.targets[1], (both.inconsistent.cloud.probs + both.inconsistent.clip.probs)[0, :-1] / 2)
+    torch.testing.assert_close(
+        objects.targets[1],
+        (both.inconsistent.cloud.probs + both.inconsistent.clip.probs)[0, :-1] / 2,
+    )
     torch.testing.assert_close(objects.targets[2], both.private.probs[0, :-1])
 
 
@@ -119,7 +171,9 @@ def test_unsure_vectors_name_nothing_and_sure_ones_only_inconsistent_pairs() -> 
     assert torch.equal(named.targets[0], objects.targets[0])
 
 
-def test_without_names_pairs_are_objects_and_private_boxes_as_sure_as_their_teacher() -> None:
+def test_without_names_pairs_are_objects_and_private_boxes_as_sure_as_their_teacher() -> (
+    None
+):
     one = separation(consistent=[A], inconsistent=[B], private=[C])
     plain = all_objects([one], [SIZE], 3).without_names()
     assert plain.kinds.tolist() == [CONSISTENT, CONSISTENT, PRIVATE]
@@ -128,19 +182,30 @@ def test_without_names_pairs_are_objects_and_private_boxes_as_sure_as_their_teac
 
 
 def by_hand(kinds: list[int], logits: Tensor) -> tuple[Answers, Objects]:
-    """One image, one layer; query i stands for object i, the last one for nothing. Each found box is .1 too far right."""
+    """One image, one layer; query i stands for object i, the last one for nothing. Each
+    found box is .1 too far right."""
     count = len(kinds)
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(count, 1)
     objects = Objects(boxes, torch.eye(3)[:count], torch.tensor(kinds), (0, count))
     found = torch.cat([boxes, boxes[:1]]) + torch.tensor([0.1, 0, 0, 0])
     rows = torch.tensor([[[*range(count), NONE]]])
-    return Answers(logits, found[None, None], rows, torch.ones(1, count + 1, dtype=torch.bool)), objects
+    return (
+        Answers(
+            logits, found[None, None], rows, torch.ones(1, count + 1, dtype=torch.bool)
+        ),
+        objects,
+    )
 
 
 def test_each_kind_of_object_has_its_own_losses() -> None:
     logits = torch.zeros(1, 1, 4, 3, requires_grad=True)
     answers, objects = by_hand([CONSISTENT, INCONSISTENT, PRIVATE], logits)
-    for kinds, touched in [((NOTHING, CONSISTENT), [0, 3]), ((INCONSISTENT,), [1]), ((PRIVATE,), [2]), ((UNSURE,), [])]:
+    for kinds, touched in [
+        ((NOTHING, CONSISTENT), [0, 3]),
+        ((INCONSISTENT,), [1]),
+        ((PRIVATE,), [2]),
+        ((UNSURE,), []),
+    ]:
         (gradient,) = torch.autograd.grad(answers.class_loss(objects, *kinds), logits)
         assert gradient[0, 0].abs().sum(1).nonzero()[:, 0].tolist() == touched, kinds
     boxes = answers.box_losses(objects, CONSISTENT, INCONSISTENT)
@@ -150,11 +215,15 @@ def test_each_kind_of_object_has_its_own_losses() -> None:
 
 def test_matching_takes_the_closest_query_for_each_object_whatever_its_kind() -> None:
     objects = all_objects([separation(consistent=[A], private=[C])], [SIZE], 3)
-    boxes = torch.cat([objects.boxes.flip(0), torch.tensor([[0.1, 0.9, 0.1, 0.1]])])[None, None]
+    boxes = torch.cat([objects.boxes.flip(0), torch.tensor([[0.1, 0.9, 0.1, 0.1]])])[
+        None, None
+    ]
     found = assigned(torch.zeros(1, 1, 3, 3), boxes, objects)
     assert found.rows[0, 0].tolist() == [1, 0, NONE]
     usable = torch.tensor([[False, True, True]])
-    assert assigned(torch.zeros(1, 1, 3, 3), boxes, objects, usable).rows[0, 0].tolist() == [NONE, 0, 1]
+    assert assigned(torch.zeros(1, 1, 3, 3), boxes, objects, usable).rows[
+        0, 0
+    ].tolist() == [NONE, 0, 1]
 
 
 def test_main_queries_do_not_see_the_replayed_ones() -> None:
@@ -168,7 +237,11 @@ def test_main_queries_do_not_see_the_replayed_ones() -> None:
     assert theirs.replayed is not None
     torch.testing.assert_close(ours.decoder.logits, theirs.decoder.logits)
     torch.testing.assert_close(ours.decoder.boxes, theirs.decoder.boxes)
-    assert not [name for name in ours.supervised_losses(alone.config) if name.startswith("replayed")]
+    assert not [
+        name
+        for name in ours.supervised_losses(alone.config)
+        if name.startswith("replayed")
+    ]
 
 
 def test_replayed_rois_stand_for_the_pair_they_were_sampled_on() -> None:
@@ -178,11 +251,18 @@ def test_replayed_rois_stand_for_the_pair_they_were_sampled_on() -> None:
     rows, real = view.replayed.rows[0], view.replayed.real
     assert not real[0].any()
     target = view.targets[1]
-    assert rows[1][real[1]].tolist() == [1] * len(target.consistent) + [2] * len(target.inconsistent)
+    assert rows[1][real[1]].tolist() == [1] * len(target.consistent) + [2] * len(
+        target.inconsistent
+    )
     assert len(target.consistent) > 0
     assert len(target.inconsistent) > 0
     shown = view.objects.boxes[rows[1][real[1]]] * 64
-    torch.testing.assert_close(torch.cat([shown[:, :2] - shown[:, 2:] / 2, shown[:, :2] + shown[:, 2:] / 2], 1), target.boxes)
+    torch.testing.assert_close(
+        torch.cat(
+            [shown[:, :2] - shown[:, 2:] / 2, shown[:, :2] + shown[:, 2:] / 2], 1
+        ),
+        target.boxes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,12 +274,16 @@ def test_replayed_rois_stand_for_the_pair_they_were_sampled_on() -> None:
         ("alignment", {"alignment"}),
     ],
 )
-def test_a_weight_of_zero_removes_its_kind(kind: str, losses: set[str], tmp_path: Path) -> None:
+def test_a_weight_of_zero_removes_its_kind(
+    kind: str, losses: set[str], tmp_path: Path
+) -> None:
     fit = tiny_fit(steps=1)
     (batch,) = three_steps(tmp_path, fit)
     task = detr_distillation(fit, burn_up=5, inconsistent_from=0, **{kind: 0.0})
     parts = values(task.train_step(batch, 0))
-    assert {name for name, value in parts.items() if value == 0} - diagnosis.NAMES == losses
+    assert {
+        name for name, value in parts.items() if value == 0
+    } - diagnosis.NAMES == losses
 
 
 def test_each_kind_pulls_on_the_decoder_and_through_the_auxiliary_head() -> None:
@@ -209,47 +293,80 @@ def test_each_kind_pulls_on_the_decoder_and_through_the_auxiliary_head() -> None
     groups = {
         "consistent": view.supervised_losses(student.config),
         "private": view.private_losses(),
-        "inconsistent": view.inconsistent_losses(lambda embedded, pairs: (sure.expand(len(embedded), -1), 0.5), per_region=True),
+        "inconsistent": view.inconsistent_losses(
+            lambda embedded, pairs: (sure.expand(len(embedded), -1), 0.5),
+            per_region=True,
+        ),
     }
-    places = [student.base.decoder.layers[0].attention.value.weight, student.head.transformation.layers[0].weight]
+    places = [
+        student.base.decoder.layers[0].attention.value.weight,
+        student.head.transformation.layers[0].weight,
+    ]
     for kind, losses in groups.items():
-        gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), places, retain_graph=True)
+        gradients = torch.autograd.grad(
+            torch.stack(list(losses.values())).sum(), places, retain_graph=True
+        )
         assert all(bool(g.any()) for g in gradients), kind
-    unsure = view.inconsistent_losses(lambda embedded, pairs: (sure.expand(len(embedded), -1), 0.9), per_region=True)
+    unsure = view.inconsistent_losses(
+        lambda embedded, pairs: (sure.expand(len(embedded), -1), 0.9), per_region=True
+    )
     assert values(unsure) == {"inconsistent": 0.0, "inconsistent_queries": 0.0}
 
 
-def test_ckg_aligns_gradients_of_the_auxiliary_heads_transformation(tmp_path: Path) -> None:
+def test_ckg_aligns_gradients_of_the_auxiliary_heads_transformation(
+    tmp_path: Path,
+) -> None:
     fit = tiny_fit(steps=1)
     (batch,) = three_steps(tmp_path, fit)
     task = detr_distillation(fit)
     size = common_size(batch.weak)
-    view = look_with_queries(task.student, batch.strong, size, task.separate(batch, False, size), batch.generators)  # type: ignore[arg-type]
+    view = look_with_queries(
+        task.student,
+        batch.strong,
+        size,
+        task.separate(batch, False, size),
+        batch.generators,
+    )  # type: ignore[arg-type]
     before = [p.detach().clone() for p in task.ckg.parameters()]
     assert set(task.train_ckg(view, 5)) - diagnosis.NAMES == CKG
-    assert any(not torch.equal(a, b) for a, b in zip(before, task.ckg.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(before, task.ckg.parameters(), strict=True)
+    )
     assert all(p.grad is None for p in task.student.parameters())
 
 
-def test_the_teacher_starts_as_the_student_of_the_burn_up_and_then_follows(tmp_path: Path) -> None:
+def test_the_teacher_starts_as_the_student_of_the_burn_up_and_then_follows(
+    tmp_path: Path,
+) -> None:
     fit = tiny_fit(steps=3)
     task = detr_distillation(fit, burn_up=1, teacher_rate=0.25)
     for step, batch in enumerate(three_steps(tmp_path, fit)):
-        teacher, student = ({n: t.clone() for n, t in m.state_dict().items()} for m in (task.teacher, task.student))
+        teacher, student = (
+            {n: t.clone() for n, t in m.state_dict().items()}
+            for m in (task.teacher, task.student)
+        )
         task.train_step(batch, step)
         wanted = {0: 0.0, 1: 1.0, 2: 0.25}[step]
         for name, value in task.teacher.state_dict().items():
             torch.testing.assert_close(value, teacher[name].lerp(student[name], wanted))
 
 
-def test_what_the_clip_detector_saw_stays_beside_the_teachers_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_clip_detector_saw_stays_beside_the_teachers_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = tiny_fit(steps=1)
     (batch,) = three_steps(tmp_path, fit)
     task = detr_distillation(fit)
-    stored, found = detections((A[0], 0, 0.4), (B[0], 1, 0.9)), detections((A[0], 0, 0.6), (B[0], 1, 0.5), (C[0], 2, 0.3))
+    stored, found = (
+        detections((A[0], 0, 0.4), (B[0], 1, 0.9)),
+        detections((A[0], 0, 0.6), (B[0], 1, 0.5), (C[0], 2, 0.3)),
+    )
     batch.knowledge["clip"] = [stored] * len(batch.weak)
-    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: [found] * len(images))
-    (both, *_) = task.second_opinions(batch, common_size(batch.weak))
+    monkeypatch.setattr(
+        task, "look_with_teacher", lambda images, size: [found] * len(images)
+    )
+    both, *_ = task.second_opinions(batch, common_size(batch.weak))
     assert sorted(zip(both.labels.tolist(), both.scores.tolist(), strict=True)) == [
         (0, pytest.approx(0.6)),
         (1, pytest.approx(0.9)),
@@ -269,11 +386,17 @@ def test_bfloat16_forward_leaves_losses_and_weights_in_float32(tmp_path: Path) -
 
 def test_lone_opinions_are_all_private() -> None:
     """Without a pair there is nothing to replay, and no box to learn."""
-    alone = Separation(pairs(Detections.empty(3), Detections.empty(3)), pairs(Detections.empty(3), Detections.empty(3)), detections(A, C))
+    alone = Separation(
+        pairs(Detections.empty(3), Detections.empty(3)),
+        pairs(Detections.empty(3), Detections.empty(3)),
+        detections(A, C),
+    )
     student = tiny_co_detr()
     view = seen(student, alone, alone)
     parts = values(view.supervised_losses(student.config))
-    assert {parts[name] for name in parts if name.endswith(("_l1", "_giou", "boxes"))} == {0.0}
+    assert {
+        parts[name] for name in parts if name.endswith(("_l1", "_giou", "boxes"))
+    } == {0.0}
     assert parts["decoder_class"] > 0
     assert values(view.private_losses())["private_queries"] > 0
 
@@ -284,20 +407,35 @@ def test_with_two_heads_the_atss_head_trains_the_encoder_as_well() -> None:
     losses = seen(student, alone).supervised_losses(student.config)
     parts = {"atss_class", "atss_giou", "atss_centerness"}
     assert set(losses) == REGIONAL | QUERIES | parts
-    assert set(seen(tiny_co_detr(), alone).supervised_losses(student.config)) == REGIONAL | QUERIES
+    assert (
+        set(seen(tiny_co_detr(), alone).supervised_losses(student.config))
+        == REGIONAL | QUERIES
+    )
     torch.stack([losses[name] for name in parts]).sum().backward()  # type: ignore[no-untyped-call]
-    reached = {n for n, p in student.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    reached = {
+        n
+        for n, p in student.named_parameters()
+        if p.grad is not None and bool(p.grad.any())
+    }
     assert any(n.startswith("base.encoder.") for n in reached)
-    assert not any(n.startswith(("base.decoder.", "head.", "proposals.")) for n in reached)
+    assert not any(
+        n.startswith(("base.decoder.", "head.", "proposals.")) for n in reached
+    )
 
 
-def test_the_atss_head_leaves_out_what_is_disputed_or_private(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_atss_head_leaves_out_what_is_disputed_or_private(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     student = tiny_co_detr(network=tiny_network(auxiliary=("rcnn", "atss")))
     asked: list[Any] = []
     head = student.atss
     assert head is not None
     original = head.forward
-    monkeypatch.setattr(head, "forward", lambda maps, targets: asked.extend(targets) or original(maps, targets))
+    monkeypatch.setattr(
+        head,
+        "forward",
+        lambda maps, targets: asked.extend(targets) or original(maps, targets),
+    )
     view = seen(student, separation([A], inconsistent=[B], private=[C]), separation())
     assert all(bool(v.isfinite()) for v in view.dense.values())
     every, nothing = asked

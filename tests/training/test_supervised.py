@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from coin_ray.config import Detector
+from coin_ray.config.co_detr import tiny
+from coin_ray.config.detector_presets import small
+from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data.examples import Batch, Example, batches
-from coin_ray.detectors.config import DetectorConfig
-from coin_ray.detectors.presets import small
-from coin_ray.models.co_detr.config import tiny
 from coin_ray.stages.train_detector import make, new_model
 from coin_ray.structures import Detections
 from coin_ray.training.supervised import Supervised, groups
@@ -29,16 +29,28 @@ def config(**changes: Any) -> DetectorConfig:
 def labelled(folder: Path) -> list[Example]:
     found = examples(folder)
     empty = Detections.empty(3)
-    return [Example(e.image_id, e.uri, {"labels": replace_scores(e.knowledge["labels"]), "ignored": empty}) for e in found]
+    return [
+        Example(
+            e.image_id,
+            e.uri,
+            {"labels": replace_scores(e.knowledge["labels"]), "ignored": empty},
+        )
+        for e in found
+    ]
 
 
 def replace_scores(found: Detections) -> Detections:
-    return Detections(found.boxes, torch.ones_like(found.scores), found.labels, found.probs)
+    return Detections(
+        found.boxes, torch.ones_like(found.scores), found.labels, found.probs
+    )
 
 
 def steps(task: Supervised, given: list[Example], count: int) -> list[dict[str, float]]:
     source = batches(given, task.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
-    return [{n: float(v) for n, v in task.train_step(next(source), step).items()} for step in range(count)]
+    return [
+        {n: float(v) for n, v in task.train_step(next(source), step).items()}
+        for step in range(count)
+    ]
 
 
 def task(settings: DetectorConfig, epoch: int = 2) -> Supervised:
@@ -48,13 +60,34 @@ def task(settings: DetectorConfig, epoch: int = 2) -> Supervised:
 def test_components_are_the_parts_of_the_objective(tmp_path: Path) -> None:
     settings = config(co_detr=tiny(denoising=4))
     (found,) = steps(task(settings), labelled(tmp_path), 1)
-    assert set(found) == {"decoder", "proposals", "rcnn", "atss", "rcnn_queries", "atss_queries", "denoising"}
+    assert set(found) == {
+        "decoder",
+        "proposals",
+        "rcnn",
+        "atss",
+        "rcnn_queries",
+        "atss_queries",
+        "denoising",
+    }
     model = new_model(settings)
-    batch = next(batches(labelled(tmp_path), settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1))
+    batch = next(
+        batches(
+            labelled(tmp_path), settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1
+        )
+    )
     from coin_ray.training.supervised import target
 
-    targets = [target(a, b) for a, b in zip(batch.knowledge["labels"], batch.knowledge["ignored"], strict=True)]
-    whole = model.objective(model.base.prepare(batch.strong), targets, torch.Generator().manual_seed(batch.generators[0].initial_seed()))
+    targets = [
+        target(a, b)
+        for a, b in zip(
+            batch.knowledge["labels"], batch.knowledge["ignored"], strict=True
+        )
+    ]
+    whole = model.objective(
+        model.base.prepare(batch.strong),
+        targets,
+        torch.Generator().manual_seed(batch.generators[0].initial_seed()),
+    )
     assert sum(found.values()) == pytest.approx(float(whole.total.detach()), rel=1e-4)
 
 
@@ -65,37 +98,59 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"average": 0.9}])
-def test_parts_and_averages_train_as_well(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_parts_and_averages_train_as_well(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     settings = config(**changes)
     own = task(settings)
     before = {n: v.clone() for n, v in own.shipped.state_dict().items()}
-    assert all(value < float("inf") for found in steps(own, labelled(tmp_path), 3) for value in found.values())
-    assert any(not torch.equal(v, before[n]) for n, v in own.shipped.state_dict().items())
+    assert all(
+        value < float("inf")
+        for found in steps(own, labelled(tmp_path), 3)
+        for value in found.values()
+    )
+    assert any(
+        not torch.equal(v, before[n]) for n, v in own.shipped.state_dict().items()
+    )
 
 
 def test_half_precision_trains(tmp_path: Path) -> None:
     settings = config()
     settings = replace(settings, fit=replace(settings.fit, amp=True))
-    assert all(value < float("inf") for found in steps(task(settings), labelled(tmp_path), 2) for value in found.values())
+    assert all(
+        value < float("inf")
+        for found in steps(task(settings), labelled(tmp_path), 2)
+        for value in found.values()
+    )
 
 
-def test_an_average_follows_the_trained_weights_and_is_what_is_shipped(tmp_path: Path) -> None:
+def test_an_average_follows_the_trained_weights_and_is_what_is_shipped(
+    tmp_path: Path,
+) -> None:
     own = task(config(average=0.5))
     steps(own, labelled(tmp_path), 1)
     assert own.average is not None
     assert all(
-        torch.equal(a, b) for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True)
     )  # the first step counts whole
     steps(own, labelled(tmp_path), 2)
     assert own.shipped is own.average
-    assert not all(torch.equal(a, b) for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True))
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True)
+    )
 
 
 def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     given, settings = labelled(tmp_path), config(average=0.9)
     whole, first, second = task(settings), task(settings), task(settings)
-    source = list(batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1))
-    again = list(batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1))
+    source = list(
+        batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
+    )
+    again = list(
+        batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
+    )
     for step, batch in enumerate(source[:4]):
         whole.train_step(batch, step)
     for step, batch in enumerate(again[:2]):
@@ -103,7 +158,14 @@ def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     second.load_state_dict(first.state_dict())
     for step, batch in enumerate(again[2:4], start=2):
         second.train_step(batch, step)
-    assert all(torch.equal(a, b) for a, b in zip(whole.shipped.state_dict().values(), second.shipped.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            whole.shipped.state_dict().values(),
+            second.shipped.state_dict().values(),
+            strict=True,
+        )
+    )
     assert whole.seen == second.seen
 
 
@@ -111,10 +173,18 @@ def nothing(count: int = 2) -> Batch:
     empty = [Detections.empty(3)] * count
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * count
-    return Batch(images, images, {"labels": empty, "ignored": empty}, generators, [False] * len(images))
+    return Batch(
+        images,
+        images,
+        {"labels": empty, "ignored": empty},
+        generators,
+        [False] * len(images),
+    )
 
 
-def test_an_epoch_without_a_positive_warns_with_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_epoch_without_a_positive_warns_with_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     own = task(config(co_detr=tiny()), epoch=2)
     with caplog.at_level(logging.WARNING):
         for step in range(2):
@@ -122,10 +192,14 @@ def test_an_epoch_without_a_positive_warns_with_counts(tmp_path: Path, caplog: p
             assert all(bool(torch.isfinite(v)) for v in found.values())
             assert sum(float(v) for v in found.values()) > 0
     (record,) = caplog.records
-    assert record.getMessage().startswith("epoch 1: atss and rcnn saw no positive. Objects: 0; positives: atss 0, rcnn 0.")
+    assert record.getMessage().startswith(
+        "epoch 1: atss and rcnn saw no positive. Objects: 0; positives: atss 0, rcnn 0."
+    )
 
 
-def test_an_epoch_with_positives_does_not_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_epoch_with_positives_does_not_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         steps(task(config()), labelled(tmp_path), 4)
     assert not caplog.records
@@ -144,5 +218,11 @@ def test_backbone_and_offsets_have_rates_of_their_own() -> None:
 
 
 def test_arms_start_from_the_same_detector() -> None:
-    plain, both = new_model(config(co_detr=tiny(auxiliary=()))), new_model(config(co_detr=tiny()))
-    assert all(torch.equal(v, both.base.state_dict()[n]) for n, v in plain.base.state_dict().items())
+    plain, both = (
+        new_model(config(co_detr=tiny(auxiliary=()))),
+        new_model(config(co_detr=tiny())),
+    )
+    assert all(
+        torch.equal(v, both.base.state_dict()[n])
+        for n, v in plain.base.state_dict().items()
+    )

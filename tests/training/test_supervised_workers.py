@@ -1,4 +1,5 @@
-"""A step on two workers is the step on one, where images are equally large (group norms see the padding) and nothing is drawn at random."""
+"""A step on two workers is the step on one, where images are equally large (group norms
+see the padding) and nothing is drawn at random."""
 
 from __future__ import annotations
 
@@ -15,17 +16,30 @@ from builders import CLASSES, detections
 from PIL import Image
 
 from coin_ray.config import Detector
+from coin_ray.config.co_detr import Backbone, tiny
+from coin_ray.config.detector_presets import small
 from coin_ray.data.examples import Example, batches
-from coin_ray.detectors.presets import small
-from coin_ray.models.co_detr.config import Backbone, tiny
 from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.stages.train_detector import make
 from coin_ray.structures import Detections
 from training.test_two_workers import free_port
 
-FIT = replace(small().fit, steps=3, batch=4, optimizer="sgd", lr=1e-3, warmup=0, clip_gradient=None)
+FIT = replace(
+    small().fit,
+    steps=3,
+    batch=4,
+    optimizer="sgd",
+    lr=1e-3,
+    warmup=0,
+    clip_gradient=None,
+)
 CONFIG = replace(
-    small(), classes=CLASSES, backbone=Backbone("tiny"), fit=FIT, average=0.9, co_detr=tiny(auxiliary=("atss",), max_positives=300)
+    small(),
+    classes=CLASSES,
+    backbone=Backbone("tiny"),
+    fit=FIT,
+    average=0.9,
+    co_detr=tiny(auxiliary=("atss",), max_positives=300),
 )
 
 
@@ -35,8 +49,18 @@ def examples(folder: Path) -> list[Example]:
     for number in range(6):
         uri = folder / f"{number}.png"
         Image.fromarray(draw.integers(0, 255, (64, 64, 3), np.uint8)).save(uri)
-        labels = detections(((4, 4, 40, 44), number % 3, 1.0), ((30, 20, 60, 60), 1, 1.0)) if number else Detections.empty(3)
-        made.append(Example(str(number), str(uri), {"labels": labels, "ignored": Detections.empty(3)}))
+        labels = (
+            detections(((4, 4, 40, 44), number % 3, 1.0), ((30, 20, 60, 60), 1, 1.0))
+            if number
+            else Detections.empty(3)
+        )
+        made.append(
+            Example(
+                str(number),
+                str(uri),
+                {"labels": labels, "ignored": Detections.empty(3)},
+            )
+        )
     return made
 
 
@@ -45,7 +69,15 @@ def train(folder: str) -> dict[str, Any]:
     task = make(CONFIG, FIT, epoch=2)
     losses = []
     views = Detector(short_side=64, long_side=64)
-    source = batches(examples(Path(folder)), FIT, views, seed=2, first=0, rank=worker_rank(), workers=worker_count())
+    source = batches(
+        examples(Path(folder)),
+        FIT,
+        views,
+        seed=2,
+        first=0,
+        rank=worker_rank(),
+        workers=worker_count(),
+    )
     for step, batch in enumerate(source):
         parts = task.train_step(batch, step)
         losses.append({n: float(all_sum(v.double())) for n, v in sorted(parts.items())})
@@ -66,7 +98,15 @@ def test_two_workers_equal_one(tmp_path: Path) -> None:
     alone = train(str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"worker{rank}.pt", weights_only=True)
-        for step, (parts, wanted) in enumerate(zip(found["losses"], alone["losses"], strict=True)):
+        for step, (parts, wanted) in enumerate(
+            zip(found["losses"], alone["losses"], strict=True)
+        ):
             assert parts == pytest.approx(wanted, abs=1e-4, rel=1e-4), f"step {step}"
         for name, value in alone["weights"].items():
-            torch.testing.assert_close(found["weights"][name], value, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found["weights"][name],
+                value,
+                atol=1e-4,
+                rtol=1e-4,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )

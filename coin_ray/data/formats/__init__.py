@@ -1,8 +1,10 @@
-"""Annotated images in the formats people have, as one record type. Foreign formats end here.
+"""Annotated images in the formats people have, as one record type. Foreign formats end
+here.
 
     FOLDER or FOLDER#SPLIT  -- read -->  Dataset of Record  -- write -->  FOLDER
 
-docs/formats.md says where each format is looked for, and how its boxes and flags are understood.
+docs/formats.md says where each format is looked for, and how its boxes and flags are
+understood.
 """
 
 from __future__ import annotations
@@ -14,10 +16,28 @@ import numpy as np
 
 from coin_ray import storage
 from coin_ray.data.formats import bdd100k, cityscapes, coco, kitti, voc, yolo
-from coin_ray.data.formats.record import IMAGE_SUFFIXES, Annotation, Dataset, Place, Record, check_name, known_names, parallel, stem
+from coin_ray.data.formats.record import (
+    IMAGE_SUFFIXES,
+    Annotation,
+    Dataset,
+    Place,
+    Record,
+    check_name,
+    known_names,
+    parallel,
+    stem,
+)
 from coin_ray.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "READABLE", "Annotation", "Dataset", "Record", "read", "write"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "READABLE",
+    "Annotation",
+    "Dataset",
+    "Record",
+    "read",
+    "write",
+]
 
 READABLE = "COCO, VOC, YOLO, KITTI, BDD100K or Cityscapes"
 IMAGE_FOLDERS = {
@@ -31,9 +51,11 @@ IMAGE_FOLDERS = {
 
 
 def read(place: str) -> Dataset:
-    """Images and annotations of ``FOLDER`` or ``FOLDER#SPLIT``, local or any URI; the format is known by its files.
+    """Images and annotations of ``FOLDER`` or ``FOLDER#SPLIT``, local or any URI; the
+    format is known by its files.
 
-    A folder in no known format is a plain one: its images, none of them annotated. Raises InputError naming file and line.
+    A folder in no known format is a plain one: its images, none of them annotated.
+    Raises InputError naming file and line.
     """
     opened = Place.open(place)
     for module in (coco, voc, yolo, kitti, cityscapes, bdd100k):
@@ -41,9 +63,18 @@ def read(place: str) -> Dataset:
             dataset: Dataset = module.read(opened)
             return dataset
     if opened.split:
-        raise InputError(f"{opened.root} has no split {opened.split!r}: it is not in the format {READABLE}")
+        raise InputError(
+            f"{opened.root} has no split {opened.split!r}: it is not in the format"
+            f" {READABLE}"
+        )
     paths = opened.below("", *IMAGE_SUFFIXES)
-    return Dataset("folder", tuple(Record.of(path, opened.uris[path], (0, 0), [], annotated=False) for path in paths))
+    return Dataset(
+        "folder",
+        tuple(
+            Record.of(path, opened.uris[path], (0, 0), [], annotated=False)
+            for path in paths
+        ),
+    )
 
 
 def write(
@@ -54,13 +85,17 @@ def write(
     names: Sequence[str] = (),
     drop_difficult: bool = False,
 ) -> None:
-    """Labels in a format of ``IMAGE_FOLDERS`` and copies of the images, below ``place``.
+    """Labels in a format of ``IMAGE_FOLDERS`` and copies of the images, below
+    ``place``.
 
-    ``names``: class names in the order that numbers them; those not given follow. YOLO and KITTI can't mark a box as difficult:
-    such boxes are an InputError, or are left out.
+    ``names``: class names in the order that numbers them; those not given follow. YOLO
+    and KITTI can't mark a box as difficult: such boxes are an InputError, or are left
+    out.
     """
     if format not in IMAGE_FOLDERS:
-        raise InputError(f"can't write {format!r}; known are {', '.join(IMAGE_FOLDERS)}")
+        raise InputError(
+            f"can't write {format!r}; known are {', '.join(IMAGE_FOLDERS)}"
+        )
     place = storage.absolute(place)
     if drop_difficult:
         records = [_without_difficult(r) for r in records]
@@ -85,8 +120,15 @@ def write(
 
 def _without_difficult(record: Record) -> Record:
     kept = ~record.difficult
-    labels = tuple(label for label, keep in zip(record.labels, kept, strict=True) if keep)
-    return replace(record, boxes=record.boxes[kept], labels=labels, difficult=np.zeros(len(labels), np.bool_))
+    labels = tuple(
+        label for label, keep in zip(record.labels, kept, strict=True) if keep
+    )
+    return replace(
+        record,
+        boxes=record.boxes[kept],
+        labels=labels,
+        difficult=np.zeros(len(labels), np.bool_),
+    )
 
 
 def _check_files(records: Sequence[Record], with_suffix: bool) -> None:
@@ -97,7 +139,10 @@ def _check_files(records: Sequence[Record], with_suffix: bool) -> None:
             raise InputError(f"{record.file!r} is no path of a file inside a folder")
         key = record.file if with_suffix else stem(record.file)
         if key in taken:
-            raise InputError(f"{record.file} and {taken[key]} would share one label file; rename one of them")
+            raise InputError(
+                f"{record.file} and {taken[key]} would share one label file; rename one"
+                " of them"
+            )
         taken[key] = record.file
         if record.annotated and not (record.width > 0 and record.height > 0):
             raise InputError(f"{record.uri} has no known size; is it an image?")
@@ -106,12 +151,18 @@ def _check_files(records: Sequence[Record], with_suffix: bool) -> None:
 def _check_flags(records: Sequence[Record], format: str) -> None:  # noqa: A002
     for record in records:
         flags = zip(record.labels, record.difficult, strict=True)
-        if format == "kitti" and any(difficult != (label == kitti.IGNORED) for label, difficult in flags):
+        if format == "kitti" and any(
+            difficult != (label == kitti.IGNORED) for label, difficult in flags
+        ):
             raise InputError(
-                f"{record.file}: in KITTI {kitti.IGNORED} and only {kitti.IGNORED} is difficult; drop_difficult=True leaves those out"
+                f"{record.file}: in KITTI {kitti.IGNORED} and only {kitti.IGNORED} is"
+                " difficult; drop_difficult=True leaves those out"
             )
         if format == "yolo" and record.difficult.any():
-            raise InputError(f"{record.file}: YOLO can't mark boxes as difficult; drop_difficult=True leaves them out")
+            raise InputError(
+                f"{record.file}: YOLO can't mark boxes as difficult;"
+                " drop_difficult=True leaves them out"
+            )
 
 
 def _copy(record: Record, target: str) -> None:

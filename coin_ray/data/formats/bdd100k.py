@@ -1,8 +1,10 @@
-"""BDD100K (Scalabel): ``labels/det_20/det_SPLIT.json`` or ``labels/bdd100k_labels_images_SPLIT.json``, images below ``images/``.
+"""BDD100K (Scalabel): ``labels/det_20/det_SPLIT.json`` or
+``labels/bdd100k_labels_images_SPLIT.json``, images below ``images/``.
 
-Split ``SPLIT_daytime`` keeps the images whose ``timeofday`` is that word. ``box2d`` is taken as edges, as its decimals are: Scalabel's
-own conversion to COCO makes boxes a pixel wider and higher. Crowds count as difficult. Names of the two releases are read as one:
-bike, motor and pedestrian are bicycle, motorcycle and person.
+Split ``SPLIT_daytime`` keeps the images whose ``timeofday`` is that word. ``box2d`` is
+taken as edges, as its decimals are: Scalabel's own conversion to COCO makes boxes a
+pixel wider and higher. Crowds count as difficult. Names of the two releases are read as
+one: bike, motor and pedestrian are bicycle, motorcycle and person.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coin_ray import storage
-from coin_ray.data.formats.record import Annotation, Dataset, Place, Record, image_size, known_names, parallel, read_json
+from coin_ray.data.formats.record import (
+    Annotation,
+    Dataset,
+    Place,
+    Record,
+    image_size,
+    known_names,
+    parallel,
+    read_json,
+)
 
 STARTS = ("det_", "bdd100k_labels_images_")
 OTHER_NAMES = {"bike": "bicycle", "motor": "motorcycle", "pedestrian": "person"}
@@ -58,30 +69,62 @@ def recognises(place: Place) -> bool:
 
 def _by_split(place: Place) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in (p for p in place.below("", ".json") if p.startswith("labels/") or "/" not in p):
+    for path in (
+        p for p in place.below("", ".json") if p.startswith("labels/") or "/" not in p
+    ):
         name = path.rpartition("/")[2].removesuffix(".json")
-        found.update({name.removeprefix(start): path for start in STARTS if name.startswith(start)})
+        found.update(
+            {
+                name.removeprefix(start): path
+                for start in STARTS
+                if name.startswith(start)
+            }
+        )
     return found
 
 
 def read(place: Place) -> Dataset:
-    """Images that no file lists are left out; of two files for one split the later release counts. Raises InputError naming file and entry."""
+    """Images that no file lists are left out; of two files for one split the later
+    release counts. Raises InputError naming file and entry.
+    """
     split, _, time = place.split.partition("_")
     if time not in TIMES:
         split, time = place.split, ""
-    paths = replace(place, split=split).choose(_by_split(place), "det_*.json or bdd100k_labels_images_*.json")
+    paths = replace(place, split=split).choose(
+        _by_split(place), "det_*.json or bdd100k_labels_images_*.json"
+    )
     frames = [frame for path in paths for frame in _frames(place.uris[path])]
-    frames = [f for f in frames if not time or (f.attributes or {}).get("timeofday") == time]
+    frames = [
+        f for f in frames if not time or (f.attributes or {}).get("timeofday") == time
+    ]
     files = {
-        frame.name: place.image(frame.name, *(f"images/100k/{s}" for s in ([split] if split else _by_split(place)))) for frame in frames
+        frame.name: place.image(
+            frame.name,
+            *(f"images/100k/{s}" for s in ([split] if split else _by_split(place))),
+        )
+        for frame in frames
     }
 
     def record(frame: _Frame) -> Record | None:
         at = files[frame.name]
-        return None if at is None else Record.of(frame.name, place.uris[at], image_size(place.uris[at]), _annotations(frame))
+        return (
+            None
+            if at is None
+            else Record.of(
+                frame.name,
+                place.uris[at],
+                image_size(place.uris[at]),
+                _annotations(frame),
+            )
+        )
 
     records = tuple(r for r in parallel(record, frames) if r is not None)
-    return Dataset("bdd100k", records, known_names(records), tuple(name for name, at in files.items() if at is None))
+    return Dataset(
+        "bdd100k",
+        records,
+        known_names(records),
+        tuple(name for name, at in files.items() if at is None),
+    )
 
 
 def _frames(uri: str) -> list[_Frame]:
@@ -106,7 +149,10 @@ def _annotations(frame: _Frame) -> list[Annotation]:
 def write(records: Sequence[Record], root: str, split: str) -> None:
     """Images that are not annotated are left out."""
     content = [{"name": r.file, "labels": _labels(r)} for r in records if r.annotated]
-    storage.write_bytes(storage.join(root, "labels/det_20", f"det_{split}.json"), json.dumps(content).encode())
+    storage.write_bytes(
+        storage.join(root, "labels/det_20", f"det_{split}.json"),
+        json.dumps(content).encode(),
+    )
 
 
 def _labels(record: Record) -> list[dict[str, Any]]:

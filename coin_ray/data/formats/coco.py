@@ -1,4 +1,5 @@
-"""COCO detection: ``annotations.json`` beside ``images/``, ``_annotations.coco.json`` among the images, or ``annotations/instances_SPLIT.json``.
+"""COCO detection: ``annotations.json`` beside ``images/``, ``_annotations.coco.json``
+among the images, or ``annotations/instances_SPLIT.json``.
 
 Boxes are (left, top, width, height) from 0. Crowds count as difficult.
 """
@@ -13,7 +14,17 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coin_ray import storage
-from coin_ray.data.formats.record import IMAGE_SUFFIXES, Annotation, Dataset, Place, Record, image_size, known_names, parallel, read_json
+from coin_ray.data.formats.record import (
+    IMAGE_SUFFIXES,
+    Annotation,
+    Dataset,
+    Place,
+    Record,
+    image_size,
+    known_names,
+    parallel,
+    read_json,
+)
 from coin_ray.errors import InputError
 
 Key = int | str
@@ -57,13 +68,23 @@ def recognises(place: Place) -> bool:
 
 
 def _by_split(place: Place) -> dict[str, str]:
-    every = {name: path for name, path in place.stems("annotations", ".json").items() if "/" not in name}
-    instances = {name.removeprefix("instances_"): path for name, path in every.items() if name.startswith("instances_")}
+    every = {
+        name: path
+        for name, path in place.stems("annotations", ".json").items()
+        if "/" not in name
+    }
+    instances = {
+        name.removeprefix("instances_"): path
+        for name, path in every.items()
+        if name.startswith("instances_")
+    }
     return instances or every
 
 
 def read(place: Place) -> Dataset:
-    """Of a single file, images that it does not list count as without objects. Raises InputError naming file and entry."""
+    """Of a single file, images that it does not list count as without objects. Raises
+    InputError naming file and entry.
+    """
     single = next((name for name in SINGLE if name in place.uris), None)
     if single is not None and not place.split:
         return _read(place, single, "images", unlisted=True)
@@ -71,7 +92,8 @@ def read(place: Place) -> Dataset:
     chosen = place.choose(splits, "annotations/instances_*.json")
     if len(chosen) != 1:
         raise InputError(
-            f"{place.root} has several annotation files; say which: {' or '.join(f'{place.root}#{name}' for name in sorted(splits))}"
+            f"{place.root} has several annotation files; say which:"
+            f" {' or '.join(f'{place.root}#{name}' for name in sorted(splits))}"
         )
     name = next(n for n, path in splits.items() if path == chosen[0])
     return _read(place, chosen[0], name, unlisted=False)
@@ -81,21 +103,40 @@ def _read(place: Place, path: str, folder: str, unlisted: bool) -> Dataset:
     uri = place.uris[path]
     content = read_json(FILE, uri, "COCO json")
     found = _annotations(content, uri)
-    paths = {image.id: place.image(image.file_name, folder, f"images/{folder}", "images", "") for image in content.images}
+    paths = {
+        image.id: place.image(image.file_name, folder, f"images/{folder}", "images", "")
+        for image in content.images
+    }
 
     def record(image: _Image) -> Record | None:
         at = paths[image.id]
         if at is None:
             return None
-        size = (image.width, image.height) if image.width and image.height else image_size(place.uris[at])
+        size = (
+            (image.width, image.height)
+            if image.width and image.height
+            else image_size(place.uris[at])
+        )
         return Record.of(image.file_name, place.uris[at], size, found[image.id])
 
     records = [r for r in parallel(record, content.images) if r is not None]
     if unlisted:
         others = sorted(set(place.below("", *IMAGE_SUFFIXES)) - set(paths.values()))
-        records += parallel(lambda p: Record.of(p.removeprefix("images/"), place.uris[p], image_size(place.uris[p]), []), others)
-    missing = tuple(image.file_name for image in content.images if paths[image.id] is None)
-    return Dataset("coco", tuple(records), known_names(records, [c.name.strip() for c in content.categories]), missing)
+        records += parallel(
+            lambda p: Record.of(
+                p.removeprefix("images/"), place.uris[p], image_size(place.uris[p]), []
+            ),
+            others,
+        )
+    missing = tuple(
+        image.file_name for image in content.images if paths[image.id] is None
+    )
+    return Dataset(
+        "coco",
+        tuple(records),
+        known_names(records, [c.name.strip() for c in content.categories]),
+        missing,
+    )
 
 
 def _annotations(content: _File, uri: str) -> dict[Key, list[Annotation]]:
@@ -104,9 +145,18 @@ def _annotations(content: _File, uri: str) -> dict[Key, list[Annotation]]:
     for place, box in enumerate(content.annotations):
         if box.category_id not in names or box.image_id not in found:
             which = "category_id" if box.category_id not in names else "image_id"
-            raise InputError(f"{uri} is not COCO json: annotations.{place}.{which} {getattr(box, which)!r} is not in the file")
+            raise InputError(
+                f"{uri} is not COCO json: annotations.{place}.{which}"
+                f" {getattr(box, which)!r} is not in the file"
+            )
         left, top, width, height = box.bbox
-        found[box.image_id].append(Annotation((left, top, left + width, top + height), names[box.category_id], bool(box.iscrowd)))
+        found[box.image_id].append(
+            Annotation(
+                (left, top, left + width, top + height),
+                names[box.category_id],
+                bool(box.iscrowd),
+            )
+        )
     return found
 
 
@@ -116,11 +166,29 @@ def write(records: Sequence[Record], root: str, names: Sequence[str]) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for place, record in enumerate((r for r in records if r.annotated), start=1):
-        images.append({"id": place, "file_name": record.file, "width": record.width, "height": record.height})
-        for (left, top, right, bottom), label, difficult in zip(record.boxes.tolist(), record.labels, record.difficult, strict=True):
+        images.append(
+            {
+                "id": place,
+                "file_name": record.file,
+                "width": record.width,
+                "height": record.height,
+            }
+        )
+        for (left, top, right, bottom), label, difficult in zip(
+            record.boxes.tolist(), record.labels, record.difficult, strict=True
+        ):
             width, height = right - left, bottom - top
-            row = {"id": len(annotations) + 1, "image_id": place, "category_id": column[label], "bbox": [left, top, width, height]}
-            annotations.append(row | {"area": width * height, "iscrowd": int(difficult)})
+            row = {
+                "id": len(annotations) + 1,
+                "image_id": place,
+                "category_id": column[label],
+                "bbox": [left, top, width, height],
+            }
+            annotations.append(
+                row | {"area": width * height, "iscrowd": int(difficult)}
+            )
     categories = [{"id": number, "name": name} for name, number in column.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    storage.write_bytes(storage.join(root, "annotations.json"), json.dumps(content).encode())
+    storage.write_bytes(
+        storage.join(root, "annotations.json"), json.dumps(content).encode()
+    )

@@ -1,7 +1,9 @@
-"""PASCAL VOC: ``Annotations/*.xml``, ``JPEGImages/``, image lists in ``ImageSets/Main/*.txt``.
+"""PASCAL VOC: ``Annotations/*.xml``, ``JPEGImages/``, image lists in
+``ImageSets/Main/*.txt``.
 
-VOC counts pixels from 1 and names the first and the last one inside: edges are xmin - 1, ymin - 1, xmax, ymax (VOC devkit, where a
-box is xmax - xmin + 1 wide). Reading takes that 1 off, writing adds it.
+VOC counts pixels from 1 and names the first and the last one inside: edges are xmin -
+1, ymin - 1, xmax, ymax (VOC devkit, where a box is xmax - xmin + 1 wide). Reading takes
+that 1 off, writing adds it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from coin_ray.data.formats.record import (
 from coin_ray.data.formats.xml import parse
 from coin_ray.errors import InputError
 
-DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
+DIFFICULT = {
+    "": False,
+    "0": False,
+    "false": False,
+    "unspecified": False,
+    "1": True,
+    "true": True,
+}
 
 
 def recognises(place: Place) -> bool:
@@ -35,10 +44,21 @@ def recognises(place: Place) -> bool:
 
 def read(place: Place) -> Dataset:
     """Images without XML are not annotated. Raises InputError naming file and line."""
-    images, labels = place.stems("JPEGImages", *IMAGE_SUFFIXES), place.stems("Annotations", ".xml")
+    images, labels = (
+        place.stems("JPEGImages", *IMAGE_SUFFIXES),
+        place.stems("Annotations", ".xml"),
+    )
     lists = place.stems("ImageSets/Main", ".txt") if place.split else {}
-    chosen = [name for path in place.choose(lists, "list ImageSets/Main/*.txt") for name in place.listed(path, images)]
-    wanted = dict.fromkeys(chosen) if place.split else dict.fromkeys(sorted(images.keys() | labels.keys()))
+    chosen = [
+        name
+        for path in place.choose(lists, "list ImageSets/Main/*.txt")
+        for name in place.listed(path, images)
+    ]
+    wanted = (
+        dict.fromkeys(chosen)
+        if place.split
+        else dict.fromkeys(sorted(images.keys() | labels.keys()))
+    )
     present = [name for name in wanted if name in images]
 
     def record(name: str) -> Record:
@@ -48,22 +68,34 @@ def read(place: Place) -> Dataset:
         return _annotated(file, uri, place.uris[labels[name]])
 
     records = tuple(parallel(record, present))
-    return Dataset("voc", records, known_names(records), tuple(f"JPEGImages/{name}" for name in wanted if name not in images))
+    return Dataset(
+        "voc",
+        records,
+        known_names(records),
+        tuple(f"JPEGImages/{name}" for name in wanted if name not in images),
+    )
 
 
 def _annotated(file: str, uri: str, label_uri: str) -> Record:
     root, lines = parse(storage.read_bytes(label_uri), label_uri, "annotation")
-    found = [_object(node, f"{label_uri}:{lines[node]}") for node in root.iterfind("object")]
+    found = [
+        _object(node, f"{label_uri}:{lines[node]}") for node in root.iterfind("object")
+    ]
     sides = [root.findtext(f"size/{side}", "0") for side in ("width", "height")]
     width, height = (int(number(text, f"{label_uri}: size")) for text in sides)
-    return Record.of(file, uri, (width, height) if width and height else image_size(uri), found)
+    return Record.of(
+        file, uri, (width, height) if width and height else image_size(uri), found
+    )
 
 
 def _object(node: ET.Element, where: str) -> Annotation:
     label = (node.findtext("name") or "").strip()
     if not label:
         raise InputError(f"{where}: an object without <name>")
-    left, top, right, bottom = (number(node.findtext(f"bndbox/{edge}"), f"{where}: <{edge}>") for edge in ("xmin", "ymin", "xmax", "ymax"))
+    left, top, right, bottom = (
+        number(node.findtext(f"bndbox/{edge}"), f"{where}: <{edge}>")
+        for edge in ("xmin", "ymin", "xmax", "ymax")
+    )
     difficult = (node.findtext("difficult") or "").strip().lower()
     if difficult not in DIFFICULT:
         raise InputError(f"{where}: <difficult> must be 0 or 1, got {difficult!r}")
@@ -73,22 +105,39 @@ def _object(node: ET.Element, where: str) -> Annotation:
 def write(records: Sequence[Record], root: str, split: str) -> None:
     for record in records:
         if record.annotated:
-            storage.write_bytes(storage.join(root, "Annotations", f"{stem(record.file)}.xml"), _xml(record))
-    storage.write_bytes(storage.join(root, "ImageSets/Main", f"{split}.txt"), "".join(f"{stem(r.file)}\n" for r in records).encode())
+            storage.write_bytes(
+                storage.join(root, "Annotations", f"{stem(record.file)}.xml"),
+                _xml(record),
+            )
+    storage.write_bytes(
+        storage.join(root, "ImageSets/Main", f"{split}.txt"),
+        "".join(f"{stem(r.file)}\n" for r in records).encode(),
+    )
 
 
 def _xml(record: Record) -> bytes:
     root = ET.Element("annotation")
     _leaf(root, "filename", record.file)
     size = ET.SubElement(root, "size")
-    for side, value in (("width", record.width), ("height", record.height), ("depth", 3)):
+    for side, value in (
+        ("width", record.width),
+        ("height", record.height),
+        ("depth", 3),
+    ):
         _leaf(size, side, str(value))
-    for (left, top, right, bottom), label, difficult in zip(record.boxes.tolist(), record.labels, record.difficult, strict=True):
+    for (left, top, right, bottom), label, difficult in zip(
+        record.boxes.tolist(), record.labels, record.difficult, strict=True
+    ):
         node = ET.SubElement(root, "object")
         _leaf(node, "name", label)
         _leaf(node, "difficult", str(int(difficult)))
         box = ET.SubElement(node, "bndbox")
-        for edge, value in (("xmin", left + 1), ("ymin", top + 1), ("xmax", right), ("ymax", bottom)):
+        for edge, value in (
+            ("xmin", left + 1),
+            ("ymin", top + 1),
+            ("xmax", right),
+            ("ymax", bottom),
+        ):
             _leaf(box, edge, plain(value))
     ET.indent(root)
     return bytes(ET.tostring(root, "utf-8"))

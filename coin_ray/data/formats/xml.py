@@ -9,7 +9,8 @@ from coin_ray.errors import InputError
 
 
 def parse(data: bytes, uri: str, root: str) -> tuple[ET.Element, dict[ET.Element, int]]:
-    """The element <root>, and the line of each element. Entities of the file's own are refused: they can grow without end.
+    """The element <root>, and the line of each element. Entities of the file's own are
+    refused: they can grow without end.
 
     Raises InputError naming ``uri`` and the line.
     """
@@ -20,7 +21,10 @@ def parse(data: bytes, uri: str, root: str) -> tuple[ET.Element, dict[ET.Element
         lines[builder.start(tag, attributes)] = parser.CurrentLineNumber
 
     def refuse(*_: object) -> None:
-        raise InputError(f"{uri}:{parser.CurrentLineNumber}: entity declarations have no place in an annotation")
+        raise InputError(
+            f"{uri}:{parser.CurrentLineNumber}: entity declarations have no place in an"
+            " annotation"
+        )
 
     parser.StartElementHandler = start
     parser.EndElementHandler = builder.end
@@ -29,7 +33,9 @@ def parse(data: bytes, uri: str, root: str) -> tuple[ET.Element, dict[ET.Element
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
-        raise InputError(f"{uri}:{error.lineno}: not XML: {expat.ErrorString(error.code)}") from None
+        raise InputError(
+            f"{uri}:{error.lineno}: not XML: {expat.ErrorString(error.code)}"
+        ) from None
     found = builder.close()
     if found.tag != root:
         raise InputError(f"{uri}:1: expected <{root}>, got <{found.tag}>")

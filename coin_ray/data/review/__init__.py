@@ -1,1 +1,3 @@
-"""Labels go out to people, with what the teachers make of them, and come back corrected."""
+"""Labels go out to people, with what the teachers make of them, and come back
+corrected.
+"""

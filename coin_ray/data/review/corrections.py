@@ -1,4 +1,6 @@
-"""Corrections: images whose labels a person vouches for, as exports of review tools or as a labelled folder."""
+"""Corrections: images whose labels a person vouches for, as exports of review tools or
+as a labelled folder.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ SHOWN = 5
 
 
 def read(place: str) -> list[Review]:
-    """Of a JSON export of Label Studio, an export of CVAT (.xml or .zip), a folder exported by FiftyOne, or any labelled folder.
+    """Of a JSON export of Label Studio, an export of CVAT (.xml or .zip), a folder
+    exported by FiftyOne, or any labelled folder.
 
-    Annotated images of a folder count as reviewed; they are known by their bytes. Raises InputError for what can't be read.
+    Annotated images of a folder count as reviewed; they are known by their bytes.
+    Raises InputError for what can't be read.
     """
     place = storage.absolute(place)
     reader = FILES.get(place[place.rfind(".") :].lower())
@@ -39,12 +43,25 @@ def _review(record: Record) -> Review:
     image_id = hashlib.sha256(storage.read_bytes(record.uri)).hexdigest()
     kept = [n for n, difficult in enumerate(record.difficult) if not difficult]
     left = record.boxes[kept].tolist()
-    boxes = tuple(Box((a, b, c, d), record.labels[n]) for n, (a, b, c, d) in zip(kept, left, strict=True))
-    return Review(image_id, record.uri, record.file, record.width, record.height, boxes, reviewed=True)
+    boxes = tuple(
+        Box((a, b, c, d), record.labels[n])
+        for n, (a, b, c, d) in zip(kept, left, strict=True)
+    )
+    return Review(
+        image_id,
+        record.uri,
+        record.file,
+        record.width,
+        record.height,
+        boxes,
+        reviewed=True,
+    )
 
 
 def content(place: str) -> str:
-    """Sixteen hex digits that change with what ``read`` would find; of images in a folder names and sizes count. Empty if it is not there."""
+    """Sixteen hex digits that change with what ``read`` would find; of images in a
+    folder names and sizes count. Empty if it is not there.
+    """
     place = storage.absolute(place)
     try:
         if place.lower().endswith(tuple(FILES)):
@@ -54,18 +71,29 @@ def content(place: str) -> str:
         return ""
     found = hashlib.sha256(opened.split.encode())
     sizes = storage.file_sizes(opened.root)
-    for (path, uri), size in zip(sorted(opened.uris.items()), (sizes[name] for name in sorted(sizes)), strict=True):
-        said = str(size) if path.lower().endswith(IMAGE_SUFFIXES) else storage.digest(uri)
+    for (path, uri), size in zip(
+        sorted(opened.uris.items()),
+        (sizes[name] for name in sorted(sizes)),
+        strict=True,
+    ):
+        said = (
+            str(size) if path.lower().endswith(IMAGE_SUFFIXES) else storage.digest(uri)
+        )
         found.update(f"{path}\0{said}\0".encode())
     return found.hexdigest()[:16]
 
 
 def checked(
-    reviews: Iterable[Review], images: Mapping[str, Mapping[str, Any]], indexes: Mapping[str, int], place: str
+    reviews: Iterable[Review],
+    images: Mapping[str, Mapping[str, Any]],
+    indexes: Mapping[str, int],
+    place: str,
 ) -> list[dict[str, Any]]:
-    """Rows ``image_id``, ``boxes`` (within the image), ``labels`` of the reviewed images.
+    """Rows ``image_id``, ``boxes`` (within the image), ``labels`` of the reviewed
+    images.
 
-    ``images``: rows of ``tables.IMAGES`` by id. ``indexes``: number of the class by name. Raises InputError naming what does not fit the run.
+    ``images``: rows of ``tables.IMAGES`` by id. ``indexes``: number of the class by
+    name. Raises InputError naming what does not fit the run.
     """
     rows: dict[str, dict[str, Any]] = {}
     faults: list[str] = []
@@ -79,22 +107,41 @@ def checked(
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise InputError(f"corrections {place}: {'; '.join(faults[:SHOWN])}{more}")
     if not rows:
-        raise InputError(f"corrections {place}: no image in it is marked as reviewed (docs/own-data.md says how)")
+        raise InputError(
+            f"corrections {place}: no image in it is marked as reviewed"
+            " (docs/own-data.md says how)"
+        )
     return list(rows.values())
 
 
-def _faults(review: Review, image: Mapping[str, Any] | None, indexes: Mapping[str, int]) -> list[str]:
+def _faults(
+    review: Review, image: Mapping[str, Any] | None, indexes: Mapping[str, int]
+) -> list[str]:
     if image is None:
-        return [f"{review.name} is no image of this run: expected one of its training images, as the run read them"]
+        return [
+            f"{review.name} is no image of this run: expected one of its training"
+            " images, as the run read them"
+        ]
     if image["split"] != "train":
-        return [f"{review.name} is a {image['split']} image of this run; only training images can be corrected"]
+        return [
+            f"{review.name} is a {image['split']} image of this run; only training"
+            " images can be corrected"
+        ]
     size = image["width"], image["height"]
     if (review.width, review.height) != size:
-        return [f"{review.name} is {size[0]} x {size[1]}, its corrections are for {review.width} x {review.height}"]
+        return [
+            f"{review.name} is {size[0]} x {size[1]}, its corrections are for"
+            f" {review.width} x {review.height}"
+        ]
     unknown = sorted({box.label for box in review.boxes} - indexes.keys())
-    faults = [f"{review.name} has a {name!r}, which is no class of this run" for name in unknown]
+    faults = [
+        f"{review.name} has a {name!r}, which is no class of this run"
+        for name in unknown
+    ]
     return faults + [
-        f"{review.name}: the box {box.label} {_shown(box.edges)} {wrong}" for box in review.boxes if (wrong := _off(box, size))
+        f"{review.name}: the box {box.label} {_shown(box.edges)} {wrong}"
+        for box in review.boxes
+        if (wrong := _off(box, size))
     ]
 
 
@@ -102,15 +149,29 @@ def _off(box: Box, size: tuple[int, int]) -> str:
     left, top, right, bottom = box.edges
     if right <= left or bottom <= top:
         return "has no area"
-    if min(left, top) < -OUTSIDE or right > size[0] + OUTSIDE or bottom > size[1] + OUTSIDE:
+    if (
+        min(left, top) < -OUTSIDE
+        or right > size[0] + OUTSIDE
+        or bottom > size[1] + OUTSIDE
+    ):
         return f"is not inside the image of {size[0]} x {size[1]}"
     return ""
 
 
 def _row(review: Review, indexes: Mapping[str, int]) -> dict[str, Any]:
     limits = (review.width, review.height) * 2
-    boxes = [[min(max(edge, 0.0), float(limit)) for edge, limit in zip(box.edges, limits, strict=True)] for box in review.boxes]
-    return {"image_id": review.image_id, "boxes": boxes, "labels": [indexes[box.label] for box in review.boxes]}
+    boxes = [
+        [
+            min(max(edge, 0.0), float(limit))
+            for edge, limit in zip(box.edges, limits, strict=True)
+        ]
+        for box in review.boxes
+    ]
+    return {
+        "image_id": review.image_id,
+        "boxes": boxes,
+        "labels": [indexes[box.label] for box in review.boxes],
+    }
 
 
 def _shown(edges: Sequence[float]) -> list[float]:

@@ -1,7 +1,9 @@
-"""FiftyOne: a folder with ``samples.json`` and the images, as its LegacyFiftyOneDataset reads it; FiftyOneDataset exports are read too.
+"""FiftyOne: a folder with ``samples.json`` and the images, as its LegacyFiftyOneDataset
+reads it; FiftyOneDataset exports are read too.
 
-Each box has the fields ``kind`` and ``teachers``, each image counts of the kinds and the disagreement, to sort and filter by. Boxes are left,
-top, width, height in shares of the image. Whoever has looked at an image gives it the tag ``reviewed``.
+Each box has the fields ``kind`` and ``teachers``, each image counts of the kinds and
+the disagreement, to sort and filter by. Boxes are left, top, width, height in shares of
+the image. Whoever has looked at an image gives it the tag ``reviewed``.
 """
 
 from __future__ import annotations
@@ -56,14 +58,27 @@ FOLDER = TypeAdapter(_File)
 
 def write(reviews: Sequence[Review], folder: str) -> None:
     """``samples.json`` and copies of the images in ``data/``."""
-    parallel(lambda r: storage.write_bytes(storage.join(folder, "data", r.name), storage.read_bytes(r.uri)), reviews)
+    parallel(
+        lambda r: storage.write_bytes(
+            storage.join(folder, "data", r.name), storage.read_bytes(r.uri)
+        ),
+        reviews,
+    )
     content = {"samples": [sample(review) for review in reviews]}
-    storage.write_bytes(storage.join(folder, FILE), json.dumps(content, indent=1).encode())
+    storage.write_bytes(
+        storage.join(folder, FILE), json.dumps(content, indent=1).encode()
+    )
 
 
 def sample(review: Review) -> dict[str, Any]:
     """What FiftyOne calls a sample, with the field ``ground_truth``."""
-    known = {"image_id": review.image_id, "uri": review.uri, "name": review.name, "pixels_wide": review.width, "pixels_high": review.height}
+    known = {
+        "image_id": review.image_id,
+        "uri": review.uri,
+        "name": review.name,
+        "pixels_wide": review.width,
+        "pixels_high": review.height,
+    }
     boxes = [_detection(review, box) for box in review.boxes]
     return {
         "filepath": f"data/{review.name}",
@@ -79,7 +94,12 @@ def _detection(review: Review, box: Box) -> dict[str, Any]:
     left, top, right, bottom = box.edges
     width, height = review.width, review.height
     told = {"kind": box.kind, "teachers": box.said} if box.kind else {}
-    place = [left / width, top / height, (right - left) / width, (bottom - top) / height]
+    place = [
+        left / width,
+        top / height,
+        (right - left) / width,
+        (bottom - top) / height,
+    ]
     return {"_cls": "Detection", "label": box.label, "bounding_box": place, **told}
 
 
@@ -88,21 +108,41 @@ def recognises(place: str) -> bool:
 
 
 def read(place: str) -> list[Review]:
-    """A folder that was exported from what ``write`` made. Raises InputError naming the entry that is not as it should be."""
+    """A folder that was exported from what ``write`` made. Raises InputError naming the
+    entry that is not as it should be.
+    """
     uri = storage.join(place, FILE)
     content: _File = read_json(FOLDER, uri, "a FiftyOne dataset that coin_ray wrote")
-    return [_review(found, f"{uri}: samples.{number}") for number, found in enumerate(content.samples)]
+    return [
+        _review(found, f"{uri}: samples.{number}")
+        for number, found in enumerate(content.samples)
+    ]
 
 
 def _review(found: _Sample, where: str) -> Review:
     width, height = found.pixels_wide, found.pixels_high
     if min(width, height) < 1:
-        raise InputError(f"{where}: an image needs pixels_wide and pixels_high; got {width} x {height}")
+        raise InputError(
+            f"{where}: an image needs pixels_wide and pixels_high; got {width} x"
+            f" {height}"
+        )
     boxes = found.ground_truth.detections if found.ground_truth is not None else []
-    return Review(found.image_id, found.uri, found.name, width, height, tuple(_box(b, width, height) for b in boxes), TAG in found.tags)
+    return Review(
+        found.image_id,
+        found.uri,
+        found.name,
+        width,
+        height,
+        tuple(_box(b, width, height) for b in boxes),
+        TAG in found.tags,
+    )
 
 
 def _box(found: _Detection, width: int, height: int) -> Box:
     left, top, wide, high = found.bounding_box
     edges = (left * width, top * height, (left + wide) * width, (top + high) * height)
-    return Box(edges, found.label, *((found.kind, found.teachers or "") if found.kind in KINDS else ("", "")))
+    return Box(
+        edges,
+        found.label,
+        *((found.kind, found.teachers or "") if found.kind in KINDS else ("", "")),
+    )

@@ -1,1 +1,3 @@
-"""Scripts that rebuild everything in ``demo/assets``; see ``docs/demo.md``. Not needed to run the demo."""
+"""Scripts that rebuild everything in ``demo/assets``; see ``docs/demo.md``. Not needed
+to run the demo.
+"""

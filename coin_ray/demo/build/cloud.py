@@ -1,7 +1,9 @@
-"""Train the demo's cloud: ``python -m coin_ray.demo.build.cloud`` (about ten minutes on one core).
+"""Train the demo's cloud: ``python -m coin_ray.demo.build.cloud`` (about ten minutes on
+one core).
 
-It sees source drawings and its seeded half of the target drawings, in plain scenes; one scene in seven is
-a cluttered, hazy one, as any public data set has some. It never sees a scene of the target split.
+It sees source drawings and its seeded half of the target drawings, in plain scenes; one
+scene in seven is a cluttered, hazy one, as any public data set has some. It never sees
+a scene of the target split.
 """
 
 from __future__ import annotations
@@ -29,10 +31,16 @@ FIRST_SEED = 10_000_000
 
 
 def targets(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """Gaussian objectness [h, w], class per cell [h, w] (-1 = none) and box per cell [h, w, 4]; small objects drawn last."""
+    """Gaussian objectness [h, w], class per cell [h, w] (-1 = none) and box per cell
+    [h, w, 4]; small objects drawn last.
+    """
     cells = SIZE // STRIDE
     centres = cell_centres(cells, cells)
-    heat, label, box = torch.zeros(cells, cells), torch.full((cells, cells), -1), torch.zeros(cells, cells, 4)
+    heat, label, box = (
+        torch.zeros(cells, cells),
+        torch.full((cells, cells), -1),
+        torch.zeros(cells, cells, 4),
+    )
     boxes = torch.from_numpy(scene.boxes)
     sizes = boxes[:, 2:] - boxes[:, :2]
     for i in sizes.prod(1).argsort(descending=True).tolist():
@@ -56,26 +64,46 @@ class Scenes(IterableDataset[Batch]):
         while True:
             rows = []
             for _ in range(self.batch):
-                style = "target" if (seed * 0.6180339887) % 1 < CLUTTERED_SHARE else "source"
+                style = (
+                    "target"
+                    if (seed * 0.6180339887) % 1 < CLUTTERED_SHARE
+                    else "source"
+                )
                 scene = compose(artwork, style, seed, objects=(2, 5))  # type: ignore[arg-type]
                 rows.append((pil_to_tensor(scene.image).float() / 255, *targets(scene)))
                 seed += 1
             images, heat, label, box = zip(*rows, strict=True)
-            yield torch.stack(images), torch.stack(heat), torch.stack(label), torch.stack(box)
+            yield (
+                torch.stack(images),
+                torch.stack(heat),
+                torch.stack(label),
+                torch.stack(box),
+            )
 
 
 def loss(model: CloudStandIn, batch: Batch) -> Tensor:
-    """Focal objectness (CornerNet's variant), class cross-entropy and generalised IoU on the positive cells."""
+    """Focal objectness (CornerNet's variant), class cross-entropy and generalised IoU
+    on the positive cells.
+    """
     images, heat, label, box = batch
     objectness, classes, sides = model(images)
     probability = objectness.sigmoid().clamp(1e-4, 1 - 1e-4)
     positive = label >= 0
     focal = -((1 - probability) ** 2 * probability.log())[positive].sum()
-    focal = focal - ((1 - heat) ** 4 * probability**2 * (1 - probability).log())[~positive].sum()
+    focal = (
+        focal
+        - ((1 - heat) ** 4 * probability**2 * (1 - probability).log())[~positive].sum()
+    )
     centres = cell_centres(*label.shape[1:]).expand(*label.shape, 2)[positive]
-    predicted = torch.cat([centres - sides[positive][:, :2], centres + sides[positive][:, 2:]], 1)
+    predicted = torch.cat(
+        [centres - sides[positive][:, :2], centres + sides[positive][:, 2:]], 1
+    )
     boxes: Tensor = generalized_box_iou_loss(predicted, box[positive], reduction="mean")
-    total: Tensor = focal / positive.sum() + F.cross_entropy(classes[positive], label[positive]) + boxes
+    total: Tensor = (
+        focal / positive.sum()
+        + F.cross_entropy(classes[positive], label[positive])
+        + boxes
+    )
     return total
 
 
@@ -88,12 +116,17 @@ def main() -> None:
     model = CloudStandIn().train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     start, step = time.monotonic(), 0
-    for batch in DataLoader(Scenes(16), batch_size=None, num_workers=1, prefetch_factor=4):
+    for batch in DataLoader(
+        Scenes(16), batch_size=None, num_workers=1, prefetch_factor=4
+    ):
         done = (time.monotonic() - start) / 60 / minutes
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-5
+            group["lr"] = (
+                3e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done))
+                + 1e-5
+            )
         value = loss(model, batch)
         optimizer.zero_grad()
         value.backward()

@@ -1,10 +1,12 @@
-"""Rebuild ``assets/drawings.parquet`` from Debian's ``openclipart-png`` (public domain, CC0).
+"""Rebuild ``assets/drawings.parquet`` from Debian's ``openclipart-png`` (public domain,
+CC0).
 
     apt-get install openclipart-png
     python -m coin_ray.demo.build.drawings --everything build/everything.parquet
 
-The repository ships the drawings of the eight classes and the target's clutter. ``--everything`` writes
-a second file with all usable drawings, which only the training of the tiny CLIP reads.
+The repository ships the drawings of the eight classes and the target's clutter.
+``--everything`` writes a second file with all usable drawings, which only the training
+of the tiny CLIP reads.
 """
 
 from __future__ import annotations
@@ -69,9 +71,52 @@ ENGLISH = {
 }  # fmt: skip
 NOT_WORDS = frozenset(
     {
-        *("ganson", "architetto", "architett", "archite", "archit", "arch", "franc", "frances", "francesc", "francesco", "france", "nicu"),
-        *("buculei", "jarno", "vasamaa", "linda", "kim", "benji", "park", "jonathan", "dietrich", "gerald", "jean", "victor", "balin"),
-        *("mateya", "kurt", "cagle", "erich", "peterm", "mimooh", "simple", "the", "with", "for", "and", "from", "free", "net", "clip"),
+        *(
+            "ganson",
+            "architetto",
+            "architett",
+            "archite",
+            "archit",
+            "arch",
+            "franc",
+            "frances",
+            "francesc",
+            "francesco",
+            "france",
+            "nicu",
+        ),
+        *(
+            "buculei",
+            "jarno",
+            "vasamaa",
+            "linda",
+            "kim",
+            "benji",
+            "park",
+            "jonathan",
+            "dietrich",
+            "gerald",
+            "jean",
+            "victor",
+            "balin",
+        ),
+        *(
+            "mateya",
+            "kurt",
+            "cagle",
+            "erich",
+            "peterm",
+            "mimooh",
+            "simple",
+            "the",
+            "with",
+            "for",
+            "and",
+            "from",
+            "free",
+            "net",
+            "clip",
+        ),
         *("art", "svg"),
     }
 )
@@ -82,23 +127,40 @@ def words_of(name: str) -> list[str]:
     """English nouns from the file's name and its folder, authors' names removed."""
     folder, stem = name.rsplit("/", 2)[-2:] if name.count("/") > 1 else name.split("/")
     stem_words = [w.lower() for w in re.split(r"[^A-Za-z]+", stem[:-4]) if len(w) > 2]
-    folder_words = [w.rstrip("s") for w in re.split("[/_]", folder) if len(w) > 2 and w not in ("and", "unsorted")]
-    return [ENGLISH.get(w, w) for w in stem_words if w not in NOT_WORDS][:2] + folder_words
+    folder_words = [
+        w.rstrip("s")
+        for w in re.split("[/_]", folder)
+        if len(w) > 2 and w not in ("and", "unsorted")
+    ]
+    return [ENGLISH.get(w, w) for w in stem_words if w not in NOT_WORDS][
+        :2
+    ] + folder_words
 
 
 def group_of(name: str) -> str:
-    """Drawings of one group are near-duplicates (numbered, black-and-white, outline) and stay in one share."""
+    """Drawings of one group are near-duplicates (numbered, black-and-white, outline)
+    and stay in one share.
+    """
     stem = name.rsplit("/", 1)[-1][:-4].lower()
     stem = re.sub(r"(_|\b)(bw|contour|outline|colour|color)(?=_|\b)", "", stem)
     return re.sub(r"[^a-z]", "", stem)[:14]
 
 
 def label_of(name: str) -> str | None:
-    return next((label for label, pattern in CLASS_FILES.items() if re.match(f"({pattern})", name)), None)
+    return next(
+        (
+            label
+            for label, pattern in CLASS_FILES.items()
+            if re.match(f"({pattern})", name)
+        ),
+        None,
+    )
 
 
 def cut_out(name: str) -> Image.Image | None:
-    """The drawing cropped to its opaque part, or None if it is too small, too thin, too faint or has no transparency."""
+    """The drawing cropped to its opaque part, or None if it is too small, too thin, too
+    faint or has no transparency.
+    """
     try:
         image: Image.Image = Image.open(ORIGIN / name)
     except (UnidentifiedImageError, Image.DecompressionBombError):
@@ -110,10 +172,19 @@ def cut_out(name: str) -> Image.Image | None:
     ys, xs = np.nonzero(opaque)
     if len(ys) < 400 or opaque.all():
         return None
-    left, top, right, bottom = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+    left, top, right, bottom = (
+        int(xs.min()),
+        int(ys.min()),
+        int(xs.max()) + 1,
+        int(ys.max()) + 1,
+    )
     width, height = right - left, bottom - top
     covered = opaque[top:bottom, left:right].mean()
-    if covered < 0.12 or max(width, height) / min(width, height) > 4 or min(width, height) < 24:
+    if (
+        covered < 0.12
+        or max(width, height) / min(width, height) > 4
+        or min(width, height) < 24
+    ):
         return None
     image = image.crop((left, top, right, bottom))
     image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
@@ -134,12 +205,22 @@ def usable_drawings() -> list[dict[str, Any]]:
         if thumbnail in seen:
             continue
         seen.add(thumbnail)
-        rows.append({"name": name, "label": label_of(name), "group": group_of(name), "words": words_of(name), "image": image})
+        rows.append(
+            {
+                "name": name,
+                "label": label_of(name),
+                "group": group_of(name),
+                "words": words_of(name),
+                "image": image,
+            }
+        )
     return rows
 
 
 def assign_shares(rows: list[dict[str, Any]]) -> None:
-    """Deal whole near-duplicate groups to the shares, class by class, largest group first."""
+    """Deal whole near-duplicate groups to the shares, class by class, largest group
+    first.
+    """
     order = random.Random(7)
     for label in (None, *CLASSES):
         groups = defaultdict(list)
@@ -148,7 +229,10 @@ def assign_shares(rows: list[dict[str, Any]]) -> None:
                 groups[row["group"]].append(row)
         names = sorted(groups)
         order.shuffle(names)
-        wanted = {share: part * sum(map(len, groups.values())) for share, part in SHARES.items()}
+        wanted = {
+            share: part * sum(map(len, groups.values()))
+            for share, part in SHARES.items()
+        }
         dealt = dict.fromkeys(SHARES, 0)
         for name in sorted(names, key=lambda n: -len(groups[n])):
             share = max(wanted, key=lambda s: (wanted[s] - dealt[s]) / wanted[s])
@@ -158,10 +242,15 @@ def assign_shares(rows: list[dict[str, Any]]) -> None:
 
 
 def assign_knowledge(rows: list[dict[str, Any]]) -> None:
-    """Which target drawings each teacher has seen in training: independent draws of whole groups, class by class."""
+    """Which target drawings each teacher has seen in training: independent draws of
+    whole groups, class by class.
+    """
     for row in rows:
         row["known_to_cloud"] = row["known_to_clip"] = row["share"] == "source"
-    for teacher, fraction, seed in (("known_to_cloud", KNOWN_TO_CLOUD, 1), ("known_to_clip", KNOWN_TO_CLIP, 2)):
+    for teacher, fraction, seed in (
+        ("known_to_cloud", KNOWN_TO_CLOUD, 1),
+        ("known_to_clip", KNOWN_TO_CLIP, 2),
+    ):
         for index, label in enumerate((None, *CLASSES)):
             target = [r for r in rows if r["share"] == "target" and r["label"] == label]
             groups = sorted({row["group"] for row in target})
@@ -180,8 +269,18 @@ def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
         image.save(buffer, "WEBP", quality=90, method=6)
         return buffer.getvalue()
 
-    columns = ("name", "label", "group", "share", "known_to_cloud", "known_to_clip", "words")
-    table = pa.Table.from_pylist([{k: r[k] for k in columns} | {"webp": webp(r["image"])} for r in rows])
+    columns = (
+        "name",
+        "label",
+        "group",
+        "share",
+        "known_to_cloud",
+        "known_to_clip",
+        "words",
+    )
+    table = pa.Table.from_pylist(
+        [{k: r[k] for k in columns} | {"webp": webp(r["image"])} for r in rows]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     print(f"{path}: {table.num_rows} drawings, {path.stat().st_size / 1e6:.1f} MB")
@@ -193,14 +292,32 @@ def main() -> None:
     rows = usable_drawings()
     assign_shares(rows)
     assign_knowledge(rows)
-    clutter = [r for r in rows if r["label"] is None and r["share"] == "target" and CLUTTER.match(r["name"])]
-    source_clutter = [r for r in rows if r["label"] is None and r["share"] == "source" and CLUTTER.match(r["name"])]
+    clutter = [
+        r
+        for r in rows
+        if r["label"] is None and r["share"] == "target" and CLUTTER.match(r["name"])
+    ]
+    source_clutter = [
+        r
+        for r in rows
+        if r["label"] is None and r["share"] == "source" and CLUTTER.match(r["name"])
+    ]
     draw = random.Random(3)
-    shipped = [r for r in rows if r["label"]] + draw.sample(clutter, SHIPPED_CLUTTER) + draw.sample(source_clutter, SHIPPED_CLUTTER // 2)
+    shipped = (
+        [r for r in rows if r["label"]]
+        + draw.sample(clutter, SHIPPED_CLUTTER)
+        + draw.sample(source_clutter, SHIPPED_CLUTTER // 2)
+    )
     write(shipped, ASSETS / "drawings.parquet")
     write(rows, parser.parse_args().everything)
     for label in CLASSES:
-        print(label, {s: sum(r["label"] == label and r["share"] == s for r in rows) for s in SHARES})
+        print(
+            label,
+            {
+                s: sum(r["label"] == label and r["share"] == s for r in rows)
+                for s in SHARES
+            },
+        )
 
 
 if __name__ == "__main__":

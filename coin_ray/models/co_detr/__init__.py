@@ -1,1 +1,3 @@
-"""Co-DETR (arXiv 2211.12860): Deformable DETR trained with collaborative hybrid assignment. Plain PyTorch and torchvision."""
+"""Co-DETR (arXiv 2211.12860): Deformable DETR trained with collaborative hybrid
+assignment. Plain PyTorch and torchvision.
+"""

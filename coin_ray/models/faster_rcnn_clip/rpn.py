@@ -1,4 +1,6 @@
-"""Region proposals on one stride-16 map. Anchors, head and proposal filtering are torchvision's."""
+"""Region proposals on one stride-16 map. Anchors, head and proposal filtering are
+torchvision's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class RegionProposals(nn.Module):
     def __init__(self, channels: int, config: Detector) -> None:
         super().__init__()
         self.config = config
-        self.anchor_generator = AnchorGenerator((config.anchor_sizes,), (config.anchor_ratios,))
+        self.anchor_generator = AnchorGenerator(
+            (config.anchor_sizes,), (config.anchor_ratios,)
+        )
         count = self.anchor_generator.num_anchors_per_location()[0]
         self.conv = nn.Conv2d(channels, config.rpn_width, 3, padding=1)
         self.objectness = nn.Conv2d(config.rpn_width, count, 1)
@@ -31,19 +35,42 @@ class RegionProposals(nn.Module):
     def forward(self, shared: Tensor, images: Images) -> Proposed:
         hidden = self.conv(shared).relu()
         objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float()
-        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(shared), -1, 4).float()
-        anchors = self.anchor_generator(ImageList(images.pixels, list(images.sizes)), [shared])[0]
-        return Proposed(anchors, objectness, deltas, self._filter(anchors, objectness.detach(), deltas.detach(), images.sizes))
+        deltas = (
+            self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(shared), -1, 4).float()
+        )
+        anchors = self.anchor_generator(
+            ImageList(images.pixels, list(images.sizes)), [shared]
+        )[0]
+        return Proposed(
+            anchors,
+            objectness,
+            deltas,
+            self._filter(anchors, objectness.detach(), deltas.detach(), images.sizes),
+        )
 
-    def _filter(self, anchors: Tensor, objectness: Tensor, deltas: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        limit = self.config.proposals_train if self.training else self.config.proposals_test
-        scale = deltas.new_tensor(self.config.anchor_weights) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
+    def _filter(
+        self,
+        anchors: Tensor,
+        objectness: Tensor,
+        deltas: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        limit = (
+            self.config.proposals_train if self.training else self.config.proposals_test
+        )
+        scale = deltas.new_tensor(self.config.anchor_weights) / deltas.new_tensor(
+            box_ops.DELTA_WEIGHTS
+        )
         kept = []
         for scores, moves, size in zip(objectness, deltas, sizes, strict=True):
             best = scores.topk(min(6 * limit, len(scores))).indices
-            candidates = clip_boxes_to_image(box_ops.decode(moves[best] / scale, anchors[best]), size)
+            candidates = clip_boxes_to_image(
+                box_ops.decode(moves[best] / scale, anchors[best]), size
+            )
             large = remove_small_boxes(candidates, 1.0)
-            chosen = large[nms(candidates[large], scores[best][large], self.config.rpn_nms)[:limit]]
+            chosen = large[
+                nms(candidates[large], scores[best][large], self.config.rpn_nms)[:limit]
+            ]
             kept.append(candidates[chosen])
         return kept
 
@@ -51,4 +78,8 @@ class RegionProposals(nn.Module):
 def inside(anchors: Tensor, size: tuple[int, int]) -> Tensor:
     """Anchors [A, 4] whose centre lies in the image, not in its padding: [A] bool."""
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return (centre[:, 0] < size[1]) & (centre[:, 1] < size[0]) & torch.isfinite(centre).all(1)
+    return (
+        (centre[:, 0] < size[1])
+        & (centre[:, 1] < size[0])
+        & torch.isfinite(centre).all(1)
+    )

@@ -1,4 +1,6 @@
-"""Visual towers as the two halves of a Faster R-CNN with a C4 backbone (paper section 3.2)."""
+"""Visual towers as the two halves of a Faster R-CNN with a C4 backbone (paper section
+3.2).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ BatchNorm = Literal["frozen", "live"]
 
 
 class Tower(nn.Module, ABC):
-    """``shared`` (G1, stride 16) feeds the RPN and RoIAlign, ``regional`` (G2, mean pooled) describes RoIs.
+    """``shared`` (G1, stride 16) feeds the RPN and RoIAlign, ``regional`` (G2, mean
+    pooled) describes RoIs.
 
     The first layers, ``frozen``, are never trained and always in evaluation mode.
     """
@@ -45,34 +48,48 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] -> maps [B, C, h, w] of strides 8, 16, 32 with ``map_channels``: the whole tower as a backbone."""
+        """[B, 3, H, W] -> maps [B, C, h, w] of strides 8, 16, 32 with ``map_channels``:
+        the whole tower as a backbone.
+        """
 
 
 class ClipTower(Tower):
-    """CLIP's ModifiedResNet, copied: stem and stages 1-3 are shared, stage 4 is regional; stem and first stages are frozen.
+    """CLIP's ModifiedResNet, copied: stem and stages 1-3 are shared, stage 4 is
+    regional; stem and first stages are frozen.
 
     Attention pooling is left out: the detector has its own embedding layer.
     """
 
-    def __init__(self, visual: nn.Module, batch_norm: BatchNorm, frozen_stages: int = 1) -> None:
+    def __init__(
+        self, visual: nn.Module, batch_norm: BatchNorm, frozen_stages: int = 1
+    ) -> None:
         super().__init__()
         tower = copy.deepcopy(visual).requires_grad_(True)
         tower.attnpool = nn.Identity()
         if batch_norm == "frozen":
             freeze_batch_norm(tower)
-        self.visual = tower.to(memory_format=torch.channels_last)  # twice as fast on CPU
+        # twice as fast on CPU
+        self.visual = tower.to(memory_format=torch.channels_last)
         self.frozen_stages = frozen_stages
         learning = tuple(f"layer{i}" for i in range(frozen_stages + 1, 5))
-        self.freeze([m for name, m in tower.named_children() if not name.startswith(learning)])
+        self.freeze(
+            [m for name, m in tower.named_children() if not name.startswith(learning)]
+        )
         self.shared_channels = int(tower.layer3[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
         self.regional_channels = int(tower.layer4[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
-        self.map_channels = (self.shared_channels // 2, self.shared_channels, self.regional_channels)
+        self.map_channels = (
+            self.shared_channels // 2,
+            self.shared_channels,
+            self.regional_channels,
+        )
 
     def shared(self, pixels: Tensor) -> Tensor:
         visual = self.visual
         stages: list[nn.Module] = [visual.layer1, visual.layer2, visual.layer3]  # type: ignore[list-item]
         with torch.no_grad():
-            maps: Tensor = visual.stem(pixels.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+            maps: Tensor = visual.stem(
+                pixels.contiguous(memory_format=torch.channels_last)
+            )  # type: ignore[operator]
             for stage in stages[: self.frozen_stages]:
                 maps = stage(maps)
         for stage in stages[self.frozen_stages :]:
@@ -81,20 +98,28 @@ class ClipTower(Tower):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            found: Tensor = self.visual.stem(pixels.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+            found: Tensor = self.visual.stem(
+                pixels.contiguous(memory_format=torch.channels_last)
+            )  # type: ignore[operator]
         levels = []
         for number in range(1, 5):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and number > self.frozen_stages):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and number > self.frozen_stages
+            ):
                 found = getattr(self.visual, f"layer{number}")(found)
             levels.append(found)
         return levels[1:]
 
     def regional(self, pooled: Tensor) -> Tensor:
-        return self.visual.layer4(pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[operator,no-any-return]
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
+        embedded: Tensor = self.visual.layer4(pooled)  # type: ignore[operator]
+        return embedded.mean((2, 3))
 
 
 class MobileNetTower(Tower):
-    """torchvision's MobileNetV2, copied: the blocks up to stride 16 are shared, the rest is regional; those up to stride 4 are frozen."""
+    """torchvision's MobileNetV2, copied: the blocks up to stride 16 are shared, the
+    rest is regional; those up to stride 4 are frozen.
+    """
 
     FROZEN, EIGHTH, SHARED = 4, 7, 14
 
@@ -107,28 +132,40 @@ class MobileNetTower(Tower):
         self.freeze(list(blocks[: self.FROZEN]))
         self.shared_channels = int(blocks[self.SHARED - 1].out_channels)  # type: ignore[arg-type]
         self.regional_channels = int(blocks[-1].out_channels)  # type: ignore[arg-type]
-        self.map_channels = (int(blocks[self.EIGHTH - 1].out_channels), self.shared_channels, self.regional_channels)  # type: ignore[arg-type]
+        self.map_channels = (
+            int(blocks[self.EIGHTH - 1].out_channels),  # type: ignore[arg-type]
+            self.shared_channels,
+            self.regional_channels,
+        )
 
     def shared(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            early = self.features[: self.FROZEN](pixels.contiguous(memory_format=torch.channels_last))
+            early = self.features[: self.FROZEN](
+                pixels.contiguous(memory_format=torch.channels_last)
+            )
         return self.features[self.FROZEN : self.SHARED](early)  # type: ignore[no-any-return]
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            early = self.features[: self.FROZEN](pixels.contiguous(memory_format=torch.channels_last))
+            early = self.features[: self.FROZEN](
+                pixels.contiguous(memory_format=torch.channels_last)
+            )
         levels = [self.features[self.FROZEN : self.EIGHTH](early)]
         levels.append(self.features[self.EIGHTH : self.SHARED](levels[0]))
         return [*levels, self.features[self.SHARED :](levels[1])]
 
     def regional(self, pooled: Tensor) -> Tensor:
-        return self.features[self.SHARED :](pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # type: ignore[no-any-return]
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
+        embedded: Tensor = self.features[self.SHARED :](pooled)
+        return embedded.mean((2, 3))
 
 
 class NormalisedConv2d(nn.Module):
-    """A convolution and the batch norm with fixed statistics behind it in one: the norm scales the weights, not the maps.
+    """A convolution and the batch norm with fixed statistics behind it in one: the norm
+    scales the weights, not the maps.
 
-    Equal to both behind one another, gradients included; on a CPU it saves a sixth of a training step.
+    Equal to both behind one another, gradients included; on a CPU it saves a sixth of a
+    training step.
     """
 
     scale: Tensor
@@ -137,10 +174,14 @@ class NormalisedConv2d(nn.Module):
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         super().__init__()
         self.convolution, self.out_channels = convolution, convolution.out_channels
-        state: dict[str, Tensor] = dict(norm.named_parameters()) | dict(norm.named_buffers())
+        state: dict[str, Tensor] = dict(norm.named_parameters()) | dict(
+            norm.named_buffers()
+        )
         scale = state["weight"].detach() * (state["running_var"] + norm.eps).rsqrt()
         self.register_buffer("scale", scale)
-        self.register_buffer("shift", state["bias"].detach() - state["running_mean"] * scale)
+        self.register_buffer(
+            "shift", state["bias"].detach() - state["running_mean"] * scale
+        )
 
     def forward(self, maps: Tensor) -> Tensor:
         weight = self.convolution.weight * self.scale.view(-1, 1, 1, 1)
@@ -149,12 +190,18 @@ class NormalisedConv2d(nn.Module):
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Give every batch norm below fixed statistics and affine parameters: each becomes part of the convolution before it."""
+    """Give every batch norm below fixed statistics and affine parameters: each becomes
+    part of the convolution before it.
+    """
     before, convolution = "", module
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            assert isinstance(convolution, nn.Conv2d), f"batch norm {name} does not follow a convolution"
-            assert convolution.bias is None, f"convolution {before} has a bias in front of a batch norm"
+            assert isinstance(convolution, nn.Conv2d), (
+                f"batch norm {name} does not follow a convolution"
+            )
+            assert convolution.bias is None, (
+                f"convolution {before} has a bias in front of a batch norm"
+            )
             setattr(module, before, NormalisedConv2d(convolution, child))
             setattr(module, name, nn.Identity())
         else:

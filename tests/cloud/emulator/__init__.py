@@ -1,10 +1,21 @@
-"""Detection services on one's own machine; how they work and how to add one: ``app.py``."""
+"""Detection services on one's own machine; how they work and how to add one:
+``app.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import azure_vision, dds, gemini, google_vision, hf_endpoint, openai_vlm, reference, rekognition, roboflow
+from . import (
+    azure_vision,
+    dds,
+    gemini,
+    google_vision,
+    hf_endpoint,
+    openai_vlm,
+    reference,
+    rekognition,
+    roboflow,
+)
 from .app import Emulator, Fault, Provider, Reply, scene
 
 PROVIDERS: Mapping[str, Provider] = {

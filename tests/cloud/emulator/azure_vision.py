@@ -1,4 +1,5 @@
-"""Azure AI Vision, Image Analysis 4.0: POST /computervision/imageanalysis:analyze?features=Objects."""
+"""Azure AI Vision, Image Analysis 4.0: POST
+/computervision/imageanalysis:analyze?features=Objects."""
 
 from __future__ import annotations
 
@@ -11,21 +12,47 @@ BYTES_MAX = 20_971_520
 
 def answer(call: Call) -> Reply:
     if call.headers.get("ocp-apim-subscription-key") != TOKEN:
-        return _refused(401, "401", "Access denied due to invalid subscription key or wrong API endpoint.")
+        return _refused(
+            401,
+            "401",
+            "Access denied due to invalid subscription key or wrong API endpoint.",
+        )
     if (call.method, call.path) != ("POST", "/computervision/imageanalysis:analyze"):
         return _refused(404, "404", "Resource not found")
-    if call.params.get("api-version") != "2023-10-01" or call.params.get("features") != "Objects":
-        return _refused(400, "BadArgument", "The api-version or the visual features are not supported.")
+    if (
+        call.params.get("api-version") != "2023-10-01"
+        or call.params.get("features") != "Objects"
+    ):
+        return _refused(
+            400,
+            "BadArgument",
+            "The api-version or the visual features are not supported.",
+        )
     if call.media_type != "application/octet-stream":
         return _refused(415, "UnsupportedMediaType", "Unsupported media type")
     if len(call.body) > BYTES_MAX:
-        return _refused(400, "InvalidRequest", f"Input image is too large. It should not be larger than {BYTES_MAX} bytes.")
+        return _refused(
+            400,
+            "InvalidRequest",
+            f"Input image is too large. It should not be larger than {BYTES_MAX}"
+            " bytes.",
+        )
     try:
         scene = read_scene(call.body)
     except SceneError:
-        return _refused(400, "InvalidRequest", "The image format is not valid.", "InvalidImageFormat")
+        return _refused(
+            400,
+            "InvalidRequest",
+            "The image format is not valid.",
+            "InvalidImageFormat",
+        )
     if not all(50 <= side <= 16_000 for side in (scene.width, scene.height)):
-        return _refused(400, "InvalidRequest", "The image dimension is not allowed.", "InvalidImageSize")
+        return _refused(
+            400,
+            "InvalidRequest",
+            "The image dimension is not allowed.",
+            "InvalidImageSize",
+        )
     return Reply(
         200,
         {

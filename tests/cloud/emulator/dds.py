@@ -1,11 +1,21 @@
-"""DeepDataSpace, version 2: POST a task, then GET its state until it has ended. Billed when the task is taken on, once per key."""
+"""DeepDataSpace, version 2: POST a task, then GET its state until it has ended. Billed
+when the task is taken on, once per key."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import Any
 
-from .app import TOKEN, Call, Reply, Scene, SceneError, SceneObject, decoded_base64, read_scene
+from .app import (
+    TOKEN,
+    Call,
+    Reply,
+    Scene,
+    SceneError,
+    SceneObject,
+    decoded_base64,
+    read_scene,
+)
 
 MODELS = {
     "/v2/task/dinox/detection": ("DINO-X-1.0",),
@@ -17,7 +27,8 @@ MODELS = {
     ),
 }
 STATES = ("waiting", "running")
-"""What a task's first polls are told; ``emulator.state("dds")["states"]`` overrides it."""
+"""What a task's first polls are told; ``emulator.state("dds")["states"]`` overrides it.
+"""
 DATA_URL = "data:image/jpeg;base64,"
 
 
@@ -41,7 +52,10 @@ def _submit(call: Call) -> Reply:
     task = f"{hashlib.sha256(key.encode()).hexdigest()[:8]}-0000-4000-8000-000000000000"
     known = task in tasks
     if not known:
-        tasks[task] = [*({"status": s} for s in call.state.get("states", STATES)), _result(question)]
+        tasks[task] = [
+            *({"status": s} for s in call.state.get("states", STATES)),
+            _result(question),
+        ]
     return _reply(0, "ok", {"task_uuid": task}, billed=not known)
 
 
@@ -50,9 +64,14 @@ def _problem(call: Call, question: Any) -> str | None:
         return "the body is not JSON"
     if question.get("model") not in MODELS[call.path]:
         return "model is not supported"
-    if question.get("prompt", {}).get("type") != "text" or question.get("targets") != ["bbox"]:
+    if question.get("prompt", {}).get("type") != "text" or question.get("targets") != [
+        "bbox"
+    ]:
         return "prompt or targets are not supported"
-    if not all(isinstance(question.get(name), float) and 0 <= question[name] <= 1 for name in ("bbox_threshold", "iou_threshold")):
+    if not all(
+        isinstance(question.get(name), float) and 0 <= question[name] <= 1
+        for name in ("bbox_threshold", "iou_threshold")
+    ):
         return "thresholds must be in 0..1"
     return None
 
@@ -64,7 +83,11 @@ def _result(question: dict[str, Any]) -> dict[str, Any]:
     except SceneError as error:
         return {"status": "failed", "error": f"failed to load the image: {error}"}
     asked = question["prompt"]["text"].split(".")
-    objects = [_object(o) for o in scene.objects if o.name in asked and o.score >= question["bbox_threshold"]]
+    objects = [
+        _object(o)
+        for o in scene.objects
+        if o.name in asked and o.score >= question["bbox_threshold"]
+    ]
     return {"status": "success", "result": {"objects": objects}}
 
 
@@ -85,5 +108,12 @@ def _poll(call: Call) -> Reply:
     return _reply(0, "ok", states.pop(0) if len(states) > 1 else states[0])
 
 
-def _reply(code: int, message: str, data: Any = None, *, status: int = 200, billed: bool = False) -> Reply:
+def _reply(
+    code: int,
+    message: str,
+    data: Any = None,
+    *,
+    status: int = 200,
+    billed: bool = False,
+) -> Reply:
     return Reply(status, {"code": code, "msg": message, "data": data}, billed=billed)

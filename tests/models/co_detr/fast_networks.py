@@ -13,17 +13,40 @@ SIDE = 96
 def network(model: str, classes: int) -> Any:
     import transformers
 
-    sizes = {"encoder_hidden_dim": 32, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4}
-    sizes |= {"decoder_attention_heads": 4, "decoder_layers": 2, "num_queries": 20, "num_denoising": 10, "num_labels": classes}
+    sizes = {
+        "encoder_hidden_dim": 32,
+        "d_model": 32,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4,
+    }
+    sizes |= {
+        "decoder_attention_heads": 4,
+        "decoder_layers": 2,
+        "num_queries": 20,
+        "num_denoising": 10,
+        "num_labels": classes,
+    }
     lists = {"encoder_in_channels": [32, 48, 64], "decoder_in_channels": [32, 32, 32]}
     outputs = ["stage2", "stage3", "stage4"]
     torch.manual_seed(0)
     if model == "rt-detr-v2":
-        shape = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        shape = {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+        }
         resnet = transformers.RTDetrResNetConfig(**shape, out_features=outputs)
-        config = transformers.RTDetrV2Config(backbone_config=resnet, freeze_backbone_batch_norms=False, **sizes, **lists)
+        config = transformers.RTDetrV2Config(
+            backbone_config=resnet, freeze_backbone_batch_norms=False, **sizes, **lists
+        )
         return transformers.RTDetrV2ForObjectDetection(config)
-    stages = {"stage_in_channels": [16, 24, 32, 48], "stage_mid_channels": [8, 8, 16, 16], "stage_out_channels": [24, 32, 48, 64]}
+    stages = {
+        "stage_in_channels": [16, 24, 32, 48],
+        "stage_mid_channels": [8, 8, 16, 16],
+        "stage_out_channels": [24, 32, 48, 64],
+    }
     hgnet = transformers.HGNetV2Config(
         stem_channels=[3, 8, 16],
         hidden_sizes=[24, 32, 48, 64],
@@ -33,7 +56,9 @@ def network(model: str, classes: int) -> Any:
         stage_numb_of_layers=[1] * 4,
         out_features=outputs,
     )
-    config = transformers.DFineConfig(backbone_config=hgnet, freeze_backbone_batch_norms=False, **sizes, **lists)
+    config = transformers.DFineConfig(
+        backbone_config=hgnet, freeze_backbone_batch_norms=False, **sizes, **lists
+    )
     return transformers.DFineForObjectDetection(config)
 
 
@@ -42,5 +67,7 @@ def folder(place: Path, model: str, classes: int, **processing: Any) -> str:
     import transformers
 
     network(model, classes).save_pretrained(place)
-    transformers.RTDetrImageProcessor(**{"size": {"height": SIDE, "width": SIDE}, **processing}).save_pretrained(place)
+    transformers.RTDetrImageProcessor(
+        **{"size": {"height": SIDE, "width": SIDE}, **processing}
+    ).save_pretrained(place)
     return str(place)

@@ -7,10 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.models.base import Images
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
-from coin_ray.models.co_detr.config import CoDetr, tiny
 from coin_ray.models.co_detr.model import DeformableDetr
 from coin_ray.models.co_detr.pyramid import Maps
 from coin_ray.models.co_detr.targets import Targets
@@ -24,7 +24,11 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch(sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)), padded: tuple[int, int] = (64, 96), seed: int = 0) -> Images:
+def batch(
+    sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)),
+    padded: tuple[int, int] = (64, 96),
+    seed: int = 0,
+) -> Images:
     """Noise inside each image, zeros in the padding."""
     pixels = torch.zeros(len(sizes), 3, *padded)
     draw = seeded(seed)
@@ -43,7 +47,9 @@ TWO = [objects((4, 6, 40, 44, 0), (50, 10, 90, 60, 2)), objects((10, 10, 60, 40,
 
 def detr(config: CoDetr | None = None, seed: int = 0) -> DeformableDetr:
     torch.manual_seed(seed)
-    return stirred(DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny()))
+    return stirred(
+        DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny())
+    )
 
 
 def stirred(model: M) -> M:
@@ -64,12 +70,22 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=seeded(seed))
 
 
-def seen(maps: int = 3, sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)), width: int = 64) -> Maps:
+def seen(
+    maps: int = 3,
+    sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)),
+    width: int = 64,
+) -> Maps:
     """A pyramid of noise under images of 64 x 96 pixels."""
     sides = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)][:maps]
-    return Maps([randn(len(sizes), width, *side, seed=i) for i, side in enumerate(sides)], [8 * 2**i for i in range(maps)], sizes)
+    return Maps(
+        [randn(len(sizes), width, *side, seed=i) for i, side in enumerate(sides)],
+        [8 * 2**i for i in range(maps)],
+        sizes,
+    )
 
 
 def collaborative(config: CoDetr | None = None, seed: int = 0) -> CollaborativeDetr:
     torch.manual_seed(seed)
-    return stirred(CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny()))
+    return stirred(
+        CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny())
+    )

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coin_ray.config.co_detr import tiny
 from coin_ray.models.co_detr.agreement import agreed, support, without_doubles
 from coin_ray.models.co_detr.atss import Atss
-from coin_ray.models.co_detr.config import tiny
 from coin_ray.models.co_detr.rcnn import Rcnn
 from coin_ray.structures import Detections
 from models.co_detr.scenes import CLASSES, batch, collaborative, seen, stirred
@@ -31,12 +31,21 @@ def some(seed: int, count: int) -> Detections:
     rows: list[Row] = []
     for _ in range(count):
         x, y = draw.randrange(0, 60, 4), draw.randrange(0, 60, 4)
-        rows.append(((x, y, x + draw.randrange(1, 41), y + draw.randrange(1, 41)), draw.randrange(3), draw.uniform(0.01, 1.0)))
+        rows.append(
+            (
+                (x, y, x + draw.randrange(1, 41), y + draw.randrange(1, 41)),
+                draw.randrange(3),
+                draw.uniform(0.01, 1.0),
+            )
+        )
     return detections(*rows)
 
 
 SEEDS = st.integers(0, 10_000)
-ANY, FOUND = st.builds(some, SEEDS, st.integers(0, 6)), st.builds(some, SEEDS, st.integers(1, 6))
+ANY, FOUND = (
+    st.builds(some, SEEDS, st.integers(0, 6)),
+    st.builds(some, SEEDS, st.integers(1, 6)),
+)
 
 
 def confidence(*others: Row) -> float:
@@ -54,15 +63,27 @@ def confidence(*others: Row) -> float:
         ([((10, 10, 50, 30), 0, 1.0)], 0.65),
         ([((10, 10, 50, 30), 0, 1.0), (HERE, 0, 0.8)], 0.8),
     ],
-    ids=["same", "surer", "nothing", "elsewhere", "another name", "half the box", "the best counts"],
+    ids=[
+        "same",
+        "surer",
+        "nothing",
+        "elsewhere",
+        "another name",
+        "half the box",
+        "the best counts",
+    ],
 )
-def test_a_confidence_is_the_mean_of_what_the_heads_say_of_box_and_name(others: list[Row], expected: float) -> None:
+def test_a_confidence_is_the_mean_of_what_the_heads_say_of_box_and_name(
+    others: list[Row], expected: float
+) -> None:
     assert confidence(*others) == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
 @given(ANY, st.lists(ANY, max_size=3))
-def test_boxes_and_names_stay_and_confidences_are_probabilities(own: Detections, others: list[Detections]) -> None:
+def test_boxes_and_names_stay_and_confidences_are_probabilities(
+    own: Detections, others: list[Detections]
+) -> None:
     shared = agreed(own, others)
     assert bool(((shared.scores >= 0) & (shared.scores <= 1 + 1e-6)).all())
     assert shared.scores.tolist() == sorted(shared.scores.tolist(), reverse=True)
@@ -76,29 +97,44 @@ def test_boxes_and_names_stay_and_confidences_are_probabilities(own: Detections,
 
 @settings(max_examples=40, deadline=None)
 @given(FOUND, ANY, ANY)
-def test_the_order_of_heads_and_of_their_detections_changes_nothing(own: Detections, one: Detections, other: Detections) -> None:
+def test_the_order_of_heads_and_of_their_detections_changes_nothing(
+    own: Detections, one: Detections, other: Detections
+) -> None:
     backwards = one[torch.arange(len(one)).flip(0)]
-    torch.testing.assert_close(agreed(own, [one, other]).scores, agreed(own, [other, backwards]).scores)
+    torch.testing.assert_close(
+        agreed(own, [one, other]).scores, agreed(own, [other, backwards]).scores
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(FOUND, ANY, ANY)
-def test_more_detections_of_a_head_never_take_support_away(own: Detections, one: Detections, more: Detections) -> None:
-    before, after = support(own.boxes, one), support(own.boxes, Detections.cat([one, more]))
+def test_more_detections_of_a_head_never_take_support_away(
+    own: Detections, one: Detections, more: Detections
+) -> None:
+    before, after = (
+        support(own.boxes, one),
+        support(own.boxes, Detections.cat([one, more])),
+    )
     assert bool((after >= before).all())
     assert bool((after <= 1).all())
 
 
 @settings(max_examples=40, deadline=None)
 @given(FOUND)
-def test_a_head_gives_its_own_detections_at_least_their_probabilities(own: Detections) -> None:
+def test_a_head_gives_its_own_detections_at_least_their_probabilities(
+    own: Detections,
+) -> None:
     assert bool((support(own.boxes, own) >= own.probs[:, :-1] - 1e-6).all())
     best_first = own.scores.argsort(descending=True, stable=True)
-    torch.testing.assert_close(agreed(own, []).probs, own.probs[best_first], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        agreed(own, []).probs, own.probs[best_first], atol=1e-6, rtol=0
+    )
 
 
 def test_of_doubles_in_a_class_only_the_best_is_kept() -> None:
-    boxes = torch.tensor([[0, 0, 20, 20], [1, 0, 21, 20], [40, 40, 60, 60], [70, 70, 90, 90]]).float()[:, None]
+    boxes = torch.tensor(
+        [[0, 0, 20, 20], [1, 0, 21, 20], [40, 40, 60, 60], [70, 70, 90, 90]]
+    ).float()[:, None]
     scores = torch.tensor([[0.5, 0.4], [0.9, 0.0], [0.3, 0.0], [0.8, 0.0]])
     vectors = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
     kept = without_doubles(boxes, scores, vectors, (64, 64), iou=0.5, limit=10)
@@ -112,24 +148,40 @@ def test_the_decoder_s_opinion_is_the_shipped_detector_s_bit_for_bit() -> None:
     model = collaborative().eval()
     opinions = model.opinions(batch())
     assert list(opinions) == ["decoder", "rcnn", "atss"]
-    assert all(same(a, b) for a, b in zip(opinions["decoder"], model.base.predict(batch()), strict=True))
-    assert list(collaborative(tiny(auxiliary=())).eval().opinions(batch())) == ["decoder"]
+    assert all(
+        same(a, b)
+        for a, b in zip(opinions["decoder"], model.base.predict(batch()), strict=True)
+    )
+    assert list(collaborative(tiny(auxiliary=())).eval().opinions(batch())) == [
+        "decoder"
+    ]
 
 
 def with_objects(name: str, roi_boxes: str = "per_class") -> tuple[Any, Tensor]:
     """A head and the image each of its detections should lie in."""
     torch.manual_seed(0)
     config = tiny(roi_boxes=roi_boxes, detections=7)
-    return stirred(Atss(config, CLASSES) if name == "atss" else Rcnn(config, CLASSES)), torch.tensor([[96.0, 64.0], [70.0, 50.0]])
+    return stirred(
+        Atss(config, CLASSES) if name == "atss" else Rcnn(config, CLASSES)
+    ), torch.tensor([[96.0, 64.0], [70.0, 50.0]])
 
 
-@pytest.mark.parametrize(("name", "roi_boxes"), [("atss", "per_class"), ("rcnn", "per_class"), ("rcnn", "agnostic")])
-def test_a_head_s_own_detections_lie_in_their_image_best_first(name: str, roi_boxes: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "roi_boxes"),
+    [("atss", "per_class"), ("rcnn", "per_class"), ("rcnn", "agnostic")],
+)
+def test_a_head_s_own_detections_lie_in_their_image_best_first(
+    name: str, roi_boxes: str
+) -> None:
     head, corners = with_objects(name, roi_boxes)
     for own, corner in zip(head.predict(seen(5)), corners, strict=True):
         assert len(own) == 7
         assert own.num_classes == CLASSES
-        assert bool((own.boxes >= 0).all() and (own.boxes[:, 2:] <= corner).all() and (own.boxes[:, 2:] > own.boxes[:, :2]).all())
+        assert bool(
+            (own.boxes >= 0).all()
+            and (own.boxes[:, 2:] <= corner).all()
+            and (own.boxes[:, 2:] > own.boxes[:, :2]).all()
+        )
         assert own.scores.tolist() == sorted(own.scores.tolist(), reverse=True)
         torch.testing.assert_close(own.probs.sum(1), torch.ones(7))
 
@@ -145,7 +197,9 @@ def test_what_a_trained_head_says_of_the_objects_it_was_trained_on() -> None:
         for _ in range(80):
             optimizer.zero_grad()
             losses = head(maps, TWO, draw).losses
-            torch.stack([head.weights[part] * value for part, value in losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(
+                [head.weights[part] * value for part, value in losses.items()]
+            ).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         for target, own in zip(TWO, head.predict(maps), strict=True):
             named = support(target.boxes, own).gather(1, target.labels[:, None])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from coin_ray.config.co_detr import tiny
 from coin_ray.models.co_detr.atss import NONE, Atss, assign, centerness
-from coin_ray.models.co_detr.config import tiny
 from coin_ray.models.co_detr.pyramid import Anchors, Maps, lay_out, nine, square
 from models.co_detr.scenes import CLASSES, TWO, objects, rand, seen, stirred
 
@@ -22,11 +22,16 @@ def anchors(side: int = 128, levels: int = 5) -> Anchors:
 
 def assigned(boxes: Tensor, side: int = 128) -> Tensor:
     given_anchors = anchors(side)
-    return assign(given_anchors.boxes, given_anchors.levels, given_anchors.inside[:1], [boxes], 9)[0]
+    return assign(
+        given_anchors.boxes, given_anchors.levels, given_anchors.inside[:1], [boxes], 9
+    )[0]
 
 
 def some_boxes(count: int, seed: int, side: int = 128) -> Tensor:
-    corner, size = rand(count, 2, seed=seed) * side * 0.6, rand(count, 2, seed=seed + 1) * side * 0.35 + 4
+    corner, size = (
+        rand(count, 2, seed=seed) * side * 0.6,
+        rand(count, 2, seed=seed + 1) * side * 0.35 + 4,
+    )
     return torch.cat([corner, corner + size], 1)
 
 
@@ -40,16 +45,23 @@ def test_centres_of_positives_lie_in_their_object(seed: int, count: int) -> None
     own = assigned(boxes)
     rows = own != NONE
     centres = (anchors().boxes[rows, :2] + anchors().boxes[rows, 2:]) / 2
-    assert bool(((centres > boxes[own[rows], :2]) & (centres < boxes[own[rows], 2:])).all())
+    assert bool(
+        ((centres > boxes[own[rows], :2]) & (centres < boxes[own[rows], 2:])).all()
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @many
 def test_permuting_objects_permutes_the_assignment(seed: int, count: int) -> None:
-    boxes, order = some_boxes(count, seed), torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    boxes, order = (
+        some_boxes(count, seed),
+        torch.randperm(count, generator=torch.Generator().manual_seed(seed)),
+    )
     first, second = assigned(boxes), assigned(boxes[order])
     assert torch.equal(first != NONE, second != NONE)
-    assert torch.equal(boxes[first[first != NONE]], boxes[order][second[second != NONE]])
+    assert torch.equal(
+        boxes[first[first != NONE]], boxes[order][second[second != NONE]]
+    )
 
 
 @settings(max_examples=10, deadline=None)
@@ -60,17 +72,31 @@ def test_the_assignment_equals_loops(seed: int, count: int) -> None:
     for number, box in enumerate(boxes):
         candidates: list[int] = []
         for level in range(3):
-            rows = [i for i in range(len(owner)) if int(given_anchors.levels[i]) == level]
+            rows = [
+                i for i in range(len(owner)) if int(given_anchors.levels[i]) == level
+            ]
             centre = (box[:2] + box[2:]) / 2
-            near = sorted(rows, key=lambda i: float(((given_anchors.boxes[i, :2] + given_anchors.boxes[i, 2:]) / 2 - centre).norm()))
+            near = sorted(
+                rows,
+                key=lambda i: float(
+                    (
+                        (given_anchors.boxes[i, :2] + given_anchors.boxes[i, 2:]) / 2
+                        - centre
+                    ).norm()
+                ),
+            )
             candidates += near[:9]
         iou = box_iou(box[None], given_anchors.boxes[candidates])[0]
         for row, value in zip(candidates, iou, strict=True):
-            x, y = ((given_anchors.boxes[row, :2] + given_anchors.boxes[row, 2:]) / 2).tolist()
+            x, y = (
+                (given_anchors.boxes[row, :2] + given_anchors.boxes[row, 2:]) / 2
+            ).tolist()
             inside = box[0] < x < box[2] and box[1] < y < box[3]
             if value >= iou.mean() + iou.std() and inside and value > best[row]:
                 owner[row], best[row] = number, float(value)
-    found = assign(given_anchors.boxes, given_anchors.levels, given_anchors.inside[:1], [boxes], 9)[0]
+    found = assign(
+        given_anchors.boxes, given_anchors.levels, given_anchors.inside[:1], [boxes], 9
+    )[0]
     different = sum(a != b for a, b in zip(found.tolist(), owner, strict=True))
     assert different <= 1  # rounding may decide at the limit
 
@@ -99,29 +125,49 @@ def test_anchors_on_padding_are_never_taken() -> None:
 def test_centerness_falls_from_the_middle_to_the_border() -> None:
     box = torch.tensor([[0.0, 0, 100, 100]]).expand(3, -1)
     centre = torch.tensor([[50.0, 50], [20, 50], [0, 50]])
-    torch.testing.assert_close(centerness(torch.cat([centre - 4, centre + 4], 1), box), torch.tensor([1.0, 0.5, 0.0]))
+    torch.testing.assert_close(
+        centerness(torch.cat([centre - 4, centre + 4], 1), box),
+        torch.tensor([1.0, 0.5, 0.0]),
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(800, 1333), (96, 96), (64, 200)])
-def test_anchors_lie_at_fixed_strides_whatever_the_size_of_the_image(height: int, width: int) -> None:
+def test_anchors_lie_at_fixed_strides_whatever_the_size_of_the_image(
+    height: int, width: int
+) -> None:
     strides = [8, 16, 32, 64, 128]
     cells = [(-(-height // s), -(-width // s)) for s in strides]
     maps = Maps([torch.zeros(1, 1, *c) for c in cells], strides, ((height, width),))
     laid = lay_out(maps, [square(s) for s in strides])
-    assert [int((laid.levels == n).sum()) for n in range(5)] == [h * w for h, w in cells]
+    assert [int((laid.levels == n).sum()) for n in range(5)] == [
+        h * w for h, w in cells
+    ]
     for level, (stride, (_, columns)) in enumerate(zip(strides, cells, strict=True)):
         own = laid.boxes[laid.levels == level]
         centres = (own[:, :2] + own[:, 2:]) / 2
-        assert centres[:2].tolist() == [[0, 0], [stride, 0]][: len(centres)] or columns == 1
-        assert centres[-1].tolist() == [(columns - 1) * stride, (len(own) // columns - 1) * stride]
+        assert (
+            centres[:2].tolist() == [[0, 0], [stride, 0]][: len(centres)]
+            or columns == 1
+        )
+        assert centres[-1].tolist() == [
+            (columns - 1) * stride,
+            (len(own) // columns - 1) * stride,
+        ]
         assert bool((own[:, 2:] - own[:, :2] == 8 * stride).all())
     assert bool(laid.inside.all())
 
 
 def test_nine_anchors_have_three_areas_and_three_shapes() -> None:
     sides = nine(8)[:, 2:] - nine(8)[:, :2]
-    torch.testing.assert_close(sides.prod(1).sqrt().view(3, 3), torch.tensor([32.0, 40.3175, 50.7968]).expand(3, 3), atol=1e-3, rtol=0)
-    torch.testing.assert_close((sides[:, 1] / sides[:, 0]).view(3, 3)[:, 0], torch.tensor([0.5, 1.0, 2.0]))
+    torch.testing.assert_close(
+        sides.prod(1).sqrt().view(3, 3),
+        torch.tensor([32.0, 40.3175, 50.7968]).expand(3, 3),
+        atol=1e-3,
+        rtol=0,
+    )
+    torch.testing.assert_close(
+        (sides[:, 1] / sides[:, 0]).view(3, 3)[:, 0], torch.tensor([0.5, 1.0, 2.0])
+    )
 
 
 def head() -> Atss:
@@ -158,7 +204,12 @@ def test_positives_carry_the_token_of_their_anchor() -> None:
 def test_an_image_without_objects_leaves_the_others_box_losses_alone() -> None:
     module, maps = head(), seen(5)
     first = Maps([m[:1] for m in maps.levels], maps.strides, maps.sizes[:1])
-    alone, together = module(first, TWO[:1]).losses, module(maps, [TWO[0], objects()]).losses
+    alone, together = (
+        module(first, TWO[:1]).losses,
+        module(maps, [TWO[0], objects()]).losses,
+    )
     positives = len(module(first, TWO[:1]).positives[0])
     torch.testing.assert_close(together["giou"], alone["giou"])
-    torch.testing.assert_close(together["centerness"] * (positives + 1), alone["centerness"] * positives)
+    torch.testing.assert_close(
+        together["centerness"] * (positives + 1), alone["centerness"] * positives
+    )

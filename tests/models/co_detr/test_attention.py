@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from coin_ray.models.co_detr.attention import DeformableAttention, SelfAttention, sample, sampling_places
+from coin_ray.models.co_detr.attention import (
+    DeformableAttention,
+    SelfAttention,
+    sample,
+    sampling_places,
+)
 from models.co_detr.scenes import SHAPES, rand, randn
 
 TOKENS = sum(h * w for h, w in SHAPES)
@@ -24,11 +29,16 @@ def attention(width: int = 16, heads: int = 4, points: int = 3) -> DeformableAtt
 def pixel(grid: Tensor, row: int, column: int) -> Tensor:
     """Zero outside."""
     height, width = grid.shape[:2]
-    return grid[row, column] if 0 <= row < height and 0 <= column < width else torch.zeros_like(grid[0, 0])
+    return (
+        grid[row, column]
+        if 0 <= row < height and 0 <= column < width
+        else torch.zeros_like(grid[0, 0])
+    )
 
 
 def bilinear(grid: Tensor, x: float, y: float) -> Tensor:
-    """Value at x, y in 0..1 of a map [H, W, D] whose cells have their centres at (i + 0.5) / W."""
+    """Value at x, y in 0..1 of a map [H, W, D] whose cells have their centres at (i +
+    0.5) / W."""
     column, row = x * grid.shape[1] - 0.5, y * grid.shape[0] - 0.5
     left, top = math.floor(column), math.floor(row)
     total = torch.zeros_like(grid[0, 0])
@@ -44,11 +54,17 @@ def test_sampling_equals_loops_over_queries_heads_levels_and_points() -> None:
     weights = rand(batch, queries, heads, len(SHAPES), points, seed=1).double()
     expected = torch.zeros(batch, queries, heads, depth, dtype=torch.float64)
     starts = [0, *itertools.accumulate(h * w for h, w in SHAPES)]
-    for b, q, h, level, p in itertools.product(*(range(n) for n in (batch, queries, heads, len(SHAPES), points))):
-        own = values[b, starts[level] : starts[level + 1]].view(*SHAPES[level], heads, depth)[:, :, h]
+    for b, q, h, level, p in itertools.product(
+        *(range(n) for n in (batch, queries, heads, len(SHAPES), points))
+    ):
+        own = values[b, starts[level] : starts[level + 1]].view(
+            *SHAPES[level], heads, depth
+        )[:, :, h]
         x, y = places[b, q, h, level, p].tolist()
         expected[b, q, h] += weights[b, q, h, level, p] * bilinear(own, x, y)
-    torch.testing.assert_close(sample(values, SHAPES, places, weights), expected.flatten(2), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        sample(values, SHAPES, places, weights), expected.flatten(2), atol=1e-12, rtol=0
+    )
 
 
 def test_offsets_are_cells_around_points_and_half_sides_around_boxes() -> None:
@@ -56,19 +72,37 @@ def test_offsets_are_cells_around_points_and_half_sides_around_boxes() -> None:
     offsets[..., 0], offsets[..., 1] = 1.0, -2.0
     points = torch.full((1, 1, len(SHAPES), 2), 0.5)
     boxes = torch.cat([points, torch.tensor([0.4, 0.2]).expand_as(points)], -1)
-    around_points, around_boxes = sampling_places(points, offsets, SHAPES), sampling_places(boxes, offsets, SHAPES)
+    around_points, around_boxes = (
+        sampling_places(points, offsets, SHAPES),
+        sampling_places(boxes, offsets, SHAPES),
+    )
     for level, (height, width) in enumerate(SHAPES):
-        torch.testing.assert_close(around_points[0, 0, 0, level, 0], torch.tensor([0.5 + 1 / width, 0.5 - 2 / height]))
-        torch.testing.assert_close(around_boxes[0, 0, 0, level, 0], torch.tensor([0.5 + 0.4 / 4, 0.5 - 2 * 0.2 / 4]))
+        torch.testing.assert_close(
+            around_points[0, 0, 0, level, 0],
+            torch.tensor([0.5 + 1 / width, 0.5 - 2 / height]),
+        )
+        torch.testing.assert_close(
+            around_boxes[0, 0, 0, level, 0],
+            torch.tensor([0.5 + 0.4 / 4, 0.5 - 2 * 0.2 / 4]),
+        )
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_gradients_are_right_in_double_precision(coordinates: int) -> None:
     module = attention(width=8, heads=2, points=2).double()
-    queries, tokens = randn(1, 3, 8).double().requires_grad_(), randn(1, TOKENS, 8, seed=1).double().requires_grad_()
-    references = (rand(1, 3, len(SHAPES), coordinates, seed=2) * 0.6 + 0.2).double().requires_grad_()
+    queries, tokens = (
+        randn(1, 3, 8).double().requires_grad_(),
+        randn(1, TOKENS, 8, seed=1).double().requires_grad_(),
+    )
+    references = (
+        (rand(1, 3, len(SHAPES), coordinates, seed=2) * 0.6 + 0.2)
+        .double()
+        .requires_grad_()
+    )
     padding = torch.zeros(1, TOKENS, dtype=torch.bool)
-    assert torch.autograd.gradcheck(lambda q, r, t: module(q, r, t, SHAPES, padding), (queries, references, tokens))
+    assert torch.autograd.gradcheck(
+        lambda q, r, t: module(q, r, t, SHAPES, padding), (queries, references, tokens)
+    )
 
 
 def test_padded_tokens_are_never_seen() -> None:
@@ -78,7 +112,9 @@ def test_padded_tokens_are_never_seen() -> None:
     other = torch.where(padding[..., None], torch.tensor(1e3), tokens)
     seen = module(queries, references, tokens, SHAPES, padding)
     assert torch.equal(seen, module(queries, references, other, SHAPES, padding))
-    assert not torch.equal(seen, module(queries, references, other, SHAPES, torch.zeros_like(padding)))
+    assert not torch.equal(
+        seen, module(queries, references, other, SHAPES, torch.zeros_like(padding))
+    )
 
 
 def test_heads_start_out_looking_in_different_directions() -> None:
@@ -86,17 +122,29 @@ def test_heads_start_out_looking_in_different_directions() -> None:
     offsets = module.offsets(torch.zeros(16)).view(4, 2, 3, 2)
     expected = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     for point in range(3):
-        torch.testing.assert_close(offsets[:, 1, point], expected * (point + 1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            offsets[:, 1, point], expected * (point + 1), atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -> None:
-    hf = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
+    hf = pytest.importorskip(
+        "transformers.models.deformable_detr.modeling_deformable_detr"
+    )
     config = pytest.importorskip("transformers").DeformableDetrConfig(
         d_model=16, num_feature_levels=len(SHAPES), disable_custom_kernels=True
     )
-    ours, theirs = attention(), hf.DeformableDetrMultiscaleDeformableAttention(config, num_heads=4, n_points=3)
-    names = {"sampling_offsets": "offsets", "attention_weights": "weights", "value_proj": "value", "output_proj": "output"}
+    ours, theirs = (
+        attention(),
+        hf.DeformableDetrMultiscaleDeformableAttention(config, num_heads=4, n_points=3),
+    )
+    names = {
+        "sampling_offsets": "offsets",
+        "attention_weights": "weights",
+        "value_proj": "value",
+        "output_proj": "output",
+    }
     for name, own in names.items():
         getattr(theirs, name).load_state_dict(getattr(ours, own).state_dict())
     queries, references = randn(2, 7, 16), rand(2, 7, len(SHAPES), coordinates)
@@ -110,17 +158,31 @@ def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -
         spatial_shapes_list=list(SHAPES),
         level_start_index=None,
     )
-    torch.testing.assert_close(ours(queries, references, tokens, SHAPES, padding), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours(queries, references, tokens, SHAPES, padding), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_self_attention_equals_torch_with_the_same_weights() -> None:
     torch.manual_seed(0)
-    ours, theirs = SelfAttention(16, 4), torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    ours, theirs = (
+        SelfAttention(16, 4),
+        torch.nn.MultiheadAttention(16, 4, batch_first=True),
+    )
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in (ours.query, ours.key, ours.value)]))
+        theirs.in_proj_weight.copy_(
+            torch.cat([layer.weight for layer in (ours.query, ours.key, ours.value)])
+        )
         theirs.in_proj_bias.zero_()
         theirs.out_proj.load_state_dict(ours.output.state_dict())
     content, positions = randn(2, 6, 16), randn(2, 6, 16, seed=1)
     mask = (rand(2, 6, 6, seed=2) < 0.5) | torch.eye(6, dtype=torch.bool)
-    expected, _ = theirs(content + positions, content + positions, content, attn_mask=~mask.repeat_interleave(4, 0))
-    torch.testing.assert_close(ours(content, positions, mask), expected, atol=1e-6, rtol=0)
+    expected, _ = theirs(
+        content + positions,
+        content + positions,
+        content,
+        attn_mask=~mask.repeat_interleave(4, 0),
+    )
+    torch.testing.assert_close(
+        ours(content, positions, mask), expected, atol=1e-6, rtol=0
+    )

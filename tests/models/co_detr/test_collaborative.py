@@ -8,17 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from coin_ray.config import Optimize
+from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective, shipped
-from coin_ray.models.co_detr.config import CoDetr, tiny
 from coin_ray.models.co_detr.model import DeformableDetr, load_weights, with_background
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.training.supervised import groups
-from models.co_detr.scenes import CLASSES, TWO, batch, collaborative, detr, objects, seeded
+from models.co_detr.scenes import (
+    CLASSES,
+    TWO,
+    batch,
+    collaborative,
+    detr,
+    objects,
+    seeded,
+)
 
 PARTS = ("class", "l1", "giou")
-HEAD_LOSSES = {"rcnn_proposal_class", "rcnn_proposal_l1", "rcnn_class", "rcnn_giou", "atss_class", "atss_giou", "atss_centerness"}
+HEAD_LOSSES = {
+    "rcnn_proposal_class",
+    "rcnn_proposal_l1",
+    "rcnn_class",
+    "rcnn_giou",
+    "atss_class",
+    "atss_giou",
+    "atss_centerness",
+}
 EMPTY = [objects(), objects()]
 
 
@@ -39,13 +55,26 @@ BASE = layers("decoder") | {f"proposals_{part}" for part in PARTS}
         ({"auxiliary": ()}, BASE),
         ({"auxiliary_losses": False, "positive_queries": False}, BASE),
         ({"positive_queries": False}, BASE | HEAD_LOSSES),
-        ({"auxiliary_losses": False}, BASE | layers("rcnn_queries") | layers("atss_queries")),
+        (
+            {"auxiliary_losses": False},
+            BASE | layers("rcnn_queries") | layers("atss_queries"),
+        ),
         ({}, BASE | HEAD_LOSSES | layers("rcnn_queries") | layers("atss_queries")),
-        ({"auxiliary": ("atss",)}, BASE | {n for n in HEAD_LOSSES if n.startswith("atss")} | layers("atss_queries")),
-        ({"decoder_layers": 1, "auxiliary": ()}, layers("decoder", 1) | {f"proposals_{part}" for part in PARTS}),
+        (
+            {"auxiliary": ("atss",)},
+            BASE
+            | {n for n in HEAD_LOSSES if n.startswith("atss")}
+            | layers("atss_queries"),
+        ),
+        (
+            {"decoder_layers": 1, "auxiliary": ()},
+            layers("decoder", 1) | {f"proposals_{part}" for part in PARTS},
+        ),
     ],
 )
-def test_every_part_of_the_objective_has_a_name(changes: dict[str, Any], expected: set[str]) -> None:
+def test_every_part_of_the_objective_has_a_name(
+    changes: dict[str, Any], expected: set[str]
+) -> None:
     found = objective(**changes)
     assert set(found.losses) == expected
     assert all(float(v.detach()) > 0 for v in found.losses.values())
@@ -58,26 +87,41 @@ def test_final_weights_of_the_heads_are_the_published_ones() -> None:
     found = model.objective(images, TWO, seeded())
     maps = model.pyramid(model.base.encode(images), images.sizes)  # type: ignore[misc]
     draw = seeded()
-    plain = {f"{name}_{part}": value for name, head in model.heads.items() for part, value in head(maps, TWO, draw).losses.items()}
+    plain = {
+        f"{name}_{part}": value
+        for name, head in model.heads.items()
+        for part, value in head(maps, TWO, draw).losses.items()
+    }
     table = dict.fromkeys(HEAD_LOSSES, 12.0) | {"rcnn_giou": 120.0, "atss_giou": 24.0}
     for name, factor in table.items():
-        torch.testing.assert_close(found.losses[name], factor * plain[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            found.losses[name], factor * plain[name], rtol=1e-5, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "changed"),
-    [("auxiliary_weight", HEAD_LOSSES), ("query_weight", layers("rcnn_queries") | layers("atss_queries"))],
+    [
+        ("auxiliary_weight", HEAD_LOSSES),
+        ("query_weight", layers("rcnn_queries") | layers("atss_queries")),
+    ],
 )
-def test_doubling_a_weight_doubles_its_parts_and_nothing_else(name: str, changed: set[str]) -> None:
+def test_doubling_a_weight_doubles_its_parts_and_nothing_else(
+    name: str, changed: set[str]
+) -> None:
     before, after = objective(**{name: 1.0}).losses, objective(**{name: 2.0}).losses
     for part, value in before.items():
-        torch.testing.assert_close(after[part], 2 * value if part in changed else value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            after[part], 2 * value if part in changed else value, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_the_main_losses_are_the_same_with_and_without_positive_queries() -> None:
     with_queries, without = objective(), objective(positive_queries=False)
     for part in BASE:
-        torch.testing.assert_close(with_queries.losses[part], without.losses[part], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            with_queries.losses[part], without.losses[part], atol=1e-6, rtol=1e-6
+        )
 
 
 def gradients(model: nn.Module, found: Objective) -> dict[str, bool]:
@@ -89,15 +133,29 @@ def gradients(model: nn.Module, found: Objective) -> dict[str, bool]:
 
 def test_every_weight_learns_also_where_one_image_has_no_object() -> None:
     model = collaborative()
-    assert all(gradients(model, model.objective(batch(), [TWO[0], objects()], seeded())).values())
+    assert all(
+        gradients(
+            model, model.objective(batch(), [TWO[0], objects()], seeded())
+        ).values()
+    )
 
 
 @pytest.mark.parametrize("name", ["rcnn", "atss"])
 def test_an_auxiliary_head_trains_the_encoder_and_the_backbone(name: str) -> None:
     model = collaborative()
     losses = model.objective(batch(), TWO, seeded()).losses
-    torch.stack([v for part, v in losses.items() if part in HEAD_LOSSES and part.startswith(name)]).sum().backward()  # type: ignore[no-untyped-call]
-    reached = [n for n, p in model.base.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    torch.stack(
+        [
+            v
+            for part, v in losses.items()
+            if part in HEAD_LOSSES and part.startswith(name)
+        ]
+    ).sum().backward()  # type: ignore[no-untyped-call]
+    reached = [
+        n
+        for n, p in model.base.named_parameters()
+        if p.grad is not None and bool(p.grad.any())
+    ]
     assert any(n.startswith("backbone.stages.0") for n in reached)
     assert any(n.startswith("encoder.layers.0") for n in reached)
     assert not any(n.startswith(("decoder", "two_stage")) for n in reached)
@@ -107,8 +165,25 @@ EXTREMES = {
     "no object": EMPTY,
     "one pixel": [objects((10, 10, 11, 11, 0)), objects((3, 3, 3.2, 3.2, 1))],
     "whole image": [objects((0, 0, 96, 64, 0)), objects((-9, -9, 200, 200, 1))],
-    "eighty objects": [objects(*((i % 10 * 9.0, i // 10 * 7.0, i % 10 * 9 + 8.0, i // 10 * 7 + 6.0, i % 3) for i in range(80))), objects()],
-    "the same object twice": [objects((5, 5, 40, 40, 0), (5, 5, 40, 40, 0)), objects((5, 5, 40, 40, 0), (5, 5, 40, 40, 1))],
+    "eighty objects": [
+        objects(
+            *(
+                (
+                    i % 10 * 9.0,
+                    i // 10 * 7.0,
+                    i % 10 * 9 + 8.0,
+                    i // 10 * 7 + 6.0,
+                    i % 3,
+                )
+                for i in range(80)
+            )
+        ),
+        objects(),
+    ],
+    "the same object twice": [
+        objects((5, 5, 40, 40, 0), (5, 5, 40, 40, 0)),
+        objects((5, 5, 40, 40, 0), (5, 5, 40, 40, 1)),
+    ],
 }
 
 
@@ -121,7 +196,9 @@ def test_losses_and_gradients_are_finite(targets: list[Targets]) -> None:
     gradients(model, found)
 
 
-def test_losses_are_single_precision_and_finite_where_the_network_runs_in_half() -> None:
+def test_losses_are_single_precision_and_finite_where_the_network_runs_in_half() -> (
+    None
+):
     model = collaborative()
     with torch.autocast("cpu", torch.bfloat16):
         found = model.objective(batch(), TWO, seeded())
@@ -129,7 +206,9 @@ def test_losses_are_single_precision_and_finite_where_the_network_runs_in_half()
     assert bool(torch.isfinite(found.total))
     gradients(model, found)
     exact = collaborative().objective(batch(), TWO, seeded()).losses
-    assert float(found.losses["proposals_class"].detach()) == pytest.approx(float(exact["proposals_class"].detach()), rel=0.05)
+    assert float(found.losses["proposals_class"].detach()) == pytest.approx(
+        float(exact["proposals_class"].detach()), rel=0.05
+    )
 
 
 def test_without_objects_box_losses_are_zero_and_class_losses_are_not() -> None:
@@ -152,21 +231,35 @@ def test_the_base_alone_is_shipped() -> None:
     alone = DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, model.config).eval()
     load_weights(alone, kept)
     assert 0 < len(kept) < len(everything)
-    assert all(torch.equal(everything[f"base.{name}"], value) for name, value in kept.items())
+    assert all(
+        torch.equal(everything[f"base.{name}"], value) for name, value in kept.items()
+    )
     for whole, part in zip(model.predict(batch()), alone.predict(batch()), strict=True):
-        assert all(torch.equal(getattr(whole, name), getattr(part, name)) for name in ("boxes", "scores", "labels", "probs"))
+        assert all(
+            torch.equal(getattr(whole, name), getattr(part, name))
+            for name in ("boxes", "scores", "labels", "probs")
+        )
 
 
 def test_weights_of_another_detector_are_refused() -> None:
     other = DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES + 2, tiny())
-    with pytest.raises(InputError, match=r"decoder.classify.0.bias should be \[3\] and is \[5\] \(and 3 more\).*Give the classes"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"decoder.classify.0.bias should be \[3\] and is \[5\] \(and 3 more\).*Give"
+            r" the classes"
+        ),
+    ):
         load_weights(detr(), other.state_dict())
     with pytest.raises(InputError, match="and is absent"):
         load_weights(detr(), collaborative().state_dict())
 
 
 def test_heads_that_nothing_uses_are_not_built() -> None:
-    for model in (collaborative(tiny(auxiliary=())), collaborative(tiny(auxiliary_losses=False, positive_queries=False))):
+    for model in (
+        collaborative(tiny(auxiliary=())),
+        collaborative(tiny(auxiliary_losses=False, positive_queries=False)),
+    ):
         assert all(name.startswith("base.") for name in model.state_dict())
 
 
@@ -177,10 +270,15 @@ def test_labels_of_other_classes_are_refused(label: int) -> None:
 
 
 def test_detections_lie_in_their_image_best_first() -> None:
-    for found, (height, width) in zip(detr().eval().predict(batch()), batch().sizes, strict=True):
+    for found, (height, width) in zip(
+        detr().eval().predict(batch()), batch().sizes, strict=True
+    ):
         assert 0 < len(found) <= 100
         assert found.num_classes == CLASSES
-        assert bool((found.boxes >= 0).all() and (found.boxes[:, 2:] <= torch.tensor([width, height])).all())
+        assert bool(
+            (found.boxes >= 0).all()
+            and (found.boxes[:, 2:] <= torch.tensor([width, height])).all()
+        )
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
         torch.testing.assert_close(found.probs.sum(1), torch.ones(len(found)))
 
@@ -196,7 +294,9 @@ def test_only_the_best_and_only_above_the_threshold_are_detected() -> None:
 
 def test_background_takes_what_the_classes_leave() -> None:
     vectors = with_background(torch.tensor([[0.2, 0.3], [0.9, 0.9]]))
-    torch.testing.assert_close(vectors, torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]]))
+    torch.testing.assert_close(
+        vectors, torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]])
+    )
 
 
 class Named(nn.Module):
@@ -212,14 +312,21 @@ class Named(nn.Module):
 
 def test_the_classifier_can_be_replaced() -> None:
     torch.manual_seed(0)
-    model = CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, tiny(auxiliary=("atss",)), Named)
+    model = CollaborativeDetr(
+        TinyBackbone((16, 16, 32)), CLASSES, tiny(auxiliary=("atss",)), Named
+    )
     assert all(isinstance(layer, Named) for layer in model.base.decoder.classify)
     assert all(gradients(model, model.objective(batch(), TWO)).values())
     assert model.eval().predict(batch())[0].num_classes == CLASSES
 
 
 def test_images_are_padded_to_a_multiple_that_holds_all() -> None:
-    images = detr().prepare([torch.full((3, 40, 70), 255, dtype=torch.uint8), torch.zeros(3, 64, 33, dtype=torch.uint8)])
+    images = detr().prepare(
+        [
+            torch.full((3, 40, 70), 255, dtype=torch.uint8),
+            torch.zeros(3, 64, 33, dtype=torch.uint8),
+        ]
+    )
     assert tuple(images.pixels.shape) == (2, 3, 64, 96)
     assert images.sizes == ((40, 70), (64, 33))
     assert not bool(images.pixels[0, :, 40:].any())
@@ -228,20 +335,35 @@ def test_images_are_padded_to_a_multiple_that_holds_all() -> None:
 
 def test_an_image_smaller_than_a_cell_is_seen() -> None:
     model = collaborative()
-    images = model.base.prepare([torch.zeros(3, 1, 1, dtype=torch.uint8), torch.zeros(3, 5, 300, dtype=torch.uint8)])
-    found = model.objective(images, [objects((0, 0, 1, 1, 0)), objects((0, 0, 300, 5, 1))], seeded())
+    images = model.base.prepare(
+        [
+            torch.zeros(3, 1, 1, dtype=torch.uint8),
+            torch.zeros(3, 5, 300, dtype=torch.uint8),
+        ]
+    )
+    found = model.objective(
+        images, [objects((0, 0, 1, 1, 0)), objects((0, 0, 300, 5, 1))], seeded()
+    )
     gradients(model, found)
-    assert all(bool(torch.isfinite(d.boxes).all()) for d in model.eval().predict(images))
+    assert all(
+        bool(torch.isfinite(d.boxes).all()) for d in model.eval().predict(images)
+    )
 
 
 def test_the_backbone_and_the_offsets_learn_slowly() -> None:
     model = collaborative()
     *slow, fast = groups(model, Optimize(lr=1e-3, visual_lr_factor=0.1))
-    assert [g["lr"] for g in (*slow, fast)] == [pytest.approx(1e-4), pytest.approx(1e-4), 1e-3]
+    assert [g["lr"] for g in (*slow, fast)] == [
+        pytest.approx(1e-4),
+        pytest.approx(1e-4),
+        1e-3,
+    ]
     names = {p: name for name, p in model.named_parameters()}
     slow_names = {names[p] for g in slow for p in g["params"]}  # type: ignore[attr-defined]
     assert len(slow_names) + len(fast["params"]) == len(names)  # type: ignore[arg-type]
-    assert {n for n in names.values() if "backbone" in n or "offsets" in n} == slow_names
+    assert {
+        n for n in names.values() if "backbone" in n or "offsets" in n
+    } == slow_names
     assert len(slow_names) == 5 * 3 + 4 * 2
 
 

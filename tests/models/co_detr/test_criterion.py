@@ -9,70 +9,117 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coin_ray.errors import InputError
-from coin_ray.models.co_detr.criterion import Assigned, hungarian, matching_cost, set_losses
+from coin_ray.models.co_detr.criterion import (
+    Assigned,
+    hungarian,
+    matching_cost,
+    set_losses,
+)
 from coin_ray.models.co_detr.targets import Targets, checked, normalise, pixels
 from models.co_detr.scenes import objects, rand, randn
 
 
 def boxes(*shape: int, seed: int = 0) -> Tensor:
-    return torch.cat([rand(*shape, 2, seed=seed) * 0.5 + 0.25, rand(*shape, 2, seed=seed + 1) * 0.3 + 0.1], -1)
+    return torch.cat(
+        [
+            rand(*shape, 2, seed=seed) * 0.5 + 0.25,
+            rand(*shape, 2, seed=seed + 1) * 0.3 + 0.1,
+        ],
+        -1,
+    )
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(0, 4))
-def test_the_assignment_costs_no_more_than_any_other(seed: int, count: int, truth: int) -> None:
-    logits, found, labels = randn(1, count, 3, seed=seed), boxes(1, count, seed=seed), torch.arange(truth) % 3
+def test_the_assignment_costs_no_more_than_any_other(
+    seed: int, count: int, truth: int
+) -> None:
+    logits, found, labels = (
+        randn(1, count, 3, seed=seed),
+        boxes(1, count, seed=seed),
+        torch.arange(truth) % 3,
+    )
     wanted = boxes(truth, seed=seed + 7)
     assigned = hungarian(logits, found, [labels], [wanted])
     costs = matching_cost(logits[0], found[0], labels, wanted)
     pairs = min(count, truth)
     rows, columns = range(count), range(truth)
-    ways = (zip(r, c, strict=True) for r in itertools.permutations(rows, pairs) for c in itertools.combinations(columns, pairs))
+    ways = (
+        zip(r, c, strict=True)
+        for r in itertools.permutations(rows, pairs)
+        for c in itertools.combinations(columns, pairs)
+    )
     least = min(sum(float(costs[q, n]) for q, n in way) for way in ways)
     chosen = (assigned.classes[0] < 3).nonzero()[:, 0]
     own = [(wanted == assigned.boxes[0, q]).all(1).nonzero()[0, 0] for q in chosen]
     assert len(chosen) == pairs
-    assert sum(float(costs[q, n]) for q, n in zip(chosen, own, strict=True)) == pytest.approx(least, abs=1e-5)
+    assert sum(
+        float(costs[q, n]) for q, n in zip(chosen, own, strict=True)
+    ) == pytest.approx(least, abs=1e-5)
 
 
 def test_the_cost_is_written_out_for_one_pair() -> None:
-    """Logit 0 at the label: focal cost 0.25 * 0.25 * ln 2 - 0.75 * 0.25 * ln 2; L1 0.4; GIoU of disjoint halves of one square: 0 - 0."""
-    found, truth = torch.tensor([[0.25, 0.5, 0.5, 1.0]]), torch.tensor([[0.75, 0.5, 0.5, 1.0]])
+    """Logit 0 at the label: focal cost 0.25 * 0.25 * ln 2 - 0.75 * 0.25 * ln 2; L1 0.4;
+    GIoU of disjoint halves of one square: 0 - 0."""
+    found, truth = (
+        torch.tensor([[0.25, 0.5, 0.5, 1.0]]),
+        torch.tensor([[0.75, 0.5, 0.5, 1.0]]),
+    )
     cost = matching_cost(torch.zeros(1, 2), found, torch.tensor([1]), truth)
     focal = (0.25 - 0.75) * 0.25 * 0.693147
     assert float(cost) == pytest.approx(2 * focal + 5 * 0.5 - 2 * 0.0, abs=1e-5)
 
 
 def test_losses_are_written_out() -> None:
-    """Two queries, one of them on an object 0.1 to its left: L1 0.1; boxes share 0.1 * 0.2 of 0.3 * 0.2, which is also the hull."""
+    """Two queries, one of them on an object 0.1 to its left: L1 0.1; boxes share 0.1 *
+    0.2 of 0.3 * 0.2, which is also the hull."""
     found = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
     truth = torch.tensor([[[0.4, 0.5, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]]])
-    assigned = Assigned(torch.tensor([[0, 1]]), truth, torch.ones(1, 2, dtype=torch.bool))
+    assigned = Assigned(
+        torch.tensor([[0, 1]]), truth, torch.ones(1, 2, dtype=torch.bool)
+    )
     losses = set_losses(torch.zeros(1, 2, 1), found, assigned)
     assert float(losses["l1"]) == pytest.approx(5 * 0.1, abs=1e-6)
     assert float(losses["giou"]) == pytest.approx(2 * (1 - 1 / 3), abs=1e-5)
-    assert float(losses["class"]) == pytest.approx(2 * (0.25 + 0.75) * 0.25 * 0.693147, abs=1e-5)
+    assert float(losses["class"]) == pytest.approx(
+        2 * (0.25 + 0.75) * 0.25 * 0.693147, abs=1e-5
+    )
 
 
 def test_queries_that_do_not_count_have_no_loss_and_no_gradient() -> None:
     logits, found = randn(1, 4, 3).requires_grad_(), boxes(1, 4).requires_grad_()
     counts = torch.tensor([[True, False, True, False]])
-    losses = set_losses(logits, found, Assigned(torch.tensor([[0, 1, 2, 3]]), boxes(1, 4, seed=5), counts))
+    losses = set_losses(
+        logits,
+        found,
+        Assigned(torch.tensor([[0, 1, 2, 3]]), boxes(1, 4, seed=5), counts),
+    )
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert found.grad is not None
-    assert (logits.grad != 0).any(-1).tolist() == (found.grad != 0).any(-1).tolist() == counts.tolist()
+    assert (
+        (logits.grad != 0).any(-1).tolist()
+        == (found.grad != 0).any(-1).tolist()
+        == counts.tolist()
+    )
 
 
 def test_only_usable_queries_are_assigned() -> None:
     usable = torch.tensor([[False, True, True, False]])
-    assigned = hungarian(randn(1, 4, 3), boxes(1, 4), [torch.tensor([1])], [boxes(1, seed=4)], usable)
+    assigned = hungarian(
+        randn(1, 4, 3), boxes(1, 4), [torch.tensor([1])], [boxes(1, seed=4)], usable
+    )
     assert (assigned.classes < 3).sum() == 1
     assert not bool((assigned.classes[~usable] < 3).any())
 
 
 def test_the_order_of_objects_does_not_matter() -> None:
-    logits, found, labels, truth = randn(1, 8, 3), boxes(1, 8), torch.tensor([0, 2, 1]), boxes(3, seed=4)
+    logits, found, labels, truth = (
+        randn(1, 8, 3),
+        boxes(1, 8),
+        torch.tensor([0, 2, 1]),
+        boxes(3, seed=4),
+    )
     first = hungarian(logits, found, [labels], [truth])
     second = hungarian(logits, found, [labels.flip(0)], [truth.flip(0)])
     assert torch.equal(first.classes, second.classes)
@@ -81,7 +128,14 @@ def test_the_order_of_objects_does_not_matter() -> None:
 
 def test_no_object_leaves_only_the_class_loss() -> None:
     losses = set_losses(
-        randn(2, 4, 3), boxes(2, 4), hungarian(randn(2, 4, 3), boxes(2, 4), [torch.zeros(0).long()] * 2, [torch.zeros(0, 4)] * 2)
+        randn(2, 4, 3),
+        boxes(2, 4),
+        hungarian(
+            randn(2, 4, 3),
+            boxes(2, 4),
+            [torch.zeros(0).long()] * 2,
+            [torch.zeros(0, 4)] * 2,
+        ),
     )
     assert float(losses["class"]) > 0
     assert (float(losses["l1"]), float(losses["giou"])) == (0.0, 0.0)
@@ -89,7 +143,9 @@ def test_no_object_leaves_only_the_class_loss() -> None:
 
 def test_pixels_undo_normalise_inside_the_image() -> None:
     given_boxes = torch.tensor([[10.0, 5, 60, 45], [0, 0, 80, 50]])
-    torch.testing.assert_close(pixels(normalise(given_boxes, (50, 80)), (50, 80)), given_boxes)
+    torch.testing.assert_close(
+        pixels(normalise(given_boxes, (50, 80)), (50, 80)), given_boxes
+    )
     assert normalise(given_boxes, (50, 80))[1].tolist() == [0.5, 0.5, 1.0, 1.0]
 
 
@@ -101,12 +157,18 @@ def test_boxes_are_cut_at_the_border() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([objects((1, 1, 9, 9, 3))], r"labels must lie in 0\.\.2 for 3 classes; got 3\.\.3"),
+        (
+            [objects((1, 1, 9, 9, 3))],
+            r"labels must lie in 0\.\.2 for 3 classes; got 3\.\.3",
+        ),
         ([objects((1, 1, 9, 9, -1))], r"got -1\.\.-1"),
         ([objects((5, 5, 5, 9, 0))], "no area inside the image"),
         ([objects((90, 5, 99, 9, 0))], "no area inside the image"),
         ([objects((float("nan"), 5, 99, 9, 0))], "no area inside the image"),
-        ([Targets(torch.zeros(2, 4), torch.zeros(1).long())], r"expected boxes \[1, 4\]"),
+        (
+            [Targets(torch.zeros(2, 4), torch.zeros(1).long())],
+            r"expected boxes \[1, 4\]",
+        ),
         ([], "expected targets for each of the 1 images; got 0"),
     ],
 )

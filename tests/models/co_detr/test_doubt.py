@@ -1,4 +1,5 @@
-"""Weights of objects and regions in which nothing is background, in every assigner; denoising queries."""
+"""Weights of objects and regions in which nothing is background, in every assigner;
+denoising queries."""
 
 from __future__ import annotations
 
@@ -11,21 +12,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coin_ray.config.co_detr import tiny
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
-from coin_ray.models.co_detr.config import tiny
 from coin_ray.models.co_detr.denoising import Denoising
 from coin_ray.models.co_detr.queries import joined
 from coin_ray.models.co_detr.rcnn import UNUSED, assign_anchors, sample_regions
 from coin_ray.models.co_detr.targets import Targets, covered
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
-from models.co_detr.scenes import CLASSES, TWO, batch, collaborative, detr, objects, rand, seeded
+from models.co_detr.scenes import (
+    CLASSES,
+    TWO,
+    batch,
+    collaborative,
+    detr,
+    objects,
+    rand,
+    seeded,
+)
 
 SIZES = ((64, 96), (50, 70))
 
 
 def losses(model: CollaborativeDetr, targets: list[Targets]) -> dict[str, float]:
-    return {name: float(v.detach()) for name, v in model.objective(batch(), targets, seeded()).losses.items()}
+    return {
+        name: float(v.detach())
+        for name, v in model.objective(batch(), targets, seeded()).losses.items()
+    }
 
 
 def weighted(weight: float) -> list[Targets]:
@@ -52,7 +65,9 @@ def test_objects_of_weight_zero_teach_no_weight_of_a_box_branch() -> None:
     model = collaborative()
     model.objective(batch(), weighted(0.0), seeded()).total.backward()  # type: ignore[no-untyped-call]
     for branch in (*model.base.decoder.regress, model.base.two_stage.regress):
-        assert all(p.grad is None or not bool(p.grad.any()) for p in branch.parameters())
+        assert all(
+            p.grad is None or not bool(p.grad.any()) for p in branch.parameters()
+        )
 
 
 EVERYWHERE = torch.tensor([[0.0, 0, 96, 64]])
@@ -61,45 +76,91 @@ EVERYWHERE = torch.tensor([[0.0, 0, 96, 64]])
 def test_without_objects_an_ignored_image_has_no_loss_at_all() -> None:
     empty = [replace(objects(), ignored=EVERYWHERE) for _ in range(2)]
     found = losses(collaborative(tiny(denoising=4)), empty)
-    inside = {name: value for name, value in found.items() if name not in ("atss_class", "rcnn_proposal_class")}  # anchors stand out
+    # anchors stand out
+    inside = {
+        name: value
+        for name, value in found.items()
+        if name not in ("atss_class", "rcnn_proposal_class")
+    }
     assert set(inside.values()) == {0.0}
-    assert found["atss_class"] < losses(collaborative(tiny(denoising=4)), [objects(), objects()])["atss_class"]
+    assert (
+        found["atss_class"]
+        < losses(collaborative(tiny(denoising=4)), [objects(), objects()])["atss_class"]
+    )
 
 
 def test_ignored_regions_leave_the_objects_to_be_learned() -> None:
     model = collaborative()
-    plain, ignored = losses(model, TWO), losses(model, [replace(t, ignored=EVERYWHERE) for t in TWO])
-    assert all(0 < ignored[name] < plain[name] for name in plain if name.endswith("class") and not name.startswith(("rcnn", "atss_q")))
-    assert all(ignored[name] == plain[name] for name in plain if name.startswith("decoder") and not name.endswith("class"))
+    plain, ignored = (
+        losses(model, TWO),
+        losses(model, [replace(t, ignored=EVERYWHERE) for t in TWO]),
+    )
+    assert all(
+        0 < ignored[name] < plain[name]
+        for name in plain
+        if name.endswith("class") and not name.startswith(("rcnn", "atss_q"))
+    )
+    assert all(
+        ignored[name] == plain[name]
+        for name in plain
+        if name.startswith("decoder") and not name.endswith("class")
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 3))
-def test_covered_boxes_have_half_their_area_in_one_region(seed: int, count: int) -> None:
+def test_covered_boxes_have_half_their_area_in_one_region(
+    seed: int, count: int
+) -> None:
     corner = rand(5 + count, 2, seed=seed).double() * 10
-    rows = torch.cat([corner, corner + rand(5 + count, 2, seed=seed + 1).double() * 10 + 0.1], 1)
+    rows = torch.cat(
+        [corner, corner + rand(5 + count, 2, seed=seed + 1).double() * 10 + 0.1], 1
+    )
     boxes, regions = rows[:5], rows[5:]
 
     def share(box: Tensor, region: Tensor) -> float:
         width = min(box[2], region[2]) - max(box[0], region[0])
         height = min(box[3], region[3]) - max(box[1], region[1])
-        return float(max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1])))
+        return float(
+            max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
+        )
 
-    assert covered(boxes, regions).tolist() == [any(share(b, r) >= 0.5 for r in regions) for b in boxes]
+    assert covered(boxes, regions).tolist() == [
+        any(share(b, r) >= 0.5 for r in regions) for b in boxes
+    ]
 
 
 def test_anchors_and_proposals_in_ignored_regions_are_no_background() -> None:
-    anchors, inside = torch.tensor([[0.0, 0, 10, 10], [40, 0, 50, 10], [20, 20, 30, 30]]), torch.ones(3, dtype=torch.bool)
+    anchors, inside = (
+        torch.tensor([[0.0, 0, 10, 10], [40, 0, 50, 10], [20, 20, 30, 30]]),
+        torch.ones(3, dtype=torch.bool),
+    )
     box, region = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 60, 15]])
     assert assign_anchors(anchors, inside, box, region).tolist() == [0, UNUSED, -1]
-    assert assign_anchors(anchors, inside, box[:0], region).tolist() == [UNUSED, UNUSED, -1]
-    sampled = sample_regions(anchors, Targets(box, torch.zeros(1).long(), None, region), tiny(roi_positive=1.0), seeded())
-    assert sorted(sampled.boxes.tolist()) == sorted([box[0].tolist(), anchors[0].tolist(), anchors[2].tolist()])
+    assert assign_anchors(anchors, inside, box[:0], region).tolist() == [
+        UNUSED,
+        UNUSED,
+        -1,
+    ]
+    sampled = sample_regions(
+        anchors,
+        Targets(box, torch.zeros(1).long(), None, region),
+        tiny(roi_positive=1.0),
+        seeded(),
+    )
+    assert sorted(sampled.boxes.tolist()) == sorted(
+        [box[0].tolist(), anchors[0].tolist(), anchors[2].tolist()]
+    )
 
 
-@pytest.mark.parametrize("weights", [torch.ones(3), torch.tensor([float("nan"), 1.0]), torch.tensor([-0.1, 1.0])])
+@pytest.mark.parametrize(
+    "weights",
+    [torch.ones(3), torch.tensor([float("nan"), 1.0]), torch.tensor([-0.1, 1.0])],
+)
 def test_impossible_weights_are_told(weights: Tensor) -> None:
-    with pytest.raises(InputError, match="expected a finite weight of at least 0 for each of 2 objects"):
+    with pytest.raises(
+        InputError, match="expected a finite weight of at least 0 for each of 2 objects"
+    ):
         collaborative().objective(batch(), [replace(TWO[0], weights=weights), TWO[1]])
 
 
@@ -126,11 +187,20 @@ def test_each_part_holds_every_object_near_and_far() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_corners_move_by_less_than_half_a_side_or_by_one_to_two(seed: int) -> None:
-    middle = [objects((40, 28, 48, 36, 0), (50, 30, 54, 34, 1))]  # far from the border, where corners are held
-    moved = denoising()(middle, SIZES[:1], embedding(), seeded(seed)).queries.references[0].view(3, 2, 2, 4)
+    # far from the border, where corners are held
+    middle = [objects((40, 28, 48, 36, 0), (50, 30, 54, 34, 1))]
+    moved = (
+        denoising()(middle, SIZES[:1], embedding(), seeded(seed))
+        .queries.references[0]
+        .view(3, 2, 2, 4)
+    )
     truth = middle[0].normalised(SIZES[0])
     near, far = (moved[:, kind] for kind in (0, 1))
-    corners = lambda b: torch.cat([b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2], -1)  # noqa: E731
+
+    def corners(boxes: Tensor) -> Tensor:
+        half = boxes[..., 2:] / 2
+        return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
+
     half = truth[:, 2:].repeat(1, 2) / 2
     assert bool(((corners(near) - corners(truth)).abs() <= half + 1e-5).all())
     assert bool(((corners(far) - corners(truth)).abs() <= 3 * half + 1e-5).all())
@@ -140,7 +210,9 @@ def test_corners_move_by_less_than_half_a_side_or_by_one_to_two(seed: int) -> No
 def test_half_of_the_share_of_labels_is_drawn_anew() -> None:
     module = denoising(denoising_labels=1.0)
     renamed = module._renamed(torch.zeros(1, 9000, dtype=torch.int64), seeded())
-    assert float((renamed != 0).float().mean()) == pytest.approx(0.5 * (CLASSES - 1) / CLASSES, abs=0.02)
+    assert float((renamed != 0).float().mean()) == pytest.approx(
+        0.5 * (CLASSES - 1) / CLASSES, abs=0.02
+    )
 
 
 def test_denoising_queries_are_unseen_by_all_others_and_see_only_their_part() -> None:
@@ -155,29 +227,47 @@ def test_denoising_queries_are_unseen_by_all_others_and_see_only_their_part() ->
 
 
 def test_denoising_changes_no_other_loss_and_nothing_of_what_is_shipped() -> None:
-    plain, noisy = collaborative(tiny(auxiliary=())), collaborative(tiny(auxiliary=(), denoising=6))
+    plain, noisy = (
+        collaborative(tiny(auxiliary=())),
+        collaborative(tiny(auxiliary=(), denoising=6)),
+    )
     noisy.load_state_dict(plain.state_dict(), strict=False)
     before, after = losses(plain, TWO), losses(noisy, TWO)
     for name, value in before.items():
         assert after[name] == pytest.approx(value, rel=1e-5), name
-    assert set(after) - set(before) == {f"denoising_{layer}_{part}" for layer in (0, 1) for part in ("class", "l1", "giou")}
-    assert {n for n in noisy.state_dict() if not n.startswith("base.")} == {"denoising.labels.weight"}
+    assert set(after) - set(before) == {
+        f"denoising_{layer}_{part}"
+        for layer in (0, 1)
+        for part in ("class", "l1", "giou")
+    }
+    assert {n for n in noisy.state_dict() if not n.startswith("base.")} == {
+        "denoising.labels.weight"
+    }
 
 
 def test_a_batch_without_objects_has_no_denoising_query() -> None:
     group = denoising()([objects(), objects()], SIZES, embedding(), seeded())
     assert group.queries.content.shape == (2, 0, 64)
     found = losses(collaborative(tiny(denoising=6)), [objects(), objects()])
-    assert {value for name, value in found.items() if name.startswith("denoising")} == {0.0}
+    assert {value for name, value in found.items() if name.startswith("denoising")} == {
+        0.0
+    }
 
 
 def test_eighty_objects_make_one_part() -> None:
-    crowd = objects(*((i % 10 * 9.0, i // 10 * 7.0, i % 10 * 9 + 8.0, i // 10 * 7 + 6.0, i % 3) for i in range(80)))
+    crowd = objects(
+        *(
+            (i % 10 * 9.0, i // 10 * 7.0, i % 10 * 9 + 8.0, i // 10 * 7 + 6.0, i % 3)
+            for i in range(80)
+        )
+    )
     model = collaborative(tiny(denoising=6))
     found = model.objective(batch(), [crowd, objects()], seeded())
     assert bool(torch.isfinite(found.total))
     assert model.denoising is not None
-    assert model.denoising([crowd, objects()], SIZES, embedding(), seeded()).queries.content.shape == (2, 160, 64)
+    assert model.denoising(
+        [crowd, objects()], SIZES, embedding(), seeded()
+    ).queries.content.shape == (2, 160, 64)
 
 
 def test_checkpointed_layers_give_the_same_losses_and_gradients() -> None:
@@ -186,7 +276,12 @@ def test_checkpointed_layers_give_the_same_losses_and_gradients() -> None:
     for model in (kept, again):
         total = model.objective(batch(), TWO, seeded()).total
         total.backward()  # type: ignore[no-untyped-call]
-        found.append((float(total.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        found.append(
+            (
+                float(total.detach()),
+                [p.grad.clone() for p in model.parameters() if p.grad is not None],
+            )
+        )
     assert found[0][0] == found[1][0]
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

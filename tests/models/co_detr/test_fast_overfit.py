@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from coin_ray.config import Optimize
+from coin_ray.config.co_detr import tiny
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import Artwork, compose
-from coin_ray.models.co_detr.config import tiny
-from coin_ray.models.co_detr.fast import CoTrained, load_fast
+from coin_ray.models.co_detr.transformers_detr import CoTrained, load_fast
 from coin_ray.training.supervised import groups
 from models.co_detr.fast_networks import folder
 from models.co_detr.test_overfit import SIDE, ap50, small
@@ -18,14 +18,25 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize(("model", "steps"), [("rt-detr-v2", 300), ("d-fine", 150)])
-def test_two_scenes_are_learned_by_heart(model: str, steps: int, tmp_path: Path) -> None:
+def test_two_scenes_are_learned_by_heart(
+    model: str, steps: int, tmp_path: Path
+) -> None:
     place = folder(tmp_path, model, len(CLASSES), size={"height": SIDE, "width": SIDE})
     torch.manual_seed(0)
     own = CoTrained(load_fast(place, model, CLASSES), tiny(auxiliary=("atss",)))
     artwork = Artwork.of(load_drawings())
-    images, targets = (list(part) for part in zip(*(small(compose(artwork, "source", seed)) for seed in range(2)), strict=True))
-    optimizer = torch.optim.AdamW(groups(own, Optimize(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4)))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], steps)
+    images, targets = (
+        list(part)
+        for part in zip(
+            *(small(compose(artwork, "source", seed)) for seed in range(2)), strict=True
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        groups(own, Optimize(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4))
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], steps
+    )
     assert ap50(own, images, targets) < 0.2
     batch, reached = own.base.prepare(images), 0.0
     for step in range(steps):

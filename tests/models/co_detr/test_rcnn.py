@@ -5,9 +5,17 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, roi_align
 
-from coin_ray.models.co_detr.config import tiny
+from coin_ray.config.co_detr import tiny
 from coin_ray.models.co_detr.pyramid import lay_out, nine
-from coin_ray.models.co_detr.rcnn import BACKGROUND, UNUSED, Rcnn, assign_anchors, pool, pooling_level, sample_regions
+from coin_ray.models.co_detr.rcnn import (
+    BACKGROUND,
+    UNUSED,
+    Rcnn,
+    assign_anchors,
+    pool,
+    pooling_level,
+    sample_regions,
+)
 from models.co_detr.scenes import CLASSES, TWO, objects, rand, seeded, seen, stirred
 
 
@@ -23,7 +31,10 @@ def some_boxes(count: int, seed: int = 0) -> Tensor:
 
 def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> None:
     maps = seen(5)
-    laid, boxes = lay_out(maps, [nine(s) for s in maps.strides]), torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]])
+    laid, boxes = (
+        lay_out(maps, [nine(s) for s in maps.strides]),
+        torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]]),
+    )
     assigned = assign_anchors(laid.boxes, laid.inside[0], boxes, torch.zeros(0, 4))
     overlaps = box_iou(boxes, laid.boxes)
     assert set(assigned[assigned >= 0].tolist()) == {0, 1}
@@ -37,7 +48,17 @@ def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> 
 def test_an_object_that_no_anchor_resembles_gets_none() -> None:
     maps = seen(5)
     laid = lay_out(maps, [nine(s) for s in maps.strides])
-    assert not bool((assign_anchors(laid.boxes, laid.inside[0], torch.tensor([[3.0, 3, 5, 5]]), torch.zeros(0, 4)) >= 0).any())
+    assert not bool(
+        (
+            assign_anchors(
+                laid.boxes,
+                laid.inside[0],
+                torch.tensor([[3.0, 3, 5, 5]]),
+                torch.zeros(0, 4),
+            )
+            >= 0
+        ).any()
+    )
 
 
 def test_anchors_on_padding_are_unused() -> None:
@@ -57,7 +78,9 @@ def test_proposals_lie_in_their_image_and_carry_no_gradient() -> None:
     for boxes, (height, width) in zip(proposals, maps.sizes, strict=True):
         assert 0 < len(boxes) <= 100
         assert not boxes.requires_grad
-        assert bool((boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height])).all())
+        assert bool(
+            (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height])).all()
+        )
         assert bool((boxes[:, 2:] > boxes[:, :2]).all())
 
 
@@ -67,28 +90,64 @@ def test_objects_themselves_are_among_the_sampled_regions() -> None:
     assert len(sampled.boxes) == 20
     assert 2 <= len(sampled.objects) <= 10
     overlaps = box_iou(target.boxes, sampled.boxes)
-    assert bool((overlaps[sampled.objects, torch.arange(len(sampled.objects))] >= 0.5).all())
+    assert bool(
+        (overlaps[sampled.objects, torch.arange(len(sampled.objects))] >= 0.5).all()
+    )
     assert bool((overlaps[:, len(sampled.objects) :] < 0.5).all())
 
 
 def test_sampling_repeats_with_its_generator() -> None:
     config, proposals = tiny(roi_samples=10), some_boxes(50)
-    first, again, other = (sample_regions(proposals, TWO[0], config, seeded(s)).boxes for s in (3, 3, 4))
+    first, again, other = (
+        sample_regions(proposals, TWO[0], config, seeded(s)).boxes for s in (3, 3, 4)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(("side", "level"), [(1, 0), (111, 0), (112, 0), (223, 0), (224, 1), (447, 1), (448, 2), (900, 3), (5000, 3)])
+@pytest.mark.parametrize(
+    ("side", "level"),
+    [
+        (1, 0),
+        (111, 0),
+        (112, 0),
+        (223, 0),
+        (224, 1),
+        (447, 1),
+        (448, 2),
+        (900, 3),
+        (5000, 3),
+    ],
+)
 def test_large_boxes_are_pooled_from_coarse_levels(side: float, level: int) -> None:
-    assert pooling_level(torch.tensor([[7.0, 9, 7 + side, 9 + side]]), 8, 4).tolist() == [level]
+    assert pooling_level(
+        torch.tensor([[7.0, 9, 7 + side, 9 + side]]), 8, 4
+    ).tolist() == [level]
 
 
 def test_pooling_keeps_the_order_of_boxes() -> None:
     maps = seen(5)
-    boxes = [torch.tensor([[0.0, 0, 900, 900], [3, 3, 20, 30], [0, 0, 300, 300]]), torch.tensor([[5.0, 5, 50, 50]])]
+    boxes = [
+        torch.tensor([[0.0, 0, 900, 900], [3, 3, 20, 30], [0, 0, 300, 300]]),
+        torch.tensor([[5.0, 5, 50, 50]]),
+    ]
     pooled = pool(maps, boxes, 7, 2)
-    for row, (image, box, level) in enumerate([(0, boxes[0][0], 3), (0, boxes[0][1], 0), (0, boxes[0][2], 1), (1, boxes[1][0], 0)]):
-        alone = roi_align(maps.levels[level][image : image + 1], [box[None]], 7, 1 / (8 * 2**level), 2, aligned=True)
+    for row, (image, box, level) in enumerate(
+        [
+            (0, boxes[0][0], 3),
+            (0, boxes[0][1], 0),
+            (0, boxes[0][2], 1),
+            (1, boxes[1][0], 0),
+        ]
+    ):
+        alone = roi_align(
+            maps.levels[level][image : image + 1],
+            [box[None]],
+            7,
+            1 / (8 * 2**level),
+            2,
+            aligned=True,
+        )
         torch.testing.assert_close(pooled[row], alone[0])
 
 
@@ -96,8 +155,12 @@ def test_no_box_at_all_pools_to_nothing() -> None:
     assert pool(seen(5), [torch.zeros(0, 4)] * 2, 7, 2).shape == (0, 64, 7, 7)
 
 
-@pytest.mark.parametrize(("boxes", "columns"), [("per_class", CLASSES), ("agnostic", 1)])
-def test_box_deltas_are_of_the_regions_class_or_of_all(boxes: str, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("boxes", "columns"), [("per_class", CLASSES), ("agnostic", 1)]
+)
+def test_box_deltas_are_of_the_regions_class_or_of_all(
+    boxes: str, columns: int
+) -> None:
     module, maps = head(roi_boxes=boxes), seen(5)
     logits, deltas = module.regions(torch.rand(6, 64, 5, 5))
     assert (logits.shape, deltas.shape) == ((6, CLASSES + 1), (6, columns, 4))
@@ -105,12 +168,16 @@ def test_box_deltas_are_of_the_regions_class_or_of_all(boxes: str, columns: int)
     module(maps, only, seeded()).losses["giou"].backward()
     gradient = module.regions.regress.weight.grad
     assert gradient is not None
-    assert gradient.view(columns, 4, -1).any(-1).any(-1).tolist() == ([True] if columns == 1 else [False, True, False])
+    assert gradient.view(columns, 4, -1).any(-1).any(-1).tolist() == (
+        [True] if columns == 1 else [False, True, False]
+    )
 
 
 def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
     maps = seen(5)
-    for positives, target in zip(head()(maps, TWO, seeded()).positives, TWO, strict=True):
+    for positives, target in zip(
+        head()(maps, TWO, seeded()).positives, TWO, strict=True
+    ):
         assert len(positives) >= len(target.boxes)
         own = box_iou(positives.boxes, positives.truth).diagonal()
         assert bool((own >= 0.5).all())
@@ -122,5 +189,8 @@ def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
 def test_samples_without_objects_are_all_background() -> None:
     outcome = head()(seen(5), [objects(), objects()], seeded())
     assert [len(p) for p in outcome.positives] == [0, 0]
-    assert (outcome.losses["giou"].item(), outcome.losses["proposal_l1"].item()) == (0.0, 0.0)
+    assert (outcome.losses["giou"].item(), outcome.losses["proposal_l1"].item()) == (
+        0.0,
+        0.0,
+    )
     assert outcome.losses["class"].item() > 0

@@ -11,7 +11,7 @@ from coin_ray.models.base import Images
 from coin_ray.models.co_detr.decoder import RARE
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
-from coin_ray.serving.exported import load_exported, write_exported
+from coin_ray.predictors.student import load_exported, write_exported
 from coin_ray.structures import Detections
 
 
@@ -21,7 +21,10 @@ def deployed(named: bool = True) -> TextDetr:
 
 def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 255, (3, *size), dtype=torch.uint8, generator=draw) for size in sizes]
+    return [
+        torch.randint(0, 255, (3, *size), dtype=torch.uint8, generator=draw)
+        for size in sizes
+    ]
 
 
 def batch(detector: TextDetr) -> Images:
@@ -78,4 +81,10 @@ def test_an_export_holds_neither_text_nor_auxiliary_head(tmp_path: Path) -> None
     write_exported(deployed(), CLASSES, str(tmp_path), tiny_config())
     names = set(load_file(tmp_path / "model.safetensors"))
     assert {n for n in names if n.startswith("prompts")} == {"prompts.values"}
-    assert not [n for n in names if n.startswith(("head.", "proposals.", "queries.", "background")) or "context" in n or "attnpool" in n]
+    assert not [
+        n
+        for n in names
+        if n.startswith(("head.", "proposals.", "queries.", "background"))
+        or "context" in n
+        or "attnpool" in n
+    ]

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 from torchvision.models import WeightsEnum, resnet18, swin_t
 
+from coin_ray.config.co_detr import Backbone, tiny
 from coin_ray.demo.drawings import ASSETS
 from coin_ray.errors import InputError
-from coin_ray.models.co_detr.config import Backbone, tiny
 from coin_ray.models.co_detr.model import DeformableDetr
-from coin_ray.models.co_detr.towers import build_backbone, describe, pixel_statistics, rebuild
+from coin_ray.models.co_detr.towers import (
+    build_backbone,
+    describe,
+    pixel_statistics,
+    rebuild,
+)
 from models.co_detr.scenes import batch, randn
 
 CLIP = Backbone(f"open_clip:{ASSETS / 'coin_tiny.json'}", str(ASSETS / "coin_tiny.pt"))
@@ -22,21 +27,45 @@ def transformers_folder(place: Path) -> Backbone:
     """A Swin of random weights, as the hub would hold it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, image_size=32)
+    config = transformers.SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        image_size=32,
+    )
     transformers.SwinModel(config).save_pretrained(place)
     return Backbone(f"transformers:{place}", str(place))
 
 
-@pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet50", "swin_t", "clip", "transformers"])
-def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_files(name: str, tmp_path: Path) -> None:
-    config = {"clip": CLIP}.get(name) or (transformers_folder(tmp_path / "swin") if name == "transformers" else Backbone(name))
+@pytest.mark.parametrize(
+    "name", ["tiny", "resnet18", "resnet50", "swin_t", "clip", "transformers"]
+)
+def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_files(
+    name: str, tmp_path: Path
+) -> None:
+    config = {"clip": CLIP}.get(name) or (
+        transformers_folder(tmp_path / "swin")
+        if name == "transformers"
+        else Backbone(name)
+    )
     torch.manual_seed(0)
     tower = build_backbone(config).eval()
     pixels = randn(1, 3, 64, 96)
     with torch.no_grad():
         maps = tower(pixels)
-        assert [tuple(m.shape[1:]) for m in maps] == [(c, 64 // s, 96 // s) for c, s in zip(tower.channels, (8, 16, 32), strict=True)]  # type: ignore[arg-type]
-        again = rebuild(Backbone(config.name.partition(":")[0] + ":absent" if ":" in config.name else name), describe(tower)).eval()
+        assert [tuple(m.shape[1:]) for m in maps] == [
+            (c, 64 // s, 96 // s)
+            for c, s in zip(tower.channels, (8, 16, 32), strict=True)
+        ]  # type: ignore[arg-type]
+        again = rebuild(
+            Backbone(
+                config.name.partition(":")[0] + ":absent"
+                if ":" in config.name
+                else name
+            ),
+            describe(tower),
+        ).eval()
         again.load_state_dict(tower.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(maps, again(pixels), strict=True))
     model = DeformableDetr(tower, 3, tiny())
@@ -45,14 +74,23 @@ def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_fi
 
 @pytest.mark.parametrize(
     ("name", "network", "frozen"),
-    [("resnet18", resnet18, {"stem.0.weight", "stages.0.0.conv1.weight"}), ("swin_t", swin_t, set())],
+    [
+        ("resnet18", resnet18, {"stem.0.weight", "stages.0.0.conv1.weight"}),
+        ("swin_t", swin_t, set()),
+    ],
 )
-def test_local_weights_are_used_and_the_first_stages_stay(name: str, network: type[nn.Module], frozen: set[str], tmp_path: Path) -> None:
+def test_local_weights_are_used_and_the_first_stages_stay(
+    name: str, network: type[nn.Module], frozen: set[str], tmp_path: Path
+) -> None:
     torch.manual_seed(3)
     original = network()
     torch.save(original.state_dict(), tmp_path / "weights.pt")
     tower = build_backbone(Backbone(name, str(tmp_path / "weights.pt")))
-    assert all(any(torch.equal(p, v) for v in original.state_dict().values()) for n, p in tower.named_parameters() if "norms" not in n)
+    assert all(
+        any(torch.equal(p, v) for v in original.state_dict().values())
+        for n, p in tower.named_parameters()
+        if "norms" not in n
+    )
     fixed = {n for n, p in tower.named_parameters() if not p.requires_grad}
     assert frozen <= fixed
     assert bool(fixed) == bool(frozen)
@@ -75,8 +113,20 @@ def test_pixels_are_normalised_as_the_weights_were_trained() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Backbone("resnet51"), "no 'resnet51'; there are tiny, resnet101.*open_clip:NAME and transformers:NAME"),
-        (Backbone("resnet18", "/nowhere.pt"), "no such file /nowhere.pt; give a file or one of torchvision's IMAGENET1K_V1"),
+        (
+            Backbone("resnet51"),
+            (
+                "no 'resnet51'; there are tiny, resnet101.*open_clip:NAME and"
+                " transformers:NAME"
+            ),
+        ),
+        (
+            Backbone("resnet18", "/nowhere.pt"),
+            (
+                "no such file /nowhere.pt; give a file or one of torchvision's"
+                " IMAGENET1K_V1"
+            ),
+        ),
         (Backbone("open_clip:RN999"), "no architecture 'RN999'"),
         (Backbone("open_clip:ViT-B-32"), "expected a ModifiedResNet"),
         (Backbone("open_clip:/nowhere.json"), "no such file"),
@@ -96,10 +146,15 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         build_backbone(Backbone("resnet50", str(tmp_path / "weights.pt")))
 
 
-def test_weights_that_cannot_be_read_or_downloaded_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_read_or_downloaded_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.pt").write_text("no weights")
     torch.save([1], tmp_path / "list.pt")
-    for file, message in (("text.pt", "can't be read"), ("list.pt", "expected weights by name, got list")):
+    for file, message in (
+        ("text.pt", "can't be read"),
+        ("list.pt", "expected weights by name, got list"),
+    ):
         with pytest.raises(InputError, match=message):
             build_backbone(Backbone("resnet18", str(tmp_path / file)))
 
@@ -107,5 +162,11 @@ def test_weights_that_cannot_be_read_or_downloaded_are_told(tmp_path: Path, monk
         raise URLError("no route")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(InputError, match=r"could not be downloaded .*Offline\? Give --backbone.weights the path of a file"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"could not be downloaded .*Offline\? Give --backbone.weights the path of a"
+            r" file"
+        ),
+    ):
         build_backbone(Backbone("resnet18", "IMAGENET1K_V1"))

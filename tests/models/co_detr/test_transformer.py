@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin_ray.models.co_detr.config import CoDetr, tiny
+from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.models.co_detr.decoder import Decoder, Queries
-from coin_ray.models.co_detr.encoder import Encoder, Memory, cell_centres, padding_masks, valid_shares
+from coin_ray.models.co_detr.encoder import (
+    Encoder,
+    Memory,
+    cell_centres,
+    padding_masks,
+    valid_shares,
+)
 from coin_ray.models.co_detr.neck import Neck
 from coin_ray.models.co_detr.positions import box_positions, map_positions
 from coin_ray.models.co_detr.two_stage import TwoStage, prior_boxes
@@ -19,11 +25,18 @@ from models.co_detr.scenes import CLASSES, batch, detr, rand, randn, stirred
 SMALL = tiny(width=16, heads=4, levels=3, feedforward=24, queries=6)
 SIZES = ((64, 96), (50, 70))
 SHAPES = ((8, 12), (4, 6), (2, 3))
-ATTENTION = {"offsets": "sampling_offsets", "weights": "attention_weights", "value": "value_proj", "output": "output_proj"}
+ATTENTION = {
+    "offsets": "sampling_offsets",
+    "weights": "attention_weights",
+    "value": "value_proj",
+    "output": "output_proj",
+}
 
 
 def maps(width: int = 16, seed: int = 0) -> list[Tensor]:
-    return [randn(2, width, *shape, seed=seed + level) for level, shape in enumerate(SHAPES)]
+    return [
+        randn(2, width, *shape, seed=seed + level) for level, shape in enumerate(SHAPES)
+    ]
 
 
 def encoder() -> Encoder:
@@ -43,8 +56,12 @@ def memory() -> Memory:
 
 
 def queries(count: int = 6, seed: int = 0) -> Queries:
-    boxes = torch.cat([rand(2, count, 2, seed=seed), rand(2, count, 2, seed=seed + 1) * 0.4 + 0.1], -1)
-    return Queries(randn(2, count, 16, seed=seed + 2), randn(2, count, 16, seed=seed + 3), boxes)
+    boxes = torch.cat(
+        [rand(2, count, 2, seed=seed), rand(2, count, 2, seed=seed + 1) * 0.4 + 0.1], -1
+    )
+    return Queries(
+        randn(2, count, 16, seed=seed + 2), randn(2, count, 16, seed=seed + 3), boxes
+    )
 
 
 def oracle() -> Any:
@@ -63,7 +80,12 @@ def oracle() -> Any:
         dropout=0.0,
         disable_custom_kernels=True,
     )
-    return pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr"), config
+    return (
+        pytest.importorskip(
+            "transformers.models.deformable_detr.modeling_deformable_detr"
+        ),
+        config,
+    )
 
 
 def copy_into(theirs: Any, pairs: dict[str, nn.Module]) -> None:
@@ -72,9 +94,22 @@ def copy_into(theirs: Any, pairs: dict[str, nn.Module]) -> None:
 
 
 def common(layer: Any, attention: str) -> dict[str, nn.Module]:
-    pairs = {f"{attention}.{name}": getattr(layer.attention, own) for own, name in ATTENTION.items()}
-    norms = {f"{attention}_layer_norm": layer.attention_norm, "final_layer_norm": layer.feedforward_norm}
-    return pairs | norms | {"mlp.fc1": layer.feedforward[0], "mlp.fc2": layer.feedforward[2]}
+    pairs = {
+        f"{attention}.{name}": getattr(layer.attention, own)
+        for own, name in ATTENTION.items()
+    }
+    norms = {
+        f"{attention}_layer_norm": layer.attention_norm,
+        "final_layer_norm": layer.feedforward_norm,
+    }
+    return (
+        pairs
+        | norms
+        | {
+            "mlp.fc1": layer.feedforward[0],
+            "mlp.fc2": layer.feedforward[2],
+        }
+    )
 
 
 def test_positions_equal_transformers() -> None:
@@ -82,7 +117,9 @@ def test_positions_equal_transformers() -> None:
     (padding,) = padding_masks(SHAPES[:1], SIZES, torch.device("cpu"))
     theirs = modeling.DeformableDetrSinePositionEmbedding(8, normalize=True)
     expected = theirs(torch.Size((2, 16, *SHAPES[0])), "cpu", torch.float32, ~padding)
-    torch.testing.assert_close(map_positions(padding, 16), expected.permute(0, 2, 3, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        map_positions(padding, 16), expected.permute(0, 2, 3, 1), atol=1e-5, rtol=0
+    )
 
 
 def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
@@ -92,7 +129,13 @@ def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
         copy_into(layer, common(own, "self_attn"))
     encoded = ours(maps(), SIZES)
     paddings = padding_masks(SHAPES, SIZES, torch.device("cpu"))
-    positions = torch.cat([(map_positions(p, 16) + e).flatten(1, 2) for p, e in zip(paddings, ours.level_embeddings, strict=True)], 1)
+    positions = torch.cat(
+        [
+            (map_positions(p, 16) + e).flatten(1, 2)
+            for p, e in zip(paddings, ours.level_embeddings, strict=True)
+        ],
+        1,
+    )
     expected = theirs(
         inputs_embeds=torch.cat([m.flatten(2).transpose(1, 2) for m in maps()], 1),
         attention_mask=~encoded.padding,
@@ -107,11 +150,23 @@ def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
 
 def test_the_decoder_equals_transformers_with_the_same_weights() -> None:
     modeling, config = oracle()
-    ours, theirs, seen, start = decoder().eval(), modeling.DeformableDetrDecoder(config).eval(), memory(), queries()
+    ours, theirs, seen, start = (
+        decoder().eval(),
+        modeling.DeformableDetrDecoder(config).eval(),
+        memory(),
+        queries(),
+    )
     for own, layer in zip(ours.layers, theirs.layers, strict=True):
         attention = own.self_attention
-        own_attention = {"q_proj": attention.query, "k_proj": attention.key, "v_proj": attention.value, "o_proj": attention.output}
-        pairs = common(own, "encoder_attn") | {f"self_attn.{name}": module for name, module in own_attention.items()}
+        own_attention = {
+            "q_proj": attention.query,
+            "k_proj": attention.key,
+            "v_proj": attention.value,
+            "o_proj": attention.output,
+        }
+        pairs = common(own, "encoder_attn") | {
+            f"self_attn.{name}": module for name, module in own_attention.items()
+        }
         copy_into(layer, pairs | {"self_attn_layer_norm": own.self_attention_norm})
     theirs.bbox_embed = ours.regress
     found = theirs(
@@ -125,15 +180,30 @@ def test_the_decoder_equals_transformers_with_the_same_weights() -> None:
         valid_ratios=seen.valid,
     )
     decoded = ours(start, seen)
-    torch.testing.assert_close(decoded.boxes, found.intermediate_reference_points.transpose(0, 1), atol=1e-5, rtol=0)
-    logits = torch.stack([classify(h) for classify, h in zip(ours.classify, found.intermediate_hidden_states.unbind(1), strict=True)])
+    torch.testing.assert_close(
+        decoded.boxes,
+        found.intermediate_reference_points.transpose(0, 1),
+        atol=1e-5,
+        rtol=0,
+    )
+    logits = torch.stack(
+        [
+            classify(h)
+            for classify, h in zip(
+                ours.classify, found.intermediate_hidden_states.unbind(1), strict=True
+            )
+        ]
+    )
     torch.testing.assert_close(decoded.logits, logits, atol=1e-5, rtol=0)
 
 
 def test_what_lies_in_the_padding_changes_nothing_outside_it() -> None:
     """A second batch whose maps differ in padded cells only."""
     paddings = padding_masks(SHAPES, SIZES, torch.device("cpu"))
-    other = [torch.where(p[:, None], torch.tensor(50.0), m) for p, m in zip(paddings, maps(), strict=True)]
+    other = [
+        torch.where(p[:, None], torch.tensor(50.0), m)
+        for p, m in zip(paddings, maps(), strict=True)
+    ]
     first, second = encoder()(maps(), SIZES), encoder()(other, SIZES)
     assert torch.equal(first.tokens[~first.padding], second.tokens[~second.padding])
     assert not torch.equal(first.tokens, second.tokens)
@@ -144,7 +214,11 @@ def test_what_lies_in_the_padding_changes_nothing_outside_it() -> None:
 
 def test_cells_are_padding_from_where_their_image_ends() -> None:
     masks = padding_masks(SHAPES, SIZES, torch.device("cpu"))
-    assert [(int((~m[1, :, 0]).sum()), int((~m[1, 0]).sum())) for m in masks] == [(7, 9), (4, 5), (2, 3)]
+    assert [(int((~m[1, :, 0]).sum()), int((~m[1, 0]).sum())) for m in masks] == [
+        (7, 9),
+        (4, 5),
+        (2, 3),
+    ]
     assert not any(bool(m[0].any()) for m in masks)
 
 
@@ -153,7 +227,9 @@ def test_a_place_in_an_image_is_the_same_pixel_on_every_level() -> None:
     for level, (height, width) in enumerate(SHAPES):
         stride = 8 * 2**level
         right_bottom = valid[:, level] * torch.tensor([width * stride, height * stride])
-        torch.testing.assert_close(right_bottom, torch.tensor([[96.0, 64.0], [70.0, 50.0]]))
+        torch.testing.assert_close(
+            right_bottom, torch.tensor([[96.0, 64.0], [70.0, 50.0]])
+        )
 
 
 def test_cell_centres_are_shares_of_the_image_not_of_the_padding() -> None:
@@ -168,13 +244,20 @@ def test_box_positions_tell_their_four_coordinates_apart() -> None:
     assert first.shape == (32,)
     assert torch.equal(first[:24], second[:24])
     assert not torch.equal(first[24:], second[24:])
-    torch.testing.assert_close(first[:2], torch.tensor([math.sin(0.2 * math.pi), math.cos(0.2 * math.pi)]))
+    torch.testing.assert_close(
+        first[:2], torch.tensor([math.sin(0.2 * math.pi), math.cos(0.2 * math.pi)])
+    )
 
 
 def test_the_neck_halves_maps_level_by_level() -> None:
     neck = Neck((8, 12, 16), 32, 5)
-    given = [randn(1, c, side, side) for c, side in zip((8, 12, 16), (20, 10, 5), strict=True)]
-    assert [tuple(m.shape[1:]) for m in neck(given)] == [(32, s, s) for s in (20, 10, 5, 3, 2)]
+    given = [
+        randn(1, c, side, side)
+        for c, side in zip((8, 12, 16), (20, 10, 5), strict=True)
+    ]
+    assert [tuple(m.shape[1:]) for m in neck(given)] == [
+        (32, s, s) for s in (20, 10, 5, 3, 2)
+    ]
 
 
 def test_queries_are_the_best_usable_tokens() -> None:
@@ -184,35 +267,52 @@ def test_queries_are_the_best_usable_tokens() -> None:
     for image in range(2):
         usable = proposals.usable[image]
         best = proposals.objectness[image, usable, 0].topk(SMALL.queries).indices
-        assert torch.equal(proposals.queries.references[image], proposals.boxes[image, usable][best])
+        assert torch.equal(
+            proposals.queries.references[image], proposals.boxes[image, usable][best]
+        )
     assert not bool((proposals.usable & seen.padding).any())
     assert not proposals.queries.references.requires_grad
 
 
 def test_fewer_tokens_than_queries_are_all_taken() -> None:
     stage = stirred(TwoStage(replace(SMALL, queries=500)))
-    assert stage(memory()).queries.content.shape == (2, sum(h * w for h, w in SHAPES), 16)
+    assert stage(memory()).queries.content.shape == (
+        2,
+        sum(h * w for h, w in SHAPES),
+        16,
+    )
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_with_mixed_selection_the_content_does_not_depend_on_the_proposals(mixed: bool) -> None:
+def test_with_mixed_selection_the_content_does_not_depend_on_the_proposals(
+    mixed: bool,
+) -> None:
     torch.manual_seed(2)
     stage = TwoStage(replace(SMALL, mixed_selection=mixed))
-    first, second = stage.start(queries(seed=1).references), stage.start(queries(seed=5).references)
+    first, second = (
+        stage.start(queries(seed=1).references),
+        stage.start(queries(seed=5).references),
+    )
     assert torch.equal(first.content, second.content) is mixed
     assert not torch.equal(first.positions, second.positions)
 
 
 def test_priors_grow_with_the_level_and_stay_off_the_border() -> None:
-    boxes, usable = prior_boxes(SHAPES, torch.ones(1, 3, 2), torch.zeros(1, 126, dtype=torch.bool))
+    boxes, usable = prior_boxes(
+        SHAPES, torch.ones(1, 3, 2), torch.zeros(1, 126, dtype=torch.bool)
+    )
     assert [round(float(boxes[0, i, 2]), 3) for i in (0, 96, 120)] == [0.05, 0.1, 0.2]
     assert bool(usable.all())
-    boxes, usable = prior_boxes(((1, 60),), torch.ones(1, 1, 2), torch.zeros(1, 60, dtype=torch.bool))
+    boxes, usable = prior_boxes(
+        ((1, 60),), torch.ones(1, 1, 2), torch.zeros(1, 60, dtype=torch.bool)
+    )
     assert usable[0].tolist() == [False] + [True] * 58 + [False]
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_a_layers_boxes_train_the_branch_before_only_when_looking_forward_twice(twice: bool) -> None:
+def test_a_layers_boxes_train_the_branch_before_only_when_looking_forward_twice(
+    twice: bool,
+) -> None:
     module = decoder(replace(SMALL, look_forward_twice=twice))
     boxes = module(queries(), memory()).boxes
     boxes[1].sum().backward()
@@ -221,25 +321,43 @@ def test_a_layers_boxes_train_the_branch_before_only_when_looking_forward_twice(
 
 
 def test_looking_forward_twice_changes_gradients_and_no_value() -> None:
-    once, twice = (decoder(replace(SMALL, look_forward_twice=value)) for value in (False, True))
-    assert torch.equal(once(queries(), memory()).boxes, twice(queries(), memory()).boxes)
+    once, twice = (
+        decoder(replace(SMALL, look_forward_twice=value)) for value in (False, True)
+    )
+    assert torch.equal(
+        once(queries(), memory()).boxes, twice(queries(), memory()).boxes
+    )
 
 
 def test_the_order_of_queries_does_not_matter() -> None:
     start, order = queries(), torch.tensor([3, 1, 5, 0, 2, 4])
-    shuffled = Queries(start.content[:, order], start.positions[:, order], start.references[:, order])
+    shuffled = Queries(
+        start.content[:, order], start.positions[:, order], start.references[:, order]
+    )
     first, second = decoder()(start, memory()), decoder()(shuffled, memory())
-    torch.testing.assert_close(first.boxes[:, :, order], second.boxes, atol=1e-6, rtol=0)
-    torch.testing.assert_close(first.logits[:, :, order], second.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        first.boxes[:, :, order], second.boxes, atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        first.logits[:, :, order], second.logits, atol=1e-5, rtol=0
+    )
 
 
 def test_groups_of_queries_do_not_see_each_other_behind_a_mask() -> None:
     start, other = queries(seed=0), queries(seed=9)
-    together = Queries(*(torch.cat([getattr(q, name) for q in (start, other)], 1) for name in ("content", "positions", "references")))
+    together = Queries(
+        *(
+            torch.cat([getattr(q, name) for q in (start, other)], 1)
+            for name in ("content", "positions", "references")
+        )
+    )
     mask = torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).bool().expand(2, -1, -1)
     module, seen = decoder(), memory()
     decoded = module(together, seen, mask)
-    for part, alone in ((decoded.columns(0, 6), module(start, seen)), (decoded.columns(6, 12), module(other, seen))):
+    for part, alone in (
+        (decoded.columns(0, 6), module(start, seen)),
+        (decoded.columns(6, 12), module(other, seen)),
+    ):
         torch.testing.assert_close(part.boxes, alone.boxes, atol=1e-6, rtol=0)
         torch.testing.assert_close(part.logits, alone.logits, atol=1e-6, rtol=1e-6)
 

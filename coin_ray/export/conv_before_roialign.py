@@ -1,0 +1,101 @@
+"""The 1x1 convolution behind RoIAlign, done before it: both are linear, so their order
+is free.
+
+A map has fewer cells than the bins of all regions together. The shortcut of the same
+block averages bins two by two, which is RoIAlign with half as many bins a side and
+twice the samples in each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coin_ray.config import Detector
+from coin_ray.export.networks import Describe, Propose
+from coin_ray.models.faster_rcnn_clip.model import STRIDE
+from coin_ray.models.faster_rcnn_clip.tower import ClipTower, Tower
+
+HALVED = 2
+"""Stride of the first block behind RoIAlign."""
+
+
+def enters_early(tower: Tower, config: Detector) -> bool:
+    """Whether the order can be changed to the same result (norms folded, so many
+    samples in each bin, halves without a rest) and saves work.
+    """
+    same = (
+        isinstance(tower, ClipTower)
+        and config.batch_norm == "frozen"
+        and config.roi_samples > 0
+        and config.roi_size % HALVED == 0
+    )
+    return (
+        same
+        and config.proposals_test * config.roi_size**2
+        >= config.short_side * config.long_side // STRIDE**2
+    )
+
+
+class EarlyPropose(nn.Module):
+    """As ``Propose``, with the maps that enter the first regional block before the
+    features: [B, C', h, w], bias not yet added.
+    """
+
+    weight: Tensor
+
+    def __init__(self, propose: Propose, describe: Describe) -> None:
+        super().__init__()
+        self.propose = propose
+        self.register_buffer(
+            "weight", _blocks(describe)[0].conv1.weight.detach().clone()
+        )
+
+    def forward(
+        self, pixels: Tensor, limits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features, objectness, boxes = self.propose(pixels, limits)
+        return F.conv2d(features, self.weight), features, objectness, boxes
+
+    def shapes(self, side: int) -> list[tuple[int, int]]:
+        """Channels and bins a side of both maps, pooled, where the model pools into
+        ``side``.
+        """
+        return [(self.weight.shape[0], side), (self.weight.shape[1], side // HALVED)]
+
+
+class EarlyDescribe(nn.Module):
+    """entered [R, C', s, s], halved [R, C, s/2, s/2], proposals [R, 4], limits [4] ->
+    what ``Describe`` makes of the pooled features.
+    """
+
+    bias: Tensor
+
+    def __init__(self, describe: Describe) -> None:
+        super().__init__()
+        block = _blocks(describe)[0]
+        self.describe, self.convolution, self.pool, self.project = (
+            describe,
+            block.conv2,
+            block.avgpool,
+            block.conv3,
+        )
+        self.shortcut, self.later = block.downsample[1], _blocks(describe)[1:]
+        self.register_buffer(
+            "bias", block.conv1.bias.detach().clone().view(1, -1, 1, 1)
+        )
+
+    def forward(
+        self, entered: Tensor, halved: Tensor, proposals: Tensor, limits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden = self.convolution((entered + self.bias).relu()).relu()
+        maps = (self.project(self.pool(hidden)) + self.shortcut(halved)).relu()
+        return self.describe.judge(self.later(maps).mean((2, 3)), proposals, limits)
+
+
+def _blocks(describe: Describe) -> Any:
+    """CLIP's stage 4: open_clip's blocks in a row."""
+    tower: Any = describe.tower
+    return tower.visual.layer4

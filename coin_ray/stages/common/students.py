@@ -1,0 +1,99 @@
+"""Which network a detector of the run is: the CLIP detector always a Faster R-CNN,
+students as ``distill.student`` says.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from coin_ray.config import PipelineConfig
+from coin_ray.models.co_detr.collaborative import shipped
+from coin_ray.models.co_detr.model import load_weights as load_base
+from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr, started_from
+from coin_ray.models.co_detr.text import TextDetr
+from coin_ray.models.faster_rcnn_clip.backbone import (
+    Backbone,
+    new_embeddings,
+    new_tower,
+)
+from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
+from coin_ray.stages.common.training_job import load_weights
+from coin_ray.training.distill import Student
+from coin_ray.training.queries import look_with_queries
+from coin_ray.training.student_outputs import Look, look
+
+CLIP_DETECTOR = "clip_detector"
+Deployed = ClipDetector | TextDetr | ByRegions
+
+
+def new_clip_detector(
+    backbone: Backbone, config: PipelineConfig, *, seed: int
+) -> ClipDetector:
+    return build_detector(backbone, config.classes, config.detector, seed=seed)
+
+
+def new_student(backbone: Backbone, config: PipelineConfig, *, seed: int) -> Student:
+    """A fresh target detector: the backbone's visual weights and class embeddings,
+    everything else drawn from ``seed``.
+    """
+    if config.distill.student == "faster-rcnn":
+        return new_clip_detector(backbone, config, seed=seed)
+    base = new_detr(backbone, config, seed=seed)
+    return RegionalDetr(base, backbone.embedding_size, config.detector)
+
+
+def new_detr(backbone: Backbone, config: PipelineConfig, *, seed: int) -> TextDetr:
+    torch.manual_seed(seed)
+    prompts, tower = (
+        new_embeddings(backbone, config.classes, config.detector),
+        new_tower(backbone, config.detector),
+    )
+    named = config.distill.co_detr_classes == "text"
+    size, network = backbone.embedding_size, config.distill.co_detr
+    return TextDetr(
+        tower,
+        prompts,
+        len(config.classes),
+        size,
+        network,
+        named=named,
+        mean=backbone.mean,
+        std=backbone.std,
+    )
+
+
+def student_from_clip_detector(
+    student: Student, weights: dict[str, torch.Tensor]
+) -> Student:
+    """``student`` with all it has in common with the CLIP detector: everything, or of
+    another network the tower and the prompts.
+    """
+    if isinstance(student, RegionalDetr):
+        return started_from(student, weights)
+    student.load_state_dict(weights)
+    return student
+
+
+def look_of(student: Student) -> Look:
+    return look_with_queries if isinstance(student, RegionalDetr) else look
+
+
+def load_detector(
+    name: str, uri: str, backbone: Backbone, config: PipelineConfig
+) -> Deployed:
+    """The trained detector ``name`` in evaluation mode, as it is deployed: of a Co-DETR
+    the base alone, or with its auxiliary head.
+    """
+    weights = load_weights(uri)
+    if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":
+        detector = new_clip_detector(backbone, config, seed=config.seed)
+        detector.load_state_dict(weights)
+        return detector.eval()
+    if config.distill.co_detr_detects == "regions":
+        student = new_student(backbone, config, seed=config.seed)
+        student.load_state_dict(weights)
+        assert isinstance(student, RegionalDetr)
+        return ByRegions(student).eval()
+    detr = new_detr(backbone, config, seed=config.seed)
+    load_base(detr, shipped(weights))
+    return detr.eval()

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.protocol import RawDetections
+from coin_ray.commands import renderings as pilot
+from coin_ray.config.presets import demo
+
+FIRST_LINES = (
+    "demo",
+    "--cloud.serve-latency",
+    "0",
+    "--cloud.serve-faults",
+    "0",
+    "--data.train",
+    "6",
+    "--data.val",
+    "0",
+    "--data.test",
+    "1",
+)
+
+
+def raw(*scores: list[float]) -> RawDetections:
+    boxes = np.tile(np.array([[0, 0, 10, 10]], np.float32), (len(scores), 1))
+    return RawDetections(boxes, np.array(scores, np.float32).reshape(-1, 2), "label")
+
+
+def test_sureness_by_hand() -> None:
+    """Best scores .8, 0 (nothing seen) and .2; two boxes from .3 on; the image without
+    an answer counts in neither."""
+    found = pilot.sureness(
+        "grey", [raw([0.8, 0.1], [0.0, 0.5]), raw(), raw([0.1, 0.2]), None]
+    )
+    assert (found.view, found.failed) == ("grey", 1)
+    assert found.best_score == pytest.approx((0.8 + 0 + 0.2) / 3)
+    assert found.boxes == pytest.approx(2 / 3)
+    assert pilot.sureness("grey", [None, None]) == pilot.Sureness("grey", 0.0, 0.0, 2)
+
+
+def test_views_of_the_demo_are_compared_and_paid_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over the local cloud: a table with the surest first, a picture, and nothing to
+    pay the second time."""
+    command = [
+        *FIRST_LINES,
+        "--root",
+        str(tmp_path),
+        "--sample",
+        "4",
+        "--in",
+        "plain",
+        "mirrored+reduced",
+    ]
+    assert pilot.main(command) == 0
+    said = capsys.readouterr().out
+    assert "4 images in 2 views" in said
+    assert "--cloud.views plain" in said
+    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 8
+    with Image.open(io.BytesIO((tmp_path / "views.png").read_bytes())) as sheet:
+        assert sheet.size == (
+            2 * (pilot.SIDE + pilot.GAP),
+            pilot.GAP + 4 * (pilot.SIDE + pilot.GAP),
+        )
+    assert pilot.main(command) == 0
+    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 8
+
+
+def test_a_file_that_is_gone_has_no_answer_and_the_others_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*FIRST_LINES, "--root", str(tmp_path), "--in", "plain", "inverted"]
+    assert pilot.main([*command, "--sample", "1"]) == 0
+    next(iter(sorted(tmp_path.glob("steps/images-*/images/train_*")))).unlink()
+    capsys.readouterr()
+    assert pilot.main([*command, "--sample", "6"]) == 0
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("│")
+    ]
+    assert [row.split("│")[-2].strip() for row in rows] == ["1", "1"]
+    with Image.open(tmp_path / "views.png") as sheet:
+        assert sheet.height == pilot.GAP + 5 * (pilot.SIDE + pilot.GAP)
+
+
+def test_a_panorama_is_shown_too(tmp_path: Path) -> None:
+    """Six pixels high, which no service would take, and is only to be looked at."""
+    Image.new("RGB", (2400, 60), "red").save(tmp_path / "wide.png")
+    config = replace(
+        demo(), cloud=replace(demo().cloud, views=("plain", "inverted+reduced"))
+    )
+    with Image.open(
+        io.BytesIO(pilot.picture(config, [str(tmp_path / "wide.png")], [[None, None]]))
+    ) as sheet:
+        assert sheet.size == (2 * (pilot.SIDE + pilot.GAP), 2 * pilot.GAP + pilot.SIDE)
+
+
+def test_a_budget_stops_it_and_keeps_what_was_paid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        *FIRST_LINES,
+        "--root",
+        str(tmp_path),
+        "--sample",
+        "4",
+        "--in",
+        "plain",
+        "grey",
+        "--cloud.max-calls",
+        "3",
+    ]
+    assert pilot.main(command) != 0
+    assert "BudgetExhausted" in capsys.readouterr().err
+    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 3
+    assert not (tmp_path / "views.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sample", "0"], "--sample"),
+        (["--in", "sideways"], "mirrored, grey"),
+        (["--in", "grey", "grey"], "once"),
+    ],
+)
+def test_what_cannot_be_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert pilot.main([*FIRST_LINES, "--root", str(tmp_path), *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        pilot.main(
+            [
+                *FIRST_LINES,
+                "--root",
+                str(tmp_path),
+                "--dry-run",
+                "--sample",
+                "50",
+                "--cloud.usd-per-call",
+                "0.01",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "50 images in 6 views, 0 answered already, at most 300 calls to make, $3.00"
+        in capsys.readouterr().out
+    )
+    assert not (tmp_path / "journal").exists()

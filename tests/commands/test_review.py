@@ -1,0 +1,193 @@
+"""The command that takes labels of a run to people and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from coin_ray import storage, tables
+from coin_ray.commands.review import TOOLS, main
+from coin_ray.config import PipelineConfig
+from coin_ray.config.files import from_yaml, to_yaml
+from coin_ray.config.presets import demo
+from coin_ray.data.formats import read
+from coin_ray.data.review import corrections, cvat
+from coin_ray.runs.graph import graph
+
+BOX = [1.0, 2.0, 11.0, 7.0]
+FILES = {
+    "label-studio": "tasks.json",
+    "cvat": "annotations.xml",
+    "fiftyone": "samples.json",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """A run of two classes whose step separate is finished: image n has n disputed
+    boxes of three."""
+    config: PipelineConfig = replace(demo(), classes=("cat", "dog"))
+    place = str(tmp_path / "run")
+    steps = graph(config)
+    rows, separated = [], []
+    for n in range(3):
+        path = tmp_path / f"{n}.png"
+        Image.new("RGB", (40, 30), (n, 0, 0)).save(path)
+        rows.append(
+            {
+                "image_id": str(n),
+                "uri": str(path),
+                "width": 40,
+                "height": 30,
+                "split": "train",
+            }
+        )
+        kinds = ["inconsistent"] * n + ["consistent"] * (3 - n)
+        probs, names = (
+            [[0.8, 0.2, 0.0]] * 3,
+            dict.fromkeys(("cloud_labels", "clip_labels"), [0] * 3),
+        )
+        separated.append(
+            {
+                "image_id": str(n),
+                "boxes": [BOX] * 3,
+                "kind": kinds,
+                "cloud_probs": probs,
+                "clip_probs": probs,
+            }
+            | names
+        )
+    storage.write_bytes(storage.join(place, "config.yaml"), to_yaml(config).encode())
+    storage.write_table(
+        storage.join(steps["images"].folder(place), "images.parquet"),
+        pa.Table.from_pylist(rows, schema=tables.IMAGES),
+    )
+    folder = steps["separate"].folder(place)
+    storage.write_table(
+        storage.join(folder, "separation.parquet"),
+        pa.Table.from_pylist(separated, schema=tables.SEPARATION),
+    )
+    storage.write_json(storage.join(folder, "manifest.json"), {})
+    return place
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_images_in_most_dispute_go_out_first(
+    tool: str, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "out",
+                tool,
+                "--root",
+                root,
+                "--out",
+                str(tmp_path / "out"),
+                "--most",
+                "2",
+            ],
+            "",
+        )
+        == 0
+    )
+    found = corrections.read(
+        str(tmp_path / "out" / ("" if tool == "fiftyone" else FILES[tool]))
+    )
+    assert [(r.image_id, len(r.boxes), r.reviewed) for r in found] == [
+        ("2", 3, False),
+        ("1", 3, False),
+    ]
+    assert (tmp_path / "out" / FILES[tool]).exists()
+    assert "2 of 3 training images" in capsys.readouterr().out
+
+
+def test_what_people_have_reviewed_becomes_a_data_set(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["out", "cvat", "--root", root, "--out", str(out)], "")
+    first, *others = cvat.read(str(out / "annotations.xml"))
+    back = [
+        "back",
+        str(out / "annotations.xml"),
+        "--out",
+        str(tmp_path / "set"),
+        "--format",
+        "voc",
+    ]
+    assert main(back, "") == 2
+    assert "no image in it is marked as reviewed" in capsys.readouterr().err
+    (out / "annotations.xml").write_bytes(
+        cvat.as_xml([replace(first, reviewed=True, boxes=first.boxes[:1]), *others])
+    )
+    assert main(back, "") == 0
+    [record] = read(f"{tmp_path}/set#train").records
+    assert (record.file, record.boxes.tolist(), record.labels) == (
+        "2.png",
+        [BOX],
+        ("cat",),
+    )
+
+
+def test_what_has_been_reviewed_does_not_go_out_again(
+    root: str, tmp_path: Path
+) -> None:
+    """Not even an image in which a person saw nothing."""
+    out = str(tmp_path / "out")
+    main(["out", "cvat", "--root", root, "--out", out], "")
+    found = cvat.read(f"{out}/annotations.xml")
+    (tmp_path / "done.xml").write_bytes(
+        cvat.as_xml([replace(found[0], reviewed=True, boxes=())])
+    )
+    before, config = (
+        graph(from_yaml(f"{root}/config.yaml")),
+        replace(
+            from_yaml(f"{root}/config.yaml"), corrections=(f"{tmp_path}/done.xml",)
+        ),
+    )
+    storage.write_bytes(f"{root}/config.yaml", to_yaml(config).encode())
+    steps = graph(config)
+    table = pa.table({"image_id": ["2"]})
+    storage.write_table(
+        storage.join(steps["corrections"].folder(root), "corrections.parquet"), table
+    )
+    for name in ("separation.parquet", "manifest.json"):
+        data = storage.read_bytes(storage.join(before["separate"].folder(root), name))
+        storage.write_bytes(storage.join(steps["separate"].folder(root), name), data)
+    assert main(["out", "cvat", "--root", root, "--out", out], "") == 0
+    assert [r.image_id for r in cvat.read(f"{out}/annotations.xml")] == ["1", "0"]
+
+
+def test_a_run_that_has_not_come_so_far_is_told(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage.remove(
+        storage.join(
+            graph(replace(demo(), classes=("cat", "dog")))["separate"].folder(root),
+            "manifest.json",
+        )
+    )
+    assert (
+        main(["out", "cvat", "--root", root, "--out", str(tmp_path / "out")], "") == 2
+    )
+    assert "needs the finished step separate" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "out",
+                "cvat",
+                "--root",
+                str(tmp_path / "nowhere"),
+                "--out",
+                str(tmp_path / "out"),
+            ],
+            "",
+        )
+        == 2
+    )
+    assert "no config file" in capsys.readouterr().err
