@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from coin_ray.clip.encoder import ClipModel, class_embeddings
-from coin_ray.config import Clip, Detector, Distill, Optimize, Propagate, Separate
+from coin_ray.config import Clip, Detector, Distill, Propagate, Separate, TrainingConfig
 from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.data.examples import Example
 from coin_ray.models.co_detr.regional import RegionalDetr
@@ -162,7 +162,7 @@ def tiny_embeddings() -> Tensor:
     return class_embeddings(tiny_clip(), CLASSES, TEMPLATES)
 
 
-def tiny_fit(**changes: Any) -> Optimize:
+def tiny_fit(**changes: Any) -> TrainingConfig:
     values: dict[str, Any] = {
         "steps": 6,
         "batch": 2,
@@ -175,10 +175,10 @@ def tiny_fit(**changes: Any) -> Optimize:
         "augmentation": 0.5,
         "checkpoint_every": 3,
     }
-    return Optimize(**(values | changes))
+    return TrainingConfig(**(values | changes))
 
 
-def propagation(fit: Optimize, **changes: Any) -> Propagation:
+def propagation(fit: TrainingConfig, **changes: Any) -> Propagation:
     config = Propagate(
         fit=fit,
         **(
@@ -194,7 +194,7 @@ def propagation(fit: Optimize, **changes: Any) -> Propagation:
     return Propagation(tiny_detector(), tiny_embeddings(), config)
 
 
-def distillation(fit: Optimize, **changes: Any) -> Distillation:
+def distillation(fit: TrainingConfig, **changes: Any) -> Distillation:
     """Every loss is active: any overlap matches, and every fused vector is trusted."""
     values = {
         "alignment": 1.0,
@@ -268,7 +268,7 @@ def tiny_co_detr(
 
 
 def detr_distillation(
-    fit: Optimize, *, named: bool = True, **changes: Any
+    fit: TrainingConfig, *, named: bool = True, **changes: Any
 ) -> Distillation:
     """As ``distillation``, with a Co-DETR student."""
     values = {

@@ -26,7 +26,7 @@ from ray.dashboard.modules.job.cli import logs, submit
 from ray.scripts.scripts import cli as ray_cli
 
 from coin_ray.commands.arguments import parse
-from coin_ray.config import Collect, Optimize, PipelineConfig
+from coin_ray.config import Collect, TrainingConfig, PipelineConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.stages import collect
 from coin_ray.stages.common import prediction as predicting
@@ -320,7 +320,7 @@ def asked_by_stages(
 
 def on_gpus(labeler_gpus: float) -> PipelineConfig:
     preset = PRESETS["folder"]()
-    fit = Optimize(gpu=True)
+    fit = TrainingConfig(gpu=True)
     return replace(
         preset,
         collect=Collect(labeler_gpus=labeler_gpus),

@@ -22,7 +22,7 @@ from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.label_map import ASSUMED_PRECISION, Prior
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.renderings import image_in_view
-from coin_ray.config import PLAIN, Cloud, Ensemble, PipelineConfig
+from coin_ray.config import PLAIN_RENDERING, Cloud, Ensemble, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
     BudgetExhausted,
@@ -177,7 +177,7 @@ def names_of(clouds: Sequence[Cloud]) -> tuple[str, ...]:
     asked = [
         (
             cloud.service
-            if cloud.views == (PLAIN,) or len(cloud.views) > 1
+            if cloud.views == (PLAIN_RENDERING,) or len(cloud.views) > 1
             else f"{cloud.service} {cloud.views[0]}"
         )
         for cloud in clouds

@@ -1,7 +1,7 @@
 """How an image is shown to a cloud. A detector of ordinary photos may see far more in
 another rendering of a strange domain.
 
-A view is ``plain``, or operations joined by "+", done in the order of ``OPERATIONS``:
+A view is ``plain``, or operations joined by "+", done in the order of ``RENDERING_OPERATIONS``:
 ``inverted+reduced``. What each is good for is measured in docs/demo.md. Boxes come back
 in the original's frame (``coin_ray.cloud.adapters.parsing.to_original``).
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from PIL import Image, ImageOps
 
-from coin_ray.config import OPERATIONS, PLAIN
+from coin_ray.config import PLAIN_RENDERING, RENDERING_OPERATIONS
 from coin_ray.data.canonical import CanonicalImage, canonical_image, decode_sent, jpeg
 
 REDUCED = 1.5
@@ -26,14 +26,14 @@ def image_in_view(raw: bytes, max_side: int, view: str) -> CanonicalImage:
     """The file's image in a view, with a longer side of at most ``max_side`` pixels.
     Raises ``InputError`` for what is not a usable image.
     """
-    if view == PLAIN:
+    if view == PLAIN_RENDERING:
         return canonical_image(raw, max_side)
     asked = view.split("+")
     image = canonical_image(
         raw, max(1, int(max_side / REDUCED)) if "reduced" in asked else max_side
     )
     pixels = decode_sent(image)
-    for operation in OPERATIONS:
+    for operation in RENDERING_OPERATIONS:
         if operation in asked:
             pixels = _DONE[operation](pixels)
     shown = (image.width, image.height)

@@ -16,7 +16,13 @@ from typing import cast, get_args
 
 import tyro
 
-from coin_ray.config import Cloud, PipelineConfig, Service, Student, check_runnable
+from coin_ray.config import (
+    Cloud,
+    PipelineConfig,
+    ServiceName,
+    StudentKind,
+    check_runnable,
+)
 from coin_ray.config.files import MOVED, from_yaml
 from coin_ray.config.presets import PRESETS, thermal, with_student
 from coin_ray.config.published import SETS, CloudKind, published
@@ -159,7 +165,7 @@ def parse(
     )
     parser.add_argument(
         "--student",
-        choices=get_args(Student),
+        choices=get_args(StudentKind),
         help="network of the student (default: faster-rcnn), trained as it needs",
     )
     parser.add_argument(
@@ -283,11 +289,11 @@ def _name_cloud(arguments: Sequence[str]) -> list[str]:
 def _cloud_setting(value: str) -> str:
     if "://" in value:
         return "--cloud.url"
-    if value in get_args(Service):
+    if value in get_args(ServiceName):
         return "--cloud.service"
     raise ConfigError(
         f"the cloud {value!r} is neither an address like https://detector.example.com"
-        f" nor a service; the services are {', '.join(get_args(Service))}"
+        f" nor a service; the services are {', '.join(get_args(ServiceName))}"
     )
 
 

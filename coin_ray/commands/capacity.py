@@ -21,7 +21,7 @@ from rich.table import Table
 
 from coin_ray import storage
 from coin_ray.cloud.client import limits
-from coin_ray.config import Detector, Optimize, PipelineConfig
+from coin_ray.config import Detector, PipelineConfig, TrainingConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import ConfigError
 from coin_ray.runs.estimate import seconds_needed
@@ -378,7 +378,7 @@ def _tower(config: PipelineConfig) -> Tower:
     return TOWERS[_network(config)]
 
 
-def workers_of(question: Question, fit: Optimize) -> int:
+def workers_of(question: Question, fit: TrainingConfig) -> int:
     """As many GPUs as a batch can be shared among; one worker without."""
     return max(
         (n for n in range(1, question.gpus + 1) if fit.batch % n == 0), default=1
@@ -386,7 +386,7 @@ def workers_of(question: Question, fit: Optimize) -> int:
 
 
 def step_seconds(
-    question: Question, fit: Optimize, operations: float, measured: float
+    question: Question, fit: TrainingConfig, operations: float, measured: float
 ) -> dict[str, float]:
     """Of one training step by what may limit it: computing, or loading images beside it
     with ``READERS`` threads.
@@ -491,7 +491,7 @@ def _distill(question: Question) -> Stage:
 def _training(
     name: str,
     question: Question,
-    fit: Optimize,
+    fit: TrainingConfig,
     phases: Sequence[tuple[float, dict[str, float]]],
 ) -> Stage:
     """``phases``: share of the steps, and seconds of one by what may limit it; loading

@@ -26,7 +26,7 @@ from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.cloud.renderings import image_in_view
 from coin_ray.commands.arguments import parse, reported
-from coin_ray.config import PLAIN, PipelineConfig
+from coin_ray.config import PLAIN_RENDERING, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage, decode_sent
 from coin_ray.errors import CloudError, ConfigError, InputError
 from coin_ray.runs.estimate import Estimate, pace, print_estimate
@@ -37,7 +37,7 @@ from coin_ray.stages.collecting.cloud_actor import governors_for, journal_uri
 from coin_ray.stages.common.progress import Bar, bar
 from coin_ray.stages.common.teacher_outputs import image_rows
 
-VIEWS = (PLAIN, "mirrored", "grey", "inverted", "reduced", "inverted+reduced")
+VIEWS = (PLAIN_RENDERING, "mirrored", "grey", "inverted", "reduced", "inverted+reduced")
 SAMPLE = 40
 SEEN_FROM = 0.3
 """Score from which a box counts, and is drawn."""
@@ -283,7 +283,7 @@ def _print(found: Sequence[Sureness], count: int, place: str) -> None:
         )
     Console().print(table)
     print(f"The images as they were sent, with the boxes: {place}")
-    views = dict.fromkeys([PLAIN, *(one.view for one in ranked[:2])])
+    views = dict.fromkeys([PLAIN_RENDERING, *(one.view for one in ranked[:2])])
     print(
         "Surer is not always right: look at the picture. Then, with one call for each"
         f" view: --cloud.views {' '.join(views)}"

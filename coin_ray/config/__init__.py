@@ -6,16 +6,22 @@ Presets (``coin_ray.config.presets``) are functions that return a whole
 """
 
 from coin_ray.config.cloud import (
-    OPERATIONS,
-    PLAIN,
+    PLAIN_RENDERING,
+    RENDERING_OPERATIONS,
     Cloud,
     Ensemble,
-    Service,
-    in_plain_view,
+    ServiceName,
+    with_plain_rendering,
 )
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.data import DemoScenes, Folder
-from coin_ray.config.fields import IN_PACKAGE, PACKAGE, added, execution, relocated
+from coin_ray.config.fields import (
+    IN_PACKAGE,
+    PACKAGE,
+    new_field,
+    relocate_paths,
+    runtime_only,
+)
 from coin_ray.config.labels import Collect, Labels
 from coin_ray.config.models import Clip, Detector, MobileNet
 from coin_ray.config.pipeline import PipelineConfig, Tracking, check_runnable
@@ -23,18 +29,18 @@ from coin_ray.config.training import (
     Change,
     Distill,
     Evaluate,
-    Fusion,
-    Optimize,
+    FusionRule,
     Propagate,
     Separate,
-    Student,
+    StudentKind,
+    TrainingConfig,
 )
 
 __all__ = [
     "IN_PACKAGE",
-    "OPERATIONS",
     "PACKAGE",
-    "PLAIN",
+    "PLAIN_RENDERING",
+    "RENDERING_OPERATIONS",
     "Change",
     "Clip",
     "Cloud",
@@ -46,19 +52,19 @@ __all__ = [
     "Ensemble",
     "Evaluate",
     "Folder",
-    "Fusion",
+    "FusionRule",
     "Labels",
     "MobileNet",
-    "Optimize",
     "PipelineConfig",
     "Propagate",
     "Separate",
-    "Service",
-    "Student",
+    "ServiceName",
+    "StudentKind",
     "Tracking",
-    "added",
+    "TrainingConfig",
     "check_runnable",
-    "execution",
-    "in_plain_view",
-    "relocated",
+    "new_field",
+    "relocate_paths",
+    "runtime_only",
+    "with_plain_rendering",
 ]

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from coin_ray.config.fields import added, check, check_fraction, execution
+from coin_ray.config.fields import check, check_fraction, new_field, runtime_only
 
-PLAIN = "plain"
+PLAIN_RENDERING = "plain"
 
 
-OPERATIONS = ("mirrored", "grey", "inverted", "reduced")
+RENDERING_OPERATIONS = ("mirrored", "grey", "inverted", "reduced")
 """What may be done to an image before a cloud sees it (``coin_ray.cloud.renderings``).
 """
 
 
-Service = Literal[
+ServiceName = Literal[
     "http",
     "dino-x",
     "grounding-dino",
@@ -34,13 +34,13 @@ Service = Literal[
 class Cloud:
     """The detection API, how it is reached and what it may cost."""
 
-    service: Service = "http"
+    service: ServiceName = "http"
     """Whose wire format is spoken; ``http`` is the reference one, for a server of your
     own (docs/cloud.md)."""
     url: str = ""
     """Where the API answers, for example https://detector.example.com. Empty: start the
     local server named by ``serve``."""
-    token_env: str | None = execution(None)
+    token_env: str | None = runtime_only(None)
     """Name of the environment variable that holds the token. None: the service's usual
     one, as DDS_API_TOKEN (``http``: no token)."""
     serve: Literal["none", "demo", "onnx", "transformers", "checkpoint"] = "none"
@@ -51,11 +51,11 @@ class Cloud:
     onnx_models: tuple[str, ...] = ()
     """Paths of ONNX detectors for ``serve onnx``; several are fused by weighted boxes.
     """
-    serve_latency: float = execution(0.15)
+    serve_latency: float = runtime_only(0.15)
     """serve demo, onnx: seconds the local server pretends to need for each answer."""
-    serve_rate: float = execution(60.0)
+    serve_rate: float = runtime_only(60.0)
     """serve demo, onnx: answers per second after which the local server replies 429."""
-    serve_faults: float = execution(0.01)
+    serve_faults: float = runtime_only(0.01)
     """serve demo, onnx: share of calls that the local server fails with 500, 503 or a
     broken body, by a fixed seed."""
     model: str = "default"
@@ -74,28 +74,28 @@ class Cloud:
     score_min: float = 0.05
     """Lowest score asked of the service. Kept low: thresholds are applied later, for
     free."""
-    rate: float = execution(50.0)
+    rate: float = runtime_only(50.0)
     """Calls per second over all workers."""
-    per_minute: float | None = execution(None)
+    per_minute: float | None = runtime_only(None)
     """Calls in any minute, over all workers; they are spread over it. None: the
     service's documented limit, if there is one."""
-    per_day: int | None = execution(None)
+    per_day: int | None = runtime_only(None)
     """Calls in any 24 hours, those of earlier runs too; then the run stops, and the
     same command goes on later."""
-    in_flight: int = execution(16)
+    in_flight: int = runtime_only(16)
     """Calls under way at once over all workers."""
-    deadline: float = execution(60.0)
+    deadline: float = runtime_only(60.0)
     """Seconds in which one image must be answered, retries included."""
-    attempts: int = execution(6)
-    usd_per_call: float = execution(0.0)
-    max_usd: float | None = execution(None)
-    max_calls: int | None = execution(None)
-    max_error_share: float = execution(0.2)
+    attempts: int = runtime_only(6)
+    usd_per_call: float = runtime_only(0.0)
+    max_usd: float | None = runtime_only(None)
+    max_calls: int | None = runtime_only(None)
+    max_error_share: float = runtime_only(0.2)
     """Collection stops when more than this share of at least 50 images failed."""
     max_side: int = 4096
     """Longer side of the image sent, in pixels. Boxes come back in the original's
     frame."""
-    views: tuple[str, ...] = added((PLAIN,))
+    views: tuple[str, ...] = new_field((PLAIN_RENDERING,))
     """How each image is shown to the service, one call for each: ``plain``, or of
     mirrored, grey, inverted and reduced those joined by "+", as in inverted+reduced.
     What it says of each is fused as if several clouds had been asked.
@@ -103,8 +103,8 @@ class Cloud:
 
     def __post_init__(self) -> None:
         check(
-            self.service in get_args(Service),
-            f"cloud.service must be one of {', '.join(get_args(Service))}; got"
+            self.service in get_args(ServiceName),
+            f"cloud.service must be one of {', '.join(get_args(ServiceName))}; got"
             f" {self.service!r}",
         )
         check_fraction("cloud.score_min", self.score_min)
@@ -131,10 +131,12 @@ class Cloud:
             "cloud.serve onnx needs --cloud.onnx-models PATH [PATH ...]",
         )
         for view in self.views:
-            known = view == PLAIN or set(view.split("+")) <= set(OPERATIONS)
+            known = view == PLAIN_RENDERING or set(view.split("+")) <= set(
+                RENDERING_OPERATIONS
+            )
             check(
                 known,
-                f"cloud.views are {PLAIN}, or {', '.join(OPERATIONS)} joined by +; got"
+                f"cloud.views are {PLAIN_RENDERING}, or {', '.join(RENDERING_OPERATIONS)} joined by +; got"
                 f" {view!r}",
             )
         different = {frozenset(view.split("+")) for view in self.views}
@@ -186,12 +188,12 @@ class Ensemble:
         )
 
 
-def in_plain_view(cloud: Cloud) -> Cloud:
+def with_plain_rendering(cloud: Cloud) -> Cloud:
     """The same service with the same limits: what all views of a cloud have in common."""
-    return replace(cloud, views=(PLAIN,))
+    return replace(cloud, views=(PLAIN_RENDERING,))
 
 
-def in_each_view(cloud: Cloud) -> Sequence[Cloud]:
+def split_renderings(cloud: Cloud) -> Sequence[Cloud]:
     return (
         [replace(cloud, views=(view,)) for view in cloud.views]
         if len(cloud.views) > 1

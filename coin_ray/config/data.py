@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coin_ray.config.fields import added, check
+from coin_ray.config.fields import check, new_field
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Folder:
     """Labelled folder for validation."""
     test: str | None = None
     """Labelled folder; without it nothing can be evaluated and the table says so."""
-    same_images: bool = added(False)
+    same_images: bool = new_field(False)
     """Test images may be training images too, as published for Clipart1k, KITTI and
     Sim10K. Their labels are only read to evaluate; the figures say nothing of images
     that were not trained on.

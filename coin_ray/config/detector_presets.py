@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import Backbone, CoDetr, tiny
 from coin_ray.config.detector_training import DetectorConfig, Model
 
@@ -26,7 +26,7 @@ def small() -> DetectorConfig:
             f"open_clip:{DEMO_ASSETS / 'coin_tiny.json'}",
             str(DEMO_ASSETS / "coin_tiny.pt"),
         ),
-        fit=Optimize(
+        fit=TrainingConfig(
             steps=300,
             batch=8,
             optimizer="adamw",
@@ -74,8 +74,8 @@ def swin_l() -> DetectorConfig:
     )
 
 
-def _published(weight_decay: float) -> Optimize:
-    return Optimize(
+def _published(weight_decay: float) -> TrainingConfig:
+    return TrainingConfig(
         batch=16,
         optimizer="adamw",
         lr=2e-4,

@@ -9,10 +9,10 @@ from coin_ray.config import (
     Cloud,
     DemoScenes,
     Folder,
-    Optimize,
     PipelineConfig,
     Tracking,
-    execution,
+    TrainingConfig,
+    runtime_only,
 )
 from coin_ray.config.co_detr import Backbone, CoDetr
 from coin_ray.errors import ConfigError
@@ -60,7 +60,7 @@ class DetectorConfig:
     or its folder."""
     co_detr: CoDetr = field(default_factory=CoDetr)
     backbone: Backbone = field(default_factory=Backbone)
-    fit: Optimize = field(default_factory=Optimize)
+    fit: TrainingConfig = field(default_factory=TrainingConfig)
     """``steps`` and ``milestones`` count unless ``epochs`` is given.
     ``visual_lr_factor`` is the backbone's."""
     epochs: float = 0.0
@@ -84,7 +84,7 @@ class DetectorConfig:
     long_side: int = 1333
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
     seed: int = 0
-    evaluate_batch: int = execution(8)
+    evaluate_batch: int = runtime_only(8)
     """Images at once through the network in evaluation."""
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class DetectorConfig:
             " auxiliary head: leave --ship out",
         )
 
-    def fit_over(self, images: int) -> Optimize:
+    def fit_over(self, images: int) -> TrainingConfig:
         """The optimisation over so many images: epochs as steps."""
         if not self.epochs:
             return self.fit

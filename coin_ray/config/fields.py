@@ -10,14 +10,14 @@ from typing import Any
 from coin_ray.errors import ConfigError
 
 
-def execution(default: Any) -> Any:
+def runtime_only(default: Any) -> Any:
     """A field that says how something runs, not what comes out; it is no part of a
     step's identity.
     """
     return field(default=default, metadata={"identity": False})
 
 
-def added(default: Any) -> Any:
+def new_field(default: Any) -> Any:
     """A field that came later: at its default it is no part of an identity, so what was
     made before still counts.
     """
@@ -32,7 +32,7 @@ IN_PACKAGE = "{coin_ray}"
 machine."""
 
 
-def relocated(value: Any, old: str, new: str) -> Any:
+def relocate_paths(value: Any, old: str, new: str) -> Any:
     """A config, or plain data, whose paths below ``old`` lie below ``new``. A kind may
     stand before a path, as in ``open_clip:/FILE``.
     """
@@ -46,12 +46,12 @@ def relocated(value: Any, old: str, new: str) -> Any:
             else value
         )
     if isinstance(value, dict):
-        return {key: relocated(item, old, new) for key, item in value.items()}
+        return {key: relocate_paths(item, old, new) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(relocated(item, old, new) for item in value)
+        return type(value)(relocate_paths(item, old, new) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changed = {
-            f.name: relocated(getattr(value, f.name), old, new)
+            f.name: relocate_paths(getattr(value, f.name), old, new)
             for f in dataclasses.fields(value)
         }
         return type(value)(**changed)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from coin_ray.config import IN_PACKAGE, PACKAGE, PipelineConfig, relocated
+from coin_ray.config import IN_PACKAGE, PACKAGE, PipelineConfig, relocate_paths
 from coin_ray.errors import ConfigError
 from coin_ray.storage import read_bytes
 
@@ -24,7 +24,7 @@ def to_yaml(config: Any) -> str:
     """Of a dataclass of plain values; files that ship with the package are named from
     there.
     """
-    plain = relocated(
+    plain = relocate_paths(
         json.loads(json.dumps(dataclasses.asdict(config))), PACKAGE, IN_PACKAGE
     )
     return yaml.safe_dump(plain, sort_keys=False)
@@ -51,7 +51,7 @@ def from_dict(values: dict[str, Any], origin: str) -> PipelineConfig:
     """``origin`` names the values in an error."""
     try:
         return _adapter().validate_python(
-            _moved(relocated(values, IN_PACKAGE, PACKAGE))
+            _moved(relocate_paths(values, IN_PACKAGE, PACKAGE))
         )
     except ValidationError as error:
         problems = "; ".join(
@@ -102,7 +102,7 @@ def identity(value: Any) -> Any:
         kept = [
             f for f in dataclasses.fields(value) if _counts(f, getattr(value, f.name))
         ]
-        return {"": type(value).__name__} | {
+        return {"": _class_name(value)} | {
             f.name: identity(getattr(value, f.name)) for f in kept
         }
     if isinstance(value, dict):
@@ -110,10 +110,20 @@ def identity(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [identity(item) for item in value]
     if isinstance(value, str):
-        return relocated(value, PACKAGE, "coin_ray")
+        return relocate_paths(value, PACKAGE, "coin_ray")
     if isinstance(value, float) and value.is_integer():
         return int(value)  # 1 and 1.0 are the same setting
     return value
+
+
+CLASS_NAMES_IN_FINGERPRINTS = {"TrainingConfig": "Optimize"}
+"""Earlier names of config classes, which the fingerprints of finished steps hold."""
+
+
+def _class_name(config: Any) -> str:
+    """Return the name by which a fingerprint knows the class of ``config``."""
+    name = type(config).__name__
+    return CLASS_NAMES_IN_FINGERPRINTS.get(name, name)
 
 
 def _counts(field: dataclasses.Field[Any], value: Any) -> bool:

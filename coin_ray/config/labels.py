@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from coin_ray.config.fields import added, check, check_fraction, execution
+from coin_ray.config.fields import check, check_fraction, new_field, runtime_only
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Collect:
     surroundings helps CLIP (docs/demo.md)."""
     fuse_iou: float = 0.6
     """Cloud boxes of one class overlapping more are merged, weighted by score."""
-    batch: int = execution(32)
+    batch: int = runtime_only(32)
     """Images per block of the stream."""
-    labeler_gpus: float = execution(0.0)
+    labeler_gpus: float = runtime_only(0.0)
     """GPUs per CLIP labeler; a fraction lets several share one."""
-    batch_seconds: float = execution(3600.0)
+    batch_seconds: float = runtime_only(3600.0)
     """Time for one batch after which a labeler counts as hanging and ends itself; 0:
     never."""
-    stalled_after: float = execution(90_000.0)
+    stalled_after: float = runtime_only(90_000.0)
     """Seconds without any result after which collection ends itself; a quota may come
     back after a day. 0: never."""
 
@@ -49,8 +49,8 @@ class Labels:
     probabilities: Literal["background", "published"] = "published"
     """Cloud class vectors with a background column, or normalised to the foreground as
     published."""
-    cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = added(
-        "collected"
+    cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = (
+        new_field("collected")
     )
     """In separation the cloud's results are as collected, or in a published form: class
     vector without background and its best entry as the score (Grounding DINO), label

@@ -8,9 +8,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from coin_ray.config.cloud import Cloud, Ensemble, in_each_view
+from coin_ray.config.cloud import Cloud, Ensemble, split_renderings
 from coin_ray.config.data import DemoScenes, Folder
-from coin_ray.config.fields import PACKAGE, added, check, relocated
+from coin_ray.config.fields import PACKAGE, check, new_field, relocate_paths
 from coin_ray.config.labels import Collect, Labels
 from coin_ray.config.models import Clip, Detector, MobileNet
 from coin_ray.config.training import Distill, Evaluate, Propagate, Separate
@@ -53,7 +53,7 @@ class PipelineConfig:
     separate: Separate = field(default_factory=Separate)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
-    corrections: tuple[str, ...] = added(())
+    corrections: tuple[str, ...] = new_field(())
     """Labels of training images that a person vouches for: exports of Label Studio,
     CVAT or FiftyOne, or labelled folders (docs/own-data.md). They outrank every
     teacher. Changing them costs no call.
@@ -103,11 +103,11 @@ class PipelineConfig:
         """All that are fused: the services, one that is asked in several views once for
         each.
         """
-        return tuple(one for cloud in self.services for one in in_each_view(cloud))
+        return tuple(one for cloud in self.services for one in split_renderings(cloud))
 
 
 def _arrived(package: str, values: dict[str, Any]) -> PipelineConfig:
-    return PipelineConfig(**relocated(values, package, PACKAGE))
+    return PipelineConfig(**relocate_paths(values, package, PACKAGE))
 
 
 def check_runnable(config: PipelineConfig) -> None:

@@ -19,11 +19,11 @@ from coin_ray.config import (
     Folder,
     Labels,
     MobileNet,
-    Optimize,
     PipelineConfig,
     Propagate,
     Separate,
-    Student,
+    StudentKind,
+    TrainingConfig,
 )
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.published import (
@@ -77,11 +77,11 @@ TINY_DETECTOR = Detector(
 
 def small_fit(
     steps: int, schedule: Literal["piecewise", "cosine"] = "cosine"
-) -> Optimize:
+) -> TrainingConfig:
     """A fit of minutes on a CPU: AdamW, mild colours, a cosine to zero or (without
     milestones) a constant rate.
     """
-    return Optimize(
+    return TrainingConfig(
         steps=steps,
         batch=8,
         optimizer="adamw",
@@ -157,7 +157,7 @@ SMALL_CO_DETR = CoDetr(
 """A step takes twice the CPU time of one of the small Faster R-CNN."""
 
 
-def with_student(config: PipelineConfig, student: Student) -> PipelineConfig:
+def with_student(config: PipelineConfig, student: StudentKind) -> PipelineConfig:
     """The same run with another network as its student, trained as that one needs it: a
     DETR by AdamW, and for longer.
     """

@@ -21,9 +21,9 @@ from coin_ray.config import (
     Evaluate,
     Folder,
     Labels,
-    Optimize,
     PipelineConfig,
     Propagate,
+    TrainingConfig,
 )
 
 DataSet = Literal[
@@ -77,8 +77,8 @@ class Fit:
     steps: int
     factors: dict[int, float]
 
-    def optimize(self) -> Optimize:
-        return Optimize(
+    def optimize(self) -> TrainingConfig:
+        return TrainingConfig(
             steps=self.steps,
             milestones=tuple(self.factors),
             factors=tuple(self.factors.values()),

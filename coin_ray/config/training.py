@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.config.fields import added, check, check_fraction, execution
+from coin_ray.config.fields import check, check_fraction, new_field, runtime_only
 
 
 @dataclass(frozen=True)
-class Optimize:
+class TrainingConfig:
     """One fit: steps, batch and learning rates."""
 
     steps: int = 50_000
@@ -32,18 +32,18 @@ class Optimize:
     group_aspects: bool = False
     """Steps see images of one orientation, wide or high, which saves padding in mixed
     sets. Another order of the images."""
-    checkpoint_every: int = execution(1000)
-    validate_every: int = execution(0)
+    checkpoint_every: int = runtime_only(1000)
+    validate_every: int = runtime_only(0)
     """Steps between looks at the labelled validation images (mAP50, at a saved state,
     by a task beside the training); 0: none."""
-    stalled_after: float = execution(3600.0)
+    stalled_after: float = runtime_only(3600.0)
     """Seconds without a logged or saved step after which a worker counts as hanging and
     ends itself; 0: never."""
-    workers: int = execution(1)
-    max_workers: int | None = execution(None)
+    workers: int = runtime_only(1)
+    max_workers: int | None = runtime_only(None)
     """On a cluster, the most workers: as many train as it has room for, at least
     ``workers``. None: always ``workers``."""
-    gpu: bool = execution(False)
+    gpu: bool = runtime_only(False)
     """One GPU per worker. Written for CUDA and NCCL, not yet run on either."""
     amp: bool = False
     """Forward passes in bfloat16; losses and box arithmetic stay in float32."""
@@ -79,7 +79,7 @@ class Propagate:
     (paper section 3.2).
     """
 
-    fit: Optimize = field(default_factory=Optimize)
+    fit: TrainingConfig = field(default_factory=TrainingConfig)
     alignment: float = 10.0
     """Weight of prompt alignment to prototypes [lambda]."""
     prototype_rate: float = 0.0004
@@ -131,10 +131,10 @@ class Change:
     private: float
 
 
-Student = Literal["faster-rcnn", "co-detr"]
+StudentKind = Literal["faster-rcnn", "co-detr"]
 
 
-Fusion = Literal[
+FusionRule = Literal[
     "ckg", "average", "score_weighted", "product", "dawid_skene", "cloud", "clip"
 ]
 
@@ -145,7 +145,7 @@ class Distill:
     3.3, 3.4).
     """
 
-    student: Student = "faster-rcnn"
+    student: StudentKind = "faster-rcnn"
     """Network of the target detector, and of the baselines. Published: the CLIP
     detector's, a Faster R-CNN. ``--student`` also sets a training that fits it.
     """
@@ -167,8 +167,8 @@ class Distill:
     proposals; after a short training the decoder still puts several queries on one
     object.
     """
-    fit: Optimize = field(
-        default_factory=lambda: Optimize(
+    fit: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
             steps=65_000, milestones=(40_000, 45_000, 60_000), factors=(0.1, 0.5, 0.1)
         )
     )
@@ -210,10 +210,10 @@ class Distill:
     ckg_background: bool = False
     """CKG also learns to name background RoIs, where both teachers see nothing.
     Published: only consistent ones, so it never says background."""
-    fusion: Fusion = "ckg"
+    fusion: FusionRule = "ckg"
     """What supervises inconsistent boxes: CKG, one teacher alone, or a rule
     (coin_ray/fusion/rules.py)."""
-    schedule: tuple[Change, ...] = added(())
+    schedule: tuple[Change, ...] = new_field(())
     """Other weights of the losses from some steps on, as a population's search finds
     them (docs/search.md)."""
 
@@ -225,8 +225,8 @@ class Distill:
             f" {starts}",
         )
         check(
-            self.fusion in get_args(Fusion),
-            f"distill.fusion must be one of {', '.join(get_args(Fusion))}; got"
+            self.fusion in get_args(FusionRule),
+            f"distill.fusion must be one of {', '.join(get_args(FusionRule))}; got"
             f" {self.fusion!r}",
         )
         share = self.fusion_share

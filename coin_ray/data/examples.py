@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from coin_ray.config import Detector, Optimize
+from coin_ray.config import Detector, TrainingConfig
 from coin_ray.data.augmentation import fit, into_view, mirror_image, strong
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.order import Order
@@ -142,7 +142,7 @@ class ImageCache:
 
 def batches(
     examples: Sequence[Example],
-    config: Optimize,
+    config: TrainingConfig,
     detector: Detector,
     *,
     seed: int,
@@ -192,7 +192,7 @@ def _batch(
     examples: Sequence[Example],
     images: Sequence[Tensor],
     seeds: Sequence[list[int]],
-    config: Optimize,
+    config: TrainingConfig,
     detector: Detector,
 ) -> Batch:
     weak_views, strong_views, generators = [], [], []

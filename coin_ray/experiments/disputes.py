@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from coin_ray.config import Fusion
+from coin_ray.config import FusionRule
 from coin_ray.experiments.grid import Trial
 from coin_ray.experiments.variants import PUBLISHED_PI
 from coin_ray.fusion.rules import RULES, dawid_skene
@@ -38,7 +38,7 @@ def notes(
     """
     found: dict[tuple[str, str], str] = {}
     opinions = [_opinions(trial, root) for trial in reference]
-    for rule in get_args(Fusion):
+    for rule in get_args(FusionRule):
         parts = [certainty(rule, pairs, disputed) for pairs, disputed in opinions]
         sure = torch.cat(
             [part for part in parts if part is not None] or [torch.zeros(0)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from coin_ray.config import Fusion, Optimize, PipelineConfig
+from coin_ray.config import FusionRule, PipelineConfig, TrainingConfig
 from coin_ray.experiments.grid import Trial
 
 Variant = Callable[[PipelineConfig], PipelineConfig]
@@ -89,7 +89,7 @@ def fusions(share: float) -> dict[str, dict[str, Variant]]:
     """Every fusion with the published threshold, and with the one of its own that lets
     ``share`` of the inconsistent boxes teach.
     """
-    rules = get_args(Fusion)
+    rules = get_args(FusionRule)
     return {
         f"pi = {PUBLISHED_PI:g}": {
             rule: distilled(
@@ -132,7 +132,7 @@ def shortened(config: PipelineConfig, share: float) -> PipelineConfig:
     def few(steps: int) -> int:
         return max(1, round(steps * share))
 
-    def fit(full: Optimize) -> Optimize:
+    def fit(full: TrainingConfig) -> TrainingConfig:
         return replace(
             full,
             steps=few(full.steps),

@@ -1,5 +1,4 @@
-"""The whole adaptation on one screen: which step needs which, and what identifies each.
-"""
+"""The whole adaptation on one screen: which step needs which, and what identifies each."""
 
 from __future__ import annotations
 
@@ -12,7 +11,19 @@ from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.config.files import identity
 from coin_ray.runs.steps import Step
 
-ORDER = ("images", "corrections", "collect", "propagate", "separate", "distill", "pseudo_label", "oracle", "evaluate", "export", "report")
+ORDER = (
+    "images",
+    "corrections",
+    "collect",
+    "propagate",
+    "separate",
+    "distill",
+    "pseudo_label",
+    "oracle",
+    "evaluate",
+    "export",
+    "report",
+)
 
 
 def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]:
@@ -26,37 +37,111 @@ def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]
     views = (c.detector.short_side, c.detector.long_side)
     detector = (c.clip, c.mobilenet, c.detector, c.classes, c.seed)
     baseline = baseline_training(c)
-    labels = {name: value for name, value in identity(c.labels).items() if name != "cloud_vectors"}
+    labels = {
+        name: value
+        for name, value in identity(c.labels).items()
+        if name != "cloud_vectors"
+    }
     # propagation does not read these
     separating = identity(c.separate) | {"cloud_vectors": c.labels.cloud_vectors}
-    network = [] if c.distill.student == "faster-rcnn" else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
+    network = (
+        []
+        if c.distill.student == "faster-rcnn"
+        else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
+    )
 
     images = Step("images", "images", identity=c.data)
-    reviewed = (Step("corrections", "corrections", (_content(c.corrections), c.classes), (images,)),) if c.corrections else ()
-    collect = Step("collect", "collect", identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)), inputs=(images,))
-    propagate = Step("propagate", "propagate", (detector, labels, c.propagate), (images, collect, *reviewed), options={"labels": "clip"})
-    separate = Step("separate", "separate", (labels, separating), (images, collect, propagate, *reviewed), version=2)
-    distill = Step("distill", "distill", (detector, labels, separating, c.distill), (images, collect, propagate, separate, *reviewed))
-    pseudo_label = Step(
-        "pseudo_label", "propagate", (detector, labels, baseline, *network), (images, collect, *reviewed), options={"labels": "cloud"}
+    reviewed = (
+        (
+            Step(
+                "corrections",
+                "corrections",
+                (_content(c.corrections), c.classes),
+                (images,),
+            ),
+        )
+        if c.corrections
+        else ()
     )
-    oracle = Step("oracle", "propagate", (detector, baseline, *network), (images,), options={"labels": "truth"})
+    collect = Step(
+        "collect",
+        "collect",
+        identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)),
+        inputs=(images,),
+    )
+    propagate = Step(
+        "propagate",
+        "propagate",
+        (detector, labels, c.propagate),
+        (images, collect, *reviewed),
+        options={"labels": "clip"},
+    )
+    separate = Step(
+        "separate",
+        "separate",
+        (labels, separating),
+        (images, collect, propagate, *reviewed),
+        version=2,
+    )
+    distill = Step(
+        "distill",
+        "distill",
+        (detector, labels, separating, c.distill),
+        (images, collect, propagate, separate, *reviewed),
+    )
+    pseudo_label = Step(
+        "pseudo_label",
+        "propagate",
+        (detector, labels, baseline, *network),
+        (images, collect, *reviewed),
+        options={"labels": "cloud"},
+    )
+    oracle = Step(
+        "oracle",
+        "propagate",
+        (detector, baseline, *network),
+        (images,),
+        options={"labels": "truth"},
+    )
     students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
     deployed = c.distill.co_detr_detects if c.distill.student == "co-detr" else ""
-    evaluate = Step("evaluate", "evaluate", identity=(c.classes, c.evaluate, deployed), inputs=(images, collect, separate, *students))
-    export = Step("export", "export", identity=(c.detector, deployed), inputs=(distill,))
+    evaluate = Step(
+        "evaluate",
+        "evaluate",
+        identity=(c.classes, c.evaluate, deployed),
+        inputs=(images, collect, separate, *students),
+    )
+    export = Step(
+        "export", "export", identity=(c.detector, deployed), inputs=(distill,)
+    )
     shown = (images, collect, separate, *students, evaluate, export, *reviewed)
     report = Step("report", "report", identity=c.preset, inputs=shown, version=2)
-    steps = (images, *reviewed, collect, propagate, separate, distill, *students[2:], evaluate, export, report)
+    steps = (
+        images,
+        *reviewed,
+        collect,
+        propagate,
+        separate,
+        distill,
+        *students[2:],
+        evaluate,
+        export,
+        report,
+    )
     return {step.name: step for step in steps}
 
 
 def _reading(config: PipelineConfig) -> list[Any]:
     """What else decides what is read from answers: further clouds, how several are one,
-    and the content of label maps."""
+    and the content of label maps.
+    """
     several: list[Any] = [config.more_clouds] if config.more_clouds else []
     several += [config.ensemble] if len(config.clouds) > 1 else []
-    return several + [_digest(cloud.label_map) for cloud in config.clouds if cloud.label_map is not None]
+    return several + [
+        _digest(cloud.label_map)
+        for cloud in config.clouds
+        if cloud.label_map is not None
+    ]
 
 
 def _content(corrections: tuple[str, ...]) -> list[str]:
@@ -76,8 +161,17 @@ def _digest(uri: str) -> str:
 
 def baseline_training(config: PipelineConfig) -> Propagate:
     """The baselines' training on plain labels: the student's schedule over as many
-    steps as it has made since its weights left CLIP."""
+    steps as it has made since its weights left CLIP.
+    """
     fit = config.distill.fit
-    before = config.propagate.fit.steps if config.distill.start_from == "clip_detector" else 0
+    before = (
+        config.propagate.fit.steps
+        if config.distill.start_from == "clip_detector"
+        else 0
+    )
     later = tuple(milestone + before for milestone in fit.milestones)
-    return replace(config.propagate, soft_labels=False, fit=replace(fit, steps=before + fit.steps, milestones=later))
+    return replace(
+        config.propagate,
+        soft_labels=False,
+        fit=replace(fit, steps=before + fit.steps, milestones=later),
+    )

@@ -1,5 +1,6 @@
 """Run the steps of a graph in order: skip what is finished, track what runs, leave
-``summary.json`` at the root."""
+``summary.json`` at the root.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
     from coin_ray.runs.tracking import Tracker
 
 
-def run(config: PipelineConfig, steps: Mapping[str, Step], root: str, until: str | None = None) -> dict[str, Any]:
+def run(
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    root: str,
+    until: str | None = None,
+) -> dict[str, Any]:
     """Run the steps up to and including ``until``; returns the summary, which is also
-    printed and written to ROOT/summary.json."""
+    printed and written to ROOT/summary.json.
+    """
     chosen = up_to(steps, until)
     done = finished(list(chosen.values()), root)
     if len(done) < len(chosen):
@@ -48,7 +55,12 @@ def up_to(steps: Mapping[str, Step], until: str | None) -> dict[str, Step]:
     return {name: step for name, step in steps.items() if name in needed}
 
 
-def _run_missing(config: PipelineConfig, steps: Mapping[str, Step], done: dict[str, dict[str, Any]], root: str) -> None:
+def _run_missing(
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    done: dict[str, dict[str, Any]],
+    root: str,
+) -> None:
     from coin_ray.runs.tracking import Tracker
 
     check_installed(config, steps.keys() - done.keys())
@@ -62,7 +74,14 @@ def _run_missing(config: PipelineConfig, steps: Mapping[str, Step], done: dict[s
             continue
         print(f"{name}: started", flush=True)
         start = time.monotonic()
-        _track(tracker, step, done, root, steps, lambda step=step: execute(step, config, root))  # type: ignore[misc]
+        _track(
+            tracker,
+            step,
+            done,
+            root,
+            steps,
+            lambda step=step: execute(step, config, root),
+        )  # type: ignore[misc]
         print(f"{name}: finished in {time.monotonic() - start:.0f} s", flush=True)
     _close(tracker, config, steps, done, root)
 
@@ -76,9 +95,14 @@ def _track(
     work: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Do a step (``work``) within its run, or write of a finished one what tracking
-    does not have."""
+    does not have.
+    """
     digest = str(done.get("images", {}).get("metrics", {}).get("digest", ""))
-    images = storage.join(steps["images"].folder(root), "images.parquet") if "images" in steps else ""
+    images = (
+        storage.join(steps["images"].folder(root), "images.parquet")
+        if "images" in steps
+        else ""
+    )
     about = {"fingerprint": step.fingerprint, "options": dict(step.options)}
     with tracker.stage(step.name, about, digest, images, _owed(step, root)) as stage:
         if work is not None:
@@ -90,9 +114,15 @@ def _owed(step: Step, root: str) -> str:
     return storage.join(root, "mlflow", "owed", f"{step.name}-{step.fingerprint}.json")
 
 
-def _track_late(config: PipelineConfig, steps: Mapping[str, Step], done: dict[str, dict[str, Any]], root: str) -> None:
+def _track_late(
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    done: dict[str, dict[str, Any]],
+    root: str,
+) -> None:
     """Of a finished run, write what tracking does not have; its server is asked only if
-    there is something."""
+    there is something.
+    """
     owed = [step for step in steps.values() if storage.exists(_owed(step, root))]
     if not owed and config.tracking.model is None:
         return
@@ -104,23 +134,41 @@ def _track_late(config: PipelineConfig, steps: Mapping[str, Step], done: dict[st
     _close(tracker, config, steps, done, root)
 
 
-def _close(tracker: Tracker, config: PipelineConfig, steps: Mapping[str, Step], done: dict[str, dict[str, Any]], root: str) -> None:
+def _close(
+    tracker: Tracker,
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    done: dict[str, dict[str, Any]],
+    root: str,
+) -> None:
     """Final figures, and the student as a registered model."""
     summary = summarise(config, done)
     figures = {f"map50/{k}": v for k, v in summary["map50"].items() if v is not None}
-    tracker.summary(figures | {"seconds": summary["seconds"]["total"]}, done.get("report", {}).get("metrics", {}).get("page"))
+    tracker.summary(
+        figures | {"seconds": summary["seconds"]["total"]},
+        done.get("report", {}).get("metrics", {}).get("page"),
+    )
     if config.tracking.model is not None and "export" in done:
         tracker.register(steps["export"].folder(root), figures)
 
 
-def plan(config: PipelineConfig, steps: Mapping[str, Step], root: str, until: str | None = None) -> None:
+def plan(
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    root: str,
+    until: str | None = None,
+) -> None:
     """Print what a run would do and what it would ask and pay, without doing it."""
     chosen = up_to(steps, until)
     done = finished(list(chosen.values()), root)
     for name, step in chosen.items():
-        print(f"{name:<13} {'finished' if name in done else 'to do':<9} {step.folder(root)}")
+        print(
+            f"{name:<13} {'finished' if name in done else 'to do':<9} {step.folder(root)}"
+        )
     if "collect" in chosen and "collect" not in done:
         from coin_ray.runs.estimate import estimate, print_estimate
 
-        for cloud, figures in zip(config.services, estimate(config, chosen, root), strict=True):
+        for cloud, figures in zip(
+            config.services, estimate(config, chosen, root), strict=True
+        ):
             print_estimate(cloud, figures)

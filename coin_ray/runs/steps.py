@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.config import PACKAGE, PipelineConfig, relocated
+from coin_ray.config import PACKAGE, PipelineConfig, relocate_paths
 from coin_ray.config.files import fingerprint, identity
 from coin_ray.errors import StepError
 
@@ -34,12 +34,24 @@ class Step:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, maybe on another machine, files of the package lie where
-        it is installed there."""
-        return _arrived, (PACKAGE, {f.name: getattr(self, f.name) for f in fields(self)})
+        it is installed there.
+        """
+        return _arrived, (
+            PACKAGE,
+            {f.name: getattr(self, f.name) for f in fields(self)},
+        )
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint([self.name, self.version, self.identity, dict(self.options), [i.fingerprint for i in self.inputs]])
+        return fingerprint(
+            [
+                self.name,
+                self.version,
+                self.identity,
+                dict(self.options),
+                [i.fingerprint for i in self.inputs],
+            ]
+        )
 
     def folder(self, root: str) -> str:
         return storage.join(root, "steps", f"{self.name}-{self.fingerprint}")
@@ -51,13 +63,16 @@ class Step:
 
 
 def _arrived(package: str, values: dict[str, Any]) -> Step:
-    return Step(**(values | {"identity": relocated(values["identity"], package, PACKAGE)}))
+    return Step(
+        **(values | {"identity": relocate_paths(values["identity"], package, PACKAGE)})
+    )
 
 
 @dataclass(frozen=True)
 class Context:
     """What a stage gets: its config, its own folder, the folders of its inputs by name,
-    and the root of the run."""
+    and the root of the run.
+    """
 
     config: PipelineConfig
     root: str
@@ -72,7 +87,12 @@ def context_of(step: Step, config: PipelineConfig, root: str) -> Context:
     return Context(config, root, step.folder(root), inputs, step.options, step.name)
 
 
-def execute(step: Step, config: PipelineConfig, root: str, work: Callable[[Context], dict[str, Any]] | None = None) -> dict[str, Any]:
+def execute(
+    step: Step,
+    config: PipelineConfig,
+    root: str,
+    work: Callable[[Context], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Run one step whose inputs are finished; returns its manifest. Raises StepError if
     an input is not finished.
 

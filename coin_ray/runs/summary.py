@@ -24,12 +24,23 @@ FIGURES = (
     "page",
 )
 """What the report adds to what the evaluation measured."""
-PACKAGES = ("coin-ray", "torch", "torchvision", "open_clip_torch", "ray", "mlflow", "pyarrow")
+PACKAGES = (
+    "coin-ray",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "ray",
+    "mlflow",
+    "pyarrow",
+)
 
 
-def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(
+    config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Preset, seed, mAP50 of every method and its interval, gap closed, separation,
-    calls, seconds per stage, hardware, versions."""
+    calls, seconds per stage, hardware, versions.
+    """
     metrics = {name: manifest["metrics"] for name, manifest in manifests.items()}
     evaluated = metrics.get("evaluate", {})
     map50 = evaluated.get("map50", {})
@@ -54,7 +65,9 @@ def summarise(config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
     reported = metrics.get("report", {})
     summary |= {name: reported[name] for name in FIGURES if name in reported}
     if exported := metrics.get("export"):
-        summary["model"] = {name: exported[name] for name in ("parameters", "bytes") if name in exported}
+        summary["model"] = {
+            name: exported[name] for name in ("parameters", "bytes") if name in exported
+        }
     return summary
 
 
@@ -65,8 +78,11 @@ def versions() -> dict[str, str]:
 
 def gap_closed(map50: Mapping[str, float | None]) -> float | None:
     """(student - cloud) / (oracle - cloud); None unless all three are known and the
-    oracle is better than the cloud."""
-    student, cloud, oracle = (map50.get(name) for name in ("student", "cloud", "oracle"))
+    oracle is better than the cloud.
+    """
+    student, cloud, oracle = (
+        map50.get(name) for name in ("student", "cloud", "oracle")
+    )
     if student is None or cloud is None or oracle is None or oracle <= cloud:
         return None
     return round((student - cloud) / (oracle - cloud), 4)

@@ -70,7 +70,11 @@ class Tracker:
         import mlflow
 
         local = "://" not in self.root
-        default = f"sqlite:///{self.root}/mlflow.db" if local else f"sqlite:///{os.path.abspath('mlflow.db')}"
+        default = (
+            f"sqlite:///{self.root}/mlflow.db"
+            if local
+            else f"sqlite:///{os.path.abspath('mlflow.db')}"
+        )
         for name in ("mlflow", "mlflow.system_metrics", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         for name, value in PATIENCE.items():
@@ -84,13 +88,18 @@ class Tracker:
         existing = mlflow.get_experiment_by_name(self.config.tracking.experiment)
         artifacts = storage.join(self.root, "mlflow") if self.uri == default else None
         self.experiment = (
-            existing.experiment_id if existing else mlflow.create_experiment(self.config.tracking.experiment, artifact_location=artifacts)
+            existing.experiment_id
+            if existing
+            else mlflow.create_experiment(
+                self.config.tracking.experiment, artifact_location=artifacts
+            )
         )
         self.parent_run = self._parent()
 
     def attempt(self, work: Callable[[], object]) -> bool:
         """Whether ``work`` reached the server. The first failure is told, and the last
-        thing that is tried."""
+        thing that is tried.
+        """
         if not self.enabled or self.lost:
             return False
         try:
@@ -98,24 +107,39 @@ class Tracker:
         except unreachable() as error:
             self.lost = True
             place = without_password(self.uri)
-            print(f"tracking failed at {place}: {_first_line(error)}\nthe run goes on; the same command writes what is missing", flush=True)
+            print(
+                f"tracking failed at {place}: {_first_line(error)}\nthe run goes on; the same command writes what is missing",
+                flush=True,
+            )
         return not self.lost
 
     def _parent(self) -> str:
         """One parent run per config and root: a resumed pipeline continues it."""
         import mlflow
 
-        record = storage.join(self.root, "mlflow", f"run-{fingerprint(self.config)}.json")
+        record = storage.join(
+            self.root, "mlflow", f"run-{fingerprint(self.config)}.json"
+        )
         if storage.exists(record):
             return str(storage.read_json(record)["run_id"])
-        with mlflow.start_run(experiment_id=self.experiment, run_name=f"{self.config.preset}-{self.config.seed}") as run:
+        with mlflow.start_run(
+            experiment_id=self.experiment,
+            run_name=f"{self.config.preset}-{self.config.seed}",
+        ) as run:
             mlflow.log_params(flat(self.config))
             mlflow.log_text(to_yaml(self.config), "config.yaml")
         storage.write_json(record, {"run_id": run.info.run_id})
         return str(run.info.run_id)
 
     @contextmanager
-    def stage(self, name: str, stage_config: Any, digest: str, images: str = "", owed: str = "") -> Iterator[StageRun]:
+    def stage(
+        self,
+        name: str,
+        stage_config: Any,
+        digest: str,
+        images: str = "",
+        owed: str = "",
+    ) -> Iterator[StageRun]:
         """A child run around one step; failed steps are marked so. ``images``: the
         table of the images, whose content ``digest`` names.
 
@@ -160,18 +184,28 @@ class Tracker:
 
     def register(self, export: str, figures: Mapping[str, float]) -> None:
         """The exported student (a URI) as the next version of the model
-        ``tracking.model``, which its alias then names; once for an export."""
-        record = storage.join(self.root, "mlflow", f"model-{fingerprint([self.config.tracking.model, self.uri, export])}.json")
+        ``tracking.model``, which its alias then names; once for an export.
+        """
+        record = storage.join(
+            self.root,
+            "mlflow",
+            f"model-{fingerprint([self.config.tracking.model, self.uri, export])}.json",
+        )
         if storage.exists(record):
             return
         version: list[str] = []
-        if self.attempt(lambda: version.append(registered(self.config.tracking, self.parent_run, export, figures))):
+        if self.attempt(
+            lambda: version.append(
+                registered(self.config.tracking, self.parent_run, export, figures)
+            )
+        ):
             storage.write_json(record, {"version": version[0]})
 
 
 class StageRun:
     """A child run; without tracking, or while the server is lost, nothing of it is
-    written."""
+    written.
+    """
 
     def __init__(self, tracker: Tracker, owed: str = "") -> None:
         self.tracker, self.owed = tracker, owed if tracker.enabled else ""
@@ -190,8 +224,13 @@ class StageRun:
         )
         self.run_id = str(run.info.run_id)
         if self.owed:
-            storage.write_json(self.owed, {"run_id": self.run_id, "uri": without_password(self.tracker.uri)})
-        mlflow.log_params({k: v[:PARAMETER_LIMIT] for k, v in flat(stage_config).items()})
+            storage.write_json(
+                self.owed,
+                {"run_id": self.run_id, "uri": without_password(self.tracker.uri)},
+            )
+        mlflow.log_params(
+            {k: v[:PARAMETER_LIMIT] for k, v in flat(stage_config).items()}
+        )
         if digest and images:
             mlflow.log_input(image_set(images, digest), context=name)
 
@@ -199,18 +238,25 @@ class StageRun:
         if not self.owed:
             return None
         found = storage.read_json(self.owed) if storage.exists(self.owed) else {}
-        return str(found["run_id"]) if found.get("uri") == without_password(self.tracker.uri) else None
+        return (
+            str(found["run_id"])
+            if found.get("uri") == without_password(self.tracker.uri)
+            else None
+        )
 
     def finish(self, metrics: dict[str, Any], folder: str) -> bool:
         """Log all numbers of a step's metrics and its curve; whether that was done."""
-        written = self.run_id is not None and self.tracker.attempt(lambda: _log_step(metrics, folder))
+        written = self.run_id is not None and self.tracker.attempt(
+            lambda: _log_step(metrics, folder)
+        )
         if written and self.owed:
             storage.remove(self.owed)
         return written
 
     def end(self, status: str) -> None:
         """Of a lost server's run at least this process's own record is closed, so that
-        the next run can begin."""
+        the next run can begin.
+        """
         if self.run_id is None:
             return
         import mlflow
@@ -230,23 +276,32 @@ def unreachable() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+    return without_password(
+        (str(error).strip().splitlines() or [type(error).__name__])[0]
+    )[:300]
 
 
 def without_password(text: str) -> str:
     """``text`` with what stands before the host left out of every address: a name and a
-    password."""
+    password.
+    """
     return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def _log_step(metrics: dict[str, Any], folder: str) -> None:
     import mlflow
 
-    numbers = {k: float(v) for k, v in flatten(metrics).items() if isinstance(v, (int, float)) and v == v}
+    numbers = {
+        k: float(v)
+        for k, v in flatten(metrics).items()
+        if isinstance(v, (int, float)) and v == v
+    }
     if numbers:
         mlflow.log_metrics(numbers)
     mlflow.log_dict(json.loads(json.dumps(metrics, default=str)), "metrics.json")
-    for curve in (storage.join(folder, name) for name in ("curve.json", "validation.json")):
+    for curve in (
+        storage.join(folder, name) for name in ("curve.json", "validation.json")
+    ):
         if storage.exists(curve):
             log_curve(storage.read_json(curve))
 
@@ -259,14 +314,23 @@ def log_curve(curve: list[dict[str, float]]) -> None:
     client, run = mlflow.MlflowClient(), mlflow.active_run()
     if run is None:
         return
-    metrics = [Metric(k, v, 0, int(point["step"])) for point in curve for k, v in point.items() if k != "step"]
+    metrics = [
+        Metric(k, v, 0, int(point["step"]))
+        for point in curve
+        for k, v in point.items()
+        if k != "step"
+    ]
     for start in range(0, len(metrics), 500):
         client.log_batch(run.info.run_id, metrics=metrics[start : start + 500])
 
 
 def flat(config: Any) -> dict[str, str]:
     """A config's leaves as text, by dotted name."""
-    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
+    plain = (
+        dataclasses.asdict(config)
+        if dataclasses.is_dataclass(config) and not isinstance(config, type)
+        else config
+    )
     return {k: str(v)[:PARAMETER_LIMIT] for k, v in flatten(plain).items()}
 
 

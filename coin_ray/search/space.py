@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from coin_ray.config import Fusion, PipelineConfig
+from coin_ray.config import FusionRule, PipelineConfig
 from coin_ray.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ def fusion(config: PipelineConfig) -> Space:
     weight [gamma 1].
     """
     rules: Space = {
-        "distill.fusion": Choice(get_args(Fusion)),
+        "distill.fusion": Choice(get_args(FusionRule)),
         "distill.fusion_score_min": Real(0.0, 0.9),
     }
     return rules | _around(config, {"distill.inconsistent": 8})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coin_ray import storage
 from coin_ray.cloud.services import adapter_for, endpoint_for
-from coin_ray.config import Cloud, in_plain_view
+from coin_ray.config import Cloud, with_plain_rendering
 from coin_ray.errors import CloudUnreachable
 
 EMULATED = ("demo", "onnx")
@@ -31,7 +31,7 @@ def start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> li
     one, and end with ``running``.
     """
     urls: dict[Cloud, str] = {}
-    servers = [in_plain_view(cloud) for cloud in clouds]
+    servers = [with_plain_rendering(cloud) for cloud in clouds]
     for number, cloud in enumerate(dict.fromkeys(servers), 1):
         name = "local_cloud" if number == 1 else f"local_cloud_{number}"
         folder = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from coin_ray.config import Detector, Optimize
+from coin_ray.config import Detector, TrainingConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.towers import build_backbone, pixel_statistics
@@ -53,7 +53,7 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def make(config: DetectorConfig, optimize: Optimize, epoch: int) -> Supervised:
+def make(config: DetectorConfig, optimize: TrainingConfig, epoch: int) -> Supervised:
     return Supervised(
         new_model(config) if config.model == "co-detr" else new_fast(config),
         config,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coin_ray.config import Detector, Optimize
+from coin_ray.config import Detector, TrainingConfig
 from coin_ray.data.examples import Batch, Example, batches
 from coin_ray.errors import TrainingError
 from coin_ray.parallel import all_sum, worker_count, worker_rank
@@ -52,7 +52,7 @@ Curve = list[dict[str, float]]
 def run(
     task: Task,
     examples: Sequence[Example],
-    fit: Optimize,
+    fit: TrainingConfig,
     detector: Detector,
     *,
     seed: int,

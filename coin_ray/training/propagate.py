@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.config import Optimize, Propagate
+from coin_ray.config import Propagate, TrainingConfig
 from coin_ray.data.examples import Batch
 from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.supervised import region_soft_class
@@ -100,7 +100,7 @@ class Propagation:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def mixed_precision(model: nn.Module, fit: Optimize) -> torch.autocast:
+def mixed_precision(model: nn.Module, fit: TrainingConfig) -> torch.autocast:
     """The forward pass in bfloat16, if ``fit.amp``; boxes, losses and weights stay in
     float32.
     """
@@ -114,7 +114,7 @@ def descend(
     model: nn.Module,
     losses: dict[str, Tensor],
     step: int,
-    fit: Optimize,
+    fit: TrainingConfig,
 ) -> None:
     """One optimizer step on the sum of ``losses``, gradients summed over workers."""
     optimizer.zero_grad()

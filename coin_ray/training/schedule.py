@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 
 
-def learning_rate_factor(step: int, config: Optimize) -> float:
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Linear warm-up from 1/1000, then absolute factors from each milestone on, or a
     cosine to zero.
     """
@@ -29,7 +29,7 @@ VISUAL = ("tower.", "base.backbone.")
 OFFSETS, OFFSETS_FACTOR = ".offsets.", 0.1
 
 
-def make_optimizer(detector: nn.Module, config: Optimize) -> torch.optim.Optimizer:
+def make_optimizer(detector: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """SGD with momentum .9 or AdamW; the visual tower learns slower, so do a DETR's
     sampling offsets; norms and biases do not decay.
     """
@@ -66,7 +66,7 @@ def _part(name: str) -> str:
 
 
 def new_optimizer(
-    groups: list[dict[str, object]], config: Optimize
+    groups: list[dict[str, object]], config: TrainingConfig
 ) -> torch.optim.Optimizer:
     return (
         torch.optim.SGD(groups, momentum=0.9)
@@ -76,7 +76,7 @@ def new_optimizer(
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, config: Optimize
+    optimizer: torch.optim.Optimizer, step: int, config: TrainingConfig
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate_factor(step, config)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data.examples import Batch
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective
@@ -34,7 +34,7 @@ class Supervised:
     """``epoch``: steps after which heads that saw no positive are told."""
 
     def __init__(
-        self, model: Model, config: DetectorConfig, fit: Optimize, epoch: int
+        self, model: Model, config: DetectorConfig, fit: TrainingConfig, epoch: int
     ) -> None:
         self.model, self.config, self.fit, self.epoch = (
             model.train(),
@@ -182,7 +182,7 @@ def components(found: Objective) -> dict[str, Tensor]:
     return sums
 
 
-def groups(model: Model, fit: Optimize) -> list[dict[str, object]]:
+def groups(model: Model, fit: TrainingConfig) -> list[dict[str, object]]:
     """The backbone learns at ``visual_lr_factor``, sampling offsets at a tenth, as
     published; norms and biases decay as all else.
     """

@@ -22,7 +22,7 @@ from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.protocol import Capabilities, Frame
 from coin_ray.cloud.renderings import MARGIN, REDUCED, image_in_view
 from coin_ray.cloud.services import fitted
-from coin_ray.config import OPERATIONS, Cloud, Ensemble, PipelineConfig, check_runnable
+from coin_ray.config import RENDERING_OPERATIONS, Cloud, Ensemble, PipelineConfig, check_runnable
 from coin_ray.config.presets import folder
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import BudgetExhausted, ConfigError
@@ -32,7 +32,7 @@ from coin_ray.stages.collecting.cloud_actor import governors_for
 
 from .conftest import CLASSES
 
-VIEWS = st.lists(st.sampled_from(OPERATIONS), unique=True).map(
+VIEWS = st.lists(st.sampled_from(RENDERING_OPERATIONS), unique=True).map(
     lambda names: "+".join(names) or "plain"
 )
 SMALL = Capabilities(

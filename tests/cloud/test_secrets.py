@@ -26,7 +26,7 @@ from coin_ray.cloud.client import CloudClient, limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import FRAME, MAGIC, Journal, SegmentJournal
 from coin_ray.cloud.services import OFFERS
-from coin_ray.config import Cloud, PipelineConfig, Service
+from coin_ray.config import Cloud, PipelineConfig, ServiceName
 from coin_ray.config.files import to_yaml
 from coin_ray.config.presets import folder
 from coin_ray.errors import ConfigError
@@ -67,7 +67,7 @@ class Subject:
         return self.case.name
 
     @property
-    def service(self) -> Service:
+    def service(self) -> ServiceName:
         name = self.case.adapter.capabilities.name
         return cast(
             "Service",

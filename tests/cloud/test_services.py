@@ -27,7 +27,7 @@ from coin_ray.cloud.services import (
     token_variable,
 )
 from coin_ray.commands import arguments as cli
-from coin_ray.config import Cloud, Service
+from coin_ray.config import Cloud, ServiceName
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import ConfigError, ImageRejected
 
@@ -36,7 +36,7 @@ from .conftest import InBodyAdapter
 from .emulator import PROVIDERS, Emulator, scene
 from .emulator import app as emulated
 
-ALL = get_args(Service)
+ALL = get_args(ServiceName)
 ADDRESS = "https://mine.example.com"
 FOLDER = ("folder", "--images", "pictures", "--classes", "person,dog")
 

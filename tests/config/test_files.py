@@ -18,10 +18,10 @@ from coin_ray.config import (
     Distill,
     Ensemble,
     Folder,
-    Optimize,
+    TrainingConfig,
     PipelineConfig,
     Propagate,
-    relocated,
+    relocate_paths,
 )
 from coin_ray.config import files as configfile
 from coin_ray.config.files import fingerprint, from_dict, from_yaml, to_yaml
@@ -69,7 +69,7 @@ def another(value: Any) -> Any:
     return "other" if value is None or isinstance(value, (str, bool)) else value + 1
 
 
-FIT = Optimize(batch=8, milestones=(5,), factors=(0.5,), gpu=True, max_workers=2)
+FIT = TrainingConfig(batch=8, milestones=(5,), factors=(0.5,), gpu=True, max_workers=2)
 FULL = [
     dataclasses.replace(
         demo(),
@@ -131,7 +131,7 @@ def test_fields_that_say_how_something_runs(name: str) -> None:
         if f.name == name and not f.metadata.get("identity", True)
     }
     assert marked == (
-        {k.__name__ for k in holders} - {"Optimize"}
+        {k.__name__ for k in holders} - {"TrainingConfig"}
         if name == "batch"
         else {k.__name__ for k in holders}
     )
@@ -241,12 +241,12 @@ def test_where_the_package_is_installed_changes_no_fingerprint(
 def test_a_path_behind_the_kind_of_a_network_is_a_path_too() -> None:
     here = f"open_clip:{settings.PACKAGE}/demo/assets/coin_tiny.json"
     assert (
-        relocated(here, settings.PACKAGE, IN_PACKAGE)
+        relocate_paths(here, settings.PACKAGE, IN_PACKAGE)
         == f"open_clip:{IN_PACKAGE}/demo/assets/coin_tiny.json"
     )
     assert configfile.identity(here) == "open_clip:coin_ray/demo/assets/coin_tiny.json"
     assert (
-        relocated(f"{settings.PACKAGE}_other/x", settings.PACKAGE, IN_PACKAGE)
+        relocate_paths(f"{settings.PACKAGE}_other/x", settings.PACKAGE, IN_PACKAGE)
         == f"{settings.PACKAGE}_other/x"
     )
 
@@ -257,7 +257,7 @@ def test_files_of_the_package_are_found_where_it_is_installed(
     """A job's code lies in another folder on each node, and in none when its file is
     read again."""
     here, there = demo(), "/tmp/ray/session/working_dir_files/_ray_pkg_1/coin_ray"
-    inside = relocated(here, settings.PACKAGE, there)
+    inside = relocate_paths(here, settings.PACKAGE, there)
     assert inside != here
     assert to_yaml(here).count(IN_PACKAGE) == str(here).count(settings.PACKAGE) > 0
     with monkeypatch.context() as elsewhere:

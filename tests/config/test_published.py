@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from coin_ray.commands.arguments import parse
-from coin_ray.config import Cloud, Folder, Optimize, check_runnable
+from coin_ray.config import Cloud, Folder, TrainingConfig, check_runnable
 from coin_ray.config.files import from_dict, identity
 from coin_ray.config.presets import PRESETS
 from coin_ray.config.published import SETS, CloudKind, DataSet, published
@@ -107,7 +107,7 @@ DISTILLATION: list[tuple[DataSet, CloudKind, int, int, dict[int, float]]] = [
 ]
 
 
-def factors(fit: Optimize, milestones: list[int]) -> dict[int, float]:
+def factors(fit: TrainingConfig, milestones: list[int]) -> dict[int, float]:
     """At each milestone (at 0: after the warm-up), having stayed until the step before
     the next one."""
     ends = [*(m - 1 for m in milestones[1:]), fit.steps - 1]

@@ -34,7 +34,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 FIRST = Step("first", "fake", identity={"a": 1})
-SECOND = Step("second", "fake", identity=(), inputs=(FIRST,), options={"labels": "clip"})
+SECOND = Step(
+    "second", "fake", identity=(), inputs=(FIRST,), options={"labels": "clip"}
+)
 
 
 def test_manifest_is_the_last_write(stage: Install, tmp_path: Path) -> None:
@@ -63,9 +65,13 @@ def test_a_failed_step_is_not_finished(stage: Install, tmp_path: Path) -> None:
     assert FIRST.manifest(str(tmp_path)) is None
 
 
-def test_missing_inputs_are_named_and_nothing_runs(stage: Install, tmp_path: Path) -> None:
+def test_missing_inputs_are_named_and_nothing_runs(
+    stage: Install, tmp_path: Path
+) -> None:
     stage(lambda context: pytest.fail("ran"))
-    with pytest.raises(StepError, match=r"second needs finished first .*pipelines/first.py"):
+    with pytest.raises(
+        StepError, match=r"second needs finished first .*pipelines/first.py"
+    ):
         execute(SECOND, CONFIG, str(tmp_path))
 
 
@@ -76,13 +82,28 @@ def test_a_stage_gets_its_folders_and_options(stage: Install, tmp_path: Path) ->
     execute(FIRST, CONFIG, root)
     execute(SECOND, CONFIG, root)
     context = got[1]
-    assert (context.name, context.options, context.root) == ("second", {"labels": "clip"}, root)
+    assert (context.name, context.options, context.root) == (
+        "second",
+        {"labels": "clip"},
+        root,
+    )
     assert context.inputs == {"first": FIRST.folder(root)}
-    assert context.folder == SECOND.folder(root) == f"{root}/steps/second-{SECOND.fingerprint}"
+    assert (
+        context.folder
+        == SECOND.folder(root)
+        == f"{root}/steps/second-{SECOND.fingerprint}"
+    )
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "other"}, {"version": 2}, {"identity": {"a": 2}}, {"options": {"x": 1}}, {"inputs": (Step("zero", "fake", ()),)}]
+    "change",
+    [
+        {"name": "other"},
+        {"version": 2},
+        {"identity": {"a": 2}},
+        {"options": {"x": 1}},
+        {"inputs": (Step("zero", "fake", ()),)},
+    ],
 )
 def test_fingerprints_follow_everything_upstream(change: dict[str, Any]) -> None:
     other = replace(FIRST, **change)
@@ -94,12 +115,23 @@ def test_the_stage_module_is_no_identity() -> None:
     assert replace(FIRST, stage="renamed").fingerprint == FIRST.fingerprint
 
 
-def test_a_step_keeps_its_identity_where_the_package_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Step("collect", "collect", identity=(CONFIG.clip, CONFIG.classes), inputs=(FIRST,))
+def test_a_step_keeps_its_identity_where_the_package_lies_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = Step(
+        "collect", "collect", identity=(CONFIG.clip, CONFIG.classes), inputs=(FIRST,)
+    )
     assert f"'{settings.PACKAGE}" in str(here.identity)
     with monkeypatch.context() as elsewhere:
         there = "/tmp/ray/_ray_pkg_1/coin_ray"
         elsewhere.setattr(steps, "PACKAGE", there)
-        sent = pickle.dumps(replace(here, identity=settings.relocated(here.identity, settings.PACKAGE, there)))
+        sent = pickle.dumps(
+            replace(
+                here,
+                identity=settings.relocate_paths(
+                    here.identity, settings.PACKAGE, there
+                ),
+            )
+        )
     assert pickle.loads(sent) == here
     assert pickle.loads(sent).fingerprint == here.fingerprint

@@ -29,8 +29,16 @@ def test_gap_closed(map50: dict[str, float | None], expected: float | None) -> N
 
 
 def test_a_run_that_has_only_begun() -> None:
-    summary = summarise(demo(), {"images": {"metrics": {"count": {"train": 5}, "rejected": 2}, "seconds": 1.5}})
-    assert (summary["images"], summary["rejected"], summary["gap_closed"], summary["map50"]) == ({"train": 5}, 2, None, {})
+    summary = summarise(
+        demo(),
+        {"images": {"metrics": {"count": {"train": 5}, "rejected": 2}, "seconds": 1.5}},
+    )
+    assert (
+        summary["images"],
+        summary["rejected"],
+        summary["gap_closed"],
+        summary["map50"],
+    ) == ({"train": 5}, 2, None, {})
     assert summary["seconds"] == {"images": 1.5, "total": 1.5}
     assert "note" not in summary
     json.dumps(summary, allow_nan=False)
@@ -43,7 +51,9 @@ def test_figures_come_from_the_manifests() -> None:
         "separate": {"separation": {"consistent": 3}},
         "evaluate": {"map50": map50, "per_class": {"cat": 1.0}, "note": "few images"},
     }
-    summary = summarise(demo(), {name: {"metrics": m, "seconds": 2.0} for name, m in metrics.items()})
+    summary = summarise(
+        demo(), {name: {"metrics": m, "seconds": 2.0} for name, m in metrics.items()}
+    )
     assert summary["map50"] == map50
     assert summary["gap_closed"] == 0.5
     assert (summary["calls"], summary["separation"]) == ({"made": 7}, {"consistent": 3})

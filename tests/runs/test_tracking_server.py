@@ -52,14 +52,38 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        command += [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/server.db",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+        ]
+        environment = {
+            **os.environ,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
         log = (self.folder / "server.log").open("ab")
-        self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         give_up_at = time.monotonic() + 500
         while not self._answers():
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+            assert self.process.poll() is None, (
+                self.folder / "server.log"
+            ).read_text()[-2000:]
             assert time.monotonic() < give_up_at
             time.sleep(0.2)
 
@@ -102,7 +126,9 @@ def pipeline() -> dict[str, Step]:
 
 
 def config(server: Server, experiment: str, model: str | None = None) -> PipelineConfig:
-    return replace(demo(), tracking=Tracking(uri=server.uri, experiment=experiment, model=model))
+    return replace(
+        demo(), tracking=Tracking(uri=server.uri, experiment=experiment, model=model)
+    )
 
 
 @pytest.fixture
@@ -112,7 +138,9 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return stand_in(monkeypatch, lambda name: None)
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> list[str]:
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]
+) -> list[str]:
     done: list[str] = []
 
     def work(context: Context) -> dict[str, Any]:
@@ -126,7 +154,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> 
             write_exported(tiny_detector(score_min=0.01), CLASSES, context.folder)
         return METRICS[context.name]
 
-    monkeypatch.setattr(runner, "execute", lambda step, config, root: steps.execute(step, config, root, work))
+    monkeypatch.setattr(
+        runner,
+        "execute",
+        lambda step, config, root: steps.execute(step, config, root, work),
+    )
     return done
 
 
@@ -134,7 +166,10 @@ def children(experiment: str, parent: str) -> dict[str, list[Any]]:
     """Runs below the parent, by stage."""
     found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
     mine = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent]
-    return {name: [run for run in mine if run.data.tags["stage"] == name] for name in METRICS}
+    return {
+        name: [run for run in mine if run.data.tags["stage"] == name]
+        for name in METRICS
+    }
 
 
 def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
@@ -143,7 +178,9 @@ def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
     batches: list[int] = []
     send = mlflow.MlflowClient.log_batch
 
-    def counted(self: Any, run_id: str, metrics: Any = (), *more: Any, **named: Any) -> Any:
+    def counted(
+        self: Any, run_id: str, metrics: Any = (), *more: Any, **named: Any
+    ) -> Any:
         batches.append(len(metrics))
         return send(self, run_id, metrics, *more, **named)
 
@@ -152,31 +189,45 @@ def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
     for _ in range(2):  # the second time nothing is written
         runner.run(used, pipeline(), str(tmp_path))
     assert worked == list(METRICS)
-    assert [size for size in batches if size > 100] == [500, 500, 200], "a curve is written in few requests"
+    assert [size for size in batches if size > 100] == [500, 500, 200], (
+        "a curve is written in few requests"
+    )
     parent = Tracker(used, str(tmp_path)).parent_run
     found = children("whole", parent)
-    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(METRICS, 1)
+    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
+        METRICS, 1
+    )
     assert all(run.info.status == "FINISHED" for runs in found.values() for run in runs)
     (distilled,) = found["distill"]
     assert distilled.data.metrics["boxes"] == 7
     client = mlflow.MlflowClient()
-    assert [point.step for point in client.get_metric_history(distilled.info.run_id, "loss")] == list(range(1200))
+    assert [
+        point.step for point in client.get_metric_history(distilled.info.run_id, "loss")
+    ] == list(range(1200))
     (linked,) = client.get_run(distilled.info.run_id).inputs.dataset_inputs
     assert (linked.dataset.name, linked.dataset.digest) == ("images", "d" * 36)
     assert "images.parquet" in linked.dataset.source
     assert client.get_run(parent).data.metrics["map50/student"] == 0.5
     version = client.get_model_version_by_alias("harbour", "champion")
     assert (version.version, version.run_id) == ("1", parent)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8)
+    )
     expected = load_exported(pipeline()["export"].folder(str(tmp_path)))(picture)  # type: ignore[operator]
     (answer,) = mlflow.pyfunc.load_model("models:/harbour@champion").predict([picture])
     assert answer["boxes"] == expected.boxes.tolist()
-    assert [CLASSES.index(name) for name in answer["labels"]] == expected.labels.tolist()
+    assert [
+        CLASSES.index(name) for name in answer["labels"]
+    ] == expected.labels.tolist()
 
 
 @pytest.mark.parametrize("fault", ["stop", "freeze"])
 def test_a_server_lost_on_the_way_stops_nothing_and_gets_what_it_missed(
-    fault: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: str,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def lose(name: str) -> None:
         if name == "distill":
@@ -201,9 +252,17 @@ def test_a_server_lost_on_the_way_stops_nothing_and_gets_what_it_missed(
     assert runner.run(used, pipeline(), str(tmp_path)) == summary
     assert worked == list(METRICS), "no step was done again"
     found = children(f"lost by a {fault}", Tracker(used, str(tmp_path)).parent_run)
-    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(METRICS, 1), "an unfinished run was gone on with"
-    assert all(run.info.status == "FINISHED" and "metrics.json" in artifacts(run) for runs in found.values() for run in runs)
-    history = mlflow.MlflowClient().get_metric_history(found["distill"][0].info.run_id, "loss")
+    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
+        METRICS, 1
+    ), "an unfinished run was gone on with"
+    assert all(
+        run.info.status == "FINISHED" and "metrics.json" in artifacts(run)
+        for runs in found.values()
+        for run in runs
+    )
+    history = mlflow.MlflowClient().get_metric_history(
+        found["distill"][0].info.run_id, "loss"
+    )
     assert {point.step for point in history} == set(range(1200))
     print(f"server lost ({fault}) in distill: no step and no figure lost")
 
@@ -217,6 +276,8 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_done(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     used = replace(demo(), tracking=Tracking(uri=f"http://127.0.0.1:{free_port()}"))
-    with pytest.raises(ConfigError, match=r"tracking failed at http://127.0.0.1.*--tracking.no-enabled"):
+    with pytest.raises(
+        ConfigError, match=r"tracking failed at http://127.0.0.1.*--tracking.no-enabled"
+    ):
         runner.run(used, pipeline(), str(tmp_path))
     assert worked == []

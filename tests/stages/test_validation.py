@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray import storage
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError
 from coin_ray.stages.common import validation
@@ -24,7 +24,7 @@ from coin_ray.stages.common.validation import CURVE, Looks, beside
 
 
 def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> Looks:
-    optimize = Optimize(
+    optimize = TrainingConfig(
         steps=steps,
         validate_every=every,
         checkpoint_every=saved,
@@ -194,4 +194,4 @@ def test_without_the_option_or_without_labels_nothing_is_looked_at(
 
 def test_a_negative_number_of_steps_is_refused() -> None:
     with pytest.raises(ConfigError, match="validate_every"):
-        Optimize(validate_every=-1)
+        TrainingConfig(validate_every=-1)

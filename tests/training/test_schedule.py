@@ -6,14 +6,14 @@ import pytest
 import torch
 from builders import tiny_co_detr, tiny_detector, tiny_fit
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.training.schedule import (
     learning_rate_factor,
     make_optimizer,
     set_learning_rate,
 )
 
-PUBLISHED = Optimize(
+PUBLISHED = TrainingConfig(
     steps=65_000,
     milestones=(40_000, 45_000, 60_000),
     factors=(0.1, 0.5, 0.1),
@@ -44,12 +44,12 @@ def test_factors_are_absolute_and_rise_again(step: int, factor: float) -> None:
     [(0, 1.0), (25, 0.5 + 0.5 * math.cos(math.pi / 4)), (50, 0.5), (100, 0.0)],
 )
 def test_cosine(step: int, factor: float) -> None:
-    config = Optimize(steps=100, schedule="cosine", warmup=0, milestones=(), factors=())
+    config = TrainingConfig(steps=100, schedule="cosine", warmup=0, milestones=(), factors=())
     assert learning_rate_factor(step, config) == pytest.approx(factor)
 
 
 def test_warmup_multiplies_the_cosine() -> None:
-    config = Optimize(
+    config = TrainingConfig(
         steps=100, schedule="cosine", warmup=50, milestones=(), factors=()
     )
     assert learning_rate_factor(25, config) == pytest.approx(

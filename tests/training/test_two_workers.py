@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from builders import detr_distillation, distillation, examples, tiny_config, tiny_fit
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.data.examples import batches
 from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.training import diagnosis
@@ -49,7 +49,7 @@ def watched(message: str) -> Any:
     return mock.patch.object(dist, message, wraps=getattr(dist, message))
 
 
-def train(folder: str, student: str, fit: Optimize) -> dict[str, Any]:
+def train(folder: str, student: str, fit: TrainingConfig) -> dict[str, Any]:
     """Three steps of this worker's share; global losses and the final state."""
     torch.set_num_threads(1)
     task = MAKERS[student](fit, burn_up=1)

@@ -19,7 +19,7 @@ from coin_ray.cloud.ensemble import EnsembleClient, client_for, images_for
 from coin_ray.cloud.governor import DAY, Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.services import adapter_for
-from coin_ray.config import Cloud, PipelineConfig, in_plain_view
+from coin_ray.config import Cloud, PipelineConfig, with_plain_rendering
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import CloudError, InputError
 
@@ -151,7 +151,7 @@ def governors_for(
     A single cloud's budget is the journal's.
     """
     now, governors = time.time(), dict[Cloud, LocalGovernor]()
-    servers = [in_plain_view(cloud) for cloud in config.clouds]
+    servers = [with_plain_rendering(cloud) for cloud in config.clouds]
     for cloud, url in dict(zip(servers, urls, strict=True)).items():
         account = account_of(cloud, url, adapter_for(cloud))
         spent = journal.spent(account if config.more_clouds else None)

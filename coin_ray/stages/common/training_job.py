@@ -21,7 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from coin_ray import storage
-from coin_ray.config import Detector, Optimize
+from coin_ray.config import Detector, TrainingConfig
 from coin_ray.data.examples import Example
 from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_count, worker_rank
@@ -61,7 +61,7 @@ class Fit:
     make: Callable[[], Task]
     finish: Callable[[Task], Mapping[str, Mapping[str, Any] | bytes]]
     examples: Sequence[Example]
-    optimize: Optimize
+    optimize: TrainingConfig
     detector: Detector
     seed: int
     folder: str
@@ -130,7 +130,7 @@ def _fitted(work: Fit, here: bool) -> bool:
     return True
 
 
-def _scaling(optimize: Optimize) -> ScalingConfig:
+def _scaling(optimize: TrainingConfig) -> ScalingConfig:
     """A worker's CPUs are its share where all of them run at once."""
     most = optimize.max_workers or optimize.workers
     cpus = max(1, min(cluster_cpus() // most, largest_node_cpus()))
@@ -193,7 +193,7 @@ def train(work: Fit, tell: Tell) -> Curve:
     return curve
 
 
-def _device(optimize: Optimize) -> torch.device:
+def _device(optimize: TrainingConfig) -> torch.device:
     """This worker's. Raises TrainingError if it should be a GPU and there is none."""
     if not optimize.gpu:
         return torch.device("cpu")

@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from coin_ray import storage, tables
-from coin_ray.config import Optimize, PipelineConfig
+from coin_ray.config import PipelineConfig, TrainingConfig
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.stages.common.cluster import ensure_ray
 from coin_ray.stages.common.prediction import Detectors
@@ -73,7 +73,7 @@ class Looks:
     folder: str
     name: str
     part: str
-    optimize: Optimize
+    optimize: TrainingConfig
 
     @property
     def place(self) -> str:
@@ -128,7 +128,7 @@ def looks(
     folder: str,
     name: str,
     part: str,
-    optimize: Optimize,
+    optimize: TrainingConfig,
 ) -> Looks | None:
     """None unless ``validate_every`` is set and validation images are labelled."""
     if not optimize.validate_every:

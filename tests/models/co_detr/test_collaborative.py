@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.co_detr.backbone import TinyBackbone
@@ -352,7 +352,7 @@ def test_an_image_smaller_than_a_cell_is_seen() -> None:
 
 def test_the_backbone_and_the_offsets_learn_slowly() -> None:
     model = collaborative()
-    *slow, fast = groups(model, Optimize(lr=1e-3, visual_lr_factor=0.1))
+    *slow, fast = groups(model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
     assert [g["lr"] for g in (*slow, fast)] == [
         pytest.approx(1e-4),
         pytest.approx(1e-4),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import tiny
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import Artwork, compose
@@ -32,7 +32,7 @@ def test_two_scenes_are_learned_by_heart(
         )
     )
     optimizer = torch.optim.AdamW(
-        groups(own, Optimize(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4))
+        groups(own, TrainingConfig(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4))
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], steps

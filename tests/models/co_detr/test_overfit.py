@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import tiny
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import SIZE, Artwork, Scene, compose
@@ -52,7 +52,7 @@ def test_eight_scenes_are_learned_by_heart() -> None:
     )
     model = CollaborativeDetr(TinyBackbone(), len(CLASSES), tiny(auxiliary=("atss",)))
     optimizer = torch.optim.AdamW(
-        groups(model, Optimize(lr=1e-3, visual_lr_factor=0.1, weight_decay=1e-4))
+        groups(model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1, weight_decay=1e-4))
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], STEPS

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coin_ray.config import Optimize
+from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import tiny
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.co_detr.targets import Targets
@@ -297,7 +297,7 @@ def test_an_average_follows_weights_of_several_names_once(
 
 def test_the_backbone_learns_slowly(folders: dict[str, str]) -> None:
     own = trained(folders["d-fine"], "d-fine")
-    slow, fast = groups(own, Optimize(lr=1e-3, visual_lr_factor=0.1))
+    slow, fast = groups(own, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
     assert (slow["lr"], fast["lr"]) == (pytest.approx(1e-4), 1e-3)
     names = {p: n for n, p in own.named_parameters()}
     assert {names[p] for p in slow["params"]} == {
