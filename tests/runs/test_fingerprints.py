@@ -1,0 +1,82 @@
+"""Steps that an earlier version finished still count: their fingerprints stay the same.
+
+``tests/golden/fingerprints.json`` was written by version f5fc1d4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coin_ray.config import Cloud, Ensemble, PipelineConfig
+from coin_ray.config import detector_presets, presets
+from coin_ray.config.detector_training import DetectorConfig, SourceScenes
+from coin_ray.runs import detector_graph, graph
+from coin_ray.runs.steps import Step
+
+GOLDEN: dict[str, dict[str, str]] = json.loads(
+    (Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text()
+)
+STUDENTS: tuple[presets.StudentKind, ...] = ("faster-rcnn", "co-detr")
+
+
+def _two_clouds() -> PipelineConfig:
+    return replace(
+        presets.demo(),
+        cloud=Cloud(url="https://one", label_map="/no/such/file.yaml"),
+        more_clouds=(Cloud(url="https://two", views=("plain", "inverted+reduced")),),
+        ensemble=Ensemble(reliability=(1.0, 2.0, 3.0)),
+    )
+
+
+def _from_clip_detector() -> PipelineConfig:
+    demo = presets.demo()
+    distill = replace(demo.distill, start_from="clip_detector", fusion_share=0.5)
+    labels = replace(demo.labels, cloud_vectors="one_hot")
+    return replace(demo, distill=distill, labels=labels)
+
+
+def _adaptations() -> Iterator[tuple[str, Mapping[str, Step]]]:
+    for name, preset in presets.PRESETS.items():
+        for student in STUDENTS:
+            config = presets.with_student(preset(), student)
+            yield f"{name} {student}", graph.graph(config, baselines=True)
+    yield "demo without baselines", graph.graph(presets.demo())
+    yield "demo two clouds", graph.graph(_two_clouds())
+    yield (
+        "demo from the CLIP detector",
+        graph.graph(_from_clip_detector(), baselines=True),
+    )
+
+
+def _with_heads(config: DetectorConfig) -> DetectorConfig:
+    return replace(config, ship="heads", data="demo-source")
+
+
+def _detector_trainings() -> Iterator[tuple[str, Mapping[str, Step]]]:
+    for name, preset in detector_presets.PRESETS.items():
+        yield f"detector {name}", detector_graph.graph(preset())
+        yield (
+            f"detector {name} heads demo-source",
+            detector_graph.graph(_with_heads(preset()), SourceScenes(train=7)),
+        )
+    d_fine = detector_presets.fast("d-fine", "some/network")
+    d_fine = replace(d_fine, data="coco:/no/such", val="/no/val")
+    yield "detector d-fine", detector_graph.graph(d_fine)
+
+
+RUNS = {**dict(_adaptations()), **dict(_detector_trainings())}
+
+
+def test_every_run_of_the_golden_file_is_checked() -> None:
+    assert RUNS.keys() == GOLDEN.keys()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_fingerprints_are_those_of_the_earlier_version(run: str) -> None:
+    fingerprints = {name: step.fingerprint for name, step in RUNS[run].items()}
+    assert fingerprints == GOLDEN[run]
