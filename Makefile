@@ -1,20 +1,24 @@
-# make demo | make test | make check | make soak | make bench | make docs
+# make demo | make test | make test-all | make check | make soak | make bench | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
+PYTEST := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
+WORKERS ?= 2
 
-.PHONY: demo test check slow soak bench bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-training docs clean
+.PHONY: demo test test-all check soak bench bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
 
+# Lint, types and the fast tests, in minutes.
 test: $(DEVELOPED) check
-	$(BIN)/python -m pytest --durations=15 --durations-min=5 $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 --durations-min=3 $(ARGS)
 
-slow: $(DEVELOPED)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+# The slow tests too, and ten times the examples of Hypothesis.
+test-all: $(DEVELOPED) check
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -n $(WORKERS) --dist worksteal -m "not soak" --durations=30 --durations-min=5 $(ARGS)
 
 soak: $(DEVELOPED)
 	$(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)

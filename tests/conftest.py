@@ -1,11 +1,25 @@
-"""What the fault tests killed and what was lost is told at the end, also of tests that
-pass."""
+"""Settings of the whole suite: one torch thread for each worker, two depths of search for
+Hypothesis, and a closing section that says what the fault tests killed and lost."""
 
 from __future__ import annotations
 
-import pytest
+import os
 
-TOLD = "; lost: "
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import hypothesis
+import pytest
+import torch
+
+FAULT_LINE = "; lost: "
+
+hypothesis.settings.register_profile("fast", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -13,9 +27,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         line
         for report in terminalreporter.getreports("passed")
         for line in report.capstdout.splitlines()
-        if TOLD in line
+        if FAULT_LINE in line
     ]
-    if lines:
-        terminalreporter.section("faults")
-        for line in lines:
-            terminalreporter.write_line(line)
+    if not lines:
+        return
+    terminalreporter.section("faults")
+    for line in lines:
+        terminalreporter.write_line(line)
