@@ -3,7 +3,7 @@ another rendering of a strange domain.
 
 A view is ``plain``, or operations joined by "+", done in the order of ``RENDERING_OPERATIONS``:
 ``inverted+reduced``. What each is good for is measured in docs/demo.md. Boxes come back
-in the original's frame (``coin_ray.cloud.adapters.parsing.to_original``).
+in the original's frame (``coin_ray.cloud.adapters.parsing.to_original_frame``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from PIL import Image, ImageOps
 
 from coin_ray.config import PLAIN_RENDERING, RENDERING_OPERATIONS
-from coin_ray.data.canonical import CanonicalImage, canonical_image, decode_sent, jpeg
+from coin_ray.data.canonical import CanonicalImage, canonical_image, decode_sent, encode_jpeg
 
 REDUCED = 1.5
 """Side of the canvas / side of the image in its upper left corner, for ``reduced``:
@@ -39,11 +39,11 @@ def image_in_view(raw: bytes, max_side: int, view: str) -> CanonicalImage:
     shown = (image.width, image.height)
     return replace(
         image,
-        data=jpeg(pixels),
+        data=encode_jpeg(pixels),
         media_type="image/jpeg",
         width=pixels.width,
         height=pixels.height,
-        shown=shown,
+        visible_size=shown,
         mirrored="mirrored" in asked,
     )
 

@@ -22,8 +22,8 @@ import yaml
 from numpy.typing import NDArray
 
 from coin_ray import storage
-from coin_ray.class_names import fold, forms
-from coin_ray.cloud.adapters.parsing import short_text
+from coin_ray.class_names import normalize_class_name, class_name_variants
+from coin_ray.cloud.adapters.parsing import sanitize_text
 from coin_ray.cloud.journal.journal import TASK, Journal, SegmentJournal
 from coin_ray.cloud.label_map import LabelMap, load_label_map
 from coin_ray.config import Clip, PipelineConfig
@@ -71,8 +71,8 @@ class SeenName:
         return self.vendor_id or self.name
 
     def __str__(self) -> str:
-        return short_text(self.name) + (
-            f" ({short_text(self.vendor_id)})" if self.vendor_id else ""
+        return sanitize_text(self.name) + (
+            f" ({sanitize_text(self.vendor_id)})" if self.vendor_id else ""
         )
 
 
@@ -177,7 +177,7 @@ def _class_names(text: str) -> list[str]:
 
 
 def _open(root: str) -> Journal:
-    place = storage.join(storage.absolute(root), "journal")
+    place = storage.join(storage.absolute_uri(root), "journal")
     if not storage.exists(place):
         raise InputError(
             f"no journal at {place}; --root is the folder of a run that asked a service"
@@ -271,7 +271,7 @@ def _print_unknown(labels: LabelMap, seen: Seen) -> int:
 
 
 def _propose(options: argparse.Namespace) -> int:
-    if options.out and storage.exists(storage.absolute(options.out)):
+    if options.out and storage.exists(storage.absolute_uri(options.out)):
         raise ConfigError(
             f"{options.out} exists and is not overwritten; give --out another name"
         )
@@ -281,7 +281,7 @@ def _propose(options: argparse.Namespace) -> int:
     embed = None if options.no_similarity else _clip_texts(options, config)
     text = proposal(seen, options.classes, service, embed, options.margin)
     if options.out:
-        storage.write_bytes(storage.absolute(options.out), text.encode())
+        storage.write_bytes(storage.absolute_uri(options.out), text.encode())
         print(
             f"wrote {options.out}: read it, correct it, and give it as"
             " --cloud.label-map"
@@ -309,7 +309,7 @@ def proposal(
             if match is not None:
                 written, column, how = match
                 mapped[written] = (classes[column], f"{how}, {count:,} boxes")
-                columns[fold(written)] = (column, 1.0)
+                columns[normalize_class_name(written)] = (column, 1.0)
     unmatched = (
         (name, count)
         for name, count in seen.names.most_common()
@@ -317,7 +317,7 @@ def proposal(
     )
     rest = list(
         {
-            fold(name.key): (name, count) for name, count in reversed(list(unmatched))
+            normalize_class_name(name.key): (name, count) for name, count in reversed(list(unmatched))
         }.values()
     )[::-1]
     guesses = _guesses([name.name for name, _ in rest], classes, embed, margin)
@@ -356,9 +356,9 @@ def _match(seen: SeenName, classes: Sequence[str]) -> tuple[str, int, str] | Non
     """Name to map, class index and how it was found: the name itself, else an alias or
     a parent that is a class by name.
     """
-    by_fold = {fold(c): k for k, c in enumerate(classes)}
+    by_fold = {normalize_class_name(c): k for k, c in enumerate(classes)}
     for word in (seen.name, *seen.more):
-        for number, form in enumerate(forms(word)):
+        for number, form in enumerate(class_name_variants(word)):
             if form in by_fold:
                 k = by_fold[form]
                 how = (
@@ -412,10 +412,10 @@ def _quoted(name: str) -> str:
 
 
 def _run_config(root: str) -> PipelineConfig | None:
-    from coin_ray.config.files import from_yaml
+    from coin_ray.config.yaml_files import read_config
 
-    place = storage.join(storage.absolute(root), "config.yaml")
-    return from_yaml(place) if storage.exists(place) else None
+    place = storage.join(storage.absolute_uri(root), "config.yaml")
+    return read_config(place) if storage.exists(place) else None
 
 
 def _clip_texts(

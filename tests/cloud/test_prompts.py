@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from coin_ray.cloud.adapters.gemini import GeminiAdapter
 from coin_ray.cloud.adapters.hf_endpoint import HfEndpointAdapter
 from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
-from coin_ray.cloud.adapters.prompts import XYXY_1000, XYXY_PIXELS, YXYX_1000, BoxText
+from coin_ray.cloud.adapters.prompts import XYXY_1000, XYXY_PIXELS, YXYX_1000, BoxNotation
 from coin_ray.cloud.adapters.roboflow import RoboflowAdapter
 from coin_ray.cloud.protocol import Adapter, Frame, Query
 from coin_ray.errors import (
@@ -28,7 +28,7 @@ from coin_ray.errors import (
 from .cases import CASES, CLASSES, GOLDEN_IMAGE, REFUSALS
 from .test_adapters import ANY_JSON, FRAME, at, changed, places
 
-BOX_TEXTS = [XYXY_1000, YXYX_1000, XYXY_PIXELS]
+BOX_NOTATIONS = [XYXY_1000, YXYX_1000, XYXY_PIXELS]
 QUERY = Query("default", CLASSES, 0.05)
 ORIGINAL = Frame((600, 400), (1200, 1200))
 
@@ -44,9 +44,9 @@ ORIGINAL = Frame((600, 400), (1200, 1200))
     ],
 )
 def test_boxes_in_a_text(
-    boxes: BoxText, numbers: list[float], expected: list[float]
+    boxes: BoxNotation, numbers: list[float], expected: list[float]
 ) -> None:
-    raw = boxes.detections(
+    raw = boxes.parse_detections(
         json.dumps([{boxes.key: numbers, "label": "dog"}]), QUERY, ORIGINAL
     )
     assert np.allclose(raw.boxes, [expected])
@@ -62,7 +62,7 @@ def test_pixels_far_outside_are_in_another_unit(numbers: list[int]) -> None:
     with pytest.raises(
         ProtocolError, match="are these coordinates pixels of the image"
     ):
-        XYXY_PIXELS.detections(
+        XYXY_PIXELS.parse_detections(
             json.dumps([{"bbox_2d": numbers, "label": "dog"}]), QUERY, FRAME
         )
 
@@ -70,15 +70,15 @@ def test_pixels_far_outside_are_in_another_unit(numbers: list[int]) -> None:
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals(text: str) -> None:
     with pytest.raises(Refused) as caught:
-        XYXY_1000.detections(text, QUERY, FRAME)
+        XYXY_1000.parse_detections(text, QUERY, FRAME)
     assert caught.value.may_have_billed
 
 
-@pytest.mark.parametrize("boxes", BOX_TEXTS, ids=lambda b: b.key + b.box_format)
+@pytest.mark.parametrize("boxes", BOX_NOTATIONS, ids=lambda b: b.key + b.box_format)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_mutated_lists_give_valid_boxes_or_errors(
-    boxes: BoxText, data: st.DataObject
+    boxes: BoxNotation, data: st.DataObject
 ) -> None:
     answer: Any = [
         {boxes.key: [1, 2, 300, 350], "label": "car"},
@@ -88,7 +88,7 @@ def test_mutated_lists_give_valid_boxes_or_errors(
         path = data.draw(st.sampled_from(list(places(answer))))
         answer = changed(answer, path, data.draw(ANY_JSON | st.just(at(answer, path))))
     try:
-        raw = boxes.detections(json.dumps(answer), QUERY, ORIGINAL)
+        raw = boxes.parse_detections(json.dumps(answer), QUERY, ORIGINAL)
     except CloudError:
         return
     assert isinstance(answer, list)
@@ -103,7 +103,7 @@ def test_mutated_lists_give_valid_boxes_or_errors(
 )
 def test_any_text_is_no_boxes_only_if_it_says_so(text: str) -> None:
     try:
-        raw = XYXY_1000.detections(text, QUERY, FRAME)
+        raw = XYXY_1000.parse_detections(text, QUERY, FRAME)
     except (ProtocolError, Refused):
         return
     bare = text.replace("```", "").replace("json", "").replace("JSON", "")

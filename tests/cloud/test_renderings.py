@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coin_ray.cloud.adapters.parsing import to_original
+from coin_ray.cloud.adapters.parsing import to_original_frame
 from coin_ray.cloud.client import Answer, CloudClient, limits
 from coin_ray.cloud.ensemble import EnsembleClient, images_for, names_of
 from coin_ray.cloud.governor import Governor, LocalGovernor
@@ -62,7 +62,7 @@ def pixels_of(image: CanonicalImage) -> np.ndarray:
 
 def frame_of(image: CanonicalImage) -> Frame:
     return Frame(
-        (image.width, image.height), image.original, image.shown, image.mirrored
+        (image.width, image.height), image.original, image.visible_size, image.mirrored
     )
 
 
@@ -82,15 +82,15 @@ def test_an_object_seen_in_a_view_is_found_where_it_is(
     x, y = data.draw(st.integers(4, width - 24)), data.draw(st.integers(4, height - 24))
     box = (x, y, x + data.draw(st.integers(8, 20)), y + data.draw(st.integers(8, 20)))
     image = image_in_view(with_object(width, height, box), 4096, view)
-    shown = image.shown or (image.width, image.height)
+    shown = image.visible_size or (image.width, image.height)
     found = seen(pixels_of(image)[: int(shown[1]), : int(shown[0])])
-    assert to_original([found], "xyxy", frame_of(image))[0] == pytest.approx(
+    assert to_original_frame([found], "xyxy", frame_of(image))[0] == pytest.approx(
         np.array(box), abs=1.5
     )
     ratio = [
         v / side for v, side in zip(found, (image.width, image.height) * 2, strict=True)
     ]
-    assert to_original([ratio], "xyxy_ratio", frame_of(image))[0] == pytest.approx(
+    assert to_original_frame([ratio], "xyxy_ratio", frame_of(image))[0] == pytest.approx(
         np.array(box), abs=1.5
     )
 
@@ -103,8 +103,8 @@ def test_no_view_is_larger_than_the_service_takes(
     image = image_in_view(with_object(width, height, (5, 5, 20, 20)), max_side, view)
     assert max(image.width, image.height) <= max_side
     assert image.original == (width, height)
-    corner = np.array([[0, 0, *(image.shown or (image.width, image.height))]])
-    assert to_original(corner.tolist(), "xyxy", frame_of(image))[0] == pytest.approx(
+    corner = np.array([[0, 0, *(image.visible_size or (image.width, image.height))]])
+    assert to_original_frame(corner.tolist(), "xyxy", frame_of(image))[0] == pytest.approx(
         np.array([0, 0, width, height]), abs=1e-3
     )
 
@@ -120,7 +120,7 @@ def test_what_the_operations_do() -> None:
         plain, abs=4
     )
     reduced = image_in_view(raw, 4096, "reduced")
-    assert ((reduced.width, reduced.height), reduced.shown) == ((90, 60), (60, 40))
+    assert ((reduced.width, reduced.height), reduced.visible_size) == ((90, 60), (60, 40))
     # a JPEG's blocks lie across the edge
     assert pixels_of(reduced)[:40, :60] == pytest.approx(plain, abs=12)
     assert np.abs(pixels_of(reduced)[50:, 70:] - MARGIN).max() <= 3
@@ -141,18 +141,18 @@ def test_a_file_made_smaller_for_a_service_keeps_its_frame() -> None:
     image = image_in_view(raw, 4096, "mirrored+reduced")
     sent = fitted(image, replace(SMALL, max_bytes=len(image.data) // 3), 4096)
     assert sent.width < image.width
-    assert sent.shown is not None
-    assert to_original([[0, 0, *sent.shown]], "xyxy", frame_of(sent))[
+    assert sent.visible_size is not None
+    assert to_original_frame([[0, 0, *sent.visible_size]], "xyxy", frame_of(sent))[
         0
     ] == pytest.approx([0, 0, 300, 200], abs=1e-3)
-    assert sent.shown[0] * REDUCED == pytest.approx(sent.width, abs=1)
+    assert sent.visible_size[0] * REDUCED == pytest.approx(sent.width, abs=1)
 
 
 def test_boxes_in_the_margin_are_dropped_and_those_across_it_end_at_the_image() -> None:
     frame = frame_of(
         image_in_view(with_object(60, 40, (6, 10, 26, 30)), 4096, "reduced")
     )
-    found = to_original([[70, 45, 88, 58], [40, 20, 80, 55]], "xyxy", frame)
+    found = to_original_frame([[70, 45, 88, 58], [40, 20, 80, 55]], "xyxy", frame)
     # thinner than a pixel: no detection
     assert (found[0, 2:] - found[0, :2]).min() == 0
     assert found[1].tolist() == [40, 20, 60, 40]

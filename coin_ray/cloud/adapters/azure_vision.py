@@ -14,18 +14,18 @@ from typing import Any
 from urllib.parse import quote
 
 from coin_ray.cloud.adapters.parsing import (
-    Found,
-    as_list,
-    as_number,
-    as_object,
-    as_score,
-    as_text,
+    ParsedBox,
     check_sent_size,
-    detections,
     error_object,
+    expect_list,
+    expect_number,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    malformed,
-    short_text,
+    map_detections,
+    raise_malformed,
+    sanitize_text,
 )
 from coin_ray.cloud.protocol import (
     RETRY_AFTER_MAX,
@@ -67,70 +67,66 @@ class AzureVisionAdapter:
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """``Query.model`` is the service's model-version. The service knows no
-        threshold.
+        """Build the request. ``Query.model`` is the service's model-version; the
+        service has no score threshold.
         """
-        version = (
-            ""
-            if query.model == "default"
-            else f"&model-version={quote(query.model, safe='')}"
-        )
-        return PreparedRequest(PATH + version, image.data, "application/octet-stream")
+        path = PATH
+        if query.model != "default":
+            path += f"&model-version={quote(query.model, safe='')}"
+        return PreparedRequest(path, image.data, "application/octet-stream")
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """Without ``objectsResult`` nothing was looked for, so that is no empty answer."""
-        answer = as_object(load_json(headers, body), "the answer")
-        size = as_object(answer.get("metadata"), "metadata")
+        """Parse a response. One without ``objectsResult`` is an error rather than an
+        empty image: no detector ran.
+        """
+        response = expect_object(load_json(headers, body), "the response")
+        size = expect_object(response.get("metadata"), "metadata")
         check_sent_size(size.get("width"), size.get("height"), frame)
-        values = as_list(
-            as_object(answer.get("objectsResult"), "objectsResult").get("values"),
-            "objectsResult.values",
-        )
-        return detections(
-            [_found(v, f"values[{i}]") for i, v in enumerate(values)],
-            "xywh",
-            query,
-            frame,
-            "label",
-        )
+        objects = expect_object(response.get("objectsResult"), "objectsResult")
+        nodes = expect_list(objects.get("values"), "objectsResult.values")
+        boxes = [_parse_box(node, f"values[{i}]") for i, node in enumerate(nodes)]
+        return map_detections(boxes, "xywh", query, frame, "label")
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        error = error_object(body).get("error")
-        error = error if isinstance(error, dict) else {}
-        inner = error.get("innererror")
-        inner = inner if isinstance(inner, dict) else {}
-        detail = short_text(error.get("code"), inner.get("code"), error.get("message"))
+        error = error_object(body, "error")
+        inner_code = error_object(body, "error", "innererror").get("code")
+        detail = sanitize_text(error.get("code"), inner_code, error.get("message"))
         message = f"the service answered {status}: {detail}"
         if status == 429:
-            hint, wait = WAIT.search(detail), retry_after(headers)
-            return Throttled(
-                message,
-                min(float(hint[1]), RETRY_AFTER_MAX) if hint and wait is None else wait,
-            )
-        if status == 400 and (
-            short_text(inner.get("code")).startswith("InvalidImage")
-            or BAD_IMAGE.search(detail)
-        ):
+            return Throttled(message, _retry_seconds(headers, detail))
+        names_image = sanitize_text(inner_code).startswith("InvalidImage")
+        if status == 400 and (names_image or BAD_IMAGE.search(detail)):
             return ImageRejected(message)
         return by_status(status, headers, detail)
 
 
-def _found(value: Any, place: str) -> Found:
-    one = as_object(value, place)
-    box = as_object(one.get("boundingBox"), f"{place}.boundingBox")
+def _parse_box(node: Any, field: str) -> ParsedBox:
+    json_object = expect_object(node, field)
+    box = expect_object(json_object.get("boundingBox"), f"{field}.boundingBox")
     tags = [
-        as_object(t, f"{place}.tags") for t in as_list(one.get("tags"), f"{place}.tags")
+        expect_object(tag, f"{field}.tags")
+        for tag in expect_list(json_object.get("tags"), f"{field}.tags")
     ]
     if not tags:
-        malformed(f"{place} has no tag")
-    best = max(tags, key=lambda t: as_score(t.get("confidence"), f"{place}.confidence"))
-    sides = [as_number(box.get(key), f"{place}.boundingBox.{key}") for key in "xywh"]
-    return Found(
-        sides,
-        [as_text(best.get("name"), f"{place}.name")],
-        as_score(best.get("confidence"), f"{place}.confidence"),
-    )
+        raise_malformed(f"{field} has no tag")
+    scores = [
+        expect_score(tag.get("confidence"), f"{field}.confidence") for tag in tags
+    ]
+    best_score = max(scores)
+    best_tag = tags[scores.index(best_score)]
+    xywh = [expect_number(box.get(key), f"{field}.boundingBox.{key}") for key in "xywh"]
+    name = expect_text(best_tag.get("name"), f"{field}.name")
+    return ParsedBox(xywh, [name], best_score)
+
+
+def _retry_seconds(headers: Mapping[str, str], detail: str) -> float | None:
+    """Return the seconds to wait: those of the header, else those in the text."""
+    seconds = retry_after(headers)
+    hint = WAIT.search(detail)
+    if seconds is None and hint:
+        return min(float(hint[1]), RETRY_AFTER_MAX)
+    return seconds

@@ -1,9 +1,9 @@
 """Adapter of DeepDataSpace's API, version 2: DINO-X and Grounding DINO 1.5 and 1.6.
 
-``POST /v2/task/.../detection`` takes the image on as a task, ``GET
-/v2/task_status/{uuid}`` is asked until it has ended. Answers are ``{"code": 0, "msg":
-..., "data": ...}``; any other code is an error, whatever the HTTP status. Boxes are
-xyxy pixels of the image sent.
+``POST /v2/task/.../detection`` creates a task for the image; ``GET
+/v2/task_status/{uuid}`` is polled until the task has ended. Responses are ``{"code": 0,
+"msg": ..., "data": ...}``; any other code is an error, whatever the HTTP status. Boxes
+are xyxy pixels of the image sent.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from coin_ray.cloud.adapters.parsing import (
-    Found,
-    as_list,
-    as_number,
-    as_numbers,
-    as_object,
-    as_score,
-    as_text,
-    detections,
+    ParsedBox,
     error_object,
+    expect_list,
+    expect_number,
+    expect_numbers,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    malformed,
-    short_text,
+    map_detections,
+    raise_malformed,
+    sanitize_text,
 )
 from coin_ray.cloud.adapters.prompts import check_class_names
 from coin_ray.cloud.protocol import (
@@ -53,16 +53,14 @@ from coin_ray.errors import (
 
 POLL_SECONDS = 1.0
 MERGE_IOU = 0.8
-BUSY = 202001
+BUSY_CODE = 202001
 SEPARATORS = ".?"
 """Characters that end a phrase of the prompt."""
-TASK = re.compile(r"[0-9A-Za-z-]{1,64}")
-ABOUT_THE_IMAGE = re.compile(
-    r"\b(image|picture|photo|decode|resolution)", re.IGNORECASE
-)
+TASK_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
+BAD_IMAGE = re.compile(r"\b(image|picture|photo|decode|resolution)", re.IGNORECASE)
 BAD_TOKEN = re.compile(
-    r"unauthori[sz]ed|\btoken\b.*\b(invalid|expired|missing|not)\b|\b(invalid|expired|missing|no)"
-    r" token\b",
+    r"unauthori[sz]ed|\btoken\b.*\b(invalid|expired|missing|not)\b"
+    r"|\b(invalid|expired|missing|no) token\b",
     re.IGNORECASE,
 )
 
@@ -87,18 +85,18 @@ class DdsAdapter:
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """Class names become one prompt, joined by full stops."""
+        """Build the request that creates a task. Its prompt joins the class names by
+        full stops.
+        """
         check_class_names(query.classes, SEPARATORS)
-        path, model = (
-            ("dinox", "DINO-X-1.0")
-            if self.family == "dino-x"
-            else ("grounding_dino", "GroundingDino-1.6-Pro")
-        )
+        if self.family == "dino-x":
+            path, default_model = "dinox", "DINO-X-1.0"
+        else:
+            path, default_model = "grounding_dino", "GroundingDino-1.6-Pro"
+        encoded_image = base64.b64encode(image.data).decode()
         body = {
-            "model": model if query.model == "default" else query.model,
-            "image": (
-                f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
-            ),
+            "model": default_model if query.model == "default" else query.model,
+            "image": f"data:{image.media_type};base64,{encoded_image}",
             "prompt": {"type": "text", "text": ".".join(query.classes)},
             "targets": ["bbox"],
             "bbox_threshold": float(query.score_min),
@@ -109,93 +107,92 @@ class DdsAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections | Pending:
-        """The answer to the task's POST or to a poll. A phrase of merged class names is
-        unmapped unless the label map has it.
+        """Parse the response to the request that creates a task, or to a poll of it. A
+        phrase of merged class names is unmapped unless the label map has it.
         """
-        answer = as_object(load_json(headers, body), "the answer")
-        if as_number(answer.get("code"), "code") != 0:
-            _not_ok(answer, headers)
-        data = as_object(answer.get("data"), "data")
-        status = as_text(data["status"], "data.status") if "status" in data else None
+        response = expect_object(load_json(headers, body), "the response")
+        if expect_number(response.get("code"), "code") != 0:
+            _raise_response_error(response, headers)
+        task = expect_object(response.get("data"), "data")
+        status = (
+            expect_text(task["status"], "data.status") if "status" in task else None
+        )
         if status == "success":
-            return detections(_objects(data), "xyxy", query, frame, "label")
+            return map_detections(_parse_boxes(task), "xyxy", query, frame, "label")
         if status == "failed":
-            _failed(short_text(data.get("error")))
+            _raise_task_failed(sanitize_text(task.get("error")))
         if status not in ("waiting", "running", None):
-            malformed(f"unknown task state {short_text(status)[:60]!r}")
-        if status is None or "task_uuid" in data:
-            return Pending(
-                _poll(as_text(data.get("task_uuid"), "data.task_uuid")), POLL_SECONDS
-            )
+            raise_malformed(f"unknown task state {sanitize_text(status)[:60]!r}")
+        if status is None or "task_uuid" in task:
+            task_id = expect_text(task.get("task_uuid"), "data.task_uuid")
+            return Pending(_poll_request(task_id), POLL_SECONDS)
         return Pending(None, POLL_SECONDS)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        answer = error_object(body)
-        known = _by_message(answer, headers) if status < 500 else None
-        return known or by_status(status, headers, _message(answer))
+        response = error_object(body)
+        error = _error_from_message(response, headers) if status < 500 else None
+        return error or by_status(status, headers, _message(response))
 
 
-def _poll(task: str) -> PreparedRequest:
-    if not TASK.fullmatch(task):
-        malformed("data.task_uuid is not an id")
-    return PreparedRequest(f"/v2/task_status/{task}", method="GET")
+def _poll_request(task_id: str) -> PreparedRequest:
+    if not TASK_ID.fullmatch(task_id):
+        raise_malformed("data.task_uuid is not an id")
+    return PreparedRequest(f"/v2/task_status/{task_id}", method="GET")
 
 
-def _objects(data: dict[str, Any]) -> list[Found]:
-    found = []
-    for i, value in enumerate(
-        as_list(
-            as_object(data.get("result"), "data.result").get("objects"),
-            "data.result.objects",
-        )
-    ):
-        place = f"objects[{i}]"
-        one = as_object(value, place)
-        box = as_numbers(one.get("bbox"), 4, f"{place}.bbox")
-        found.append(
-            Found(
-                box,
-                [as_text(one.get("category"), f"{place}.category")],
-                as_score(one.get("score"), f"{place}.score"),
-            )
-        )
-    return found
+def _parse_boxes(task: dict[str, Any]) -> list[ParsedBox]:
+    task_result = expect_object(task.get("result"), "data.result")
+    nodes = expect_list(task_result.get("objects"), "data.result.objects")
+    return [_parse_box(node, f"objects[{i}]") for i, node in enumerate(nodes)]
 
 
-def _failed(reason: str) -> NoReturn:
+def _parse_box(node: Any, field: str) -> ParsedBox:
+    json_object = expect_object(node, field)
+    return ParsedBox(
+        expect_numbers(json_object.get("bbox"), 4, f"{field}.bbox"),
+        [expect_text(json_object.get("category"), f"{field}.category")],
+        expect_score(json_object.get("score"), f"{field}.score"),
+    )
+
+
+def _raise_task_failed(reason: str) -> NoReturn:
     message = f"the task failed: {reason or 'no reason given'}"
-    if ABOUT_THE_IMAGE.search(reason):
+    if BAD_IMAGE.search(reason):
         raise ImageRejected(message, may_have_billed=True)
     raise Transient(message, may_have_billed=True)
 
 
-def _message(answer: dict[str, Any]) -> str:
-    errors = answer.get("errors")
-    return short_text(answer.get("msg"), *(errors if isinstance(errors, list) else ()))
+def _message(response: dict[str, Any]) -> str:
+    errors = response.get("errors")
+    error_texts = errors if isinstance(errors, list) else []
+    return sanitize_text(response.get("msg"), *error_texts)
 
 
-def _by_message(
-    answer: dict[str, Any], headers: Mapping[str, str]
+def _error_from_message(
+    response: dict[str, Any], headers: Mapping[str, str]
 ) -> CloudError | None:
-    """The service's codes are not documented, so its words decide."""
-    text = _message(answer)
-    message, lower = (
-        f"the service answered code {short_text(str(answer.get('code')))}: {text}",
-        text.lower(),
-    )
-    if "out of quota" in lower:
+    """Choose the error by the words of the message: the service does not document its
+    codes.
+    """
+    text = _message(response)
+    code = sanitize_text(str(response.get("code")))
+    message = f"the service answered code {code}: {text}"
+    if "out of quota" in text.lower():
         return QuotaExhausted(message)
-    if "rate limit" in lower or answer.get("code") == BUSY:
+    if "rate limit" in text.lower() or response.get("code") == BUSY_CODE:
         return Throttled(message, retry_after(headers))
     if BAD_TOKEN.search(text):
         return AuthError(message)
-    return ImageRejected(message) if ABOUT_THE_IMAGE.search(text) else None
+    return ImageRejected(message) if BAD_IMAGE.search(text) else None
 
 
-def _not_ok(answer: dict[str, Any], headers: Mapping[str, str]) -> NoReturn:
-    error = _by_message(answer, headers)
+def _raise_response_error(
+    response: dict[str, Any], headers: Mapping[str, str]
+) -> NoReturn:
+    error = _error_from_message(response, headers)
     if error is None:
-        malformed(f"unknown code {short_text(str(answer['code']))}: {_message(answer)}")
+        code = sanitize_text(str(response["code"]))
+        raise_malformed(f"unknown code {code}: {_message(response)}")
     raise error

@@ -2,7 +2,7 @@
 /v1beta/models/{model}:generateContent``.
 
 Boxes are ``[ymin, xmin, ymax, xmax]`` in thousandths of the image's sides. The model
-writes no scores, and none are asked for: it would make them up.
+writes no scores, and the prompt asks for none: it would make them up.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from coin_ray.cloud.adapters.google_vision import retry_delay
+from coin_ray.cloud.adapters.google_vision import parse_retry_delay
 from coin_ray.cloud.adapters.parsing import (
-    as_list,
-    as_object,
-    as_text,
     error_object,
+    expect_list,
+    expect_object,
+    expect_text,
     load_json,
-    malformed,
-    short_text,
+    raise_malformed,
+    sanitize_text,
 )
 from coin_ray.cloud.adapters.prompts import YXYX_1000
 from coin_ray.cloud.protocol import (
@@ -46,7 +46,7 @@ from coin_ray.errors import (
     Throttled,
 )
 
-MODEL = "gemini-3.7-flash"
+DEFAULT_MODEL = "gemini-3.7-flash"
 SCHEMA = {
     "type": "ARRAY",
     "items": {
@@ -58,7 +58,7 @@ SCHEMA = {
         "required": [YXYX_1000.key, "label"],
     },
 }
-BLOCKED = (
+BLOCKED_REASONS = (
     "SAFETY",
     "RECITATION",
     "LANGUAGE",
@@ -69,7 +69,7 @@ BLOCKED = (
     "IMAGE_PROHIBITED_CONTENT",
     "IMAGE_RECITATION",
 )
-"""What ``finishReason`` is where the answer is withheld."""
+"""Values of ``finishReason`` for a response that is withheld."""
 PER_DAY = re.compile(r"per[ _]?day", re.IGNORECASE)
 USED_UP = re.compile(r"credits? (is|are) depleted", re.IGNORECASE)
 BAD_KEY = re.compile(
@@ -95,23 +95,24 @@ class GeminiAdapter:
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """``Query.model`` is the model's name, without ``models/``."""
-        model = MODEL if query.model == "default" else query.model
-        picture = {
-            "inlineData": {
-                "mimeType": image.media_type,
-                "data": base64.b64encode(image.data).decode(),
-            }
+        """Build the request. ``Query.model`` is the model's name, without ``models/``."""
+        model = DEFAULT_MODEL if query.model == "default" else query.model
+        inline_image = {
+            "mimeType": image.media_type,
+            "data": base64.b64encode(image.data).decode(),
         }
-        parts = [picture, {"text": YXYX_1000.prompt(query.classes)}]
-        config = {
+        parts = [
+            {"inlineData": inline_image},
+            {"text": YXYX_1000.prompt(query.classes)},
+        ]
+        generation_config = {
             "responseMimeType": "application/json",
             "responseSchema": SCHEMA,
-            **_family(model),
+            **_sampling_settings(model),
         }
         body = {
             "contents": [{"role": "user", "parts": parts}],
-            "generationConfig": config,
+            "generationConfig": generation_config,
         }
         return PreparedRequest(
             f"/v1beta/models/{quote(model, safe='')}:generateContent",
@@ -121,100 +122,101 @@ class GeminiAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """Only a text that the model finished is read."""
-        answer = as_object(load_json(headers, body), "the answer")
-        feedback = as_object(answer.get("promptFeedback", {}), "promptFeedback")
+        """Parse a response, and only a text that the model finished."""
+        response = expect_object(load_json(headers, body), "the response")
+        feedback = expect_object(response.get("promptFeedback", {}), "promptFeedback")
         if "blockReason" in feedback:
-            raise _refused(feedback["blockReason"], "blockReason")
-        candidates = as_list(answer.get("candidates"), "candidates")
+            raise _refusal_error(feedback["blockReason"], "blockReason")
+        candidates = expect_list(response.get("candidates"), "candidates")
         if len(candidates) != 1:
-            malformed(f"{len(candidates)} candidates instead of one")
-        candidate = as_object(candidates[0], "candidates[0]")
-        reason = as_text(candidate.get("finishReason"), "finishReason")
-        if reason in BLOCKED:
-            raise _refused(reason, "finishReason")
+            raise_malformed(f"{len(candidates)} candidates, expected one")
+        candidate = expect_object(candidates[0], "candidates[0]")
+        reason = expect_text(candidate.get("finishReason"), "finishReason")
+        if reason in BLOCKED_REASONS:
+            raise _refusal_error(reason, "finishReason")
         if reason != "STOP":
-            malformed(
-                f"finishReason is {short_text(reason)[:60]!r}, not STOP"
-                + (": cut off" if reason == "MAX_TOKENS" else "")
+            hint = ": cut off" if reason == "MAX_TOKENS" else ""
+            raise_malformed(
+                f"finishReason is {sanitize_text(reason)[:60]!r}, not STOP{hint}"
             )
-        return YXYX_1000.detections(_text(candidate), query, frame)
+        return YXYX_1000.parse_detections(_answer_text(candidate), query, frame)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """A limit per minute is called a quota as well; the details tell whether one
-        per day is used up.
+        """Classify an error. The service also calls a limit per minute a quota; the
+        details say whether one per day is used up.
         """
-        error = error_object(body).get("error")
-        error = error if isinstance(error, dict) else {}
-        text, details = short_text(error.get("message")), error.get("details")
-        details = (
-            [d for d in details if isinstance(d, dict)]
-            if isinstance(details, list)
-            else []
-        )
+        error = error_object(body, "error")
+        text = sanitize_text(error.get("message"))
+        details = _error_details(error)
         message = f"the service answered {status}: {text}"
-        wait = retry_delay(details)
+        delay_seconds = parse_retry_delay(details)
         if status == 429:
-            header = retry_after(headers)
-            used_up = USED_UP.search(text) or any(
-                PER_DAY.search(name) for name in _violated(details)
-            )
-            return (
-                QuotaExhausted(message)
-                if used_up
-                else Throttled(message, wait if header is None else header)
-            )
-        if status == 400 and BAD_KEY.search(
-            short_text(text, *(d.get("reason") for d in details))
-        ):
+            per_day = any(PER_DAY.search(name) for name in _violated_quotas(details))
+            if per_day or USED_UP.search(text):
+                return QuotaExhausted(message)
+            header_seconds = retry_after(headers)
+            if header_seconds is None:
+                return Throttled(message, delay_seconds)
+            return Throttled(message, header_seconds)
+        reasons = sanitize_text(text, *(detail.get("reason") for detail in details))
+        if status == 400 and BAD_KEY.search(reasons):
             return AuthError(message)
         if status == 400 and BAD_IMAGE.search(text):
             return ImageRejected(message)
-        return by_status(status, headers, text, wait)
+        return by_status(status, headers, text, delay_seconds)
 
 
-def _family(model: str) -> dict[str, Any]:
-    """Little thinking, since it is paid for. Each generation refuses the settings of
-    the others.
+def _sampling_settings(model: str) -> dict[str, Any]:
+    """Return settings that keep thinking short, since it is paid for. Each generation of
+    models rejects the settings of the others.
     """
     if model.startswith("gemini-2.5-flash"):
         return {"temperature": 0, "thinkingConfig": {"thinkingBudget": 0}}
     if model.startswith("gemini-2"):
         return {"temperature": 0}
-    return (
-        {"thinkingConfig": {"thinkingLevel": "low"}}
-        if re.match(r"gemini-[3-9]", model)
-        else {}
-    )
+    if re.match(r"gemini-[3-9]", model):
+        return {"thinkingConfig": {"thinkingLevel": "low"}}
+    return {}
 
 
-def _refused(reason: Any, key: str) -> Refused:
+def _refusal_error(reason: Any, key: str) -> Refused:
     return Refused(
-        f"the model's answer is withheld: {key} {short_text(reason)[:60]}",
+        f"the model's answer is withheld: {key} {sanitize_text(reason)[:60]}",
         may_have_billed=True,
     )
 
 
-def _text(candidate: dict[str, Any]) -> str:
-    """The answer's parts, joined, without the model's thoughts."""
-    values = as_list(
-        as_object(candidate.get("content"), "content").get("parts"), "parts"
-    )
-    parts = [as_object(v, f"parts[{i}]") for i, v in enumerate(values)]
+def _answer_text(candidate: dict[str, Any]) -> str:
+    """Return the answer's parts, concatenated, without the model's thoughts."""
+    answer = expect_object(candidate.get("content"), "content")
+    nodes = expect_list(answer.get("parts"), "parts")
+    parts = [expect_object(node, f"parts[{i}]") for i, node in enumerate(nodes)]
     return "".join(
-        as_text(p.get("text"), "text") for p in parts if p.get("thought") is not True
+        expect_text(part.get("text"), "text")
+        for part in parts
+        if part.get("thought") is not True
     )
 
 
-def _violated(details: list[dict[str, Any]]) -> list[str]:
-    """Names of the quotas that a google.rpc.QuotaFailure lists."""
-    violations = [
-        v
-        for d in details
-        if isinstance(d.get("violations"), list)
-        for v in d["violations"]
-        if isinstance(v, dict)
-    ]
-    return [short_text(v.get("quotaId"), v.get("quotaMetric")) for v in violations]
+def _error_details(error: dict[str, Any]) -> list[dict[str, Any]]:
+    details = error.get("details")
+    if not isinstance(details, list):
+        return []
+    return [detail for detail in details if isinstance(detail, dict)]
+
+
+def _violated_quotas(details: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the quotas that a google.rpc.QuotaFailure lists."""
+    names = []
+    for detail in details:
+        violations = detail.get("violations")
+        for violation in violations if isinstance(violations, list) else []:
+            if isinstance(violation, dict):
+                quota_id, metric = (
+                    violation.get("quotaId"),
+                    violation.get("quotaMetric"),
+                )
+                names.append(sanitize_text(quota_id, metric))
+    return names

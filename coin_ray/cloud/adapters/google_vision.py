@@ -2,8 +2,8 @@
 /v1/images:annotate``.
 
 The classes are Google's own; ``Query.labels`` maps their ids (``/m/0k4j``) or English
-names. Boxes are polygons in ratios of the image's sides. Answers are protobuf messages
-as JSON, in which zeros are left out.
+names. Boxes are polygons in ratios of the image's sides. Responses are protobuf
+messages as JSON, which omits zeros.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
-    Found,
-    as_list,
-    as_number,
-    as_object,
-    as_score,
-    as_text,
-    detections,
+    ParsedBox,
     error_object,
+    expect_list,
+    expect_number,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    malformed,
-    short_text,
+    map_detections,
+    raise_malformed,
+    sanitize_text,
 )
 from coin_ray.cloud.protocol import (
     RETRY_AFTER_MAX,
@@ -50,7 +50,7 @@ from coin_ray.errors import (
 )
 
 RESULTS_MAX = 500
-BY_CODE: dict[int, type[CloudError]] = {
+ERROR_BY_RPC_CODE: dict[int, type[CloudError]] = {
     2: Transient,
     3: ImageRejected,
     4: Transient,
@@ -64,6 +64,8 @@ BY_CODE: dict[int, type[CloudError]] = {
 """What the codes of google.rpc.Code mean for one image."""
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)s")
 PER_DAY = re.compile(rb"per ?day", re.IGNORECASE)
+BAD_KEY = re.compile(r"api key (not valid|expired)", re.IGNORECASE)
+BAD_IMAGE = re.compile(r"image|payload size", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -85,121 +87,107 @@ class GoogleVisionAdapter:
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """``Query.model`` is the feature's model, for example ``builtin/latest``. The
-        service knows no threshold.
+        """Build the request. ``Query.model`` is the feature's model, for example
+        ``builtin/latest``; the service has no score threshold.
         """
         feature = {"type": "OBJECT_LOCALIZATION", "maxResults": RESULTS_MAX}
         if query.model != "default":
             feature["model"] = query.model
-        one = {
+        image_request = {
             "image": {"content": base64.b64encode(image.data).decode()},
             "features": [feature],
         }
-        return PreparedRequest(
-            "/v1/images:annotate", json.dumps({"requests": [one]}).encode()
-        )
+        body = {"requests": [image_request]}
+        return PreparedRequest("/v1/images:annotate", json.dumps(body).encode())
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """``{}`` for the one image says that nothing was found; an error for it is
-        raised as what it stands for.
+        """Parse a response. ``{}`` for the one image means that it has no objects; an
+        error for it is raised as the ``CloudError`` it stands for.
         """
-        responses = as_list(
-            as_object(load_json(headers, body), "the answer").get("responses"),
-            "responses",
-        )
+        batch = expect_object(load_json(headers, body), "the response")
+        responses = expect_list(batch.get("responses"), "responses")
         if len(responses) != 1:
-            malformed(f"{len(responses)} responses to one request")
-        response = as_object(responses[0], "responses[0]")
+            raise_malformed(f"{len(responses)} responses to one request")
+        response = expect_object(responses[0], "responses[0]")
         if "error" in response:
-            raise _image_error(as_object(response["error"], "responses[0].error"))
-        found = as_list(
+            raise _image_error(expect_object(response["error"], "responses[0].error"))
+        annotations = expect_list(
             response.get("localizedObjectAnnotations", []), "localizedObjectAnnotations"
         )
-        return detections(
-            [_found(f, f"annotations[{i}]") for i, f in enumerate(found)],
-            "xyxy_ratio",
-            query,
-            frame,
-            "label",
-        )
+        boxes = [
+            _parse_box(node, f"annotations[{i}]") for i, node in enumerate(annotations)
+        ]
+        return map_detections(boxes, "xyxy_ratio", query, frame, "label")
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """A limit per minute is called a quota as well; only one per day is used up for
-        good.
+        """Classify an error. The service also calls a limit per minute a quota; only one
+        per day counts as used up.
         """
-        error = error_object(body).get("error")
-        error = error if isinstance(error, dict) else {}
-        text = short_text(error.get("message"))
-        message, lower = f"the service answered {status}: {text}", text.lower()
-        if status == 400 and (
-            "api key not valid" in lower or "api key expired" in lower
-        ):
+        error = error_object(body, "error")
+        text = sanitize_text(error.get("message"))
+        message = f"the service answered {status}: {text}"
+        if status == 400 and BAD_KEY.search(text):
             return AuthError(message)
-        if status == 403 and "billing" in lower:
+        if status == 403 and "billing" in text.lower():
             return QuotaExhausted(message)
-        if status == 429 and not PER_DAY.search(body):
-            wait = retry_after(headers)
-            return Throttled(
-                message, wait if wait is not None else retry_delay(error.get("details"))
-            )
-        if status == 400 and ("image" in lower or "payload size" in lower):
+        if status == 429 and PER_DAY.search(body):
+            return QuotaExhausted(message)
+        if status == 429:
+            seconds = retry_after(headers)
+            if seconds is None:
+                seconds = parse_retry_delay(error.get("details"))
+            return Throttled(message, seconds)
+        if status == 400 and BAD_IMAGE.search(text):
             return ImageRejected(message)
-        return (
-            QuotaExhausted(message)
-            if status == 429
-            else by_status(status, headers, text)
-        )
+        return by_status(status, headers, text)
 
 
-def _found(value: Any, place: str) -> Found:
-    one = as_object(value, place)
+def _parse_box(node: Any, field: str) -> ParsedBox:
+    json_object = expect_object(node, field)
     names = [
-        as_text(one[key], f"{place}.{key}") for key in ("mid", "name") if key in one
+        expect_text(json_object[key], f"{field}.{key}")
+        for key in ("mid", "name")
+        if key in json_object
     ]
     if not names:
-        malformed(f"{place} has neither mid nor name")
-    polygon = as_object(one.get("boundingPoly"), f"{place}.boundingPoly")
-    vertices = as_list(polygon.get("normalizedVertices"), f"{place}.normalizedVertices")
-    if len(vertices) != 4:
-        malformed(f"{place} has {len(vertices)} vertices, not 4")
-    corners = [as_object(v, f"{place}.vertex") for v in vertices]
-    x = [as_number(c.get("x", 0.0), f"{place}.x") for c in corners]
-    y = [as_number(c.get("y", 0.0), f"{place}.y") for c in corners]
-    return Found(
-        (min(x), min(y), max(x), max(y)),
-        names,
-        as_score(one.get("score", 0.0), f"{place}.score"),
+        raise_malformed(f"{field} has neither mid nor name")
+    polygon = expect_object(json_object.get("boundingPoly"), f"{field}.boundingPoly")
+    vertices = expect_list(
+        polygon.get("normalizedVertices"), f"{field}.normalizedVertices"
     )
+    if len(vertices) != 4:
+        raise_malformed(f"{field} has {len(vertices)} vertices, expected 4")
+    corners = [expect_object(vertex, f"{field}.vertex") for vertex in vertices]
+    x = [expect_number(corner.get("x", 0.0), f"{field}.x") for corner in corners]
+    y = [expect_number(corner.get("y", 0.0), f"{field}.y") for corner in corners]
+    score = expect_score(json_object.get("score", 0.0), f"{field}.score")
+    return ParsedBox((min(x), min(y), max(x), max(y)), names, score)
 
 
 def _image_error(error: dict[str, Any]) -> CloudError:
     code = error.get("code")
-    kind = BY_CODE.get(code) if isinstance(code, int) else None
-    message = (
-        f"code {short_text(str(code))} for the image:"
-        f" {short_text(error.get('message'))}"
-    )
-    if kind is None:
-        malformed(message)
-    return (
-        Transient(message, may_have_billed=True) if kind is Transient else kind(message)
-    )
+    error_class = ERROR_BY_RPC_CODE.get(code) if isinstance(code, int) else None
+    text = sanitize_text(error.get("message"))
+    message = f"code {sanitize_text(str(code))} for the image: {text}"
+    if error_class is None:
+        raise_malformed(message)
+    if error_class is Transient:
+        return Transient(message, may_have_billed=True)
+    return error_class(message)
 
 
-def retry_delay(details: Any) -> float | None:
-    """Seconds that a google.rpc.RetryInfo among an error's details asks to wait, at
-    most 120.
+def parse_retry_delay(details: Any) -> float | None:
+    """Return the seconds that a google.rpc.RetryInfo in an error's details asks to wait,
+    at most 120.
     """
     for detail in details if isinstance(details, list) else ():
-        match = (
-            SECONDS.fullmatch(str(detail.get("retryDelay")))
-            if isinstance(detail, dict)
-            else None
-        )
+        if not isinstance(detail, dict):
+            continue
+        match = SECONDS.fullmatch(str(detail.get("retryDelay")))
         if match:
             return min(float(match[1]), RETRY_AFTER_MAX)
     return None

@@ -1,11 +1,11 @@
 """Adapter of a Hugging Face Inference Endpoint with the task
 zero-shot-object-detection: ``POST /`` with JSON.
 
-``cloud.url`` is the endpoint's own address. The model looks for each class by itself,
-so one box comes back once for each class that it may be, and a class that is missing
-scored below the threshold. Boxes are pixels of the image sent, cut to whole numbers. An
-endpoint that has scaled to zero answers 503 while it starts, for minutes: give
-``cloud.deadline`` as much.
+``cloud.url`` is the endpoint's own address. The model searches for each class
+separately, so one box comes back once for each class that it may be, and a class that is
+missing scored below the threshold. Boxes are pixels of the image sent, truncated to whole
+numbers. An endpoint that has scaled to zero answers 503 for minutes while it starts: set
+``cloud.deadline`` at least as long.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 
 from coin_ray.cloud.adapters.parsing import (
-    Found,
-    as_list,
-    as_number,
-    as_object,
-    as_score,
-    as_text,
-    detections,
+    ParsedBox,
     error_object,
-    finished,
+    expect_list,
+    expect_number,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    short_text,
+    map_detections,
+    sanitize_text,
+    sort_detections,
 )
 from coin_ray.cloud.adapters.prompts import check_class_names
 from coin_ray.cloud.protocol import (
@@ -66,82 +66,71 @@ class HfEndpointAdapter:
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
         if query.model != "default":
             raise BadRequest(
-                "an endpoint has one model; got"
-                f" cloud.model={short_text(query.model)[:60]!r}, leave it at default"
+                "an endpoint has one model, got"
+                f" cloud.model={sanitize_text(query.model)[:60]!r}; leave it at default"
             )
         check_class_names(query.classes)
         parameters = {
             "candidate_labels": list(query.classes),
             "threshold": float(query.score_min),
         }
-        return PreparedRequest(
-            "/",
-            json.dumps(
-                {
-                    "inputs": base64.b64encode(image.data).decode(),
-                    "parameters": parameters,
-                }
-            ).encode(),
-        )
+        body = {
+            "inputs": base64.b64encode(image.data).decode(),
+            "parameters": parameters,
+        }
+        return PreparedRequest("/", json.dumps(body).encode())
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """Scores of the same box under several labels come as one row. Near boxes of
-        different labels are left apart.
+        """Parse a response. Scores of the same box under several labels become one row;
+        near boxes of different labels are not merged.
         """
-        values = as_list(load_json(headers, body), "the answer")
-        return _grouped(
-            detections(
-                [_found(v, f"element {i}") for i, v in enumerate(values)],
-                "xyxy",
-                query,
-                frame,
-                "label",
-            )
-        )
+        nodes = expect_list(load_json(headers, body), "the response")
+        boxes = [_parse_box(node, f"element {i}") for i, node in enumerate(nodes)]
+        return _merge_equal_boxes(map_detections(boxes, "xyxy", query, frame, "label"))
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """The default server answers 400 for whatever goes wrong, also for lack of
-        memory.
+        """Classify an error by its text: the default server answers 400 to every
+        problem, lack of memory included.
         """
-        answer = error_object(body)
-        error = answer.get("error")
-        text = short_text(*error) if isinstance(error, list) else short_text(error)
+        response = error_object(body)
+        error = response.get("error")
+        error_texts = error if isinstance(error, list) else [error]
+        text = sanitize_text(*error_texts)
+        message = f"the service answered {status}: {text}"
         if status in (400, 422) and OUT_OF_MEMORY.search(text):
-            return Transient(
-                f"the service answered {status}: {text}", may_have_billed=True
-            )
+            return Transient(message, may_have_billed=True)
         if status in (400, 422) and BAD_IMAGE.search(text):
-            return ImageRejected(f"the service answered {status}: {text}")
-        return by_status(status, headers, text, _seconds(answer.get("estimated_time")))
+            return ImageRejected(message)
+        loading_seconds = _parse_seconds(response.get("estimated_time"))
+        return by_status(status, headers, text, loading_seconds)
 
 
-def _found(value: Any, place: str) -> Found:
-    one = as_object(value, place)
-    box = as_object(one.get("box"), f"{place}.box")
+def _parse_box(node: Any, field: str) -> ParsedBox:
+    json_object = expect_object(node, field)
+    box = expect_object(json_object.get("box"), f"{field}.box")
     corners = [
-        as_number(box.get(key), f"{place}.box.{key}")
+        expect_number(box.get(key), f"{field}.box.{key}")
         for key in ("xmin", "ymin", "xmax", "ymax")
     ]
-    return Found(
-        corners,
-        [as_text(one.get("label"), f"{place}.label")],
-        as_score(one.get("score"), f"{place}.score"),
-    )
+    label = expect_text(json_object.get("label"), f"{field}.label")
+    score = expect_score(json_object.get("score"), f"{field}.score")
+    return ParsedBox(corners, [label], score)
 
 
-def _grouped(raw: RawDetections) -> RawDetections:
+def _merge_equal_boxes(raw: RawDetections) -> RawDetections:
     boxes, rows = np.unique(raw.boxes, axis=0, return_inverse=True)
     scores = np.zeros((len(boxes), raw.class_scores.shape[1]), np.float32)
     np.maximum.at(scores, rows.reshape(-1), raw.class_scores)
-    return finished(boxes, scores, raw.score_kind, raw.unmapped)
+    return sort_detections(boxes, scores, raw.score_kind, raw.unmapped)
 
 
-def _seconds(value: Any) -> float | None:
-    """What a model that is loading says it needs."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+def _parse_seconds(estimated_time: Any) -> float | None:
+    """Return how long a model that is loading asks to wait, at most 120 seconds."""
+    is_number = isinstance(estimated_time, (int, float))
+    if isinstance(estimated_time, bool) or not is_number or not estimated_time >= 0:
         return None
-    return float(min(value, RETRY_AFTER_MAX))
+    return float(min(estimated_time, RETRY_AFTER_MAX))

@@ -1,18 +1,18 @@
-"""Adapter of language models that see, behind any API like OpenAI's: ``POST
+"""Adapter of vision language models behind any OpenAI-compatible API: ``POST
 /chat/completions`` (vLLM, OpenRouter, DashScope, OpenAI).
 
 ``cloud.url`` is what OpenAI's own client calls base_url, version included:
-``https://host/v1``. ``cloud.model`` is the model's name; without one it is left out,
-which servers of a single model accept. Such models write no scores.
+``https://host/v1``. ``cloud.model`` is the model's name; without one the field is
+omitted, which servers of a single model accept. Such models write no scores.
 
 How a model writes boxes does not depend on the API, so ``cloud.coordinates`` must say
 it: ``xyxy_1000`` (Qwen2-VL, Qwen3-VL), ``yxyx_1000`` (Gemini) or ``xyxy_pixels``
-(Qwen2.5-VL). The last are pixels of the image as the model's server resized it, and are
-read as pixels of the image sent. The two are the same only if the server had nothing to
-resize: both sides multiples of 28, and no more pixels than the server takes. Set
-``cloud.max_side`` for that, by the images' shape: 1344 sends 16:9 as 1344 x 756, 1120
-sends 4:3 as 1120 x 840, 1176 sends 3:2 as 1176 x 784. With other sides, boxes are off
-by up to 14 pixels at the far end.
+(Qwen2.5-VL). ``xyxy_pixels`` are pixels of the image as the model's server resized it;
+the adapter reads them as pixels of the image sent. The two are equal only if the server
+did not resize: both sides multiples of 28, and no more pixels than the server accepts.
+Set ``cloud.max_side`` for that, by the images' aspect ratio: 1344 sends 16:9 as
+1344 x 756, 1120 sends 4:3 as 1120 x 840, 1176 sends 3:2 as 1176 x 784. With other sides,
+boxes are off by up to 14 pixels at the right and lower border.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from coin_ray.cloud.adapters.parsing import (
-    as_list,
-    as_object,
-    as_text,
     error_object,
+    expect_list,
+    expect_object,
+    expect_text,
     load_json,
-    malformed,
-    short_text,
+    raise_malformed,
+    sanitize_text,
 )
-from coin_ray.cloud.adapters.prompts import XYXY_1000, XYXY_PIXELS, YXYX_1000, BoxText
+from coin_ray.cloud.adapters.prompts import (
+    XYXY_1000,
+    XYXY_PIXELS,
+    YXYX_1000,
+    BoxNotation,
+)
 from coin_ray.cloud.protocol import (
     RETRY_AFTER_MAX,
     Capabilities,
@@ -56,7 +61,7 @@ from coin_ray.errors import (
 )
 
 Coordinates = Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"]
-BOX_TEXTS: dict[Coordinates, BoxText] = {
+BOX_NOTATIONS: dict[Coordinates, BoxNotation] = {
     "xyxy_1000": XYXY_1000,
     "yxyx_1000": YXYX_1000,
     "xyxy_pixels": XYXY_PIXELS,
@@ -65,16 +70,16 @@ USED_UP = re.compile(
     r"insufficient_(quota|balance|credit)|exceeded_current_quota|billing", re.IGNORECASE
 )
 BAD_KEY = re.compile(
-    r"api[ _]key.*(not valid|invalid|incorrect|expired)|(invalid|incorrect|expired)["
-    r" _]api[ _]key",
+    r"api[ _]key.*(not valid|invalid|incorrect|expired)"
+    r"|(invalid|incorrect|expired)[ _]api[ _]key",
     re.IGNORECASE,
 )
 UNSAFE = re.compile(
-    r"content_filter|content_policy|content management"
-    r" policy|data_?inspection|moderation|flagged",
+    r"content_filter|content_policy|content management policy|data_?inspection"
+    r"|moderation|flagged",
     re.IGNORECASE,
 )
-NO_EYES = re.compile(
+NO_IMAGE_SUPPORT = re.compile(
     r"image_url|\bnot support|\bonly supported|multimodal", re.IGNORECASE
 )
 """The model or its server takes no images at all."""
@@ -84,8 +89,8 @@ DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?"
 
 @dataclass(frozen=True)
 class OpenAiVlmAdapter:
-    """A language model that writes boxes as ``coordinates`` says. They are part of its
-    name, since they are part of the question.
+    """A language model that writes boxes as ``coordinates`` says. They are part of the
+    adapter's name, since they are part of the prompt.
     """
 
     coordinates: Coordinates
@@ -102,25 +107,19 @@ class OpenAiVlmAdapter:
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        prompt = BOX_TEXTS[self.coordinates].prompt(query.classes)
+        prompt = BOX_NOTATIONS[self.coordinates].prompt(query.classes)
         if self.coordinates == "xyxy_pixels":
-            prompt += (
-                f" The image is {image.width} pixels wide and {image.height} pixels"
-                " high."
-            )
-        picture = {
-            "url": (
-                f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
-            )
-        }
-        content = [
-            {"type": "image_url", "image_url": picture},
+            size = f"{image.width} pixels wide and {image.height} pixels high"
+            prompt += f" The image is {size}."
+        encoded_image = base64.b64encode(image.data).decode()
+        data_url = f"data:{image.media_type};base64,{encoded_image}"
+        message_parts = [
+            {"type": "image_url", "image_url": {"url": data_url}},
             {"type": "text", "text": prompt},
         ]
-        model = {} if query.model == "default" else {"model": query.model}
         body = {
-            **model,
-            "messages": [{"role": "user", "content": content}],
+            **({} if query.model == "default" else {"model": query.model}),
+            "messages": [{"role": "user", "content": message_parts}],
             "temperature": 0,
         }
         return PreparedRequest("/chat/completions", json.dumps(body).encode())
@@ -128,128 +127,111 @@ class OpenAiVlmAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """Only a text that the model finished is read. Some gateways put errors into
-        answers of status 200.
+        """Parse a response, and only a text that the model finished. Some gateways put
+        errors into responses of status 200.
         """
-        answer = as_object(load_json(headers, body), "the answer")
-        self._check_no_error(answer)
-        choices = as_list(answer.get("choices"), "choices")
+        response = expect_object(load_json(headers, body), "the response")
+        self._check_no_error(response)
+        choices = expect_list(response.get("choices"), "choices")
         if len(choices) != 1:
-            malformed(f"{len(choices)} choices instead of one")
-        choice = as_object(choices[0], "choices[0]")
+            raise_malformed(f"{len(choices)} choices, expected one")
+        choice = expect_object(choices[0], "choices[0]")
         self._check_no_error(choice)
-        message = as_object(choice.get("message"), "message")
+        message = expect_object(choice.get("message"), "message")
         _check_finished(choice.get("finish_reason"), message.get("refusal"))
-        return BOX_TEXTS[self.coordinates].detections(
-            as_text(message.get("content"), "message.content"), query, frame
-        )
+        text = expect_text(message.get("content"), "message.content")
+        return BOX_NOTATIONS[self.coordinates].parse_detections(text, query, frame)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """A rate limit may call itself a quota; only some codes say that it is used up
-        for good.
+        """Classify an error. A rate limit may call itself a quota; only some codes say
+        that a quota is used up for good.
         """
-        codes, text = _problem(body)
-        detail = short_text(codes, text)
+        codes, text = _error_codes_and_text(body)
+        detail = sanitize_text(codes, text)
         message = f"the service answered {status}: {detail}"
+        if status == 429 and USED_UP.search(codes):
+            return QuotaExhausted(message)
         if status == 429:
-            return (
-                QuotaExhausted(message)
-                if USED_UP.search(codes)
-                else Throttled(message, _wait(headers))
-            )
+            return Throttled(message, _retry_seconds(headers))
         if status == 404:
             return BadRequest(
-                f"{message}; check cloud.model, and that cloud.url holds the version,"
+                f"{message}; check cloud.model, and that cloud.url includes the version,"
                 " like https://host/v1"
             )
         if status in (400, 403, 422) and UNSAFE.search(detail):
             return Refused(message)
-        return (
-            _of_bad_request(detail)(message)
-            if status in (400, 422)
-            else by_status(status, headers, detail)
-        )
+        if status in (400, 422):
+            return _bad_request_error(message, detail)
+        return by_status(status, headers, detail)
 
     def _check_no_error(self, part: dict[str, Any]) -> None:
         if part.get("error") is None:
             return
-        error = as_object(part["error"], "error")
+        error = expect_object(part["error"], "error")
         code = error.get("code")
         if not isinstance(code, int) or not 400 <= code < 600:
-            malformed(
-                "an error instead of an answer:"
-                f" {short_text(code, error.get('message'))}"
-            )
+            text = sanitize_text(code, error.get("message"))
+            raise_malformed(f"an error instead of an answer: {text}")
         raise self.classify_error(code, {}, json.dumps({"error": error}).encode())
 
 
-def _check_finished(reason: Any, refusal: Any) -> None:
-    if reason == "content_filter" or (isinstance(refusal, str) and refusal):
-        _refuse(short_text(refusal) or "content_filter")
-    if reason != "stop":
-        hint = (
-            ": cut off at the server's limit of tokens; raise it, or ask for fewer"
-            " classes"
-            if reason == "length"
-            else ""
+def _check_finished(finish_reason: Any, refusal: Any) -> None:
+    has_refusal_text = isinstance(refusal, str) and refusal
+    if finish_reason == "content_filter" or has_refusal_text:
+        text = sanitize_text(refusal) or "content_filter"
+        raise Refused(f"the model refused: {text}", may_have_billed=True)
+    if finish_reason == "length":
+        raise_malformed(
+            "finish_reason is 'length', not stop: cut off at the server's limit of"
+            " tokens; raise it, or ask for fewer classes"
         )
-        malformed(f"finish_reason is {short_text(reason)[:60]!r}, not stop{hint}")
+    if finish_reason != "stop":
+        reason = sanitize_text(finish_reason)[:60]
+        raise_malformed(f"finish_reason is {reason!r}, not stop")
 
 
-def _refuse(why: str) -> NoReturn:
-    raise Refused(f"the model refused: {why}", may_have_billed=True)
-
-
-def _problem(body: bytes) -> tuple[str, str]:
-    """Codes and text of an error body: ``{"error": {...}}``, ``{"error": text}``, or
-    without that envelope.
+def _error_codes_and_text(body: bytes) -> tuple[str, str]:
+    """Return the codes and the text of an error body: ``{"error": {...}}``, ``{"error":
+    text}``, or the same without that envelope.
     """
-    answer = error_object(body)
-    error = answer.get("error", answer)
+    response = error_object(body)
+    error = response.get("error", response)
     if not isinstance(error, dict):
-        return "", short_text(error)
-    return short_text(error.get("code"), error.get("type")), short_text(
-        error.get("message"), error.get("detail")
-    )
+        return "", sanitize_text(error)
+    codes = sanitize_text(error.get("code"), error.get("type"))
+    return codes, sanitize_text(error.get("message"), error.get("detail"))
 
 
-def _of_bad_request(detail: str) -> type[CloudError]:
+def _bad_request_error(message: str, detail: str) -> CloudError:
     if BAD_KEY.search(detail):
-        return AuthError
-    return (
-        ImageRejected
-        if BAD_IMAGE.search(detail) and not NO_EYES.search(detail)
-        else BadRequest
-    )
+        return AuthError(message)
+    if BAD_IMAGE.search(detail) and not NO_IMAGE_SUPPORT.search(detail):
+        return ImageRejected(message)
+    return BadRequest(message)
 
 
-def _wait(headers: Mapping[str, str]) -> float | None:
-    """Retry-After, or else the longest time until a limit that has nothing left is
-    reset (``6m0s``).
+def _retry_seconds(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of Retry-After, or else the longest time until a used-up limit
+    is reset (``6m0s``).
     """
-    wait = retry_after(headers)
-    if wait is not None:
-        return wait
-    empty = (
-        kind
-        for kind in ("requests", "tokens")
-        if headers.get(f"x-ratelimit-remaining-{kind}", "").strip() == "0"
-    )
-    waits = [
-        s
-        for kind in empty
-        if (s := _duration(headers.get(f"x-ratelimit-reset-{kind}", ""))) is not None
-    ]
-    return min(max(waits), RETRY_AFTER_MAX) if waits else None
+    header_seconds = retry_after(headers)
+    if header_seconds is not None:
+        return header_seconds
+    reset_seconds = []
+    for limit in ("requests", "tokens"):
+        remaining = headers.get(f"x-ratelimit-remaining-{limit}", "").strip()
+        seconds = _parse_duration(headers.get(f"x-ratelimit-reset-{limit}", ""))
+        if remaining == "0" and seconds is not None:
+            reset_seconds.append(seconds)
+    return min(max(reset_seconds), RETRY_AFTER_MAX) if reset_seconds else None
 
 
-def _duration(text: str) -> float | None:
+def _parse_duration(text: str) -> float | None:
     match = DURATION.fullmatch(text.strip())
     if match is None or not any(match.groups()):
         return None
-    hours, minutes, seconds, milliseconds = (
-        float(part or 0) for part in match.groups()
-    )
+    parts = [float(part or 0) for part in match.groups()]
+    hours, minutes, seconds, milliseconds = parts
     return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000

@@ -1,5 +1,6 @@
-"""Strict reading of JSON answers, and box formats, for the adapters. Whatever is not
-surely right is a ``ProtocolError``.
+"""Strict parsing of JSON responses and conversion of box formats, shared by the adapters.
+
+Whatever is not certainly valid raises ``ProtocolError``.
 """
 
 from __future__ import annotations
@@ -26,116 +27,128 @@ QUOTED_DATA = re.compile(r"[A-Za-z0-9+/=_-]{100,}")
 BoxFormat = Literal[
     "xyxy", "xywh", "cxcywh", "ltwh_ratio", "xyxy_ratio", "yxyx_1000", "xyxy_1000"
 ]
-"""Pixels of the image sent, ratios of its sides, or thousandths of them."""
+"""Pixels of the image sent, ratios of its sides (``_ratio``), or thousandths of them
+(``_1000``)."""
 
 
-def malformed(reason: str) -> NoReturn:
+def raise_malformed(reason: str) -> NoReturn:
+    """Raise ``ProtocolError`` for a response that is not in the service's format."""
     raise ProtocolError(
-        f"the answer is not in the service's format: {reason}", may_have_billed=True
+        f"the response is not in the service's format: {reason}", may_have_billed=True
     )
 
 
 def load_json(
     headers: Mapping[str, str], body: bytes | str, *, any_type: bool = False
 ) -> Any:
-    """The JSON value of a body, or of a text inside one; duplicate keys, NaN and other
-    media types (unless ``any_type``) are refused.
+    """Parse the JSON value of a body, or of a text inside one.
+
+    Raises ``ProtocolError`` for duplicate keys, NaN, and media types other than JSON
+    (unless ``any_type``).
     """
-    media_type = (
-        headers.get("content-type", "application/json")
-        .partition(";")[0]
-        .strip()
-        .lower()
-    )
+    content_type = headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
     if not any_type and media_type != "application/json":
-        malformed(f"content type {media_type[:60]!r} instead of application/json")
+        raise_malformed(
+            f"content type is {media_type[:60]!r}, expected application/json"
+        )
     try:
         return json.loads(
-            body, object_pairs_hook=_no_doubles, parse_constant=_not_a_number
+            body,
+            object_pairs_hook=_reject_duplicate_keys,
+            parse_constant=_reject_constant,
         )
     except RecursionError:
-        malformed("nested too deeply")
+        raise_malformed("nested too deeply")
     except ValueError as error:
-        malformed(
+        raise_malformed(
             f"broken or truncated JSON of length {len(body)} ({type(error).__name__})"
         )
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        malformed("a key appears twice in one object")
-    return result
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    json_object = dict(pairs)
+    if len(json_object) != len(pairs):
+        raise_malformed("a key appears twice in one object")
+    return json_object
 
 
-def _not_a_number(constant: str) -> NoReturn:
-    malformed(f"{constant} is not a number")
+def _reject_constant(constant: str) -> NoReturn:
+    raise_malformed(f"{constant} is not a number")
 
 
-def as_object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        malformed(f"{place} is {_kind(value)}, not an object")
-    return value
+def expect_object(node: Any, field: str) -> dict[str, Any]:
+    """Return ``node`` if it is a JSON object. Raises ``ProtocolError`` naming ``field``,
+    as all ``expect_...`` functions do.
+    """
+    if not isinstance(node, dict):
+        raise_malformed(f"{field} is {_json_type(node)}, expected an object")
+    return node
 
 
-def as_list(value: Any, place: str) -> list[Any]:
-    if not isinstance(value, list):
-        malformed(f"{place} is {_kind(value)}, not a list")
-    return value
+def expect_list(node: Any, field: str) -> list[Any]:
+    """Return ``node`` if it is a JSON list."""
+    if not isinstance(node, list):
+        raise_malformed(f"{field} is {_json_type(node)}, expected a list")
+    return node
 
 
-def as_text(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        malformed(f"{place} is {_kind(value)}, not a string")
-    return value
+def expect_text(node: Any, field: str) -> str:
+    """Return ``node`` if it is a string."""
+    if not isinstance(node, str):
+        raise_malformed(f"{field} is {_json_type(node)}, expected a string")
+    return node
 
 
-def as_number(value: Any, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        malformed(f"{place} is {_kind(value)}, not a number")
+def expect_number(node: Any, field: str) -> float:
+    """Return ``node`` if it is a finite number."""
+    if isinstance(node, bool) or not isinstance(node, (int, float)):
+        raise_malformed(f"{field} is {_json_type(node)}, expected a number")
     try:
-        number = float(value)
+        number = float(node)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        malformed(f"{place} is not finite")
+        raise_malformed(f"{field} is not finite")
     return number
 
 
-def as_score(value: Any, place: str, scale: float = 1.0) -> float:
-    """A score in 0..``scale``, as 0..1."""
-    score = as_number(value, place) / scale
+def expect_score(node: Any, field: str, scale: float = 1.0) -> float:
+    """Return a score in 0..``scale`` as one in 0..1."""
+    score = expect_number(node, field) / scale
     if not -SCORE_TOLERANCE <= score <= 1 + SCORE_TOLERANCE:
-        malformed(f"{place} is {score * scale:g}, outside 0..{scale:g}")
+        raise_malformed(f"{field} is {score * scale:g}, expected 0..{scale:g}")
     return min(max(score, 0.0), 1.0)
 
 
-def as_numbers(value: Any, count: int, place: str) -> list[float]:
-    values = as_list(value, place)
-    if len(values) != count:
-        malformed(f"{place} has {len(values)} numbers, not {count}")
-    return [as_number(v, place) for v in values]
+def expect_numbers(node: Any, count: int, field: str) -> list[float]:
+    """Return ``node`` if it is a list of ``count`` finite numbers."""
+    numbers = expect_list(node, field)
+    if len(numbers) != count:
+        raise_malformed(f"{field} has {len(numbers)} numbers, expected {count}")
+    return [expect_number(number, field) for number in numbers]
 
 
-def _kind(value: Any) -> str:
-    return "missing" if value is None else type(value).__name__
+def _json_type(node: Any) -> str:
+    return "missing" if node is None else type(node).__name__
 
 
 def check_sent_size(width: Any, height: Any, frame: Frame) -> None:
-    """The service must have looked at an image of the size that was sent, or its boxes
-    are in another frame.
+    """Raise ``ProtocolError`` unless the service read an image of the size that was
+    sent: its boxes would be in another frame.
     """
-    size = (as_number(width, "image width"), as_number(height, "image height"))
+    size = (expect_number(width, "image width"), expect_number(height, "image height"))
     if size != frame.sent:
-        malformed(
-            f"image is {size[0]:g} x {size[1]:g}, but {frame.sent[0]} x {frame.sent[1]}"
+        sent_width, sent_height = frame.sent
+        raise_malformed(
+            f"image is {size[0]:g} x {size[1]:g}, but {sent_width} x {sent_height}"
             " was sent"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """One box as the service gave it: four numbers, the names it has (best first), its
+class ParsedBox:
+    """One box as the service returned it: four numbers, its names (best first), and its
     score in 0..1.
     """
 
@@ -144,97 +157,98 @@ class Found:
     score: float
 
 
-def detections(
-    found: Sequence[Found],
+def map_detections(
+    parsed_boxes: Sequence[ParsedBox],
     box_format: BoxFormat,
     query: Query,
     frame: Frame,
     kind: ScoreKind,
 ) -> RawDetections:
-    """Boxes with one label each -> the common form. Boxes of unmapped names are
-    counted, those thinner than one pixel dropped.
+    """Map boxes with one label each to the classes of the query.
+
+    Names that the label map lacks are reported in ``unmapped``; boxes thinner than one
+    pixel are dropped.
     """
     labels = query.labels or LabelMap.of_classes(query.classes)
-    mapped = [(f, m) for f in found if (m := labels.find(f.names)) is not None]
-    unknown = tuple(
-        f.names[0]
-        for f in found
-        if f.names and labels.find(f.names) is None and not labels.ignores(f.names)
-    )
-    scores = np.zeros((len(mapped), len(query.classes)), np.float32)
-    for row, (one, (column, weight)) in enumerate(mapped):
-        scores[row, column] = one.score * weight
-    return finished(
-        to_original([f.box for f, _ in mapped], box_format, frame),
-        scores,
-        kind,
-        unknown,
+    boxes: list[Sequence[float]] = []
+    rows: list[NDArray[np.float32]] = []
+    unmapped: list[str] = []
+    for parsed in parsed_boxes:
+        match = labels.find(parsed.names)
+        if match is not None:
+            column, weight = match
+            row = np.zeros(len(query.classes), np.float32)
+            row[column] = parsed.score * weight
+            boxes.append(parsed.box)
+            rows.append(row)
+        elif parsed.names and not labels.ignores(parsed.names):
+            unmapped.append(parsed.names[0])
+    scores = np.array(rows, np.float32).reshape(len(rows), len(query.classes))
+    return sort_detections(
+        to_original_frame(boxes, box_format, frame), scores, kind, tuple(unmapped)
     )
 
 
-def finished(
+def sort_detections(
     boxes: NDArray[np.float32],
     scores: NDArray[np.float32],
     kind: ScoreKind,
     unmapped: tuple[str, ...] = (),
 ) -> RawDetections:
-    """Best first, without boxes thinner than one pixel."""
-    kept = np.nonzero((boxes[:, 2:] - boxes[:, :2] >= BOX_SIDE_MIN).all(1))[0]
-    order = kept[np.argsort(-scores[kept].max(1, initial=0.0), kind="stable")]
+    """Drop boxes thinner than one pixel and sort the others by score, best first."""
+    wide_enough = (boxes[:, 2:] - boxes[:, :2] >= BOX_SIDE_MIN).all(1)
+    rows = np.nonzero(wide_enough)[0]
+    best_scores = scores[rows].max(1, initial=0.0)
+    order = rows[np.argsort(-best_scores, kind="stable")]
     return RawDetections(boxes[order], scores[order], kind, unmapped)
 
 
-def to_original(
+def to_original_frame(
     boxes: Sequence[Sequence[float]], box_format: BoxFormat, frame: Frame
 ) -> NDArray[np.float32]:
-    """Boxes [N, 4] -> xyxy pixels of the original, clipped to it; each axis by its
-    actual factor.
+    """Convert boxes [N, 4] to xyxy pixels of the original, clipped to it; each axis is
+    scaled by its own factor.
     """
-    values = np.asarray(boxes, np.float64).reshape(-1, 4)
+    xyxy = np.asarray(boxes, np.float64).reshape(-1, 4)
     width, height = frame.sent
     if box_format.startswith("yxyx"):
-        values = values[:, [1, 0, 3, 2]]
+        xyxy = xyxy[:, [1, 0, 3, 2]]
     if box_format.endswith("wh") or box_format.startswith("ltwh"):
-        values = np.concatenate([values[:, :2], values[:, :2] + values[:, 2:]], 1)
+        xyxy = np.concatenate([xyxy[:, :2], xyxy[:, :2] + xyxy[:, 2:]], 1)
     if box_format.startswith("cxcy"):
-        half = (values[:, 2:] - values[:, :2]) / 2
-        values = values - np.concatenate([half, half], 1)
+        half = (xyxy[:, 2:] - xyxy[:, :2]) / 2
+        xyxy = xyxy - np.concatenate([half, half], 1)
     if box_format.endswith("ratio"):
-        values = values * [width, height, width, height]
+        xyxy = xyxy * [width, height, width, height]
     if box_format.endswith("1000"):
-        values = values / 1000 * [width, height, width, height]
-    shown = frame.shown or frame.sent
+        xyxy = xyxy / 1000 * [width, height, width, height]
+    visible_size = frame.shown or frame.sent
     if frame.mirrored:
-        values = np.stack(
-            [
-                shown[0] - values[:, 2],
-                values[:, 1],
-                shown[0] - values[:, 0],
-                values[:, 3],
-            ],
-            1,
-        )
-    part, original = (
-        np.array(shown * 2, np.float64),
-        np.array(frame.original * 2, np.float64),
-    )
-    return (np.clip(values, 0, part) * (original / part)).astype(np.float32)
+        x0, y0, x1, y1 = xyxy.T
+        xyxy = np.stack([visible_size[0] - x1, y0, visible_size[0] - x0, y1], 1)
+    visible = np.array(visible_size * 2, np.float64)
+    original = np.array(frame.original * 2, np.float64)
+    return (np.clip(xyxy, 0, visible) * (original / visible)).astype(np.float32)
 
 
-def short_text(*parts: Any) -> str:
-    """Texts of an error body, joined, printable, short and without the image that some
-    services quote: safe to show.
+def sanitize_text(*parts: Any) -> str:
+    """Join texts of an error body into one that is safe to show: printable, short, and
+    without the image that some services quote. Parts that are no text are left out.
     """
-    text = QUOTED_DATA.sub(
-        "...", ", ".join(p for p in parts if isinstance(p, str) and p)
-    )
-    return "".join(c for c in text if c.isprintable())[:DETAIL_LENGTH]
+    joined = ", ".join(part for part in parts if isinstance(part, str) and part)
+    text = QUOTED_DATA.sub("...", joined)
+    printable = "".join(character for character in text if character.isprintable())
+    return printable[:DETAIL_LENGTH]
 
 
-def error_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of an error body; empty for any other body."""
+def error_object(body: bytes, *keys: str) -> dict[str, Any]:
+    """Return the JSON object of an error body, or the object nested in it under
+    ``keys``; empty if there is none.
+    """
     try:
-        value = json.loads(body)
+        node = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}

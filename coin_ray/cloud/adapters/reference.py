@@ -1,13 +1,13 @@
 """Adapter of the reference wire format: ``POST /v1/detect`` with JSON in and out
 (docs/cloud.md).
 
-request  ``{"image": {"b64": ...}, "classes": [...], "threshold": 0.05, "model":
-"default", "return": "probs"}`` answer   ``{"image": {"w": 640, "h": 480}, "detections":
-[{"box": [x0, y0, x1, y1], "label": "car", "score": 0.71, "scores": {"car": 0.71, "bus":
-0.08}}]}``; boxes in pixels of the image sent, ``scores`` may be left out.
+request  ``{"image": {"b64": ...}, "classes": [...], "threshold": 0.05,
+           "model": "default", "return": "probs"}``
+response ``{"image": {"w": 640, "h": 480}, "detections": [{"box": [x0, y0, x1, y1],
+           "label": "car", "score": 0.71, "scores": {"car": 0.71, "bus": 0.08}}]}``
 
-The server answers in the names it was asked for; any other is an error. With a label
-map it may answer in names of its own.
+Boxes are in pixels of the image sent; ``scores`` may be omitted. Labels must be among the
+class names of the request. With a label map the server may use its own names.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coin_ray.cloud.adapters.parsing import (
-    as_list,
-    as_numbers,
-    as_object,
-    as_score,
-    as_text,
     check_sent_size,
     error_object,
-    finished,
+    expect_list,
+    expect_numbers,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    malformed,
-    short_text,
-    to_original,
+    raise_malformed,
+    sanitize_text,
+    sort_detections,
+    to_original_frame,
 )
 from coin_ray.cloud.label_map import LabelMap
 from coin_ray.cloud.protocol import (
@@ -49,9 +49,8 @@ from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import BadRequest, CloudError
 
 SIDE_MAX = 65_535
-"""The server is the user's own: how large an image it gets is up to ``cloud.max_side``.
-"""
-Meaning = Callable[[str], tuple[int, float] | None]
+"""No limit in practice: the server is the user's own, so ``cloud.max_side`` decides."""
+ClassLookup = Callable[[str], tuple[int, float] | None]
 """Class index and weight of a name; None for a name that means no class."""
 
 
@@ -73,7 +72,7 @@ class ReferenceAdapter:
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
         if len(set(query.classes)) < len(query.classes):
             raise BadRequest(
-                "a class name is given twice: answers could not be told apart"
+                "a class name is given twice; responses could not tell them apart"
             )
         body = {
             "image": {
@@ -90,46 +89,39 @@ class ReferenceAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """Raises ``ProtocolError`` with the place and the reason; boxes thinner than
-        one pixel are dropped.
+        """Parse a response; boxes thinner than one pixel are dropped. Raises
+        ``ProtocolError`` naming the field and the reason.
         """
-        answer = as_object(load_json(headers, body), "the answer")
-        image = as_object(answer.get("image"), "image")
+        response = expect_object(load_json(headers, body), "the response")
+        image = expect_object(response.get("image"), "image")
         check_sent_size(image.get("w"), image.get("h"), frame)
-        found = [
-            _found(value, f"detections[{i}]")
-            for i, value in enumerate(as_list(answer.get("detections"), "detections"))
+        nodes = expect_list(response.get("detections"), "detections")
+        all_boxes = [
+            _parse_box(node, f"detections[{i}]") for i, node in enumerate(nodes)
         ]
-        meaning = _meaning(query)
-        kept = [one for one in found if meaning(one.label) is not None]
-        scores = np.array(
-            [_class_scores(one, meaning, len(query.classes)) for one in kept],
-            np.float32,
-        )
-        boxes = to_original([one.box for one in kept], "xyxy", frame)
-        kind: ScoreKind = (
-            "per_class" if all(one.per_class for one in found) else "label"
-        )
-        return finished(
-            boxes,
-            scores.reshape(len(kept), len(query.classes)),
-            kind,
-            _unmapped(found, query.labels),
-        )
+        find_class = _class_lookup(query)
+        mapped_boxes = [box for box in all_boxes if find_class(box.label) is not None]
+        num_classes = len(query.classes)
+        rows = [_class_scores(box, find_class, num_classes) for box in mapped_boxes]
+        scores = np.array(rows, np.float32).reshape(len(rows), num_classes)
+        xyxy = to_original_frame([box.box for box in mapped_boxes], "xyxy", frame)
+        all_per_class = all(box.per_class for box in all_boxes)
+        kind: ScoreKind = "per_class" if all_per_class else "label"
+        unmapped = _unmapped_labels(all_boxes, query.labels)
+        return sort_detections(xyxy, scores, kind, unmapped)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
         problem = error_object(body)
-        return by_status(
-            status, headers, short_text(problem.get("title"), problem.get("detail"))
-        )
+        detail = sanitize_text(problem.get("title"), problem.get("detail"))
+        return by_status(status, headers, detail)
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """One box of the answer. ``scores``: by the server's names, the label's among them;
-    ``per_class``: more than that was scored.
+class _ScoredBox:
+    """One box of the response. ``scores``: by the server's names, the label's included;
+    ``per_class``: whether the server scored other classes too.
     """
 
     box: list[float]
@@ -138,61 +130,60 @@ class _Found:
     per_class: bool
 
 
-def _found(value: Any, place: str) -> _Found:
-    one = as_object(value, place)
-    label = as_text(one.get("label"), f"{place}.label")
-    scores = {label: as_score(one.get("score"), f"{place}.score")}
-    if "scores" in one:
-        scores |= {
-            name: as_score(score, f"{place}.scores")
-            for name, score in as_object(one["scores"], f"{place}.scores").items()
-        }
-    return _Found(
-        as_numbers(one.get("box"), 4, f"{place}.box"), label, scores, "scores" in one
-    )
+def _parse_box(node: Any, field: str) -> _ScoredBox:
+    json_object = expect_object(node, field)
+    label = expect_text(json_object.get("label"), f"{field}.label")
+    scores = {label: expect_score(json_object.get("score"), f"{field}.score")}
+    per_class = "scores" in json_object
+    if per_class:
+        scores_object = expect_object(json_object["scores"], f"{field}.scores")
+        for name, score in scores_object.items():
+            scores[name] = expect_score(score, f"{field}.scores")
+    box = expect_numbers(json_object.get("box"), 4, f"{field}.box")
+    return _ScoredBox(box, label, scores, per_class)
 
 
-def _meaning(query: Query) -> Meaning:
-    """By the label map or, without one, the names that were asked for: then any other
-    is an error.
+def _class_lookup(query: Query) -> ClassLookup:
+    """Return a lookup by the label map or, without one, by the query's class names; then
+    any other name is an error.
     """
     labels = query.labels
     if labels is not None:
         return lambda name: labels.find([name])
     columns = {name: (k, 1.0) for k, name in enumerate(query.classes)}
 
-    def asked_for(name: str) -> tuple[int, float]:
+    def find_queried_class(name: str) -> tuple[int, float]:
         if name not in columns:
-            malformed(
-                f"label {name[:60]!r} was not asked for; if the server has names of its"
-                " own, give a --cloud.label-map"
+            raise_malformed(
+                f"label {name[:60]!r} was not asked for; if the server uses its own"
+                " names, give a --cloud.label-map"
             )
         return columns[name]
 
-    return asked_for
+    return find_queried_class
 
 
 def _class_scores(
-    one: _Found, meaning: Meaning, num_classes: int
+    box: _ScoredBox, find_class: ClassLookup, num_classes: int
 ) -> NDArray[np.float32]:
-    """Scores [K]; of several names that mean the same class the best one counts."""
+    """Return scores [K]: for each class the best of the names that mean it."""
     row = np.zeros(num_classes, np.float32)
-    for name, score in one.scores.items():
-        place = meaning(name)
-        if place is not None:
-            column, weight = place
+    for name, score in box.scores.items():
+        match = find_class(name)
+        if match is not None:
+            column, weight = match
             row[column] = max(row[column], weight * score)
     return row
 
 
-def _unmapped(found: Sequence[_Found], labels: LabelMap | None) -> tuple[str, ...]:
-    """The names of the boxes that are dropped because the map has neither a class for
-    them nor ignores them.
-    """
+def _unmapped_labels(
+    boxes: Sequence[_ScoredBox], labels: LabelMap | None
+) -> tuple[str, ...]:
+    """Return the labels of dropped boxes that the map neither maps nor ignores."""
     if labels is None:
         return ()
     return tuple(
-        one.label
-        for one in found
-        if labels.find([one.label]) is None and not labels.ignores([one.label])
+        box.label
+        for box in boxes
+        if labels.find([box.label]) is None and not labels.ignores([box.label])
     )

@@ -1,7 +1,7 @@
 """Adapter of AWS Rekognition, operation DetectLabels: ``POST /`` with an AWS signature.
 
 The classes are Amazon's own; ``Query.labels`` maps their names. Only common objects
-have boxes: ratios of the image's sides that may reach beyond it. One object comes back
+have boxes: ratios of the image's sides that may reach beyond it. One object is listed
 under its own name and under those of its ancestors.
 """
 
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
-    Found,
-    as_list,
-    as_number,
-    as_object,
-    as_score,
-    as_text,
-    detections,
+    ParsedBox,
     error_object,
+    expect_list,
+    expect_number,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    short_text,
+    map_detections,
+    sanitize_text,
 )
 from coin_ray.cloud.label_map import LabelMap
 from coin_ray.cloud.protocol import (
@@ -50,7 +50,7 @@ from coin_ray.errors import (
 LABELS_MAX = 1000
 BOX_DECIMALS = 4
 """Decimals to which the boxes of one object agree under its names."""
-BY_TYPE: dict[str, type[CloudError]] = {
+ERROR_BY_TYPE: dict[str, type[CloudError]] = {
     "AccessDenied": AuthError,
     "UnrecognizedClient": AuthError,
     "InvalidSignature": AuthError,
@@ -74,7 +74,8 @@ BY_TYPE: dict[str, type[CloudError]] = {
     "ResourceNotReady": Transient,
     "RequestTimeout": Transient,
 }
-"""Beginnings of ``__type``; the HTTP status says little, throttling is a 400."""
+"""Errors by the beginning of ``__type``; the HTTP status says little: throttling is a
+400."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class RekognitionAdapter:
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
         if query.model != "default":
             raise BadRequest(
-                "Rekognition has one model; got"
-                f" cloud.model={short_text(query.model)[:60]!r}, leave it at default"
+                "Rekognition has one model, got"
+                f" cloud.model={sanitize_text(query.model)[:60]!r}; leave it at default"
             )
         body = {
             "Image": {"Bytes": base64.b64encode(image.data).decode()},
@@ -115,108 +116,136 @@ class RekognitionAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        media_type = headers.get("content-type", "application/json").replace(
-            "x-amz-json-1.1", "json"
+        content_type = headers.get("content-type", "application/json")
+        json_type = content_type.replace("x-amz-json-1.1", "json")
+        response = expect_object(
+            load_json({"content-type": json_type}, body), "the response"
         )
-        answer = as_object(load_json({"content-type": media_type}, body), "the answer")
-        labels = [
-            _label(v, f"Labels[{i}]")
-            for i, v in enumerate(as_list(answer.get("Labels"), "Labels"))
-        ]
-        mapping = query.labels or LabelMap.of_classes(query.classes)
-        return detections(
-            _one_name_per_object(labels, mapping), "ltwh_ratio", query, frame, "label"
-        )
+        nodes = expect_list(response.get("Labels"), "Labels")
+        labels = [_parse_label(node, f"Labels[{i}]") for i, node in enumerate(nodes)]
+        label_map = query.labels or LabelMap.of_classes(query.classes)
+        boxes = _deduplicate_instances(labels, label_map)
+        return map_detections(boxes, "ltwh_ratio", query, frame, "label")
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        answer = error_object(body)
-        name = short_text(answer.get("__type")).rpartition("#")[2]
-        detail = short_text(name, answer.get("message"), answer.get("Message"))
-        message = f"the service answered {status}: {detail}"
-        kind = next(
-            (kind for beginning, kind in BY_TYPE.items() if name.startswith(beginning)),
-            None,
+        response = error_object(body)
+        type_name = sanitize_text(response.get("__type")).rpartition("#")[2]
+        detail = sanitize_text(
+            type_name, response.get("message"), response.get("Message")
         )
-        if kind is Throttled:
+        message = f"the service answered {status}: {detail}"
+        error_class = _error_class(type_name)
+        if error_class is Throttled:
             return Throttled(message, retry_after(headers))
-        if kind is Transient:
+        if error_class is Transient:
             return Transient(message, may_have_billed=status >= 500)
         if status == 400 and "image.bytes" in detail:
             return ImageRejected(message)
-        return kind(message) if kind else by_status(status, headers, detail)
+        if error_class is not None:
+            return error_class(message)
+        return by_status(status, headers, detail)
+
+
+def _error_class(type_name: str) -> type[CloudError] | None:
+    for beginning, error_class in ERROR_BY_TYPE.items():
+        if type_name.startswith(beginning):
+            return error_class
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """One object: left, top, width and height as ratios, and its score."""
+
+    box: tuple[float, ...]
+    score: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Label:
-    """``names``: the name and its aliases; ``instances``: box and score of each."""
+    """One label of the response. ``names``: its name and aliases."""
 
     names: tuple[str, ...]
     ancestors: tuple[str, ...]
-    instances: tuple[tuple[tuple[float, ...], float], ...]
+    instances: tuple[_Instance, ...]
 
     def descends_from(self, other: _Label) -> bool:
         return other.names[0] in self.ancestors
 
 
-def _label(value: Any, place: str) -> _Label:
-    one = as_object(value, place)
-    names = (as_text(one.get("Name"), f"{place}.Name"), *_names(one, "Aliases", place))
-    instances = as_list(one.get("Instances", []), f"{place}.Instances")
+def _parse_label(node: Any, field: str) -> _Label:
+    json_object = expect_object(node, field)
+    name = expect_text(json_object.get("Name"), f"{field}.Name")
+    aliases = _parse_names(json_object, "Aliases", field)
+    instances = expect_list(json_object.get("Instances", []), f"{field}.Instances")
     return _Label(
-        names,
-        _names(one, "Parents", place),
-        tuple(_instance(v, f"{place}.Instances[{i}]") for i, v in enumerate(instances)),
+        (name, *aliases),
+        _parse_names(json_object, "Parents", field),
+        tuple(
+            _parse_instance(instance, f"{field}.Instances[{i}]")
+            for i, instance in enumerate(instances)
+        ),
     )
 
 
-def _names(label: dict[str, Any], key: str, place: str) -> tuple[str, ...]:
+def _parse_names(label: dict[str, Any], key: str, field: str) -> tuple[str, ...]:
+    nodes = expect_list(label.get(key, []), f"{field}.{key}")
+    objects = [expect_object(node, f"{field}.{key}") for node in nodes]
     return tuple(
-        as_text(as_object(v, f"{place}.{key}").get("Name"), f"{place}.{key}")
-        for v in as_list(label.get(key, []), f"{place}.{key}")
+        expect_text(json_object.get("Name"), f"{field}.{key}")
+        for json_object in objects
     )
 
 
-def _instance(value: Any, place: str) -> tuple[tuple[float, ...], float]:
-    one = as_object(value, place)
-    box = as_object(one.get("BoundingBox"), f"{place}.BoundingBox")
+def _parse_instance(node: Any, field: str) -> _Instance:
+    json_object = expect_object(node, field)
+    box = expect_object(json_object.get("BoundingBox"), f"{field}.BoundingBox")
     sides = tuple(
-        as_number(box.get(key), f"{place}.{key}")
+        expect_number(box.get(key), f"{field}.{key}")
         for key in ("Left", "Top", "Width", "Height")
     )
-    return sides, as_score(one.get("Confidence"), f"{place}.Confidence", 100.0)
+    confidence = json_object.get("Confidence")
+    return _Instance(sides, expect_score(confidence, f"{field}.Confidence", 100.0))
 
 
-def _one_name_per_object(labels: list[_Label], mapping: LabelMap) -> list[Found]:
-    """Of a box under a name and its ancestors one is kept: the nearest to the leaf that
-    the map has under its own name, else the leaf.
+def _deduplicate_instances(
+    labels: list[_Label], label_map: LabelMap
+) -> list[ParsedBox]:
+    """Keep one label for each box that is listed under a name and its ancestors.
+
+    That is the label nearest to the leaf that the map has under its own name, else the
+    leaf itself.
     """
-    depth = {label.names[0]: len(label.ancestors) for label in labels}
-    same_box: dict[tuple[float, ...], list[tuple[_Label, Found]]] = {}
+    depths = {label.names[0]: len(label.ancestors) for label in labels}
+    same_box: dict[tuple[float, ...], list[tuple[_Label, ParsedBox]]] = {}
     for label in labels:
-        candidates = (
-            *label.names,
-            *sorted(label.ancestors, key=lambda name: -depth.get(name, 0)),
-        )
-        for box, score in label.instances:
-            same_box.setdefault(tuple(round(v, BOX_DECIMALS) for v in box), []).append(
-                (label, Found(box, candidates, score))
-            )
-    return [
-        found
-        for group in same_box.values()
-        for label, found in group
-        if not any(_replaces(other, label, mapping) for other, _ in group)
-    ]
+        ancestors = sorted(label.ancestors, key=lambda name: -depths.get(name, 0))
+        candidates = (*label.names, *ancestors)
+        for instance in label.instances:
+            rounded = tuple(round(side, BOX_DECIMALS) for side in instance.box)
+            parsed_box = ParsedBox(instance.box, candidates, instance.score)
+            same_box.setdefault(rounded, []).append((label, parsed_box))
+    unique_boxes = []
+    for group in same_box.values():
+        for label, parsed_box in group:
+            if not any(_is_better_label(other, label, label_map) for other, _ in group):
+                unique_boxes.append(parsed_box)
+    return unique_boxes
 
 
-def _replaces(one: _Label, other: _Label, mapping: LabelMap) -> bool:
-    """Whether ``one`` says better than ``other`` what an object of both is."""
-    if not (one.descends_from(other) or other.descends_from(one)):
+def _is_better_label(label: _Label, other: _Label, label_map: LabelMap) -> bool:
+    """Return whether ``label`` names an object that has both labels better than
+    ``other``.
+    """
+    if not (label.descends_from(other) or other.descends_from(label)):
         return False
-    known, other_known = (
-        mapping.find(label.names) is not None or mapping.ignores(label.names)
-        for label in (one, other)
-    )
-    return known if known != other_known else one.descends_from(other)
+    in_map = _is_in_map(label, label_map)
+    if in_map != _is_in_map(other, label_map):
+        return in_map
+    return label.descends_from(other)
+
+
+def _is_in_map(label: _Label, label_map: LabelMap) -> bool:
+    return label_map.find(label.names) is not None or label_map.ignores(label.names)

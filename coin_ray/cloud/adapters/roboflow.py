@@ -1,5 +1,5 @@
-"""Adapter of YOLO-World on Roboflow's servers, hosted or one's own: ``POST
-/yolo_world/infer``.
+"""Adapter of YOLO-World on Roboflow's inference server, hosted or
+self-hosted: ``POST /yolo_world/infer``.
 
 Boxes are centre, width and height in pixels of the image sent.
 """
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
-    Found,
-    as_list,
-    as_number,
-    as_object,
-    as_score,
-    as_text,
+    ParsedBox,
     check_sent_size,
-    detections,
     error_object,
+    expect_list,
+    expect_number,
+    expect_object,
+    expect_score,
+    expect_text,
     load_json,
-    short_text,
+    map_detections,
+    sanitize_text,
 )
 from coin_ray.cloud.adapters.prompts import check_class_names
 from coin_ray.cloud.protocol import (
@@ -38,7 +38,7 @@ from coin_ray.cloud.protocol import (
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected
 
-VERSION = "v2-l"
+DEFAULT_VERSION = "v2-l"
 BAD_KEY = re.compile(r"api[ _]key", re.IGNORECASE)
 BAD_IMAGE = re.compile(r"\bimages?\b|base64", re.IGNORECASE)
 
@@ -59,14 +59,15 @@ class RoboflowAdapter:
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """``Query.model`` is YOLO-World's version, for example ``v2-x``."""
+        """Build the request. ``Query.model`` is YOLO-World's version, for example
+        ``v2-x``.
+        """
         check_class_names(query.classes)
+        version = DEFAULT_VERSION if query.model == "default" else query.model
         body = {
             "image": {"type": "base64", "value": base64.b64encode(image.data).decode()},
             "text": list(query.classes),
-            "yolo_world_version_id": (
-                VERSION if query.model == "default" else query.model
-            ),
+            "yolo_world_version_id": version,
             "confidence": float(query.score_min),
         }
         return PreparedRequest("/yolo_world/infer", json.dumps(body).encode())
@@ -74,38 +75,34 @@ class RoboflowAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        answer = as_object(load_json(headers, body), "the answer")
-        size = as_object(answer.get("image"), "image")
+        response = expect_object(load_json(headers, body), "the response")
+        size = expect_object(response.get("image"), "image")
         check_sent_size(size.get("width"), size.get("height"), frame)
-        found = [
-            _found(v, f"predictions[{i}]")
-            for i, v in enumerate(as_list(answer.get("predictions"), "predictions"))
-        ]
-        return detections(found, "cxcywh", query, frame, "label")
+        nodes = expect_list(response.get("predictions"), "predictions")
+        boxes = [_parse_box(node, f"predictions[{i}]") for i, node in enumerate(nodes)]
+        return map_detections(boxes, "cxcywh", query, frame, "label")
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """501: this server does not have the model, now or later."""
-        text = short_text(error_object(body).get("message"))
+        """Classify an error. 501 is final: this server does not have the model."""
+        text = sanitize_text(error_object(body).get("message"))
         message = f"the service answered {status}: {text}"
         if status == 400 and BAD_KEY.search(text):
             return AuthError(message)
         if status == 400 and BAD_IMAGE.search(text):
             return ImageRejected(message)
-        return (
-            BadRequest(message) if status == 501 else by_status(status, headers, text)
-        )
+        if status == 501:
+            return BadRequest(message)
+        return by_status(status, headers, text)
 
 
-def _found(value: Any, place: str) -> Found:
-    one = as_object(value, place)
+def _parse_box(node: Any, field: str) -> ParsedBox:
+    json_object = expect_object(node, field)
     box = [
-        as_number(one.get(key), f"{place}.{key}")
+        expect_number(json_object.get(key), f"{field}.{key}")
         for key in ("x", "y", "width", "height")
     ]
-    return Found(
-        box,
-        [as_text(one.get("class"), f"{place}.class")],
-        as_score(one.get("confidence"), f"{place}.confidence"),
-    )
+    name = expect_text(json_object.get("class"), f"{field}.class")
+    score = expect_score(json_object.get("confidence"), f"{field}.confidence")
+    return ParsedBox(box, [name], score)
