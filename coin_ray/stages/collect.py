@@ -27,8 +27,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from coin_ray import errors, storage
 from coin_ray.clip.encoder import load_clip
 from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
-from coin_ray.cloud.client import limits
-from coin_ray.cloud.ensemble import client_for, names_of, needs_second_opinion
+from coin_ray.cloud.client import governor_limits
+from coin_ray.cloud.ensemble import create_client, cloud_names, clip_contradicts
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.label_map import Prior
@@ -42,23 +42,23 @@ from coin_ray.runs.steps import Context
 from coin_ray.serving.launch import start_services
 from coin_ray.stages.collecting.attempts import Attempts
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
-from coin_ray.stages.collecting.parts import PART, Parts, merge
+from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts, merge_parts
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
+    count_torch_threads,
     ensure_ray,
-    full_disk,
     on_cluster,
-    threads,
+    raise_if_disk_full,
 )
 from coin_ray.stages.common.progress import bar
-from coin_ray.stages.common.watchdog import Watch
+from coin_ray.stages.common.watchdog import Watchdog
 from coin_ray.tables import Provenance, detections_row
 
 DEATHS = 2
 """Labelers that one image may cost, beside the first, of which its batch is known."""
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> dict[str, Any]:
     """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; rows
     correspond, boxes are the cloud's.
 
@@ -72,7 +72,7 @@ def run(context: Context) -> dict[str, Any]:
     images = _once(images.filter(pc.not_equal(images["split"], "val")))
     _collect(context, images, _parts(context.folder))
     if _cascades(context.config):
-        doubted = _doubted(context.config, Parts(_parts(context.folder)))
+        doubted = _doubted(context.config, CollectedParts(_parts(context.folder)))
         _collect(
             context,
             images.filter(pc.is_in(images["image_id"], value_set=doubted)),
@@ -97,14 +97,14 @@ def _cascades(config: PipelineConfig) -> bool:
 
 
 def _collect(
-    context: Context, images: pa.Table, parts: str, second: bool = False
+    context: Context[PipelineConfig], images: pa.Table, parts: str, second: bool = False
 ) -> None:
     """Ask about the images that have no final answer in ``parts``; failed ones are
     asked again when a stopped run goes on.
     """
     config, total = context.config, images.num_rows
     todo = images.filter(
-        pc.invert(pc.is_in(images["image_id"], value_set=Parts(parts).answered))
+        pc.invert(pc.is_in(images["image_id"], value_set=CollectedParts(parts).answered))
     )
     if not todo.num_rows:
         return
@@ -131,7 +131,7 @@ def _collect(
                 max_concurrent_calls_per_actor=8,
             ),
         )
-        with Watch("collect", config.collect.stalled_after) as watch:
+        with Watchdog("collect", config.collect.stalled_after) as watch:
             _drain(
                 _labelled(stream, config, parts), total - todo.num_rows, total, watch
             )
@@ -164,7 +164,7 @@ def _labelled(
     return iter(labelled.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def _drain(labelled: Iterator[pa.Table], before: int, total: int, watch: Watch) -> None:
+def _drain(labelled: Iterator[pa.Table], before: int, total: int, watch: Watchdog) -> None:
     """Consume what the labelers return, show progress, and raise the error that stopped
     a worker.
     """
@@ -191,7 +191,7 @@ def _arriving(labelled: Iterator[pa.Table]) -> Iterator[pa.Table]:
     try:
         yield from labelled
     except ray.exceptions.RayError as error:
-        full_disk(str(error), "of a worker")
+        raise_if_disk_full(str(error), "of a worker")
         raise
 
 
@@ -201,8 +201,8 @@ def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> N
     """
 
     async def check() -> None:
-        governors = [LocalGovernor(Governor(limits(cloud))) for cloud in config.clouds]
-        client = client_for(config, urls, Journal.open(journal_uri(root)), governors)
+        governors = [LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds]
+        client = create_client(config, urls, Journal.open(journal_uri(root)), governors)
         try:
             await client.check()
         finally:
@@ -254,11 +254,11 @@ class LabelerActor:
             parts,
             Attempts(f"{parts}_begun"),
         )
-        torch.set_num_threads(threads())
+        torch.set_num_threads(count_torch_threads())
         self.labeler = make_labeler(config)
         self.readings = dict(
             zip(
-                names_of(config.clouds),
+                cloud_names(config.clouds),
                 [Reading.of(cloud, config.classes) for cloud in config.clouds],
                 strict=True,
             )
@@ -272,11 +272,11 @@ class LabelerActor:
             ).hexdigest()[:16]
             with (
                 self.attempts.at(key) as died,
-                Watch("a labeler", self.config.collect.batch_seconds),
+                Watchdog("a labeler", self.config.collect.batch_seconds),
             ):
                 label = self._carefully if died else self._labelled
                 part = pa.Table.from_pylist(
-                    [label(row) for row in answered], schema=PART
+                    [label(row) for row in answered], schema=PART_SCHEMA
                 )
                 storage.write_table(
                     storage.join(self.parts, f"{uuid.uuid4().hex}.parquet"), part
@@ -363,7 +363,7 @@ def make_labeler(config: PipelineConfig) -> Labeler | None:
     )
 
 
-def _doubted(config: PipelineConfig, parts: Parts) -> pa.Array:
+def _doubted(config: PipelineConfig, parts: CollectedParts) -> pa.Array:
     """Images that the first cloud failed in, or in which CLIP contradicts it."""
     found = [pa.array([], pa.string())]
     for rows in parts.blocks(parts.counting(parts.images)):
@@ -383,10 +383,10 @@ def _contradicted(config: PipelineConfig, row: dict[str, Any]) -> bool:
     probs = np.asarray(row["clip_probs"], np.float32).reshape(
         len(scores), len(config.classes) + 1
     )
-    return needs_second_opinion(scores, labels, probs, config.ensemble)
+    return clip_contradicts(scores, labels, probs, config.ensemble)
 
 
-def _compile(context: Context, images: pa.Array | pa.ChunkedArray) -> dict[str, Any]:
+def _compile(context: Context[PipelineConfig], images: pa.Array | pa.ChunkedArray) -> dict[str, Any]:
     """One row per image in the order of the images, whatever order the parts came in; a
     second opinion goes before the first.
     """
@@ -395,8 +395,8 @@ def _compile(context: Context, images: pa.Array | pa.ChunkedArray) -> dict[str, 
         _parts(context.folder),
         _parts(context.folder, second=True),
     )
-    parts = Parts(second, first) if _cascades(config) else Parts(first)
-    metrics = merge(
+    parts = CollectedParts(second, first) if _cascades(config) else CollectedParts(first)
+    metrics = merge_parts(
         parts,
         images,
         context.folder,
@@ -404,6 +404,6 @@ def _compile(context: Context, images: pa.Array | pa.ChunkedArray) -> dict[str, 
     )
     several = {
         "answered_by": metrics.pop("answered_by"),
-        "second_opinions": len(Parts(second).images) if _cascades(config) else 0,
+        "second_opinions": len(CollectedParts(second).images) if _cascades(config) else 0,
     }
     return metrics | (several if len(config.clouds) > 1 else {})

@@ -1,10 +1,9 @@
-"""Distil: the target detector learns from both teachers' separated knowledge."""
+"""Distil: the target detector learns from both teachers' separated detections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,124 +11,149 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
-from coin_ray.evaluation.teacher_agreement import PAIRED, paired
+from coin_ray.evaluation.teacher_agreement import PAIRED_KINDS, paired_probabilities
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.runs.steps import Context
+from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.students import (
-    look_of,
     new_student,
+    select_forward,
     student_from_clip_detector,
 )
 from coin_ray.stages.common.teacher_outputs import (
-    OPINIONS,
-    collected,
-    corrected,
-    held_out,
-    opinions,
-    training_examples,
-    with_corrections,
+    TEACHER_OUTPUTS,
+    make_teacher_lookup,
+    open_collected,
+    open_corrections,
 )
-from coin_ray.stages.common.training_job import Fit, fit, load_weights
-from coin_ray.stages.common.validation import beside, looks
+from coin_ray.stages.common.training_job import (
+    TrainingJob,
+    WeightFiles,
+    load_weights,
+    run_training_job,
+)
+from coin_ray.stages.common.training_labels import (
+    TrainingLabels,
+    add_corrections,
+    build_training_examples,
+    is_held_out,
+)
+from coin_ray.stages.common.validation import plan_validation, validate_during_training
 from coin_ray.stages.propagate import WEIGHTS
-from coin_ray.stages.reporting.ckg_probabilities import CKG, trained_fusion
+from coin_ray.stages.reporting.ckg_probabilities import CKG_FILE, combine_fusion_modules
 from coin_ray.tables import SEPARATION
 from coin_ray.training.distill import Distillation
-from coin_ray.training.loop import Curve, Task
+from coin_ray.training.loop import Curve, TrainingTask
 
 
-def run(context: Context, train: Callable[[Fit], Curve] = fit) -> dict[str, Any]:
+def run(
+    context: Context[PipelineConfig],
+    train: Callable[[TrainingJob], Curve] = run_training_job,
+) -> Metrics:
     """Write ``detector.pt`` (the student), ``teacher.pt``, ``ckg.pt`` and
-    ``curve.json``. The option ``held_out``: share of the images left out.
+    ``curve.json``. The option ``held_out`` is the share of the images left out.
     """
     config = context.config
-    cloud = collected(context.inputs["collect"], "cloud", config)
-    clip = tables.open_detections(
-        storage.join(context.inputs["separate"], "clip_detector.parquet"),
-        len(config.classes),
-    )
-    know = opinions(cloud, clip, context.inputs["collect"], config)
-    known, know, reviewed = with_corrections(
-        cloud.ids, know, OPINIONS, corrected(context.inputs, config)
-    )
-    left_out = context.options.get("held_out", 0.0)
-    used = (
-        pa.array([i for i in known.to_pylist() if not held_out(i, left_out)])
-        if left_out
-        else known
-    )
-    examples = training_examples(context.inputs["images"], used, know, reviewed)
-    teacher = storage.join(context.inputs["propagate"], WEIGHTS)
-    build = partial(
-        make, config, teacher, annotators_of(context.inputs["separate"], config)
-    )
-    watched = looks(
+    images_folder = context.inputs["images"]
+    training = config.distill.fit
+    labels = _open_teacher_labels(context)
+    held_out_share = context.options.get("held_out", 0.0)
+    if held_out_share:
+        labels = _without_held_out(labels, held_out_share)
+    examples = build_training_examples(images_folder, labels)
+    clip_detector_uri = storage.join(context.inputs["propagate"], WEIGHTS)
+    annotators = fit_annotators(context.inputs["separate"], config)
+    validation = plan_validation(
         config,
-        context.inputs["images"],
+        images_folder,
         context.folder,
-        "student",
-        "student",
-        config.distill.fit,
+        name="student",
+        state_key="student",
+        training=training,
     )
-    saved = watched.leave if watched else None
-    work = Fit(
-        context.name,
-        build,
-        finish,
-        examples,
-        config.distill.fit,
-        config.detector,
-        config.seed,
-        context.folder,
-        saved,
+    job = TrainingJob(
+        title=context.name,
+        build_task=partial(build_distillation, config, clip_detector_uri, annotators),
+        export_weights=export_distillation,
+        examples=examples,
+        training=training,
+        detector=config.detector,
+        seed=config.seed,
+        folder=context.folder,
+        on_checkpoint=validation.save_due_weights if validation else None,
     )
-    with beside(watched):
-        curve = train(work)
+    with validate_during_training(validation):
+        curve = train(job)
     return {"images": len(examples), "last": curve[-1]}
 
 
-def annotators_of(separate: str, config: PipelineConfig) -> Annotators | None:
-    """Both teachers' confusions, from all boxes that both saw in the training images
-    before distillation; None if the fusion needs none.
+def _open_teacher_labels(context: Context[PipelineConfig]) -> TrainingLabels:
+    """Return ``TEACHER_OUTPUTS`` of each answered image, and people's corrections."""
+    config = context.config
+    collect_folder = context.inputs["collect"]
+    cloud = open_collected(collect_folder, "cloud", config)
+    clip_detector = tables.open_detections(
+        storage.join(context.inputs["separate"], "clip_detector.parquet"),
+        len(config.classes),
+    )
+    lookup = make_teacher_lookup(cloud, clip_detector, collect_folder, config)
+    reviewed = open_corrections(context.inputs, config)
+    return add_corrections(cloud.ids, lookup, TEACHER_OUTPUTS, reviewed)
+
+
+def _without_held_out(labels: TrainingLabels, share: float) -> TrainingLabels:
+    image_ids = [
+        image_id
+        for image_id in labels.image_ids.to_pylist()
+        if not is_held_out(image_id, share)
+    ]
+    return labels._replace(image_ids=pa.array(image_ids))
+
+
+def fit_annotators(separate_folder: str, config: PipelineConfig) -> Annotators | None:
+    """Return both teachers' confusions, estimated from all boxes that both saw in the
+    training images before distillation; None if the fusion needs none.
     """
     if config.distill.fusion != "dawid_skene":
         return None
-    return dawid_skene(*paired_opinions(separate, len(config.classes)))
+    cloud_probs, clip_probs = read_paired_probabilities(
+        separate_folder, len(config.classes)
+    )
+    return dawid_skene(cloud_probs, clip_probs)
 
 
-def paired_opinions(
-    separate: str, classes: int, kinds: Sequence[str] = PAIRED
+def read_paired_probabilities(
+    separate_folder: str, num_classes: int, kinds: Sequence[str] = PAIRED_KINDS
 ) -> list[torch.Tensor]:
-    """The cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in the
-    ``separation.parquet`` of a folder.
+    """Return the cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in
+    the ``separation.parquet`` of a folder.
     """
-    blocks = storage.stream_table(storage.join(separate, "separation.parquet"))
-    found = [
-        paired(SEPARATION.empty_table(), classes),
-        *(paired(block, classes, kinds) for block in blocks),
-    ]
+    uri = storage.join(separate_folder, "separation.parquet")
+    pairs = [paired_probabilities(SEPARATION.empty_table(), num_classes)]
+    for block in storage.stream_table(uri):
+        pairs.append(paired_probabilities(block, num_classes, kinds))
     return [
-        torch.from_numpy(np.concatenate(teacher))
-        for teacher in zip(*found, strict=True)
+        torch.from_numpy(np.concatenate(probs)) for probs in zip(*pairs, strict=True)
     ]
 
 
-def make(
-    config: PipelineConfig, teacher_weights: str, annotators: Annotators | None = None
+def build_distillation(
+    config: PipelineConfig,
+    clip_detector_uri: str,
+    annotators: Annotators | None = None,
 ) -> Distillation:
-    """The student starts from the backbone, as published, or from the CLIP detector.
-    The teacher is the CLIP detector if both are of one kind.
+    """Return the training task. The student starts from the backbone, as published, or
+    from the CLIP detector. The EMA teacher is the CLIP detector if both are of one kind.
     """
     backbone = load_backbone(config)
     student = new_student(backbone, config, seed=config.seed + 1)
-    weights = load_weights(teacher_weights)
+    clip_detector_weights = load_weights(clip_detector_uri)
     if config.distill.start_from == "clip_detector":
-        student = student_from_clip_detector(student, weights)
+        student = student_from_clip_detector(student, clip_detector_weights)
     teacher = new_student(backbone, config, seed=config.seed)
     if isinstance(teacher, ClipDetector):
-        teacher.load_state_dict(weights)
+        teacher.load_state_dict(clip_detector_weights)
     embeddings = starting_embeddings(backbone, config)
     return Distillation(
         student,
@@ -138,15 +162,18 @@ def make(
         config.distill,
         config.separate,
         annotators,
-        look_of(student),
+        select_forward(student),
     )
 
 
-def finish(task: Task) -> dict[str, Any]:
+def export_distillation(task: TrainingTask) -> WeightFiles:
+    """Return the weights of the student, the EMA teacher and the fusion by file name."""
     assert isinstance(task, Distillation)
-    fusion = trained_fusion(task.ckg, task.cloud_prototypes, task.clip_prototypes)
+    fusion = combine_fusion_modules(
+        task.ckg, task.cloud_prototypes, task.clip_prototypes
+    )
     return {
         WEIGHTS: task.student.state_dict(),
         "teacher.pt": task.teacher.state_dict(),
-        CKG: fusion.state_dict(),
+        CKG_FILE: fusion.state_dict(),
     }

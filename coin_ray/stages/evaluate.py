@@ -1,11 +1,11 @@
-"""Evaluate: every teacher, baseline and student on the held-out images. The only stage
-that reads their truth.
+"""Evaluate: every teacher, baseline and student on the test images. The only stage that
+reads their truth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import pyarrow.compute as pc
 
@@ -13,128 +13,143 @@ from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.evaluation.coco import coco_average_precision
 from coin_ray.evaluation.fusion_baselines import (
-    clip_labelled,
-    every_class,
+    expand_to_all_classes,
+    relabel_with_clip,
     static_fusion,
 )
-from coin_ray.evaluation.separation_accuracy import judged_kinds
+from coin_ray.evaluation.separation_accuracy import separation_accuracy
 from coin_ray.evaluation.voc import average_precision
-from coin_ray.runs.steps import Context
+from coin_ray.runs.steps import Context, Metrics
+from coin_ray.stages.common.image_tables import open_annotations, read_images
 from coin_ray.stages.common.prediction import write_predictions
-from coin_ray.stages.common.teacher_outputs import collected, image_table, truth_of
+from coin_ray.stages.common.teacher_outputs import open_collected
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
-NAMES = {
+METHOD_OF_STEP = {
     "propagate": "clip_detector",
     "distill": "student",
     "pseudo_label": "pseudo_label",
     "oracle": "oracle",
 }
-Results = dict[str, Mapping[str, Detections]]
+"""Names of the trained detectors by the step that trains them."""
+PredictionsByMethod = dict[str, Mapping[str, Detections]]
+"""Detections by method and image id."""
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> Metrics:
     """Write ``predictions/NAME.parquet``; the metrics hold VOC and COCO AP50 by method
-    and class. Without truth: no numbers.
+    and class. Without truth there are no figures.
     """
-    images = image_table(context.inputs["images"], "test")
-    truth = truth_of(context.inputs["images"]).of(images["image_id"])
+    config = context.config
+    images_folder = context.inputs["images"]
+    images = read_images(images_folder, "test")
+    truth = open_annotations(images_folder).of(images["image_id"])
     if not truth:
         return {
             "map50": {},
             "note": "no annotated test images: nothing to measure against",
         }
     weights = {
-        NAMES[s]: storage.join(f, WEIGHTS)
-        for s, f in context.inputs.items()
-        if s in NAMES
+        METHOD_OF_STEP[step]: storage.join(folder, WEIGHTS)
+        for step, folder in context.inputs.items()
+        if step in METHOD_OF_STEP
     }
-    folder, count = (
-        storage.join(context.folder, "predictions"),
-        len(context.config.classes),
-    )
-    write_predictions(weights, images, context.config, folder)
-    students = {
-        name: tables.open_detections(storage.join(folder, f"{name}.parquet"), count)
-        for name in weights
-    }
-    results: Results = teachers(context, truth) | students
-    metrics: dict[str, Any] = _measure(results, truth, context.config) | {
-        "knowledge": _knowledge(context)
-    }
-    if storage.exists(storage.join(context.inputs["images"], "unknown.parquet")):
-        unknown = truth_of(context.inputs["images"], "unknown").of(images["image_id"])
-        metrics["map50_unknown"] = {
-            n: _rounded(
-                average_precision(
-                    r, unknown, count, plus_one=context.config.evaluate.plus_one
-                ).map
-            )
-            for n, r in results.items()
-        }
+    folder = storage.join(context.folder, "predictions")
+    write_predictions(weights, images, config, folder)
+    predictions = open_teacher_class_scores(context, truth)
+    for name in weights:
+        uri = storage.join(folder, f"{name}.parquet")
+        predictions[name] = tables.open_detections(uri, len(config.classes))
+    metrics = _measure_methods(predictions, truth, config)
+    metrics["knowledge"] = _measure_separation(context)
+    if storage.exists(storage.join(images_folder, "unknown.parquet")):
+        unknown = open_annotations(images_folder, "unknown").of(images["image_id"])
+        metrics["map50_unknown"] = _measure_map50(predictions, unknown, config)
     return metrics
 
 
-def teachers(context: Context, images: Iterable[str]) -> Results:
-    """Of those images that the cloud has answered every class score of each box: the
-    cloud with its full tail, CLIP's labels on its boxes, and the free fusion of both at
-    test time.
+def open_teacher_class_scores(
+    context: Context[PipelineConfig], image_ids: Iterable[str]
+) -> PredictionsByMethod:
+    """Return every class score of each box in the images that the cloud has answered:
+    the cloud's, CLIP's on the cloud's boxes, and the static fusion of both.
     """
     config = context.config
-    answered = collected(context.inputs["collect"], "cloud", config)
-    cloud = {i: answered[i] for i in images if i in answered}
+    collect_folder = context.inputs["collect"]
+    answered = open_collected(collect_folder, "cloud", config)
+    cloud = {
+        image_id: answered[image_id] for image_id in image_ids if image_id in answered
+    }
+    predictions: PredictionsByMethod = {"cloud": _expand(cloud)}
     if config.collect.labeler == "none":
-        return {"cloud": {i: every_class(d) for i, d in cloud.items()}}
-    clip = collected(context.inputs["collect"], "clip_labels", config)
+        return predictions
+    clip = open_collected(collect_folder, "clip_labels", config)
+    clip_labels = {}
+    fused = {}
+    for image_id, detections in cloud.items():
+        clip_probs = clip[image_id].probs
+        clip_labels[image_id] = relabel_with_clip(detections, clip_probs)
+        fused[image_id] = static_fusion(detections, clip_probs)
+    predictions["clip_labels"] = _expand(clip_labels)
+    predictions["static_fusion"] = _expand(fused)
+    return predictions
+
+
+def _expand(by_image: Mapping[str, Detections]) -> dict[str, Detections]:
     return {
-        "cloud": {i: every_class(d) for i, d in cloud.items()},
-        "clip_labels": {
-            i: every_class(clip_labelled(d, clip[i].probs)) for i, d in cloud.items()
-        },
-        "static_fusion": {
-            i: every_class(static_fusion(d, clip[i].probs)) for i, d in cloud.items()
-        },
+        image_id: expand_to_all_classes(detections)
+        for image_id, detections in by_image.items()
     }
 
 
-def _knowledge(context: Context) -> dict[str, dict[str, float]]:
-    """How right each kind was on the training images, where those have truth."""
-    truth, train = (
-        truth_of(context.inputs["images"]),
-        image_table(context.inputs["images"], "train")["image_id"],
+def _measure_separation(
+    context: Context[PipelineConfig],
+) -> dict[str, dict[str, float]]:
+    """Return how often each kind was right in the training images that have truth."""
+    annotations = open_annotations(context.inputs["images"])
+    training_ids = read_images(context.inputs["images"], "train")["image_id"]
+    annotated = annotations.ids.filter(
+        pc.is_in(annotations.ids, value_set=training_ids)
     )
-    known = truth.ids.filter(pc.is_in(truth.ids, value_set=train))
-    return judged_kinds(
-        tables.rows_of(
-            storage.join(context.inputs["separate"], "separation.parquet"), known
-        ),
-        truth,
-    )
+    uri = storage.join(context.inputs["separate"], "separation.parquet")
+    return separation_accuracy(tables.stream_rows(uri, annotated), annotations)
 
 
-def _measure(
-    results: Results, truth: dict[str, Truth], config: PipelineConfig
-) -> dict[str, Any]:
-    count = len(config.classes)
-    voc = {
-        name: average_precision(found, truth, count, plus_one=config.evaluate.plus_one)
-        for name, found in results.items()
-    }
+def _measure_methods(
+    predictions: PredictionsByMethod, truth: dict[str, Truth], config: PipelineConfig
+) -> Metrics:
+    num_classes = len(config.classes)
+    plus_one = config.evaluate.plus_one
+    map50: dict[str, float | None] = {}
+    per_class: dict[str, list[float | None]] = {}
+    coco_map50: dict[str, float | None] = {}
+    for name, by_image in predictions.items():
+        voc = average_precision(by_image, truth, num_classes, plus_one=plus_one)
+        coco = coco_average_precision(by_image, truth, num_classes)
+        map50[name] = _rounded_or_none(voc.map)
+        per_class[name] = [_rounded_or_none(float(ap)) for ap in voc.ap]
+        coco_map50[name] = _rounded_or_none(coco.map50)
     return {
-        "map50": {name: _rounded(report.map) for name, report in voc.items()},
-        "per_class": {
-            name: [_rounded(float(ap)) for ap in report.ap]
-            for name, report in voc.items()
-        },
-        "coco_map50": {
-            name: _rounded(coco_average_precision(found, truth, count).map50)
-            for name, found in results.items()
-        },
+        "map50": map50,
+        "per_class": per_class,
+        "coco_map50": coco_map50,
         "images": len(truth),
     }
 
 
-def _rounded(value: float) -> float | None:
-    return None if value != value else round(value, 4)
+def _measure_map50(
+    predictions: PredictionsByMethod, truth: dict[str, Truth], config: PipelineConfig
+) -> dict[str, float | None]:
+    map50 = {}
+    for name, by_image in predictions.items():
+        report = average_precision(
+            by_image, truth, len(config.classes), plus_one=config.evaluate.plus_one
+        )
+        map50[name] = _rounded_or_none(report.map)
+    return map50
+
+
+def _rounded_or_none(figure: float) -> float | None:
+    return None if math.isnan(figure) else round(figure, 4)

@@ -1,29 +1,27 @@
-"""Export: the student with its class embeddings cached, so that no text encoder and no
-open_clip weights ship.
+"""Export: the student with its class embeddings cached, so that it needs neither the
+text encoder nor open_clip's weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from coin_ray import storage
+from coin_ray.config import PipelineConfig
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.predictors.student import write_exported
-from coin_ray.runs.steps import Context
-from coin_ray.stages.common.students import load_detector
+from coin_ray.predictors.student import write_exported_student
+from coin_ray.runs.steps import Context, Metrics
+from coin_ray.stages.common.students import load_trained_detector
 from coin_ray.stages.propagate import WEIGHTS
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> Metrics:
     """Write ``model.safetensors`` and ``model.json``;
-    ``coin_ray.predictors.student.load`` reads them.
+    ``coin_ray.predictors.student.load_exported_student`` reads them.
     """
     config = context.config
-    student = load_detector(
-        "student",
-        storage.join(context.inputs["distill"], WEIGHTS),
-        load_backbone(config),
-        config,
+    weights = storage.join(context.inputs["distill"], WEIGHTS)
+    student = load_trained_detector("student", weights, load_backbone(config), config)
+    size = write_exported_student(
+        student, config.classes, context.folder, config.detector
     )
-    size = write_exported(student, config.classes, context.folder, config.detector)
-    return {"bytes": size, "parameters": sum(p.numel() for p in student.parameters())}
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return {"bytes": size, "parameters": parameters}

@@ -14,24 +14,24 @@ import pyarrow.compute as pc
 
 from coin_ray import storage, tables
 from coin_ray.cloud.label_map import LabelMap
-from coin_ray.config import DemoScenes, Folder
+from coin_ray.config import DemoScenes, Folder, PipelineConfig
 from coin_ray.data import formats
-from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, Record
-from coin_ray.data.inspect import inspect
+from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, ImageRecord
+from coin_ray.data.inspect import inspect_images
 from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context
 from coin_ray.stages.common.progress import bar
-from coin_ray.tables import Rows
+from coin_ray.tables import TableBuilder
 
 if TYPE_CHECKING:
     from coin_ray.demo.scenes import Scene
 
-Inspected = tuple[Record, dict[str, Any] | str]
+Inspected = tuple[ImageRecord, dict[str, Any] | str]
 SAME = "same image as one in"
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> dict[str, Any]:
     """Write ``images``, ``annotations``, ``rejected`` (and, for the demo, ``unknown``)
     below the step's folder.
     """
@@ -41,11 +41,11 @@ def run(context: Context) -> dict[str, Any]:
     )
 
 
-def _demo(context: Context, data: DemoScenes) -> dict[str, Any]:
+def _demo(context: Context[PipelineConfig], data: DemoScenes) -> dict[str, Any]:
     from coin_ray.demo.drawings import load_drawings
     from coin_ray.demo.scenes import Artwork, compose
 
-    artwork = Artwork.of([d for d in load_drawings() if d.share == "target"])
+    artwork = Artwork.from_drawings([d for d in load_drawings() if d.share == "target"])
 
     def scene(split: str, index: int) -> Scene:
         return compose(
@@ -58,15 +58,15 @@ def _demo(context: Context, data: DemoScenes) -> dict[str, Any]:
 
 
 def write_scenes(
-    context: Context, scene: Callable[[str, int], Scene], counts: Mapping[str, int]
+    context: Context[PipelineConfig], scene: Callable[[str, int], Scene], counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """So many scenes of each split, as JPEGs and tables; ``unknown`` marks drawings
     that a teacher has seen as difficult.
     """
     images, annotations, unknown = (
-        Rows(tables.IMAGES),
-        Rows(tables.ANNOTATIONS),
-        Rows(tables.ANNOTATIONS),
+        TableBuilder(tables.IMAGES),
+        TableBuilder(tables.ANNOTATIONS),
+        TableBuilder(tables.ANNOTATIONS),
     )
     for split, count in counts.items():
         for index in range(count):
@@ -101,8 +101,8 @@ def write_scenes(
     return _metrics(listed, [], 0)
 
 
-def _folder(context: Context, data: Folder) -> dict[str, Any]:
-    images, annotations = Rows(tables.IMAGES), Rows(tables.ANNOTATIONS)
+def _folder(context: Context[PipelineConfig], data: Folder) -> dict[str, Any]:
+    images, annotations = TableBuilder(tables.IMAGES), TableBuilder(tables.ANNOTATIONS)
     annotated: set[str] = set()
     # with data.same_images: what a test set says of a training image
     again: dict[str, dict[str, Any]] = {}
@@ -116,7 +116,7 @@ def _folder(context: Context, data: Folder) -> dict[str, Any]:
     ):
         if place is None:
             continue
-        dataset = formats.read(place)
+        dataset = formats.read_dataset(place)
         indexes = _indexes(dataset, context.config.classes, place)
         for record, row in _shown(
             _inspect(dataset.records), split, len(dataset.records)
@@ -200,15 +200,15 @@ def _check(
             )
 
 
-def image_files(place: str) -> list[str]:
+def list_image_files(place: str) -> list[str]:
     """URIs of the images of ``FOLDER`` or ``FOLDER#SPLIT``."""
-    return [record.uri for record in formats.read(place).records]
+    return [record.uri for record in formats.read_dataset(place).records]
 
 
-def _inspect(records: Sequence[Record]) -> Iterator[Inspected]:
+def _inspect(records: Sequence[ImageRecord]) -> Iterator[Inspected]:
     """Each record with its row, or with the reason why its image can't be used."""
     return zip(
-        records, inspect((record.uri for record in records), len(records)), strict=True
+        records, inspect_images((record.uri for record in records), len(records)), strict=True
     )
 
 
@@ -228,7 +228,7 @@ def _indexes(dataset: Dataset, classes: tuple[str, ...], place: str) -> dict[str
     return {name: match[0] for name, match in found.items() if match is not None}
 
 
-def _truth(record: Record, indexes: dict[str, int]) -> dict[str, list[Any]]:
+def _truth(record: ImageRecord, indexes: dict[str, int]) -> dict[str, list[Any]]:
     """Annotations of the asked classes, as a row of ``tables.ANNOTATIONS`` without the
     image.
     """
@@ -242,7 +242,7 @@ def _truth(record: Record, indexes: dict[str, int]) -> dict[str, list[Any]]:
 
 
 def _write(
-    context: Context,
+    context: Context[PipelineConfig],
     images: pa.Table,
     annotations: pa.Table,
     rejected: list[dict[str, str]],

@@ -1,71 +1,69 @@
 """Propagate: train a detector on labels as they are. CLIP's labels make the CLIP
-detector; the cloud's or the truth, the baselines.
+detector; the cloud's or the truth make the baselines.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from coin_ray.config import PipelineConfig, Propagate
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.runs.graph import baseline_training
-from coin_ray.runs.steps import Context
+from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.students import (
     CLIP_DETECTOR,
-    look_of,
     new_clip_detector,
     new_student,
+    select_forward,
 )
-from coin_ray.stages.common.teacher_outputs import (
+from coin_ray.stages.common.training_job import (
+    TrainingJob,
+    WeightFiles,
+    run_training_job,
+)
+from coin_ray.stages.common.training_labels import (
     LabelSource,
+    build_training_examples,
     count_labels,
-    labels_for,
-    training_examples,
+    open_training_labels,
 )
-from coin_ray.stages.common.training_job import Fit, fit
-from coin_ray.stages.common.validation import beside, looks
-from coin_ray.training.loop import Task
+from coin_ray.stages.common.validation import plan_validation, validate_during_training
+from coin_ray.training.loop import TrainingTask
 from coin_ray.training.propagate import Propagation
 
 WEIGHTS = "detector.pt"
+"""File of a detector's weights in the folder of the step that trained it."""
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> Metrics:
     """Write ``detector.pt`` and ``curve.json``."""
     config = context.config
-    source = context.options["labels"]
+    images_folder = context.inputs["images"]
+    source: LabelSource = context.options["labels"]
     propagate = config.propagate if source == "clip" else baseline_training(config)
-    examples = training_examples(
-        context.inputs["images"], *labels_for(source, context.inputs, config)
-    )
-    name = CLIP_DETECTOR if source == "clip" else context.name
-    watched = looks(
+    labels = open_training_labels(source, context.inputs, config)
+    examples = build_training_examples(images_folder, labels)
+    validation = plan_validation(
         config,
-        context.inputs["images"],
+        images_folder,
         context.folder,
-        name,
-        "detector",
-        propagate.fit,
+        name=CLIP_DETECTOR if source == "clip" else context.name,
+        state_key="detector",
+        training=propagate.fit,
     )
-    build, saved = (
-        partial(make, config, propagate, source),
-        (watched.leave if watched else None),
+    job = TrainingJob(
+        title=context.name,
+        build_task=partial(build_propagation, config, propagate, source),
+        export_weights=export_propagation,
+        examples=examples,
+        training=propagate.fit,
+        detector=config.detector,
+        seed=config.seed,
+        folder=context.folder,
+        on_checkpoint=validation.save_due_weights if validation else None,
     )
-    with beside(watched):
-        curve = fit(
-            Fit(
-                context.name,
-                build,
-                finish,
-                examples,
-                propagate.fit,
-                config.detector,
-                config.seed,
-                context.folder,
-                saved,
-            )
-        )
+    with validate_during_training(validation):
+        curve = run_training_job(job)
     return {
         "images": len(examples),
         "labels": count_labels(source, context.inputs, config),
@@ -73,18 +71,24 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def make(
+def build_propagation(
     config: PipelineConfig, propagate: Propagate, source: LabelSource
 ) -> Propagation:
-    """The CLIP detector is a Faster R-CNN; baselines have the student's network."""
+    """Return the training task: the CLIP detector is a Faster R-CNN, baselines have the
+    student's network.
+    """
     backbone = load_backbone(config)
-    new = new_clip_detector if source == "clip" else new_student
-    detector = new(backbone, config, seed=config.seed)
+    new_detector = new_clip_detector if source == "clip" else new_student
+    detector = new_detector(backbone, config, seed=config.seed)
     return Propagation(
-        detector, starting_embeddings(backbone, config), propagate, look_of(detector)
+        detector,
+        starting_embeddings(backbone, config),
+        propagate,
+        select_forward(detector),
     )
 
 
-def finish(task: Task) -> dict[str, Any]:
+def export_propagation(task: TrainingTask) -> WeightFiles:
+    """Return the trained detector's weights by file name."""
     assert isinstance(task, Propagation)
     return {WEIGHTS: task.detector.state_dict()}

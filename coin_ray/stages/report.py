@@ -15,24 +15,24 @@ import torch
 
 from coin_ray import storage
 from coin_ray.config import DemoScenes, PipelineConfig
-from coin_ray.config.files import to_yaml
 from coin_ray.config.presets import PRESETS, with_student
-from coin_ray.evaluation.operating import Tally, tally
+from coin_ray.config.yaml_files import to_yaml
+from coin_ray.evaluation.operating import ImageCounts, count_by_image
 from coin_ray.evaluation.voc import Floats
 from coin_ray.report.methods import METHODS
 from coin_ray.report.page import build_page
 from coin_ray.runs.steps import Context
-from coin_ray.runs.summary import summarise
+from coin_ray.runs.summary import build_summary
 from coin_ray.stages.common import validation
-from coin_ray.stages.common.teacher_outputs import image_rows, image_table
+from coin_ray.stages.common.image_tables import read_image_rows, read_images
 from coin_ray.stages.reporting import measurements as measures
-from coin_ray.stages.reporting.ckg_probabilities import fused_opinions
+from coin_ray.stages.reporting.ckg_probabilities import predict_ckg_probabilities
 from coin_ray.stages.reporting.pictures import gallery, seen
 
 FITS = ("propagate", "distill", "pseudo_label", "oracle")
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> dict[str, Any]:
     """Write ``report.html``; the metrics hold its figures."""
     config = context.config
     manifests = {
@@ -47,7 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     )
     truth = measures.held_out_truth(context)
     answers, students = measures.named_once(context), measures.students(context)
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, ImageCounts] = {}
     curves: dict[str, Floats] = {}
     if truth:
         verdicts, used = measures.judge_all(context, truth)
@@ -55,14 +55,14 @@ def run(context: Context) -> dict[str, Any]:
             "operating": measures.at_best_threshold(used)
         }
         tallies = {
-            n: tally(used[n], point["score"])
+            n: count_by_image(used[n], point["score"])
             for n, point in figures["operating"].items()
         }
-        fused = fused_opinions(
+        fused = predict_ckg_probabilities(
             context,
             [
                 i
-                for i in image_rows(context.inputs["images"], "test")
+                for i in read_image_rows(context.inputs["images"], "test")
                 if i["image_id"] in truth
             ],
             answers,
@@ -76,13 +76,13 @@ def run(context: Context) -> dict[str, Any]:
         figures["precision_recall"] = {
             name: measures.mean_curve(rows) for name, rows in curves.items()
         }
-    if searches := sweeps(context):
+    if searches := list_searches(context):
         figures["sweeps"] = searches
     pictures = gallery(
         context,
         seen(context, answers | students, figures.get("operating", {}), tallies),
     )
-    summary = summarise(
+    summary = build_summary(
         config, manifests | {"report": {"metrics": figures, "seconds": 0.0}}
     )
     per_class = {
@@ -106,7 +106,7 @@ def run(context: Context) -> dict[str, Any]:
     return figures | {"page": path, "bytes": len(page.encode())}
 
 
-def command(context: Context) -> str:
+def command(context: Context[PipelineConfig]) -> str:
     """A preset by its name where only the seed differs; anything else is in the config
     beside the steps.
     """
@@ -130,7 +130,7 @@ def command(context: Context) -> str:
     )
 
 
-def sweeps(context: Context) -> list[dict[str, Any]]:
+def list_searches(context: Context[PipelineConfig]) -> list[dict[str, Any]]:
     """Searches below the run's root that have a trial with the run's settings:
     ``name``, ``trial`` of ``trials``, ``link`` to their page.
     """
@@ -172,11 +172,11 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _kept(context: Context) -> dict[str, int]:
+def _kept(context: Context[PipelineConfig]) -> dict[str, int]:
     """The cloud's boxes on the training images: all of them, and those above the
     threshold of training.
     """
-    ids = image_table(context.inputs["images"], "train")["image_id"]
+    ids = read_images(context.inputs["images"], "train")["image_id"]
     boxes, used = 0, 0
     for rows in storage.stream_table(
         storage.join(context.inputs["collect"], "cloud.parquet"), ("image_id", "scores")
@@ -191,9 +191,9 @@ def _kept(context: Context) -> dict[str, int]:
     return {"boxes": boxes, "used": used}
 
 
-def _curves(context: Context) -> list[tuple[str, int, str, float]]:
+def _curves(context: Context[PipelineConfig]) -> list[tuple[str, int, str, float]]:
     rows = []
-    for name, file in product(FITS, ("curve.json", validation.CURVE)):
+    for name, file in product(FITS, ("curve.json", validation.VALIDATION_CURVE_FILE)):
         place = storage.join(context.inputs.get(name, ""), file)
         for point in (
             storage.read_json(place)

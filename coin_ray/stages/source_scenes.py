@@ -4,25 +4,25 @@ scenes of the drawings that the cloud knows.
 
 from __future__ import annotations
 
-from typing import Any
-
+from coin_ray.config import PipelineConfig
 from coin_ray.config.detector_training import SourceScenes
 from coin_ray.demo.drawings import load_drawings
 from coin_ray.demo.scenes import Artwork, Scene, compose
-from coin_ray.runs.steps import Context
+from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.images import write_scenes
 
 FIRST_SEEDS = {"train": 10_000_000, "val": 30_000_000, "test": 40_000_000}
 """The cloud's training counts on from the first; the target's seeds are above all."""
-OBJECTS = (2, 5)
+OBJECTS_PER_SCENE = (2, 5)
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> Metrics:
     """Write the tables that ``coin_ray.stages.images`` writes."""
     scenes: SourceScenes = context.options["scenes"]
-    artwork = Artwork.of([d for d in load_drawings() if d.known_to_cloud])
+    drawings = [drawing for drawing in load_drawings() if drawing.known_to_cloud]
+    artwork = Artwork.from_drawings(drawings)
 
-    def scene(split: str, index: int) -> Scene:
+    def compose_scene(split: str, index: int) -> Scene:
         cluttered = (
             split == "train" and index % scenes.cluttered == scenes.cluttered - 1
         )
@@ -30,9 +30,8 @@ def run(context: Context) -> dict[str, Any]:
             artwork,
             "target" if cluttered else "source",
             FIRST_SEEDS[split] + index,
-            OBJECTS,
+            OBJECTS_PER_SCENE,
         )
 
-    return write_scenes(
-        context, scene, {"train": scenes.train, "val": scenes.val, "test": scenes.test}
-    )
+    counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
+    return write_scenes(context, compose_scene, counts)

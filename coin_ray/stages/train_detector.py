@@ -2,69 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
-from coin_ray.config import Detector, TrainingConfig
+from coin_ray.config import Detector, PipelineConfig, TrainingConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.towers import build_backbone, pixel_statistics
 from coin_ray.models.co_detr.transformers_detr import CoTrained, load_fast, saved
-from coin_ray.predictors.co_detr import FILE, packed
-from coin_ray.predictors.transformers_folder import FOLDER
-from coin_ray.runs.steps import Context
-from coin_ray.stages.common.labelled_images import labelled, training_examples
-from coin_ray.stages.common.training_job import Fit, fit
-from coin_ray.training.loop import Task
-from coin_ray.training.supervised import Supervised
+from coin_ray.predictors.co_detr import CO_DETR_FILE, pack_co_detr
+from coin_ray.predictors.transformers_folder import TRANSFORMERS_FOLDER
+from coin_ray.runs.steps import Context, Metrics
+from coin_ray.stages.common.labelled_images import (
+    build_labelled_examples,
+    read_labelled_images,
+)
+from coin_ray.stages.common.training_job import (
+    TrainingJob,
+    WeightFiles,
+    run_training_job,
+)
+from coin_ray.training.loop import TrainingTask
+from coin_ray.training.supervised import SupervisedTraining
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context[PipelineConfig]) -> Metrics:
     """Write ``co_detr.pt``, or transformers' own files below ``network``; and
     ``curve.json``.
     """
-    config: DetectorConfig = context.options["detector"]
-    examples = training_examples(
-        labelled(context.inputs["images"], "train"), config.classes
+    config = context.config
+    images = read_labelled_images(context.inputs["images"], "train")
+    examples = build_labelled_examples(images, config.classes)
+    training = config.fit_over(len(examples))
+    steps_per_epoch = max(1, len(examples) // training.batch)
+    job = TrainingJob(
+        title=context.name,
+        build_task=partial(build_supervised_task, config, training, steps_per_epoch),
+        export_weights=partial(export_detector, config),
+        examples=examples,
+        training=training,
+        detector=Detector(short_side=config.short_side, long_side=config.long_side),
+        seed=config.seed,
+        folder=context.folder,
     )
-    optimize = config.fit_over(len(examples))
-    epoch = max(1, len(examples) // optimize.batch)
-    views = Detector(short_side=config.short_side, long_side=config.long_side)
-    work = Fit(
-        context.name,
-        partial(make, config, optimize, epoch),
-        partial(finish, config),
-        examples,
-        optimize,
-        views,
-        config.seed,
-        context.folder,
-    )
-    curve = fit(work)
-    boxes = sum(len(e.knowledge["labels"]) for e in examples)
+    curve = run_training_job(job)
+    boxes = sum(len(example.detections["labels"]) for example in examples)
     return {
         "images": len(examples),
         "boxes": boxes,
-        "steps": optimize.steps,
+        "steps": training.steps,
         "last": curve[-1],
     }
 
 
-def make(config: DetectorConfig, optimize: TrainingConfig, epoch: int) -> Supervised:
-    return Supervised(
-        new_model(config) if config.model == "co-detr" else new_fast(config),
-        config,
-        optimize,
-        epoch,
-    )
+def build_supervised_task(
+    config: DetectorConfig, training: TrainingConfig, epoch: int
+) -> SupervisedTraining:
+    """Return the training task of a new detector; ``epoch``: its steps."""
+    if config.model == "co-detr":
+        return SupervisedTraining(new_co_detr(config), config, training, epoch)
+    return SupervisedTraining(new_transformers_detr(config), config, training, epoch)
 
 
-def new_model(config: DetectorConfig) -> CollaborativeDetr:
-    """With the backbone's first weights; the rest is drawn by the seed, and the shipped
-    part is the same whatever the auxiliary heads are.
+def new_co_detr(config: DetectorConfig) -> CollaborativeDetr:
+    """Return a Co-DETR with the backbone's first weights. The rest is drawn from the
+    seed; the base is the same whatever the auxiliary heads are.
     """
     torch.manual_seed(config.seed)
     mean, std = pixel_statistics(config.backbone)
@@ -77,25 +80,23 @@ def new_model(config: DetectorConfig) -> CollaborativeDetr:
     )
 
 
-def new_fast(config: DetectorConfig) -> CoTrained:
-    """RT-DETRv2 or D-FINE with their weights; what fits no longer, and the head beside
-    them, is drawn by the seed.
+def new_transformers_detr(config: DetectorConfig) -> CoTrained:
+    """Return an RT-DETRv2 or D-FINE with its weights. Layers whose shape depends on the
+    classes, and the auxiliary head, are drawn from the seed.
     """
     torch.manual_seed(config.seed)
-    return CoTrained(
-        load_fast(
-            config.network, config.model, config.classes, config.co_detr.detections
-        ),
-        config.co_detr,
+    detector = load_fast(
+        config.network, config.model, config.classes, config.co_detr.detections
     )
+    return CoTrained(detector, config.co_detr)
 
 
-def finish(
-    config: DetectorConfig, task: Task
-) -> Mapping[str, Mapping[str, Any] | bytes]:
-    assert isinstance(task, Supervised)
+def export_detector(config: DetectorConfig, task: TrainingTask) -> WeightFiles:
+    """Return the files of the trained detector by name."""
+    assert isinstance(task, SupervisedTraining)
     if isinstance(task.shipped, CoTrained):
+        files = saved(task.shipped.base)
         return {
-            f"{FOLDER}/{name}": data for name, data in saved(task.shipped.base).items()
+            f"{TRANSFORMERS_FOLDER}/{name}": content for name, content in files.items()
         }
-    return {FILE: packed(task.shipped, config)}
+    return {CO_DETR_FILE: pack_co_detr(task.shipped, config)}

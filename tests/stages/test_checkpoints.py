@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from coin_ray import storage
-from coin_ray.stages.common.progress import Bar
-from coin_ray.stages.common.training_job import STATE, FolderHost, load_state
-from coin_ray.stages.common.watchdog import Watch
+from coin_ray.stages.common.progress import ProgressBar
+from coin_ray.stages.common.training_job import CHECKPOINT_FILE, FolderCheckpointHost, load_checkpoint
+from coin_ray.stages.common.watchdog import Watchdog
 
 SECONDS = 30.0
 
@@ -44,8 +44,8 @@ def test_training_goes_on_while_a_state_is_sent(
         write(uri, data)
 
     monkeypatch.setattr(storage, "write_bytes", slow)
-    with Watch("a fit", 0) as watch, ThreadPoolExecutor(1) as writer:
-        host = FolderHost(str(tmp_path), Bar("a fit", 10), nothing, watch, writer)
+    with Watchdog("a fit", 0) as watch, ThreadPoolExecutor(1) as writer:
+        host = FolderCheckpointHost(str(tmp_path), ProgressBar("a fit", 10), nothing, watch, writer)
         first = state(1)
         host.report(0, {}, first)
         first["task"]["weights"].zero_()
@@ -54,7 +54,7 @@ def test_training_goes_on_while_a_state_is_sent(
         assert not sent
         release.set()
         host.settle()
-        assert load_state(str(tmp_path / STATE))["task"][
+        assert load_checkpoint(str(tmp_path / CHECKPOINT_FILE))["task"][
             "weights"
         ].unique().tolist() == [1.0]
         host.report(3, {}, state(4))
@@ -72,8 +72,8 @@ def test_a_state_that_cannot_be_kept_ends_the_fit_at_the_next(
     def full(uri: str, data: bytes) -> None:
         raise OSError(28, "No space left on device", uri)
 
-    with Watch("a fit", 0) as watch, ThreadPoolExecutor(1) as writer:
-        host = FolderHost(str(tmp_path), Bar("a fit", 10), nothing, watch, writer)
+    with Watchdog("a fit", 0) as watch, ThreadPoolExecutor(1) as writer:
+        host = FolderCheckpointHost(str(tmp_path), ProgressBar("a fit", 10), nothing, watch, writer)
         host.report(0, {}, state(1))
         host.settle()
         monkeypatch.setattr(storage, "write_bytes", full)

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from coin_ray import storage, tables
-from coin_ray.cloud.client import Answer
+from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.probabilities import fuse_duplicates, to_detections
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.runs.steps import Context
 from coin_ray.stages.collect import LabelerActor, _compile
-from coin_ray.stages.collecting.cloud_actor import RAW, _raw_row
-from coin_ray.stages.collecting.parts import PART, Parts
+from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, _raw_row
+from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts
 
 CLASSES = ("car", "bus", "dog")
 LEFT, RIGHT = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0]
@@ -59,8 +59,8 @@ def collected(
     parts = storage.join(str(tmp_path), "collect", "parts")
     actor = LabelerActor(used, parts)
     for image_id, one in answers.items():
-        actor(pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=RAW))
-    assert set(Parts(parts).answered.to_pylist()) == {
+        actor(pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=ANSWER_SCHEMA))
+    assert set(CollectedParts(parts).answered.to_pylist()) == {
         i for i, a in answers.items() if a.raw is not None
     }
     context = Context(
@@ -144,7 +144,7 @@ def test_class_scores_become_what_they_always_became(tmp_path: Path) -> None:
     expected = fuse_duplicates(
         to_detections(scored.raw, "background"), used.collect.fuse_iou
     )
-    read = tables.read_detections(
+    read = tables.detections_by_image(
         pa.Table.from_pylist([row], schema=tables.DETECTIONS), len(CLASSES)
     )["a"]
     assert all(
@@ -155,7 +155,7 @@ def test_class_scores_become_what_they_always_became(tmp_path: Path) -> None:
 
 def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     parts = storage.join(str(tmp_path), "collect", "parts")
-    old = pa.schema([f for f in PART if f.name not in ("prob_source", "score_kind")])
+    old = pa.schema([f for f in PART_SCHEMA if f.name not in ("prob_source", "score_kind")])
     row = {
         "image_id": "old",
         "boxes": [LEFT],
@@ -180,7 +180,7 @@ def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     actor = LabelerActor(used, parts)
     actor(
         pa.Table.from_pylist(
-            [_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))], schema=RAW
+            [_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))], schema=ANSWER_SCHEMA
         )
     )
     context = Context(
@@ -189,4 +189,4 @@ def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     _compile(context, pa.array(["old", "new"]))
     rows = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert rows["prob_source"].to_pylist() == [None, ["label_prior"]]
-    assert set(tables.read_detections(rows, len(CLASSES))) == {"old", "new"}
+    assert set(tables.detections_by_image(rows, len(CLASSES))) == {"old", "new"}

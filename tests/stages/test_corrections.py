@@ -22,25 +22,27 @@ from PIL import Image
 from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
 from coin_ray.config.presets import PRESETS
-from coin_ray.data.examples import batches
-from coin_ray.data.formats import Annotation, Record, write
-from coin_ray.data.order import Order
+from coin_ray.data.examples import iterate_batches
+from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
+from coin_ray.data.order import BatchOrder
 from coin_ray.data.review import cvat, fiftyone, label_studio
-from coin_ray.data.review.corrections import content
-from coin_ray.data.review.record import Box, Review
+from coin_ray.data.review.corrections import reviews_digest
+from coin_ray.data.review.record import ReviewedBox, Review
 from coin_ray.errors import InputError
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 from coin_ray.runs.steps import Context
 from coin_ray.stages import corrections, separate
 from coin_ray.stages.common.teacher_outputs import (
-    OPINIONS,
-    collected,
-    corrected,
-    fused_opinions,
-    labels_for,
-    opinions,
-    training_examples,
-    with_corrections,
+    TEACHER_OUTPUTS,
+    fuse_teacher_labels,
+    make_teacher_lookup,
+    open_collected,
+    open_corrections,
+)
+from coin_ray.stages.common.training_labels import (
+    add_corrections,
+    build_training_examples,
+    open_training_labels,
 )
 from coin_ray.stages.reporting import measurements as measures
 from coin_ray.structures import Detections
@@ -56,9 +58,9 @@ SPLITS = {
     "held": "test",
 }
 PERSON = {
-    "both": [Box(OTHER, "Traffic-Lights")],
+    "both": [ReviewedBox(OTHER, "Traffic-Lights")],
     "none": [],
-    "failed": [Box(BOX, "cat"), Box(OTHER, "bird")],
+    "failed": [ReviewedBox(BOX, "cat"), ReviewedBox(OTHER, "bird")],
 }
 LABELS = {"both": [1], "none": [], "failed": [0, 2]}
 
@@ -76,7 +78,7 @@ def image_id(folder: Path, name: str) -> str:
     return hashlib.sha256(picture(folder / "in", name).read_bytes()).hexdigest()
 
 
-def review(folder: Path, name: str, boxes: list[Box], **changes: Any) -> Review:
+def review(folder: Path, name: str, boxes: list[ReviewedBox], **changes: Any) -> Review:
     found = Review(
         image_id(folder, name),
         str(folder / "in" / f"{name}.png"),
@@ -120,22 +122,22 @@ def context(folder: Path, place: str, **changes: Any) -> Context:
 
 
 def label_studio_file(found: list[Review], folder: Path) -> str:
-    label_studio.write(found, str(folder), CLASSES)
+    label_studio.write_label_studio(found, str(folder), CLASSES)
     return str(folder / "tasks.json")
 
 
 def cvat_file(found: list[Review], folder: Path) -> str:
-    cvat.write(found, str(folder), CLASSES)
+    cvat.write_cvat(found, str(folder), CLASSES)
     return str(folder / "annotations.xml")
 
 
 def fiftyone_folder(found: list[Review], folder: Path) -> str:
-    fiftyone.write(found, str(folder))
+    fiftyone.write_fiftyone(found, str(folder))
     return str(folder)
 
 
 def data_set(found: list[Review], folder: Path) -> str:
-    write([r.record() for r in found], str(folder), "voc", split="done")
+    write_dataset([r.record() for r in found], str(folder), "voc", split="done")
     return f"{folder}#done"
 
 
@@ -155,7 +157,7 @@ def test_every_form_gives_the_same_certain_labels(form: str, tmp_path: Path) -> 
     )
     c = context(tmp_path, place)
     assert corrections.run(c) == {"images": 3, "boxes": 3, "empty": 1}
-    found = corrected(c.inputs, c.config)
+    found = open_corrections(c.inputs, c.config)
     for name, labels in LABELS.items():
         person = found[image_id(tmp_path, name)]
         assert person.labels.tolist() == labels
@@ -172,12 +174,12 @@ def test_every_form_gives_the_same_certain_labels(form: str, tmp_path: Path) -> 
 
 def test_what_no_one_has_reviewed_is_left_to_the_teachers(tmp_path: Path) -> None:
     found = [
-        review(tmp_path, "both", [Box(BOX, "cat")]),
-        review(tmp_path, "free", [Box(BOX, "cat")], reviewed=False),
+        review(tmp_path, "both", [ReviewedBox(BOX, "cat")]),
+        review(tmp_path, "free", [ReviewedBox(BOX, "cat")], reviewed=False),
     ]
     c = context(tmp_path, cvat_file(found, tmp_path / "out"))
     assert corrections.run(c)["images"] == 1
-    assert list(corrected(c.inputs, c.config)) == [image_id(tmp_path, "both")]
+    assert list(open_corrections(c.inputs, c.config)) == [image_id(tmp_path, "both")]
 
 
 def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out(
@@ -187,14 +189,14 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
         Annotation((-0.5, 0, 64.8, 48.2), "cat"),
         Annotation(BOX, "bird", difficult=True),
     ]
-    write(
-        [Record.of("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)],
+    write_dataset(
+        [ImageRecord.of("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)],
         str(tmp_path / "voc"),
         "voc",
     )
     c = context(tmp_path, str(tmp_path / "voc"))
     corrections.run(c)
-    [person] = corrected(c.inputs, c.config).values()
+    [person] = open_corrections(c.inputs, c.config).values()
     assert person.boxes.tolist() == [[0, 0, 64, 48]]
 
 
@@ -206,22 +208,22 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
             r"both\.png is no image of this run: expected one of its training images",
         ),
         (
-            {"boxes": (Box(BOX, "dog"),)},
+            {"boxes": (ReviewedBox(BOX, "dog"),)},
             "both.png has a 'dog', which is no class of this run",
         ),
         (
-            {"boxes": (Box((4, 4, 66, 28), "cat"),)},
+            {"boxes": (ReviewedBox((4, 4, 66, 28), "cat"),)},
             (
                 r"the box cat \[4\.0, 4\.0, 66\.0, 28\.0\] is not inside the image of"
                 r" 64 x 48"
             ),
         ),
         (
-            {"boxes": (Box((-3, 4, 6, 28), "cat"),)},
+            {"boxes": (ReviewedBox((-3, 4, 6, 28), "cat"),)},
             "is not inside the image of 64 x 48",
         ),
-        ({"boxes": (Box((4, 4, 4, 28), "cat"),)}, "has no area"),
-        ({"boxes": (Box((4, 28, 9, 4), "cat"),)}, "has no area"),
+        ({"boxes": (ReviewedBox((4, 4, 4, 28), "cat"),)}, "has no area"),
+        ({"boxes": (ReviewedBox((4, 28, 9, 4), "cat"),)}, "has no area"),
         ({"width": 63}, "both.png is 64 x 48, its corrections are for 63 x 48"),
         ({"reviewed": False}, "no image in it is marked as reviewed"),
     ],
@@ -230,7 +232,7 @@ def test_bad_corrections_are_an_error_that_names_the_image(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     place = label_studio_file(
-        [replace(review(tmp_path, "both", [Box(BOX, "cat")]), **changes)],
+        [replace(review(tmp_path, "both", [ReviewedBox(BOX, "cat")]), **changes)],
         tmp_path / "out",
     )
     with pytest.raises(InputError, match=f"corrections .*tasks.json: .*{message}"):
@@ -241,7 +243,7 @@ def test_bad_corrections_are_an_error_that_names_the_image(
 def test_later_rounds_are_further_files(tmp_path: Path) -> None:
     c = context(
         tmp_path,
-        cvat_file([review(tmp_path, "both", [Box(BOX, "cat")])], tmp_path / "one"),
+        cvat_file([review(tmp_path, "both", [ReviewedBox(BOX, "cat")])], tmp_path / "one"),
     )
     second = label_studio_file([review(tmp_path, "none", [])], tmp_path / "two")
     c = replace(
@@ -261,7 +263,7 @@ def test_all_faults_are_told_at_once_up_to_a_few(tmp_path: Path) -> None:
         review(tmp_path, "both", []),
         review(tmp_path, "both", []),
     ]
-    found.append(review(tmp_path, "none", [Box(BOX, f"x{n}") for n in range(9)]))
+    found.append(review(tmp_path, "none", [ReviewedBox(BOX, f"x{n}") for n in range(9)]))
     with pytest.raises(
         InputError,
         match=(
@@ -343,14 +345,14 @@ def test_propagation_learns_what_people_say(
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, cloud, cloud)
     config = replace(config, collect=replace(config.collect, labeler=labeler))
-    examples = training_examples(
-        str(folder), *labels_for(source, reviewed.inputs, config)
+    examples = build_training_examples(
+        str(folder), *open_training_labels(source, reviewed.inputs, config)
     )
     examples = pickle.loads(pickle.dumps(examples))
     assert [Path(e.uri).stem for e in examples] == ["both", "none", "failed", "free"]
-    person = corrected(reviewed.inputs, config)
+    person = open_corrections(reviewed.inputs, config)
     for e in examples:
-        known = e.knowledge["labels"]
+        known = e.detections["labels"]
         assert e.reviewed == (e.image_id in person)
         if e.reviewed:
             assert torch.equal(known.boxes, person[e.image_id].boxes)
@@ -366,23 +368,23 @@ def test_distillation_is_told_what_people_say_by_all_teachers(
 ) -> None:
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, cloud, cloud, clip)
-    answered = collected(str(folder), "cloud", config)
+    answered = open_collected(str(folder), "cloud", config)
     know = opinions(
         answered,
         tables.open_detections(str(folder / "clip_detector.parquet"), 3),
         str(folder),
         config,
     )
-    person = corrected(reviewed.inputs, config)
-    examples = training_examples(
-        str(folder), *with_corrections(answered.ids, know, OPINIONS, person)
+    person = open_corrections(reviewed.inputs, config)
+    examples = build_training_examples(
+        str(folder), *add_corrections(answered.ids, know, TEACHER_OUTPUTS, person)
     )
     assert [e.reviewed for e in examples] == [True, True, True, False]
     for e in list(examples)[:3]:
-        assert set(e.knowledge) == set(OPINIONS)
+        assert set(e.detections) == set(TEACHER_OUTPUTS)
         assert all(
             torch.equal(found.boxes, person[e.image_id].boxes)
-            for found in e.knowledge.values()
+            for found in e.detections.values()
         )
 
 
@@ -398,8 +400,8 @@ def test_students_are_judged_by_what_people_say_else_by_both_teachers(
         reviewed.config, collect=replace(reviewed.config.collect, labeler=labeler)
     )
     ids = {name: image_id(Path(reviewed.root), name) for name in SPLITS}
-    found = fused_opinions(ids.values(), reviewed.inputs, config)
-    answered = set(collected(reviewed.root, "cloud", config))
+    found = fuse_teacher_labels(ids.values(), reviewed.inputs, config)
+    answered = set(open_collected(reviewed.root, "cloud", config))
     assert set(found) == {
         i for name, i in ids.items() if name in PERSON or i in answered
     }
@@ -419,10 +421,10 @@ def test_students_are_judged_by_what_people_say_else_by_both_teachers(
 def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> None:
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
-    examples = training_examples(
-        str(folder), *labels_for("clip", reviewed.inputs, config)
+    examples = build_training_examples(
+        str(folder), *open_training_labels("clip", reviewed.inputs, config)
     )
-    (batch,) = batches(
+    (batch,) = iterate_batches(
         examples,
         replace(config.distill.fit, steps=1, batch=4),
         config.detector,
@@ -432,7 +434,7 @@ def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> No
         workers=1,
     )
     assert batch.reviewed == [
-        examples[row].reviewed for row in Order(4, 4, 0, None).rows_of_step(0)
+        examples[row].reviewed for row in BatchOrder(4, 4, 0, None).rows_of_step(0)
     ]
     assert sorted(batch.reviewed) == [False, True, True, True]
 
@@ -487,7 +489,7 @@ LATER = {
 def fingerprints(*places: str) -> dict[str, str]:
     return {
         name: step.fingerprint
-        for name, step in graph(
+        for name, step in build_steps(
             replace(PRESETS["demo"](), corrections=places), baselines=True
         ).items()
     }
@@ -521,9 +523,9 @@ def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(
     tmp_path: Path,
 ) -> None:
     place = tmp_path / "voc"
-    write(
+    write_dataset(
         [
-            Record.of(
+            ImageRecord.of(
                 "a.png", str(picture(tmp_path, "a")), (64, 48), [Annotation(BOX, "cat")]
             )
         ],
@@ -531,22 +533,22 @@ def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(
         "voc",
         split="done",
     )
-    before = content(str(place))
-    assert before != content(f"{place}#done")
+    before = reviews_digest(str(place))
+    assert before != reviews_digest(f"{place}#done")
     label = place / "Annotations" / "a.xml"
     label.write_text(label.read_text().replace("cat", "dog"))
-    changed = content(str(place))
+    changed = reviews_digest(str(place))
     (place / "JPEGImages" / "a.png").write_bytes(b"x")
-    assert len({before, changed, content(str(place))}) == 3
+    assert len({before, changed, reviews_digest(str(place))}) == 3
     assert (
-        content(str(tmp_path / "nowhere"))
-        == content(str(tmp_path / "nowhere.json"))
+        reviews_digest(str(tmp_path / "nowhere"))
+        == reviews_digest(str(tmp_path / "nowhere.json"))
         == ""
     )
 
 
 def test_the_files_that_tools_write_are_json(tmp_path: Path) -> None:
-    found = [review(tmp_path, "both", [Box(BOX, "cat", "private", "cat 0.50")])]
+    found = [review(tmp_path, "both", [ReviewedBox(BOX, "cat", "private", "cat 0.50")])]
     assert (
         json.loads(
             (tmp_path / "in")

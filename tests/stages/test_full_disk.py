@@ -17,8 +17,8 @@ from coin_ray import storage
 from coin_ray.commands.arguments import reported
 from coin_ray.errors import TrainingError
 from coin_ray.stages.common import training_job as fitting
-from coin_ray.stages.common.cluster import full_disk
-from coin_ray.stages.common.training_job import Fit, train
+from coin_ray.stages.common.cluster import raise_if_disk_full
+from coin_ray.stages.common.training_job import TrainingJob, train
 from coin_ray.stages.propagate import finish
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -48,7 +48,7 @@ def test_a_training_that_finds_no_room_goes_on_to_the_same_weights(
     """Writes: the states of steps 3 and 6, the weights, the curve."""
     fit = tiny_fit()
     work = partial(
-        Fit,
+        TrainingJob,
         "propagate",
         partial(propagation, fit),
         finish,
@@ -83,7 +83,7 @@ def test_a_worker_s_full_disk_is_told_as_this_machine_s(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def work() -> None:
-        full_disk(
+        raise_if_disk_full(
             "ray::_Inner.train() ... OSError: [Errno 28] No space left on device:"
             " '/root/steps/x'",
             "/root/steps",
@@ -94,7 +94,7 @@ def test_a_worker_s_full_disk_is_told_as_this_machine_s(
         "no space left on the device: /root/steps. Free some; the same command goes on"
         in capsys.readouterr().err
     )
-    full_disk("another error", "/root")
+    raise_if_disk_full("another error", "/root")
 
 
 class Trainer:
@@ -147,7 +147,7 @@ def test_lost_workers_end_a_fit_only_where_it_does_not_get_on(
     monkeypatch.setattr(fitting, "ensure_ray", lambda: None)
     monkeypatch.setattr(fitting, "_scaling", lambda optimize: None)
     Trainer.outcomes, Trainer.place = list(outcomes), str(tmp_path / fitting.STATE)
-    work = Fit(
+    work = TrainingJob(
         "propagate",
         partial(propagation, tiny_fit()),
         finish,

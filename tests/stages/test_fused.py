@@ -16,9 +16,9 @@ from coin_ray.runs.steps import Context
 from coin_ray.stages.common.training_job import save_weights
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.reporting.ckg_probabilities import (
-    CKG,
-    fused_opinions,
-    trained_fusion,
+    CKG_FILE,
+    predict_ckg_probabilities,
+    combine_fusion_modules,
 )
 from tests.builders import detections
 
@@ -54,17 +54,17 @@ def test_the_kept_fusion_speaks_of_the_clouds_boxes_above_the_threshold(
         {"image_id": "a", "uri": str(tmp_path / "a.png")},
         {"image_id": "not asked", "uri": ""},
     ]
-    assert fused_opinions(context, images, answers) == {}  # a run that kept no fusion
+    assert predict_ckg_probabilities(context, images, answers) == {}  # a run that kept no fusion
 
     save_weights(
-        str(tmp_path / CKG),
-        trained_fusion(
+        str(tmp_path / CKG_FILE),
+        combine_fusion_modules(
             ckg, Prototypes(embeddings), Prototypes(embeddings)
         ).state_dict(),
     )
-    found = fused_opinions(context, images, answers)
+    found = predict_ckg_probabilities(context, images, answers)
     assert set(found) == {"a"}
     assert found["a"].shape == (2, len(CONFIG.classes) + 1)
     torch.testing.assert_close(found["a"].sum(1), torch.ones(2))
     other = replace(CONFIG, distill=replace(CONFIG.distill, fusion="average"))
-    assert fused_opinions(replace(context, config=other), images, answers) == {}
+    assert predict_ckg_probabilities(replace(context, config=other), images, answers) == {}

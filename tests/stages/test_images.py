@@ -13,7 +13,7 @@ from PIL import Image
 
 from coin_ray import storage
 from coin_ray.config import Cloud, Folder, PipelineConfig
-from coin_ray.data.formats import Annotation, Record, write
+from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
 from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context
 from coin_ray.stages import collect, images
@@ -184,14 +184,14 @@ def labelled(
     annotated: bool = True,
 ) -> None:
     picture(folder / f"{split}.jpg")
-    record = Record.of(
+    record = ImageRecord.of(
         f"{split}.jpg",
         str(folder / f"{split}.jpg"),
         (40, 30),
         boxes if annotated else (),
         annotated,
     )
-    write(
+    write_dataset(
         [record], str(place), form, split=split, names=sorted({b.label for b in boxes})
     )
 
@@ -250,7 +250,7 @@ def test_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
         "val.jpg",
         "test.jpg",
     ]
-    assert images.image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
+    assert images.list_image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
 
 
 def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:

@@ -12,17 +12,17 @@ from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context
 from coin_ray.stages import source_scenes
 from coin_ray.stages.common.labelled_images import (
-    Labelled,
-    held_out,
-    labelled,
-    training_examples,
+    LabelledImages,
+    is_validation_image,
+    read_labelled_images,
+    build_labelled_examples,
 )
 from coin_ray.tables import Truth
 
 Row = tuple[float, float, float, float, int]
 
 
-def found(*images: list[Row], difficult: tuple[int, ...] = ()) -> Labelled:
+def found(*images: list[Row], difficult: tuple[int, ...] = ()) -> LabelledImages:
     rows, truth = [], {}
     for number, boxes in enumerate(images):
         name = f"{number:08x}"
@@ -43,11 +43,11 @@ def found(*images: list[Row], difficult: tuple[int, ...] = ()) -> Labelled:
             torch.tensor([b[4] for b in boxes]).long(),
             marks,
         )
-    return Labelled(rows, truth)
+    return LabelledImages(rows, truth)
 
 
 def test_difficult_boxes_are_ignored_and_empty_images_kept() -> None:
-    examples = training_examples(
+    examples = build_labelled_examples(
         found(
             [(1, 1, 9, 9, 0), (20, 20, 40, 40, 1), (50, 50, 60, 60, 1)],
             [],
@@ -55,9 +55,9 @@ def test_difficult_boxes_are_ignored_and_empty_images_kept() -> None:
         ),
         ("cat", "dog"),
     )
-    assert [len(e.knowledge["labels"]) for e in examples] == [2, 0]
-    assert examples[0].knowledge["ignored"].boxes.tolist() == [[20, 20, 40, 40]]
-    assert examples[0].knowledge["labels"].scores.tolist() == [1, 1]
+    assert [len(e.detections["labels"]) for e in examples] == [2, 0]
+    assert examples[0].detections["ignored"].boxes.tolist() == [[20, 20, 40, 40]]
+    assert examples[0].detections["labels"].scores.tolist() == [1, 1]
 
 
 def test_boxes_are_cut_at_the_border_and_those_without_an_area_inside_are_left_out_and_told(
@@ -70,8 +70,8 @@ def test_boxes_are_cut_at_the_border_and_those_without_an_area_inside_are_left_o
         (5, 5, 6, 6, 0),
     ]
     with caplog.at_level(logging.WARNING):
-        (example,) = training_examples(found(boxes), ("cat",))
-    assert example.knowledge["labels"].boxes.tolist() == [[0, 0, 100, 80], [5, 5, 6, 6]]
+        (example,) = build_labelled_examples(found(boxes), ("cat",))
+    assert example.detections["labels"].boxes.tolist() == [[0, 0, 100, 80], [5, 5, 6, 6]]
     assert (
         "2 boxes have no area inside their image and are left out, the first one"
         " /data/00000000.png: [10.0, 10.0, 10.0, 30.0]" in caplog.text
@@ -86,9 +86,9 @@ def test_classes_without_a_box_and_images_without_labels_are_told() -> None:
             r" boxes\)"
         ),
     ):
-        training_examples(found([(1, 1, 9, 9, 0)]), ("cat", "dog", "bus"))
+        build_labelled_examples(found([(1, 1, 9, 9, 0)]), ("cat", "dog", "bus"))
     with pytest.raises(InputError, match="no training image has annotations"):
-        training_examples(found(), ("cat",))
+        build_labelled_examples(found(), ("cat",))
 
 
 def context(place: Path, scenes: SourceScenes) -> Context:
@@ -110,7 +110,7 @@ def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(
     }
     assert len(digests) == 1
     parts = {
-        split: labelled(str(folders[0]), split) for split in ("train", "val", "test")
+        split: read_labelled_images(str(folders[0]), split) for split in ("train", "val", "test")
     }
     assert {split: len(part.rows) for split, part in parts.items()} == {
         "train": 14,
@@ -126,8 +126,8 @@ def test_without_val_images_a_tenth_of_the_training_images_is_held_out(
     tmp_path: Path,
 ) -> None:
     source_scenes.run(context(tmp_path, SourceScenes(train=60, val=0)))
-    train, val = (labelled(str(tmp_path), split) for split in ("train", "val"))
+    train, val = (read_labelled_images(str(tmp_path), split) for split in ("train", "val"))
     assert len(train.rows) + len(val.rows) == 60
     assert 0 < len(val.rows) < 20
-    assert all(held_out(str(row["image_id"])) for row in val.rows)
-    assert not labelled(str(tmp_path), "test").rows
+    assert all(is_validation_image(str(row["image_id"])) for row in val.rows)
+    assert not read_labelled_images(str(tmp_path), "test").rows

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from coin_ray import storage, tables
 from coin_ray.errors import StepError
 from coin_ray.stages.collecting import parts as merging
-from coin_ray.stages.collecting.parts import PART, Parts, merge
+from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts, merge_parts
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 
@@ -25,7 +25,7 @@ CLASSES = 3
 OLD = pa.schema(
     [
         field
-        for field in PART
+        for field in PART_SCHEMA
         if field.name not in ("prob_source", "score_kind", "teachers")
     ]
 )
@@ -116,7 +116,7 @@ def write_parts(
     """Parts of so many rows, the first one of an older version; returns the rows as
     they are read again."""
     for number, start in enumerate(range(0, len(rows), size)):
-        schema = OLD if old and not start else PART
+        schema = OLD if old and not start else PART_SCHEMA
         some = [
             {name: row[name] for name in schema.names}
             for row in rows[start : start + size]
@@ -174,8 +174,8 @@ def test_the_tables_are_those_of_all_rows_at_once(
     order = sorted({row["image_id"] for row in rows}, key=lambda _: random.random())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "BLOCK", 4)
-        found = merge(
-            Parts(str(place / "second"), str(place / "first")),
+        found = merge_parts(
+            CollectedParts(str(place / "second"), str(place / "first")),
             pa.array(order, pa.string()),
             str(place),
             CLASSES,
@@ -213,7 +213,7 @@ def test_of_an_image_the_first_answer_counts_and_of_failures_the_last(
         [part_row(image, status, 0, n) for n, (image, status) in enumerate(rows)],
         2,
     )
-    parts = Parts(str(tmp_path))
+    parts = CollectedParts(str(tmp_path))
     assert parts.counting(pa.array(["c", "b", "a"])).tolist() == [6, 5, 2]
     assert parts.images.to_pylist() == ["a", "b", "c"]
     assert parts.answered.to_pylist() == ["a", "a", "c"]
@@ -224,7 +224,7 @@ def test_an_image_without_a_row_is_told(tmp_path: Path) -> None:
     with pytest.raises(
         StepError, match="2 images have no answer, the first lost: run again"
     ):
-        Parts(str(tmp_path)).counting(pa.array(["a", "lost", "other"]))
+        CollectedParts(str(tmp_path)).counting(pa.array(["a", "lost", "other"]))
 
 
 def test_only_the_parts_of_one_block_are_in_memory_at_once(
@@ -235,7 +235,7 @@ def test_only_the_parts_of_one_block_are_in_memory_at_once(
     write_parts(
         tmp_path, [part_row(image, "ok", 2, n) for n, image in enumerate(images)], 3
     )
-    read, held = storage.read_parts, list[int]()
+    read, held = storage.read_tables, list[int]()
 
     def watched(
         uris: Sequence[str], columns: Sequence[str] | None = None
@@ -246,8 +246,8 @@ def test_only_the_parts_of_one_block_are_in_memory_at_once(
             assert set(columns) == {"image_id", "status", "calls", "cost_usd"}
         return read(uris, columns)
 
-    monkeypatch.setattr(storage, "read_parts", watched)
+    monkeypatch.setattr(storage, "read_tables", watched)
     monkeypatch.setattr(merging, "BLOCK", 12)
-    merge(Parts(str(tmp_path)), pa.array(images), str(tmp_path / "out"), None)
+    merge_parts(CollectedParts(str(tmp_path)), pa.array(images), str(tmp_path / "out"), None)
     assert held == [4] * 5
     assert not (tmp_path / "out" / "clip_labels.parquet").exists()

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from coin_ray import storage
-from coin_ray.stages.common.watchdog import STALLED
+from coin_ray.stages.common.watchdog import STALLED_EXIT_CODE
 
 LABELER = """
 import os, sys, time
 from dataclasses import replace
 import numpy as np
 import pyarrow as pa
-from coin_ray.cloud.client import Answer
+from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.config.presets import folder
-from coin_ray.stages.collecting.cloud_actor import RAW, _raw_row
+from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, _raw_row
 from coin_ray.stages.collect import LabelerActor
 
 class Poisoned(LabelerActor):
@@ -36,13 +36,13 @@ rows = [_raw_row(name, b"", box) for name in ("a", "poison", "b")]
 for _ in range(4):  # a process each, that need not load the libraries anew
     labeler = os.fork()
     if not labeler:
-        Poisoned(used, sys.argv[1])(pa.Table.from_pylist(rows, schema=RAW))
+        Poisoned(used, sys.argv[1])(pa.Table.from_pylist(rows, schema=ANSWER_SCHEMA))
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(labeler, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize(("fault", "code"), [("crash", 9), ("hang", STALLED)])
+@pytest.mark.parametrize(("fault", "code"), [("crash", 9), ("hang", STALLED_EXIT_CODE)])
 def test_an_image_that_costs_labelers_is_given_up_after_three_and_the_others_are_kept(
     tmp_path: Path, fault: str, code: int
 ) -> None:

@@ -32,7 +32,7 @@ def test_predictions_stand_in_the_images_order_whichever_came_first(
     order: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = [block("c", "a"), block("b"), block("e", "d")]
-    monkeypatch.setattr(predicting, "_here", lambda *_: (blocks[n] for n in order))
+    monkeypatch.setattr(predicting, "_predict_in_process", lambda *_: (blocks[n] for n in order))
     predicting.write_predictions(
         dict.fromkeys(("student", "teacher"), ""), IMAGES, demo(), str(tmp_path)
     )
@@ -81,7 +81,7 @@ def test_a_killed_prediction_goes_on_after_its_last_part(
             str(tmp_path / folder),
         )
 
-    monkeypatch.setattr(predicting, "_here", look)
+    monkeypatch.setattr(predicting, "_predict_in_process", look)
     monkeypatch.setattr(predicting, "KEPT_SECONDS", kept_seconds)
     with pytest.raises(KeyboardInterrupt):
         write("killed")
@@ -107,14 +107,14 @@ def test_finished_predictions_are_not_made_again(
     weights = {"student": ""}
     monkeypatch.setattr(
         predicting,
-        "_here",
+        "_predict_in_process",
         lambda weights, table, config: iter(
             [predicted(*table["image_id"].to_pylist())]
         ),
     )
     predicting.write_predictions(weights, IMAGES, demo(), str(tmp_path))
     stamp = (tmp_path / "student.parquet").stat().st_mtime_ns
-    monkeypatch.setattr(predicting, "_here", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(predicting, "_predict_in_process", lambda *_: pytest.fail("looked again"))
     predicting.write_predictions(weights, IMAGES, demo(), str(tmp_path))
     assert (tmp_path / "student.parquet").stat().st_mtime_ns == stamp
 
@@ -129,7 +129,7 @@ def test_parts_that_were_all_made_are_only_put_together(
     storage.write_table(
         str(tmp_path / "parts" / f"{3:012}.parquet"), predicted("e", "d")
     )
-    monkeypatch.setattr(predicting, "_here", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(predicting, "_predict_in_process", lambda *_: pytest.fail("looked again"))
     predicting.write_predictions({"student": ""}, IMAGES, demo(), str(tmp_path))
     assert (
         storage.read_table(str(tmp_path / "student.parquet"))["image_id"].to_pylist()

@@ -26,7 +26,7 @@ from coin_ray.runs.steps import Context
 from coin_ray.stages import collect
 from coin_ray.stages.collect import LabelerActor, _compile, _doubted, _parts
 from coin_ray.stages.collecting.cloud_actor import CloudActor
-from coin_ray.stages.collecting.parts import Parts
+from coin_ray.stages.collecting.parts import CollectedParts
 
 CLASSES = ("car", "bus", "dog")
 CHEAP, DEAR = (
@@ -115,7 +115,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
                     [
                         i
                         for i in images
-                        if i["image_id"] not in Parts(parts).answered.to_pylist()
+                        if i["image_id"] not in CollectedParts(parts).answered.to_pylist()
                     ]
                 )
             )
@@ -132,7 +132,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
         )
         one_pass(config, images, _parts(context.folder), second=False)
         if config.ensemble.mode == "cascade":
-            doubted = _doubted(config, Parts(_parts(context.folder))).to_pylist()
+            doubted = _doubted(config, CollectedParts(_parts(context.folder))).to_pylist()
             one_pass(
                 config,
                 [i for i in images if i["image_id"] in doubted],

@@ -16,19 +16,19 @@ from coin_ray.config import Cloud, DemoScenes, Distill, PipelineConfig
 from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.predictors.student import load_exported, write_exported
-from coin_ray.runs.graph import graph
+from coin_ray.predictors.student import load_exported_student, write_exported_student
+from coin_ray.runs.graph import build_steps
 from coin_ray.stages.common.prediction import predict
 from coin_ray.stages.common.students import (
-    load_detector,
-    look_of,
+    load_trained_detector,
+    select_forward,
     new_clip_detector,
     new_student,
     student_from_clip_detector,
 )
 from coin_ray.stages.common.training_job import save_weights
-from coin_ray.training.queries import look_with_queries
-from coin_ray.training.student_outputs import look
+from coin_ray.training.queries import forward_detr_student
+from coin_ray.training.student_outputs import forward_student
 
 PLAIN = PipelineConfig(
     "test", CLASSES, DemoScenes(), Cloud(), clip=TEMPLATES, detector=tiny_config()
@@ -39,14 +39,14 @@ CLIP = tiny_clip()
 
 @pytest.mark.parametrize(
     ("config", "kind", "view"),
-    [(PLAIN, ClipDetector, look), (DETR, RegionalDetr, look_with_queries)],
+    [(PLAIN, ClipDetector, forward_student), (DETR, RegionalDetr, forward_detr_student)],
 )
 def test_a_student_is_drawn_from_its_seed_and_looked_at_as_its_kind_is(
     config: PipelineConfig, kind: type, view: object
 ) -> None:
     one, same, other = (new_student(CLIP, config, seed=seed) for seed in (3, 3, 4))
     assert isinstance(one, kind)
-    assert look_of(one) is view
+    assert select_forward(one) is view
     first, again, different = (s.head.embed.weight for s in (one, same, other))
     assert torch.equal(first, again)
     assert not torch.equal(first, different)
@@ -81,7 +81,7 @@ def test_what_was_trained_is_what_is_evaluated(
     ).eval()
     uri = str(tmp_path / "detector.pt")
     save_weights(uri, trained.state_dict())
-    loaded = load_detector(name, uri, CLIP, config)
+    loaded = load_trained_detector(name, uri, CLIP, config)
     assert isinstance(loaded, kind)
     images = [torch.randint(0, 255, (3, 90, 120), dtype=torch.uint8)]
     whole = trained if isinstance(trained, ClipDetector) else trained.base
@@ -102,14 +102,14 @@ def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> No
     with torch.no_grad():
         trained.background.normal_()
     save_weights(str(tmp_path / "detector.pt"), trained.state_dict())
-    loaded = load_detector("student", str(tmp_path / "detector.pt"), CLIP, config)
+    loaded = load_trained_detector("student", str(tmp_path / "detector.pt"), CLIP, config)
     assert isinstance(loaded, ByRegions)
     image = Image.fromarray(
         torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8).numpy()
     )
-    write_exported(loaded, config.classes, str(tmp_path / "export"), config.detector)
+    write_exported_student(loaded, config.classes, str(tmp_path / "export"), config.detector)
     (ours,) = predict(loaded, [pil_to_tensor(image)], config.detector)
-    theirs = load_exported(str(tmp_path / "export"))(image)
+    theirs = load_exported_student(str(tmp_path / "export"))(image)
     assert len(ours) > 0
     for one, other in (
         (ours.boxes, theirs.boxes),
@@ -127,7 +127,7 @@ def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> No
 
 def test_how_a_student_is_deployed_costs_no_training() -> None:
     decoder, regions = (
-        graph(replace(DETR, distill=replace(DETR.distill, co_detr_detects=how)))
+        build_steps(replace(DETR, distill=replace(DETR.distill, co_detr_detects=how)))
         for how in ("decoder", "regions")
     )
     changed = {

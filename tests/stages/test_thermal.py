@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coin_ray.predictors.student import load_exported
+from coin_ray.predictors.student import load_exported_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASSETS = Path(
@@ -97,5 +97,5 @@ def test_the_whole_pipeline_without_clip(tmp_path: Path) -> None:
     with Image.open(
         next((ASSETS / "data" / "thermal" / "test" / "images").iterdir())
     ) as image:
-        found = load_exported(str(export))(image)
+        found = load_exported_student(str(export))(image)
     assert found.probs.shape == (len(found), 3)

@@ -15,12 +15,11 @@ from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import InputError
-from coin_ray.stages.common.teacher_outputs import (
-    collected,
+from coin_ray.stages.common.teacher_outputs import make_teacher_lookup, open_collected
+from coin_ray.stages.common.training_labels import (
+    build_training_examples,
     count_labels,
-    labels_for,
-    opinions,
-    training_examples,
+    open_training_labels,
 )
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
@@ -104,10 +103,10 @@ def test_labels_of_the_training_images(
     """In the order of the images table, without those that failed or are held out; also
     after a way to another process."""
     used = config(collect=replace(PRESETS["demo"]().collect, labeler=labeler))
-    examples = training_examples(folders["images"], *labels_for(source, folders, used))  # type: ignore[arg-type]
+    examples = build_training_examples(folders["images"], *open_training_labels(source, folders, used))  # type: ignore[arg-type]
     examples = pickle.loads(pickle.dumps(examples)) if sent else examples
     assert {
-        e.image_id: e.knowledge["labels"].labels.tolist() for e in examples
+        e.image_id: e.detections["labels"].labels.tolist() for e in examples
     } == expected
     assert [e.image_id for e in examples] == list(expected)
     assert [e.uri for e in examples] == [f"{i}.jpg" for i in expected]
@@ -120,13 +119,13 @@ def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> 
     with pytest.raises(
         InputError, match="the oracle baseline needs annotated training images"
     ):
-        labels_for("truth", folders, config())
+        open_training_labels("truth", folders, config())
 
 
 @pytest.mark.parametrize("stands", [True, False])
 def test_opinions_of_both_teachers(folders: dict[str, str], stands: bool) -> None:
     used = config(separate=replace(PRESETS["demo"]().separate, clip_labels=stands))
-    cloud = collected(folders["collect"], "cloud", used)
+    cloud = open_collected(folders["collect"], "cloud", used)
     clip = tables.open_detections(
         storage.join(folders["collect"], "clip_detector.parquet"), 3
     )
@@ -155,7 +154,7 @@ def test_labels_are_counted_as_they_are_used(
         )
     labels = Labels(score_min=0.3, clip_background=keep, clip_score_min=clip_score_min)  # type: ignore[arg-type]
     used = replace(config(), labels=labels)
-    examples = training_examples(folders["images"], *labels_for("clip", folders, used))
+    examples = build_training_examples(folders["images"], *open_training_labels("clip", folders, used))
     assert count_labels("clip", folders, used) == sum(
-        len(e.knowledge["labels"]) for e in examples
+        len(e.detections["labels"]) for e in examples
     )

@@ -20,10 +20,10 @@ from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError
 from coin_ray.stages.common import validation
 from coin_ray.stages.common.training_job import load_weights
-from coin_ray.stages.common.validation import CURVE, Looks, beside
+from coin_ray.stages.common.validation import VALIDATION_CURVE_FILE, CheckpointValidation, validate_during_training
 
 
-def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> Looks:
+def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> CheckpointValidation:
     optimize = TrainingConfig(
         steps=steps,
         validate_every=every,
@@ -32,7 +32,7 @@ def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> 
         milestones=(),
         factors=(),
     )
-    return Looks(demo(), "images", str(folder), "student", "student", optimize)
+    return CheckpointValidation(demo(), "images", str(folder), "student", "student", optimize)
 
 
 def state(step: int) -> dict[str, Any]:
@@ -45,13 +45,13 @@ def state(step: int) -> dict[str, Any]:
     }
 
 
-def trained(wanted: Looks, *steps: int) -> None:
+def trained(wanted: CheckpointValidation, *steps: int) -> None:
     for step in steps:
         wanted.leave(step, state(step))
 
 
-def trained_until_killed(wanted: Looks) -> None:
-    with beside(wanted):
+def trained_until_killed(wanted: CheckpointValidation) -> None:
+    with validate_during_training(wanted):
         trained(wanted, 10)
         while wanted.waiting():
             time.sleep(0.01)
@@ -70,7 +70,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return seen[-1] / 100
 
     monkeypatch.setattr(validation, "validation_map50", map50)
-    monkeypatch.setattr(validation, "_look", Looks.look)
+    monkeypatch.setattr(validation, "_look", CheckpointValidation.look)
     monkeypatch.setattr(validation, "POLL", 0.01)
     return seen
 
@@ -98,13 +98,13 @@ def test_all_that_is_left_is_measured_in_order_and_only_the_curve_stays(
     tmp_path: Path, measured: list[int]
 ) -> None:
     wanted = looks_of(tmp_path)
-    with beside(wanted):
+    with validate_during_training(wanted):
         trained(wanted, 5, 10, 15, 20, 25, 30, 35, 40)
     assert measured == [10, 20, 30, 40]
-    assert storage.read_json(str(tmp_path / CURVE)) == [
+    assert storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE)) == [
         {"step": s, "validation_map50": s / 100} for s in measured
     ]
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [CURVE]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [VALIDATION_CURVE_FILE]
 
 
 def test_a_killed_run_goes_on_with_what_is_still_to_be_measured(
@@ -112,21 +112,21 @@ def test_a_killed_run_goes_on_with_what_is_still_to_be_measured(
 ) -> None:
     wanted, look = looks_of(tmp_path), validation._look
 
-    def killed_at_20(wanted: Looks, weights: str) -> None:
+    def killed_at_20(wanted: CheckpointValidation, weights: str) -> None:
         if not weights.endswith("020.pt"):
             look(wanted, weights)
 
     monkeypatch.setattr(validation, "_look", killed_at_20)
     with pytest.raises(KeyboardInterrupt):
         trained_until_killed(wanted)
-    assert not (tmp_path / CURVE).exists()
+    assert not (tmp_path / VALIDATION_CURVE_FILE).exists()
     monkeypatch.setattr(validation, "_look", look)
-    with beside(wanted):
+    with validate_during_training(wanted):
         while wanted.waiting():
             time.sleep(0.01)
         trained(wanted, 10, 20, 30, 40)  # anew from before 10 on, with the same weights
     assert measured == [10, 20, 30, 40]
-    assert [point["step"] for point in storage.read_json(str(tmp_path / CURVE))] == [
+    assert [point["step"] for point in storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE))] == [
         10,
         20,
         30,
@@ -140,7 +140,7 @@ def test_a_look_that_fails_is_told_and_costs_its_point_only(
     wanted = looks_of(tmp_path)
 
     class Remote:
-        def remote(self, wanted: Looks, weights: str) -> str:
+        def remote(self, wanted: CheckpointValidation, weights: str) -> str:
             return weights
 
     def get(weights: str) -> None:
@@ -156,9 +156,9 @@ def test_a_look_that_fails_is_told_and_costs_its_point_only(
     monkeypatch.setattr(validation.ray, "remote", asked)
     monkeypatch.setattr(validation.ray, "get", get)
     monkeypatch.setattr(validation, "validation_map50", lambda *_: 0.5)
-    with beside(wanted):
+    with validate_during_training(wanted):
         trained(wanted, 10, 40)
-    assert storage.read_json(str(tmp_path / CURVE)) == [
+    assert storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE)) == [
         {"step": 40, "validation_map50": 0.5}
     ]
     told = capsys.readouterr().out
@@ -170,8 +170,8 @@ def test_without_the_option_or_without_labels_nothing_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optimize = looks_of(tmp_path).optimize
-    with beside(
-        validation.looks(
+    with validate_during_training(
+        validation.plan_validation(
             demo(),
             "images",
             str(tmp_path),
@@ -183,7 +183,7 @@ def test_without_the_option_or_without_labels_nothing_is_looked_at(
         pass
     monkeypatch.setattr(validation, "validation_truth", lambda _: {})
     assert (
-        validation.looks(
+        validation.plan_validation(
             demo(), "images", str(tmp_path), "student", "student", optimize
         )
         is None

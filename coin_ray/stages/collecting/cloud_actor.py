@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from coin_ray import errors, storage
-from coin_ray.cloud.client import Answer, account_of, limits
-from coin_ray.cloud.ensemble import EnsembleClient, client_for, images_for
+from coin_ray.cloud.answer import Answer
+from coin_ray.cloud.client import account_name, governor_limits
+from coin_ray.cloud.ensemble import EnsembleClient, create_client, render_for_clouds
 from coin_ray.cloud.governor import DAY, Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.services import adapter_for
@@ -24,7 +25,7 @@ from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import CloudError, InputError
 
 STOPPED = "stopped"
-RAW = pa.schema(
+ANSWER_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
         ("bytes", pa.binary()),
@@ -72,7 +73,7 @@ class CloudActor:
     ) -> None:
         self.config = config
         answers = Journal.open(journal)
-        self.client = client_for(
+        self.client = create_client(
             config, urls, answers, governors_for(config, urls, answers)
         )
         self.ask = (
@@ -95,7 +96,7 @@ class CloudActor:
         rows = await asyncio.gather(
             *(self._row(row["image_id"], row["uri"]) for row in batch.to_pylist())
         )
-        return pa.Table.from_pylist(list(rows), schema=RAW)
+        return pa.Table.from_pylist(list(rows), schema=ANSWER_SCHEMA)
 
     async def _row(self, image_id: str, uri: str) -> dict[str, Any]:
         data = b""
@@ -129,7 +130,7 @@ class CloudActor:
     def _read(self, uri: str) -> tuple[bytes, list[CanonicalImage]]:
         """The file, if CLIP will look at it, and the image as each cloud gets it."""
         data = storage.read_bytes(uri)
-        return b"" if self.config.collect.labeler == "none" else data, images_for(
+        return b"" if self.config.collect.labeler == "none" else data, render_for_clouds(
             self.client, data
         )
 
@@ -153,14 +154,14 @@ def governors_for(
     now, governors = time.time(), dict[Cloud, LocalGovernor]()
     servers = [with_plain_rendering(cloud) for cloud in config.clouds]
     for cloud, url in dict(zip(servers, urls, strict=True)).items():
-        account = account_of(cloud, url, adapter_for(cloud))
+        account = account_name(cloud, url, adapter_for(cloud))
         spent = journal.spent(account if config.more_clouds else None)
         ages = (
             []
             if cloud.per_day is None
             else [now - start for start in journal.starts(account, now - DAY)]
         )
-        governors[cloud] = LocalGovernor(Governor(limits(cloud), spent, ages=ages))
+        governors[cloud] = LocalGovernor(Governor(governor_limits(cloud), spent, ages=ages))
     return [governors[cloud] for cloud in servers]
 
 

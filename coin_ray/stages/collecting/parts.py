@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 from coin_ray import storage, tables
 from coin_ray.errors import StepError
 
-PART = (
+PART_SCHEMA = (
     tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS))
     .append(pa.field("calls", pa.int32()))
     .append(pa.field("score_kind", pa.string()))
     .append(pa.field("teachers", pa.list_(pa.string())))
 )
 LISTED = pa.schema(
-    [PART.field(name) for name in ("image_id", "status", "calls", "cost_usd")]
+    [PART_SCHEMA.field(name) for name in ("image_id", "status", "calls", "cost_usd")]
 )
 ANSWERED = pa.array(["ok", "cached", "empty"])
-BLOCK = 4 * storage.BLOCK
+BLOCK = 4 * storage.BLOCK_ROWS
 """Rows that are put in order at once."""
 ERRORS = 10
 """Different errors that the metrics name."""
 
 
-class Parts:
+class CollectedParts:
     """What lies below some folders. Rows are numbered through all parts, in the order
     of the folders and of the parts' names.
 
@@ -46,13 +46,13 @@ class Parts:
             for folder in folders
             for file in storage.list_files(folder, ".parquet")
         ]
-        read = storage.read_parts(self.files, LISTED.names)
+        read = storage.read_tables(self.files, LISTED.names)
         self.sizes = np.array([part.num_rows for part in read], np.int64)
         self.listed = pa.concat_tables(
             [LISTED.empty_table(), *read], promote_options="default"
         ).combine_chunks()
         self.failed: NDArray[np.bool_] = (
-            pc.is_in(self.listed["status"], value_set=tables.FAILED)
+            pc.is_in(self.listed["status"], value_set=tables.FAILED_STATUSES)
             .to_numpy()
             .astype(bool)
         )
@@ -91,7 +91,7 @@ class Parts:
         return found
 
     def blocks(self, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
-        """These rows in this order, ``BLOCK`` at a time, with the columns of ``PART``."""
+        """These rows in this order, ``BLOCK_ROWS`` at a time, with the columns of ``PART_SCHEMA``."""
         for start in range(0, len(rows), BLOCK):
             yield self._take(rows[start : start + BLOCK])
 
@@ -101,15 +101,15 @@ class Parts:
             np.searchsorted(ends, rows, side="right"), return_inverse=True
         )
         read = pa.concat_tables(
-            [PART.empty_table(), *storage.read_parts([self.files[n] for n in chosen])],
+            [PART_SCHEMA.empty_table(), *storage.read_tables([self.files[n] for n in chosen])],
             promote_options="default",  # a part of an older version lacks columns
         )
         moved = (self.sizes[chosen].cumsum() - ends[chosen])[where]
-        return read.select(PART.names).combine_chunks().take(rows + moved).cast(PART)
+        return read.select(PART_SCHEMA.names).combine_chunks().take(rows + moved).cast(PART_SCHEMA)
 
 
-def merge(
-    parts: Parts, images: pa.Array | pa.ChunkedArray, folder: str, classes: int | None
+def merge_parts(
+    parts: CollectedParts, images: pa.Array | pa.ChunkedArray, folder: str, classes: int | None
 ) -> dict[str, Any]:
     """Write ``cloud.parquet``, and with CLIP's opinion of so many ``classes``
     ``clip_labels.parquet``: one row per image, in the images' order.

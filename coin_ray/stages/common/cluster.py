@@ -10,15 +10,15 @@ IN_FLIGHT_BATCHES = 4
 
 
 def on_cluster() -> bool:
-    """Whether this process belongs to a cluster: a submitted job, or RAY_ADDRESS set by
-    hand.
+    """Return whether this process belongs to a cluster: a submitted job, or RAY_ADDRESS
+    set by hand.
     """
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def ensure_ray() -> None:
-    """Under ``ray job submit`` or with RAY_ADDRESS join that cluster; otherwise start a
-    local one, quietly, that ends with this process.
+    """Join the cluster under ``ray job submit`` or with RAY_ADDRESS; otherwise start a
+    local one, without its log lines, that ends with this process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
@@ -30,7 +30,7 @@ def ensure_ray() -> None:
         if on_cluster():
             ray.init(logging_level=logging.WARNING)
         else:
-            # its C++ core speaks past log_to_driver
+            # Ray's C++ core ignores log_to_driver
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             ray.init(
                 address="local",
@@ -44,53 +44,49 @@ def ensure_ray() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
-    # a quota that returns tomorrow is no hang
+    # a stage that waits for tomorrow's quota does not hang
     context.execution_no_progress_timeout_s = -1
-    quiet()
+    quiet_ray_logs()
 
 
-def quiet() -> None:
-    """Progress is ours to show: a line of our own now and then, instead of Ray's plans
-    and reports.
-    """
+def quiet_ray_logs() -> None:
+    """Leave out Ray's plans and reports: the stages print their own progress."""
+    level = logging.WARNING if on_cluster() else logging.ERROR
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(
-            logging.WARNING if on_cluster() else logging.ERROR
-        )
+        logging.getLogger(name).setLevel(level)
 
 
-def full_disk(told: str, place: str) -> None:
-    """Raises OSError, as on this machine, if a worker's error tells of a full disk."""
-    if os.strerror(errno.ENOSPC) in told:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+def raise_if_disk_full(error: str, path: str) -> None:
+    """Raise the OSError of a full disk if the text of a worker's error contains one."""
+    message = os.strerror(errno.ENOSPC)
+    if message in error:
+        raise OSError(errno.ENOSPC, message, path)
 
 
-def threads(workers: int = 1) -> int:
-    """Of torch in each of ``workers`` processes on this machine: its share of the cores
-    but one, which is left to all else.
+def count_torch_threads(workers: int = 1) -> int:
+    """Return how many threads torch should use in each of ``workers`` processes on this
+    machine: its share of the cores, less one for everything else.
 
-    A thread that has to wait for a core holds up all others in every operation: on two
-    cores two threads are slower than one.
+    A thread that waits for a core holds up all others in every operation: on two cores
+    two threads are slower than one.
     """
-    return int(
-        os.environ.get("OMP_NUM_THREADS")
-        or max(1, (os.cpu_count() or 1) // workers - 1)
-    )
+    configured = os.environ.get("OMP_NUM_THREADS")
+    if configured:
+        return int(configured)
+    cores = os.cpu_count() or 1
+    return max(1, cores // workers - 1)
 
 
 def largest_node_cpus() -> int:
-    """CPUs of the node that has most: no single worker can have more."""
+    """Return the CPUs of the node that has most: no single worker can have more."""
     import ray
 
-    return int(
-        max(
-            (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]),
-            default=1,
-        )
-    )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return int(max((resources.get("CPU", 0) for resources in nodes), default=1))
 
 
 def cluster_cpus() -> int:
+    """Return the CPUs of all nodes together."""
     import ray
 
     return int(ray.cluster_resources().get("CPU", 1))

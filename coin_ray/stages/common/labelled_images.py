@@ -7,118 +7,128 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from coin_ray import storage
 from coin_ray.data.examples import Example
 from coin_ray.errors import InputError
+from coin_ray.stages.common.image_tables import ImageRow, open_annotations
 from coin_ray.structures import Detections
-from coin_ray.tables import Truth, TruthTable
+from coin_ray.tables import Truth
 
 logger = logging.getLogger(__name__)
 THINNEST = 0.01
 """Sides of a box in pixels up to which it has no area: resizing and mirroring could
 lose it."""
-HELD_OUT = 10
-"""Without val images one of so many training images is held out."""
+VALIDATION_STRIDE = 10
+"""Without val images one of so many training images is used for validation."""
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """Rows of the images table that have annotations, and these by image id."""
 
-    rows: list[dict[str, Any]]
+    rows: list[ImageRow]
     truth: dict[str, Truth]
 
 
-def labelled(folder: str, split: str) -> Labelled:
-    """Of ``train``, ``val`` or ``test``; a val part of the training images if there are
-    no annotated val images.
+def read_labelled_images(images_folder: str, split: str) -> LabelledImages:
+    """Return the annotated images of ``train``, ``val`` or ``test``. If there are no
+    annotated val images, a part of the training images takes their place.
     """
-    truth = TruthTable(storage.join(folder, "annotations.parquet"))
-    rows = [
-        r
-        for r in storage.read_table(storage.join(folder, "images.parquet")).to_pylist()
-        if r["image_id"] in truth
+    annotations = open_annotations(images_folder)
+    images = storage.read_table(storage.join(images_folder, "images.parquet"))
+    annotated: list[ImageRow] = [
+        row for row in images.to_pylist() if row["image_id"] in annotations
     ]
-    if split != "test" and not any(r["split"] == "val" for r in rows):
-        chosen = [
-            r
-            for r in rows
-            if r["split"] == "train"
-            and held_out(str(r["image_id"])) == (split == "val")
-        ]
+    has_validation = any(row["split"] == "val" for row in annotated)
+    if split == "test" or has_validation:
+        rows = [row for row in annotated if row["split"] == split]
     else:
-        chosen = [r for r in rows if r["split"] == split]
-    return Labelled(
-        chosen, {str(r["image_id"]): truth[str(r["image_id"])] for r in chosen}
-    )
+        validates = split == "val"
+        rows = [
+            row
+            for row in annotated
+            if row["split"] == "train"
+            and is_validation_image(row["image_id"]) == validates
+        ]
+    truth = {row["image_id"]: annotations[row["image_id"]] for row in rows}
+    return LabelledImages(rows, truth)
 
 
-def held_out(image_id: str) -> bool:
-    return int(image_id[:8], 16) % HELD_OUT == 0
+def is_validation_image(image_id: str) -> bool:
+    """Return whether a training image is used for validation; its id alone decides."""
+    return int(image_id[:8], 16) % VALIDATION_STRIDE == 0
 
 
-def training_examples(found: Labelled, classes: Sequence[str]) -> list[Example]:
-    """``labels`` with score 1 and ``ignored``, boxes that are difficult; boxes without
-    an area inside their image are left out and told.
+def build_labelled_examples(
+    images: LabelledImages, classes: Sequence[str]
+) -> list[Example]:
+    """Return examples with ``labels`` of score 1 and ``ignored``, the difficult boxes.
+    Boxes without an area inside their image are left out with a warning.
 
     Raises InputError where nothing could be learned.
     """
-    examples, counts, empty = [], torch.zeros(len(classes), dtype=torch.int64), []
-    for row in found.rows:
-        truth = found.truth[str(row["image_id"])]
-        boxes = truth.boxes.clone()
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, row["width"])
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, row["height"])
-        good = (boxes[:, 2:] - boxes[:, :2] > THINNEST).all(1)
-        empty += [f"{row['uri']}: {box}" for box in truth.boxes[~good].tolist()]
-        required, left = good & ~truth.difficult, good & truth.difficult
-        counts += torch.bincount(truth.labels[required], minlength=len(classes))
-        knowledge = {
+    examples = []
+    class_counts = torch.zeros(len(classes), dtype=torch.int64)
+    empty_boxes = []
+    for row in images.rows:
+        truth = images.truth[row["image_id"]]
+        boxes = _clip_to_image(truth.boxes, row["width"], row["height"])
+        has_area = (boxes[:, 2:] - boxes[:, :2] > THINNEST).all(1)
+        empty_boxes += [
+            f"{row['uri']}: {box}" for box in truth.boxes[~has_area].tolist()
+        ]
+        required = has_area & ~truth.difficult
+        ignored = has_area & truth.difficult
+        class_counts += torch.bincount(truth.labels[required], minlength=len(classes))
+        detections = {
             "labels": _as_detections(boxes, truth, required, len(classes)),
-            "ignored": _as_detections(boxes, truth, left, len(classes)),
+            "ignored": _as_detections(boxes, truth, ignored, len(classes)),
         }
-        examples.append(Example(str(row["image_id"]), str(row["uri"]), knowledge))
-    if empty:
+        examples.append(Example(row["image_id"], row["uri"], detections))
+    if empty_boxes:
         logger.warning(
             "%d boxes have no area inside their image and are left out, the first"
             " one %s",
-            len(empty),
-            empty[0],
+            len(empty_boxes),
+            empty_boxes[0],
         )
-    _check(examples, counts, classes)
+    _check_trainable(examples, class_counts, classes)
     return examples
 
 
-def _check(
-    examples: Sequence[Example], counts: torch.Tensor, classes: Sequence[str]
+def _clip_to_image(boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    clipped = boxes.clone()
+    clipped[:, 0::2] = clipped[:, 0::2].clamp(0, width)
+    clipped[:, 1::2] = clipped[:, 1::2].clamp(0, height)
+    return clipped
+
+
+def _check_trainable(
+    examples: Sequence[Example], class_counts: torch.Tensor, classes: Sequence[str]
 ) -> None:
     if not examples:
         raise InputError(
-            "no training image has annotations: --data needs labelled images"
+            "no training image has annotations: --data needs read_labelled_images images"
             " (docs/formats.md), not a plain folder"
         )
+    counts = class_counts.tolist()
     absent = [
-        name for name, count in zip(classes, counts.tolist(), strict=True) if not count
+        name for name, count in zip(classes, counts, strict=True) if count == 0
     ]
     if absent:
         raise InputError(
             f"no training image has a box of {', '.join(absent)} (of {len(examples)}"
-            f" annotated images, {int(counts.sum())} boxes). Leave such classes out of"
+            f" annotated images, {sum(counts)} boxes). Leave such classes out of"
             " --classes, or give images that show them"
         )
 
 
 def _as_detections(
-    boxes: torch.Tensor, truth: Truth, kept: torch.Tensor, classes: int
+    boxes: torch.Tensor, truth: Truth, mask: torch.Tensor, num_classes: int
 ) -> Detections:
-    labels = truth.labels[kept]
-    return Detections(
-        boxes[kept],
-        torch.ones(len(labels)),
-        labels,
-        torch.nn.functional.one_hot(labels, classes + 1).float(),
-    )
+    labels = truth.labels[mask]
+    probs = torch.nn.functional.one_hot(labels, num_classes + 1).float()
+    return Detections(boxes[mask], torch.ones(len(labels)), labels, probs)

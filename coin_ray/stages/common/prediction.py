@@ -1,5 +1,5 @@
-"""Trained detectors' results on many images, as tables: in this process, or by actors
-of the cluster. Rows come back in the images' order.
+"""Detections of trained detectors in many images, as tables: in this process, or by
+actors of the cluster. Rows come back in the images' order.
 """
 
 from __future__ import annotations
@@ -18,190 +18,220 @@ from torchvision.transforms.functional import pil_to_tensor
 from coin_ray import boxes as box_ops
 from coin_ray import storage, tables
 from coin_ray.config import Detector, PipelineConfig
-from coin_ray.data.augmentation import fit
+from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
+    count_torch_threads,
     ensure_ray,
     largest_node_cpus,
     on_cluster,
-    threads,
 )
-from coin_ray.stages.common.progress import bar
-from coin_ray.stages.common.students import Deployed, load_detector
+from coin_ray.stages.common.progress import show_progress
+from coin_ray.stages.common.students import DeployedDetector, load_trained_detector
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 
-BATCH, BLOCK = 16, 64
-KEPT_SECONDS = 300.0
+BATCH = 16
+"""Images that a detector gets at once."""
+BLOCK = 64
+"""Images of one table."""
+PART_SECONDS = 300.0
 """How much work a killed prediction loses at most."""
 
 
-def predictions(
+def predict_images(
     weights: dict[str, str], images: pa.Table, config: PipelineConfig, *, first: int = 0
 ) -> Iterator[pa.Table]:
-    """``DETECTIONS`` of several detectors (weights' URIs by name) over the same images,
-    each decoded once, in blocks in the images' order.
+    """Yield ``DETECTIONS`` of several detectors (URIs of weights by name) in the same
+    images, each decoded once, in blocks in the images' order.
 
     ``images``: columns ``image_id`` and ``uri``; those before row ``first`` are done.
     ``source`` names the detector.
     """
-    table = images.select(["image_id", "uri"]).slice(first)
-    if not len(table):
+    remaining = images.select(["image_id", "uri"]).slice(first)
+    if not len(remaining):
         return
-    blocks = (
-        _on_cluster(weights, table, config)
-        if on_cluster()
-        else _here(weights, table, config)
-    )
-    done = first
-    with bar("predict", len(images)) as shown:
-        for block in _in_order(blocks, table["image_id"], len(weights)):
-            done += block.num_rows // len(weights)
-            shown.update(done, f"{len(weights)} detectors")
+    predict_blocks = _predict_on_cluster if on_cluster() else _predict_in_process
+    blocks = predict_blocks(weights, remaining, config)
+    count = first
+    with show_progress("predict", len(images)) as progress:
+        for block in _in_order(blocks, remaining["image_id"], len(weights)):
+            count += block.num_rows // len(weights)
+            progress.update(count, f"{len(weights)} detectors")
             yield block
 
 
 def write_predictions(
     weights: dict[str, str], images: pa.Table, config: PipelineConfig, folder: str
 ) -> None:
-    """``predictions`` as ``NAME.parquet`` below the folder, one for each detector.
+    """Write ``predict_images`` as ``NAME.parquet`` below the folder, one for each
+    detector.
 
-    Until those are whole there are parts, one for each ``KEPT_SECONDS``: a run that was
-    killed goes on after the last.
+    Until those are complete there are parts, one for each ``PART_SECONDS``: a run that
+    was killed goes on after the last.
     """
     files = {name: storage.join(folder, f"{name}.parquet") for name in weights}
     if all(storage.exists(file) for file in files.values()):
         return
-    parts = storage.join(folder, "parts")
-    first = sum(
-        storage.row_count(part) for part in storage.list_files(parts, ".parquet")
-    ) // len(weights)
-    _keep(predictions(weights, images, config, first=first), parts, first, len(weights))
-    kept = storage.list_files(parts, ".parquet")
-    with ExitStack() as open_files:
-        writers = {
-            n: open_files.enter_context(storage.table_writer(file, tables.DETECTIONS))
-            for n, file in files.items()
-        }
-        for block in chain.from_iterable(storage.stream_table(part) for part in kept):
-            for name, writer in writers.items():
-                writer.write(block.filter(pc.equal(block["source"], name)))
-    for part in kept:
+    parts_folder = storage.join(folder, "parts")
+    finished_parts = storage.list_files(parts_folder, ".parquet")
+    finished_rows = sum(storage.row_count(part) for part in finished_parts)
+    first = finished_rows // len(weights)
+    blocks = predict_images(weights, images, config, first=first)
+    _write_parts(blocks, parts_folder, first, len(weights))
+    parts = storage.list_files(parts_folder, ".parquet")
+    _split_by_detector(parts, files)
+    for part in parts:
         storage.remove(part)
 
 
-def _keep(blocks: Iterator[pa.Table], folder: str, first: int, detectors: int) -> None:
-    """Files of ``KEPT_SECONDS`` of work, each named by the number of its first image."""
-    for start in blocks:
-        until = time.monotonic() + KEPT_SECONDS
-        with storage.table_writer(
-            storage.join(folder, f"{first:012}.parquet"), tables.DETECTIONS
-        ) as part:
-            block: pa.Table | None = start
+def _write_parts(
+    blocks: Iterator[pa.Table], folder: str, first: int, num_detectors: int
+) -> None:
+    """Write files of ``PART_SECONDS`` of work, each named by the number of its first
+    image.
+    """
+    for first_block in blocks:
+        end = time.monotonic() + PART_SECONDS
+        uri = storage.join(folder, f"{first:012}.parquet")
+        with storage.table_writer(uri, tables.DETECTIONS) as part:
+            block: pa.Table | None = first_block
             while block is not None:
                 part.write(block)
-                first += block.num_rows // detectors
-                block = next(blocks, None) if time.monotonic() < until else None
+                first += block.num_rows // num_detectors
+                block = next(blocks, None) if time.monotonic() < end else None
+
+
+def _split_by_detector(parts: Sequence[str], files: dict[str, str]) -> None:
+    """Write the rows of each detector from all parts into its file."""
+    with ExitStack() as open_files:
+        writers = {
+            name: open_files.enter_context(
+                storage.table_writer(file, tables.DETECTIONS)
+            )
+            for name, file in files.items()
+        }
+        blocks = chain.from_iterable(storage.stream_table(part) for part in parts)
+        for block in blocks:
+            for name, writer in writers.items():
+                writer.write(block.filter(pc.equal(block["source"], name)))
 
 
 def _in_order(
-    blocks: Iterable[pa.Table], images: pa.ChunkedArray, detectors: int
+    blocks: Iterable[pa.Table], image_ids: pa.ChunkedArray, num_detectors: int
 ) -> Iterator[pa.Table]:
-    """On a cluster one block may overtake another; it waits here."""
-    waiting: dict[int, pa.Table] = {}
-    place = 0
-    for block in blocks:
-        waiting[pc.index(images, block["image_id"][0], start=place).as_py()] = block
-        while place in waiting:
-            first = waiting.pop(place)
-            place += first.num_rows // detectors
-            yield first
-
-
-def _here(
-    weights: dict[str, str], table: pa.Table, config: PipelineConfig
-) -> Iterator[pa.Table]:
-    """In this process, with all its cores: on one machine an actor would only have to
-    be started.
+    """Yield the blocks in the images' order. On a cluster one block may overtake
+    another; it waits here.
     """
-    detectors = Detectors(weights, config)
-    for start in range(0, table.num_rows, BLOCK):
-        yield detectors(table.slice(start, BLOCK))
+    waiting: dict[int, pa.Table] = {}
+    next_row = 0
+    for block in blocks:
+        first_row = pc.index(image_ids, block["image_id"][0], start=next_row).as_py()
+        waiting[first_row] = block
+        while next_row in waiting:
+            ready = waiting.pop(next_row)
+            next_row += ready.num_rows // num_detectors
+            yield ready
 
 
-def _on_cluster(
-    weights: dict[str, str], table: pa.Table, config: PipelineConfig
+def _predict_in_process(
+    weights: dict[str, str], images: pa.Table, config: PipelineConfig
 ) -> Iterator[pa.Table]:
-    """On as many GPUs as train, or in an actor for each node. Blocks are cut here: an
-    actor may hold the only CPU.
+    """Predict with all cores of this process: on one machine an actor would take time
+    to start and gain nothing.
+    """
+    detectors = DetectorGroup(weights, config)
+    for start in range(0, images.num_rows, BLOCK):
+        yield detectors(images.slice(start, BLOCK))
+
+
+def _predict_on_cluster(
+    weights: dict[str, str], images: pa.Table, config: PipelineConfig
+) -> Iterator[pa.Table]:
+    """Predict on as many GPUs as train, or in an actor for each node. Blocks are cut
+    here: an actor may hold the only CPU.
     """
     ensure_ray()
-    fit = config.distill.fit
-    cpus = 1 if fit.gpu else max(1, largest_node_cpus() - 1)
-    actors = (
-        (fit.max_workers or fit.workers) if fit.gpu else max(1, cluster_cpus() // cpus)
-    )
-    stream = ray.data.from_arrow(
-        table, override_num_blocks=max(1, -(-table.num_rows // BLOCK))
+    training = config.distill.fit
+    if training.gpu:
+        cpus = 1
+        actors = training.max_workers or training.workers
+    else:
+        cpus = max(1, largest_node_cpus() - 1)
+        actors = max(1, cluster_cpus() // cpus)
+    num_blocks = max(1, -(-images.num_rows // BLOCK))
+    predictions = ray.data.from_arrow(
+        images, override_num_blocks=num_blocks
     ).map_batches(
-        Detectors,
+        DetectorGroup,
         fn_constructor_args=(weights, config),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus,
-        num_gpus=1 if fit.gpu else 0,
+        num_gpus=1 if training.gpu else 0,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
     )
-    yield from stream.iter_batches(batch_size=None, batch_format="pyarrow")
+    yield from predictions.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-class Detectors:
-    """Several detectors that look at blocks of images; an actor on a cluster."""
+class DetectorGroup:
+    """Several detectors that predict blocks of images; an actor on a cluster."""
 
     def __init__(self, weights: dict[str, str], config: PipelineConfig) -> None:
         self.config = config
-        torch.set_num_threads(threads())
+        torch.set_num_threads(count_torch_threads())
         backbone = load_backbone(config)
         device = torch.device("cuda" if config.distill.fit.gpu else "cpu")
         self.detectors = {
-            name: load_detector(name, uri, backbone, config).to(device)
+            name: load_trained_detector(name, uri, backbone, config).to(device)
             for name, uri in weights.items()
         }
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, images: pa.Table) -> pa.Table:
+        """Return ``DETECTIONS`` of all detectors in the images (``image_id``, ``uri``)."""
         rows = []
-        sources = batch.to_pylist()
-        for start in range(0, len(sources), BATCH):
-            chunk = sources[start : start + BATCH]
-            originals = [
-                pil_to_tensor(decode_rgb(storage.read_bytes(row["uri"])))
-                for row in chunk
-            ]
+        image_rows = images.to_pylist()
+        for start in range(0, len(image_rows), BATCH):
+            batch = image_rows[start : start + BATCH]
+            originals = [read_image(row["uri"]) for row in batch]
             for name, detector in self.detectors.items():
-                for row, found in zip(
-                    chunk,
-                    predict(detector, originals, self.config.detector),
-                    strict=True,
-                ):
-                    rows.append(
-                        detections_row(row["image_id"], found, Provenance(name))
-                    )
+                detections = predict(detector, originals, self.config.detector)
+                rows += [
+                    detections_row(row["image_id"], in_image, Provenance(name))
+                    for row, in_image in zip(batch, detections, strict=True)
+                ]
         return tables.detections_table(rows)
 
 
+def read_image(uri: str) -> torch.Tensor:
+    """Return an image as uint8 [3, H, W], upright."""
+    image: torch.Tensor = pil_to_tensor(decode_rgb(storage.read_bytes(uri)))
+    return image
+
+
 def predict(
-    detector: Deployed, originals: Sequence[torch.Tensor], config: Detector
+    detector: DeployedDetector, originals: Sequence[torch.Tensor], config: Detector
 ) -> list[Detections]:
-    """Detections, on the CPU, in the frame of the original uint8 images [3, H, W]."""
-    views = [fit(image, config.short_side, config.long_side) for image in originals]
-    found = [
-        d.to(torch.device("cpu")) for d in detector.predict(detector.prepare(views))
+    """Return detections, on the CPU, in the frame of the original uint8 images [3, H,
+    W].
+    """
+    resized = [
+        resize_to_fit(original, config.short_side, config.long_side)
+        for original in originals
     ]
-    return [
-        d.with_boxes(
-            box_ops.scale(d.boxes, o.shape[2] / v.shape[2], o.shape[1] / v.shape[1])
+    cpu = torch.device("cpu")
+    predictions = detector.predict(detector.prepare(resized))
+    in_original_frame = []
+    for prediction, original, image in zip(
+        predictions, originals, resized, strict=True
+    ):
+        detections = prediction.to(cpu)
+        boxes = box_ops.scale_boxes(
+            detections.boxes,
+            original.shape[2] / image.shape[2],
+            original.shape[1] / image.shape[1],
         )
-        for d, o, v in zip(found, originals, views, strict=True)
-    ]
+        in_original_frame.append(detections.with_boxes(boxes))
+    return in_original_frame

@@ -1,5 +1,5 @@
-"""Which network a detector of the run is: the CLIP detector always a Faster R-CNN,
-students as ``distill.student`` says.
+"""Which network a detector of the run has: the CLIP detector always a Faster R-CNN,
+students the one that ``distill.student`` names.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from coin_ray.models.faster_rcnn_clip.backbone import (
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.stages.common.training_job import load_weights
 from coin_ray.training.distill import Student
-from coin_ray.training.queries import look_with_queries
-from coin_ray.training.student_outputs import Look, look
+from coin_ray.training.queries import forward_detr_student
+from coin_ray.training.student_outputs import StudentForward, forward_student
 
 CLIP_DETECTOR = "clip_detector"
-Deployed = ClipDetector | TextDetr | ByRegions
+DeployedDetector = ClipDetector | TextDetr | ByRegions
 
 
 def new_clip_detector(
     backbone: Backbone, config: PipelineConfig, *, seed: int
 ) -> ClipDetector:
+    """Return a new CLIP detector; what is not the backbone's is drawn from ``seed``."""
     return build_detector(backbone, config.classes, config.detector, seed=seed)
 
 
 def new_student(backbone: Backbone, config: PipelineConfig, *, seed: int) -> Student:
-    """A fresh target detector: the backbone's visual weights and class embeddings,
+    """Return a new target detector: the backbone's visual weights and class embeddings,
     everything else drawn from ``seed``.
     """
     if config.distill.student == "faster-rcnn":
@@ -43,20 +44,17 @@ def new_student(backbone: Backbone, config: PipelineConfig, *, seed: int) -> Stu
 
 
 def new_detr(backbone: Backbone, config: PipelineConfig, *, seed: int) -> TextDetr:
+    """Return a new Co-DETR without auxiliary head, on the backbone's tower."""
     torch.manual_seed(seed)
-    prompts, tower = (
-        new_embeddings(backbone, config.classes, config.detector),
-        new_tower(backbone, config.detector),
-    )
-    named = config.distill.co_detr_classes == "text"
-    size, network = backbone.embedding_size, config.distill.co_detr
+    embeddings = new_embeddings(backbone, config.classes, config.detector)
+    tower = new_tower(backbone, config.detector)
     return TextDetr(
         tower,
-        prompts,
+        embeddings,
         len(config.classes),
-        size,
-        network,
-        named=named,
+        backbone.embedding_size,
+        config.distill.co_detr,
+        named=config.distill.co_detr_classes == "text",
         mean=backbone.mean,
         std=backbone.std,
     )
@@ -65,8 +63,8 @@ def new_detr(backbone: Backbone, config: PipelineConfig, *, seed: int) -> TextDe
 def student_from_clip_detector(
     student: Student, weights: dict[str, torch.Tensor]
 ) -> Student:
-    """``student`` with all it has in common with the CLIP detector: everything, or of
-    another network the tower and the prompts.
+    """Return ``student`` with all weights that it shares with the CLIP detector: every
+    one, or of another network the tower and the prompts.
     """
     if isinstance(student, RegionalDetr):
         return started_from(student, weights)
@@ -74,15 +72,18 @@ def student_from_clip_detector(
     return student
 
 
-def look_of(student: Student) -> Look:
-    return look_with_queries if isinstance(student, RegionalDetr) else look
+def select_forward(student: Student) -> StudentForward:
+    """Return the function that runs this kind of student in training."""
+    if isinstance(student, RegionalDetr):
+        return forward_detr_student
+    return forward_student
 
 
-def load_detector(
+def load_trained_detector(
     name: str, uri: str, backbone: Backbone, config: PipelineConfig
-) -> Deployed:
-    """The trained detector ``name`` in evaluation mode, as it is deployed: of a Co-DETR
-    the base alone, or with its auxiliary head.
+) -> DeployedDetector:
+    """Return the trained detector ``name`` in evaluation mode, as it is deployed: a
+    Co-DETR without its auxiliary head, or with it.
     """
     weights = load_weights(uri)
     if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":

@@ -1,5 +1,5 @@
-"""A training task under Ray Train. State goes to the step's folder as one atomic file,
-so a run resumes itself wherever it died.
+"""A training task under Ray Train. Its checkpoint is one file in the step's folder that
+is replaced atomically, so a run resumes itself wherever it died.
 
 On one machine without a cluster the worker is this very process (Ray Train's local
 mode: no actors to start). On a cluster it is a group of workers that Ray restarts.
@@ -27,259 +27,280 @@ from coin_ray.errors import TrainingError
 from coin_ray.parallel import worker_count, worker_rank
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
+    count_torch_threads,
     ensure_ray,
-    full_disk,
     largest_node_cpus,
     on_cluster,
-    quiet,
-    threads,
+    quiet_ray_logs,
+    raise_if_disk_full,
 )
-from coin_ray.stages.common.progress import Bar, bar
-from coin_ray.stages.common.watchdog import Watch
+from coin_ray.stages.common.progress import ProgressBar, show_progress
+from coin_ray.stages.common.watchdog import Watchdog
 from coin_ray.training import diagnosis
-from coin_ray.training.loop import Curve, Task, run
+from coin_ray.training.loop import Curve, TrainingTask, run_training_loop
 
 CLUSTER_RETRIES = 3
-"""Lost workers after which Ray Train gives up; a fit on a cluster then begins again if
-it has got on meanwhile."""
-OURS = "coin_ray.errors."
-"""In the text of an error that another try would meet again."""
-STATE = "state.pt"
-"""The last state of an unfinished fit, in its folder."""
-Tell = Callable[[int, Mapping[str, float], dict[str, Any] | None], None]
-"""Told of a logged or saved step (counted from 0): its losses, and the state if it was
-saved."""
+"""Lost workers after which Ray Train gives up; a training on a cluster then starts
+again if it has saved a checkpoint meanwhile."""
+PACKAGE_ERROR = "coin_ray.errors."
+"""Text in an error message that another attempt would end with again."""
+CHECKPOINT_FILE = "state.pt"
+"""The last checkpoint of an unfinished training, in its folder."""
+CURVE_FILE = "curve.json"
+"""The losses by step. A training whose folder has it is finished."""
+Checkpoint = dict[str, Any]
+"""What the training loop needs to resume: step, curve and the task's state."""
+WeightFiles = Mapping[str, Mapping[str, Any] | bytes]
+"""State dicts, or the content of whole files, by file name."""
+ReportStep = Callable[[int, Mapping[str, float], Checkpoint | None], None]
+"""Called after a logged or saved step (counted from 0) with its losses, and with the
+checkpoint if one was saved."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What a worker needs. ``make``: builds the task there; ``finish``: the weights to
-    keep of it, or whole files, by file name.
+class TrainingJob:
+    """What a worker needs. ``build_task`` is called on the worker; ``export_weights``
+    returns what to keep of the trained task.
     """
 
     title: str
-    make: Callable[[], Task]
-    finish: Callable[[Task], Mapping[str, Mapping[str, Any] | bytes]]
+    build_task: Callable[[], TrainingTask]
+    export_weights: Callable[[TrainingTask], WeightFiles]
     examples: Sequence[Example]
-    optimize: TrainingConfig
+    training: TrainingConfig
     detector: Detector
     seed: int
     folder: str
-    saved: Callable[[int, Mapping[str, Any]], None] | None = None
-    """Told on rank 0 of each saved state, after how many steps."""
+    on_checkpoint: Callable[[int, Mapping[str, Any]], None] | None = None
+    """Called on rank 0 with the number of steps and each saved checkpoint."""
 
 
-def fit(work: Fit) -> Curve:
-    """Train, or go on where a killed run stopped; writes ``finish``'s weights and,
-    last, ``curve.json`` into the folder. Returns the curve.
+def run_training_job(job: TrainingJob) -> Curve:
+    """Train, or go on from the checkpoint of a killed run. Write the exported weights
+    and, last, ``curve.json`` into the folder. Return the curve.
 
-    Raises TrainingError if a worker fails, on a cluster if several do without a state
-    saved between them.
+    Raises TrainingError if a worker fails, on a cluster if several do without a
+    checkpoint saved between them.
     """
-    here = (
-        work.optimize.workers == 1
-        and work.optimize.max_workers is None
-        and not on_cluster()
-    )
-    quiet()
-    if not here:
+    training = job.training
+    one_worker = training.workers == 1 and training.max_workers is None
+    in_this_process = one_worker and not on_cluster()
+    quiet_ray_logs()
+    if not in_this_process:
         ensure_ray()
-    written = storage.join(work.folder, "curve.json")
-    while not storage.exists(written) and not _fitted(work, here):
+    curve_uri = storage.join(job.folder, CURVE_FILE)
+    while not storage.exists(curve_uri) and not _train(job, in_this_process):
         print(
-            f"{work.title}: {CLUSTER_RETRIES + 1} workers lost, but it has got on; it"
-            " goes on from its last state",
+            f"{job.title}: {CLUSTER_RETRIES + 1} workers were lost, but a new checkpoint"
+            " was saved; training goes on from it",
             flush=True,
         )
-    curve: Curve = storage.read_json(written)
+    curve: Curve = storage.read_json(curve_uri)
     return curve
 
 
-def _fitted(work: Fit, here: bool) -> bool:
-    """Train to the end; False if that failed, but a state was saved before."""
-    state = storage.join(work.folder, STATE)
-    before = storage.stamp(state)
+def _train(job: TrainingJob, in_this_process: bool) -> bool:
+    """Train to the end. Return False if that failed but a checkpoint was saved before."""
+    checkpoint_uri = storage.join(job.folder, CHECKPOINT_FILE)
+    stamp_before = storage.version_stamp(checkpoint_uri)
     retries = CLUSTER_RETRIES if on_cluster() else 0
+    if in_this_process:
+        scaling_config = ScalingConfig(num_workers=0, use_gpu=job.training.gpu)
+        run_config = None
+    else:
+        scaling_config = _scaling_config(job.training)
+        run_config = RunConfig(
+            name="train",
+            storage_path=job.folder,
+            failure_config=FailureConfig(max_failures=retries),
+        )
     trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"work": work},
-        scaling_config=(
-            ScalingConfig(num_workers=0, use_gpu=work.optimize.gpu)
-            if here
-            else _scaling(work.optimize)
-        ),
-        run_config=(
-            None
-            if here
-            else RunConfig(
-                name="train",
-                storage_path=work.folder,
-                failure_config=FailureConfig(max_failures=retries),
-            )
-        ),
+        _run_ray_worker,
+        train_loop_config={"job": job},
+        scaling_config=scaling_config,
+        run_config=run_config,
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        if retries and OURS not in str(error) and storage.stamp(state) != before:
+        message = str(error)
+        may_retry = retries > 0 and PACKAGE_ERROR not in message
+        if may_retry and storage.version_stamp(checkpoint_uri) != stamp_before:
             return False
-        full_disk(str(error), work.folder)
+        raise_if_disk_full(message, job.folder)
         raise TrainingError(
-            f"{work.title} failed on a worker: {str(error)[-1500:]}"
+            f"{job.title} failed on a worker: {message[-1500:]}"
         ) from error
     return True
 
 
-def _scaling(optimize: TrainingConfig) -> ScalingConfig:
-    """A worker's CPUs are its share where all of them run at once."""
-    most = optimize.max_workers or optimize.workers
-    cpus = max(1, min(cluster_cpus() // most, largest_node_cpus()))
-    resources: dict[str, float] = (
-        {"CPU": 1, "GPU": 1} if optimize.gpu else {"CPU": cpus}
-    )
-    workers = (
-        optimize.workers
-        if optimize.max_workers is None
-        else (optimize.workers, optimize.max_workers)
-    )
+def _scaling_config(training: TrainingConfig) -> ScalingConfig:
+    """Return the workers and their resources. A worker's CPUs are its share when the
+    largest number of workers runs.
+    """
+    most_workers = training.max_workers or training.workers
+    cpus = max(1, min(cluster_cpus() // most_workers, largest_node_cpus()))
+    resources: dict[str, float] = {"CPU": cpus}
+    if training.gpu:
+        resources = {"CPU": 1, "GPU": 1}
+    workers: int | tuple[int, int] = training.workers
+    if training.max_workers is not None:
+        workers = (training.workers, training.max_workers)
     return ScalingConfig(
-        num_workers=workers, use_gpu=optimize.gpu, resources_per_worker=resources
+        num_workers=workers, use_gpu=training.gpu, resources_per_worker=resources
     )
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    work: Fit = config["work"]
+def _run_ray_worker(config: dict[str, TrainingJob]) -> None:
+    job = config["job"]
 
-    def tell(
-        step: int, metrics: Mapping[str, float], state: dict[str, Any] | None
+    def report(
+        step: int, metrics: Mapping[str, float], checkpoint: Checkpoint | None
     ) -> None:
-        if work.saved is not None and state is not None and worker_rank() == 0:
-            work.saved(step + 1, state)
+        if (
+            job.on_checkpoint is not None
+            and checkpoint is not None
+            and worker_rank() == 0
+        ):
+            job.on_checkpoint(step + 1, checkpoint)
         ray.train.report({"step": step, **metrics})
 
-    train(work, tell)
+    train_on_worker(job, report)
 
 
-def train(work: Fit, tell: Tell) -> Curve:
-    """This worker's part of a fit, from the last saved state on. All workers call
-    ``tell`` at the same steps.
+def train_on_worker(job: TrainingJob, report: ReportStep) -> Curve:
+    """Do this worker's part of a training, from the last checkpoint on. All workers
+    call ``report`` at the same steps.
     """
-    # open_clip tells its life story at INFO
+    # open_clip writes many lines at INFO
     logging.getLogger().setLevel(logging.WARNING)
-    if not work.optimize.gpu:
-        torch.set_num_threads(threads(worker_count()))
-    task = work.make().to(_device(work.optimize))
-    stalled_after = work.optimize.stalled_after
+    training = job.training
+    if not training.gpu:
+        torch.set_num_threads(count_torch_threads(worker_count()))
+    task = job.build_task().to(_worker_device(training))
     with (
-        bar(work.title, work.optimize.steps) as shown,
-        Watch(work.title, stalled_after) as watch,
+        show_progress(job.title, training.steps) as progress,
+        Watchdog(job.title, training.stalled_after) as watchdog,
         ThreadPoolExecutor(1) as writer,
     ):
-        host = FolderHost(work.folder, shown, tell, watch, writer)
-        curve = run(
-            task, work.examples, work.optimize, work.detector, seed=work.seed, host=host
+        host = FolderCheckpointHost(job.folder, progress, report, watchdog, writer)
+        curve = run_training_loop(
+            task, job.examples, training, job.detector, seed=job.seed, host=host
         )
-        host.settle()
+        host.wait_until_written()
     if worker_rank() == 0:
-        for name, weights in work.finish(task).items():
-            place = storage.join(work.folder, name)
-            (
-                storage.write_bytes(place, weights)
-                if isinstance(weights, bytes)
-                else save_weights(place, weights)
-            )
-        storage.write_json(storage.join(work.folder, "curve.json"), curve)
-        host.forget()
+        _write_weights(job.folder, job.export_weights(task))
+        storage.write_json(storage.join(job.folder, CURVE_FILE), curve)
+        host.remove_checkpoint()
     return curve
 
 
-def _device(optimize: TrainingConfig) -> torch.device:
-    """This worker's. Raises TrainingError if it should be a GPU and there is none."""
-    if not optimize.gpu:
+def _write_weights(folder: str, files: WeightFiles) -> None:
+    for name, weights in files.items():
+        uri = storage.join(folder, name)
+        if isinstance(weights, bytes):
+            storage.write_bytes(uri, weights)
+        else:
+            save_weights(uri, weights)
+
+
+def _worker_device(training: TrainingConfig) -> torch.device:
+    """Return this worker's device. Raises TrainingError if it should be a GPU and there
+    is none.
+    """
+    if not training.gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise TrainingError(
             "fit.gpu is on, but this worker has no CUDA device: leave it off, or run on"
             " a machine with a GPU"
         )
-    return (
-        ray.train.torch.get_device()
-        if worker_count() > 1 or on_cluster()
-        else torch.device("cuda")
-    )
+    if worker_count() > 1 or on_cluster():
+        device: torch.device = ray.train.torch.get_device()
+        return device
+    return torch.device("cuda")
 
 
-class FolderHost:
-    """The training loop's host: rank 0 keeps the last state in a file that is replaced
-    whole; all ranks wait for each other.
+class FolderCheckpointHost:
+    """The training loop's host: rank 0 keeps the last checkpoint in a file that is
+    replaced whole; all ranks wait for each other.
 
-    The file is written, or sent to an object store, while training goes on; a state
-    that can't be kept ends the fit at the next one.
+    The file is written, or sent to an object store, while training goes on; a
+    checkpoint that can't be written ends the training at the next one.
     """
 
     def __init__(
-        self, folder: str, shown: Bar, tell: Tell, watch: Watch, writer: Executor
+        self,
+        folder: str,
+        progress: ProgressBar,
+        report_step: ReportStep,
+        watchdog: Watchdog,
+        writer: Executor,
     ) -> None:
-        self.place, self.shown, self.tell, self.watch, self.writer = (
-            storage.join(folder, STATE),
-            shown,
-            tell,
-            watch,
-            writer,
-        )
-        self.writing: Future[None] | None = None
+        self.uri = storage.join(folder, CHECKPOINT_FILE)
+        self.progress = progress
+        self.report_step = report_step
+        self.watchdog = watchdog
+        self.writer = writer
+        self.pending_write: Future[None] | None = None
 
-    def resume(self) -> dict[str, Any] | None:
-        return load_state(self.place) if storage.exists(self.place) else None
+    def resume(self) -> Checkpoint | None:
+        """Return the last checkpoint, or None."""
+        return load_checkpoint(self.uri) if storage.exists(self.uri) else None
 
     def report(
-        self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None
+        self, step: int, metrics: Mapping[str, float], checkpoint: Checkpoint | None
     ) -> None:
+        """Start to write a checkpoint, show the losses and call ``report_step``."""
         if worker_rank() == 0:
             if checkpoint is not None:
-                self.settle()
-                self.writing = self.writer.submit(
-                    storage.write_bytes, self.place, as_bytes(checkpoint)
+                self.wait_until_written()
+                self.pending_write = self.writer.submit(
+                    storage.write_bytes, self.uri, serialize_weights(checkpoint)
                 )
-            self.shown.update(
-                step + 1,
-                " ".join(
-                    f"{name} {value:.2f}"
-                    for name, value in metrics.items()
-                    if name not in diagnosis.NAMES
-                ),
-            )
-        self.tell(step, metrics, checkpoint)
-        self.watch.seen()
+            losses = [
+                f"{name} {loss:.2f}"
+                for name, loss in metrics.items()
+                if name not in diagnosis.NAMES
+            ]
+            self.progress.update(step + 1, " ".join(losses))
+        self.report_step(step, metrics, checkpoint)
+        self.watchdog.notify_progress()
 
-    def settle(self) -> None:
-        """The last state is in its file. Raises what kept it from there."""
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+    def wait_until_written(self) -> None:
+        """Wait for the file of the last checkpoint. Raises the error of its writing."""
+        pending_write = self.pending_write
+        self.pending_write = None
+        if pending_write is not None:
+            pending_write.result()
 
-    def forget(self) -> None:
-        """The weights are written: the state with its optimizers is no longer needed."""
-        storage.remove(self.place)
+    def remove_checkpoint(self) -> None:
+        """Remove the checkpoint with its optimizers: the weights are written."""
+        storage.remove(self.uri)
 
 
 def save_weights(uri: str, weights: Mapping[str, Any]) -> None:
-    storage.write_bytes(uri, as_bytes(weights))
+    """Write a state dict, atomically."""
+    storage.write_bytes(uri, serialize_weights(weights))
 
 
-def as_bytes(weights: Mapping[str, Any]) -> bytes:
-    """The file of a state, which may change from here on."""
+def serialize_weights(weights: Mapping[str, Any]) -> bytes:
+    """Return the content of a state dict's file; later changes of the tensors do not
+    reach it.
+    """
     buffer = io.BytesIO()
     torch.save(dict(weights), buffer)
     return buffer.getvalue()
 
 
-def load_state(uri: str) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(
+def load_checkpoint(uri: str) -> Checkpoint:
+    """Read a checkpoint onto the CPU."""
+    checkpoint: Checkpoint = torch.load(
         io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True
     )
-    return state
+    return checkpoint
 
 
 def load_weights(uri: str) -> dict[str, torch.Tensor]:
-    return load_state(uri)
+    """Read a detector's weights onto the CPU."""
+    return load_checkpoint(uri)

@@ -1,4 +1,4 @@
-"""A worker that hangs is made a worker that died: those are noticed, and replaced."""
+"""Ends a process that hangs: one that has died is noticed and replaced."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ import threading
 import time
 from types import TracebackType
 
-STALLED = 70
+STALLED_EXIT_CODE = 70
 """Exit code of a process that ended itself."""
+LONGEST_CHECK_INTERVAL = 10.0
+"""Seconds between two checks for progress, at most."""
 
 
-class Watch:
-    """Ends this process, telling where each thread was, when ``seen`` was not called
-    for ``seconds``. 0 or less: never.
+class Watchdog:
+    """Ends this process, with a traceback of each thread, when ``notify_progress`` was
+    not called for ``seconds``. With 0 or less it never does.
     """
 
-    def __init__(self, what: str, seconds: float) -> None:
-        self.what, self.seconds = what, seconds
-        self.heard, self.closed = time.monotonic(), threading.Event()
+    def __init__(self, activity: str, seconds: float) -> None:
+        self.activity = activity
+        self.seconds = seconds
+        self.last_progress = time.monotonic()
+        self.closed = threading.Event()
 
-    def seen(self) -> None:
-        self.heard = time.monotonic()
+    def notify_progress(self) -> None:
+        """Start to count the seconds anew."""
+        self.last_progress = time.monotonic()
 
-    def __enter__(self) -> Watch:
-        self.seen()
+    def __enter__(self) -> Watchdog:
+        self.notify_progress()
         if self.seconds > 0:
-            threading.Thread(target=self._run, daemon=True).start()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(
@@ -39,15 +44,19 @@ class Watch:
     ) -> None:
         self.closed.set()
 
-    def _run(self) -> None:
-        while not self.closed.wait(min(self.seconds / 4, 10.0)):
-            if time.monotonic() - self.heard > self.seconds:
-                print(
-                    f"{self.what}: nothing has happened for {self.seconds:.0f} s; this"
-                    " process ends. On a cluster another one goes on; here the same"
-                    " command does. It hung at:",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(STALLED)
+    def _watch(self) -> None:
+        interval = min(self.seconds / 4, LONGEST_CHECK_INTERVAL)
+        while not self.closed.wait(interval):
+            if time.monotonic() - self.last_progress > self.seconds:
+                self._exit()
+
+    def _exit(self) -> None:
+        print(
+            f"{self.activity}: no progress for {self.seconds:.0f} s, exiting"
+            f" ({STALLED_EXIT_CODE}). On a cluster Ray restarts the worker; locally,"
+            " rerun the command. It hung at:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(STALLED_EXIT_CODE)

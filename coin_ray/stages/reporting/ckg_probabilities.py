@@ -1,4 +1,4 @@
-"""What the trained fusion network (CKG) says of the cloud's boxes in the test images. A
+"""What the trained fusion network (CKG_FILE) says of the cloud's boxes in the test images. A
 diagnosis: nothing is trained or chosen by it.
 """
 
@@ -11,32 +11,32 @@ from torchvision.transforms.functional import pil_to_tensor
 from coin_ray import boxes as box_ops
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
-from coin_ray.data.augmentation import fit
+from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.fusion.ckg import ConsistentKnowledge
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.runs.steps import Context
 from coin_ray.stages.common.students import new_student
-from coin_ray.stages.common.teacher_outputs import separated_cloud
+from coin_ray.stages.common.teacher_outputs import prepare_cloud_for_separation
 from coin_ray.stages.common.training_job import load_weights
-from coin_ray.stages.evaluate import Results
+from coin_ray.stages.evaluate import PredictionsByMethod
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.structures import Detections
 
-CKG = "ckg.pt"
-"""In the distillation's folder: state of ``trained_fusion``."""
+CKG_FILE = "ckg.pt"
+"""In the distillation's folder: state of ``combine_fusion_modules``."""
 IMAGES = 100
 """At most so many are looked at, evenly spread."""
 
 
-def fused_opinions(
-    context: Context, images: list[dict[str, object]], answers: Results
+def predict_ckg_probabilities(
+    context: Context[PipelineConfig], images: list[dict[str, object]], answers: PredictionsByMethod
 ) -> dict[str, Tensor]:
     """CKG's probabilities [N, K+1] of the cloud's boxes above the training threshold,
-    by image id; empty if the run has no trained CKG.
+    by image id; empty if the run has no trained CKG_FILE.
     """
-    path = storage.join(context.inputs["distill"], CKG)
+    path = storage.join(context.inputs["distill"], CKG_FILE)
     config = context.config
     if (
         config.distill.fusion != "ckg"
@@ -61,7 +61,7 @@ def fused_opinions(
     }
 
 
-def trained_fusion(ckg: nn.Module, cloud: nn.Module, clip: nn.Module) -> nn.ModuleDict:
+def combine_fusion_modules(ckg: nn.Module, cloud: nn.Module, clip: nn.Module) -> nn.ModuleDict:
     """CKG and the two banks of prototypes it attends to, as one module with one state."""
     return nn.ModuleDict(
         {"ckg": ckg, "cloud_prototypes": cloud, "clip_prototypes": clip}
@@ -79,7 +79,7 @@ class _Fusion:
             embeddings.shape[1], len(config.classes), config.distill.ckg_heads
         )
         banks = Prototypes(embeddings), Prototypes(embeddings)
-        trained_fusion(self.ckg, *banks).load_state_dict(load_weights(ckg))
+        combine_fusion_modules(self.ckg, *banks).load_state_dict(load_weights(ckg))
         self.device = torch.device(
             "cuda" if config.distill.fit.gpu and torch.cuda.is_available() else "cpu"
         )
@@ -96,17 +96,17 @@ class _Fusion:
         if not used.any():
             return cloud.probs[used]
         original = pil_to_tensor(decode_rgb(storage.read_bytes(uri)))
-        view = fit(
+        view = resize_to_fit(
             original, self.config.detector.short_side, self.config.detector.long_side
         )
-        boxes = box_ops.scale(
+        boxes = box_ops.scale_boxes(
             cloud.boxes[used],
             view.shape[2] / original.shape[2],
             view.shape[1] / original.shape[1],
         )
         shared, _ = self.student.propose(self.student.prepare([view]))
         embedded = self.student.describe(shared, [boxes.to(self.device)]).embedded  # type: ignore[arg-type]
-        said = separated_cloud(cloud, self.config.labels).probs
+        said = prepare_cloud_for_separation(cloud, self.config.labels).probs
         fused: Tensor = self.ckg(
             embedded,
             self.prototypes,

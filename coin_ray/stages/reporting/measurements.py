@@ -14,23 +14,37 @@ import torch
 from torch import Tensor
 
 from coin_ray import storage, tables
-from coin_ray.evaluation.bootstrap import draw_images, interval, mean_ap, resampled
-from coin_ray.evaluation.calibration import calibration_error, reliability
-from coin_ray.evaluation.fusion_baselines import clip_labelled
-from coin_ray.evaluation.operating import best_f1, tally
-from coin_ray.evaluation.separation_accuracy import true_names
-from coin_ray.evaluation.teacher_agreement import confusion, sides
-from coin_ray.evaluation.voc import Floats, Judged, judged, mean_over_classes
-from coin_ray.runs.steps import Context
-from coin_ray.stages.common.teacher_outputs import clip_labelled as taught_by_clip
-from coin_ray.stages.common.teacher_outputs import (
-    cloud_knowledge,
-    collected,
-    corrected,
-    image_table,
-    truth_of,
+from coin_ray.config import PipelineConfig
+from coin_ray.evaluation.bootstrap import (
+    bootstrap_average_precision,
+    draw_bootstrap_samples,
+    mean_ap,
+    percentile_interval,
 )
-from coin_ray.stages.evaluate import NAMES, Results, teachers
+from coin_ray.evaluation.calibration import expected_calibration_error, reliability_bins
+from coin_ray.evaluation.fusion_baselines import relabel_with_clip
+from coin_ray.evaluation.operating import best_f1, count_by_image
+from coin_ray.evaluation.separation_accuracy import overlapped_truth_labels
+from coin_ray.evaluation.teacher_agreement import ckg_agreement_rates, teacher_confusion
+from coin_ray.evaluation.voc import (
+    Floats,
+    MatchedDetections,
+    match_detections,
+    mean_over_classes,
+)
+from coin_ray.runs.steps import Context
+from coin_ray.stages.common.image_tables import open_annotations, read_images
+from coin_ray.stages.common.teacher_outputs import (
+    open_collected,
+    open_corrections,
+    select_cloud_labels,
+)
+from coin_ray.stages.common.teacher_outputs import relabel_with_clip as taught_by_clip
+from coin_ray.stages.evaluate import (
+    METHOD_OF_STEP,
+    PredictionsByMethod,
+    open_teacher_class_scores,
+)
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -38,19 +52,19 @@ RECALLS = np.linspace(0, 1, 41)
 NAMED_ONCE = ("cloud", "clip_labels")
 """Teachers that name each box once; at a threshold they are judged as they answer, not
 with every class score."""
-Verdicts = dict[str, tuple[Judged, ...]]
+Verdicts = dict[str, tuple[MatchedDetections, ...]]
 
 
-def held_out_truth(context: Context) -> dict[str, Truth]:
+def held_out_truth(context: Context[PipelineConfig]) -> dict[str, Truth]:
     """Truth by id of the annotated test images."""
     folder = context.inputs["images"]
-    return truth_of(folder).of(image_table(folder, "test")["image_id"])
+    return open_annotations(folder).of(read_images(folder, "test")["image_id"])
 
 
-def students(context: Context) -> Results:
+def students(context: Context[PipelineConfig]) -> PredictionsByMethod:
     """What the trained detectors see in the test images, as the evaluation left it."""
     found: Results = {}
-    for name in NAMES.values():
+    for name in METHOD_OF_STEP.values():
         path = storage.join(
             context.inputs["evaluate"], "predictions", f"{name}.parquet"
         )
@@ -59,11 +73,11 @@ def students(context: Context) -> Results:
     return found
 
 
-def named_once(context: Context) -> Results:
+def named_once(context: Context[PipelineConfig]) -> PredictionsByMethod:
     """The teachers' answers as they are: one name for each box."""
     names = NAMED_ONCE if context.config.collect.labeler != "none" else NAMED_ONCE[:1]
     return {
-        name: collected(context.inputs["collect"], name, context.config)
+        name: open_collected(context.inputs["collect"], name, context.config)
         for name in names
     }
 
@@ -73,8 +87,8 @@ def scored(verdicts: Verdicts, seed: int) -> dict[str, Any]:
     student's change by class.
     """
     images = len(verdicts["cloud"][0].required)
-    draws = draw_images(images, seed)
-    by_class = {name: resampled(classes, draws) for name, classes in verdicts.items()}
+    draws = draw_bootstrap_samples(images, seed)
+    by_class = {name: bootstrap_average_precision(classes, draws) for name, classes in verdicts.items()}
     maps = {name: mean_ap(values) for name, values in by_class.items()}
     numbers: dict[str, Any] = {
         "map50_interval": {name: _interval(values) for name, values in maps.items()},
@@ -83,12 +97,12 @@ def scored(verdicts: Verdicts, seed: int) -> dict[str, Any]:
             for name, values in maps.items()
             if name != "cloud"
         },
-        "truth_boxes": [int(judged.required.sum()) for judged in verdicts["cloud"]],
+        "truth_boxes": [int(match_detections.required.sum()) for match_detections in verdicts["cloud"]],
     }
     if "student" in by_class:
         change = by_class["student"] - by_class["cloud"]
         numbers["class_change_interval"] = [
-            list(interval(column) or (None, None)) for column in change.T
+            list(percentile_interval(column) or (None, None)) for column in change.T
         ]
     return numbers
 
@@ -102,7 +116,7 @@ def at_best_threshold(verdicts: Verdicts) -> dict[str, Any]:
     }
 
 
-def precision_recall(classes: tuple[Judged, ...]) -> Floats:
+def precision_recall(classes: tuple[MatchedDetections, ...]) -> Floats:
     """Precision [K, R] at ``RECALLS``, made to fall with recall; rows of NaN for
     classes without truth.
     """
@@ -124,22 +138,22 @@ def mean_curve(rows: Floats) -> list[float]:
     return [round(mean_over_classes(column), 4) for column in rows.T]
 
 
-def teachers_confused(context: Context) -> list[list[int]]:
+def teachers_confused(context: Context[PipelineConfig]) -> list[list[int]]:
     separation = storage.stream_table(
         storage.join(context.inputs["separate"], "separation.parquet")
     )
-    found: list[list[int]] = confusion(separation, len(context.config.classes)).tolist()
+    found: list[list[int]] = teacher_confusion(separation, len(context.config.classes)).tolist()
     return found
 
 
 def opinions(
-    answers: Results,
+    answers: PredictionsByMethod,
     fused: Mapping[str, Tensor],
     truth: Mapping[str, Truth],
     score_min: float,
 ) -> dict[str, Any]:
     """How well each opinion of the cloud's test boxes is calibrated, and whom the
-    fusion follows where the teachers differ.
+    fusion follows where the open_teacher_class_scores differ.
     """
     if "clip_labels" not in answers:
         return _calibrated(
@@ -163,7 +177,7 @@ def opinions(
     found: dict[str, Any] = {}
     if fused:
         said["ckg"] = _stack(fused, used)
-        found["ckg_sides"] = sides(said["cloud"], said["clip"], said["ckg"], named)
+        found["ckg_sides"] = ckg_agreement_rates(said["cloud"], said["clip"], said["ckg"], named)
     return found | _calibrated(said, named)
 
 
@@ -172,12 +186,12 @@ def _calibrated(said: Mapping[str, Tensor], named: Tensor) -> dict[str, Any]:
     for who, probs in said.items():
         if len(probs):
             confidence, choice = probs.max(1)
-            bins[who] = reliability(
+            bins[who] = reliability_bins(
                 confidence.double().numpy(), (choice == named).numpy()
             )
     return {
         "calibration_error": {
-            who: round(calibration_error(found), 4) for who, found in bins.items()
+            who: round(expected_calibration_error(found), 4) for who, found in bins.items()
         },
         "reliability": {who: [asdict(b) for b in found] for who, found in bins.items()},
     }
@@ -199,7 +213,7 @@ def _answers(
     nothing.
     """
     parts = [
-        true_names(
+        overlapped_truth_labels(
             found[i].boxes[found[i].scores >= score_min], truth[i], found[i].num_classes
         )
         for i in sorted(truth)
@@ -213,13 +227,13 @@ def _stack(rows: Mapping[str, Tensor], truth: Mapping[str, Truth]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, 1)
 
 
-def corrections(context: Context) -> dict[str, Any]:
+def corrections(context: Context[PipelineConfig]) -> dict[str, Any]:
     """How many images people have labelled, and what each teacher would have taught
     there: ``boxes``, those ``wrong``, objects ``missed``, and ``images`` with either.
     Empty for a run without corrections.
     """
     config = context.config
-    person = corrected(context.inputs, config)
+    person = open_corrections(context.inputs, config)
     truth = {
         i: Truth(d.boxes, d.labels, torch.zeros(len(d), dtype=torch.bool))
         for i, d in person.items()
@@ -235,10 +249,10 @@ def corrections(context: Context) -> dict[str, Any]:
         name: _mistakes(found, truth, len(config.classes))
         for name, found in _taught(context, list(truth)).items()
     }
-    return counts | {"teachers": teachers}
+    return counts | {"teachers": open_teacher_class_scores}
 
 
-def _taught(context: Context, images: list[str]) -> Results:
+def _taught(context: Context[PipelineConfig], images: list[str]) -> PredictionsByMethod:
     """What propagation and separation would have got of each teacher; images without an
     answer are left out.
     """
@@ -249,7 +263,7 @@ def _taught(context: Context, images: list[str]) -> Results:
     )
     known = [i for i in images if i in answers["cloud"]]
     found: Results = {
-        "cloud": {i: cloud_knowledge(answers["cloud"][i], config.labels) for i in known}
+        "cloud": {i: select_cloud_labels(answers["cloud"][i], config.labels) for i in known}
     }
     if "clip_labels" in answers:
         found["clip_labels"] = {
@@ -270,7 +284,7 @@ def _taught(context: Context, images: list[str]) -> Results:
 def _mistakes(
     found: Mapping[str, Detections], truth: Mapping[str, Truth], classes: int
 ) -> dict[str, int]:
-    counted = tally(judged(found, truth, classes), 0.0)
+    counted = count_by_image(match_detections(found, truth, classes), 0.0)
     missed = counted.truth - counted.found
     return {
         "boxes": int((counted.found + counted.wrong).sum()),
@@ -280,30 +294,30 @@ def _mistakes(
     }
 
 
-def judge_all(context: Context, truth: dict[str, Truth]) -> tuple[Verdicts, Verdicts]:
+def judge_all(context: Context[PipelineConfig], truth: dict[str, Truth]) -> tuple[Verdicts, Verdicts]:
     """Every method with every class score, as mAP is measured; and as it is used: one
     name for each box of a teacher.
     """
     judge = partial(
-        judged,
+        match_detections,
         truth=truth,
         num_classes=len(context.config.classes),
         plus_one=context.config.evaluate.plus_one,
     )
     ours = {name: judge(found) for name, found in students(context).items()}
-    ranked = {name: judge(found) for name, found in teachers(context, truth).items()}
+    ranked = {name: judge(found) for name, found in open_teacher_class_scores(context, truth).items()}
     answered = named_once(context)
     if "clip_labels" in answered:
         cloud, clip = answered["cloud"], answered["clip_labels"]
         answered["clip_labels"] = {
-            i: clip_labelled(cloud[i], clip[i].probs) for i in truth if i in cloud
+            i: relabel_with_clip(cloud[i], clip[i].probs) for i in truth if i in cloud
         }
     once = {name: judge(found) for name, found in answered.items()}
     return ranked | ours, once | ours
 
 
 def _interval(values: Floats) -> dict[str, float]:
-    found = interval(values)
+    found = percentile_interval(values)
     return (
         {} if found is None else {"low": round(found[0], 4), "high": round(found[1], 4)}
     )

@@ -16,11 +16,15 @@ from torchvision.ops import box_iou
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
-from coin_ray.evaluation.operating import Tally, losses
+from coin_ray.evaluation.operating import ImageCounts, regression_by_image
 from coin_ray.report.gallery import Box, GalleryImage
 from coin_ray.runs.steps import Context
-from coin_ray.stages.common.teacher_outputs import image_rows, image_table, truth_of
-from coin_ray.stages.evaluate import Results
+from coin_ray.stages.common.image_tables import (
+    open_annotations,
+    read_image_rows,
+    read_images,
+)
+from coin_ray.stages.evaluate import PredictionsByMethod
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -39,17 +43,17 @@ class Seen:
     drawn at; ``tallies`` of annotated test images.
     """
 
-    layers: Results
+    layers: PredictionsByMethod
     from_score: Mapping[str, float]
     truth: Mapping[str, Truth]
-    tallies: Mapping[str, Tally]
+    tallies: Mapping[str, ImageCounts]
 
 
 def seen(
-    context: Context,
-    layers: Results,
+    context: Context[PipelineConfig],
+    layers: PredictionsByMethod,
     points: Mapping[str, Mapping[str, float]],
-    tallies: Mapping[str, Tally],
+    tallies: Mapping[str, ImageCounts],
 ) -> Seen:
     limits = {
         name: points.get(name, {}).get("score", SHOWN_FROM[name]) for name in SHOWN_FROM
@@ -57,16 +61,16 @@ def seen(
     return Seen(
         {n: f for n, f in layers.items() if n in limits},
         limits,
-        truth_of(context.inputs["images"]),
+        open_annotations(context.inputs["images"]),
         tallies,
     )
 
 
-def gallery(context: Context, what: Seen) -> list[GalleryImage]:
+def gallery(context: Context[PipelineConfig], what: Seen) -> list[GalleryImage]:
     """The test images on which the student is worst against the cloud, further ones
     evenly spread, and training images with their kinds.
     """
-    test = image_rows(context.inputs["images"], "test")
+    test = read_image_rows(context.inputs["images"], "test")
     worst = _worst(test, what)
     ids = {row["image_id"] for row, _ in worst}
     rest = _spread([i for i in test if i["image_id"] not in ids], TEST)
@@ -78,16 +82,16 @@ def gallery(context: Context, what: Seen) -> list[GalleryImage]:
         storage.join(context.inputs["separate"], "separation.parquet"),
         pa.array([row["image_id"] for row in train], pa.string()),
     )
-    kinds = {row["image_id"]: row for row in tables.rows_of(place, ids)}
+    kinds = {row["image_id"]: row for row in tables.stream_rows(place, ids)}
     return [
         _image(row, group, note, what, kinds, context.config)
         for group, row, note in chosen
     ]
 
 
-def _separated(context: Context, count: int) -> list[Row]:
+def _separated(context: Context[PipelineConfig], count: int) -> list[Row]:
     """So many training images of which there is knowledge, evenly spread."""
-    images = image_table(context.inputs["images"], "train")
+    images = read_images(context.inputs["images"], "train")
     known = [
         rows["image_id"]
         for rows in storage.stream_table(
@@ -112,7 +116,7 @@ def _worst(test: Sequence[Row], what: Seen) -> list[tuple[Row, str]]:
         return []
     ours, theirs = what.tallies["student"], what.tallies["cloud"]
     rows = {str(i["image_id"]): i for i in test}
-    lost, ids = losses(ours, theirs), sorted(i for i in rows if i in what.truth)
+    lost, ids = regression_by_image(ours, theirs), sorted(i for i in rows if i in what.truth)
     order = [int(n) for n in np.argsort(-lost, kind="stable")[:WORST] if lost[n] > 0]
     told = (
         "Of {} objects the cloud finds {}, the student {}; wrong boxes: cloud {},"
