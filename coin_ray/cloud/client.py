@@ -16,12 +16,12 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import httpx
 
+from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.governor import AsyncGovernor, Limits, Outcome
 from coin_ray.cloud.http.connections import Connections, NotConnected, checked_url
 from coin_ray.cloud.http.signing import signer_for
@@ -70,35 +70,11 @@ TASK_SECONDS = 86_400.0
 """A task older than this that gives no result is asked for no more."""
 RETRY_BURST_MIN = 20
 
-AnswerStatus = Literal[
-    "ok", "cached", "empty", "error", "skipped_budget", "skipped_quota", "unreachable"
-]
 Sleep = Callable[[float], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of one image. ``raw`` is None for ``error``, ``skipped_budget``,
-    ``skipped_quota`` and ``unreachable``; ``empty`` is a proved absence of objects.
-    ``teachers``: names of the clouds that answered, if several could.
-
-    ``attempts``: tries, 0 if cached or if an earlier run had asked. ``calls`` and
-    ``cost_usd``: those that were or may have been billed. ``latency_ms``: of the last
-    try.
-    """
-
-    status: AnswerStatus
-    raw: RawDetections | None
-    attempts: int = 0
-    latency_ms: float = 0.0
-    cost_usd: float = 0.0
-    error: str | None = None
-    calls: int = 0
-    teachers: tuple[str, ...] = ()
-
-
-def limits(config: Cloud) -> Limits:
-    """The governor's limits for a configuration. Calls per minute are spread over the
+def governor_limits(config: Cloud) -> Limits:
+    """Return the governor's limits for a configuration. Calls per minute are spread over the
     minute.
     """
     per_minute = calls_per_minute(config)
@@ -116,7 +92,7 @@ def limits(config: Cloud) -> Limits:
     )
 
 
-def account_of(config: Cloud, url: str, adapter: Adapter) -> str:
+def account_name(config: Cloud, url: str, adapter: Adapter) -> str:
     """Name [12 hexadecimal digits] under which the journal adds up what a service, an
     address and a model have cost.
     """
@@ -182,7 +158,7 @@ class CloudClient:
             skip_unreachable,
         )
         self._no_quota = ""
-        self._account = account_of(config, url, self._adapter)
+        self._account = account_name(config, url, self._adapter)
         self._sleep, self._clock, self._uniform, self._wall_clock = (
             sleep,
             clock,

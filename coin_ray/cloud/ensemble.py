@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coin_ray.cloud.client import Answer, CloudClient
+from coin_ray.cloud.answer import Answer
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import AsyncGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.label_map import ASSUMED_PRECISION, Prior
@@ -154,7 +155,7 @@ def scored(raw: RawDetections, prior: Prior) -> RawDetections:
     )
 
 
-def needs_second_opinion(
+def clip_contradicts(
     scores: NDArray[np.float32],
     labels: NDArray[np.int64],
     clip_probs: NDArray[np.float32],
@@ -170,7 +171,7 @@ def needs_second_opinion(
     return bool(contradicted.mean() > rule.doubt_share)
 
 
-def names_of(clouds: Sequence[Cloud]) -> tuple[str, ...]:
+def cloud_names(clouds: Sequence[Cloud]) -> tuple[str, ...]:
     """A name for each cloud: its service and its view, numbered where several have the
     same.
     """
@@ -329,7 +330,7 @@ class EnsembleClient:
 Client = CloudClient | EnsembleClient
 
 
-def client_for(
+def create_client(
     config: PipelineConfig,
     urls: Sequence[str],
     journal: Journal,
@@ -355,10 +356,10 @@ def client_for(
         )
         for cloud, url, governor in zip(config.clouds, urls, governors, strict=True)
     ]
-    return EnsembleClient(clients, names_of(config.clouds), config.ensemble)
+    return EnsembleClient(clients, cloud_names(config.clouds), config.ensemble)
 
 
-def images_for(client: Client, data: bytes) -> list[CanonicalImage]:
+def render_for_clouds(client: Client, data: bytes) -> list[CanonicalImage]:
     """A file's image as each cloud gets it alone, so that its answers are found again
     whoever else is asked. Raises ``InputError``.
     """

@@ -1,7 +1,7 @@
-"""ONNX detectors behind the local cloud: YOLOX and PicoDet with COCO classes, alone or
-fused by weighted boxes.
+"""Pretrained YOLOX and PicoDet detectors with COCO classes as ONNX files, alone or fused
+by weighted boxes.
 
-Which of the two a file is, its output shapes say. Needs the ``onnx`` extra.
+The output shapes of a file tell which of the two it is. Needs the ``onnx`` extra.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou
 
 from coin_ray.data.coco_classes import COCO_CLASSES
 from coin_ray.errors import ConfigError
+from coin_ray.fusion.box_clusters import greedy_clusters, score_weighted_mean
+from coin_ray.predictors.scored_boxes import Floats, ScoredBoxes, select_boxes
 
-Floats = NDArray[np.float32]
-
-NMS_IOU = 0.5
 FUSION_IOU = 0.55
-DETECTIONS_MAX = 100
 YOLOX_STRIDES = (8, 16, 32)
 YOLOX_PADDING = 114
 PICODET_STRIDES = (8, 16, 32, 64)
@@ -32,26 +29,9 @@ PICODET_MEAN = np.array([103.53, 116.28, 123.675], np.float32)
 PICODET_STD = np.array([57.375, 57.12, 58.395], np.float32)
 
 
-class Detector(Protocol):
-    """What the local cloud serves. ``classes``: its closed vocabulary."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def classes(self) -> Sequence[str]: ...
-
-    def detect(
-        self, image: Image.Image, classes: Sequence[str], score_min: float
-    ) -> tuple[Floats, Floats]:
-        """Boxes [N, 4] xyxy pixels of the RGB image and independent scores [N,
-        len(classes)], best first.
-        """
-
-
-class _OnnxModel(Protocol):
-    def predict(self, image: Image.Image) -> tuple[Floats, Floats]:
-        """All candidates: boxes [M, 4] xyxy pixels of the image, scores [M, 80]."""
+class OnnxNetwork(Protocol):
+    def predict(self, image: Image.Image) -> ScoredBoxes:
+        """Return all candidates: boxes [M, 4] xyxy pixels of the image, scores [M, 80]."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +39,21 @@ class Yolox:
     session: Any
     side: int
 
-    def predict(self, image: Image.Image) -> tuple[Floats, Floats]:
+    def predict(self, image: Image.Image) -> ScoredBoxes:
         scale = min(self.side / image.width, self.side / image.height)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        width = max(1, round(image.width * scale))
+        height = max(1, round(image.height * scale))
         padded = np.full((self.side, self.side, 3), YOLOX_PADDING, np.float32)
-        padded[: size[1], : size[0]] = _bgr(image, size)
-        output = _run(self.session, padded)[0][0]
-        centres, strides = _grid(self.side, YOLOX_STRIDES, 0.0)
-        middle, half = (
-            (output[:, :2] + centres) * strides,
-            np.exp(output[:, 2:4]) * strides / 2,
-        )
-        boxes = np.concatenate([middle - half, middle + half], 1)
-        factors = np.array(
-            [image.width / size[0], image.height / size[1]] * 2, np.float32
-        )
-        return boxes * factors, output[:, 4:5] * output[:, 5:]
+        padded[:height, :width] = _bgr_pixels(image, (width, height))
+        candidates = _run_session(self.session, padded)[0][0]
+        offsets, log_sizes = candidates[:, :2], candidates[:, 2:4]
+        objectness, class_scores = candidates[:, 4:5], candidates[:, 5:]
+        cells, strides = _grid_cells(self.side, YOLOX_STRIDES, 0.0)
+        centres = (offsets + cells) * strides
+        half_sizes = np.exp(log_sizes) * strides / 2
+        boxes = np.concatenate([centres - half_sizes, centres + half_sizes], 1)
+        factors = _scale_factors(image, (width, height))
+        return boxes * factors, objectness * class_scores
 
 
 @dataclass(frozen=True)
@@ -82,100 +61,93 @@ class PicoDet:
     session: Any
     side: int
 
-    def predict(self, image: Image.Image) -> tuple[Floats, Floats]:
-        outputs = _run(
-            self.session,
-            (_bgr(image, (self.side, self.side)) - PICODET_MEAN) / PICODET_STD,
-        )
+    def predict(self, image: Image.Image) -> ScoredBoxes:
+        input_size = (self.side, self.side)
+        pixels = (_bgr_pixels(image, input_size) - PICODET_MEAN) / PICODET_STD
+        maps = _run_session(self.session, pixels)
         levels = len(PICODET_STRIDES)
-        scores = np.concatenate([o[0] for o in outputs[:levels]])
-        bins = np.concatenate([o[0] for o in outputs[levels:]]).reshape(
-            -1, 4, PICODET_BINS
-        )
-        weights = np.exp(bins - bins.max(-1, keepdims=True))
-        distances = (weights / weights.sum(-1, keepdims=True)) @ np.arange(
-            PICODET_BINS, dtype=np.float32
-        )
-        centres, strides = _grid(self.side, PICODET_STRIDES, 0.5)
-        boxes = (
-            np.concatenate([centres - distances[:, :2], centres + distances[:, 2:]], 1)
-            * strides
-        )
-        factors = np.array(
-            [image.width / self.side, image.height / self.side] * 2, np.float32
-        )
-        return boxes * factors, scores
+        scores = np.concatenate([level[0] for level in maps[:levels]])
+        bins = np.concatenate([level[0] for level in maps[levels:]])
+        distances = _expected_distances(bins.reshape(-1, 4, PICODET_BINS))
+        centres, strides = _grid_cells(self.side, PICODET_STRIDES, 0.5)
+        top_left = centres - distances[:, :2]
+        bottom_right = centres + distances[:, 2:]
+        boxes = np.concatenate([top_left, bottom_right], 1) * strides
+        return boxes * _scale_factors(image, input_size), scores
+
+
+def _expected_distances(bins: Floats) -> Floats:
+    """Return the mean distance [M, 4] in cells under the softmax of logits [M, 4, bins]."""
+    weights = np.exp(bins - bins.max(-1, keepdims=True))
+    probabilities = weights / weights.sum(-1, keepdims=True)
+    distances: Floats = probabilities @ np.arange(PICODET_BINS, dtype=np.float32)
+    return distances
 
 
 @dataclass(frozen=True)
 class OnnxDetector:
-    """One or several ONNX models, restricted to the classes asked for."""
+    """One or several ONNX networks, restricted to the requested classes."""
 
-    models: tuple[_OnnxModel, ...]
+    networks: tuple[OnnxNetwork, ...]
     name: str
     classes: Sequence[str] = COCO_CLASSES
 
     def detect(
         self, image: Image.Image, classes: Sequence[str], score_min: float
-    ) -> tuple[Floats, Floats]:
-        """Boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
+    ) -> ScoredBoxes:
+        """Return boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
         columns = [list(self.classes).index(name) for name in classes]
-        candidates = [model.predict(image) for model in self.models]
-        results = [
-            suppressed(boxes, scores[:, columns], image.size, score_min)
-            for boxes, scores in candidates
-        ]
-        boxes, scores = (
-            results[0] if len(results) == 1 else fuse_weighted_boxes(results)
-        )
-        kept = scores.max(1, initial=0) >= score_min
-        return boxes[kept], scores[kept]
+        predictions = []
+        for network in self.networks:
+            boxes, scores = network.predict(image)
+            requested = scores[:, columns]
+            predictions.append(select_boxes(boxes, requested, image.size, score_min))
+        if len(predictions) == 1:
+            boxes, scores = predictions[0]
+        else:
+            boxes, scores = fuse_weighted_boxes(predictions)
+        above = scores.max(1, initial=0) >= score_min
+        return boxes[above], scores[above]
 
 
-def load_detector(paths: Sequence[str]) -> OnnxDetector:
-    """The detector of one ONNX file, or the fusion of several. Raises ``ConfigError``
-    for an unknown kind of model.
+def load_onnx_detector(paths: Sequence[str]) -> OnnxDetector:
+    """Load one ONNX file, or several whose boxes are fused. Raises ``ConfigError`` for
+    an unknown kind of model.
     """
     names = [path.rpartition("/")[2].removesuffix(".onnx") for path in paths]
-    return OnnxDetector(tuple(_load(path) for path in paths), "+".join(names))
+    networks = tuple(_load_network(path) for path in paths)
+    return OnnxDetector(networks, "+".join(names))
 
 
-def fuse_weighted_boxes(
-    results: Sequence[tuple[Floats, Floats]],
-) -> tuple[Floats, Floats]:
-    """Weighted boxes fusion of several models' (boxes [N, 4], scores [N, K]): best
+def fuse_weighted_boxes(predictions: Sequence[ScoredBoxes]) -> ScoredBoxes:
+    """Fuse several networks' (boxes [N, 4], scores [N, K]) by weighted boxes: best
     first, greedy, regardless of class.
 
     A cluster's box is the mean weighted by best score, its scores are summed and
-    divided by the number of models: what only one model saw counts less.
+    divided by the number of networks: what only one network detected counts less.
     """
-    boxes, scores = (
-        np.concatenate([r[0] for r in results]),
-        np.concatenate([r[1] for r in results]),
-    )
+    boxes = np.concatenate([boxes for boxes, _ in predictions])
+    scores = np.concatenate([scores for _, scores in predictions])
     best = scores.max(1, initial=0)
-    overlap = (
-        box_iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).numpy() > FUSION_IOU
-    )
-    free = np.ones(len(boxes), bool)
+    box_tensor = torch.from_numpy(boxes)
+    score_tensor = torch.from_numpy(scores)
+    best_tensor = torch.from_numpy(best)
+    overlapping = box_iou(box_tensor, box_tensor) > FUSION_IOU
     fused_boxes, fused_scores = [], []
-    for i in np.argsort(-best, kind="stable"):
-        if not free[i]:
-            continue
-        cluster = overlap[i] & free
-        cluster[i] = True
-        free &= ~cluster
-        fused_boxes.append(np.average(boxes[cluster], axis=0, weights=best[cluster]))
-        fused_scores.append(scores[cluster].sum(0) / max(len(results), cluster.sum()))
-    order = np.argsort([-s.max() for s in fused_scores], kind="stable")
-    shape = scores.shape[1]
-    return (
-        np.array(fused_boxes, np.float32).reshape(-1, 4)[order],
-        np.array(fused_scores, np.float32).reshape(-1, shape)[order],
-    )
+    for cluster in greedy_clusters(overlapping, best_tensor):
+        rows = cluster.members
+        fused_boxes.append(score_weighted_mean(box_tensor[rows], best_tensor[rows]))
+        network_count = max(len(predictions), len(rows))
+        fused_scores.append(score_tensor[rows].sum(0) / network_count)
+    if not fused_boxes:
+        return boxes, scores
+    box_array = torch.stack(fused_boxes).numpy()
+    score_array = torch.stack(fused_scores).numpy()
+    order = np.argsort(-score_array.max(1), kind="stable")
+    return box_array[order], score_array[order]
 
 
-def _load(path: str) -> _OnnxModel:
+def _load_network(path: str) -> OnnxNetwork:
     try:
         import onnxruntime
     except ImportError:
@@ -185,58 +157,43 @@ def _load(path: str) -> _OnnxModel:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        path, options, providers=["CPUExecutionProvider"]
-    )
-    side, outputs = (
-        session.get_inputs()[0].shape[-1],
-        [o.shape for o in session.get_outputs()],
-    )
-    if len(outputs) == 1 and outputs[0][-1] == 5 + len(COCO_CLASSES):
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
+    side = session.get_inputs()[0].shape[-1]
+    shapes = [node.shape for node in session.get_outputs()]
+    if len(shapes) == 1 and shapes[0][-1] == 5 + len(COCO_CLASSES):
         return Yolox(session, side)
-    if len(outputs) == 2 * len(PICODET_STRIDES) and outputs[-1][-1] == 4 * PICODET_BINS:
+    if len(shapes) == 2 * len(PICODET_STRIDES) and shapes[-1][-1] == 4 * PICODET_BINS:
         return PicoDet(session, side)
     raise ConfigError(
         f"{path} is neither a YOLOX nor a PicoDet with COCO classes; its outputs have"
-        f" shapes {outputs}"
+        f" shapes {shapes}"
     )
 
 
-def suppressed(
-    boxes: Floats,
-    scores: Floats,
-    size: tuple[int, int],
-    score_min: float,
-    iou: float = NMS_IOU,
-) -> tuple[Floats, Floats]:
-    """The best of candidates [M, 4] with scores [M, K] after class-agnostic NMS,
-    clipped to an image of ``size`` (width, height).
-    """
-    kept = scores.max(1, initial=0) >= score_min
-    boxes = np.clip(boxes[kept], 0, [*size, *size]).astype(np.float32)
-    scores = np.clip(scores[kept], 0, 1).astype(np.float32)
-    order = nms(
-        torch.from_numpy(boxes), torch.from_numpy(scores.max(1, initial=0)), iou
-    )[:DETECTIONS_MAX].numpy()
-    return boxes[order], scores[order]
+def _bgr_pixels(image: Image.Image, size: tuple[int, int]) -> Floats:
+    """Return pixels [height, width, 3] in 0..255, blue first."""
+    resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(resized, np.float32)[:, :, ::-1]
 
 
-def _bgr(image: Image.Image, size: tuple[int, int]) -> Floats:
-    """[height, width, 3] in 0..255."""
-    pixels = np.asarray(
-        image.convert("RGB").resize(size, Image.Resampling.BILINEAR), np.float32
-    )
-    return pixels[:, :, ::-1]
+def _scale_factors(image: Image.Image, input_size: tuple[int, int]) -> Floats:
+    """Return the factors [4] from boxes in the network's input to boxes in the image."""
+    width, height = input_size
+    return np.array([image.width / width, image.height / height] * 2, np.float32)
 
 
-def _run(session: Any, pixels: Floats) -> list[Floats]:
+def _run_session(session: Any, pixels: Floats) -> list[Floats]:
     tensor = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
-    return list(session.run(None, {session.get_inputs()[0].name: tensor}))
+    input_name = session.get_inputs()[0].name
+    return list(session.run(None, {input_name: tensor}))
 
 
-def _grid(side: int, strides: Sequence[int], shift: float) -> tuple[Floats, Floats]:
-    """Cell positions [M, 2] xy in cells and their strides [M, 1], row by row, level by
-    level.
+def _grid_cells(
+    side: int, strides: Sequence[int], shift: float
+) -> tuple[Floats, Floats]:
+    """Return cell positions [M, 2] xy in cells and their strides [M, 1], row by row,
+    level by level.
     """
     cells, sizes = [], []
     for stride in strides:
@@ -244,6 +201,5 @@ def _grid(side: int, strides: Sequence[int], shift: float) -> tuple[Floats, Floa
         x, y = np.meshgrid(np.arange(count), np.arange(count))
         cells.append(np.stack([x, y], -1).reshape(-1, 2) + shift)
         sizes.append(np.full((count * count, 1), stride))
-    return np.concatenate(cells).astype(np.float32), np.concatenate(sizes).astype(
-        np.float32
-    )
+    positions = np.concatenate(cells).astype(np.float32)
+    return positions, np.concatenate(sizes).astype(np.float32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from coin_ray import storage
 from coin_ray.config import PLAIN_RENDERING, Cloud, DemoScenes, PipelineConfig
 from coin_ray.runs.steps import Step
-from coin_ray.serving.launch import EMULATED
+from coin_ray.serving.launch import EMULATED_CLOUDS
 
 if TYPE_CHECKING:
     from coin_ray.cloud.client import CloudClient
@@ -45,7 +45,7 @@ def estimate(
     """For each service. If the images of the run have not been listed yet, files are
     counted without opening them.
     """
-    from coin_ray.cloud.ensemble import names_of
+    from coin_ray.cloud.ensemble import cloud_names
 
     images = _count_images(config, steps["images"], root)
     on_record = _on_record(config, steps, root)
@@ -55,7 +55,7 @@ def estimate(
     answers, figures = iter(on_record), list[Estimate]()
     for cloud, name, today in zip(
         config.services,
-        names_of(config.services),
+        cloud_names(config.services),
         _asked_today(config, root),
         strict=True,
     ):
@@ -117,18 +117,18 @@ def pace(cloud: Cloud) -> float:
     """Calls per second within the limits of a cloud, or of the local server that stands
     for one.
     """
-    from coin_ray.cloud.client import limits
+    from coin_ray.cloud.client import governor_limits
 
-    rate = limits(cloud).rate
+    rate = governor_limits(cloud).rate
     return (
         min(rate, cloud.in_flight / cloud.serve_latency)
-        if cloud.serve in EMULATED and cloud.serve_latency
+        if cloud.serve in EMULATED_CLOUDS and cloud.serve_latency
         else rate
     )
 
 
 def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
-    from coin_ray.stages.images import image_files
+    from coin_ray.stages.images import list_image_files
 
     manifest = step.manifest(root)
     if manifest is not None:
@@ -143,14 +143,14 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
         uri
         for place in (data.images, data.test)
         if place
-        for uri in image_files(storage.absolute(place))
+        for uri in list_image_files(storage.absolute_uri(place))
     ]
     return len(set(files) if data.same_images else files)
 
 
 def _asked_today(config: PipelineConfig, root: str) -> list[int]:
     """Calls of each service in the last 24 hours."""
-    from coin_ray.cloud.client import account_of
+    from coin_ray.cloud.client import account_name
     from coin_ray.cloud.journal.journal import Journal
     from coin_ray.cloud.services import adapter_for
 
@@ -159,7 +159,7 @@ def _asked_today(config: PipelineConfig, root: str) -> list[int]:
         return [0] * len(config.services)
     journal = Journal.open(place)
     accounts = [
-        account_of(cloud, url, adapter_for(cloud))
+        account_name(cloud, url, adapter_for(cloud))
         for cloud, url in zip(config.services, _urls(config.services), strict=True)
     ]
     return [len(journal.starts(account, time.time() - 86_400)) for account in accounts]
@@ -171,7 +171,7 @@ def _on_record(
     """For each cloud, the images of this run with an answer in the journal (asked with
     the same classes, model and threshold).
     """
-    from coin_ray.cloud.client import CloudClient, limits
+    from coin_ray.cloud.client import CloudClient, governor_limits
     from coin_ray.cloud.governor import Governor, LocalGovernor
     from coin_ray.cloud.journal.journal import TASK, Journal
 
@@ -183,7 +183,7 @@ def _on_record(
     journal = Journal.open(place)
     clients = [
         CloudClient(
-            cloud, config.classes, url, journal, LocalGovernor(Governor(limits(cloud)))
+            cloud, config.classes, url, journal, LocalGovernor(Governor(governor_limits(cloud)))
         )
         for cloud, url in zip(config.clouds, _urls(config.clouds), strict=True)
     ]

@@ -1,5 +1,5 @@
-"""The cloud of a run, asked about single images: to see it beside the student. Answers
-are kept, calls are bounded.
+"""Single images answered by the cloud of a run, to show it beside the student. Answers
+are stored, calls are bounded.
 """
 
 from __future__ import annotations
@@ -10,34 +10,35 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.answer import Answer
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.protocol import RawDetections
 from coin_ray.cloud.renderings import image_in_view
 from coin_ray.cloud.services import adapter_for, check_clouds, endpoint_for
 from coin_ray.config import PipelineConfig
 from coin_ray.errors import CloudError
 from coin_ray.serving.launch import local_cloud
-from coin_ray.serving.wire import elements
+from coin_ray.serving.wire import DetectResponseJson, detections_as_json
 
 CALLS_MAX = 100
 
 
-class NotAnswered(Exception):
-    """Why there is no answer: the kind of error only, since a service's own words may
-    hold what must not be shown.
+class TeacherUnavailable(Exception):
+    """The cloud gave no answer. The message is the kind of error only, since a service's
+    own message may contain what must not be shown.
     """
 
 
-class CloudBeside:
-    """``config.cloud``, in its first view, asked about ``config.classes``, at most
-    ``calls_max`` times; starts the local server if the configuration says so.
+class TeacherProxy:
+    """``config.cloud``, with its first rendering, asked about ``config.classes``, at
+    most ``calls_max`` times; starts the local server if the configuration says so.
 
-    ``journal``: of the run (a URI), which has its answers and gets new ones. Without
-    one, answers last as long as this. Raises ConfigError for settings that the service
-    can't be asked with, AuthError if the secret's variable is not set.
+    ``journal``: the run's (a URI), which holds its answers and gets new ones. Without
+    one, answers are kept until ``aclose``. Raises ConfigError for settings that the
+    service can't be called with, AuthError if the secret's variable is not set.
     """
 
     def __init__(
@@ -47,46 +48,44 @@ class CloudBeside:
         check_clouds([cloud], config.classes)
         self.name = cloud.service if cloud.serve == "none" else f"local {cloud.serve}"
         self._classes = config.classes
-        self._open = ExitStack()
-        folder = self._open.enter_context(
-            tempfile.TemporaryDirectory(prefix="coin-serve-")
+        self._resources = ExitStack()
+        folder = Path(
+            self._resources.enter_context(
+                tempfile.TemporaryDirectory(prefix="coin-serve-")
+            )
         )
-        url = endpoint_for(cloud, adapter_for(cloud)) or self._open.enter_context(
-            local_cloud(cloud, str(Path(folder) / "local"))
-        )
-        answers = Journal.open(journal or str(Path(folder) / "journal"))
+        url = endpoint_for(cloud, adapter_for(cloud))
+        if not url:
+            server = local_cloud(cloud, str(folder / "local"))
+            url = self._resources.enter_context(server)
+        answers = Journal.open(journal or str(folder / "journal"))
         spent = answers.spent()
-        most = spent[0] + calls_max
-        cloud = replace(cloud, max_calls=min(most, cloud.max_calls or most))
-        self._client = CloudClient(
-            cloud,
-            config.classes,
-            url,
-            answers,
-            LocalGovernor(Governor(limits(cloud), spent)),
-        )
+        calls_allowed = spent[0] + calls_max
+        if cloud.max_calls:
+            calls_allowed = min(calls_allowed, cloud.max_calls)
+        cloud = replace(cloud, max_calls=calls_allowed)
+        governor = LocalGovernor(Governor(governor_limits(cloud), spent))
+        self._client = CloudClient(cloud, config.classes, url, answers, governor)
 
-    async def ask(self, data: bytes, score_min: float) -> dict[str, Any]:
-        """The answer in the reference format about an image file. Raises InputError for
-        a bad image, NotAnswered with the kind of error.
+    async def ask(self, image_bytes: bytes, score_min: float) -> DetectResponseJson:
+        """Return the cloud's answer about an image file in the reference format. Raises
+        InputError for a bad image, TeacherUnavailable with the kind of error.
         """
         started = time.perf_counter()
-        image = await asyncio.to_thread(image_in_view, data, *self._client.view)
+        image = await asyncio.to_thread(image_in_view, image_bytes, *self._client.view)
         try:
             answer = await self._client.answer(image)
         except CloudError as error:
-            raise NotAnswered(type(error).__name__) from None
-        if answer.raw is None:
-            raise NotAnswered((answer.error or answer.status).partition(":")[0])
-        kept = answer.raw.class_scores.max(1, initial=0) >= score_min
-        found = elements(
-            answer.raw.boxes[kept], answer.raw.class_scores[kept], self._classes
-        )
-        size, milliseconds = image.original, (time.perf_counter() - started) * 1000
+            raise TeacherUnavailable(type(error).__name__) from None
+        detections = _detections_of(answer)
+        above = detections.class_scores.max(1, initial=0) >= score_min
+        boxes, scores = detections.boxes[above], detections.class_scores[above]
+        width, height = image.original
+        milliseconds = (time.perf_counter() - started) * 1000
         return {
             "model": self.name,
-            "image": {"w": size[0], "h": size[1]},
-            "detections": found,
+            "image": {"w": width, "h": height},
+            "detections": detections_as_json(boxes, scores, self._classes),
             "usage": {
                 "ms": round(milliseconds, 1),
                 "calls": answer.calls,
@@ -95,6 +94,14 @@ class CloudBeside:
         }
 
     async def aclose(self) -> None:
-        """Close connections, end the local server, forget the answers."""
+        """Close connections, stop the local server, delete temporary answers."""
         await self._client.aclose()
-        await asyncio.to_thread(self._open.close)
+        await asyncio.to_thread(self._resources.close)
+
+
+def _detections_of(answer: Answer) -> RawDetections:
+    """Return the answer's detections. Raises TeacherUnavailable if it has none."""
+    if answer.raw is None:
+        reason = answer.error or answer.status
+        raise TeacherUnavailable(reason.partition(":")[0])
+    return answer.raw

@@ -28,15 +28,16 @@ from coin_ray import errors, storage
 from coin_ray.clip.encoder import load_clip
 from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.cloud.client import governor_limits
-from coin_ray.cloud.ensemble import create_client, cloud_names, clip_contradicts
+from coin_ray.cloud.ensemble import clip_contradicts, cloud_names, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.label_map import Prior
-from coin_ray.cloud.probabilities import converted, fuse_rows, joined
+from coin_ray.cloud.probabilities import merge_cross_class_duplicates, to_detections
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.services import adapter_for, label_map_for
 from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.fusion.box_clusters import merge_duplicates
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.runs.steps import Context
 from coin_ray.serving.launch import start_services
@@ -104,7 +105,9 @@ def _collect(
     """
     config, total = context.config, images.num_rows
     todo = images.filter(
-        pc.invert(pc.is_in(images["image_id"], value_set=CollectedParts(parts).answered))
+        pc.invert(
+            pc.is_in(images["image_id"], value_set=CollectedParts(parts).answered)
+        )
     )
     if not todo.num_rows:
         return
@@ -164,7 +167,9 @@ def _labelled(
     return iter(labelled.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def _drain(labelled: Iterator[pa.Table], before: int, total: int, watch: Watchdog) -> None:
+def _drain(
+    labelled: Iterator[pa.Table], before: int, total: int, watch: Watchdog
+) -> None:
     """Consume what the labelers return, show progress, and raise the error that stopped
     a worker.
     """
@@ -201,7 +206,9 @@ def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> N
     """
 
     async def check() -> None:
-        governors = [LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds]
+        governors = [
+            LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds
+        ]
         client = create_client(config, urls, Journal.open(journal_uri(root)), governors)
         try:
             await client.check()
@@ -304,16 +311,15 @@ class LabelerActor:
             len(boxes), len(self.config.classes)
         )
         kind: ScoreKind = row["score_kind"] or "per_class"
-        raw = joined(RawDetections(boxes, scores, kind))
+        raw = merge_cross_class_duplicates(RawDetections(boxes, scores, kind))
         read = self._reading(row["teachers"])
-        one_by_one, sources = converted(
+        one_by_one, sources = to_detections(
             raw,
-            "background",
             read.prior,
             read.score_min,
             each_class_asked=read.each_class_asked,
         )
-        found, kept = fuse_rows(one_by_one, self.config.collect.fuse_iou)
+        found, kept = merge_duplicates(one_by_one, self.config.collect.fuse_iou)
         opinion: list[list[float]] = []
         if self.labeler is not None and len(found):
             opinion = self.labeler(
@@ -386,7 +392,9 @@ def _contradicted(config: PipelineConfig, row: dict[str, Any]) -> bool:
     return clip_contradicts(scores, labels, probs, config.ensemble)
 
 
-def _compile(context: Context[PipelineConfig], images: pa.Array | pa.ChunkedArray) -> dict[str, Any]:
+def _compile(
+    context: Context[PipelineConfig], images: pa.Array | pa.ChunkedArray
+) -> dict[str, Any]:
     """One row per image in the order of the images, whatever order the parts came in; a
     second opinion goes before the first.
     """
@@ -395,7 +403,9 @@ def _compile(context: Context[PipelineConfig], images: pa.Array | pa.ChunkedArra
         _parts(context.folder),
         _parts(context.folder, second=True),
     )
-    parts = CollectedParts(second, first) if _cascades(config) else CollectedParts(first)
+    parts = (
+        CollectedParts(second, first) if _cascades(config) else CollectedParts(first)
+    )
     metrics = merge_parts(
         parts,
         images,
@@ -404,6 +414,8 @@ def _compile(context: Context[PipelineConfig], images: pa.Array | pa.ChunkedArra
     )
     several = {
         "answered_by": metrics.pop("answered_by"),
-        "second_opinions": len(CollectedParts(second).images) if _cascades(config) else 0,
+        "second_opinions": len(CollectedParts(second).images)
+        if _cascades(config)
+        else 0,
     }
     return metrics | (several if len(config.clouds) > 1 else {})

@@ -1,24 +1,32 @@
-"""A client whose time is a number, in front of scripted answers."""
+"""A client with a fake clock in front of scripted responses, and other helpers that
+several tests of the cloud share."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from coin_ray.cloud.adapters.parsing import error_object
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.frames import FRAME, MAGIC
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.protocol import (
     Adapter,
@@ -46,8 +54,12 @@ URL = "https://detector.example.com/api"
 Reply = httpx.Response | Exception | Callable[[httpx.Request], httpx.Response]
 
 
+class ProcessKilled(BaseException):
+    """The process ends here: nothing that handles ``Exception`` catches it."""
+
+
 class FakeTime:
-    """Sleeping advances the clock and lets other tasks run."""
+    """A clock that sleeping advances; other tasks run meanwhile."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -62,37 +74,105 @@ class FakeTime:
         await asyncio.sleep(0)
 
 
-def picture(seed: int = 0, width: int = 60, height: int = 40) -> CanonicalImage:
+def solid_image(seed: int = 0, width: int = 60, height: int = 40) -> CanonicalImage:
+    """Return an image of one colour, which differs for the seeds 0 to 63."""
     sink = io.BytesIO()
-    Image.new("RGB", (width, height), (seed % 8 * 32, seed // 8 % 8 * 32, 7)).save(
-        sink, "PNG"
-    )
+    colour = (seed % 8 * 32, seed // 8 % 8 * 32, 7)
+    Image.new("RGB", (width, height), colour).save(sink, "PNG")
     return canonical_image(sink.getvalue(), 4096)
 
 
-def element(
+def detection_json(
     label: str = "car",
     score: float = 0.5,
     box: Iterable[float] = (1, 2, 30, 20),
-    **more: Any,
+    **fields: Any,
 ) -> dict[str, Any]:
-    return {"box": list(box), "label": label, "score": score, **more}
+    """Return one detection in the reference wire format."""
+    return {"box": list(box), "label": label, "score": score, **fields}
 
 
-def answer_body(
-    *elements: dict[str, Any], width: int = 60, height: int = 40
+def response_json(
+    *detections: dict[str, Any], width: int = 60, height: int = 40
 ) -> dict[str, Any]:
-    return {"image": {"w": width, "h": height}, "detections": list(elements)}
+    """Return a response in the reference wire format."""
+    return {"image": {"w": width, "h": height}, "detections": list(detections)}
 
 
-def good(*elements: dict[str, Any]) -> httpx.Response:
-    return httpx.Response(200, json=answer_body(*(elements or (element(),))))
+def ok_response(*detections: dict[str, Any]) -> httpx.Response:
+    """Return a response of status 200, with one detection unless told otherwise."""
+    return httpx.Response(
+        200, json=response_json(*(detections or (detection_json(),)))
+    )
 
 
-def status(
+def status_response(
     code: int, headers: Mapping[str, str] | None = None, **problem: str
 ) -> httpx.Response:
+    """Return a response of this status whose body is ``problem``."""
     return httpx.Response(code, headers=headers, content=json.dumps(problem).encode())
+
+
+def same_detections(first: RawDetections, second: RawDetections) -> bool:
+    """Return whether two results are equal, to the bit."""
+    return (
+        np.array_equal(first.boxes, second.boxes)
+        and np.array_equal(first.class_scores, second.class_scores)
+        and first.score_kind == second.score_kind
+        and first.unmapped == second.unmapped
+    )
+
+
+def journal_text(folder: Path) -> str:
+    """Return the text of all segments below a folder: as stored, and each body
+    uncompressed.
+    """
+    texts = []
+    for file in folder.rglob("*.segment"):
+        segment, offset = file.read_bytes(), 0
+        texts.append(segment.decode("latin-1"))
+        while offset < len(segment):
+            magic, head_length, body_length, _ = FRAME.unpack_from(segment, offset)
+            assert magic == MAGIC
+            start = offset + FRAME.size + head_length
+            offset = start + body_length
+            texts.append(zlib.decompress(segment[start:offset]).decode("latin-1"))
+    return "\n".join(texts)
+
+
+JOURNAL_WRITER = """
+import sys
+from coin_ray.cloud.journal.journal import Journal, Record
+journal = Journal.open(sys.argv[1])
+for i in range(10**6):
+    journal.attempt(str(i), 0.01)
+    journal.put(str(i), Record(b"%d" % i))
+    print(i, flush=True)
+"""
+"""A process that writes responses ``0``, ``1``, ... and prints the number of each."""
+
+
+def start_journal_writer(uri: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", JOURNAL_WRITER, uri], stdout=subprocess.PIPE, text=True
+    )
+
+
+def check_killed_journal_writer(uri: str, records: int) -> None:
+    """Kill a writer after so many records, and check that all it reported is there and
+    that at most one more call counts as spent.
+    """
+    process = start_journal_writer(uri)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(records)]
+    os.kill(process.pid, signal.SIGKILL)
+    lines += process.stdout.read().splitlines()
+    process.stdout.close()
+    process.wait()
+    last = int(lines[-1])
+    journal = Journal.open(uri)
+    assert all(journal.get(str(i)) is not None for i in range(last + 1))
+    assert last + 1 <= journal.spent()[0] <= last + 2
 
 
 ERRORS: dict[str, Callable[[], CloudError]] = {
@@ -109,10 +189,10 @@ ERRORS: dict[str, Callable[[], CloudError]] = {
 
 @dataclass(frozen=True)
 class InBodyAdapter(ReferenceAdapter):
-    """The reference format, but errors come as ``{"error": name}`` with status 200."""
+    """The reference format, except that errors are ``{"error": name}`` with status 200."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Capabilities that differ."""
+    """Capabilities that differ from those of the reference adapter."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -129,58 +209,56 @@ class InBodyAdapter(ReferenceAdapter):
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """A service of tasks: ``{"task": id}``, then ``{"wait": seconds}`` until an answer
-    in the reference format or an error as above."""
+    """A service of tasks: ``{"task": id}``, then ``{"wait": seconds}`` until a response
+    in the reference format or an error as above.
+    """
 
     asynchronous: bool = True
-    sync: InBodyAdapter = InBodyAdapter()
+    reference: InBodyAdapter = InBodyAdapter()
 
     @property
     def capabilities(self) -> Capabilities:
         return replace(
-            self.sync.capabilities,
+            self.reference.capabilities,
             name="tasks",
             asynchronous=self.asynchronous,
             health_path=None,
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        return replace(self.sync.encode(image, query), path="/tasks")
+        return replace(self.reference.encode(image, query), path="/tasks")
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections | Pending:
-        answer = error_object(body)
-        if "task" in answer:
-            return Pending(
-                PreparedRequest(
-                    f"{answer.get('at', '/tasks/')}{answer['task']}", method="GET"
-                ),
-                answer.get("wait", 1.0),
-            )
-        if "wait" in answer:
-            return Pending(None, answer["wait"])
-        return self.sync.decode(headers, body, query, frame)
+        response = error_object(body)
+        if "task" in response:
+            path = f"{response.get('at', '/tasks/')}{response['task']}"
+            poll = PreparedRequest(path, method="GET")
+            return Pending(poll, response.get("wait", 1.0))
+        if "wait" in response:
+            return Pending(None, response["wait"])
+        return self.reference.decode(headers, body, query, frame)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        return self.sync.classify_error(status, headers, body)
+        return self.reference.classify_error(status, headers, body)
 
 
 @dataclass
-class Service:
-    """Replies in order, the last one for ever; remembers the requests."""
+class ScriptedService:
+    """A service that replies in order and repeats its last reply; it records requests."""
 
     replies: list[Reply]
     requests: list[httpx.Request] = field(default_factory=list)
-    answered_by: Callable[[httpx.Request], Awaitable[httpx.Response]] | None = None
-    """Instead of the replies."""
+    handler: Callable[[httpx.Request], Awaitable[httpx.Response]] | None = None
+    """Answers instead of the replies, if there is one."""
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
-        if self.answered_by is not None:
-            return await self.answered_by(request)
+        if self.handler is not None:
+            return await self.handler(request)
         reply = self.replies[min(len(self.requests), len(self.replies)) - 1]
         await asyncio.sleep(0)
         if isinstance(reply, Exception):
@@ -193,17 +271,24 @@ class Service:
 
 
 @dataclass
-class Bench:
+class ClientHarness:
+    """A client, the scripted service it talks to, and what both share."""
+
     client: CloudClient
-    service: Service
+    service: ScriptedService
     journal: Journal
     governor: Governor
     time: FakeTime
 
 
+HarnessBuilder = Callable[..., ClientHarness]
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> Callable[..., Bench]:
-    """Builds a client around scripted replies; settings are those of ``Cloud``."""
+def build_harness(tmp_path: Path) -> HarnessBuilder:
+    """Return a function that builds a client in front of scripted replies; its settings
+    are those of ``Cloud``.
+    """
 
     def build(
         *replies: Reply,
@@ -213,12 +298,12 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
         folder: str = "journal",
         wall_clock: Callable[[], float] = time.time,
         **settings: Any,
-    ) -> Bench:
-        fake = FakeTime()
+    ) -> ClientHarness:
+        clock = FakeTime()
         config = Cloud(**{"url": url, "rate": 1000.0, **settings})
-        service = Service(list(replies))
+        service = ScriptedService(list(replies))
         journal = Journal.open(str(tmp_path / folder))
-        governor = Governor(limits(config), journal.spent(), fake)
+        governor = Governor(governor_limits(config), journal.spent(), clock)
         client = CloudClient(
             config,
             CLASSES,
@@ -228,11 +313,11 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
             adapter,
             transport=httpx.MockTransport(service),
             skip_over_budget=skip_over_budget,
-            sleep=fake.sleep,
-            clock=fake,
+            sleep=clock.sleep,
+            clock=clock,
             uniform=lambda low, high: high,
             wall_clock=wall_clock,
         )
-        return Bench(client, service, journal, governor, fake)
+        return ClientHarness(client, service, journal, governor, clock)
 
     return build

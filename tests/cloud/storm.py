@@ -1,8 +1,8 @@
-"""Ask about many images and be killed meanwhile: what ``test_storm.py`` and
-``test_budget.py`` run.
+"""Query a server about many images and be killed meanwhile: the process that
+``test_storm.py`` and ``test_budget.py`` run.
 
-The process that asks is a fork without an event loop, threads or connections of the
-parent's, so each start costs milliseconds. It is killed with SIGKILL after a random
+The process that sends requests is a fork without an event loop, threads or connections of
+its parent, so each start costs milliseconds. It is killed with SIGKILL after a random
 number of journal records and a random pause. The report is a line of JSON.
 """
 
@@ -27,7 +27,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from PIL import Image
 
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import SegmentJournal
 from coin_ray.config import Cloud
@@ -36,12 +36,13 @@ from coin_ray.data.canonical import CanonicalImage, canonical_image
 CLASSES = ("car", "bus", "dog")
 SIZE = (64, 48)
 IN_FLIGHT = 16
-HERE = Path(__file__).parent
+COUNTING_SERVER = Path(__file__).parent / "counting_server.py"
 
 
-class Watched(SegmentJournal):
-    """Writes a byte to ``pipe`` before and after each record, so that a kill can come
-    at either side of it."""
+class ObservedJournal(SegmentJournal):
+    """Writes a byte to ``pipe`` before and after each record, so that a kill can happen
+    on either side of it.
+    """
 
     def __init__(self, folder: str, pipe: int) -> None:
         self.pipe = pipe
@@ -57,33 +58,34 @@ class Watched(SegmentJournal):
 
 @dataclass(frozen=True)
 class Job:
+    """Images to query a server about. ``settings``: those of ``Cloud``."""
+
     url: str
     folder: str
-    pictures: list[CanonicalImage]
+    images: list[CanonicalImage]
     settings: Mapping[str, Any]
-    """Of ``Cloud``."""
 
     @property
     def config(self) -> Cloud:
         return Cloud(url=self.url, in_flight=IN_FLIGHT, rate=1e5, **self.settings)
 
 
-def pictures(count: int) -> list[CanonicalImage]:
-    """Images that differ: the number in black and white blocks."""
-    made = []
+def numbered_images(count: int) -> list[CanonicalImage]:
+    """Return images that differ: each shows its number in black and white blocks."""
+    images = []
     for number in range(count):
-        bits = bytes(255 * (number >> bit & 1) for bit in range(12))
+        blocks = bytes(255 * (number >> bit & 1) for bit in range(12))
+        small = Image.frombytes("L", (4, 3), blocks)
+        large = small.resize(SIZE, Image.Resampling.NEAREST).convert("RGB")
         sink = io.BytesIO()
-        Image.frombytes("L", (4, 3), bits).resize(
-            SIZE, Image.Resampling.NEAREST
-        ).convert("RGB").save(sink, "JPEG", quality=90)
-        made.append(canonical_image(sink.getvalue(), 4096))
-    return made
+        large.save(sink, "JPEG", quality=90)
+        images.append(canonical_image(sink.getvalue(), 4096))
+    return images
 
 
-async def ask_all(job: Job, journal: SegmentJournal) -> dict[str, Any]:
-    """Status, calls and answer of each image."""
-    governor = LocalGovernor(Governor(limits(job.config), journal.spent()))
+async def query_all(job: Job, journal: SegmentJournal) -> dict[str, Any]:
+    """Return status, calls, detections and error of each image, by its id."""
+    governor = LocalGovernor(Governor(governor_limits(job.config), journal.spent()))
     client = CloudClient(
         job.config,
         CLASSES,
@@ -93,123 +95,121 @@ async def ask_all(job: Job, journal: SegmentJournal) -> dict[str, Any]:
         skip_over_budget=True,
         uniform=lambda low, high: 0.01,
     )
-    places = asyncio.Semaphore(IN_FLIGHT)
+    slots = asyncio.Semaphore(IN_FLIGHT)
 
-    async def ask(image: CanonicalImage) -> list[Any]:
-        async with places:
+    async def query(image: CanonicalImage) -> list[Any]:
+        async with slots:
             answer = await client.answer(image)
-        found = (
-            None
-            if answer.raw is None
-            else [answer.raw.boxes.tolist(), answer.raw.class_scores.tolist()]
-        )
-        return [answer.status, answer.calls, found, answer.error]
+        detections = None
+        if answer.raw is not None:
+            detections = [answer.raw.boxes.tolist(), answer.raw.class_scores.tolist()]
+        return [answer.status, answer.calls, detections, answer.error]
 
-    rows = await asyncio.gather(*(ask(image) for image in job.pictures))
+    rows = await asyncio.gather(*(query(image) for image in job.images))
     await client.aclose()
-    return {image.image_id: row for image, row in zip(job.pictures, rows, strict=True)}
+    return {image.image_id: row for image, row in zip(job.images, rows, strict=True)}
 
 
-def child(job: Job, pipe: int, table: str) -> int:
-    """Start asking in a process of its own; returns its id."""
+def fork_client(job: Job, pipe: int, table: str) -> int:
+    """Query in a forked process, which writes ``table`` at its end; return its id."""
     process = os.fork()
     if process:
         return process
     code = 1
     try:
-        answers = asyncio.run(ask_all(job, Watched(job.folder, pipe)))
-        Path(table).write_text(json.dumps(answers))
+        rows = asyncio.run(query_all(job, ObservedJournal(job.folder, pipe)))
+        Path(table).write_text(json.dumps(rows))
         code = 0
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def started(job: Job, table: str) -> tuple[int, int]:
-    """Id of the asking process, and the pipe that it reports its records to."""
+def start_client(job: Job, table: str) -> tuple[int, int]:
+    """Return the id of the client's process, and the pipe that it reports records to."""
     read, write = os.pipe()
-    process = child(job, write, table)
+    process = fork_client(job, write, table)
     os.close(write)
     return process, read
 
 
-def killed(job: Job, table: str, records: int, pause: float) -> bool:
-    """Let a process ask until it has begun or finished that many ``records``, then kill
-    it; False if it finished before."""
-    process, pipe = started(job, table)
-    ended = False
-    while records > 0 and not ended:
+def kill_client(job: Job, table: str, records: int, pause: float) -> bool:
+    """Kill a client once it has begun or finished ``records`` records, and return
+    whether that came before its end.
+    """
+    process, pipe = start_client(job, table)
+    while records > 0:
         received = os.read(pipe, records)
         records -= len(received)
-        ended = not received
+        if not received:
+            break
     time.sleep(pause)
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
     status = os.waitpid(process, 0)[1]
     os.close(pipe)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise RuntimeError("the asking process failed")
+        raise RuntimeError("the client's process failed")
     return os.WIFSIGNALED(status)
 
 
-def undisturbed(job: Job, table: str) -> dict[str, Any]:
-    process, pipe = started(job, table)
+def run_client(job: Job, table: str) -> dict[str, Any]:
+    """Let a client finish, and return its table."""
+    process, pipe = start_client(job, table)
     while os.read(pipe, 4096):
         pass
     os.close(pipe)
     if os.waitpid(process, 0)[1] != 0:
-        raise RuntimeError("the asking process failed")
-    answers: dict[str, Any] = json.loads(Path(table).read_text())
-    return answers
+        raise RuntimeError("the client's process failed")
+    rows: dict[str, Any] = json.loads(Path(table).read_text())
+    return rows
 
 
-def state(job: Job) -> dict[str, Any]:
-    """What is on record, and how many calls the server has received."""
+def journal_state(job: Job) -> dict[str, Any]:
+    """Return the recorded keys, the spending, and the calls the server has received."""
     journal = SegmentJournal(job.folder)
-    found = {
+    state = {
         "recorded": journal.keys(),
         "spent": journal.spent(),
-        "received": fetched(f"{job.url}/count"),
+        "received": fetch_json(f"{job.url}/count"),
     }
     journal.close()
-    return found
+    return state
 
 
-def fetched(url: str) -> Any:
+def fetch_json(url: str) -> Any:
     with build_opener(ProxyHandler({})).open(url, timeout=30) as response:
         return json.loads(response.read())
 
 
-def storm(
+def kill_repeatedly(
     job: Job, kills: int, seed: int, records: int, table: str
 ) -> list[dict[str, Any]]:
-    """The state after each kill; every seventh comes while the process starts, the
-    others after at most ``records`` records."""
-    draw = random.Random(seed)
+    """Return the state after each kill. Every seventh kill happens while the process
+    starts, the others after ``records`` records on average.
+    """
+    random_source = random.Random(seed)
     states = []
     for number in range(kills):
-        after, pause = (
-            (0, draw.uniform(0, 0.1))
-            if number % 7 == 6
-            else (draw.randint(1, 2 * records), draw.uniform(0, 0.01))
-        )
-        if not killed(job, table, after, pause):
+        if number % 7 == 6:
+            records_before, pause = 0, random_source.uniform(0, 0.1)
+        else:
+            records_before = random_source.randint(1, 2 * records)
+            pause = random_source.uniform(0, 0.01)
+        if not kill_client(job, table, records_before, pause):
             break
-        states.append(state(job))
+        states.append(journal_state(job))
     return states
 
 
 @contextmanager
-def server(faults: float = 0.0, seed: int = 0, latency: float = 0.02) -> Iterator[str]:
-    """The address of a counting server with images of SIZE."""
-    command = [
-        sys.executable,
-        str(HERE / "counting_server.py"),
-        "--width",
-        str(SIZE[0]),
-        "--height",
-        str(SIZE[1]),
-    ]
+def counting_server(
+    faults: float = 0.0, seed: int = 0, latency: float = 0.02
+) -> Iterator[str]:
+    """Start a counting server for images of SIZE, and yield its address."""
+    width, height = SIZE
+    command = [sys.executable, str(COUNTING_SERVER)]
+    command += ["--width", str(width), "--height", str(height)]
     command += ["--latency", str(latency), "--faults", str(faults), "--seed", str(seed)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -221,15 +221,15 @@ def server(faults: float = 0.0, seed: int = 0, latency: float = 0.02) -> Iterato
         process.communicate()
 
 
-def run(**options: Any) -> dict[str, Any]:
-    """The report of this script as a process of its own."""
+def run_storm(**options: Any) -> dict[str, Any]:
+    """Run this script in a process of its own, and return its report."""
     command = [sys.executable, str(Path(__file__)), json.dumps(options)]
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False
     )
-    if done.returncode:
-        raise AssertionError(done.stderr[-3000:])
-    report: dict[str, Any] = json.loads(done.stdout)
+    if process.returncode:
+        raise AssertionError(process.stderr[-3000:])
+    report: dict[str, Any] = json.loads(process.stdout)
     return report
 
 
@@ -242,19 +242,22 @@ def main() -> None:
     job = Job(
         options["url"],
         f"{folder}/journal",
-        pictures(options["images"]),
+        numbered_images(options["images"]),
         options.get("settings", {}),
     )
     os.makedirs(folder, exist_ok=True)
     table = f"{folder}/table.json"
-    states = storm(job, options["kills"], options["seed"], options["records"], table)
-    kills, answers = len(states), undisturbed(job, table)
-    states.append(state(job))
-    # as the pipeline does, which asks again about those
-    if any(status == "error" for status, *_ in answers.values()):
-        answers = undisturbed(job, table)
-        states.append(state(job))
-    print(json.dumps({"kills": kills, "states": states, "table": answers}))
+    states = kill_repeatedly(
+        job, options["kills"], options["seed"], options["records"], table
+    )
+    kills = len(states)
+    rows = run_client(job, table)
+    states.append(journal_state(job))
+    # the pipeline, too, queries again about images that ended in an error
+    if any(status == "error" for status, *_ in rows.values()):
+        rows = run_client(job, table)
+        states.append(journal_state(job))
+    print(json.dumps({"kills": kills, "states": states, "table": rows}))
 
 
 if __name__ == "__main__":

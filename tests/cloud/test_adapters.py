@@ -15,11 +15,11 @@ from typing import Any, TypeVar, get_args
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coin_ray.class_names import fold
+from coin_ray.class_names import normalize_class_name
 from coin_ray.cloud.http.signing import signer_for
 from coin_ray.cloud.label_map import LabelMap
 from coin_ray.cloud.protocol import (
@@ -302,7 +302,7 @@ def test_a5_class_lists(case: Case) -> None:
             raw.boxes, raw.class_scores.argmax(1) if classes else (), strict=True
         ):
             asked = classes[int(np.abs(np.array(boxes) - box).max(1).argmin())]
-            assert fold(classes[index]) == fold(asked)
+            assert normalize_class_name(classes[index]) == normalize_class_name(asked)
 
 
 @row("A6")
@@ -329,7 +329,8 @@ def test_a6_weights_and_ignored_names(case: Case) -> None:
         Truth(case.names["dog"], (10, 20, 110, 170), 0.6),
     ]
     labels = LabelMap(
-        {fold(case.names["car"]): (1, 0.5)}, frozenset({fold(case.names["dog"])})
+        {normalize_class_name(case.names["car"]): (1, 0.5)},
+        frozenset({normalize_class_name(case.names["dog"])}),
     )
     raw = decode(
         case, case.answer(found, SIZE), query=replace(case.query(), labels=labels)
@@ -342,7 +343,7 @@ def test_a6_weights_and_ignored_names(case: Case) -> None:
 
 @row("A7")
 def test_a7_scores_become_distributions(case: Case) -> None:
-    from coin_ray.cloud.probabilities import converted
+    from coin_ray.cloud.probabilities import to_detections
 
     for classes in (CLASSES, CLASSES[:2], CLASSES[:1]):
         names = [case.names[c] for c in classes]
@@ -354,7 +355,7 @@ def test_a7_scores_become_distributions(case: Case) -> None:
         ]
         raw = decode(case, case.answer(found, SIZE), query=query)
         check_scores(case, raw, len(found))
-        detections, sources = converted(raw, "background", score_min=0.05)
+        detections, sources = to_detections(raw, score_min=0.05)
         probs = detections.probs.numpy()
         assert np.allclose(probs.sum(1), 1, atol=1e-5)
         assert (probs[:, :-1].argmax(1) == detections.labels.numpy()).all()
@@ -852,7 +853,6 @@ ANY_JSON = st.recursive(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_mutated_answers_give_valid_detections_or_cloud_errors(
     case: Case, data: st.DataObject
@@ -879,7 +879,6 @@ def test_mutated_answers_give_valid_detections_or_cloud_errors(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@settings(max_examples=100, deadline=None)
 @given(
     status=st.sampled_from([400, 401, 403, 404, 409, 422, 429, 500, 503]),
     error=ANY_JSON,
@@ -897,7 +896,6 @@ def test_any_error_body_is_classified(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@settings(max_examples=60, deadline=None)
 @given(body=st.binary(max_size=60))
 def test_any_bytes_give_cloud_errors(case: Case, body: bytes) -> None:
     with pytest.raises(CloudError):

@@ -11,17 +11,17 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import SegmentJournal
 from coin_ray.config import Cloud
 from coin_ray.errors import BudgetExhausted, CloudError
 
 from . import storm
-from .conftest import CLASSES, URL, FakeTime, good, picture
+from .conftest import CLASSES, URL, FakeTime, ok_response, solid_image
 from .counting_server import BILLED
 
 PRICE = 0.0015
@@ -117,7 +117,7 @@ class Biller:
         if outcome == "broken":
             return httpx.Response(200, content=b'{"image": ')
         return (
-            good()
+            ok_response()
             if outcome == "ok"
             else httpx.Response(
                 int(outcome), headers={"retry-after": "0"} if outcome == "429" else {}
@@ -140,7 +140,7 @@ def live(
             CLASSES,
             URL,
             journal,
-            LocalGovernor(Governor(limits(config), journal.spent(), fake)),
+            LocalGovernor(Governor(governor_limits(config), journal.spent(), fake)),
             transport=httpx.MockTransport(service),
             skip_over_budget=skip,
             sleep=fake.sleep,
@@ -148,7 +148,7 @@ def live(
         )
         try:
             await asyncio.gather(
-                *(client.answer(picture(seed)) for seed in range(config.in_flight))
+                *(client.answer(solid_image(seed)) for seed in range(config.in_flight))
             )
         finally:
             journal.close()
@@ -163,7 +163,6 @@ def live(
     return service
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     budget=st.integers(1, 40),

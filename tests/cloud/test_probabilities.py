@@ -3,23 +3,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.probabilities import (
     calibrated_confusion,
-    converted,
-    fuse_duplicates,
-    fuse_rows,
-    joined,
+    merge_cross_class_duplicates,
     to_detections,
 )
 from coin_ray.cloud.protocol import RawDetections
+from coin_ray.fusion.box_clusters import merge_duplicates
 from coin_ray.structures import Detections
 
 BOX = [0.0, 0.0, 10.0, 10.0]
+PLAIN_PRIOR = Prior()
 
 
 def raw(scores: list[list[float]] | np.ndarray) -> RawDetections:
@@ -31,32 +30,38 @@ def raw(scores: list[list[float]] | np.ndarray) -> RawDetections:
     )
 
 
+def _detections(
+    scored: RawDetections, prior: Prior = PLAIN_PRIOR, score_min: float = 0.0
+) -> Detections:
+    return to_detections(scored, prior, score_min)[0]
+
+
+def _merged(detections: Detections, iou: float) -> Detections:
+    return merge_duplicates(detections, iou)[0]
+
+
 def single(
     boxes: list[list[float]], scores: list[float], labels: list[int]
 ) -> Detections:
     rows = np.zeros((len(scores), 3), np.float32)
     rows[np.arange(len(scores)), labels] = scores
-    return to_detections(
+    return _detections(
         RawDetections(np.array(boxes, np.float32).reshape(-1, 4), rows, "label"),
-        "background",
     )
 
 
 EXAMPLES = [
-    ([0.3], "background", [0.3, 0.7]),
-    ([0.3, 0.05], "background", [0.287, 0.048, 0.665]),
-    ([0.9, 0.88], "background", [0.5, 0.488, 0.012]),
-    ([0.0, 0.0], "background", [0, 0, 1]),
-    ([1.0, 1.0], "background", [0.5, 0.5, 0]),
-    ([0.3], "published", [1, 0]),
-    ([0.3, 0.05], "published", [0.857, 0.143, 0]),
-    ([0.0, 0.0], "published", [0.5, 0.5, 0]),
+    ([0.3], [0.3, 0.7]),
+    ([0.3, 0.05], [0.287, 0.048, 0.665]),
+    ([0.9, 0.88], [0.5, 0.488, 0.012]),
+    ([0.0, 0.0], [0, 0, 1]),
+    ([1.0, 1.0], [0.5, 0.5, 0]),
 ]
 
 
-@pytest.mark.parametrize(("scores", "kind", "expected"), EXAMPLES)
-def test_examples(scores: list[float], kind: str, expected: list[float]) -> None:
-    detections = to_detections(raw([scores]), kind)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("scores", "expected"), EXAMPLES)
+def test_examples(scores: list[float], expected: list[float]) -> None:
+    detections = _detections(raw([scores]))
     assert torch.allclose(
         detections.probs[0], torch.tensor(expected).float(), atol=6e-4
     )
@@ -70,12 +75,11 @@ SCORES = arrays(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(SCORES, st.sampled_from(["background", "published"]))
+@given(SCORES)
 def test_probabilities_are_distributions_that_keep_label_and_rank(
-    scores: np.ndarray, kind: str
+    scores: np.ndarray,
 ) -> None:
-    detections = to_detections(raw(scores), kind)  # type: ignore[arg-type]
+    detections = _detections(raw(scores))
     assert detections.probs.shape == (scores.shape[0], scores.shape[1] + 1)
     assert torch.allclose(detections.probs.sum(1), torch.ones(len(scores)), atol=1e-5)
     assert (detections.probs >= 0).all()
@@ -89,33 +93,23 @@ def test_probabilities_are_distributions_that_keep_label_and_rank(
     assert np.allclose(
         np.sort(scores.max(1, initial=0))[::-1], detections.scores.numpy()
     )
-    if kind == "published":
-        assert (detections.probs[:, -1] == 0).all()
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_higher_score_means_less_background(
     low: float, high: float, other: float
 ) -> None:
     low, high = sorted((low, high))
     background = [
-        float(to_detections(raw([[s, other]]), "background").probs[0, -1])
-        for s in (low, high)
+        float(_detections(raw([[s, other]])).probs[0, -1]) for s in (low, high)
     ]
     assert background[1] <= background[0] + 1e-6
 
 
-def test_one_class_keeps_its_rank_when_published() -> None:
-    detections = to_detections(raw([[0.2], [0.9]]), "published")
-    assert detections.scores.tolist() == pytest.approx([0.9, 0.2])
-    assert detections.probs.tolist() == [[1, 0], [1, 0]]
-
-
 def test_no_detections() -> None:
-    none = to_detections(raw(np.zeros((0, 3))), "background")
+    none = _detections(raw(np.zeros((0, 3))))
     assert none.probs.shape == (0, 4)
-    assert len(fuse_duplicates(none, 0.6)) == 0
+    assert len(_merged(none, 0.6)) == 0
 
 
 def test_duplicates_become_the_weighted_mean() -> None:
@@ -124,7 +118,7 @@ def test_duplicates_become_the_weighted_mean() -> None:
         [0.8, 0.2, 0.9, 0.4],
         [0, 0, 1, 0],
     )
-    fused = fuse_duplicates(detections, 0.6)
+    fused = _merged(detections, 0.6)
     assert fused.labels.tolist() == [1, 0, 0]
     assert fused.scores.tolist() == pytest.approx([0.9, 0.8, 0.4])
     assert fused.boxes[1].tolist() == pytest.approx([0, 0, 10, 10.4])
@@ -133,12 +127,12 @@ def test_duplicates_become_the_weighted_mean() -> None:
 
 def test_overlap_must_exceed_the_limit() -> None:
     halves = single([[0, 0, 10, 10], [0, 0, 10, 5]], [0.8, 0.7], [0, 0])
-    assert len(fuse_duplicates(halves, 0.5)) == 2
-    assert len(fuse_duplicates(halves, 0.49)) == 1
+    assert len(_merged(halves, 0.5)) == 2
+    assert len(_merged(halves, 0.49)) == 1
 
 
 def test_boxes_without_score_are_kept_finite() -> None:
-    fused = fuse_duplicates(single([BOX, BOX], [0, 0], [0, 0]), 0.6)
+    fused = _merged(single([BOX, BOX], [0, 0], [0, 0]), 0.6)
     assert fused.boxes.tolist() == [BOX]
 
 
@@ -155,7 +149,6 @@ BOXES = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(BOXES)
 def test_fusion_keeps_the_best_of_each_class_and_stays_inside(
     rows: list[tuple[int, int, int, int, float, int]],
@@ -165,7 +158,7 @@ def test_fusion_keeps_the_best_of_each_class_and_stays_inside(
         [r[4] for r in rows],
         [r[5] for r in rows],
     )
-    fused = fuse_duplicates(detections, 0.5)
+    fused = _merged(detections, 0.5)
     assert len(fused) <= len(detections)
     assert set(fused.labels.tolist()) == set(detections.labels.tolist())
     for label in set(detections.labels.tolist()):
@@ -207,7 +200,7 @@ def one_label(
     )  # type: ignore[arg-type]
 
 
-def check_contract(detections: Detections, kind: str) -> None:
+def check_contract(detections: Detections) -> None:
     foreground = detections.probs[:, :-1]
     assert torch.allclose(
         detections.probs.sum(1), torch.ones(len(detections)), atol=1e-5
@@ -219,30 +212,27 @@ def check_contract(detections: Detections, kind: str) -> None:
         atol=1e-6,
     )
     assert (detections.scores.diff() <= 0).all()
-    if detections.num_classes == 1 and kind == "background":
+    if detections.num_classes == 1:
         assert torch.allclose(foreground[:, 0], detections.scores, atol=1e-6)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     SCORES,
     st.sampled_from(KINDS),
-    st.sampled_from(["background", "published"]),
     st.sampled_from(PRIORS),
     st.floats(0, 0.5),
 )
 def test_the_contract_of_every_tier(
-    scores: np.ndarray, score_kind: str, kind: str, prior: Prior, score_min: float
+    scores: np.ndarray, score_kind: str, prior: Prior, score_min: float
 ) -> None:
     found = RawDetections(raw(scores).boxes, scores, score_kind)  # type: ignore[arg-type]
-    detections, sources = converted(
-        found, kind, prior_for(prior, scores.shape[1]), score_min
+    detections, sources = to_detections(
+        found, prior_for(prior, scores.shape[1]), score_min
     )  # type: ignore[arg-type]
     assert len(sources) == len(detections) == len(scores)
-    check_contract(detections, kind)
+    check_contract(detections)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(2**-10, 1, width=32), st.integers(0, 3)),
@@ -258,8 +248,8 @@ def test_one_label_keeps_its_score_and_its_place(
     found = one_label(
         np.array([s for s, _ in rows], np.float32), [k for _, k in rows], 4, score_kind
     )
-    detections, _ = converted(found, "background", prior_for(prior, 4))
-    check_contract(detections, "background")
+    detections, _ = to_detections(found, prior_for(prior, 4))
+    check_contract(detections)
     best = detections.probs[:, :-1].max(1)
     assert torch.equal(best.indices, detections.labels), (
         "strictly the best class, no tie"
@@ -268,7 +258,6 @@ def test_one_label_keeps_its_score_and_its_place(
     assert sorted(detections.labels.tolist()) == sorted(k for _, k in rows)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.floats(2**-10, 1, width=32),
     st.floats(2**-10, 1, width=32),
@@ -292,14 +281,11 @@ def test_every_tier_rises_with_the_score(
     for score in (low, high):
         row = np.concatenate([np.array([score], np.float32), np.minimum(others, low)])
         found = RawDetections(np.array([BOX], np.float32), row[None], score_kind)  # type: ignore[arg-type]
-        shown.append(
-            to_detections(found, "background", prior_for(prior, 4), score_min).probs[0]
-        )
+        shown.append(_detections(found, prior_for(prior, 4), score_min).probs[0])
     assert shown[0][0] <= shown[1][0] + 1e-6
     assert shown[0][-1] >= shown[1][-1] - 1e-6
 
 
-@settings(max_examples=200, deadline=None)
 @given(SCORES, st.floats(0, 0.5))
 def test_scores_of_several_classes_keep_the_contract_where_some_are_missing(
     scores: np.ndarray, score_min: float
@@ -309,9 +295,7 @@ def test_scores_of_several_classes_keep_the_contract_where_some_are_missing(
         np.where(scores < score_min, 0, scores).astype(np.float32),
         "label",
     )
-    check_contract(
-        to_detections(found, "background", score_min=score_min), "background"
-    )
+    check_contract(_detections(found, score_min=score_min))
 
 
 TIERS = [
@@ -393,7 +377,7 @@ def test_tiers(
     found = RawDetections(
         np.array([BOX], np.float32), np.array([scores], np.float32), score_kind
     )  # type: ignore[arg-type]
-    detections, sources = converted(found, "background", prior, score_min=0.05)
+    detections, sources = to_detections(found, prior, score_min=0.05)
     assert sources == [source]
     assert detections.probs[0].tolist() == pytest.approx(expected, abs=2e-5)
     assert detections.scores[0] == pytest.approx(
@@ -401,15 +385,13 @@ def test_tiers(
         if source not in ("native", "grouped")
         else 0.6
     )
-    assert converted(found, "published", prior)[1] == ["published"]
 
 
 def test_sources_follow_their_rows() -> None:
     boxes = np.array([BOX, BOX, BOX], np.float32)
     scores = np.array([[0.2, 0, 0], [0.5, 0.4, 0], [0, 0, 0.9]], np.float32)
-    detections, sources = converted(
+    detections, sources = to_detections(
         RawDetections(boxes, scores, "label"),
-        "background",
         Prior((None, None, (0.0, 0.5, 0.0, 0.5))),
     )
     assert (detections.labels.tolist(), sources) == (
@@ -422,16 +404,14 @@ def test_where_each_class_is_asked_a_lone_label_says_something_of_the_others() -
     told = RawDetections(
         np.array([BOX], np.float32), np.array([[0.6, 0, 0]], np.float32), "label"
     )
-    detections, sources = converted(
-        told, "background", score_min=0.05, each_class_asked=True
-    )
+    detections, sources = to_detections(told, score_min=0.05, each_class_asked=True)
     background = 0.4 * 0.9875**2
     expected = [(1 - background) * s / 0.625 for s in (0.6, 0.0125, 0.0125)]
     assert sources == ["grouped"]
     assert detections.probs[0].tolist() == pytest.approx(
         [*expected, background], abs=1e-6
     )
-    check_contract(detections, "background")
+    check_contract(detections)
 
 
 def formerly(scores: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -447,12 +427,13 @@ def formerly(scores: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@settings(max_examples=150, deadline=None)
 @given(SCORES, st.floats(0, 1))
 def test_class_scores_are_read_to_the_bit_as_before(
     scores: np.ndarray, score_min: float
 ) -> None:
-    detections = to_detections(joined(raw(scores)), "background", PRIORS[1], score_min)
+    detections = _detections(
+        merge_cross_class_duplicates(raw(scores)), PRIORS[1], score_min
+    )
     expected_scores, expected_probs = formerly(scores)
     assert torch.equal(detections.scores, expected_scores)
     assert torch.equal(detections.probs, expected_probs)
@@ -472,7 +453,7 @@ def labelled(*rows: tuple[list[float], int, float]) -> RawDetections:
 
 def test_labels_of_one_box_are_joined() -> None:
     near, far = [0.0, 0.0, 10.0, 11.0], [30.0, 0.0, 40.0, 10.0]
-    found = joined(
+    found = merge_cross_class_duplicates(
         labelled((BOX, 0, 0.5), (near, 1, 0.6), (far, 2, 0.3), (BOX, 1, 0.2))
     )
     assert found.boxes.tolist() == [near, far]
@@ -490,13 +471,12 @@ def test_boxes_of_one_label_and_distant_ones_are_left_alone() -> None:
         labelled((BOX, 0, 0.5), (half, 1, 0.6)),
         labelled(),
     ):
-        found = joined(given_boxes)
+        found = merge_cross_class_duplicates(given_boxes)
         assert sorted(found.class_scores.tolist()) == sorted(
             given_boxes.class_scores.tolist()
         )
 
 
-@settings(max_examples=100, deadline=None)
 @given(BOXES)
 def test_joining_keeps_each_label_at_its_best_score(
     rows: list[tuple[int, int, int, int, float, int]],
@@ -507,7 +487,7 @@ def test_joining_keeps_each_label_at_its_best_score(
             for x, y, w, h, score, label in rows
         )
     )
-    found = joined(given_boxes)
+    found = merge_cross_class_duplicates(given_boxes)
     assert len(found) <= len(given_boxes)
     assert np.array_equal(
         found.class_scores.max(0, initial=0), given_boxes.class_scores.max(0, initial=0)
@@ -518,9 +498,7 @@ def test_joining_keeps_each_label_at_its_best_score(
 
 
 def test_confusion_is_measured_where_each_class_was_scored() -> None:
-    measured = to_detections(
-        raw([[0.8, 0.4, 0.0], [0.7, 0.5, 0.0], [0.0, 0.0, 0.9]]), "background"
-    )
+    measured = _detections(raw([[0.8, 0.4, 0.0], [0.7, 0.5, 0.0], [0.0, 0.0, 0.9]]))
     rows = calibrated_confusion([measured, Detections.empty(3)], 3, uniform=1e-6)
     assert rows[1] is None
     for k in (0, 2):
@@ -534,13 +512,13 @@ def test_confusion_is_measured_where_each_class_was_scored() -> None:
     told = RawDetections(
         np.array([BOX], np.float32), np.array([[0.6, 0, 0]], np.float32), "label"
     )
-    detections, sources = converted(told, "background", Prior(rows))
+    detections, sources = to_detections(told, Prior(rows))
     assert sources == ["label_confusion"]
     assert detections.probs[0, 1] > detections.probs[0, 2]
 
 
 def test_few_boxes_decide_little() -> None:
-    measured = to_detections(raw([[0.8, 0.4, 0.0]]), "background")
+    measured = _detections(raw([[0.8, 0.4, 0.0]]))
     steady, eager = (
         calibrated_confusion([measured], 3, uniform=u)[0] for u in (100.0, 1e-6)
     )
@@ -555,7 +533,7 @@ def test_fused_rows_name_where_they_come_from() -> None:
         [0.2, 0.8, 0.9, 0.4],
         [0, 0, 1, 0],
     )
-    fused, rows = fuse_rows(detections, 0.6)
+    fused, rows = merge_duplicates(detections, 0.6)
     assert torch.equal(detections.scores[rows], fused.scores)
     assert torch.equal(detections.probs[rows], fused.probs)
-    assert len(fuse_rows(Detections.empty(3), 0.6)[1]) == 0
+    assert len(merge_duplicates(Detections.empty(3), 0.6)[1]) == 0

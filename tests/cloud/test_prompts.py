@@ -8,13 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.cloud.adapters.gemini import GeminiAdapter
 from coin_ray.cloud.adapters.hf_endpoint import HfEndpointAdapter
 from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
-from coin_ray.cloud.adapters.prompts import XYXY_1000, XYXY_PIXELS, YXYX_1000, BoxNotation
+from coin_ray.cloud.adapters.prompts import (
+    XYXY_1000,
+    XYXY_PIXELS,
+    YXYX_1000,
+    BoxNotation,
+)
 from coin_ray.cloud.adapters.roboflow import RoboflowAdapter
 from coin_ray.cloud.protocol import Adapter, Frame, Query
 from coin_ray.errors import (
@@ -75,7 +80,6 @@ def test_refusals(text: str) -> None:
 
 
 @pytest.mark.parametrize("boxes", BOX_NOTATIONS, ids=lambda b: b.key + b.box_format)
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_mutated_lists_give_valid_boxes_or_errors(
     boxes: BoxNotation, data: st.DataObject
@@ -97,7 +101,6 @@ def test_mutated_lists_give_valid_boxes_or_errors(
     assert set(raw.class_scores.ravel()) <= {0.0, 1.0}
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     text=st.text(max_size=30) | st.text(alphabet=' \n[]`{}json\\"\ufeff\0', max_size=12)
 )
@@ -139,7 +142,7 @@ def hf(*elements: tuple[str, float, tuple[int, int, int, int]]) -> bytes:
 
 
 def test_a_box_under_several_labels_has_a_score_for_each() -> None:
-    from coin_ray.cloud.probabilities import converted
+    from coin_ray.cloud.probabilities import to_detections
 
     one, other = (10, 20, 110, 170), (300, 20, 400, 170)
     body = hf(
@@ -154,7 +157,7 @@ def test_a_box_under_several_labels_has_a_score_for_each() -> None:
     assert np.allclose(raw.class_scores, [[0, 0, 0.9], [0.8, 0.2, 0]])
     assert raw.unmapped == ("truck",)
     assert HfEndpointAdapter().capabilities.per_class_scores
-    found, sources = converted(raw, "background", score_min=0.05, each_class_asked=True)
+    found, sources = to_detections(raw, score_min=0.05, each_class_asked=True)
     assert sources == ["grouped", "grouped"]
     assert np.allclose(
         found.probs[1, :3].sum(), 1 - 0.2 * 0.8 * (1 - 0.05 / 4), atol=1e-6

@@ -10,24 +10,31 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from coin_ray.cloud.adapters.parsing import to_original_frame
-from coin_ray.cloud.client import Answer, CloudClient, limits
-from coin_ray.cloud.ensemble import EnsembleClient, images_for, names_of
+from coin_ray.cloud.answer import Answer
+from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.ensemble import EnsembleClient, render_for_clouds, cloud_names
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.protocol import Capabilities, Frame
 from coin_ray.cloud.renderings import MARGIN, REDUCED, image_in_view
 from coin_ray.cloud.services import fitted
-from coin_ray.config import RENDERING_OPERATIONS, Cloud, Ensemble, PipelineConfig, check_runnable
+from coin_ray.config import (
+    RENDERING_OPERATIONS,
+    Cloud,
+    Ensemble,
+    PipelineConfig,
+    check_runnable,
+)
 from coin_ray.config.presets import folder
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import BudgetExhausted, ConfigError
-from coin_ray.runs.estimate import estimate
-from coin_ray.runs.graph import graph
+from coin_ray.runs.estimate import estimate_cost
+from coin_ray.runs.graph import build_steps
 from coin_ray.stages.collecting.cloud_actor import governors_for
 
 from .conftest import CLASSES
@@ -73,7 +80,6 @@ def seen(pixels: np.ndarray) -> list[int]:
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-@settings(max_examples=60, deadline=None)
 @given(VIEWS, st.integers(40, 120), st.integers(40, 120), st.data())
 def test_an_object_seen_in_a_view_is_found_where_it_is(
     view: str, width: int, height: int, data: st.DataObject
@@ -90,12 +96,11 @@ def test_an_object_seen_in_a_view_is_found_where_it_is(
     ratio = [
         v / side for v, side in zip(found, (image.width, image.height) * 2, strict=True)
     ]
-    assert to_original_frame([ratio], "xyxy_ratio", frame_of(image))[0] == pytest.approx(
-        np.array(box), abs=1.5
-    )
+    assert to_original_frame([ratio], "xyxy_ratio", frame_of(image))[
+        0
+    ] == pytest.approx(np.array(box), abs=1.5)
 
 
-@settings(max_examples=40, deadline=None)
 @given(VIEWS, st.integers(40, 300), st.integers(40, 300), st.integers(100, 200))
 def test_no_view_is_larger_than_the_service_takes(
     view: str, width: int, height: int, max_side: int
@@ -104,9 +109,9 @@ def test_no_view_is_larger_than_the_service_takes(
     assert max(image.width, image.height) <= max_side
     assert image.original == (width, height)
     corner = np.array([[0, 0, *(image.visible_size or (image.width, image.height))]])
-    assert to_original_frame(corner.tolist(), "xyxy", frame_of(image))[0] == pytest.approx(
-        np.array([0, 0, width, height]), abs=1e-3
-    )
+    assert to_original_frame(corner.tolist(), "xyxy", frame_of(image))[
+        0
+    ] == pytest.approx(np.array([0, 0, width, height]), abs=1e-3)
 
 
 def test_what_the_operations_do() -> None:
@@ -120,7 +125,10 @@ def test_what_the_operations_do() -> None:
         plain, abs=4
     )
     reduced = image_in_view(raw, 4096, "reduced")
-    assert ((reduced.width, reduced.height), reduced.visible_size) == ((90, 60), (60, 40))
+    assert ((reduced.width, reduced.height), reduced.visible_size) == (
+        (90, 60),
+        (60, 40),
+    )
     # a JPEG's blocks lie across the edge
     assert pixels_of(reduced)[:40, :60] == pytest.approx(plain, abs=12)
     assert np.abs(pixels_of(reduced)[50:, 70:] - MARGIN).max() <= 3
@@ -197,15 +205,15 @@ def test_each_view_counts_as_a_cloud(tmp_path: Path) -> None:
     config = configured(tmp_path)
     check_runnable(config)
     assert [cloud.views for cloud in config.clouds] == [(view,) for view in ASKED]
-    assert names_of(config.clouds) == ("http", "http inverted", "http mirrored+reduced")
+    assert cloud_names(config.clouds) == ("http", "http inverted", "http mirrored+reduced")
     plain = replace(config, cloud=replace(config.cloud, views=("plain",)))
     before = replace(config, cloud=Cloud(url="https://detector.example.com"))
     # answers paid before views were there still count
-    assert graph(plain)["collect"].fingerprint == graph(before)["collect"].fingerprint
+    assert build_steps(plain)["collect"].fingerprint == build_steps(before)["collect"].fingerprint
     assert (
         len(
             {
-                graph(c)["collect"].fingerprint
+                build_steps(c)["collect"].fingerprint
                 for c in (config, plain, replace(config, ensemble=Ensemble(iou=0.4)))
             }
         )
@@ -253,7 +261,7 @@ def white_or_black(request: httpx.Request) -> httpx.Response:
 def ask(config: PipelineConfig, raw: bytes, tmp_path: Path) -> Answer:
     async def answer() -> Answer:
         journal = Journal.open(str(tmp_path / "journal"))
-        governor = LocalGovernor(Governor(limits(config.cloud), journal.spent()))
+        governor = LocalGovernor(Governor(governor_limits(config.cloud), journal.spent()))
         clients = [
             CloudClient(
                 one,
@@ -265,8 +273,8 @@ def ask(config: PipelineConfig, raw: bytes, tmp_path: Path) -> Answer:
             )
             for one in config.clouds
         ]
-        client = EnsembleClient(clients, names_of(config.clouds), config.ensemble)
-        return await client.answer(*images_for(client, raw))
+        client = EnsembleClient(clients, cloud_names(config.clouds), config.ensemble)
+        return await client.answer(*render_for_clouds(client, raw))
 
     return asyncio.run(answer())
 
@@ -303,7 +311,7 @@ def test_an_estimate_counts_every_view(tmp_path: Path) -> None:
     for i in range(4):
         (images / f"{i}.png").write_bytes(with_object(60, 40, (6, 10, 26 + i, 30)))
     config = configured(images, usd_per_call=0.5)
-    (found,) = estimate(config, graph(config), str(root))
+    (found,) = estimate_cost(config, build_steps(config), str(root))
     assert (found.cloud, found.images, found.views, found.calls, found.usd) == (
         "http",
         4,

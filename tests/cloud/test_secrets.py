@@ -22,18 +22,18 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import FRAME, MAGIC, Journal, SegmentJournal
 from coin_ray.cloud.services import OFFERS
 from coin_ray.config import Cloud, PipelineConfig, ServiceName
-from coin_ray.config.files import to_yaml
 from coin_ray.config.presets import folder
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.runs import tracking
 
 from .cases import CASES, CLASSES, SIZE, Case, Truth
-from .conftest import picture
+from .conftest import solid_image
 
 LOGGERS = (
     "httpx",
@@ -118,7 +118,7 @@ class Subject:
         )
 
 
-PICTURE = picture(0, *SIZE)
+PICTURE = solid_image(0, *SIZE)
 SUBJECTS = [Subject(case) for case in CASES]
 HTTP = next(s for s in SUBJECTS if s.service == "http")
 
@@ -271,7 +271,7 @@ def settings_text(cloud: Cloud) -> str:
     """What a run writes and sends about its settings: config.yaml, MLflow's parameters,
     the arguments of Ray's actors."""
     config: PipelineConfig = replace(folder(), classes=CLASSES, cloud=cloud)
-    arguments = pickle.dumps((config, cloud, limits(cloud)))
+    arguments = pickle.dumps((config, cloud, governor_limits(cloud)))
     return f"{to_yaml(config)}\n{tracking.flat(config)}\n{config!r}\n{arguments.decode('latin-1')}\n{arguments!r}"
 
 
@@ -319,7 +319,7 @@ def observed(
     async def run() -> None:
         async with server.address() as url:
             journal = Journal.open(str(place / "journal"))
-            governor = LocalGovernor(Governor(limits(cloud), journal.spent()))
+            governor = LocalGovernor(Governor(governor_limits(cloud), journal.spent()))
             client = CloudClient(
                 cloud,
                 CLASSES,
@@ -400,9 +400,9 @@ def check(subject: Subject, seen: Seen) -> None:
 
 def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
     """Everything a service may do, errors of every kind."""
-    good, first, case = subject.success, subject.first, subject.case
-    yield "success", [*first, good]
-    yield "an error, then success", [*first, Raw(500), good]
+    success, first, case = subject.success, subject.first, subject.case
+    yield "success", [*first, success]
+    yield "an error, then success", [*first, Raw(500), success]
     for status in (302, 400, 401, 402, 404, 408, 413, 429, 500, 503):
         yield (
             f"status {status}",
@@ -434,7 +434,7 @@ def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
         "closed in the body",
         [
             *first,
-            replace(good, after=len(good.data("application/json")) - 5),
+            replace(success, after=len(success.data("application/json")) - 5),
         ],
     )
     yield "not HTTP", [*first, Raw(headers={"Bad Header\x01": "x"})]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.protocol import Capabilities
@@ -113,7 +113,7 @@ def test_coordinates_are_part_of_the_question(
             ("car",),
             ADDRESS,
             Journal.open(str(tmp_path)),
-            LocalGovernor(Governor(limits(config))),
+            LocalGovernor(Governor(governor_limits(config))),
         )
         keys.add(client.key(noise(64, 48)))
     assert len(keys) == 3
@@ -169,7 +169,7 @@ def test_variables_of_tokens(
     config = cloud(service, url=ADDRESS)
 
     def client() -> CloudClient:
-        governor = LocalGovernor(Governor(limits(config)))
+        governor = LocalGovernor(Governor(governor_limits(config)))
         return CloudClient(
             config, ("car",), ADDRESS, Journal.open(str(tmp_path)), governor
         )
@@ -192,13 +192,13 @@ def test_variables_of_tokens(
 
 
 def test_limits_of_a_service() -> None:
-    assert limits(Cloud()).per_minute is None
-    assert limits(Cloud()).rate == 50
-    assert limits(cloud("dino-x")).rate == 10
-    assert limits(cloud("dino-x")).per_minute == 600
-    assert limits(cloud("dino-x", per_minute=60.0, per_day=7)).per_minute == 60
-    assert limits(cloud("dino-x", per_minute=60.0, per_day=7)).per_day == 7
-    assert limits(cloud("dino-x", per_minute=6000.0)).rate == 50
+    assert governor_limits(Cloud()).per_minute is None
+    assert governor_limits(Cloud()).rate == 50
+    assert governor_limits(cloud("dino-x")).rate == 10
+    assert governor_limits(cloud("dino-x")).per_minute == 600
+    assert governor_limits(cloud("dino-x", per_minute=60.0, per_day=7)).per_minute == 60
+    assert governor_limits(cloud("dino-x", per_minute=60.0, per_day=7)).per_day == 7
+    assert governor_limits(cloud("dino-x", per_minute=6000.0)).rate == 50
     for unusable in ({"per_minute": 0.0}, {"per_minute": -1.0}, {"per_day": 0}):
         with pytest.raises(ConfigError, match="per_minute"):
             Cloud(**unusable)  # type: ignore[arg-type]
@@ -209,10 +209,10 @@ CAPABILITIES = Capabilities(
 )
 
 
-def test_too_many_classes(bench: Any) -> None:
+def test_too_many_classes(build_harness: Any) -> None:
     few = InBodyAdapter({"max_classes": 2})
     with pytest.raises(ConfigError, match="at most 2 classes, got 3"):
-        bench(httpx.Response(200), adapter=few)
+        build_harness(httpx.Response(200), adapter=few)
     check_askable(Cloud(), ("a", "b"), few.capabilities)
 
 
@@ -226,23 +226,23 @@ def test_a_token_that_would_not_be_used(service: str) -> None:
         )
 
 
-def test_another_label_map_is_not_another_question(bench: Any, tmp_path: Path) -> None:
+def test_another_label_map_is_not_another_question(build_harness: Any, tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     file.write_text("service: http\nmap:\n  sedan: car\n")
     subject, mapped = (
-        bench(httpx.Response(200)),
-        bench(httpx.Response(200), label_map=str(file)),
+        build_harness(httpx.Response(200)),
+        build_harness(httpx.Response(200), label_map=str(file)),
     )
     assert subject.client._query.labels is None
     assert mapped.client._query.labels.find(["Sedan"]) == (0, 1.0)
     assert subject.client.key(noise(64, 48)) == mapped.client.key(noise(64, 48))
 
 
-def test_a_label_map_for_another_service(bench: Any, tmp_path: Path) -> None:
+def test_a_label_map_for_another_service(build_harness: Any, tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     file.write_text("service: rekognition\nmap:\n  sedan: car\n")
     with pytest.raises(ConfigError, match="rekognition"):
-        bench(httpx.Response(200), label_map=str(file))
+        build_harness(httpx.Response(200), label_map=str(file))
 
 
 def noise(width: int, height: int, max_side: int = 4096) -> CanonicalImage:
@@ -321,12 +321,12 @@ def test_the_cloud_by_name_or_address(
 ) -> None:
     given = [f"--cloud={value}"] if equals else ["--cloud", value]
     for arguments in ((*FOLDER, *given), ("folder", *given, *FOLDER[1:])):
-        config = cli.parse(arguments)[0].cloud
+        config = cli.parse_run_arguments(arguments)[0].cloud
         assert (config.service, config.url) == (service, url)
 
 
 def test_a_service_at_another_address() -> None:
-    config = cli.parse(
+    config = cli.parse_run_arguments(
         (
             *FOLDER,
             "--cloud",
@@ -360,7 +360,7 @@ UNUSABLE_CLOUDS = [
 @pytest.mark.parametrize(("given", "said"), UNUSABLE_CLOUDS)
 def test_clouds_that_can_not_be_used(given: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
-        cli.parse((*FOLDER, *given))
+        cli.parse_run_arguments((*FOLDER, *given))
     assert caught.value.exit_code == 2
 
 
@@ -368,7 +368,7 @@ def test_clouds_that_can_not_be_used(given: tuple[str, ...], said: str) -> None:
 def test_help_imports_no_adapter(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom coin_ray import cli\ntry:\n   "
-        f" cli.parse({arguments!r})\nexcept SystemExit as end:\n    assert not"
+        f" cli.parse_run_arguments({arguments!r})\nexcept SystemExit as end:\n    assert not"
         " end.code\nprint(sorted({'torch', 'httpx', 'ray', 'botocore',"
         " 'coin_ray.cloud.client', 'coin_ray.cloud.adapters.dds'} &"
         " set(sys.modules)))"
@@ -407,7 +407,7 @@ def test_the_client_and_a_service(
         async def no_sleep(seconds: float) -> None:
             await asyncio.sleep(0)
 
-        governor = LocalGovernor(Governor(limits(config)))
+        governor = LocalGovernor(Governor(governor_limits(config)))
         journal = Journal.open(str(tmp_path))
         client = CloudClient(
             config,

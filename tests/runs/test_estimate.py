@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from coin_ray import storage
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.config import Cloud, Ensemble, Folder, PipelineConfig
 from coin_ray.data.canonical import canonical_image
-from coin_ray.runs.estimate import Estimate, estimate, print_estimate, seconds_needed
-from coin_ray.runs.graph import graph
+from coin_ray.runs.estimate import Estimate, estimate_cost, print_estimate, seconds_needed
+from coin_ray.runs.graph import build_steps
 from coin_ray.config.presets import folder
 from coin_ray.tables import IMAGES
 
@@ -57,7 +57,7 @@ def test_only_an_emulated_cloud_has_an_emulated_latency(
     images: list[Path], tmp_path: Path, cloud: Cloud, rate: float
 ) -> None:
     config = configuration(tmp_path, replace(cloud, in_flight=4, serve_latency=2.0))
-    assert estimate(config, graph(config), str(tmp_path / "root"))[
+    assert estimate_cost(config, build_steps(config), str(tmp_path / "root"))[
         0
     ].rate == pytest.approx(rate)
 
@@ -93,7 +93,7 @@ def answered(
         return httpx.Response(200, json={"image": {"w": 60, "h": 40}, "detections": []})
 
     async def ask() -> None:
-        governor = LocalGovernor(Governor(limits(cloud)))
+        governor = LocalGovernor(Governor(governor_limits(cloud)))
         journal = Journal.open(str(root / "journal"))
         client = CloudClient(
             cloud,
@@ -107,7 +107,7 @@ def answered(
             await client.answer(canonical_image(path.read_bytes(), client.max_side))
 
     asyncio.run(ask())
-    step = graph(config)["images"]
+    step = build_steps(config)["images"]
     every = sorted((root / "images").iterdir())
     rows = [
         {"image_id": p.name, "uri": str(p), "width": 60, "height": 40, "split": "train"}
@@ -120,7 +120,7 @@ def answered(
 
 
 def figures(config: PipelineConfig, root: Path) -> list[Estimate]:
-    return estimate(config, graph(config), str(root))
+    return estimate_cost(config, build_steps(config), str(root))
 
 
 def test_before_anything_was_asked(tmp_path: Path, images: list[Path]) -> None:
@@ -202,7 +202,7 @@ def test_files_that_are_sent_as_they_are_are_known_without_opening_them(
     files = [path.with_suffix(".jpg") for path in images]
     answered(config, config.cloud, tmp_path, files[:3])
     listed = storage.join(
-        graph(config)["images"].folder(str(tmp_path)), "images.parquet"
+        build_steps(config)["images"].folder(str(tmp_path)), "images.parquet"
     )
     rows = storage.read_table(listed).to_pylist()
     ids = {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}

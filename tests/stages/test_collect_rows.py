@@ -13,10 +13,11 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.cloud.answer import Answer
-from coin_ray.cloud.probabilities import fuse_duplicates, to_detections
+from coin_ray.cloud.probabilities import to_detections
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import folder
+from coin_ray.fusion.box_clusters import merge_duplicates
 from coin_ray.runs.steps import Context
 from coin_ray.stages.collect import LabelerActor, _compile
 from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, _raw_row
@@ -59,7 +60,9 @@ def collected(
     parts = storage.join(str(tmp_path), "collect", "parts")
     actor = LabelerActor(used, parts)
     for image_id, one in answers.items():
-        actor(pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=ANSWER_SCHEMA))
+        actor(
+            pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=ANSWER_SCHEMA)
+        )
     assert set(CollectedParts(parts).answered.to_pylist()) == {
         i for i, a in answers.items() if a.raw is not None
     }
@@ -141,9 +144,8 @@ def test_class_scores_become_what_they_always_became(tmp_path: Path) -> None:
     used = config(tmp_path)
     (row,) = collected(tmp_path, used, a=scored)
     assert scored.raw is not None
-    expected = fuse_duplicates(
-        to_detections(scored.raw, "background"), used.collect.fuse_iou
-    )
+    unmerged, _ = to_detections(scored.raw)
+    expected, _ = merge_duplicates(unmerged, used.collect.fuse_iou)
     read = tables.detections_by_image(
         pa.Table.from_pylist([row], schema=tables.DETECTIONS), len(CLASSES)
     )["a"]
@@ -155,7 +157,9 @@ def test_class_scores_become_what_they_always_became(tmp_path: Path) -> None:
 
 def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     parts = storage.join(str(tmp_path), "collect", "parts")
-    old = pa.schema([f for f in PART_SCHEMA if f.name not in ("prob_source", "score_kind")])
+    old = pa.schema(
+        [f for f in PART_SCHEMA if f.name not in ("prob_source", "score_kind")]
+    )
     row = {
         "image_id": "old",
         "boxes": [LEFT],
@@ -180,7 +184,8 @@ def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
     actor = LabelerActor(used, parts)
     actor(
         pa.Table.from_pylist(
-            [_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))], schema=ANSWER_SCHEMA
+            [_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))],
+            schema=ANSWER_SCHEMA,
         )
     )
     context = Context(
