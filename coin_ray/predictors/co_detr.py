@@ -1,5 +1,5 @@
 """A trained Co-DETR as one file: weights, class names, sizes and the shape of its
-backbone. Of training's own parts at most heads are in it.
+backbone, optionally with the auxiliary heads of training.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from coin_ray import boxes as box_ops
 from coin_ray import storage
 from coin_ray.config.co_detr import Backbone, CoDetr
 from coin_ray.config.detector_training import DetectorConfig
-from coin_ray.data.augmentation import fit
+from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.agreement import agreed
 from coin_ray.models.co_detr.collaborative import (
@@ -31,95 +31,103 @@ from coin_ray.models.co_detr.collaborative import (
 )
 from coin_ray.models.co_detr.model import DeformableDetr, load_weights
 from coin_ray.models.co_detr.towers import describe, rebuild
+from coin_ray.predictors.saved_settings import tuples_from_lists
 from coin_ray.structures import Detections
 
-FILE = "co_detr.pt"
+CO_DETR_FILE = "co_detr.pt"
 FORMAT = 1
+EXPECTED = f"expected {CO_DETR_FILE}, as written by coin-ray detector"
 
 
 @dataclass(frozen=True, eq=False)
 class CoDetrPredictor:
-    """``classes`` and a detector; call it with a PIL image. ``whole``: the detector
-    with the auxiliary heads that were shipped with it.
+    """A ``Predictor`` with a Co-DETR. ``collaborative``: the same detector with its
+    auxiliary heads, if the file holds them.
 
-    ``reported``: confidences are the decoder's, or those that all heads share.
+    ``reported``: which confidences are returned, the decoder's or those that all heads
+    agree on.
     """
 
     classes: tuple[str, ...]
     detector: DeformableDetr
     short_side: int
     long_side: int
-    whole: CollaborativeDetr | None = None
+    collaborative: CollaborativeDetr | None = None
     reported: str = DECODER
 
     def to(self, device: torch.device) -> CoDetrPredictor:
-        (self.whole or self.detector).to(device)
+        """Move the weights to ``device``."""
+        (self.collaborative or self.detector).to(device)
         return self
 
     def __call__(self, image: Image.Image) -> Detections:
-        """Detections in pixels of ``image``, best first."""
-        return self.many([pil_to_tensor(image.convert("RGB"))])[0]
+        """Return the detections in pixels of ``image``, best first."""
+        return self.predict_batch([pil_to_tensor(image.convert("RGB"))])[0]
 
     @torch.no_grad()
-    def many(self, originals: Sequence[Tensor]) -> list[Detections]:
-        """Of uint8 images [3, H, W] in one batch: detections, on the CPU, in pixels of
-        each.
+    def predict_batch(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Return the detections of uint8 images [3, H, W], run as one batch, on the CPU
+        and in pixels of each.
         """
         if self.reported == AGREEMENT:
-            return self.opinions(originals)[AGREEMENT]
-        views = self._views(originals)
-        return _in_originals(
-            self.detector.predict(self.detector.prepare(views)), originals, views
-        )
+            return self.predict_by_head(images)[AGREEMENT]
+        resized = self._resize(images)
+        predicted = self.detector.predict(self.detector.prepare(resized))
+        return _scale_to_images(predicted, images, resized)
 
     @torch.no_grad()
-    def opinions(self, originals: Sequence[Tensor]) -> dict[str, list[Detections]]:
-        """As ``many``, of every head by name; and the decoder's boxes with the
-        confidences that all heads share, as ``agreement``.
+    def predict_by_head(self, images: Sequence[Tensor]) -> dict[str, list[Detections]]:
+        """Return what ``predict_batch`` returns for every head by name, and under
+        ``agreement`` the decoder's boxes with the confidences that all heads agree on.
 
         Raises InputError if there are no auxiliary heads in the file.
         """
-        if self.whole is None:
+        if self.collaborative is None:
             raise InputError(
                 "this Co-DETR was shipped without its auxiliary heads: train with"
                 " --ship heads or --ship agreement"
             )
-        views = self._views(originals)
-        found = {
-            n: _in_originals(d, originals, views)
-            for n, d in self.whole.opinions(self.detector.prepare(views)).items()
+        resized = self._resize(images)
+        prepared = self.detector.prepare(resized)
+        by_head = {
+            head: _scale_to_images(predicted, images, resized)
+            for head, predicted in self.collaborative.opinions(prepared).items()
         }
-        decoder, *others = found.values()
-        return found | {
-            AGREEMENT: [
-                agreed(own, seen) for own, *seen in zip(decoder, *others, strict=True)
-            ]
-        }
+        decoder, *auxiliary = by_head.values()
+        agreement = []
+        for index, detections in enumerate(decoder):
+            others = [head[index] for head in auxiliary]
+            agreement.append(agreed(detections, others))
+        return by_head | {AGREEMENT: agreement}
 
-    def _views(self, originals: Sequence[Tensor]) -> list[Tensor]:
-        return [fit(image, self.short_side, self.long_side) for image in originals]
+    def _resize(self, images: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            resize_to_fit(image, self.short_side, self.long_side) for image in images
+        ]
 
 
-def _in_originals(
-    found: Sequence[Detections], originals: Sequence[Tensor], views: Sequence[Tensor]
+def _scale_to_images(
+    predicted: Sequence[Detections], images: Sequence[Tensor], resized: Sequence[Tensor]
 ) -> list[Detections]:
-    return [
-        d.to(torch.device("cpu")).with_boxes(
-            box_ops.scale(
-                d.boxes.cpu(), o.shape[2] / v.shape[2], o.shape[1] / v.shape[1]
-            )
-        )
-        for d, o, v in zip(found, originals, views, strict=True)
-    ]
+    """Return detections in resized images as detections in the images, on the CPU."""
+    scaled = []
+    for detections, image, small in zip(predicted, images, resized, strict=True):
+        x_factor = image.shape[2] / small.shape[2]
+        y_factor = image.shape[1] / small.shape[1]
+        on_cpu = detections.to(torch.device("cpu"))
+        boxes = box_ops.scale_boxes(on_cpu.boxes, x_factor, y_factor)
+        scaled.append(on_cpu.with_boxes(boxes))
+    return scaled
 
 
-def packed(model: CollaborativeDetr, config: DetectorConfig) -> dict[str, Any]:
-    """The file's content, for ``torch.save``."""
-    detector, heads = model.base, {}
+def pack_co_detr(model: CollaborativeDetr, config: DetectorConfig) -> dict[str, Any]:
+    """Return the content of the file, for ``torch.save``."""
+    detector = model.base
+    heads: dict[str, Tensor] = {}
     if config.ship != "base":
         heads = {
-            name: value
-            for name, value in model.state_dict().items()
+            name: weight
+            for name, weight in model.state_dict().items()
             if name.startswith(("pyramid.", "heads."))
         }
     return {
@@ -131,64 +139,53 @@ def packed(model: CollaborativeDetr, config: DetectorConfig) -> dict[str, Any]:
         "co_detr": dataclasses.asdict(config.co_detr),
         "backbone": dataclasses.asdict(config.backbone),
         "tower": describe(detector.backbone),
-        "weights": {
-            name: value.detach().cpu() for name, value in detector.state_dict().items()
-        },
-        "heads": {name: value.detach().cpu() for name, value in heads.items()},
+        "weights": _on_cpu(detector.state_dict()),
+        "heads": _on_cpu(heads),
         "reported": AGREEMENT if config.ship == "agreement" else DECODER,
     }
+
+
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def load_co_detr(uri: str) -> CoDetrPredictor:
     """Read such a file. Raises InputError if it is none, or was written by another
     version.
     """
+    checkpoint = _read_checkpoint(uri)
+    classes = tuple(checkpoint["classes"])
+    config = CoDetr(**tuples_from_lists(checkpoint["co_detr"]))
+    tower = rebuild(Backbone(**checkpoint["backbone"]), checkpoint["tower"])
+    sides = checkpoint["short_side"], checkpoint["long_side"]
+    if not checkpoint.get("heads"):
+        detector = DeformableDetr(tower, len(classes), config)
+        load_weights(detector, checkpoint["weights"])
+        return CoDetrPredictor(classes, detector.eval(), *sides)
+    without_training_parts = replace(config, positive_queries=False, denoising=0)
+    collaborative = CollaborativeDetr(tower, len(classes), without_training_parts)
+    weights = {f"{SHIPPED}{name}": w for name, w in checkpoint["weights"].items()}
+    load_weights(collaborative, weights | checkpoint["heads"])
+    detector = collaborative.eval().base
+    reported = checkpoint["reported"]
+    return CoDetrPredictor(classes, detector, *sides, collaborative, reported)
+
+
+def _read_checkpoint(uri: str) -> dict[str, Any]:
     if not storage.exists(uri):
-        raise InputError(
-            f"no such file: {uri}; expected {FILE}, as written by"
-            " pipelines/train_detector.py"
-        )
+        raise InputError(f"no such file: {uri}; {EXPECTED}")
+    file = io.BytesIO(storage.read_bytes(uri))
     try:
-        content: Any = torch.load(
-            io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True
-        )
+        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise InputError(
-            f"{uri} can't be read ({str(error)[:200]}); expected {FILE}, as written by"
-            " pipelines/train_detector.py"
+            f"{uri} can't be read ({str(error)[:200]}); {EXPECTED}"
         ) from error
-    if not isinstance(content, dict) or content.get("kind") != "co-detr":
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "co-detr":
+        raise InputError(f"{uri} holds no Co-DETR; {EXPECTED}")
+    if checkpoint["format"] != FORMAT:
         raise InputError(
-            f"{uri} holds no Co-DETR; expected {FILE}, as written by"
-            " pipelines/train_detector.py"
+            f"{uri} has format {checkpoint['format']}, this version reads {FORMAT};"
+            " train or export the model again"
         )
-    if content["format"] != FORMAT:
-        raise InputError(
-            f"{uri} has format {content['format']}, this version reads {FORMAT}; train"
-            " or export the model again"
-        )
-    backbone = Backbone(**content["backbone"])
-    settings: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in content["co_detr"].items()
-    }
-    classes, tower, config = (
-        tuple(content["classes"]),
-        rebuild(backbone, content["tower"]),
-        CoDetr(**settings),
-    )
-    sides = content["short_side"], content["long_side"]
-    if not content.get("heads"):
-        detector = DeformableDetr(tower, len(classes), config)
-        load_weights(detector, content["weights"])
-        return CoDetrPredictor(classes, detector.eval(), *sides)
-    whole = CollaborativeDetr(
-        tower, len(classes), replace(config, positive_queries=False, denoising=0)
-    )
-    load_weights(
-        whole,
-        {f"{SHIPPED}{name}": value for name, value in content["weights"].items()}
-        | content["heads"],
-    )
-    return CoDetrPredictor(
-        classes, whole.eval().base, *sides, whole, content["reported"]
-    )
+    return checkpoint

@@ -4,45 +4,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 from PIL import Image
 
 from coin_ray.data.canonical import decode_rgb
-from coin_ray.predictors.student import Predictor, load_exported
+from coin_ray.predictors.predictor import Predictor
+from coin_ray.predictors.student import load_exported_student
 from coin_ray.storage import read_bytes
 
+ImageSource = Image.Image | bytes | str
 
-class Registered:
-    """Detections in images given as PIL images, files' bytes or URIs: one dict of
-    ``boxes`` (xyxy, pixels), ``scores`` and ``labels`` (names) each.
-    """
 
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
+class NamedDetections(TypedDict):
+    """Detections of one image: ``boxes`` xyxy in pixels, ``labels`` as class names."""
+
+    boxes: list[list[float]]
+    scores: list[float]
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class MlflowModel:
+    """MLflow's Python model: detects in PIL images, bytes of image files and URIs."""
+
+    predictor: Predictor
 
     def predict(
         self,
-        images: Sequence[Image.Image | bytes | str],
-        params: dict[str, Any] | None = None,
-    ) -> list[dict[str, list[Any]]]:
-        return [self._found(image) for image in images]
+        images: Sequence[ImageSource],
+        params: Mapping[str, object] | None = None,
+    ) -> list[NamedDetections]:
+        return [self._detect(image) for image in images]
 
-    def _found(self, image: Image.Image | bytes | str) -> dict[str, list[Any]]:
-        if not isinstance(image, Image.Image):
-            image = decode_rgb(image if isinstance(image, bytes) else read_bytes(image))
-        found = self.predictor(image)
-        names = [self.predictor.classes[label] for label in found.labels.tolist()]
+    def _detect(self, source: ImageSource) -> NamedDetections:
+        detections = self.predictor(_as_image(source))
+        labels = detections.labels.tolist()
         return {
-            "boxes": found.boxes.tolist(),
-            "scores": found.scores.tolist(),
-            "labels": names,
+            "boxes": detections.boxes.tolist(),
+            "scores": detections.scores.tolist(),
+            "labels": [self.predictor.classes[label] for label in labels],
         }
 
 
-def _load_pyfunc(path: str) -> Registered:
-    """Called by MLflow with the folder of an export."""
-    predictor = load_exported(path)
-    assert isinstance(predictor, Predictor)
-    return Registered(predictor)
+def _as_image(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    return decode_rgb(source if isinstance(source, bytes) else read_bytes(source))
+
+
+def _load_pyfunc(path: str) -> MlflowModel:
+    """Load the model from the folder of an export; MLflow calls this by its name."""
+    return MlflowModel(load_exported_student(path))

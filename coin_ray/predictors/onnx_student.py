@@ -1,5 +1,5 @@
-"""The student's ONNX file, as written by ``pipelines/export.py``, read with
-onnxruntime. Needs the extra ``onnx``.
+"""The student's ONNX file, as written by ``coin-ray export``, read with onnxruntime.
+Needs the extra ``onnx``.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from PIL import Image
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.structures import Detections
 
-OUTPUTS = ["boxes", "scores", "labels", "image", "probs"]
+OUTPUT_NAMES = ["boxes", "scores", "labels", "image", "probs"]
 
 
 class OnnxStudent:
-    """``classes`` and a session; ``predict`` answers as
-    ``coin_ray.predictors.student.Predictor`` does. ``threads`` 0: all cores.
+    """A ``Predictor`` that runs the bytes of ``model.onnx`` or ``model.int8.onnx`` with
+    ``threads`` threads; 0: all cores.
     """
 
-    def __init__(self, data: bytes, threads: int = 1) -> None:
-        """Raises ConfigError without onnxruntime, InputError if ``data`` is no exported
+    def __init__(self, file_bytes: bytes, threads: int = 1) -> None:
+        """Raise ConfigError without onnxruntime, InputError if the file is no exported
         student.
         """
         try:
@@ -32,27 +32,27 @@ class OnnxStudent:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
         try:
-            self._session = onnxruntime.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"]
+            session = onnxruntime.InferenceSession(
+                file_bytes, options, providers=providers
             )
         except Exception as error:  # onnxruntime's errors have no common base
-            raise InputError(f"model.onnx can't be loaded: {error}") from error
-        properties = self._session.get_modelmeta().custom_metadata_map
-        names = [output.name for output in self._session.get_outputs()]
-        if names != OUTPUTS or "classes" not in properties:
+            raise InputError(f"the ONNX file can't be loaded: {error}") from error
+        metadata = session.get_modelmeta().custom_metadata_map
+        names = [node.name for node in session.get_outputs()]
+        if names != OUTPUT_NAMES or "classes" not in metadata:
             raise InputError(
-                "expected an ONNX file written by pipelines/export.py with outputs"
-                f" {OUTPUTS}; this one has {names}"
+                "expected an ONNX file written by coin-ray export, with outputs"
+                f" {OUTPUT_NAMES} and the class names in its metadata; this one has"
+                f" outputs {names}"
             )
-        self.classes = tuple(properties["classes"].split("\n"))
+        self._session = session
+        self.classes: tuple[str, ...] = tuple(metadata["classes"].split("\n"))
 
-    def predict(self, image: Image.Image) -> Detections:
-        """Detections in pixels of ``image``, best first."""
+    def __call__(self, image: Image.Image) -> Detections:
+        """Return the detections in pixels of ``image``, best first."""
         pixels = np.asarray(image.convert("RGB"))[None]
-        boxes, scores, labels, _, probs = (
-            torch.from_numpy(o) for o in self._session.run(OUTPUTS, {"images": pixels})
-        )
+        arrays = self._session.run(OUTPUT_NAMES, {"images": pixels})
+        boxes, scores, labels, _, probs = map(torch.from_numpy, arrays)
         return Detections(boxes, scores, labels, probs)
-
-    __call__ = predict

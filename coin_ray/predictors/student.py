@@ -1,11 +1,11 @@
 """The exported student: one safetensors file and its description. Needs torch and
-open_clip's code, no weights and no text encoder.
+open_clip's code, no downloaded weights and no text encoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from PIL import Image
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -21,166 +21,175 @@ from coin_ray import boxes as box_ops
 from coin_ray import storage
 from coin_ray.config import Detector
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.data.augmentation import fit
+from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
-from coin_ray.predictors.co_detr import FILE, CoDetrPredictor, load_co_detr
+from coin_ray.predictors.saved_settings import tuples_from_lists
 from coin_ray.structures import Detections
 
 FORMAT = 1
-Student = ClipDetector | TextDetr | ByRegions
+STUDENT_FILES = ("model.json", "model.safetensors")
+StudentDetector = ClipDetector | TextDetr | ByRegions
 
 
 @dataclass(frozen=True, eq=False)
-class Predictor:
-    """``classes``, a detector and the ``settings`` of the views it was trained on; call
-    it with a PIL image.
+class StudentPredictor:
+    """A ``StudentPredictor`` with a student; ``settings`` hold the input sizes it was trained
+    on.
     """
 
     classes: tuple[str, ...]
-    detector: Student
+    detector: StudentDetector
     settings: Detector
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Detections:
-        """Detections in pixels of ``image``, best first."""
-        original = pil_to_tensor(image.convert("RGB"))
-        view = fit(original, self.settings.short_side, self.settings.long_side)
-        found = self.detector.predict(self.detector.prepare([view]))[0]
-        return found.with_boxes(
-            box_ops.scale(
-                found.boxes,
-                original.shape[2] / view.shape[2],
-                original.shape[1] / view.shape[1],
-            )
-        )
+        """Return the detections in pixels of ``image``, best first."""
+        settings = self.settings
+        pixels = pil_to_tensor(image.convert("RGB"))
+        resized = resize_to_fit(pixels, settings.short_side, settings.long_side)
+        detections = self.detector.predict(self.detector.prepare([resized]))[0]
+        x_factor = pixels.shape[2] / resized.shape[2]
+        y_factor = pixels.shape[1] / resized.shape[1]
+        boxes = box_ops.scale_boxes(detections.boxes, x_factor, y_factor)
+        return detections.with_boxes(boxes)
 
 
-def write_exported(
-    detector: Student,
+def write_exported_student(
+    detector: StudentDetector,
     classes: Sequence[str],
     folder: str,
     settings: Detector | None = None,
 ) -> int:
-    """Write the two files below ``folder`` (a URI); returns the weights' size in bytes.
-    ``settings``: of the run; a ClipDetector knows them.
+    """Write both files below ``folder`` (a URI); return the size of the weights in bytes.
+
+    ``settings``: the run's, with the input sizes; a ClipDetector has its own.
     """
-    network, prompts = (
-        (detector.student, "base.prompts.")
-        if isinstance(detector, ByRegions)
-        else (detector, "prompts.")
-    )
-    weights = {
-        k: v.contiguous()
-        for k, v in network.state_dict().items()
-        if not k.startswith((prompts, "background"))
-    }
-    weights[f"{prompts}values"] = embeddings = (
-        network.class_embeddings().detach().contiguous()
-    )
-    base = network.base if isinstance(network, RegionalDetr) else network
     settings = detector.config if isinstance(detector, ClipDetector) else settings
-    assert settings is not None, "a Co-DETR does not know the settings of its views"
+    assert settings is not None, (
+        "a Co-DETR does not hold the settings of its input size"
+    )
+    weights, embedding_size = _exported_weights(detector)
     description = {
         "format": FORMAT,
         "classes": list(classes),
-        "embedding_size": embeddings.shape[1],
-        "visual": (
-            visual_shape(base.tower.visual) if isinstance(base.tower, ClipTower) else {}
-        ),
+        "embedding_size": embedding_size,
+        **_describe_network(detector, settings),
+    }
+    file_bytes = save(weights)
+    storage.write_bytes(storage.join(folder, "model.safetensors"), file_bytes)
+    storage.write_json(storage.join(folder, "model.json"), description)
+    return len(file_bytes)
+
+
+def _exported_weights(detector: StudentDetector) -> tuple[dict[str, Tensor], int]:
+    """Return the weights with the class embeddings computed, and the embedding size."""
+    network: ClipDetector | TextDetr | RegionalDetr
+    if isinstance(detector, ByRegions):
+        network, prompts = detector.student, "base.prompts."
+    else:
+        network, prompts = detector, "prompts."
+    weights = {
+        name: weight.contiguous()
+        for name, weight in network.state_dict().items()
+        if not name.startswith((prompts, "background"))
+    }
+    embeddings = network.class_embeddings().detach().contiguous()
+    weights[f"{prompts}values"] = embeddings
+    return weights, embeddings.shape[1]
+
+
+def _describe_network(
+    detector: StudentDetector, settings: Detector
+) -> dict[str, object]:
+    by_regions = isinstance(detector, ByRegions)
+    base = detector.student.base if isinstance(detector, ByRegions) else detector
+    visual: dict[str, int | list[int]] = {}
+    if isinstance(base.tower, ClipTower):
+        visual = visual_shape(base.tower.visual)
+    description: dict[str, object] = {
+        "visual": visual,
         "detector": dataclasses.asdict(settings),
     }
     if isinstance(base, TextDetr):
-        detects = "regions" if isinstance(detector, ByRegions) else "decoder"
         description["co_detr"] = {
             "named": base.named,
             "network": dataclasses.asdict(base.config),
-            "detects": detects,
+            "detects": "regions" if by_regions else "decoder",
         }
-    data = save(weights)
-    storage.write_bytes(storage.join(folder, "model.safetensors"), data)
-    storage.write_json(storage.join(folder, "model.json"), description)
-    return len(data)
+    return description
 
 
-def load_exported(folder: str) -> Predictor | CoDetrPredictor:
-    """Read an export: the folder of a student, or a Co-DETR's ``.pt`` file or the
-    folder it is in.
-
-    Raises InputError if there is none or it was written by another version.
+def load_exported_student(folder: str) -> StudentPredictor:
+    """Read the student in an export's folder (a URI). Raises InputError if there is none
+    or it was written by another version.
     """
-    if folder.endswith(".pt"):
-        return load_co_detr(folder)
-    place = storage.join(folder, "model.json")
-    if not storage.exists(place) and storage.exists(storage.join(folder, FILE)):
-        return load_co_detr(storage.join(folder, FILE))
-    if not storage.exists(place):
+    uri = storage.join(folder, "model.json")
+    if not storage.exists(uri):
         raise InputError(
-            f"{folder} is no export: expected model.json and model.safetensors, as"
-            f" written by pipelines/export.py, or {FILE}, as written by"
-            " pipelines/train_detector.py"
+            f"{folder} holds no exported student: expected {' and '.join(STUDENT_FILES)},"
+            " as written by coin-ray adapt and coin-ray export"
         )
-    return _load_student(folder, place)
-
-
-def _load_student(folder: str, place: str) -> Predictor:
-    description: dict[str, Any] = storage.read_json(place)
+    description: dict[str, Any] = storage.read_json(uri)
     if description["format"] != FORMAT:
         raise InputError(
-            f"{place} has format {description['format']}, this version reads {FORMAT};"
+            f"{uri} has format {description['format']}, this version reads {FORMAT};"
             " export the model again"
         )
     # whatever was learned is in the embeddings
-    fields = _fields(description["detector"]) | {"background": "prompt"}
+    fields = tuples_from_lists(description["detector"]) | {"background": "prompt"}
     settings = Detector(**fields)
-    classes = tuple(description["classes"])
-    size = description["embedding_size"]
-    prompts = ClassVectors(torch.zeros(len(classes) + 1, size), learned=False)
-    tower = empty_tower(settings, description["visual"])
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    detector: Student
-    if "co_detr" in description:
-        network = CoDetr(**_fields(description["co_detr"]["network"]))
-        named = description["co_detr"]["named"]
-        base = TextDetr(
-            tower, prompts, len(classes), size, network, named=named, mean=mean, std=std
-        )
-        regions = description["co_detr"].get("detects") == "regions"
-        detector = ByRegions(RegionalDetr(base, size, settings)) if regions else base
-    else:
-        detector = ClipDetector(tower, prompts, len(classes), size, settings, mean, std)
+    detector = _empty_detector(description, settings)
+    network = detector.student if isinstance(detector, ByRegions) else detector
     weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
-    missing, unexpected = (
-        detector.student if isinstance(detector, ByRegions) else detector
-    ).load_state_dict(weights, strict=False)
+    missing, unexpected = network.load_state_dict(weights, strict=False)
     if unexpected or [name for name in missing if name != "background"]:
         raise InputError(
             f"{folder}: weights and model.json do not belong together (missing"
             f" {missing[:3]}, unexpected {unexpected[:3]})"
         )
-    return Predictor(classes, detector.eval(), settings)
+    return StudentPredictor(tuple(description["classes"]), detector.eval(), settings)
 
 
-def _fields(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+def _empty_detector(
+    description: Mapping[str, Any], settings: Detector
+) -> StudentDetector:
+    """Build the described detector, its weights still to be loaded."""
+    count = len(description["classes"])
+    size = description["embedding_size"]
+    prompts = ClassVectors(torch.zeros(count + 1, size), learned=False)
+    tower = empty_tower(settings, description["visual"])
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if "co_detr" not in description:
+        return ClipDetector(tower, prompts, count, size, settings, mean, std)
+    co_detr = description["co_detr"]
+    network = CoDetr(**tuples_from_lists(co_detr["network"]))
+    named = co_detr["named"]
+    base = TextDetr(
+        tower, prompts, count, size, network, named=named, mean=mean, std=std
+    )
+    if co_detr.get("detects") == "regions":
+        return ByRegions(RegionalDetr(base, size, settings))
+    return base
 
 
-def empty_tower(config: Detector, visual: dict[str, Any]) -> Tower:
-    """A tower of the exported kind and shape, its weights still to be loaded."""
+def empty_tower(config: Detector, visual: Mapping[str, Any]) -> Tower:
+    """Build a tower of the exported kind and shape, its weights still to be loaded."""
     if config.backbone == "mobilenet_v2":
         return MobileNetTower(mobilenet_v2(), config.batch_norm)
-    return ClipTower(ModifiedResNet(output_dim=1, heads=1, **visual), config.batch_norm)
+    network = ModifiedResNet(output_dim=1, heads=1, **visual)
+    return ClipTower(network, config.batch_norm)
 
 
-def visual_shape(visual: nn.Module) -> dict[str, Any]:
-    """Arguments that rebuild a ModifiedResNet (of ``detector.backbone`` clip) of the
-    same shape; attention pooling is not part of a detector.
+def visual_shape(visual: nn.Module) -> dict[str, int | list[int]]:
+    """Return the arguments that rebuild a ModifiedResNet (of ``detector.backbone`` clip)
+    of the same shape; attention pooling is not part of a detector.
     """
-    stages = [getattr(visual, f"layer{i}") for i in range(1, 5)]
+    stages = [getattr(visual, f"layer{number}") for number in range(1, 5)]
     size: Any = visual.image_size
     last_stem_layer: Any = visual.conv3
     return {

@@ -1,8 +1,8 @@
-"""transformers' detectors behind the local cloud: Grounding DINO and OWLv2 for any
-classes, RT-DETR and D-FINE for their own.
+"""transformers' detectors: Grounding DINO and OWLv2 for any classes, RT-DETR and D-FINE
+for the classes they were trained on.
 
-Class vectors come from the logits: a label and a score, as the libraries' own
-post-processing gives, says nothing of the other classes. Needs the ``teachers`` extra.
+Class vectors come from the logits: the libraries' own post-processing gives one label
+and one score, which says nothing about the other classes. Needs the ``teachers`` extra.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.predictors.onnx_detectors import suppressed
-from coin_ray.serving.batching import Found
+from coin_ray.predictors.scored_boxes import DUPLICATE_IOU, ScoredBoxes, select_boxes
 
 BATCH_MAX = 8
-DUPLICATE_IOU = 0.7
-PROMPTS_KEPT = 16
+PROMPT_CACHE_SIZE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +37,9 @@ class Prompt:
     shares: Tensor
 
 
-class _Model(Protocol):
+class Architecture(Protocol):
+    """A transformers model with its processors."""
+
     @property
     def pads(self) -> bool:
         """Whether images of different sizes change each other's results in one batch."""
@@ -49,7 +49,9 @@ class _Model(Protocol):
     def predict(
         self, images: Sequence[Image.Image], prompt: Prompt
     ) -> tuple[Tensor, Tensor]:
-        """All candidates: boxes [B, Q, 4] xyxy pixels of each image, scores [B, Q, K]."""
+        """Return all candidates: boxes [B, Q, 4] xyxy pixels of each image, and scores
+        [B, Q, K].
+        """
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,11 @@ class GroundingDino:
     pads: bool = True
 
     def prompt(self, classes: Sequence[str]) -> Prompt:
-        """``a . b . c .`` in lower case. Raises InputError for names without letters
-        and for more text than the model reads.
+        """Return ``a . b . c .`` in lower case as tokens. Raises InputError for names
+        without letters and for more text than the model reads.
         """
-        text = (
-            " . ".join(
-                re.sub(r"[.?\s]+", " ", name).strip().lower() for name in classes
-            )
-            + " ."
-        )
+        names = [re.sub(r"[.?\s]+", " ", name).strip().lower() for name in classes]
+        text = " . ".join(names) + " ."
         tokens = dict(
             self.tokenizer(text, return_tensors="pt", return_token_type_ids=True)
         )
@@ -80,20 +78,25 @@ class GroundingDino:
         if len(ids) > limit:
             raise InputError(
                 f"{len(classes)} classes are {len(ids)} tokens, the model reads"
-                f" {limit}; ask about fewer or shorter names"
+                f" {limit}; use fewer or shorter names"
             )
-        ends = torch.isin(
-            ids,
-            torch.tensor(self.tokenizer.convert_tokens_to_ids([".", "[CLS]", "[SEP]"])),
-        )
-        number = ends.cumsum(0) - 1  # [CLS] begins class 0, each full stop the next one
-        shares = ((number == torch.arange(len(classes))[:, None]) & ~ends).float()
+        shares = self._token_shares(ids, classes)
+        return Prompt(tokens, shares / shares.sum(1, keepdim=True))
+
+    def _token_shares(self, ids: Tensor, classes: Sequence[str]) -> Tensor:
+        """Return which tokens belong to which class [K, L], as 0 and 1."""
+        separators = self.tokenizer.convert_tokens_to_ids([".", "[CLS]", "[SEP]"])
+        ends = torch.isin(ids, torch.tensor(separators))
+        # [CLS] begins class 0, each full stop the next one
+        class_index = ends.cumsum(0) - 1
+        belongs = (class_index == torch.arange(len(classes))[:, None]) & ~ends
+        shares = belongs.float()
         if int(ends.sum()) != len(classes) + 2 or not bool(shares.any(1).all()):
             raise InputError(
                 "each class name needs a letter or a digit, and no punctuation that"
                 f" ends a sentence; got {list(classes)}"
             )
-        return Prompt(tokens, shares / shares.sum(1, keepdim=True))
+        return shares
 
     def predict(
         self, images: Sequence[Image.Image], prompt: Prompt
@@ -102,17 +105,10 @@ class GroundingDino:
         text = {
             name: table.expand(len(images), -1) for name, table in prompt.tokens.items()
         }
-        output = _forward(self.model, {**text, **pixels})
-        scores = (
-            output.logits.float().sigmoid()[..., : prompt.shares.shape[1]].cpu()
-            @ prompt.shares.T
-        )
-        sizes = torch.tensor([[*image.size, *image.size] for image in images])
-        return (
-            box_convert(output.pred_boxes.float().cpu(), "cxcywh", "xyxy")
-            * sizes[:, None],
-            scores,
-        )
+        prediction = _forward(self.model, {**text, **pixels})
+        token_scores = prediction.logits.float().sigmoid()
+        used = token_scores[..., : prompt.shares.shape[1]].cpu()
+        return _boxes_in_pixels(prediction, images), used @ prompt.shares.T
 
 
 @dataclass(frozen=True)
@@ -127,11 +123,12 @@ class Owlv2:
     pads: bool = False
 
     def prompt(self, classes: Sequence[str]) -> Prompt:
-        """One text per class. Raises InputError for an empty name and for one longer
-        than the model reads.
+        """Return one text per class as tokens. Raises InputError for an empty name and
+        for one longer than the model reads.
         """
         limit = int(self.model.config.text_config.max_position_embeddings)
-        texts = [f"a photo of a {' '.join(name.lower().split())}" for name in classes]
+        names = [" ".join(name.lower().split()) for name in classes]
+        texts = [f"a photo of a {name}" for name in names]
         tokens = dict(
             self.tokenizer(
                 texts, padding="max_length", max_length=limit, truncation=False
@@ -145,7 +142,7 @@ class Owlv2:
             if len(ids) > limit:
                 raise InputError(
                     f"the text for class {name!r} has {len(ids)} tokens, the model"
-                    f" reads {limit}; give a shorter name"
+                    f" reads {limit}; use a shorter name"
                 )
         tables = {
             name: torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask")
@@ -159,13 +156,11 @@ class Owlv2:
         text = {
             name: table.repeat(len(images), 1) for name, table in prompt.tokens.items()
         }
-        output = _forward(self.model, {**text, "pixel_values": pixels["pixel_values"]})
+        inputs = {**text, "pixel_values": pixels["pixel_values"]}
+        prediction = _forward(self.model, inputs)
         sides = torch.tensor([max(image.size) for image in images])
-        boxes = (
-            box_convert(output.pred_boxes.float().cpu(), "cxcywh", "xyxy")
-            * sides[:, None, None]
-        )
-        return boxes, output.logits.float().sigmoid().cpu()
+        boxes = _unit_boxes(prediction) * sides[:, None, None]
+        return boxes, prediction.logits.float().sigmoid().cpu()
 
 
 @dataclass(frozen=True)
@@ -182,8 +177,8 @@ class ClosedSet:
         return tuple(names[number] for number in sorted(names))
 
     def prompt(self, classes: Sequence[str]) -> Prompt:
-        """Raises InputError for a class that the model has not learned, with those it
-        has.
+        """Return the columns of ``classes``. Raises InputError for a class that the
+        model has not learned, with those it has.
         """
         unknown = [name for name in classes if name not in self.classes]
         if unknown:
@@ -191,34 +186,20 @@ class ClosedSet:
                 f"the model has not learned {', '.join(unknown)}; ask it about"
                 f" {', '.join(self.classes)}"
             )
-        return Prompt(
-            {},
-            torch.eye(len(self.classes))[
-                [self.classes.index(name) for name in classes]
-            ],
-        )
+        columns = [self.classes.index(name) for name in classes]
+        return Prompt({}, torch.eye(len(self.classes))[columns])
 
     def predict(
         self, images: Sequence[Image.Image], prompt: Prompt
     ) -> tuple[Tensor, Tensor]:
-        output = _forward(
-            self.model,
-            {
-                "pixel_values": self.image_processor(
-                    images=list(images), return_tensors="pt"
-                )["pixel_values"]
-            },
-        )
-        sizes = torch.tensor([[*image.size, *image.size] for image in images])
-        boxes = (
-            box_convert(output.pred_boxes.float().cpu(), "cxcywh", "xyxy")
-            * sizes[:, None]
-        )
-        return boxes, output.logits.float().sigmoid().cpu() @ prompt.shares.T
+        pixels = self.image_processor(images=list(images), return_tensors="pt")
+        prediction = _forward(self.model, {"pixel_values": pixels["pixel_values"]})
+        scores = prediction.logits.float().sigmoid().cpu() @ prompt.shares.T
+        return _boxes_in_pixels(prediction, images), scores
 
 
-CLOSED = ("rt_detr", "rt_detr_v2", "d_fine")
-KINDS: dict[str, type[GroundingDino] | type[Owlv2]] = {
+CLOSED_SET_MODELS = ("rt_detr", "rt_detr_v2", "d_fine")
+TEXT_PROMPTED_MODELS: dict[str, type[GroundingDino] | type[Owlv2]] = {
     "grounding-dino": GroundingDino,
     "mm-grounding-dino": GroundingDino,
     "owlv2": Owlv2,
@@ -226,69 +207,78 @@ KINDS: dict[str, type[GroundingDino] | type[Owlv2]] = {
 
 
 class TransformersDetector:
-    """One of the models above. ``classes``: those it has learned; none: it can be asked
-    about any.
+    """One of the models above. ``classes``: those it was trained on; empty for a model
+    that accepts any.
     """
 
-    def __init__(self, model: _Model, name: str, batch_max: int = BATCH_MAX) -> None:
+    def __init__(
+        self, architecture: Architecture, name: str, batch_max: int = BATCH_MAX
+    ) -> None:
         self.name, self.batch_max = name, batch_max
-        self.classes: Sequence[str] = (
-            model.classes if isinstance(model, ClosedSet) else ()
-        )
-        self._model = model
+        self.classes: Sequence[str] = ()
+        if isinstance(architecture, ClosedSet):
+            self.classes = architecture.classes
+        self._architecture = architecture
         self._prompts: dict[tuple[str, ...], Prompt] = {}
         self._lock = threading.Lock()  # tokenizers can't be used by two threads
 
     def check(self, classes: Sequence[str]) -> None:
-        """Raises InputError if the model can't be asked about ``classes``."""
-        self._prompt(classes)
+        """Raise InputError if the model can't be asked about ``classes``."""
+        self._cached_prompt(classes)
 
     def detect(
         self, image: Image.Image, classes: Sequence[str], score_min: float
-    ) -> Found:
-        """Boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
+    ) -> ScoredBoxes:
+        """Return boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
         return self.detect_batch([image], classes, score_min)[0]
 
     @torch.inference_mode()
     def detect_batch(
         self, images: Sequence[Image.Image], classes: Sequence[str], score_min: float
-    ) -> list[Found]:
-        """``detect`` for each image. Images that would be padded to each other's size
-        go through the model apart.
+    ) -> list[ScoredBoxes]:
+        """Detect in each image. Images that would be padded to each other's size go
+        through the model apart.
         """
-        prompt = self._prompt(classes)
-        found: dict[int, Found] = {}
-        for group in self._groups(images):
-            boxes, scores = self._model.predict([images[i] for i in group], prompt)
-            for i, b, s in zip(group, boxes.numpy(), scores.numpy(), strict=True):
-                found[i] = suppressed(b, s, images[i].size, score_min, DUPLICATE_IOU)
-        return [found[i] for i in range(len(images))]
+        prompt = self._cached_prompt(classes)
+        detections: dict[int, ScoredBoxes] = {}
+        for group in self._groups_without_padding(images):
+            predicted = self._architecture.predict([images[i] for i in group], prompt)
+            boxes, scores = (tensor.numpy() for tensor in predicted)
+            for row, index in enumerate(group):
+                size = images[index].size
+                detections[index] = select_boxes(
+                    boxes[row], scores[row], size, score_min, DUPLICATE_IOU
+                )
+        return [detections[index] for index in range(len(images))]
 
-    def _groups(self, images: Sequence[Image.Image]) -> Iterator[list[int]]:
-        def size(i: int) -> tuple[int, int]:
-            return images[i].size if self._model.pads else (0, 0)
+    def _groups_without_padding(
+        self, images: Sequence[Image.Image]
+    ) -> Iterable[list[int]]:
+        """Return indices of images that can share a batch, the smallest size first."""
+        if not self._architecture.pads:
+            return [list(range(len(images)))] if images else []
+        by_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            by_size[image.size].append(index)
+        return [by_size[size] for size in sorted(by_size)]
 
-        return (
-            list(group)
-            for _, group in groupby(sorted(range(len(images)), key=size), size)
-        )
-
-    def _prompt(self, classes: Sequence[str]) -> Prompt:
+    def _cached_prompt(self, classes: Sequence[str]) -> Prompt:
         key = tuple(classes)
         with self._lock:
             if key not in self._prompts:
-                prompt = self._model.prompt(key)
-                while len(self._prompts) >= PROMPTS_KEPT:
-                    del self._prompts[next(iter(self._prompts))]
+                prompt = self._architecture.prompt(key)
+                while len(self._prompts) >= PROMPT_CACHE_SIZE:
+                    oldest = next(iter(self._prompts))
+                    del self._prompts[oldest]
                 self._prompts[key] = prompt
             return self._prompts[key]
 
 
 def load_transformers(name: str, batch_max: int = BATCH_MAX) -> TransformersDetector:
-    """A model by its name on the hub or its folder, on the GPU if there is one.
+    """Load a model by its name on the hub or its folder, on the GPU if there is one.
 
     Raises ConfigError without transformers and for another kind of model, InputError if
-    the model can't be had.
+    the model can't be loaded.
     """
     try:
         import transformers
@@ -298,42 +288,40 @@ def load_transformers(name: str, batch_max: int = BATCH_MAX) -> TransformersDete
             " 'coin-ray[teachers]'"
         ) from None
     try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
-        if kind not in (*KINDS, *CLOSED):
-            raise ConfigError(
-                f"{name} is a {kind} model; the local cloud serves"
-                f" {', '.join((*KINDS, *CLOSED))}"
-            )
-        automatic = (
-            transformers.AutoImageProcessor
-            if kind in CLOSED
-            else transformers.AutoProcessor
-        )
-        of_kind = (
-            transformers.AutoModelForObjectDetection
-            if kind in CLOSED
-            else transformers.AutoModelForZeroShotObjectDetection
-        )
-        processor, network = (
-            automatic.from_pretrained(name),
-            of_kind.from_pretrained(name),
-        )
+        model_type = transformers.AutoConfig.from_pretrained(name).model_type
+        _check_model_type(name, model_type)
+        if model_type in CLOSED_SET_MODELS:
+            processor = transformers.AutoImageProcessor.from_pretrained(name)
+            model_class = transformers.AutoModelForObjectDetection
+        else:
+            processor = transformers.AutoProcessor.from_pretrained(name)
+            model_class = transformers.AutoModelForZeroShotObjectDetection
+        network = model_class.from_pretrained(name)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise InputError(_unavailable(name, error)) from None
+        raise InputError(_loading_error(name, error)) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = network.to(device=device, dtype=torch.float32).eval()
-    if kind in CLOSED:
+    if model_type in CLOSED_SET_MODELS:
         return TransformersDetector(ClosedSet(network, processor), name, batch_max)
-    return TransformersDetector(
-        KINDS[kind](network, processor.tokenizer, processor.image_processor),
-        name,
-        batch_max,
+    text_prompted = TEXT_PROMPTED_MODELS[model_type]
+    architecture = text_prompted(
+        network, processor.tokenizer, processor.image_processor
     )
+    return TransformersDetector(architecture, name, batch_max)
 
 
-def _unavailable(name: str, error: Exception) -> str:
+def _check_model_type(name: str, model_type: str) -> None:
+    supported = (*TEXT_PROMPTED_MODELS, *CLOSED_SET_MODELS)
+    if model_type not in supported:
+        raise ConfigError(
+            f"{name} is a {model_type} model; the local cloud serves"
+            f" {', '.join(supported)}"
+        )
+
+
+def _loading_error(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0][:200]
     if os.path.isdir(name):
         return (
@@ -348,4 +336,16 @@ def _unavailable(name: str, error: Exception) -> str:
 
 
 def _forward(model: Any, inputs: dict[str, Any]) -> Any:
-    return model(**{name: value.to(model.device) for name, value in inputs.items()})
+    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+
+
+def _unit_boxes(prediction: Any) -> Tensor:
+    """Return the predicted boxes [B, Q, 4] as xyxy in 0..1."""
+    centre_boxes = prediction.pred_boxes.float().cpu()
+    boxes: Tensor = box_convert(centre_boxes, "cxcywh", "xyxy")
+    return boxes
+
+
+def _boxes_in_pixels(prediction: Any, images: Sequence[Image.Image]) -> Tensor:
+    sizes = torch.tensor([[*image.size, *image.size] for image in images])
+    return _unit_boxes(prediction) * sizes[:, None]

@@ -1,6 +1,4 @@
-"""A trained RT-DETRv2 or D-FINE, read from the folder of a run as any transformers
-model is.
-"""
+"""A trained RT-DETRv2 or D-FINE, read from the folder that its training wrote."""
 
 from __future__ import annotations
 
@@ -16,38 +14,41 @@ from coin_ray import storage
 from coin_ray.models.co_detr.transformers_detr import FastDetector, open_fast
 from coin_ray.structures import Detections
 
-FOLDER = "network"
+TRANSFORMERS_FOLDER = "network"
 
 
 @dataclass(frozen=True, eq=False)
-class FastPredictor:
+class TransformersPredictor:
     detector: FastDetector
 
-    def to(self, device: torch.device) -> FastPredictor:
+    def to(self, device: torch.device) -> TransformersPredictor:
+        """Move the weights to ``device``."""
         self.detector.to(device)
         return self
 
     @torch.no_grad()
-    def many(self, originals: Sequence[Tensor]) -> list[Detections]:
-        """Of uint8 images [3, H, W] in one batch: detections, on the CPU, in pixels of
-        each.
+    def predict_batch(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Return the detections of uint8 images [3, H, W], run as one batch, on the CPU
+        and in pixels of each.
         """
-        return [
-            d.to(torch.device("cpu"))
-            for d in self.detector.predict(self.detector.prepare(originals))
-        ]
+        predicted = self.detector.predict(self.detector.prepare(images))
+        return [detections.to(torch.device("cpu")) for detections in predicted]
 
 
-def load_fast_predictor(folder: str, model: str, detections: int) -> FastPredictor:
-    """``folder``: a URI."""
-    with tempfile.TemporaryDirectory() as local:
-        for name, data in files(folder).items():
-            (Path(local) / name).write_bytes(data)
-        return FastPredictor(open_fast(local, model, detections).eval())
+def load_transformers_predictor(
+    folder: str, model: str, detections_max: int
+) -> TransformersPredictor:
+    """Read a trained ``model`` (rt-detr-v2 or d-fine) from ``folder``, a URI; it returns
+    at most ``detections_max`` boxes per image.
+    """
+    with tempfile.TemporaryDirectory() as local_folder:
+        for name, file_bytes in read_files(folder).items():
+            (Path(local_folder) / name).write_bytes(file_bytes)
+        detector = open_fast(local_folder, model, detections_max)
+        return TransformersPredictor(detector.eval())
 
 
-def files(folder: str) -> Mapping[str, bytes]:
-    return {
-        uri.rpartition("/")[2]: storage.read_bytes(uri)
-        for uri in storage.list_files(folder)
-    }
+def read_files(folder: str) -> Mapping[str, bytes]:
+    """Return the read_files in a folder (a URI) by name."""
+    uris = storage.list_files(folder)
+    return {uri.rpartition("/")[2]: storage.read_bytes(uri) for uri in uris}

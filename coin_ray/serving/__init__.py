@@ -1,5 +1,5 @@
 """A detector behind HTTP (docs/serving.md): ``serve run coin_ray.serving:app``, or
-``coin_ray.serving:build`` with words.
+``coin_ray.serving:build`` with arguments.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """``app`` and ``build``, made when Ray Serve asks for them: no other module of this
+    """Make ``app`` and ``build`` when Ray Serve asks for them: no other module of this
     package needs Ray.
     """
     if name not in ("app", "build"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import os
 
-    from coin_ray.serving.application import build, from_environment
+    from coin_ray.serving.application import build, settings_from_environment
 
-    return build if name == "build" else build(from_environment(os.environ))
+    if name == "build":
+        return build
+    return build(settings_from_environment(os.environ))

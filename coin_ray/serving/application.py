@@ -2,41 +2,44 @@
 when they fail.
 
 ``serve run coin_ray.serving:app`` takes its settings from ``COIN_SERVE``,
-``COIN_SERVE_MODELS`` and so on (``Arguments``); ``serve run coin_ray.serving:build
-serve=checkpoint models=runs/demo/export replicas=2`` takes them as words.
+``COIN_SERVE_MODELS`` and so on (``ServeSettings``); ``serve run coin_ray.serving:build
+serve=checkpoint models=runs/demo/export replicas=2`` takes them as arguments.
 
 Batches are made by the service's own queue (``coin_ray.serving.batching``), as in the
-local server: only images with the same question can share a batch, which
-``serve.batch`` knows nothing of, and one queue answers 503 with Retry-After in both.
+local server: only images with the same classes and threshold can share a batch, which
+``serve.batch`` does not support, and one queue answers 503 with Retry-After in both.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
 from coin_ray import storage
-from coin_ray.config.files import from_yaml
+from coin_ray.config.yaml_files import read_config
 from coin_ray.errors import ConfigError
-from coin_ray.predictors.onnx_detectors import Detector
 from coin_ray.serving.batching import BATCH_WAIT
-from coin_ray.serving.champion import EVERY, Champion, Registry
-from coin_ray.serving.local_cloud import load
+from coin_ray.serving.champion import (
+    POLL_SECONDS,
+    ChampionFollower,
+    StudentRegistry,
+)
+from coin_ray.serving.detectors import ServedDetector
+from coin_ray.serving.local_cloud import load_served_detector, token_from_environment
 from coin_ray.serving.server import create_app
-from coin_ray.serving.teacher_proxy import CALLS_MAX, CloudBeside
+from coin_ray.serving.teacher_proxy import CALLS_MAX, TeacherProxy
 
 PREFIX = "COIN_SERVE_"
-MARGIN = 16
+REQUESTS_MARGIN = 16
 
 
-class Arguments(BaseModel):
-    """What is served, and with what. In the environment: ``COIN_SERVE`` and
-    ``COIN_SERVE_<NAME>``, several models by commas.
+class ServeSettings(BaseModel):
+    """What is served, and with what resources. In the environment: ``COIN_SERVE`` and
+    ``COIN_SERVE_<NAME>``, several models separated by commas.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -46,8 +49,8 @@ class Arguments(BaseModel):
     """serve champion: the name of the registered model."""
     registry: str = ""
     """serve champion: MLflow's tracking URI; empty: MLFLOW_TRACKING_URI."""
-    every: float = Field(EVERY, gt=0)
-    """serve champion: seconds between looks at the registry."""
+    every: float = Field(POLL_SECONDS, gt=0)
+    """serve champion: seconds between requests to the registry."""
     cloud: str = ""
     """config.yaml of a run: the page asks its cloud too."""
     cloud_calls: int = Field(CALLS_MAX, ge=1)
@@ -63,74 +66,69 @@ class Arguments(BaseModel):
 
     @field_validator("models", mode="before")
     @classmethod
-    def _separated(cls, value: Any) -> Any:
-        return (
-            tuple(name for name in value.split(",") if name)
-            if isinstance(value, str)
-            else value
-        )
+    def _split_at_commas(cls, models: object) -> object:
+        if not isinstance(models, str):
+            return models
+        return tuple(name for name in models.split(",") if name)
 
 
-def from_environment(environment: Mapping[str, str]) -> Arguments:
-    """Raises ConfigError naming the variable that is unknown or wrong."""
-    given = {
-        name.removeprefix(PREFIX).lower(): value
-        for name, value in environment.items()
+def settings_from_environment(environment: Mapping[str, str]) -> ServeSettings:
+    """Read the settings. Raises ConfigError naming the variable that is unknown or
+    wrong.
+    """
+    settings = {
+        name.removeprefix(PREFIX).lower(): text
+        for name, text in environment.items()
         if name.startswith(PREFIX)
     }
     if "COIN_SERVE" in environment:
-        given["serve"] = environment["COIN_SERVE"]
-    return _checked(given, f"environment variables COIN_SERVE and {PREFIX}*")
+        settings["serve"] = environment["COIN_SERVE"]
+    return _validate(settings, f"environment variables COIN_SERVE and {PREFIX}*")
 
 
-def _checked(given: Mapping[str, Any], where: str) -> Arguments:
+def _validate(settings: Mapping[str, object], source: str) -> ServeSettings:
     try:
-        return Arguments.model_validate(given)
+        return ServeSettings.model_validate(settings)
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{source}: {error}") from None
 
 
-def asgi_app(arguments: Arguments) -> FastAPI:
-    """What a replica runs: the service with its detector loaded. Raises ConfigError if
-    the token is not set, or there is no champion.
+def create_replica_app(settings: ServeSettings) -> FastAPI:
+    """Return what a replica runs: the service with its detector loaded. Raises
+    ConfigError if the token is not set, or there is no champion.
     """
-    token = os.environ.get(arguments.token_env) if arguments.token_env else None
-    if arguments.token_env and not token:
-        raise ConfigError(
-            f"the environment variable {arguments.token_env}, which token_env names, is"
-            " not set on this machine"
-        )
-    if arguments.serve == "champion":
-        registry = Registry(_one_name(arguments.models), arguments.registry)
+    token = token_from_environment(settings.token_env)
+    champion: ChampionFollower | None = None
+    detector: ServedDetector
+    if settings.serve == "champion":
+        registry = StudentRegistry(_single_name(settings.models), settings.registry)
         version = registry.version()
-        champion: Champion | None = Champion(registry, version, arguments.every)
-        detector: Detector = registry.load(version)
+        champion = ChampionFollower(registry, version, settings.every)
+        detector = registry.load(version)
     else:
-        champion, detector = None, load(arguments.serve, arguments.models)
+        detector = load_served_detector(settings.serve, settings.models)
     return create_app(
         detector,
         token=token,
-        queue_max=arguments.queue_max,
-        batch_wait=arguments.batch_wait,
-        pixels_max=arguments.pixels_max,
+        queue_max=settings.queue_max,
+        batch_wait=settings.batch_wait,
+        pixels_max=settings.pixels_max,
         champion=champion,
-        beside=_beside(arguments) if arguments.cloud else None,
+        teacher_proxy=_teacher_proxy(settings) if settings.cloud else None,
     )
 
 
-def _beside(arguments: Arguments) -> CloudBeside:
-    """The run's cloud, with the answers that the run has paid for: they lie beside its
-    config.yaml.
+def _teacher_proxy(settings: ServeSettings) -> TeacherProxy:
+    """Return the run's cloud, with the answers that the run has paid for, which are
+    beside its config.yaml.
     """
-    uri = storage.absolute(arguments.cloud)
-    return CloudBeside(
-        from_yaml(uri),
-        arguments.cloud_calls,
-        storage.join(uri.rpartition("/")[0], "journal"),
-    )
+    config_uri = storage.absolute_uri(settings.cloud)
+    root = config_uri.rpartition("/")[0]
+    journal = storage.join(root, "journal")
+    return TeacherProxy(read_config(config_uri), settings.cloud_calls, journal)
 
 
-def _one_name(models: tuple[str, ...]) -> str:
+def _single_name(models: tuple[str, ...]) -> str:
     if len(models) != 1:
         raise ConfigError(
             f"serve champion needs models=NAME, one registered model; got {len(models)}"
@@ -144,33 +142,32 @@ class Replica:
     app: FastAPI
 
     def check_health(self) -> None:
-        """Raises RuntimeError if the detector failed several times in a row, as after
-        an error of the GPU.
+        """Raise RuntimeError if the detector failed several times in a row, as after an
+        error of the GPU.
         """
-        if not self.app.state.cloud.queue.healthy:
-            raise RuntimeError("the detector has failed in each of the last images")
+        if not self.app.state.service.queue.healthy:
+            raise RuntimeError("the detector has failed on each of the last images")
 
 
-def build(args: Arguments | Mapping[str, Any]) -> serve.Application:
-    """The application with ``args``; ``serve run`` gives its words as a dictionary.
-    Raises ConfigError naming a wrong one.
+def build(args: ServeSettings | Mapping[str, object]) -> serve.Application:
+    """Return the application with these settings; ``serve run`` passes its arguments as
+    a dictionary. Raises ConfigError naming a wrong one.
     """
-    arguments = (
-        args
-        if isinstance(args, Arguments)
-        else _checked(args, "serve run coin_ray.serving:build")
-    )
+    if isinstance(args, ServeSettings):
+        settings = args
+    else:
+        settings = _validate(args, "serve run coin_ray.serving:build")
 
-    def factory() -> FastAPI:
-        return asgi_app(arguments)
+    def create_app_in_replica() -> FastAPI:
+        return create_replica_app(settings)
 
     deployment = serve.deployment(
-        serve.ingress(factory)(Replica),
+        serve.ingress(create_app_in_replica)(Replica),
         name="coin-detector",
-        num_replicas=arguments.replicas,
+        num_replicas=settings.replicas,
         # beyond queue_max the replica itself refuses, with Retry-After
-        max_ongoing_requests=arguments.queue_max + MARGIN,
-        max_queued_requests=arguments.queue_max,
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        max_ongoing_requests=settings.queue_max + REQUESTS_MARGIN,
+        max_queued_requests=settings.queue_max,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     return deployment.bind()

@@ -1,4 +1,4 @@
-"""Questions of several calls as batches for one detector, in a thread beside the event
+"""Images of several requests as batches for one detector, in a thread beside the event
 loop.
 """
 
@@ -7,81 +7,71 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
-from coin_ray.predictors.onnx_detectors import Detector, Floats
-
-Found = tuple[Floats, Floats]
+from coin_ray.predictors.scored_boxes import ScoredBoxes
+from coin_ray.serving.detectors import BatchDetector, ServedDetector
 
 BATCH_WAIT = 0.01
 FAILURES_MAX = 5
 SMOOTHING = 0.2
 
 
-@runtime_checkable
-class BatchDetector(Detector, Protocol):
-    """A detector that takes several images at once and says itself which classes it can
-    be asked about.
-    """
-
-    @property
-    def batch_max(self) -> int: ...
-
-    def check(self, classes: Sequence[str]) -> None:
-        """Raises InputError if it can't be asked about ``classes``, with the reason."""
-
-    def detect_batch(
-        self, images: Sequence[Image.Image], classes: Sequence[str], score_min: float
-    ) -> list[Found]:
-        """``detect`` for each image: the same answers, only sooner."""
-
-
 @dataclass(eq=False)
-class _Entry:
+class _QueuedImage:
     image: Image.Image
-    question: tuple[Detector, tuple[str, ...], float]
-    future: asyncio.Future[Found]
-    since: float
+    detector: ServedDetector
+    classes: tuple[str, ...]
+    score_min: float
+    future: asyncio.Future[ScoredBoxes]
+    queued_at: float
+
+    def can_share_batch(self, other: _QueuedImage) -> bool:
+        return (
+            self.detector is other.detector
+            and self.classes == other.classes
+            and self.score_min == other.score_min
+        )
 
 
 class BatchQueue:
-    """Images wait here for the detector; those with the same question go to it
-    together, at most ``batch_max`` of them.
+    """Images wait here for the detector; those with the same classes and threshold go
+    to it together, at most ``batch_max`` of them.
 
-    An image that waits alone goes at once. If several wait and they are fewer than a
-    batch, they wait for others at most ``batch_wait`` seconds, counted from the first
-    one's arrival. A detector that is no ``BatchDetector`` gets one at a time.
-    ``detector`` may be replaced at any time: who asked before is answered by the one
-    that was there when it asked.
+    A single image runs at once. A partial batch waits up to ``batch_wait`` seconds for
+    more, counted from the arrival of its first image. A detector that is no
+    ``BatchDetector`` gets one image at a time. ``detector`` may be replaced at any
+    time: images queued earlier are answered by the detector of that time.
     """
 
-    def __init__(self, detector: Detector, batch_wait: float = BATCH_WAIT) -> None:
+    def __init__(
+        self, detector: ServedDetector, batch_wait: float = BATCH_WAIT
+    ) -> None:
         self.detector = detector
         self.on_batch: Callable[[int, float], None] = lambda _images, _seconds: None
         """Called after each batch with the number of its images and the seconds it
         took."""
         self._batch_wait = batch_wait
-        self._entries: deque[_Entry] = deque()
+        self._queued: deque[_QueuedImage] = deque()
         self._worker = ThreadPoolExecutor(1)
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
-        self.under_way = 0
-        """Images that the detector has now."""
-        self.seconds_each = 0.0
-        """Seconds per image, smoothed over the last batches."""
+        self.in_detector = 0
+        """Images that the detector is working on."""
+        self.seconds_per_image = 0.0
+        """Smoothed over the last batches."""
 
     @property
     def healthy(self) -> bool:
-        """Whether the detector has answered one of the last five images."""
+        """Whether the detector has succeeded on one of the last five images."""
         return self._failures < FAILURES_MAX
 
-    def replace(self, detector: Detector) -> None:
-        """Calls from now on are for ``detector``; earlier failures are not its."""
+    def replace(self, detector: ServedDetector) -> None:
+        """Use ``detector`` from now on; failures of the previous one don't count."""
         self.detector, self._failures = detector, 0
 
     async def detect(
@@ -89,102 +79,112 @@ class BatchQueue:
         image: Image.Image,
         classes: tuple[str, ...],
         score_min: float,
-        detector: Detector | None = None,
-    ) -> Found:
-        """Boxes [N, 4] and scores [N, len(classes)] of ``detector``, by default the
-        present one; raises what the detector raises.
+        detector: ServedDetector | None = None,
+    ) -> ScoredBoxes:
+        """Return boxes [N, 4] and scores [N, len(classes)] of ``detector``, by default
+        the current one; raises what the detector raises.
         """
-        question = (detector or self.detector, classes, score_min)
-        entry = _Entry(
+        future: asyncio.Future[ScoredBoxes] = asyncio.get_running_loop().create_future()
+        queued = _QueuedImage(
             image,
-            question,
-            asyncio.get_running_loop().create_future(),
+            detector or self.detector,
+            classes,
+            score_min,
+            future,
             time.monotonic(),
         )
-        self._entries.append(entry)
+        self._queued.append(queued)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
+            self._task = asyncio.create_task(self._run_batches())
         try:
-            return await entry.future
+            return await future
         finally:
-            if entry in self._entries:
-                self._entries.remove(entry)
+            if queued in self._queued:
+                self._queued.remove(queued)
 
-    async def _drain(self) -> None:
-        while self._entries:
-            wait = self._entries[0].since + self._batch_wait - time.monotonic()
-            if (
-                1 < len(self._entries) < _batch_max(self._entries[0].question[0])
-                and wait > 0
-            ):
-                await asyncio.sleep(wait)
-            batch = self._taken()
+    async def _run_batches(self) -> None:
+        while self._queued:
+            first = self._queued[0]
+            seconds_left = first.queued_at + self._batch_wait - time.monotonic()
+            is_partial = 1 < len(self._queued) < _batch_max(first.detector)
+            if is_partial and seconds_left > 0:
+                await asyncio.sleep(seconds_left)
+            batch = self._pop_batch()
             if batch:
-                await self._answer(batch)
+                await self._run_batch(batch)
 
-    def _taken(self) -> list[_Entry]:
-        """The first entry and the next ones with its question, out of the queue."""
-        first = self._entries[0].question
-        batch = [
-            e
-            for e in self._entries
-            if e.question[0] is first[0] and e.question[1:] == first[1:]
-        ][: _batch_max(first[0])]
-        for entry in batch:
-            self._entries.remove(entry)
+    def _pop_batch(self) -> list[_QueuedImage]:
+        """Remove from the queue and return its first image and the next ones that can
+        share a batch with it.
+        """
+        first = self._queued[0]
+        compatible = [
+            queued for queued in self._queued if queued.can_share_batch(first)
+        ]
+        batch = compatible[: _batch_max(first.detector)]
+        for queued in batch:
+            self._queued.remove(queued)
         return batch
 
-    async def _answer(self, batch: list[_Entry]) -> None:
+    async def _run_batch(self, batch: list[_QueuedImage]) -> None:
+        loop = asyncio.get_running_loop()
         started = time.monotonic()
-        self.under_way = len(batch)
+        self.in_detector = len(batch)
         try:
-            results = await asyncio.get_running_loop().run_in_executor(
-                self._worker, self._results, batch
-            )
+            answers = await loop.run_in_executor(self._worker, _detect_or_errors, batch)
         finally:
-            self.under_way = 0
-        seconds = time.monotonic() - started
-        self.on_batch(len(batch), seconds)
-        each = seconds / len(batch)
-        self.seconds_each += (each - self.seconds_each) * (
-            SMOOTHING if self.seconds_each else 1.0
-        )
-        for entry, result in zip(batch, results, strict=True):
-            if entry.question[0] is self.detector:
-                self._failures = (
-                    self._failures + 1 if isinstance(result, Exception) else 0
-                )
-            if entry.future.done():
+            self.in_detector = 0
+        self._record_batch(len(batch), time.monotonic() - started)
+        for queued, answer in zip(batch, answers, strict=True):
+            self._count_failure(queued, answer)
+            if queued.future.done():
                 continue
-            if isinstance(result, Exception):
-                entry.future.set_exception(result)
+            if isinstance(answer, Exception):
+                queued.future.set_exception(answer)
             else:
-                entry.future.set_result(result)
+                queued.future.set_result(answer)
 
-    def _results(self, batch: list[_Entry]) -> list[Found | Exception]:
-        """An answer or an error for each. The images of a batch that fails are tried
-        one by one: the others must not fail with one.
-        """
-        try:
-            return list(self._found(batch))
-        except Exception as error:
-            return (
-                [error]
-                if len(batch) == 1
-                else [self._results([entry])[0] for entry in batch]
+    def _record_batch(self, images: int, seconds: float) -> None:
+        self.on_batch(images, seconds)
+        smoothing = SMOOTHING if self.seconds_per_image else 1.0
+        change = seconds / images - self.seconds_per_image
+        self.seconds_per_image += smoothing * change
+
+    def _count_failure(
+        self, queued: _QueuedImage, answer: ScoredBoxes | Exception
+    ) -> None:
+        """Count consecutive failures of the current detector; a success resets them."""
+        if queued.detector is not self.detector:
+            return
+        failed = isinstance(answer, Exception)
+        self._failures = self._failures + 1 if failed else 0
+
+
+def _detect_or_errors(batch: list[_QueuedImage]) -> list[ScoredBoxes | Exception]:
+    """Return an answer or an error for each image. The images of a batch that fails are
+    tried one by one, so that one of them does not fail the others.
+    """
+    try:
+        return list(_detect(batch))
+    except Exception as error:
+        if len(batch) == 1:
+            return [error]
+        return [_detect_or_errors([queued])[0] for queued in batch]
+
+
+def _detect(batch: list[_QueuedImage]) -> list[ScoredBoxes]:
+    images = [queued.image for queued in batch]
+    detector, classes = batch[0].detector, batch[0].classes
+    score_min = batch[0].score_min
+    if isinstance(detector, BatchDetector) and len(batch) > 1:
+        answers = detector.detect_batch(images, classes, score_min)
+        if len(answers) != len(batch):
+            raise RuntimeError(
+                f"{detector.name} answered {len(answers)} of {len(batch)} images"
             )
-
-    def _found(self, batch: list[_Entry]) -> list[Found]:
-        detector, classes, score_min = batch[0].question
-        if isinstance(detector, BatchDetector) and len(batch) > 1:
-            found = detector.detect_batch([e.image for e in batch], classes, score_min)
-            if len(found) != len(batch):
-                raise RuntimeError(
-                    f"{detector.name} answered {len(found)} of {len(batch)} images"
-                )
-            return found
-        return [detector.detect(e.image, classes, score_min) for e in batch]
+        return answers
+    return [detector.detect(image, classes, score_min) for image in images]
 
 
-def _batch_max(detector: Detector) -> int:
+def _batch_max(detector: ServedDetector) -> int:
     return detector.batch_max if isinstance(detector, BatchDetector) else 1

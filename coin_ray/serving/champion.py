@@ -1,4 +1,4 @@
-"""The student that MLflow's registry calls the champion: put there by hand or by
+"""The student that MLflow's registry calls the champion: registered by hand or by
 ``python -m coin_ray.serving.champion``, followed by servers.
 
 python -m coin_ray.serving.champion runs/demo/export --name coin-student --registry sqlite:///runs/demo/mlflow.db
@@ -14,28 +14,32 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from coin_ray import storage
 from coin_ray.errors import CoinError, ConfigError, InputError
-from coin_ray.predictors.onnx_detectors import Detector
-from coin_ray.serving.student import StudentDetector, load_student
+from coin_ray.serving.detectors import ServedDetector
+from coin_ray.serving.student import PredictorAdapter, load_served_predictor
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ALIAS = "champion"
+MODEL_NAME = "coin-student"
 EXPERIMENT = "coin_ray-students"
-EVERY = 10.0
+ARTIFACT = "student"
+POLL_SECONDS = 10.0
+TRIAL_IMAGE_SIZE = (64, 64)
+SQLITE = "sqlite:///"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Registry:
-    """A registered model and its alias. ``uri``: MLflow's tracking server; empty: what
-    MLFLOW_TRACKING_URI says.
+class StudentRegistry:
+    """A registered model and its alias. ``uri``: MLflow's tracking server; empty: the
+    one in MLFLOW_TRACKING_URI.
     """
 
     name: str
@@ -43,74 +47,76 @@ class Registry:
     alias: str = ALIAS
 
     def version(self) -> str:
-        """The version that has the alias. Raises ConfigError if there is none, or the
-        registry can't be reached.
+        """Return the version that has the alias. Raises ConfigError if there is none, or
+        the registry can't be reached.
         """
         try:
-            return str(
-                self._client().get_model_version_by_alias(self.name, self.alias).version
-            )
+            model = self._client().get_model_version_by_alias(self.name, self.alias)
         except Exception as error:  # MLflow's stores raise errors of their own kinds
             raise ConfigError(
                 f"no {self.name}@{self.alias} in the registry"
                 f" {self.uri or '(MLFLOW_TRACKING_URI)'}: {str(error)[:200]}; register"
-                " an export with python -m coin_ray.serving.champion, or set the alias"
+                " an export with coin-ray serve register, or set the alias"
             ) from error
+        return str(model.version)
 
-    def load(self, version: str) -> StudentDetector:
-        """The student of a version, tried on one image. Raises InputError if it can't
-        be read.
+    def load(self, version: str) -> PredictorAdapter:
+        """Load a version and try it on one image. Raises InputError if it can't be
+        read.
         """
-        import mlflow
-
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                source = self._client().get_model_version_download_uri(
-                    self.name, version
-                )
-                place = mlflow.artifacts.download_artifacts(
-                    artifact_uri=source, dst_path=folder, tracking_uri=self.uri or None
-                )
-            except Exception as error:
-                raise InputError(
-                    f"version {version} of {self.name} can't be downloaded:"
-                    f" {str(error)[:200]}"
-                ) from error
-            student = replace(load_student(place), name=f"{self.name}/{version}")
-        student.detect(Image.new("RGB", (64, 64)), student.classes, 0.5)
+            export = self._download(version, folder)
+            student = load_served_predictor(export)
+        student = replace(student, name=f"{self.name}/{version}")
+        student.detect(Image.new("RGB", TRIAL_IMAGE_SIZE), student.classes, 0.5)
         return student
 
+    def _download(self, version: str, folder: str) -> str:
+        import mlflow
+
+        try:
+            source = self._client().get_model_version_download_uri(self.name, version)
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=source, dst_path=folder, tracking_uri=self.uri or None
+            )
+        except Exception as error:
+            raise InputError(
+                f"version {version} of {self.name} can't be downloaded:"
+                f" {str(error)[:200]}"
+            ) from error
+        return str(path)
+
     def register(self, folder: str) -> str:
-        """Make an export (a local folder) the next version, and give it the alias;
-        returns the version. Raises InputError if it is none.
+        """Make an export (a local folder) the next version with the alias; return the
+        version. Raises InputError if it is none.
         """
-        load_student(folder)
+        load_served_predictor(folder)
         client = self._client()
-        known = client.get_experiment_by_name(EXPERIMENT)
-        experiment = (
-            known.experiment_id
-            if known
-            else client.create_experiment(EXPERIMENT, artifact_location=self._files())
-        )
-        run = client.create_run(experiment).info.run_id
-        client.log_artifacts(run, folder, "student")
+        run = client.create_run(self._experiment_id(client)).info.run_id
+        client.log_artifacts(run, folder, ARTIFACT)
         client.set_terminated(run)
         if not client.search_registered_models(filter_string=f"name = '{self.name}'"):
             client.create_registered_model(self.name)
-        version = str(
-            client.create_model_version(self.name, f"runs:/{run}/student", run).version
-        )
+        source = f"runs:/{run}/{ARTIFACT}"
+        version = str(client.create_model_version(self.name, source, run).version)
         client.set_registered_model_alias(self.name, self.alias, version)
         return version
 
-    def _files(self) -> str | None:
-        """Beside a database on this disk; a tracking server has a place of its own."""
-        place = self.uri.removeprefix("sqlite:///")
-        return (
-            str(PurePath(storage.absolute(place)).parent / "mlflow")
-            if place != self.uri
-            else None
-        )
+    def _experiment_id(self, client: MlflowClient) -> str:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        location = self._artifact_location()
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+    def _artifact_location(self) -> str | None:
+        """Return a folder beside a database on this disk; None for a tracking server,
+        which has its own.
+        """
+        if not self.uri.startswith(SQLITE):
+            return None
+        database = storage.absolute_uri(self.uri.removeprefix(SQLITE))
+        return str(PurePath(database).parent / "mlflow")
 
     def _client(self) -> MlflowClient:
         from mlflow import MlflowClient
@@ -118,60 +124,79 @@ class Registry:
         return MlflowClient(self.uri or None, self.uri or None)
 
 
-class Champion:
-    """Looks at the registry every ``every`` seconds. ``version``: of the student that
-    is in use.
-    """
+def register(
+    folder: str, name: str = MODEL_NAME, registry: str = "", alias: str = ALIAS
+) -> str:
+    """Register the export in ``folder`` as the next version of ``name`` with ``alias``;
+    return the version.
 
-    def __init__(self, registry: Registry, version: str, every: float = EVERY) -> None:
+    ``registry``: MLflow's tracking URI; empty: the one in MLFLOW_TRACKING_URI. Raises
+    InputError if the folder holds no export.
+    """
+    student_registry = StudentRegistry(name, registry, alias)
+    return student_registry.register(storage.absolute_uri(folder))
+
+
+class ChampionFollower:
+    """Asks the registry every ``every`` seconds. ``version``: of the student in use."""
+
+    def __init__(
+        self, registry: StudentRegistry, version: str, every: float = POLL_SECONDS
+    ) -> None:
         self._registry, self.version, self._every = registry, version, every
-        self._failed = ""
+        self._last_error = ""
 
     async def follow(
-        self, swap: Callable[[Detector], Any], failed: Callable[[], Any]
+        self,
+        swap: Callable[[ServedDetector], object],
+        on_error: Callable[[], object],
     ) -> None:
-        """Load each new champion beside the present one, then ``swap``. What can't be
-        read is told once and tried again; nothing stops.
+        """Load each new champion beside the current one, then ``swap``. A version that
+        can't be read is logged once and tried again; nothing stops.
         """
         while True:
             await asyncio.sleep(self._every)
             try:
-                version = await asyncio.to_thread(self._registry.version)
-                if version == self.version:
-                    continue
-                swap(await asyncio.to_thread(self._registry.load, version))
-                self.version, self._failed = version, ""
-                logger.info("serving version %s of %s", version, self._registry.name)
+                await self._swap_if_new(swap)
             # a registry in trouble, or a broken model, must not end the service
             except Exception as error:
-                failed()
-                if str(error) != self._failed:
+                on_error()
+                if str(error) != self._last_error:
                     logger.warning("version %s stays: %s", self.version, error)
-                self._failed = str(error)
+                self._last_error = str(error)
+
+    async def _swap_if_new(self, swap: Callable[[ServedDetector], object]) -> None:
+        version = await asyncio.to_thread(self._registry.version)
+        if version == self.version:
+            return
+        swap(await asyncio.to_thread(self._registry.load, version))
+        self.version, self._last_error = version, ""
+        logger.info("serving version %s of %s", version, self._registry.name)
 
 
 def main() -> int:
+    """Register the export named on the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="coin_ray.serving.champion",
         description="Register an export and make it the champion.",
     )
-    parser.add_argument("folder", help="written by pipelines/export.py, as ROOT/export")
-    parser.add_argument("--name", default="coin-student", help="the registered model")
+    parser.add_argument("folder", help="written by coin-ray export, as ROOT/export")
+    parser.add_argument("--name", default=MODEL_NAME, help="the registered model")
     parser.add_argument(
         "--registry",
         default="",
         help="MLflow's tracking URI (default: MLFLOW_TRACKING_URI)",
     )
     parser.add_argument("--alias", default=ALIAS)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        version = Registry(asked.name, asked.registry, asked.alias).register(
-            storage.absolute(asked.folder)
+        version = register(
+            arguments.folder, arguments.name, arguments.registry, arguments.alias
         )
     except CoinError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{asked.name} version {version} is the {asked.alias}")
+    print(f"{arguments.name} version {version} is the {arguments.alias}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Start the local cloud beside a run, and end it with the run."""
+"""Start the local cloud beside a run, and stop it with the run."""
 
 from __future__ import annotations
 
@@ -16,111 +16,105 @@ from coin_ray.cloud.services import adapter_for, endpoint_for
 from coin_ray.config import Cloud, with_plain_rendering
 from coin_ray.errors import CloudUnreachable
 
-EMULATED = ("demo", "onnx")
+EMULATED_CLOUDS = ("demo", "onnx")
 """Small models that stand in for a cloud: one thread, and the latency, limit and faults
 of a real one."""
 START_SECONDS = 120.0
 START_SECONDS_LARGE = 1800.0  # a download may come first
 STOP_SECONDS = 5.0
-LOG_TAIL = 20
-POLL = 0.05
+LOG_LINES = 20
+POLL_SECONDS = 0.05
 
 
 def start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
-    """Where each cloud answers; local ones are started, one server for all views of
-    one, and end with ``running``.
+    """Return the URL of each cloud. Local ones are started, one server for all
+    renderings of one cloud, and stop with ``running``.
     """
     urls: dict[Cloud, str] = {}
-    servers = [with_plain_rendering(cloud) for cloud in clouds]
-    for number, cloud in enumerate(dict.fromkeys(servers), 1):
-        name = "local_cloud" if number == 1 else f"local_cloud_{number}"
-        folder = (
-            storage.join(root, name)
-            if "://" not in root
-            else f"/tmp/coin_ray/{uuid.uuid4().hex}"
-        )
+    services = [with_plain_rendering(cloud) for cloud in clouds]
+    for number, cloud in enumerate(dict.fromkeys(services), 1):
         url = endpoint_for(cloud, adapter_for(cloud))
-        urls[cloud] = (
-            url
-            if cloud.serve == "none"
-            else running.enter_context(local_cloud(cloud, folder))
-        )
-    return [urls[cloud] for cloud in servers]
+        if cloud.serve != "none":
+            server = local_cloud(cloud, _log_folder(root, number))
+            url = running.enter_context(server)
+        urls[cloud] = url
+    return [urls[cloud] for cloud in services]
+
+
+def _log_folder(root: str, number: int) -> str:
+    """Return a local folder for the files of the server with this number."""
+    if "://" in root:
+        return f"/tmp/coin_ray/{uuid.uuid4().hex}"
+    name = "local_cloud" if number == 1 else f"local_cloud_{number}"
+    return storage.join(root, name)
 
 
 @contextmanager
 def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
-    """The URL of a local server as ``config.serve`` says; it keeps its log, statistics
-    and call log in a local folder.
+    """Start a local server as ``config.serve`` says and yield its URL; it keeps its log,
+    statistics and call log in a local folder.
 
-    It ends with the block, and also when this process is killed. Raises
+    It stops with the block, and also when this process is killed. Raises
     ``CloudUnreachable`` with the end of its log if it does not start.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    ready = place / "url"
-    ready.unlink(missing_ok=True)
-    with (place / "server.log").open("wb") as log:
-        environment = (
-            {**os.environ, "OMP_NUM_THREADS": "1"} if config.serve in EMULATED else None
-        )
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    ready_file, log_file = path / "url", path / "server.log"
+    ready_file.unlink(missing_ok=True)
+    emulated = config.serve in EMULATED_CLOUDS
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if emulated else None
+    with log_file.open("wb") as log:
         process = subprocess.Popen(
-            _command(config, place),
+            _server_command(config, path),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
         )
     try:
-        seconds = START_SECONDS if config.serve in EMULATED else START_SECONDS_LARGE
-        yield _wait_ready(process, ready, place / "server.log", seconds)
+        seconds = START_SECONDS if emulated else START_SECONDS_LARGE
+        yield _wait_until_ready(process, ready_file, log_file, seconds)
     finally:
         _stop(process)
 
 
-def _command(config: Cloud, folder: Path) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "coin_ray.serving.local_cloud",
-        "--serve",
-        config.serve,
-        "--parent-pid",
-        str(os.getpid()),
-    ]
-    if config.serve in EMULATED:
-        command += [
-            "--latency",
-            str(config.serve_latency),
-            "--rate",
-            str(config.serve_rate),
-            "--faults",
-            str(config.serve_faults),
-        ]
-    command += [
-        "--ready-file",
-        str(folder / "url"),
-        "--stats-file",
-        str(folder / "stats.json"),
-    ]
-    command += ["--call-log", str(folder / "calls.jsonl")]
+def _server_command(config: Cloud, folder: Path) -> list[str]:
+    options = {
+        "--serve": config.serve,
+        "--parent-pid": str(os.getpid()),
+        "--ready-file": str(folder / "url"),
+        "--stats-file": str(folder / "stats.json"),
+        "--call-log": str(folder / "calls.jsonl"),
+    }
+    models: tuple[str, ...] = (config.model,)
+    if config.serve in EMULATED_CLOUDS:
+        models = config.onnx_models
+        options["--latency"] = str(config.serve_latency)
+        options["--rate"] = str(config.serve_rate)
+        options["--faults"] = str(config.serve_faults)
     if config.token_env:
-        command += ["--token-env", config.token_env]
-    models = config.onnx_models if config.serve in EMULATED else (config.model,)
+        options["--token-env"] = config.token_env
+    command = [sys.executable, "-m", "coin_ray.serving.local_cloud"]
+    for option, setting in options.items():
+        command += [option, setting]
     if models:
         command += ["--models", *models]
     return command
 
 
-def _wait_ready(
-    process: subprocess.Popen[bytes], ready: Path, log: Path, seconds: float
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, seconds: float
 ) -> str:
-    give_up_at = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < give_up_at:
-        if ready.exists():
-            return ready.read_text()
-        time.sleep(POLL)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
-    raise CloudUnreachable(f"the local cloud did not start; the end of {log}:\n{tail}")
+    """Return the URL that the server wrote once it listened."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready_file.exists():
+            return ready_file.read_text()
+        time.sleep(POLL_SECONDS)
+    lines = log_file.read_text(errors="replace").splitlines()
+    tail = "\n".join(lines[-LOG_LINES:])
+    raise CloudUnreachable(
+        f"the local cloud did not start; the end of {log_file}:\n{tail}"
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

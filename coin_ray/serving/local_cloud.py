@@ -1,11 +1,10 @@
-"""A detection API on this machine, in the reference wire format, with the manners and
-the faults of a real one.
+"""A detection API on this machine, in the reference wire format, with the latency, rate
+limit and faults of a remote one.
 
-``python -m coin_ray.serving.local_cloud --serve demo --port 8080`` serves the demo's
-detector, ``--serve onnx --models a.onnx b.onnx`` fused ONNX detectors, ``--serve
-transformers --models NAME`` Grounding DINO or OWLv2, ``--serve checkpoint --models
-FOLDER`` an exported student, or a Co-DETR's file. Faults are drawn from (seed, image,
-how often it was asked), so a run repeats exactly.
+``--serve demo --port 8080`` serves the demo's detector, ``--serve onnx --models a.onnx
+b.onnx`` fused ONNX detectors, ``--serve transformers --models NAME`` Grounding DINO or
+OWLv2, ``--serve checkpoint --models FOLDER`` an exported student, or a Co-DETR's file.
+Faults are drawn from (seed, image, number of attempts), so a run repeats exactly.
 """
 
 from __future__ import annotations
@@ -31,14 +30,18 @@ from coin_ray.data.canonical import PIXELS_MAX
 from coin_ray.demo import detector as demo_detector
 from coin_ray.demo.drawings import CLASSES
 from coin_ray.errors import ConfigError
-from coin_ray.predictors.onnx_detectors import Detector, Floats, load_detector
+from coin_ray.predictors.scored_boxes import ScoredBoxes
 from coin_ray.serving.batching import BATCH_WAIT
-from coin_ray.serving.fault_injection import Stats
-from coin_ray.serving.launch import EMULATED
-from coin_ray.serving.server import QUEUE_MAX, create_app
-from coin_ray.serving.student import load_student
+from coin_ray.serving.detectors import ServedDetector
+from coin_ray.serving.fault_injection import CallStatistics
+from coin_ray.serving.launch import EMULATED_CLOUDS
+from coin_ray.serving.server import create_app
+from coin_ray.serving.service import QUEUE_MAX
 
-Serve = Literal["demo", "onnx", "transformers", "checkpoint"]
+ServeKind = Literal["demo", "onnx", "transformers", "checkpoint"]
+START_POLL_SECONDS = 0.02
+STATISTICS_SECONDS = 1.0
+SHUTDOWN_SECONDS = 2
 
 
 class DemoDetector:
@@ -48,64 +51,71 @@ class DemoDetector:
     classes: Sequence[str] = CLASSES
 
     def __init__(self) -> None:
-        self._model = demo_detector.load()
+        self._model = demo_detector.load_demo_cloud()
 
     def detect(
         self, image: Image.Image, classes: Sequence[str], score_min: float
-    ) -> tuple[Floats, Floats]:
-        """Boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
-        boxes, scores = demo_detector.detect(self._model, image, score_min)
-        scores = scores[:, [CLASSES.index(name) for name in classes]]
-        kept = scores.amax(1) >= score_min
-        return boxes[kept].numpy(), scores[kept].numpy()
+    ) -> ScoredBoxes:
+        """Return boxes [N, 4] xyxy pixels and scores [N, len(classes)], best first."""
+        boxes, all_scores = demo_detector.run_demo_cloud(self._model, image, score_min)
+        scores = all_scores[:, [CLASSES.index(name) for name in classes]]
+        above = scores.amax(1) >= score_min
+        return boxes[above].numpy(), scores[above].numpy()
 
 
-def load(serve: Serve, models: Sequence[str]) -> Detector:
-    """The detector to serve; ``models`` are ONNX files, or one name or folder. Raises
-    ConfigError and InputError.
+def load_served_detector(serve: ServeKind, models: Sequence[str]) -> ServedDetector:
+    """Load the detector to serve; ``models`` are ONNX files, or one name or folder.
+    Raises ConfigError and InputError.
     """
     if serve == "demo":
         return DemoDetector()
     if serve == "onnx":
-        return load_detector(models)
+        from coin_ray.predictors.onnx_detectors import load_onnx_detector
+
+        return load_onnx_detector(models)
     if len(models) != 1:
         raise ConfigError(
             f"serve {serve} needs one model, a name or a folder; got {len(models)}"
         )
     if serve == "checkpoint":
-        return load_student(models[0])
+        from coin_ray.serving.student import load_served_predictor
+
+        return load_served_predictor(models[0])
     from coin_ray.predictors.transformers_detectors import load_transformers
 
     return load_transformers(models[0])
 
 
-class _Watch:
-    """Tells the outside where the server is, and ends it with its parent."""
+class _Supervisor:
+    """Writes the server's URL and statistics to files, and stops it with its parent."""
 
     def __init__(
-        self, server: uvicorn.Server, stats: Stats, arguments: argparse.Namespace
+        self,
+        server: uvicorn.Server,
+        stats: CallStatistics,
+        arguments: argparse.Namespace,
     ) -> None:
         self._server = server
         self._stats = stats
-        self._arguments = arguments
-        self._parent = (
-            psutil.Process(arguments.parent_pid) if arguments.parent_pid else None
-        )
+        self._ready_file: str | None = arguments.ready_file
+        self._stats_file: str | None = arguments.stats_file
+        parent: int | None = arguments.parent_pid
+        self._parent = psutil.Process(parent) if parent else None
 
     async def run(self, url: str) -> None:
         while not self._server.started:
-            await asyncio.sleep(0.02)
-        if self._arguments.ready_file:
-            storage.write_bytes(self._arguments.ready_file, url.encode())
-        written = None
+            await asyncio.sleep(START_POLL_SECONDS)
+        if self._ready_file:
+            storage.write_bytes(self._ready_file, url.encode())
+        written: dict[str, int] | None = None
         while not self._server.should_exit:
-            current = asdict(self._stats)
-            if self._arguments.stats_file and current != written:
-                storage.write_json(self._arguments.stats_file, current)
-                written = current
+            counts = asdict(self._stats)
+            if self._stats_file and counts != written:
+                storage.write_json(self._stats_file, counts)
+                written = counts
             if self._parent is not None and _is_dead(self._parent):
                 self._server.should_exit = True
-            await asyncio.sleep(1)
+            await asyncio.sleep(STATISTICS_SECONDS)
 
 
 def _is_dead(process: psutil.Process) -> bool:
@@ -122,37 +132,34 @@ async def _serve(app: FastAPI, arguments: argparse.Namespace) -> None:
         port=arguments.port,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     socket = config.bind_socket()
     server = uvicorn.Server(config)
-    stats = app.state.cloud.stats
-    watch = asyncio.create_task(
-        _Watch(server, stats, arguments).run(
-            f"http://{arguments.host}:{socket.getsockname()[1]}"
-        )
-    )
-    signal.signal(signal.SIGTERM, _exit)
+    stats = app.state.service.stats
+    url = f"http://{arguments.host}:{socket.getsockname()[1]}"
+    supervisor = asyncio.create_task(_Supervisor(server, stats, arguments).run(url))
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         await server.serve(sockets=[socket])
     finally:
-        watch.cancel()
+        supervisor.cancel()
         if arguments.stats_file:
             storage.write_json(arguments.stats_file, asdict(stats))
 
 
-def _exit(number: int, _: FrameType | None) -> NoReturn:
-    """Where uvicorn hands a signal on after its orderly end; the default handler would
-    skip the last statistics.
+def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
+    """Exit when uvicorn re-raises a signal after its orderly shutdown; the default
+    handler would skip the last statistics.
     """
     raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
 
 
-def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coin_ray.serving.local_cloud", description=__doc__
     )
-    parser.add_argument("--serve", choices=get_args(Serve), default="demo")
+    parser.add_argument("--serve", choices=get_args(ServeKind), default="demo")
     parser.add_argument(
         "--models",
         nargs="*",
@@ -162,6 +169,16 @@ def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument(
+        "--token-env", help="name of the environment variable with the token to demand"
+    )
+    _add_fault_options(parser)
+    _add_limit_options(parser)
+    _add_process_options(parser)
+    return parser
+
+
+def _add_fault_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--latency", type=float, default=0.0, help="seconds before each answer"
     )
     parser.add_argument(
@@ -170,7 +187,10 @@ def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--faults", type=float, default=0.0, help="share of calls that fail"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+
+
+def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue-max",
         type=int,
@@ -181,38 +201,41 @@ def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--pixels-max",
         type=int,
         default=PIXELS_MAX,
-        help="of an image, beyond which the answer is 413",
+        help="pixels of an image above which the answer is 413",
     )
     parser.add_argument(
         "--batch-wait",
         type=float,
         default=BATCH_WAIT,
-        help="seconds that several waiting calls wait for a full batch",
+        help="seconds that a partial batch waits for more calls",
+    )
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ready-file", help="file to write the URL to once the server listens"
     )
     parser.add_argument(
-        "--token-env", help="name of the environment variable with the token to demand"
+        "--stats-file", help="file to write the statistics to every second"
     )
-    parser.add_argument("--ready-file", help="gets the URL once the server listens")
-    parser.add_argument("--stats-file", help="gets the statistics every second")
     parser.add_argument(
-        "--call-log", default="", help="gets one JSON line per received call"
+        "--call-log", default="", help="file to write one JSON line per call to"
     )
     parser.add_argument("--parent-pid", type=int, help="exit when this process does")
-    return parser.parse_args(words)
 
 
-def main() -> None:
-    arguments = _arguments()
-    if arguments.serve in EMULATED:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve as the command line says until the process is told to stop."""
+    arguments = _argument_parser().parse_args(argv)
+    if arguments.serve in EMULATED_CLOUDS:
         torch.set_num_threads(1)
-    detector = load(arguments.serve, arguments.models)
-    token = os.environ[arguments.token_env] if arguments.token_env else None
+    detector = load_served_detector(arguments.serve, arguments.models)
     app = create_app(
         detector,
         latency=arguments.latency,
         rate=arguments.rate,
         faults=arguments.faults,
-        token=token,
+        token=token_from_environment(arguments.token_env),
         seed=arguments.seed,
         call_log=arguments.call_log,
         queue_max=arguments.queue_max,
@@ -220,6 +243,21 @@ def main() -> None:
         pixels_max=arguments.pixels_max,
     )
     asyncio.run(_serve(app, arguments))
+
+
+def token_from_environment(variable: str | None) -> str | None:
+    """Return the token that callers must send, None if no variable is named. Raises
+    ConfigError if the variable is not set.
+    """
+    if not variable:
+        return None
+    token = os.environ.get(variable)
+    if not token:
+        raise ConfigError(
+            f"the environment variable {variable}, which holds the token that callers"
+            " must send (token_env), is not set on this machine"
+        )
+    return token
 
 
 if __name__ == "__main__":

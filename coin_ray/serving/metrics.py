@@ -1,4 +1,4 @@
-"""What Prometheus reads at ``/metrics``: requests by route and status, batches, the
+"""Figures for Prometheus at ``/metrics``: requests by route and status, batches, the
 queue, the model, and the process itself.
 """
 
@@ -28,11 +28,11 @@ ROUTES = (
     "/metrics",
     "/openapi.json",
 )
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-IMAGES = (1, 2, 4, 8, 16, 32)
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
-class Metrics:
+class ServerMetrics:
     """One server's figures, in a registry of its own: several servers of one process
     don't mix.
     """
@@ -42,81 +42,87 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
+        self._add_request_metrics()
+        self._add_detector_metrics()
+        self._add_model_metrics()
+        self._gauge(
+            "coin_queue_waiting", "Calls that wait for the detector"
+        ).set_function(waiting)
+        self._gauge(
+            "coin_queue_max", "Waiting calls beyond which the answer is 503"
+        ).set(queue_max)
+        self._gauge(
+            "coin_ready", "Whether the detector has answered one of the last images"
+        ).set_function(ready)
+
+    def _add_request_metrics(self) -> None:
         self.requests = Counter(
             "coin_requests",
             "Requests answered",
             ("route", "status"),
             registry=self._registry,
         )
-        self.seconds = Histogram(
+        self.request_seconds = Histogram(
             "coin_request_seconds",
             "From request to answer",
             ("route",),
-            buckets=SECONDS,
+            buckets=SECONDS_BUCKETS,
             registry=self._registry,
         )
-        self.batches = Histogram(
+
+    def _add_detector_metrics(self) -> None:
+        self.batch_images = Histogram(
             "coin_batch_images",
             "Images in a batch",
-            buckets=IMAGES,
+            buckets=IMAGES_BUCKETS,
             registry=self._registry,
         )
-        self.detecting = Counter(
+        self.detector_seconds = Counter(
             "coin_detector_seconds",
             "Seconds the detector worked",
             registry=self._registry,
         )
+
+    def _add_model_metrics(self) -> None:
         self.model = Gauge(
             "coin_model",
             "1 for the model that answers",
             ("model",),
             registry=self._registry,
         )
-        self.swaps = Counter(
+        self.model_swaps = Counter(
             "coin_model_swaps",
             "Models put in place of another",
             registry=self._registry,
         )
         self.registry_errors = Counter(
             "coin_registry_errors",
-            "Looks at the registry that failed",
+            "Failed requests to the model registry",
             registry=self._registry,
         )
-        Gauge(
-            "coin_queue_waiting",
-            "Calls that wait for the detector",
-            registry=self._registry,
-        ).set_function(waiting)
-        Gauge(
-            "coin_queue_max",
-            "Waiting calls beyond which the answer is 503",
-            registry=self._registry,
-        ).set(queue_max)
-        Gauge(
-            "coin_ready",
-            "Whether the detector has answered one of the last images",
-            registry=self._registry,
-        ).set_function(ready)
 
-    def serves(self, model: str) -> None:
+    def _gauge(self, name: str, description: str) -> Gauge:
+        return Gauge(name, description, registry=self._registry)
+
+    def set_model(self, name: str) -> None:
         self.model.clear()
-        self.model.labels(model).set(1)
+        self.model.labels(name).set(1)
 
-    def batch(self, images: int, seconds: float) -> None:
-        self.batches.observe(images)
-        self.detecting.inc(seconds)
+    def record_batch(self, images: int, seconds: float) -> None:
+        self.batch_images.observe(images)
+        self.detector_seconds.inc(seconds)
 
-    def text(self) -> bytes:
-        """The exposition format, version 0.0.4."""
+    def exposition(self) -> bytes:
+        """Return all figures in the exposition format, version 0.0.4."""
         return generate_latest(self._registry)
 
 
-class Measured:
+class RequestMetricsMiddleware:
     """ASGI middleware that counts and times requests. Paths that are no route count
     together.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,14 +133,15 @@ class Measured:
         route = path if path in ROUTES else "other"
         status, started = 500, time.perf_counter()
 
-        async def noting(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, send_and_note_status)
         finally:
+            seconds = time.perf_counter() - started
             self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
+            self._metrics.request_seconds.labels(route).observe(seconds)

@@ -16,276 +16,304 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import TextIO
 
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.canonical import PIXELS_MAX, decode_rgb
 from coin_ray.errors import InputError
-from coin_ray.predictors.onnx_detectors import Detector
-from coin_ray.serving.admission import BYTES_OPEN, PIXELS_OPEN, Body, Room
-from coin_ray.serving.batching import BatchDetector, BatchQueue
-from coin_ray.serving.fault_injection import Bucket, Manners, Recent, Stats
-from coin_ray.serving.metrics import Metrics
-from coin_ray.serving.teacher_proxy import CloudBeside, NotAnswered
+from coin_ray.serving.admission import (
+    BODY_BYTES_MAX,
+    IMAGE_PIXELS_MAX,
+    CapacityLimiter,
+    RequestBody,
+)
+from coin_ray.serving.batching import BATCH_WAIT, BatchQueue
+from coin_ray.serving.detectors import BatchDetector, ServedDetector
+from coin_ray.serving.fault_injection import (
+    CallStatistics,
+    Fault,
+    FaultInjection,
+    RecentKeyCounts,
+    TokenBucket,
+)
+from coin_ray.serving.metrics import ServerMetrics
+from coin_ray.serving.teacher_proxy import TeacherProxy, TeacherUnavailable
 from coin_ray.serving.wire import (
-    Problem,
-    Question,
-    elements,
-    parse,
-    sent_image_id,
+    DetectResponseJson,
+    HttpProblem,
+    ParsedRequest,
+    detections_as_json,
+    image_id_of_request,
+    parse_request,
+    unusable_image,
 )
 
+QUEUE_MAX = 256
 RETRY_AFTER_MAX = 30
 DECODERS = 2
 """Images decoded at once: decoding takes several times the memory of the pixels."""
+REJECTED = (400, 408, 413, 415, 422)
 logger = logging.getLogger(__name__)
 
 
-class LocalCloud:
-    """The service's state and its answers."""
+@dataclass(frozen=True)
+class ServiceLimits:
+    """``queue_max``: calls that may wait for the detector before 503; ``batch_wait``:
+    seconds that a partial batch waits for more; ``pixels_max``: of an image.
+    """
+
+    queue_max: int = QUEUE_MAX
+    batch_wait: float = BATCH_WAIT
+    pixels_max: int = PIXELS_MAX
+
+
+class DetectionService:
+    """The server's state and its answers. ``call_log``: a file that gets one JSON line
+    per received call; empty: none. ``token``: what callers must send; None: nothing.
+    """
 
     def __init__(
         self,
-        detector: Detector,
-        manners: Manners,
+        detector: ServedDetector,
+        injection: FaultInjection,
+        limits: ServiceLimits,
         token: str | None,
         call_log: str,
-        queue_max: int,
-        batch_wait: float,
-        pixels_max: int,
-        beside: CloudBeside | None,
+        teacher_proxy: TeacherProxy | None,
     ) -> None:
-        self.stats = Stats()
-        self.queue = BatchQueue(detector, batch_wait)
-        self.metrics = Metrics(
-            lambda: self.waiting, queue_max, lambda: float(self.queue.healthy)
+        self.stats = CallStatistics()
+        self.queue = BatchQueue(detector, limits.batch_wait)
+        self.metrics = ServerMetrics(
+            lambda: self.waiting, limits.queue_max, lambda: float(self.queue.healthy)
         )
-        self.queue.on_batch = self.metrics.batch
-        self.metrics.serves(detector.name)
-        self.beside = beside
-        self._queue_max, self._pixels_max = queue_max, pixels_max
-        self._open = 0
-        self._bytes, self._pixels = (
-            Room("bytes of requests", BYTES_OPEN),
-            Room("pixels of images", PIXELS_OPEN),
-        )
+        self.queue.on_batch = self.metrics.record_batch
+        self.metrics.set_model(detector.name)
+        self.teacher_proxy = teacher_proxy
+        self._limits = limits
+        self._open_calls = 0
+        self._body_bytes = CapacityLimiter("bytes of requests", BODY_BYTES_MAX)
+        self._image_pixels = CapacityLimiter("pixels of images", IMAGE_PIXELS_MAX)
         self._decoders = ThreadPoolExecutor(DECODERS)
-        self._manners, self._token = manners, token
-        self._bucket = Bucket(manners.rate)
-        self._asked, self._answered = Recent(), Recent()
-        self._log: TextIO | None = (
-            open(call_log, "a", buffering=1) if call_log else None  # noqa: SIM115
-        )
+        self._injection, self._token = injection, token
+        self._rate_limit = TokenBucket(injection.rate)
+        self._attempts, self._answers = RecentKeyCounts(), RecentKeyCounts()
+        self._call_log: TextIO | None = None
+        if call_log:
+            self._call_log = open(call_log, "a", buffering=1)  # noqa: SIM115
 
     @property
     def waiting(self) -> int:
-        """Calls taken on that the detector does not have yet."""
-        return self._open - self.queue.under_way
+        """Admitted calls whose image the detector is not working on."""
+        return self._open_calls - self.queue.in_detector
 
-    def swap(self, detector: Detector) -> None:
-        """``detector`` answers from now on; calls taken on before are answered by the
-        one before.
+    def swap(self, detector: ServedDetector) -> None:
+        """Answer with ``detector`` from now on; calls admitted earlier are answered by
+        the previous one.
         """
         self.queue.replace(detector)
-        self.metrics.serves(detector.name)
-        self.metrics.swaps.inc()
+        self.metrics.set_model(detector.name)
+        self.metrics.model_swaps.inc()
 
-    def health(self) -> dict[str, Any]:
-        content = {
+    def health(self) -> dict[str, object]:
+        """Return the fields of ``wire.Health``."""
+        detector, proxy = self.queue.detector, self.teacher_proxy
+        return {
             "status": "ok",
             "live": True,
             "ready": self.queue.healthy,
-            "model": self.queue.detector.name,
-        }
-        content |= {
-            "classes": list(self.queue.detector.classes),
+            "model": detector.name,
+            "classes": list(detector.classes),
             "queue": self.waiting,
-            "queue_max": self._queue_max,
-        }
-        return {
-            **content,
-            "cloud": self.beside.name if self.beside is not None else None,
+            "queue_max": self._limits.queue_max,
+            "cloud": proxy.name if proxy is not None else None,
         }
 
     def check_token(self, request: Request) -> None:
-        """Raises ``Problem`` 401."""
-        given = request.headers.get("authorization", "")
-        if self._token is not None and not hmac.compare_digest(
-            given.encode(), f"Bearer {self._token}".encode()
-        ):
-            raise Problem(401, "wrong or missing token")
+        """Raise ``HttpProblem`` 401 if the token is wrong."""
+        if self._token is None:
+            return
+        header = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(header, f"Bearer {self._token}".encode()):
+            raise HttpProblem(401, "wrong or missing token")
 
     async def detect(self, request: Request) -> Response:
-        """The answer, or the problem, of one call."""
+        """Return the answer, or the problem, of one call."""
         self.stats.received += 1
         try:
-            async with self._question(request) as question:
-                return await self._answer(question)
-        except Problem as problem:
+            async with self._admit(request) as parsed:
+                return await self._answer(parsed)
+        except HttpProblem as problem:
             self.stats.unauthorized += problem.status == 401
-            self.stats.rejected += problem.status in (400, 408, 413, 415, 422)
+            self.stats.rejected += problem.status in REJECTED
             return problem.response
 
     async def ask_cloud(self, request: Request) -> Response:
-        """What the configured cloud says of the image, about the classes it is
+        """Return what the configured cloud detects in the image, for the classes it is
         configured for.
         """
-        if self.beside is None:
-            raise Problem(
+        if self.teacher_proxy is None:
+            raise HttpProblem(
                 404,
                 "no cloud is configured",
                 "start the server with cloud=ROOT/config.yaml",
             )
-        if request.headers.get("sec-fetch-site", "same-origin") not in (
-            "same-origin",
-            "none",
-        ):
-            raise Problem(
-                403,
-                "calls to the cloud cost money",
-                "another site's page may not make them",
-            )
-        async with self._question(request) as question:
+        _check_same_site(request)
+        async with self._admit(request) as parsed:
             try:
-                return JSONResponse(
-                    await self.beside.ask(question.data, question.threshold)
+                answer = await self.teacher_proxy.ask(
+                    parsed.image_bytes, parsed.threshold
                 )
             except InputError as error:
-                raise Problem(415, "not a usable image", str(error)) from None
-            except NotAnswered as error:
-                raise Problem(
+                raise unusable_image(error) from None
+            except TeacherUnavailable as error:
+                raise HttpProblem(
                     503,
                     "the cloud did not answer",
                     str(error),
                     Retry_After=str(RETRY_AFTER_MAX),
                 ) from None
+            return JSONResponse(answer)
 
     @asynccontextmanager
-    async def _question(self, request: Request) -> AsyncIterator[Question]:
-        """One call, admitted and parsed; its body counts until the end of the block."""
-        body, key = (
-            Body(request, self._bytes),
-            request.headers.get("idempotency-key", ""),
-        )
+    async def _admit(self, request: Request) -> AsyncIterator[ParsedRequest]:
+        """Check, read and parse one call; its body counts until the end of the block."""
+        body = RequestBody(request, self._body_bytes)
+        key = request.headers.get("idempotency-key", "")
         try:
             self.check_token(request)
-            with self._admitted():
-                content = await body.read()
-                self._note(key, content)
+            with self._count_open_call():
+                body_bytes = await body.read()
+                self._log_call(key, body_bytes)
                 yield await asyncio.get_running_loop().run_in_executor(
-                    self._decoders, parse, content, key, self._pixels_max
+                    self._decoders,
+                    parse_request,
+                    body_bytes,
+                    key,
+                    self._limits.pixels_max,
                 )
-        except Problem:
+        except HttpProblem:
             if not body.complete:
-                self._note(key, b"")
+                self._log_call(key, b"")
                 body.release()
                 await body.drain()
             raise
         finally:
             body.release()
 
-    def _note(self, key: str, body: bytes) -> None:
-        """One line per received call, written before it is answered."""
-        if self._log is not None:
-            self._log.write(
-                json.dumps(
-                    {"time": time.time(), "key": key, "image": sent_image_id(body)}
-                )
-                + "\n"
-            )
+    def _log_call(self, key: str, body: bytes) -> None:
+        """Write one line for a received call, before it is answered."""
+        if self._call_log is None:
+            return
+        image_id = image_id_of_request(body)
+        record = {"time": time.time(), "key": key, "image": image_id}
+        self._call_log.write(json.dumps(record) + "\n")
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """One call more, from before its body is read until it is answered. Beyond
-        ``queue_max`` waiting ones: 503.
+    def _count_open_call(self) -> Iterator[None]:
+        """Count one call more, from before its body is read until it is answered.
+        Raises ``HttpProblem`` 503 beyond ``queue_max`` waiting ones.
         """
-        if self.waiting >= self._queue_max:
+        if self.waiting >= self._limits.queue_max:
             self.stats.busy += 1
-            seconds = math.ceil(self.waiting * self.queue.seconds_each)
-            raise Problem(
-                503,
-                "too many calls are waiting",
-                Retry_After=str(min(max(seconds, 1), RETRY_AFTER_MAX)),
-            )
-        self._open += 1
+            seconds = math.ceil(self.waiting * self.queue.seconds_per_image)
+            retry_after = min(max(seconds, 1), RETRY_AFTER_MAX)
+            title = "too many calls are waiting"
+            raise HttpProblem(503, title, Retry_After=str(retry_after))
+        self._open_calls += 1
         try:
             yield
         finally:
-            self._open -= 1
+            self._open_calls -= 1
 
-    async def _answer(self, question: Question) -> Response:
+    async def _answer(self, parsed: ParsedRequest) -> Response:
         detector = self.queue.detector
-        _check_classes(detector, question.classes)
-        wait = self._bucket.wait()
+        _check_classes(detector, parsed.classes)
+        wait = self._rate_limit.take()
         if wait > 0:
             self.stats.throttled += 1
-            raise Problem(429, "too many calls", Retry_After=str(math.ceil(wait)))
-        fault = (
-            self._manners.fault(question.image_id, self._asked.again(question.image_id))
-            if self._manners.faults
-            else None
-        )
-        await asyncio.sleep(self._manners.latency)
+            raise HttpProblem(429, "too many calls", Retry_After=str(math.ceil(wait)))
+        fault = self._draw_fault(parsed.image_id)
+        await asyncio.sleep(self._injection.latency)
         if fault in ("500", "503"):
             self.stats.faults += 1
-            raise Problem(int(fault), "emulated fault")
-        with self._pixels.taken(question.size[0] * question.size[1]):
-            content = await self._detections(question, detector)
+            raise HttpProblem(int(fault), "emulated fault")
+        width, height = parsed.size
+        with self._image_pixels.acquire(width * height):
+            answer = await self._detect(parsed, detector)
         self.stats.billed += 1
         if fault == "truncated":
             self.stats.faults += 1
-            whole = json.dumps(content).encode()
-            return Response(whole[: len(whole) // 2], media_type="application/json")
+            serialised = json.dumps(answer).encode()
+            first_half = serialised[: len(serialised) // 2]
+            return Response(first_half, media_type="application/json")
         self.stats.answered += 1
-        self.stats.duplicates += (
-            self._answered.again(f"{question.image_id} {question.key}") > 1
-        )
-        return JSONResponse(content)
+        times_answered = self._answers.increment(f"{parsed.image_id} {parsed.key}")
+        self.stats.duplicates += times_answered > 1
+        return JSONResponse(answer)
 
-    async def _detections(
-        self, question: Question, detector: Detector
-    ) -> dict[str, Any]:
+    def _draw_fault(self, image_id: str) -> Fault | None:
+        if not self._injection.faults:
+            return None
+        return self._injection.draw_fault(image_id, self._attempts.increment(image_id))
+
+    async def _detect(
+        self, parsed: ParsedRequest, detector: ServedDetector
+    ) -> DetectResponseJson:
         started = time.perf_counter()
         image = await asyncio.get_running_loop().run_in_executor(
-            self._decoders, _decoded, question.data
+            self._decoders, _decode, parsed.image_bytes
         )
         try:
             boxes, scores = await self.queue.detect(
-                image, question.classes, question.threshold, detector
+                image, parsed.classes, parsed.threshold, detector
             )
         except Exception as error:
             logger.exception("the detector failed")
-            raise Problem(500, "the detector failed", type(error).__name__) from None
+            reason = type(error).__name__
+            raise HttpProblem(500, "the detector failed", reason) from None
+        milliseconds = (time.perf_counter() - started) * 1000
         return {
             "model": detector.name,
             "image": {"w": image.width, "h": image.height},
-            "detections": elements(boxes, scores, question.classes),
-            "usage": {"ms": round((time.perf_counter() - started) * 1000, 1)},
+            "detections": detections_as_json(boxes, scores, parsed.classes),
+            "usage": {"ms": round(milliseconds, 1)},
         }
 
 
-def _decoded(data: bytes) -> Image.Image:
+def _check_same_site(request: Request) -> None:
+    """Raise ``HttpProblem`` 403 for a browser on another site's page."""
+    site = request.headers.get("sec-fetch-site", "same-origin")
+    if site not in ("same-origin", "none"):
+        raise HttpProblem(
+            403,
+            "calls to the cloud cost money",
+            "another site's page may not make them",
+        )
+
+
+def _decode(image_bytes: bytes) -> Image.Image:
     try:
-        return decode_rgb(data)
+        return decode_rgb(image_bytes)
     except InputError as error:
-        raise Problem(415, "not a usable image", str(error)) from None
+        raise unusable_image(error) from None
 
 
-def _check_classes(detector: Detector, classes: Sequence[str]) -> None:
+def _check_classes(detector: ServedDetector, classes: Sequence[str]) -> None:
+    """Raise ``HttpProblem`` 400 or 422 for classes that the detector can't detect."""
     if isinstance(detector, BatchDetector):
         try:
             detector.check(classes)
         except InputError as error:
-            raise Problem(
-                400, "the model can't be asked about these classes", str(error)
-            ) from None
+            title = "the model can't be asked about these classes"
+            raise HttpProblem(400, title, str(error)) from None
         return
     unknown = [name for name in classes if name not in detector.classes]
     if unknown:
-        raise Problem(
+        raise HttpProblem(
             422,
             "unknown classes",
             f"{', '.join(unknown)}; known are {', '.join(detector.classes)}",

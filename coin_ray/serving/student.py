@@ -1,4 +1,4 @@
-"""An exported student, or a trained Co-DETR, behind the local cloud."""
+"""Adapt a trained detector (``coin_ray.predictors``) to the server's interface."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from pathlib import PurePath
 from PIL import Image
 
 from coin_ray.errors import InputError
-from coin_ray.predictors.co_detr import CoDetrPredictor
-from coin_ray.predictors.onnx_detectors import suppressed
-from coin_ray.predictors.student import Predictor, load_exported
-from coin_ray.serving.batching import Found
+from coin_ray.predictors.loading import open_predictor
+from coin_ray.predictors.predictor import Predictor
+from coin_ray.predictors.scored_boxes import DUPLICATE_IOU, ScoredBoxes, select_boxes
 
-DUPLICATE_IOU = 0.7
+FILE_SUFFIXES = (".json", ".safetensors", ".onnx")
 
 
 @dataclass(frozen=True)
-class StudentDetector:
-    """Class vectors are the detector's foreground probabilities. Boxes below the
-    export's own ``score_min`` don't exist.
+class PredictorAdapter:
+    """Serves a ``Predictor``. Class vectors are its foreground probabilities; boxes
+    below the export's own ``score_min`` don't exist.
     """
 
-    predictor: Predictor | CoDetrPredictor
+    predictor: Predictor
     name: str
     batch_max: int = 1
 
@@ -32,7 +31,7 @@ class StudentDetector:
         return self.predictor.classes
 
     def check(self, classes: Sequence[str]) -> None:
-        """Raises InputError for a class that the student has not learned, with those it
+        """Raise InputError for a class that the detector has not learned, with those it
         has.
         """
         unknown = [name for name in classes if name not in self.classes]
@@ -44,29 +43,33 @@ class StudentDetector:
 
     def detect(
         self, image: Image.Image, classes: Sequence[str], score_min: float
-    ) -> Found:
-        """Boxes [N, 4] xyxy pixels and probabilities [N, len(classes)], best first; a
-        box that carries several classes comes once.
+    ) -> ScoredBoxes:
+        """Return boxes [N, 4] xyxy pixels and probabilities [N, len(classes)], best
+        first; a box that has several classes is returned once.
         """
-        found = self.predictor(image)
-        scores = found.probs[:, [self.classes.index(name) for name in classes]]
-        return suppressed(
-            found.boxes.numpy(), scores.numpy(), image.size, score_min, DUPLICATE_IOU
-        )
+        detections = self.predictor(image)
+        columns = [self.classes.index(name) for name in classes]
+        scores = detections.probs[:, columns].numpy()
+        boxes = detections.boxes.numpy()
+        return select_boxes(boxes, scores, image.size, score_min, DUPLICATE_IOU)
 
     def detect_batch(
         self, images: Sequence[Image.Image], classes: Sequence[str], score_min: float
-    ) -> list[Found]:
+    ) -> list[ScoredBoxes]:
         return [self.detect(image, classes, score_min) for image in images]
 
 
-def load_student(place: str) -> StudentDetector:
-    """The student in an export's folder (a URI), or of its model.json or
-    model.safetensors; or a Co-DETR's file. Raises InputError if it is none.
+def load_served_predictor(path: str) -> PredictorAdapter:
+    """Open a trained detector as ``coin_ray.load`` does; it is named after its folder,
+    or a Co-DETR's file. Raises InputError if it is none.
     """
-    if place.endswith(".pt"):
-        return StudentDetector(load_exported(place), PurePath(place).stem)
-    folder, _, last = place.rstrip("/").rpartition("/")
-    is_file = last in ("model.json", "model.safetensors")
-    place = (folder or ".") if is_file else place
-    return StudentDetector(load_exported(place), PurePath(place).name or "student")
+    return PredictorAdapter(open_predictor(path), _name_from_path(path))
+
+
+def _name_from_path(path: str) -> str:
+    pure_path = PurePath(path.rstrip("/"))
+    if pure_path.suffix == ".pt":
+        return pure_path.stem
+    if pure_path.suffix in FILE_SUFFIXES:
+        pure_path = pure_path.parent
+    return pure_path.name or "student"

@@ -1,5 +1,5 @@
-"""The server's side of the reference wire format (docs/cloud.md): what a call must look
-like, and what answers look like.
+"""The server's side of the reference wire format (docs/cloud.md): what a request must
+look like, and what responses look like.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import binascii
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
@@ -17,33 +17,35 @@ from starlette.responses import JSONResponse
 
 from coin_ray.data.canonical import stored_size
 from coin_ray.errors import InputError
-from coin_ray.predictors.onnx_detectors import Floats
+from coin_ray.predictors.scored_boxes import Floats
 
 BODY_MAX = 64 * 2**20
 CLASSES_MAX = 4096
-NAME_MAX = 1000
+CLASS_NAME_MAX = 1000
 REASON_MAX = 300
-PROBLEM = "application/problem+json"
+REASONS_MAX = 3
+PROBLEM_JSON = "application/problem+json"
+NOT_REFERENCE_FORMAT = "the request is not in the reference format"
 
 
-class Problem(Exception):
-    """An answer in ``application/problem+json``."""
+class HttpProblem(Exception):
+    """A response in ``application/problem+json`` (RFC 9457)."""
 
     def __init__(
         self, status: int, title: str, detail: str = "", **headers: str
     ) -> None:
         super().__init__(title)
         self.status = status
-        content = {
+        problem = {
             "status": status,
             "title": title,
             "detail": detail.encode(errors="replace").decode(),
         }
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.response = JSONResponse(content, status, names, media_type=PROBLEM)
+        dashed = {name.replace("_", "-"): text for name, text in headers.items()}
+        self.response = JSONResponse(problem, status, dashed, media_type=PROBLEM_JSON)
 
 
-class ProblemAnswer(BaseModel):
+class ProblemDetails(BaseModel):
     """What went wrong, with what to do about it in ``detail``."""
 
     status: int
@@ -51,28 +53,30 @@ class ProblemAnswer(BaseModel):
     detail: str
 
 
-class SentImage(BaseModel):
+class EncodedImage(BaseModel):
     """``b64``: the bytes of an image file in base64."""
 
     b64: Annotated[StrictStr, Field(min_length=1)]
     media_type: StrictStr | None = None
 
 
-class DetectCall(BaseModel):
-    """One question. ``model`` and ``return`` are accepted and not used."""
+class DetectRequest(BaseModel):
+    """One image and the classes to detect. ``model`` and ``return`` are accepted and not
+    used.
+    """
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    image: SentImage
+    image: EncodedImage
     classes: Annotated[
-        list[Annotated[StrictStr, Field(min_length=1, max_length=NAME_MAX)]],
+        list[Annotated[StrictStr, Field(min_length=1, max_length=CLASS_NAME_MAX)]],
         Field(min_length=1, max_length=CLASSES_MAX),
     ]
     threshold: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = (
         0.0
     )
     model: StrictStr | None = "default"
-    wanted: Annotated[StrictStr | None, Field(alias="return")] = "probs"
+    return_format: Annotated[StrictStr | None, Field(alias="return")] = "probs"
 
 
 class ImageSize(BaseModel):
@@ -83,9 +87,7 @@ class ImageSize(BaseModel):
 
 
 class Detection(BaseModel):
-    """``box``: x0, y0, x1, y1 in pixels; ``scores``: of each class that was asked
-    about.
-    """
+    """``box``: x0, y0, x1, y1 in pixels; ``scores``: of each requested class."""
 
     box: Annotated[list[float], Field(min_length=4, max_length=4)]
     label: str
@@ -93,7 +95,7 @@ class Detection(BaseModel):
     scores: dict[str, float]
 
 
-class DetectAnswer(BaseModel):
+class DetectResponse(BaseModel):
     """Objects in one image, best first. ``usage``: milliseconds."""
 
     model: str
@@ -103,7 +105,7 @@ class DetectAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """``live``: it answers; ``ready``: the detector has not failed in each of the last
+    """``live``: it answers; ``ready``: the detector has not failed on each of the last
     images.
     """
 
@@ -117,13 +119,36 @@ class Health(BaseModel):
     cloud: str | None
 
 
+class DetectionJson(TypedDict):
+    """``Detection`` before it is serialised."""
+
+    box: list[float]
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+class ImageSizeJson(TypedDict):
+    w: int
+    h: int
+
+
+class DetectResponseJson(TypedDict):
+    """``DetectResponse`` before it is serialised."""
+
+    model: str
+    image: ImageSizeJson
+    detections: list[DetectionJson]
+    usage: dict[str, float]
+
+
 @dataclass(frozen=True)
-class Question:
-    """One parsed call; ``size``: as the file's header has it; ``image_id``: sha256 of
-    the file.
+class ParsedRequest:
+    """One parsed call; ``size``: width and height in the file's header; ``image_id``:
+    sha256 of the file.
     """
 
-    data: bytes = field(repr=False)
+    image_bytes: bytes = field(repr=False)
     size: tuple[int, int]
     image_id: str
     classes: tuple[str, ...]
@@ -131,94 +156,101 @@ class Question:
     key: str
 
 
-def parse(body: bytes, key: str, pixels_max: int) -> Question:
-    """Raises ``Problem`` 400 for what is not in the reference format, 413 and 415 for
-    an image that can't be used.
+def parse_request(body: bytes, key: str, pixels_max: int) -> ParsedRequest:
+    """Parse a body. Raises ``HttpProblem`` 400 for what is not in the reference format,
+    413 and 415 for an image that can't be used.
     """
     try:
-        call = DetectCall.model_validate_json(body)
+        call = DetectRequest.model_validate_json(body)
     except ValidationError as error:
-        raise Problem(
-            400, "the request is not in the reference format", _reason(error)
+        raise HttpProblem(
+            400, NOT_REFERENCE_FORMAT, _validation_reasons(error)
         ) from None
     if len(set(call.classes)) < len(call.classes):
-        raise Problem(
-            400,
-            "a class name is given twice",
-            "the scores of both could not be told apart",
-        )
+        detail = "the scores of both could not be told apart"
+        raise HttpProblem(400, "a class name is given twice", detail)
     try:
-        data = base64.b64decode(call.image.b64, validate=True)
-        width, height = stored_size(data)
+        image_bytes = base64.b64decode(call.image.b64, validate=True)
+        width, height = stored_size(image_bytes)
     except (binascii.Error, ValueError, InputError) as error:
-        raise Problem(415, "not a usable image", str(error)) from None
+        raise unusable_image(error) from None
     if width * height > pixels_max:
-        raise Problem(
+        raise HttpProblem(
             413,
             "the image is too large",
             f"it has {width} x {height} pixels; this server takes {pixels_max:,}: make"
             " it smaller",
         )
-    return Question(
-        data,
+    return ParsedRequest(
+        image_bytes,
         (width, height),
-        hashlib.sha256(data).hexdigest(),
+        hashlib.sha256(image_bytes).hexdigest(),
         tuple(call.classes),
         call.threshold,
         key,
     )
 
 
-def _reason(error: ValidationError) -> str:
-    """The first places that are wrong, without what stood there."""
-    found = error.errors(include_input=False, include_url=False, include_context=False)
-    return "; ".join(
-        f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3]
-    )[:REASON_MAX]
+def unusable_image(error: Exception) -> HttpProblem:
+    """Return the problem 415 with the error's message."""
+    return HttpProblem(415, "not a usable image", str(error))
 
 
-def elements(
+def _validation_reasons(error: ValidationError) -> str:
+    """Return the first wrong fields and why, without what they contained."""
+    errors = error.errors(include_input=False, include_url=False, include_context=False)
+    reasons = []
+    for details in errors[:REASONS_MAX]:
+        path = ".".join(map(str, details["loc"])) or "body"
+        reasons.append(f"{path}: {details['msg']}")
+    return "; ".join(reasons)[:REASON_MAX]
+
+
+def detections_as_json(
     boxes: Floats, scores: Floats, classes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Boxes [N, 4] and scores [N, K] as the format's ``detections``."""
-    made = []
-    for box, row in zip(boxes, scores, strict=True):
-        best = int(np.argmax(row))
-        named = {
-            name: round(float(score), 6)
-            for name, score in zip(classes, row, strict=True)
-        }
-        made.append(
-            {
-                "box": [round(float(v), 3) for v in box],
-                "label": classes[best],
-                "score": named[classes[best]],
-                "scores": named,
-            }
-        )
-    return made
+) -> list[DetectionJson]:
+    """Return boxes [N, 4] and scores [N, K] as the format's ``detections``."""
+    return [
+        _detection_as_json(box, class_scores, classes)
+        for box, class_scores in zip(boxes, scores, strict=True)
+    ]
 
 
-def sent_image_id(body: bytes) -> str:
-    """sha256 of the image in a request, or an empty string."""
+def _detection_as_json(
+    box: Floats, class_scores: Floats, classes: Sequence[str]
+) -> DetectionJson:
+    rounded = [round(float(score), 6) for score in class_scores]
+    best = int(np.argmax(class_scores))
+    return {
+        "box": [round(float(coordinate), 3) for coordinate in box],
+        "label": classes[best],
+        "score": rounded[best],
+        "scores": dict(zip(classes, rounded, strict=True)),
+    }
+
+
+def image_id_of_request(body: bytes) -> str:
+    """Return the sha256 of the image in a request, or an empty string."""
     try:
-        return hashlib.sha256(
-            base64.b64decode(DetectCall.model_validate_json(body).image.b64)
-        ).hexdigest()
+        encoded = DetectRequest.model_validate_json(body).image.b64
+        return hashlib.sha256(base64.b64decode(encoded)).hexdigest()
     except ValueError:
         return ""
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's word on the problems a route can answer with."""
-    schema = {"schema": ProblemAnswer.model_json_schema()}
+def openapi_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's description of the problems that a route can answer with."""
+    schema = {"schema": ProblemDetails.model_json_schema()}
     return {
-        status: {"description": REASONS[status], "content": {PROBLEM: schema}}
+        status: {
+            "description": PROBLEM_DESCRIPTIONS[status],
+            "content": {PROBLEM_JSON: schema},
+        }
         for status in statuses
     }
 
 
-REASONS = {
+PROBLEM_DESCRIPTIONS = {
     400: "not in the reference format, or classes that the model can't be asked about",
     401: "wrong or missing token",
     404: "not here",
