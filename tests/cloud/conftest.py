@@ -101,9 +101,7 @@ def response_json(
 
 def ok_response(*detections: dict[str, Any]) -> httpx.Response:
     """Return a response of status 200, with one detection unless told otherwise."""
-    return httpx.Response(
-        200, json=response_json(*(detections or (detection_json(),)))
-    )
+    return httpx.Response(200, json=response_json(*(detections or (detection_json(),))))
 
 
 def status_response(

@@ -1,14 +1,14 @@
-"""A cheap detection server in the reference wire format that counts: ``python
+"""A cheap detection server in the reference wire format that counts calls: ``python
 counting_server.py --width 64 --height 48``.
 
-Every image is said to be of one size; boxes and scores follow from the request's bytes,
-so equal questions get equal answers. It prints its address, and ends when its standard
+It reports one size for every image; boxes and scores follow from the request's bytes, so
+equal requests get equal responses. It prints its address, and ends when its standard
 input is closed.
 
-``GET /stats``: ``calls`` received, each as [key, what became of it], and ``times``, the
-seconds at which answers were sent. ``GET /count``: how many calls were received. ``POST
-/reset?latency=0.5``: forget them. Nothing recognises a repeated key: what is asked
-twice is billed twice.
+``GET /stats``: ``calls`` received, each as [key, kind], and ``times``, the seconds at
+which responses were sent. ``GET /count``: the number of calls received. ``POST
+/reset?latency=0.5``: forget them. The server ignores repeated keys: a request sent twice
+is billed twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
 BILLED = ("ok", "broken", "drop", "500")
-"""What a call may become and is paid for; the others are ``429`` and ``503``."""
+"""Kinds of calls that are billed; the others are ``429`` and ``503``."""
 FAULTS = ("429", "503", "500", "broken", "drop")
 STATUS = {
     "429": "429 Too Many Requests\r\nRetry-After: 0",
@@ -35,8 +35,9 @@ STATUS = {
 
 @dataclass
 class Service:
-    """What the server does. ``faults``: share of the calls that fail, each kind alike,
-    by ``seed`` and the number of the call."""
+    """State and settings of the server. ``faults``: share of the calls that fail, each
+    kind alike, drawn from ``seed`` and the number of the call.
+    """
 
     size: tuple[int, int]
     latency: float = 0.0
@@ -48,12 +49,12 @@ class Service:
     times: list[float] = field(default_factory=list)
 
     def received(self, key: str) -> str:
-        draw = random.Random(f"{self.seed}:{len(self.calls)}") if self.faults else None
-        kind = (
-            draw.choice(FAULTS)
-            if draw is not None and draw.random() < self.faults
-            else "ok"
-        )
+        """Count a call, and return its kind."""
+        kind = "ok"
+        if self.faults:
+            random_source = random.Random(f"{self.seed}:{len(self.calls)}")
+            if random_source.random() < self.faults:
+                kind = random_source.choice(FAULTS)
         self.calls.append((key, kind))
         return kind
 
@@ -78,27 +79,27 @@ class Service:
         width, height = self.size
         detections = []
         for i in range(self.boxes):
-            a, b, c, d, label, score = (v / 256 for v in digest[5 * i : 5 * i + 6])
-            box = [
-                a * width / 2,
-                b * height / 2,
-                (1 + c) * width / 2,
-                (1 + d) * height / 2,
-            ]
-            detections.append(
-                {
-                    "box": box,
-                    "label": self.labels[int(3 * label)],
-                    "score": 0.1 + 0.9 * score,
-                }
+            x0, y0, x1, y1, label, score = (
+                byte / 256 for byte in digest[5 * i : 5 * i + 6]
             )
-        return json.dumps(
-            {"image": {"w": width, "h": height}, "detections": detections}
-        ).encode()
+            box = [
+                x0 * width / 2,
+                y0 * height / 2,
+                (1 + x1) * width / 2,
+                (1 + y1) * height / 2,
+            ]
+            detection = {
+                "box": box,
+                "label": self.labels[int(3 * label)],
+                "score": 0.1 + 0.9 * score,
+            }
+            detections.append(detection)
+        image = {"w": width, "h": height}
+        return json.dumps({"image": image, "detections": detections}).encode()
 
 
 class Connection(asyncio.Protocol):
-    """HTTP/1.1 with keep-alive, as much of it as httpx speaks."""
+    """The part of HTTP/1.1 with keep-alive that httpx uses."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -108,23 +109,24 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
+    def data_received(self, received: bytes) -> None:
+        self.buffer += received
         head_end = self.buffer.find(b"\r\n\r\n")
         if head_end < 0:
             return
         head = self.buffer[:head_end].decode("latin-1").split("\r\n")
-        headers = {
-            name.lower(): value
-            for name, _, value in (line.partition(": ") for line in head[1:])
-        }
+        headers = {}
+        for line in head[1:]:
+            name, _, text = line.partition(": ")
+            headers[name.lower()] = text
         end = head_end + 4 + int(headers.get("content-length", 0))
         if len(self.buffer) < end:
             return
         body = bytes(self.buffer[head_end + 4 : end])
         del self.buffer[:end]
         method, target, _ = head[0].split(" ")
-        self.respond(method, *target.partition("?")[::2], headers, body)
+        path, _, query = target.partition("?")
+        self.respond(method, path, query, headers, body)
 
     def respond(
         self, method: str, path: str, query: str, headers: dict[str, str], body: bytes
@@ -149,10 +151,10 @@ class Connection(asyncio.Protocol):
         elif kind in STATUS:
             self.send(STATUS[kind], b"{}")
         else:
-            answer = self.service.answer(body)
-            self.send(
-                "200 OK", answer[: len(answer) // 2] if kind == "broken" else answer
-            )
+            response = self.service.answer(body)
+            if kind == "broken":
+                response = response[: len(response) // 2]
+            self.send("200 OK", response)
             self.service.times.append(time.monotonic())
 
     def send(self, status: str, body: bytes) -> None:
@@ -183,18 +185,15 @@ def main() -> None:
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", nargs=3, default=["car", "bus", "dog"])
-    given = parser.parse_args()
-    asyncio.run(
-        serve(
-            Service(
-                (given.width, given.height),
-                given.latency,
-                given.faults,
-                given.seed,
-                labels=tuple(given.labels),
-            )
-        )
+    options = parser.parse_args()
+    service = Service(
+        (options.width, options.height),
+        options.latency,
+        options.faults,
+        options.seed,
+        labels=tuple(options.labels),
     )
+    asyncio.run(serve(service))
 
 
 if __name__ == "__main__":

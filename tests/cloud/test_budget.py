@@ -1,4 +1,5 @@
-"""No order of failures, kills and restarts makes the service bill more than the budget."""
+"""No sequence of failures, kills and restarts makes the service bill more than the
+budget."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from coin_ray.config import Cloud
 from coin_ray.errors import BudgetExhausted, CloudError
 
 from . import storm
-from .conftest import CLASSES, URL, FakeTime, ok_response, solid_image
+from .conftest import CLASSES, URL, FakeTime, ProcessKilled, ok_response, solid_image
 from .counting_server import BILLED
 
 PRICE = 0.0015
@@ -35,10 +36,10 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_kills_do_not_stretch_the_budget(tmp_path: Path, budget: str) -> None:
-    """Real processes, killed with SIGKILL; the service counts."""
+    """Kill real processes with SIGKILL; the service counts the calls."""
     seed = list(BUDGETS).index(budget)
-    with storm.server(faults=0.25, seed=seed) as url:
-        report = storm.run(
+    with storm.counting_server(faults=0.25, seed=seed) as url:
+        report = storm.run_storm(
             url=url,
             folder=str(tmp_path),
             images=CALLS,
@@ -47,61 +48,51 @@ def test_kills_do_not_stretch_the_budget(tmp_path: Path, budget: str) -> None:
             records=30,
             settings=BUDGETS[budget] | {"attempts": 9},
         )
-        calls = storm.fetched(f"{url}/stats")["calls"]
+        calls = storm.fetch_json(f"{url}/stats")["calls"]
     assert report["kills"] == KILLS
     for state in report["states"]:
-        assert (
-            sum(kind in BILLED for _, kind in calls[: state["received"]])
-            <= state["spent"][0]
-            <= CALLS
-        )
-        assert state["spent"][1] <= CALLS * PRICE + 1e-9
+        spent_calls, spent_usd = state["spent"]
+        billed = sum(kind in BILLED for _, kind in calls[: state["received"]])
+        assert billed <= spent_calls <= CALLS
+        assert spent_usd <= CALLS * PRICE + 1e-9
+    last_state = report["states"][-1]
+    assert last_state["spent"][0] == CALLS, "the rest of the budget must be used"
+    assert len(calls) == last_state["received"]
     statuses = [row[0] for row in report["table"].values()]
-    assert report["states"][-1]["spent"][0] == CALLS, (
-        "what was left must have been used"
-    )
-    assert len(calls) == report["states"][-1]["received"]
     assert statuses.count("skipped_budget") > 0
-    assert (
-        statuses.count("ok") + statuses.count("cached")
-        == len(report["states"][-1]["recorded"])
-        > 0
-    )
-
-
-class Killed(BaseException):
-    """The process ends here: nothing that handles ``Exception`` sees it."""
+    answered = statuses.count("ok") + statuses.count("cached")
+    assert answered == len(last_state["recorded"]) > 0
 
 
 @dataclass
-class Biller:
-    """A service whose calls fail at random; it, not the client, says what it billed."""
+class _BillingService:
+    """A service whose calls fail at random, and which counts what it bills."""
 
-    draw: random.Random
+    random_source: random.Random
     kill_after: int | None
     """Requests after which the process dies, in the middle of the next one."""
     billed: int = 0
     received: int = 0
-    under_way: int = 0
-    most: int = 0
+    in_flight: int = 0
+    in_flight_max: int = 0
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.received += 1
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
+        self.in_flight += 1
+        self.in_flight_max = max(self.in_flight_max, self.in_flight)
         try:
             return await self.reply()
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
 
     async def reply(self) -> httpx.Response:
-        for _ in range(self.draw.randint(1, 5)):
+        for _ in range(self.random_source.randint(1, 5)):
             await asyncio.sleep(0)
-        billed = self.draw.random() < 0.5
+        billed = self.random_source.random() < 0.5
         if self.kill_after is not None and self.received > self.kill_after:
             self.billed += billed
-            raise Killed
-        outcome = self.draw.choice(
+            raise ProcessKilled
+        outcome = self.random_source.choice(
             ["ok", "ok", "429", "500", "503", "drop", "refused", "broken", "late"]
         )
         if outcome in ("ok", "late", "broken"):
@@ -116,46 +107,48 @@ class Biller:
             raise httpx.ConnectError("nobody there")
         if outcome == "broken":
             return httpx.Response(200, content=b'{"image": ')
-        return (
-            ok_response()
-            if outcome == "ok"
-            else httpx.Response(
-                int(outcome), headers={"retry-after": "0"} if outcome == "429" else {}
-            )
-        )
+        if outcome == "ok":
+            return ok_response()
+        headers = {"retry-after": "0"} if outcome == "429" else {}
+        return httpx.Response(int(outcome), headers=headers)
 
 
-def live(
-    folder: str, config: Cloud, draw: random.Random, kill_after: int | None, skip: bool
-) -> Biller:
-    """One life of a process: 16 callers ask until all is answered, the budget is spent
-    or the process dies."""
-    fake = FakeTime()
-    service = Biller(draw, kill_after)
+def _run_process(
+    folder: str,
+    config: Cloud,
+    random_source: random.Random,
+    kill_after: int | None,
+    skip_over_budget: bool,
+) -> _BillingService:
+    """Let 16 callers query until all images are answered, the budget is spent or the
+    process dies.
+    """
+    clock = FakeTime()
+    service = _BillingService(random_source, kill_after)
 
     async def run() -> None:
         journal = SegmentJournal(folder)
+        governor = Governor(governor_limits(config), journal.spent(), clock)
         client = CloudClient(
             config,
             CLASSES,
             URL,
             journal,
-            LocalGovernor(Governor(governor_limits(config), journal.spent(), fake)),
+            LocalGovernor(governor),
             transport=httpx.MockTransport(service),
-            skip_over_budget=skip,
-            sleep=fake.sleep,
-            clock=fake,
+            skip_over_budget=skip_over_budget,
+            sleep=clock.sleep,
+            clock=clock,
         )
+        images = [solid_image(seed) for seed in range(config.in_flight)]
         try:
-            await asyncio.gather(
-                *(client.answer(solid_image(seed)) for seed in range(config.in_flight))
-            )
+            await asyncio.gather(*(client.answer(image) for image in images))
         finally:
             journal.close()
 
     try:
         asyncio.run(run())
-    except (Killed, BudgetExhausted):
+    except (ProcessKilled, BudgetExhausted):
         pass
     except CloudError as error:
         if not error.stops_run:
@@ -167,28 +160,35 @@ def live(
     seed=st.integers(0, 2**32),
     budget=st.integers(1, 40),
     in_money=st.booleans(),
-    skip=st.booleans(),
-    lives=st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=6),
+    skip_over_budget=st.booleans(),
+    kills=st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=6),
 )
 def test_no_history_overspends(
-    seed: int, budget: int, in_money: bool, skip: bool, lives: list[int | None]
+    seed: int,
+    budget: int,
+    in_money: bool,
+    skip_over_budget: bool,
+    kills: list[int | None],
 ) -> None:
-    draw = random.Random(seed)
-    cap: dict[str, Any] = (
-        {"max_usd": budget * PRICE} if in_money else {"max_calls": budget}
-    )
+    """Run one process per element of ``kills``, killed after so many requests."""
+    random_source = random.Random(seed)
+    limit: dict[str, Any] = {"max_calls": budget}
+    if in_money:
+        limit = {"max_usd": budget * PRICE}
     config = Cloud(
-        url=URL, rate=1e4, in_flight=16, attempts=4, usd_per_call=PRICE, **cap
+        url=URL, rate=1e4, in_flight=16, attempts=4, usd_per_call=PRICE, **limit
     )
     billed = 0
     with tempfile.TemporaryDirectory() as folder:
-        for kill_after in lives:
-            before = SegmentJournal(folder).spent()
-            service = live(folder, config, draw, kill_after, skip)
+        for kill_after in kills:
+            calls_before, _ = SegmentJournal(folder).spent()
+            service = _run_process(
+                folder, config, random_source, kill_after, skip_over_budget
+            )
             billed += service.billed
             calls, usd = SegmentJournal(folder).spent()
-            assert service.most <= config.in_flight
+            assert service.in_flight_max <= config.in_flight
             assert billed <= calls <= budget
             assert usd == pytest.approx(calls * PRICE)
-            if before[0] == budget:
+            if calls_before == budget:
                 assert service.received == 0

@@ -1,13 +1,8 @@
-"""Storage and the journal on s3://, against a server on this machine that
-AWS_ENDPOINT_URL names."""
+"""Storage and the journal on s3://, against a local server that AWS_ENDPOINT_URL names."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 
@@ -17,6 +12,8 @@ import pytest
 from coin_ray import storage
 from coin_ray.cloud.journal.journal import Journal, ObjectJournal, Record
 from coin_ray.commands import labels as tools
+
+from .conftest import check_killed_journal_writer
 
 s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra s3")
 moto_server = pytest.importorskip(
@@ -59,27 +56,27 @@ def root(endpoint: str) -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
-def written_elsewhere(uri: str, data: bytes) -> None:
-    """As another process would: not through this one's file system."""
-    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(uri, data)
+def _write_as_another_process(uri: str, content: bytes) -> None:
+    """Write an object without this process's file system, which caches listings."""
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(uri, content)
 
 
 def test_files(root: str) -> None:
-    place = storage.join(root, "a", "b.json")
-    assert not storage.exists(place)
+    uri = storage.join(root, "a", "b.json")
+    assert not storage.exists(uri)
     assert storage.list_files(root) == []
-    storage.write_json(place, {"x": [1, 2]})
-    assert storage.exists(place)
-    assert storage.read_json(place) == {"x": [1, 2]}
-    assert storage.list_files(root) == [place]
-    storage.write_bytes(place, b"new")
-    assert storage.read_bytes(place) == b"new"
+    storage.write_json(uri, {"x": [1, 2]})
+    assert storage.exists(uri)
+    assert storage.read_json(uri) == {"x": [1, 2]}
+    assert storage.list_files(root) == [uri]
+    storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"new"
     assert list(storage.file_sizes(root).values()) == [3]
-    storage.remove(place)
-    storage.remove(place)
-    assert not storage.exists(place)
+    storage.remove(uri)
+    storage.remove(uri)
+    assert not storage.exists(uri)
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(place)
+        storage.read_bytes(uri)
 
 
 def test_tables_in_parts(root: str) -> None:
@@ -94,21 +91,21 @@ def test_tables_in_parts(root: str) -> None:
 
 
 def test_what_another_process_writes_is_seen(root: str) -> None:
-    """Also in a folder that was listed before."""
+    """Check this also in a folder that was listed before."""
     for number in range(3):
-        place = storage.join(root, "parts", f"{number}.json")
+        uri = storage.join(root, "parts", f"{number}.json")
         assert len(storage.list_files(root)) == number
-        assert not storage.exists(place)
-        written_elsewhere(place, b"%d" % number)
-        assert storage.exists(place)
-        assert storage.read_bytes(place) == b"%d" % number
-    written_elsewhere(place, b"changed")
-    assert storage.read_bytes(place) == b"changed"
+        assert not storage.exists(uri)
+        _write_as_another_process(uri, b"%d" % number)
+        assert storage.exists(uri)
+        assert storage.read_bytes(uri) == b"%d" % number
+    _write_as_another_process(uri, b"changed")
+    assert storage.read_bytes(uri) == b"changed"
 
 
 def test_journal(root: str) -> None:
-    place = storage.join(root, "journal")
-    writers = [Journal.open(place) for _ in range(2)]
+    journal_uri = storage.join(root, "journal")
+    writers = [Journal.open(journal_uri) for _ in range(2)]
     assert isinstance(writers[0], ObjectJournal)
     for i in range(6):
         writers[i % 2].attempt(f"k{i}", 0.01)
@@ -118,7 +115,7 @@ def test_journal(root: str) -> None:
     writers[1].put("k0.task", Record(b"under way"))
     writers[1].quarantine("k5", b"5", "broken")
     writers[0].refresh()
-    for journal in (writers[0], Journal.open(place)):
+    for journal in (writers[0], Journal.open(journal_uri)):
         assert journal.spent() == pytest.approx((5, 0.05))
         assert sorted(journal.keys()) == ["k0", "k0.task", "k1", "k2", "k3", "k4"]
         assert journal.get("k5") is None
@@ -133,42 +130,18 @@ def test_journal(root: str) -> None:
 def test_a_damaged_object_is_found_and_never_an_answer(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = storage.join(root, "journal")
-    Journal.open(place).put("a", Record(b"body" * 100))
-    (answer,) = storage.list_files(storage.join(place, "answers"))
-    data = bytearray(storage.read_bytes(answer))
-    data[-1] ^= 1
-    written_elsewhere(answer, bytes(data))
-    assert Journal.open(place).get("a") is None
+    journal_uri = storage.join(root, "journal")
+    Journal.open(journal_uri).put("a", Record(b"body" * 100))
+    (object_uri,) = storage.list_files(storage.join(journal_uri, "answers"))
+    content = bytearray(storage.read_bytes(object_uri))
+    content[-1] ^= 1
+    _write_as_another_process(object_uri, bytes(content))
+    assert Journal.open(journal_uri).get("a") is None
     assert tools.main(["journal", "verify", "--root", root]) == 1
-    assert f"{answer}: offset 0: " in capsys.readouterr().out
+    assert f"{object_uri}: offset 0: " in capsys.readouterr().out
     assert tools.main(["journal", "show", "--root", root]) == 0
     assert tools.main(["journal", "compact", "--root", root]) == 0
 
 
-WRITER = """
-import sys
-from coin_ray.cloud.journal.journal import Journal, Record
-journal = Journal.open(sys.argv[1])
-for i in range(10**6):
-    journal.attempt(str(i), 0.01)
-    journal.put(str(i), Record(b"%d" % i))
-    print(i, flush=True)
-"""
-
-
 def test_kill(root: str) -> None:
-    place = storage.join(root, "journal")
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, place], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    seen = [process.stdout.readline() for _ in range(10)]
-    os.kill(process.pid, signal.SIGKILL)
-    seen += process.stdout.read().splitlines()
-    process.stdout.close()
-    process.wait()
-    last = int(seen[-1])
-    journal = Journal.open(place)
-    assert all(journal.get(str(i)) is not None for i in range(last + 1))
-    assert last + 1 <= journal.spent()[0] <= last + 2
+    check_killed_journal_writer(storage.join(root, "journal"), 10)

@@ -1,5 +1,5 @@
-"""Killed again and again with SIGKILL: the answers are those of a quiet run, and
-nothing that was paid is paid again."""
+"""Killed again and again with SIGKILL: the answers are those of an undisturbed run, and
+no call that was paid is paid again."""
 
 from __future__ import annotations
 
@@ -7,78 +7,89 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from . import storm
 from .counting_server import BILLED, FAULTS
 
-IMAGES, KILLS = 1000, 50
+STORMS = [
+    pytest.param(250, 12, id="12 kills"),
+    pytest.param(1000, 50, id="50 kills", marks=pytest.mark.slow),
+]
 
 
-def test_fifty_kills(tmp_path: Path) -> None:
-    with storm.server(faults=0.08, seed=5) as url:
-        report = storm.run(
+@pytest.mark.parametrize(("images", "kills"), STORMS)
+def test_killed_repeatedly(tmp_path: Path, images: int, kills: int) -> None:
+    with storm.counting_server(faults=0.08, seed=5) as url:
+        report = storm.run_storm(
             url=url,
             folder=str(tmp_path / "storm"),
-            images=IMAGES,
-            kills=KILLS,
+            images=images,
+            kills=kills,
             seed=11,
             records=60,
         )
-        calls = storm.fetched(f"{url}/stats")["calls"]
-    with storm.server() as url:
-        quiet = storm.run(
+        calls = storm.fetch_json(f"{url}/stats")["calls"]
+    with storm.counting_server() as url:
+        undisturbed = storm.run_storm(
             url=url,
-            folder=str(tmp_path / "quiet"),
-            images=IMAGES,
+            folder=str(tmp_path / "undisturbed"),
+            images=images,
             kills=0,
             seed=0,
             records=0,
         )
-    assert report["kills"] == KILLS
-    check_table(report["table"], quiet["table"])
-    check_calls([tuple(call) for call in calls], report["states"])
+    assert report["kills"] == kills
+    _check_table(report["table"], undisturbed["table"], images)
+    _check_calls([tuple(call) for call in calls], report["states"], images)
 
 
-def check_table(stormy: dict[str, Any], quiet: dict[str, Any]) -> None:
-    assert len(stormy) == IMAGES
-    assert Counter(status for status, *_ in quiet.values()) == {"ok": IMAGES}
-    assert {status for status, *_ in stormy.values()} == {"ok", "cached"}
-    assert {image: row[2] for image, row in stormy.items()} == {
-        image: row[2] for image, row in quiet.items()
-    }
-    assert len({str(row[2]) for row in quiet.values()}) == IMAGES, (
-        "answers must differ, or a mix-up would go unseen"
+def _check_table(
+    table: dict[str, Any], undisturbed: dict[str, Any], images: int
+) -> None:
+    assert len(table) == images
+    assert Counter(status for status, *_ in undisturbed.values()) == {"ok": images}
+    assert {status for status, *_ in table.values()} == {"ok", "cached"}
+    detections = {image: row[2] for image, row in table.items()}
+    assert detections == {image: row[2] for image, row in undisturbed.items()}
+    assert len({str(row[2]) for row in undisturbed.values()}) == images, (
+        "answers must differ, or a mix-up would go unnoticed"
     )
 
 
-def check_calls(calls: list[tuple[str, str]], states: list[dict[str, Any]]) -> None:
-    """``states``: after each kill, and after the passes that were left alone.
+def _check_calls(
+    calls: list[tuple[str, str]], states: list[dict[str, Any]], images: int
+) -> None:
+    """Check the server's calls against the journal's ``states``: after each kill, and
+    after each pass that was not killed.
 
-    A broken body is on record too. Killed before it was decoded, the next run finds it
-    there, can't read it, and asks again: rightly.
+    A broken body is recorded too. If the process is killed before it decodes the body,
+    the next run cannot read it and rightly sends the request again.
     """
     assert {kind for _, kind in calls} == {"ok", *FAULTS}
-    begin, under_way = 0, 0
+    begin, lost_calls = 0, 0
     recorded: set[str] = set()
     readable: set[str] = set()
     for state in states:
-        run = calls[begin : state["received"]]
+        end = state["received"]
+        run = calls[begin:end]
         assert not readable & {key for key, _ in run}, (
-            "asked again about an image whose answer was on record"
+            "a request was sent again although its response was on record"
         )
-        recorded, last = set(state["recorded"]), dict(calls[: state["received"]])
-        readable = {key for key in recorded if last[key] != "broken"}
+        recorded = set(state["recorded"])
+        last_kind = dict(calls[:end])
+        readable = {key for key in recorded if last_kind[key] != "broken"}
         lost = [key for key, kind in run if kind == "ok" and key not in recorded]
         assert len(lost) <= storm.IN_FLIGHT
-        under_way += len(lost)
-        billed = sum(kind in BILLED for _, kind in calls[: state["received"]])
+        lost_calls += len(lost)
+        billed = sum(kind in BILLED for _, kind in calls[:end])
         assert billed <= state["spent"][0], (
             "the service counted a call that the journal did not"
         )
-        begin = state["received"]
-    assert len(recorded) == IMAGES
-    assert under_way > 0, "no kill hit a call: the storm is too weak"
+        begin = end
+    assert len(recorded) == images
+    assert lost_calls > 0, "no kill hit a call: the storm is too weak"
     faults = Counter(kind for _, kind in calls if kind != "ok")
     billed_faults = sum(count for kind, count in faults.items() if kind in BILLED)
-    assert (
-        sum(kind in BILLED for _, kind in calls) <= IMAGES + billed_faults + under_way
-    )
+    billed_calls = sum(kind in BILLED for _, kind in calls)
+    assert billed_calls <= images + billed_faults + lost_calls
