@@ -13,19 +13,21 @@ LARGEST_LOG_SCALE = 4.135
 """log(1000 / 16): predicted boxes grow at most this much."""
 
 
-def mirror(boxes: Tensor, width: float) -> Tensor:
+def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
     """Boxes [N, 4] in the image of ``width`` mirrored left to right: x' = width - x."""
     return torch.stack(
         [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
     )
 
 
-def scale(boxes: Tensor, x: float, y: float) -> Tensor:
+def scale_boxes(boxes: Tensor, x: float, y: float) -> Tensor:
     """Boxes [N, 4] with the two axes multiplied by ``x`` and ``y``."""
     return boxes * boxes.new_tensor([x, y, x, y])
 
 
-def weighted_mean(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor) -> Tensor:
+def weighted_mean_boxes(
+    a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor
+) -> Tensor:
     """Row-wise mean of boxes a, b [N, 4] with weights [N] (paper: the fused box of a
     matched pair).
     """
@@ -33,7 +35,7 @@ def weighted_mean(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor) -> T
     return (a * weight_a[:, None] + b * weight_b[:, None]) / total[:, None]
 
 
-def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
     """Regression targets [N, 4] that move ``anchors`` onto ``boxes`` (Faster R-CNN, eq.
     2).
     """
@@ -51,8 +53,8 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     )
 
 
-def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Inverse of ``encode``; growth is limited to exp(LARGEST_LOG_SCALE)."""
+def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Inverse of ``encode_boxes``; growth is limited to exp(LARGEST_LOG_SCALE)."""
     deltas = deltas / deltas.new_tensor(DELTA_WEIGHTS)
     size = anchors[:, 2:] - anchors[:, :2]
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * size

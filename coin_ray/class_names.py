@@ -8,12 +8,14 @@ import unicodedata
 from collections.abc import Iterator
 
 
-def alike(one: str, other: str) -> bool:
+def is_same_class_name(one: str, other: str) -> bool:
     """Whether the names differ only in that: "Traffic-Lights" and "traffic light"."""
-    return fold(one) in forms(other) or fold(other) in forms(one)
+    return normalize_class_name(one) in class_name_variants(
+        other
+    ) or normalize_class_name(other) in class_name_variants(one)
 
 
-def fold(name: str) -> str:
+def normalize_class_name(name: str) -> str:
     """Case, spaces, hyphens and underscores don't tell names apart."""
     return " ".join(
         unicodedata.normalize("NFKC", name)
@@ -24,11 +26,11 @@ def fold(name: str) -> str:
     )
 
 
-def forms(name: str) -> Iterator[str]:
+def class_name_variants(name: str) -> Iterator[str]:
     """The folded name, then the name with its last word in the other number: "traffic
     light", "traffic lights".
     """
-    folded = fold(name)
+    folded = normalize_class_name(name)
     yield folded
     rest, space, word = folded.rpartition(" ")
     if len(word) >= 3 and word.isalpha():

@@ -34,7 +34,7 @@ def all_sum(values: Tensor) -> Tensor:
     )
 
 
-def all_sum_later(values: Tensor) -> Callable[[], Tensor]:
+def start_all_sum(values: Tensor) -> Callable[[], Tensor]:
     """``all_sum`` without waiting: the sum is there when what is returned is called,
     once.
     """
@@ -59,7 +59,7 @@ def all_max(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered(values: Tensor) -> Tensor:
+def all_gather_rows(values: Tensor) -> Tensor:
     """Rows of all workers, which may hold different numbers of them, without gradient."""
     parts = [values.detach()] * worker_count()
     if worker_count() > 1:
@@ -79,7 +79,7 @@ def _wire() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-def all_sums(values: Sequence[Tensor]) -> list[Tensor]:
+def all_sum_tensors(values: Sequence[Tensor]) -> list[Tensor]:
     """``all_sum`` of several tensors of one kind, in one message: workers then wait for
     each other once.
     """
@@ -94,17 +94,17 @@ def all_sums(values: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def global_values(local: Sequence[Tensor]) -> list[Tensor]:
+def sum_with_local_gradient(local: Sequence[Tensor]) -> list[Tensor]:
     """Sums over workers whose gradient flows into this worker's part only; summing such
     gradients over workers is exact.
     """
     return [
         own + (total - own.detach())
-        for own, total in zip(local, all_sums(local), strict=True)
+        for own, total in zip(local, all_sum_tensors(local), strict=True)
     ]
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all workers in one flat all-reduce; a missing gradient
     counts as zero.
     """

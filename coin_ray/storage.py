@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-IN_MEMORY = 1 << 26
+MAX_BYTES_IN_MEMORY = 1 << 26
 """Bytes of a Parquet file from which ``open_table`` leaves its rows on the disk."""
-GROUP = 1 << 14
-"""Rows of a group in a Parquet file, unless they are more than ``IN_MEMORY`` bytes."""
-BLOCK = 1 << 10
+ROW_GROUP = 1 << 14
+"""Rows of a group in a Parquet file, unless they are more than ``MAX_BYTES_IN_MEMORY`` bytes."""
+BLOCK_ROWS = 1 << 10
 """Rows of a table that are worked on at once, where each becomes Python objects."""
-READERS = 16
+READ_THREADS = 16
 """Files of a folder that are read at once: on an object store reading is mostly
 waiting."""
 
 
-def absolute(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
     """The URI with local paths, also those behind ``file://``, made absolute; a Ray job
     runs in a temporary copy of the working directory.
     """
@@ -54,7 +54,7 @@ def exists(uri: str) -> bool:
     return bool(filesystem.exists(path))
 
 
-def stamp(uri: str) -> str:
+def version_stamp(uri: str) -> str:
     """Another one after each write of the file; empty while there is none."""
     filesystem, path = _filesystem(uri)
     if not filesystem.exists(path):
@@ -84,7 +84,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     filesystem, path = _filesystem(uri)
     if _is_local(filesystem):
-        with whole_file(uri) as stream:
+        with atomic_writer(uri) as stream:
             stream.write(data)
         return
     filesystem.makedirs(filesystem._parent(path), exist_ok=True)
@@ -93,7 +93,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 @contextmanager
-def whole_file(uri: str) -> Iterator[IO[bytes]]:
+def atomic_writer(uri: str) -> Iterator[IO[bytes]]:
     """A stream that becomes the file when the block ends, as a whole; if the block
     raises, what was there before stays.
 
@@ -134,7 +134,7 @@ def remove(uri: str) -> None:
         filesystem.rm_file(path)
 
 
-def digest(uri: str) -> str:
+def sha256(uri: str) -> str:
     """SHA-256 of a file, which is never in memory as a whole; hexadecimal."""
     filesystem, path = _filesystem(uri)
     with filesystem.open(path, "rb") as stream:
@@ -179,10 +179,10 @@ def read_table(uri: str) -> pa.Table:
     parts = [uri] if uri.endswith(".parquet") else list_files(uri, ".parquet")
     if not parts:
         raise FileNotFoundError(f"no Parquet parts below {uri}")
-    return pa.concat_tables(read_parts(parts), promote_options="default")
+    return pa.concat_tables(read_tables(parts), promote_options="default")
 
 
-def read_parts(
+def read_tables(
     uris: Iterable[str], columns: Sequence[str] | None = None
 ) -> list[pa.Table]:
     """Parquet files in the order of ``uris``, several at a time; of ``columns`` those
@@ -196,19 +196,19 @@ def read_parts(
             use_threads=False,
         )
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         return list(pool.map(read, uris))
 
 
 def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """One Parquet file in blocks of ``BLOCK`` rows; its other rows are not in memory."""
+    """One Parquet file in blocks of ``BLOCK_ROWS`` rows; its other rows are not in memory."""
     filesystem, path = _filesystem(uri)
     with filesystem.open(path, "rb") as stream:
         file = pq.ParquetFile(stream)
         # a reader of several keeps what it has read of all of them
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(
-                BLOCK,
+                BLOCK_ROWS,
                 row_groups=[group],
                 columns=None if columns is None else list(columns),
             ):
@@ -230,7 +230,7 @@ def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
     table is gone or the process ends.
     """
     filesystem, path = _filesystem(uri)
-    if filesystem.size(path) <= IN_MEMORY:
+    if filesystem.size(path) <= MAX_BYTES_IN_MEMORY:
         return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=list(columns))
     with tempfile.NamedTemporaryFile(prefix="coin_ray-", suffix=".arrow") as copy:
         with filesystem.open(path, "rb") as stream:
@@ -246,8 +246,8 @@ def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
 
 def write_table(uri: str, table: pa.Table) -> None:
     with table_writer(uri, table.schema) as writer:
-        for start in range(0, table.num_rows, GROUP):
-            writer.write(table.slice(start, GROUP))
+        for start in range(0, table.num_rows, ROW_GROUP):
+            writer.write(table.slice(start, ROW_GROUP))
 
 
 class TableWriter:
@@ -263,14 +263,14 @@ class TableWriter:
         """Rows to follow those before; columns as in the schema."""
         self.held.append(table)
         self.rows, self.bytes = self.rows + table.num_rows, self.bytes + table.nbytes
-        if self.rows >= GROUP or self.bytes >= IN_MEMORY:
-            self.flush(self.rows // GROUP * GROUP or self.rows)
+        if self.rows >= ROW_GROUP or self.bytes >= MAX_BYTES_IN_MEMORY:
+            self.flush(self.rows // ROW_GROUP * ROW_GROUP or self.rows)
 
     def flush(self, rows: int) -> None:
         """Write so many of the rows that are held."""
         held = pa.concat_tables(self.held)
         self.file.write_table(
-            held.slice(0, rows).combine_chunks(), row_group_size=GROUP
+            held.slice(0, rows).combine_chunks(), row_group_size=ROW_GROUP
         )
         rest = held.slice(rows)
         self.held, self.rows, self.bytes = [rest], rest.num_rows, rest.nbytes
@@ -279,7 +279,7 @@ class TableWriter:
 @contextmanager
 def table_writer(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
     """A writer of one Parquet file, which is there once the block has ended."""
-    with whole_file(uri) as stream, pq.ParquetWriter(stream, schema) as file:
+    with atomic_writer(uri) as stream, pq.ParquetWriter(stream, schema) as file:
         writer = TableWriter(file)
         yield writer
         writer.flush(writer.rows)

@@ -100,7 +100,7 @@ class Pairs:
         return Pairs(self.boxes.to(device), self.cloud.to(device), self.clip.to(device))
 
     @classmethod
-    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+    def cat(cls, parts: Sequence[Pairs]) -> Pairs:
         boxes = torch.cat([p.boxes for p in parts])
         return cls(
             boxes,
@@ -128,7 +128,7 @@ class Separation:
     there is nothing."""
 
     @classmethod
-    def of_labels(cls, labels: Detections, *, reviewed: bool = False) -> Separation:
+    def from_labels(cls, labels: Detections, *, reviewed: bool = False) -> Separation:
         """Labels that are to be believed as they are: a person's, those of propagation,
         plain pseudo-labels, the oracle's.
         """

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coin_ray.storage import BLOCK, open_table, stream_table
+from coin_ray.storage import BLOCK_ROWS, open_table, stream_table
 from coin_ray.structures import Detections
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ T = TypeVar("T")
 BOXES = pa.list_(pa.list_(pa.float32(), 4))
 VECTORS = pa.list_(pa.list_(pa.float32()))
 LABELS = pa.list_(pa.int64())
-NOBODY = -1
+NO_LABEL = -1
 """The name that nobody gave."""
 
 IMAGES = pa.schema(
@@ -79,11 +79,11 @@ SEPARATION = pa.schema(
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]
 )
-FAILED = pa.array(["error", "skipped_budget"])
+FAILED_STATUSES = pa.array(["error", "skipped_budget"])
 """Values of ``status`` of images without an answer."""
 
 
-class Rows:
+class TableBuilder:
     """A table that grows row by row. Only its last ones are Python objects: those take
     nine times the memory.
     """
@@ -94,7 +94,7 @@ class Rows:
 
     def append(self, row: Mapping[str, Any]) -> None:
         self.last.append(row)
-        if len(self.last) == BLOCK:
+        if len(self.last) == BLOCK_ROWS:
             self.blocks, self.last = (
                 [
                     *self.blocks,
@@ -109,14 +109,16 @@ class Rows:
         )
 
 
-def blocks(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Rows as tables of ``BLOCK`` rows, while they come."""
+def iterate_tables(
+    rows: Iterable[Mapping[str, Any]], schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Rows as tables of ``BLOCK_ROWS`` rows, while they come."""
     coming = iter(rows)
-    while some := list(islice(coming, BLOCK)):
+    while some := list(islice(coming, BLOCK_ROWS)):
         yield pa.Table.from_pylist(some, schema=schema)
 
 
-def rows_of(
+def stream_rows(
     uri: str, images: pa.Array | pa.ChunkedArray, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file that are about these images, by their ids; in the file's
@@ -173,11 +175,11 @@ def detections_table(rows: Sequence[dict[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=DETECTIONS)
 
 
-USED = ("image_id", "boxes", "scores", "labels", "probs", "status")
+DETECTION_COLUMNS = ("image_id", "boxes", "scores", "labels", "probs", "status")
 """Columns that make ``Detections``."""
 
 
-class ByImage(Mapping[str, T]):
+class TableByImage(Mapping[str, T]):
     """Some rows of a table by their ``image_id``; what a row says is made when it is
     asked for.
     """
@@ -224,7 +226,7 @@ class ByImage(Mapping[str, T]):
         return found if found is not None and self._name(found) == image_id else None
 
 
-class DetectionsTable(ByImage[Detections]):
+class DetectionsTable(TableByImage[Detections]):
     """Detections by ``image_id``; rows with an error are left out, rows without objects
     are not.
 
@@ -234,10 +236,10 @@ class DetectionsTable(ByImage[Detections]):
     def __init__(
         self, table: pa.Table, num_classes: int, uri: str | None = None
     ) -> None:
-        failed = pc.is_in(table["status"], value_set=FAILED).to_numpy()
-        super().__init__(table.select(USED), ~failed.astype(bool))
+        failed = pc.is_in(table["status"], value_set=FAILED_STATUSES).to_numpy()
+        super().__init__(table.select(DETECTION_COLUMNS), ~failed.astype(bool))
         self.num_classes, self.uri = num_classes, uri
-        self.columns = [self.table[name] for name in USED[1:5]]
+        self.columns = [self.table[name] for name in DETECTION_COLUMNS[1:5]]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (
@@ -258,14 +260,14 @@ class DetectionsTable(ByImage[Detections]):
         )
 
 
-def read_detections(table: pa.Table, num_classes: int) -> DetectionsTable:
+def detections_by_image(table: pa.Table, num_classes: int) -> DetectionsTable:
     """Detections by ``image_id`` of a table in memory."""
     return DetectionsTable(table, num_classes)
 
 
 def open_detections(uri: str, num_classes: int) -> DetectionsTable:
     """Detections by ``image_id`` of a Parquet file, on the disk if it is large."""
-    return DetectionsTable(open_table(uri, USED), num_classes, uri)
+    return DetectionsTable(open_table(uri, DETECTION_COLUMNS), num_classes, uri)
 
 
 def _tensor(values: pa.Array, dtype: torch.dtype) -> Tensor:
@@ -283,7 +285,7 @@ class Truth:
     difficult: Tensor
 
 
-class TruthTable(ByImage[Truth]):
+class TruthTable(TableByImage[Truth]):
     """Annotations by ``image_id``. It goes to other processes by reference, with its
     ``uri``.
     """

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from coin_ray.data.formats import Annotation, Record
+from coin_ray.data.formats import Annotation, ImageRecord
 
 CLASSES = ("cat", "dog")
 
 
-def records(folder: Path, count: int, seed: int) -> list[Record]:
+def records(folder: Path, count: int, seed: int) -> list[ImageRecord]:
     """Images of noise with one block per object: cats are red, dogs blue."""
     draw = np.random.default_rng(seed)
     made = []
@@ -30,5 +30,5 @@ def records(folder: Path, count: int, seed: int) -> list[Record]:
             )
         uri = folder / f"{seed}_{number}.png"
         Image.fromarray(pixels).save(uri)
-        made.append(Record.of(uri.name, str(uri), (64, 48), found))
+        made.append(ImageRecord.of(uri.name, str(uri), (64, 48), found))
     return made

@@ -47,7 +47,7 @@ def test_digest_is_that_of_the_whole_file(root: str) -> None:
     content = bytes(range(256)) * 5000
     storage.write_bytes(storage.join(root, "a.bin"), content)
     assert (
-        storage.digest(storage.join(root, "a.bin"))
+        storage.sha256(storage.join(root, "a.bin"))
         == hashlib.sha256(content).hexdigest()
     )
 
@@ -98,7 +98,7 @@ def test_file_urls_are_local(tmp_path: Path) -> None:
     ],
 )
 def test_absolute(uri: str, expected: str) -> None:
-    assert storage.absolute(uri) == expected
+    assert storage.absolute_uri(uri) == expected
 
 
 def test_join() -> None:
@@ -109,7 +109,7 @@ def test_join() -> None:
 def test_a_table_written_as_its_rows_come_is_the_same_file(
     root: str, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "GROUP", 10)
+    monkeypatch.setattr(storage, "ROW_GROUP", 10)
     table = pa.table({"n": range(33), "name": [[str(n)] * (n % 3) for n in range(33)]})
     pq.write_table(table, tmp_path / "whole.parquet", row_group_size=10)
     storage.write_table(storage.join(root, "whole.parquet"), table)
@@ -128,7 +128,7 @@ def test_a_table_written_as_its_rows_come_is_the_same_file(
 def test_rows_that_are_large_are_written_before_a_group_is_full(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "IN_MEMORY", 50)
+    monkeypatch.setattr(storage, "MAX_BYTES_IN_MEMORY", 50)
     with storage.table_writer(
         storage.join(root, "rows.parquet"), pa.schema([("n", pa.int64())])
     ) as writer:
@@ -156,7 +156,7 @@ def test_a_table_whose_rows_break_off_leaves_the_old_one(root: str) -> None:
 
 
 def test_a_table_is_read_in_blocks(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "BLOCK", 4)
+    monkeypatch.setattr(storage, "BLOCK_ROWS", 4)
     place = storage.join(root, "rows.parquet")
     storage.write_table(place, pa.table({"n": range(10), "other": range(10)}))
     blocks = list(storage.stream_table(place, ["n"]))

@@ -14,7 +14,7 @@ from coin_ray.tables import (
     Provenance,
     detections_row,
     detections_table,
-    read_detections,
+    detections_by_image,
 )
 
 FOUND = detections(([0.1, 0.2, 1 / 3, 7.7], 0, 0.9), ([1, 2, 3.3, 4], 2, 0.3))
@@ -34,7 +34,7 @@ def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
     ]
     uri = str(tmp_path / "t.parquet")
     storage.write_table(uri, detections_table(rows))
-    back = read_detections(storage.read_table(uri), 3)
+    back = detections_by_image(storage.read_table(uri), 3)
     assert list(back) == ["a", "none"]
     assert same(back["a"], FOUND)
     assert same(back["none"], Detections.empty(3))
@@ -52,11 +52,11 @@ def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
 )
 def test_only_answered_images_are_read(status: str, kept: bool) -> None:
     table = detections_table([detections_row("a", FOUND, Provenance("cloud", status))])
-    assert ("a" in read_detections(table, 3)) == kept
+    assert ("a" in detections_by_image(table, 3)) == kept
 
 
 def test_a_table_of_no_images() -> None:
-    assert read_detections(detections_table([]), 3) == {}
+    assert detections_by_image(detections_table([]), 3) == {}
     assert detections_table([]).schema == tables.DETECTIONS
 
 
@@ -118,14 +118,14 @@ def test_truth(tmp_path: Path) -> None:
 def test_rows_become_a_table_whatever_their_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tables, "BLOCK", 3)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 3)
     schema = pa.schema([("n", pa.int64())])
     for count in (0, 2, 3, 7):
-        rows, made = tables.Rows(schema), [{"n": n} for n in range(count)]
+        rows, made = tables.TableBuilder(schema), [{"n": n} for n in range(count)]
         for row in made:
             rows.append(row)
             assert len(rows.last) < 3
         assert rows.table().to_pylist() == made
-        assert [block.num_rows for block in tables.blocks(made, schema)] == [3] * (
+        assert [block.num_rows for block in tables.iterate_tables(made, schema)] == [3] * (
             count // 3
         ) + [count % 3] * bool(count % 3)

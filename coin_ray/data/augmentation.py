@@ -15,7 +15,7 @@ from coin_ray import boxes as box_ops
 from coin_ray.structures import Detections
 
 
-def fit(image: Tensor, short_side: int, long_side: int) -> Tensor:
+def resize_to_fit(image: Tensor, short_side: int, long_side: int) -> Tensor:
     """uint8 [3, H, W] resized so that the short side is ``short_side`` and the long one
     at most ``long_side``.
     """
@@ -25,7 +25,7 @@ def fit(image: Tensor, short_side: int, long_side: int) -> Tensor:
     return image if size == [height, width] else V.resize(image, size, antialias=True)
 
 
-def into_view(
+def transform_detections(
     detections: Detections,
     original: tuple[int, int],
     view: tuple[int, int],
@@ -34,13 +34,15 @@ def into_view(
     """Detections of the original image (width, height) in the frame of a view (width,
     height).
     """
-    boxes = box_ops.scale(
+    boxes = box_ops.scale_boxes(
         detections.boxes, view[0] / original[0], view[1] / original[1]
     )
-    return detections.with_boxes(box_ops.mirror(boxes, view[0]) if mirrored else boxes)
+    return detections.with_boxes(
+        box_ops.mirror_boxes(boxes, view[0]) if mirrored else boxes
+    )
 
 
-def strong(image: Tensor, draw: random.Random, strength: float) -> Tensor:
+def augment_strongly(image: Tensor, draw: random.Random, strength: float) -> Tensor:
     """Published strong view of a uint8 image: colour jitter (.4, .4, .4, .1) p .8, grey
     p .2, blur p .5, solarise p .2; ``strength`` scales all.
     """

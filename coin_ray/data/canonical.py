@@ -63,7 +63,7 @@ class CanonicalImage:
     original: tuple[int, int]
     image_id: str
     """sha256 of the file's bytes, in hexadecimal."""
-    shown: tuple[float, float] | None = None
+    visible_size: tuple[float, float] | None = None
     """(width, height) of the part of the sent pixels, from the upper left, that is the
     image; None: all of it. The rest is margin."""
     mirrored: bool = False
@@ -89,7 +89,9 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
             return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
         size = _fit(original, max_side)
         pixels = _upright_rgb(image, size)
-    return CanonicalImage(jpeg(pixels), "image/jpeg", *size, original, _sha256(raw))
+    return CanonicalImage(
+        encode_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw)
+    )
 
 
 def decode_rgb(raw: bytes) -> Image.Image:
@@ -267,7 +269,7 @@ def _is_plain_jpeg(image: Image.Image, raw: bytes) -> bool:
     return bare and raw.endswith(b"\xff\xd9")
 
 
-def jpeg(image: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
     """The file that is sent of these pixels; what is lost, no detector should miss."""
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)

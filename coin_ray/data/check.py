@@ -21,10 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from coin_ray import storage
-from coin_ray.class_names import alike
+from coin_ray.class_names import is_same_class_name
 from coin_ray.data.canonical import decode_rgb
-from coin_ray.data.formats import Dataset, Record, read
-from coin_ray.data.formats.record import parallel
+from coin_ray.data.formats import Dataset, ImageRecord, read_dataset
+from coin_ray.data.formats.record import map_in_threads
 from coin_ray.errors import InputError
 
 OUTSIDE = 1.0
@@ -43,17 +43,17 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A record after its image was decoded: ``digest`` sha256 of the file, ``size``
+    """A record after its image was decoded: ``sha256`` sha256 of the file, ``size``
     upright (width, height); ``broken`` says why not.
     """
 
-    record: Record
+    record: ImageRecord
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     broken: str = ""
 
 
-def check(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
+def check_datasets(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
     """Every fault of the folders together; decodes every image. Of labels that can't be
     read, only the first file of a folder is named.
     """
@@ -61,11 +61,12 @@ def check(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
     faults = []
     for place in places:
         try:
-            datasets[place] = read(place)
+            datasets[place] = read_dataset(place)
         except InputError as error:
             faults.append(Fault("can't be read", str(error)))
     looks = {
-        place: parallel(_look, dataset.records) for place, dataset in datasets.items()
+        place: map_in_threads(_look, dataset.records)
+        for place, dataset in datasets.items()
     }
     faults += [
         fault
@@ -75,7 +76,7 @@ def check(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
     return faults + list(_duplicates(looks)) + list(_names(datasets.values(), classes))
 
 
-def _look(record: Record) -> Look:
+def _look(record: ImageRecord) -> Look:
     raw = storage.read_bytes(record.uri)
     try:
         return Look(record, hashlib.sha256(raw).hexdigest(), decode_rgb(raw).size)
@@ -97,7 +98,7 @@ def _of_split(place: str, dataset: Dataset, looks: Sequence[Look]) -> Iterator[F
             yield from _boxes(look.record, look.size)
 
 
-def _boxes(record: Record, size: tuple[int, int]) -> Iterator[Fault]:
+def _boxes(record: ImageRecord, size: tuple[int, int]) -> Iterator[Fault]:
     if (record.width, record.height) != size:
         yield Fault(
             "size differs",
@@ -129,7 +130,7 @@ def _boxes(record: Record, size: tuple[int, int]) -> Iterator[Fault]:
             )
 
 
-def _twice(record: Record) -> NDArray[np.bool_]:
+def _twice(record: ImageRecord) -> NDArray[np.bool_]:
     """Marks boxes that an earlier one with the same label equals."""
     seen: set[tuple[object, ...]] = set()
     marks = []
@@ -177,7 +178,7 @@ def _names(datasets: Collection[Dataset], classes: Sequence[str]) -> Iterator[Fa
         return
     present = [name for name, count in counts.items() if count]
     for name in classes:
-        if not any(alike(name, known) for known in present):
+        if not any(is_same_class_name(name, known) for known in present):
             yield Fault(
                 "class without a box",
                 f"{name!r}; there are {', '.join(sorted(counts)) or 'no names'}"[:300],
@@ -189,7 +190,8 @@ def _alike(names: Iterable[str]) -> list[list[str]]:
     groups: list[list[str]] = []
     for name in sorted(names):
         group = next(
-            (g for g in groups if any(alike(name, known) for known in g)), None
+            (g for g in groups if any(is_same_class_name(name, known) for known in g)),
+            None,
         )
         if group is None:
             groups.append([name])
@@ -198,7 +200,7 @@ def _alike(names: Iterable[str]) -> list[list[str]]:
     return groups
 
 
-def table(faults: Sequence[Fault]) -> Table:
+def faults_table(faults: Sequence[Fault]) -> Table:
     """Kinds of faults, the most frequent first, with counts and examples."""
     found = Table(title="What is wrong", title_justify="left", show_lines=True)
     found.add_column("fault")
@@ -227,13 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--classes", default="", help="names that will be asked for: a,b"
     )
     given = parser.parse_args(arguments)
-    faults = check(
+    faults = check_datasets(
         given.places,
         [name.strip() for name in given.classes.split(",") if name.strip()],
     )
     Console().print(
         (
-            table(faults)
+            faults_table(faults)
             if faults
             else f"nothing wrong found in {', '.join(given.places)}"
         ),

@@ -21,9 +21,14 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray.config import Detector, TrainingConfig
-from coin_ray.data.augmentation import fit, into_view, mirror_image, strong
+from coin_ray.data.augmentation import (
+    augment_strongly,
+    mirror_image,
+    resize_to_fit,
+    transform_detections,
+)
 from coin_ray.data.canonical import decode_rgb
-from coin_ray.data.order import Order
+from coin_ray.data.order import BatchOrder
 from coin_ray.storage import open_table, read_bytes
 from coin_ray.structures import Detections
 
@@ -39,14 +44,14 @@ class Example:
 
     image_id: str
     uri: str
-    knowledge: Mapping[str, Detections]
+    detections: Mapping[str, Detections]
     wide: bool = True
     """At least as wide as high."""
     reviewed: bool = False
     """What is known is a person's word, not the teachers'."""
 
 
-Know = Callable[[str], Mapping[str, Detections]]
+LabelLookup = Callable[[str], Mapping[str, Detections]]
 """What is known of an image, by its id."""
 
 
@@ -63,7 +68,7 @@ class TableExamples(Sequence[Example]):
         self,
         uri: str,
         rows: NDArray[np.int64],
-        know: Know,
+        know: LabelLookup,
         reviewed: Container[str] = (),
     ) -> None:
         self.uri, self.rows, self.know, self.reviewed = uri, rows, know, reviewed
@@ -106,17 +111,17 @@ class TableExamples(Sequence[Example]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """This worker's part of a step. ``knowledge[name]``: one Detections per image, in
+    """This worker's part of a step. ``detections_by_name[name]``: one Detections per image, in
     the frame of the views.
 
-    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every
+    ``weak`` and ``augment_strongly``: uint8 [3, H, W]. ``generators``: one per image, for every
     draw the training step makes. ``reviewed``: of which images a person's word is
     known.
     """
 
     weak: list[Tensor]
-    strong: list[Tensor]
-    knowledge: dict[str, list[Detections]]
+    augment_strongly: list[Tensor]
+    detections: dict[str, list[Detections]]
     generators: list[torch.Generator]
     reviewed: list[bool]
 
@@ -140,7 +145,7 @@ class ImageCache:
         return found
 
 
-def batches(
+def iterate_batches(
     examples: Sequence[Example],
     config: TrainingConfig,
     detector: Detector,
@@ -154,7 +159,7 @@ def batches(
     loaded while the last one trains.
     """
     cache = ImageCache()
-    order = Order(
+    order = BatchOrder(
         len(examples),
         config.batch,
         seed,
@@ -196,21 +201,27 @@ def _batch(
     detector: Detector,
 ) -> Batch:
     weak_views, strong_views, generators = [], [], []
-    knowledge: dict[str, list[Detections]] = {
-        name: [] for name in examples[0].knowledge
+    detections_by_name: dict[str, list[Detections]] = {
+        name: [] for name in examples[0].detections
     }
     for example, original, seed in zip(examples, images, seeds, strict=True):
         number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1
         draw = random.Random(number)
-        view = fit(original, detector.short_side, detector.long_side)
+        view = resize_to_fit(original, detector.short_side, detector.long_side)
         mirrored = draw.random() < 0.5
         weak = mirror_image(view) if mirrored else view
         weak_views.append(weak)
-        strong_views.append(strong(weak, draw, config.augmentation))
+        strong_views.append(augment_strongly(weak, draw, config.augmentation))
         generators.append(torch.Generator().manual_seed(number))
         sizes = (original.shape[2], original.shape[1]), (view.shape[2], view.shape[1])
-        for name, detections in example.knowledge.items():
-            knowledge[name].append(into_view(detections, *sizes, mirrored))
+        for name, detections in example.detections.items():
+            detections_by_name[name].append(
+                transform_detections(detections, *sizes, mirrored)
+            )
     return Batch(
-        weak_views, strong_views, knowledge, generators, [e.reviewed for e in examples]
+        weak_views,
+        strong_views,
+        detections_by_name,
+        generators,
+        [e.reviewed for e in examples],
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Order:
+class BatchOrder:
     """The order of ``count`` images in steps of ``batch``. Each epoch is drawn once and
     kept while it and the next one are read.
 

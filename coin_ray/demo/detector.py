@@ -30,7 +30,7 @@ def _block(
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(True))
 
 
-class CloudStandIn(nn.Module):
+class DemoCloud(nn.Module):
     """Images [B, 3, H, W] in 0..1 -> objectness logits [B, h, w], class logits [B, h,
     w, K], side distances [B, h, w, 4] in pixels.
     """
@@ -69,15 +69,15 @@ class CloudStandIn(nn.Module):
         )
 
 
-def cell_centres(height: int, width: int) -> Tensor:
+def grid_centres(height: int, width: int) -> Tensor:
     """[h, w, 2] xy pixel centres of the stride-8 cells."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (torch.stack([x, y], -1) + 0.5) * STRIDE
 
 
 @torch.no_grad()
-def detect(
-    model: CloudStandIn, image: Image.Image, score_min: float, limit: int = 40
+def run_demo_cloud(
+    model: DemoCloud, image: Image.Image, score_min: float, limit: int = 40
 ) -> tuple[Tensor, Tensor]:
     """Boxes [N, 4] xyxy pixels of ``image`` and independent class scores [N, K], best
     first. Images of any size; scenes are 192 px.
@@ -85,7 +85,7 @@ def detect(
     padded = _pad(pil_to_tensor(image.convert("RGB")).float() / 255)
     objectness, classes, sides = (o[0].flatten(0, 1) for o in model(padded[None]))
     scores = objectness.sigmoid()[:, None] * classes.softmax(-1)
-    centres = cell_centres(
+    centres = grid_centres(
         padded.shape[1] // STRIDE, padded.shape[2] // STRIDE
     ).flatten(0, 1)
     boxes = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1)
@@ -105,7 +105,7 @@ def _pad(image: Tensor) -> Tensor:
     )
 
 
-def load(path: Path = WEIGHTS) -> CloudStandIn:
-    model = CloudStandIn()
+def load_demo_cloud(path: Path = WEIGHTS) -> DemoCloud:
+    model = DemoCloud()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.float().eval()

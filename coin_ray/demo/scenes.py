@@ -44,7 +44,7 @@ class Artwork:
     clutter: tuple[Drawing, ...]
 
     @classmethod
-    def of(cls, drawings: Sequence[Drawing]) -> Artwork:
+    def from_drawings(cls, drawings: Sequence[Drawing]) -> Artwork:
         objects = tuple(
             tuple(d for d in drawings if d.label == label) for label in CLASSES
         )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coin_ray.evaluation.voc import Floats, Integers, Judged
+from coin_ray.evaluation.voc import Floats, Integers, MatchedDetections
 
 DRAWS = 1000
 INTERVAL = (2.5, 97.5)
@@ -20,7 +20,7 @@ CELLS = 2_000_000
 """Most entries of one intermediate array."""
 
 
-def draw_images(images: int, seed: int, draws: int = DRAWS) -> Integers:
+def draw_bootstrap_samples(images: int, seed: int, draws: int = DRAWS) -> Integers:
     """How often each image is in each draw [draws, images]; the same for the same seed."""
     return (
         np.random.default_rng(seed)
@@ -29,7 +29,9 @@ def draw_images(images: int, seed: int, draws: int = DRAWS) -> Integers:
     )
 
 
-def resampled(classes: Sequence[Judged], draws: Integers) -> Floats:
+def bootstrap_average_precision(
+    classes: Sequence[MatchedDetections], draws: Integers
+) -> Floats:
     """VOC AP [B, K] of each class on each of the draws [B, I]; NaN where a draw has no
     truth of the class.
     """
@@ -47,7 +49,7 @@ def mean_ap(values: Floats) -> Floats:
     return mean
 
 
-def interval(values: Floats) -> tuple[float, float] | None:
+def percentile_interval(values: Floats) -> tuple[float, float] | None:
     """The 95 % percentile interval of values [B]; None where no draw knows the figure."""
     known = values[~np.isnan(values)]
     if not len(known):
@@ -56,7 +58,7 @@ def interval(values: Floats) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _average_precision(judged: Judged, draws: Integers) -> Floats:
+def _average_precision(judged: MatchedDetections, draws: Integers) -> Floats:
     """[B]. An image drawn w times counts each of its boxes w times, which is what w
     copies of the image would give.
     """

@@ -14,7 +14,7 @@ BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Bin:
+class ReliabilityBin:
     """Cases of about one confidence: their mean confidence, the share that was right,
     and how many there are.
     """
@@ -24,19 +24,23 @@ class Bin:
     count: int
 
 
-def reliability(confidence: Floats, right: Mask, bins: int = BINS) -> tuple[Bin, ...]:
+def reliability_bins(
+    confidence: Floats, right: Mask, bins: int = BINS
+) -> tuple[ReliabilityBin, ...]:
     """Bins of equal width over 0..1, those with a case; confidence [N] in 0..1, right
     [N].
     """
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     return tuple(
-        Bin(float(confidence[mine].mean()), float(right[mine].mean()), int(mine.sum()))
+        ReliabilityBin(
+            float(confidence[mine].mean()), float(right[mine].mean()), int(mine.sum())
+        )
         for number in range(bins)
         if (mine := place == number).any()
     )
 
 
-def calibration_error(found: tuple[Bin, ...]) -> float:
+def expected_calibration_error(found: tuple[ReliabilityBin, ...]) -> float:
     """Expected calibration error in 0..1: mean distance of confidence and share right,
     weighted by cases; NaN without any.
     """

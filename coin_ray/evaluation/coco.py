@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 
-from coin_ray.evaluation.voc import Floats, array, mean_over_classes
+from coin_ray.evaluation.voc import Floats, mean_over_classes, to_float64
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -102,13 +102,13 @@ def _truth_rows(image: int, truth: Truth) -> list[dict[str, Any]]:
     return [
         {**_row(image, box, int(label)), "iscrowd": int(difficult)}
         for box, label, difficult in zip(
-            array(truth.boxes), truth.labels, truth.difficult, strict=True
+            to_float64(truth.boxes), truth.labels, truth.difficult, strict=True
         )
     ]
 
 
 def _detection_rows(image: int, detections: Detections) -> list[dict[str, Any]]:
-    boxes, scores = array(detections.boxes), array(detections.scores)
+    boxes, scores = to_float64(detections.boxes), to_float64(detections.scores)
     return [
         {**_row(image, box, int(label)), "score": float(score)}
         for box, score, label in zip(boxes, scores, detections.labels, strict=True)
@@ -136,7 +136,7 @@ def _required(
             *(truth[name].labels[~truth[name].difficult] for name in images),
         ]
     )
-    return array(torch.bincount(labels, minlength=num_classes))[:num_classes]
+    return to_float64(torch.bincount(labels, minlength=num_classes))[:num_classes]
 
 
 def _silent(*_: object) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coin_ray.evaluation.voc import array, pairwise_iou
+from coin_ray.evaluation.voc import pairwise_iou, to_float64
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -53,7 +53,9 @@ class LabelQuality:
         return _share(self.correct, self.localised)
 
 
-def every_class(detections: Detections, score_min: float = 0.01) -> Detections:
+def expand_to_all_classes(
+    detections: Detections, score_min: float = 0.01
+) -> Detections:
     """Each box once for every class, as a detector with a softmax head reports it:
     score_k = score * p_k / p_label, floor ``score_min``.
 
@@ -68,7 +70,7 @@ def every_class(detections: Detections, score_min: float = 0.01) -> Detections:
     )
 
 
-def clip_labelled(cloud: Detections, clip_probs: Tensor) -> Detections:
+def relabel_with_clip(cloud: Detections, clip_probs: Tensor) -> Detections:
     """Cloud boxes with CLIP's most probable foreground class.
 
     clip_probs: [N, K+1], CLIP's opinion of each cloud box. score = s_cloud * max_c
@@ -128,7 +130,7 @@ def _count(
     difficult, required = truth.difficult.cpu().numpy(), int((~truth.difficult).sum())
     if not len(boxes) or not len(truth.boxes):
         return len(boxes), 0, 0, 0, required
-    overlap = pairwise_iou(array(boxes), array(truth.boxes))
+    overlap = pairwise_iou(to_float64(boxes), to_float64(truth.boxes))
     best = overlap.argmax(1)
     localised = overlap.max(1) > iou
     ignored = localised & difficult[best]

@@ -18,32 +18,32 @@ from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
 IOU = 0.5
-SURE = 0.5
+CONFIDENT_SCORE = 0.5
 """Score from which a teacher's detection is expected of the student too."""
 BINS = 10
 WEIGHTS = {"agreement": 4, "disagreement": -1, "miscalibration": -1}
 Results = Mapping[str, Detections]
 
 
-def label_free(
+def label_free_score(
     student: Results, teacher: Results, expected: Mapping[str, Truth], num_classes: int
 ) -> dict[str, float]:
     """``agreement`` (AP50 on expected boxes), ``disagreement`` of student and teacher,
     ``miscalibration``, and the ``score`` of all three, each in 0..1.
 
-    ``expected``: by image, from ``expected_boxes`` of the teachers' fusion; all three
+    ``expected``: by image, from ``confident_detections`` of the teachers' fusion; all three
     are measured over its images.
     """
     nothing = Detections.empty(num_classes)
     teachers = {
-        image: expected_boxes(teacher.get(image, nothing)) for image in expected
+        image: confident_detections(teacher.get(image, nothing)) for image in expected
     }
     parts = {
         "agreement": _known(average_precision(student, expected, num_classes).map, 0.0),
         "disagreement": (
             1 - _known(average_precision(student, teachers, num_classes).map, 0.0)
         ),
-        "miscalibration": calibration_error(student, expected),
+        "miscalibration": miscalibration(student, expected),
     }
     score = sum(
         abs(w) * (parts[name] if w > 0 else 1 - parts[name])
@@ -52,12 +52,12 @@ def label_free(
     return {"score": score / sum(abs(w) for w in WEIGHTS.values()), **parts}
 
 
-def expected_boxes(found: Detections) -> Truth:
+def confident_detections(found: Detections) -> Truth:
     """What is expected of a student of an image in which a teacher, or both together,
     ``found`` this: the boxes of which it is sure. The others are neither required nor
     wrong, under their name.
     """
-    sure = found.scores >= SURE
+    sure = found.scores >= CONFIDENT_SCORE
     boxes, labels = (
         torch.cat([values[sure], values[~sure]])
         for values in (found.boxes, found.labels)
@@ -65,7 +65,7 @@ def expected_boxes(found: Detections) -> Truth:
     return Truth(boxes, labels, torch.arange(len(found)) >= int(sure.sum()))
 
 
-def calibration_error(student: Results, expected: Mapping[str, Truth]) -> float:
+def miscalibration(student: Results, expected: Mapping[str, Truth]) -> float:
     """Expected calibration error over ten bins: |mean score - share confirmed by an
     expected box|. 1 without detections to judge.
     """

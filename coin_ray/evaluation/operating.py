@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coin_ray.evaluation.voc import Integers, Judged
+from coin_ray.evaluation.voc import Integers, MatchedDetections
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tally:
+class ImageCounts:
     """Boxes by image [I]: truth boxes, those found, and boxes shown that are wrong."""
 
     truth: Integers
@@ -31,7 +31,7 @@ class Tally:
     wrong: Integers
 
 
-def best_f1(classes: Sequence[Judged]) -> OperatingPoint | None:
+def best_f1(classes: Sequence[MatchedDetections]) -> OperatingPoint | None:
     """The threshold with the best harmonic mean of precision and recall, the highest
     one of equals; None if nothing is ever right.
     """
@@ -55,7 +55,7 @@ def best_f1(classes: Sequence[Judged]) -> OperatingPoint | None:
     )
 
 
-def tally(classes: Sequence[Judged], score: float) -> Tally:
+def count_by_image(classes: Sequence[MatchedDetections], score: float) -> ImageCounts:
     """What each image looks like with the boxes of at least ``score``."""
     images = len(classes[0].required)
     found, wrong = np.zeros(images, np.int64), np.zeros(images, np.int64)
@@ -63,10 +63,10 @@ def tally(classes: Sequence[Judged], score: float) -> Tally:
         shown = judged.score >= score
         found += np.bincount(judged.image[shown & judged.right], minlength=images)
         wrong += np.bincount(judged.image[shown & ~judged.right], minlength=images)
-    return Tally(np.sum([j.required for j in classes], axis=0), found, wrong)
+    return ImageCounts(np.sum([j.required for j in classes], axis=0), found, wrong)
 
 
-def losses(ours: Tally, theirs: Tally) -> Integers:
+def regression_by_image(ours: ImageCounts, theirs: ImageCounts) -> Integers:
     """How much worse ours is than theirs on each image [I]: boxes no longer found plus
     boxes newly wrong.
     """

@@ -17,7 +17,7 @@ from coin_ray.tables import Truth
 IOU = 0.5
 
 
-def judged_kinds(
+def separation_accuracy(
     separation: Iterable[Mapping[str, Any]], truth: Mapping[str, Truth]
 ) -> dict[str, dict[str, float]]:
     """Shares in 0..1 by kind, over the ``SEPARATION`` rows whose image has truth; kinds
@@ -37,7 +37,7 @@ def judged_kinds(
         if row["image_id"] not in truth or not set(row["kind"]) & counts.keys():
             continue
         mean = torch.tensor(row["cloud_probs"]) + torch.tensor(row["clip_probs"])
-        answers = true_names(
+        answers = overlapped_truth_labels(
             torch.tensor(row["boxes"], dtype=torch.float32),
             truth[row["image_id"]],
             mean.shape[1] - 1,
@@ -72,7 +72,7 @@ def judged_kinds(
     }
 
 
-def true_names(boxes: Tensor, truth: Truth, background: int) -> Tensor:
+def overlapped_truth_labels(boxes: Tensor, truth: Truth, background: int) -> Tensor:
     """[N] labels of boxes [N, 4]: of the truth box each overlaps most, at IoU .5 or
     more, else ``background``.
     """

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from coin_ray.evaluation.voc import Integers
 
-PAIRED = ("consistent", "inconsistent")
+PAIRED_KINDS = ("consistent", "inconsistent")
 
 
-def confusion(separation: Iterable[pa.Table], classes: int) -> Integers:
+def teacher_confusion(separation: Iterable[pa.Table], classes: int) -> Integers:
     """Boxes [K+1, K+1] that both teachers saw, by the cloud's name (row) and CLIP's
     (column); background last. Of ``SEPARATION`` tables.
     """
     counts = np.zeros((classes + 1, classes + 1), np.int64)
     for table in separation:
-        chosen = _of_kinds(table, PAIRED)
+        chosen = _of_kinds(table, PAIRED_KINDS)
         cloud, clip = (
             pc.list_flatten(table[name]).filter(chosen).to_numpy()
             for name in ("cloud_labels", "clip_labels")
@@ -32,8 +32,8 @@ def confusion(separation: Iterable[pa.Table], classes: int) -> Integers:
     return counts
 
 
-def paired(
-    separation: pa.Table, classes: int, kinds: Sequence[str] = PAIRED
+def paired_probabilities(
+    separation: pa.Table, classes: int, kinds: Sequence[str] = PAIRED_KINDS
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The cloud's and CLIP's probabilities [N, K+1] of boxes of these kinds in a
     ``SEPARATION`` table.
@@ -52,7 +52,7 @@ def _of_kinds(separation: pa.Table, kinds: Sequence[str]) -> pa.ChunkedArray:
     return pc.is_in(pc.list_flatten(separation["kind"]), value_set=pa.array(kinds))
 
 
-def sides(
+def ckg_agreement_rates(
     cloud: Tensor, clip: Tensor, fused: Tensor, answers: Tensor
 ) -> dict[str, dict[str, float]]:
     """On boxes that the teachers name differently: the share of each ``side`` that the

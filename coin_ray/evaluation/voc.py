@@ -25,7 +25,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Curve:
+class PrecisionRecallCurve:
     """Precision and recall [D] of one class after each of its D detections, best score
     first; difficult matches left out.
     """
@@ -35,7 +35,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judged:
+class MatchedDetections:
     """The D detections of one class, best score first, difficult matches left out:
     score, number of the image (in the order of the sorted ids) and whether it is right
     [D]; ``required`` [I]: truth boxes of each image.
@@ -48,14 +48,14 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Report:
+class VocReport:
     """``ap`` [K] in 0..1, NaN where a class has no truth; ``truth`` [K] counts it
     (difficult left out); ``curves``: one per class.
     """
 
     ap: Floats
     truth: Integers
-    curves: tuple[Curve, ...]
+    curves: tuple[PrecisionRecallCurve, ...]
 
     @property
     def map(self) -> float:
@@ -69,7 +69,7 @@ def average_precision(
     num_classes: int,
     iou: float = 0.5,
     plus_one: bool = False,
-) -> Report:
+) -> VocReport:
     """VOC AP of every class, over the images in ``truth`` (by image id).
 
     Images without predictions count as empty; predictions for other images are not
@@ -95,16 +95,16 @@ def average_precision(
         ],
         np.float64,
     )
-    return Report(ap, required.astype(np.int64), curves)
+    return VocReport(ap, required.astype(np.int64), curves)
 
 
-def judged(
+def match_detections(
     predictions: Mapping[str, Detections],
     truth: Mapping[str, Truth],
     num_classes: int,
     iou: float = 0.5,
     plus_one: bool = False,
-) -> tuple[Judged, ...]:
+) -> tuple[MatchedDetections, ...]:
     """Every detection of each class as ``average_precision`` judges it, over the images
     in ``truth``.
     """
@@ -118,7 +118,9 @@ def judged(
         kept, right = _kept(found, matched, annotated.difficult, label)
         wanted = (annotated.labels == label) & ~annotated.difficult
         required = np.bincount(owner[wanted], minlength=len(images)).astype(np.int64)
-        parts.append(Judged(found.scores[kept], found.images[kept], right, required))
+        parts.append(
+            MatchedDetections(found.scores[kept], found.images[kept], right, required)
+        )
     return tuple(parts)
 
 
@@ -145,7 +147,7 @@ def pairwise_iou(boxes: Floats, others: Floats, plus_one: bool = False) -> Float
     return overlap
 
 
-def array(values: torch.Tensor) -> Floats:
+def to_float64(values: torch.Tensor) -> Floats:
     """Float64 copy on the CPU: overlaps of exactly the limit stay exact."""
     return np.asarray(values.detach().cpu().numpy(), np.float64)
 
@@ -192,7 +194,7 @@ def _canonical(truth: Truth) -> tuple[Floats, Integers, Mask]:
     decides between equal overlaps.
     """
     boxes, labels, difficult = (
-        array(truth.boxes),
+        to_float64(truth.boxes),
         truth.labels.cpu().numpy(),
         truth.difficult.cpu().numpy(),
     )
@@ -218,8 +220,8 @@ def _detected(
         [detections.to(torch.device("cpu")) for _, detections in present]
     )
     boxes, scores, labels = (
-        array(every.boxes),
-        array(every.scores),
+        to_float64(every.boxes),
+        to_float64(every.scores),
         every.labels.numpy(),
     )
     owner = np.repeat(
@@ -259,11 +261,11 @@ def _best_truth(
 
 def _curve(
     found: _Detected, matched: Mask, difficult: Mask, label: int, required: int
-) -> Curve:
+) -> PrecisionRecallCurve:
     _, right = _kept(found, matched, difficult, label)
     true_positives = right.cumsum()
     precision = true_positives / np.arange(1, len(right) + 1)
-    return Curve(precision, true_positives / max(required, 1))
+    return PrecisionRecallCurve(precision, true_positives / max(required, 1))
 
 
 def _kept(
@@ -285,7 +287,7 @@ def _first_of_each(rows: Integers, hit: Mask) -> Mask:
     return first
 
 
-def _area(curve: Curve) -> float:
+def _area(curve: PrecisionRecallCurve) -> float:
     """Area under the curve after precision is made to fall with recall."""
     envelope = np.maximum.accumulate(curve.precision[::-1])[::-1]
     return float((np.diff(curve.recall, prepend=0.0) * envelope).sum())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import detections
 
-from coin_ray.data.augmentation import fit, into_view, mirror_image, strong
+from coin_ray.data.augmentation import resize_to_fit, transform_detections, mirror_image, augment_strongly
 
 IMAGE = torch.zeros(3, 60, 120, dtype=torch.uint8)
 IMAGE[:, 20:40, 30:60] = 255
@@ -26,22 +26,22 @@ def test_fit(size: tuple[int, int], expected: tuple[int, int]) -> None:
     """Short side 30, long side at most 50 (60 in the first two)."""
     long_side = 60 if max(size) == 120 else 50
     assert (
-        tuple(fit(torch.zeros(3, *size, dtype=torch.uint8), 30, long_side).shape[1:])
+        tuple(resize_to_fit(torch.zeros(3, *size, dtype=torch.uint8), 30, long_side).shape[1:])
         == expected
     )
 
 
 def test_an_image_that_fits_is_not_touched() -> None:
-    assert fit(IMAGE, 60, 120) is IMAGE
+    assert resize_to_fit(IMAGE, 60, 120) is IMAGE
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("short_side", [60, 120, 30])
 def test_boxes_follow_resize_and_mirror(mirrored: bool, short_side: int) -> None:
     """The box around the white block stays around the white block."""
-    view = fit(IMAGE, short_side, 1000)
+    view = resize_to_fit(IMAGE, short_side, 1000)
     view = mirror_image(view) if mirrored else view
-    found = into_view(
+    found = transform_detections(
         detections(([30, 20, 60, 40], 1, 0.9)),
         (120, 60),
         (view.shape[2], view.shape[1]),
@@ -55,7 +55,7 @@ def test_boxes_follow_resize_and_mirror(mirrored: bool, short_side: int) -> None
 
 
 def test_boxes_by_hand() -> None:
-    found = into_view(detections(([30, 20, 60, 40], 1, 0.9)), (120, 60), (60, 90), True)
+    found = transform_detections(detections(([30, 20, 60, 40], 1, 0.9)), (120, 60), (60, 90), True)
     assert found.boxes.tolist() == [[30, 30, 45, 60]]
 
 
@@ -67,11 +67,11 @@ def test_strong_view_keeps_shape_and_type_and_is_a_function_of_the_draw() -> Non
         dtype=torch.uint8,
         generator=torch.Generator().manual_seed(0),
     )
-    views = [strong(image, random.Random(seed), 1.0) for seed in range(12)]
+    views = [augment_strongly(image, random.Random(seed), 1.0) for seed in range(12)]
     assert {(v.shape, v.dtype) for v in views} == {(image.shape, torch.uint8)}
     assert sum(not torch.equal(v, image) for v in views) >= 8
     assert all(
-        torch.equal(v, strong(image, random.Random(seed), 1.0))
+        torch.equal(v, augment_strongly(image, random.Random(seed), 1.0))
         for seed, v in enumerate(views)
     )
-    assert strong(image, random.Random(0), 0.0) is image
+    assert augment_strongly(image, random.Random(0), 0.0) is image

@@ -18,7 +18,7 @@ from coin_ray.data.canonical import canonical_image, decode_rgb
 from coin_ray.errors import InputError
 
 
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:  # noqa: A002
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     sink = io.BytesIO()
     image.save(sink, format, **options)
     return sink.getvalue()
@@ -53,7 +53,7 @@ CORNERS = {1: "ul", 2: "ur", 3: "lr", 4: "ll", 5: "ul", 6: "ur", 7: "lr", 8: "ll
 @pytest.mark.parametrize(
     ("orientation", "format"), list(itertools.product(CORNERS, ["JPEG", "PNG", "WEBP"]))
 )
-def test_upright(orientation: int, format: str) -> None:  # noqa: A002
+def test_upright(orientation: int, format: str) -> None:
     raw = encoded(
         corner_image(),
         format,
@@ -124,7 +124,7 @@ def test_trailing_data_is_not_sent() -> None:
 
 def test_sixteen_bit_is_scaled_not_clipped() -> None:
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (16, 1))
-    for format in ("PNG", "TIFF"):  # noqa: A001
+    for format in ("PNG", "TIFF"):
         pixels = np.asarray(decode_rgb(encoded(Image.fromarray(ramp), format)))
         assert pixels.shape == (16, 256, 3)
         assert np.array_equal(pixels[0, :, 0], ramp[0] >> 8)
@@ -186,7 +186,7 @@ def test_any_mode_becomes_rgb(name: str) -> None:
 
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
-    for format in ("GIF", "WEBP", "TIFF"):  # noqa: A001
+    for format in ("GIF", "WEBP", "TIFF"):
         raw = encoded(frames[0], format, save_all=True, append_images=frames[1:])
         assert close(decode_rgb(raw).getpixel((8, 8)), (255, 0, 0), 12)
 
@@ -207,7 +207,7 @@ def test_profile_is_applied() -> None:
     width=st.integers(8, 90), height=st.integers(8, 90), max_side=st.integers(8, 100)
 )
 def test_downscaled_to_max_side(width: int, height: int, max_side: int) -> None:
-    for format in ("JPEG", "PNG"):  # noqa: A001
+    for format in ("JPEG", "PNG"):
         image = canonical_image(encoded(corner_image(width, height), format), max_side)
         assert image.original == (width, height)
         assert max(image.width, image.height) == min(max_side, max(width, height))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coin_ray.class_names import alike
-from coin_ray.data.check import check, main
-from coin_ray.data.formats import Annotation, Record, write
+from coin_ray.class_names import is_same_class_name
+from coin_ray.data.check import check_datasets, main
+from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
 
 GOOD = (Annotation((0, 0, 40, 30), "traffic light"), Annotation((2, 3, 12.5, 9), "bus"))
 
@@ -32,10 +32,10 @@ def split(folder: Path, name: str, *more: Annotation, seed: int = 0) -> Path:
     boxes: tuple[Sequence[Annotation], ...] = (GOOD, (*GOOD, *more))
     uris = [photo(folder / "source" / f"{name}{n}.png", seed + n) for n in range(2)]
     records = [
-        Record.of(f"{name}{n}.png", uri, (40, 30), boxes[n])
+        ImageRecord.of(f"{name}{n}.png", uri, (40, 30), boxes[n])
         for n, uri in enumerate(uris)
     ]
-    write(records, str(folder / name), "voc", split=name)
+    write_dataset(records, str(folder / name), "voc", split=name)
     return folder / name
 
 
@@ -76,7 +76,7 @@ def torn_label(train: Path) -> None:
 
 
 def kinds(*places: Path, classes: Sequence[str] = ()) -> Counter[str]:
-    return Counter(fault.kind for fault in check([str(p) for p in places], classes))
+    return Counter(fault.kind for fault in check_datasets([str(p) for p in places], classes))
 
 
 def test_good_folders_have_no_fault(
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_found(
 ) -> None:
     train, val = split(tmp_path, "train"), split(tmp_path, "val", seed=10)
     damage(train)
-    [fault] = check([str(train), str(val)])
+    [fault] = check_datasets([str(train), str(val)])
     assert fault.kind == kind
     assert example in fault.example
 
@@ -150,10 +150,10 @@ def test_names_that_differ_only_in_case_or_plural_are_found(
 
 
 def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> None:
-    [alike, absent] = check(
+    [is_same_class_name, absent] = check_datasets(
         [str(split(tmp_path, "train"))], ["Bus", "traffic light", "dog"]
     )
-    assert (alike.kind, alike.example) == (
+    assert (is_same_class_name.kind, is_same_class_name.example) == (
         "names differ only in case or plural",
         "'Bus' (0 boxes, asked for), 'bus' (2 boxes)",
     )
@@ -179,13 +179,13 @@ def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> No
     ],
 )
 def test_plurals(one: str, other: str, same: bool) -> None:
-    assert alike(one, other) is alike(other, one) is same
+    assert is_same_class_name(one, other) is is_same_class_name(other, one) is same
 
 
 def test_one_image_in_two_lists_of_a_folder_is_found(tmp_path: Path) -> None:
     train = split(tmp_path, "train")
     (train / "ImageSets" / "Main" / "val.txt").write_text("train1\n")
-    faults = check([f"{train}#train", f"{train}#val"])
+    faults = check_datasets([f"{train}#train", f"{train}#val"])
     assert [f.kind for f in faults] == ["same image in two splits"]
 
 

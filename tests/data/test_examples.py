@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import SIZES, examples, tiny_config, tiny_fit
 
-from coin_ray.data.examples import Batch, ImageCache, batches
+from coin_ray.data.examples import Batch, ImageCache, iterate_batches
 
 FIT, DETECTOR = tiny_fit(steps=4, batch=4), tiny_config()
 
@@ -16,7 +16,7 @@ def load(
     folder: Path, *, first: int = 0, rank: int = 0, workers: int = 1, seed: int = 3
 ) -> list[Batch]:
     return list(
-        batches(
+        iterate_batches(
             examples(folder),
             FIT,
             DETECTOR,
@@ -35,9 +35,9 @@ def assert_same(a: Batch, b: Batch, places: list[int]) -> None:
             torch.equal(x, getattr(b, name)[p])
             for x, p in zip(getattr(a, name), places, strict=True)
         )
-    for name, found in a.knowledge.items():
+    for name, found in a.detections.items():
         assert all(
-            torch.equal(x.boxes, b.knowledge[name][p].boxes)
+            torch.equal(x.boxes, b.detections[name][p].boxes)
             for x, p in zip(found, places, strict=True)
         )
     for generator, place in zip(a.generators, places, strict=True):
@@ -71,7 +71,7 @@ def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
     mirrored = 0
     for batch in load(tmp_path):
         for weak, strong, cloud in zip(
-            batch.weak, batch.strong, batch.knowledge["cloud"], strict=True
+            batch.weak, batch.strong, batch.detections["cloud"], strict=True
         ):
             assert weak.shape == strong.shape
             height, width = weak.shape[1:]
@@ -88,7 +88,7 @@ def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
 
 def test_without_augmentation_both_views_are_the_same(tmp_path: Path) -> None:
     fit = replace(FIT, augmentation=0.0)
-    for batch in batches(
+    for batch in iterate_batches(
         examples(tmp_path), fit, DETECTOR, seed=0, first=0, rank=0, workers=1
     ):
         assert all(

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coin_ray.data.formats import Annotation, Dataset, Record, read, write
+from coin_ray.data.formats import Annotation, Dataset, ImageRecord, read_dataset, write_dataset
 from coin_ray.errors import InputError
 
 FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k")
@@ -45,7 +45,7 @@ def put(folder: Path, files: Mapping[str, Any]) -> str:
     return str(folder)
 
 
-def rows(record: Record) -> list[tuple[list[float], str, bool]]:
+def rows(record: ImageRecord) -> list[tuple[list[float], str, bool]]:
     return list(
         zip(
             record.boxes.tolist(), record.labels, record.difficult.tolist(), strict=True
@@ -110,16 +110,16 @@ def test_reading_what_was_written_gives_the_same_records(
 ) -> None:
     folder = tmp_path / uuid.uuid4().hex
     records = [
-        Record.of(file, str(jpeg(folder / "from" / file, size)), size, boxes)
+        ImageRecord.of(file, str(jpeg(folder / "from" / file, size)), size, boxes)
         for file, size, boxes in data.draw(annotated(format), "images")
     ]
     if not records:
         return
-    write(records, str(folder / "to"), format, split="val")
+    write_dataset(records, str(folder / "to"), format, split="val")
     for place in (folder / "to", f"{folder / 'to'}#val")[
         : 1 if format == "coco" else 2
     ]:
-        back = read(str(place))
+        back = read_dataset(str(place))
         assert (back.format, back.missing) == (format, ())
         again = {r.file: r for r in back.records}
         assert again.keys() == {r.file for r in records}
@@ -142,7 +142,7 @@ def test_what_was_read_can_be_written_as_every_other_format(
 ) -> None:
     size = (40, 30)
     first = [
-        Record.of(
+        ImageRecord.of(
             "a.jpg",
             str(jpeg(tmp_path / "a.jpg")),
             size,
@@ -150,12 +150,12 @@ def test_what_was_read_can_be_written_as_every_other_format(
         )
     ]
     place = tmp_path / "0"
-    write(first, str(place), format)
+    write_dataset(first, str(place), format)
     for step, other in enumerate(FORMATS, start=1):
-        dataset = read(str(place))
+        dataset = read_dataset(str(place))
         place = tmp_path / str(step)
-        write(dataset.records, str(place), other, names=dataset.names)
-    [last] = read(str(place)).records
+        write_dataset(dataset.records, str(place), other, names=dataset.names)
+    [last] = read_dataset(str(place)).records
     np.testing.assert_allclose(last.boxes, first[0].boxes, atol=1e-9)
     assert last.labels == ("cat", "dog")
 
@@ -163,7 +163,7 @@ def test_what_was_read_can_be_written_as_every_other_format(
 @pytest.mark.parametrize("format", ["voc", "yolo", "kitti"])
 def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
     one, two = (
-        Record.of(
+        ImageRecord.of(
             f"{n}.jpg",
             str(jpeg(tmp_path / f"{n}.jpg")),
             (40, 30),
@@ -172,8 +172,8 @@ def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
         )
         for n in ("seen", "unseen")
     )
-    write([one, two], str(tmp_path / "to"), format, names=["cat"])
-    assert {r.file: r.annotated for r in read(str(tmp_path / "to")).records} == {
+    write_dataset([one, two], str(tmp_path / "to"), format, names=["cat"])
+    assert {r.file: r.annotated for r in read_dataset(str(tmp_path / "to")).records} == {
         "seen.jpg": True,
         "unseen.jpg": False,
     }
@@ -181,33 +181,33 @@ def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
 
 def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        record = Record.of(
+        record = ImageRecord.of(
             f"{split}.jpg",
             str(jpeg(tmp_path / f"{split}.jpg")),
             (40, 30),
             [Annotation((0, 0, 4, 4), "dog")],
         )
-        write([record], str(tmp_path / "to"), "yolo", split, names=["cat", "dog"])
-    assert [r.file for r in read(f"{tmp_path}/to#val").records] == ["val.jpg"]
-    assert sorted(r.file for r in read(f"{tmp_path}/to").records) == [
+        write_dataset([record], str(tmp_path / "to"), "yolo", split, names=["cat", "dog"])
+    assert [r.file for r in read_dataset(f"{tmp_path}/to#val").records] == ["val.jpg"]
+    assert sorted(r.file for r in read_dataset(f"{tmp_path}/to").records) == [
         "train.jpg",
         "val.jpg",
     ]
     with pytest.raises(InputError, match="other class names"):
-        write([record], str(tmp_path / "to"), "yolo", "test", names=["dog"])
+        write_dataset([record], str(tmp_path / "to"), "yolo", "test", names=["dog"])
 
 
 def test_a_place_may_be_a_uri(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
-    record = Record.of(
+    record = ImageRecord.of(
         "a.jpg",
         str(jpeg(tmp_path / "a.jpg")),
         (40, 30),
         [Annotation((1, 2, 3, 4), "cat", True)],
     )
-    for format in ("coco", "voc", "bdd100k"):  # noqa: A001
-        write([record], f"{root}/{format}", format)
-        [back] = read(f"{root}/{format}").records
+    for format in ("coco", "voc", "bdd100k"):
+        write_dataset([record], f"{root}/{format}", format)
+        [back] = read_dataset(f"{root}/{format}").records
         assert rows(back) == [([1, 2, 3, 4], "cat", True)]
         with fsspec.open(back.uri) as stream:
             assert stream.read() == (tmp_path / "a.jpg").read_bytes()
@@ -242,15 +242,15 @@ TWO = Annotation((1, 2, 3, 4), "traffic light", True)
 )
 def test_what_a_format_cannot_hold_is_an_error(
     tmp_path: Path,
-    format: str,  # noqa: A002
+    format: str,
     files: list[str],
     boxes: list[Annotation],
     message: str,
 ) -> None:
     source = str(jpeg(tmp_path / "source.jpg"))
     with pytest.raises(InputError, match=message):
-        write(
-            [Record.of(file, source, (40, 30), boxes) for file in files],
+        write_dataset(
+            [ImageRecord.of(file, source, (40, 30), boxes) for file in files],
             str(tmp_path / "to"),
             format,
         )
@@ -258,7 +258,7 @@ def test_what_a_format_cannot_hold_is_an_error(
 
 
 def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
-    record = Record.of(
+    record = ImageRecord.of(
         "a.jpg",
         str(jpeg(tmp_path / "a.jpg")),
         (40, 30),
@@ -268,8 +268,8 @@ def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
         ("yolo", "traffic light"),
         ("kitti", "traffic_light"),
     ):
-        write([record], str(tmp_path / format), format, drop_difficult=True)
-        assert found(read(str(tmp_path / format))) == {
+        write_dataset([record], str(tmp_path / format), format, drop_difficult=True)
+        assert found(read_dataset(str(tmp_path / format))) == {
             "a.jpg": [([0, 0, 4, 4], label, False)]
         }
 
@@ -277,7 +277,7 @@ def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["", " cat", "cat ", "two\nlines", "\x00"])
 def test_what_is_no_name_is_no_label(label: str) -> None:
     with pytest.raises(InputError, match="one line of printable characters"):
-        Record.of("a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)])
+        ImageRecord.of("a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)])
 
 
 # Published layouts
@@ -311,7 +311,7 @@ def test_voc_corners_name_the_first_and_the_last_pixel_from_1(tmp_path: Path) ->
         (5, 6, 5, 6),
         "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>",
     )
-    dataset = read(
+    dataset = read_dataset(
         put(
             tmp_path,
             {"JPEGImages/1.jpg": None, "Annotations/1.xml": voc_xml(whole, person)},
@@ -331,16 +331,16 @@ def test_voc_splits_are_image_lists(tmp_path: Path) -> None:
         "ImageSets/Main/dog_val.txt": "1 -1\n2  1\n3  0\n",
     }
     place = put(tmp_path, files)
-    assert [r.file for r in read(f"{place}#val").records] == ["2.jpg"]
-    assert read(f"{place}#val").missing == ("JPEGImages/4",)
-    assert [r.file for r in read(f"{place}#dog_val").records] == ["2.jpg", "3.jpg"]
-    assert {r.file: r.annotated for r in read(place).records} == {
+    assert [r.file for r in read_dataset(f"{place}#val").records] == ["2.jpg"]
+    assert read_dataset(f"{place}#val").missing == ("JPEGImages/4",)
+    assert [r.file for r in read_dataset(f"{place}#dog_val").records] == ["2.jpg", "3.jpg"]
+    assert {r.file: r.annotated for r in read_dataset(place).records} == {
         "1.jpg": True,
         "2.jpg": True,
         "3.jpg": False,
     }
     with pytest.raises(InputError, match="for 'test'; it has dog_val, val"):
-        read(f"{place}#test")
+        read_dataset(f"{place}#test")
 
 
 def coco_json(**changes: Any) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def coco_json(**changes: Any) -> dict[str, Any]:
 def test_coco_in_its_usual_places(
     tmp_path: Path, files: dict[str, Any], split: str
 ) -> None:
-    dataset = read(put(tmp_path, files) + split)
+    dataset = read_dataset(put(tmp_path, files) + split)
     assert found(dataset) == {"1.jpg": [([1, 2, 11, 7], "dog", True)]}
     assert dataset.names == ("dog", "person")
 
@@ -404,11 +404,11 @@ def test_several_coco_files_need_a_choice(tmp_path: Path) -> None:
         {f"annotations/instances_{s}.json": coco_json() for s in ("train", "val")},
     )
     with pytest.raises(InputError, match=r"say which: .*#train or .*#val"):
-        read(place)
+        read_dataset(place)
 
 
 def test_images_a_coco_file_does_not_list_have_no_objects(tmp_path: Path) -> None:
-    dataset = read(
+    dataset = read_dataset(
         put(tmp_path, {"annotations.json": coco_json(), "images/2.jpg": None})
     )
     assert found(dataset) == {"2.jpg": []}
@@ -455,7 +455,7 @@ def test_yolo_in_its_usual_places(
     }
     if "images/a" in yaml:
         files["images/a/2.jpg"] = None
-    records = read(f"{put(tmp_path, files)}#train").records
+    records = read_dataset(f"{put(tmp_path, files)}#train").records
     boxes = next(r for r in records if r.uri.endswith("1.jpg"))
     np.testing.assert_allclose(
         boxes.boxes, [[0, 0, 40, 30], [8, 12, 12, 18], [0, 0, 20, 15]]
@@ -474,7 +474,7 @@ def test_kitti_with_regions_to_ignore_and_a_list(tmp_path: Path, base: str) -> N
         "ImageSets/train_car.txt": "000001\n",
     }
     for place in (put(tmp_path, files), f"{tmp_path}#train_car"):
-        [record] = read(place).records
+        [record] = read_dataset(place).records
         assert rows(record) == [
             ([1, 2.5, 11, 7], "Car", False),
             ([503.89, 169.71, 590.61, 190.13], "DontCare", True),
@@ -511,14 +511,14 @@ def test_bdd100k_of_both_releases(tmp_path: Path, layout: str) -> None:
         "images/100k/train/d.jpg": None,
     }
     place = put(tmp_path, {path: content} | images)
-    dataset = read(f"{place}#val")
+    dataset = read_dataset(f"{place}#val")
     box = [1.5, 2, 11, 7]
     assert found(dataset) == {
         "d.jpg": [(box, "bicycle", False)],
         "n.jpg": [(box, "person", True)],
     }
     assert dataset.missing == ("gone.jpg",)
-    assert [r.file for r in read(f"{place}#val_daytime").records] == ["d.jpg"]
+    assert [r.file for r in read_dataset(f"{place}#val_daytime").records] == ["d.jpg"]
 
 
 def square(
@@ -575,7 +575,7 @@ def test_cityscapes_boxes_hold_the_visible_pixels(
         f"leftImg8bit/val/{name}_leftImg8bit.png": None,
     }
     files |= {f"gtFine/val/{name}_gtFine_instanceIds.png": None}
-    assert found(read(put(tmp_path, files))) == {
+    assert found(read_dataset(put(tmp_path, files))) == {
         f"val/{name}_leftImg8bit.png": expected
     }
 
@@ -592,17 +592,17 @@ def test_foggy_cityscapes_is_a_split(tmp_path: Path) -> None:
         for beta in ("0.005", "0.02")
     }
     place = put(tmp_path, files)
-    assert [r.file for r in read(f"{place}#val_foggy_0.02").records] == [
+    assert [r.file for r in read_dataset(f"{place}#val_foggy_0.02").records] == [
         "val/aachen/aachen_val_leftImg8bit_foggy_beta_0.02.png"
     ]
     with pytest.raises(
         InputError, match="no leftImg8bit images for the 1 label files of val"
     ):
-        read(f"{place}#val")
+        read_dataset(f"{place}#val")
 
 
 def test_a_plain_folder_has_images_nobody_annotated(tmp_path: Path) -> None:
-    dataset = read(
+    dataset = read_dataset(
         put(
             tmp_path / "a#b",
             {
@@ -629,7 +629,7 @@ def test_a_plain_folder_has_images_nobody_annotated(tmp_path: Path) -> None:
 )
 def test_a_place_that_is_not_there(tmp_path: Path, place: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read(f"{tmp_path}/{place}" if place != "#val" else f"{tmp_path}#val")
+        read_dataset(f"{tmp_path}/{place}" if place != "#val" else f"{tmp_path}#val")
 
 
 def test_a_turned_photo_is_measured_upright(tmp_path: Path) -> None:
@@ -644,7 +644,7 @@ def test_a_turned_photo_is_measured_upright(tmp_path: Path) -> None:
         },
     )
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "1.jpg", exif=exif)
-    record = read(str(tmp_path)).records[0]
+    record = read_dataset(str(tmp_path)).records[0]
     assert (record.width, record.height, record.boxes.tolist()) == (
         30,
         40,
@@ -819,4 +819,4 @@ def test_a_broken_file_is_named(
     tmp_path: Path, files: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
-        read(put(tmp_path, files))
+        read_dataset(put(tmp_path, files))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,50 +15,33 @@ import pytest
 from PIL import Image
 
 from coin_ray.data import inspect
+from coin_ray.data.inspect import Inspection
 
-POISONED = """
-import os, signal, time
-from coin_ray.data import inspect
-look = inspect.look_at
-def poisoned(uri):
+
+def inspect_or_die(uri: str) -> Inspection:
+    """Stand in for ``inspect_image``: some names end their process, or never end."""
     name = os.path.basename(uri)
     if "crash" in name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "hang" in name:
         time.sleep(600)
     print("a library talks")
-    return look(uri)
-inspect.look_at = poisoned
-inspect.main()
-"""
+    return inspect.inspect_image(uri)  # in the worker process: the real one
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Children that do not survive some names; how many were started."""
-    started: list[int] = []
-
-    def start() -> subprocess.Popen[str]:
-        made = subprocess.Popen(
-            [sys.executable, "-c", POISONED],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(made.pid)
-        return made
-
-    monkeypatch.setattr(inspect, "_start", start)
-    return started
+def _deadly_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "inspect_image", inspect_or_die)
 
 
-def picture(path: Path) -> str:
+def _write_image(path: Path) -> str:
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path)
     return str(path)
 
 
+@pytest.mark.usefixtures("_deadly_names")
 def test_an_image_that_crashes_or_stops_its_process_is_rejected_and_the_others_are_not(
-    tmp_path: Path, poisoned: list[int]
+    tmp_path: Path,
 ) -> None:
     names = [
         "a.png",
@@ -66,40 +52,59 @@ def test_an_image_that_crashes_or_stops_its_process_is_rejected_and_the_others_a
         "c.png",
         "broken.png",
     ]
-    uris = [picture(tmp_path / name) for name in names]
+    uris = [_write_image(tmp_path / name) for name in names]
     (tmp_path / "broken.png").write_bytes(b"no image")
-    found = dict(zip(names, inspect.inspect(uris, len(uris), seconds=20), strict=True))
-    assert [name for name, one in found.items() if isinstance(one, dict)] == [
-        "a.png",
-        "b.png",
-        "c.png",
-    ]
-    assert found["a.png"]["width"] == 30  # type: ignore[index]
-    assert "crashed the process that decoded it (exit code -11)" in str(
-        found["crash.png"]
-    )
-    assert "was not decoded in 20 s" in str(found["hang.png"])
-    assert "not an image" in str(found["broken.png"])
-    print(
-        f"killed: {len(poisoned)} processes started for 3 images that end them; lost:"
-        " nothing else"
-    )
+    inspections = list(inspect.inspect_images(uris, len(uris), seconds=5))
+    by_name = dict(zip(names, inspections, strict=True))
+    usable = [name for name, row in by_name.items() if isinstance(row, dict)]
+    assert usable == ["a.png", "b.png", "c.png"]
+    assert by_name["a.png"]["width"] == 30  # type: ignore[index]
+    crash = "crashed the process that decoded it (exit code -11)"
+    assert crash in str(by_name["crash.png"])
+    assert crash in str(by_name["crash2.png"])
+    assert "was not decoded in 5 s" in str(by_name["hang.png"])
+    assert "not an image" in str(by_name["broken.png"])
+
+
+@pytest.mark.usefixtures("_deadly_names")
+def test_many_images_that_crash_at_once_lose_no_other(tmp_path: Path) -> None:
+    good = _write_image(tmp_path / "good.png")
+    uris = [good if n % 3 == 0 else str(tmp_path / f"crash{n}.png") for n in range(24)]
+    inspections = list(inspect.inspect_images(uris, len(uris)))
+    assert [isinstance(row, dict) for row in inspections] == [u == good for u in uris]
+    assert all("exit code -11" in row for row in inspections if isinstance(row, str))
 
 
 def test_few_files_are_asked_for_ahead_of_their_turn(tmp_path: Path) -> None:
-    one, asked = picture(tmp_path / "a.png"), list[int]()
+    path, positions = _write_image(tmp_path / "a.png"), list[int]()
 
     def uris() -> Iterator[str]:
-        for number in range(200):
-            asked.append(number)
-            yield one
+        for position in range(200):
+            positions.append(position)
+            yield path
 
-    found = inspect.inspect(uris(), 200)
-    next(found)
-    assert len(asked) <= inspect.AHEAD + 1
-    assert len(list(found)) == 199
+    inspections = inspect.inspect_images(uris(), 200)
+    next(inspections)
+    assert len(positions) <= inspect.MAX_PENDING + 1
+    assert len(list(inspections)) == 199
 
 
 def test_a_file_that_can_not_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"gone\.png"):
-        list(inspect.inspect([str(tmp_path / "gone.png")], 1))
+        list(inspect.inspect_images([str(tmp_path / "gone.png")], 1))
+
+
+def test_a_script_without_a_main_guard_is_not_run_again_by_the_processes(
+    tmp_path: Path,
+) -> None:
+    path = _write_image(tmp_path / "a.png")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from coin_ray.data.inspect import inspect_images\n"
+        "print('started')\n"
+        f"print(next(inspect_images([{path!r}], 1))['width'])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["started", "30"]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.data.order import Order
+from coin_ray.data.order import BatchOrder
 
 SIZES = (st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
 
 
 def rows(step: int, count: int, batch: int, seed: int) -> list[int]:
-    return Order(count, batch, seed).rows_of_step(step)
+    return BatchOrder(count, batch, seed).rows_of_step(step)
 
 
 @settings(max_examples=50, deadline=None)
@@ -22,7 +22,7 @@ def test_every_epoch_holds_each_image_once(
     count: int, batch: int, seed: int, kinds: list[bool] | None
 ) -> None:
     epochs = 4
-    order = Order(
+    order = BatchOrder(
         count, batch, seed, None if kinds is None else np.array(kinds[:count])
     )
     seen = [
@@ -46,8 +46,8 @@ def test_an_order_is_that_of_numpy_by_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("wide", [None, np.arange(40) % 3 == 0])
 def test_steps_may_be_asked_for_in_any_order(wide: np.ndarray | None) -> None:
-    forth = [Order(40, 3, 1, wide).rows_of_step(step) for step in range(60)]
-    order = Order(40, 3, 1, wide)
+    forth = [BatchOrder(40, 3, 1, wide).rows_of_step(step) for step in range(60)]
+    order = BatchOrder(40, 3, 1, wide)
     assert [order.rows_of_step(step) for step in reversed(range(60))] == forth[::-1]
 
 
@@ -61,7 +61,7 @@ def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "default_rng",
         lambda seed: (drawn.append(tuple(seed)), original(seed))[1],
     )
-    order = Order(10, 4, 0)
+    order = BatchOrder(10, 4, 0)
     for step in range(10):
         order.rows_of_step(step)
     assert drawn == [(0, 1, epoch) for epoch in range(4)]
@@ -86,7 +86,7 @@ def test_grouped_steps_see_one_kind(
     """Per epoch at most three steps are mixed: where it begins, where it ends, and
     where one kind runs out."""
     wide = np.random.default_rng(draw).random(count) < 0.5
-    order = Order(count, batch, seed, wide)
+    order = BatchOrder(count, batch, seed, wide)
     epochs = 5
     steps = epochs * count // batch
     mixed = sum(len(set(wide[order.rows_of_step(step)])) > 1 for step in range(steps))
@@ -96,6 +96,6 @@ def test_grouped_steps_see_one_kind(
 def test_grouped_steps_are_shuffled() -> None:
     wide = np.arange(400) < 200
     kinds = [
-        bool(wide[Order(400, 4, 0, wide).rows_of_step(step)[0]]) for step in range(100)
+        bool(wide[BatchOrder(400, 4, 0, wide).rows_of_step(step)[0]]) for step in range(100)
     ]
     assert sum(a != b for a, b in itertools.pairwise(kinds)) > 20

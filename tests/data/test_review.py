@@ -19,7 +19,7 @@ from PIL import Image
 
 from coin_ray import storage, tables
 from coin_ray.data.review import cvat, fiftyone, label_studio
-from coin_ray.data.review.record import KINDS, Box, Review, reviews
+from coin_ray.data.review.record import KINDS, ReviewedBox, Review, reviews_by_disagreement
 from coin_ray.errors import InputError
 
 CLASSES = ("cat", 'stop "sign" & <more>')
@@ -48,7 +48,7 @@ def images(folder: Path) -> list[dict[str, Any]]:
 
 def separation() -> list[dict[str, Any]]:
     kinds = ["consistent", "inconsistent", "private"]
-    names = {"cloud_labels": [0, 0, 1], "clip_labels": [0, 1, tables.NOBODY]}
+    names = {"cloud_labels": [0, 0, 1], "clip_labels": [0, 1, tables.NO_LABEL]}
     whole = {
         "image_id": "a/disputed",
         "boxes": BOXES,
@@ -73,7 +73,7 @@ def made(folder: Path, most: int | None = None) -> list[Review]:
     storage.write_table(
         separated, pa.Table.from_pylist(separation(), schema=tables.SEPARATION)
     )
-    found, total = reviews(
+    found, total = reviews_by_disagreement(
         pa.Table.from_pylist(images(folder), schema=tables.IMAGES),
         separated,
         CLASSES,
@@ -111,20 +111,20 @@ Writer = Callable[[Sequence[Review], Path], list[Review]]
 
 
 def through_label_studio(found: Sequence[Review], folder: Path) -> list[Review]:
-    label_studio.write(found, str(folder), CLASSES)
-    return label_studio.read(str(folder / "tasks.json"))
+    label_studio.write_label_studio(found, str(folder), CLASSES)
+    return label_studio.read_label_studio(str(folder / "tasks.json"))
 
 
 def through_cvat(found: Sequence[Review], folder: Path) -> list[Review]:
-    (folder / "x.xml").write_bytes(cvat.as_xml(found))
-    return cvat.read(str(folder / "x.xml"))
+    (folder / "x.xml").write_bytes(cvat.cvat_xml(found))
+    return cvat.read_cvat(str(folder / "x.xml"))
 
 
 def through_fiftyone(found: Sequence[Review], folder: Path) -> list[Review]:
     (folder / "samples.json").write_text(
-        json.dumps({"samples": [fiftyone.sample(r) for r in found]})
+        json.dumps({"samples": [fiftyone.fiftyone_sample(r) for r in found]})
     )
-    return fiftyone.read(str(folder))
+    return fiftyone.read_fiftyone(str(folder))
 
 
 TOOLS = {
@@ -146,7 +146,7 @@ told = st.one_of(
     st.tuples(st.just(""), st.just("")), st.tuples(st.sampled_from(KINDS), names)
 )
 boxes = st.builds(
-    lambda place, label, said: Box(place, label, *said), edges, names, told
+    lambda place, label, said: ReviewedBox(place, label, *said), edges, names, told
 )
 review = st.builds(
     Review,
@@ -178,14 +178,14 @@ def test_what_goes_out_comes_back(
 
 def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
     found = made(tmp_path / "in")
-    cvat.write(found, str(tmp_path / "cvat"), CLASSES)
-    fiftyone.write(found, str(tmp_path / "fiftyone"))
+    cvat.write_cvat(found, str(tmp_path / "cvat"), CLASSES)
+    fiftyone.write_fiftyone(found, str(tmp_path / "fiftyone"))
     for folder in (tmp_path / "cvat" / "images", tmp_path / "fiftyone" / "data"):
         assert (folder / "a" / "disputed.jpg").read_bytes() == (
             tmp_path / "in" / "a" / "disputed.jpg"
         ).read_bytes()
-    assert cvat.read(str(tmp_path / "cvat" / "annotations.xml")) == found
-    assert [r.image_id for r in fiftyone.read(str(tmp_path / "fiftyone"))] == [
+    assert cvat.read_cvat(str(tmp_path / "cvat" / "annotations.xml")) == found
+    assert [r.image_id for r in fiftyone.read_fiftyone(str(tmp_path / "fiftyone"))] == [
         r.image_id for r in found
     ]
 
@@ -195,7 +195,7 @@ def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
 
 def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
     first, second, _ = (
-        label_studio.task(r, "/data/local-files/?d={uri}") for r in made(tmp_path)
+        label_studio.label_studio_task(r, "/data/local-files/?d={uri}") for r in made(tmp_path)
     )
     assert [t["predictions"][0]["score"] for t in (first, second)] == [
         pytest.approx(1 / 3, abs=1e-4),
@@ -225,7 +225,7 @@ def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
 
 
 def tasks(folder: Path) -> list[dict[str, Any]]:
-    return [label_studio.task(r) for r in made(folder)]
+    return [label_studio.label_studio_task(r) for r in made(folder)]
 
 
 def export(folder: Path, content: Any) -> str:
@@ -258,7 +258,7 @@ def test_only_finished_tasks_count_as_reviewed_and_the_last_word_counts(
         annotated(second, was_cancelled=True),
         third | {"annotations": []},
     ]
-    found = label_studio.read(export(tmp_path, content))
+    found = label_studio.read_label_studio(export(tmp_path, content))
     assert [(r.image_id, r.reviewed, len(r.boxes)) for r in found] == [
         ("a/disputed", True, 0),
         ("agreed", False, 0),
@@ -280,10 +280,10 @@ def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(
             "rectanglelabels": ["cat"],
         },
     }
-    [found] = label_studio.read(
+    [found] = label_studio.read_label_studio(
         export(tmp_path, [annotated(tasks(tmp_path)[0], result=[choice, drawn])])
     )
-    assert found.boxes == (Box((0, 0, 20, 30), "cat"),)
+    assert found.boxes == (ReviewedBox((0, 0, 20, 30), "cat"),)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_is_no_box_of_label_studio_is_an_error(
     with pytest.raises(
         InputError, match="task 0: expected an upright box with one label"
     ):
-        label_studio.read(export(tmp_path, content))
+        label_studio.read_label_studio(export(tmp_path, content))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_an_export_of_something_else_is_an_error(
     tmp_path: Path, content: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        label_studio.read(export(tmp_path, content))
+        label_studio.read_label_studio(export(tmp_path, content))
 
 
 def test_the_labelling_setup_names_the_classes() -> None:
@@ -370,13 +370,13 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
         40,
         30,
         (
-            Box((1, 2, 11, 7), "cat", "", "said"),
-            Box((1, 2, 11, 7), "cat", "private", "said"),
+            ReviewedBox((1, 2, 11, 7), "cat", "", "said"),
+            ReviewedBox((1, 2, 11, 7), "cat", "private", "said"),
         ),
         reviewed=True,
     )
-    assert cvat.read(place) == cvat.read(str(tmp_path / "job.zip")) == [expected]
-    assert not cvat.read(cvat_xml(tmp_path, done="false"))[0].reviewed
+    assert cvat.read_cvat(place) == cvat.read_cvat(str(tmp_path / "job.zip")) == [expected]
+    assert not cvat.read_cvat(cvat_xml(tmp_path, done="false"))[0].reviewed
 
 
 @pytest.mark.parametrize(
@@ -409,23 +409,23 @@ def test_what_can_not_be_read_of_cvat_is_named(
 ) -> None:
     (tmp_path / "x.xml").write_text(content)
     with pytest.raises(InputError, match=message):
-        cvat.read(str(tmp_path / "x.xml"))
+        cvat.read_cvat(str(tmp_path / "x.xml"))
 
 
 def test_an_archive_of_another_format_is_an_error(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "job.zip", "w") as archive:
         archive.writestr("instances.json", "{}")
     with pytest.raises(InputError, match=r"export the task as 'CVAT for images 1\.1'"):
-        cvat.read(str(tmp_path / "job.zip"))
+        cvat.read_cvat(str(tmp_path / "job.zip"))
 
 
 def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
     found = made(tmp_path)
     known = {
         label["name"]: {a["name"]: a for a in label["attributes"]}
-        for label in cvat.labels(CLASSES)
+        for label in cvat.cvat_labels(CLASSES)
     }
-    root = ET.fromstring(cvat.as_xml(found))
+    root = ET.fromstring(cvat.cvat_xml(found))
     for node in (*root.iter("box"), *root.iter("tag")):
         for attribute in node.iterfind("attribute"):
             told = known[node.get("label", "")][attribute.get("name", "")]
@@ -434,7 +434,7 @@ def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
                 "false",
             ]
     with pytest.raises(InputError, match="no class can have it"):
-        cvat.write([], str(tmp_path / "x"), ("review",))
+        cvat.write_cvat([], str(tmp_path / "x"), ("review",))
 
 
 # FiftyOne
@@ -472,11 +472,11 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
         ]
     }
     (tmp_path / "samples.json").write_text(json.dumps(content))
-    first, second = fiftyone.read(str(tmp_path))
+    first, second = fiftyone.read_fiftyone(str(tmp_path))
     assert (first.image_id, first.reviewed, first.boxes) == (
         "abc",
         True,
-        (Box((10, 0, 30, 30), "cat"),),
+        (ReviewedBox((10, 0, 30, 30), "cat"),),
     )
     assert (second.reviewed, second.boxes) == (False, ())
 
@@ -496,4 +496,4 @@ def test_a_fiftyone_dataset_of_someone_else_is_an_error(
 ) -> None:
     (tmp_path / "samples.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
-        fiftyone.read(str(tmp_path))
+        fiftyone.read_fiftyone(str(tmp_path))

@@ -12,7 +12,7 @@ import torch
 from builders import CLASSES, examples, tiny_config, tiny_fit
 
 from coin_ray import storage, tables
-from coin_ray.data.examples import Example, TableExamples, batches, wide_images
+from coin_ray.data.examples import Example, TableExamples, iterate_batches, wide_images
 from coin_ray.structures import Detections
 from coin_ray.tables import (
     DetectionsTable,
@@ -48,7 +48,7 @@ def from_tables(folder: Path, source: list[Example]) -> TableExamples:
     )
     for name in NAMES:
         written = [
-            detections_row(e.image_id, e.knowledge[name], Provenance(name))
+            detections_row(e.image_id, e.detections[name], Provenance(name))
             for e in reversed(source)
         ]
         storage.write_table(str(folder / f"{name}.parquet"), detections_table(written))
@@ -63,7 +63,7 @@ def from_tables(folder: Path, source: list[Example]) -> TableExamples:
 
 def in_memory(folder: Path) -> list[Example]:
     return [
-        Example(e.image_id, e.uri, {n: e.knowledge[n] for n in NAMES})
+        Example(e.image_id, e.uri, {n: e.detections[n] for n in NAMES})
         for e in examples(folder)
     ]
 
@@ -78,8 +78,8 @@ def equal(a: Detections, b: Detections) -> bool:
 
 @pytest.fixture(params=[1 << 26, 0], ids=["small, in memory", "large, on the disk"])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(storage, "IN_MEMORY", request.param)
-    monkeypatch.setattr(storage, "GROUP", 2)
+    monkeypatch.setattr(storage, "MAX_BYTES_IN_MEMORY", request.param)
+    monkeypatch.setattr(storage, "ROW_GROUP", 2)
     return int(request.param)
 
 
@@ -93,11 +93,11 @@ def test_batches_are_those_of_examples_in_memory(
 ) -> None:
     source = in_memory(tmp_path)
     given = (tiny_fit(steps=4, batch=4), tiny_config())
-    read = batches(
+    read = iterate_batches(
         send(from_tables(tmp_path, source)), *given, seed=3, first=0, rank=0, workers=1
     )
     for ours, expected in zip(
-        read, batches(source, *given, seed=3, first=0, rank=0, workers=1), strict=True
+        read, iterate_batches(source, *given, seed=3, first=0, rank=0, workers=1), strict=True
     ):
         assert all(
             torch.equal(a, b) for a, b in zip(ours.strong, expected.strong, strict=True)
@@ -106,7 +106,7 @@ def test_batches_are_those_of_examples_in_memory(
             assert all(
                 equal(a, b)
                 for a, b in zip(
-                    ours.knowledge[name], expected.knowledge[name], strict=True
+                    ours.detections[name], expected.detections[name], strict=True
                 )
             )
 
@@ -127,7 +127,7 @@ def test_slices_and_ends(tmp_path: Path) -> None:
 
 def test_orientation(tmp_path: Path) -> None:
     source = [
-        Example(e.image_id, e.uri, e.knowledge, wide=n % 2 == 0)
+        Example(e.image_id, e.uri, e.detections, wide=n % 2 == 0)
         for n, e in enumerate(in_memory(tmp_path))
     ]
     expected = [True, False, True, False, True]
@@ -141,10 +141,10 @@ def test_orientation(tmp_path: Path) -> None:
 
 def test_a_step_of_grouped_images_has_one_orientation(tmp_path: Path) -> None:
     source = [
-        Example(str(n), e.uri, e.knowledge, wide=n % 2 == 0)
+        Example(str(n), e.uri, e.detections, wide=n % 2 == 0)
         for n, e in enumerate(in_memory(tmp_path)[:1] * 8)
     ]
-    seen = batches(
+    seen = iterate_batches(
         source,
         tiny_fit(steps=2, batch=4, group_aspects=True),
         tiny_config(),
@@ -166,7 +166,7 @@ class TestLookup:
             )
             for n in names
         ]
-        return tables.read_detections(detections_table(rows), 3)
+        return tables.detections_by_image(detections_table(rows), 3)
 
     @pytest.mark.parametrize(
         "names", [(), ("a",), ("b", "a", "c"), tuple(str(n) for n in range(50))]
@@ -192,7 +192,7 @@ class TestLookup:
 def test_a_large_table_leaves_no_file_and_no_memory_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "IN_MEMORY", 0)
+    monkeypatch.setattr(storage, "MAX_BYTES_IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     storage.write_table(

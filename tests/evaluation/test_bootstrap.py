@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.evaluation.bootstrap import draw_images, interval, mean_ap, resampled
-from coin_ray.evaluation.voc import average_precision, judged
+from coin_ray.evaluation.bootstrap import draw_bootstrap_samples, percentile_interval, mean_ap, bootstrap_average_precision
+from coin_ray.evaluation.voc import average_precision, match_detections
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 from tests.builders import detections
@@ -35,7 +35,7 @@ FOUND = {
 
 def test_an_image_drawn_twice_counts_as_two_images() -> None:
     draws = np.array([[1, 1, 1], [2, 1, 0], [0, 3, 0], [0, 0, 3]])
-    found = resampled(judged(FOUND, TRUTH, 2), draws)
+    found = bootstrap_average_precision(match_detections(FOUND, TRUTH, 2), draws)
     # class 0 as it is: right .9, wrong .8, wrong .7, right .6: 1/2 * 1 + 1/2 * 2/4
     # a twice: right twice, wrong twice, wrong, right: 2/3 * 1 + 1/3 * 3/6
     # b thrice: wrong thrice, right thrice: 3/6
@@ -77,18 +77,18 @@ def test_a_draw_scores_as_copies_of_its_images_would(
         2,
     ).ap
     np.testing.assert_allclose(
-        resampled(judged(found, known, 2), np.array([counts]))[0], expected
+        bootstrap_average_precision(match_detections(found, known, 2), np.array([counts]))[0], expected
     )
 
 
 def test_each_image_drawn_once_is_the_figure_itself() -> None:
-    as_it_is = resampled(judged(FOUND, TRUTH, 2), np.ones((1, 3), np.int64))
+    as_it_is = bootstrap_average_precision(match_detections(FOUND, TRUTH, 2), np.ones((1, 3), np.int64))
     np.testing.assert_allclose(as_it_is[0], average_precision(FOUND, TRUTH, 2).ap)
 
 
 def test_difficult_matches_are_neither_right_nor_wrong() -> None:
     hard = {"a": truth((HERE, 0), difficult=True), "b": truth((HERE, 0))}
-    first, *_ = judged(
+    first, *_ = match_detections(
         {"a": detections((HERE, 0, 0.9)), "b": detections((HERE, 0, 0.5))}, hard, 2
     )
     assert (
@@ -100,9 +100,9 @@ def test_difficult_matches_are_neither_right_nor_wrong() -> None:
 
 
 def test_the_same_seed_draws_the_same_images() -> None:
-    draws = draw_images(7, seed=3, draws=20)
-    assert (draws == draw_images(7, seed=3, draws=20)).all()
-    assert (draws != draw_images(7, seed=4, draws=20)).any()
+    draws = draw_bootstrap_samples(7, seed=3, draws=20)
+    assert (draws == draw_bootstrap_samples(7, seed=3, draws=20)).all()
+    assert (draws != draw_bootstrap_samples(7, seed=4, draws=20)).any()
     assert (draws.sum(1) == 7).all()
 
 
@@ -117,4 +117,4 @@ def test_the_same_seed_draws_the_same_images() -> None:
 def test_interval_holds_the_middle_95_percent(
     values: np.ndarray[tuple[int], np.dtype[np.float64]], expected: object
 ) -> None:
-    assert interval(values) == (pytest.approx(expected) if expected else None)
+    assert percentile_interval(values) == (pytest.approx(expected) if expected else None)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from coin_ray.evaluation.fusion_baselines import (
-    clip_labelled,
-    every_class,
+    relabel_with_clip,
+    expand_to_all_classes,
     pseudo_label_quality,
     static_fusion,
 )
@@ -25,7 +25,7 @@ def cloud(probs: list[list[float]], scores: list[float]) -> Detections:
 
 
 def test_clip_labelled_takes_the_best_foreground_class() -> None:
-    found = clip_labelled(
+    found = relabel_with_clip(
         cloud([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]], [0.8, 0.5]),
         torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.1, 0.6]]),
     )
@@ -77,11 +77,11 @@ def test_empty_and_wrong_shapes() -> None:
     none = Detections.empty(3)
     assert (
         len(static_fusion(none, torch.zeros(0, 4)))
-        == len(clip_labelled(none, torch.zeros(0, 4)))
+        == len(relabel_with_clip(none, torch.zeros(0, 4)))
         == 0
     )
     with pytest.raises(ValueError, match="shape"):
-        clip_labelled(none, torch.zeros(2, 4))
+        relabel_with_clip(none, torch.zeros(2, 4))
 
 
 def test_pseudo_label_quality() -> None:
@@ -119,7 +119,7 @@ def test_quality_of_nothing_is_nan() -> None:
 
 def test_every_class_reports_each_name_a_box_may_have() -> None:
     probs = torch.tensor([[0.6, 0.3, 0.0, 0.1]])
-    found = every_class(
+    found = expand_to_all_classes(
         Detections(
             torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
             torch.tensor([0.8]),
@@ -130,4 +130,4 @@ def test_every_class_reports_each_name_a_box_may_have() -> None:
     assert found.labels.tolist() == [0, 1]
     assert found.scores.tolist() == pytest.approx([0.8, 0.4])
     assert torch.equal(found.boxes, torch.tensor([[0.0, 0.0, 4.0, 4.0]] * 2))
-    assert len(every_class(Detections.empty(3))) == 0
+    assert len(expand_to_all_classes(Detections.empty(3))) == 0

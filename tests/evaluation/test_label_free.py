@@ -9,10 +9,10 @@ from builders import detections
 from scipy.stats import spearmanr
 
 from coin_ray.evaluation.label_free import (
-    SURE,
-    calibration_error,
-    expected_boxes,
-    label_free,
+    CONFIDENT_SCORE,
+    miscalibration,
+    confident_detections,
+    label_free_score,
 )
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.structures import Detections
@@ -39,12 +39,12 @@ def world(seed: int = 0) -> tuple[dict[str, Truth], dict[str, Truth]]:
             int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES))
             for label in labels
         ]
-        scores = [*draw.uniform(SURE, 1, 3), draw.uniform(0, SURE)]
+        scores = [*draw.uniform(CONFIDENT_SCORE, 1, 3), draw.uniform(0, CONFIDENT_SCORE)]
         rows = [
             (place, label, float(score))
             for place, label, score in zip(PLACES, said, scores, strict=True)
         ]
-        expected[str(number)] = expected_boxes(detections(*rows, classes=CLASSES))
+        expected[str(number)] = confident_detections(detections(*rows, classes=CLASSES))
     return truth, expected
 
 
@@ -83,7 +83,7 @@ def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
     for quality in QUALITIES:
         found = student(truth, quality, seed + 1)
         judged.append(
-            label_free(found, student(truth, quality, seed + 100), expected, CLASSES)[
+            label_free_score(found, student(truth, quality, seed + 100), expected, CLASSES)[
                 "score"
             ]
         )
@@ -95,13 +95,13 @@ def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
 def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None:
     """Under another name it is wrong."""
     expected = {
-        "a": expected_boxes(
-            detections((PLACES[1], 1, SURE - 0.01), (PLACES[0], 0, SURE))
+        "a": confident_detections(
+            detections((PLACES[1], 1, CONFIDENT_SCORE - 0.01), (PLACES[0], 0, CONFIDENT_SCORE))
         )
     }
     right = (PLACES[0], 0, 0.8)
     alone, with_it, renamed = (
-        label_free({"a": detections(right, *more)}, {}, expected, CLASSES)
+        label_free_score({"a": detections(right, *more)}, {}, expected, CLASSES)
         for more in ((), ((PLACES[1], 1, 0.9),), ((PLACES[1], 0, 0.9),))
     )
     assert with_it == alone
@@ -115,7 +115,7 @@ def test_a_student_that_differs_from_its_teacher_is_worth_less() -> None:
     truth, expected = world()
     found = student(truth, 0.8)
     same, other = (
-        label_free(found, teacher, expected, CLASSES)
+        label_free_score(found, teacher, expected, CLASSES)
         for teacher in (found, student(truth, 0.2, seed=9))
     )
     assert same["disagreement"] < 0.05 < other["disagreement"]
@@ -139,14 +139,14 @@ def test_calibration_error_is_the_gap_between_score_and_share_confirmed(
         str(n): detections((PLACES[0] if n < 8 * share else PLACES[2], 0, score))
         for n in range(8)
     }
-    assert calibration_error(found, truth) == pytest.approx(error, abs=1e-6)
+    assert miscalibration(found, truth) == pytest.approx(error, abs=1e-6)
 
 
 def test_a_student_that_sees_nothing_is_the_worst() -> None:
     truth, expected = world()
     empty = {image: Detections.empty(CLASSES) for image in truth}
     worst = min(
-        label_free(student(truth, q), student(truth, q, 7), expected, CLASSES)["score"]
+        label_free_score(student(truth, q), student(truth, q, 7), expected, CLASSES)["score"]
         for q in QUALITIES
     )
-    assert label_free(empty, empty, expected, CLASSES)["score"] < worst
+    assert label_free_score(empty, empty, expected, CLASSES)["score"] < worst

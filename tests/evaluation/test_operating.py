@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coin_ray.evaluation.operating import best_f1, losses, tally
-from coin_ray.evaluation.voc import Judged
+from coin_ray.evaluation.operating import best_f1, regression_by_image, count_by_image
+from coin_ray.evaluation.voc import MatchedDetections
 
 
-def judge(rows: list[tuple[float, int, bool]], required: list[int]) -> Judged:
+def judge(rows: list[tuple[float, int, bool]], required: list[int]) -> MatchedDetections:
     score, image, right = zip(*rows, strict=True) if rows else ((), (), ())
-    return Judged(
+    return MatchedDetections(
         np.array(score, np.float64),
         np.array(image, np.int64),
         np.array(right, np.bool_),
@@ -48,11 +48,11 @@ def test_a_method_that_is_never_right_has_no_threshold(
 
 
 def test_tally_and_losses_count_by_image() -> None:
-    theirs, ours = tally([CAT, DOG], 0.45), tally([CAT, DOG], 0.85)
+    theirs, ours = count_by_image([CAT, DOG], 0.45), count_by_image([CAT, DOG], 0.85)
     assert (theirs.truth.tolist(), theirs.found.tolist(), theirs.wrong.tolist()) == (
         [1, 3],
         [1, 1],
         [1, 0],
     )
     # ours drops a wrong box of the first image and a right one of the second
-    assert losses(ours, theirs).tolist() == [-1, 1]
+    assert regression_by_image(ours, theirs).tolist() == [-1, 1]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from coin_ray.evaluation.separation_accuracy import judged_kinds
+from coin_ray.evaluation.separation_accuracy import separation_accuracy
 from coin_ray.tables import Truth
 
 CAR, DOG, NOTHING = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]
@@ -47,7 +47,7 @@ def row(
 
 
 def test_consistent_and_private_boxes_are_right_or_wrong() -> None:
-    found = judged_kinds(
+    found = separation_accuracy(
         [
             row(("consistent", ON_CAR, CAR, CAR), ("consistent", ON_DOG, CAR, CAR)),
             row(
@@ -65,7 +65,7 @@ def test_consistent_and_private_boxes_are_right_or_wrong() -> None:
 
 
 def test_of_disputed_boxes_it_tells_who_was_right() -> None:
-    found = judged_kinds(
+    found = separation_accuracy(
         [
             row(
                 ("inconsistent", ON_CAR, [0.9, 0.1, 0.0], DOG),
@@ -84,7 +84,7 @@ def test_of_disputed_boxes_it_tells_who_was_right() -> None:
 
 def test_images_without_truth_and_without_boxes_do_not_count() -> None:
     assert (
-        judged_kinds(
+        separation_accuracy(
             [row(("consistent", ON_CAR, CAR, CAR), image_id="unknown"), row()], truth()
         )
         == {}
@@ -99,7 +99,7 @@ def test_a_box_on_an_image_without_objects_is_background() -> None:
             torch.zeros(0, dtype=torch.bool),
         )
     }
-    found = judged_kinds(
+    found = separation_accuracy(
         [
             row(
                 ("consistent", ON_CAR, CAR, CAR),
@@ -114,7 +114,7 @@ def test_a_box_on_an_image_without_objects_is_background() -> None:
 def test_an_unsure_teacher_is_right_when_its_name_is() -> None:
     """The best entry of a vector with a score below a half is often background;
     training teaches the name."""
-    found = judged_kinds(
+    found = separation_accuracy(
         [
             row(
                 ("consistent", ON_CAR, UNSURE, UNSURE),

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from coin_ray.evaluation.teacher_agreement import confusion, sides
-from coin_ray.tables import NOBODY, SEPARATION
+from coin_ray.evaluation.teacher_agreement import teacher_confusion, ckg_agreement_rates
+from coin_ray.tables import NO_LABEL, SEPARATION
 
 CAR, DOG, NOTHING = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]
 UNSURE = [0.35, 0.05, 0.6]
@@ -17,13 +17,13 @@ def test_confusion_counts_boxes_that_both_saw_by_both_names() -> None:
         "boxes": [[0.0] * 4] * 4,
         "kind": ["consistent", "inconsistent", "inconsistent", "private"],
         "cloud_labels": [0, 0, 1, 0],
-        "clip_labels": [0, 2, 0, NOBODY],
+        "clip_labels": [0, 2, 0, NO_LABEL],
         "cloud_probs": [UNSURE, CAR, DOG, CAR],
     }
     table = pa.Table.from_pylist(
         [row | {"clip_probs": [UNSURE, NOTHING, CAR, [0.0, 0, 0]]}], schema=SEPARATION
     )
-    counts = confusion([table, SEPARATION.empty_table()], 2)
+    counts = teacher_confusion([table, SEPARATION.empty_table()], 2)
     assert counts.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0]]
 
 
@@ -34,7 +34,7 @@ def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
     )
     fused = torch.tensor([DOG, CAR, CAR, DOG, CAR])
     # the first box is not disputed
-    found = sides(cloud, clip, fused, torch.tensor([0, 0, 1, 1, 1]))
+    found = ckg_agreement_rates(cloud, clip, fused, torch.tensor([0, 0, 1, 1, 1]))
     assert found == {
         "cloud": {"share": 0.5, "right": 0.5},
         "clip": {"share": 0.25, "right": 1.0},
@@ -44,14 +44,14 @@ def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
 
 def test_a_side_never_taken_is_neither_right_nor_wrong() -> None:
     one = torch.tensor([CAR])
-    assert sides(one, torch.tensor([DOG]), one, torch.tensor([0])) == {
+    assert ckg_agreement_rates(one, torch.tensor([DOG]), one, torch.tensor([0])) == {
         "cloud": {"share": 1.0, "right": 1.0},
         "clip": {"share": 0.0},
         "neither": {"share": 0.0},
     }
-    assert sides(one, one, one, torch.tensor([0])) == {}
+    assert ckg_agreement_rates(one, one, one, torch.tensor([0])) == {}
     assert (
-        sides(
+        ckg_agreement_rates(
             torch.zeros(0, 1),
             torch.zeros(0, 1),
             torch.zeros(0, 1),

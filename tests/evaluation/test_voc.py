@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coin_ray.evaluation.fusion_baselines import every_class
-from coin_ray.evaluation.voc import Report, average_precision, pairwise_iou
+from coin_ray.evaluation.fusion_baselines import expand_to_all_classes
+from coin_ray.evaluation.voc import VocReport, average_precision, pairwise_iou
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -40,7 +40,7 @@ def truth(*rows: tuple[Box, int] | tuple[Box, int, bool]) -> Truth:
     )
 
 
-def one_image(found: Detections, annotated: Truth, **options: bool) -> Report:
+def one_image(found: Detections, annotated: Truth, **options: bool) -> VocReport:
     return average_precision({"a": found}, {"a": annotated}, 2, **options)
 
 
@@ -132,7 +132,7 @@ def test_one_class_ranks_by_score_although_its_vectors_are_all_alike() -> None:
     def found(right: float, wrong: float) -> dict[str, Detections]:
         scores = {"b": right, "a": wrong}
         return {
-            i: every_class(
+            i: expand_to_all_classes(
                 Detections(
                     torch.tensor([A]),
                     torch.tensor([s]),

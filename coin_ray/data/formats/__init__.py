@@ -20,12 +20,12 @@ from coin_ray.data.formats.record import (
     IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    Place,
-    Record,
-    check_name,
-    known_names,
-    parallel,
-    stem,
+    DatasetFolder,
+    ImageRecord,
+    check_class_name,
+    collect_class_names,
+    map_in_threads,
+    strip_suffix,
 )
 from coin_ray.errors import InputError
 
@@ -34,9 +34,9 @@ __all__ = [
     "READABLE",
     "Annotation",
     "Dataset",
-    "Record",
-    "read",
-    "write",
+    "ImageRecord",
+    "read_dataset",
+    "write_dataset",
 ]
 
 READABLE = "COCO, VOC, YOLO, KITTI, BDD100K or Cityscapes"
@@ -50,14 +50,14 @@ IMAGE_FOLDERS = {
 """Where each format that can be written has its images."""
 
 
-def read(place: str) -> Dataset:
+def read_dataset(place: str) -> Dataset:
     """Images and annotations of ``FOLDER`` or ``FOLDER#SPLIT``, local or any URI; the
     format is known by its files.
 
     A folder in no known format is a plain one: its images, none of them annotated.
     Raises InputError naming file and line.
     """
-    opened = Place.open(place)
+    opened = DatasetFolder.open(place)
     for module in (coco, voc, yolo, kitti, cityscapes, bdd100k):
         if module.recognises(opened):
             dataset: Dataset = module.read(opened)
@@ -71,14 +71,14 @@ def read(place: str) -> Dataset:
     return Dataset(
         "folder",
         tuple(
-            Record.of(path, opened.uris[path], (0, 0), [], annotated=False)
+            ImageRecord.of(path, opened.uris[path], (0, 0), [], annotated=False)
             for path in paths
         ),
     )
 
 
-def write(
-    records: Sequence[Record],
+def write_dataset(
+    records: Sequence[ImageRecord],
     place: str,
     format: str,  # noqa: A002
     split: str = "train",
@@ -96,29 +96,29 @@ def write(
         raise InputError(
             f"can't write {format!r}; known are {', '.join(IMAGE_FOLDERS)}"
         )
-    place = storage.absolute(place)
+    place = storage.absolute_uri(place)
     if drop_difficult:
         records = [_without_difficult(r) for r in records]
-    names = known_names(records, names)
+    names = collect_class_names(records, names)
     for name in names:
-        check_name(name, "names")
+        check_class_name(name, "names")
     _check_files(records, with_suffix=format in ("coco", "bdd100k"))
     _check_flags(records, format)
     folder = storage.join(place, IMAGE_FOLDERS[format].format(split=split))
-    parallel(lambda r: _copy(r, storage.join(folder, r.file)), records)
+    map_in_threads(lambda r: _copy(r, storage.join(folder, r.file)), records)
     if format == "coco":
-        coco.write(records, place, names)
+        coco.write_coco(records, place, names)
     elif format == "voc":
-        voc.write(records, place, split)
+        voc.write_voc(records, place, split)
     elif format == "yolo":
-        yolo.write(records, place, split, names)
+        yolo.write_yolo(records, place, split, names)
     elif format == "kitti":
-        kitti.write(records, place, split, names)
+        kitti.write_kitti(records, place, split, names)
     else:
-        bdd100k.write(records, place, split)
+        bdd100k.write_bdd100k(records, place, split)
 
 
-def _without_difficult(record: Record) -> Record:
+def _without_difficult(record: ImageRecord) -> ImageRecord:
     kept = ~record.difficult
     labels = tuple(
         label for label, keep in zip(record.labels, kept, strict=True) if keep
@@ -131,13 +131,13 @@ def _without_difficult(record: Record) -> Record:
     )
 
 
-def _check_files(records: Sequence[Record], with_suffix: bool) -> None:
+def _check_files(records: Sequence[ImageRecord], with_suffix: bool) -> None:
     """Every image has its own label file, or entry, and a size."""
     taken: dict[str, str] = {}
     for record in records:
         if {"", ".", ".."} & set(record.file.split("/")):
             raise InputError(f"{record.file!r} is no path of a file inside a folder")
-        key = record.file if with_suffix else stem(record.file)
+        key = record.file if with_suffix else strip_suffix(record.file)
         if key in taken:
             raise InputError(
                 f"{record.file} and {taken[key]} would share one label file; rename one"
@@ -148,7 +148,7 @@ def _check_files(records: Sequence[Record], with_suffix: bool) -> None:
             raise InputError(f"{record.uri} has no known size; is it an image?")
 
 
-def _check_flags(records: Sequence[Record], format: str) -> None:  # noqa: A002
+def _check_flags(records: Sequence[ImageRecord], format: str) -> None:  # noqa: A002
     for record in records:
         flags = zip(record.labels, record.difficult, strict=True)
         if format == "kitti" and any(
@@ -165,6 +165,6 @@ def _check_flags(records: Sequence[Record], format: str) -> None:  # noqa: A002
             )
 
 
-def _copy(record: Record, target: str) -> None:
+def _copy(record: ImageRecord, target: str) -> None:
     if record.uri != target:
         storage.write_bytes(target, storage.read_bytes(record.uri))

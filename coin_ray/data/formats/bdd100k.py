@@ -20,12 +20,12 @@ from coin_ray import storage
 from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
-    Place,
-    Record,
+    DatasetFolder,
+    ImageRecord,
+    collect_class_names,
     image_size,
-    known_names,
-    parallel,
-    read_json,
+    map_in_threads,
+    read_validated_json,
 )
 
 STARTS = ("det_", "bdd100k_labels_images_")
@@ -63,11 +63,11 @@ class _Frames:
 LIST, FRAMES = TypeAdapter(list[_Frame]), TypeAdapter(_Frames)
 
 
-def recognises(place: Place) -> bool:
+def is_bdd100k(place: DatasetFolder) -> bool:
     return bool(_by_split(place))
 
 
-def _by_split(place: Place) -> dict[str, str]:
+def _by_split(place: DatasetFolder) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in (
         p for p in place.below("", ".json") if p.startswith("labels/") or "/" not in p
@@ -83,7 +83,7 @@ def _by_split(place: Place) -> dict[str, str]:
     return found
 
 
-def read(place: Place) -> Dataset:
+def read_bdd100k(place: DatasetFolder) -> Dataset:
     """Images that no file lists are left out; of two files for one split the later
     release counts. Raises InputError naming file and entry.
     """
@@ -105,12 +105,12 @@ def read(place: Place) -> Dataset:
         for frame in frames
     }
 
-    def record(frame: _Frame) -> Record | None:
+    def record(frame: _Frame) -> ImageRecord | None:
         at = files[frame.name]
         return (
             None
             if at is None
-            else Record.of(
+            else ImageRecord.of(
                 frame.name,
                 place.uris[at],
                 image_size(place.uris[at]),
@@ -118,19 +118,19 @@ def read(place: Place) -> Dataset:
             )
         )
 
-    records = tuple(r for r in parallel(record, frames) if r is not None)
+    records = tuple(r for r in map_in_threads(record, frames) if r is not None)
     return Dataset(
         "bdd100k",
         records,
-        known_names(records),
+        collect_class_names(records),
         tuple(name for name, at in files.items() if at is None),
     )
 
 
 def _frames(uri: str) -> list[_Frame]:
     if storage.read_bytes(uri).lstrip()[:1] == b"{":
-        return read_json(FRAMES, uri, "BDD100K json").frames
-    return read_json(LIST, uri, "BDD100K json")
+        return read_validated_json(FRAMES, uri, "BDD100K json").frames
+    return read_validated_json(LIST, uri, "BDD100K json")
 
 
 def _annotations(frame: _Frame) -> list[Annotation]:
@@ -146,7 +146,7 @@ def _annotations(frame: _Frame) -> list[Annotation]:
     ]
 
 
-def write(records: Sequence[Record], root: str, split: str) -> None:
+def write_bdd100k(records: Sequence[ImageRecord], root: str, split: str) -> None:
     """Images that are not annotated are left out."""
     content = [{"name": r.file, "labels": _labels(r)} for r in records if r.annotated]
     storage.write_bytes(
@@ -155,7 +155,7 @@ def write(records: Sequence[Record], root: str, split: str) -> None:
     )
 
 
-def _labels(record: Record) -> list[dict[str, Any]]:
+def _labels(record: ImageRecord) -> list[dict[str, Any]]:
     rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
     return [
         {

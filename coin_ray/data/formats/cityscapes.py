@@ -20,11 +20,11 @@ from coin_ray.data.formats.record import (
     IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    Place,
-    Record,
-    known_names,
-    parallel,
-    read_json,
+    DatasetFolder,
+    ImageRecord,
+    collect_class_names,
+    map_in_threads,
+    read_validated_json,
 )
 from coin_ray.errors import InputError
 
@@ -63,11 +63,11 @@ class _File:
 FILE = TypeAdapter(_File)
 
 
-def recognises(place: Place) -> bool:
+def is_cityscapes(place: DatasetFolder) -> bool:
     return bool(place.folder("gtFine"))
 
 
-def read(place: Place) -> Dataset:
+def read_cityscapes(place: DatasetFolder) -> Dataset:
     """Raises InputError naming file and entry."""
     split, _, beta = place.split.partition("_foggy_")
     splits: dict[str, list[str]] = {}
@@ -95,11 +95,11 @@ def read(place: Place) -> Dataset:
             f"{place.root}: no {kind} for the {len(chosen)} label files of"
             f" {split or 'all splits'}"
         )
-    records = tuple(parallel(lambda pair: _record(place, *pair), pairs))
-    return Dataset("cityscapes", records, known_names(records), missing)
+    records = tuple(map_in_threads(lambda pair: _record(place, *pair), pairs))
+    return Dataset("cityscapes", records, collect_class_names(records), missing)
 
 
-def _images(place: Place, beta: str) -> dict[str, list[str]]:
+def _images(place: DatasetFolder, beta: str) -> dict[str, list[str]]:
     """Image paths by scene ("val/aachen/aachen_000000_000019")."""
     folder = "leftImg8bit_foggy" if beta else "leftImg8bit"
     ending = f"_leftImg8bit_foggy_beta_{beta}" if beta else "_leftImg8bit"
@@ -114,8 +114,8 @@ def _scene(path: str, ending: str) -> str:
     return path.partition("/")[2].removesuffix(ending)
 
 
-def _record(place: Place, label: str, image: str) -> Record:
-    content = read_json(FILE, place.uris[label], "Cityscapes polygon json")
+def _record(place: DatasetFolder, label: str, image: str) -> ImageRecord:
+    content = read_validated_json(FILE, place.uris[label], "Cityscapes polygon json")
     try:
         found = list(
             boxes(
@@ -128,7 +128,7 @@ def _record(place: Place, label: str, image: str) -> Record:
         raise InputError(
             f"{place.uris[label]}: the polygons can't be drawn: {error}"
         ) from None
-    return Record.of(
+    return ImageRecord.of(
         image.partition("/")[2],
         place.uris[image],
         (content.imgWidth, content.imgHeight),

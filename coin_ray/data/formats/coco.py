@@ -18,12 +18,12 @@ from coin_ray.data.formats.record import (
     IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    Place,
-    Record,
+    DatasetFolder,
+    ImageRecord,
+    collect_class_names,
     image_size,
-    known_names,
-    parallel,
-    read_json,
+    map_in_threads,
+    read_validated_json,
 )
 from coin_ray.errors import InputError
 
@@ -63,11 +63,11 @@ class _File:
 FILE = TypeAdapter(_File)
 
 
-def recognises(place: Place) -> bool:
+def is_coco(place: DatasetFolder) -> bool:
     return any(name in place.uris for name in SINGLE) or bool(_by_split(place))
 
 
-def _by_split(place: Place) -> dict[str, str]:
+def _by_split(place: DatasetFolder) -> dict[str, str]:
     every = {
         name: path
         for name, path in place.stems("annotations", ".json").items()
@@ -81,7 +81,7 @@ def _by_split(place: Place) -> dict[str, str]:
     return instances or every
 
 
-def read(place: Place) -> Dataset:
+def read_coco(place: DatasetFolder) -> Dataset:
     """Of a single file, images that it does not list count as without objects. Raises
     InputError naming file and entry.
     """
@@ -99,16 +99,16 @@ def read(place: Place) -> Dataset:
     return _read(place, chosen[0], name, unlisted=False)
 
 
-def _read(place: Place, path: str, folder: str, unlisted: bool) -> Dataset:
+def _read(place: DatasetFolder, path: str, folder: str, unlisted: bool) -> Dataset:
     uri = place.uris[path]
-    content = read_json(FILE, uri, "COCO json")
+    content = read_validated_json(FILE, uri, "COCO json")
     found = _annotations(content, uri)
     paths = {
         image.id: place.image(image.file_name, folder, f"images/{folder}", "images", "")
         for image in content.images
     }
 
-    def record(image: _Image) -> Record | None:
+    def record(image: _Image) -> ImageRecord | None:
         at = paths[image.id]
         if at is None:
             return None
@@ -117,13 +117,13 @@ def _read(place: Place, path: str, folder: str, unlisted: bool) -> Dataset:
             if image.width and image.height
             else image_size(place.uris[at])
         )
-        return Record.of(image.file_name, place.uris[at], size, found[image.id])
+        return ImageRecord.of(image.file_name, place.uris[at], size, found[image.id])
 
-    records = [r for r in parallel(record, content.images) if r is not None]
+    records = [r for r in map_in_threads(record, content.images) if r is not None]
     if unlisted:
         others = sorted(set(place.below("", *IMAGE_SUFFIXES)) - set(paths.values()))
-        records += parallel(
-            lambda p: Record.of(
+        records += map_in_threads(
+            lambda p: ImageRecord.of(
                 p.removeprefix("images/"), place.uris[p], image_size(place.uris[p]), []
             ),
             others,
@@ -134,7 +134,7 @@ def _read(place: Place, path: str, folder: str, unlisted: bool) -> Dataset:
     return Dataset(
         "coco",
         tuple(records),
-        known_names(records, [c.name.strip() for c in content.categories]),
+        collect_class_names(records, [c.name.strip() for c in content.categories]),
         missing,
     )
 
@@ -160,7 +160,7 @@ def _annotations(content: _File, uri: str) -> dict[Key, list[Annotation]]:
     return found
 
 
-def write(records: Sequence[Record], root: str, names: Sequence[str]) -> None:
+def write_coco(records: Sequence[ImageRecord], root: str, names: Sequence[str]) -> None:
     """One file per folder, without the images that are not annotated."""
     column = {name: number for number, name in enumerate(names, start=1)}
     images: list[dict[str, Any]] = []

@@ -15,14 +15,14 @@ from coin_ray.data.formats.record import (
     IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    Place,
-    Record,
+    DatasetFolder,
+    ImageRecord,
+    collect_class_names,
+    format_number,
     image_size,
-    known_names,
-    number,
-    parallel,
-    plain,
-    stem,
+    map_in_threads,
+    parse_number,
+    strip_suffix,
 )
 from coin_ray.errors import InputError
 
@@ -31,11 +31,11 @@ UNKNOWN = "-1 -1 -10 {} -1 -1 -1 -1000 -1000 -1000 -10"
 """KITTI's own values for what a 2D box does not say."""
 
 
-def recognises(place: Place) -> bool:
+def is_kitti(place: DatasetFolder) -> bool:
     return bool(place.folder("training/label_2", "label_2"))
 
 
-def read(place: Place) -> Dataset:
+def read_kitti(place: DatasetFolder) -> Dataset:
     """Images without a text file are not annotated. Raises InputError naming file and
     line.
     """
@@ -56,24 +56,26 @@ def read(place: Place) -> Dataset:
         else dict.fromkeys(sorted(images.keys() | labels.keys()))
     )
 
-    def record(name: str) -> Record:
+    def record(name: str) -> ImageRecord:
         file, uri = (
             images[name].removeprefix(f"{base}image_2/"),
             place.uris[images[name]],
         )
         found = _annotations(place, labels[name]) if name in labels else []
-        return Record.of(file, uri, image_size(uri), found, annotated=name in labels)
+        return ImageRecord.of(
+            file, uri, image_size(uri), found, annotated=name in labels
+        )
 
-    records = tuple(parallel(record, [name for name in wanted if name in images]))
+    records = tuple(map_in_threads(record, [name for name in wanted if name in images]))
     return Dataset(
         "kitti",
         records,
-        known_names(records),
+        collect_class_names(records),
         tuple(f"{base}image_2/{name}" for name in wanted if name not in images),
     )
 
 
-def _annotations(place: Place, path: str) -> list[Annotation]:
+def _annotations(place: DatasetFolder, path: str) -> list[Annotation]:
     rows = enumerate(place.lines(path), start=1)
     return [
         _annotation(line.split(), f"{place.uris[path]}:{row}")
@@ -89,12 +91,14 @@ def _annotation(words: list[str], where: str) -> Annotation:
             f" {len(words)}"
         )
     return Annotation(
-        [number(word, where) for word in words[4:8]], words[0], words[0] == IGNORED
+        [parse_number(word, where) for word in words[4:8]],
+        words[0],
+        words[0] == IGNORED,
     )
 
 
-def write(
-    records: Sequence[Record], root: str, split: str, names: Sequence[str]
+def write_kitti(
+    records: Sequence[ImageRecord], root: str, split: str, names: Sequence[str]
 ) -> None:
     """Blanks in names become underscores. Raises InputError if that makes two names
     one.
@@ -107,16 +111,18 @@ def write(
     for record in records:
         if record.annotated:
             rows = (
-                f"{_type(label)} {UNKNOWN.format(' '.join(map(plain, box)))}\n"
+                f"{_type(label)} {UNKNOWN.format(' '.join(map(format_number, box)))}\n"
                 for box, label in zip(record.boxes.tolist(), record.labels, strict=True)
             )
             storage.write_bytes(
-                storage.join(root, "training/label_2", f"{stem(record.file)}.txt"),
+                storage.join(
+                    root, "training/label_2", f"{strip_suffix(record.file)}.txt"
+                ),
                 "".join(rows).encode(),
             )
     storage.write_bytes(
         storage.join(root, "ImageSets", f"{split}.txt"),
-        "".join(f"{stem(r.file)}\n" for r in records).encode(),
+        "".join(f"{strip_suffix(r.file)}\n" for r in records).encode(),
     )
 
 

@@ -37,7 +37,7 @@ class Annotation(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Record:
+class ImageRecord:
     """An image and what is annotated in it: ``boxes`` [N, 4] xyxy, ``labels`` N names,
     ``difficult`` [N].
 
@@ -58,12 +58,12 @@ class Record:
     annotated: bool = True
 
     def __post_init__(self) -> None:
-        number = len(self.labels)
-        if self.boxes.shape != (number, 4) or self.difficult.shape != (number,):
+        count = len(self.labels)
+        if self.boxes.shape != (count, 4) or self.difficult.shape != (count,):
             shapes = f"boxes {self.boxes.shape} and difficult {self.difficult.shape}"
             raise InputError(
-                f"{self.file}: {number} labels need boxes ({number}, 4) and difficult"
-                f" ({number},); got {shapes}"
+                f"{self.file}: {count} labels need boxes ({count}, 4) and difficult"
+                f" ({count},); got {shapes}"
             )
         if not np.isfinite(self.boxes).all():
             raise InputError(
@@ -72,7 +72,7 @@ class Record:
                 ]
             )
         for label in self.labels:
-            check_name(label, self.file)
+            check_class_name(label, self.file)
 
     @classmethod
     def of(
@@ -82,7 +82,7 @@ class Record:
         size: tuple[int, int],
         found: Sequence[Annotation],
         annotated: bool = True,
-    ) -> Record:
+    ) -> ImageRecord:
         """``size``: (width, height)."""
         boxes = np.asarray([a.box for a in found], np.float64).reshape(-1, 4)
         return cls(
@@ -103,13 +103,13 @@ class Dataset:
     """
 
     format: str
-    records: tuple[Record, ...]
+    records: tuple[ImageRecord, ...]
     names: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetFolder:
     """A folder and one of its splits ("": all): ``uris`` by path below the folder."""
 
     root: str
@@ -117,11 +117,11 @@ class Place:
     uris: Mapping[str, str]
 
     @classmethod
-    def open(cls, text: str) -> Place:
+    def open(cls, text: str) -> DatasetFolder:
         """Of ``FOLDER`` or ``FOLDER#SPLIT``. Raises InputError if there is no such
         folder.
         """
-        text = storage.absolute(text)
+        text = storage.absolute_uri(text)
         root, mark, split = text.rpartition("#")
         if not mark or storage.exists(text):
             root, split = text, ""
@@ -146,7 +146,9 @@ class Place:
         """Paths by the part between folder and suffix: ``a/1`` of
         ``JPEGImages/a/1.jpg``.
         """
-        return {stem(p[len(folder) + 1 :]): p for p in self.below(folder, *suffixes)}
+        return {
+            strip_suffix(p[len(folder) + 1 :]): p for p in self.below(folder, *suffixes)
+        }
 
     def folder(self, *candidates: str) -> str:
         """The first of the folders that holds a file; "" if none does."""
@@ -233,12 +235,12 @@ def _bare(uri: str) -> str:
     return (uri.partition("://")[2] or uri).strip("/")
 
 
-def stem(path: str) -> str:
+def strip_suffix(path: str) -> str:
     folder, slash, name = path.rpartition("/")
     return folder + slash + (name.rpartition(".")[0] or name)
 
 
-def check_name(name: str, where: str) -> None:
+def check_class_name(name: str, where: str) -> None:
     """Raises InputError for a class name that is empty, has blanks at its ends or is
     not one printable line.
     """
@@ -249,7 +251,7 @@ def check_name(name: str, where: str) -> None:
         )
 
 
-def number(text: str | None, where: str) -> float:
+def parse_number(text: str | None, where: str) -> float:
     """Raises InputError naming ``where`` for what is no finite number."""
     try:
         value = float(text or "")
@@ -260,12 +262,12 @@ def number(text: str | None, where: str) -> float:
     return value
 
 
-def plain(value: float) -> str:
+def format_number(value: float) -> str:
     """The number as text that reads back as the same number: 12, 12.5."""
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
-def read_json(kind: TypeAdapter[T], uri: str, what: str) -> T:
+def read_validated_json(kind: TypeAdapter[T], uri: str, what: str) -> T:
     """A JSON file as ``kind``. Raises InputError naming the file and the line, or the
     entry, that is not as in ``what``.
     """
@@ -279,7 +281,7 @@ def read_json(kind: TypeAdapter[T], uri: str, what: str) -> T:
         raise InputError(f"{uri} is not {what}: {problems}") from None
 
 
-def parallel(function: Callable[[U], T], items: Iterable[U]) -> list[T]:
+def map_in_threads(function: Callable[[U], T], items: Iterable[U]) -> list[T]:
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
 
@@ -299,7 +301,9 @@ def image_size(uri: str) -> tuple[int, int]:
         return 0, 0
 
 
-def known_names(found: Iterable[Record], names: Sequence[Any] = ()) -> tuple[str, ...]:
+def collect_class_names(
+    found: Iterable[ImageRecord], names: Sequence[Any] = ()
+) -> tuple[str, ...]:
     """``names``, then the other labels of the records in the order of the alphabet."""
     stated = tuple(str(n) for n in names)
     return stated + tuple(

@@ -16,16 +16,16 @@ from coin_ray.data.formats.record import (
     IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    Place,
-    Record,
+    DatasetFolder,
+    ImageRecord,
+    collect_class_names,
+    format_number,
     image_size,
-    known_names,
-    number,
-    parallel,
-    plain,
-    stem,
+    map_in_threads,
+    parse_number,
+    strip_suffix,
 )
-from coin_ray.data.formats.xml import parse
+from coin_ray.data.formats.xml import parse_xml
 from coin_ray.errors import InputError
 
 DIFFICULT = {
@@ -38,11 +38,11 @@ DIFFICULT = {
 }
 
 
-def recognises(place: Place) -> bool:
+def is_voc(place: DatasetFolder) -> bool:
     return bool(place.folder("JPEGImages")) and bool(place.folder("Annotations"))
 
 
-def read(place: Place) -> Dataset:
+def read_voc(place: DatasetFolder) -> Dataset:
     """Images without XML are not annotated. Raises InputError naming file and line."""
     images, labels = (
         place.stems("JPEGImages", *IMAGE_SUFFIXES),
@@ -61,29 +61,29 @@ def read(place: Place) -> Dataset:
     )
     present = [name for name in wanted if name in images]
 
-    def record(name: str) -> Record:
+    def record(name: str) -> ImageRecord:
         file, uri = images[name].removeprefix("JPEGImages/"), place.uris[images[name]]
         if name not in labels:
-            return Record.of(file, uri, image_size(uri), [], annotated=False)
+            return ImageRecord.of(file, uri, image_size(uri), [], annotated=False)
         return _annotated(file, uri, place.uris[labels[name]])
 
-    records = tuple(parallel(record, present))
+    records = tuple(map_in_threads(record, present))
     return Dataset(
         "voc",
         records,
-        known_names(records),
+        collect_class_names(records),
         tuple(f"JPEGImages/{name}" for name in wanted if name not in images),
     )
 
 
-def _annotated(file: str, uri: str, label_uri: str) -> Record:
-    root, lines = parse(storage.read_bytes(label_uri), label_uri, "annotation")
+def _annotated(file: str, uri: str, label_uri: str) -> ImageRecord:
+    root, lines = parse_xml(storage.read_bytes(label_uri), label_uri, "annotation")
     found = [
         _object(node, f"{label_uri}:{lines[node]}") for node in root.iterfind("object")
     ]
     sides = [root.findtext(f"size/{side}", "0") for side in ("width", "height")]
-    width, height = (int(number(text, f"{label_uri}: size")) for text in sides)
-    return Record.of(
+    width, height = (int(parse_number(text, f"{label_uri}: size")) for text in sides)
+    return ImageRecord.of(
         file, uri, (width, height) if width and height else image_size(uri), found
     )
 
@@ -93,7 +93,7 @@ def _object(node: ET.Element, where: str) -> Annotation:
     if not label:
         raise InputError(f"{where}: an object without <name>")
     left, top, right, bottom = (
-        number(node.findtext(f"bndbox/{edge}"), f"{where}: <{edge}>")
+        parse_number(node.findtext(f"bndbox/{edge}"), f"{where}: <{edge}>")
         for edge in ("xmin", "ymin", "xmax", "ymax")
     )
     difficult = (node.findtext("difficult") or "").strip().lower()
@@ -102,20 +102,20 @@ def _object(node: ET.Element, where: str) -> Annotation:
     return Annotation((left - 1, top - 1, right, bottom), label, DIFFICULT[difficult])
 
 
-def write(records: Sequence[Record], root: str, split: str) -> None:
+def write_voc(records: Sequence[ImageRecord], root: str, split: str) -> None:
     for record in records:
         if record.annotated:
             storage.write_bytes(
-                storage.join(root, "Annotations", f"{stem(record.file)}.xml"),
+                storage.join(root, "Annotations", f"{strip_suffix(record.file)}.xml"),
                 _xml(record),
             )
     storage.write_bytes(
         storage.join(root, "ImageSets/Main", f"{split}.txt"),
-        "".join(f"{stem(r.file)}\n" for r in records).encode(),
+        "".join(f"{strip_suffix(r.file)}\n" for r in records).encode(),
     )
 
 
-def _xml(record: Record) -> bytes:
+def _xml(record: ImageRecord) -> bytes:
     root = ET.Element("annotation")
     _leaf(root, "filename", record.file)
     size = ET.SubElement(root, "size")
@@ -138,7 +138,7 @@ def _xml(record: Record) -> bytes:
             ("xmax", right),
             ("ymax", bottom),
         ):
-            _leaf(box, edge, plain(value))
+            _leaf(box, edge, format_number(value))
     ET.indent(root)
     return bytes(ET.tostring(root, "utf-8"))
 

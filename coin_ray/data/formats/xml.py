@@ -8,7 +8,9 @@ from xml.parsers import expat
 from coin_ray.errors import InputError
 
 
-def parse(data: bytes, uri: str, root: str) -> tuple[ET.Element, dict[ET.Element, int]]:
+def parse_xml(
+    data: bytes, uri: str, root: str
+) -> tuple[ET.Element, dict[ET.Element, int]]:
     """The element <root>, and the line of each element. Entities of the file's own are
     refused: they can grow without end.
 

@@ -17,13 +17,13 @@ from coin_ray.data.formats.record import (
     IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    Place,
-    Record,
+    DatasetFolder,
+    ImageRecord,
+    format_number,
     image_size,
-    number,
-    parallel,
-    plain,
-    stem,
+    map_in_threads,
+    parse_number,
+    strip_suffix,
 )
 from coin_ray.errors import InputError
 
@@ -31,11 +31,11 @@ YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 SPLITS = ("train", "val", "test")
 
 
-def recognises(place: Place) -> bool:
+def is_yolo(place: DatasetFolder) -> bool:
     return any(name in place.uris for name in YAMLS)
 
 
-def read(place: Place) -> Dataset:
+def read_yolo(place: DatasetFolder) -> Dataset:
     """Images without a text file are not annotated. Raises InputError naming file and
     line.
     """
@@ -49,16 +49,18 @@ def read(place: Place) -> Dataset:
         for path in _images(place, value, content.get("path"))
     )
 
-    def record(path: str) -> Record:
+    def record(path: str) -> ImageRecord:
         label, uri = _label_path(path), place.uris[path]
         size = image_size(uri)
         found = _annotations(place, label, names, size) if label in place.uris else []
-        return Record.of(_file(path), uri, size, found, annotated=label in place.uris)
+        return ImageRecord.of(
+            _file(path), uri, size, found, annotated=label in place.uris
+        )
 
     present = [path for path in wanted if path in place.uris]
     return Dataset(
         "yolo",
-        tuple(parallel(record, present)),
+        tuple(map_in_threads(record, present)),
         names,
         tuple(path for path in wanted if path not in place.uris),
     )
@@ -87,7 +89,7 @@ def _names(value: Any, uri: str) -> tuple[str, ...]:
     return tuple(str(rows[k]).strip() for k in range(len(rows)))
 
 
-def _images(place: Place, value: Any, base: Any) -> list[str]:
+def _images(place: DatasetFolder, value: Any, base: Any) -> list[str]:
     """Paths that a split names: folders, or text files with one path per line."""
     found: list[str] = []
     for entry in value if isinstance(value, list) else [value]:
@@ -109,7 +111,7 @@ def _images(place: Place, value: Any, base: Any) -> list[str]:
     return found
 
 
-def _below(place: Place, entry: str, base: Any) -> str:
+def _below(place: DatasetFolder, entry: str, base: Any) -> str:
     """The path below the folder: data.yaml may have lain elsewhere, so leading parts
     are left out until something is there.
     """
@@ -124,7 +126,9 @@ def _below(place: Place, entry: str, base: Any) -> str:
 def _label_path(path: str) -> str:
     """``images`` becomes ``labels`` in its last place, as Ultralytics does."""
     before, found, after = f"/{path}".rpartition("/images/")
-    return f"{stem(f'{before}/labels/{after}' if found else path).lstrip('/')}.txt"
+    return (
+        f"{strip_suffix(f'{before}/labels/{after}' if found else path).lstrip('/')}.txt"
+    )
 
 
 def _file(path: str) -> str:
@@ -135,7 +139,7 @@ def _file(path: str) -> str:
 
 
 def _annotations(
-    place: Place, path: str, names: Sequence[str], size: tuple[int, int]
+    place: DatasetFolder, path: str, names: Sequence[str], size: tuple[int, int]
 ) -> list[Annotation]:
     rows = enumerate(place.lines(path), start=1)
     return [
@@ -153,7 +157,7 @@ def _annotation(
             f"{where}: expected 'class x y width height', or a polygon; got"
             f" {len(words)} words"
         )
-    label, *values = (number(word, where) for word in words)
+    label, *values = (parse_number(word, where) for word in words)
     if not label.is_integer() or not 0 <= label < len(names):
         raise InputError(
             f"{where}: class {words[0]} is not in data.yaml, which names {len(names)}"
@@ -180,8 +184,8 @@ def _annotation(
     )
 
 
-def write(
-    records: Sequence[Record], root: str, split: str, names: Sequence[str]
+def write_yolo(
+    records: Sequence[ImageRecord], root: str, split: str, names: Sequence[str]
 ) -> None:
     """A second split is added to ``data.yaml`` if it has the same names; else
     InputError.
@@ -213,7 +217,7 @@ def write(
     )
 
 
-def _line(box: Sequence[float], label: int, record: Record) -> str:
+def _line(box: Sequence[float], label: int, record: ImageRecord) -> str:
     left, top, right, bottom = box
     across, down = (left + right) / 2 / record.width, (top + bottom) / 2 / record.height
     shares = (
@@ -222,4 +226,4 @@ def _line(box: Sequence[float], label: int, record: Record) -> str:
         (right - left) / record.width,
         (bottom - top) / record.height,
     )
-    return f"{label} {' '.join(plain(s) for s in shares)}\n"
+    return f"{label} {' '.join(format_number(s) for s in shares)}\n"

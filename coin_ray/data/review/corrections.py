@@ -10,41 +10,47 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.data import formats
-from coin_ray.data.formats import IMAGE_SUFFIXES, Record
-from coin_ray.data.formats.record import Place, parallel
+from coin_ray.data.formats import IMAGE_SUFFIXES, ImageRecord
+from coin_ray.data.formats.record import DatasetFolder, map_in_threads
 from coin_ray.data.review import cvat, fiftyone, label_studio
-from coin_ray.data.review.record import Box, Review
+from coin_ray.data.review.record import Review, ReviewedBox
 from coin_ray.errors import InputError
 
-FILES = {".json": label_studio.read, ".xml": cvat.read, ".zip": cvat.read}
+FILES = {
+    ".json": label_studio.read_label_studio,
+    ".xml": cvat.read_cvat,
+    ".zip": cvat.read_cvat,
+}
 OUTSIDE = 1.0
 """Pixels a box may stand out of its image: tools round."""
 SHOWN = 5
 
 
-def read(place: str) -> list[Review]:
+def read_reviews(place: str) -> list[Review]:
     """Of a JSON export of Label Studio, an export of CVAT (.xml or .zip), a folder
     exported by FiftyOne, or any labelled folder.
 
     Annotated images of a folder count as reviewed; they are known by their bytes.
     Raises InputError for what can't be read.
     """
-    place = storage.absolute(place)
+    place = storage.absolute_uri(place)
     reader = FILES.get(place[place.rfind(".") :].lower())
     if reader is not None and storage.exists(place):
         return reader(place)
-    if fiftyone.recognises(place):
-        return fiftyone.read(place)
-    records = [record for record in formats.read(place).records if record.annotated]
-    return parallel(_review, records)
+    if fiftyone.is_fiftyone(place):
+        return fiftyone.read_fiftyone(place)
+    records = [
+        record for record in formats.read_dataset(place).records if record.annotated
+    ]
+    return map_in_threads(_review, records)
 
 
-def _review(record: Record) -> Review:
+def _review(record: ImageRecord) -> Review:
     image_id = hashlib.sha256(storage.read_bytes(record.uri)).hexdigest()
     kept = [n for n, difficult in enumerate(record.difficult) if not difficult]
     left = record.boxes[kept].tolist()
     boxes = tuple(
-        Box((a, b, c, d), record.labels[n])
+        ReviewedBox((a, b, c, d), record.labels[n])
         for n, (a, b, c, d) in zip(kept, left, strict=True)
     )
     return Review(
@@ -58,15 +64,15 @@ def _review(record: Record) -> Review:
     )
 
 
-def content(place: str) -> str:
-    """Sixteen hex digits that change with what ``read`` would find; of images in a
+def reviews_digest(place: str) -> str:
+    """Sixteen hex digits that change with what ``read_dataset`` would find; of images in a
     folder names and sizes count. Empty if it is not there.
     """
-    place = storage.absolute(place)
+    place = storage.absolute_uri(place)
     try:
         if place.lower().endswith(tuple(FILES)):
-            return storage.digest(place)[:16]
-        opened = Place.open(place)
+            return storage.sha256(place)[:16]
+        opened = DatasetFolder.open(place)
     except (OSError, InputError):
         return ""
     found = hashlib.sha256(opened.split.encode())
@@ -77,19 +83,19 @@ def content(place: str) -> str:
         strict=True,
     ):
         said = (
-            str(size) if path.lower().endswith(IMAGE_SUFFIXES) else storage.digest(uri)
+            str(size) if path.lower().endswith(IMAGE_SUFFIXES) else storage.sha256(uri)
         )
         found.update(f"{path}\0{said}\0".encode())
     return found.hexdigest()[:16]
 
 
-def checked(
+def correction_rows(
     reviews: Iterable[Review],
     images: Mapping[str, Mapping[str, Any]],
     indexes: Mapping[str, int],
     place: str,
 ) -> list[dict[str, Any]]:
-    """Rows ``image_id``, ``boxes`` (within the image), ``labels`` of the reviewed
+    """Rows ``image_id``, ``boxes`` (within the image), ``cvat_labels`` of the reviewed
     images.
 
     ``images``: rows of ``tables.IMAGES`` by id. ``indexes``: number of the class by
@@ -145,7 +151,7 @@ def _faults(
     ]
 
 
-def _off(box: Box, size: tuple[int, int]) -> str:
+def _off(box: ReviewedBox, size: tuple[int, int]) -> str:
     left, top, right, bottom = box.edges
     if right <= left or bottom <= top:
         return "has no area"

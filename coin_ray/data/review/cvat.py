@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.data.formats.record import number, parallel, plain
-from coin_ray.data.formats.xml import parse
-from coin_ray.data.review.record import KINDS, Box, Review
+from coin_ray.data.formats.record import format_number, map_in_threads, parse_number
+from coin_ray.data.formats.xml import parse_xml
+from coin_ray.data.review.record import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
 
 FILE = "annotations.xml"
@@ -27,7 +27,7 @@ EDGES = ("xtl", "ytl", "xbr", "ybr")
 SHAPES = ("polygon", "polyline", "points", "cuboid", "mask", "skeleton", "ellipse")
 
 
-def write(reviews: Sequence[Review], folder: str, classes: Sequence[str]) -> None:
+def write_cvat(reviews: Sequence[Review], folder: str, classes: Sequence[str]) -> None:
     """``images/`` to make a task of, ``labels.json`` for its constructor (Raw), and
     ``annotations.xml`` to upload to it.
     """
@@ -35,17 +35,17 @@ def write(reviews: Sequence[Review], folder: str, classes: Sequence[str]) -> Non
         raise InputError(
             f"CVAT gets a tag of the name {TAG!r}, so no class can have it"
         )
-    parallel(
+    map_in_threads(
         lambda r: storage.write_bytes(
             storage.join(folder, "images", r.name), storage.read_bytes(r.uri)
         ),
         reviews,
     )
-    storage.write_json(storage.join(folder, "labels.json"), labels(classes))
-    storage.write_bytes(storage.join(folder, FILE), as_xml(reviews))
+    storage.write_json(storage.join(folder, "labels.json"), cvat_labels(classes))
+    storage.write_bytes(storage.join(folder, FILE), cvat_xml(reviews))
 
 
-def labels(classes: Sequence[str]) -> list[dict[str, Any]]:
+def cvat_labels(classes: Sequence[str]) -> list[dict[str, Any]]:
     """What CVAT's label constructor takes."""
     texts = [
         _attribute(name, "text", "", [""])
@@ -76,7 +76,7 @@ def _attribute(name: str, kind: str, default: str, values: list[str]) -> dict[st
     }
 
 
-def as_xml(reviews: Sequence[Review]) -> bytes:
+def cvat_xml(reviews: Sequence[Review]) -> bytes:
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
     for place, review in enumerate(reviews):
@@ -90,7 +90,8 @@ def as_xml(reviews: Sequence[Review]) -> bytes:
         )
         for box in review.boxes:
             edges = {
-                name: plain(value) for name, value in zip(EDGES, box.edges, strict=True)
+                name: format_number(value)
+                for name, value in zip(EDGES, box.edges, strict=True)
             }
             node = ET.SubElement(
                 image,
@@ -112,7 +113,7 @@ def as_xml(reviews: Sequence[Review]) -> bytes:
         counted = {kind: str(count) for kind, count in review.counts.items()}
         _set(
             ET.SubElement(image, "tag", label=TAG, source="auto"),
-            known | counted | {"disagreement": plain(review.disagreement)},
+            known | counted | {"disagreement": format_number(review.disagreement)},
         )
     ET.indent(root)
     return bytes(ET.tostring(root, "utf-8", xml_declaration=True))
@@ -123,14 +124,14 @@ def _set(node: ET.Element, values: dict[str, str]) -> None:
         ET.SubElement(node, "attribute", name=name).text = value
 
 
-def read(uri: str) -> list[Review]:
+def read_cvat(uri: str) -> list[Review]:
     """An export as it comes (.zip) or its ``annotations.xml``; images without the tag
-    that ``write`` gave them are left out.
+    that ``write_cvat`` gave them are left out.
 
     Raises InputError naming the line for what is no upright box, and if no image has
     the tag.
     """
-    root, lines = parse(_xml(uri), uri, "annotations")
+    root, lines = parse_xml(_xml(uri), uri, "annotations")
     found = [
         r
         for image in root.iterfind("image")
@@ -176,7 +177,8 @@ def _review(image: ET.Element, uri: str, lines: dict[ET.Element, int]) -> Review
             f" {other.get('label')!r}"
         )
     width, height = (
-        int(number(image.get(side), f"{where}: {side}")) for side in ("width", "height")
+        int(parse_number(image.get(side), f"{where}: {side}"))
+        for side in ("width", "height")
     )
     boxes = tuple(_box(node, f"{uri}:{lines[node]}") for node in image.iterfind("box"))
     return Review(
@@ -194,18 +196,18 @@ def _attributes(node: ET.Element) -> dict[str, str]:
     return {a.get("name", ""): a.text or "" for a in node.iterfind("attribute")}
 
 
-def _box(node: ET.Element, where: str) -> Box:
-    if number(node.get("rotation", "0"), f"{where}: rotation") % 360:
+def _box(node: ET.Element, where: str) -> ReviewedBox:
+    if parse_number(node.get("rotation", "0"), f"{where}: rotation") % 360:
         raise InputError(
             f"{where}: expected an upright box, got one turned by"
             f" {node.get('rotation')} degrees"
         )
     left, top, right, bottom = (
-        number(node.get(edge), f"{where}: {edge}") for edge in EDGES
+        parse_number(node.get(edge), f"{where}: {edge}") for edge in EDGES
     )
     told = _attributes(node)
     kind = told.get("kind", "")
-    return Box(
+    return ReviewedBox(
         (left, top, right, bottom),
         node.get("label", ""),
         kind if kind in KINDS else "",

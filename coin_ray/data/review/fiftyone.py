@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coin_ray import storage
-from coin_ray.data.formats.record import parallel, read_json
-from coin_ray.data.review.record import KINDS, Box, Review
+from coin_ray.data.formats.record import map_in_threads, read_validated_json
+from coin_ray.data.review.record import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
 
 FILE = "samples.json"
@@ -56,21 +56,21 @@ class _File:
 FOLDER = TypeAdapter(_File)
 
 
-def write(reviews: Sequence[Review], folder: str) -> None:
+def write_fiftyone(reviews: Sequence[Review], folder: str) -> None:
     """``samples.json`` and copies of the images in ``data/``."""
-    parallel(
+    map_in_threads(
         lambda r: storage.write_bytes(
             storage.join(folder, "data", r.name), storage.read_bytes(r.uri)
         ),
         reviews,
     )
-    content = {"samples": [sample(review) for review in reviews]}
+    content = {"samples": [fiftyone_sample(review) for review in reviews]}
     storage.write_bytes(
         storage.join(folder, FILE), json.dumps(content, indent=1).encode()
     )
 
 
-def sample(review: Review) -> dict[str, Any]:
+def fiftyone_sample(review: Review) -> dict[str, Any]:
     """What FiftyOne calls a sample, with the field ``ground_truth``."""
     known = {
         "image_id": review.image_id,
@@ -90,7 +90,7 @@ def sample(review: Review) -> dict[str, Any]:
     }
 
 
-def _detection(review: Review, box: Box) -> dict[str, Any]:
+def _detection(review: Review, box: ReviewedBox) -> dict[str, Any]:
     left, top, right, bottom = box.edges
     width, height = review.width, review.height
     told = {"kind": box.kind, "teachers": box.said} if box.kind else {}
@@ -103,16 +103,18 @@ def _detection(review: Review, box: Box) -> dict[str, Any]:
     return {"_cls": "Detection", "label": box.label, "bounding_box": place, **told}
 
 
-def recognises(place: str) -> bool:
+def is_fiftyone(place: str) -> bool:
     return storage.exists(storage.join(place, FILE))
 
 
-def read(place: str) -> list[Review]:
-    """A folder that was exported from what ``write`` made. Raises InputError naming the
+def read_fiftyone(place: str) -> list[Review]:
+    """A folder that was exported from what ``write_fiftyone`` made. Raises InputError naming the
     entry that is not as it should be.
     """
     uri = storage.join(place, FILE)
-    content: _File = read_json(FOLDER, uri, "a FiftyOne dataset that coin_ray wrote")
+    content: _File = read_validated_json(
+        FOLDER, uri, "a FiftyOne dataset that coin_ray wrote"
+    )
     return [
         _review(found, f"{uri}: samples.{number}")
         for number, found in enumerate(content.samples)
@@ -138,10 +140,10 @@ def _review(found: _Sample, where: str) -> Review:
     )
 
 
-def _box(found: _Detection, width: int, height: int) -> Box:
+def _box(found: _Detection, width: int, height: int) -> ReviewedBox:
     left, top, wide, high = found.bounding_box
     edges = (left * width, top * height, (left + wide) * width, (top + high) * height)
-    return Box(
+    return ReviewedBox(
         edges,
         found.label,
         *((found.kind, found.teachers or "") if found.kind in KINDS else ("", "")),

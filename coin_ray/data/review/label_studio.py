@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from coin_ray import storage
-from coin_ray.data.formats.record import image_size, read_json
-from coin_ray.data.review.record import KINDS, Box, Review
+from coin_ray.data.formats.record import image_size, read_validated_json
+from coin_ray.data.review.record import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
 
 
@@ -59,7 +59,7 @@ class _Task:
 EXPORT = TypeAdapter(list[_Task])
 
 
-def write(
+def write_label_studio(
     reviews: Sequence[Review], folder: str, classes: Sequence[str], url: str = "{uri}"
 ) -> None:
     """``tasks.json`` to import and ``labels.xml``, the labelling setup. ``url``: where
@@ -67,14 +67,14 @@ def write(
     """
     storage.write_bytes(
         storage.join(folder, "tasks.json"),
-        json.dumps([task(r, url) for r in reviews], indent=1).encode(),
+        json.dumps([label_studio_task(r, url) for r in reviews], indent=1).encode(),
     )
     storage.write_bytes(
         storage.join(folder, "labels.xml"), labelling_setup(classes).encode()
     )
 
 
-def task(review: Review, url: str = "{uri}") -> dict[str, Any]:
+def label_studio_task(review: Review, url: str = "{uri}") -> dict[str, Any]:
     """A prediction's score is the share of boxes that the teachers agree on: sorted by
     it, the images in dispute come first.
     """
@@ -111,7 +111,7 @@ def task(review: Review, url: str = "{uri}") -> dict[str, Any]:
     }
 
 
-def _region(number: int, review: Review, box: Box) -> dict[str, Any]:
+def _region(number: int, review: Review, box: ReviewedBox) -> dict[str, Any]:
     width, height = review.width, review.height
     left, top, right, bottom = box.edges
     value = {
@@ -149,16 +149,19 @@ def labelling_setup(classes: Sequence[str]) -> str:
     return ET.tostring(root, "unicode")
 
 
-def read(uri: str) -> list[Review]:
+def read_label_studio(uri: str) -> list[Review]:
     """A JSON export. Reviewed is what has an annotation that was not skipped: of
     several the one updated last.
 
     Raises InputError naming the task for what is no upright box, and for tasks that
-    were not written by ``write``.
+    were not written by ``write_label_studio``.
     """
-    exported: list[_Task] = read_json(EXPORT, uri, "a JSON export of Label Studio")
+    exported: list[_Task] = read_validated_json(
+        EXPORT, uri, "a JSON export of Label Studio"
+    )
     return [
-        _review(task, f"{uri}: task {number}") for number, task in enumerate(exported)
+        _review(label_studio_task, f"{uri}: task {number}")
+        for number, label_studio_task in enumerate(exported)
     ]
 
 
@@ -206,7 +209,7 @@ def _review(found: _Task, where: str) -> Review:
     )
 
 
-def _box(region: _Region, size: tuple[int, int], where: str) -> Box:
+def _box(region: _Region, size: tuple[int, int], where: str) -> ReviewedBox:
     value = region.value
     if (
         isinstance(value, dict)
@@ -222,7 +225,7 @@ def _box(region: _Region, size: tuple[int, int], where: str) -> Box:
         top + value.height * size[1] / 100,
     )
     kind, said = _told(region.meta.get("text"))
-    return Box((left, top, right, bottom), value.rectanglelabels[0], kind, said)
+    return ReviewedBox((left, top, right, bottom), value.rectanglelabels[0], kind, said)
 
 
 def _told(text: object) -> tuple[str, str]:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from coin_ray.data.formats.record import Annotation, Record
+from coin_ray.data.formats.record import Annotation, ImageRecord
 from coin_ray.storage import stream_table
-from coin_ray.tables import rows_of
+from coin_ray.tables import stream_rows
 
 KINDS = ("consistent", "inconsistent", "private")
 PEOPLE = ("reviewed",)
@@ -24,7 +24,7 @@ DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class ReviewedBox:
     """``edges``: left, top, right, bottom in pixels. ``kind``: one of KINDS, or empty
     if a person drew the box; ``said``: by the teachers.
     """
@@ -46,7 +46,7 @@ class Review:
     name: str
     width: int
     height: int
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[ReviewedBox, ...] = ()
     reviewed: bool = False
 
     @property
@@ -61,13 +61,13 @@ class Review:
         total = sum(self.counts.values())
         return round(1 - self.counts["consistent"] / total, DIGITS) if total else 0.0
 
-    def record(self) -> Record:
+    def record(self) -> ImageRecord:
         """As one image of a data set."""
         found = [Annotation(box.edges, box.label) for box in self.boxes]
-        return Record.of(self.name, self.uri, (self.width, self.height), found)
+        return ImageRecord.of(self.name, self.uri, (self.width, self.height), found)
 
 
-def reviews(
+def reviews_by_disagreement(
     images: pa.Table, separation: str, classes: Sequence[str], most: int | None = None
 ) -> tuple[list[Review], int]:
     """Of ``tables.IMAGES`` the ``most`` in most dispute, those first, and how many
@@ -82,7 +82,7 @@ def reviews(
     shared = _shared(images["uri"])
     rows = {
         row["image_id"]: row
-        for row in rows_of(separation, images["image_id"].take(pa.array(order)))
+        for row in stream_rows(separation, images["image_id"].take(pa.array(order)))
     }
     made = [
         _review(image, shared, rows[image["image_id"]], classes)
@@ -145,7 +145,7 @@ def _review(
 
 def _box(
     box: Sequence[float], kind: str, cloud: tuple[str, float], clip: tuple[str, float]
-) -> Box:
+) -> ReviewedBox:
     """``cloud`` and ``clip``: name and its probability; of a private box only ``cloud``
     counts, and may be either teacher's.
     """
@@ -155,7 +155,7 @@ def _box(
         if kind == "private"
         else f"cloud {cloud[0]} {cloud[1]:.2f}, CLIP {clip[0]} {clip[1]:.2f}"
     )
-    return Box((left, top, right, bottom), cloud[0], kind, said)
+    return ReviewedBox((left, top, right, bottom), cloud[0], kind, said)
 
 
 def _said(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.transforms.functional import pil_to_tensor
 
-from coin_ray.demo.detector import STRIDE, WEIGHTS, CloudStandIn, cell_centres
+from coin_ray.demo.detector import STRIDE, WEIGHTS, DemoCloud, grid_centres
 from coin_ray.demo.drawings import load_drawings
 from coin_ray.demo.scenes import SIZE, Artwork, Scene, compose
 
@@ -30,12 +30,12 @@ FIRST_SEED = 10_000_000
 """Seeds of the target scenes are far below."""
 
 
-def targets(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+def training_targets(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
     """Gaussian objectness [h, w], class per cell [h, w] (-1 = none) and box per cell
     [h, w, 4]; small objects drawn last.
     """
     cells = SIZE // STRIDE
-    centres = cell_centres(cells, cells)
+    centres = grid_centres(cells, cells)
     heat, label, box = (
         torch.zeros(cells, cells),
         torch.full((cells, cells), -1),
@@ -59,7 +59,9 @@ class Scenes(IterableDataset[Batch]):
         self.batch = batch
 
     def __iter__(self) -> Iterator[Batch]:
-        artwork = Artwork.of([d for d in load_drawings() if d.known_to_cloud])
+        artwork = Artwork.from_drawings(
+            [d for d in load_drawings() if d.known_to_cloud]
+        )
         seed = FIRST_SEED
         while True:
             rows = []
@@ -70,7 +72,9 @@ class Scenes(IterableDataset[Batch]):
                     else "source"
                 )
                 scene = compose(artwork, style, seed, objects=(2, 5))  # type: ignore[arg-type]
-                rows.append((pil_to_tensor(scene.image).float() / 255, *targets(scene)))
+                rows.append(
+                    (pil_to_tensor(scene.image).float() / 255, *training_targets(scene))
+                )
                 seed += 1
             images, heat, label, box = zip(*rows, strict=True)
             yield (
@@ -81,7 +85,7 @@ class Scenes(IterableDataset[Batch]):
             )
 
 
-def loss(model: CloudStandIn, batch: Batch) -> Tensor:
+def loss(model: DemoCloud, batch: Batch) -> Tensor:
     """Focal objectness (CornerNet's variant), class cross-entropy and generalised IoU
     on the positive cells.
     """
@@ -94,7 +98,7 @@ def loss(model: CloudStandIn, batch: Batch) -> Tensor:
         focal
         - ((1 - heat) ** 4 * probability**2 * (1 - probability).log())[~positive].sum()
     )
-    centres = cell_centres(*label.shape[1:]).expand(*label.shape, 2)[positive]
+    centres = grid_centres(*label.shape[1:]).expand(*label.shape, 2)[positive]
     predicted = torch.cat(
         [centres - sides[positive][:, :2], centres + sides[positive][:, 2:]], 1
     )
@@ -113,7 +117,7 @@ def main() -> None:
     minutes = parser.parse_args().minutes
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = CloudStandIn().train()
+    model = DemoCloud().train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     start, step = time.monotonic(), 0
     for batch in DataLoader(

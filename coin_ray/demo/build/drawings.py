@@ -263,7 +263,7 @@ def assign_knowledge(rows: list[dict[str, Any]]) -> None:
                 row[teacher] = True
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def write_drawings(rows: Iterable[dict[str, Any]], path: Path) -> None:
     def webp(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=90, method=6)
@@ -308,8 +308,8 @@ def main() -> None:
         + draw.sample(clutter, SHIPPED_CLUTTER)
         + draw.sample(source_clutter, SHIPPED_CLUTTER // 2)
     )
-    write(shipped, ASSETS / "drawings.parquet")
-    write(rows, parser.parse_args().everything)
+    write_drawings(shipped, ASSETS / "drawings.parquet")
+    write_drawings(rows, parser.parse_args().everything)
     for label in CLASSES:
         print(
             label,
