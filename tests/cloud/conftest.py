@@ -26,8 +26,9 @@ from coin_ray.cloud.adapters.parsing import error_object
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.frames import FRAME, MAGIC
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.cloud.journal.record_format import HEADER, MAGIC
 from coin_ray.cloud.protocol import (
     Adapter,
     Capabilities,
@@ -130,9 +131,9 @@ def journal_text(folder: Path) -> str:
         segment, offset = file.read_bytes(), 0
         texts.append(segment.decode("latin-1"))
         while offset < len(segment):
-            magic, head_length, body_length, _ = FRAME.unpack_from(segment, offset)
+            magic, head_length, body_length, _ = HEADER.unpack_from(segment, offset)
             assert magic == MAGIC
-            start = offset + FRAME.size + head_length
+            start = offset + HEADER.size + head_length
             offset = start + body_length
             texts.append(zlib.decompress(segment[start:offset]).decode("latin-1"))
     return "\n".join(texts)
@@ -140,11 +141,12 @@ def journal_text(folder: Path) -> str:
 
 JOURNAL_WRITER = """
 import sys
-from coin_ray.cloud.journal.journal import Journal, Record
-journal = Journal.open(sys.argv[1])
+from coin_ray.cloud.journal.base import AnswerRecord
+from coin_ray.cloud.journal.opening import open_journal
+journal = open_journal(sys.argv[1])
 for i in range(10**6):
     journal.attempt(str(i), 0.01)
-    journal.put(str(i), Record(b"%d" % i))
+    journal.put(str(i), AnswerRecord(b"%d" % i))
     print(i, flush=True)
 """
 """A process that writes responses ``0``, ``1``, ... and prints the number of each."""
@@ -168,7 +170,7 @@ def check_killed_journal_writer(uri: str, records: int) -> None:
     process.stdout.close()
     process.wait()
     last = int(lines[-1])
-    journal = Journal.open(uri)
+    journal = open_journal(uri)
     assert all(journal.get(str(i)) is not None for i in range(last + 1))
     assert last + 1 <= journal.spent()[0] <= last + 2
 
@@ -300,7 +302,7 @@ def build_harness(tmp_path: Path) -> HarnessBuilder:
         clock = FakeTime()
         config = Cloud(**{"url": url, "rate": 1000.0, **settings})
         service = ScriptedService(list(replies))
-        journal = Journal.open(str(tmp_path / folder))
+        journal = open_journal(str(tmp_path / folder))
         governor = Governor(governor_limits(config), journal.spent(), clock)
         client = CloudClient(
             config,

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,40 +12,53 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coin_ray import storage
-from coin_ray.cloud.journal.journal import (
-    Journal,
-    ObjectJournal,
-    Record,
-    SegmentJournal,
-    answer_key,
-)
-from coin_ray.cloud.journal.journal import journal as journal_module
+from coin_ray.cloud.journal import segments
+from coin_ray.cloud.journal.base import AnswerRecord, Journal
+from coin_ray.cloud.journal.keys import answer_key
+from coin_ray.cloud.journal.object_store import ObjectJournal
+from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.cloud.journal.record_format import body_digest, encode_record
+from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.cloud.protocol import Query
 from coin_ray.errors import InputError
 
+from .conftest import check_killed_journal_writer, start_journal_writer
+
+SHARED_FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""All examples of a property share one ``tmp_path``; each makes its own folder in it."""
+
 
 @pytest.fixture(params=["disk", "objects"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (
-        str(tmp_path / "journal")
-        if request.param == "disk"
-        else f"memory://{uuid.uuid4().hex}/journal"
-    )
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return _journal_uri(request.param, tmp_path / "journal")
 
 
-def segment(folder: Path | str) -> Path:
+def _journal_uri(kind: str, folder: Path) -> str:
+    """Return the place of a new journal: ``folder``, or objects in memory."""
+    if kind == "disk":
+        return str(folder)
+    return f"memory://{uuid.uuid4().hex}/journal"
+
+
+def _only_segment(folder: Path | str) -> Path:
     return next(Path(folder).glob("*.segment"))
 
 
+def _bodies(journal: Journal, keys: Iterable[str]) -> list[bytes | None]:
+    """Return the bodies on record for these keys, None where there is no record."""
+    records = [journal.get(key) for key in keys]
+    return [record.body if record is not None else None for record in records]
+
+
 def test_kinds(tmp_path: Path) -> None:
-    assert isinstance(Journal.open(str(tmp_path)), SegmentJournal)
-    assert isinstance(Journal.open(f"file://{tmp_path}"), SegmentJournal)
-    assert isinstance(Journal.open("memory://here"), ObjectJournal)
+    assert isinstance(open_journal(str(tmp_path)), SegmentJournal)
+    assert isinstance(open_journal(f"file://{tmp_path}"), SegmentJournal)
+    assert isinstance(open_journal("memory://here"), ObjectJournal)
 
 
-def test_answers_come_back_also_after_reopening(place: str) -> None:
-    journal = Journal.open(place)
-    record = Record(
+def test_answers_come_back_also_after_reopening(uri: str) -> None:
+    journal = open_journal(uri)
+    record = AnswerRecord(
         b'{"detections": []}',
         "application/json",
         attempts=3,
@@ -59,63 +70,60 @@ def test_answers_come_back_also_after_reopening(place: str) -> None:
     journal.put("a", record)
     assert journal.get("a") == record
     journal.close()
-    assert Journal.open(place).get("a") == record
+    assert open_journal(uri).get("a") == record
 
 
-def test_many_writers(place: str) -> None:
-    writers = [Journal.open(place) for _ in range(3)]
+def test_many_writers(uri: str) -> None:
+    writers = [open_journal(uri) for _ in range(3)]
     for i in range(30):
-        writers[i % 3].put(f"k{i}", Record(b"%d" % i))
+        writers[i % 3].put(f"k{i}", AnswerRecord(b"%d" % i))
         writers[i % 3].attempt(f"k{i}", 0.01)
     assert writers[0].get("k1") is None
     writers[0].refresh()
-    for journal in (writers[0], Journal.open(place)):
-        assert [journal.get(f"k{i}").body for i in range(30)] == [
-            b"%d" % i for i in range(30)
-        ]  # type: ignore[union-attr]
+    for journal in (writers[0], open_journal(uri)):
+        bodies = _bodies(journal, [f"k{i}" for i in range(30)])
+        assert bodies == [b"%d" % i for i in range(30)]
         assert journal.spent() == pytest.approx((30, 0.3))
 
 
-def test_attempts_count_until_refunded(place: str) -> None:
-    journal = Journal.open(place)
+def test_attempts_count_until_refunded(uri: str) -> None:
+    journal = open_journal(uri)
     journal.attempt("a", 0.002)
     journal.attempt("a", 0.002)
     journal.refund("a", 0.002)
-    assert journal.spent() == Journal.open(place).spent() == pytest.approx((1, 0.002))
+    assert journal.spent() == open_journal(uri).spent() == pytest.approx((1, 0.002))
 
 
-def test_spending_by_account(place: str) -> None:
-    """What names no account, as of older versions, counts for each."""
-    journal = Journal.open(place)
+def test_spending_by_account(uri: str) -> None:
+    """Calls without an account, as older versions wrote them, count for each account."""
+    journal = open_journal(uri)
     journal.attempt("a", 0.5, "c0ffee")
     journal.attempt("b", 0.25, "beef")
     journal.refund("b", 0.25, "beef")
     journal.attempt("c", 2.0)
-    for reader in (journal, Journal.open(place)):
+    for reader in (journal, open_journal(uri)):
         assert reader.spent("c0ffee") == pytest.approx((2, 2.5))
         assert reader.spent("beef") == reader.spent("f00d") == pytest.approx((1, 2.0))
         assert reader.spent() == pytest.approx((2, 2.5))
 
 
-def test_when_calls_were_made(place: str) -> None:
-    """To the minute, and never too early, so that a daily limit is kept."""
-    journal = Journal.open(place)
+def test_when_calls_were_made(uri: str) -> None:
+    """Starts are exact to the minute and never too early, so a daily limit is kept."""
+    journal = open_journal(uri)
     now = time.time()
     moments = [now - 90_000, now - 7200, now - 3600, now]
     for moment in moments:
         journal.attempt("a", 0.5, "c0ffee", moment)
     journal.refund("a", 0.5, "c0ffee")  # it was made, whoever paid
     journal.attempt("b", 0.5, "beef", now - 30)
-    for reader in (journal, Journal.open(place)):
-        starts = reader.starts("c0ffee", now - 86_400)
+    for reader in (journal, open_journal(uri)):
+        starts = reader.call_starts("c0ffee", now - 86_400)
         assert len(starts) == 3
-        assert all(
-            moment - 1 <= start <= min(moment + 60, time.time())
-            for moment, start in zip(moments[1:], starts, strict=True)
-        )
-        assert len(reader.starts("c0ffee", 0)) == 4
-        assert len(reader.starts("beef", now - 86_400)) == 1
-        assert reader.starts("f00d", 0) == []
+        for moment, start in zip(moments[1:], starts, strict=True):
+            assert moment - 1 <= start <= min(moment + 60, time.time())
+        assert len(reader.call_starts("c0ffee", 0)) == 4
+        assert len(reader.call_starts("beef", now - 86_400)) == 1
+        assert reader.call_starts("f00d", 0) == []
 
 
 def test_compacting_keeps_accounts_and_today_s_calls(tmp_path: Path) -> None:
@@ -131,14 +139,16 @@ def test_compacting_keeps_accounts_and_today_s_calls(tmp_path: Path) -> None:
         for reader in (journal, SegmentJournal(str(tmp_path))):
             assert reader.spent("beef") == (0, 0)
             assert reader.spent("c0ffee") == reader.spent()
-            assert len(reader.starts("c0ffee", now - 86_400)) == reader.spent()[0] - 1
+            assert (
+                len(reader.call_starts("c0ffee", now - 86_400)) == reader.spent()[0] - 1
+            )
             if reader is not journal:
                 reader.close()
     assert journal.spent() == (5, 2.5)
 
 
 def test_spending_of_older_versions(tmp_path: Path) -> None:
-    """Without time and account, also compacted: it counts as spent, and for no day."""
+    """Records without time and account, also compacted, count as spent, for no day."""
     journal = SegmentJournal(str(tmp_path / "disk"))
     journal._append({"kind": "attempt", "key": "a", "calls": 1, "micro_usd": 500_000})
     journal._append(
@@ -152,33 +162,33 @@ def test_spending_of_older_versions(tmp_path: Path) -> None:
             "micro_usd": 3_000_000,
         }
     )
-    objects = Journal.open(f"memory://{uuid.uuid4().hex}/journal")
+    objects = open_journal(f"memory://{uuid.uuid4().hex}/journal")
     assert isinstance(objects, ObjectJournal)
     storage.write_bytes(storage.join(objects._uri, "spent", "abc_1_500000"), b"")
     objects.refresh()
     for subject, spent in ((journal, (7, 3.5)), (objects, (1, 0.5))):
         assert subject.spent() == subject.spent("c0ffee") == spent
-        assert subject.starts("c0ffee", 0) == subject.starts("", 0) == []
+        assert subject.call_starts("c0ffee", 0) == subject.call_starts("", 0) == []
 
 
-def test_quarantined_answers_do_not_come_back(place: str) -> None:
-    journal = Journal.open(place)
-    journal.put("a", Record(b"broken"))
+def test_quarantined_answers_do_not_come_back(uri: str) -> None:
+    journal = open_journal(uri)
+    journal.put("a", AnswerRecord(b"broken"))
     journal.quarantine("a", b"broken", "not JSON")
     assert journal.get("a") is None
-    journal.put("a", Record(b"good"))
-    for reader in (journal, Journal.open(place)):
-        found = reader.get("a")
-        assert found is not None
-        assert found.body == b"good"
+    journal.put("a", AnswerRecord(b"good"))
+    for reader in (journal, open_journal(uri)):
+        record = reader.get("a")
+        assert record is not None
+        assert record.body == b"good"
 
 
 def test_torn_tail_at_every_byte(tmp_path: Path) -> None:
-    journal = Journal.open(str(tmp_path / "whole"))
-    journal.put("a", Record(b"first"))
-    size = segment(tmp_path / "whole").stat().st_size
-    journal.put("b", Record(b"second"))
-    whole = segment(tmp_path / "whole").read_bytes()
+    journal = open_journal(str(tmp_path / "whole"))
+    journal.put("a", AnswerRecord(b"first"))
+    size = _only_segment(tmp_path / "whole").stat().st_size
+    journal.put("b", AnswerRecord(b"second"))
+    whole = _only_segment(tmp_path / "whole").read_bytes()
     folder = tmp_path / "torn"
     folder.mkdir()
     for length in range(size, len(whole)):
@@ -186,85 +196,57 @@ def test_torn_tail_at_every_byte(tmp_path: Path) -> None:
         torn = SegmentJournal(str(folder))
         assert torn.get("a") is not None
         assert torn.get("b") is None
-    torn.put("c", Record(b"third"))
-    assert Journal.open(str(folder)).get("c") is not None
+    torn.put("c", AnswerRecord(b"third"))
+    assert open_journal(str(folder)).get("c") is not None
 
 
 def test_a_reader_waits_for_the_rest_of_a_torn_record(tmp_path: Path) -> None:
-    writer = Journal.open(str(tmp_path / "a"))
-    writer.put("a", Record(b"body"))
-    whole = segment(tmp_path / "a").read_bytes()
+    writer = open_journal(str(tmp_path / "a"))
+    writer.put("a", AnswerRecord(b"body"))
+    whole = _only_segment(tmp_path / "a").read_bytes()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.segment").write_bytes(whole[:-3])
-    reader = Journal.open(str(tmp_path / "b"))
+    reader = open_journal(str(tmp_path / "b"))
     assert reader.get("a") is None
     (tmp_path / "b" / "x.segment").write_bytes(whole)
     reader.refresh()
     assert reader.get("a") is not None
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SHARED_FIXTURES
 @given(
-    place=st.integers(0, 10_000),
+    position=st.integers(0, 10_000),
     damage=st.binary(min_size=1, max_size=6),
     bodies=st.lists(st.binary(max_size=40), min_size=2, max_size=6),
 )
 def test_damage_never_gives_a_wrong_answer(
-    tmp_path: Path, place: int, damage: bytes, bodies: list[bytes]
+    tmp_path: Path, position: int, damage: bytes, bodies: list[bytes]
 ) -> None:
     folder = tmp_path / uuid.uuid4().hex
-    journal = Journal.open(str(folder))
+    journal = open_journal(str(folder))
     for i, body in enumerate(bodies):
-        journal.put(str(i), Record(body))
-    data = bytearray(segment(folder).read_bytes())
-    place %= len(data)
-    data[place : place + len(damage)] = damage
-    segment(folder).write_bytes(data)
-    found = [Journal.open(str(folder)).get(str(i)) for i in range(len(bodies))]
-    assert all(
-        r is None or r.body == body for r, body in zip(found, bodies, strict=True)
-    )
-    assert sum(r is None for r in found) <= 2
-
-
-WRITER = """
-import sys
-from coin_ray.cloud.journal.journal import Journal, Record
-journal = Journal.open(sys.argv[1])
-for i in range(10**6):
-    journal.attempt(str(i), 0.01)
-    journal.put(str(i), Record(b"%d" % i))
-    print(i, flush=True)
-"""
+        journal.put(str(i), AnswerRecord(body))
+    segment = bytearray(_only_segment(folder).read_bytes())
+    position %= len(segment)
+    segment[position : position + len(damage)] = damage
+    _only_segment(folder).write_bytes(segment)
+    records = [open_journal(str(folder)).get(str(i)) for i in range(len(bodies))]
+    for record, body in zip(records, bodies, strict=True):
+        assert record is None or record.body == body
+    assert sum(record is None for record in records) <= 2
 
 
 def test_kill(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    seen = [process.stdout.readline() for _ in range(20)]
-    os.kill(process.pid, signal.SIGKILL)
-    seen += process.stdout.read().splitlines()
-    process.stdout.close()
-    process.wait()
-    last = int(seen[-1])
-    journal = Journal.open(str(tmp_path))
-    assert all(journal.get(str(i)) is not None for i in range(last + 1))
-    assert last + 1 <= journal.spent()[0] <= last + 2
+    check_killed_journal_writer(str(tmp_path), 20)
 
 
 def test_loads_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    journal = Journal.open(str(tmp_path))
+    journal = open_journal(str(tmp_path))
     for i in range(10_000):
-        journal.put(f"{i:064d}", Record(b'{"detections": []}' * 20))
+        journal.put(f"{i:064d}", AnswerRecord(b'{"detections": []}' * 20))
     started = time.process_time()
-    journal = Journal.open(str(tmp_path))
+    journal = open_journal(str(tmp_path))
     assert all(journal.get(f"{i:064d}") is not None for i in range(10_000))
     # ten times as many in ten seconds; the process's own time, not that of its
     # neighbours
@@ -288,44 +270,46 @@ CHANGES = {
 
 
 def test_key_depends_on_everything() -> None:
-    keys = [answer_key(**KEY)] + [
-        answer_key(**{**KEY, name: value}) for name, value in CHANGES.items()
-    ]  # type: ignore[arg-type]
-    keys += [
-        answer_key(**{**KEY, "query": Query(*q)})
-        for q in (("n", ("a", "b"), 0.05), ("m", ("a", "b"), 0.06))
-    ]  # type: ignore[arg-type]
+    changed_parts = [{name: change} for name, change in CHANGES.items()]
+    other_model = {"query": Query("n", ("a", "b"), 0.05)}
+    other_threshold = {"query": Query("m", ("a", "b"), 0.06)}
+    variants = [KEY]
+    for parts in (*changed_parts, other_model, other_threshold):
+        variants.append({**KEY, **parts})
+    keys = [answer_key(**parts) for parts in variants]  # type: ignore[arg-type]
     assert len(set(keys)) == len(keys)
     assert answer_key(**KEY) == keys[0]  # type: ignore[arg-type]
 
 
-def test_the_last_writer_s_answer_counts(place: str) -> None:
-    first, second = Journal.open(place), Journal.open(place)
-    first.put("a.task", Record(b"lost"))
-    second.put("a.task", Record(b"under way"))
-    for reader in (second, Journal.open(place)):
-        found = reader.get("a.task")
-        assert found is not None
-        assert found.body == b"under way"
+def test_the_last_writer_s_answer_counts(uri: str) -> None:
+    first, second = open_journal(uri), open_journal(uri)
+    first.put("a.task", AnswerRecord(b"lost"))
+    second.put("a.task", AnswerRecord(b"under way"))
+    for reader in (second, open_journal(uri)):
+        record = reader.get("a.task")
+        assert record is not None
+        assert record.body == b"under way"
 
 
-def test_behind_a_quarantined_answer_an_earlier_one_comes_back(place: str) -> None:
-    journal = Journal.open(place)
-    journal.put("a", Record(b"good"))
-    journal.put("a", Record(b"broken"))
+def test_behind_a_quarantined_answer_an_earlier_one_comes_back(uri: str) -> None:
+    journal = open_journal(uri)
+    journal.put("a", AnswerRecord(b"good"))
+    journal.put("a", AnswerRecord(b"broken"))
     journal.quarantine("a", b"broken", "not JSON")
-    for reader in (journal, Journal.open(place)):
-        found = reader.get("a")
-        assert found is not None
-        assert found.body == b"good"
+    for reader in (journal, open_journal(uri)):
+        record = reader.get("a")
+        assert record is not None
+        assert record.body == b"good"
         assert reader.keys() == ["a"]
 
 
-def test_service_and_model_are_kept(place: str) -> None:
-    journal = Journal.open(place)
-    record = Record(b"x", time=1.0, service="google-vision", model="builtin/latest")
+def test_service_and_model_are_kept(uri: str) -> None:
+    journal = open_journal(uri)
+    record = AnswerRecord(
+        b"x", time=1.0, service="google-vision", model="builtin/latest"
+    )
     journal.put("a", record)
-    assert Journal.open(place).get("a") == record
+    assert open_journal(uri).get("a") == record
 
 
 def test_journals_of_older_versions_are_read(tmp_path: Path) -> None:
@@ -338,48 +322,43 @@ def test_journals_of_older_versions_are_read(tmp_path: Path) -> None:
         "cost_usd": 0.0,
         "time": 5.0,
     }
-    data = journal_module._frame(
-        {**head, "digest": journal_module._digest(b"body")}, b"body"
-    )
-    (tmp_path / "ff00.segment").write_bytes(data)
-    place = f"memory://{uuid.uuid4().hex}/journal"
+    stored = encode_record({**head, "digest": body_digest(b"body")}, b"body")
+    (tmp_path / "ff00.segment").write_bytes(stored)
+    uri = f"memory://{uuid.uuid4().hex}/journal"
     storage.write_bytes(
-        storage.join(place, "answers", f"a-{journal_module._digest(b'body')}"), data
+        storage.join(uri, "answers", f"a-{body_digest(b'body')}"), stored
     )
-    for journal in (Journal.open(str(tmp_path)), Journal.open(place)):
-        assert journal.get("a") == Record(b"body", "text/plain", 1, 1.0, 0.0, 5.0)
-        journal.put("a", Record(b"newer"))
-    for journal in (Journal.open(str(tmp_path)), Journal.open(place)):
-        found = journal.get("a")
-        assert found is not None
-        assert found.body == b"newer"
+    for journal in (open_journal(str(tmp_path)), open_journal(uri)):
+        assert journal.get("a") == AnswerRecord(b"body", "text/plain", 1, 1.0, 0.0, 5.0)
+        journal.put("a", AnswerRecord(b"newer"))
+    for journal in (open_journal(str(tmp_path)), open_journal(uri)):
+        record = journal.get("a")
+        assert record is not None
+        assert record.body == b"newer"
 
 
-def test_contents(place: str) -> None:
-    journal = Journal.open(place)
+def test_contents(uri: str) -> None:
+    journal = open_journal(uri)
     for i in range(3):
         journal.attempt(str(i), 0.5)
-        journal.put(str(i), Record(b"%d" % i, service="dino-x" if i else "", model="m"))
+        journal.put(
+            str(i), AnswerRecord(b"%d" % i, service="dino-x" if i else "", model="m")
+        )
     journal.refund("2", 0.5)
-    journal.put("7.task", Record(b"under way"))
+    journal.put("7.task", AnswerRecord(b"under way"))
     journal.quarantine("0", b"0", "broken")
-    found = Journal.open(place).contents()
-    assert (
-        found.answers,
-        found.tasks,
-        found.quarantined,
-        found.attempts,
-        found.refunds,
-        found.calls,
-    ) == (2, 1, 1, 3, 1, 2)
-    assert found.usd == pytest.approx(1.0)
-    assert found.size > 100
-    assert found.services == (
+    counts = open_journal(uri).contents()
+    assert (counts.answers, counts.tasks, counts.quarantined) == (2, 1, 1)
+    assert (counts.attempts, counts.refunds, counts.calls) == (3, 1, 2)
+    assert counts.usd == pytest.approx(1.0)
+    assert counts.size > 100
+    assert counts.services == (
         {("dino-x", "m"): 2} if isinstance(journal, SegmentJournal) else {}
     )
 
 
-KEYS = st.sampled_from(["a", "b", "c", "a.task"])
+KEY_NAMES = ("a", "b", "c", "a.task")
+KEYS = st.sampled_from(KEY_NAMES)
 BODIES = st.sampled_from([b"1", b"2", b"3"])
 STEP = st.one_of(
     st.tuples(st.just("put"), KEYS, BODIES),
@@ -391,50 +370,49 @@ STEPS = st.lists(st.tuples(st.integers(0, 1), STEP), max_size=25)
 State = tuple[dict[str, bytes | None], tuple[int, float]]
 
 
-def do(journal: Journal, step: tuple[str, str, bytes | float]) -> None:
-    kind, key, value = step
-    if kind == "put":
-        assert isinstance(value, bytes)
-        journal.put(key, Record(value))
-    elif kind == "quarantine":
-        assert isinstance(value, bytes)
-        journal.quarantine(key, value, "broken")
+def _apply(journal: Journal, step: tuple[str, str, bytes | float]) -> None:
+    operation, key, argument = step
+    if operation == "put":
+        assert isinstance(argument, bytes)
+        journal.put(key, AnswerRecord(argument))
+    elif operation == "quarantine":
+        assert isinstance(argument, bytes)
+        journal.quarantine(key, argument, "broken")
     else:
-        assert isinstance(value, float)
-        getattr(journal, kind)(key, value)
+        assert isinstance(argument, float)
+        getattr(journal, operation)(key, argument)
 
 
-def state(journal: Journal) -> State:
-    found = {key: journal.get(key) for key in ("a", "b", "c", "a.task")}
-    assert sorted(journal.keys()) == sorted(
-        k for k, r in found.items() if r is not None
-    )
-    return {k: r.body if r else None for k, r in found.items()}, journal.spent()
+def _state(journal: Journal) -> State:
+    bodies = dict(zip(KEY_NAMES, _bodies(journal, KEY_NAMES), strict=True))
+    recorded = [key for key, body in bodies.items() if body is not None]
+    assert sorted(journal.keys()) == sorted(recorded)
+    return bodies, journal.spent()
 
 
-def expected(steps: list[tuple[str, str, bytes | float]]) -> State:
-    """What one writer's steps leave, by the words of ``Journal``."""
-    puts: dict[str, list[bytes]] = {"a": [], "b": [], "c": [], "a.task": []}
-    rejected = {(key, value) for kind, key, value in steps if kind == "quarantine"}
-    calls, micro = 0, 0
-    for kind, key, value in steps:
-        if isinstance(value, bytes):
-            puts[key] += [value] if kind == "put" else []
+def _expected_state(steps: list[tuple[str, str, bytes | float]]) -> State:
+    """Return the state that one writer's steps lead to, as ``Journal`` documents it."""
+    bodies: dict[str, list[bytes]] = {key: [] for key in KEY_NAMES}
+    quarantined = set()
+    calls, micro_usd = 0, 0
+    for operation, key, argument in steps:
+        if operation == "quarantine":
+            quarantined.add((key, argument))
+        elif isinstance(argument, bytes):
+            bodies[key].append(argument)
         else:
-            sign = 1 if kind == "attempt" else -1
-            calls, micro = calls + sign, micro + sign * round(value * 1_000_000)
-    answers = {
-        key: next((b for b in reversed(bodies) if (key, b) not in rejected), None)
-        for key, bodies in puts.items()
-    }
-    return answers, (calls, micro / 1_000_000)
+            sign = 1 if operation == "attempt" else -1
+            calls += sign
+            micro_usd += sign * round(argument * 1_000_000)
+    latest: dict[str, bytes | None] = dict.fromkeys(KEY_NAMES)
+    for key in KEY_NAMES:
+        for body in bodies[key]:
+            if (key, body) not in quarantined:
+                latest[key] = body
+    return latest, (calls, micro_usd / 1_000_000)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SHARED_FIXTURES
 @given(steps=STEPS, kind=st.sampled_from(["disk", "objects"]))
 def test_one_writer_s_steps_and_any_reader(
     tmp_path: Path,
@@ -443,25 +421,16 @@ def test_one_writer_s_steps_and_any_reader(
     kind: str,
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    place = (
-        str(tmp_path / uuid.uuid4().hex)
-        if kind == "disk"
-        else f"memory://{uuid.uuid4().hex}/journal"
-    )
-    journal = Journal.open(place)
+    uri = _journal_uri(kind, tmp_path / uuid.uuid4().hex)
+    journal = open_journal(uri)
     for _, step in steps:
-        do(journal, step)
-    assert (
-        state(journal) == state(Journal.open(place)) == expected([s for _, s in steps])
-    )
+        _apply(journal, step)
+    expected = _expected_state([step for _, step in steps])
+    assert _state(journal) == _state(open_journal(uri)) == expected
     assert not list(journal.verify())
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SHARED_FIXTURES
 @given(before=STEPS, after=STEPS)
 def test_compacting_changes_neither_answers_nor_spending(
     tmp_path: Path,
@@ -475,59 +444,59 @@ def test_compacting_changes_neither_answers_nor_spending(
     for steps in (before, after):
         writers = [SegmentJournal(folder) for _ in range(2)]
         for number, step in steps:
-            do(writers[number], step)
+            _apply(writers[number], step)
         for writer in writers:
             writer.close()
         journal = SegmentJournal(folder)
-        known, contents = state(journal), journal.contents()
+        state_before = _state(journal)
+        counts_before = journal.contents()
         journal.compact()
         reader = SegmentJournal(folder)
-        assert state(journal) == state(reader) == known
-        assert (reader.contents().attempts, reader.contents().refunds) == (
-            contents.attempts,
-            contents.refunds,
-        )
+        assert _state(journal) == _state(reader) == state_before
+        assert reader.contents().attempts == counts_before.attempts
+        assert reader.contents().refunds == counts_before.refunds
         assert not list(journal.verify())
         assert len(list(Path(folder).glob("*.segment"))) == 1
         journal.close()
         reader.close()
 
 
-def filled(folder: Path, writers: int = 3) -> State:
-    """Answers, superseded ones, a quarantined one, attempts and refunds in several
-    segments; what a reader then finds."""
+def _fill_journal(folder: Path, writers: int = 3) -> State:
+    """Write answers, superseded ones, a quarantined one, attempts and refunds to several
+    segments; return the state that a reader then sees.
+    """
     for number in range(writers):
         journal = SegmentJournal(str(folder))
         for key in ("a", "b", "c"):
             journal.attempt(key, 0.01)
-            journal.put(key, Record(b"%d %s" % (number, key.encode() * 50)))
+            journal.put(key, AnswerRecord(b"%d %s" % (number, key.encode() * 50)))
         journal.refund("c", 0.01)
         journal.close()
-    journal.put("b", Record(b"broken"))
+    journal.put("b", AnswerRecord(b"broken"))
     journal.quarantine("b", b"broken", "not JSON")
     journal.close()
     reader = SegmentJournal(str(folder))
-    known = state(reader)
+    state = _state(reader)
     reader.close()
-    assert all(known[0][k] for k in ("a", "b", "c"))
-    return known
+    assert all(state[0][key] for key in ("a", "b", "c"))
+    return state
 
 
 def test_compacting_drops_what_is_superseded(tmp_path: Path) -> None:
-    known = filled(tmp_path)
+    state_before = _fill_journal(tmp_path)
     journal = SegmentJournal(str(tmp_path))
-    before, after = journal.compact()
-    assert after < before
-    assert after == sum(f.stat().st_size for f in tmp_path.glob("*.segment"))
-    journal.put("d", Record(b"written on"))
+    size_before, size_after = journal.compact()
+    assert size_after < size_before
+    assert size_after == sum(f.stat().st_size for f in tmp_path.glob("*.segment"))
+    journal.put("d", AnswerRecord(b"written on"))
     reader = SegmentJournal(str(tmp_path))
     assert reader.keys() == journal.keys() == ["a", "b", "c", "d"]
-    assert reader.spent() == known[1]
+    assert reader.spent() == state_before[1]
 
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_journal_in_use_is_not_compacted(tmp_path: Path, closed: bool) -> None:
-    known = filled(tmp_path)
+    state_before = _fill_journal(tmp_path)
     other, journal = SegmentJournal(str(tmp_path)), SegmentJournal(str(tmp_path))
     if closed:
         other.close()
@@ -535,20 +504,18 @@ def test_a_journal_in_use_is_not_compacted(tmp_path: Path, closed: bool) -> None
     else:
         with pytest.raises(InputError, match="in use"):
             journal.compact()
-        other.put("x", Record(b"still written"))
+        other.put("x", AnswerRecord(b"still written"))
         journal.refresh()
         assert journal.get("x") is not None
-        journal.put("y", Record(b"too"))
-    assert [SegmentJournal(str(tmp_path)).get(k) is not None for k in "abcxy"] == [
-        True
-    ] * 3 + [not closed] * 2
-    assert SegmentJournal(str(tmp_path)).spent() == known[1]
+        journal.put("y", AnswerRecord(b"too"))
+    reader = SegmentJournal(str(tmp_path))
+    recorded = [key for key in "abcxy" if reader.get(key) is not None]
+    assert recorded == list("abc" if closed else "abcxy")
+    assert SegmentJournal(str(tmp_path)).spent() == state_before[1]
 
 
 def test_a_journal_used_by_another_process_is_not_compacted(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+    process = start_journal_writer(str(tmp_path))
     assert process.stdout is not None
     process.stdout.readline()
     journal = SegmentJournal(str(tmp_path))
@@ -568,10 +535,10 @@ def test_a_closed_journal_that_is_used_again_writes_beside_the_compacted_one(
     tmp_path: Path,
 ) -> None:
     journal = SegmentJournal(str(tmp_path))
-    journal.put("a", Record(b"1"))
+    journal.put("a", AnswerRecord(b"1"))
     journal.close()
     SegmentJournal(str(tmp_path)).compact()
-    journal.put("b", Record(b"2"))
+    journal.put("b", AnswerRecord(b"2"))
     reader = SegmentJournal(str(tmp_path))
     assert reader.get("a") is not None
     assert reader.get("b") is not None
@@ -582,19 +549,19 @@ def test_a_closed_journal_that_is_used_again_writes_beside_the_compacted_one(
 def test_without_locks_nothing_is_compacted_but_all_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = filled(tmp_path)
+    state_before = _fill_journal(tmp_path)
     reader = SegmentJournal(str(tmp_path))
     reader.close()
     reader.refresh()
     SegmentJournal(str(tmp_path)).compact()
-    assert state(reader) == known, "its files went away under it"
+    assert _state(reader) == state_before, "the reader's files were removed meanwhile"
 
     def no_locks(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     journal = SegmentJournal(str(tmp_path))
-    assert state(journal) == known
+    assert _state(journal) == state_before
     with pytest.raises(InputError, match="keeps no locks"):
         journal.compact()
 
@@ -604,24 +571,26 @@ KILLED_AT = (
     "os.replace",
     "os.remove",
     "os.path.getsize",
-    "coin_ray.cloud.journal.journal._frame",
+    "coin_ray.cloud.journal.segments.encode_record",
 )
+"""Functions at whose calls the compacting process is killed."""
 
 
-def killed_compacting(folder: Path, step: int) -> bool:
-    """Whether a child that compacts was killed at the ``step``-th of the calls that
-    matter, instead of finishing."""
+def _kill_compacting(folder: Path, step: int) -> bool:
+    """Compact in a child that is killed at the ``step``-th call of these functions;
+    return whether that came before its end.
+    """
     child = os.fork()
     if child == 0:
         count = 0
 
         def counted(function: Callable[..., object]) -> Callable[..., object]:
-            def call(*arguments: object, **named: object) -> object:
+            def call(*arguments: object, **keywords: object) -> object:
                 nonlocal count
                 count += 1
                 if count == step:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **named)
+                return function(*arguments, **keywords)
 
             return call
 
@@ -629,27 +598,32 @@ def killed_compacting(folder: Path, step: int) -> bool:
             journal = SegmentJournal(str(folder))
             for name in KILLED_AT:
                 owner, _, attribute = name.rpartition(".")
-                module = {"os": os, "os.path": os.path}.get(owner, journal_module)
+                module = {"os": os, "os.path": os.path}.get(owner, segments)
                 patch.setattr(module, attribute, counted(getattr(module, attribute)))
             journal.compact()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_killed_at_any_step_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
-    known, step = filled(tmp_path), 1
-    while killed_compacting(tmp_path, step):
+def test_killed_at_any_step_nothing_is_lost_or_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a killed process loses nothing it has written, synchronised or not
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    state_before, step = _fill_journal(tmp_path), 1
+    while _kill_compacting(tmp_path, step):
         reader = SegmentJournal(str(tmp_path))
-        assert state(reader) == known, step
+        assert _state(reader) == state_before, step
         reader.close()
         if step % 5 == 0:  # and written on, in the middle of it
             writer = SegmentJournal(str(tmp_path))
             writer.attempt("z", 0.25)
             writer.close()
-            known = (known[0], (known[1][0] + 1, round(known[1][1] + 0.25, 6)))
+            records, (calls, usd) = state_before
+            state_before = (records, (calls + 1, round(usd + 0.25, 6)))
         step += 1
     assert step > 20
-    assert state(SegmentJournal(str(tmp_path))) == known
+    assert _state(SegmentJournal(str(tmp_path))) == state_before
     assert not list(tmp_path.glob("*.tmp"))
     assert len(list(tmp_path.glob("*.segment"))) == 1
 
@@ -657,37 +631,39 @@ def test_killed_at_any_step_nothing_is_lost_or_counted_twice(tmp_path: Path) -> 
 def test_segments_left_behind_by_a_killed_compaction_do_not_count(
     tmp_path: Path,
 ) -> None:
-    known = filled(tmp_path)
-    old = {f: f.read_bytes() for f in tmp_path.glob("*.segment")}
+    state_before = _fill_journal(tmp_path)
+    segment_bytes = {file: file.read_bytes() for file in tmp_path.glob("*.segment")}
     journal = SegmentJournal(str(tmp_path))
     journal.compact()
     journal.close()
-    for file, data in old.items():
-        file.write_bytes(data)
-    again = SegmentJournal(str(tmp_path))
-    assert state(again) == known
-    again.compact()
-    assert state(again) == known
+    for file, stored in segment_bytes.items():
+        file.write_bytes(stored)
+    reader = SegmentJournal(str(tmp_path))
+    assert _state(reader) == state_before
+    reader.compact()
+    assert _state(reader) == state_before
     assert len(list(tmp_path.glob("*.segment"))) == 1
 
 
-@pytest.mark.parametrize("place", [20, -20])
-def test_one_damaged_record_does_not_lose_the_sums(tmp_path: Path, place: int) -> None:
-    known = filled(tmp_path)
-    old = {f: f.read_bytes() for f in tmp_path.glob("*.segment")}
+@pytest.mark.parametrize("position", [20, -20])
+def test_one_damaged_record_does_not_lose_the_sums(
+    tmp_path: Path, position: int
+) -> None:
+    state_before = _fill_journal(tmp_path)
+    segment_bytes = {file: file.read_bytes() for file in tmp_path.glob("*.segment")}
     SegmentJournal(str(tmp_path)).compact()
-    data = bytearray(segment(tmp_path).read_bytes())
-    data[place] ^= 1
-    segment(tmp_path).write_bytes(data)
-    for file, content in old.items():
-        file.write_bytes(content)
-    assert state(SegmentJournal(str(tmp_path))) == known
+    damaged = bytearray(_only_segment(tmp_path).read_bytes())
+    damaged[position] ^= 1
+    _only_segment(tmp_path).write_bytes(damaged)
+    for file, original in segment_bytes.items():
+        file.write_bytes(original)
+    assert _state(SegmentJournal(str(tmp_path))) == state_before
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = filled(tmp_path)
+    state_before = _fill_journal(tmp_path)
     files = sorted(os.listdir(tmp_path))
     journal = SegmentJournal(str(tmp_path))
 
@@ -699,107 +675,100 @@ def test_a_full_disk_leaves_the_journal_as_it_was(
         with pytest.raises(OSError, match="No space"):
             journal.compact()
     assert sorted(os.listdir(tmp_path)) == files
-    assert state(journal) == known
+    assert _state(journal) == state_before
 
 
 def test_a_writer_unnoticed_by_the_lock_stops_the_compaction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = filled(tmp_path)
+    state_before = _fill_journal(tmp_path)
     journal = SegmentJournal(str(tmp_path))
-    live = journal._live
+    live = journal._current_records
 
     def while_another_writes() -> Iterator[object]:
         yield from live()
-        with segment(tmp_path).open("ab") as stream:
+        with _only_segment(tmp_path).open("ab") as stream:
             stream.write(b"more")
 
-    monkeypatch.setattr(journal, "_live", while_another_writes)
+    monkeypatch.setattr(journal, "_current_records", while_another_writes)
     with pytest.raises(InputError, match="written to while"):
         journal.compact()
-    assert state(SegmentJournal(str(tmp_path))) == known
+    assert _state(SegmentJournal(str(tmp_path))) == state_before
 
 
-@settings(
-    max_examples=80,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SHARED_FIXTURES
 @given(
-    place=st.integers(0, 10_000),
+    position=st.integers(0, 10_000),
     bit=st.integers(0, 7),
     kind=st.sampled_from(["disk", "objects"]),
 )
 def test_every_changed_bit_is_found(
-    tmp_path: Path, place: int, bit: int, kind: str
+    tmp_path: Path, position: int, bit: int, kind: str
 ) -> None:
-    uri = (
-        str(tmp_path / uuid.uuid4().hex)
-        if kind == "disk"
-        else f"memory://{uuid.uuid4().hex}/journal"
-    )
-    journal = Journal.open(uri)
+    journal_uri = _journal_uri(kind, tmp_path / uuid.uuid4().hex)
+    journal = open_journal(journal_uri)
     journal.attempt("a", 0.01)
-    journal.put("a", Record(b"first"))
-    journal.put("b", Record(b"second"))
+    journal.put("a", AnswerRecord(b"first"))
+    journal.put("b", AnswerRecord(b"second"))
     journal.quarantine("b", b"second", "broken")
     assert not list(journal.verify())
-    files = [f for f in storage.list_files(uri) if storage.read_bytes(f)]
-    data = bytearray(b"".join(storage.read_bytes(f) for f in files))
-    place %= len(data)
-    data[place] ^= 1 << bit
+    files = [f for f in storage.list_files(journal_uri) if storage.read_bytes(f)]
+    stored = bytearray(b"".join(storage.read_bytes(f) for f in files))
+    position %= len(stored)
+    stored[position] ^= 1 << bit
     start = 0
     for file in files:
         size = len(storage.read_bytes(file))
-        if start <= place < start + size:
-            storage.write_bytes(file, bytes(data[start : start + size]))
-            changed, offset = file, place - start
+        if start <= position < start + size:
+            storage.write_bytes(file, bytes(stored[start : start + size]))
+            changed, offset = file, position - start
         start += size
-    (damage,) = Journal.open(uri).verify()
-    assert damage.place.endswith(changed.rpartition("/")[2])
+    (damage,) = open_journal(journal_uri).verify()
+    assert damage.path.endswith(changed.rpartition("/")[2])
     assert damage.offset <= offset
     assert damage.reason
 
 
 def test_a_torn_tail_and_foreign_content_are_found(tmp_path: Path) -> None:
     journal = SegmentJournal(str(tmp_path))
-    journal.put("a", Record(b"first"))
-    written = segment(tmp_path)
-    size = written.stat().st_size
-    journal.put("b", Record(b"second"))
-    written.write_bytes(written.read_bytes()[:-3])
-    wrong = journal_module._frame(
+    journal.put("a", AnswerRecord(b"first"))
+    torn_segment = _only_segment(tmp_path)
+    size = torn_segment.stat().st_size
+    journal.put("b", AnswerRecord(b"second"))
+    torn_segment.write_bytes(torn_segment.read_bytes()[:-3])
+    foreign_record = encode_record(
         {"kind": "answer", "key": "c", "digest": "0" * 16}, b"another body"
     )
     (tmp_path / "x.segment").write_bytes(
-        wrong + journal_module._frame({"kind": "novel"}, b"")
+        foreign_record + encode_record({"kind": "novel"}, b"")
     )
     (tmp_path / "y.segment").touch()
-    found = [(Path(d.place).name, d.offset, d.reason) for d in journal.verify()]
-    assert found[0][:2] == (written.name, size)
-    assert "last" in found[0][2]
-    assert [f[1] for f in found[1:]] == [0, len(wrong)]
-    assert "not the one that was received" in found[1][2]
-    assert "unknown kind" in found[2][2]
+    torn, foreign, unknown = journal.verify()
+    assert (Path(torn.path).name, torn.offset) == (torn_segment.name, size)
+    assert "last" in torn.reason
+    assert (foreign.offset, unknown.offset) == (0, len(foreign_record))
+    assert "not the one that was received" in foreign.reason
+    assert "unknown kind" in unknown.reason
     assert SegmentJournal(str(tmp_path)).get("a") is not None
 
 
 def test_objects_under_wrong_names_are_found() -> None:
-    place = f"memory://{uuid.uuid4().hex}/journal"
-    journal = Journal.open(place)
-    journal.put("a", Record(b"1"))
+    uri = f"memory://{uuid.uuid4().hex}/journal"
+    journal = open_journal(uri)
+    journal.put("a", AnswerRecord(b"1"))
     journal.attempt("a", 0.5)
-    (answer,) = storage.list_files(storage.join(place, "answers"))
+    (answer,) = storage.list_files(storage.join(uri, "answers"))
     storage.write_bytes(
-        storage.join(place, "answers", "b-" + "0" * 16), storage.read_bytes(answer)
+        storage.join(uri, "answers", "b-" + "0" * 16), storage.read_bytes(answer)
     )
     storage.write_bytes(
-        storage.join(place, "answers", "stray"), storage.read_bytes(answer)
+        storage.join(uri, "answers", "stray"), storage.read_bytes(answer)
     )
-    storage.write_bytes(storage.join(place, "spent", "stray"), b"")
-    again = Journal.open(place)
-    assert (again.spent(), again.get("a").body) == ((1, 0.5), b"1")  # type: ignore[union-attr]
-    assert sorted(d.place.rpartition("/")[2] for d in again.verify()) == [
+    storage.write_bytes(storage.join(uri, "spent", "stray"), b"")
+    reopened = open_journal(uri)
+    assert reopened.spent() == (1, 0.5)
+    assert _bodies(reopened, ["a"]) == [b"1"]
+    assert sorted(d.path.rpartition("/")[2] for d in reopened.verify()) == [
         "b-" + "0" * 16,
         "stray",
         "stray",

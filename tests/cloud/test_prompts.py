@@ -1,10 +1,10 @@
-"""What all services with names of one's own choice share, and what the table does not
-say of them."""
+"""Properties that all services with free class names share, and those that the table of
+``test_adapters.py`` does not cover."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coin_ray.cloud.adapters.gemini import GeminiAdapter
 from coin_ray.cloud.adapters.hf_endpoint import HfEndpointAdapter
-from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
+from coin_ray.cloud.adapters.openai_vlm import BOX_NOTATIONS, OpenAiVlmAdapter
 from coin_ray.cloud.adapters.prompts import (
     XYXY_1000,
     XYXY_PIXELS,
@@ -31,15 +31,16 @@ from coin_ray.errors import (
 )
 
 from .cases import CASES, CLASSES, GOLDEN_IMAGE, REFUSALS
-from .test_adapters import ANY_JSON, FRAME, at, changed, places
+from .json_mutations import ANY_JSON, json_paths, node_at, replace_node
+from .test_adapters import FRAME
 
-BOX_NOTATIONS = [XYXY_1000, YXYX_1000, XYXY_PIXELS]
+NOTATIONS = [XYXY_1000, YXYX_1000, XYXY_PIXELS]
 QUERY = Query("default", CLASSES, 0.05)
 ORIGINAL = Frame((600, 400), (1200, 1200))
 
 
 @pytest.mark.parametrize(
-    ("boxes", "numbers", "expected"),
+    ("notation", "box", "expected"),
     [
         (XYXY_1000, [100, 250, 500, 750], [120, 300, 600, 900]),
         (YXYX_1000, [250, 100, 750, 500], [120, 300, 600, 900]),
@@ -49,10 +50,10 @@ ORIGINAL = Frame((600, 400), (1200, 1200))
     ],
 )
 def test_boxes_in_a_text(
-    boxes: BoxNotation, numbers: list[float], expected: list[float]
+    notation: BoxNotation, box: list[float], expected: list[float]
 ) -> None:
-    raw = boxes.parse_detections(
-        json.dumps([{boxes.key: numbers, "label": "dog"}]), QUERY, ORIGINAL
+    raw = notation.parse_detections(
+        json.dumps([{notation.key: box, "label": "dog"}]), QUERY, ORIGINAL
     )
     assert np.allclose(raw.boxes, [expected])
     assert raw.class_scores.tolist() == [[0, 0, 1]]
@@ -60,15 +61,15 @@ def test_boxes_in_a_text(
 
 
 @pytest.mark.parametrize(
-    "numbers",
+    "box",
     [[0, 0, 721, 100], [0, 0, 100, 481], [-121, 0, 100, 100], [0, -81, 100, 100]],
 )
-def test_pixels_far_outside_are_in_another_unit(numbers: list[int]) -> None:
+def test_pixels_far_outside_are_in_another_unit(box: list[int]) -> None:
     with pytest.raises(
         ProtocolError, match="are these coordinates pixels of the image"
     ):
         XYXY_PIXELS.parse_detections(
-            json.dumps([{"bbox_2d": numbers, "label": "dog"}]), QUERY, FRAME
+            json.dumps([{"bbox_2d": box, "label": "dog"}]), QUERY, FRAME
         )
 
 
@@ -79,24 +80,26 @@ def test_refusals(text: str) -> None:
     assert caught.value.may_have_billed
 
 
-@pytest.mark.parametrize("boxes", BOX_NOTATIONS, ids=lambda b: b.key + b.box_format)
-@given(data=st.data())
+@pytest.mark.parametrize("notation", NOTATIONS, ids=lambda b: b.key + b.box_format)
+@given(draws=st.data())
 def test_mutated_lists_give_valid_boxes_or_errors(
-    boxes: BoxNotation, data: st.DataObject
+    notation: BoxNotation, draws: st.DataObject
 ) -> None:
-    answer: Any = [
-        {boxes.key: [1, 2, 300, 350], "label": "car"},
-        {boxes.key: [9, 20, 400, 200], "label": "truck"},
+    response: Any = [
+        {notation.key: [1, 2, 300, 350], "label": "car"},
+        {notation.key: [9, 20, 400, 200], "label": "truck"},
     ]
-    for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(list(places(answer))))
-        answer = changed(answer, path, data.draw(ANY_JSON | st.just(at(answer, path))))
+    for _ in range(draws.draw(st.integers(1, 3))):
+        path = draws.draw(st.sampled_from(list(json_paths(response))))
+        response = replace_node(
+            response, path, draws.draw(ANY_JSON | st.just(node_at(response, path)))
+        )
     try:
-        raw = boxes.parse_detections(json.dumps(answer), QUERY, ORIGINAL)
+        raw = notation.parse_detections(json.dumps(response), QUERY, ORIGINAL)
     except CloudError:
         return
-    assert isinstance(answer, list)
-    assert len(raw) + len(raw.unmapped) <= len(answer)
+    assert isinstance(response, list)
+    assert len(raw) + len(raw.unmapped) <= len(response)
     assert ((raw.boxes >= 0) & (raw.boxes <= 1200)).all()
     assert set(raw.class_scores.ravel()) <= {0.0, 1.0}
 
@@ -114,15 +117,15 @@ def test_any_text_is_no_boxes_only_if_it_says_so(text: str) -> None:
     assert len(raw) == 0
 
 
-OPEN: list[Adapter] = [
+OPEN_VOCABULARY: list[Adapter] = [
     HfEndpointAdapter(),
     RoboflowAdapter(),
     GeminiAdapter(),
-    *(OpenAiVlmAdapter(c) for c in ("xyxy_1000", "yxyx_1000", "xyxy_pixels")),
+    *(OpenAiVlmAdapter(c) for c in BOX_NOTATIONS),
 ]
 
 
-@pytest.mark.parametrize("adapter", OPEN, ids=lambda a: a.capabilities.name)
+@pytest.mark.parametrize("adapter", OPEN_VOCABULARY, ids=lambda a: a.capabilities.name)
 def test_names_are_sent_as_they_are(adapter: Adapter) -> None:
     names = ("feu rouge", "犬", 'say "dog"', "back\\slash", "{}", "car, red")
     body = adapter.encode(GOLDEN_IMAGE, Query("default", names, 0.05)).body.decode()
@@ -131,53 +134,48 @@ def test_names_are_sent_as_they_are(adapter: Adapter) -> None:
         assert json.dumps(quoted)[1:-1] in body or json.dumps(name) in body
 
 
-def hf(*elements: tuple[str, float, tuple[int, int, int, int]]) -> bytes:
+def _hf_body(*rows: tuple[str, float, tuple[int, int, int, int]]) -> bytes:
     sides = ("xmin", "ymin", "xmax", "ymax")
-    return json.dumps(
-        [
-            {"label": n, "score": s, "box": dict(zip(sides, b, strict=True))}
-            for n, s, b in elements
-        ]
-    ).encode()
+    detections = []
+    for label, score, box in rows:
+        sides_of_box = dict(zip(sides, box, strict=True))
+        detections.append({"label": label, "score": score, "box": sides_of_box})
+    return json.dumps(detections).encode()
 
 
 def test_a_box_under_several_labels_has_a_score_for_each() -> None:
     from coin_ray.cloud.probabilities import to_detections
 
-    one, other = (10, 20, 110, 170), (300, 20, 400, 170)
-    body = hf(
-        ("car", 0.8, one),
-        ("dog", 0.9, other),
-        ("bus", 0.2, one),
-        ("truck", 0.3, other),
-        ("bus", 0.1, one),
+    first_box, second_box = (10, 20, 110, 170), (300, 20, 400, 170)
+    body = _hf_body(
+        ("car", 0.8, first_box),
+        ("dog", 0.9, second_box),
+        ("bus", 0.2, first_box),
+        ("truck", 0.3, second_box),
+        ("bus", 0.1, first_box),
     )
     raw = HfEndpointAdapter().decode({}, body, QUERY, FRAME)
-    assert np.allclose(raw.boxes, [other, one])
+    assert np.allclose(raw.boxes, [second_box, first_box])
     assert np.allclose(raw.class_scores, [[0, 0, 0.9], [0.8, 0.2, 0]])
     assert raw.unmapped == ("truck",)
     assert HfEndpointAdapter().capabilities.per_class_scores
-    found, sources = to_detections(raw, score_min=0.05, each_class_asked=True)
+    detections, sources = to_detections(raw, score_min=0.05, each_class_asked=True)
     assert sources == ["grouped", "grouped"]
     assert np.allclose(
-        found.probs[1, :3].sum(), 1 - 0.2 * 0.8 * (1 - 0.05 / 4), atol=1e-6
+        detections.probs[1, :3].sum(), 1 - 0.2 * 0.8 * (1 - 0.05 / 4), atol=1e-6
     )
 
 
 @pytest.mark.parametrize(
     "adapter",
-    [a for a in OPEN if not isinstance(a, HfEndpointAdapter)],
+    [a for a in OPEN_VOCABULARY if not isinstance(a, HfEndpointAdapter)],
     ids=lambda a: a.capabilities.name,
 )
 def test_another_model(adapter: Adapter) -> None:
     request = adapter.encode(GOLDEN_IMAGE, Query("v2-x", CLASSES, 0.05))
-    assert "v2-x" in request.path + str(
-        {
-            k: v
-            for k, v in json.loads(request.body).items()
-            if k in ("model", "yolo_world_version_id")
-        }
-    )
+    body = json.loads(request.body)
+    models = (body.get("model"), body.get("yolo_world_version_id"))
+    assert "v2-x" in models or "v2-x" in request.path
 
 
 def test_an_endpoint_has_one_model() -> None:
@@ -206,36 +204,26 @@ def test_generations_of_gemini(model: str, expected: dict[str, Any]) -> None:
 
 
 def test_a_models_name_leads_nowhere_else() -> None:
-    assert (
-        "/../"
-        not in GeminiAdapter()
-        .encode(GOLDEN_IMAGE, Query("../../v1/x?y#z", CLASSES, 0.05))
-        .path
-    )
-    assert (
-        "?"
-        not in GeminiAdapter().encode(GOLDEN_IMAGE, Query("x?y", CLASSES, 0.05)).path
-    )
+    adapter = GeminiAdapter()
+    upwards = adapter.encode(GOLDEN_IMAGE, Query("../../v1/x?y#z", CLASSES, 0.05))
+    assert "/../" not in upwards.path
+    with_query = adapter.encode(GOLDEN_IMAGE, Query("x?y", CLASSES, 0.05))
+    assert "?" not in with_query.path
 
 
 def test_coordinates_are_part_of_the_question() -> None:
-    """Or an answer on record would be read in another unit."""
-    habits: tuple[Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], ...] = (
-        "xyxy_1000",
-        "yxyx_1000",
-        "xyxy_pixels",
-    )
-    assert len({OpenAiVlmAdapter(h).capabilities.name for h in habits}) == 3
-    assert (
-        len({OpenAiVlmAdapter(h).encode(GOLDEN_IMAGE, QUERY).body for h in habits}) == 3
-    )
+    """Otherwise a response on record would be parsed in another unit."""
+    adapters = [OpenAiVlmAdapter(coordinates) for coordinates in BOX_NOTATIONS]
+    assert len({adapter.capabilities.name for adapter in adapters}) == 3
+    bodies = {adapter.encode(GOLDEN_IMAGE, QUERY).body for adapter in adapters}
+    assert len(bodies) == 3
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_errors_quote_no_image(case: Any) -> None:
-    """Some servers repeat what they were sent."""
-    data = "/9j/4AAQSkZJRg" * 50
-    text = f"bad image: data:image/jpeg;base64,{data}"
+    """Some servers repeat the request's image in their errors."""
+    encoded_image = "/9j/4AAQSkZJRg" * 50
+    text = f"bad image: data:image/jpeg;base64,{encoded_image}"
     bodies: list[Any] = [
         {"error": text},
         {"error": {"message": text}},
@@ -245,9 +233,9 @@ def test_errors_quote_no_image(case: Any) -> None:
     ]
     for status in (400, 413, 422, 500):
         for body in bodies:
-            assert "4AAQ" not in str(
-                case.adapter.classify_error(status, {}, json.dumps(body).encode())
-            )
+            encoded_body = json.dumps(body).encode()
+            error = case.adapter.classify_error(status, {}, encoded_body)
+            assert "4AAQ" not in str(error)
 
 
 def test_what_to_do_about_an_answer_that_was_cut_off() -> None:
