@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -41,39 +42,26 @@ class ClipModel:
 
     @property
     def roi_size(self) -> int:
-        """Side of the pooled map before the last stage, so that attention pooling sees
-        the grid it was trained on.
+        """Return the side of the pooled map before the last stage with which attention
+        pooling has the grid it was trained on.
         """
-        side = self.network.visual.image_size  # type: ignore[union-attr]
-        return (side if isinstance(side, int) else side[0]) // 16  # type: ignore[index,operator,return-value]
+        size: Any = self.network.visual.image_size  # type: ignore[union-attr]
+        side: int = size if isinstance(size, int) else size[0]
+        return side // 16
 
 
 def load_clip(config: Clip) -> ClipModel:
     """Load an open_clip model for inference.
 
-    Raises InputError if the name, the tag or a file is unknown, if weights would have
-    to be downloaded and can't be, or if the visual tower is not a ModifiedResNet (RN50,
-    RN101, ...).
+    Raises InputError if the name, the tag or a file is unknown, if weights can't be
+    downloaded, or if the visual tower is not a ModifiedResNet (RN50, RN101, ...).
     """
-    name = config.model
-    if name.endswith(".json"):
-        if not os.path.exists(name):
-            raise InputError(
-                f"clip.model: no such file {name}; give an open_clip architecture name"
-                " or the path of its JSON description"
-            )
-        open_clip.add_model_config(Path(name))
-        name = Path(name).stem
-    if name not in open_clip.list_models():
-        raise InputError(
-            f"clip.model: open_clip has no architecture {name!r}; see"
-            " open_clip.list_models()"
-        )
+    name = _register_architecture(config.model)
     try:
         network = open_clip.create_model(
             name,
             pretrained=config.pretrained,
-            force_quick_gelu=_quick_gelu(name, config.pretrained),
+            force_quick_gelu=_uses_quick_gelu(name, config.pretrained),
         )
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
@@ -90,52 +78,70 @@ def load_clip(config: Clip) -> ClipModel:
         )
     mean = getattr(network.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(network.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return ClipModel(
-        network.eval().requires_grad_(False), open_clip.get_tokenizer(name), mean, std
-    )
+    network = network.eval().requires_grad_(False)
+    return ClipModel(network, open_clip.get_tokenizer(name), mean, std)
 
 
-def _quick_gelu(name: str, tag: str) -> bool:
-    """Whether weights known by ``tag`` were trained with QuickGELU, as OpenAI's were.
-    The architecture's name alone does not say so.
+def _register_architecture(model: str) -> str:
+    """Return the name under which open_clip knows ``model``; a JSON description is
+    registered first. Raises InputError if there is no such file or architecture.
     """
-    return bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
+    name = model
+    if model.endswith(".json"):
+        if not os.path.exists(model):
+            raise InputError(
+                f"clip.model: no such file {model}; give an open_clip architecture name"
+                " or the path of its JSON description"
+            )
+        open_clip.add_model_config(Path(model))
+        name = Path(model).stem
+    if name not in open_clip.list_models():
+        raise InputError(
+            f"clip.model: open_clip has no architecture {name!r}; see"
+            " open_clip.list_models()"
+        )
+    return name
 
 
-def prompts_for(name: str, config: Clip) -> list[str]:
-    """All prompts of one class name: the configured templates, or the style prompt and
-    OpenAI's 80 with the style put in.
+def _uses_quick_gelu(name: str, tag: str) -> bool:
+    """Return whether the weights of ``tag`` were trained with QuickGELU, as OpenAI's
+    were. The architecture's name alone does not say so.
+    """
+    pretrained = open_clip.get_pretrained_cfg(name, tag) or {}
+    return bool(pretrained.get("quick_gelu"))
 
-    As published, the style stands behind the first article, or in front where there is
-    none: "a STYLE bad photo of a {}.", "STYLE graffiti of a {}.".
+
+def make_prompts(name: str, config: Clip) -> list[str]:
+    """Return all prompts of one class name: the configured templates, or the style
+    prompt and OpenAI's 80 with the style inserted.
+
+    As published, the style comes after the first article, or first where there is none:
+    "a STYLE bad photo of a {}.", "STYLE graffiti of a {}.".
     """
     if config.templates:
         return [template.format(name) for template in config.templates]
-    plain = [
-        f"{name}.",
-        *(template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
-    ]
+    prompts = [template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     if not config.style:
-        return plain
-    return [
-        f"{config.style} {plain[0]}",
-        *(_styled(prompt, config.style) for prompt in plain[1:]),
-    ]
+        return [f"{name}.", *prompts]
+    styled_prompts = [_insert_style(prompt, config.style) for prompt in prompts]
+    return [f"{config.style} {name}.", *styled_prompts]
 
 
-def _styled(prompt: str, style: str) -> str:
-    first, rest = prompt.split(" ", 1)
-    return f"{first} {style} {rest}" if first in ("a", "the") else f"{style} {prompt}"
+def _insert_style(prompt: str, style: str) -> str:
+    first_word, remainder = prompt.split(" ", 1)
+    if first_word in ("a", "the"):
+        return f"{first_word} {style} {remainder}"
+    return f"{style} {prompt}"
 
 
 @torch.no_grad()
 def class_embeddings(clip: ClipModel, classes: Sequence[str], config: Clip) -> Tensor:
-    """e_c [K+1, D], unit length, background last: the mean over prompts, each
+    """Return e_c [K+1, D], unit length, background last: the mean over prompts, each
     normalised first (paper section 3.2).
     """
     rows = []
     for name in (*classes, BACKGROUND):
-        tokens = clip.tokenize(prompts_for(name, config)).to(clip.device)
+        tokens = clip.tokenize(make_prompts(name, config)).to(clip.device)
         embedded = F.normalize(clip.network.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
         rows.append(F.normalize(embedded.mean(0), dim=0))
     return torch.stack(rows)

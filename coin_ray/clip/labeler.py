@@ -1,5 +1,5 @@
-"""CLIP's opinion on given boxes: on RoI features of the whole image (one pass), or on
-crops.
+"""Classification of boxes with CLIP: on RoI features of the whole image (one pass), or
+on crops.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from coin_ray.config import Clip
 
 
 class RoiLabeler:
-    """Whole image -> stages 1-3 -> RoIAlign on the exact boxes -> stage 4 -> attention pooling -> class probabilities (paper section 3.2)."""
+    """Classifies boxes on the whole image: stages 1-3, RoIAlign on the exact boxes,
+    stage 4, attention pooling, class probabilities (paper section 3.2).
+    """
 
     def __init__(
         self,
@@ -28,39 +30,39 @@ class RoiLabeler:
         short_side: int,
         long_side: int,
     ) -> None:
-        self.clip, self.short_side, self.long_side = clip, short_side, long_side
+        self.clip = clip
+        self.short_side = short_side
+        self.long_side = long_side
         clip.network.visual.to(memory_format=torch.channels_last)  # type: ignore[operator,union-attr]
         self.embeddings = class_embeddings(clip, classes, config)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """``image`` [3, H, W] uint8, ``boxes`` [N, 4] in its pixels -> probabilities
-        [N, K+1].
+        """Return the probabilities [N, K+1] of ``boxes`` [N, 4], in pixels of ``image``
+        [3, H, W] uint8.
         """
         if not len(boxes):
             return torch.zeros(0, len(self.embeddings))
         visual = self.clip.network.visual
         image, boxes = image.to(self.clip.device), boxes.to(self.clip.device)
-        view = resize(image, [self.short_side], max_size=self.long_side)
-        factors = boxes.new_tensor(
-            [view.shape[2] / image.shape[2], view.shape[1] / image.shape[1]]
-        ).repeat(2)
-        pixels = normalize(
-            view.float() / 255, list(self.clip.mean), list(self.clip.std)
-        )[None].contiguous(memory_format=torch.channels_last)
+        resized = resize(image, [self.short_side], max_size=self.long_side)
+        x_factor = resized.shape[2] / image.shape[2]
+        y_factor = resized.shape[1] / image.shape[1]
+        boxes = boxes * boxes.new_tensor([x_factor, y_factor]).repeat(2)
+        pixels = _normalise_pixels(resized, self.clip)[None]
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         shared = visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels))))  # type: ignore[operator,union-attr]
-        pooled = roi_align(
-            shared, [boxes * factors], self.clip.roi_size, 1 / 16, -1, aligned=True
-        )
+        side = self.clip.roi_size
+        pooled = roi_align(shared, [boxes], side, 1 / 16, -1, aligned=True)
         features = attention_pool(visual.attnpool, visual.layer4(pooled))  # type: ignore[operator,union-attr]
-        return _probabilities(self.clip, features, self.embeddings)
+        return _classify(self.clip, features, self.embeddings)
 
 
 class CropLabeler:
-    """Each box cut out with some of what surrounds it, stretched to CLIP's input size
-    and encoded by itself.
+    """Classifies crops of the boxes, stretched to CLIP's input size and encoded one by
+    one.
 
-    ``context``: side of what is cut out / side of the box.
+    ``context``: side of the crop / side of the box.
     """
 
     def __init__(
@@ -70,95 +72,88 @@ class CropLabeler:
         config: Clip,
         context: float = 1.0,
     ) -> None:
-        self.clip, self.context = clip, context
+        self.clip = clip
+        self.context = context
         self.embeddings = class_embeddings(clip, classes, config)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """``image`` [3, H, W] uint8, ``boxes`` [N, 4] in its pixels -> probabilities
-        [N, K+1].
+        """Return the probabilities [N, K+1] of ``boxes`` [N, 4], in pixels of ``image``
+        [3, H, W] uint8.
         """
         if not len(boxes):
             return torch.zeros(0, len(self.embeddings))
-        side = self.clip.roi_size * 16
-        crops = []
-        for left, top, right, bottom in (
-            with_context(boxes, self.context, image.shape[1], image.shape[2])
-            .round()
-            .int()
-            .tolist()
-        ):
-            left, top = (
-                min(max(left, 0), image.shape[2] - 2),
-                min(max(top, 0), image.shape[1] - 2),
-            )
-            crops.append(
-                resized_crop(
-                    image,
-                    top,
-                    left,
-                    max(bottom - top, 2),
-                    max(right - left, 2),
-                    [side, side],
-                    antialias=True,
-                )
-            )
-        pixels = normalize(
-            torch.stack(crops).to(self.clip.device).float() / 255,
-            list(self.clip.mean),
-            list(self.clip.std),
+        height, width = image.shape[1:]
+        enlarged = enlarge_boxes(boxes, self.context, height, width)
+        crops = torch.stack(
+            [self._crop(image, box) for box in enlarged.round().int().tolist()]
         )
+        pixels = _normalise_pixels(crops.to(self.clip.device), self.clip)
         embedded = self.clip.network.encode_image(pixels)  # type: ignore[operator]
-        return _probabilities(self.clip, embedded, self.embeddings)
+        return _classify(self.clip, embedded, self.embeddings)
+
+    def _crop(self, image: Tensor, box: Sequence[int]) -> Tensor:
+        """Cut ``box`` (left, top, right, bottom), at least 2 pixels a side, out of the
+        image and resize it to CLIP's input.
+        """
+        height, width = image.shape[1:]
+        box_left, box_top, right, bottom = box
+        left = min(max(box_left, 0), width - 2)
+        top = min(max(box_top, 0), height - 2)
+        crop_height, crop_width = max(bottom - top, 2), max(right - left, 2)
+        side = self.clip.roi_size * 16
+        crop: Tensor = resized_crop(
+            image, top, left, crop_height, crop_width, [side, side], antialias=True
+        )
+        return crop
 
 
 Labeler = RoiLabeler | CropLabeler
 
 
-def with_context(boxes: Tensor, factor: float, height: int, width: int) -> Tensor:
-    """``boxes`` [N, 4] xyxy pixels with sides ``factor`` times as long, about the same
-    centres, cut at the image's borders.
+def enlarge_boxes(boxes: Tensor, factor: float, height: int, width: int) -> Tensor:
+    """Make the sides of ``boxes`` [N, 4] xyxy pixels ``factor`` times as long, around
+    the same centres, and clip them to the image.
     """
-    centre, half = (
-        (boxes[:, :2] + boxes[:, 2:]) / 2,
-        (boxes[:, 2:] - boxes[:, :2]) * factor / 2,
-    )
-    border = boxes.new_tensor([width, height])
-    return torch.cat(
-        [(centre - half).clamp(min=0), torch.minimum(centre + half, border)], 1
-    )
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half_size = (boxes[:, 2:] - boxes[:, :2]) * factor / 2
+    top_left = (centre - half_size).clamp(min=0)
+    image_size = boxes.new_tensor([width, height])
+    bottom_right = torch.minimum(centre + half_size, image_size)
+    return torch.cat([top_left, bottom_right], 1)
 
 
 def attention_pool(pool: Any, maps: Tensor) -> Tensor:
-    """What open_clip's AttentionPool2d ``pool`` makes of ``maps`` [R, C, s, s] -> [R,
-    D], for the one query that counts: the mean cell.
+    """Compute open_clip's AttentionPool2d ``pool`` of ``maps`` [R, C, s, s] -> [R, D],
+    for the only query whose output is used: the mean cell.
 
     Keys and values are never formed: their projections are applied to the query and to
     the attended mean instead, so a region costs 4 C^2 multiplications instead of 4 (s^2
-    + 1) C^2. The keys' bias moves all scores alike and drops out.
+    + 1) C^2. The keys' bias adds the same to all scores, so the softmax cancels it.
     """
     cells = maps.flatten(2).transpose(1, 2)
-    tokens = (
-        torch.cat([cells.mean(1, keepdim=True), cells], 1) + pool.positional_embedding
-    )
-    key, value = (
-        projection.weight.unflatten(0, (pool.num_heads, -1))
-        for projection in (pool.k_proj, pool.v_proj)
-    )
-    query = (
-        pool.q_proj(tokens[:, 0]).unflatten(1, (pool.num_heads, -1))
-        / key.shape[1] ** 0.5
-    )
-    attention = (
-        torch.einsum("rhd,hdc->rhc", query, key) @ tokens.transpose(1, 2)
-    ).softmax(-1)
-    attended = (
-        torch.einsum("rhc,hdc->rhd", attention @ tokens, value).flatten(1)
-        + pool.v_proj.bias
-    )
-    return pool.c_proj(attended)  # type: ignore[no-any-return]
+    tokens = torch.cat([cells.mean(1, keepdim=True), cells], 1)
+    tokens = tokens + pool.positional_embedding
+    key_weight = pool.k_proj.weight.unflatten(0, (pool.num_heads, -1))
+    value_weight = pool.v_proj.weight.unflatten(0, (pool.num_heads, -1))
+    query = pool.q_proj(tokens[:, 0]).unflatten(1, (pool.num_heads, -1))
+    query = query / key_weight.shape[1] ** 0.5
+    scores = torch.einsum("rhd,hdc->rhc", query, key_weight) @ tokens.transpose(1, 2)
+    mean_tokens = scores.softmax(-1) @ tokens
+    attended = torch.einsum("rhc,hdc->rhd", mean_tokens, value_weight).flatten(1)
+    return pool.c_proj(attended + pool.v_proj.bias)  # type: ignore[no-any-return]
 
 
-def _probabilities(clip: ClipModel, features: Tensor, embeddings: Tensor) -> Tensor:
+def _normalise_pixels(images: Tensor, clip: ClipModel) -> Tensor:
+    """Normalise uint8 pixels [..., 3, H, W] as CLIP expects them."""
+    normalised: Tensor = normalize(
+        images.float() / 255, list(clip.mean), list(clip.std)
+    )
+    return normalised
+
+
+def _classify(clip: ClipModel, features: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the probabilities [N, K+1] of image features [N, D]."""
     scale = clip.network.logit_scale.exp().clamp(max=100)  # type: ignore[operator,union-attr]
-    return (scale * F.normalize(features, dim=-1) @ embeddings.T).softmax(-1).cpu()
+    logits = scale * F.normalize(features, dim=-1) @ embeddings.T
+    return logits.softmax(-1).cpu()

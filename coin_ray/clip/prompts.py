@@ -32,17 +32,11 @@ class LearnedPrompts(nn.Module):
         tokens = clip.tokenize(
             [f"{LEAD} {placeholder} {name}." for name in (*classes, BACKGROUND)]
         )
-        lead = len(LEAD.split())
         with torch.no_grad():
             embedded = text.token_embedding(tokens).float()  # type: ignore[operator]
-        self.context = nn.Parameter(
-            torch.cat(
-                [
-                    embedded[0, 1 : 1 + lead],
-                    0.02 * torch.randn(context_tokens, embedded.shape[2]),
-                ]
-            )
-        )
+        lead_tokens = embedded[0, 1 : 1 + len(LEAD.split())]
+        new_tokens = 0.02 * torch.randn(context_tokens, embedded.shape[2])
+        self.context = nn.Parameter(torch.cat([lead_tokens, new_tokens]))
         self.register_buffer("embedded", embedded, persistent=False)
         self.register_buffer("ends", tokens.argmax(-1), persistent=False)
         self._text = (text,)  # a tuple, so that the frozen tower is no submodule
@@ -51,16 +45,14 @@ class LearnedPrompts(nn.Module):
     ends: Tensor
 
     def forward(self) -> Tensor:
-        """Class embeddings [K+1, D], unit length, background last."""
+        """Return class embeddings [K+1, D], unit length, background last."""
         text = self._text[0]
         if text.text_projection.device != self.context.device:
             text.to(self.context.device)
         start, stop = 1, 1 + len(self.context)
         context = self.context.expand(len(self.embedded), -1, -1)
-        tokens = [self.embedded[:, :start], context, self.embedded[:, stop:]]
-        x = torch.cat(tokens, 1)
+        x = torch.cat([self.embedded[:, :start], context, self.embedded[:, stop:]], 1)
         x = x + text.positional_embedding  # type: ignore[operator]
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask))  # type: ignore[operator]
-        return F.normalize(
-            x[torch.arange(len(x)), self.ends] @ text.text_projection, dim=-1
-        )  # type: ignore[operator]
+        last_tokens = x[torch.arange(len(x)), self.ends]
+        return F.normalize(last_tokens @ text.text_projection, dim=-1)  # type: ignore[operator]

@@ -1,5 +1,5 @@
-"""The consistent knowledge generation network: how much to believe each teacher, class
-by class (paper section 3.4, eqs. 6, 7).
+"""The consistent knowledge generation network: class-wise weights of both teachers
+(paper section 3.4, eqs. 6, 7).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class PrototypeAttention(nn.Module):
-    """Queries [R, D] attend to prototypes [K+1, D] with several heads; the result is
-    mapped to one weight per class [R, K+1].
+    """Multi-head attention of queries [R, D] to prototypes [K+1, D], mapped to one
+    weight per class [R, K+1].
 
     No residual, no normalisation; q, k, v without bias, as in the published code.
     """
@@ -18,25 +18,26 @@ class PrototypeAttention(nn.Module):
     def __init__(self, size: int, classes_with_background: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value = (
-            nn.Linear(size, size, bias=False) for _ in range(3)
-        )
+        self.query = nn.Linear(size, size, bias=False)
+        self.key = nn.Linear(size, size, bias=False)
+        self.value = nn.Linear(size, size, bias=False)
         self.output = nn.Linear(size, classes_with_background)
         for layer in (self.query, self.key, self.value, self.output):
             nn.init.xavier_normal_(layer.weight)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, features: Tensor, prototypes: Tensor) -> Tensor:
-        def split(x: Tensor) -> Tensor:
-            return x.view(len(x), self.heads, x.shape[1] // self.heads).transpose(0, 1)
+        query = self._split_heads(self.query(features))
+        key = self._split_heads(self.key(prototypes))
+        value = self._split_heads(self.value(prototypes))
+        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        attended = scores.softmax(-1) @ value
+        weights: Tensor = self.output(attended.transpose(0, 1).flatten(1))
+        return weights
 
-        query, key, value = (
-            split(self.query(features)),
-            split(self.key(prototypes)),
-            split(self.value(prototypes)),
-        )
-        attention = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1)
-        return self.output((attention @ value).transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Reshape [N, D] to [heads, N, D / heads]."""
+        return x.view(len(x), self.heads, x.shape[1] // self.heads).transpose(0, 1)
 
 
 class ConsistentKnowledge(nn.Module):
@@ -56,19 +57,19 @@ class ConsistentKnowledge(nn.Module):
         cloud_probs: Tensor,
         clip_probs: Tensor,
     ) -> Tensor:
-        """``features`` [R, D] unit-length student RoI features (not differentiated),
-        ``prototypes`` of (cloud, CLIP) knowledge [K+1, D], probabilities [R, K+1] ->
-        fused probabilities [R, K+1].
+        """Fuse both teachers' probabilities [R, K+1] into probabilities [R, K+1].
+
+        ``features`` [R, D]: unit-length student RoI features (not differentiated),
+        ``prototypes``: of (cloud, CLIP) knowledge, [K+1, D] each.
         """
         features = features.detach()
-        weighted: Tensor = (
-            self.cloud(features, prototypes[0]) * cloud_probs
-            + self.clip(features, prototypes[1]) * clip_probs
-        )
-        return weighted.softmax(-1)
+        weighted_cloud = self.cloud(features, prototypes[0]) * cloud_probs
+        weighted_clip = self.clip(features, prototypes[1]) * clip_probs
+        fused: Tensor = (weighted_cloud + weighted_clip).softmax(-1)
+        return fused
 
     def weights(self, features: Tensor, prototypes: tuple[Tensor, Tensor]) -> Tensor:
-        """[2, R, K+1] weights of the cloud and of CLIP, for diagnosis."""
-        return torch.stack(
-            [self.cloud(features, prototypes[0]), self.clip(features, prototypes[1])]
-        )
+        """Return the weights [2, R, K+1] of the cloud and of CLIP, for diagnosis."""
+        cloud_weights = self.cloud(features, prototypes[0])
+        clip_weights = self.clip(features, prototypes[1])
+        return torch.stack([cloud_weights, clip_weights])

@@ -1,5 +1,5 @@
-"""Decision-level fusion of opinions on the same boxes, without anything to train. All
-opinions are probabilities [R, K+1], background last.
+"""Decision-level fusion of opinions on the same boxes, without training. All opinions
+are probabilities [R, K+1], background last.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from torch import Tensor
 FLOOR = 1e-3
 """Least probability in the product of experts: no opinion is a veto."""
 PRIOR_COUNT = 1.0
-"""Boxes each annotator is taken to have named rightly, per class, before the first is
-seen."""
+"""Prior number of boxes per class that each annotator labelled correctly."""
 SPREAD_COUNT = 0.01
-"""The same for each wrong name, so that none is impossible."""
+"""Prior number of boxes for each wrong label, so that none is impossible."""
 
 
 def average(cloud: Tensor, clip: Tensor) -> Tensor:
@@ -24,14 +23,16 @@ def average(cloud: Tensor, clip: Tensor) -> Tensor:
 
 
 def score_weighted(cloud: Tensor, clip: Tensor) -> Tensor:
-    """Mean of the opinions, each weighted by its own best probability."""
-    weights = [opinion.max(-1, keepdim=True).values for opinion in (cloud, clip)]
-    return (weights[0] * cloud + weights[1] * clip) / (weights[0] + weights[1])
+    """Return the mean of the opinions, each weighted by its own best probability."""
+    cloud_weight = cloud.max(-1, keepdim=True).values
+    clip_weight = clip.max(-1, keepdim=True).values
+    weighted_sum = cloud_weight * cloud + clip_weight * clip
+    return weighted_sum / (cloud_weight + clip_weight)
 
 
 def product(cloud: Tensor, clip: Tensor) -> Tensor:
-    """Product of experts: normalised product, no factor below ``FLOOR`` (Hinton 2002,
-    with a flat prior).
+    """Return the product of experts: the normalised product, no factor below ``FLOOR``
+    (Hinton 2002, with a flat prior).
     """
     joint = cloud.clamp(min=FLOOR) * clip.clamp(min=FLOOR)
     return joint / joint.sum(-1, keepdim=True)
@@ -44,7 +45,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "score_weighted": score_weighted,
     "product": product,
 }
-"""Rules that need nothing but the two opinions; names as in ``Distill.fusion``."""
+"""Rules that use only the two opinions; names as in ``Distill.fusion``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,17 +58,17 @@ class Annotators:
     confusion: Tensor
 
     def posterior(self, *opinions: Tensor) -> Tensor:
-        """p(truth | opinions) [R, C] of T opinions [R, C]. A soft opinion counts as its
-        expected logarithm, a sure one as in Dawid-Skene.
+        """Return p(truth | opinions) [R, C] of T opinions [R, C]. A soft opinion counts
+        as its expected logarithm, a certain one as in Dawid-Skene.
         """
         log_confusion = self.confusion.log().to(opinions[0])
-        evidence = torch.stack(
-            [
-                opinion @ names.T
-                for opinion, names in zip(opinions, log_confusion, strict=True)
-            ]
-        ).sum(0)
-        return (evidence + self.prior.log().to(opinions[0])).softmax(-1)
+        log_likelihoods = [
+            opinion @ log_rates.T
+            for opinion, log_rates in zip(opinions, log_confusion, strict=True)
+        ]
+        evidence = torch.stack(log_likelihoods).sum(0)
+        log_prior = self.prior.log().to(opinions[0])
+        return (evidence + log_prior).softmax(-1)
 
 
 def dawid_skene(
@@ -76,29 +77,30 @@ def dawid_skene(
     """Estimate T annotators from their opinions [N, C] on the same N boxes by EM (Dawid
     & Skene 1979, soft opinions).
 
-    Starts from the mean opinion. A weak prior towards the diagonal keeps classes in
-    their places and names possible that were never given; without boxes it is all there
-    is. Two annotators alone can't be told apart where they differ: whom to believe then
-    follows from how often each class is seen, so a third opinion is worth more than a
-    better start.
+    Starts from the mean opinion. A weak prior towards the diagonal keeps classes from
+    being permuted and allows labels that were never given; without boxes only the prior
+    remains. Two annotators alone can't be told apart where they differ: which one is
+    believed then follows from how often each class occurs, so a third opinion helps
+    more than a better start.
     """
-    said = torch.stack(opinions).double()
-    truth = said.mean(0)
-    annotators = _estimate(said, truth)
+    stacked = torch.stack(opinions).double()
+    truth = stacked.mean(0)
+    annotators = _estimate_annotators(stacked, truth)
     for _ in range(rounds):
-        before, truth = truth, annotators.posterior(*said)
-        annotators = _estimate(said, truth)
-        if not len(truth) or float((truth - before).abs().max()) < tolerance:
+        previous_truth = truth
+        truth = annotators.posterior(*stacked)
+        annotators = _estimate_annotators(stacked, truth)
+        if not len(truth) or float((truth - previous_truth).abs().max()) < tolerance:
             break
     return annotators
 
 
-def _estimate(said: Tensor, truth: Tensor) -> Annotators:
-    classes = said.shape[-1]
-    counts = (
-        torch.einsum("nc,tnk->tck", truth, said)
-        + PRIOR_COUNT * torch.eye(classes).double()
-        + SPREAD_COUNT
-    )
+def _estimate_annotators(opinions: Tensor, truth: Tensor) -> Annotators:
+    """Run the M step: count ``opinions`` [T, N, C] under the estimated ``truth`` [N,
+    C].
+    """
+    identity = torch.eye(opinions.shape[-1]).double()
+    observed = torch.einsum("nc,tnk->tck", truth, opinions)
+    counts = observed + PRIOR_COUNT * identity + SPREAD_COUNT
     prior = truth.sum(0) + PRIOR_COUNT
     return Annotators(prior / prior.sum(), counts / counts.sum(-1, keepdim=True))

@@ -1,5 +1,5 @@
-"""Knowledge separation: which results both teachers share, where they contradict, and
-what only one of them saw (paper section 3.3).
+"""Knowledge separation: detections on which both teachers agree, on which they disagree,
+and which only one of them has (paper section 3.3).
 
 The published matching is many-to-many: no best match, no Hungarian assignment, no
 confidence threshold on agreement. Where the paper says nothing and the official code
@@ -8,7 +8,7 @@ draws at random, we draw from a seeded generator.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +19,10 @@ from coin_ray.config import Separate
 from coin_ray.structures import Detections, Pairs, Separation
 
 SAME_CLOUD_BOX = 0.95
-"""Cloud boxes overlapping more are two names for one object."""
+"""IoU from which two cloud boxes are two labels for one object."""
 
 Match = tuple[int, int]
-"""(row of the cloud result, row of the CLIP-detector result)"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Matches:
-    pairs: list[Match]
-    private_clip: list[int]
+"""(row of the cloud detection, row of the CLIP detection)"""
 
 
 def separate(
@@ -39,7 +33,7 @@ def separate(
     fuse_boxes: bool,
     generator: torch.Generator,
 ) -> Separation:
-    """Split one image's results. All boxes in one frame; ``clip`` may carry one box
+    """Split one image's detections. All boxes in one frame; ``clip`` may hold one box
     several times with different classes.
 
     ``fuse_boxes``: a pair's box is the score-weighted mean of both boxes, else the
@@ -47,74 +41,72 @@ def separate(
     """
     clip = clip[clip.scores > config.clip_score_min]
     if not len(cloud) or not len(clip):
-        return _from_one_teacher(cloud, clip, config, generator)
-    overlap = box_iou(cloud.boxes, clip.boxes)
-    matches = _match(cloud, clip, overlap >= config.iou_min, generator)
-    pairs = _resolve_cloud_doubles(matches.pairs, cloud, clip)
-    matched = {o for o, _ in matches.pairs}
-    lonely = [o for o in range(len(cloud)) if o not in matched]
-    agreeing = [(o, f) for o, f in pairs if cloud.labels[o] == clip.labels[f]]
-    disagreeing = [(o, f) for o, f in pairs if cloud.labels[o] != clip.labels[f]]
-    consistent = _without_doubles(_pairs(agreeing, cloud, clip, fuse_boxes), generator)
-    inconsistent = _without_doubles(
-        _pairs(disagreeing, cloud, clip, fuse_boxes), generator
+        return _separate_one_teacher(cloud, clip, config, generator)
+    is_match = box_iou(cloud.boxes, clip.boxes) >= config.iou_min
+    all_matches, unmatched_clip = _match_boxes(cloud, clip, is_match, generator)
+    matched_cloud = {cloud_row for cloud_row, _ in all_matches}
+    unmatched_cloud = [row for row in range(len(cloud)) if row not in matched_cloud]
+
+    matches = _resolve_duplicate_cloud_labels(all_matches, cloud, clip)
+    agreeing = [(i, j) for i, j in matches if cloud.labels[i] == clip.labels[j]]
+    disagreeing = [(i, j) for i, j in matches if cloud.labels[i] != clip.labels[j]]
+    consistent = _deduplicate(_make_pairs(agreeing, cloud, clip, fuse_boxes), generator)
+    inconsistent = _deduplicate(
+        _make_pairs(disagreeing, cloud, clip, fuse_boxes), generator
     )
-    claimed = (inconsistent.boxes[:, None] == consistent.boxes[None]).all(-1).any(1)
+    same_box = (inconsistent.boxes[:, None] == consistent.boxes[None]).all(-1)
+    also_consistent = same_box.any(1)
     private = Detections.cat(
-        [
-            cloud[torch.tensor(lonely, dtype=torch.int64)],
-            clip[torch.tensor(matches.private_clip, dtype=torch.int64)],
-        ]
+        [_select(cloud, unmatched_cloud), _select(clip, unmatched_clip)]
     )
-    return Separation(consistent, inconsistent[~claimed], private)
+    return Separation(consistent, inconsistent[~also_consistent], private)
 
 
-def _from_one_teacher(
+def _separate_one_teacher(
     cloud: Detections, clip: Detections, config: Separate, generator: torch.Generator
 ) -> Separation:
-    """The two published fallbacks for images in which one teacher saw nothing (the
-    paper: all private). A box keeps one name.
+    """Apply the two published fallbacks for images in which one teacher detected nothing
+    (the paper: all private). A box keeps one label.
     """
-    none = Pairs.empty(cloud.num_classes)
+    no_pairs = Pairs.empty(cloud.num_classes)
     if len(cloud):
-        if config.lone_cloud_consistent:
-            return Separation(
-                _without_doubles(Pairs(cloud.boxes, cloud, cloud), generator),
-                none,
-                cloud[:0],
-            )
-        return Separation(none, none, cloud)
-    sure = clip.scores > config.lone_clip_score
-    return Separation(
-        _without_doubles(Pairs(clip.boxes[sure], clip[sure], clip[sure]), generator),
-        none,
-        clip[~sure],
-    )
+        if not config.lone_cloud_consistent:
+            return Separation(no_pairs, no_pairs, cloud)
+        pairs = Pairs(cloud.boxes, cloud, cloud)
+        return Separation(_deduplicate(pairs, generator), no_pairs, cloud[:0])
+    confident = clip.scores > config.lone_clip_score
+    labels = clip[confident]
+    pairs = Pairs(labels.boxes, labels, labels)
+    return Separation(_deduplicate(pairs, generator), no_pairs, clip[~confident])
 
 
-def _match(
-    cloud: Detections, clip: Detections, overlaps: Tensor, generator: torch.Generator
-) -> _Matches:
-    """Every overlapping pair; a CLIP box with several classes takes part once, with the
-    class the cloud gave if it has it.
+def _match_boxes(
+    cloud: Detections, clip: Detections, is_match: Tensor, generator: torch.Generator
+) -> tuple[list[Match], list[int]]:
+    """Return every overlapping pair, and the CLIP rows without any. ``is_match``
+    [cloud, CLIP].
+
+    A CLIP box with several classes takes part once, with the class the cloud gave if it
+    has it.
     """
-    pairs: list[Match] = []
-    private: list[int] = []
-    for members in _same_box_groups(clip.boxes):
-        hits = overlaps[:, members[0]].nonzero()[:, 0].tolist()
-        if not hits:
-            private.append(_choose(members, generator))
-        elif len(members) == 1:
-            pairs += [(hit, members[0]) for hit in hits]
+    matches: list[Match] = []
+    unmatched: list[int] = []
+    for clip_rows in _group_identical_boxes(clip.boxes):
+        cloud_rows = is_match[:, clip_rows[0]].nonzero()[:, 0].tolist()
+        if not cloud_rows:
+            unmatched.append(_draw_row(clip_rows, generator))
+        elif len(clip_rows) == 1:
+            matches += [(cloud_row, clip_rows[0]) for cloud_row in cloud_rows]
         else:
-            first = max(hits, key=lambda hit: float(cloud.scores[hit]))
-            same = [m for m in members if clip.labels[m] == cloud.labels[first]]
-            pairs.append((first, same[0] if same else _choose(members, generator)))
-    return _Matches(pairs, private)
+            best = max(cloud_rows, key=lambda row: float(cloud.scores[row]))
+            agreeing = [r for r in clip_rows if clip.labels[r] == cloud.labels[best]]
+            clip_row = agreeing[0] if agreeing else _draw_row(clip_rows, generator)
+            matches.append((best, clip_row))
+    return matches, unmatched
 
 
-def _same_box_groups(boxes: Tensor) -> list[list[int]]:
-    """Rows with bit-identical boxes, in order of first appearance (class-agnostic
+def _group_identical_boxes(boxes: Tensor) -> list[list[int]]:
+    """Group rows with bit-identical boxes, in order of first appearance (class-agnostic
     regression gives one box several classes).
     """
     groups: dict[tuple[float, ...], list[int]] = {}
@@ -123,52 +115,63 @@ def _same_box_groups(boxes: Tensor) -> list[list[int]]:
     return list(groups.values())
 
 
-def _resolve_cloud_doubles(
-    pairs: list[Match], cloud: Detections, clip: Detections
+def _resolve_duplicate_cloud_labels(
+    matches: list[Match], cloud: Detections, clip: Detections
 ) -> list[Match]:
-    """Where the cloud gave one object two names: keep the name CLIP confirms; if CLIP
-    contradicts itself, only the conflicts.
+    """Keep, where the cloud gave one object several labels, only the matches whose label
+    CLIP confirms; if CLIP has several labels too, only the disagreements.
     """
-    same = box_iou(cloud.boxes, cloud.boxes) >= SAME_CLOUD_BOX
-    done: set[int] = set()
+    same_object = box_iou(cloud.boxes, cloud.boxes) >= SAME_CLOUD_BOX
+    visited: set[int] = set()
     dropped: set[Match] = set()
-    for first in cloud.scores.argsort(descending=True, stable=True).tolist():
-        doubles = [o for o in same[first].nonzero()[:, 0].tolist() if o not in done]
-        if len(doubles) < 2 or first in done:
+    for best in cloud.scores.argsort(descending=True, stable=True).tolist():
+        overlapping = same_object[best].nonzero()[:, 0].tolist()
+        duplicates = [row for row in overlapping if row not in visited]
+        if len(duplicates) < 2 or best in visited:
             continue
-        done.update(doubles)
-        named = {int(clip.labels[f]) for o, f in pairs if o == first}
-        ours = [(o, f) for o, f in pairs if o in doubles]
-        if len(named) == 1:
-            confirmed = [(o, f) for o, f in ours if int(cloud.labels[o]) in named]
-            dropped.update(set(ours) - set(confirmed) if confirmed else ())
-        elif named:
-            dropped.update((o, f) for o, f in ours if cloud.labels[o] == clip.labels[f])
-    return [pair for pair in pairs if pair not in dropped]
+        visited.update(duplicates)
+        clip_labels = {int(clip.labels[j]) for i, j in matches if i == best}
+        candidates = [(i, j) for i, j in matches if i in duplicates]
+        if len(clip_labels) == 1:
+            confirmed = [
+                m for m in candidates if int(cloud.labels[m[0]]) in clip_labels
+            ]
+            if confirmed:
+                dropped.update(set(candidates) - set(confirmed))
+        elif clip_labels:
+            dropped.update(
+                (i, j) for i, j in candidates if cloud.labels[i] == clip.labels[j]
+            )
+    return [match for match in matches if match not in dropped]
 
 
-def _pairs(
+def _make_pairs(
     matches: list[Match], cloud: Detections, clip: Detections, fuse_boxes: bool
 ) -> Pairs:
     rows = torch.tensor(matches, dtype=torch.int64).reshape(-1, 2)
-    ours, theirs = cloud[rows[:, 0]], clip[rows[:, 1]]
-    boxes = (
-        box_ops.weighted_mean(ours.boxes, theirs.boxes, ours.scores, theirs.scores)
-        if fuse_boxes
-        else ours.boxes
-    )
-    return Pairs(boxes, ours, theirs)
+    cloud, clip = cloud[rows[:, 0]], clip[rows[:, 1]]
+    boxes = cloud.boxes
+    if fuse_boxes:
+        boxes = box_ops.weighted_mean_boxes(
+            cloud.boxes, clip.boxes, cloud.scores, clip.scores
+        )
+    return Pairs(boxes, cloud, clip)
 
 
-def _without_doubles(pairs: Pairs, generator: torch.Generator) -> Pairs:
-    """Of pairs with bit-identical boxes one, drawn at random, stays."""
-    kept = [_choose(group, generator) for group in _same_box_groups(pairs.boxes)]
-    return pairs[torch.tensor(sorted(kept), dtype=torch.int64)]
+def _deduplicate(pairs: Pairs, generator: torch.Generator) -> Pairs:
+    """Keep one pair, drawn at random, of those with bit-identical boxes."""
+    rows = [
+        _draw_row(group, generator) for group in _group_identical_boxes(pairs.boxes)
+    ]
+    return pairs[torch.tensor(sorted(rows), dtype=torch.int64)]
 
 
-def _choose(rows: list[int], generator: torch.Generator) -> int:
-    return (
-        rows[0]
-        if len(rows) == 1
-        else rows[int(torch.randint(len(rows), (), generator=generator))]
-    )
+def _select(detections: Detections, rows: Sequence[int]) -> Detections:
+    return detections[torch.tensor(rows, dtype=torch.int64)]
+
+
+def _draw_row(rows: list[int], generator: torch.Generator) -> int:
+    if len(rows) == 1:
+        return rows[0]
+    index = int(torch.randint(len(rows), (), generator=generator))
+    return rows[index]

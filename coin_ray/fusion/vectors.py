@@ -1,8 +1,8 @@
-"""The forms in which the published code feeds a cloud's results to separation, one for
-each kind of cloud it used.
+"""Class vectors as the published code feeds them to separation, one form for each kind
+of cloud it used.
 
-Background gets nothing in any of them. With one class every vector is [1, 0]; only
-``smoothed`` keeps the scores' order then.
+Background is 0 in all of them. With one class every vector is [1, 0]; only ``smoothed``
+keeps the scores' order then.
 """
 
 from __future__ import annotations
@@ -17,49 +17,50 @@ from coin_ray.structures import Detections
 
 
 def normalised(cloud: Detections) -> Detections:
-    """Grounding DINO: probs [N, K+1] normalised over the classes, score = the best of
-    them (1 with one class).
+    """Normalise probs [N, K+1] over the foreground classes; the score is the best of
+    them (1 with one class). Used with Grounding DINO.
     """
-    foreground = _over_classes(cloud.probs[:, :-1])
-    return Detections(
-        cloud.boxes, foreground.amax(1), cloud.labels, F.pad(foreground, (0, 1))
-    )
+    foreground = cloud.probs[:, :-1]
+    foreground = foreground / foreground.sum(1, keepdim=True).clamp(min=1e-12)
+    return _with_foreground(cloud, foreground, foreground.amax(1))
 
 
 def smoothed(cloud: Detections) -> Detections:
-    """GLIP: the label has the score s, each of the other K - 1 classes (1 - s) / (K -
-    1).
+    """Give the label its score s, and each of the other K - 1 classes (1 - s) / (K -
+    1). Used with GLIP.
     """
     classes = cloud.num_classes
     if classes == 1:
-        return Detections(
-            cloud.boxes,
-            cloud.scores,
-            cloud.labels,
-            F.pad(torch.ones_like(cloud.probs[:, :-1]), (0, 1)),
+        return _with_foreground(
+            cloud, torch.ones_like(cloud.probs[:, :-1]), cloud.scores
         )
-    others = ((1 - cloud.scores) / (classes - 1))[:, None].expand(-1, classes)
-    foreground = others.scatter(1, cloud.labels[:, None], cloud.scores[:, None])
-    return Detections(
-        cloud.boxes, cloud.scores, cloud.labels, F.pad(foreground, (0, 1))
-    )
+    share = (1 - cloud.scores) / (classes - 1)
+    other_classes = share[:, None].expand(-1, classes)
+    foreground = other_classes.scatter(1, cloud.labels[:, None], cloud.scores[:, None])
+    return _with_foreground(cloud, foreground, cloud.scores)
 
 
 def one_hot(cloud: Detections) -> Detections:
-    """A cloud that only names its boxes: the label has probability 1, and so is every
-    score.
+    """Give the label probability 1, and every box score 1, for a cloud that returns
+    labels only.
     """
     probs = F.one_hot(cloud.labels, cloud.probs.shape[1]).to(cloud.probs)
     return Detections(cloud.boxes, torch.ones_like(cloud.scores), cloud.labels, probs)
 
 
-FORMS: dict[str, Callable[[Detections], Detections]] = {
+CLOUD_VECTOR_FORMS: dict[str, Callable[[Detections], Detections]] = {
     "collected": lambda cloud: cloud,
     "normalised": normalised,
     "smoothed": smoothed,
     "one_hot": one_hot,
 }
+"""Names as in ``labels.cloud_vectors``."""
 
 
-def _over_classes(foreground: Tensor) -> Tensor:
-    return foreground / foreground.sum(1, keepdim=True).clamp(min=1e-12)
+def _with_foreground(
+    cloud: Detections, foreground: Tensor, scores: Tensor
+) -> Detections:
+    """Replace the vectors by ``foreground`` [N, K], with background 0, and the
+    scores.
+    """
+    return Detections(cloud.boxes, scores, cloud.labels, F.pad(foreground, (0, 1)))

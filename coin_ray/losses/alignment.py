@@ -9,12 +9,12 @@ from coin_ray.parallel import worker_count
 
 
 def prompt_alignment(class_embeddings: Tensor, prototypes: Tensor) -> Tensor:
-    """Mean |prompt embedding - prototype| over [K+1, D], both unit length, prototypes
-    fixed.
+    """Return the mean |prompt embedding - prototype| over [K+1, D], both unit length;
+    prototypes carry no gradient.
 
     Every worker holds the same values, so each contributes its share.
     """
-    distance = (
-        F.normalize(class_embeddings, dim=-1) - F.normalize(prototypes.detach(), dim=-1)
-    ).abs()
+    embeddings = F.normalize(class_embeddings, dim=-1)
+    fixed_prototypes = F.normalize(prototypes.detach(), dim=-1)
+    distance = (embeddings - fixed_prototypes).abs()
     return distance.mean() / worker_count()

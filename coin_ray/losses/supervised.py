@@ -18,13 +18,10 @@ from coin_ray.losses.mean import mean
 def anchor_objectness(
     logits: Tensor, is_object: Tensor, count: float | None = None
 ) -> Tensor:
-    """Binary cross-entropy of sampled anchors [A] against 0/1 [A]."""
-    return mean(
-        F.binary_cross_entropy_with_logits(
-            logits, is_object.to(logits), reduction="none"
-        ),
-        count,
-    )
+    """Return the binary cross-entropy of sampled anchors [A] against 0/1 [A]."""
+    targets = is_object.to(logits)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return mean(losses, count)
 
 
 def anchor_boxes(
@@ -34,20 +31,21 @@ def anchor_boxes(
     sampled: float,
     weights: Sequence[float] = box_ops.DELTA_WEIGHTS,
 ) -> Tensor:
-    """L1 of predicted deltas [P, 4] of positive anchors to their boxes, divided by the
-    number of all ``sampled`` anchors.
+    """Return the L1 distance of predicted deltas [P, 4] of positive anchors to their
+    boxes, divided by the number of all ``sampled`` anchors.
 
     ``weights``: scale of the deltas along x, y, width, height.
     """
     scale = deltas.new_tensor(weights) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
-    return mean((deltas - box_ops.encode(boxes, anchors) * scale).abs(), sampled)
+    targets = box_ops.encode_boxes(boxes, anchors) * scale
+    return mean((deltas - targets).abs(), sampled)
 
 
 def region_class(
     logits: Tensor, labels: Tensor, background_weight: float, count: float | None = None
 ) -> Tensor:
-    """Cross-entropy of RoIs [R, K+1] against labels [R]; background rows (label K)
-    count ``background_weight``, the sum is divided by R.
+    """Return the cross-entropy of RoIs [R, K+1] against labels [R]; background rows
+    (label K) count ``background_weight``, the sum is divided by R.
 
     In the published code the weight scales the term, not the denominator.
     """
@@ -59,19 +57,20 @@ def region_class(
 def region_soft_class(
     logits: Tensor, targets: Tensor, count: float | None = None
 ) -> Tensor:
-    """Cross-entropy of RoIs [R, K+1] against probability vectors [R, K+1]."""
-    return mean(-(targets * logits.float().log_softmax(-1)).sum(-1), count)
+    """Return the cross-entropy of RoIs [R, K+1] against probability vectors [R, K+1]."""
+    log_probabilities = logits.float().log_softmax(-1)
+    return mean(-(targets * log_probabilities).sum(-1), count)
 
 
 def region_boxes(
     deltas: Tensor, proposals: Tensor, boxes: Tensor, sampled: float, kind: str
 ) -> Tensor:
-    """Distance of regressed proposals [P, 4] to their boxes, divided by the number of
-    all ``sampled`` RoIs: L1 of deltas, or 1 - GIoU.
+    """Return the distance of regressed proposals [P, 4] to their boxes, divided by the
+    number of all ``sampled`` RoIs: L1 of deltas, or 1 - GIoU.
     """
+    deltas = deltas.float()
     if kind == "l1":
-        return mean((deltas.float() - box_ops.encode(boxes, proposals)).abs(), sampled)
-    return mean(
-        generalized_box_iou_loss(box_ops.decode(deltas.float(), proposals), boxes),
-        sampled,
-    )
+        targets = box_ops.encode_boxes(boxes, proposals)
+        return mean((deltas - targets).abs(), sampled)
+    regressed = box_ops.decode_boxes(deltas, proposals)
+    return mean(generalized_box_iou_loss(regressed, boxes), sampled)

@@ -1,4 +1,4 @@
-"""What the pipeline needs of a detector."""
+"""Interfaces and tensors that all detectors share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Images:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Regions:
-    """What a detector says of R given boxes: ``pooled`` [R, C], ``embedded`` [R, D]
+class RegionOutputs:
+    """Outputs of the region head for R boxes: ``pooled`` [R, C], ``embedded`` [R, D]
     unit length, ``logits`` [R, K+1], ``deltas`` [R, 4]; and ``classes`` [K+1, D], the
     class embeddings the logits come from.
     """
@@ -35,9 +35,9 @@ class Regions:
     deltas: Tensor
     classes: Tensor
 
-    def float(self) -> Regions:
-        """In float32, whatever precision the network ran in."""
-        return Regions(
+    def float(self) -> RegionOutputs:
+        """Convert to float32, whatever precision the network ran in."""
+        return RegionOutputs(
             self.pooled.float(),
             self.embedded.float(),
             self.logits.float(),
@@ -47,9 +47,10 @@ class Regions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Proposed:
-    """``anchors`` [A, 4] (the same for every image), ``objectness`` [B, A] logits,
-    ``deltas`` [B, A, 4], ``boxes``: proposals [P, 4] per image.
+class RpnOutputs:
+    """Outputs of a region proposal network: ``anchors`` [A, 4] (the same for every
+    image), ``objectness`` [B, A] logits, ``deltas`` [B, A, 4], ``boxes``: proposals
+    [P, 4] per image.
     """
 
     anchors: Tensor
@@ -60,11 +61,11 @@ class Proposed:
 
 class Detector(Protocol):
     def predict(self, images: Images) -> list[Detections]:
-        """Detections in the frame of each image, best first."""
+        """Return detections in the frame of each image, best first."""
 
 
-class Regional(Protocol):
-    """What COIN needs of a student: proposals to sample, and its view of any box.
+class TwoStageStudent(Protocol):
+    """A detector that COIN can train: it proposes boxes and describes any given box.
     ``config`` says how anchors and RoIs are sampled.
     """
 
@@ -74,12 +75,16 @@ class Regional(Protocol):
     def prepare(
         self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)
     ) -> Images:
-        """uint8 images [3, H, W] of any sizes -> one normalised batch that holds all
-        and ``at_least`` (H, W).
+        """Normalise uint8 images [3, H, W] of any sizes into one batch, padded to hold
+        all of them and ``at_least`` (H, W).
         """
 
-    def propose(self, images: Images) -> tuple[Any, Proposed]:
-        """What is computed once per image, for ``describe``; and proposals."""
+    def propose(self, images: Images) -> tuple[Any, RpnOutputs]:
+        """Return the features computed once per image, for ``describe``, and the
+        outputs of the region proposal network.
+        """
 
-    def describe(self, shared: Any, boxes: Sequence[Tensor]) -> Regions:
-        """RoI features and class logits of given boxes (one [N, 4] per image)."""
+    def describe(self, shared: Any, boxes: Sequence[Tensor]) -> RegionOutputs:
+        """Return RoI features, class logits and deltas of boxes (one [N, 4] per
+        image).
+        """

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.parallel import all_sums
+from coin_ray.parallel import all_sum_tensors
 
-Seen = tuple["Prototypes", Tensor, Tensor]
-"""Prototypes, and the unit-length features [R, D] with labels [R] that they are to
-follow."""
+PrototypeUpdate = tuple["Prototypes", Tensor, Tensor]
+"""Prototypes, and the unit-length features [R, D] with labels [R] to update them with."""
 
 
 class Prototypes(nn.Module):
@@ -25,28 +24,30 @@ class Prototypes(nn.Module):
         self.register_buffer("values", embeddings.clone())
 
     def update(self, features: Tensor, labels: Tensor, rate: float) -> None:
-        """``follow_features`` with ``features`` [R, D] and their ``labels`` [R]."""
-        follow_features([(self, features, labels)], rate)
+        """Call ``update_prototypes`` with ``features`` [R, D] and ``labels`` [R]."""
+        update_prototypes([(self, features, labels)], rate)
 
     def normalised(self) -> Tensor:
         return F.normalize(self.values, dim=-1)
 
 
 @torch.no_grad()
-def follow_features(seen: Sequence[Seen], rate: float) -> None:
-    """P_c <- (1 - rate) P_c + rate x mean of the features labelled c, over all workers,
-    which exchange them once; absent classes stay.
+def update_prototypes(updates: Sequence[PrototypeUpdate], rate: float) -> None:
+    """Move prototypes towards the mean features of their classes over all workers:
+    P_c <- (1 - rate) P_c + rate x mean of the features labelled c. Absent classes stay.
+
+    All sums go to the other workers in one message.
     """
-    own = []
-    for prototypes, features, labels in seen:
-        sums = torch.zeros_like(prototypes.values).index_add_(
-            0, labels, features.detach().float()
-        )
-        own += [sums, torch.bincount(labels, minlength=len(sums)).to(sums)]
-    total = all_sums(own)
-    for (prototypes, _, _), sums, counts in zip(
-        seen, total[::2], total[1::2], strict=True
-    ):
-        values, present = prototypes.values, counts > 0
+    local_sums = []
+    for prototypes, features, labels in updates:
+        zeros = torch.zeros_like(prototypes.values)
+        sums = zeros.index_add_(0, labels, features.detach().float())
+        counts = torch.bincount(labels, minlength=len(sums)).to(sums)
+        local_sums += [sums, counts]
+    global_sums = all_sum_tensors(local_sums)
+    for row, (prototypes, _, _) in enumerate(updates):
+        sums, counts = global_sums[2 * row], global_sums[2 * row + 1]
+        present = counts > 0
         mean = sums[present] / counts[present, None]
+        values = prototypes.values
         values[present] = (1 - rate) * values[present] + rate * mean

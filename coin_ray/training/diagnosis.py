@@ -1,7 +1,7 @@
-"""What training shows beside its losses: how many boxes of each kind there are, whom
-CKG follows, when it starts to see.
+"""Figures that training logs beside its losses: numbers of boxes of each kind, how
+often CKG agrees with each teacher, and how much its weights depend on the input.
 
-No gradient, and nothing is decided by it. As with losses, each worker returns its part
+They carry no gradient and change nothing. As with losses, each worker returns its part
 and the sum over workers is the figure.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coin_ray.losses.mean import mean
-from coin_ray.parallel import all_sums, worker_count
+from coin_ray.parallel import all_sum_tensors, worker_count
 from coin_ray.structures import Pairs, Separation
 
 COUNTS = frozenset({"count_consistent", "count_inconsistent", "count_private"})
@@ -25,59 +25,59 @@ NAMES = COUNTS | {
     "ckg_spread",
     "gradient_angle",
 }
-"""All figures of this file; whatever else a step of training returns is a loss."""
+"""All figures of this file; whatever else a training step returns is a loss."""
 
 
-def kinds(separations: Sequence[Separation]) -> dict[str, Tensor]:
-    """Boxes of each kind in the batch."""
-    return {
-        f"count_{kind}": torch.tensor(
-            float(sum(len(getattr(s, kind)) for s in separations))
-        )
-        for kind in ("consistent", "inconsistent", "private")
+def count_boxes_by_kind(separations: Sequence[Separation]) -> dict[str, Tensor]:
+    """Count the boxes of each kind in the batch."""
+    counts = {
+        "count_consistent": sum(len(s.consistent) for s in separations),
+        "count_inconsistent": sum(len(s.inconsistent) for s in separations),
+        "count_private": sum(len(s.private) for s in separations),
     }
+    return {name: torch.tensor(float(count)) for name, count in counts.items()}
 
 
 @torch.no_grad()
-def whom_ckg_follows(
-    fused: Tensor, pairs: Pairs, trusted_from: float, regions: float
+def ckg_agreement_rates(
+    fused: Tensor, pairs: Pairs, confidence_threshold: float, regions: float
 ) -> dict[str, Tensor]:
-    """Shares of inconsistent RoIs: passing pi, and named as the cloud, as CLIP, or as
-    neither did. ``fused`` [R, K+1] of ``pairs`` [R].
+    """Return the shares of inconsistent RoIs whose ``fused`` vector [R, K+1] reaches the
+    threshold (pi), and whose label is the cloud's, CLIP's, or neither's.
 
-    ``regions``: such RoIs of all workers.
+    ``pairs`` [R] of these RoIs; ``regions``: their number over all workers.
     """
-    score, name = fused.max(-1)
-    cloud, clip = name == pairs.cloud.labels, name == pairs.clip.labels
-    shares = {
-        "passing": score >= trusted_from,
-        "cloud": cloud,
-        "clip": clip,
-        "neither": ~(cloud | clip),
+    scores, labels = fused.max(-1)
+    as_cloud = labels == pairs.cloud.labels
+    as_clip = labels == pairs.clip.labels
+    masks = {
+        "ckg_passing": scores >= confidence_threshold,
+        "ckg_cloud": as_cloud,
+        "ckg_clip": as_clip,
+        "ckg_neither": ~(as_cloud | as_clip),
     }
-    return {f"ckg_{side}": mean(rows.float(), regions) for side, rows in shares.items()}
+    return {name: mean(mask.float(), regions) for name, mask in masks.items()}
 
 
 @torch.no_grad()
-def spread(weights: Tensor) -> Tensor:
-    """Mean over teachers and classes of the standard deviation over RoIs of CKG's
-    ``weights`` [2, R, K+1]: 0 when it answers all alike.
+def ckg_weight_spread(weights: Tensor) -> Tensor:
+    """Return the mean over teachers and classes of the standard deviation over RoIs of
+    CKG's ``weights`` [2, R, K+1]: 0 when all RoIs get the same weights.
     """
     weights = weights.double()  # a small spread is a difference of large squares
-    first, second, rows = all_sums(
+    sums, squares, rows = all_sum_tensors(
         [weights.sum(1), (weights**2).sum(1), weights.new_tensor([weights.shape[1]])]
     )
     rows = rows.clamp(min=1)
-    return (second / rows - (first / rows) ** 2).clamp(
-        min=0
-    ).sqrt().mean().float() / worker_count()
+    variance = squares / rows - (sums / rows) ** 2
+    deviation = variance.clamp(min=0).sqrt()
+    return deviation.mean().float() / worker_count()
 
 
 @torch.no_grad()
 def gradient_angle(misalignment: Tensor) -> Tensor:
-    """Degrees whose cosine is the mean one: 1 - ``misalignment``, of which every worker
-    holds 1/n.
+    """Return the angle in degrees whose cosine is the mean cosine 1 - ``misalignment``,
+    of which every worker holds 1/n.
     """
-    return (1 - worker_count() * misalignment).clamp(
-        -1, 1
-    ).acos().rad2deg() / worker_count()
+    cosine = (1 - worker_count() * misalignment).clamp(-1, 1)
+    return cosine.acos().rad2deg() / worker_count()

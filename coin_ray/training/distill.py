@@ -1,14 +1,14 @@
 """Knowledge separation and distillation into the target detector (paper sections 3.3
 and 3.4).
 
-One step, top down: the teacher follows the student (after the burn-up); its results and
-the cloud's are separated; the student looks at the strong view; CKG learns by aligning
-gradients; the student learns from all three kinds.
+One step: the teacher follows the student (after the burn-up); its detections and the
+cloud's are separated; the student forwards the strong images; CKG learns by aligning
+gradients; the student learns from all three kinds of knowledge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,26 +26,39 @@ from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
 from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
-from coin_ray.models.prototypes import Prototypes, follow_features
-from coin_ray.parallel import gathered, sum_gradients
+from coin_ray.models.prototypes import Prototypes, update_prototypes
+from coin_ray.parallel import all_gather_rows, all_reduce_gradients
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training import diagnosis
-from coin_ray.training.ema import follow
-from coin_ray.training.propagate import descend, mixed_precision
-from coin_ray.training.schedule import make_optimizer, new_optimizer, set_learning_rate
-from coin_ray.training.student_outputs import Look, View, common_size, look
+from coin_ray.training.ema import ema_update
+from coin_ray.training.schedule import (
+    make_optimizer,
+    mixed_precision,
+    new_optimizer,
+    optimizer_step,
+    parameter_group,
+    set_learning_rate,
+)
+from coin_ray.training.student_outputs import (
+    Losses,
+    StudentForward,
+    StudentOutputs,
+    common_size,
+    forward_student,
+)
 
 Student = ClipDetector | RegionalDetr
-SAME = 0.5
-"""Overlap from which two results of one class are the same object."""
+DUPLICATE_IOU = 0.5
+"""IoU from which two detections of one class are the same object."""
 
 
 class Distillation:
-    """``teacher``: a network like the student, which it follows from the burn-up on. It
-    is the CLIP detector, or stands beside its results.
+    """``teacher``: the mean teacher, a network like the student, which it follows from
+    the burn-up on. It is the CLIP detector, or adds to the CLIP detector's detections.
 
-    ``annotators``: the teachers as estimated from the training images, for
-    ``config.fusion`` dawid_skene. ``look``: for this kind of student.
+    ``annotators``: both teachers' error rates, estimated from the training images, for
+    ``config.fusion`` dawid_skene. ``forward_student``: the function for this kind of
+    student.
     """
 
     def __init__(
@@ -56,286 +69,292 @@ class Distillation:
         config: Distill,
         separation: Separate,
         annotators: Annotators | None = None,
-        look: Look = look,
+        forward_student: StudentForward = forward_student,
     ) -> None:
         if (config.fusion == "dawid_skene") != (annotators is not None):
             raise ValueError(
                 "annotators are needed for fusion dawid_skene, and only for it; the"
                 f" fusion is {config.fusion}"
             )
-        self.student, self.teacher = (
-            student.train(),
-            teacher.eval().requires_grad_(False),
-        )
-        self.config, self.separation, self.annotators, self.look = (
-            config,
-            separation,
-            annotators,
-            look,
-        )
+        self.student = student.train()
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher_is_clip_detector = isinstance(teacher, ClipDetector)
+        self.config = config
+        self.separation = separation
+        self.annotators = annotators
+        self.forward_student = forward_student
         self.consistent_prototypes = Prototypes(embeddings)
-        self.cloud_prototypes, self.clip_prototypes = (
-            Prototypes(embeddings),
-            Prototypes(embeddings),
-        )
+        self.cloud_prototypes = Prototypes(embeddings)
+        self.clip_prototypes = Prototypes(embeddings)
         self.ckg = ConsistentKnowledge(
             embeddings.shape[1], student.num_classes, config.ckg_heads
         )
-        self.teacher_is_clip = isinstance(teacher, ClipDetector)
         self.optimizer = make_optimizer(student, config.fit)
-        rates: dict[str, object] = {
-            "lr": config.ckg_lr,
-            "base_lr": config.ckg_lr,
-            "weight_decay": config.fit.weight_decay,
-        }
-        self.ckg_optimizer = new_optimizer(
-            [{"params": list(self.ckg.parameters()), **rates}], config.fit
+        ckg_group = parameter_group(
+            list(self.ckg.parameters()), config.ckg_lr, config.fit.weight_decay
         )
+        self.ckg_optimizer = new_optimizer([ckg_group], config.fit)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        config, student = self.config.at(step), self.student
-        burnt_up = step >= config.burn_up
+        burnt_up = step >= self.config.burn_up
         if burnt_up:
-            self.move_teacher(step)
-        size = common_size(batch.weak)  # and of the strong views
+            self.update_teacher(step)
+        size = common_size(batch.weak)  # the strong images have the same sizes
         separations = self.separate(batch, burnt_up, size)
-        with mixed_precision(student, config.fit):
-            view = self.look(student, batch.strong, size, separations, batch.generators)
-
-        losses = {
-            name: config.consistent * loss
-            for name, loss in view.supervised_losses(student.config).items()
-        }
-        losses |= {
-            name: config.private * loss for name, loss in view.private_losses().items()
-        }
-        losses["alignment"] = config.alignment * prompt_alignment(
-            view.regions.classes, self.consistent_prototypes.values
-        )
-        ckg_losses: dict[str, Tensor] = {}
-        if step >= config.prototypes_from:
-            teaches = step >= (
-                config.burn_up
-                if config.inconsistent_from is None
-                else config.inconsistent_from
+        with mixed_precision(self.student, self.config.fit):
+            outputs = self.forward_student(
+                self.student, batch.strong, size, separations, batch.generators
             )
-            if teaches and not config.ckg_first:
-                losses |= self.inconsistent_losses(view, config.inconsistent)
-            ckg_losses = self.train_ckg(view, step)
-            if teaches and config.ckg_first:
-                losses |= self.inconsistent_losses(view, config.inconsistent)
-        descend(self.optimizer, student, losses, step, config.fit)
-        if step >= config.prototypes_from:
-            self.update_prototypes(view)
-        return losses | ckg_losses | diagnosis.kinds(separations)
+
+        losses = self.basic_losses(outputs)
+        ckg_losses: Losses = {}
+        if step >= self.config.prototypes_from:
+            inconsistent_teach = step >= self._first_inconsistent_step()
+            if inconsistent_teach and not self.config.ckg_first:
+                losses |= self.inconsistent_losses(outputs)
+            ckg_losses = self.train_ckg(outputs, step)
+            if inconsistent_teach and self.config.ckg_first:
+                losses |= self.inconsistent_losses(outputs)
+
+        optimizer_step(self.optimizer, self.student, losses, step, self.config.fit)
+        if step >= self.config.prototypes_from:
+            self.update_prototypes(outputs)
+        return losses | ckg_losses | diagnosis.count_boxes_by_kind(separations)
+
+    def _first_inconsistent_step(self) -> int:
+        if self.config.inconsistent_from is None:
+            return self.config.burn_up
+        return self.config.inconsistent_from
+
+    # Teachers
+
+    def update_teacher(self, step: int) -> None:
+        """Move the mean teacher towards the student. One that is not the CLIP detector
+        starts as a copy of the student at the end of the burn-up.
+        """
+        is_first = step == self.config.burn_up and not self.teacher_is_clip_detector
+        rate = 1.0 if is_first else self.config.teacher_rate
+        ema_update(self.teacher, self.student, rate)
 
     def separate(
         self, batch: Batch, burnt_up: bool, size: tuple[int, int]
     ) -> list[Separation]:
-        """Before the burn-up the teacher is frozen: its results are those collected
-        once (mirrored with the view). Then it looks, at ``size``.
+        """Separate both teachers' detections of each image. Before the burn-up the
+        second teacher is frozen: its detections were collected once (and are mirrored
+        with the image). After it, the mean teacher predicts, at ``size``.
 
-        What a person says of an image is not up to the teachers.
+        A person's review of an image replaces both teachers.
         """
-        results = (
-            self.second_opinions(batch, size) if burnt_up else batch.knowledge["clip"]
-        )
-        clip = [
-            Detections.cat(parts)
-            for parts in zip(results, batch.knowledge["clip_labels"], strict=True)
+        clip_detections = batch.detections["clip"]
+        if burnt_up:
+            clip_detections = self.predict_second_teacher(batch, size)
+        second_teacher = [
+            Detections.cat([detections, labels])
+            for detections, labels in zip(
+                clip_detections, batch.detections["clip_labels"], strict=True
+            )
         ]
-        fuse = self.separation.fused_boxes == "always" or (
-            self.separation.fused_boxes == "after_burn_up" and burnt_up
-        )
-        return [
-            (
-                Separation.of_labels(ours, reviewed=True)
-                if reviewed
-                else separate(
-                    ours, theirs, self.separation, fuse_boxes=fuse, generator=generator
+        rule = self.separation.fused_boxes
+        fuse_boxes = rule == "always" or (rule == "after_burn_up" and burnt_up)
+        separations = []
+        for cloud, second, reviewed, generator in zip(
+            batch.detections["cloud"],
+            second_teacher,
+            batch.reviewed,
+            batch.generators,
+            strict=True,
+        ):
+            if reviewed:
+                separation = Separation.from_labels(cloud, reviewed=True)
+            else:
+                separation = separate(
+                    cloud,
+                    second,
+                    self.separation,
+                    fuse_boxes=fuse_boxes,
+                    generator=generator,
                 )
-            )
-            for ours, theirs, reviewed, generator in zip(
-                batch.knowledge["cloud"],
-                clip,
-                batch.reviewed,
-                batch.generators,
-                strict=True,
+            separations.append(separation)
+        return separations
+
+    def predict_second_teacher(
+        self, batch: Batch, size: tuple[int, int]
+    ) -> list[Detections]:
+        """Return the mean teacher's detections. If it is not the CLIP detector, they are
+        merged with the CLIP detector's collected ones.
+        """
+        predicted = self.predict_with_teacher(batch.weak, size)
+        if self.teacher_is_clip_detector:
+            return predicted
+        return [
+            _merge_by_nms(detections, collected)
+            for detections, collected in zip(
+                predicted, batch.detections["clip"], strict=True
             )
         ]
 
-    def move_teacher(self, step: int) -> None:
-        """A teacher that is not the CLIP detector is the student of the burn-up at
-        first.
-        """
-        start = step == self.config.burn_up and not self.teacher_is_clip
-        follow(self.teacher, self.student, 1.0 if start else self.config.teacher_rate)
-
-    def second_opinions(self, batch: Batch, size: tuple[int, int]) -> list[Detections]:
-        """The teacher's results. One that is not the CLIP detector does not replace
-        what that one saw: of the same object the surer result stays.
-        """
-        found = self.look_with_teacher(batch.weak, size)
-        return (
-            found
-            if self.teacher_is_clip
-            else [
-                _surer(*both)
-                for both in zip(found, batch.knowledge["clip"], strict=True)
-            ]
-        )
-
-    def look_with_teacher(
+    def predict_with_teacher(
         self, images: Sequence[Tensor], size: tuple[int, int]
     ) -> list[Detections]:
-        # forgets its cached class embeddings: its prompts have moved
+        # its cached class embeddings are outdated, since its prompts have moved
         self.teacher.eval()
         with mixed_precision(self.teacher, self.config.fit):
-            found = self.teacher.predict(self.teacher.prepare(images, size))
-        return [d.to(torch.device("cpu")) for d in found]
+            detections = self.teacher.predict(self.teacher.prepare(images, size))
+        return [d.to(torch.device("cpu")) for d in detections]
 
-    def inconsistent_losses(self, view: View, weight: float) -> dict[str, Tensor]:
-        per_region = self.config.inconsistent_mean == "regions"
-        return {
-            name: weight * loss
-            for name, loss in view.inconsistent_losses(
-                self.answers, per_region=per_region
-            ).items()
-        }
+    # Losses of the student
 
-    def answers(self, embedded: Tensor, pairs: Pairs) -> tuple[Tensor, float]:
-        """Fused probabilities [R, K+1] of inconsistent pairs seen as ``embedded`` [R,
-        D], and the best probability from which one teaches.
+    def basic_losses(self, outputs: StudentOutputs) -> Losses:
+        """Return the weighted losses that do not need CKG: consistent knowledge, private
+        knowledge, prompt alignment.
+        """
+        consistent = outputs.supervised_losses(self.student.config)
+        losses = _weighted(consistent, self.config.consistent)
+        losses |= _weighted(outputs.private_losses(), self.config.private)
+        alignment = prompt_alignment(
+            outputs.regions.classes, self.consistent_prototypes.values
+        )
+        losses["alignment"] = self.config.alignment * alignment
+        return losses
+
+    def inconsistent_losses(self, outputs: StudentOutputs) -> Losses:
+        losses = outputs.inconsistent_losses(
+            self.fuse_pairs, per_region=self.config.inconsistent_mean == "regions"
+        )
+        return _weighted(losses, self.config.inconsistent)
+
+    def fuse_pairs(self, embedded: Tensor, pairs: Pairs) -> tuple[Tensor, float]:
+        """Return fused probabilities [R, K+1] of inconsistent pairs with RoI embeddings
+        [R, D], and their confidence threshold.
         """
         fused = self.fuse(embedded, pairs.cloud.probs, pairs.clip.probs)
-        return fused, self.trusted_from(fused)
+        return fused, self.confidence_threshold(fused)
 
-    def trusted_from(self, fused: Tensor) -> float:
-        """The best probability from which a box of ``fused`` [R, K+1] teaches: pi, or
-        with ``fusion_share`` its quantile over all workers.
+    def confidence_threshold(self, fused: Tensor) -> float:
+        """Return the best probability from which a box of ``fused`` [R, K+1] teaches:
+        pi, or with ``fusion_share`` its quantile over all workers.
         """
         share = self.config.fusion_share
         if share is None:
             return self.config.fusion_score_min
-        best = gathered(fused.float().max(-1).values)
-        return (
-            float(best.quantile(1 - share, interpolation="lower"))
-            if len(best)
-            else self.config.fusion_score_min
-        )
+        scores = all_gather_rows(fused.float().max(-1).values)
+        if not len(scores):
+            return self.config.fusion_score_min
+        return float(scores.quantile(1 - share, interpolation="lower"))
 
     def fuse(self, embedded: Tensor, cloud: Tensor, clip: Tensor) -> Tensor:
-        """Fused probabilities [R, K+1] of RoIs with embeddings [R, D] and two opinions
-        [R, K+1], by CKG or a rule.
+        """Return fused probabilities [R, K+1] of RoIs with embeddings [R, D] and two
+        opinions [R, K+1], by CKG or a rule.
         """
         if self.annotators is not None:
             return self.annotators.posterior(cloud, clip)
         if self.config.fusion in RULES:
             return RULES[self.config.fusion](cloud, clip)
-        fused: Tensor = self.ckg(
-            embedded,
-            (self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()),
-            cloud,
-            clip,
-        )
+        fused: Tensor = self.ckg(embedded, self._teacher_prototypes(), cloud, clip)
         return fused
 
-    def train_ckg(self, view: View, step: int) -> dict[str, Tensor]:
-        """CKG must name consistent boxes as both teachers do, and pull the student on
-        inconsistent boxes where the consistent ones pull it.
+    def _teacher_prototypes(self) -> tuple[Tensor, Tensor]:
+        return self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()
 
-        Nothing happens unless the global batch holds RoIs of both kinds.
+    # CKG and prototypes
+
+    def train_ckg(self, outputs: StudentOutputs, step: int) -> Losses:
+        """Train CKG to label consistent boxes as both teachers do, and to pull the
+        student on inconsistent boxes in the direction of the consistent ones. Return
+        its losses and figures.
+
+        Does nothing unless the global batch holds RoIs of both kinds.
         """
-        totals = view.totals
-        if self.config.fusion != "ckg" or not (
-            totals.consistent and totals.inconsistent
-        ):
+        totals = outputs.totals
+        has_both_kinds = totals.consistent and totals.inconsistent
+        if self.config.fusion != "ckg" or not has_both_kinds:
             return {}
-        losses = {"ckg_consistent": self.misnamed(view)}
-        regions, head = view.regions, self.student.head
-        answers = F.one_hot(
-            view.consistent.cloud.labels, self.student.num_classes + 1
-        ).float()
-        embedded = regions.embedded[view.on_inconsistent]
-        fused = self.fuse(
-            embedded, view.inconsistent.cloud.probs, view.inconsistent.clip.probs
+        losses = {"ckg_consistent": self.ckg_consistency_loss(outputs)}
+        embedded = outputs.regions.embedded[outputs.inconsistent_rows]
+        pairs = outputs.inconsistent
+        fused = self.fuse(embedded, pairs.cloud.probs, pairs.clip.probs)
+        losses["ckg_gradient"] = self._ckg_gradient_loss(outputs, fused)
+        figures = diagnosis.ckg_agreement_rates(
+            fused, pairs, self.confidence_threshold(fused), totals.inconsistent
         )
-        again = head(
-            regions.pooled[
-                torch.cat([view.on_consistent, view.on_inconsistent])
-            ].detach(),
-            regions.classes.detach(),
-        ).logits
-        on_consistent, on_inconsistent = again.split([len(answers), len(fused)])
-        losses["ckg_gradient"] = gradient_misalignment(
-            squared_error(on_consistent, answers, totals.consistent * view.classes),
-            squared_error(on_inconsistent, fused, totals.inconsistent * view.classes),
+        weights = self.ckg.weights(embedded, self._teacher_prototypes())
+        figures["ckg_spread"] = diagnosis.ckg_weight_spread(weights)
+        figures["gradient_angle"] = diagnosis.gradient_angle(losses["ckg_gradient"])
+        self._update_ckg(losses, step)
+        return losses | figures
+
+    def ckg_consistency_loss(self, outputs: StudentOutputs) -> Tensor:
+        """Return the divergence of CKG on consistent RoIs from the label that both
+        teachers give; with ``ckg_background`` also on background RoIs, where both
+        opinions are background.
+        """
+        class_count = self.student.num_classes + 1
+        if self.config.ckg_background:
+            rows, labels = outputs.labelled_rows, outputs.labels
+            count = outputs.totals.labelled
+        else:
+            rows, labels = outputs.consistent_rows, outputs.consistent.cloud.labels
+            count = outputs.totals.consistent
+        targets = F.one_hot(labels, class_count).float()
+        background = targets[len(outputs.consistent_rows) :]
+        cloud = torch.cat([outputs.consistent.cloud.probs, background])
+        clip = torch.cat([outputs.consistent.clip.probs, background])
+        fused = self.fuse(outputs.regions.embedded[rows], cloud, clip)
+        return distillation.divergence_of_probabilities(
+            fused, targets, count * class_count
+        )
+
+    def _ckg_gradient_loss(self, outputs: StudentOutputs, fused: Tensor) -> Tensor:
+        """Return the misalignment of the region head's gradients on inconsistent RoIs,
+        taught by ``fused`` [B, K+1], and on consistent ones.
+        """
+        regions, head, totals = outputs.regions, self.student.head, outputs.totals
+        labels = F.one_hot(
+            outputs.consistent.cloud.labels, self.student.num_classes + 1
+        ).float()
+        rows = torch.cat([outputs.consistent_rows, outputs.inconsistent_rows])
+        logits = head(regions.pooled[rows].detach(), regions.classes.detach()).logits
+        consistent_logits, inconsistent_logits = logits.split([len(labels), len(fused)])
+        return gradient_misalignment(
+            squared_error(
+                consistent_logits, labels, totals.consistent * outputs.class_count
+            ),
+            squared_error(
+                inconsistent_logits, fused, totals.inconsistent * outputs.class_count
+            ),
             list(head.transformation.parameters()),
         )
-        shown = diagnosis.whom_ckg_follows(
-            fused, view.inconsistent, self.trusted_from(fused), totals.inconsistent
-        )
-        shown["ckg_spread"] = diagnosis.spread(
-            self.ckg.weights(
-                embedded,
-                (self.cloud_prototypes.normalised(), self.clip_prototypes.normalised()),
-            )
-        )
-        shown["gradient_angle"] = diagnosis.gradient_angle(losses["ckg_gradient"])
+
+    def _update_ckg(self, losses: Losses, step: int) -> None:
+        """Take one step of CKG's optimizer; the student's gradients stay as they are."""
         parameters = list(self.ckg.parameters())
-        gradients = torch.autograd.grad(
-            torch.stack(list(losses.values())).sum(), parameters, allow_unused=True
-        )
+        total = torch.stack(list(losses.values())).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        sum_gradients(parameters)
+        all_reduce_gradients(parameters)
         set_learning_rate(self.ckg_optimizer, step, self.config.fit)
         self.ckg_optimizer.step()
-        return losses | shown
 
-    def misnamed(self, view: View) -> Tensor:
-        """How far CKG is from naming consistent RoIs as both teachers do; with
-        ``ckg_background`` also background RoIs, where both see nothing.
+    def update_prototypes(self, outputs: StudentOutputs) -> None:
+        """Update the student's prototypes with consistent and background RoIs; CKG's
+        also with inconsistent ones, under each teacher's label.
         """
-        classes = self.student.num_classes + 1
-        rows, labels = (
-            (view.labelled, view.labels)
-            if self.config.ckg_background
-            else (view.on_consistent, view.consistent.cloud.labels)
-        )
-        answers = F.one_hot(labels, classes).float()
-        nothing = answers[len(view.on_consistent) :]
-        cloud, clip = (
-            torch.cat([opinion.probs, nothing])
-            for opinion in (view.consistent.cloud, view.consistent.clip)
-        )
-        count = (
-            view.totals.labelled
-            if self.config.ckg_background
-            else view.totals.consistent
-        )
-        return distillation.divergence_of_probabilities(
-            self.fuse(view.regions.embedded[rows], cloud, clip),
-            answers,
-            count * classes,
-        )
+        embedded = outputs.regions.embedded
+        rows, labels = outputs.labelled_rows, outputs.labels
+        updates = [(self.consistent_prototypes, embedded[rows], labels)]
+        if outputs.totals.inconsistent:
+            pairs = outputs.inconsistent
+            features = embedded[torch.cat([rows, outputs.inconsistent_rows])]
+            cloud_labels = torch.cat([labels, pairs.cloud.labels])
+            clip_labels = torch.cat([labels, pairs.clip.labels])
+            updates += [
+                (self.cloud_prototypes, features, cloud_labels),
+                (self.clip_prototypes, features, clip_labels),
+            ]
+        update_prototypes(updates, self.config.prototype_rate)
 
-    def update_prototypes(self, view: View) -> None:
-        """Consistent + background for the student's prompts; with inconsistent ones,
-        named by either teacher, for CKG.
-        """
-        rate, embedded = self.config.prototype_rate, view.regions.embedded
-        seen = [(self.consistent_prototypes, embedded[view.labelled], view.labels)]
-        if view.totals.inconsistent:
-            features = embedded[torch.cat([view.labelled, view.on_inconsistent])]
-            for prototypes, opinion in (
-                (self.cloud_prototypes, view.inconsistent.cloud),
-                (self.clip_prototypes, view.inconsistent.clip),
-            ):
-                seen.append(
-                    (prototypes, features, torch.cat([view.labels, opinion.labels]))
-                )
-        follow_features(seen, rate)
+    # State
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -363,6 +382,14 @@ class Distillation:
             part.load_state_dict(state[name])
 
 
-def _surer(ours: Detections, theirs: Detections) -> Detections:
-    both = Detections.cat([ours, theirs])
-    return both[batched_nms(both.boxes, both.scores, both.labels, SAME)]
+def _weighted(losses: Mapping[str, Tensor], weight: float) -> Losses:
+    return {name: weight * loss for name, loss in losses.items()}
+
+
+def _merge_by_nms(first: Detections, second: Detections) -> Detections:
+    """Merge two teachers' detections by class-wise NMS: of the same object the one with
+    the higher score stays.
+    """
+    merged = Detections.cat([first, second])
+    rows = batched_nms(merged.boxes, merged.scores, merged.labels, DUPLICATE_IOU)
+    return merged[rows]

@@ -1,5 +1,5 @@
-"""The mean teacher: weights, prompts, batch statistics and prototypes follow the
-student.
+"""The mean teacher: an exponential moving average of the student's weights, prompts,
+batch statistics and prototypes.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from torch import nn
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, rate: float) -> None:
-    """teacher <- (1 - rate) teacher + rate student over the whole state; integer
+def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
+    """Update the whole state: teacher <- (1 - rate) teacher + rate student; integer
     counters are copied.
     """
-    ours, done = teacher.state_dict(), set()
-    for name, value in student.state_dict().items():
-        place = ours[name].data_ptr()
-        if place in done:  # weights that several names share
+    teacher_state = teacher.state_dict()
+    updated_storages: set[int] = set()
+    for name, student_tensor in student.state_dict().items():
+        teacher_tensor = teacher_state[name]
+        storage = teacher_tensor.data_ptr()
+        if storage in updated_storages:  # a weight that several names share
             continue
-        done.add(place)
-        if value.is_floating_point():
-            ours[name].lerp_(value, rate)
+        updated_storages.add(storage)
+        if student_tensor.is_floating_point():
+            teacher_tensor.lerp_(student_tensor, rate)
         else:
-            ours[name].copy_(value)
+            teacher_tensor.copy_(student_tensor)

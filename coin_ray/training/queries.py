@@ -1,11 +1,11 @@
-"""A Co-DETR student's look at a batch: beside anchors and RoIs, what the encoder's
-proposals and the decoder's queries say of every box.
+"""Forward pass of a Co-DETR student: beside anchors and RoIs, the encoder's proposals
+and the decoder's queries with their targets.
 
-Each layer's queries are matched one to one to all boxes of the image, whoever saw them.
-What a matched query learns depends on the kind of knowledge: of a consistent pair the
-class and the box, of an inconsistent pair the box, and the class that CKG gives it, of
-a private box the class vector of the one teacher that saw it. Queries without a box
-learn that there is nothing.
+Each layer's queries are matched one to one to all boxes of the image, of whichever
+teacher. What a matched query learns depends on the kind of its box: of a consistent pair
+the class and the box, of an inconsistent pair the box, and the class that CKG gives it,
+of a private box the class vector of the one teacher that detected it. Queries without a
+box learn background.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ from coin_ray.models.co_detr.regional import Encoded, RegionalDetr
 from coin_ray.models.co_detr.targets import normalise
 from coin_ray.parallel import all_sum
 from coin_ray.structures import Pairs, Separation
-from coin_ray.training.student_outputs import Fused, Losses, View, sample
+from coin_ray.training.student_outputs import (
+    FusePairs,
+    Losses,
+    StudentOutputs,
+    sample_regions,
+)
 from coin_ray.training.targets import RegionTargets
 
-NONE = -1
-"""Row of a query that stands for no object."""
-NOTHING, CONSISTENT, INCONSISTENT, PRIVATE, UNSURE = range(5)
-"""Kinds of what a query stands for; ``UNSURE``: an inconsistent pair of which CKG is
-not sure enough."""
+NO_OBJECT = -1
+"""Row of a query that is matched to no object."""
+BACKGROUND, CONSISTENT, INCONSISTENT, PRIVATE, UNCONFIDENT = range(5)
+"""Kinds of what a query is matched to; ``UNCONFIDENT``: an inconsistent pair whose
+fused vector does not reach the confidence threshold."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,95 +60,94 @@ class Objects:
     kinds: Tensor
     starts: tuple[int, ...]
 
-    def named(self, fused: Tensor, sure: float) -> Objects:
-        """With CKG's vectors [M, K+1] for the inconsistent pairs, of which those teach
-        whose best probability reaches ``sure``.
+    def with_fused_classes(self, fused: Tensor, threshold: float) -> Objects:
+        """Return a copy with CKG's vectors [M, K+1] for the inconsistent pairs. Those
+        whose best probability does not reach ``threshold`` become ``UNCONFIDENT``.
         """
         rows = (self.kinds == INCONSISTENT).nonzero()[:, 0]
         targets = self.targets.index_copy(0, rows, fused[:, :-1].detach())
-        best = fused.detach().max(-1).values if len(fused) else fused.new_zeros(0)
-        unsure = torch.full_like(rows, UNSURE)
-        return replace(
-            self,
-            targets=targets,
-            kinds=self.kinds.index_copy(
-                0, rows, torch.where(best >= sure, self.kinds[rows], unsure)
-            ),
-        )
+        scores = fused.detach().max(-1).values if len(fused) else fused.new_zeros(0)
+        unconfident = torch.full_like(rows, UNCONFIDENT)
+        pair_kinds = torch.where(scores >= threshold, self.kinds[rows], unconfident)
+        kinds = self.kinds.index_copy(0, rows, pair_kinds)
+        return replace(self, targets=targets, kinds=kinds)
 
-    def without_names(self) -> Objects:
-        """One class, "object": certain for pairs, the foreground mass for private
-        boxes.
+    def class_agnostic(self) -> Objects:
+        """Return a copy with one class, "object": 1 for pairs, the foreground mass for
+        private boxes.
         """
-        pair = self.kinds != PRIVATE
-        mass = torch.where(pair, 1.0, self.targets.sum(1).clamp(0, 1))
-        return replace(
-            self, targets=mass[:, None], kinds=torch.where(pair, CONSISTENT, self.kinds)
-        )
+        is_pair = self.kinds != PRIVATE
+        foreground = self.targets.sum(1).clamp(0, 1)
+        targets = torch.where(is_pair, 1.0, foreground)[:, None]
+        kinds = torch.where(is_pair, CONSISTENT, self.kinds)
+        return replace(self, targets=targets, kinds=kinds)
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """What queries of L layers say: ``logits`` [L, B, Q, C], ``boxes`` [L, B, Q, 4];
-    ``rows`` [L, B, Q]: the object each stands for, or NONE; ``real`` [B, Q]: those that
-    take part.
+class QueryOutputs:
+    """Outputs of the queries of L layers: ``logits`` [L, B, Q, C], ``boxes`` [L, B, Q,
+    4]; ``rows`` [L, B, Q]: the object each is matched to, or NO_OBJECT; ``is_real`` [B,
+    Q]: False for padding and unusable queries.
     """
 
     logits: Tensor
     boxes: Tensor
     rows: Tensor
-    real: Tensor
+    is_real: Tensor
 
     @cached_property
-    def count(self) -> Tensor:
-        """Queries of a layer that stand for an object, over all workers, at least 1."""
-        return all_sum(((self.rows[0] != NONE) & self.real).sum().float()).clamp(min=1)
+    def match_count(self) -> Tensor:
+        """Matched queries of a layer over all workers, at least 1."""
+        is_matched = (self.rows[0] != NO_OBJECT) & self.is_real
+        return all_sum(is_matched.sum().float()).clamp(min=1)
 
     def class_loss(self, objects: Objects, *kinds: int) -> Tensor:
-        """Of the queries that stand for one of ``kinds``, summed over layers."""
-        chosen = self._chosen(objects, kinds)
-        targets = torch.cat(
-            [objects.targets, objects.targets.new_zeros(1, self.logits.shape[-1])]
-        )[self.rows[chosen]]
-        return (
-            WEIGHTS["class"]
-            * soft_focal(self.logits[chosen], targets).sum()
-            / self.count
-        )
+        """Return the class loss of the queries matched to ``kinds``, summed over
+        layers.
+        """
+        mask = self._kind_mask(objects, kinds)
+        background = objects.targets.new_zeros(1, self.logits.shape[-1])
+        targets = torch.cat([objects.targets, background])[self.rows[mask]]
+        loss = soft_focal(self.logits[mask], targets).sum()
+        return WEIGHTS["class"] * loss / self.match_count
 
     def box_losses(self, objects: Objects, *kinds: int) -> Losses:
-        chosen = self._chosen(objects, kinds)
-        found, truth = self.boxes[chosen], objects.boxes[self.rows[chosen]]
+        """Return the box losses of the queries matched to ``kinds``, summed over
+        layers.
+        """
+        mask = self._kind_mask(objects, kinds)
+        predicted, truth = self.boxes[mask], objects.boxes[self.rows[mask]]
         giou = generalized_box_iou_loss(
-            box_convert(found, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
+            box_convert(predicted, "cxcywh", "xyxy"),
+            box_convert(truth, "cxcywh", "xyxy"),
         )
-        sums = {"l1": (found - truth).abs().sum(), "giou": giou.sum()}
+        sums = {"l1": (predicted - truth).abs().sum(), "giou": giou.sum()}
         return {
-            name: WEIGHTS[name] * value / self.count for name, value in sums.items()
+            name: WEIGHTS[name] * loss / self.match_count for name, loss in sums.items()
         }
 
-    def settled(self, name: str, objects: Objects) -> Losses:
-        """What does not wait for CKG: names of consistent pairs, where nothing is, and
-        boxes of all pairs.
+    def supervised_losses(self, name: str, objects: Objects) -> Losses:
+        """Return the losses that do not need CKG: classes of consistent pairs and of
+        background, boxes of all pairs. Keys begin with ``name``.
         """
-        parts = {
-            "class": self.class_loss(objects, NOTHING, CONSISTENT)
-        } | self.box_losses(objects, CONSISTENT, INCONSISTENT)
-        return {f"{name}_{part}": value for part, value in parts.items()}
+        losses = {"class": self.class_loss(objects, BACKGROUND, CONSISTENT)}
+        losses |= self.box_losses(objects, CONSISTENT, INCONSISTENT)
+        return {f"{name}_{part}": loss for part, loss in losses.items()}
 
-    def _chosen(self, objects: Objects, kinds: Sequence[int]) -> Tensor:
-        own = torch.cat([objects.kinds, objects.kinds.new_full((1,), NOTHING)])[
-            self.rows
-        ]
-        return torch.isin(own, own.new_tensor(kinds)) & self.real
+    def _kind_mask(self, objects: Objects, kinds: Sequence[int]) -> Tensor:
+        """Return a mask [L, B, Q] of the real queries matched to ``kinds``."""
+        background = objects.kinds.new_full((1,), BACKGROUND)
+        # the last row, -1, is NO_OBJECT's
+        query_kinds = torch.cat([objects.kinds, background])[self.rows]
+        return torch.isin(query_kinds, query_kinds.new_tensor(kinds)) & self.is_real
 
 
 @dataclass(frozen=True, eq=False)
-class QueryView(View):
+class DetrStudentOutputs(StudentOutputs):
     """``pairs``: all inconsistent pairs of the batch with the auxiliary head's
     ``embeddings`` [M, D] of their boxes.
 
-    ``encoder``: proposals against ``objects`` without names; ``decoder``: its queries;
+    ``encoder``: proposals against class-agnostic ``objects``; ``decoder``: its queries;
     ``replayed``: sampled RoIs as queries, if there are; ``dense``: weighted losses of
     the ATSS head, if there is one.
     """
@@ -151,244 +155,219 @@ class QueryView(View):
     objects: Objects
     pairs: Pairs
     embeddings: Tensor
-    encoder: Answers
-    decoder: Answers
-    replayed: Answers | None
+    encoder: QueryOutputs
+    decoder: QueryOutputs
+    replayed: QueryOutputs | None
     dense: Losses
     auxiliary_weight: float
     query_weight: float
 
     def supervised_losses(self, config: Detector) -> Losses:
-        parts = {
+        weight_names = {
             "anchor_objectness": "proposal_class",
             "anchor_boxes": "proposal_l1",
             "consistent": "class",
             "boxes": "giou",
         }
-        regional = super().supervised_losses(config)
         losses = {
-            name: self.auxiliary_weight * Rcnn.weights[parts[name]] * value
-            for name, value in regional.items()
+            name: self.auxiliary_weight * Rcnn.weights[weight_names[name]] * loss
+            for name, loss in super().supervised_losses(config).items()
         }
-        losses |= self.encoder.settled(
-            "proposals", self.objects.without_names()
-        ) | self.decoder.settled("decoder", self.objects)
+        losses |= self.encoder.supervised_losses(
+            "proposals", self.objects.class_agnostic()
+        )
+        losses |= self.decoder.supervised_losses("decoder", self.objects)
         losses |= self.dense
         if self.replayed is not None:
+            replayed = self.replayed.supervised_losses("replayed", self.objects)
             losses |= {
-                name: self.query_weight * value
-                for name, value in self.replayed.settled(
-                    "replayed", self.objects
-                ).items()
+                name: self.query_weight * loss for name, loss in replayed.items()
             }
         return losses
 
     def private_losses(self) -> Losses:
         losses = {
-            name: self.auxiliary_weight * value
-            for name, value in super().private_losses().items()
+            name: self.auxiliary_weight * loss
+            for name, loss in super().private_losses().items()
         }
-        seen = self.encoder.class_loss(
-            self.objects.without_names(), PRIVATE
-        ) + self.decoder.class_loss(self.objects, PRIVATE)
-        return losses | {"private_queries": seen}
+        encoder_loss = self.encoder.class_loss(self.objects.class_agnostic(), PRIVATE)
+        decoder_loss = self.decoder.class_loss(self.objects, PRIVATE)
+        return losses | {"private_queries": encoder_loss + decoder_loss}
 
-    def inconsistent_losses(self, fused: Fused, *, per_region: bool) -> Losses:
-        losses = {
-            name: self.auxiliary_weight * v
-            for name, v in (
-                super().inconsistent_losses(fused, per_region=per_region).items()
-            )
-        }
-        objects = self.objects.named(*fused(self.embeddings, self.pairs))
-        named = self.decoder.class_loss(objects, INCONSISTENT)
+    def inconsistent_losses(self, fuse_pairs: FusePairs, *, per_region: bool) -> Losses:
+        regional = super().inconsistent_losses(fuse_pairs, per_region=per_region)
+        losses = {name: self.auxiliary_weight * v for name, v in regional.items()}
+        fused, threshold = fuse_pairs(self.embeddings, self.pairs)
+        objects = self.objects.with_fused_classes(fused, threshold)
+        loss = self.decoder.class_loss(objects, INCONSISTENT)
         if self.replayed is not None:
-            named = named + self.query_weight * self.replayed.class_loss(
-                objects, INCONSISTENT
-            )
-        return losses | {"inconsistent_queries": named}
+            replayed_loss = self.replayed.class_loss(objects, INCONSISTENT)
+            loss = loss + self.query_weight * replayed_loss
+        return losses | {"inconsistent_queries": loss}
 
 
-def look_with_queries(
+def forward_detr_student(
     student: RegionalDetr,
     images: Sequence[Tensor],
     size: tuple[int, int],
     separations: Sequence[Separation],
     generators: Sequence[torch.Generator],
-) -> QueryView:
-    """As ``coin_ray.training.student_outputs.look`` for the auxiliary head; and the
-    encoder's proposals and the decoder's queries beside it.
+) -> DetrStudentOutputs:
+    """Do what ``coin_ray.training.student_outputs.forward_student`` does with the
+    auxiliary head, and add the encoder's proposals and the decoder's queries.
     """
     batch = student.prepare(images, size)
-    shared, proposed = student.propose(batch)
-    view = sample(student, batch, shared, proposed, separations, generators)
+    shared, rpn = student.propose(batch)
+    regional = sample_regions(student, batch, shared, rpn, separations, generators)
     separations = [s.to(batch.pixels.device) for s in separations]
-    objects = all_objects(separations, batch.sizes, student.num_classes)
-    first = student.base.two_stage(shared.memory)
-    replayed = replay(student, shared, view.targets, separations, objects)
-    decoded = decode(student, shared, first.queries, replayed)
-    queries = first.queries.content.shape[1]
-    own = decoded.columns(0, queries)
+    objects = list_objects(separations, batch.sizes, student.num_classes)
+    two_stage = student.base.two_stage(shared.memory)
+    replayed = make_replayed_queries(
+        student, shared, regional.region_targets, separations, objects
+    )
+    decoded = decode(student, shared, two_stage.queries, replayed)
+    main_count = two_stage.queries.content.shape[1]
+    main = decoded.columns(0, main_count)
+    replayed_outputs = None
+    if replayed is not None:
+        rest = decoded.columns(main_count, decoded.logits.shape[2])
+        replayed_outputs = replayed.outputs(rest)
     with torch.no_grad():
-        embeddings = student.describe(
-            shared, [s.inconsistent.boxes for s in separations]
-        ).embedded
-    return QueryView(
-        **{f.name: getattr(view, f.name) for f in fields(view)},
+        boxes = [s.inconsistent.boxes for s in separations]
+        embeddings = student.describe(shared, boxes).embedded
+    return DetrStudentOutputs(
+        **{f.name: getattr(regional, f.name) for f in fields(regional)},
         objects=objects,
-        pairs=Pairs.joined([s.inconsistent for s in separations]),
+        pairs=Pairs.cat([s.inconsistent for s in separations]),
         embeddings=embeddings,
-        encoder=assigned(
-            first.objectness[None],
-            first.boxes[None],
-            objects.without_names(),
-            first.usable,
+        encoder=match_queries(
+            two_stage.objectness[None],
+            two_stage.boxes[None],
+            objects.class_agnostic(),
+            two_stage.usable,
         ),
-        decoder=assigned(own.logits, own.boxes, objects),
-        replayed=(
-            None
-            if replayed is None
-            else replayed.answers(decoded.columns(queries, decoded.logits.shape[2]))
-        ),
+        decoder=match_queries(main.logits, main.boxes, objects),
+        replayed=replayed_outputs,
         dense=student.dense_losses(shared, separations),
         auxiliary_weight=student.auxiliary_weight,
         query_weight=student.base.config.query_weight,
     )
 
 
-def all_objects(
+def list_objects(
     separations: Sequence[Separation], sizes: Sequence[tuple[int, int]], classes: int
 ) -> Objects:
-    """Until CKG has named them, inconsistent pairs have the mean of both opinions,
-    which only counts in matching.
+    """List all boxes of a batch. Until CKG has fused them, inconsistent pairs have the
+    mean of both opinions, which counts in matching only.
     """
-    boxes, targets, kinds, starts = [], [], [], [0]
+    boxes: list[Tensor] = []
+    targets: list[Tensor] = []
+    kinds: list[int] = []
+    starts = [0]
     for separation, size in zip(separations, sizes, strict=True):
-        agreed, disputed, private = (
-            separation.consistent,
-            separation.inconsistent,
-            separation.private,
-        )
-        boxes.append(
-            normalise(torch.cat([agreed.boxes, disputed.boxes, private.boxes]), size)
-        )
-        both = (disputed.cloud.probs + disputed.clip.probs) / 2
-        targets += [
-            F.one_hot(agreed.cloud.labels, classes + 1)[:, :-1].float(),
-            both[:, :-1],
-            private.probs[:, :-1],
-        ]
-        sizes_of_kinds = {
-            CONSISTENT: len(agreed),
-            INCONSISTENT: len(disputed),
-            PRIVATE: len(private),
-        }
-        kinds += [kind for kind, count in sizes_of_kinds.items() for _ in range(count)]
+        consistent, inconsistent = separation.consistent, separation.inconsistent
+        private = separation.private
+        image_boxes = torch.cat([consistent.boxes, inconsistent.boxes, private.boxes])
+        boxes.append(normalise(image_boxes, size))
+        one_hot = F.one_hot(consistent.cloud.labels, classes + 1)[:, :-1].float()
+        mean = (inconsistent.cloud.probs + inconsistent.clip.probs) / 2
+        targets += [one_hot, mean[:, :-1], private.probs[:, :-1]]
+        kinds += [CONSISTENT] * len(consistent)
+        kinds += [INCONSISTENT] * len(inconsistent)
+        kinds += [PRIVATE] * len(private)
         starts.append(len(kinds))
-    every = torch.cat(boxes)
+    all_boxes = torch.cat(boxes)
     return Objects(
-        every,
+        all_boxes,
         torch.cat(targets),
-        torch.tensor(kinds, dtype=torch.int64, device=every.device),
+        torch.tensor(kinds, dtype=torch.int64, device=all_boxes.device),
         tuple(starts),
     )
 
 
-def assigned(
+def match_queries(
     logits: Tensor, boxes: Tensor, objects: Objects, usable: Tensor | None = None
-) -> Answers:
-    """One-to-one assignment of least cost, layer by layer and image by image, among the
-    queries in ``usable`` [B, Q].
+) -> QueryOutputs:
+    """Match queries to objects one to one with least cost, layer by layer and image by
+    image, among the queries in ``usable`` [B, Q] (default: all).
     """
+    if usable is None:
+        usable = torch.ones(logits.shape[1:3], dtype=torch.bool, device=logits.device)
+    rows = torch.full(logits.shape[:3], NO_OBJECT, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        return _assigned(logits, boxes, objects, usable)
-
-
-def _assigned(
-    logits: Tensor, boxes: Tensor, objects: Objects, usable: Tensor | None
-) -> Answers:
-    real = (
-        torch.ones(logits.shape[1:3], dtype=torch.bool, device=logits.device)
-        if usable is None
-        else usable
-    )
-    rows = torch.full(logits.shape[:3], NONE, device=logits.device)
-    for image, (start, stop) in enumerate(pairwise(objects.starts)):
-        places = real[image].nonzero()[:, 0]
-        for layer in range(len(logits)):
-            named, placed = (
-                logits[layer, image, places].detach(),
-                boxes[layer, image, places].detach(),
-            )
-            costs = matching_cost(
-                named, placed, objects.targets[start:stop], objects.boxes[start:stop]
-            )
-            query, found = (
-                torch.as_tensor(i, device=rows.device)
-                for i in linear_sum_assignment(costs.cpu().numpy())
-            )
-            rows[layer, image, places[query]] = start + found
-    return Answers(logits, boxes, rows, real)
+        for image, (start, stop) in enumerate(pairwise(objects.starts)):
+            queries = usable[image].nonzero()[:, 0]
+            for layer in range(len(logits)):
+                costs = matching_cost(
+                    logits[layer, image, queries].detach(),
+                    boxes[layer, image, queries].detach(),
+                    objects.targets[start:stop],
+                    objects.boxes[start:stop],
+                )
+                matches = linear_sum_assignment(costs.cpu().numpy())
+                matched_queries = torch.as_tensor(matches[0], device=rows.device)
+                matched_objects = torch.as_tensor(matches[1], device=rows.device)
+                rows[layer, image, queries[matched_queries]] = start + matched_objects
+    return QueryOutputs(logits, boxes, rows, usable)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Replay:
-    """Sampled RoIs on pairs as ``queries``; ``rows`` [B, M]: the objects they lie on,
-    and ``real`` [B, M]: those that are no padding.
+class ReplayedQueries:
+    """Sampled RoIs on pairs as ``queries``; ``rows`` [B, M]: the objects they overlap;
+    ``is_real`` [B, M]: False for padding.
     """
 
     queries: Queries
     rows: Tensor
-    real: Tensor
+    is_real: Tensor
 
-    def answers(self, decoded: Decoded) -> Answers:
-        return Answers(
-            decoded.logits,
-            decoded.boxes,
-            self.rows.expand(len(decoded.logits), -1, -1),
-            self.real,
-        )
+    def outputs(self, decoded: Decoded) -> QueryOutputs:
+        rows = self.rows.expand(len(decoded.logits), -1, -1)
+        return QueryOutputs(decoded.logits, decoded.boxes, rows, self.is_real)
 
 
-def replay(
+def make_replayed_queries(
     student: RegionalDetr,
     shared: Encoded,
     targets: Sequence[RegionTargets],
     separations: Sequence[Separation],
     objects: Objects,
-) -> Replay | None:
-    """The auxiliary head's positives, at most ``max_positives`` of each image."""
+) -> ReplayedQueries | None:
+    """Make queries of the auxiliary head's positives, at most ``max_positives`` of each
+    image. None where the network trains without.
+    """
     limit = student.base.config.max_positives
-    made = student.region_queries(
-        shared, [t.proposals[: min(t.positives, limit)] for t in targets]
-    )
-    if made is None:
+    proposals = [t.proposals[: min(t.positives, limit)] for t in targets]
+    region_queries = student.region_queries(shared, proposals)
+    if region_queries is None:
         return None
-    rows = [
-        start + torch.cat([t.consistent, len(s.consistent) + t.inconsistent])[:limit]
-        for start, t, s in zip(objects.starts, targets, separations, strict=False)
-    ]
-    return Replay(
-        made[0], pad_sequence(rows, batch_first=True, padding_value=NONE), made[1]
-    )
+    queries, is_real = region_queries
+    rows = []
+    for start, target, separation in zip(
+        objects.starts, targets, separations, strict=False
+    ):
+        inconsistent = len(separation.consistent) + target.inconsistent
+        image_rows = torch.cat([target.consistent, inconsistent])
+        rows.append(start + image_rows[:limit])
+    padded_rows = pad_sequence(rows, batch_first=True, padding_value=NO_OBJECT)
+    return ReplayedQueries(queries, padded_rows, is_real)
 
 
 def decode(
-    student: RegionalDetr, shared: Encoded, main: Queries, replayed: Replay | None
+    student: RegionalDetr,
+    shared: Encoded,
+    main: Queries,
+    replayed: ReplayedQueries | None,
 ) -> Decoded:
-    """Both groups in one pass, masked from each other."""
+    """Decode both groups in one pass, masked from each other."""
     if replayed is None:
         return student.base.decode(main, shared.memory)
-    more = replayed.queries
-    both = (
-        torch.cat(pair, 1)
-        for pair in (
-            (main.content, more.content),
-            (main.positions, more.positions),
-            (main.references, more.references),
-        )
+    extra = replayed.queries
+    queries = Queries(
+        torch.cat([main.content, extra.content], 1),
+        torch.cat([main.positions, extra.positions], 1),
+        torch.cat([main.references, extra.references], 1),
     )
-    mask = group_mask(
-        torch.ones_like(main.content[..., 0], dtype=torch.bool), [replayed.real]
-    )
-    return student.base.decode(Queries(*both), shared.memory, mask)
+    main_is_real = torch.ones_like(main.content[..., 0], dtype=torch.bool)
+    mask = group_mask(main_is_real, [replayed.is_real])
+    return student.base.decode(queries, shared.memory, mask)

@@ -1,5 +1,5 @@
-"""One forward pass of a student against separations: everything the losses compare,
-side by side, and those losses.
+"""Outputs of one forward pass of a student, with the targets that the losses compare
+them to, and those losses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coin_ray.config import Detector
 from coin_ray.losses import distillation, supervised
-from coin_ray.models.base import Images, Proposed, Regional, Regions
+from coin_ray.models.base import Images, RegionOutputs, RpnOutputs, TwoStageStudent
 from coin_ray.parallel import all_max, all_sum
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training.targets import (
@@ -25,140 +25,127 @@ from coin_ray.training.targets import (
 )
 
 Losses = dict[str, Tensor]
-Fused = Callable[[Tensor, Pairs], tuple[Tensor, float]]
-"""What CKG, or a rule, says of inconsistent pairs seen as embeddings [R, D]: vectors
-[R, K+1], and the best probability from which one teaches."""
+FusePairs = Callable[[Tensor, Pairs], tuple[Tensor, float]]
+"""Fuses, by CKG or a rule, both opinions on inconsistent pairs with embeddings [R, D]:
+returns vectors [R, K+1] and the confidence threshold for a vector to teach."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
-    """Anchors and sampled RoIs of a batch with what they should learn; RoIs of all
-    images behind one another.
+class StudentOutputs:
+    """Anchors and sampled RoIs of a batch with their targets; RoIs of all images are
+    concatenated.
 
-    ``on_consistent`` [A], ``on_inconsistent`` [B], ``on_background`` [G],
-    ``on_private`` [Q]: rows of ``regions``; ``consistent``, ``inconsistent``: the pairs
-    of the first two, row by row; ``private``: the one teacher's view of the last.
+    ``consistent_rows`` [A], ``inconsistent_rows`` [B], ``background_rows`` [G],
+    ``private_rows`` [Q]: rows of ``regions``; ``consistent``, ``inconsistent``: the
+    pairs of the first two, row by row; ``private``: the detections of the last by the
+    only teacher that has them. ``boxes`` [A + B, 4]: of the pairs.
     """
 
-    proposed: Proposed
-    anchors: list[AnchorTargets]
-    targets: list[RegionTargets]
+    rpn: RpnOutputs
+    anchor_targets: list[AnchorTargets]
+    region_targets: list[RegionTargets]
     proposals: Tensor
     boxes: Tensor
-    regions: Regions
-    on_consistent: Tensor
-    on_inconsistent: Tensor
-    on_background: Tensor
-    on_private: Tensor
+    regions: RegionOutputs
+    consistent_rows: Tensor
+    inconsistent_rows: Tensor
+    background_rows: Tensor
+    private_rows: Tensor
     consistent: Pairs
     inconsistent: Pairs
     private: Detections
     totals: Totals
 
     @property
-    def classes(self) -> int:
-        """Background included."""
+    def class_count(self) -> int:
+        """K + 1, background included."""
         return self.regions.logits.shape[1]
 
     @property
     def labels(self) -> Tensor:
-        """[A + G] labels of the RoIs on consistent pairs and on background."""
-        background = torch.full_like(self.on_background, self.private.num_classes)
+        """Labels [A + G] of the RoIs on consistent pairs and on background."""
+        background = torch.full_like(self.background_rows, self.private.num_classes)
         return torch.cat([self.consistent.cloud.labels, background])
 
     @property
-    def labelled(self) -> Tensor:
-        """[A + G] rows of ``regions`` with a label."""
-        return torch.cat([self.on_consistent, self.on_background])
+    def labelled_rows(self) -> Tensor:
+        """Rows [A + G] of ``regions`` with a label."""
+        return torch.cat([self.consistent_rows, self.background_rows])
 
     def supervised_losses(self, config: Detector) -> Losses:
-        """Consistent knowledge as ground truth, and the boxes of inconsistent pairs
-        (their class is not settled).
+        """Compare with consistent knowledge as ground truth, and with the boxes of
+        inconsistent pairs (their class is undecided).
         """
-        on_pairs = torch.cat([self.on_consistent, self.on_inconsistent])
-        proposed, sampled, totals = self.proposed, self.anchors, self.totals
-        objectness = torch.cat(
-            [
-                row[t.sampled]
-                for row, t in zip(proposed.objectness, sampled, strict=True)
-            ]
-        )
-        is_object = torch.cat([t.is_object for t in sampled]).to(objectness)
-        return {
-            "anchor_objectness": supervised.anchor_objectness(
-                objectness, is_object, totals.anchors
-            ),
-            "anchor_boxes": supervised.anchor_boxes(
-                torch.cat(
-                    [
-                        row[t.positive]
-                        for row, t in zip(proposed.deltas, sampled, strict=True)
-                    ]
-                ),
-                torch.cat([proposed.anchors[t.positive] for t in sampled]),
-                torch.cat([t.boxes for t in sampled]),
-                totals.anchors,
-                config.anchor_weights,
-            ),
+        pair_rows = torch.cat([self.consistent_rows, self.inconsistent_rows])
+        return self._anchor_losses(config) | {
             "consistent": supervised.region_class(
-                self.regions.logits[self.labelled],
+                self.regions.logits[self.labelled_rows],
                 self.labels,
                 config.background_weight,
-                totals.labelled,
+                self.totals.labelled,
             ),
             "boxes": supervised.region_boxes(
-                self.regions.deltas[on_pairs],
-                self.proposals[on_pairs],
+                self.regions.deltas[pair_rows],
+                self.proposals[pair_rows],
                 self.boxes,
-                totals.regions,
+                self.totals.regions,
                 config.box_loss,
             ),
         }
 
+    def _anchor_losses(self, config: Detector) -> Losses:
+        targets = self.anchor_targets
+        objectness = _select_rows(self.rpn.objectness, [t.sampled for t in targets])
+        is_object = torch.cat([t.is_object for t in targets]).to(objectness)
+        deltas = _select_rows(self.rpn.deltas, [t.positive for t in targets])
+        anchors = torch.cat([self.rpn.anchors[t.positive] for t in targets])
+        boxes = torch.cat([t.boxes for t in targets])
+        return {
+            "anchor_objectness": supervised.anchor_objectness(
+                objectness, is_object, self.totals.anchors
+            ),
+            "anchor_boxes": supervised.anchor_boxes(
+                deltas, anchors, boxes, self.totals.anchors, config.anchor_weights
+            ),
+        }
+
     def private_losses(self) -> Losses:
-        """RoIs and anchors on boxes that one teacher alone saw, against its view of
-        them.
+        """Compare RoIs and anchors on private boxes with the opinion of the only teacher
+        that detected them.
         """
-        logits, totals = self.regions.logits[self.on_private], self.totals
-        objectness = torch.cat(
-            [
-                row[t.private]
-                for row, t in zip(self.proposed.objectness, self.anchors, strict=True)
-            ]
-        )
-        seen = torch.cat([t.private_probs for t in self.anchors])
+        targets = self.anchor_targets
+        objectness = _select_rows(self.rpn.objectness, [t.private for t in targets])
+        anchor_probs = torch.cat([t.private_probs for t in targets])
         return {
             "private_regions": distillation.private_regions(
-                logits, self.private.probs, totals.private * self.classes
+                self.regions.logits[self.private_rows],
+                self.private.probs,
+                self.totals.private * self.class_count,
             ),
             "private_anchors": distillation.private_anchors(
-                objectness, seen, totals.private_anchors * 2
+                objectness, anchor_probs, self.totals.private_anchors * 2
             ),
         }
 
-    def inconsistent_losses(self, fused: Fused, *, per_region: bool) -> Losses:
-        """RoIs on inconsistent pairs against what CKG makes of both opinions;
+    def inconsistent_losses(self, fuse_pairs: FusePairs, *, per_region: bool) -> Losses:
+        """Compare RoIs on inconsistent pairs with the fusion of both opinions;
         ``per_region``: the mean is over RoIs, not over elements.
         """
-        answers, sure = fused(
-            self.regions.embedded[self.on_inconsistent], self.inconsistent
+        rows = self.inconsistent_rows
+        fused, threshold = fuse_pairs(self.regions.embedded[rows], self.inconsistent)
+        if per_region:
+            count = self.totals.labelled
+        else:
+            confident = distillation.is_confident(fused, threshold).sum()
+            count = float(all_sum(confident)) * self.class_count
+        loss = distillation.inconsistent_regions(
+            self.regions.logits[rows], fused, threshold, count
         )
-        logits = self.regions.logits[self.on_inconsistent]
-        count = (
-            self.totals.labelled
-            if per_region
-            else float(all_sum(distillation.trusted(answers, sure).sum()))
-            * self.classes
-        )
-        return {
-            "inconsistent": distillation.inconsistent_regions(
-                logits, answers, sure, count
-            )
-        }
+        return {"inconsistent": loss}
 
 
-class Look(Protocol):
-    """How a kind of student is shown a batch: all that distillation must know of it."""
+class StudentForward(Protocol):
+    """A function like ``forward_student``, for one kind of student."""
 
     def __call__(
         self,
@@ -167,123 +154,136 @@ class Look(Protocol):
         size: tuple[int, int],
         separations: Sequence[Separation],
         generators: Sequence[torch.Generator],
-    ) -> View: ...
+    ) -> StudentOutputs: ...
 
 
-def look(
-    student: Regional,
+def forward_student(
+    student: TwoStageStudent,
     images: Sequence[Tensor],
     size: tuple[int, int],
     separations: Sequence[Separation],
     generators: Sequence[torch.Generator],
-) -> View:
+) -> StudentOutputs:
     """Forward the student on ``images`` (uint8 [3, H, W]), padded to ``size``, and
     sample anchors and RoIs against their separations (same frame).
 
-    Boxes are assigned on the CPU, where the separations are; what is sampled goes to
-    the student's device.
+    Boxes are assigned on the CPU, where the separations are; the samples go to the
+    student's device.
     """
     batch = student.prepare(images, size)
-    shared, proposed = student.propose(batch)
-    return sample(student, batch, shared, proposed, separations, generators)
+    shared, rpn = student.propose(batch)
+    return sample_regions(student, batch, shared, rpn, separations, generators)
 
 
-def sample(
-    student: Regional,
+def sample_regions(
+    student: TwoStageStudent,
     batch: Images,
     shared: Any,
-    proposed: Proposed,
+    rpn: RpnOutputs,
     separations: Sequence[Separation],
     generators: Sequence[torch.Generator],
-) -> View:
-    """The view of sampled anchors and RoIs of a batch that the student has made
-    proposals for.
+) -> StudentOutputs:
+    """Sample anchors and RoIs of a batch from the student's proposals, and forward the
+    RoIs.
     """
     device = batch.pixels.device
-    config, all_anchors = student.config, proposed.anchors.cpu()
-    anchors = [
-        anchor_targets(all_anchors, size, separation, config, generator).to(device)
-        for size, separation, generator in zip(
-            batch.sizes, separations, generators, strict=True
-        )
-    ]
-    targets = [
-        region_targets(boxes.cpu(), separation, config, generator).to(device)
+    sampled_anchors = _sample_anchors(
+        student.config, rpn, batch, separations, generators
+    )
+    sampled_regions = [
+        region_targets(boxes.cpu(), separation, student.config, generator).to(device)
         for boxes, separation, generator in zip(
-            proposed.boxes, separations, generators, strict=True
+            rpn.boxes, separations, generators, strict=True
         )
     ]
     separations = [s.to(device) for s in separations]
     private = Detections.cat([s.private for s in separations])
-    rois = [
-        torch.cat([t.proposals, s.private.boxes])
-        for t, s in zip(targets, separations, strict=True)
-    ]
-    totals = Totals.counted(anchors, targets, len(private))
+    rois: list[Tensor] = []
+    consistent: list[Pairs] = []
+    inconsistent: list[Pairs] = []
+    for target, separation in zip(sampled_regions, separations, strict=True):
+        rois.append(torch.cat([target.proposals, separation.private.boxes]))
+        consistent.append(separation.consistent[target.consistent])
+        inconsistent.append(separation.inconsistent[target.inconsistent])
+    wait_for_totals = Totals.start_count(sampled_anchors, sampled_regions, len(private))
     regions = student.describe(shared, rois)
-    consistent, inconsistent, background, on_private = _rows(
-        targets, separations, len(regions.logits)
-    )
-    return View(
-        proposed=proposed,
-        anchors=anchors,
-        targets=targets,
+    rows = _rows_by_kind(sampled_regions, separations)
+    assert sum(len(r) for r in rows) == len(regions.logits)
+    return StudentOutputs(
+        rpn=rpn,
+        anchor_targets=sampled_anchors,
+        region_targets=sampled_regions,
         proposals=torch.cat(rois),
-        boxes=_boxes_in_order(targets),
+        boxes=_concatenate_pair_boxes(sampled_regions),
         regions=regions,
-        on_consistent=consistent,
-        on_inconsistent=inconsistent,
-        on_background=background,
-        on_private=on_private,
-        consistent=Pairs.joined(
-            [
-                s.consistent[t.consistent]
-                for t, s in zip(targets, separations, strict=True)
-            ]
-        ),
-        inconsistent=Pairs.joined(
-            [
-                s.inconsistent[t.inconsistent]
-                for t, s in zip(targets, separations, strict=True)
-            ]
-        ),
+        consistent_rows=rows[0],
+        inconsistent_rows=rows[1],
+        background_rows=rows[2],
+        private_rows=rows[3],
+        consistent=Pairs.cat(consistent),
+        inconsistent=Pairs.cat(inconsistent),
         private=private,
-        totals=totals(),
+        totals=wait_for_totals(),
     )
 
 
 def common_size(images: Sequence[Tensor]) -> tuple[int, int]:
-    """(height, width) that holds the images of all workers: convolutions see the
-    padding, so it must not depend on who holds an image.
+    """Return the (height, width) that holds the images of all workers: convolutions see
+    the padding, so it must not depend on who holds an image.
     """
-    height, width = all_max(
-        torch.tensor([i.shape[1:] for i in images]).amax(0)
-    ).tolist()
+    local_sizes = torch.tensor([image.shape[1:] for image in images])
+    height, width = all_max(local_sizes.amax(0)).tolist()
     return int(height), int(width)
 
 
-def _rows(
-    targets: Sequence[RegionTargets], separations: Sequence[Separation], total: int
+def _sample_anchors(
+    config: Detector,
+    rpn: RpnOutputs,
+    batch: Images,
+    separations: Sequence[Separation],
+    generators: Sequence[torch.Generator],
+) -> list[AnchorTargets]:
+    anchors = rpn.anchors.cpu()
+    return [
+        anchor_targets(anchors, size, separation, config, generator).to(
+            batch.pixels.device
+        )
+        for size, separation, generator in zip(
+            batch.sizes, separations, generators, strict=True
+        )
+    ]
+
+
+def _select_rows(batch: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Select ``rows`` of each image of ``batch`` [B, A, ...] and concatenate them."""
+    selected = [
+        image[image_rows] for image, image_rows in zip(batch, rows, strict=True)
+    ]
+    return torch.cat(selected)
+
+
+def _rows_by_kind(
+    targets: Sequence[RegionTargets], separations: Sequence[Separation]
 ) -> tuple[Tensor, ...]:
-    """Rows of consistent, inconsistent, background and private RoIs in the
+    """Return the rows of consistent, inconsistent, background and private RoIs in the
     concatenation over images.
     """
-    kind: list[int] = []
+    kinds: list[int] = []
     for target, separation in zip(targets, separations, strict=True):
-        consistent, inconsistent = len(target.consistent), len(target.inconsistent)
-        kind += (
-            [0] * consistent
-            + [1] * inconsistent
-            + [2] * (len(target.proposals) - target.positives)
-            + [3] * len(separation.private)
-        )
-    assert len(kind) == total
-    kinds = torch.tensor(kind, dtype=torch.int64, device=targets[0].proposals.device)
-    return tuple((kinds == k).nonzero()[:, 0] for k in range(4))
+        background = len(target.proposals) - target.positives
+        kinds += [0] * len(target.consistent)
+        kinds += [1] * len(target.inconsistent)
+        kinds += [2] * background
+        kinds += [3] * len(separation.private)
+    device = targets[0].proposals.device
+    kind_of_row = torch.tensor(kinds, dtype=torch.int64, device=device)
+    return tuple((kind_of_row == kind).nonzero()[:, 0] for kind in range(4))
 
 
-def _boxes_in_order(targets: Sequence[RegionTargets]) -> Tensor:
-    """Boxes of all RoIs on consistent pairs, then of all on inconsistent pairs."""
+def _concatenate_pair_boxes(targets: Sequence[RegionTargets]) -> Tensor:
+    """Return the boxes of all RoIs on consistent pairs, then of all on inconsistent
+    pairs.
+    """
     consistent = [t.boxes[: len(t.consistent)] for t in targets]
     inconsistent = [t.boxes[len(t.consistent) :] for t in targets]
     return torch.cat(consistent + inconsistent)

@@ -1,8 +1,8 @@
-"""Which anchors and RoIs learn from what: assignment and sampling against a separation
-(paper section 3.4; coin_ray.fusion.separate).
+"""Assignment and sampling of anchors and RoIs against a separation (paper section 3.4;
+coin_ray.fusion.separate).
 
-Everything is drawn from a generator of the image's own, so it does not matter which
-worker holds the image.
+Each image has its own random generator, so the draws do not depend on which worker
+holds the image.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from coin_ray.config import Detector
-from coin_ray.models.faster_rcnn_clip.rpn import inside
-from coin_ray.parallel import all_sum_later
+from coin_ray.models.faster_rcnn_clip.rpn import inside_image
+from coin_ray.parallel import start_all_sum
 from coin_ray.structures import Separation
 
 RPN_POSITIVE, RPN_NEGATIVE = 0.7, 0.3
@@ -28,7 +28,7 @@ POSITIVE_IOU = 0.5
 class AnchorTargets:
     """Rows of the anchors that learn: ``sampled`` [S] with ``is_object`` [S];
     ``positive`` [P] with ``boxes`` [P, 4]; ``private`` [Q] with the ``private_probs``
-    [Q, K+1] of the teacher that saw their box.
+    [Q, K+1] of the teacher that detected their box.
     """
 
     sampled: Tensor
@@ -39,15 +39,14 @@ class AnchorTargets:
     private_probs: Tensor
 
     def to(self, device: torch.device) -> AnchorTargets:
-        parts = (
-            self.sampled,
-            self.is_object,
-            self.positive,
-            self.boxes,
-            self.private,
-            self.private_probs,
+        return AnchorTargets(
+            self.sampled.to(device),
+            self.is_object.to(device),
+            self.positive.to(device),
+            self.boxes.to(device),
+            self.private.to(device),
+            self.private_probs.to(device),
         )
-        return AnchorTargets(*(t.to(device) for t in parts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,15 +65,10 @@ class RegionTargets:
 
     def to(self, device: torch.device) -> RegionTargets:
         return RegionTargets(
-            *(
-                t.to(device)
-                for t in (
-                    self.proposals,
-                    self.consistent,
-                    self.inconsistent,
-                    self.boxes,
-                )
-            )
+            self.proposals.to(device),
+            self.consistent.to(device),
+            self.inconsistent.to(device),
+            self.boxes.to(device),
         )
 
     @property
@@ -84,10 +78,10 @@ class RegionTargets:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What losses are divided by: anchors and RoIs of *all* workers.
+    """Denominators of the losses: numbers of anchors and RoIs over *all* workers.
 
-    ``regions``: sampled RoIs, those on private boxes aside; ``labelled``: of them those
-    with a label, on consistent pairs and background.
+    ``regions``: sampled RoIs without those on private boxes; ``labelled``: those of
+    them with a label, on consistent pairs and background.
     """
 
     anchors: float
@@ -99,21 +93,19 @@ class Totals:
     private: float
 
     @classmethod
-    def counted(
+    def start_count(
         cls,
         anchors: Sequence[AnchorTargets],
         targets: Sequence[RegionTargets],
         private: int,
     ) -> Callable[[], Totals]:
-        """From this worker's targets, in one message that is on its way until what is
-        returned is called.
+        """Send this worker's counts in one message, without waiting for the others. The
+        returned function waits and returns the totals.
         """
-        consistent, inconsistent = (
-            sum(len(getattr(t, kind)) for t in targets)
-            for kind in ("consistent", "inconsistent")
-        )
+        consistent = sum(len(t.consistent) for t in targets)
+        inconsistent = sum(len(t.inconsistent) for t in targets)
         regions = sum(len(t.proposals) for t in targets)
-        own = {
+        local_counts = {
             "anchors": sum(len(t.sampled) for t in anchors),
             "private_anchors": sum(len(t.private) for t in anchors),
             "regions": regions,
@@ -122,8 +114,15 @@ class Totals:
             "inconsistent": inconsistent,
             "private": private,
         }
-        total = all_sum_later(torch.tensor([float(n) for n in own.values()]))
-        return lambda: cls(**dict(zip(own, total().tolist(), strict=True)))
+        wait_for_sum = start_all_sum(
+            torch.tensor([float(n) for n in local_counts.values()])
+        )
+
+        def wait_for_totals() -> Totals:
+            global_counts = wait_for_sum().tolist()
+            return cls(**dict(zip(local_counts, global_counts, strict=True)))
+
+        return wait_for_totals
 
 
 def anchor_targets(
@@ -133,39 +132,41 @@ def anchor_targets(
     config: Detector,
     generator: torch.Generator,
 ) -> AnchorTargets:
-    """Matched pairs of either kind are objects; anchors on private boxes are neither
-    object nor background but distilled.
+    """Assign and sample anchors. Pairs of either kind are objects; anchors on private
+    boxes are neither object nor background but distilled.
     """
     objects = torch.cat([separation.consistent.boxes, separation.inconsistent.boxes])
     candidates = torch.cat([objects, separation.private.boxes])
-    matched = torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD)
-    if len(candidates):
-        overlap = box_iou(candidates, anchors)
-        matched = Matcher(RPN_POSITIVE, RPN_NEGATIVE, allow_low_quality_matches=True)(
-            overlap
-        )
-        # a box that meets no anchor has its best match in all of them
-        matched[overlap.amax(0) <= 0] = Matcher.BELOW_LOW_THRESHOLD
-    matched[~inside(anchors, size)] = Matcher.BETWEEN_THRESHOLDS
-    positive = ((matched >= 0) & (matched < len(objects))).nonzero()[:, 0]
-    negative = (matched == Matcher.BELOW_LOW_THRESHOLD).nonzero()[:, 0]
-    private = (matched >= len(objects)).nonzero()[:, 0]
-    if (
-        config.unseen_images == "ignored"
-        and not len(candidates)
-        and not separation.reviewed
-    ):
+    matches = _match_anchors(anchors, candidates)
+    matches[~inside_image(anchors, size)] = Matcher.BETWEEN_THRESHOLDS
+    positive = ((matches >= 0) & (matches < len(objects))).nonzero()[:, 0]
+    negative = (matches == Matcher.BELOW_LOW_THRESHOLD).nonzero()[:, 0]
+    private = (matches >= len(objects)).nonzero()[:, 0]
+    is_unseen = not len(candidates) and not separation.reviewed
+    if config.unseen_images == "ignored" and is_unseen:
         negative = negative[:0]
-    positive = _draw(positive, config.rpn_batch // 2, generator)
-    negative = _draw(negative, config.rpn_batch - len(positive), generator)
+    positive = _draw_rows(positive, config.rpn_batch // 2, generator)
+    negative = _draw_rows(negative, config.rpn_batch - len(positive), generator)
     return AnchorTargets(
         sampled=torch.cat([positive, negative]),
         is_object=torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]),
         positive=positive,
-        boxes=candidates[matched[positive]],
+        boxes=candidates[matches[positive]],
         private=private,
-        private_probs=separation.private.probs[matched[private] - len(objects)],
+        private_probs=separation.private.probs[matches[private] - len(objects)],
     )
+
+
+def _match_anchors(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Return the row of ``boxes`` that each anchor matches, or torchvision's codes."""
+    if not len(boxes):
+        return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD)
+    overlap = box_iou(boxes, anchors)
+    matcher = Matcher(RPN_POSITIVE, RPN_NEGATIVE, allow_low_quality_matches=True)
+    matches: Tensor = matcher(overlap)
+    # a box that overlaps no anchor has its best match in all of them
+    matches[overlap.amax(0) <= 0] = Matcher.BELOW_LOW_THRESHOLD
+    return matches
 
 
 def region_targets(
@@ -174,48 +175,36 @@ def region_targets(
     config: Detector,
     generator: torch.Generator,
 ) -> RegionTargets:
-    """Proposals, with the pairs' boxes added, matched at IoU .5; those on private boxes
-    are ignored; pairs share the positive quota.
+    """Match proposals, with the pairs' boxes added, at IoU .5 and sample them. Proposals
+    on private boxes are ignored; pairs of both kinds share the positive quota.
     """
-    consistent, inconsistent = (
-        separation.consistent.boxes,
-        separation.inconsistent.boxes,
-    )
-    pairs = torch.cat([consistent, inconsistent])
-    proposals = torch.cat([proposals, pairs])
-    candidates = torch.cat([pairs, separation.private.boxes])
-    overlap, best = (
-        box_iou(proposals, candidates).max(1)
-        if len(candidates)
-        else (torch.zeros(len(proposals)), None)
-    )
-    on_object = overlap >= POSITIVE_IOU
-    match = (
-        torch.where(on_object, best, -1)
-        if best is not None
-        else torch.full((len(proposals),), -1)
-    )
-    positive = _draw(
-        ((match >= 0) & (match < len(pairs))).nonzero()[:, 0],
-        int(config.roi_batch * config.roi_positive),
-        generator,
-    )
-    background = _draw(
-        (match < 0).nonzero()[:, 0], config.roi_batch - len(positive), generator
-    )
-    first = positive[match[positive] < len(consistent)]
-    second = positive[match[positive] >= len(consistent)]
+    consistent_boxes = separation.consistent.boxes
+    pair_boxes = torch.cat([consistent_boxes, separation.inconsistent.boxes])
+    proposals = torch.cat([proposals, pair_boxes])
+    candidates = torch.cat([pair_boxes, separation.private.boxes])
+    matches = torch.full((len(proposals),), -1)
+    if len(candidates):
+        overlap, best = box_iou(proposals, candidates).max(1)
+        matches = torch.where(overlap >= POSITIVE_IOU, best, -1)
+
+    on_pair = ((matches >= 0) & (matches < len(pair_boxes))).nonzero()[:, 0]
+    positive_limit = int(config.roi_batch * config.roi_positive)
+    positive = _draw_rows(on_pair, positive_limit, generator)
+    on_nothing = (matches < 0).nonzero()[:, 0]
+    background = _draw_rows(on_nothing, config.roi_batch - len(positive), generator)
+
+    is_consistent = matches[positive] < len(consistent_boxes)
+    consistent, inconsistent = positive[is_consistent], positive[~is_consistent]
     return RegionTargets(
-        proposals=proposals[torch.cat([first, second, background])],
-        consistent=match[first],
-        inconsistent=match[second] - len(consistent),
-        boxes=pairs[match[torch.cat([first, second])]],
+        proposals=proposals[torch.cat([consistent, inconsistent, background])],
+        consistent=matches[consistent],
+        inconsistent=matches[inconsistent] - len(consistent_boxes),
+        boxes=pair_boxes[matches[torch.cat([consistent, inconsistent])]],
     )
 
 
-def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return (
-        rows
-        if len(rows) <= count
-        else rows[torch.randperm(len(rows), generator=generator)[:count]]
-    )
+def _draw_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw at most ``count`` of ``rows``."""
+    if len(rows) <= count:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator)[:count]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import CLASSES, TEMPLATES, tiny_clip
 
-from coin_ray.clip.encoder import class_embeddings, load_clip, prompts_for
+from coin_ray.clip.encoder import class_embeddings, load_clip, make_prompts
 from coin_ray.config import Clip
 from coin_ray.config.presets import DEMO_CLIP
 from coin_ray.errors import InputError
@@ -69,10 +69,10 @@ def test_the_demos_clip() -> None:
 
 
 def test_prompts() -> None:
-    assert prompts_for("cat", TEMPLATES) == ["a photo of a cat.", "a drawing of a cat."]
+    assert make_prompts("cat", TEMPLATES) == ["a photo of a cat.", "a drawing of a cat."]
     styled, plain = (
-        prompts_for("stop sign", Clip(style="foggy")),
-        prompts_for("stop sign", Clip()),
+        make_prompts("stop sign", Clip(style="foggy")),
+        make_prompts("stop sign", Clip()),
     )
     assert len(styled) == len(plain) == 81
     assert (styled[0], plain[0]) == ("foggy stop sign.", "stop sign.")
@@ -92,14 +92,14 @@ def test_prompts() -> None:
     ],
 )
 def test_the_style_stands_behind_the_article(plain: str, styled: str) -> None:
-    row = prompts_for("car", Clip()).index(plain)
-    assert prompts_for("car", Clip(style="foggy style"))[row] == styled
+    row = make_prompts("car", Clip()).index(plain)
+    assert make_prompts("car", Clip(style="foggy style"))[row] == styled
 
 
 def test_every_prompt_has_the_style_once_and_is_else_the_plain_one() -> None:
     styled, plain = (
-        prompts_for("photo", Clip(style="SIM style")),
-        prompts_for("photo", Clip()),
+        make_prompts("photo", Clip(style="SIM style")),
+        make_prompts("photo", Clip()),
     )
     assert [prompt.replace("SIM style ", "") for prompt in styled] == plain
     assert {prompt.count("SIM style") for prompt in styled} == {1}

@@ -11,7 +11,7 @@ from coin_ray.clip.labeler import (
     Labeler,
     RoiLabeler,
     attention_pool,
-    with_context,
+    enlarge_boxes,
 )
 
 
@@ -113,7 +113,7 @@ def test_context_grows_boxes_about_their_centres_and_stops_at_the_border(
     factor: float, expected: list[int]
 ) -> None:
     box = torch.tensor([[20.0, 20, 40, 60]])
-    assert with_context(box, factor, 80, 90)[0].tolist() == expected
+    assert enlarge_boxes(box, factor, 80, 90)[0].tolist() == expected
 
 
 def test_crops_see_what_surrounds_the_box() -> None:

@@ -17,11 +17,11 @@ from coin_ray.models.faster_rcnn_clip.backbone import (
     load_backbone,
     load_mobilenet,
     starting_embeddings,
-    torchvision_names,
+    rename_to_torchvision,
 )
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.models.faster_rcnn_clip.tower import MobileNetTower
-from coin_ray.predictors.student import load_exported, write_exported
+from coin_ray.predictors.student import load_exported_student, write_exported_student
 
 
 def config(mobilenet: MobileNet, seed: int = 0) -> PipelineConfig:
@@ -65,7 +65,7 @@ def test_weights_go_by_order(weights: str) -> None:
 
 def test_torchvision_s_own_weights_keep_their_names() -> None:
     network = mobilenet_v2()
-    named = torchvision_names(network.state_dict(), network)
+    named = rename_to_torchvision(network.state_dict(), network)
     assert len(named) == 312
     assert all(
         named[k] is v or torch.equal(named[k], v)
@@ -89,7 +89,7 @@ def test_weights_of_another_model_are_refused(
         k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")
     }
     with pytest.raises(InputError, match="another model"):
-        torchvision_names(change(without_classifier), network)
+        rename_to_torchvision(change(without_classifier), network)
 
 
 def test_an_absent_file_and_an_absent_package_are_named(
@@ -146,8 +146,8 @@ def test_a_detector_predicts_and_survives_its_export(
     detector = build_detector(
         load_backbone(run), run.classes, run.detector, seed=0
     ).eval()
-    write_exported(detector, run.classes, str(tmp_path / "export"))
-    loaded = load_exported(str(tmp_path / "export")).detector
+    write_exported_student(detector, run.classes, str(tmp_path / "export"))
+    loaded = load_exported_student(str(tmp_path / "export")).detector
     assert isinstance(loaded.tower, MobileNetTower)
     images = [torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8)]
     ours, theirs = (

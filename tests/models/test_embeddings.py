@@ -11,8 +11,8 @@ from coin_ray.data.coco_classes import COCO_CLASSES
 from coin_ray.errors import InputError
 from coin_ray.models.faster_rcnn_clip.embeddings import (
     ClassVectors,
-    coco_text_vectors,
-    first_vectors,
+    load_coco_text_vectors,
+    initial_vectors,
 )
 
 
@@ -51,13 +51,13 @@ def test_fixed_vectors_are_given_bit_for_bit_and_do_not_learn() -> None:
 def test_text_vectors_are_chosen_by_name_in_the_order_of_the_classes(
     matrix: str,
 ) -> None:
-    found = coco_text_vectors(matrix, ("Dog", "person"))
+    found = load_coco_text_vectors(matrix, ("Dog", "person"))
     assert found.dtype == torch.float32
     assert found.argmax(1).tolist() == [COCO_CLASSES.index("dog"), 0]
 
 
-def test_first_vectors_are_text_and_a_random_background(matrix: str) -> None:
-    found = first_vectors(MobileNet(text_vectors=matrix), ("dog", "person"), seed=0)
+def test_initial_vectors_are_text_and_a_random_background(matrix: str) -> None:
+    found = initial_vectors(MobileNet(text_vectors=matrix), ("dog", "person"), seed=0)
     assert found.shape == (3, 80)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     assert found[1, 0] == 1
@@ -65,33 +65,33 @@ def test_first_vectors_are_text_and_a_random_background(matrix: str) -> None:
 
 
 @pytest.mark.parametrize("text", [True, False])
-def test_first_vectors_repeat_for_a_seed(matrix: str, text: bool) -> None:
+def test_initial_vectors_repeat_for_a_seed(matrix: str, text: bool) -> None:
     config = MobileNet(text_vectors=matrix if text else None, vector_size=16)
     assert torch.equal(
-        first_vectors(config, ("dog",), seed=1), first_vectors(config, ("dog",), seed=1)
+        initial_vectors(config, ("dog",), seed=1), initial_vectors(config, ("dog",), seed=1)
     )
     assert not torch.equal(
-        first_vectors(config, ("dog",), seed=1), first_vectors(config, ("dog",), seed=2)
+        initial_vectors(config, ("dog",), seed=1), initial_vectors(config, ("dog",), seed=2)
     )
 
 
 def test_learned_vectors_need_no_known_names() -> None:
-    assert first_vectors(
+    assert initial_vectors(
         MobileNet(vector_size=16), ("rider", "kerb"), seed=0
     ).shape == (3, 16)
 
 
 def test_unknown_classes_are_named(matrix: str) -> None:
     with pytest.raises(InputError, match="not rider, kerb"):
-        coco_text_vectors(matrix, ("dog", "rider", "kerb"))
+        load_coco_text_vectors(matrix, ("dog", "rider", "kerb"))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        coco_text_vectors(str(tmp_path / "absent.npy"), ("dog",))
+        load_coco_text_vectors(str(tmp_path / "absent.npy"), ("dog",))
     (tmp_path / "text.npy").write_text("no matrix")
     with pytest.raises(InputError, match=r"no \.npy file"):
-        coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))
+        load_coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))
     np.save(tmp_path / "text.npy", np.zeros((365, 8)))
     with pytest.raises(InputError, match=r"one row per COCO class; it is \(365, 8\)"):
-        coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))
+        load_coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))

