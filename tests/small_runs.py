@@ -12,7 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from coin_ray.cloud.journal.journal import TASK, Journal
+from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.journal.keys import TASK
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.stages.collecting.cloud_actor import PLACES, journal_uri
 
 TRAIN, VAL, TEST = 48, 4, 20
@@ -104,7 +106,7 @@ class Kill:
     def now(cls, root: Path) -> Kill:
         """Read at once: what the killed run leaves behind may still finish a call or
         two."""
-        journal = Journal.open(journal_uri(str(root)))
+        journal = open_journal(journal_uri(str(root)))
         keys = journal.keys()
         answered = frozenset(
             key for key in keys if not key.endswith(TASK) and _readable(journal, key)

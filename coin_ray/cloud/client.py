@@ -25,7 +25,7 @@ from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.governor import AsyncGovernor, Limits, Outcome
 from coin_ray.cloud.http.connections import Connections, NotConnected, checked_url
 from coin_ray.cloud.http.signing import signer_for
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.protocol import (
     RETRY_AFTER_MAX,
@@ -506,7 +506,7 @@ class CloudClient:
         """Write down what was or was not spent; a thread per call costs more than
         writing to a disk's cache.
         """
-        if self._journal.prompt:
+        if self._journal.notes_are_fast:
             note(*what)
         else:
             await asyncio.to_thread(note, *what)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import AsyncGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.label_map import ASSUMED_PRECISION, Prior
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.renderings import image_in_view

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from coin_ray.cloud.http.connections import Reply
-from coin_ray.cloud.journal.base import answer_key_of
-from coin_ray.cloud.journal.journal import TASK, Journal, Record, answer_key
+from coin_ray.cloud.journal.base import AnswerRecord, Journal
+from coin_ray.cloud.journal.keys import TASK, answer_key, answer_key_from_digest
 from coin_ray.cloud.protocol import (
     Adapter,
     Frame,
@@ -67,7 +67,7 @@ class Call:
         return Frame(
             (self.image.width, self.image.height),
             self.image.original,
-            self.image.shown,
+            self.image.visible_size,
             self.image.mirrored,
         )
 
@@ -109,7 +109,7 @@ class Replies:
         """The journal's key of a file that is sent as it is, by the sha256 of its
         bytes; nothing needs to be read.
         """
-        return answer_key_of(
+        return answer_key_from_digest(
             self._capabilities.name,
             self._endpoint,
             self._query,
@@ -226,7 +226,7 @@ class Replies:
             self._journal.quarantine(place, body, str(error))
             raise
 
-    def _set_aside(self, call: Call, place: str, record: Record) -> None:
+    def _set_aside(self, call: Call, place: str, record: AnswerRecord) -> None:
         """A service that answers at once sometimes, and sometimes with a task: the task
         leaves the answer's place.
         """
@@ -234,9 +234,9 @@ class Replies:
             self._journal.put(_task_key(call.key), record)
             self._journal.quarantine(place, record.body, "a task, not an answer")
 
-    def _record(self, call: Call, reply: Reply) -> Record:
+    def _record(self, call: Call, reply: Reply) -> AnswerRecord:
         cost = call.calls * self._config.usd_per_call
-        return Record(
+        return AnswerRecord(
             reply.body,
             reply.headers["content-type"],
             call.attempts,

@@ -151,18 +151,18 @@ def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
 def _asked_today(config: PipelineConfig, root: str) -> list[int]:
     """Calls of each service in the last 24 hours."""
     from coin_ray.cloud.client import account_name
-    from coin_ray.cloud.journal.journal import Journal
+    from coin_ray.cloud.journal.opening import open_journal
     from coin_ray.cloud.services import adapter_for
 
     place = storage.join(root, "journal")
     if not storage.exists(place):
         return [0] * len(config.services)
-    journal = Journal.open(place)
+    journal = open_journal(place)
     accounts = [
         account_name(cloud, url, adapter_for(cloud))
         for cloud, url in zip(config.services, _urls(config.services), strict=True)
     ]
-    return [len(journal.starts(account, time.time() - 86_400)) for account in accounts]
+    return [len(journal.call_starts(account, time.time() - 86_400)) for account in accounts]
 
 
 def _on_record(
@@ -173,14 +173,15 @@ def _on_record(
     """
     from coin_ray.cloud.client import CloudClient, governor_limits
     from coin_ray.cloud.governor import Governor, LocalGovernor
-    from coin_ray.cloud.journal.journal import TASK, Journal
+    from coin_ray.cloud.journal.keys import TASK
+    from coin_ray.cloud.journal.opening import open_journal
 
     found: list[set[str]] = [set() for _ in config.clouds]
     place = storage.join(root, "journal")
     listed = storage.join(steps["images"].folder(root), "images.parquet")
     if not storage.exists(place) or not storage.exists(listed):
         return found
-    journal = Journal.open(place)
+    journal = open_journal(place)
     clients = [
         CloudClient(
             cloud, config.classes, url, journal, LocalGovernor(Governor(governor_limits(cloud)))

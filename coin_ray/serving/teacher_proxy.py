@@ -14,7 +14,7 @@ from pathlib import Path
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.cloud.renderings import image_in_view
 from coin_ray.cloud.services import adapter_for, check_clouds, endpoint_for
@@ -58,7 +58,7 @@ class TeacherProxy:
         if not url:
             server = local_cloud(cloud, str(folder / "local"))
             url = self._resources.enter_context(server)
-        answers = Journal.open(journal or str(folder / "journal"))
+        answers = open_journal(journal or str(folder / "journal"))
         spent = answers.spent()
         calls_allowed = spent[0] + calls_max
         if cloud.max_calls:

@@ -30,7 +30,7 @@ from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.cloud.client import governor_limits
 from coin_ray.cloud.ensemble import clip_contradicts, cloud_names, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.probabilities import merge_cross_class_duplicates, to_detections
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
@@ -209,7 +209,7 @@ def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> N
         governors = [
             LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds
         ]
-        client = create_client(config, urls, Journal.open(journal_uri(root)), governors)
+        client = create_client(config, urls, open_journal(journal_uri(root)), governors)
         try:
             await client.check()
         finally:

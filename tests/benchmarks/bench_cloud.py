@@ -443,24 +443,25 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from coin_ray import storage
-    from coin_ray.cloud.client import CloudClient, limits
+    from coin_ray.cloud.client import CloudClient, governor_limits
     from coin_ray.cloud.governor import Governor, LocalGovernor
-    from coin_ray.cloud.journal.journal import Record, SegmentJournal
-    from coin_ray.commands.arguments import parse
+    from coin_ray.cloud.journal.base import AnswerRecord
+    from coin_ray.cloud.journal.segments import SegmentJournal
+    from coin_ray.commands.arguments import parse_run_arguments
     from coin_ray.data.canonical import canonical_image
-    from coin_ray.runs.graph import graph
-    from coin_ray.runs.steps import execute
+    from coin_ray.runs.graph import build_steps
+    from coin_ray.runs.steps import run_step
 
-    config, options = parse(given)
-    steps = graph(config)
-    execute(steps["images"], config, options.root)
+    config, options = parse_run_arguments(given)
+    steps = build_steps(config)
+    run_step(steps["images"], config, options.root)
     journal = SegmentJournal(storage.join(options.root, "journal"))
     client = CloudClient(
         config.cloud,
         config.classes,
         url,
         journal,
-        LocalGovernor(Governor(limits(config.cloud))),
+        LocalGovernor(Governor(governor_limits(config.cloud))),
     )
     size = image_size(32)
     body = json.dumps(
@@ -473,7 +474,7 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
     def put(file: Path) -> None:
         key = client.key(canonical_image(file.read_bytes(), client.max_side))
         journal.attempt(key, 0.0)
-        journal.put(key, Record(body))
+        journal.put(key, AnswerRecord(body))
 
     with patch("os.fsync"), ThreadPoolExecutor(2) as pool:
         for _ in pool.map(put, sorted(images.glob("*.jpg"))):

@@ -29,7 +29,7 @@ from PIL import Image
 
 from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import SegmentJournal
+from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -44,8 +43,10 @@ from coin_ray.errors import (
 )
 
 from .cases import CASES, CLASSES, GOLDEN_IMAGE, SIZE, Case, Failure, Labels, Row, Truth
+from .conftest import same_detections
 from .emulator import PROVIDERS, Emulator, scene
 from .emulator.app import AWS_KEY_ID, AWS_SECRET, TOKEN, score_of
+from .json_mutations import ANY_JSON, json_paths, node_at, remove_node, replace_node
 
 FRAME = Frame(SIZE, SIZE)
 REGION = "us-east-1"
@@ -94,7 +95,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def ask(
+def _query_emulator(
     case: Case,
     image: CanonicalImage,
     emulator: Emulator | None = None,
@@ -107,33 +108,33 @@ def ask(
         async with httpx.AsyncClient(
             transport=(emulator or Emulator(PROVIDERS)).transport()
         ) as http:
-            return await until_answered(case, http, image, query or case.query())
+            return await _poll_until_answered(case, http, image, query or case.query())
 
     return asyncio.run(run())
 
 
-async def until_answered(
+async def _poll_until_answered(
     case: Case, http: httpx.AsyncClient, image: CanonicalImage, query: Query
 ) -> RawDetections:
     request = case.adapter.encode(image, query)
     frame = Frame((image.width, image.height), image.original)
     for _ in range(POLLS_MAX):
-        reply = await send(case, http, request)
+        reply = await _send(case, http, request)
         if reply.status_code != 200:
             raise case.adapter.classify_error(
                 reply.status_code, reply.headers, reply.content
             )
-        answer = case.adapter.decode(
+        decoded = case.adapter.decode(
             {"content-type": reply.headers["content-type"]}, reply.content, query, frame
         )
-        if isinstance(answer, RawDetections):
-            return answer
+        if isinstance(decoded, RawDetections):
+            return decoded
         assert case.adapter.capabilities.asynchronous
-        request = answer.request or request
+        request = decoded.request or request
     raise AssertionError("still pending")
 
 
-async def send(
+async def _send(
     case: Case, http: httpx.AsyncClient, request: PreparedRequest
 ) -> httpx.Response:
     auth = case.adapter.capabilities.auth
@@ -156,24 +157,24 @@ async def send(
     )
 
 
-def decode(
-    case: Case, answer: Any, frame: Frame = FRAME, query: Query | None = None
+def _decode_detections(
+    case: Case, response: Any, frame: Frame = FRAME, query: Query | None = None
 ) -> RawDetections:
-    result = attempt(case, answer, frame, query)
-    assert isinstance(result, RawDetections)
-    return result
+    raw = _decode(case, response, frame, query)
+    assert isinstance(raw, RawDetections)
+    return raw
 
 
-def attempt(
-    case: Case, answer: Any, frame: Frame = FRAME, query: Query | None = None
+def _decode(
+    case: Case, response: Any, frame: Frame = FRAME, query: Query | None = None
 ) -> RawDetections | Pending:
-    body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    body = response if isinstance(response, bytes) else json.dumps(response).encode()
     return case.adapter.decode(
         {"content-type": case.content_type}, body, query or case.query(), frame
     )
 
 
-def three(case: Case) -> Any:
+def _three_objects(case: Case) -> Any:
     """A valid answer: a car, a bus and a dog."""
     boxes = ((10, 20, 110, 170), (200, 30, 330, 90), (400, 200, 599, 399))
     return case.answer(
@@ -185,13 +186,13 @@ def three(case: Case) -> Any:
     )
 
 
-def check_against(
+def _check_detections(
     case: Case,
     raw: RawDetections,
-    classes: Sequence[int],
+    class_indices: Sequence[int],
     boxes: Sequence[Box],
     image: CanonicalImage,
-    slack: float = 0.01,
+    tolerances: float = 0.01,
 ) -> None:
     """Each object is found once, under its class; its edges are within ``slack``
     original pixels and the service's own rounding."""
@@ -199,16 +200,16 @@ def check_against(
     assert len(raw) == len(boxes)
     assert not raw.unmapped
     truth = np.array(boxes, np.float64).reshape(-1, 4)
-    tolerance = (
+    tolerances = (
         np.array(case.rounding((image.width, image.height)))
         * image.original
         / (image.width, image.height)
-        + slack
+        + tolerances
     )
     for box, index in zip(raw.boxes, raw.class_scores.argmax(1), strict=True):
         nearest = int(np.abs(truth - box).max(1).argmin())
-        assert (np.abs(truth[nearest] - box).reshape(2, 2) <= tolerance).all()
-        assert index == classes[nearest]
+        assert (np.abs(truth[nearest] - box).reshape(2, 2) <= tolerances).all()
+        assert index == class_indices[nearest]
     assert (np.diff(raw.class_scores.max(1)) <= 0).all()
     if case.scored:
         assert np.allclose(
@@ -216,7 +217,7 @@ def check_against(
         )
 
 
-def pictured(
+def _scene_image(
     classes: Sequence[int],
     boxes: Sequence[Box],
     size: tuple[int, int],
@@ -227,18 +228,18 @@ def pictured(
 
 @row("A1")
 def test_a1_no_objects(case: Case, secrets: pytest.MonkeyPatch) -> None:
-    raw = ask(case, pictured([], [], (320, 240)))
+    raw = _query_emulator(case, _scene_image([], [], (320, 240)))
     assert raw.boxes.shape == (0, 4)
     assert raw.class_scores.shape == (0, 3)
 
 
 @row("A2")
 def test_a2_one_object(case: Case, secrets: pytest.MonkeyPatch) -> None:
-    image = pictured([1], [(40, 30, 271, 188)], (320, 240))
-    raw = ask(case, image)
-    check_against(case, raw, [1], [(40, 30, 271, 188)], image)
+    image = _scene_image([1], [(40, 30, 271, 188)], (320, 240))
+    raw = _query_emulator(case, image)
+    _check_detections(case, raw, [1], [(40, 30, 271, 188)], image)
     if not any(case.rounding(SIZE)):
-        assert iou(raw.boxes[0], (40, 30, 271, 188)) >= 0.999
+        assert _iou(raw.boxes[0], (40, 30, 271, 188)) >= 0.999
 
 
 @row("A3")
@@ -249,15 +250,15 @@ def test_a3_300_objects(case: Case, secrets: pytest.MonkeyPatch) -> None:
         for x in range(20)
     ]
     classes = [i % 3 for i in range(300)]
-    image = pictured(classes, boxes, (808, 608))
-    check_against(case, ask(case, image), classes, boxes, image)
+    image = _scene_image(classes, boxes, (808, 608))
+    _check_detections(case, _query_emulator(case, image), classes, boxes, image)
 
 
 @row("A4")
 def test_a4_boxes_at_the_edges(case: Case, secrets: pytest.MonkeyPatch) -> None:
     boxes = [(0, 0, 90, 70), (230, 170, 320, 240), (0, 100, 320, 140)]
-    image = pictured([0, 1, 2], boxes, (320, 240))
-    check_against(case, ask(case, image), [0, 1, 2], boxes, image)
+    image = _scene_image([0, 1, 2], boxes, (320, 240))
+    _check_detections(case, _query_emulator(case, image), [0, 1, 2], boxes, image)
 
 
 CLASS_LISTS: list[tuple[str, ...]] = [
@@ -290,7 +291,7 @@ def test_a5_class_lists(case: Case) -> None:
             continue
         assert classes not in case.refused_classes
         boxes = [(float(3 * i), 10.0, 3.0 * i + 20, 60.0) for i in range(len(classes))]
-        raw = decode(
+        raw = _decode_detections(
             case,
             case.answer(
                 [Truth(c, b) for c, b in zip(classes, boxes, strict=True)], SIZE
@@ -309,11 +310,11 @@ def test_a5_class_lists(case: Case) -> None:
 def test_a6_names(case: Case) -> None:
     assert case.label_rows
     for labels in case.label_rows:
-        check_labels(case, labels)
+        _check_labels(case, labels)
 
 
-def check_labels(case: Case, labels: Labels) -> None:
-    raw = decode(case, labels.answer)
+def _check_labels(case: Case, labels: Labels) -> None:
+    raw = _decode_detections(case, labels.answer)
     assert tuple(CLASSES[k] for k in raw.class_scores.argmax(1)) == labels.classes, (
         labels.what
     )
@@ -332,7 +333,7 @@ def test_a6_weights_and_ignored_names(case: Case) -> None:
         {normalize_class_name(case.names["car"]): (1, 0.5)},
         frozenset({normalize_class_name(case.names["dog"])}),
     )
-    raw = decode(
+    raw = _decode_detections(
         case, case.answer(found, SIZE), query=replace(case.query(), labels=labels)
     )
     assert raw.class_scores.argmax(1).tolist() == [1]
@@ -353,8 +354,8 @@ def test_a7_scores_become_distributions(case: Case) -> None:
             Truth(names[i % len(names)], (10.0 * i, 20, 10.0 * i + 60, 170), s)
             for i, s in enumerate(scores)
         ]
-        raw = decode(case, case.answer(found, SIZE), query=query)
-        check_scores(case, raw, len(found))
+        raw = _decode_detections(case, case.answer(found, SIZE), query=query)
+        _check_scores(case, raw, len(found))
         detections, sources = to_detections(raw, score_min=0.05)
         probs = detections.probs.numpy()
         assert np.allclose(probs.sum(1), 1, atol=1e-5)
@@ -364,7 +365,7 @@ def test_a7_scores_become_distributions(case: Case) -> None:
             assert (np.diff(probs[:, :-1].max(1)) <= 1e-6).all()
 
 
-def check_scores(case: Case, raw: RawDetections, count: int) -> None:
+def _check_scores(case: Case, raw: RawDetections, count: int) -> None:
     assert len(raw) == count
     assert raw.score_kind == case.score_kind
     assert not (
@@ -395,7 +396,7 @@ BAD_SCORES = [
 @row("A8")
 def test_a8_scores(case: Case) -> None:
     for given_score, expected in SCORES:
-        raw = decode(
+        raw = _decode_detections(
             case,
             case.answer(
                 [Truth(case.names["bus"], (10, 20, 110, 170), given_score)], SIZE
@@ -404,7 +405,7 @@ def test_a8_scores(case: Case) -> None:
         assert np.allclose(raw.class_scores, [[0, expected, 0]], atol=1e-6), given_score
     for bad in BAD_SCORES:
         with pytest.raises(ProtocolError):
-            attempt(
+            _decode(
                 case,
                 case.answer([Truth(case.names["bus"], (10, 20, 110, 170), bad)], SIZE),
             )
@@ -419,7 +420,7 @@ def test_b1_golden_request(case: Case) -> None:
     assert case.golden.body[:20].decode("latin-1") not in repr(request)
 
 
-def failure_kinds(case: Case, failures: Sequence[Failure]) -> None:
+def _check_failures(case: Case, failures: Sequence[Failure]) -> None:
     assert failures
     for failure in failures:
         body = (
@@ -427,7 +428,7 @@ def failure_kinds(case: Case, failures: Sequence[Failure]) -> None:
             if isinstance(failure.body, bytes)
             else json.dumps(failure.body).encode()
         )
-        error = failed(
+        error = _failure_error(
             case,
             failure.status,
             {"content-type": case.content_type, **failure.headers},
@@ -439,7 +440,7 @@ def failure_kinds(case: Case, failures: Sequence[Failure]) -> None:
             assert error.retry_after == failure.wait, failure
 
 
-def failed(
+def _failure_error(
     case: Case, status: int, headers: Mapping[str, str], body: bytes
 ) -> CloudError:
     if status != 200:
@@ -457,14 +458,14 @@ def test_b4_a_wrong_secret(case: Case, secrets: pytest.MonkeyPatch) -> None:
     secrets.setenv("EMULATED_TOKEN", "another-token-9876543210")
     secrets.setenv("AWS_SECRET_ACCESS_KEY", "another/secret")
     with pytest.raises(AuthError):
-        ask(case, pictured([0], [(40, 30, 271, 188)], (320, 240)), emulator)
+        _query_emulator(case, _scene_image([0], [(40, 30, 271, 188)], (320, 240)), emulator)
     assert len(emulator.calls) == 1
     assert not emulator.billed[case.provider]
 
 
 @row("B4")
 def test_b4_failures(case: Case) -> None:
-    failure_kinds(case, [f for f in case.failures if f.row == "B4"])
+    _check_failures(case, [f for f in case.failures if f.row == "B4"])
 
 
 STATUSES: list[tuple[int, type[CloudError]]] = [
@@ -530,94 +531,53 @@ def test_c1_throttled(case: Case) -> None:
             assert error.retry_after == seconds
     particular = [f for f in case.failures if f.row == "C1"]
     if particular:
-        failure_kinds(case, particular)
+        _check_failures(case, particular)
 
 
 @row("C4")
 def test_c4_quota_used_up(case: Case) -> None:
-    failure_kinds(case, [f for f in case.failures if f.row == "C4"])
+    _check_failures(case, [f for f in case.failures if f.row == "C4"])
 
 
 @row("E1")
 def test_e1_truncated_at_every_byte(case: Case) -> None:
-    for answer in (three(case), case.answer([], SIZE), *case.further):
+    for answer in (_three_objects(case), case.answer([], SIZE), *case.further):
         whole = json.dumps(answer).encode()
-        attempt(case, whole)
+        _decode(case, whole)
         for length in range(len(whole)):
             with pytest.raises(ProtocolError) as caught:
-                attempt(case, whole[:length])
+                _decode(case, whole[:length])
             assert caught.value.may_have_billed
 
 
 @row("E1")
 def test_e1_indented_answers_too(case: Case) -> None:
-    whole = json.dumps(three(case), indent=2, ensure_ascii=False).encode() + b"\n"
-    expected = decode(case, three(case))
+    whole = json.dumps(_three_objects(case), indent=2, ensure_ascii=False).encode() + b"\n"
+    expected = _decode_detections(case, _three_objects(case))
     for length in range(len(whole) + 1):
         try:
-            assert same(decode(case, whole[:length]), expected)
+            assert same_detections(_decode_detections(case, whole[:length]), expected)
         except ProtocolError:
             assert len(whole[:length].rstrip()) < len(whole.rstrip())
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    for key, child in (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    ):
-        yield from places(child, (*path, key))
-
-
-def at(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
-
-
-def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value at one place."""
-    if not path:
-        return new
-    value = copy.deepcopy(value)
-    at(value, path[:-1])[path[-1]] = new
-    return value
-
-
-def without(value: Any, path: tuple[Any, ...]) -> Any:
-    value = copy.deepcopy(value)
-    del at(value, path[:-1])[path[-1]]
-    return value
-
-
-def same(one: RawDetections, other: RawDetections) -> bool:
-    return (
-        np.array_equal(one.boxes, other.boxes)
-        and np.array_equal(one.class_scores, other.class_scores)
-        and one.unmapped == other.unmapped
-    )
-
-
 @row("E2")
 def test_e2_missing_and_extra_keys(case: Case) -> None:
-    answer = three(case)
-    expected = decode(case, answer)
-    for path in places(answer):
-        if isinstance(at(answer, path), dict):
-            assert same(
-                decode(
+    answer = _three_objects(case)
+    expected = _decode_detections(case, answer)
+    for path in json_paths(answer):
+        if isinstance(node_at(answer, path), dict):
+            assert same_detections(
+                _decode_detections(
                     case,
-                    changed(answer, path, {**at(answer, path), "new_field": [None]}),
+                    replace_node(answer, path, {**node_at(answer, path), "new_field": [None]}),
                 ),
                 expected,
             )
         if not path or not isinstance(path[-1], str) or path[-1] in case.optional:
             continue
         with contextlib.suppress(ProtocolError):
-            assert same(decode(case, without(answer, path)), expected), path
+            assert same_detections(_decode_detections(case, remove_node(answer, path)), expected), path
 
 
 WRONG_TYPES: list[Any] = [None, True, 7, "text", [], {}]
@@ -626,11 +586,11 @@ WRONG_TYPES: list[Any] = [None, True, 7, "text", [], {}]
 @row("E2")
 def test_e2_wrong_types(case: Case) -> None:
     """A value of another JSON type is a ``ProtocolError``, or of no importance."""
-    answer = three(case)
-    expected = decode(case, answer)
+    answer = _three_objects(case)
+    expected = _decode_detections(case, answer)
     wrong = 0
-    for path in places(answer):
-        old = at(answer, path)
+    for path in json_paths(answer):
+        old = node_at(answer, path)
         for new in WRONG_TYPES:
             number = (
                 isinstance(old, (int, float))
@@ -640,7 +600,7 @@ def test_e2_wrong_types(case: Case) -> None:
             if type(new) is type(old) or number:
                 continue
             try:
-                assert same(decode(case, changed(answer, path, new)), expected), (
+                assert same_detections(_decode_detections(case, replace_node(answer, path, new)), expected), (
                     path,
                     new,
                 )
@@ -653,7 +613,7 @@ def test_e2_wrong_types(case: Case) -> None:
 def test_e2_broken_answers(case: Case) -> None:
     for what, answer in case.broken.items():
         with pytest.raises(ProtocolError):
-            print(what, attempt(case, answer))
+            print(what, _decode(case, answer))
 
 
 ODD_BOXES: list[tuple[tuple[float, float, float, float], bool]] = [
@@ -675,7 +635,7 @@ def test_e2_odd_boxes(case: Case) -> None:
     that gives corners in any order is read either way."""
     for box, kept in ODD_BOXES:
         try:
-            raw = decode(case, case.answer([Truth(case.names["car"], box)], SIZE))
+            raw = _decode_detections(case, case.answer([Truth(case.names["car"], box)], SIZE))
         except ProtocolError:
             assert box != (10, 20, 110, 170)
             continue
@@ -692,7 +652,7 @@ def test_e2_odd_boxes(case: Case) -> None:
 
 @row("E3")
 def test_e3_not_an_answer(case: Case) -> None:
-    whole = json.dumps(three(case)).encode()
+    whole = json.dumps(_three_objects(case)).encode()
     bodies = [
         b"",
         b" ",
@@ -726,19 +686,19 @@ def test_e3_not_an_answer(case: Case) -> None:
         ):
             continue
         with pytest.raises(ProtocolError):
-            attempt(case, body)
+            _decode(case, body)
 
 
 @row("E3")
 def test_e3_other_encodings_and_types(case: Case) -> None:
-    whole = json.dumps(three(case)).encode()
+    whole = json.dumps(_three_objects(case)).encode()
     for body in (
         b"\xef\xbb\xbf" + whole,
         whole.decode().encode("utf-16"),
         whole.decode().encode("utf-32"),
     ):
         with contextlib.suppress(ProtocolError):
-            assert same(decode(case, body), decode(case, whole))
+            assert same_detections(_decode_detections(case, body), _decode_detections(case, whole))
     for content_type in (
         "text/html",
         "application/zip",
@@ -759,13 +719,13 @@ def test_e4_errors_inside_an_answer(case: Case) -> None:
     assert case.embedded
     for answer, kind in case.embedded:
         with pytest.raises(CloudError) as caught:
-            attempt(case, answer)
+            _decode(case, answer)
         assert type(caught.value) is kind, answer
 
 
 @row("E5")
 def test_e5_proved_empty(case: Case) -> None:
-    raw = decode(case, case.answer([], SIZE))
+    raw = _decode_detections(case, case.answer([], SIZE))
     assert raw.boxes.shape == (0, 4)
     assert raw.class_scores.shape == (0, len(CLASSES))
     assert raw.boxes.dtype == raw.class_scores.dtype == np.float32
@@ -783,9 +743,9 @@ LARGE: tuple[Box, ...] = (
 @row("F5")
 def test_f5_boxes_of_a_smaller_image(case: Case, secrets: pytest.MonkeyPatch) -> None:
     for max_side in (1201, 640):
-        image = pictured([0, 1, 2, 0], LARGE, (1601, 901), max_side)
+        image = _scene_image([0, 1, 2, 0], LARGE, (1601, 901), max_side)
         assert max(image.width, image.height) == max_side
-        check_against(case, ask(case, image), [0, 1, 2, 0], LARGE, image, slack=0.5)
+        _check_detections(case, _query_emulator(case, image), [0, 1, 2, 0], LARGE, image, slack=0.5)
 
 
 @row("F5")
@@ -800,7 +760,7 @@ def test_f5_boxes_of_an_odd_sized_jpeg(case: Case, secrets: pytest.MonkeyPatch) 
         fitted(whole, case.adapter.capabilities, 640),
     ):
         assert (image.width, image.height, image.original) == (640, 360, (1601, 901))
-        check_against(case, ask(case, image), [0, 1, 2, 0], LARGE, image, slack=0.5)
+        _check_detections(case, _query_emulator(case, image), [0, 1, 2, 0], LARGE, image, slack=0.5)
 
 
 @row("F5")
@@ -808,14 +768,14 @@ def test_f5_an_image_file_that_is_too_large(
     case: Case, secrets: pytest.MonkeyPatch
 ) -> None:
     boxes = [(0, 0, 403, 377), (501, 155, 867, 522), (1200, 600, 1600, 896)]
-    image = pictured([0, 1, 2], boxes, (1600, 896))
+    image = _scene_image([0, 1, 2], boxes, (1600, 896))
     capabilities = replace(
         case.adapter.capabilities, max_bytes=len(image.data) * 2 // 3
     )
     smaller = fitted(image, capabilities, min(1500, capabilities.max_side))
     assert len(smaller.data) <= capabilities.max_bytes
     assert smaller.width < 1500
-    check_against(case, ask(case, smaller), [0, 1, 2], boxes, smaller, slack=0.5)
+    _check_detections(case, _query_emulator(case, smaller), [0, 1, 2], boxes, smaller, slack=0.5)
 
 
 @row("F5")
@@ -832,43 +792,28 @@ def test_f5_each_axis_by_its_own_factor(case: Case) -> None:
     expected = np.array(boxes) * (np.array(original * 2) / (SIZE * 2))
     tolerance = (np.array(case.rounding(SIZE)) * original / SIZE + 0.01).tolist() * 2
     assert (
-        np.abs(decode(case, answer, Frame(SIZE, original)).boxes - expected)
+        np.abs(_decode_detections(case, answer, Frame(SIZE, original)).boxes - expected)
         <= tolerance
     ).all()
 
 
-ANY_JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=True)
-    | st.text(max_size=5)
-    | st.sampled_from([10**400, 1e308, "NaN"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(max_size=4), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@given(data=st.data())
+@given(draws=st.data())
 def test_mutated_answers_give_valid_detections_or_cloud_errors(
     case: Case, data: st.DataObject
 ) -> None:
     answer = data.draw(
         st.sampled_from(
-            [three(case), *case.further, *(labels.answer for labels in case.label_rows)]
+            [_three_objects(case), *case.further, *(labels.answer for labels in case.label_rows)]
         )
     )
     for _ in range(data.draw(st.integers(1, 3))):
-        paths = list(places(answer))
+        paths = list(json_paths(answer))
         path = data.draw(st.sampled_from(paths))
-        other = at(answer, data.draw(st.sampled_from(paths)))
-        answer = changed(answer, path, data.draw(ANY_JSON | st.just(other)))
+        other = node_at(answer, data.draw(st.sampled_from(paths)))
+        answer = replace_node(answer, path, data.draw(ANY_JSON | st.just(other)))
     try:
-        raw = attempt(case, answer)
+        raw = _decode(case, answer)
     except CloudError:
         return
     if isinstance(raw, Pending):
@@ -882,14 +827,14 @@ def test_mutated_answers_give_valid_detections_or_cloud_errors(
 @given(
     status=st.sampled_from([400, 401, 403, 404, 409, 422, 429, 500, 503]),
     error=ANY_JSON,
-    data=st.data(),
+    draws=st.data(),
 )
 def test_any_error_body_is_classified(
     case: Case, status: int, error: Any, data: st.DataObject
 ) -> None:
     bodies = [f.body for f in case.failures if not isinstance(f.body, bytes)]
     body = data.draw(st.sampled_from(bodies)) if bodies else {}
-    body = changed(body, data.draw(st.sampled_from(list(places(body)))), error)
+    body = replace_node(body, data.draw(st.sampled_from(list(json_paths(body)))), error)
     assert isinstance(
         case.adapter.classify_error(status, {}, json.dumps(body).encode()), CloudError
     )
@@ -899,10 +844,10 @@ def test_any_error_body_is_classified(
 @given(body=st.binary(max_size=60))
 def test_any_bytes_give_cloud_errors(case: Case, body: bytes) -> None:
     with pytest.raises(CloudError):
-        attempt(case, b"\x01" + body)
+        _decode(case, b"\x01" + body)
 
 
-def iou(one: NDArray[np.float32], other: Sequence[float]) -> float:
+def _iou(one: NDArray[np.float32], other: Sequence[float]) -> float:
     second = np.array(other, np.float64)
     overlap = np.clip(
         np.minimum(one[2:], second[2:]) - np.maximum(one[:2], second[:2]), 0, None

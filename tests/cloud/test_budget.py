@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import SegmentJournal
+from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.config import Cloud
 from coin_ray.errors import BudgetExhausted, CloudError
 

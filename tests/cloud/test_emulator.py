@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -105,7 +105,6 @@ def scenes(
     return (60 * unit * columns + 7, 60 * unit * rows + 3), classes, boxes
 
 
-@settings(max_examples=30, deadline=None)
 @given(scenes())
 def test_a_scene_is_read_back(given_scene: Any) -> None:
     size, classes, boxes = given_scene
@@ -115,7 +114,6 @@ def test_a_scene_is_read_back(given_scene: Any) -> None:
     assert np.abs(np.array([o.box for o in found]) - boxes).max() <= 0.1
 
 
-@settings(max_examples=30, deadline=None)
 @given(scenes(unit=2), st.floats(0.55, 0.95))
 def test_a_smaller_scene_is_read_to_parts_of_a_pixel(
     given_scene: Any, scale: float

@@ -20,15 +20,16 @@ from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import CloudClient, account_name, governor_limits
 from coin_ray.cloud.ensemble import (
     EnsembleClient,
+    clip_contradicts,
+    cloud_names,
     create_client,
     fuse,
     render_for_clouds,
-    cloud_names,
-    clip_contradicts,
     scored,
 )
 from coin_ray.cloud.governor import COOL_DOWN, WINDOW_MIN, Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.cloud.services import adapter_for
@@ -42,9 +43,9 @@ from .conftest import (
     FakeTime,
     Reply,
     ScriptedService,
-    response_json,
     detection_json,
     ok_response,
+    response_json,
     solid_image,
     status_response,
 )
@@ -353,7 +354,7 @@ def clouds(tmp_path: Path) -> HarnessBuilder:
         **ensemble: Any,
     ) -> EnsembleHarness:
         return EnsembleHarness(
-            Journal.open(str(tmp_path / "journal")),
+            open_journal(str(tmp_path / "journal")),
             Ensemble(**ensemble),
             replies,
             settings,
@@ -653,7 +654,7 @@ def test_a_configuration_s_clients_hand_over_only_in_failover(
     )  # type: ignore[arg-type]
     governors = [LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds]
     client = create_client(
-        config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors
+        config, [c.url for c in sizes], open_journal(str(tmp_path)), governors
     )
     if mode == "failover":
         assert asyncio.run(client.answer(solid_image())).teachers == ("http 2",)
@@ -850,7 +851,7 @@ def test_two_services_of_different_kinds(
     data = scene([0, 2], boxes, (2000, 1000))
 
     async def ask() -> Answer:
-        journal = Journal.open(str(tmp_path / "journal"))
+        journal = open_journal(str(tmp_path / "journal"))
         clients = [
             CloudClient(
                 cloud,
@@ -889,7 +890,7 @@ def test_an_image_is_made_for_each_cloud_as_for_it_alone(tmp_path: Path) -> None
     config = replace(folder(), classes=CLASSES, cloud=sizes[0], more_clouds=sizes[1:])
     governors = [LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds]
     client = create_client(
-        config, [c.url for c in sizes], Journal.open(str(tmp_path)), governors
+        config, [c.url for c in sizes], open_journal(str(tmp_path)), governors
     )
     images = render_for_clouds(client, data)
     assert [image.data for image in images] == [
@@ -898,7 +899,7 @@ def test_an_image_is_made_for_each_cloud_as_for_it_alone(tmp_path: Path) -> None
     alone = create_client(
         replace(config, more_clouds=()),
         ["https://a"],
-        Journal.open(str(tmp_path)),
+        open_journal(str(tmp_path)),
         governors,
     )
     assert isinstance(alone, CloudClient)

@@ -4,7 +4,7 @@ import asyncio
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.cloud.governor import (
@@ -35,7 +35,6 @@ def granted(grant: Grant) -> int:
     return grant.lease
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 0.4), min_size=1, max_size=60), st.integers(1, 5))
 def test_rate_is_never_exceeded_in_any_window(pauses: list[float], burst: int) -> None:
     time = FakeTime()
@@ -110,7 +109,6 @@ def test_budget_in_calls_and_money() -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -174,7 +172,6 @@ def test_calls_of_a_minute(
     assert starts[-1] - starts[0] <= 3 * max(seconds, own_pace) + own_pace + 1
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 40), min_size=1, max_size=60), st.integers(1, 7))
 def test_no_minute_holds_more_calls_than_allowed(
     pauses: list[float], limit: int
@@ -255,7 +252,6 @@ def test_a_window_without_a_limit() -> None:
     assert window.wait(1.0) == 0
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.booleans(), max_size=300), st.integers(0, 20))
 def test_retries_are_a_share_of_the_calls(kinds: list[bool], burst: int) -> None:
     subject = governor(FakeTime(), rate=1e6, retry_burst=burst)

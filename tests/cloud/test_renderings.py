@@ -17,9 +17,9 @@ from PIL import Image
 from coin_ray.cloud.adapters.parsing import to_original_frame
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import CloudClient, governor_limits
-from coin_ray.cloud.ensemble import EnsembleClient, render_for_clouds, cloud_names
+from coin_ray.cloud.ensemble import EnsembleClient, cloud_names, render_for_clouds
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import Capabilities, Frame
 from coin_ray.cloud.renderings import MARGIN, REDUCED, image_in_view
 from coin_ray.cloud.services import fitted
@@ -224,7 +224,7 @@ def test_each_view_counts_as_a_cloud(tmp_path: Path) -> None:
 def test_views_share_one_limit_and_one_budget(tmp_path: Path) -> None:
     config = configured(tmp_path, max_calls=5)
     governors = governors_for(
-        config, [config.cloud.url] * 3, Journal.open(str(tmp_path / "journal"))
+        config, [config.cloud.url] * 3, open_journal(str(tmp_path / "journal"))
     )
     assert len(set(map(id, governors))) == 1
 
@@ -236,7 +236,7 @@ def test_clouds_that_differ_in_more_than_the_view_keep_their_own_limits(
     other = replace(config.cloud, views=("grey",), max_calls=1)
     both = replace(config, more_clouds=(other,))
     governors = governors_for(
-        both, [config.cloud.url] * 4, Journal.open(str(tmp_path / "journal"))
+        both, [config.cloud.url] * 4, open_journal(str(tmp_path / "journal"))
     )
     assert [governors.index(governor) for governor in governors] == [0, 0, 0, 3]
 
@@ -260,7 +260,7 @@ def white_or_black(request: httpx.Request) -> httpx.Response:
 
 def ask(config: PipelineConfig, raw: bytes, tmp_path: Path) -> Answer:
     async def answer() -> Answer:
-        journal = Journal.open(str(tmp_path / "journal"))
+        journal = open_journal(str(tmp_path / "journal"))
         governor = LocalGovernor(Governor(governor_limits(config.cloud), journal.spent()))
         clients = [
             CloudClient(
@@ -301,7 +301,7 @@ def test_a_budget_ends_within_an_image_and_nothing_paid_is_lost(tmp_path: Path) 
     raw = with_object(60, 40, (6, 10, 26, 30))
     with pytest.raises(BudgetExhausted):
         ask(configured(tmp_path, max_calls=2), raw, tmp_path)
-    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 2
+    assert open_journal(str(tmp_path / "journal")).spent()[0] == 2
     assert ask(configured(tmp_path, max_calls=3), raw, tmp_path).calls == 1
 
 

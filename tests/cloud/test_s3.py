@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 
 from coin_ray import storage
-from coin_ray.cloud.journal.journal import Journal, ObjectJournal, Record
+from coin_ray.cloud.journal.base import AnswerRecord
+from coin_ray.cloud.journal.object_store import ObjectJournal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.commands import labels as tools
 
 from .conftest import check_killed_journal_writer
@@ -105,21 +107,21 @@ def test_what_another_process_writes_is_seen(root: str) -> None:
 
 def test_journal(root: str) -> None:
     journal_uri = storage.join(root, "journal")
-    writers = [Journal.open(journal_uri) for _ in range(2)]
+    writers = [open_journal(journal_uri) for _ in range(2)]
     assert isinstance(writers[0], ObjectJournal)
     for i in range(6):
         writers[i % 2].attempt(f"k{i}", 0.01)
-        writers[i % 2].put(f"k{i}", Record(b"%d" % i, time=1.0))
+        writers[i % 2].put(f"k{i}", AnswerRecord(b"%d" % i, time=1.0))
     writers[0].refund("k0", 0.01)
-    writers[0].put("k0.task", Record(b"lost"))
-    writers[1].put("k0.task", Record(b"under way"))
+    writers[0].put("k0.task", AnswerRecord(b"lost"))
+    writers[1].put("k0.task", AnswerRecord(b"under way"))
     writers[1].quarantine("k5", b"5", "broken")
     writers[0].refresh()
-    for journal in (writers[0], Journal.open(journal_uri)):
+    for journal in (writers[0], open_journal(journal_uri)):
         assert journal.spent() == pytest.approx((5, 0.05))
         assert sorted(journal.keys()) == ["k0", "k0.task", "k1", "k2", "k3", "k4"]
         assert journal.get("k5") is None
-        assert journal.get("k1") == Record(b"1", time=1.0)
+        assert journal.get("k1") == AnswerRecord(b"1", time=1.0)
         task = journal.get("k0.task")
         assert task is not None
         assert task.body == b"under way"
@@ -131,12 +133,12 @@ def test_a_damaged_object_is_found_and_never_an_answer(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal_uri = storage.join(root, "journal")
-    Journal.open(journal_uri).put("a", Record(b"body" * 100))
+    open_journal(journal_uri).put("a", AnswerRecord(b"body" * 100))
     (object_uri,) = storage.list_files(storage.join(journal_uri, "answers"))
     content = bytearray(storage.read_bytes(object_uri))
     content[-1] ^= 1
     _write_as_another_process(object_uri, bytes(content))
-    assert Journal.open(journal_uri).get("a") is None
+    assert open_journal(journal_uri).get("a") is None
     assert tools.main(["journal", "verify", "--root", root]) == 1
     assert f"{object_uri}: offset 0: " in capsys.readouterr().out
     assert tools.main(["journal", "show", "--root", root]) == 0

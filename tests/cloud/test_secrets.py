@@ -24,7 +24,9 @@ import pytest
 
 from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import FRAME, MAGIC, Journal, SegmentJournal
+from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.cloud.journal.record_format import HEADER, MAGIC
+from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.cloud.services import OFFERS
 from coin_ray.config import Cloud, PipelineConfig, ServiceName
 from coin_ray.config.presets import folder
@@ -258,9 +260,9 @@ def journal_text(place: Path) -> str:
         data, offset = file.read_bytes(), 0
         texts.append(data.decode("latin-1"))
         while offset < len(data):
-            magic, head, body, _ = FRAME.unpack_from(data, offset)
+            magic, head, body, _ = HEADER.unpack_from(data, offset)
             assert magic == MAGIC
-            start = offset + FRAME.size + head
+            start = offset + HEADER.size + head
             texts.append(zlib.decompress(data[start : start + body]).decode("latin-1"))
             offset = start + body
     return "\n".join(texts)
@@ -318,7 +320,7 @@ def observed(
 
     async def run() -> None:
         async with server.address() as url:
-            journal = Journal.open(str(place / "journal"))
+            journal = open_journal(str(place / "journal"))
             governor = LocalGovernor(Governor(governor_limits(cloud), journal.spent()))
             client = CloudClient(
                 cloud,

@@ -15,7 +15,7 @@ from PIL import Image
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import Capabilities
 from coin_ray.cloud.services import (
     OFFERS,
@@ -112,7 +112,7 @@ def test_coordinates_are_part_of_the_question(
             config,
             ("car",),
             ADDRESS,
-            Journal.open(str(tmp_path)),
+            open_journal(str(tmp_path)),
             LocalGovernor(Governor(governor_limits(config))),
         )
         keys.add(client.key(noise(64, 48)))
@@ -171,7 +171,7 @@ def test_variables_of_tokens(
     def client() -> CloudClient:
         governor = LocalGovernor(Governor(governor_limits(config)))
         return CloudClient(
-            config, ("car",), ADDRESS, Journal.open(str(tmp_path)), governor
+            config, ("car",), ADDRESS, open_journal(str(tmp_path)), governor
         )
 
     missing = TOKENS[service] or (
@@ -408,7 +408,7 @@ def test_the_client_and_a_service(
             await asyncio.sleep(0)
 
         governor = LocalGovernor(Governor(governor_limits(config)))
-        journal = Journal.open(str(tmp_path))
+        journal = open_journal(str(tmp_path))
         client = CloudClient(
             config,
             case.query().classes,

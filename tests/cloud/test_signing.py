@@ -19,15 +19,22 @@ from urllib.parse import quote, quote_plus
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.cloud.http.signing import AwsSigner, redacted, signer_for
-from coin_ray.cloud.journal.journal import FRAME
+from coin_ray.cloud.journal.record_format import HEADER
 from coin_ray.cloud.protocol import Auth, PreparedRequest
 from coin_ray.errors import AuthError, CloudError, ConfigError
 
-from .conftest import Bench, InBodyAdapter, TaskAdapter, good, picture, status
+from .conftest import (
+    ClientHarness,
+    InBodyAdapter,
+    TaskAdapter,
+    ok_response,
+    solid_image,
+    status_response,
+)
 
 TOKEN = "sk-live/01+23=45&67 89"
 KEY_ID, SECRET, SESSION = (
@@ -36,7 +43,7 @@ KEY_ID, SECRET, SESSION = (
     "FwoGZXIvYXdzE/session+token==",
 )
 THEN = dt.datetime(2015, 8, 30, 12, 36, tzinfo=dt.UTC).timestamp()
-Build = Callable[..., Bench]
+HarnessBuilder = Callable[..., ClientHarness]
 
 
 @pytest.fixture
@@ -62,8 +69,8 @@ def aws_adapter() -> AwsAdapter:
     return AwsAdapter({"auth": Auth(sigv4="rekognition"), "health_path": None})
 
 
-def ask(subject: Bench) -> Any:
-    return asyncio.run(subject.client.answer(picture()))
+def ask(subject: ClientHarness) -> Any:
+    return asyncio.run(subject.client.answer(solid_image()))
 
 
 def test_the_signature_of_awss_own_test_suite(aws: pytest.MonkeyPatch) -> None:
@@ -120,10 +127,10 @@ def test_the_signature_of_botocore(
     assert {**headers, **signed.headers} == dict(expected.headers)
 
 
-def test_a_signed_call(bench: Build, aws: pytest.MonkeyPatch) -> None:
+def test_a_signed_call(build_harness: HarnessBuilder, aws: pytest.MonkeyPatch) -> None:
     """What is signed is what is sent."""
-    subject = bench(
-        good(),
+    subject = build_harness(
+        ok_response(),
         adapter=aws_adapter(),
         url=URLS[0],
         region="eu-west-1",
@@ -172,11 +179,11 @@ def skewed(code: str, date: float) -> httpx.Response:
     ],
 )
 def test_a_wrong_clock_is_corrected_once(
-    bench: Build, aws: pytest.MonkeyPatch, code: str
+    build_harness: HarnessBuilder, aws: pytest.MonkeyPatch, code: str
 ) -> None:
-    subject = bench(
+    subject = build_harness(
         skewed(code, THEN + 3600),
-        good(),
+        ok_response(),
         adapter=aws_adapter(),
         wall_clock=lambda: THEN,
     )
@@ -186,19 +193,19 @@ def test_a_wrong_clock_is_corrected_once(
         "20150830T123600Z",
         "20150830T133600Z",
     ]
-    assert asyncio.run(subject.client.answer(picture(1))).status == "ok"
+    assert asyncio.run(subject.client.answer(solid_image(1))).status == "ok"
     assert subject.service.requests[-1].headers["x-amz-date"] == "20150830T133600Z"
     assert len(subject.service.requests) == 3
 
 
 @pytest.mark.parametrize("ahead", [3600, 20, None])
 def test_a_clock_is_not_corrected_again_and_again(
-    bench: Build, aws: pytest.MonkeyPatch, ahead: float | None
+    build_harness: HarnessBuilder, aws: pytest.MonkeyPatch, ahead: float | None
 ) -> None:
     reply = skewed("RequestTimeTooSkewed", THEN + (ahead or 0))
     if ahead is None:
         del reply.headers["date"]
-    subject = bench(reply, adapter=aws_adapter(), wall_clock=lambda: THEN)
+    subject = build_harness(reply, adapter=aws_adapter(), wall_clock=lambda: THEN)
     with pytest.raises(CloudError):
         ask(subject)
     assert len(subject.service.requests) == 1 + (ahead == 3600)
@@ -206,10 +213,10 @@ def test_a_clock_is_not_corrected_again_and_again(
 
 
 def test_calls_under_way_while_the_clock_is_corrected(
-    bench: Build, aws: pytest.MonkeyPatch
+    build_harness: HarnessBuilder, aws: pytest.MonkeyPatch
 ) -> None:
     calls, old_dates = 8, 0
-    subject = bench(adapter=aws_adapter(), wall_clock=lambda: THEN, in_flight=calls)
+    subject = build_harness(adapter=aws_adapter(), wall_clock=lambda: THEN, in_flight=calls)
 
     async def run() -> list[Any]:
         all_sent = asyncio.Event()
@@ -217,15 +224,15 @@ def test_calls_under_way_while_the_clock_is_corrected(
         async def serve(request: httpx.Request) -> httpx.Response:
             nonlocal old_dates
             if request.headers["x-amz-date"] != "20150830T123600Z":
-                return good()
+                return ok_response()
             old_dates += 1
             all_sent.set() if old_dates == calls else await all_sent.wait()
             return skewed("RequestTimeTooSkewed", THEN + 900)
 
-        subject.service.answered_by = serve
+        subject.service.handler = serve
         return list(
             await asyncio.gather(
-                *(subject.client.answer(picture(seed)) for seed in range(calls))
+                *(subject.client.answer(solid_image(seed)) for seed in range(calls))
             )
         )
 
@@ -234,10 +241,10 @@ def test_calls_under_way_while_the_clock_is_corrected(
 
 
 def test_a_wrong_aws_key_costs_one_request(
-    bench: Build, aws: pytest.MonkeyPatch
+    build_harness: HarnessBuilder, aws: pytest.MonkeyPatch
 ) -> None:
-    subject = bench(
-        status(
+    subject = build_harness(
+        status_response(
             403, {"date": formatdate(THEN + 9999)}, title="InvalidSignatureException"
         ),
         adapter=aws_adapter(),
@@ -249,22 +256,22 @@ def test_a_wrong_aws_key_costs_one_request(
 
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
 def test_missing_aws_credentials(
-    bench: Build, aws: pytest.MonkeyPatch, missing: str
+    build_harness: HarnessBuilder, aws: pytest.MonkeyPatch, missing: str
 ) -> None:
     aws.delenv(missing)
     with pytest.raises(ConfigError, match=missing):
-        bench(good(), adapter=aws_adapter())
+        build_harness(ok_response(), adapter=aws_adapter())
 
 
-def test_without_botocore(bench: Build, aws: pytest.MonkeyPatch) -> None:
+def test_without_botocore(build_harness: HarnessBuilder, aws: pytest.MonkeyPatch) -> None:
     aws.setitem(sys.modules, "botocore.auth", None)
     with pytest.raises(ConfigError, match=r"pip install coin-ray\[aws\]"):
-        bench(good(), adapter=aws_adapter())
+        build_harness(ok_response(), adapter=aws_adapter())
 
 
-def test_aws_needs_https(bench: Build, aws: pytest.MonkeyPatch) -> None:
+def test_aws_needs_https(build_harness: HarnessBuilder, aws: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="https"):
-        bench(good(), adapter=aws_adapter(), url="http://host.example.com")
+        build_harness(ok_response(), adapter=aws_adapter(), url="http://host.example.com")
 
 
 AUTHS = [
@@ -277,11 +284,11 @@ AUTHS = [
 
 @pytest.mark.parametrize(("auth", "header", "value"), AUTHS)
 def test_headers_with_a_token(
-    bench: Build, monkeypatch: pytest.MonkeyPatch, auth: Auth, header: str, value: str
+    build_harness: HarnessBuilder, monkeypatch: pytest.MonkeyPatch, auth: Auth, header: str, value: str
 ) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", " secret-token\n")
-    subject = bench(
-        good(), adapter=InBodyAdapter({"auth": auth}), token_env="CLOUD_TOKEN"
+    subject = build_harness(
+        ok_response(), adapter=InBodyAdapter({"auth": auth}), token_env="CLOUD_TOKEN"
     )
     ask(subject)
     asyncio.run(subject.client.check())
@@ -292,12 +299,12 @@ def test_headers_with_a_token(
 
 
 def test_polls_carry_the_token_too(
-    bench: Build, monkeypatch: pytest.MonkeyPatch
+    build_harness: HarnessBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLOUD_TOKEN", "secret-token")
-    subject = bench(
+    subject = build_harness(
         httpx.Response(200, json={"task": "t"}),
-        good(),
+        ok_response(),
         adapter=TaskAdapter(),
         token_env="CLOUD_TOKEN",
     )
@@ -356,7 +363,6 @@ def test_derived_forms_are_cut_out(secret: str, form: str) -> None:
     assert secret[:6] not in left
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.text("abcXYZ019+/=-_", min_size=6, max_size=40),
     st.binary(max_size=5),
@@ -382,14 +388,14 @@ def bodies(folder: Path) -> bytes:
         data = file.read_bytes()
         offset = 0
         while offset < len(data):
-            _, head, packed, _ = FRAME.unpack_from(data, offset)
-            start = offset + FRAME.size + head
+            _, head, packed, _ = HEADER.unpack_from(data, offset)
+            start = offset + HEADER.size + head
             found += zlib.decompress(data[start : start + packed])
             offset = start + packed
     return found
 
 
-def shown_by(subject: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> str:
+def shown_by(subject: ClientHarness, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> str:
     """Whatever is left to see of one call: its result or error, the log, the files."""
     shown = [repr(subject.client)]
     try:
@@ -415,7 +421,7 @@ SECRETS_TOLD: dict[str, Callable[[httpx.Request], str]] = {
 @pytest.mark.parametrize("form", ["plain", "url, also slashes", "base64"])
 @pytest.mark.parametrize("what", SECRETS_TOLD)
 def test_aws_secrets_are_shown_nowhere(
-    bench: Build,
+    build_harness: HarnessBuilder,
     tmp_path: Path,
     aws: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -434,7 +440,7 @@ def test_aws_secrets_are_shown_nowhere(
         )
 
     caplog.set_level(logging.DEBUG)
-    subject = bench(reply, adapter=aws_adapter(), attempts=1)
+    subject = build_harness(reply, adapter=aws_adapter(), attempts=1)
     shown = shown_by(subject, tmp_path, caplog)
     assert "seen: ***" in shown
     request, *_ = subject.service.requests
@@ -446,7 +452,7 @@ def test_aws_secrets_are_shown_nowhere(
 @pytest.mark.parametrize("code", [200, 403, 500])
 @pytest.mark.parametrize("form", derived(TOKEN))
 def test_tokens_are_shown_nowhere(
-    bench: Build,
+    build_harness: HarnessBuilder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -457,7 +463,7 @@ def test_tokens_are_shown_nowhere(
     caplog.set_level(logging.DEBUG)
     told = derived(TOKEN)[form]
     echo = httpx.Response(code, content=f'{{"title": "seen: {told}."}}'.encode())
-    subject = bench(echo, token_env="CLOUD_TOKEN", attempts=1)
+    subject = build_harness(echo, token_env="CLOUD_TOKEN", attempts=1)
     shown = shown_by(subject, tmp_path, caplog)
     assert "***" in shown
     assert told not in shown

@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from coin_ray.cloud.journal.journal import Journal, Record
+from coin_ray.cloud.journal.base import AnswerRecord
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.commands import capacity
 from coin_ray.commands.capacity import Question, plan
 from coin_ray.config import Cloud, Folder
 from coin_ray.config.presets import DEMO_ASSETS, PRESETS, folder
 from coin_ray.data import examples
 from coin_ray.errors import ConfigError
-from coin_ray.runs.estimate import estimate
-from coin_ray.runs.graph import graph
+from coin_ray.runs.estimate import estimate_cost
+from coin_ray.runs.graph import build_steps
 from coin_ray.stages.collecting import parts
-from coin_ray.stages.collecting.parts import PART
+from coin_ray.stages.collecting.parts import PART_SCHEMA
 
 SCALE_PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
@@ -177,7 +178,7 @@ def test_it_agrees_with_the_estimate_of_a_dry_run(
     config = replace(
         folder(), classes=("car",), data=Folder(str(tmp_path / "images")), cloud=cloud
     )
-    (dry,) = estimate(config, graph(config), str(tmp_path))
+    (dry,) = estimate_cost(config, build_steps(config), str(tmp_path))
     question = Question(
         images=40,
         views=len(views),
@@ -207,7 +208,7 @@ def test_an_answer_takes_as_many_bytes_in_a_journal(
 ) -> None:
     draw = np.random.default_rng(0)
     names = [f"class{k}" for k in range(classes)]
-    journal = Journal.open(str(tmp_path))
+    journal = open_journal(str(tmp_path))
     count = 50
     for number in range(count):
         found = [
@@ -223,7 +224,7 @@ def test_an_answer_takes_as_many_bytes_in_a_journal(
         key = f"{number:064x}"
         journal.attempt(key, 0.002, "0" * 12)
         journal.put(
-            key, Record(body, latency_ms=150.0, service="http", model="default")
+            key, AnswerRecord(body, latency_ms=150.0, service="http", model="default")
         )
     journal.close()
     size = sum(file.stat().st_size for file in tmp_path.iterdir()) / count
@@ -252,7 +253,7 @@ def test_a_row_takes_as_many_bytes_in_a_table(boxes: int, classes: int) -> None:
         }
         for number in range(100)
     ]
-    table = pa.Table.from_pylist(rows, schema=PART)
+    table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
     assert capacity.arrow_bytes(
         Question(boxes=boxes, classes=classes)
     ) == pytest.approx(table.nbytes / 100, rel=0.2)

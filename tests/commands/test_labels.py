@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coin_ray import storage
-from coin_ray.class_names import fold
-from coin_ray.cloud.journal.journal import Journal, Record
+from coin_ray.class_names import normalize_class_name
+from coin_ray.cloud.journal.base import AnswerRecord
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.label_map import load_label_map
 from coin_ray.commands import labels as tools
 from coin_ray.commands.labels import GUESS, Seen, SeenName, main, proposal, seen_names
 from coin_ray.config import Clip
-from coin_ray.config.files import to_yaml
 from coin_ray.config.presets import folder
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import InputError
 
 COLLECT = Path(__file__).parents[2] / "pipelines" / "collect.py"
@@ -32,11 +33,11 @@ CLASSES = ["car", "person"]
 
 
 def fill(root: str, *bodies: object) -> None:
-    journal = Journal.open(storage.join(root, "journal"))
+    journal = open_journal(storage.join(root, "journal"))
     for i, body in enumerate(bodies):
         journal.attempt(str(i), 0.01)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        journal.put(f"{i:064d}", Record(data, service="google-vision", model="m"))
+        journal.put(f"{i:064d}", AnswerRecord(data, service="google-vision", model="m"))
     journal.close()
 
 
@@ -187,8 +188,8 @@ def test_aliases_and_parents_come_with_the_name(root: str) -> None:
 
 def test_tasks_are_no_answers(root: str) -> None:
     fill(root, google(("/m/0k4j", "Car")))
-    Journal.open(storage.join(root, "journal")).put(
-        "1.task", Record(json.dumps(google(("/m/1", "Task"))).encode())
+    open_journal(storage.join(root, "journal")).put(
+        "1.task", AnswerRecord(json.dumps(google(("/m/1", "Task"))).encode())
     )
     assert [str(n) for n in seen_names(tools._open(root)).names] == ["Car (/m/0k4j)"]
 
@@ -341,7 +342,7 @@ def test_a_guess_needs_a_margin() -> None:
 
 ODD = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12
-).filter(fold)
+).filter(normalize_class_name)
 
 
 @settings(max_examples=100, deadline=None)
@@ -349,7 +350,7 @@ ODD = st.text(
     st.lists(
         st.tuples(ODD, st.one_of(st.just(""), ODD)),
         max_size=5,
-        unique_by=lambda n: fold(n[0]),
+        unique_by=lambda n: normalize_class_name(n[0]),
     )
 )
 def test_any_names_give_a_readable_proposal(
@@ -425,7 +426,7 @@ def test_journal(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     root = str(tmp_path) if kind == "disk" else f"memory://{uuid.uuid4().hex}"
     fill(root, google(), google(), google())
     fill(root, google())
-    spent = Journal.open(storage.join(root, "journal")).spent()
+    spent = open_journal(storage.join(root, "journal")).spent()
     assert main(["journal", "show", "--root", root]) == 0
     said = capsys.readouterr().out
     numbers = {
@@ -443,7 +444,7 @@ def test_journal(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (
         "bytes before" if kind == "disk" else "nothing to do: on an object store"
     ) in capsys.readouterr().out
-    assert Journal.open(storage.join(root, "journal")).spent() == spent
+    assert open_journal(storage.join(root, "journal")).spent() == spent
 
 
 def test_verify_names_file_and_offset(
@@ -464,7 +465,7 @@ def test_a_journal_in_use_is_left_alone(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(root, google())
-    held = Journal.open(storage.join(root, "journal"))
+    held = open_journal(storage.join(root, "journal"))
     assert main(["journal", "compact", "--root", root]) == 2
     assert "in use" in capsys.readouterr().err
     held.close()

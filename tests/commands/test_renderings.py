@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
 from coin_ray.commands import renderings as pilot
 from coin_ray.config.presets import demo
@@ -64,14 +64,14 @@ def test_views_of_the_demo_are_compared_and_paid_once(
     said = capsys.readouterr().out
     assert "4 images in 2 views" in said
     assert "--cloud.views plain" in said
-    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 8
+    assert open_journal(str(tmp_path / "journal")).spent()[0] == 8
     with Image.open(io.BytesIO((tmp_path / "views.png").read_bytes())) as sheet:
         assert sheet.size == (
             2 * (pilot.SIDE + pilot.GAP),
             pilot.GAP + 4 * (pilot.SIDE + pilot.GAP),
         )
     assert pilot.main(command) == 0
-    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 8
+    assert open_journal(str(tmp_path / "journal")).spent()[0] == 8
 
 
 def test_a_file_that_is_gone_has_no_answer_and_the_others_are_compared(
@@ -119,7 +119,7 @@ def test_a_budget_stops_it_and_keeps_what_was_paid(
     ]
     assert pilot.main(command) != 0
     assert "BudgetExhausted" in capsys.readouterr().err
-    assert Journal.open(str(tmp_path / "journal")).spent()[0] == 3
+    assert open_journal(str(tmp_path / "journal")).spent()[0] == 3
     assert not (tmp_path / "views.png").exists()
 
 

@@ -13,13 +13,18 @@ from PIL import Image
 
 from coin_ray import storage
 from coin_ray.cloud.client import CloudClient, governor_limits
-from coin_ray.cloud.journal.journal import Journal
 from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import Cloud, Ensemble, Folder, PipelineConfig
-from coin_ray.data.canonical import canonical_image
-from coin_ray.runs.estimate import Estimate, estimate_cost, print_estimate, seconds_needed
-from coin_ray.runs.graph import build_steps
 from coin_ray.config.presets import folder
+from coin_ray.data.canonical import canonical_image
+from coin_ray.runs.estimate import (
+    Estimate,
+    estimate_cost,
+    print_estimate,
+    seconds_needed,
+)
+from coin_ray.runs.graph import build_steps
 from coin_ray.tables import IMAGES
 
 DAY = 86_400
@@ -94,7 +99,7 @@ def answered(
 
     async def ask() -> None:
         governor = LocalGovernor(Governor(governor_limits(cloud)))
-        journal = Journal.open(str(root / "journal"))
+        journal = open_journal(str(root / "journal"))
         client = CloudClient(
             cloud,
             config.classes,

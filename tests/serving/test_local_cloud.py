@@ -21,9 +21,9 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from coin_ray.cloud.client import CloudClient, limits
+from coin_ray.cloud.client import CloudClient, governor_limits
 from coin_ray.cloud.governor import Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import canonical_image
 from coin_ray.demo import detector as demo_detector
@@ -199,8 +199,8 @@ def test_the_client_gets_all_images_through_faults(tmp_path: Path) -> None:
         async def no_sleep(seconds: float) -> None:
             await asyncio.sleep(0)
 
-        governor = LocalGovernor(Governor(limits(config)))
-        journal = Journal.open(str(tmp_path))
+        governor = LocalGovernor(Governor(governor_limits(config)))
+        journal = open_journal(str(tmp_path))
         client = CloudClient(
             config,
             Brightness.classes,
@@ -305,16 +305,16 @@ def test_the_server_ends_with_a_killed_parent(tmp_path: Path) -> None:
 CLIENT = """
 import asyncio, io, sys
 from PIL import Image
-from coin_ray.cloud.client import CloudClient, limits
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import canonical_image
 
 async def main(url, folder):
     config = Cloud(url=url, in_flight=4, rate=1000.0)
-    journal = Journal.open(folder)
-    client = CloudClient(config, ("dark", "bright"), url, journal, LocalGovernor(Governor(limits(config), journal.spent())))
+    journal = open_journal(folder)
+    client = CloudClient(config, ("dark", "bright"), url, journal, LocalGovernor(Governor(governor_limits(config), journal.spent())))
     async def one(i):
         sink = io.BytesIO()
         Image.new("RGB", (30 + i, 20), "white").save(sink, "JPEG")

@@ -9,25 +9,31 @@ import uuid
 from collections.abc import Iterable, Iterator
 
 from coin_ray import storage
-from coin_ray.cloud.journal.base import Contents, Damage, Journal, Record
-from coin_ray.cloud.journal.frames import (
-    answer_head,
-    digest,
-    frame,
-    parse,
-    record_damage,
-    record_of,
+from coin_ray.cloud.journal.base import (
+    AnswerRecord,
+    Journal,
+    JournalContents,
+    JournalDamage,
 )
 from coin_ray.cloud.journal.index import (
-    MICRO,
-    Answers,
+    MICRO_USD,
+    AnswerIndex,
     Ledger,
     calls_and_usd,
-    contents_of,
+    count_contents,
+)
+from coin_ray.cloud.journal.record_format import (
+    answer_head,
+    body_digest,
+    decode_answer,
+    encode_record,
+    find_record_fault,
+    parse_record,
+    quarantine_head,
 )
 
 ANSWER_NAME = re.compile(r"([^-]+)-([0-9a-f]{16})(?:-(\d+))?")
-"""Key, digest of the body, and the time of writing; older versions left that out."""
+"""Key, digest of the body, and the time of writing; older versions left out the time."""
 SPENDING_NAME = re.compile(r"[^_]*_(-?\d+)_(-?\d+)(?:_(\d+)_([0-9a-f]*))?")
 """Calls, millionths of a USD, the time and the account; older versions left out the
 last two."""
@@ -35,154 +41,149 @@ last two."""
 
 class ObjectJournal(Journal):
     """Journal on an object store: one object per answer, and empty objects whose names
-    say what was spent.
+    hold what was spent.
     """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._lock = threading.Lock()
-        self._answers = Answers()
-        self._spendings: set[str] = set()
+        self._answers = AnswerIndex()
+        self._spending_names: set[str] = set()
         self.refresh()
 
-    def get(self, key: str) -> Record | None:
+    def get(self, key: str) -> AnswerRecord | None:
         with self._lock:
-            place = self._answers.place(key)
-        parsed = parse(storage.read_bytes(place.path), 0) if place else None
-        return record_of(*parsed[:2]) if parsed else None
+            location = self._answers.locate(key)
+        if location is None:
+            return None
+        parsed = parse_record(storage.read_bytes(location.path), 0)
+        return decode_answer(parsed) if parsed else None
 
-    def put(self, key: str, record: Record) -> None:
-        body = digest(record.body)
-        place = storage.join(
-            self._uri, "answers", f"{key}-{body}-{time.time_ns():020d}"
-        )
-        storage.write_bytes(place, frame(answer_head(key, record), record.body))
+    def put(self, key: str, record: AnswerRecord) -> None:
+        digest = body_digest(record.body)
+        name = f"{key}-{digest}-{time.time_ns():020d}"
+        uri = storage.join(self._uri, "answers", name)
+        storage.write_bytes(uri, encode_record(answer_head(key, record), record.body))
         with self._lock:
-            self._answers.learn(key, body, place)
+            self._answers.add(key, digest, uri)
 
     def attempt(
         self, key: str, usd: float, account: str = "", moment: float = 0.0
     ) -> None:
-        self._spend(key, 1, usd, account, moment)
+        self._write_spending(key, 1, usd, account, moment)
 
     def refund(self, key: str, usd: float, account: str = "") -> None:
-        self._spend(key, -1, -usd, account, 0.0)
+        self._write_spending(key, -1, -usd, account, 0.0)
 
     def quarantine(self, key: str, body: bytes, reason: str) -> None:
-        head = {
-            "kind": "quarantine",
-            "key": key,
-            "digest": digest(body),
-            "reason": reason,
-        }
+        digest = body_digest(body)
+        uri = storage.join(self._uri, "quarantine", f"{key}-{digest}")
         storage.write_bytes(
-            storage.join(self._uri, "quarantine", f"{key}-{digest(body)}"),
-            frame(head, body),
+            uri, encode_record(quarantine_head(key, body, reason), body)
         )
         with self._lock:
-            self._answers.rejected.add((key, digest(body)))
+            self._answers.quarantined.add((key, digest))
 
     def spent(self, account: str | None = None) -> tuple[int, float]:
         with self._lock:
-            return calls_and_usd(_ledger(self._spendings).total(account))
+            return calls_and_usd(_read_ledger(self._spending_names).total(account))
 
-    def starts(self, account: str, since: float) -> list[float]:
+    def call_starts(self, account: str, since: float) -> list[float]:
         with self._lock:
-            return _ledger(self._spendings).starts(account, since)
+            return _read_ledger(self._spending_names).call_starts(account, since)
 
     def keys(self) -> list[str]:
         with self._lock:
             return self._answers.keys()
 
-    def contents(self) -> Contents:
-        """Without services and models: those are inside the objects."""
+    def contents(self) -> JournalContents:
+        """Return counts without services and models: those are inside the objects."""
         with self._lock:
-            return contents_of(
-                self._answers,
-                _ledger(self._spendings).total(),
-                sum(storage.file_sizes(self._uri).values()),
-                {},
-            )
+            size = sum(storage.file_sizes(self._uri).values())
+            total = _read_ledger(self._spending_names).total()
+            return count_contents(self._answers, total, size, {})
 
-    def verify(self) -> Iterator[Damage]:
+    def verify(self) -> Iterator[JournalDamage]:
         for folder in ("answers", "quarantine"):
-            for place in storage.list_files(storage.join(self._uri, folder)):
-                reason = _object_damage(place, folder)
-                if reason:
-                    yield Damage(place, 0, reason)
-        for place in storage.list_files(storage.join(self._uri, "spent")):
-            if not SPENDING_NAME.fullmatch(_name(place)):
-                yield Damage(place, 0, "the name says nothing of calls and USD")
+            for uri in storage.list_files(storage.join(self._uri, folder)):
+                fault = _find_object_fault(uri, folder)
+                if fault:
+                    yield JournalDamage(uri, 0, fault)
+        for uri in storage.list_files(storage.join(self._uri, "spent")):
+            if not SPENDING_NAME.fullmatch(_object_name(uri)):
+                reason = "the name does not hold calls and USD"
+                yield JournalDamage(uri, 0, reason)
 
     def refresh(self) -> None:
-        rejected = {(name[1], name[2]) for name, _ in self._named("quarantine")}
-        answers = sorted(self._named("answers"), key=lambda found: found[0][3] or "")
-        spendings = {
-            _name(place)
-            for place in storage.list_files(storage.join(self._uri, "spent"))
+        quarantined = {
+            (name[1], name[2]) for name, _ in self._list_answers("quarantine")
         }
+        answers = self._list_answers("answers")
+        answers.sort(key=lambda answer: answer[0][3] or "")
+        spendings = storage.list_files(storage.join(self._uri, "spent"))
         with self._lock:
-            self._answers = Answers()
-            self._answers.rejected = rejected
-            for name, place in answers:
-                self._answers.learn(name[1], name[2], place)
-            self._spendings |= spendings
+            self._answers = AnswerIndex()
+            self._answers.quarantined = quarantined
+            for name, uri in answers:
+                self._answers.add(name[1], name[2], uri)
+            self._spending_names.update(_object_name(uri) for uri in spendings)
 
     def close(self) -> None:
         pass
 
-    def _named(self, folder: str) -> list[tuple[re.Match[str], str]]:
-        """Objects of a folder by name; those with other names are ``verify``'s
-        business.
+    def _list_answers(self, folder: str) -> list[tuple[re.Match[str], str]]:
+        """Return the parsed name and the URI of each object of a folder. ``verify``
+        reports those with other names.
         """
-        places = storage.list_files(storage.join(self._uri, folder))
-        return [
-            (name, place)
-            for place in places
-            if (name := ANSWER_NAME.fullmatch(_name(place)))
-        ]
+        objects = []
+        for uri in storage.list_files(storage.join(self._uri, folder)):
+            name = ANSWER_NAME.fullmatch(_object_name(uri))
+            if name is not None:
+                objects.append((name, uri))
+        return objects
 
-    def _spend(
+    def _write_spending(
         self, key: str, calls: int, usd: float, account: str, moment: float
     ) -> None:
-        name = f"{key[:16]}{uuid.uuid4().hex}_{calls}_{round(usd * MICRO)}_{int(moment or time.time())}_{account}"
+        unique = f"{key[:16]}{uuid.uuid4().hex}"
+        seconds = int(moment or time.time())
+        name = f"{unique}_{calls}_{round(usd * MICRO_USD)}_{seconds}_{account}"
         storage.write_bytes(storage.join(self._uri, "spent", name), b"")
         with self._lock:
-            self._spendings.add(name)
+            self._spending_names.add(name)
 
 
-def _ledger(names: Iterable[str]) -> Ledger:
-    """What the names of an object store's spendings say."""
+def _read_ledger(names: Iterable[str]) -> Ledger:
+    """Add up what the names of spending objects hold."""
     ledger = Ledger()
-    for match in map(SPENDING_NAME.fullmatch, names):
-        if match:
-            calls = int(match[1])
-            newer = {"time": int(match[3]), "account": match[4]} if match[3] else {}
-            ledger.record(
-                {
-                    "kind": "attempt" if calls > 0 else "refund",
-                    "calls": calls,
-                    "micro_usd": int(match[2]),
-                    **newer,
-                }
-            )
+    for name in names:
+        match = SPENDING_NAME.fullmatch(name)
+        if match is None:
+            continue
+        calls = int(match[1])
+        head = {
+            "kind": "attempt" if calls > 0 else "refund",
+            "calls": calls,
+            "micro_usd": int(match[2]),
+        }
+        if match[3]:
+            head |= {"time": int(match[3]), "account": match[4]}
+        ledger.add_record(head)
     return ledger
 
 
-def _name(place: str) -> str:
-    return place.rpartition("/")[2]
+def _object_name(uri: str) -> str:
+    return uri.rpartition("/")[2]
 
 
-def _object_damage(place: str, folder: str) -> str:
-    """Why the object is not what its name says; empty if it is."""
-    data = storage.read_bytes(place)
-    parsed = parse(data, 0)
-    if parsed is None or parsed[2] != len(data):
+def _find_object_fault(uri: str, folder: str) -> str:
+    """Return why the object does not hold what its name says; empty if it does."""
+    stored = storage.read_bytes(uri)
+    parsed = parse_record(stored, 0)
+    if parsed is None or parsed.end != len(stored):
         return "no whole record, or its checksum is wrong"
-    name = ANSWER_NAME.fullmatch(_name(place))
-    if (
-        name is None
-        or (parsed[0].get("key"), parsed[0].get("digest")) != name.groups()[:2]
-    ):
+    name = ANSWER_NAME.fullmatch(_object_name(uri))
+    key_and_digest = (parsed.head.get("key"), parsed.head.get("digest"))
+    if name is None or key_and_digest != name.groups()[:2]:
         return f"the record belongs to another name in {folder}"
-    return record_damage(parsed[0], parsed[1])
+    return find_record_fault(parsed.head, parsed.packed_body)

@@ -18,7 +18,8 @@ from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import account_name, governor_limits
 from coin_ray.cloud.ensemble import EnsembleClient, create_client, render_for_clouds
 from coin_ray.cloud.governor import DAY, Governor, LocalGovernor
-from coin_ray.cloud.journal.journal import Journal
+from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.services import adapter_for
 from coin_ray.config import Cloud, PipelineConfig, with_plain_rendering
 from coin_ray.data.canonical import CanonicalImage
@@ -72,7 +73,7 @@ class CloudActor:
         second: bool = False,
     ) -> None:
         self.config = config
-        answers = Journal.open(journal)
+        answers = open_journal(journal)
         self.client = create_client(
             config, urls, answers, governors_for(config, urls, answers)
         )
@@ -159,7 +160,7 @@ def governors_for(
         ages = (
             []
             if cloud.per_day is None
-            else [now - start for start in journal.starts(account, now - DAY)]
+            else [now - start for start in journal.call_starts(account, now - DAY)]
         )
         governors[cloud] = LocalGovernor(Governor(governor_limits(cloud), spent, ages=ages))
     return [governors[cloud] for cloud in servers]
