@@ -1,0 +1,62 @@
+"""The figures of both READMEs are those of the measured results."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pages import PAGES
+
+METHODS = [
+    "Cloud detector",
+    "Cloud boxes, averaged labels",
+    "Student on cloud labels alone",
+    "Student",
+    "Student on true labels",
+]
+"""Rows of ``docs/results/demo.md`` in the order of the READMEs' tables."""
+
+
+def _table_rows(text: str) -> list[list[str]]:
+    """Return the cells of every table row, without emphasis."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        for line in lines
+    ]
+
+
+def _baselines(page: str) -> dict[str, str]:
+    """Return mAP50 by method from the first table of a page of results."""
+    section = PAGES[f"docs/results/{page}.md"].split("\n## ")[1]
+    return {row[0]: row[1] for row in _table_rows(section)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_table_on_the_first_screen_is_the_measured_one(page: str) -> None:
+    rows = _table_rows(PAGES[page])[2:]
+    measured = _baselines("demo")
+    expected = [measured[method] for method in METHODS]
+    assert [row[1] for row in rows[: len(METHODS)]] == expected
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_honest_line_holds_the_measured_figures_of_thermal_photos(
+    page: str,
+) -> None:
+    once, renderings = _baselines("thermal-plain"), _baselines("thermal")
+    figures = [
+        once["Student"],
+        once["Cloud detector"],
+        renderings["Student"],
+        renderings["Cloud detector"],
+    ]
+    positions = [PAGES[page].find(figure) for figure in figures]
+    assert -1 not in positions
+    assert positions == sorted(positions)
+
+
+def test_a_changed_figure_would_be_noticed() -> None:
+    changed = re.sub("49.9 ± 1.4", "51.0 ± 1.4", PAGES["README.md"])
+    rows = _table_rows(changed)[2:]
+    assert _baselines("demo")["Student"] not in [row[1] for row in rows]
