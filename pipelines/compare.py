@@ -1,23 +1,8 @@
-"""Which fusion of two disputed opinions teaches best: one teacher, rules, Dawid-Skene,
-CKG; with the published threshold and a fair one.
-
-    python pipelines/compare.py demo [--seeds 0 1 2] [--quick] [--dry-run]
-
-Shares images, answers and trained teachers with other runs below the same --root.
-Results: ROOT/fusion.{json,md,svg} and MLflow.
-"""
+"""``coin-ray compare``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.grid import Request, main
-
-
-def work(request: Request) -> None:
-    from coin_ray.experiments.studies import fusion
-    from coin_ray.experiments.tuning import under_tune
-
-    fusion(request, under_tune)
-
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main("compare.py", __doc__, work))
+    sys.exit(main(["compare", *sys.argv[1:]]))

@@ -1,12 +1,8 @@
-"""Train the student on the separated knowledge, running first whatever this needs and
-is not finished.
-
-python pipelines/distill.py demo [--dry-run]
-"""
+"""``coin-ray distill``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.arguments import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main("distill.py", __doc__, only="distill"))
+    sys.exit(main(["distill", *sys.argv[1:]]))

@@ -1,12 +1,8 @@
-"""Measure every teacher and student on the held-out images, running first whatever this
-needs and is not finished.
-
-python pipelines/evaluate.py demo [--dry-run]
-"""
+"""``coin-ray evaluate``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.arguments import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate.py", __doc__, only="evaluate"))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

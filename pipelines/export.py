@@ -1,12 +1,8 @@
-"""Write the student to take home: ONNX, TorchScript, safetensors, a model card and an
-example, running first whatever this needs.
-
-python pipelines/export.py demo [--out DIR] [--add-classes "truck,fire hydrant"] [--int8] [--dry-run]
-"""
+"""``coin-ray export``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.export import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,12 +1,8 @@
-"""Train the CLIP detector on cloud boxes with CLIP labels, running first whatever this
-needs and is not finished.
-
-python pipelines/propagate.py demo [--dry-run]
-"""
+"""``coin-ray propagate``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.arguments import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main("propagate.py", __doc__, only="propagate"))
+    sys.exit(main(["propagate", *sys.argv[1:]]))

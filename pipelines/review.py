@@ -1,13 +1,8 @@
-"""Labels of a run to people, those in dispute first, and back as a data set. What they
-correct outranks every teacher: full.py --corrections.
-
-python pipelines/review.py out label-studio|cvat|fiftyone --root ROOT --out FOLDER [--most N]
-python pipelines/review.py back EXPORT --out FOLDER [--format coco]
-"""
+"""``coin-ray review``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.review import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or ""))
+    sys.exit(main(["review", *sys.argv[1:]]))

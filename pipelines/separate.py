@@ -1,12 +1,8 @@
-"""Split cloud and CLIP-detector results into consistent, inconsistent and private,
-running first whatever this needs and is not finished.
-
-python pipelines/separate.py demo [--dry-run]
-"""
+"""``coin-ray separate``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.arguments import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main("separate.py", __doc__, only="separate"))
+    sys.exit(main(["separate", *sys.argv[1:]]))

@@ -1,18 +1,8 @@
-"""Search the settings of the distillation: loss weights, fusion, thresholds, learning
-rates, the teacher's rate, augmentation.
-
-    python tune/search.py demo --space fusion --trials 16
-    python tune/search.py demo --space fusion --trials 16 --resume
-    python tune/search.py demo --algorithm population --trials 8
-    python tune/search.py folder --images DIR --val LABELLED_DIR --classes person,dog --cloud https://detector.example.com
-
-Shares images, answers and trained teachers with other runs below the same --root.
-Results: ROOT/search/SPACE-OBJECTIVE and MLflow.
-"""
+"""``coin-ray search``, as a script for ``ray job submit``."""
 
 import sys
 
-from coin_ray.commands.search import main
+from coin_ray.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main("search.py", __doc__))
+    sys.exit(main(["search", *sys.argv[1:]]))

@@ -1,20 +1,15 @@
-"""The command line: ``SCRIPT PRESET [settings by dotted name]``, and where to put
-things.
+"""The arguments of a run: ``PRESET [settings by dotted name]``, and where to put things.
 
-Nothing heavy is imported before the arguments are understood, so ``--help`` answers at
-once.
+Nothing heavy is imported before the arguments are parsed, so ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast, get_args
-
-import tyro
 
 from coin_ray.config import (
     Cloud,
@@ -23,28 +18,35 @@ from coin_ray.config import (
     StudentKind,
     check_runnable,
 )
-from coin_ray.config.files import MOVED, from_yaml
 from coin_ray.config.presets import PRESETS, thermal, with_student
 from coin_ray.config.published import SETS, CloudKind, published
-from coin_ray.errors import CoinError, ConfigError
-from coin_ray.runs.graph import ORDER, graph
-from coin_ray.storage import absolute, join
+from coin_ray.config.yaml_files import RENAMED_SETTINGS, read_config
+from coin_ray.errors import ConfigError
+from coin_ray.runs.graph import ORDER
+from coin_ray.storage import absolute_uri, join
 
-SHORT = {
+SHORT_OPTIONS = {
     "--images": "--data.images",
     "--val": "--data.val",
     "--test": "--data.test",
     "--labeler": "--collect.labeler",
 }
 """Short names of the settings a first-time user needs, beside ``--cloud``."""
-MOVED_OPTIONS = {
+LONG_OPTIONS = SHORT_OPTIONS | {
     f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-")
-    for old, new in MOVED.items()
+    for old, new in RENAMED_SETTINGS.items()
 }
+"""Short and former names of settings, and their names in the config."""
+SETTINGS_HELP = (
+    "All settings of a preset: PRESET --settings. Most used: --images DIR --classes a,b"
+    " --cloud URL|SERVICE --labeler none --seed N. Several clouds: --cloud A"
+    " --more-clouds B,C --ensemble.mode fuse|failover|cascade; settings of B are"
+    " --more-clouds.0.NAME"
+)
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """How to run, beside the preset's settings."""
 
     root: str
@@ -53,69 +55,63 @@ class Options:
     baselines: bool
 
 
-def main(script: str, description: str, *, only: str | None = None) -> int:
-    """Run the pipeline, or ``only`` one of its steps and what it needs; returns the
-    exit code. User errors are one message, no traceback.
-    """
+class ExtraOptions:
+    """Options that a subcommand has beside those of a run, as a group of its help."""
 
-    def work() -> None:
-        config, options = parse(sys.argv[1:], script, description)
-        _run(config, options, only)
-
-    return reported(work)
-
-
-def reported(
-    work: Callable[[], None], again: str = "the same command goes on from here"
-) -> int:
-    """Do ``work``; returns the exit code, 0 if it raised nothing. What a user can
-    change is told in one message; ``again``: how to go on.
-    """
-    try:
-        work()
-    except CoinError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(
-            f"\nno space left on the device: {error.filename or 'the root of the run'}."
-            f" Free some; {again}",
-            file=sys.stderr,
+    def __init__(self, title: str) -> None:
+        self.parser = argparse.ArgumentParser(
+            add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
         )
-        return 3
-    except KeyboardInterrupt:
-        print(f"\nstopped; {again}", file=sys.stderr)
-        return 130
-    return 0
+        self.group = self.parser.add_argument_group(title)
 
-
-def _run(config: PipelineConfig, options: Options, only: str | None) -> None:
-    from coin_ray.runs import runner
-
-    steps = graph(config, baselines=options.baselines)
-    until = only or options.until
-    if until is not None and until not in steps:
-        raise ConfigError(
-            f"step {until} is part of the run only with"
-            f" --{'corrections' if until == 'corrections' else 'baselines'}"
+    def parse(
+        self, arguments: Sequence[str], program: str, description: str
+    ) -> tuple[argparse.Namespace, PipelineConfig, RunOptions]:
+        """Return the extra options, the config and the options of the run. Raise
+        ConfigError with what to change.
+        """
+        extra_options, run_arguments = self.parser.parse_known_args(list(arguments))
+        config, options = parse_run_arguments(
+            run_arguments, program, self.describe(description)
         )
-    if options.dry_run:
-        runner.plan(config, steps, options.root, until)
+        return extra_options, config, options
+
+    def describe(self, description: str) -> str:
+        return f"{description}\n{self.parser.format_help()}"
+
+
+def parse_run_arguments(
+    arguments: Sequence[str], program: str = "coin-ray adapt", description: str = ""
+) -> tuple[PipelineConfig, RunOptions]:
+    """Return the config and the options of a command line. Raise ConfigError with what
+    to change.
+    """
+    parser = build_run_parser(program, description)
+    options, setting_arguments = parser.parse_known_args(list(arguments))
+    if options.config is not None:
+        _check_config_alone(options, setting_arguments)
+        config = read_config(options.config)
+    elif options.preset is None:
+        presets = ", ".join(sorted(PRESETS))
+        parser.error(f"name a preset ({presets}) or give --config FILE")
     else:
-        runner.run(config, steps, options.root, until)
+        preset = _build_preset(options.preset, options.assets, options.published_cloud)
+        if options.student:
+            preset = with_student(preset, options.student)
+        if options.settings:
+            setting_arguments = ["--help"]
+        config = _apply_settings(preset, setting_arguments)
+    check_config(config)
+    root = absolute_uri(options.root or join("runs", config.preset))
+    return config, RunOptions(root, options.until, options.dry_run, options.baselines)
 
 
-def parse(
-    arguments: Sequence[str], script: str = "full.py", description: str = ""
-) -> tuple[PipelineConfig, Options]:
-    """The config and the options of a command line. Raises ConfigError with what to
-    change.
-    """
+def build_run_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of all options that are no settings of the preset."""
     parser = argparse.ArgumentParser(
-        prog=script,
+        prog=program,
         description=description,
+        epilog=SETTINGS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -123,7 +119,7 @@ def parse(
         "preset",
         choices=sorted(PRESETS),
         nargs="?",
-        help="; ".join(f"{n}: {_first_line(n)}" for n in PRESETS),
+        help="; ".join(f"{name}: {_describe_preset(name)}" for name in PRESETS),
     )
     parser.add_argument(
         "--root",
@@ -149,12 +145,6 @@ def parse(
             " a preset"
         ),
     )
-    parser.epilog = (
-        "All settings of a preset: PRESET --settings. Most used: --images DIR --classes"
-        " a,b --cloud URL|SERVICE --labeler none --seed N. Several clouds: --cloud A"
-        " --more-clouds B,C --ensemble.mode fuse|failover|cascade; settings of B are"
-        " --more-clouds.0.NAME"
-    )
     parser.add_argument(
         "--assets", help="thermal: folder with data/thermal, models and clip_text"
     )
@@ -171,34 +161,65 @@ def parse(
     parser.add_argument(
         "--settings", action="store_true", help="list all settings of the preset"
     )
-    known, rest = parser.parse_known_args(list(arguments))
-    if known.config is not None:
-        if rest or known.preset or known.published_cloud or known.student:
-            given = [
-                known.preset,
-                known.published_cloud and "--published-cloud",
-                known.student and "--student",
-                *rest,
-            ]
-            raise ConfigError(
-                "--config holds the whole configuration; remove"
-                f" {' '.join(g for g in given if g)}"
-            )
-        config = from_yaml(known.config)
-    elif known.preset is None:
-        parser.error(
-            f"name a preset ({', '.join(sorted(PRESETS))}) or give --config FILE"
+    return parser
+
+
+def check_config(config: PipelineConfig) -> None:
+    """Check that a run can begin. Raise ConfigError with the option to give."""
+    from coin_ray.cloud.services import check_clouds
+
+    check_runnable(config)
+    check_clouds(config.clouds, config.classes)
+
+
+def parse_cloud(text: str) -> Cloud:
+    """Return the cloud that an address or the name of a service means. Raise ConfigError
+    with the names.
+    """
+    if _cloud_setting(text) == "--cloud.url":
+        return Cloud(url=text)
+    return Cloud(service=cast("ServiceName", text))
+
+
+def split_class_names(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--classes a,b`` as ``--classes a b``; names may hold
+    spaces.
+    """
+    split_arguments: list[str] = []
+    for previous, argument in pairwise(["", *arguments]):
+        if argument.startswith("--classes="):
+            names = parse_names(argument.removeprefix("--classes="))
+            split_arguments += ["--classes", *names]
+        elif previous == "--classes":
+            split_arguments += parse_names(argument)
+        else:
+            split_arguments.append(argument)
+    return split_arguments
+
+
+def parse_names(text: str) -> list[str]:
+    """Return the names in ``a,b``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _check_config_alone(
+    options: argparse.Namespace, setting_arguments: Sequence[str]
+) -> None:
+    superfluous = [options.preset] if options.preset else []
+    if options.published_cloud:
+        superfluous.append("--published-cloud")
+    if options.student:
+        superfluous.append("--student")
+    superfluous += setting_arguments
+    if superfluous:
+        raise ConfigError(
+            f"--config holds the whole configuration; remove {' '.join(superfluous)}"
         )
-    else:
-        preset = _preset(known.preset, known.assets, known.published_cloud)
-        preset = with_student(preset, known.student) if known.student else preset
-        config = _settings(preset, ["--help"] if known.settings else rest)
-    check(config)
-    root = absolute(known.root or join("runs", config.preset))
-    return config, Options(root, known.until, known.dry_run, known.baselines)
 
 
-def _preset(name: str, assets: str | None, cloud: CloudKind | None) -> PipelineConfig:
+def _build_preset(
+    name: str, assets: str | None, cloud: CloudKind | None
+) -> PipelineConfig:
     if cloud is not None:
         if name not in SETS:
             raise ConfigError(
@@ -211,109 +232,83 @@ def _preset(name: str, assets: str | None, cloud: CloudKind | None) -> PipelineC
             "thermal reads images, detectors and text embeddings from one folder, and"
             " only thermal does: thermal --assets DIR"
         )
-    return PRESETS[name]() if assets is None else thermal(absolute(assets))
+    return PRESETS[name]() if assets is None else thermal(absolute_uri(assets))
 
 
-def _settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
-    arguments, more_clouds = _more_clouds(arguments)
-    preset = replace(preset, more_clouds=more_clouds or preset.more_clouds)
-    expanded = [
-        _long_name(argument) for argument in _name_cloud(split_classes(arguments))
-    ]
+def _apply_settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
+    """Return the preset with the settings that the arguments name."""
+    import tyro
+
+    arguments, more_clouds = _take_more_clouds(arguments)
+    if more_clouds:
+        preset = replace(preset, more_clouds=more_clouds)
+    arguments = _expand_cloud(split_class_names(arguments))
     return tyro.cli(
         PipelineConfig,
         prog=preset.preset,
         default=preset,
-        args=expanded,
+        args=[_expand_option(argument) for argument in arguments],
         config=(tyro.conf.AvoidSubcommands,),
         add_help=True,
     )
 
 
-def _long_name(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return (SHORT | MOVED_OPTIONS).get(name, name) + equals + value
+def _expand_option(argument: str) -> str:
+    """Return an argument with the option's name in the config."""
+    name, equals, text = argument.partition("=")
+    return LONG_OPTIONS.get(name, name) + equals + text
 
 
-def check(config: PipelineConfig) -> None:
-    """Whether a run can begin. Raises ConfigError with the option to give."""
-    from coin_ray.cloud.services import check_clouds
-
-    check_runnable(config)
-    check_clouds(config.clouds, config.classes)
-
-
-def _more_clouds(arguments: Sequence[str]) -> tuple[list[str], tuple[Cloud, ...]]:
-    """``--more-clouds X,Y`` (or X Y) taken out of the arguments; their other settings
-    go by number: ``--more-clouds.0.max-usd 5``.
+def _take_more_clouds(arguments: Sequence[str]) -> tuple[list[str], tuple[Cloud, ...]]:
+    """Return the arguments without ``--more-clouds X,Y`` (or X Y), and those clouds;
+    their other settings go by number: ``--more-clouds.0.max-usd 5``.
     """
-    rest: list[str] = []
+    other_arguments: list[str] = []
     clouds: list[Cloud] = []
-    taking = False
+    names_clouds = False
     for argument in arguments:
-        name, _, value = argument.partition("=")
+        name, _, text = argument.partition("=")
         if name == "--more-clouds":
-            taking, argument = True, value
-        elif argument.startswith("--"):
-            taking = False
-        if taking:
-            clouds += [named_cloud(value) for value in _names(argument)]
+            names_clouds = True
+            clouds += [parse_cloud(cloud) for cloud in parse_names(text)]
+            continue
+        if argument.startswith("--"):
+            names_clouds = False
+        if names_clouds:
+            clouds += [parse_cloud(cloud) for cloud in parse_names(argument)]
         else:
-            rest.append(argument)
-    return rest, tuple(clouds)
+            other_arguments.append(argument)
+    return other_arguments, tuple(clouds)
 
 
-def named_cloud(value: str) -> Cloud:
-    """A service by its name, or an address. Raises ConfigError with the names."""
-    return (
-        Cloud(url=value)
-        if _cloud_setting(value) == "--cloud.url"
-        else Cloud(service=cast("Service", value))
-    )
-
-
-def _name_cloud(arguments: Sequence[str]) -> list[str]:
-    """``--cloud X``: an address if it holds ://, else the name of a service."""
-    named: list[str] = []
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        if argument.startswith("--cloud="):
-            value = argument.removeprefix("--cloud=")
-            named.append(f"{_cloud_setting(value)}={value}")
+def _expand_cloud(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--cloud X`` as ``--cloud.url X`` or ``--cloud.service
+    X``.
+    """
+    expanded_arguments: list[str] = []
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == "--cloud":
+            expanded_arguments.append(_cloud_setting(following))
+        elif argument.startswith("--cloud="):
+            cloud = argument.removeprefix("--cloud=")
+            expanded_arguments.append(f"{_cloud_setting(cloud)}={cloud}")
         else:
-            named.append(
-                _cloud_setting(following) if argument == "--cloud" else argument
-            )
-    return named
+            expanded_arguments.append(argument)
+    return expanded_arguments
 
 
-def _cloud_setting(value: str) -> str:
-    if "://" in value:
+def _cloud_setting(text: str) -> str:
+    """Return the setting that an address (it holds ://) or a service's name is for."""
+    if "://" in text:
         return "--cloud.url"
-    if value in get_args(ServiceName):
+    if text in get_args(ServiceName):
         return "--cloud.service"
     raise ConfigError(
-        f"the cloud {value!r} is neither an address like https://detector.example.com"
+        f"the cloud {text!r} is neither an address like https://detector.example.com"
         f" nor a service; the services are {', '.join(get_args(ServiceName))}"
     )
 
 
-def split_classes(arguments: Sequence[str]) -> list[str]:
-    """``--classes a,b`` as ``--classes a b``; names may hold spaces."""
-    spread: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("--classes="):
-            spread += ["--classes", *_names(argument.removeprefix("--classes="))]
-        elif before == "--classes":
-            spread += _names(argument)
-        else:
-            spread.append(argument)
-    return spread
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _first_line(preset: str) -> str:
-    first_paragraph = (PRESETS[preset].__doc__ or "").partition("\n\n")[0]
+def _describe_preset(name: str) -> str:
+    first_paragraph = (PRESETS[name].__doc__ or "").partition("\n\n")[0]
     return " ".join(first_paragraph.split()).rstrip(".")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coin_ray import storage
-from coin_ray.cloud.client import limits
+from coin_ray.cloud.client import governor_limits
 from coin_ray.config import Detector, PipelineConfig, TrainingConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import ConfigError
@@ -41,7 +41,7 @@ PROPAGATE_SECONDS, DISTILL_SECONDS, STEP_FLOPS = 0.25, 0.33, 18.0e9
 """One core, 8 images of 192 px, one view, 16 RoIs. Seconds measured, operations
 counted, backward as twice forward."""
 READERS = 4
-"""Threads that load the images of a step (``coin_ray.data.examples.READERS``)."""
+"""Threads that load the images of a step (``coin_ray.data.examples.READ_THREADS``)."""
 IMAGE_THREADS = 4
 """Threads with which the driver looks at every image file, once."""
 EXAMPLE_BYTES = 44
@@ -58,7 +58,7 @@ PREDICT_BYTES = 700
 DRIVER_BYTES, DRIVER_ROWS = 200 * 2**20, 4 * 4096
 """What the driver needs of memory whatever the number of images: for groups of rows on
 their way to a file, and four copies of a block
-(``coin_ray.stages.collecting.parts.BLOCK``). Measured with 22 x 8 boxes x classes.
+(``coin_ray.stages.collecting.parts.BLOCK_ROWS``). Measured with 22 x 8 boxes x classes.
 """
 INDEX_BYTES = {"disk": 330, "object": 490 + 160}
 """One answer in an open journal's memory: its place and, on an object store, what it
@@ -290,7 +290,7 @@ def collect_rates(question: Question) -> dict[str, float]:
     """
     asking = ASK_SECONDS + CHECK_SECONDS_PER_MEGAPIXEL * question.megapixels
     rates = {
-        "rate": limits(question.config.cloud).rate / question.views,
+        "rate": governor_limits(question.config.cloud).rate / question.views,
         "latency": question.in_flight / question.latency / question.views,
         "cloud actor": 1 / asking / question.views,
     }
@@ -389,7 +389,7 @@ def step_seconds(
     question: Question, fit: TrainingConfig, operations: float, measured: float
 ) -> dict[str, float]:
     """Of one training step by what may limit it: computing, or loading images beside it
-    with ``READERS`` threads.
+    with ``READ_THREADS`` threads.
     """
     workers = workers_of(question, fit)
     own_rate = STEP_FLOPS / measured * question.cpus
@@ -460,7 +460,9 @@ def merge_seconds(question: Question) -> float:
     """For each image: its part is read twice, several parts at once, and its row put in
     order.
     """
-    part = 2 * OBJECT_SECONDS / storage.READERS if question.store == "object" else 0.0
+    part = (
+        2 * OBJECT_SECONDS / storage.READ_THREADS if question.store == "object" else 0.0
+    )
     return MERGE_SECONDS + part / question.config.collect.batch
 
 

@@ -1,255 +1,270 @@
-"""``pipelines/export.py``: run what the student needs, then write the folder to take
-home.
-"""
+"""``coin-ray export PRESET``: run what the student needs, then write its files for use."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from coin_ray import storage
-from coin_ray.commands.arguments import Options, parse
+from coin_ray.commands.arguments import ExtraOptions, RunOptions, parse_names
 from coin_ray.config import PipelineConfig
-from coin_ray.data.canonical import decode_rgb
-from coin_ray.errors import CoinError, ConfigError
-from coin_ray.export.int8_loss import POINTS_MAX, Int8Loss
-from coin_ray.export.package import (
-    INT8,
-    Int8Images,
-    Student,
-    require_extra,
-    write_package,
-)
-from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.models.faster_rcnn_clip.model import build_detector
-from coin_ray.runs import runner
-from coin_ray.runs.graph import graph
-from coin_ray.runs.steps import Step
-from coin_ray.stages.common.teacher_outputs import image_table, truth_of
-from coin_ray.stages.common.training_job import load_weights
-from coin_ray.stages.propagate import WEIGHTS
+from coin_ray.errors import ConfigError
 
-COMPARED = 100
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from coin_ray.export.int8_loss import Int8Loss
+    from coin_ray.export.package import Int8Images, Student
+    from coin_ray.runs.steps import Step
+
+DESCRIPTION = """\
+Write the student's files for use elsewhere: ONNX, TorchScript, safetensors, a model card
+and an example, running first whatever this needs.
+
+    coin-ray export demo [--out DIR] [--add-classes "truck,fire hydrant"] [--int8] [--dry-run]
+"""
+COMPARED_IMAGES = 100
 """Images on which the exported files are compared with the model."""
-CALIBRATED, LABELLED = 100, 1000
+CALIBRATION_IMAGES, LABELLED_IMAGES = 100, 1000
 """Training images that fix the 8-bit scales, and annotated test images at most on which
 the loss is measured."""
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
+    """What to export, and to which folder or URI (``out``)."""
+
     config: PipelineConfig
-    options: Options
+    options: RunOptions
     out: str
-    added: tuple[str, ...]
+    added_classes: tuple[str, ...]
     int8: bool = False
 
 
-def main(description: str) -> int:
-    """Read the command line and export; returns the exit code. User errors are one
-    message, no traceback.
-    """
-    try:
-        export(request(sys.argv[1:], description))
-    except CoinError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+def export(arguments: Sequence[str]) -> None:
+    """Read the command line and export."""
+    export_student(parse_export(arguments, DESCRIPTION))
 
 
-def request(arguments: Sequence[str], description: str = "") -> Request:
-    """The export's own options, and the preset's settings as for ``full.py``. Raises
+def parse_export(arguments: Sequence[str], description: str = "") -> ExportRequest:
+    """Read the export's own options, and the preset's settings as for ``adapt``. Raise
     ConfigError with what to change.
     """
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
+    extra = ExtraOptions("options of the export")
+    extra.group.add_argument(
+        "--out", help="folder or URI to write (default: ROOT/export)"
     )
-    own = parser.add_argument_group("options of the export")
-    own.add_argument("--out", help="folder or URI to write (default: ROOT/export)")
-    own.add_argument(
+    extra.group.add_argument(
         "--add-classes",
-        default="",
+        default=[],
+        type=parse_names,
         help=(
             'further classes by their text, "truck,fire hydrant": never trained, never'
             " measured"
         ),
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--int8",
         action="store_true",
         help=(
             "write model.int8.onnx too, quantized to 8 bits, and measure what it loses"
         ),
     )
-    known, rest = parser.parse_known_args(list(arguments))
-    config, options = parse(
-        rest, "export.py", f"{description}\n\n{parser.format_help()}"
+    export_options, config, options = extra.parse(
+        arguments, "coin-ray export", description
     )
-    added = tuple(name.strip() for name in known.add_classes.split(",") if name.strip())
     if config.distill.student == "co-detr":
         raise ConfigError(
             "ONNX is written of the Faster R-CNN student only. A Co-DETR's weights and"
             " description are in ROOT/steps/export-*, and"
-            " coin_ray.predictors.student.load_exported reads them"
+            " coin_ray.predictors.student.load_exported_student reads them"
         )
-    check_added(config, added)
-    return Request(
-        config,
-        options,
-        storage.absolute(known.out or storage.join(options.root, "export")),
-        added,
-        known.int8,
+    added_classes = tuple(export_options.add_classes)
+    check_added_classes(config, added_classes)
+    out = export_options.out or storage.join(options.root, "export")
+    return ExportRequest(
+        config, options, storage.absolute_uri(out), added_classes, export_options.int8
     )
 
 
-def check_added(config: PipelineConfig, added: Sequence[str]) -> None:
-    """Raises ConfigError if the student has no text encoder, or a name is no new class."""
-    if added and config.detector.backbone != "clip":
+def check_added_classes(config: PipelineConfig, added_classes: Sequence[str]) -> None:
+    """Raise ConfigError if the student has no text encoder, or a name is no new class."""
+    if added_classes and config.detector.backbone != "clip":
         raise ConfigError(
             "--add-classes needs CLIP's text encoder; detector.backbone"
             f" {config.detector.backbone} has none"
         )
-    names = [" ".join(name.lower().split()) for name in (*config.classes, *added)]
-    doubles = sorted(
-        {name for name in names if names.count(name) > 1 or name == "background"}
-    )
-    if doubles:
+    names = [
+        " ".join(name.lower().split()) for name in (*config.classes, *added_classes)
+    ]
+    duplicates = {
+        name for name in names if names.count(name) > 1 or name == "background"
+    }
+    if duplicates:
         raise ConfigError(
-            f"--add-classes: {', '.join(doubles)} is a class already; name only new"
-            " ones"
+            f"--add-classes: {', '.join(sorted(duplicates))} is a class already; name"
+            " only new ones"
         )
 
 
-def export(asked: Request) -> None:
-    steps = graph(asked.config, baselines=asked.options.baselines)
-    if asked.options.dry_run:
-        runner.plan(asked.config, steps, asked.options.root, "export")
+def export_student(request: ExportRequest) -> None:
+    """Run the steps that are missing, write the files and print how they compare with
+    the model; with ``--dry-run`` print the plan.
+    """
+    from coin_ray.export.package import INT8, require_extra, write_package
+    from coin_ray.runs.graph import build_steps
+    from coin_ray.runs.runner import print_plan
+
+    config, options = request.config, request.options
+    steps = build_steps(config, baselines=options.baselines)
+    if options.dry_run:
+        print_plan(config, steps, options.root, "export")
         return
     require_extra()
-    if steps["export"].manifest(asked.options.root) is None:
-        runner.run(asked.config, steps, asked.options.root, "export")
-    summary = _summary(asked.options.root)
-    student = load_student(asked, steps, summary)
-    images = compared_images(steps["images"], asked.options.root)
+    _run_steps(config, steps, options.root)
+    student = load_student(request, steps, _read_summary(options.root))
+    images = read_compared_images(steps["images"], options.root)
     print(
         f"comparing the exported files with the model on {len(images)} images",
         flush=True,
     )
+    int8_images = (
+        read_int8_images(steps["images"], options.root) if request.int8 else None
+    )
     with warnings.catch_warnings():
-        # of its own exporters, about each other
+        # PyTorch's exporters warn about each other.
         warnings.filterwarnings("ignore", module=r"torch\.")
-        measured = write_package(
-            student,
-            images,
-            asked.out,
-            int8_images(steps["images"], asked.options.root) if asked.int8 else None,
-        )
-    for name, found in measured.equality.items():
+        measured = write_package(student, images, request.out, int8_images)
+    for name, equality in measured.equality.items():
         print(
-            f"{name}: {found.detections} detections, {found.unmatched} without"
-            f" counterpart, IoU >= {found.iou_min}, scores differ by"
-            f" {found.score_difference_max} at most"
+            f"{name}: {equality.detections} detections, {equality.unmatched} without"
+            f" counterpart, IoU >= {equality.iou_min}, scores differ by"
+            f" {equality.score_difference_max} at most"
         )
     if measured.int8:
-        print(told(measured.int8))
-    files = " ".join(
-        [
-            "model.onnx",
-            *([INT8] if asked.int8 else []),
-            "model.pt",
-            "model.safetensors",
-            "model.json",
-            "detect.py",
-            "README.md",
-        ]
+        print(format_int8_loss(measured.int8))
+    int8_file = f"{INT8} " if request.int8 else ""
+    print(
+        f"{request.out}: model.onnx {int8_file}model.pt model.safetensors model.json"
+        " detect.py README.md"
     )
-    print(f"{asked.out}: {files}")
 
 
-def told(loss: Int8Loss) -> str:
-    """What the quantized file loses, in one line."""
+def _run_steps(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> None:
+    """Run the export and what it needs. If all is finished, the summary of the run
+    stays, and only what a lost tracking server missed is written.
+    """
+    from coin_ray.runs.runner import (
+        open_tracker,
+        run_missing_steps,
+        run_pipeline,
+        select_steps,
+    )
+
+    selected = select_steps(steps, "export").values()
+    if not all(step.is_finished(root) for step in selected):
+        run_pipeline(config, steps, root, "export")
+        return
+    tracker = open_tracker(selected, config, root)
+    run_missing_steps(selected, config, root, tracker=tracker)
+
+
+def format_int8_loss(loss: Int8Loss) -> str:
+    """Return what the quantized file loses, in one line."""
+    from coin_ray.export.int8_loss import POINTS_MAX
+    from coin_ray.export.package import INT8
+
     line = f"{INT8}: "
     if loss.map50 is not None and loss.map50_int8 is not None:
         line += (
             f"mAP50 {100 * loss.map50_int8:.1f} against {100 * loss.map50:.1f} of"
             f" model.onnx on {loss.labelled} annotated test images; "
         )
-    if loss.found_again is not None:
+    if loss.found_again is None:
+        line += "model.onnx finds nothing above .3 to compare with"
+    else:
         line += (
             f"{100 * loss.found_again:.1f} % of {loss.detections} detections above .3"
             " found again (same class, IoU >= .9)"
         )
         if loss.score_difference is not None:
             line += f", scores {loss.score_difference:.3f} apart on average"
-    else:
-        line += "model.onnx finds nothing above .3 to compare with"
-    return line + (
-        f". It loses more than {POINTS_MAX:g} point: better use model.onnx"
-        if loss.too_large
-        else ""
-    )
+    if loss.too_large:
+        line += f". It loses more than {POINTS_MAX:g} point: better use model.onnx"
+    return line
 
 
-def _summary(root: str) -> dict[str, Any]:
-    place = storage.join(root, "summary.json")
-    summary: dict[str, Any] = storage.read_json(place) if storage.exists(place) else {}
+def _read_summary(root: str) -> dict[str, Any]:
+    uri = storage.join(root, "summary.json")
+    summary: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
     return summary
 
 
 def load_student(
-    asked: Request, steps: dict[str, Step], summary: dict[str, Any]
+    request: ExportRequest, steps: Mapping[str, Step], summary: dict[str, Any]
 ) -> Student:
-    """The distilled student; added names go through the prompts that it learned."""
-    config, classes = asked.config, (*asked.config.classes, *asked.added)
+    """Return the distilled student; added classes use the prompts that it learned."""
+    from coin_ray.export.package import Student
+    from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
+    from coin_ray.models.faster_rcnn_clip.model import build_detector
+    from coin_ray.stages.common.training_job import load_weights
+    from coin_ray.stages.propagate import WEIGHTS
+
+    config = request.config
+    classes = (*config.classes, *request.added_classes)
     detector = build_detector(
         load_backbone(config), classes, config.detector, seed=config.seed
     )
-    detector.load_state_dict(
-        load_weights(storage.join(steps["distill"].folder(asked.options.root), WEIGHTS))
-    )
-    return Student(detector.eval(), classes, asked.added, config, summary)
+    folder = steps["distill"].folder(request.options.root)
+    detector.load_state_dict(load_weights(storage.join(folder, WEIGHTS)))
+    return Student(detector.eval(), classes, request.added_classes, config, summary)
 
 
-def compared_images(step: Step, root: str) -> list[Image.Image]:
-    """The first hundred: of the test images, then of the others."""
-    splits = pa.concat_tables(
-        image_table(step.folder(root), split) for split in ("test", "val", "train")
-    )
-    return [_decoded(row) for row in splits.slice(0, COMPARED).to_pylist()]
-
-
-def int8_images(step: Step, root: str) -> Int8Images:
-    """Training images spread over the whole list, and the first annotated test images;
-    decoded one at a time.
+def read_compared_images(step: Step, root: str) -> list[Image]:
+    """Return the first hundred images: test images first, then validation and training
+    images.
     """
+    import pyarrow as pa
+
+    from coin_ray.stages.common.image_tables import read_images
+
+    images = pa.concat_tables(
+        read_images(step.folder(root), split) for split in ("test", "val", "train")
+    )
+    uris = images["uri"].slice(0, COMPARED_IMAGES).to_pylist()
+    return [_read_image(uri) for uri in uris]
+
+
+def read_int8_images(step: Step, root: str) -> Int8Images:
+    """Return training images spread over the whole list, and the first annotated test
+    images; each is decoded when it is used.
+    """
+    import pyarrow.compute as pc
+
+    from coin_ray.export.package import Int8Images
+    from coin_ray.stages.common.image_tables import open_annotations, read_images
+
     folder = step.folder(root)
-    train, test, truth = (
-        image_table(folder, "train"),
-        image_table(folder, "test"),
-        truth_of(folder),
-    )
-    spread = train.take(
-        list(range(0, len(train), max(1, len(train) // CALIBRATED)))[:CALIBRATED]
-    )
-    annotated = test.filter(pc.is_in(test["image_id"], value_set=truth.ids)).slice(
-        0, LABELLED
-    )
+    training_images = read_images(folder, "train")
+    test_images = read_images(folder, "test")
+    annotations = open_annotations(folder)
+    interval = max(1, len(training_images) // CALIBRATION_IMAGES)
+    indexes = list(range(0, len(training_images), interval))[:CALIBRATION_IMAGES]
+    calibration_uris = training_images["uri"].take(indexes).to_pylist()
+    is_annotated = pc.is_in(test_images["image_id"], value_set=annotations.ids)
+    labelled = test_images.filter(is_annotated).slice(0, LABELLED_IMAGES)
     return Int8Images(
-        (_decoded(row) for row in spread.to_pylist()),
-        ((_decoded(row), truth[row["image_id"]]) for row in annotated.to_pylist()),
+        (_read_image(uri) for uri in calibration_uris),
+        (
+            (_read_image(row["uri"]), annotations[row["image_id"]])
+            for row in labelled.to_pylist()
+        ),
     )
 
 
-def _decoded(row: dict[str, object]) -> Image.Image:
-    return decode_rgb(storage.read_bytes(str(row["uri"])))
+def _read_image(uri: str) -> Image:
+    from coin_ray.data.canonical import decode_rgb
+
+    return decode_rgb(storage.read_bytes(uri))

@@ -51,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     ):
         tool_parser = tools.add_parser(name, help=description)
-        tool_parser.add_argument(
-            "--root", required=True, help="folder or URI of a run"
-        )
+        tool_parser.add_argument("--root", required=True, help="folder or URI of a run")
         tool_parser.set_defaults(tool=tool)
     return parser
 

@@ -161,9 +161,7 @@ def propose_map(options: argparse.Namespace) -> int:
     config = _read_run_config(options.root)
     service = options.service or (config.cloud.service if config else "http")
     embed = None if options.no_similarity else _load_text_encoder(options, config)
-    text = propose_label_map(
-        observed, options.classes, service, embed, options.margin
-    )
+    text = propose_label_map(observed, options.classes, service, embed, options.margin)
     if options.out:
         storage.write_bytes(storage.absolute_uri(options.out), text.encode())
         print(

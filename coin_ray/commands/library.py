@@ -8,23 +8,23 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from coin_ray import storage
-from coin_ray.commands.arguments import check, named_cloud
+from coin_ray.commands.arguments import check_config, parse_cloud
 from coin_ray.config import Folder, PipelineConfig
-from coin_ray.config.files import from_dict
 from coin_ray.config.presets import PRESETS
+from coin_ray.config.yaml_files import parse_config
 from coin_ray.errors import ConfigError, StepError
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 
 if TYPE_CHECKING:
-    from coin_ray.predictors.student import Predictor
+    from coin_ray.predictors.student import StudentPredictor
 
-EXPORT = ("model.safetensors", "model.json")
+EXPORTED_FILES = ("model.safetensors", "model.json")
 
 
 @dataclass(frozen=True)
@@ -38,40 +38,38 @@ class Adaptation:
     summary: Mapping[str, Any]
 
     @cached_property
-    def student(self) -> Predictor:
+    def student(self) -> StudentPredictor:
         """The adapted detector: called with a PIL image it returns ``Detections`` in
         that image's pixels.
         """
-        from coin_ray.predictors.student import Predictor, load_exported
+        from coin_ray.predictors.student import StudentPredictor, load_exported_student
 
-        found = load_exported(self._finished("export"))
-        assert isinstance(found, Predictor)  # a pipeline's student
-        return found
+        student = load_exported_student(self._finished_folder("export"))
+        assert isinstance(student, StudentPredictor)  # a pipeline's student
+        return student
 
     def report(self) -> str:
-        """Where the page with figures, curves and pictures is."""
-        return storage.join(self._finished("report"), "report.html")
+        """Return the URI of the page with figures, curves and pictures."""
+        return storage.join(self._finished_folder("report"), "report.html")
 
     def export(self, folder: str | os.PathLike[str] | None = None) -> str:
-        """Where the student's two files are; with ``folder`` they are copied there.
-        ``serving.exported.load_exported`` reads them.
+        """Return the folder of the student's two files; with ``folder`` they are copied
+        there. ``coin_ray.predictors.student.load_exported_student`` reads them.
         """
-        place = self._finished("export")
+        source = self._finished_folder("export")
         if folder is None:
-            return place
-        target = storage.absolute(os.fspath(folder))
-        for name in EXPORT:
-            storage.write_bytes(
-                storage.join(target, name),
-                storage.read_bytes(storage.join(place, name)),
-            )
+            return source
+        target = storage.absolute_uri(os.fspath(folder))
+        for name in EXPORTED_FILES:
+            content = storage.read_bytes(storage.join(source, name))
+            storage.write_bytes(storage.join(target, name), content)
         return target
 
-    def _finished(self, name: str) -> str:
-        step = graph(self.config)[name]
-        if step.manifest(self.root) is None:
+    def _finished_folder(self, name: str) -> str:
+        step = build_steps(self.config)[name]
+        if not step.is_finished(self.root):
             raise StepError(
-                f"{name} has not been made below {self.root}: call adapt again with"
+                f"step {name} is not finished below {self.root}: call adapt again with"
                 f" until=None or until={name!r}"
             )
         return step.folder(self.root)
@@ -91,19 +89,20 @@ def adapt(
     """Adapt the detector behind ``cloud`` (an address, or a service of docs/cloud.md)
     to a folder of images.
 
-    ``test``: labelled images to measure on. ``root``: folder or URI of everything
+    ``test``: labelled images to evaluate on. ``root``: folder or URI of everything
     written (default: runs/PRESET). ``settings``: any others by dotted name, as
-    ``{"cloud.max_usd": 20}``. ``until``: the last step to run. Raises a
-    ``coin_ray.errors.CoinError`` that says what to change; a killed run goes on by the
-    same call.
+    ``{"cloud.max_usd": 20}``. ``until``: the last step to run. Raise a
+    ``coin_ray.errors.CoinError`` that says what to change; the same call resumes a
+    killed run.
     """
-    from coin_ray.runs import runner
+    from coin_ray.runs.runner import run_pipeline
 
-    config = configured(images, classes, cloud, test, preset, settings or {})
-    place, steps = _root(root, config), graph(config)
+    config = build_config(images, classes, cloud, test, preset, settings or {})
+    run_root, steps = _run_root(root, config), build_steps(config)
     if until is not None and until not in steps:
         raise ConfigError(f"until must be one of {', '.join(steps)}; got {until!r}")
-    return Adaptation(config, place, runner.run(config, steps, place, until))
+    summary = run_pipeline(config, steps, run_root, until)
+    return Adaptation(config, run_root, summary.to_json())
 
 
 def plan(
@@ -116,14 +115,16 @@ def plan(
     preset: str = "folder",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print what ``adapt`` with the same arguments would do, ask and pay. Asks nothing."""
-    from coin_ray.runs import runner
+    """Print the steps, calls and cost of ``adapt`` with the same arguments. Makes no
+    call.
+    """
+    from coin_ray.runs.runner import print_plan
 
-    config = configured(images, classes, cloud, test, preset, settings or {})
-    runner.plan(config, graph(config), _root(root, config))
+    config = build_config(images, classes, cloud, test, preset, settings or {})
+    print_plan(config, build_steps(config), _run_root(root, config))
 
 
-def configured(
+def build_config(
     images: str | os.PathLike[str] | None,
     classes: Sequence[str],
     cloud: str,
@@ -131,72 +132,65 @@ def configured(
     preset: str,
     settings: Mapping[str, Any],
 ) -> PipelineConfig:
-    """The preset with what was given. Raises ConfigError."""
+    """Return the preset with these settings. Raise ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; the presets are {', '.join(PRESETS)}")
     if isinstance(classes, str):
-        raise ConfigError(
-            "classes must be a list of names, as"
-            f" {[c.strip() for c in classes.split(',')]}; got one text"
-        )
+        names = [name.strip() for name in classes.split(",")]
+        raise ConfigError(f"classes must be a list of names, as {names}; got one text")
     config = PRESETS[preset]()
+    folder = config.data if isinstance(config.data, Folder) else Folder()
+    if images is not None:
+        folder = replace(folder, images=storage.absolute_uri(os.fspath(images)))
+    if test is not None:
+        folder = replace(folder, test=storage.absolute_uri(os.fspath(test)))
     if images is not None or test is not None:
-        given: dict[str, Any] = {
-            name: storage.absolute(os.fspath(v))
-            for name, v in (("images", images), ("test", test))
-            if v is not None
-        }
-        config = replace(
-            config,
-            data=replace(
-                config.data if isinstance(config.data, Folder) else Folder(), **given
-            ),
-        )
+        config = replace(config, data=folder)
     if classes:
         config = replace(config, classes=tuple(classes))
     if cloud:
-        config = replace(config, cloud=named_cloud(cloud))
-    config = with_settings(config, settings)
-    check(config)
+        config = replace(config, cloud=parse_cloud(cloud))
+    config = replace_settings(config, settings)
+    check_config(config)
     return config
 
 
-def with_settings(
+def replace_settings(
     config: PipelineConfig, settings: Mapping[str, Any]
 ) -> PipelineConfig:
-    """The config with values replaced by dotted name. Raises ConfigError for a name or
-    a value that can't be.
+    """Return the config with settings replaced by dotted name. Raise ConfigError for a
+    name or a value that can't be.
     """
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name, value in settings.items():
-        *path, last = name.replace("-", "_").split(".")
-        inner = values
-        for part in path:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict) or last not in inner:
-            near = difflib.get_close_matches(
-                name, list(_names(values)), n=3, cutoff=0.3
-            )
+    if not settings:
+        return config
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name, setting in settings.items():
+        *path, field_name = name.replace("-", "_").split(".")
+        section = fields
+        for section_name in path:
+            section = section.get(section_name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or field_name not in section:
+            all_names = list(_setting_names(fields))
+            similar = difflib.get_close_matches(name, all_names, n=3, cutoff=0.3)
             raise ConfigError(
-                f"no setting {name!r}; close to it: {', '.join(near)}. All: python"
-                f" pipelines/full.py {config.preset} --settings"
+                f"no setting {name!r}; close to it: {', '.join(similar)}. All: coin-ray"
+                f" adapt {config.preset} --settings"
             )
-        inner[last] = list(value) if isinstance(value, (tuple, set)) else value
-    return from_dict(values, "settings") if settings else config
+        is_sequence = isinstance(setting, (tuple, set))
+        section[field_name] = list(setting) if is_sequence else setting
+    return parse_config(fields, "settings")
 
 
-def _names(values: Mapping[str, Any], before: str = "") -> list[str]:
-    found = []
-    for name, value in values.items():
-        found += (
-            _names(value, f"{before}{name}.")
-            if isinstance(value, dict)
-            else [before + name]
-        )
-    return found
+def _setting_names(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings."""
+    for name, setting in fields.items():
+        if isinstance(setting, dict):
+            yield from _setting_names(setting, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
-def _root(root: str | os.PathLike[str] | None, config: PipelineConfig) -> str:
-    return storage.absolute(
-        os.fspath(root) if root is not None else storage.join("runs", config.preset)
-    )
+def _run_root(root: str | os.PathLike[str] | None, config: PipelineConfig) -> str:
+    if root is None:
+        root = storage.join("runs", config.preset)
+    return storage.absolute_uri(os.fspath(root))

@@ -1,40 +1,46 @@
-"""Labels of a run to people and back: ``pipelines/review.py``."""
+"""``coin-ray review out|back``: labels of a run to a review tool and back."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-
-import pyarrow.compute as pc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from coin_ray import storage
-from coin_ray.commands.arguments import reported
-from coin_ray.config.files import from_yaml
-from coin_ray.data.formats import IMAGE_FOLDERS, write
-from coin_ray.data.review import corrections, cvat, fiftyone, label_studio
-from coin_ray.data.review.record import Review, reviews
 from coin_ray.errors import InputError, StepError
-from coin_ray.runs.graph import graph
 
+if TYPE_CHECKING:
+    from coin_ray.data.review.reviews import Review
+
+DESCRIPTION = """\
+Send the labels of a run to a review tool, those with the highest teacher disagreement
+first, and read them back as a data set. Corrections outrank every teacher: coin-ray
+adapt --corrections.
+
+    coin-ray review out label-studio|cvat|fiftyone --root ROOT --out FOLDER [--most N]
+    coin-ray review back EXPORT --out FOLDER [--format coco]
+"""
 TOOLS = ("label-studio", "cvat", "fiftyone")
 
 
-def main(arguments: Sequence[str], description: str) -> int:
-    """The command; returns its exit code."""
-    given = _parser(description).parse_args(arguments)
-    return reported(
-        lambda: print(_out(given) if given.command == "out" else _back(given))
-    )
+def review(arguments: Sequence[str]) -> None:
+    """Run one direction and print what was written."""
+    options = build_parser().parse_args(arguments)
+    direction: Callable[[argparse.Namespace], str] = options.direction
+    print(direction(options))
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    from coin_ray.data.formats import IMAGE_FOLDERS
+
     parser = argparse.ArgumentParser(
-        prog="review.py",
-        description=description,
+        prog="coin-ray review",
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("out", help="write what a review tool imports")
+    directions = parser.add_subparsers(required=True, metavar="out|back")
+    out = directions.add_parser("out", help="write what a review tool imports")
     out.add_argument("tool", choices=TOOLS)
     out.add_argument(
         "--root",
@@ -42,70 +48,101 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="folder or URI of a run whose step separate is finished",
     )
     out.add_argument(
-        "--most", type=int, metavar="N", help="only the N images in most dispute"
+        "--most",
+        type=int,
+        metavar="N",
+        help="only the N images with the highest teacher disagreement",
     )
     out.add_argument(
         "--url",
         default="{uri}",
-        help="label-studio: where it finds an image, from its {uri} (default: the URI)",
+        help=(
+            "label-studio: address of an image, made from its {uri} (default: the URI)"
+        ),
     )
-    back = commands.add_parser(
+    out.set_defaults(direction=export_reviews)
+    back = directions.add_parser(
         "back",
-        help="write the reviewed images as a data set, for example to measure on",
+        help="write the reviewed images as a data set, for example to evaluate on",
     )
     back.add_argument("export", help="what the tool exported")
     back.add_argument("--format", default="coco", choices=sorted(IMAGE_FOLDERS))
-    for command in (out, back):
-        command.add_argument("--out", required=True, metavar="FOLDER")
+    back.set_defaults(direction=import_reviews)
+    for direction in (out, back):
+        direction.add_argument("--out", required=True, metavar="FOLDER")
     return parser
 
 
-def _out(given: argparse.Namespace) -> str:
-    root, folder = storage.absolute(given.root), storage.absolute(given.out)
-    chosen, total, classes = _disputed(root, given.most)
-    if given.tool == "label-studio":
-        label_studio.write(chosen, folder, classes, given.url)
-    elif given.tool == "cvat":
-        cvat.write(chosen, folder, classes)
+def export_reviews(options: argparse.Namespace) -> str:
+    """Write the files that a review tool imports; return what was written."""
+    from coin_ray.data.review.cvat import write_cvat
+    from coin_ray.data.review.fiftyone import write_fiftyone
+    from coin_ray.data.review.label_studio import write_label_studio
+
+    root = storage.absolute_uri(options.root)
+    folder = storage.absolute_uri(options.out)
+    reviews, image_count, classes = _select_reviews(root, options.most)
+    if options.tool == "label-studio":
+        write_label_studio(reviews, folder, classes, options.url)
+    elif options.tool == "cvat":
+        write_cvat(reviews, folder, classes)
     else:
-        fiftyone.write(chosen, folder)
+        write_fiftyone(reviews, folder)
     return (
-        f"{len(chosen)} of {total} training images, those in most dispute first:"
-        f" {folder}"
+        f"{len(reviews)} of {image_count} training images, those with the highest"
+        f" teacher disagreement first: {folder}"
     )
 
 
-def _disputed(root: str, most: int | None) -> tuple[list[Review], int, tuple[str, ...]]:
-    """Images of the run's step separate, those in most dispute first; how many there
-    are in all; and its classes.
+def _select_reviews(
+    root: str, most: int | None
+) -> tuple[list[Review], int, tuple[str, ...]]:
+    """Return the images of the run's step separate, those with the highest teacher
+    disagreement first; how many there are in all; and the run's classes.
     """
-    config = from_yaml(storage.join(root, "config.yaml"))
-    steps = graph(config)
-    if steps["separate"].manifest(root) is None:
+    import pyarrow.compute as pc
+
+    from coin_ray.config.yaml_files import read_config
+    from coin_ray.data.review.reviews import reviews_by_disagreement
+    from coin_ray.runs.graph import build_steps
+
+    config = read_config(storage.join(root, "config.yaml"))
+    steps = build_steps(config)
+    if not steps["separate"].is_finished(root):
         raise StepError(
             f"a review needs the finished step separate below {root}: run"
-            f" pipelines/separate.py --config {root}/config.yaml first"
+            f" coin-ray separate --config {root}/config.yaml first"
         )
     images = storage.read_table(
         storage.join(steps["images"].folder(root), "images.parquet")
     )
     if "corrections" in steps:
-        done = storage.read_table(
+        corrections = storage.read_table(
             storage.join(steps["corrections"].folder(root), "corrections.parquet")
-        )["image_id"]
-        images = images.filter(pc.invert(pc.is_in(images["image_id"], value_set=done)))
+        )
+        reviewed = pc.is_in(images["image_id"], value_set=corrections["image_id"])
+        images = images.filter(pc.invert(reviewed))
     separation = storage.join(steps["separate"].folder(root), "separation.parquet")
-    return *reviews(images, separation, config.classes, most), config.classes
+    reviews, image_count = reviews_by_disagreement(
+        images, separation, config.classes, most
+    )
+    return reviews, image_count, config.classes
 
 
-def _back(given: argparse.Namespace) -> str:
-    found = [
-        review.record() for review in corrections.read(given.export) if review.reviewed
+def import_reviews(options: argparse.Namespace) -> str:
+    """Write the reviewed images of an export as a data set; return what was written."""
+    from coin_ray.data.formats import write_dataset
+    from coin_ray.data.review.corrections import read_reviews
+
+    records = [
+        review.image_record()
+        for review in read_reviews(options.export)
+        if review.reviewed
     ]
-    if not found:
+    if not records:
         raise InputError(
-            f"{given.export}: no image in it is marked as reviewed (docs/own-data.md"
+            f"{options.export}: no image in it is marked as reviewed (docs/own-data.md"
             " says how)"
         )
-    write(found, given.out, given.format)
-    return f"{len(found)} reviewed images: {storage.absolute(given.out)}"
+    write_dataset(records, options.out, options.format)
+    return f"{len(records)} reviewed images: {storage.absolute_uri(options.out)}"

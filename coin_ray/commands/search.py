@@ -1,115 +1,114 @@
-"""The command line of a search: ``search.py PRESET [options of the search] [settings of
-the preset]``.
-"""
+"""``coin-ray search PRESET [options of the search] [settings of the preset]``."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coin_ray.commands.arguments import parse, reported
+from coin_ray.commands.arguments import ExtraOptions
 from coin_ray.errors import ConfigError
-from coin_ray.search.needs import PACKAGES, check_installed, has_validation
+from coin_ray.search.requirements import (
+    ALGORITHM_PACKAGES,
+    check_algorithm_installed,
+    has_validation_images,
+)
 from coin_ray.search.space import SPACES
 
 if TYPE_CHECKING:
     from coin_ray.search.plan import Search
-    from coin_ray.search.run import Host
+
+DESCRIPTION = """\
+Search the settings of the distillation: loss weights, fusion, thresholds, learning
+rates, the teacher's rate, augmentation.
+
+    coin-ray search demo --space fusion --trials 16
+    coin-ray search demo --space fusion --trials 16 --resume
+    coin-ray search folder --images DIR --val LABELLED_DIR --classes person,dog --cloud https://detector.example.com
+
+Shares images, answers and trained teachers with other runs below the same --root.
+Results: ROOT/search/SPACE-OBJECTIVE and MLflow.
+"""
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchRequest:
     search: Search
     resume: bool
     dry_run: bool
 
 
-def main(script: str, description: str) -> int:
-    """Search, or with ``--dry-run`` say what would be done; returns the exit code."""
+def search(arguments: Sequence[str]) -> None:
+    """Run the search; with ``--dry-run`` print what it would do."""
+    request = parse_search(arguments)
+    from coin_ray.search.run import print_search_plan, run_search
 
-    def work() -> None:
-        asked = request(sys.argv[1:], script, description)
-        from coin_ray.search import run
+    if request.dry_run:
+        print_search_plan(request.search)
+        return
+    check_algorithm_installed(request.search.algorithm)
+    from coin_ray.search.page import write_page
+    from coin_ray.search.tuner import run_trials_with_tune
 
-        if asked.dry_run:
-            run.plan(asked.search)
-            return
-        check_installed(asked.search.algorithm)
-        run.search(asked.search, _host(asked.search), resume=asked.resume)
-        from coin_ray.search.page import write_page
-
-        print(f"page: {write_page(asked.search.folder)}")
-
-    return reported(work, "the same command with --resume goes on from here")
+    run_search(request.search, run_trials_with_tune, resume=request.resume)
+    print(f"page: {write_page(request.search.folder)}")
 
 
-def _host(wanted: Search) -> Host:
-    if wanted.population:
-        from coin_ray.search.population import under_population
-
-        return under_population
-    from coin_ray.search.tuner import under_tune
-
-    return under_tune
-
-
-def request(arguments: Sequence[str], script: str, description: str) -> Request:
-    """The search's own options, and the preset's settings as for ``full.py``. Raises
+def parse_search(arguments: Sequence[str]) -> SearchRequest:
+    """Read the search's own options, and the preset's settings as for ``adapt``. Raise
     ConfigError with what to change.
     """
-    parser = _options()
-    known, rest = parser.parse_known_args(list(arguments))
-    config, options = parse(rest, script, f"{description}\n\n{parser.format_help()}")
+    extra = _search_options()
+    search_options, config, options = extra.parse(
+        arguments, "coin-ray search", DESCRIPTION
+    )
     if options.until is not None or options.baselines:
         raise ConfigError(
             "a search decides itself what runs: leave out --until and --baselines"
         )
-    if known.concurrent != "auto" and not known.concurrent.isdigit():
-        raise ConfigError(
-            f"--concurrent must be a number or auto; got {known.concurrent!r}"
-        )
-    for name, value, choices in (
-        ("algorithm", known.algorithm, PACKAGES),
-        ("space", known.space, SPACES),
+    for name, choice, choices in (
+        ("algorithm", search_options.algorithm, ALGORITHM_PACKAGES),
+        ("space", search_options.space, SPACES),
     ):
-        if value not in choices:
+        if choice not in choices:
             raise ConfigError(
-                f"--{name} must be one of {', '.join(choices)}; got {value!r}"
+                f"--{name} must be one of {', '.join(choices)}; got {choice!r}"
             )
+    objective = search_options.objective
+    if objective == "auto":
+        objective = "map50" if has_validation_images(config) else "label-free"
     from coin_ray.search.plan import Search
 
     search = Search(
         config,
         options.root,
-        known.space,
-        (
-            ("map50" if has_validation(config) else "label-free")
-            if known.objective == "auto"
-            else known.objective
-        ),
-        known.algorithm,
-        known.scheduler or ("none" if known.algorithm == "population" else "asha"),
-        known.trials,
-        known.steps_share,
-        None if known.concurrent == "auto" else int(known.concurrent),
+        search_options.space,
+        objective,
+        search_options.algorithm,
+        search_options.scheduler,
+        search_options.trials,
+        search_options.steps_share,
+        _parse_concurrent(search_options.concurrent),
     )
-    return Request(search, known.resume, options.dry_run)
+    return SearchRequest(search, search_options.resume, options.dry_run)
 
 
-def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
-    )
-    own = parser.add_argument_group("options of the search")
-    own.add_argument(
+def _parse_concurrent(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise ConfigError(f"--concurrent must be a number or auto; got {text!r}")
+    return int(text)
+
+
+def _search_options() -> ExtraOptions:
+    extra = ExtraOptions("options of the search")
+    extra.group.add_argument(
         "--space",
         default="loss-weights",
         help=f"what is varied: {', '.join(SPACES)} (default: loss-weights)",
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--objective",
         default="auto",
         choices=["auto", "map50", "label-free"],
@@ -118,24 +117,24 @@ def _options() -> argparse.ArgumentParser:
             " else a score without labels"
         ),
     )
-    own.add_argument(
-        "--algorithm", default="optuna", help=f"{', '.join(PACKAGES)} (default: optuna)"
+    extra.group.add_argument(
+        "--algorithm",
+        default="optuna",
+        help=f"{', '.join(ALGORITHM_PACKAGES)} (default: optuna)",
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--scheduler",
+        default="asha",
         choices=["asha", "none"],
-        help="asha (default) stops bad trials early; a population has none",
+        help="asha (default) stops bad trials early",
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--trials",
         type=int,
         default=16,
-        help=(
-            "default: 16; the first is the preset as it is. Of a population: its"
-            " members"
-        ),
+        help="default: 16; the first is the preset as it is",
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--concurrent",
         default="auto",
         help=(
@@ -143,15 +142,15 @@ def _options() -> argparse.ArgumentParser:
             " --distill.fit.gpu)"
         ),
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--steps-share",
         type=float,
         default=1.0,
         help="share of the distillation's steps that each trial makes (default: 1)",
     )
-    own.add_argument(
+    extra.group.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a search that was stopped or killed; all else as it was",
+        help="continue a search that was stopped or killed; all else as it was",
     )
-    return parser
+    return extra

@@ -16,15 +16,18 @@ from typing import Any
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.config.optional_dependencies import check_installed
-from coin_ray.experiments.tracked import Runs
-from coin_ray.runs.graph import graph
-from coin_ray.runs.runner import up_to
-from coin_ray.runs.steps import Step, execute, finished
+from coin_ray.experiments.tracked import TrialRuns
+from coin_ray.runs.graph import build_steps
+from coin_ray.runs.runner import run_missing_steps, select_steps
+from coin_ray.runs.steps import Step, finished_manifests
 from coin_ray.runs.summary import PACKAGES, gap_closed
 
-ON_DRIVER = ("images", "collect")
+DRIVER_STAGES = ("images", "collect")
 """Stages that use the whole cluster themselves and pay: one at a time, before all
 others."""
+TrialResult = dict[str, Any]
+"""A row of NAME.json: ``variant``, ``group``, ``seed``, ``map50``, ``gap_closed``,
+``seconds`` and ``steps``."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,13 @@ class Trial:
 
     @property
     def title(self) -> str:
-        return ", ".join(
-            part
-            for part in (self.variant, self.group, f"seed {self.config.seed}")
-            if part
-        )
+        parts = (self.variant, self.group, f"seed {self.config.seed}")
+        return ", ".join(part for part in parts if part)
 
     @property
     def steps(self) -> dict[str, Step]:
-        return up_to(graph(self.config, baselines=self.baselines), "evaluate")
+        steps = build_steps(self.config, baselines=self.baselines)
+        return select_steps(steps, "evaluate")
 
 
 @dataclass(frozen=True)
@@ -59,125 +60,117 @@ class Job:
     config: PipelineConfig
     steps: tuple[Step, ...]
 
+    @property
+    def uses_driver(self) -> bool:
+        return self.steps[0].stage in DRIVER_STAGES
+
     def run(self, root: str) -> None:
-        for step in self.steps:
-            if step.manifest(root) is None:
-                execute(step, self.config, root)
+        run_missing_steps(self.steps, self.config, root, progress=False)
 
 
-Report = Callable[[Job, float], None]
-"""Told of each finished job and its seconds."""
-Host = Callable[[Sequence[Job], str, Report], None]
+OnJobEnd = Callable[[Job, float], None]
+"""Is called with each finished job and its seconds."""
+RunJobs = Callable[[Sequence[Job], str, OnJobEnd], None]
 """Runs jobs that do not depend on each other, in any order; returns when all are done.
 """
 
 
-def one_by_one(jobs: Sequence[Job], root: str, report: Report) -> None:
-    """The host without Ray: in this process."""
+def run_jobs_in_order(jobs: Sequence[Job], root: str, on_job_end: OnJobEnd) -> None:
+    """Run the jobs one after the other in this process, without Ray."""
     for job in jobs:
         start = time.monotonic()
         job.run(root)
-        report(job, time.monotonic() - start)
+        on_job_end(job, time.monotonic() - start)
 
 
-def waves(trials: Sequence[Trial], root: str) -> list[list[Job]]:
-    """What is not finished: first the steps that several trials share, level by level,
-    then the rest of each trial.
+def plan_waves(trials: Sequence[Trial], root: str) -> list[list[Job]]:
+    """Return the jobs that are not finished: first the steps that several trials share,
+    level by level, then the remaining steps of each trial.
 
     No step is in two jobs, and a wave needs nothing but the waves before it.
     """
-    users = Counter(
+    step_users = Counter(
         step.fingerprint for trial in trials for step in trial.steps.values()
     )
-    shared: dict[int, dict[str, Job]] = {}
-    own: list[Job] = []
+    shared_jobs: dict[int, dict[str, Job]] = {}
+    trial_jobs: list[Job] = []
     for trial in trials:
-        todo = [step for step in trial.steps.values() if step.manifest(root) is None]
-        alone = tuple(
-            step
-            for step in todo
-            if users[step.fingerprint] == 1 and step.stage not in ON_DRIVER
-        )
-        for step in todo:
-            if step not in alone:
-                title = (
-                    f"{step.name} for {trial.title}"
-                    if step.stage not in ON_DRIVER
-                    else step.name
-                )
-                shared.setdefault(_depth(step), {}).setdefault(
-                    step.fingerprint, Job(title, trial.config, (step,))
-                )
-        own += [Job(trial.title, trial.config, alone)] if alone else []
-    return [
-        *(list(shared[depth].values()) for depth in sorted(shared)),
-        *([own] if own else []),
-    ]
+        unshared_steps: list[Step] = []
+        for step in trial.steps.values():
+            if step.is_finished(root):
+                continue
+            on_driver = step.stage in DRIVER_STAGES
+            if step_users[step.fingerprint] == 1 and not on_driver:
+                unshared_steps.append(step)
+                continue
+            title = step.name if on_driver else f"{step.name} for {trial.title}"
+            level = shared_jobs.setdefault(_step_depth(step), {})
+            level.setdefault(step.fingerprint, Job(title, trial.config, (step,)))
+        if unshared_steps:
+            trial_jobs.append(Job(trial.title, trial.config, tuple(unshared_steps)))
+    waves = [list(shared_jobs[depth].values()) for depth in sorted(shared_jobs)]
+    return [*waves, trial_jobs] if trial_jobs else waves
 
 
-def run(
-    name: str, trials: Sequence[Trial], root: str, host: Host, runs: Runs
-) -> list[dict[str, Any]]:
-    """Do what is missing and return one record per trial, which is also in
-    ROOT/NAME.json with the versions that made it.
+def run_grid(
+    name: str, trials: Sequence[Trial], root: str, run_jobs: RunJobs, runs: TrialRuns
+) -> list[TrialResult]:
+    """Run what is not finished and return one result per trial; they are also in
+    ROOT/NAME.json with the versions that made them.
     """
-    todo = waves(trials, root)
-    total, count = sum(len(wave) for wave in todo), 0
-    by_title = {trial.title: trial for trial in trials}
+    waves = plan_waves(trials, root)
+    job_count, finished_count = sum(len(wave) for wave in waves), 0
+    trials_by_title = {trial.title: trial for trial in trials}
 
-    def report(job: Job, seconds: float) -> None:
-        nonlocal count
-        count += 1
-        print(f"[{count}/{total}] {job.title}: {seconds:.0f} s", flush=True)
-        if job.title in by_title:
-            _track(by_title[job.title], root, runs)
+    def on_job_end(job: Job, seconds: float) -> None:
+        nonlocal finished_count
+        finished_count += 1
+        progress = f"[{finished_count}/{job_count}]"
+        print(f"{progress} {job.title}: {seconds:.0f} s", flush=True)
+        if job.title in trials_by_title:
+            _track_trial(trials_by_title[job.title], root, runs)
 
-    for job in chain.from_iterable(todo):
+    for job in chain.from_iterable(waves):
         check_installed(job.config, {step.name for step in job.steps})
-    for wave in todo:
-        alone = any(job.steps[0].stage in ON_DRIVER for job in wave)
-        (one_by_one if alone else host)(wave, root, report)
+    for wave in waves:
+        uses_driver = any(job.uses_driver for job in wave)
+        (run_jobs_in_order if uses_driver else run_jobs)(wave, root, on_job_end)
     for trial in trials:
-        _track(trial, root, runs)
-    records = [record(trial, root) for trial in trials]
-    versions = {package: version(package) for package in PACKAGES} | {
-        "python": platform.python_version()
-    }
+        _track_trial(trial, root, runs)
+    results = [read_trial_result(trial, root) for trial in trials]
+    versions = {package: version(package) for package in PACKAGES}
+    versions["python"] = platform.python_version()
     storage.write_json(
         storage.join(root, f"{name}.json"),
-        {"grid": name, "trials": records, "versions": versions},
+        {"grid": name, "trials": results, "versions": versions},
     )
-    return records
+    return results
 
 
-def record(trial: Trial, root: str) -> dict[str, Any]:
-    """What a finished trial found: mAP50 by method, the share of the gap closed,
-    seconds of all its steps, shared ones too.
+def read_trial_result(trial: Trial, root: str) -> TrialResult:
+    """Return what a finished trial measured: mAP50 by method, the share of the gap
+    closed, seconds of all its steps, shared ones too.
     """
-    done = finished(list(trial.steps.values()), root)
-    map50 = done["evaluate"]["metrics"]["map50"]
+    manifests = finished_manifests(trial.steps.values(), root)
+    map50 = manifests["evaluate"].metrics["map50"]
     return {
         "variant": trial.variant,
         "group": trial.group,
         "seed": trial.config.seed,
         "map50": map50,
         "gap_closed": gap_closed(map50),
-        "seconds": {name: manifest["seconds"] for name, manifest in done.items()},
-        "steps": {name: manifest["fingerprint"] for name, manifest in done.items()},
+        "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
+        "steps": {name: manifest.fingerprint for name, manifest in manifests.items()},
     }
 
 
-def _track(trial: Trial, root: str, runs: Runs) -> None:
-    found = record(trial, root)
-    figures = {name: found[name] for name in ("map50", "gap_closed", "seconds")}
-    runs.add(
-        trial.title,
-        figures,
-        trial.config,
-        trial.steps["distill"].folder(root),
-        found["steps"]["images"],
-    )
+def _track_trial(trial: Trial, root: str, runs: TrialRuns) -> None:
+    trial_result = read_trial_result(trial, root)
+    figures = {name: trial_result[name] for name in ("map50", "gap_closed", "seconds")}
+    folder = trial.steps["distill"].folder(root)
+    digest = trial_result["steps"]["images"]
+    runs.add(trial.title, figures, trial.config, folder, digest)
 
 
-def _depth(step: Step) -> int:
-    return 1 + max((_depth(i) for i in step.inputs), default=-1)
+def _step_depth(step: Step) -> int:
+    return 1 + max((_step_depth(upstream) for upstream in step.inputs), default=-1)

@@ -1,5 +1,5 @@
-"""A grid in MLflow: one parent run, one child for each trial, all written by the
-driver.
+"""A grid of trials in MLflow: one parent run, one child for each trial, all written by
+the driver.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
-from coin_ray.config.files import fingerprint
+from coin_ray.config.fingerprints import fingerprint
 from coin_ray.runs.tracking import Tracker
 
 
-class Runs:
-    """``name``: of the grid. A trial is written once, however often the same command
-    runs.
+class TrialRuns:
+    """The MLflow runs of the grid ``name``. A trial is written once, however often the
+    same command runs.
     """
 
     def __init__(self, name: str, config: PipelineConfig, root: str) -> None:
@@ -31,17 +31,14 @@ class Runs:
         folder: str,
         digest: str = "",
     ) -> None:
-        """One child run: the whole config, every figure, and the distillation's curve
-        from ``folder``.
+        """Write one child run: the whole config, every figure, and the distillation's
+        curve from ``folder``.
         """
-        place = storage.join(
-            self.root,
-            "mlflow",
-            f"trial-{fingerprint([self.tracker.parent_run, title])}.json",
-        )
-        if not self.tracker.enabled or storage.exists(place):
+        key = fingerprint([self.tracker.parent_run, title])
+        marker = storage.join(self.root, "mlflow", f"trial-{key}.json")
+        if not self.tracker.enabled or storage.exists(marker):
             return
-        with self.tracker.stage(title, config, digest) as run:
-            written = run.finish(dict(figures), folder)
+        with self.tracker.child_run(title, config, digest) as run:
+            written = run.log(dict(figures), folder)
         if written:
-            storage.write_json(place, {"run_id": run.run_id})
+            storage.write_json(marker, {"run_id": run.run_id})

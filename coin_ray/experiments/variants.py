@@ -17,65 +17,58 @@ REFERENCE = "COIN"
 PUBLISHED_PI = 0.7
 
 
-def distilled(**changes: Any) -> Variant:
-    """The variant with these fields of ``Distill`` replaced."""
+def change_distillation(**changes: Any) -> Variant:
+    """Return the variant with these fields of ``Distill`` replaced."""
     return lambda config: replace(config, distill=replace(config.distill, **changes))
 
 
 def no_propagation(config: PipelineConfig) -> PipelineConfig:
-    """The CLIP detector stays as it was built (one step at the start of the warm-up). A
-    student that starts from it trains so much longer.
+    """Leave the CLIP detector as it was built (one step at the start of the warm-up). A
+    student that starts from it trains longer by the steps left out.
     """
     skipped = config.propagate.fit.steps - 1
-    once = replace(
-        config,
-        propagate=replace(config.propagate, fit=replace(config.propagate.fit, steps=1)),
-    )
+    one_step = replace(config.propagate.fit, steps=1)
+    untrained = replace(config, propagate=replace(config.propagate, fit=one_step))
     if config.distill.start_from != "clip_detector":
-        return once
-    distill, fit = config.distill, config.distill.fit
+        return untrained
+    distill, training = config.distill, config.distill.fit
     longer = replace(
-        fit,
-        steps=fit.steps + skipped,
-        milestones=tuple(m + skipped for m in fit.milestones),
-    )
-    later = tuple(
-        replace(change, start=change.start + skipped) for change in distill.schedule
+        training,
+        steps=training.steps + skipped,
+        milestones=tuple(milestone + skipped for milestone in training.milestones),
     )
     return replace(
-        once,
-        distill=replace(
-            distill, fit=longer, burn_up=distill.burn_up + skipped, schedule=later
-        ),
+        untrained,
+        distill=replace(distill, fit=longer, burn_up=distill.burn_up + skipped),
     )
 
 
 def clip_off(config: PipelineConfig) -> PipelineConfig:
-    """The second teacher is a detector trained on the cloud's own labels. Answers come
-    from the journal: no call is paid again.
+    """Train the second teacher on the cloud's own labels. Answers come from the
+    journal: no call is paid again.
     """
     return replace(config, collect=replace(config.collect, labeler="none"))
 
 
 def cloud_only(config: PipelineConfig) -> PipelineConfig:
-    """As CLIP off, and no result of the second teacher passes: all the cloud says
-    counts as consistent.
+    """Switch CLIP off and drop all results of the second teacher: every detection of
+    the cloud counts as consistent.
     """
-    alone = clip_off(config)
+    without_clip = clip_off(config)
     return replace(
-        alone,
+        without_clip,
         separate=replace(
-            alone.separate, clip_score_min=1.0, lone_cloud_consistent=True
+            without_clip.separate, clip_score_min=1.0, lone_cloud_consistent=True
         ),
     )
 
 
 ABLATION: dict[str, dict[str, Variant]] = {
     "losses": {
-        "no alignment": distilled(alignment=0.0),
-        "no consistent": distilled(consistent=0.0),
-        "no inconsistent": distilled(inconsistent=0.0),
-        "no private": distilled(private=0.0),
+        "no alignment": change_distillation(alignment=0.0),
+        "no consistent": change_distillation(consistent=0.0),
+        "no inconsistent": change_distillation(inconsistent=0.0),
+        "no private": change_distillation(private=0.0),
     },
     "stages": {
         "no propagation": no_propagation,
@@ -85,59 +78,55 @@ ABLATION: dict[str, dict[str, Variant]] = {
 }
 
 
-def fusions(share: float) -> dict[str, dict[str, Variant]]:
-    """Every fusion with the published threshold, and with the one of its own that lets
-    ``share`` of the inconsistent boxes teach.
+def fusion_variants(share: float) -> dict[str, dict[str, Variant]]:
+    """Return every fusion rule with the published threshold, and with the threshold
+    that ``share`` of the inconsistent boxes reach.
     """
-    rules = get_args(FusionRule)
-    return {
-        f"pi = {PUBLISHED_PI:g}": {
-            rule: distilled(
-                fusion=rule, fusion_score_min=PUBLISHED_PI, fusion_share=None
-            )
-            for rule in rules
-        },
-        f"surest {share:.0%}": {
-            rule: distilled(fusion=rule, fusion_share=share) for rule in rules
-        },
-    }
+    published: dict[str, Variant] = {}
+    by_share: dict[str, Variant] = {}
+    for rule in get_args(FusionRule):
+        published[rule] = change_distillation(
+            fusion=rule, fusion_score_min=PUBLISHED_PI, fusion_share=None
+        )
+        by_share[rule] = change_distillation(fusion=rule, fusion_share=share)
+    return {f"pi = {PUBLISHED_PI:g}": published, f"surest {share:.0%}": by_share}
 
 
-def trials(
+def build_trials(
     config: PipelineConfig,
     groups: Mapping[str, Mapping[str, Variant]],
     seeds: Sequence[int],
     *,
     baselines: bool = False,
 ) -> list[Trial]:
-    """The config as it is, then every variant that differs from it (CLIP can't be
-    switched off twice), each with all seeds.
+    """Return the config as it is, then every variant that differs from it (CLIP can't
+    be switched off twice), each with all seeds.
     """
-    seeded = [replace(config, seed=seed) for seed in seeds]
-    reference = [Trial(REFERENCE, "", c, baselines) for c in seeded]
-    return reference + [
-        Trial(name, group, variant(c))
-        for group, variants in groups.items()
-        for name, variant in variants.items()
-        for c in seeded
-        if variant(c) != c
-    ]
+    seeded_configs = [replace(config, seed=seed) for seed in seeds]
+    trials = [Trial(REFERENCE, "", seeded, baselines) for seeded in seeded_configs]
+    for group, variants in groups.items():
+        for name, variant in variants.items():
+            for seeded in seeded_configs:
+                changed = variant(seeded)
+                if changed != seeded:
+                    trials.append(Trial(name, group, changed))
+    return trials
 
 
-def shortened(config: PipelineConfig, share: float) -> PipelineConfig:
-    """All trainings with ``share`` of their steps, to see whether everything runs; the
-    figures mean nothing.
+def shorten_training(config: PipelineConfig, share: float) -> PipelineConfig:
+    """Return the config with ``share`` of the steps of all trainings, to see whether
+    everything runs; its figures mean nothing.
     """
 
-    def few(steps: int) -> int:
+    def shorten_steps(steps: int) -> int:
         return max(1, round(steps * share))
 
-    def fit(full: TrainingConfig) -> TrainingConfig:
+    def shorten(training: TrainingConfig) -> TrainingConfig:
         return replace(
-            full,
-            steps=few(full.steps),
-            milestones=tuple(few(m) for m in full.milestones),
-            warmup=round(full.warmup * share),
+            training,
+            steps=shorten_steps(training.steps),
+            milestones=tuple(shorten_steps(step) for step in training.milestones),
+            warmup=round(training.warmup * share),
         )
 
     propagate, distill = config.propagate, config.distill
@@ -145,16 +134,13 @@ def shortened(config: PipelineConfig, share: float) -> PipelineConfig:
         config,
         propagate=replace(
             propagate,
-            fit=fit(propagate.fit),
+            fit=shorten(propagate.fit),
             prototypes_from=round(propagate.prototypes_from * share),
         ),
         distill=replace(
             distill,
-            fit=fit(distill.fit),
+            fit=shorten(distill.fit),
             burn_up=round(distill.burn_up * share),
             prototypes_from=round(distill.prototypes_from * share),
-            schedule=tuple(
-                replace(change, start=few(change.start)) for change in distill.schedule
-            ),
         ),
     )

@@ -1,5 +1,5 @@
-"""What a search found: the order of its trials, what each setting was worth, and the
-files and lines that say so.
+"""What a search found: the order of its trials, what each setting explains, and the
+lines of text about them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata, spearmanr  # type: ignore[import-untyped]
 
-from coin_ray.search.lineage import Look, said
-from coin_ray.search.plan import FULL
+from coin_ray.search.plan import PARTS
 from coin_ray.search.space import Choice, Space
 
-FEWEST = 3
-"""Trials below which no correlation is told."""
+MIN_TRIALS = 3
+"""Fewer trials give no correlation."""
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class TrialRecord:
     """One trial that has ended. ``ninths`` of its training were made; ``figures`` hold
-    its score then; ``failure``: why, or empty.
-
-    ``line``: of a member of a population, what its student has come through;
-    ``settings`` are then those it began with.
+    its score then; ``failure``: why it failed, or empty.
     """
 
     number: int
@@ -38,123 +34,106 @@ class Record:
     ninths: int
     seconds: float
     failure: str = ""
-    line: tuple[Look, ...] = ()
 
     @property
     def state(self) -> str:
         if self.failure:
             return "failed"
-        return "finished" if self.ninths == FULL else f"stopped at {self.ninths}/{FULL}"
+        if self.ninths == PARTS:
+            return "finished"
+        return f"stopped at {self.ninths}/{PARTS}"
+
+    @property
+    def has_score(self) -> bool:
+        return not self.failure and "score" in self.figures
 
     @property
     def is_preset(self) -> bool:
-        """Whether it had the preset's own settings throughout: a member's change only
-        when it is replaced.
-        """
-        return self.number == 0 and all(look.member == 0 for look in self.line)
+        """Whether the trial has the preset's own settings."""
+        return self.number == 0
 
     @property
     def rank_key(self) -> tuple[int, float]:
-        """Later trials are better than those stopped earlier; failed ones come last."""
-        return (
-            (-1, 0.0)
-            if self.failure or "score" not in self.figures
-            else (self.ninths, self.figures["score"])
-        )
+        """A sort key: trials that trained longer are better; failed ones come last."""
+        if not self.has_score:
+            return -1, 0.0
+        return self.ninths, self.figures["score"]
 
 
-def ordered(records: Sequence[Record]) -> list[Record]:
-    """Best first: finished ones by score, then those stopped, latest first, then failed
-    ones.
+def sort_trials(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials best first: finished ones by score, then those stopped, latest
+    first, then failed ones.
     """
-    return sorted(records, key=lambda r: r.rank_key, reverse=True)
+    return sorted(records, key=lambda record: record.rank_key, reverse=True)
 
 
-def best(records: Sequence[Record]) -> Record | None:
-    """The finished trial with the highest score; None if none finished."""
-    finished = [r for r in records if r.state == "finished"]
-    return max(finished, key=lambda r: r.figures["score"]) if finished else None
+def best_trial(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """Return the finished trial with the highest score; None if none finished."""
+    finished_trials = [record for record in records if record.state == "finished"]
+    if not finished_trials:
+        return None
+    return max(finished_trials, key=lambda record: record.figures["score"])
 
 
-def importance(records: Sequence[Record], space: Space) -> dict[str, float]:
-    """By setting, the share in 0..1 of the variance of the trials' ranks that it
+def setting_importance(
+    records: Sequence[TrialRecord], space: Space
+) -> dict[str, float]:
+    """Return by setting the share in 0..1 of the variance of the trials' ranks that it
     explains alone; empty for fewer than three trials.
 
     A number: Spearman's correlation squared. A choice: between-group variance of ranks.
     With few trials much of it is chance.
     """
-    known = [r for r in records if not r.failure and "score" in r.figures]
-    if len(known) < FEWEST:
+    scored_trials = [record for record in records if record.has_score]
+    if len(scored_trials) < MIN_TRIALS:
         return {}
-    ranks = _ranks(known)
+    ranks = _rank_trials(scored_trials)
     return {
-        name: _explained(
-            [r.settings[name] for r in known], ranks, isinstance(domain, Choice)
+        name: _explained_variance(
+            [record.settings[name] for record in scored_trials],
+            ranks,
+            isinstance(domain, Choice),
         )
         for name, domain in space.items()
     }
 
 
-def truth_correlation(records: Sequence[Record]) -> tuple[float, int] | None:
-    """Spearman's correlation of label-free scores with validation mAP50, and over how
-    many finished trials; None for fewer than three.
+def truth_correlation(records: Sequence[TrialRecord]) -> tuple[float, int] | None:
+    """Return Spearman's correlation of label-free scores with validation mAP50, and
+    over how many finished trials; None for fewer than three.
     """
     pairs = [
-        (r.figures["score"], r.figures["validation"])
-        for r in records
-        if r.state == "finished" and "validation" in r.figures
+        (record.figures["score"], record.figures["validation"])
+        for record in records
+        if record.state == "finished" and "validation" in record.figures
     ]
-    if len(pairs) < FEWEST:
+    if len(pairs) < MIN_TRIALS:
         return None
-    found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-    return (0.0 if found != found else found), len(pairs)
+    correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    if np.isnan(correlation):
+        correlation = 0.0
+    return correlation, len(pairs)
 
 
-def as_plain(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Without lines, which ``schedule.json`` holds."""
-    plain = [
-        dataclasses.asdict(dataclasses.replace(r, line=())) | {"state": r.state}
-        for r in records
-    ]
-    return [
-        {name: value for name, value in row.items() if name != "line"} for row in plain
-    ]
+def to_json_rows(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """Return the trials as rows of ``search.json``."""
+    return [dataclasses.asdict(record) | {"state": record.state} for record in records]
 
 
-def line(record: Record) -> str:
-    """One trial in words, for the log."""
-    came = f", its student came through {said(record.line)}" if record.line else ""
-    return (
-        f"trial {record.number}: {_said(record)}, {record.seconds:.0f} s"
-        f" ({_listed({n: setting(record, n) for n in record.settings})}){came}"
+def format_trial(record: TrialRecord) -> str:
+    """Return one trial as a line of the log."""
+    settings = ", ".join(
+        f"{name.rsplit('.', 1)[-1]} {format_setting(setting)}"
+        for name, setting in record.settings.items()
     )
+    score = f"score {format_score(record)}, {record.state}"
+    if record.failure:
+        score = f"failed, {record.failure}"
+    return f"trial {record.number}: {score}, {record.seconds:.0f} s ({settings})"
 
 
-def look_line(look: Look) -> str:
-    """One look at a member of a population in words, for the log."""
-    copied = f", a copy of {look.copied}" if look.copied != look.member else ""
-    told = (
-        f"failed, {look.failure}"
-        if look.failure
-        else f"score {100 * look.figures['score']:.1f}"
-    )
-    return (
-        f"member {look.member} after {look.ninths}/{FULL}: {told}{copied}"
-        f" ({_listed({n: shown(v) for n, v in look.settings.items()})})"
-    )
-
-
-def setting(record: Record, name: str) -> str:
-    """As a trial had it; if it changed on the way, first and last."""
-    first, last = (
-        shown(record.settings[name]),
-        shown(record.line[-1].settings[name] if record.line else record.settings[name]),
-    )
-    return first if first == last else f"{first} → {last}"
-
-
-def print_trials(title: str, records: Sequence[Record]) -> None:
-    """All trials, best first; scores in points."""
+def print_trials(title: str, records: Sequence[TrialRecord]) -> None:
+    """Print all trials, best first; scores in points."""
     table = Table(
         title=title,
         title_justify="left",
@@ -164,55 +143,49 @@ def print_trials(title: str, records: Sequence[Record]) -> None:
         padding=(0, 2, 0, 0),
     )
     names = list(records[0].settings) if records else []
-    for column in (
-        "trial",
-        "score",
-        "state",
-        *(name.rsplit(".", 1)[-1] for name in names),
-    ):
-        table.add_column(
-            column, justify="left" if column == "state" else "right", header_style="dim"
+    short_names = [name.rsplit(".", 1)[-1] for name in names]
+    for column in ("trial", "score", "state", *short_names):
+        justify = "left" if column == "state" else "right"
+        table.add_column(column, justify=justify, header_style="dim")  # type: ignore[arg-type]
+    for record in sort_trials(records):
+        settings = [format_setting(record.settings[name]) for name in names]
+        table.add_row(
+            format_trial_number(record), format_score(record), record.state, *settings
         )
-    for record in ordered(records):
-        score = (
-            ""
-            if record.failure or "score" not in record.figures
-            else f"{100 * record.figures['score']:.1f}"
-        )
-        name = f"{record.number} (preset)" if record.is_preset else str(record.number)
-        table.add_row(name, score, record.state, *(setting(record, n) for n in names))
     Console(width=max(120, 40 + 16 * len(names))).print(table)
 
 
-def shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def format_trial_number(record: TrialRecord) -> str:
+    return f"{record.number} (preset)" if record.is_preset else str(record.number)
 
 
-def _listed(settings: dict[str, str]) -> str:
-    return ", ".join(
-        f"{name.rsplit('.', 1)[-1]} {value}" for name, value in settings.items()
-    )
+def format_score(record: TrialRecord) -> str:
+    """Return the score in points, or an empty text for a trial without one."""
+    return f"{100 * record.figures['score']:.1f}" if record.has_score else ""
 
 
-def _said(record: Record) -> str:
-    if record.failure:
-        return f"failed, {record.failure}"
-    return f"score {100 * record.figures['score']:.1f}, {record.state}"
+def format_setting(setting: Any) -> str:
+    return f"{setting:.3g}" if isinstance(setting, float) else str(setting)
 
 
-def _ranks(records: Sequence[Record]) -> NDArray[np.float64]:
-    """1 for the worst."""
-    keys = sorted({r.rank_key for r in records})
-    return np.asarray(rankdata([keys.index(r.rank_key) for r in records]), np.float64)
+def _rank_trials(records: Sequence[TrialRecord]) -> NDArray[np.float64]:
+    """Return the rank of each trial, 1 for the worst."""
+    keys = sorted({record.rank_key for record in records})
+    positions = [keys.index(record.rank_key) for record in records]
+    return np.asarray(rankdata(positions), np.float64)
 
 
-def _explained(
-    values: Sequence[Any], ranks: NDArray[np.float64], choice: bool
+def _explained_variance(
+    settings: Sequence[Any], ranks: NDArray[np.float64], categorical: bool
 ) -> float:
     total = float(((ranks - ranks.mean()) ** 2).sum())
-    if total == 0 or len(set(values)) < 2:
+    choices = set(settings)
+    if total == 0 or len(choices) < 2:
         return 0.0
-    if not choice:
-        return float(spearmanr(values, ranks).statistic) ** 2
-    groups = [ranks[[v == name for v in values]] for name in set(values)]
-    return float(sum(len(g) * (g.mean() - ranks.mean()) ** 2 for g in groups)) / total
+    if not categorical:
+        return float(spearmanr(settings, ranks).statistic) ** 2
+    between_groups = 0.0
+    for choice in choices:
+        group = ranks[[setting == choice for setting in settings]]
+        between_groups += len(group) * float(group.mean() - ranks.mean()) ** 2
+    return between_groups / total

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.commands.arguments import reported
-from coin_ray.config.files import from_yaml
+from coin_ray.config.yaml_files import read_config
 from coin_ray.errors import InputError
-from coin_ray.report.page import template
-from coin_ray.runs.graph import graph
-from coin_ray.search.lineage import Looks, copies, line_of, read_looks, said
-from coin_ray.search.outcome import Record, ordered, setting, shown
-from coin_ray.search.plan import FULL, Search
+from coin_ray.report.page import get_template
+from coin_ray.runs.graph import build_steps
+from coin_ray.search.outcome import (
+    TrialRecord,
+    format_score,
+    format_setting,
+    sort_trials,
+)
+from coin_ray.search.plan import Search
+from coin_ray.search.requirements import ALGORITHM_PACKAGES
 
 PAGE = "search.html"
-FIGURES = ("parallel.svg", "importance.svg", "population.svg")
-JUDGES = {
+FIGURES = ("parallel.svg", "importance.svg")
+OBJECTIVE_TITLES = {
     "map50": "mAP50 on the validation images",
     "label-free": "a score without labels",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A row of the page; ``links``: (text, where it leads from the page)."""
+class TrialRow:
+    """A row of the page; ``links``: (text, address relative to the page)."""
 
     number: int
     preset: bool
@@ -37,120 +41,80 @@ class Trial:
     links: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """``member`` went on after ``ninths`` as a copy of ``source``, under ``settings``."""
-
-    ninths: int
-    member: int
-    source: int
-    settings: tuple[str, ...]
-
-
-def main(folder: str) -> int:
-    """Write the page anew, with the reports made since; returns the exit code."""
-    return reported(lambda: print(write_page(storage.absolute(folder))))
-
-
 def write_page(folder: str) -> str:
-    """The page of the search in ``folder``, a search's own; returns where it is. Raises
-    InputError if none is there that found a best trial.
+    """Write the page of the search in ``folder``, with the reports made since, and
+    return its URI. Raise InputError if no search with a best trial is there.
     """
-    if not all(
-        storage.exists(storage.join(folder, name))
-        for name in ("search.json", "best.yaml")
-    ):
+    required_files = ("search.json", "best.yaml")
+    if not all(storage.exists(storage.join(folder, name)) for name in required_files):
         raise InputError(
             f"{folder} holds no search with a finished trial: expected its search.json"
             " and best.yaml"
         )
     outcome = storage.read_json(storage.join(folder, "search.json"))
-    wanted = _asked(folder, outcome["search"])
-    looks = read_looks(folder, wanted.trials, FULL) if wanted.population else {}
-    records = ordered([_record(row, looks) for row in outcome["trials"]])
-    names = list(records[0].settings)
-    html = template("search.html").render(
+    search = _read_search(folder, outcome["search"])
+    records = sort_trials([_read_record(row) for row in outcome["trials"]])
+    figures = [name for name in FIGURES if storage.exists(storage.join(folder, name))]
+    html = get_template("search.html").render(
         name=folder.rpartition("/")[2],
-        judge=JUDGES[wanted.objective],
-        settings=[name.rpartition(".")[2] for name in names],
-        trials=[_trial(record, wanted, folder) for record in records],
-        copies=[
-            Copied(
-                c.ninths - 1,
-                c.member,
-                c.copied,
-                tuple(shown(v) for v in c.settings.values()),
-            )
-            for c in copies(looks)
-        ],
-        lines=[(record.number, said(record.line)) for record in records if record.line],
-        parts=FULL,
-        figures=[
-            name for name in FIGURES if storage.exists(storage.join(folder, name))
-        ],
+        judge=OBJECTIVE_TITLES[search.objective],
+        settings=[name.rpartition(".")[2] for name in records[0].settings],
+        trials=[_build_row(record, search, folder) for record in records],
+        figures=figures,
     )
     page = storage.join(folder, PAGE)
     storage.write_bytes(page, html.encode())
     return page
 
 
-def _asked(folder: str, asked: Mapping[str, Any]) -> Search:
-    """The search as it was asked for, but for the settings that it varies."""
-    best = from_yaml(storage.join(folder, "best.yaml"))
-    config = replace(best, distill=replace(best.distill, schedule=()))
+def _read_search(folder: str, identity: Mapping[str, Any]) -> Search:
+    """Return the search as it was started, but for the settings that it varies."""
+    if identity["--algorithm"] not in ALGORITHM_PACKAGES:
+        raise InputError(
+            f"{folder} was made by --algorithm {identity['--algorithm']}, which this"
+            f" version does not have; it has {', '.join(ALGORITHM_PACKAGES)}"
+        )
+    config = read_config(storage.join(folder, "best.yaml"))
     root = folder.rpartition("/search/")[0]
-    names = {
-        name.lstrip("-").replace("-", "_"): value
-        for name, value in asked.items()
+    options = {
+        name.lstrip("-").replace("-", "_"): option
+        for name, option in identity.items()
         if name.startswith("--") and name != "--space"
     }
-    return Search(config, root, asked["--space"], **names)
+    return Search(config, root, identity["--space"], **options)
 
 
-def _record(row: Mapping[str, Any], looks: Looks) -> Record:
-    values = {
-        name: value for name, value in row.items() if name not in ("state", "schedule")
-    }
-    return Record(**values, line=line_of(looks, row["number"], FULL) if looks else ())
+def _read_record(row: Mapping[str, Any]) -> TrialRecord:
+    return TrialRecord(**{key: row[key] for key in row if key != "state"})
 
 
-def _trial(record: Record, wanted: Search, folder: str) -> Trial:
-    score = (
-        ""
-        if record.failure or "score" not in record.figures
-        else f"{100 * record.figures['score']:.1f}"
-    )
-    settings = tuple(setting(record, name) for name in record.settings)
-    return Trial(
+def _build_row(record: TrialRecord, search: Search, folder: str) -> TrialRow:
+    settings = tuple(format_setting(setting) for setting in record.settings.values())
+    return TrialRow(
         record.number,
         record.is_preset,
-        score,
+        format_score(record),
         record.state,
         settings,
-        tuple(_links(record, wanted, folder)),
+        tuple(_trial_links(record, search, folder)),
     )
 
 
-def _links(record: Record, wanted: Search, folder: str) -> list[tuple[str, str]]:
-    """The trial's distillation, and the report of a whole run with its settings; what
-    is not there is left out.
+def _trial_links(
+    record: TrialRecord, search: Search, folder: str
+) -> list[tuple[str, str]]:
+    """Return links to the trial's distillation and to the report of a whole run with
+    its settings, as far as they exist.
     """
-    config = wanted.full_config(record.settings, record.line)
-    distilled = wanted.steps(record.settings, record.line)["distill"]
-    places = [
-        ("distillation", storage.join(distilled.folder(wanted.root), "manifest.json"))
-    ]
-    for baselines in (False, True):
-        report = graph(config, baselines=baselines)["report"]
-        places.append(
-            (
-                f"report{' with baselines' * baselines}",
-                storage.join(report.folder(wanted.root), "report.html"),
-            )
-        )
-    remote = "://" in folder
+    distillation = search.steps(record.settings)["distill"].folder(search.root)
+    targets = [("distillation", storage.join(distillation, "manifest.json"))]
+    config = search.full_config(record.settings)
+    for text, baselines in (("report", False), ("report with baselines", True)):
+        report = build_steps(config, baselines=baselines)["report"].folder(search.root)
+        targets.append((text, storage.join(report, "report.html")))
+    is_remote = "://" in folder
     return [
-        (text, place if remote else os.path.relpath(place, folder))
-        for text, place in places
-        if storage.exists(place)
+        (text, uri if is_remote else os.path.relpath(uri, folder))
+        for text, uri in targets
+        if storage.exists(uri)
     ]

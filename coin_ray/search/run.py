@@ -1,35 +1,31 @@
-"""A whole search: what trials share, the trials, and what is left at the end."""
+"""A whole search: the steps that trials share, the trials, and the files at the end."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
 
 from coin_ray import storage
-from coin_ray.config.files import to_yaml
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError, TrainingError
-from coin_ray.experiments.tracked import Runs
-from coin_ray.runs import runner
-from coin_ray.search.lineage import SCHEDULE, as_schedule, read_looks, said
+from coin_ray.experiments.tracked import TrialRuns
+from coin_ray.runs.runner import print_plan
 from coin_ray.search.outcome import (
-    Record,
-    as_plain,
-    best,
-    importance,
-    line,
+    TrialRecord,
+    best_trial,
+    format_trial,
     print_trials,
+    setting_importance,
+    to_json_rows,
     truth_correlation,
 )
-from coin_ray.search.plan import FULL, Search
-from coin_ray.search.plots import importance_bars, lines, parallel_coordinates
-from coin_ray.stages.common.training_job import STATE
+from coin_ray.search.plan import Search
+from coin_ray.search.plots import importance_bars, parallel_coordinates
+from coin_ray.stages.common.training_job import CHECKPOINT_FILE
 
-Host = Callable[..., list[Record]]
-"""``under_tune``, or what stands for it in a test."""
-JUDGES = {
-    "map50": "mAP50 on the labelled validation images; test images are not looked at",
+RunTrials = Callable[..., list[TrialRecord]]
+"""``run_trials_with_tune``, or its replacement in a test."""
+OBJECTIVE_DESCRIPTIONS = {
+    "map50": "mAP50 on the labelled validation images; test images are not used",
     "label-free": (
         "no label is used: held-out boxes that both teachers together are sure of,"
         " docs/search.md says what that is worth"
@@ -37,189 +33,153 @@ JUDGES = {
 }
 
 
-def search(wanted: Search, host: Host, *, resume: bool = False) -> Record:
-    """Run, print and leave ``search.json``, ``best.yaml`` and two figures in the
-    search's folder. Returns the best trial.
+def run_search(
+    search: Search, run_trials: RunTrials, *, resume: bool = False
+) -> TrialRecord:
+    """Run the search, print it and write ``search.json``, ``best.yaml`` and two figures
+    into its folder. Return the best trial.
 
-    Raises ConfigError if ``resume`` does not fit what lies there, TrainingError if no
-    trial finished.
+    Raise ConfigError if ``resume`` does not fit the search in the folder, TrainingError
+    if no trial finished.
     """
-    _check_earlier(wanted, resume)
+    _check_earlier_search(search, resume)
     print(
-        f"search: {len(wanted.space)} settings ({wanted.space_name}), {wanted.trials}"
-        f" trials, judged by {JUDGES[wanted.objective]}"
+        f"search: {len(search.space)} settings ({search.space_name}), {search.trials}"
+        f" trials, judged by {OBJECTIVE_DESCRIPTIONS[search.objective]}"
     )
-    wanted.prepare()
-    storage.write_json(_asked(wanted), wanted.asked)
-    runs = Runs(
-        f"search {wanted.space_name} {wanted.objective}", wanted.config, wanted.root
-    )
+    search.run_shared_steps()
+    storage.write_json(_identity_uri(search), search.identity)
+    name = f"search {search.space_name} {search.objective}"
+    runs = TrialRuns(name, search.config, search.root)
 
-    def tell(record: Record) -> None:
-        print(line(record), flush=True)
-        _track(wanted, record, runs)
+    def on_trial_end(record: TrialRecord) -> None:
+        print(format_trial(record), flush=True)
+        _track_trial(search, record, runs)
 
-    records = host(wanted, tell, resume=resume)
+    records = run_trials(search, on_trial_end, resume=resume)
     for record in records:
-        _track(wanted, record, runs)
-    return _leave(wanted, records, runs)
+        _track_trial(search, record, runs)
+    return _write_results(search, records, runs)
 
 
-def plan(wanted: Search) -> None:
+def print_search_plan(search: Search) -> None:
     """Print what a search would do, and what its shared steps would ask and pay,
     without doing it.
     """
-    runner.plan(wanted.config, wanted.shared, wanted.root)
-    steps = wanted.trial_config({}).distill.fit.steps
-    ends = ", fewer where ASHA stops them" if wanted.scheduler == "asha" else ""
-    copying = (
-        ", the worst quarter a copy of the best after each ninth"
-        if wanted.population
-        else ""
-    )
+    print_plan(search.config, search.shared_steps, search.root)
+    steps = search.trial_config({}).distill.fit.steps
+    early_stops = ", fewer where ASHA stops them" if search.scheduler == "asha" else ""
     print(
-        f"{wanted.trials} distillations of {steps} steps each{ends}{copying}; judged by"
-        f" {JUDGES[wanted.objective]}"
+        f"{search.trials} distillations of {steps} steps each{early_stops}; judged by"
+        f" {OBJECTIVE_DESCRIPTIONS[search.objective]}"
     )
-    for name, domain in wanted.space.items():
+    for name, domain in search.space.items():
         print(f"  {name}: {domain}")
 
 
-def _asked(wanted: Search) -> str:
-    return storage.join(wanted.folder, "asked.json")
+def _identity_uri(search: Search) -> str:
+    return storage.join(search.folder, "asked.json")
 
 
-def _check_earlier(wanted: Search, resume: bool) -> None:
-    found: dict[str, Any] | None = (
-        storage.read_json(_asked(wanted)) if storage.exists(_asked(wanted)) else None
-    )
-    if not resume and found is not None:
-        raise ConfigError(
-            f"there is a search in {wanted.folder}: add --resume to go on with it, or"
-            " remove that folder to start again"
-        )
-    if resume and found is None:
+def _check_earlier_search(search: Search, resume: bool) -> None:
+    uri = _identity_uri(search)
+    exists = storage.exists(uri)
+    if not resume:
+        if exists:
+            raise ConfigError(
+                f"there is a search in {search.folder}: add --resume to continue it, or"
+                " remove that folder to start again"
+            )
+        return
+    if not exists:
         raise ConfigError(
             "--resume: there is no search of this space and objective in"
-            f" {wanted.folder}; leave --resume out to start one"
+            f" {search.folder}; leave --resume out to start one"
         )
-    different = [
-        name
-        for name, value in wanted.asked.items()
-        if found is not None and found.get(name) != value
-    ]
-    if different:
+    earlier = storage.read_json(uri)
+    differences = []
+    for name, option in search.identity.items():
+        if earlier.get(name) == option:
+            continue
+        was = "" if name == "configuration" else f" (was {earlier.get(name)})"
+        differences.append(f"{name}{was}")
+    if differences:
         raise ConfigError(
-            f"--resume goes on with the search in {wanted.folder} as it was asked for;"
-            " different now: "
-            + ", ".join(
-                (
-                    name
-                    if name == "configuration"
-                    else f"{name} (was {(found or {}).get(name)})"
-                )
-                for name in different
-            )
+            f"--resume continues the search in {search.folder} with the options it was"
+            f" started with; different now: {', '.join(differences)}"
         )
 
 
-def _track(wanted: Search, record: Record, runs: Runs) -> None:
-    """An MLflow child run; of a trial that did not finish, the state of its training is
-    removed.
+def _track_trial(search: Search, record: TrialRecord, runs: TrialRuns) -> None:
+    """Write an MLflow child run; of a trial that did not finish, remove the training's
+    checkpoint.
     """
-    step = wanted.steps(record.settings, record.line)["distill"]
-    folder = step.folder(wanted.root)
+    step = search.steps(record.settings)["distill"]
+    folder = step.folder(search.root)
     if record.state != "finished":
-        storage.remove(storage.join(folder, STATE))
+        storage.remove(storage.join(folder, CHECKPOINT_FILE))
     figures = record.figures | {
         "ninths": record.ninths,
         "seconds": record.seconds,
         "failed": float(bool(record.failure)),
     }
-    came = f" ({said(record.line)})" if record.line else ""
-    runs.add(
-        f"trial {record.number}{came} {step.fingerprint}",
-        figures,
-        wanted.trial_config(record.settings, record.line),
-        folder,
-    )
+    title = f"trial {record.number} {step.fingerprint}"
+    runs.add(title, figures, search.trial_config(record.settings), folder)
 
 
-def _leave(wanted: Search, records: list[Record], runs: Runs) -> Record:
-    title = f"Search: {wanted.config.preset}, {wanted.space_name}, {wanted.objective}"
+def _write_results(
+    search: Search, records: list[TrialRecord], runs: TrialRuns
+) -> TrialRecord:
+    title = f"Search: {search.config.preset}, {search.space_name}, {search.objective}"
     print_trials(title, records)
-    worth = {} if wanted.population else importance(records, wanted.space)
-    trials = [
-        row | _schedule(wanted, record)
-        for row, record in zip(as_plain(records), records, strict=True)
-    ]
+    importance = setting_importance(records, search.space)
     outcome = {
-        "search": wanted.asked,
-        "trials": trials,
-        "importance": worth,
+        "search": search.identity,
+        "trials": to_json_rows(records),
+        "importance": importance,
         "truth_correlation": truth_correlation(records),
     }
-    storage.write_json(storage.join(wanted.folder, "search.json"), outcome)
-    winner = best(records)
+    storage.write_json(storage.join(search.folder, "search.json"), outcome)
+    winner = best_trial(records)
     if winner is None:
-        told = "; ".join(sorted({r.failure for r in records if r.failure}))[:500]
-        raise TrainingError(f"none of the {len(records)} trials finished. {told}")
-    files = {"best.yaml": to_yaml(wanted.full_config(winner.settings, winner.line))}
-    if wanted.population:
-        looks = read_looks(wanted.folder, wanted.trials, FULL)
-        schedule = as_schedule(
-            looks, winner.number, winner.line, wanted.trial_config({})
-        )
-        files |= {
-            SCHEDULE: json.dumps(schedule, indent=2),
-            "population.svg": lines(title, looks),
-        }
-    else:
-        files |= {
-            "parallel.svg": parallel_coordinates(title, records, wanted.space),
-            "importance.svg": importance_bars(title, worth),
-        }
+        failures = {record.failure for record in records if record.failure}
+        reasons = "; ".join(sorted(failures))[:500]
+        raise TrainingError(f"none of the {len(records)} trials finished. {reasons}")
+    files = {
+        "best.yaml": to_yaml(search.full_config(winner.settings)),
+        "parallel.svg": parallel_coordinates(title, records, search.space),
+        "importance.svg": importance_bars(title, importance),
+    }
     for name, text in files.items():
-        storage.write_bytes(storage.join(wanted.folder, name), text.encode())
-    runs.tracker.files(files)
-    runs.tracker.summary({"best_score": winner.figures["score"]}, None)
-    _say(wanted, winner, records, [name for name in files if name != "best.yaml"])
+        storage.write_bytes(storage.join(search.folder, name), text.encode())
+    runs.tracker.log_texts(files)
+    runs.tracker.log_summary({"best_score": winner.figures["score"]}, None)
+    _print_winner(search, winner, records)
     return winner
 
 
-def _schedule(wanted: Search, record: Record) -> dict[str, Any]:
-    """By which a report knows that its run has this member's settings."""
-    changes = wanted.full_config(record.settings, record.line).distill.schedule
-    return {"schedule": [asdict(change) for change in changes]} if record.line else {}
-
-
-def _say(
-    wanted: Search, winner: Record, records: list[Record], files: list[str]
+def _print_winner(
+    search: Search, winner: TrialRecord, records: list[TrialRecord]
 ) -> None:
-    own = next((r for r in records if r.is_preset and r.state == "finished"), None)
-    if winner is own:
+    preset_trials = [r for r in records if r.is_preset and r.state == "finished"]
+    if winner in preset_trials:
         print("no setting that was tried is better than the preset's own")
-    elif own is not None:
-        gained = 100 * (winner.figures["score"] - own.figures["score"])
+    elif preset_trials:
+        preset_score = preset_trials[0].figures["score"]
+        gain = 100 * (winner.figures["score"] - preset_score)
         print(
-            f"trial {winner.number} is best: {gained:+.1f} points over the preset. The"
+            f"trial {winner.number} is best: {gain:+.1f} points over the preset. The"
             " best of many is partly luck: check it with other seeds"
         )
-    if (
-        wanted.objective == "label-free"
-        and (found := truth_correlation(records)) is not None
-    ):
+    correlation = truth_correlation(records)
+    if search.objective == "label-free" and correlation is not None:
+        coefficient, trials = correlation
         print(
             "rank correlation of the label-free score with true mAP50 (validation):"
-            f" {found[0]:+.2f} over {found[1]} finished trials"
+            f" {coefficient:+.2f} over {trials} finished trials"
         )
-    if winner.line:
-        print(
-            f"trial {winner.number} came through {said(winner.line)}; best.yaml holds"
-            " its weights' changes by step (distill.schedule)"
-        )
-    print(f"figures: {wanted.folder}/{', '.join(files)}")
+    print(f"figures: {search.folder}/parallel.svg, importance.svg")
     print(
-        f"use it: python pipelines/full.py --config {wanted.folder}/best.yaml --root"
-        f" {wanted.root}"
+        f"use it: coin-ray adapt --config {search.folder}/best.yaml --root"
+        f" {search.root}"
     )

@@ -30,45 +30,44 @@ class Choice:
     values: tuple[str, ...]
 
 
-CHANGEABLE = frozenset({"distill.alignment", "distill.inconsistent", "distill.private"})
-"""Settings that are read anew at every step, so that they can change within a training
-(``coin_ray.config.Change``)."""
-Space = dict[str, Real | Choice]
+Domain = Real | Choice
+Space = dict[str, Domain]
 Settings = Mapping[str, Any]
 """A value for each name of a space."""
 
 
 def loss_weights(config: PipelineConfig) -> Space:
-    """Weights of the alignment [lambda], of inconsistent [gamma 1] and of private boxes
-    [gamma 2].
+    """Return the weights of the alignment [lambda], of inconsistent [gamma 1] and of
+    private boxes [gamma 2].
     """
-    return _around(
+    return _ranges_around(
         config,
         {"distill.alignment": 8, "distill.inconsistent": 8, "distill.private": 8},
     )
 
 
 def augment(config: PipelineConfig) -> Space:
-    """Strength of the strong view's colour changes, and weight decay."""
-    return {"distill.fit.augmentation": Real(0.0, 2.0)} | _around(
-        config, {"distill.fit.weight_decay": 5}
-    )
+    """Return the strength of the strong augmentation's colour changes, and the weight
+    decay.
+    """
+    strength: Space = {"distill.fit.augmentation": Real(0.0, 2.0)}
+    return strength | _ranges_around(config, {"distill.fit.weight_decay": 5})
 
 
 def fusion(config: PipelineConfig) -> Space:
-    """Who supervises inconsistent boxes, from which certainty on [pi], and with which
-    weight [gamma 1].
+    """Return the rule that supervises inconsistent boxes, the probability from which it
+    does [pi], and its weight [gamma 1].
     """
     rules: Space = {
         "distill.fusion": Choice(get_args(FusionRule)),
         "distill.fusion_score_min": Real(0.0, 0.9),
     }
-    return rules | _around(config, {"distill.inconsistent": 8})
+    return rules | _ranges_around(config, {"distill.inconsistent": 8})
 
 
 def full(config: PipelineConfig) -> Space:
-    """All of these, learning rates, the teacher's rate [1 - eta], and the thresholds of
-    the separation.
+    """Return all of these, learning rates, the teacher's rate [1 - eta], and the
+    thresholds of the separation.
     """
     rates = {
         "distill.fit.lr": 4,
@@ -80,13 +79,8 @@ def full(config: PipelineConfig) -> Space:
         "separate.iou_min": Real(0.35, 0.7),
         "separate.clip_score_min": Real(0.02, 0.5),
     }
-    return (
-        loss_weights(config)
-        | augment(config)
-        | fusion(config)
-        | _around(config, rates)
-        | thresholds
-    )
+    space = loss_weights(config) | augment(config) | fusion(config)
+    return space | _ranges_around(config, rates) | thresholds
 
 
 SPACES: dict[str, Callable[[PipelineConfig], Space]] = {
@@ -97,26 +91,20 @@ SPACES: dict[str, Callable[[PipelineConfig], Space]] = {
 }
 
 
-def space_of(name: str, config: PipelineConfig) -> Space:
-    """The named space; the config's own values lie in it. Raises ConfigError for an
-    unknown name, or if a setting would have no effect.
+def build_space(name: str, config: PipelineConfig) -> Space:
+    """Return the named space, widened to include the config's own values. Raise
+    ConfigError for an unknown name, or if a setting would have no effect.
     """
     if name not in SPACES:
         raise ConfigError(f"--space must be one of {', '.join(SPACES)}; got {name!r}")
     space = {
-        key: _with(domain, value(config, key))
-        for key, domain in SPACES[name](config).items()
+        setting: _widened(domain, get_setting(config, setting))
+        for setting, domain in SPACES[name](config).items()
     }
     if "distill.fusion_score_min" in space and config.distill.fusion_share is not None:
         raise ConfigError(
             f"--space {name} searches distill.fusion_score_min, which"
             " distill.fusion_share overrides: leave the latter out"
-        )
-    changed = sorted(space.keys() & CHANGEABLE)
-    if changed and config.distill.schedule:
-        raise ConfigError(
-            f"--space {name} searches {', '.join(changed)}, which distill.schedule"
-            " changes on the way: leave the latter out"
         )
     if not space:
         raise ConfigError(
@@ -126,46 +114,47 @@ def space_of(name: str, config: PipelineConfig) -> Space:
     return space
 
 
-def value(config: Any, name: str) -> Any:
-    """The setting with this dotted name."""
-    for part in name.split("."):
-        config = getattr(config, part)
+def get_setting(config: Any, name: str) -> Any:
+    """Return the setting with this dotted name."""
+    for field_name in name.split("."):
+        config = getattr(config, field_name)
     return config
 
 
-def apply(config: PipelineConfig, settings: Settings) -> PipelineConfig:
-    """The config with these settings replaced, checked like any other. Raises
+def apply_settings(config: PipelineConfig, settings: Settings) -> PipelineConfig:
+    """Return the config with these settings replaced, checked like any other. Raise
     ConfigError.
     """
-    for name, new in settings.items():
-        config = _replaced(config, name.split("."), new)
+    for name, setting in settings.items():
+        config = _replace_setting(config, name.split("."), setting)
     return config
 
 
-def start(config: PipelineConfig, space: Space) -> dict[str, Any]:
-    """The config's own values: where every search begins."""
-    return {name: value(config, name) for name in space}
+def preset_settings(config: PipelineConfig, space: Space) -> dict[str, Any]:
+    """Return the config's own values, with which every search begins."""
+    return {name: get_setting(config, name) for name in space}
 
 
-def _replaced(item: Any, path: list[str], new: Any) -> Any:
-    head, *rest = path
-    return replace(
-        item, **{head: _replaced(getattr(item, head), rest, new) if rest else new}
-    )
+def _replace_setting(config: Any, path: list[str], setting: Any) -> Any:
+    field_name, *inner_path = path
+    if inner_path:
+        setting = _replace_setting(getattr(config, field_name), inner_path, setting)
+    return replace(config, **{field_name: setting})
 
 
-def _around(config: PipelineConfig, factors: Mapping[str, float]) -> Space:
-    """From value / factor to value x factor; what is switched off (0) stays off."""
-    return {
-        name: Real(v / f, v * f, log=True)
-        for name, f in factors.items()
-        if (v := float(value(config, name))) > 0
-    }
+def _ranges_around(config: PipelineConfig, factors: Mapping[str, float]) -> Space:
+    """Return ranges from setting / factor to setting x factor; a setting that is
+    switched off (0) is left out.
+    """
+    space: Space = {}
+    for name, factor in factors.items():
+        present = float(get_setting(config, name))
+        if present > 0:
+            space[name] = Real(present / factor, present * factor, log=True)
+    return space
 
 
-def _with(domain: Real | Choice, present: Any) -> Real | Choice:
-    return (
-        replace(domain, low=min(domain.low, present), high=max(domain.high, present))
-        if isinstance(domain, Real)
-        else domain
-    )
+def _widened(domain: Domain, present: Any) -> Domain:
+    if isinstance(domain, Choice):
+        return domain
+    return replace(domain, low=min(domain.low, present), high=max(domain.high, present))

@@ -15,218 +15,194 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
-from ray.tune.search.bohb import TuneBOHB
 from ray.tune.search.optuna import OptunaSearch
 
 from coin_ray import storage
 from coin_ray.errors import ConfigError
 from coin_ray.experiments.tuning import RETRIES, ensure_tune
-from coin_ray.search.needs import random_starts
-from coin_ray.search.outcome import Record
-from coin_ray.search.plan import FULL, LOOKS, Search
-from coin_ray.search.space import Choice, Real, Settings, start
+from coin_ray.search.outcome import TrialRecord
+from coin_ray.search.plan import PARTS, RUNGS, Search
+from coin_ray.search.requirements import count_random_trials
+from coin_ray.search.space import Choice, Domain, Settings, preset_settings
 from coin_ray.search.trial import Report, run_trial
 from coin_ray.stages.common.cluster import cluster_cpus, largest_node_cpus
 
-REDUCTION = 3
-"""Of the trials that reach a look, one in three goes on."""
-Work = Callable[[Search, Settings, Report], None]
-Told = Callable[[Record], None]
-"""Told of each trial that has ended."""
+REDUCTION_FACTOR = 3
+"""Of the trials that reach a rung, one in three goes on."""
+RunTrial = Callable[[Search, Settings, Report], None]
+OnTrialEnd = Callable[[TrialRecord], None]
+"""Is called with each trial that has ended."""
 METRIC, TIME = "score", "ninths"
 FIGURES = (METRIC, "validation", "agreement", "disagreement", "miscalibration")
 
 
-def under_tune(
-    search: Search, told: Told, *, resume: bool, work: Work = run_trial
-) -> list[Record]:
-    """All trials, in the order they were started. With ``resume`` those of a killed
-    search that had ended are not run again.
+def run_trials_with_tune(
+    search: Search,
+    on_trial_end: OnTrialEnd,
+    *,
+    resume: bool,
+    work: RunTrial = run_trial,
+) -> list[TrialRecord]:
+    """Run all trials and return them, the preset's first. With ``resume`` those of a
+    killed search that had ended are not run again.
     """
-    # else Ctrl-C looks like an end
+    # Otherwise Tune takes Ctrl-C for the regular end of the search.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     ensure_tune()
-    at_once, cpus = shares(search)
-    needs = {"CPU": cpus} | ({"GPU": 1} if search.config.distill.fit.gpu else {})
+    preset = preset_settings(search.config, search.space)
+    concurrent, cpus = trial_resources(search)
+    resources = {"CPU": cpus}
+    if search.config.distill.fit.gpu:
+        resources["GPU"] = 1
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, search=search, work=work), needs
+        tune.with_parameters(_trial, search=search, work=work), resources
     )
-    first = start(search.config, search.space)
+    # Writes tuner.pkl anew, so that a restored search has this process's callback.
+    tuner = tune.Tuner(
+        trainable,
+        param_space={
+            name: _tune_domain(domain) for name, domain in search.space.items()
+        },
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            num_samples=search.trials,
+            max_concurrent_trials=concurrent,
+            search_alg=_search_algorithm(search),
+            scheduler=_trial_scheduler(search),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=search.folder,
+            verbose=0,
+            callbacks=[_TrialEndCallback(on_trial_end, preset)],
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+        ),
+    )
     if resume:
-        tuner = tune.Tuner.restore(
-            storage.join(search.folder, "tune"), trainable, resume_unfinished=True
-        )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={
-                name: _domain(domain) for name, domain in search.space.items()
-            },
-            tune_config=tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                num_samples=search.trials,
-                max_concurrent_trials=at_once,
-                search_alg=_algorithm(search),
-                scheduler=_scheduler(search),
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=search.folder,
-                verbose=0,
-                callbacks=[_Told(told, first)],
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-            ),
-        )
+        experiment = storage.join(search.folder, "tune")
+        tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True)
     results = sorted(
-        tuner.fit(), key=lambda result: not same(result.config or {}, first)
+        tuner.fit(),
+        key=lambda result: not have_same_settings(result.config or {}, preset),
     )
     return [
-        _record(n, r.config or {}, r.metrics or {}, r.error)
-        for n, r in enumerate(results)
+        _trial_record(number, result.config or {}, result.metrics or {}, result.error)
+        for number, result in enumerate(results)
     ]
 
 
-def same(settings: Settings, others: Settings) -> bool:
-    """Whether both name the same values, but for rounding. A restored search lists its
-    trials in another order: the preset's is known by them.
+def have_same_settings(settings: Settings, others: Settings) -> bool:
+    """Return whether both name the same values, but for rounding. A restored search
+    lists its trials in another order: the preset's is recognised by its settings.
     """
     return bool(settings) and all(
-        value == others[name]
-        or (isinstance(value, float) and isclose(value, others[name]))
-        for name, value in settings.items()
+        setting == others[name]
+        or (isinstance(setting, float) and isclose(setting, others[name]))
+        for name, setting in settings.items()
     )
 
 
-def shares(search: Search) -> tuple[int, int]:
-    """Trials at once, and CPUs of each. Raises ConfigError if the cluster has less than
-    is asked for.
+def trial_resources(search: Search) -> tuple[int, int]:
+    """Return how many trials run at once, and the CPUs of each. Raise ConfigError if
+    the cluster has less than ``--concurrent`` needs.
     """
     import ray
 
     gpu = search.config.distill.fit.gpu
     units = int(ray.cluster_resources().get("GPU", 0)) if gpu else cluster_cpus()
-    at_once = min(search.trials, search.concurrent or units)
-    if not 0 < at_once <= units:
+    concurrent = min(search.trials, search.concurrent or units)
+    if not 0 < concurrent <= units:
         kind = "GPUs" if gpu else "CPUs"
         raise ConfigError(
-            f"{max(at_once, 1)} trials at once need as many {kind}; there are {units}."
-            " Give a lower --concurrent"
+            f"{max(concurrent, 1)} trials at once need as many {kind}; there are"
+            f" {units}. Give a lower --concurrent"
         )
-    return at_once, max(1, min(cluster_cpus() // at_once, largest_node_cpus()))
+    cpus = min(cluster_cpus() // concurrent, largest_node_cpus())
+    return concurrent, max(1, cpus)
 
 
-def _trial(settings: dict[str, Any], search: Search, work: Work) -> None:
-    # the stages of a trial run in this process, also on a cluster
+def _trial(settings: dict[str, Any], search: Search, work: RunTrial) -> None:
+    # Tune stores this function's name; searches begun earlier look for it.
+    # The stages of a trial run in this process, also on a cluster.
     os.environ.pop("RAY_ADDRESS", None)
     work(search, settings, tune.report)
 
 
-def _domain(domain: Real | Choice) -> Any:
+def _tune_domain(domain: Domain) -> Any:
     if isinstance(domain, Choice):
         return tune.choice(list(domain.values))
-    return (
-        tune.loguniform(domain.low, domain.high)
-        if domain.log
-        else tune.uniform(domain.low, domain.high)
-    )
+    if domain.log:
+        return tune.loguniform(domain.low, domain.high)
+    return tune.uniform(domain.low, domain.high)
 
 
-def _scheduler(search: Search) -> TrialScheduler:
+def _trial_scheduler(search: Search) -> TrialScheduler:
     if search.scheduler == "none":
         return FIFOScheduler()
     return ASHAScheduler(
-        time_attr=TIME, max_t=FULL, grace_period=LOOKS[0], reduction_factor=REDUCTION
+        time_attr=TIME,
+        max_t=PARTS,
+        grace_period=RUNGS[0],
+        reduction_factor=REDUCTION_FACTOR,
     )
 
 
-def _algorithm(search: Search) -> Searcher | BasicVariantGenerator:
-    """Each begins with the preset's own values."""
-    first, seed = [start(search.config, search.space)], search.config.seed
+def _search_algorithm(search: Search) -> Searcher | BasicVariantGenerator:
+    """Return the algorithm; each begins with the preset's own values."""
+    presets, seed = [preset_settings(search.config, search.space)], search.config.seed
     if search.algorithm == "random":
-        return BasicVariantGenerator(points_to_evaluate=first, random_state=seed)
-    if search.algorithm == "bohb":
-        return _Bohb(
-            points_to_evaluate=first,
-            seed=seed,
-            bohb_config={"min_points_in_model": len(search.space) + 1},
-        )
+        return BasicVariantGenerator(points_to_evaluate=presets, random_state=seed)
     from optuna.samplers import TPESampler
 
+    random_trials = count_random_trials(search.trials)
     return OptunaSearch(
-        points_to_evaluate=first,
-        sampler=TPESampler(seed=seed, n_startup_trials=random_starts(search.trials)),
+        points_to_evaluate=presets,
+        sampler=TPESampler(seed=seed, n_startup_trials=random_trials),
     )
 
 
-class _Bohb(TuneBOHB):  # type: ignore[misc]
-    """BOHB's model with ASHA's asynchronous halving in place of HyperBand: the budget
-    of a result is the part of the training made.
-    """
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        super().on_trial_result(
-            trial_id, result | {"hyperband_info": {"budget": result[TIME]}}
-        )
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = super().suggest(trial_id)
-        return found and {
-            name: str(v) if isinstance(v, str) else float(v)
-            for name, v in found.items()
-        }
-
-
-class _Told(tune.Callback):  # type: ignore[misc]
-    def __init__(self, told: Told, first: Settings) -> None:
-        self.told, self.first = told, first
+class _TrialEndCallback(tune.Callback):  # type: ignore[misc]
+    def __init__(self, on_trial_end: OnTrialEnd, preset: Settings) -> None:
+        self.on_trial_end, self.preset = on_trial_end, preset
 
     def on_trial_complete(
         self, iteration: int, trials: list[Any], trial: Any, **info: Any
     ) -> None:
-        self.told(
-            _record(self._number(trials, trial), trial.config, trial.last_result, None)
-        )
+        self._report(trials, trial, None)
 
     def on_trial_error(
         self, iteration: int, trials: list[Any], trial: Any, **info: Any
     ) -> None:
-        self.told(
-            _record(
-                self._number(trials, trial),
-                trial.config,
-                trial.last_result,
-                RuntimeError("its worker failed"),
-            )
+        self._report(trials, trial, RuntimeError("its worker failed"))
+
+    def _report(self, trials: list[Any], trial: Any, error: Exception | None) -> None:
+        ordered_trials = sorted(
+            trials, key=lambda t: not have_same_settings(t.config, self.preset)
         )
+        number = ordered_trials.index(trial)
+        record = _trial_record(number, trial.config, trial.last_result, error)
+        self.on_trial_end(record)
 
-    def _number(self, trials: list[Any], trial: Any) -> int:
-        return sorted(trials, key=lambda t: not same(t.config, self.first)).index(trial)
 
-
-def _record(
+def _trial_record(
     number: int,
     settings: Mapping[str, Any],
-    result: Mapping[str, Any],
+    metrics: Mapping[str, Any],
     error: Exception | None,
-) -> Record:
-    failure = (
-        result.get("failure", "")
-        if error is None
-        else (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    )
+) -> TrialRecord:
+    if error is None:
+        failure = str(metrics.get("failure", ""))
+    else:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        failure = lines[-1]
     figures = {
-        name: float(v)
+        name: float(metrics[name])
         for name in FIGURES
-        if isinstance(v := result.get(name), (int, float))
+        if isinstance(metrics.get(name), (int, float))
     }
-    return Record(
-        number,
-        dict(settings),
-        figures,
-        int(result.get(TIME, 0)),
-        round(float(result.get("time_total_s", 0.0)), 1),
-        str(failure),
-    )
+    seconds = round(float(metrics.get("time_total_s", 0.0)), 1)
+    ninths = int(metrics.get(TIME, 0))
+    return TrialRecord(number, dict(settings), figures, ninths, seconds, failure)

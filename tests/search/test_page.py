@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from coin_ray import storage
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.errors import InputError
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 from coin_ray.runs.steps import Context
 from coin_ray.search.outcome import Record
 from coin_ray.search.page import main, write_page
 from coin_ray.search.plan import Search
 from coin_ray.search.run import search
-from coin_ray.stages.report import sweeps
+from coin_ray.stages.report import list_searches
 
 Asked = Callable[..., Search]
 
@@ -84,8 +84,8 @@ def test_the_page_of_a_search_links_its_trials(
     assert [len(links) for _, links in found] == [1, 1, 0, 0]
     assert all((page.parent / link).is_file() for _, links in found for link in links)
     assert "TrainingError" not in page.read_text(), "the state says that it failed"
-    config, _ = parse(["--config", f"{made.folder}/best.yaml"])
-    report = graph(config)["report"].folder(made.root)
+    config, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
+    report = build_steps(config)["report"].folder(made.root)
     storage.write_bytes(f"{report}/report.html", b"")
     assert main(made.folder) == 0
     assert capsys.readouterr().out.strip().endswith("/search.html")
@@ -93,21 +93,21 @@ def test_the_page_of_a_search_links_its_trials(
 
 
 def test_a_trials_report_links_its_search(made: Search) -> None:
-    config, _ = parse(["--config", f"{made.folder}/best.yaml"])
-    folder = graph(config)["report"].folder(made.root)
+    config, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
+    folder = build_steps(config)["report"].folder(made.root)
     context = Context(config, made.root, folder, {}, {}, "report")
-    assert sweeps(context) == [], "a search without a page"
+    assert list_searches(context) == [], "a search without a page"
     page = write_page(made.folder)
-    [found] = sweeps(context)
+    [found] = list_searches(context)
     assert (found["name"], found["trial"], found["trials"]) == (
         "loss-weights-map50",
         2,
         4,
     )
     assert (Path(folder) / found["link"]).resolve() == Path(page)
-    other, _ = parse(["--config", f"{made.folder}/best.yaml"])
+    other, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
     object.__setattr__(other.distill, "alignment", 17.0)
-    assert sweeps(Context(other, made.root, folder, {}, {}, "report")) == []
+    assert list_searches(Context(other, made.root, folder, {}, {}, "report")) == []
 
 
 def test_a_search_without_a_finished_trial_has_no_page(made: Search) -> None:

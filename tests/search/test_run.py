@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.commands.search import request
 from coin_ray.config import DemoScenes, Tracking
 from coin_ray.config.presets import demo, folder
 from coin_ray.errors import ConfigError, TrainingError
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 from coin_ray.search import run
 from coin_ray.search.outcome import Record
 from coin_ray.search.plan import Search
@@ -65,7 +65,7 @@ def test_the_best_setting_is_a_file_that_the_pipeline_takes(
     winner = search(asked(), host)
     assert winner.number == 2
     file = tmp_path / "search" / "loss-weights-map50" / "best.yaml"
-    config, options = parse(["--config", str(file), "--root", str(tmp_path)])
+    config, options = parse_run_arguments(["--config", str(file), "--root", str(tmp_path)])
     assert config.distill == replace(demo().distill, alignment=3.0)
     assert options.root == str(tmp_path)
     said = capsys.readouterr().out
@@ -79,11 +79,11 @@ def test_the_winners_student_is_the_one_the_pipeline_would_train(
 ) -> None:
     wanted = asked()
     winner = search(wanted, host)
-    config, _ = parse(
+    config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
     assert (
-        graph(config)["distill"].fingerprint
+        build_steps(config)["distill"].fingerprint
         == wanted.steps(winner.settings)["distill"].fingerprint
     )
 
@@ -91,7 +91,7 @@ def test_the_winners_student_is_the_one_the_pipeline_would_train(
 def test_held_out_images_and_fewer_steps_make_another_student_but_the_same_teachers(
     asked: Asked,
 ) -> None:
-    own = graph(demo())
+    own = build_steps(demo())
     for other in (asked(objective="label-free"), asked(steps_share=0.1)):
         steps = other.steps({})
         assert steps["distill"].fingerprint != own["distill"].fingerprint
@@ -104,7 +104,7 @@ def test_a_shorter_search_leaves_a_config_of_full_length(
     asked: Asked, tmp_path: Path
 ) -> None:
     search(asked(steps_share=0.1), host)
-    config, _ = parse(
+    config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
     assert config.distill.fit == demo().distill.fit

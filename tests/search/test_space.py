@@ -7,12 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.config import PipelineConfig
-from coin_ray.config.files import fingerprint, to_yaml
+from coin_ray.config.fingerprints import fingerprint
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.config.presets import PRESETS, demo, thermal
 from coin_ray.errors import ConfigError
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 from coin_ray.search.space import SPACES, Choice, Real, apply, space_of, start, value
 
 RUNNABLE = {
@@ -53,7 +54,7 @@ def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(
     assert {key: value(made, key) for key in chosen} == chosen
     file = tmp_path / "best.yaml"
     file.write_text(to_yaml(made))
-    read, _ = parse(["--config", str(file), "--root", str(tmp_path)])
+    read, _ = parse_run_arguments(["--config", str(file), "--root", str(tmp_path)])
     assert read == made
     assert fingerprint(read) == fingerprint(made)
 
@@ -65,7 +66,7 @@ def test_trials_share_all_that_comes_before_the_separation(
     name: str, data: st.DataObject
 ) -> None:
     config = demo()
-    own, varied = graph(config), graph(apply(config, data.draw(drawn(config, name))))
+    own, varied = build_steps(config), build_steps(apply(config, data.draw(drawn(config, name))))
     shared = BEFORE if name == "full" else (*BEFORE, "separate")
     assert {step: varied[step].fingerprint for step in shared} == {
         step: own[step].fingerprint for step in shared

@@ -16,20 +16,20 @@ from coin_ray.runs.steps import Context
 from coin_ray.search import trial
 from coin_ray.search.plan import HELD_OUT, Search
 from coin_ray.search.trial import FAILED, run_trial
-from coin_ray.stages.common.teacher_outputs import held_out
-from coin_ray.stages.common.training_job import Fit, load_weights, train
-from coin_ray.stages.distill import finish
+from coin_ray.stages.common.training_labels import is_held_out
+from coin_ray.stages.common.training_job import TrainingJob, load_weights, train_on_worker
+from coin_ray.stages.distill import export_distillation
 from coin_ray.training.loop import Curve
 
 FIT = tiny_fit(steps=9, checkpoint_every=100)
 
 
-def fit_into(folder: Path) -> Fit:
+def fit_into(folder: Path) -> TrainingJob:
     folder.mkdir()
-    return Fit(
+    return TrainingJob(
         "distill",
         lambda: distillation(FIT),
-        finish,
+        export_distillation,
         examples(folder),
         FIT,
         tiny_config(),
@@ -39,12 +39,12 @@ def fit_into(folder: Path) -> Fit:
 
 
 def watched(
-    work: Fit,
+    work: TrainingJob,
     wanted: Search,
     report: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def run(context: Context, fit: Callable[[Fit], Curve]) -> dict[str, Any]:
+    def run(context: Context, fit: Callable[[TrainingJob], Curve]) -> dict[str, Any]:
         return {"last": fit(work)[-1]}
 
     monkeypatch.setattr(trial.distill, "run", run)
@@ -67,7 +67,7 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
     monkeypatch.setattr(trial, "measured", measured)
     told: list[dict[str, Any]] = []
     plain, looked = fit_into(tmp_path / "plain"), fit_into(tmp_path / "looked")
-    train(plain, lambda *_: None)
+    train_on_worker(plain, lambda *_: None)
     watched(looked, asked(), told.append, monkeypatch)
     assert [t["ninths"] for t in told] == [1, 3]
     assert told[0]["score"] != told[1]["score"]
@@ -97,7 +97,7 @@ def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
     watched(work, asked(), told.append, monkeypatch)
     assert told == []
     undisturbed = fit_into(tmp_path / "undisturbed")
-    train(undisturbed, lambda *_: None)
+    train_on_worker(undisturbed, lambda *_: None)
     torch.testing.assert_close(
         load_weights(f"{work.folder}/detector.pt"),
         load_weights(f"{undisturbed.folder}/detector.pt"),
@@ -134,9 +134,9 @@ def test_a_trial_that_diverges_has_failed_and_says_why(
 
 def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
     ids = [f"{n * 2654435761 % 2**32:08x}" + "0" * 56 for n in range(2000)]
-    kept = [i for i in ids if held_out(i, HELD_OUT)]
+    kept = [i for i in ids if is_held_out(i, HELD_OUT)]
     assert 0.17 < len(kept) / len(ids) < 0.23
-    assert not any(held_out(i, 0.0) for i in ids)
+    assert not any(is_held_out(i, 0.0) for i in ids)
 
 
 def test_missing_packages_are_named_before_anything_is_asked(
