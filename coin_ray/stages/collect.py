@@ -1,163 +1,165 @@
-"""Collect: image bytes -> cloud actors -> CLIP labelers -> Parquet parts, one stream of Ray Data.
+"""Collect: image bytes -> cloud actor -> CLIP labelers -> Parquet parts, as one stream of
+Ray Data.
 
-Each batch is committed by the actor that finishes it, as a part of its own, so a crash
-repeats at most the batches under way, and the journal below makes sure that a repeated
-batch costs nothing.
+Each batch is committed by the labeler that finishes it, as a part of its own. So a crash
+repeats at most the batches under way, and repeating them costs no call: the journal has
+their answers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import torch
-from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import errors, storage
-from coin_ray.clip.encoder import load_clip
-from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.cloud.client import governor_limits
-from coin_ray.cloud.ensemble import clip_contradicts, cloud_names, create_client
+from coin_ray.cloud.ensemble import clip_contradicts, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
-from coin_ray.cloud.label_map import Prior
-from coin_ray.cloud.probabilities import merge_cross_class_duplicates, to_detections
-from coin_ray.cloud.protocol import RawDetections, ScoreKind
-from coin_ray.cloud.services import adapter_for, label_map_for
-from coin_ray.config import Cloud, PipelineConfig
-from coin_ray.data.canonical import decode_rgb
-from coin_ray.fusion.box_clusters import merge_duplicates
+from coin_ray.config import PipelineConfig
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.runs.steps import Context
+from coin_ray.runs.steps import Context, Metrics
 from coin_ray.serving.launch import start_services
-from coin_ray.stages.collecting.attempts import Attempts
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
-from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts, merge_parts
+from coin_ray.stages.collecting.labeler_actor import LabelerActor
+from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
-    count_torch_threads,
     ensure_ray,
     on_cluster,
     raise_if_disk_full,
 )
-from coin_ray.stages.common.progress import bar
+from coin_ray.stages.common.progress import show_progress
 from coin_ray.stages.common.watchdog import Watchdog
-from coin_ray.tables import Provenance, detections_row
 
-DEATHS = 2
-"""Labelers that one image may cost, beside the first, of which its batch is known."""
+BATCHES_IN_FLIGHT = 8
+"""Batches that the cloud actor works on at once."""
 
 
-def run(context: Context[PipelineConfig]) -> dict[str, Any]:
-    """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; rows
-    correspond, boxes are the cloud's.
+def run(context: Context[PipelineConfig]) -> Metrics:
+    """Write ``cloud.parquet`` and, with a labeler, ``clip_labels.parquet``; their rows
+    correspond, both have the cloud's boxes.
 
     A cascade goes over the images twice: the second time only over those in which CLIP
     contradicts the first cloud.
     """
+    config = context.config
     images = storage.read_table(
         storage.join(context.inputs["images"], "images.parquet")
     )
-    # nothing asks about those yet, and calls cost money
-    images = _once(images.filter(pc.not_equal(images["split"], "val")))
-    _collect(context, images, _parts(context.folder))
-    if _cascades(context.config):
-        doubted = _doubted(context.config, CollectedParts(_parts(context.folder)))
+    # nothing reads answers about validation images, and calls cost money
+    images = _first_rows(images.filter(pc.not_equal(images["split"], "val")))
+    first_folder = _parts_folder(context.folder)
+    _collect(context, images, first_folder)
+    if _is_cascade(config):
+        contradicted = _contradicted_images(config, CollectedParts(first_folder))
         _collect(
             context,
-            images.filter(pc.is_in(images["image_id"], value_set=doubted)),
-            _parts(context.folder, second=True),
+            images.filter(pc.is_in(images["image_id"], value_set=contradicted)),
+            _parts_folder(context.folder, second=True),
             second=True,
         )
-    return _compile(context, images["image_id"])
+    return _merge(context, images["image_id"])
 
 
-def _once(images: pa.Table) -> pa.Table:
-    """Each image in its first row: one may be a training and a test image."""
-    names = images["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    return images.take(np.sort(np.unique(names, return_index=True)[1]))
+def _first_rows(images: pa.Table) -> pa.Table:
+    """Return the first row of each image: one may be a training and a test image."""
+    image_ids = images["image_id"].combine_chunks()
+    codes = image_ids.dictionary_encode().indices.to_numpy()
+    first_rows = np.unique(codes, return_index=True)[1]
+    return images.take(np.sort(first_rows))
 
 
-def _parts(folder: str, second: bool = False) -> str:
-    return storage.join(folder, "second_opinions" if second else "parts")
+def _parts_folder(step_folder: str, second: bool = False) -> str:
+    return storage.join(step_folder, "second_opinions" if second else "parts")
 
 
-def _cascades(config: PipelineConfig) -> bool:
+def _is_cascade(config: PipelineConfig) -> bool:
     return bool(config.more_clouds) and config.ensemble.mode == "cascade"
 
 
 def _collect(
-    context: Context[PipelineConfig], images: pa.Table, parts: str, second: bool = False
+    context: Context[PipelineConfig],
+    images: pa.Table,
+    parts_folder: str,
+    second: bool = False,
 ) -> None:
-    """Ask about the images that have no final answer in ``parts``; failed ones are
-    asked again when a stopped run goes on.
+    """Ask about the images that have no final answer in the parts; about failed ones a
+    resumed run asks again.
     """
-    config, total = context.config, images.num_rows
-    todo = images.filter(
-        pc.invert(
-            pc.is_in(images["image_id"], value_set=CollectedParts(parts).answered)
-        )
-    )
-    if not todo.num_rows:
+    config = context.config
+    answered_ids = CollectedParts(parts_folder).answered_ids
+    answered = pc.is_in(images["image_id"], value_set=answered_ids)
+    remaining = images.filter(pc.invert(answered))
+    if not remaining.num_rows:
         return
-    with ExitStack() as running, ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(start_services, config.clouds, context.root, running)
+    with ExitStack() as services, ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start_services, config.clouds, context.root, services)
         ensure_ray()
-        # what training will need is there, and fits, before a call is paid
+        # before a call is paid: training will find its backbone, and it fits
         load_backbone(config)
         urls = starting.result()
-        # not here: a notebook's thread has an event loop already
+        # in a thread: a notebook's own thread runs an event loop already
         pool.submit(_check_services, config, urls, context.root).result()
-        stream = ray.data.from_arrow(
-            todo.select(["image_id", "uri"]),
-            override_num_blocks=-(-todo.num_rows // config.collect.batch),
-        ).map_batches(
-            CloudActor,
-            fn_constructor_args=(config, urls, journal_uri(context.root), second),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=0,
-            compute=ray.data.ActorPoolStrategy(
-                size=1,
-                max_tasks_in_flight_per_actor=8,
-                max_concurrent_calls_per_actor=8,
-            ),
-        )
-        with Watchdog("collect", config.collect.stalled_after) as watch:
-            _drain(
-                _labelled(stream, config, parts), total - todo.num_rows, total, watch
+        answers = _ask(context, remaining, urls, second)
+        with Watchdog("collect", config.collect.stalled_after) as watchdog:
+            _show_collected(
+                _label_answers(answers, config, parts_folder),
+                images.num_rows - remaining.num_rows,
+                images.num_rows,
+                watchdog,
             )
 
 
-def _labelled(
-    answers: ray.data.Dataset, config: PipelineConfig, parts: str
+def _ask(
+    context: Context[PipelineConfig],
+    images: pa.Table,
+    urls: Sequence[str],
+    second: bool,
+) -> ray.data.Dataset:
+    """Return the stream of answers about the images, as tables of ``ANSWER_SCHEMA``."""
+    config = context.config
+    num_batches = -(-images.num_rows // config.collect.batch)
+    return ray.data.from_arrow(
+        images.select(["image_id", "uri"]), override_num_blocks=num_batches
+    ).map_batches(
+        CloudActor,
+        fn_constructor_args=(config, urls, journal_uri(context.root), second),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,
+        compute=ray.data.ActorPoolStrategy(
+            size=1,
+            max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
+            max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
+        ),
+    )
+
+
+def _label_answers(
+    answers: ray.data.Dataset, config: PipelineConfig, parts_folder: str
 ) -> Iterator[pa.Table]:
-    """Answers through the labelers. A single one without a GPU of its own is this very
-    process: nothing to start, nothing to send on.
+    """Send the answers through the labelers. A single one without a GPU of its own is
+    this very process: nothing to start, nothing to send on.
     """
     gpus = config.collect.labeler_gpus
-    labelers = (
-        1 if gpus or config.collect.labeler == "none" else max(1, cluster_cpus() - 1)
-    )
+    labelers = 1
+    if not gpus and config.collect.labeler != "none":
+        labelers = max(1, cluster_cpus() - 1)
     if labelers == 1 and not gpus and not on_cluster():
-        return map(
-            LabelerActor(config, parts),
-            answers.iter_batches(batch_size=None, batch_format="pyarrow"),
-        )
+        batches = answers.iter_batches(batch_size=None, batch_format="pyarrow")
+        return map(LabelerActor(config, parts_folder), batches)
     labelled = answers.map_batches(
         LabelerActor,
-        fn_constructor_args=(config, parts),
+        fn_constructor_args=(config, parts_folder),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
@@ -167,49 +169,53 @@ def _labelled(
     return iter(labelled.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def _drain(
-    labelled: Iterator[pa.Table], before: int, total: int, watch: Watchdog
+def _show_collected(
+    batches: Iterator[pa.Table], count: int, total: int, watchdog: Watchdog
 ) -> None:
-    """Consume what the labelers return, show progress, and raise the error that stopped
-    a worker.
+    """Consume the labelers' batches, show progress, and raise the error that stopped a
+    worker. ``count``: images that were answered before.
     """
-    done, failed, calls, usd = before, 0, 0, 0.0
-    stopped: str | None = None
-    with bar("collect", total) as shown:
-        for batch in _arriving(labelled):
-            watch.seen()
+    failed = 0
+    calls = 0
+    usd = 0.0
+    stop_error: str | None = None
+    with show_progress("collect", total) as progress:
+        for batch in _raise_disk_errors(batches):
+            watchdog.notify_progress()
             for row in batch.to_pylist():
                 if row["status"] == STOPPED:
-                    stopped = stopped or row["error"]
+                    stop_error = stop_error or row["error"]
                     continue
-                done += 1
+                count += 1
                 failed += row["status"] == "error"
-                calls, usd = calls + row["calls"], usd + row["cost_usd"]
-            shown.update(done, f"{calls} calls, {failed} failed, ${usd:.2f}")
-    if stopped is not None:
-        problem = json.loads(stopped)
-        raise getattr(errors, problem["type"])(problem["message"])
+                calls += row["calls"]
+                usd += row["cost_usd"]
+            progress.update(count, f"{calls} calls, {failed} failed, ${usd:.2f}")
+    if stop_error is not None:
+        error = json.loads(stop_error)
+        raise getattr(errors, error["type"])(error["message"])
 
 
-def _arriving(labelled: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """A full disk on a worker is an OSError here too."""
+def _raise_disk_errors(batches: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the batches; raise a worker's full disk as an OSError here."""
     try:
-        yield from labelled
+        yield from batches
     except ray.exceptions.RayError as error:
         raise_if_disk_full(str(error), "of a worker")
         raise
 
 
 def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> None:
-    """One cheap request before anything is sent: an unreachable host or a wrong key
-    ends the run here.
+    """Send one cheap request before any image: an unreachable host or a wrong key ends
+    the run here.
     """
 
     async def check() -> None:
         governors = [
             LocalGovernor(Governor(governor_limits(cloud))) for cloud in config.clouds
         ]
-        client = create_client(config, urls, open_journal(journal_uri(root)), governors)
+        journal = open_journal(journal_uri(root))
+        client = create_client(config, urls, journal, governors)
         try:
             await client.check()
         finally:
@@ -218,204 +224,59 @@ def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> N
     asyncio.run(check())
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How scores are to be understood. ``each_class_asked``: the service looks for each
-    class by itself.
+def _contradicted_images(config: PipelineConfig, parts: CollectedParts) -> pa.Array:
+    """Return the ids of the images that the first cloud failed in, or in which CLIP
+    contradicts it.
     """
-
-    prior: Prior
-    score_min: float
-    each_class_asked: bool
-
-    @classmethod
-    def of(cls, cloud: Cloud, classes: Sequence[str]) -> Reading:
-        labels = label_map_for(cloud, classes)
-        service = adapter_for(cloud).capabilities
-        # http: only where an answer has them
-        each_class_asked = service.per_class_scores and cloud.service != "http"
-        return cls(
-            labels.prior if labels is not None else Prior(),
-            max(cloud.score_min, service.score_min),
-            each_class_asked,
-        )
-
-    @classmethod
-    def of_fused(cls, readings: Sequence[Reading]) -> Reading:
-        """Of boxes that are several clouds': what is known of one cloud's labels says
-        little of them.
-        """
-        return cls(
-            Prior(),
-            max(r.score_min for r in readings),
-            all(r.each_class_asked for r in readings),
-        )
-
-
-class LabelerActor:
-    """Adds CLIP's opinion of the cloud's boxes and commits the batch as a part."""
-
-    def __init__(self, config: PipelineConfig, parts: str) -> None:
-        self.config, self.parts, self.attempts = (
-            config,
-            parts,
-            Attempts(f"{parts}_begun"),
-        )
-        torch.set_num_threads(count_torch_threads())
-        self.labeler = make_labeler(config)
-        self.readings = dict(
-            zip(
-                cloud_names(config.clouds),
-                [Reading.of(cloud, config.classes) for cloud in config.clouds],
-                strict=True,
-            )
-        )
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        answered = [row for row in batch.to_pylist() if row["status"] != STOPPED]
-        if answered:
-            key = hashlib.sha256(
-                "".join(row["image_id"] for row in answered).encode()
-            ).hexdigest()[:16]
-            with (
-                self.attempts.at(key) as died,
-                Watchdog("a labeler", self.config.collect.batch_seconds),
-            ):
-                label = self._carefully if died else self._labelled
-                part = pa.Table.from_pylist(
-                    [label(row) for row in answered], schema=PART_SCHEMA
-                )
-                storage.write_table(
-                    storage.join(self.parts, f"{uuid.uuid4().hex}.parquet"), part
-                )
-        return batch.select(["image_id", "status", "calls", "cost_usd", "error"])
-
-    def _carefully(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Of a batch that killed a labeler: the image that does so again is given up,
-        and the others are kept.
-        """
-        with self.attempts.at(row["image_id"]) as died:
-            if died >= DEATHS:
-                reason = f"the process that labelled it has died {died} times with it"
-                row = row | {
-                    "status": "error",
-                    "error": reason,
-                    "boxes": [],
-                    "class_scores": [],
-                }
-            return self._labelled(row)
-
-    def _labelled(self, row: dict[str, Any]) -> dict[str, Any]:
-        boxes = np.asarray(row["boxes"], np.float32).reshape(-1, 4)
-        scores = np.asarray(row["class_scores"], np.float32).reshape(
-            len(boxes), len(self.config.classes)
-        )
-        kind: ScoreKind = row["score_kind"] or "per_class"
-        raw = merge_cross_class_duplicates(RawDetections(boxes, scores, kind))
-        read = self._reading(row["teachers"])
-        one_by_one, sources = to_detections(
-            raw,
-            read.prior,
-            read.score_min,
-            each_class_asked=read.each_class_asked,
-        )
-        found, kept = merge_duplicates(one_by_one, self.config.collect.fuse_iou)
-        opinion: list[list[float]] = []
-        if self.labeler is not None and len(found):
-            opinion = self.labeler(
-                pil_to_tensor(decode_rgb(row["bytes"])), found.boxes
-            ).tolist()
-        source = f"cloud: {', '.join(row['teachers'])}" if row["teachers"] else "cloud"
-        origin = Provenance(
-            source,
-            row["status"],
-            row["attempts"],
-            row["latency_ms"],
-            row["cost_usd"],
-            row["error"],
-        )
-        prob_source = [sources[i] for i in kept.tolist()]
-        more = {
-            "clip_probs": opinion,
-            "calls": row["calls"],
-            "score_kind": row["score_kind"],
-            "teachers": row["teachers"],
-        }
-        return detections_row(row["image_id"], found, origin, prob_source) | more
-
-    def _reading(self, teachers: Sequence[str]) -> Reading:
-        readings = [self.readings[name] for name in teachers] or list(
-            self.readings.values()
-        )[:1]
-        return readings[0] if len(readings) == 1 else Reading.of_fused(readings)
-
-
-def make_labeler(config: PipelineConfig) -> Labeler | None:
-    if config.collect.labeler == "none":
-        return None
-    clip = load_clip(config.clip)
-    if config.collect.labeler_gpus:
-        clip.network.to("cuda")
-    if config.collect.labeler == "crop":
-        return CropLabeler(
-            clip, config.classes, config.clip, config.collect.crop_context
-        )
-    return RoiLabeler(
-        clip,
-        config.classes,
-        config.clip,
-        config.detector.short_side,
-        config.detector.long_side,
-    )
-
-
-def _doubted(config: PipelineConfig, parts: CollectedParts) -> pa.Array:
-    """Images that the first cloud failed in, or in which CLIP contradicts it."""
-    found = [pa.array([], pa.string())]
-    for rows in parts.blocks(parts.counting(parts.images)):
-        told = rows.select(["status", "scores", "labels", "clip_probs"]).to_pylist()
-        doubts = [
-            row["status"] == "error" or _contradicted(config, row) for row in told
+    image_ids = [pa.array([], pa.string())]
+    for block in parts.read_blocks(parts.select_rows(parts.image_ids)):
+        statuses = block["status"].to_pylist()
+        asked_again = [
+            status == "error" or _is_contradicted(config, block, row)
+            for row, status in enumerate(statuses)
         ]
-        found += rows["image_id"].filter(pa.array(doubts)).chunks
-    return pa.concat_arrays(found)
+        image_ids += block["image_id"].filter(pa.array(asked_again)).chunks
+    return pa.concat_arrays(image_ids)
 
 
-def _contradicted(config: PipelineConfig, row: dict[str, Any]) -> bool:
-    scores, labels = (
-        np.asarray(row["scores"], np.float32),
-        np.asarray(row["labels"], np.int64),
+def _is_contradicted(config: PipelineConfig, block: pa.Table, row: int) -> bool:
+    scores = np.asarray(block["scores"][row].as_py(), np.float32)
+    labels = np.asarray(block["labels"][row].as_py(), np.int64)
+    clip_probs = np.asarray(block["clip_probs"][row].as_py(), np.float32)
+    return clip_contradicts(
+        scores,
+        labels,
+        clip_probs.reshape(len(scores), len(config.classes) + 1),
+        config.ensemble,
     )
-    probs = np.asarray(row["clip_probs"], np.float32).reshape(
-        len(scores), len(config.classes) + 1
-    )
-    return clip_contradicts(scores, labels, probs, config.ensemble)
 
 
-def _compile(
-    context: Context[PipelineConfig], images: pa.Array | pa.ChunkedArray
-) -> dict[str, Any]:
-    """One row per image in the order of the images, whatever order the parts came in; a
-    second opinion goes before the first.
+def _merge(
+    context: Context[PipelineConfig], image_ids: pa.Array | pa.ChunkedArray
+) -> Metrics:
+    """Merge the parts into one row per image, in the order of the images; a second
+    opinion replaces the first.
     """
-    config, first, second = (
-        context.config,
-        _parts(context.folder),
-        _parts(context.folder, second=True),
-    )
-    parts = (
-        CollectedParts(second, first) if _cascades(config) else CollectedParts(first)
-    )
-    metrics = merge_parts(
-        parts,
-        images,
+    config = context.config
+    folders = [_parts_folder(context.folder)]
+    second_opinions = 0
+    if _is_cascade(config):
+        second_folder = _parts_folder(context.folder, second=True)
+        second_opinions = len(CollectedParts(second_folder).image_ids)
+        folders.insert(0, second_folder)
+    counts = merge_parts(
+        CollectedParts(*folders),
+        image_ids,
         context.folder,
         len(config.classes) if config.collect.labeler != "none" else None,
     )
-    several = {
-        "answered_by": metrics.pop("answered_by"),
-        "second_opinions": len(CollectedParts(second).images)
-        if _cascades(config)
-        else 0,
+    metrics: Metrics = {
+        "calls": counts.calls,
+        "empty": counts.empty,
+        "boxes": counts.boxes,
+        "errors": counts.errors,
     }
-    return metrics | (several if len(config.clouds) > 1 else {})
+    if len(config.clouds) > 1:
+        metrics["answered_by"] = counts.answered_by
+        metrics["second_opinions"] = second_opinions
+    return metrics

@@ -11,7 +11,7 @@ from coin_ray import storage, tables
 from coin_ray.cloud.label_map import LabelMap
 from coin_ray.config import PipelineConfig
 from coin_ray.data.review import corrections
-from coin_ray.data.review.record import Review
+from coin_ray.data.review.reviews import Review
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.image_tables import ImageRow
 from coin_ray.structures import Detections

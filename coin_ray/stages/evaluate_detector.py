@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from coin_ray import storage, tables
-from coin_ray.config import PipelineConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.evaluation.coco import coco_average_precision
 from coin_ray.evaluation.voc import average_precision
@@ -31,7 +30,7 @@ from coin_ray.tables import Provenance, detections_row
 Predictor = CoDetrPredictor | TransformersPredictor
 
 
-def run(context: Context[PipelineConfig]) -> Metrics:
+def run(context: Context[DetectorConfig]) -> Metrics:
     """Write ``predictions/SPLIT.parquet`` of val and test; the metrics hold VOC and
     COCO AP in 0..1, also by class.
 

@@ -17,7 +17,7 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
-from coin_ray.data.review.record import KINDS
+from coin_ray.data.review.reviews import KINDS
 from coin_ray.fusion.separate import separate
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.image_tables import read_images

@@ -34,4 +34,4 @@ def run(context: Context[PipelineConfig]) -> Metrics:
         )
 
     counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
-    return write_scenes(context, compose_scene, counts)
+    return write_scenes(context.folder, compose_scene, counts)

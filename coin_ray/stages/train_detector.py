@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from coin_ray.config import Detector, PipelineConfig, TrainingConfig
+from coin_ray.config import Detector, TrainingConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.towers import build_backbone, pixel_statistics
@@ -27,7 +27,7 @@ from coin_ray.training.loop import TrainingTask
 from coin_ray.training.supervised import SupervisedTraining
 
 
-def run(context: Context[PipelineConfig]) -> Metrics:
+def run(context: Context[DetectorConfig]) -> Metrics:
     """Write ``co_detr.pt``, or transformers' own files below ``network``; and
     ``curve.json``.
     """
@@ -94,9 +94,9 @@ def new_transformers_detr(config: DetectorConfig) -> CoTrained:
 def export_detector(config: DetectorConfig, task: TrainingTask) -> WeightFiles:
     """Return the files of the trained detector by name."""
     assert isinstance(task, SupervisedTraining)
-    if isinstance(task.shipped, CoTrained):
-        files = saved(task.shipped.base)
+    if isinstance(task.final_model, CoTrained):
+        files = saved(task.final_model.base)
         return {
             f"{TRANSFORMERS_FOLDER}/{name}": content for name, content in files.items()
         }
-    return {CO_DETR_FILE: pack_co_detr(task.shipped, config)}
+    return {CO_DETR_FILE: pack_co_detr(task.final_model, config)}

@@ -27,7 +27,7 @@ from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
 from coin_ray.data.order import BatchOrder
 from coin_ray.data.review import cvat, fiftyone, label_studio
 from coin_ray.data.review.corrections import reviews_digest
-from coin_ray.data.review.record import ReviewedBox, Review
+from coin_ray.data.review.reviews import ReviewedBox, Review
 from coin_ray.errors import InputError
 from coin_ray.runs.graph import build_steps
 from coin_ray.runs.steps import Context
@@ -137,7 +137,7 @@ def fiftyone_folder(found: list[Review], folder: Path) -> str:
 
 
 def data_set(found: list[Review], folder: Path) -> str:
-    write_dataset([r.record() for r in found], str(folder), "voc", split="done")
+    write_dataset([r.image_record() for r in found], str(folder), "voc", split="done")
     return f"{folder}#done"
 
 
@@ -190,7 +190,7 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
         Annotation(BOX, "bird", difficult=True),
     ]
     write_dataset(
-        [ImageRecord.of("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)],
+        [ImageRecord.from_annotations("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)],
         str(tmp_path / "voc"),
         "voc",
     )
@@ -525,7 +525,7 @@ def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(
     place = tmp_path / "voc"
     write_dataset(
         [
-            ImageRecord.of(
+            ImageRecord.from_annotations(
                 "a.png", str(picture(tmp_path, "a")), (64, 48), [Annotation(BOX, "cat")]
             )
         ],

@@ -13,7 +13,12 @@ from PIL import Image
 
 from coin_ray import storage
 from coin_ray.config import Cloud, Folder, PipelineConfig
-from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
+from coin_ray.data.formats import (
+    Annotation,
+    ImageRecord,
+    list_image_files,
+    write_dataset,
+)
 from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context
 from coin_ray.stages import collect, images
@@ -184,7 +189,7 @@ def labelled(
     annotated: bool = True,
 ) -> None:
     picture(folder / f"{split}.jpg")
-    record = ImageRecord.of(
+    record = ImageRecord.from_annotations(
         f"{split}.jpg",
         str(folder / f"{split}.jpg"),
         (40, 30),
@@ -250,7 +255,7 @@ def test_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
         "val.jpg",
         "test.jpg",
     ]
-    assert images.list_image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
+    assert list_image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
 
 
 def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""Work that kills the process that does it: known by the mark it leaves behind, so that
-it is not done for ever.
-"""
+"""Work that kills its process: the mark that it leaves limits how often it is begun."""
 
 from __future__ import annotations
 
@@ -17,14 +15,14 @@ class Attempts:
         self.folder = folder
 
     @contextmanager
-    def at(self, key: str) -> Iterator[int]:
-        """While the work is done; gives how often it was begun before and came to no
-        end, not even to an error.
+    def begin(self, key: str) -> Iterator[int]:
+        """Mark the work as begun while the ``with`` block runs. Yield how often it was
+        begun before without an end, not even by an error.
         """
         mark = storage.join(self.folder, f"{key}.json")
-        before = int(storage.read_json(mark)) if storage.exists(mark) else 0
-        storage.write_json(mark, before + 1)
+        unfinished = int(storage.read_json(mark)) if storage.exists(mark) else 0
+        storage.write_json(mark, unfinished + 1)
         try:
-            yield before
+            yield unfinished
         finally:
             storage.remove(mark)

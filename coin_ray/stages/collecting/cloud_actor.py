@@ -1,5 +1,5 @@
-"""The first half of collection: actors that ask the cloud about each image. Imports no
-torch, so they start fast and stay small.
+"""The first half of collection: the actor that asks the clouds about each image and
+converts their answers to columns of detections.
 """
 
 from __future__ import annotations
@@ -7,15 +7,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
+import torch
 
 from coin_ray import errors, storage
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import account_name, governor_limits
+from coin_ray.cloud.detections import AnswerConverter, detection_columns
 from coin_ray.cloud.ensemble import EnsembleClient, create_client, render_for_clouds
 from coin_ray.cloud.governor import DAY, Governor, LocalGovernor
 from coin_ray.cloud.journal.base import Journal
@@ -24,35 +26,41 @@ from coin_ray.cloud.services import adapter_for
 from coin_ray.config import Cloud, PipelineConfig, with_plain_rendering
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import CloudError, InputError
+from coin_ray.stages.collecting.parts import PART_SCHEMA
 
 STOPPED = "stopped"
+"""The status of an image that was not asked about because an error ends the run."""
 ANSWER_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("bytes", pa.binary()),
-        ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
-        ("class_scores", pa.list_(pa.list_(pa.float32()))),
-        ("score_kind", pa.string()),  # null without an answer
-        ("status", pa.string()),
-        ("attempts", pa.int32()),
-        ("latency_ms", pa.float32()),
-        ("cost_usd", pa.float64()),
-        ("calls", pa.int32()),
-        ("error", pa.string()),
-        # the clouds that answered; empty where there is one
-        ("teachers", pa.list_(pa.string())),
-    ]
-)
+    [field for field in PART_SCHEMA if field.name != "clip_probs"]
+).append(pa.field("bytes", pa.binary()))
+"""Rows of a part before CLIP has labelled them, with the image's file."""
 ERROR_CHECK_FROM = 50
+"""Answers from which on the share of errors may end the run."""
 THREADS = 32
-PLACES = 2
-"""Images at hand for every call under way: some are made ready, others wait for the
-disk that keeps their answer, and no place waits for one."""
+IMAGES_PER_CALL = 2
+"""Images in memory for every call under way: some are prepared, others wait until their
+answer is on the disk, and no call waits for an image."""
+
+
+Ask = Callable[..., Awaitable[Answer]]
+"""A client's method that gets the image as each cloud gets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredImage:
+    """An image's file, if CLIP will label it, and the cloud's answer. ``stopped``: it
+    was not asked about, and the answer's error ends the run.
+    """
+
+    image_id: str
+    file: bytes
+    answer: Answer
+    stopped: bool = False
 
 
 def journal_uri(root: str) -> str:
-    """Answers are kept beside the steps: no changed setting and no deleted step loses a
-    paid one.
+    """Return where a run keeps its answers: beside the steps, so that no changed setting
+    and no deleted step loses a paid one.
     """
     return storage.join(root, "journal")
 
@@ -61,8 +69,8 @@ class CloudActor:
     """Asks the cloud (or the clouds) about each image of a block, all at once as far as
     the governors allow. Needs no CPU of its own.
 
-    A run has one, so its governors are everybody's, and asking them costs nothing.
-    ``second``: of a cascade, the second opinion.
+    A run has one such actor, so that its governors see every call. ``second``: ask for
+    the second opinion of a cascade.
     """
 
     def __init__(
@@ -73,114 +81,134 @@ class CloudActor:
         second: bool = False,
     ) -> None:
         self.config = config
+        torch.set_num_threads(1)
+        self.converter = AnswerConverter(config)
         answers = open_journal(journal)
-        self.client = create_client(
-            config, urls, answers, governors_for(config, urls, answers)
-        )
-        self.ask = (
-            self.client.second_opinion
-            if second and isinstance(self.client, EnsembleClient)
-            else self.client.answer
-        )
-        self.places = asyncio.Semaphore(
-            max(PLACES * cloud.in_flight + 1 for cloud in config.clouds)
-        )
+        governors = governors_for(config, urls, answers)
+        self.client = create_client(config, urls, answers, governors)
+        if second and isinstance(self.client, EnsembleClient):
+            self.ask: Ask = self.client.second_opinion
+        else:
+            self.ask = self.client.answer
+        most_calls = max(cloud.in_flight for cloud in config.clouds)
+        self.image_slots = asyncio.Semaphore(IMAGES_PER_CALL * most_calls + 1)
         self.threads: ThreadPoolExecutor | None = None
-        self.stopped: str | None = None
-        self.seen, self.failed = 0, 0
+        self.stop_error: str | None = None
+        """The error that ends the run, as JSON."""
+        self.answer_count = 0
+        self.failure_count = 0
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        # Python's own are too few where files and journal are on an object store
+        """Return ``ANSWER_SCHEMA`` of the images (``image_id``, ``uri``)."""
+        # asyncio's default is too few where files and journal are on an object store
         if self.threads is None:
             self.threads = ThreadPoolExecutor(THREADS)
             asyncio.get_running_loop().set_default_executor(self.threads)
-        rows = await asyncio.gather(
-            *(self._row(row["image_id"], row["uri"]) for row in batch.to_pylist())
+        rows = batch.to_pylist()
+        images = await asyncio.gather(
+            *(self._ask_about(row["image_id"], row["uri"]) for row in rows)
         )
-        return pa.Table.from_pylist(list(rows), schema=ANSWER_SCHEMA)
+        return await asyncio.to_thread(answer_table, images, self.converter)
 
-    async def _row(self, image_id: str, uri: str) -> dict[str, Any]:
-        data = b""
+    async def _ask_about(self, image_id: str, uri: str) -> AnsweredImage:
+        file = b""
         try:
-            async with self.places:
-                if self.stopped is not None:
-                    return _raw_row(
-                        image_id,
-                        b"",
-                        Answer("error", None, error=self.stopped),
-                        status=STOPPED,
-                    )
-                data, images = await asyncio.to_thread(self._read, uri)
-                answer = await self.ask(*images)
+            async with self.image_slots:
+                if self.stop_error is not None:
+                    return _stopped_image(image_id, self.stop_error)
+                file, renderings = await asyncio.to_thread(self._read, uri)
+                answer = await self.ask(*renderings)
         except (InputError, FileNotFoundError) as error:
             answer = Answer("error", None, error=f"{type(error).__name__}: {error}")
         except CloudError as error:
             return self._stop(image_id, error)
-        self.seen, self.failed = self.seen + 1, self.failed + (answer.status == "error")
-        if (
-            self.seen >= ERROR_CHECK_FROM
-            and self.failed > self.config.cloud.max_error_share * self.seen
-        ):
-            share = (
-                f"{self.failed} of {self.seen} images failed, more than"
+        self.answer_count += 1
+        self.failure_count += answer.status == "error"
+        if self._too_many_failures():
+            message = (
+                f"{self.failure_count} of {self.answer_count} images failed, more than"
                 f" cloud.max_error_share; the last: {answer.error}"
             )
-            return self._stop(image_id, errors.CloudError(share))
-        return _raw_row(image_id, data, answer)
+            return self._stop(image_id, errors.CloudError(message))
+        return AnsweredImage(image_id, file, answer)
 
     def _read(self, uri: str) -> tuple[bytes, list[CanonicalImage]]:
-        """The file, if CLIP will look at it, and the image as each cloud gets it."""
-        data = storage.read_bytes(uri)
-        return b"" if self.config.collect.labeler == "none" else data, render_for_clouds(
-            self.client, data
-        )
+        """Return the file, if CLIP will label the image, and the image as each cloud
+        gets it.
+        """
+        file = storage.read_bytes(uri)
+        renderings = render_for_clouds(self.client, file)
+        return (b"" if self.config.collect.labeler == "none" else file), renderings
 
-    def _stop(self, image_id: str, error: CloudError) -> dict[str, Any]:
-        self.stopped = self.stopped or json.dumps(
-            {"type": type(error).__name__, "message": str(error)}
-        )
-        return _raw_row(
-            image_id, b"", Answer("error", None, error=self.stopped), status=STOPPED
-        )
+    def _too_many_failures(self) -> bool:
+        allowed = self.config.cloud.max_error_share * self.answer_count
+        return self.answer_count >= ERROR_CHECK_FROM and self.failure_count > allowed
+
+    def _stop(self, image_id: str, error: CloudError) -> AnsweredImage:
+        """End the run with this error, unless another one ends it."""
+        if self.stop_error is None:
+            self.stop_error = json.dumps(
+                {"type": type(error).__name__, "message": str(error)}
+            )
+        return _stopped_image(image_id, self.stop_error)
+
+
+def _stopped_image(image_id: str, error: str) -> AnsweredImage:
+    return AnsweredImage(
+        image_id, b"", Answer("error", None, error=error), stopped=True
+    )
+
+
+def answer_table(
+    images: Sequence[AnsweredImage], converter: AnswerConverter
+) -> pa.Table:
+    """Return ``ANSWER_SCHEMA``: the answers converted to detections, duplicates merged."""
+    answers = [image.answer for image in images]
+    raw_answers = [answer.raw for answer in answers]
+    score_kinds = [None if raw is None else raw.score_kind for raw in raw_answers]
+    columns = detection_columns([converter.convert(answer) for answer in answers])
+    columns |= {
+        "image_id": [image.image_id for image in images],
+        "source": [_source(answer.teachers) for answer in answers],
+        "status": [
+            STOPPED if image.stopped else image.answer.status for image in images
+        ],
+        "attempts": [answer.attempts for answer in answers],
+        "latency_ms": [answer.latency_ms for answer in answers],
+        "cost_usd": [answer.cost_usd for answer in answers],
+        "error": [answer.error for answer in answers],
+        "calls": [answer.calls for answer in answers],
+        "score_kind": score_kinds,  # null without an answer
+        # the clouds that answered; empty where there is only one
+        "teachers": [list(answer.teachers) for answer in answers],
+        "bytes": [image.file for image in images],
+    }
+    return pa.table(columns, schema=ANSWER_SCHEMA)
+
+
+def _source(clouds: Sequence[str]) -> str:
+    return f"cloud: {', '.join(clouds)}" if clouds else "cloud"
 
 
 def governors_for(
     config: PipelineConfig, urls: Sequence[str], journal: Journal
 ) -> list[LocalGovernor]:
-    """One for each cloud, that knows what it has cost and how often it was asked today;
-    the views of one cloud share it.
+    """Return a governor for each cloud, with what it has cost and how often it was asked
+    today; the renderings of one cloud share it.
 
     A single cloud's budget is the journal's.
     """
-    now, governors = time.time(), dict[Cloud, LocalGovernor]()
+    now = time.time()
     servers = [with_plain_rendering(cloud) for cloud in config.clouds]
-    for cloud, url in dict(zip(servers, urls, strict=True)).items():
+    url_by_server: dict[Cloud, str] = dict(zip(servers, urls, strict=True))
+    governors: dict[Cloud, LocalGovernor] = {}
+    for cloud, url in url_by_server.items():
         account = account_name(cloud, url, adapter_for(cloud))
         spent = journal.spent(account if config.more_clouds else None)
-        ages = (
-            []
-            if cloud.per_day is None
-            else [now - start for start in journal.call_starts(account, now - DAY)]
-        )
-        governors[cloud] = LocalGovernor(Governor(governor_limits(cloud), spent, ages=ages))
+        ages: list[float] = []
+        if cloud.per_day is not None:
+            starts = journal.call_starts(account, now - DAY)
+            ages = [now - start for start in starts]
+        governor = Governor(governor_limits(cloud), spent, ages=ages)
+        governors[cloud] = LocalGovernor(governor)
     return [governors[cloud] for cloud in servers]
-
-
-def _raw_row(
-    image_id: str, data: bytes, answer: Answer, status: str | None = None
-) -> dict[str, Any]:
-    raw = answer.raw
-    return {
-        "image_id": image_id,
-        "bytes": data,
-        "boxes": [] if raw is None else raw.boxes.tolist(),
-        "class_scores": [] if raw is None else raw.class_scores.tolist(),
-        "score_kind": None if raw is None else raw.score_kind,
-        "status": status or answer.status,
-        "attempts": answer.attempts,
-        "latency_ms": answer.latency_ms,
-        "cost_usd": answer.cost_usd,
-        "calls": answer.calls,
-        "error": answer.error,
-        "teachers": list(answer.teachers),
-    }

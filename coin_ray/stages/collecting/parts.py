@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -23,21 +23,43 @@ PART_SCHEMA = (
     .append(pa.field("score_kind", pa.string()))
     .append(pa.field("teachers", pa.list_(pa.string())))
 )
-LISTED = pa.schema(
+INDEX_SCHEMA = pa.schema(
     [PART_SCHEMA.field(name) for name in ("image_id", "status", "calls", "cost_usd")]
 )
+"""Columns that are in memory for all rows."""
 ANSWERED = pa.array(["ok", "cached", "empty"])
 BLOCK = 4 * storage.BLOCK_ROWS
 """Rows that are put in order at once."""
-ERRORS = 10
+MAX_ERRORS = 10
 """Different errors that the metrics name."""
 
 
-class CollectedParts:
-    """What lies below some folders. Rows are numbered through all parts, in the order
-    of the folders and of the parts' names.
+class CallMetrics(TypedDict):
+    """Calls of a collection, as its metrics record them."""
 
-    In memory are the ids, the states and the costs, not what was detected.
+    made: int
+    cached: int
+    failed: int
+    cost_usd: float
+
+
+class MergedCounts(NamedTuple):
+    """Counts of a merged collection. ``empty``: answers without boxes.
+    ``answered_by``: images by cloud.
+    """
+
+    calls: CallMetrics
+    empty: int
+    boxes: int
+    errors: list[str]
+    answered_by: dict[str, int]
+
+
+class CollectedParts:
+    """The parts below some folders. Rows are numbered through all parts, in the order of
+    the folders and of the parts' names.
+
+    The columns of ``INDEX_SCHEMA`` are in memory, the detections are not.
     """
 
     def __init__(self, *folders: str) -> None:
@@ -46,173 +68,177 @@ class CollectedParts:
             for folder in folders
             for file in storage.list_files(folder, ".parquet")
         ]
-        read = storage.read_tables(self.files, LISTED.names)
-        self.sizes = np.array([part.num_rows for part in read], np.int64)
-        self.listed = pa.concat_tables(
-            [LISTED.empty_table(), *read], promote_options="default"
+        part_indexes = storage.read_tables(self.files, INDEX_SCHEMA.names)
+        part_sizes = [part.num_rows for part in part_indexes]
+        self.part_ends: NDArray[np.int64] = np.array(part_sizes, np.int64).cumsum()
+        self.part_sizes = np.array(part_sizes, np.int64)
+        self.index = pa.concat_tables(
+            [INDEX_SCHEMA.empty_table(), *part_indexes], promote_options="default"
         ).combine_chunks()
-        self.failed: NDArray[np.bool_] = (
-            pc.is_in(self.listed["status"], value_set=tables.FAILED_STATUSES)
-            .to_numpy()
-            .astype(bool)
-        )
+        failed = pc.is_in(self.index["status"], value_set=tables.FAILED_STATUSES)
+        self.failed: NDArray[np.bool_] = failed.to_numpy().astype(bool)
 
     @property
-    def answered(self) -> pa.ChunkedArray:
+    def answered_ids(self) -> pa.ChunkedArray:
         """Ids of the images that have a final answer."""
-        return self.listed["image_id"].filter(pa.array(~self.failed))
+        return self.index["image_id"].filter(pa.array(~self.failed))
 
     @property
-    def images(self) -> pa.Array:
+    def image_ids(self) -> pa.Array:
         """Ids of all images, in the order of their first rows."""
-        return self.listed["image_id"].unique()
+        return self.index["image_id"].unique()
 
-    def counting(self, images: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """For each image the row that counts: the first that is no failure, or else the
-        last. Raises StepError if one has none.
+    def select_rows(self, image_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+        """Return the row of each image that counts: the first that is no failure, or
+        else the last. Raises StepError if an image has none.
         """
-        place = (
-            pc.index_in(self.listed["image_id"], value_set=images)
-            .fill_null(-1)
-            .to_numpy()
-        )
-        rows = np.flatnonzero(place >= 0)
-        ascending = np.concatenate(
-            [rows[self.failed[rows]], rows[~self.failed[rows]][::-1]]
-        )
-        found = np.full(len(images), -1)
-        # of several rows of an image the last one stays
-        found[place[ascending]] = ascending
-        if missing := int((found < 0).sum()):
+        positions = pc.index_in(self.index["image_id"], value_set=image_ids)
+        position_of_row = positions.fill_null(-1).to_numpy()
+        rows = np.flatnonzero(position_of_row >= 0)
+        failed_rows = rows[self.failed[rows]]
+        answered_rows = rows[~self.failed[rows]]
+        # of several rows of an image the last assignment stays
+        by_priority = np.concatenate([failed_rows, answered_rows[::-1]])
+        selected = np.full(len(image_ids), -1)
+        selected[position_of_row[by_priority]] = by_priority
+        missing = int((selected < 0).sum())
+        if missing:
+            first_missing = image_ids[int(selected.argmin())]
             raise StepError(
-                f"{missing} images have no answer, the first"
-                f" {images[int(found.argmin())]}: run again, and they are asked"
+                f"{missing} images have no answer, the first {first_missing}: run the"
+                " same command again to ask about them"
             )
-        return found
+        return selected
 
-    def blocks(self, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
-        """These rows in this order, ``BLOCK_ROWS`` at a time, with the columns of ``PART_SCHEMA``."""
+    def read_blocks(self, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
+        """Yield these rows in this order, ``BLOCK`` at a time, with the columns of
+        ``PART_SCHEMA``.
+        """
         for start in range(0, len(rows), BLOCK):
-            yield self._take(rows[start : start + BLOCK])
+            yield self._read_rows(rows[start : start + BLOCK])
 
-    def _take(self, rows: NDArray[np.int64]) -> pa.Table:
-        ends = self.sizes.cumsum()
-        chosen, where = np.unique(
-            np.searchsorted(ends, rows, side="right"), return_inverse=True
-        )
-        read = pa.concat_tables(
-            [PART_SCHEMA.empty_table(), *storage.read_tables([self.files[n] for n in chosen])],
+    def _read_rows(self, rows: NDArray[np.int64]) -> pa.Table:
+        part_of_row = np.searchsorted(self.part_ends, rows, side="right")
+        part_numbers, read_number = np.unique(part_of_row, return_inverse=True)
+        parts = storage.read_tables([self.files[number] for number in part_numbers])
+        concatenated = pa.concat_tables(
+            [PART_SCHEMA.empty_table(), *parts],
             promote_options="default",  # a part of an older version lacks columns
         )
-        moved = (self.sizes[chosen].cumsum() - ends[chosen])[where]
-        return read.select(PART_SCHEMA.names).combine_chunks().take(rows + moved).cast(PART_SCHEMA)
+        # a row's number counts all parts, but only some of them were read
+        read_ends = self.part_sizes[part_numbers].cumsum()
+        shifts = (read_ends - self.part_ends[part_numbers])[read_number]
+        table = concatenated.select(PART_SCHEMA.names).combine_chunks()
+        return table.take(rows + shifts).cast(PART_SCHEMA)
 
 
 def merge_parts(
-    parts: CollectedParts, images: pa.Array | pa.ChunkedArray, folder: str, classes: int | None
-) -> dict[str, Any]:
-    """Write ``cloud.parquet``, and with CLIP's opinion of so many ``classes``
-    ``clip_labels.parquet``: one row per image, in the images' order.
-
-    Returns what collection counts.
+    parts: CollectedParts,
+    image_ids: pa.Array | pa.ChunkedArray,
+    folder: str,
+    num_classes: int | None,
+) -> MergedCounts:
+    """Write ``cloud.parquet``: one row per image, in the images' order. With CLIP's
+    probabilities, of so many classes, write ``clip_labels.parquet`` too.
     """
     counts: Counter[str] = Counter()
     errors: set[str] = set()
     answered_by: Counter[str] = Counter()
     with ExitStack() as files:
-        cloud = files.enter_context(
-            storage.table_writer(
-                storage.join(folder, "cloud.parquet"), tables.DETECTIONS
-            )
-        )
-        clip = None
-        if classes is not None:
-            clip = files.enter_context(
-                storage.table_writer(
-                    storage.join(folder, "clip_labels.parquet"), tables.DETECTIONS
-                )
-            )
-        for rows in parts.blocks(parts.counting(images)):
-            cloud.write(rows.select(tables.DETECTIONS.names))
-            if clip is not None and classes is not None:
-                clip.write(clip_opinions(rows, classes))
-            counts += _counted(rows)
-            errors = set(
-                sorted(
-                    errors.union(
-                        e for e in rows["error"].drop_null().unique().to_pylist() if e
-                    )
-                )[:ERRORS]
-            )
-            answered_by += _values(pc.list_flatten(rows["teachers"]))
-    return {
-        "calls": {
-            "made": pc.sum(parts.listed["calls"]).as_py() or 0,
-            "cached": counts["cached"],
-            "failed": counts["error"],
-            "cost_usd": round(pc.sum(parts.listed["cost_usd"]).as_py() or 0, 6),
-        },
-        "empty": counts["without boxes"],
-        "boxes": counts["boxes"],
-        "errors": sorted(errors),
-        "answered_by": dict(answered_by),
+        cloud_writer = files.enter_context(_detections_writer(folder, "cloud"))
+        clip_writer = None
+        if num_classes is not None:
+            clip_writer = files.enter_context(_detections_writer(folder, "clip_labels"))
+        for block in parts.read_blocks(parts.select_rows(image_ids)):
+            cloud_writer.write(block.select(tables.DETECTIONS.names))
+            if clip_writer is not None and num_classes is not None:
+                clip_writer.write(clip_label_table(block, num_classes))
+            counts += _count_rows(block)
+            errors = _first_errors(errors, block["error"])
+            answered_by += _count_values(pc.list_flatten(block["teachers"]))
+    calls: CallMetrics = {
+        "made": pc.sum(parts.index["calls"]).as_py() or 0,
+        "cached": counts["cached"],
+        "failed": counts["error"],
+        "cost_usd": round(pc.sum(parts.index["cost_usd"]).as_py() or 0, 6),
     }
-
-
-def _counted(rows: pa.Table) -> Counter[str]:
-    """Rows by status, their boxes, and the answers without boxes."""
-    boxes = pc.list_value_length(rows["boxes"]).to_numpy()
-    answered = pc.is_in(rows["status"], value_set=ANSWERED).to_numpy()
-    return _values(rows["status"]) + Counter(
-        {
-            "boxes": int(boxes.sum()),
-            "without boxes": int((answered & (boxes == 0)).sum()),
-        }
+    return MergedCounts(
+        calls=calls,
+        empty=counts["without boxes"],
+        boxes=counts["boxes"],
+        errors=sorted(errors),
+        answered_by=dict(answered_by),
     )
 
 
-def _values(column: pa.ChunkedArray) -> Counter[str]:
-    return Counter(
-        {
-            pair["values"].as_py(): pair["counts"].as_py()
-            for pair in pc.value_counts(column)
-        }
-    )
+def _detections_writer(
+    folder: str, name: str
+) -> AbstractContextManager[storage.TableWriter]:
+    uri = storage.join(folder, f"{name}.parquet")
+    return storage.table_writer(uri, tables.DETECTIONS)
 
 
-def clip_opinions(rows: pa.Table, classes: int) -> pa.Table:
-    """CLIP's best foreground class of each cloud box in rows of parts; probabilities
-    keep the background column.
+def _first_errors(errors: set[str], column: pa.ChunkedArray) -> set[str]:
+    """Return the first ``MAX_ERRORS`` different errors, in alphabetical order."""
+    new_errors = [error for error in column.drop_null().unique().to_pylist() if error]
+    return set(sorted(errors.union(new_errors))[:MAX_ERRORS])
+
+
+def _count_rows(block: pa.Table) -> Counter[str]:
+    """Count rows by status, their boxes, and the answers without boxes."""
+    box_counts = pc.list_value_length(block["boxes"]).to_numpy()
+    answered = pc.is_in(block["status"], value_set=ANSWERED).to_numpy()
+    without_boxes = answered & (box_counts == 0)
+    box_totals = {
+        "boxes": int(box_counts.sum()),
+        "without boxes": int(without_boxes.sum()),
+    }
+    return _count_values(block["status"]) + Counter(box_totals)
+
+
+def _count_values(column: pa.ChunkedArray) -> Counter[str]:
+    pairs = pc.value_counts(column)
+    return Counter({pair["values"].as_py(): pair["counts"].as_py() for pair in pairs})
+
+
+def clip_label_table(block: pa.Table, num_classes: int) -> pa.Table:
+    """Return ``DETECTIONS`` with CLIP's best foreground class of each cloud box in rows
+    of parts; the probabilities keep the background column.
     """
-    vectors = rows["clip_probs"].combine_chunks()
-    probs = vectors.flatten().flatten().to_numpy().reshape(-1, classes + 1)
-    boxes = rows["boxes"].combine_chunks()
-    ends = np.concatenate(
-        [[0], pc.list_value_length(boxes).to_numpy().cumsum()]
-    ).astype(np.int32)
-
-    def for_each_box(
-        values: Sequence[Any] | NDArray[Any] | pa.Array, name: str
-    ) -> pa.Array:
-        kind = tables.DETECTIONS.field(name).type
-        return pa.ListArray.from_arrays(
-            pa.array(ends), pa.array(values, kind.value_type), kind
-        )
-
+    vectors = block["clip_probs"].combine_chunks()
+    probs = vectors.flatten().flatten().to_numpy().reshape(-1, num_classes + 1)
+    class_probs = probs[:, :-1]
+    labels: NDArray[np.int64] = np.zeros(0, np.int64)
+    if len(probs):
+        labels = class_probs.argmax(1)
+    boxes = block["boxes"].combine_chunks()
+    box_counts = pc.list_value_length(boxes).to_numpy()
+    offsets = pa.array(np.concatenate([[0], box_counts.cumsum()]).astype(np.int32))
+    rows = len(block)
     columns = {
-        "image_id": rows["image_id"],
+        "image_id": block["image_id"],
         "boxes": boxes,
-        "scores": for_each_box(probs[:, :-1].max(1, initial=0), "scores"),
-        "labels": for_each_box(
-            probs[:, :-1].argmax(1) if len(probs) else probs[:0, 0], "labels"
-        ),
+        "scores": _list_column(offsets, class_probs.max(1, initial=0), "scores"),
+        "labels": _list_column(offsets, labels, "labels"),
         "probs": vectors,
-        "prob_source": for_each_box(["native"] * len(probs), "prob_source"),
-        "source": pa.repeat("clip_labels", len(rows)),
-        "status": rows["status"],
-        "attempts": pa.repeat(pa.scalar(0, pa.int32()), len(rows)),
-        "latency_ms": pa.repeat(pa.scalar(0.0, pa.float32()), len(rows)),
-        "cost_usd": pa.repeat(0.0, len(rows)),
-        "error": pa.nulls(len(rows), pa.string()),
+        "prob_source": _list_column(offsets, ["native"] * len(probs), "prob_source"),
+        "source": pa.repeat("clip_labels", rows),
+        "status": block["status"],
+        "attempts": pa.repeat(pa.scalar(0, pa.int32()), rows),
+        "latency_ms": pa.repeat(pa.scalar(0.0, pa.float32()), rows),
+        "cost_usd": pa.repeat(0.0, rows),
+        "error": pa.nulls(rows, pa.string()),
     }
     return pa.table(columns, schema=tables.DETECTIONS)
+
+
+def _list_column(
+    offsets: pa.Array,
+    elements: NDArray[np.float32] | NDArray[np.int64] | Sequence[str],
+    name: str,
+) -> pa.ListArray:
+    """Return a column of ``DETECTIONS`` with one element for each box."""
+    list_type = tables.DETECTIONS.field(name).type
+    return pa.ListArray.from_arrays(
+        offsets, pa.array(elements, list_type.value_type), list_type
+    )

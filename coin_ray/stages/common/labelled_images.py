@@ -115,9 +115,7 @@ def _check_trainable(
             " (docs/formats.md), not a plain folder"
         )
     counts = class_counts.tolist()
-    absent = [
-        name for name, count in zip(classes, counts, strict=True) if count == 0
-    ]
+    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if absent:
         raise InputError(
             f"no training image has a box of {', '.join(absent)} (of {len(examples)}"

@@ -60,9 +60,7 @@ def open_training_labels(
     if source == "truth":
         annotations = open_annotations(folders["images"])
         image_ids = _annotated_training_images(annotations, folders["images"])
-        lookup: LabelLookup = partial(
-            _look_up_truth, annotations, len(config.classes)
-        )
+        lookup: LabelLookup = partial(_look_up_truth, annotations, len(config.classes))
         return TrainingLabels(image_ids, lookup, {})
     cloud = open_collected(folders["collect"], "cloud", config)
     if source == "clip" and config.collect.labeler != "none":
@@ -129,7 +127,9 @@ def _look_up_corrected(
     return dict.fromkeys(names, correction)
 
 
-def build_training_examples(images_folder: str, labels: TrainingLabels) -> TableExamples:
+def build_training_examples(
+    images_folder: str, labels: TrainingLabels
+) -> TableExamples:
     """Return the training images that have labels, as examples."""
     uri = storage.join(images_folder, "images.parquet")
     images = storage.open_table(uri, ("image_id", "split"))

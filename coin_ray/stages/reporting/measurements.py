@@ -6,12 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
@@ -21,25 +17,18 @@ from coin_ray.evaluation.bootstrap import (
     mean_ap,
     percentile_interval,
 )
-from coin_ray.evaluation.calibration import expected_calibration_error, reliability_bins
 from coin_ray.evaluation.fusion_baselines import relabel_with_clip
-from coin_ray.evaluation.operating import best_f1, count_by_image
-from coin_ray.evaluation.separation_accuracy import overlapped_truth_labels
-from coin_ray.evaluation.teacher_agreement import ckg_agreement_rates, teacher_confusion
+from coin_ray.evaluation.operating import best_f1
+from coin_ray.evaluation.teacher_agreement import teacher_confusion
 from coin_ray.evaluation.voc import (
     Floats,
     MatchedDetections,
     match_detections,
     mean_over_classes,
 )
-from coin_ray.runs.steps import Context
+from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.image_tables import open_annotations, read_images
-from coin_ray.stages.common.teacher_outputs import (
-    open_collected,
-    open_corrections,
-    select_cloud_labels,
-)
-from coin_ray.stages.common.teacher_outputs import relabel_with_clip as taught_by_clip
+from coin_ray.stages.common.teacher_outputs import open_collected
 from coin_ray.stages.evaluate import (
     METHOD_OF_STEP,
     PredictionsByMethod,
@@ -49,275 +38,159 @@ from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
 RECALLS = np.linspace(0, 1, 41)
-NAMED_ONCE = ("cloud", "clip_labels")
-"""Teachers that name each box once; at a threshold they are judged as they answer, not
-with every class score."""
-Verdicts = dict[str, tuple[MatchedDetections, ...]]
+ANSWERING_TEACHERS = ("cloud", "clip_labels")
+"""Teachers that give each box one label; at a threshold they are judged by that label,
+not by every class score."""
+MatchesByMethod = dict[str, tuple[MatchedDetections, ...]]
+"""Matched detections of each class by method."""
 
 
-def held_out_truth(context: Context[PipelineConfig]) -> dict[str, Truth]:
-    """Truth by id of the annotated test images."""
-    folder = context.inputs["images"]
-    return open_annotations(folder).of(read_images(folder, "test")["image_id"])
+def read_test_annotations(context: Context[PipelineConfig]) -> dict[str, Truth]:
+    """Return the truth of the annotated test images by image id."""
+    images_folder = context.inputs["images"]
+    image_ids = read_images(images_folder, "test")["image_id"]
+    return open_annotations(images_folder).of(image_ids)
 
 
-def students(context: Context[PipelineConfig]) -> PredictionsByMethod:
-    """What the trained detectors see in the test images, as the evaluation left it."""
-    found: Results = {}
+def open_detector_predictions(context: Context[PipelineConfig]) -> PredictionsByMethod:
+    """Open the predictions of the trained detectors in the test images, which the
+    evaluation wrote.
+    """
+    folder = storage.join(context.inputs["evaluate"], "predictions")
+    predictions: PredictionsByMethod = {}
     for name in METHOD_OF_STEP.values():
-        path = storage.join(
-            context.inputs["evaluate"], "predictions", f"{name}.parquet"
-        )
-        if storage.exists(path):
-            found[name] = tables.open_detections(path, len(context.config.classes))
-    return found
+        uri = storage.join(folder, f"{name}.parquet")
+        if storage.exists(uri):
+            predictions[name] = tables.open_detections(uri, len(context.config.classes))
+    return predictions
 
 
-def named_once(context: Context[PipelineConfig]) -> PredictionsByMethod:
-    """The teachers' answers as they are: one name for each box."""
-    names = NAMED_ONCE if context.config.collect.labeler != "none" else NAMED_ONCE[:1]
+def open_teacher_answers(context: Context[PipelineConfig]) -> PredictionsByMethod:
+    """Open the teachers' answers as they are, with one label for each box."""
+    config = context.config
+    has_clip = config.collect.labeler != "none"
+    names = ANSWERING_TEACHERS if has_clip else ANSWERING_TEACHERS[:1]
     return {
-        name: open_collected(context.inputs["collect"], name, context.config)
-        for name in names
+        name: open_collected(context.inputs["collect"], name, config) for name in names
     }
 
 
-def scored(verdicts: Verdicts, seed: int) -> dict[str, Any]:
-    """95 % intervals of every mAP50 and of its difference to the cloud's, and the
-    student's change by class.
-    """
-    images = len(verdicts["cloud"][0].required)
-    draws = draw_bootstrap_samples(images, seed)
-    by_class = {name: bootstrap_average_precision(classes, draws) for name, classes in verdicts.items()}
-    maps = {name: mean_ap(values) for name, values in by_class.items()}
-    numbers: dict[str, Any] = {
-        "map50_interval": {name: _interval(values) for name, values in maps.items()},
-        "vs_cloud_interval": {
-            name: _interval(values - maps["cloud"])
-            for name, values in maps.items()
-            if name != "cloud"
-        },
-        "truth_boxes": [int(match_detections.required.sum()) for match_detections in verdicts["cloud"]],
-    }
-    if "student" in by_class:
-        change = by_class["student"] - by_class["cloud"]
-        numbers["class_change_interval"] = [
-            list(percentile_interval(column) or (None, None)) for column in change.T
-        ]
-    return numbers
-
-
-def at_best_threshold(verdicts: Verdicts) -> dict[str, Any]:
-    points = {name: best_f1(classes) for name, classes in verdicts.items()}
-    return {
-        name: {k: round(v, 4) for k, v in asdict(point).items()}
-        for name, point in points.items()
-        if point
-    }
-
-
-def precision_recall(classes: tuple[MatchedDetections, ...]) -> Floats:
-    """Precision [K, R] at ``RECALLS``, made to fall with recall; rows of NaN for
-    classes without truth.
-    """
-    rows = np.full((len(classes), len(RECALLS)), np.nan)
-    for row, judged_class in zip(rows, classes, strict=True):
-        if not (required := judged_class.required.sum()):
-            continue
-        found = judged_class.right.cumsum()
-        precision = np.maximum.accumulate((found / np.arange(1, len(found) + 1))[::-1])[
-            ::-1
-        ]
-        place = np.searchsorted(found / required, RECALLS - 1e-12)
-        row[:] = np.append(precision, 0.0)[np.minimum(place, len(precision))]
-    return rows
-
-
-def mean_curve(rows: Floats) -> list[float]:
-    """Mean [R] over the classes that have truth."""
-    return [round(mean_over_classes(column), 4) for column in rows.T]
-
-
-def teachers_confused(context: Context[PipelineConfig]) -> list[list[int]]:
-    separation = storage.stream_table(
-        storage.join(context.inputs["separate"], "separation.parquet")
-    )
-    found: list[list[int]] = teacher_confusion(separation, len(context.config.classes)).tolist()
-    return found
-
-
-def opinions(
-    answers: PredictionsByMethod,
-    fused: Mapping[str, Tensor],
-    truth: Mapping[str, Truth],
-    score_min: float,
-) -> dict[str, Any]:
-    """How well each opinion of the cloud's test boxes is calibrated, and whom the
-    fusion follows where the open_teacher_class_scores differ.
-    """
-    if "clip_labels" not in answers:
-        return _calibrated(
-            {"cloud": _probs(answers["cloud"], truth, score_min)},
-            _answers(answers["cloud"], truth, score_min),
-        )
-    by_cloud = {
-        i: answers["cloud"][i]
-        for i in truth
-        if i in answers["cloud"] and i in answers["clip_labels"]
-    }
-    used = {
-        i: t for i, t in truth.items() if i in by_cloud and (not fused or i in fused)
-    }
-    named = _answers(by_cloud, used, score_min)
-    clip = {
-        i: answers["clip_labels"][i].probs[by_cloud[i].scores >= score_min]
-        for i in used
-    }
-    said = {"cloud": _probs(by_cloud, used, score_min), "clip": _stack(clip, used)}
-    found: dict[str, Any] = {}
-    if fused:
-        said["ckg"] = _stack(fused, used)
-        found["ckg_sides"] = ckg_agreement_rates(said["cloud"], said["clip"], said["ckg"], named)
-    return found | _calibrated(said, named)
-
-
-def _calibrated(said: Mapping[str, Tensor], named: Tensor) -> dict[str, Any]:
-    bins = {}
-    for who, probs in said.items():
-        if len(probs):
-            confidence, choice = probs.max(1)
-            bins[who] = reliability_bins(
-                confidence.double().numpy(), (choice == named).numpy()
-            )
-    return {
-        "calibration_error": {
-            who: round(expected_calibration_error(found), 4) for who, found in bins.items()
-        },
-        "reliability": {who: [asdict(b) for b in found] for who, found in bins.items()},
-    }
-
-
-def _probs(
-    found: Mapping[str, Detections], truth: Mapping[str, Truth], score_min: float
-) -> Tensor:
-    return _stack(
-        {i: found[i].probs[found[i].scores >= score_min] for i in truth if i in found},
-        truth,
-    )
-
-
-def _answers(
-    found: Mapping[str, Detections], truth: Mapping[str, Truth], score_min: float
-) -> Tensor:
-    """True names [N] of the boxes of at least ``score_min``, background where there is
-    nothing.
-    """
-    parts = [
-        overlapped_truth_labels(
-            found[i].boxes[found[i].scores >= score_min], truth[i], found[i].num_classes
-        )
-        for i in sorted(truth)
-        if i in found
-    ]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
-
-
-def _stack(rows: Mapping[str, Tensor], truth: Mapping[str, Truth]) -> Tensor:
-    parts = [rows[i] for i in sorted(truth) if i in rows]
-    return torch.cat(parts) if parts else torch.zeros(0, 1)
-
-
-def corrections(context: Context[PipelineConfig]) -> dict[str, Any]:
-    """How many images people have labelled, and what each teacher would have taught
-    there: ``boxes``, those ``wrong``, objects ``missed``, and ``images`` with either.
-    Empty for a run without corrections.
+def match_methods(
+    context: Context[PipelineConfig], truth: dict[str, Truth]
+) -> tuple[MatchesByMethod, MatchesByMethod]:
+    """Match each method's boxes with the truth: first with every class score, as mAP is
+    measured; second as the method is used, with one label for each box of a teacher.
     """
     config = context.config
-    person = open_corrections(context.inputs, config)
-    truth = {
-        i: Truth(d.boxes, d.labels, torch.zeros(len(d), dtype=torch.bool))
-        for i, d in person.items()
-    }
-    if not truth:
-        return {}
-    counts = {
-        "images": len(truth),
-        "boxes": sum(len(t.boxes) for t in truth.values()),
-        "empty": sum(not len(t.boxes) for t in truth.values()),
-    }
-    teachers = {
-        name: _mistakes(found, truth, len(config.classes))
-        for name, found in _taught(context, list(truth)).items()
-    }
-    return counts | {"teachers": open_teacher_class_scores}
 
+    def match(by_image: Mapping[str, Detections]) -> tuple[MatchedDetections, ...]:
+        return match_detections(
+            by_image,
+            truth,
+            len(config.classes),
+            plus_one=config.evaluate.plus_one,
+        )
 
-def _taught(context: Context[PipelineConfig], images: list[str]) -> PredictionsByMethod:
-    """What propagation and separation would have got of each teacher; images without an
-    answer are left out.
-    """
-    config, answers = context.config, named_once(context)
-    clip = tables.open_detections(
-        storage.join(context.inputs["separate"], "clip_detector.parquet"),
-        len(config.classes),
-    )
-    known = [i for i in images if i in answers["cloud"]]
-    found: Results = {
-        "cloud": {i: select_cloud_labels(answers["cloud"][i], config.labels) for i in known}
+    detectors = {
+        name: match(by_image)
+        for name, by_image in open_detector_predictions(context).items()
     }
+    class_scores = {
+        name: match(by_image)
+        for name, by_image in open_teacher_class_scores(context, truth).items()
+    }
+    answers = open_teacher_answers(context)
     if "clip_labels" in answers:
-        found["clip_labels"] = {
-            i: taught_by_clip(
-                answers["cloud"][i], answers["clip_labels"][i], config.labels
-            )
-            for i in known
+        cloud = answers["cloud"]
+        clip = answers["clip_labels"]
+        answers["clip_labels"] = {
+            image_id: relabel_with_clip(cloud[image_id], clip[image_id].probs)
+            for image_id in truth
+            if image_id in cloud
         }
-    return found | {
-        "clip_detector": {
-            i: d[d.scores > config.separate.clip_score_min]
-            for i in images
-            if (d := clip.get(i)) is not None
-        }
-    }
+    single_labels = {name: match(by_image) for name, by_image in answers.items()}
+    return class_scores | detectors, single_labels | detectors
 
 
-def _mistakes(
-    found: Mapping[str, Detections], truth: Mapping[str, Truth], classes: int
-) -> dict[str, int]:
-    counted = count_by_image(match_detections(found, truth, classes), 0.0)
-    missed = counted.truth - counted.found
-    return {
-        "boxes": int((counted.found + counted.wrong).sum()),
-        "wrong": int(counted.wrong.sum()),
-        "missed": int(missed.sum()),
-        "images": int(((missed > 0) | (counted.wrong > 0)).sum()),
-    }
-
-
-def judge_all(context: Context[PipelineConfig], truth: dict[str, Truth]) -> tuple[Verdicts, Verdicts]:
-    """Every method with every class score, as mAP is measured; and as it is used: one
-    name for each box of a teacher.
+def compute_intervals(matches: MatchesByMethod, seed: int) -> Metrics:
+    """Return 95 % intervals of every mAP50 and of its difference to the cloud's, and of
+    the student's change by class.
     """
-    judge = partial(
-        match_detections,
-        truth=truth,
-        num_classes=len(context.config.classes),
-        plus_one=context.config.evaluate.plus_one,
-    )
-    ours = {name: judge(found) for name, found in students(context).items()}
-    ranked = {name: judge(found) for name, found in open_teacher_class_scores(context, truth).items()}
-    answered = named_once(context)
-    if "clip_labels" in answered:
-        cloud, clip = answered["cloud"], answered["clip_labels"]
-        answered["clip_labels"] = {
-            i: relabel_with_clip(cloud[i], clip[i].probs) for i in truth if i in cloud
-        }
-    once = {name: judge(found) for name, found in answered.items()}
-    return ranked | ours, once | ours
+    num_images = len(matches["cloud"][0].required)
+    samples = draw_bootstrap_samples(num_images, seed)
+    ap_by_class = {
+        name: bootstrap_average_precision(classes, samples)
+        for name, classes in matches.items()
+    }
+    maps = {name: mean_ap(ap) for name, ap in ap_by_class.items()}
+    intervals: Metrics = {
+        "map50_interval": {name: _interval(draws) for name, draws in maps.items()},
+        "vs_cloud_interval": {
+            name: _interval(draws - maps["cloud"])
+            for name, draws in maps.items()
+            if name != "cloud"
+        },
+        "truth_boxes": [int(matched.required.sum()) for matched in matches["cloud"]],
+    }
+    if "student" in ap_by_class:
+        change = ap_by_class["student"] - ap_by_class["cloud"]
+        intervals["class_change_interval"] = [
+            list(percentile_interval(draws) or (None, None)) for draws in change.T
+        ]
+    return intervals
 
 
-def _interval(values: Floats) -> dict[str, float]:
-    found = percentile_interval(values)
-    return (
-        {} if found is None else {"low": round(found[0], 4), "high": round(found[1], 4)}
+def _interval(draws: Floats) -> dict[str, float]:
+    bounds = percentile_interval(draws)
+    if bounds is None:
+        return {}
+    low, high = bounds
+    return {"low": round(low, 4), "high": round(high, 4)}
+
+
+def measure_best_f1(matches: MatchesByMethod) -> dict[str, dict[str, float]]:
+    """Return ``score``, ``precision``, ``recall`` and ``f1`` at the threshold with the
+    best F1, by method.
+    """
+    points = {}
+    for name, classes in matches.items():
+        point = best_f1(classes)
+        if point is not None:
+            points[name] = {
+                field: round(figure, 4) for field, figure in asdict(point).items()
+            }
+    return points
+
+
+def precision_recall_curves(classes: tuple[MatchedDetections, ...]) -> Floats:
+    """Return precision [K, R] at ``RECALLS``, made to fall with recall; rows of NaN for
+    classes without truth.
+    """
+    curves = np.full((len(classes), len(RECALLS)), np.nan)
+    for curve, matched in zip(curves, classes, strict=True):
+        required = matched.required.sum()
+        if not required:
+            continue
+        true_positives = matched.right.cumsum()
+        counts = np.arange(1, len(true_positives) + 1)
+        precision = true_positives / counts
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        first_reached = np.searchsorted(true_positives / required, RECALLS - 1e-12)
+        positions = np.minimum(first_reached, len(envelope))
+        curve[:] = np.append(envelope, 0.0)[positions]
+    return curves
+
+
+def mean_curve(curves: Floats) -> list[float]:
+    """Return the mean [R] over the classes that have truth."""
+    return [round(mean_over_classes(precision), 4) for precision in curves.T]
+
+
+def count_teacher_confusion(context: Context[PipelineConfig]) -> list[list[int]]:
+    """Return the training boxes [K+1, K+1] by the cloud's label and CLIP's."""
+    blocks = storage.stream_table(
+        storage.join(context.inputs["separate"], "separation.parquet")
     )
+    counts = teacher_confusion(blocks, len(context.config.classes))
+    confusion: list[list[int]] = counts.tolist()
+    return confusion

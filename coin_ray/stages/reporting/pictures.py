@@ -1,11 +1,11 @@
-"""The gallery's pictures: which images are shown, and what each method saw in them."""
+"""The gallery's pictures: which images are shown, and each method's boxes in them."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,251 +20,295 @@ from coin_ray.evaluation.operating import ImageCounts, regression_by_image
 from coin_ray.report.gallery import Box, GalleryImage
 from coin_ray.runs.steps import Context
 from coin_ray.stages.common.image_tables import (
+    ImageRow,
     open_annotations,
     read_image_rows,
     read_images,
 )
 from coin_ray.stages.evaluate import PredictionsByMethod
+from coin_ray.stages.separate import SeparationRow
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
-TEST, TRAIN, WORST = 12, 12, 6
+TEST_IMAGES = 12
+TRAINING_IMAGES = 12
+WORST_IMAGES = 6
 LONG_SIDE = 640
-SHOWN_FROM = {"cloud": 0.3, "clip_labels": 0.3, "clip_detector": 0.4, "student": 0.4}
-"""Scores from which boxes are drawn, where no truth says a better one."""
+"""Pixels of a picture's longer side, at most."""
+DEFAULT_THRESHOLDS = {
+    "cloud": 0.3,
+    "clip_labels": 0.3,
+    "clip_detector": 0.4,
+    "student": 0.4,
+}
+"""Scores from which boxes are drawn, where there is no truth to find a better one."""
 IOU = 0.5
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """``layers``: what each method saw by image id; ``from_score``: the threshold it is
-    drawn at; ``tallies`` of annotated test images.
+class GalleryInputs:
+    """``predictions``: what each method predicts, by image id. ``thresholds``: scores
+    from which its boxes are drawn. ``counts``: of annotated test images, by method.
     """
 
-    layers: PredictionsByMethod
-    from_score: Mapping[str, float]
+    predictions: PredictionsByMethod
+    thresholds: Mapping[str, float]
     truth: Mapping[str, Truth]
-    tallies: Mapping[str, ImageCounts]
+    counts: Mapping[str, ImageCounts]
 
 
-def seen(
+class SelectedImage(NamedTuple):
+    """An image of the gallery: its group and a note."""
+
+    row: ImageRow
+    group: str
+    note: str = ""
+
+
+def make_gallery_inputs(
     context: Context[PipelineConfig],
-    layers: PredictionsByMethod,
-    points: Mapping[str, Mapping[str, float]],
-    tallies: Mapping[str, ImageCounts],
-) -> Seen:
-    limits = {
-        name: points.get(name, {}).get("score", SHOWN_FROM[name]) for name in SHOWN_FROM
-    }
-    return Seen(
-        {n: f for n, f in layers.items() if n in limits},
-        limits,
-        open_annotations(context.inputs["images"]),
-        tallies,
-    )
-
-
-def gallery(context: Context[PipelineConfig], what: Seen) -> list[GalleryImage]:
-    """The test images on which the student is worst against the cloud, further ones
-    evenly spread, and training images with their kinds.
+    predictions: PredictionsByMethod,
+    operating_points: Mapping[str, Mapping[str, float]],
+    counts: Mapping[str, ImageCounts],
+) -> GalleryInputs:
+    """Return the inputs of the gallery; boxes are drawn from the scores of the operating
+    points, where those are known.
     """
-    test = read_image_rows(context.inputs["images"], "test")
-    worst = _worst(test, what)
-    ids = {row["image_id"] for row, _ in worst}
-    rest = _spread([i for i in test if i["image_id"] not in ids], TEST)
-    chosen = [("worst", row, note) for row, note in worst]
-    chosen += [("test", row, "") for row in rest]
-    train = _separated(context, TRAIN + TEST - len(rest))
-    chosen += [("train", row, "") for row in train]
-    place, ids = (
-        storage.join(context.inputs["separate"], "separation.parquet"),
-        pa.array([row["image_id"] for row in train], pa.string()),
-    )
-    kinds = {row["image_id"]: row for row in tables.stream_rows(place, ids)}
+    thresholds = {
+        name: operating_points.get(name, {}).get("score", default)
+        for name, default in DEFAULT_THRESHOLDS.items()
+    }
+    drawn = {
+        name: by_image for name, by_image in predictions.items() if name in thresholds
+    }
+    truth = open_annotations(context.inputs["images"])
+    return GalleryInputs(drawn, thresholds, truth, counts)
+
+
+def make_gallery(
+    context: Context[PipelineConfig], inputs: GalleryInputs
+) -> list[GalleryImage]:
+    """Return the test images on which the student is worst against the cloud, further
+    ones evenly spread, and training images with their kinds of boxes.
+    """
+    test_rows = read_image_rows(context.inputs["images"], "test")
+    worst = _select_worst(test_rows, inputs)
+    worst_ids = {selected.row["image_id"] for selected in worst}
+    other_rows = [row for row in test_rows if row["image_id"] not in worst_ids]
+    further = _spread_evenly(other_rows, TEST_IMAGES)
+    training_count = TRAINING_IMAGES + TEST_IMAGES - len(further)
+    training = _select_training_images(context, training_count)
+    separation = _read_separation(context, training)
+    images = [
+        *worst,
+        *(SelectedImage(row, "test") for row in further),
+        *(SelectedImage(row, "train") for row in training),
+    ]
     return [
-        _image(row, group, note, what, kinds, context.config)
-        for group, row, note in chosen
+        _gallery_image(image, inputs, separation, context.config) for image in images
     ]
 
 
-def _separated(context: Context[PipelineConfig], count: int) -> list[Row]:
-    """So many training images of which there is knowledge, evenly spread."""
+def _select_training_images(
+    context: Context[PipelineConfig], count: int
+) -> list[ImageRow]:
+    """Return so many training images that have separated boxes, evenly spread."""
     images = read_images(context.inputs["images"], "train")
-    known = [
-        rows["image_id"]
-        for rows in storage.stream_table(
-            storage.join(context.inputs["separate"], "separation.parquet"), ["image_id"]
-        )
-    ]
-    separated = images.filter(
-        pc.is_in(
-            images["image_id"],
-            value_set=pa.chunked_array(
-                [c for k in known for c in k.chunks], pa.string()
-            ),
-        )
-    )
-    rows: list[Row] = separated.take(_spread(range(len(separated)), count)).to_pylist()
+    blocks = storage.stream_table(_separation_uri(context), ["image_id"])
+    chunks = [chunk for block in blocks for chunk in block["image_id"].chunks]
+    separated_ids = pa.chunked_array(chunks, pa.string())
+    separated = images.filter(pc.is_in(images["image_id"], value_set=separated_ids))
+    positions = _spread_evenly(range(len(separated)), count)
+    rows: list[ImageRow] = separated.take(positions).to_pylist()
     return rows
 
 
-def _worst(test: Sequence[Row], what: Seen) -> list[tuple[Row, str]]:
-    """Images with the largest loss, worst first, and what changed in words."""
-    if not {"cloud", "student"} <= set(what.tallies):
+def _read_separation(
+    context: Context[PipelineConfig], rows: Sequence[ImageRow]
+) -> dict[str, SeparationRow]:
+    """Return the separation of these images by image id."""
+    image_ids = pa.array([row["image_id"] for row in rows], pa.string())
+    separated = cast(
+        "Iterator[SeparationRow]",
+        tables.stream_rows(_separation_uri(context), image_ids),
+    )
+    return {row["image_id"]: row for row in separated}
+
+
+def _separation_uri(context: Context[PipelineConfig]) -> str:
+    return storage.join(context.inputs["separate"], "separation.parquet")
+
+
+def _select_worst(
+    test_rows: Sequence[ImageRow], inputs: GalleryInputs
+) -> list[SelectedImage]:
+    """Return the images with the largest loss, worst first, with a note on what changed."""
+    if not {"cloud", "student"} <= set(inputs.counts):
         return []
-    ours, theirs = what.tallies["student"], what.tallies["cloud"]
-    rows = {str(i["image_id"]): i for i in test}
-    lost, ids = regression_by_image(ours, theirs), sorted(i for i in rows if i in what.truth)
-    order = [int(n) for n in np.argsort(-lost, kind="stable")[:WORST] if lost[n] > 0]
-    told = (
-        "Of {} objects the cloud finds {}, the student {}; wrong boxes: cloud {},"
-        " student {}"
-    )
-    return [
-        (
-            rows[ids[n]],
-            told.format(
-                ours.truth[n],
-                theirs.found[n],
-                ours.found[n],
-                theirs.wrong[n],
-                ours.wrong[n],
-            ),
+    student = inputs.counts["student"]
+    cloud = inputs.counts["cloud"]
+    rows = {row["image_id"]: row for row in test_rows}
+    annotated_ids = sorted(image_id for image_id in rows if image_id in inputs.truth)
+    loss = regression_by_image(student, cloud)
+    worst_first = np.argsort(-loss, kind="stable")[:WORST_IMAGES]
+    selected = []
+    for number in worst_first.tolist():
+        if loss[number] <= 0:
+            continue
+        note = (
+            f"Of {student.truth[number]} objects the cloud finds"
+            f" {cloud.found[number]}, the student {student.found[number]}; wrong boxes:"
+            f" cloud {cloud.wrong[number]}, student {student.wrong[number]}"
         )
-        for n in order
-    ]
+        selected.append(SelectedImage(rows[annotated_ids[number]], "worst", note))
+    return selected
 
 
-def _spread(rows: Sequence[T], count: int) -> list[T]:
-    return (
-        [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
-        if rows
-        else []
-    )
+def _spread_evenly(rows: Sequence[T], count: int) -> list[T]:
+    count = min(count, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
 
 
-def _image(
-    image: Row,
-    group: str,
-    note: str,
-    what: Seen,
-    kinds: Mapping[str, Row],
+def _gallery_image(
+    image: SelectedImage,
+    inputs: GalleryInputs,
+    separation: Mapping[str, SeparationRow],
     config: PipelineConfig,
 ) -> GalleryImage:
-    image_id = str(image["image_id"])
-    shown = {
-        n: found[image_id] for n, found in what.layers.items() if image_id in found
+    image_id = image.row["image_id"]
+    uri = image.row["uri"]
+    truth = inputs.truth.get(image_id)
+    detections = _visible_detections(image_id, inputs)
+    layers = {
+        name: _detection_boxes(visible, config) for name, visible in detections.items()
     }
-    shown = {n: d[d.scores >= what.from_score[n]] for n, d in shown.items()}
-    if "clip_labels" in shown:  # row by row the cloud's boxes
-        cloud = what.layers["cloud"][image_id]
-        shown["clip_labels"] = what.layers["clip_labels"][image_id][
-            cloud.scores >= what.from_score["cloud"]
-        ]
-    layers = {n: _boxes(d, config) for n, d in shown.items()}
-    if image_id in what.truth:
-        known = what.truth[image_id]
-        layers["truth"] = [
-            _box(b, config.classes[int(c)])
-            for b, c in zip(known.boxes.tolist(), known.labels, strict=True)
-        ]
-    if group == "train":
-        layers["separation"] = _kinds(kinds[image_id], config)
-    jpeg, width, height = _jpeg(str(image["uri"]))
-    name = str(image["uri"]).rsplit("/", 1)[-1]
+    if truth is not None:
+        layers["truth"] = _truth_boxes(truth, config)
+    if image.group == "train":
+        layers["separation"] = _separation_boxes(separation[image_id], config)
+    jpeg, width, height = _read_thumbnail(uri)
     return GalleryImage(
         jpeg,
         width,
         height,
-        name,
+        uri.rpartition("/")[2],
         layers,
-        group,
-        note,
-        disagreements(shown, what.truth.get(image_id)),
+        image.group,
+        image.note,
+        find_disagreements(detections, truth),
     )
 
 
-def disagreements(
-    shown: Mapping[str, Detections], truth: Truth | None
+def _visible_detections(image_id: str, inputs: GalleryInputs) -> dict[str, Detections]:
+    """Return the detections above each method's threshold."""
+    detections = {
+        name: by_image[image_id]
+        for name, by_image in inputs.predictions.items()
+        if image_id in by_image
+    }
+    visible = {}
+    for name, in_image in detections.items():
+        # rows of clip_labels are the cloud's boxes
+        scored = detections["cloud"] if name == "clip_labels" else in_image
+        threshold_name = "cloud" if name == "clip_labels" else name
+        visible[name] = in_image[scored.scores >= inputs.thresholds[threshold_name]]
+    return visible
+
+
+def find_disagreements(
+    detections: Mapping[str, Detections], truth: Truth | None
 ) -> tuple[str, ...]:
-    """Which differ on this image: ``teachers`` (names of one box), ``student`` (and the
-    cloud), and by the truth ``worse``, ``better`` than the cloud.
+    """Return which differ on this image: ``teachers`` (labels of one box), ``student``
+    (and the cloud), and by the truth ``worse``, ``better`` than the cloud.
     """
-    cloud, clip, student = (shown.get(n) for n in ("cloud", "clip_labels", "student"))
-    found = []
-    if (
-        cloud is not None
-        and clip is not None
-        and bool((cloud.labels != clip.labels).any())
-    ):
-        found.append("teachers")
+    cloud = detections.get("cloud")
+    clip = detections.get("clip_labels")
+    student = detections.get("student")
+    disagreements = []
+    if cloud is not None and clip is not None and _labels_differ(cloud, clip):
+        disagreements.append("teachers")
     if cloud is None or student is None:
-        return tuple(found)
+        return tuple(disagreements)
     if not (_matched(cloud, student).all() and _matched(student, cloud).all()):
-        found.append("student")
+        disagreements.append("student")
     if truth is not None:
-        named = Detections(
-            truth.boxes,
-            torch.ones(len(truth.boxes)),
-            truth.labels,
-            torch.zeros(len(truth.boxes), cloud.probs.shape[1]),
-        )
-        gained = int(_matched(named, student).sum()) - int(_matched(named, cloud).sum())
-        found += ["better"] if gained > 0 else ["worse"] if gained < 0 else []
-    return tuple(found)
+        objects = _truth_as_detections(truth, cloud.num_classes)
+        found_by_student = int(_matched(objects, student).sum())
+        found_by_cloud = int(_matched(objects, cloud).sum())
+        if found_by_student > found_by_cloud:
+            disagreements.append("better")
+        elif found_by_student < found_by_cloud:
+            disagreements.append("worse")
+    return tuple(disagreements)
+
+
+def _labels_differ(cloud: Detections, clip: Detections) -> bool:
+    return bool((cloud.labels != clip.labels).any())
+
+
+def _truth_as_detections(truth: Truth, num_classes: int) -> Detections:
+    count = len(truth.boxes)
+    return Detections(
+        truth.boxes,
+        torch.ones(count),
+        truth.labels,
+        torch.zeros(count, num_classes + 1),
+    )
 
 
 def _matched(boxes: Detections, others: Detections) -> torch.Tensor:
-    """[N] whether some other box of the same name overlaps each."""
+    """Return for each box [N] whether a box of the same label among the others overlaps
+    it.
+    """
     if not len(boxes) or not len(others):
         return torch.zeros(len(boxes), dtype=torch.bool)
-    same = boxes.labels[:, None] == others.labels[None]
-    matched: torch.Tensor = (same & (box_iou(boxes.boxes, others.boxes) > IOU)).any(1)
+    same_label = boxes.labels[:, None] == others.labels[None]
+    overlaps = box_iou(boxes.boxes, others.boxes) > IOU
+    matched: torch.Tensor = (same_label & overlaps).any(1)
     return matched
 
 
-def _boxes(shown: Detections, config: PipelineConfig) -> list[Box]:
+def _detection_boxes(detections: Detections, config: PipelineConfig) -> list[Box]:
     names = (*config.classes, "background")
     return [
-        _box(b, names[int(c)], float(s))
-        for b, c, s in zip(
-            shown.boxes.tolist(), shown.labels, shown.scores, strict=True
+        _box(box, names[int(label)], float(score))
+        for box, label, score in zip(
+            detections.boxes.tolist(), detections.labels, detections.scores, strict=True
         )
     ]
 
 
-def _kinds(row: Mapping[str, Any], config: PipelineConfig) -> list[Box]:
+def _truth_boxes(truth: Truth, config: PipelineConfig) -> list[Box]:
+    return [
+        _box(box, config.classes[int(label)])
+        for box, label in zip(truth.boxes.tolist(), truth.labels, strict=True)
+    ]
+
+
+def _separation_boxes(row: SeparationRow, config: PipelineConfig) -> list[Box]:
     names = (*config.classes, "background")
     boxes = []
-    for box, kind, cloud, clip in zip(
+    for box, kind, cloud_label, clip_label in zip(
         row["boxes"], row["kind"], row["cloud_labels"], row["clip_labels"], strict=True
     ):
-        boxes.append(
-            _box(
-                box,
-                (
-                    f"{names[cloud]} / {names[clip]}"
-                    if kind == "inconsistent"
-                    else names[cloud]
-                ),
-                None,
-                kind,
-            )
-        )
+        label = names[cloud_label]
+        if kind == "inconsistent":
+            label = f"{names[cloud_label]} / {names[clip_label]}"
+        boxes.append(_box(box, label, None, kind))
     return boxes
 
 
 def _box(
     box: list[float], label: str, score: float | None = None, kind: str = ""
 ) -> Box:
-    return Box((box[0], box[1], box[2], box[3]), label, score, kind)
+    left, top, right, bottom = box
+    return Box((left, top, right, bottom), label, score, kind)
 
 
-def _jpeg(uri: str) -> tuple[bytes, int, int]:
-    """The picture of at most ``LONG_SIDE`` pixels, and the size of the original, in
-    which boxes are drawn.
+def _read_thumbnail(uri: str) -> tuple[bytes, int, int]:
+    """Return a JPEG of at most ``LONG_SIDE`` pixels, and width and height of the
+    original, in which boxes are drawn.
     """
     image = decode_rgb(storage.read_bytes(uri))
     width, height = image.size
