@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from coin_ray import boxes as box_ops
 from coin_ray.config import Separate
 from coin_ray.fusion.separate import separate
-from coin_ray.fusion.vectors import FORMS, one_hot
+from coin_ray.fusion.vectors import CLOUD_VECTOR_FORMS, one_hot
 from coin_ray.structures import Detections, Separation
 
 RULES = Separate(
@@ -317,17 +317,17 @@ def test_order_of_results_does_not_matter(
 def test_mirrored_images_separate_alike(cloud: list[Row], clip: list[Row]) -> None:
     ours, theirs = detections(*cloud), detections(*clip)
     mirrored = split(
-        ours.with_boxes(box_ops.mirror(ours.boxes, 128)),
-        theirs.with_boxes(box_ops.mirror(theirs.boxes, 128)),
+        ours.with_boxes(box_ops.mirror_boxes(ours.boxes, 128)),
+        theirs.with_boxes(box_ops.mirror_boxes(theirs.boxes, 128)),
         seed=5,
     )
     plain = split(ours, theirs, seed=5)
     back = Separation(
         *(
-            replace(p, boxes=box_ops.mirror(p.boxes, 128))
+            replace(p, boxes=box_ops.mirror_boxes(p.boxes, 128))
             for p in (mirrored.consistent, mirrored.inconsistent)
         ),
-        mirrored.private.with_boxes(box_ops.mirror(mirrored.private.boxes, 128)),
+        mirrored.private.with_boxes(box_ops.mirror_boxes(mirrored.private.boxes, 128)),
     )
     assert as_sets(back) == as_sets(plain)
 
@@ -363,7 +363,7 @@ def test_one_class_is_never_inconsistent_and_keeps_the_order(
         detections(*[(box, 0, s) for box, _, s in rows], classes=1)
         for rows in (cloud, clip)
     )
-    parts = split(FORMS[form](ours), theirs)
+    parts = split(CLOUD_VECTOR_FORMS[form](ours), theirs)
     assert len(parts.inconsistent) == 0
     assert set(parts.consistent.cloud.labels.tolist()) <= {0}
     if form == "collected" and len(clip):

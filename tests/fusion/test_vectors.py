@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coin_ray.fusion.vectors import FORMS
+from coin_ray.fusion.vectors import CLOUD_VECTOR_FORMS
 from coin_ray.structures import Detections
 
 BOXES = torch.tensor([[0.0, 0, 1, 1], [2, 2, 3, 3]])
@@ -36,7 +36,7 @@ SEVERAL = cloud([0.6, 0.3], [0, 2], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0
 def test_forms_by_hand(
     form: str, scores: list[float], probs: list[list[float]]
 ) -> None:
-    found = FORMS[form](SEVERAL)
+    found = CLOUD_VECTOR_FORMS[form](SEVERAL)
     torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float32))
     torch.testing.assert_close(found.probs, torch.tensor(probs, dtype=torch.float32))
     assert torch.equal(found.boxes, SEVERAL.boxes)
@@ -55,15 +55,15 @@ def test_forms_by_hand(
 def test_one_class(form: str, scores: list[float]) -> None:
     """The published conversion of Grounding DINO makes every score 1; as collected, or
     as GLIP, scores keep their order."""
-    found = FORMS[form](cloud([0.6, 0.3], [0, 0], [[0.6, 0.4], [0.3, 0.7]]))
+    found = CLOUD_VECTOR_FORMS[form](cloud([0.6, 0.3], [0, 0], [[0.6, 0.4], [0.3, 0.7]]))
     torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float32))
     torch.testing.assert_close(found.probs.sum(1), torch.ones(2))
     if form != "collected":
         assert found.probs.tolist() == [[1, 0], [1, 0]]
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", sorted(CLOUD_VECTOR_FORMS))
 @pytest.mark.parametrize("classes", [1, 3])
 def test_no_boxes(form: str, classes: int) -> None:
-    found = FORMS[form](Detections.empty(classes))
+    found = CLOUD_VECTOR_FORMS[form](Detections.empty(classes))
     assert (len(found), found.num_classes) == (0, classes)

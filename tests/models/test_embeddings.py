@@ -90,7 +90,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load_coco_text_vectors(str(tmp_path / "absent.npy"), ("dog",))
     (tmp_path / "text.npy").write_text("no matrix")
-    with pytest.raises(InputError, match=r"no \.npy file"):
+    with pytest.raises(InputError, match=r"is not a \.npy file"):
         load_coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))
     np.save(tmp_path / "text.npy", np.zeros((365, 8)))
     with pytest.raises(InputError, match=r"one row per COCO class; it is \(365, 8\)"):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from coin_ray.config.presets import DEMO_CLASSES, DEMO_CLIP, TINY_DETECTOR
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
-from coin_ray.models.faster_rcnn_clip.rpn import inside
-from coin_ray.predictors.student import load_exported, write_exported
+from coin_ray.models.faster_rcnn_clip.rpn import inside_image
+from coin_ray.predictors.student import load_exported_student, write_exported_student
 from coin_ray.structures import Detections
 
 
@@ -129,7 +129,7 @@ def test_inside() -> None:
     anchors = torch.tensor(
         [[0.0, 0, 10, 10], [55, 0, 64, 10], [57, 0, 75, 10], [0, 60, 10, 80]]
     )
-    assert inside(anchors, (64, 64)).tolist() == [True, True, False, False]
+    assert inside_image(anchors, (64, 64)).tolist() == [True, True, False, False]
 
 
 def test_anchors_move_alike_in_any_scale_of_their_deltas() -> None:
@@ -213,8 +213,8 @@ def test_exported_model_predicts_the_same_bits(background: str, tmp_path: Path) 
     detector = tiny_detector(background=background).eval()
     with torch.no_grad():
         detector.background.add_(0.3 if background == "learned" else 0)
-    size = write_exported(detector, CLASSES, str(tmp_path))
-    loaded = load_exported(str(tmp_path))
+    size = write_exported_student(detector, CLASSES, str(tmp_path))
+    loaded = load_exported_student(str(tmp_path))
     assert loaded.classes == CLASSES
     assert size == (tmp_path / "model.safetensors").stat().st_size
     for sizes in [((64, 96),), ((64, 64), (96, 60))]:
@@ -229,7 +229,7 @@ def test_exported_model_predicts_the_same_bits(background: str, tmp_path: Path) 
 
 
 def test_export_holds_no_text(tmp_path: Path) -> None:
-    write_exported(tiny_detector().eval(), CLASSES, str(tmp_path))
+    write_exported_student(tiny_detector().eval(), CLASSES, str(tmp_path))
     from safetensors.torch import load_file
 
     names = set(load_file(tmp_path / "model.safetensors"))
@@ -247,8 +247,8 @@ def test_export_holds_no_text(tmp_path: Path) -> None:
 
 
 def test_exported_model_answers_in_the_images_own_pixels(tmp_path: Path) -> None:
-    write_exported(tiny_detector().eval(), CLASSES, str(tmp_path))
-    found = load_exported(str(tmp_path))(
+    write_exported_student(tiny_detector().eval(), CLASSES, str(tmp_path))
+    found = load_exported_student(str(tmp_path))(
         Image.fromarray(
             np.random.default_rng(0).integers(0, 255, (640, 800, 3), np.uint8)
         )

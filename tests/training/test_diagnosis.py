@@ -16,7 +16,7 @@ def rows(count: int, label: int = 0) -> list[Row]:
 
 def test_kinds_are_counted_over_the_batch() -> None:
     batch = [separation(rows(2), rows(1), rows(3)), separation(rows(1))]
-    found = {name: int(value) for name, value in diagnosis.kinds(batch).items()}
+    found = {name: int(value) for name, value in diagnosis.count_boxes_by_kind(batch).items()}
     assert found == {"count_consistent": 3, "count_inconsistent": 1, "count_private": 3}
 
 
@@ -29,7 +29,7 @@ def test_whom_ckg_follows() -> None:
     )
     found = {
         name: float(value)
-        for name, value in diagnosis.whom_ckg_follows(
+        for name, value in diagnosis.ckg_agreement_rates(
             fused, disputed, 0.7, len(fused)
         ).items()
     }
@@ -43,7 +43,7 @@ def test_whom_ckg_follows() -> None:
 
 def test_spread_is_the_deviation_over_regions() -> None:
     weights = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0))
-    assert float(diagnosis.spread(weights)) == pytest.approx(
+    assert float(diagnosis.ckg_weight_spread(weights)) == pytest.approx(
         float(weights.std(1, correction=0).mean()), rel=1e-5
     )
 
@@ -57,7 +57,7 @@ def test_a_new_ckg_hardly_looks_at_its_input() -> None:
         torch.nn.functional.normalize(torch.randn(n, size), dim=1) for n in (50, 4)
     )
     weights = ckg.weights(features, (bank, bank)).detach()
-    assert float(diagnosis.spread(weights)) < 0.1 * float(weights.abs().mean())
+    assert float(diagnosis.ckg_weight_spread(weights)) < 0.1 * float(weights.abs().mean())
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from coin_ray.clip.encoder import class_embeddings
 from coin_ray.config import Distill, Separate
-from coin_ray.data.examples import Batch, batches
+from coin_ray.data.examples import Batch, iterate_batches
 from coin_ray.fusion.vectors import normalised
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.structures import Detections
 from coin_ray.training import diagnosis
 from coin_ray.training.distill import Distillation
-from coin_ray.training.student_outputs import common_size, look
+from coin_ray.training.student_outputs import common_size, forward_student
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "distill_losses.json"
 SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
@@ -39,7 +39,7 @@ CKG = {"ckg_consistent", "ckg_gradient"} | (diagnosis.NAMES - diagnosis.COUNTS)
 
 def three_steps(folder: Path, fit: Any) -> list[Batch]:
     return list(
-        batches(
+        iterate_batches(
             examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
         )
     )
@@ -115,9 +115,9 @@ def test_teacher_and_ckg_and_prototypes_move_when_they_should(
     for step, batch in enumerate(three_steps(tmp_path, fit)):
         parts = (task.student, task.teacher, task.ckg, *banks)
         # has pairs of both kinds, unlike a random teacher
-        clip = batch.knowledge["clip"]
+        clip = batch.detections["clip"]
         monkeypatch.setattr(
-            task, "look_with_teacher", lambda images, size, clip=clip: clip
+            task, "predict_with_teacher", lambda images, size, clip=clip: clip
         )
         before = [weights(p) for p in parts]
         task.train_step(batch, step)
@@ -172,8 +172,8 @@ def test_every_step_is_finite(
     task = distillation(fit, burn_up=5)
     (batch,) = three_steps(tmp_path, fit)
     ours, theirs = ([detections(*rows)] * len(batch.weak) for rows in (cloud, clip))
-    batch.knowledge.update({"cloud": ours, "clip": theirs})
-    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: theirs)
+    batch.detections.update({"cloud": ours, "clip": theirs})
+    monkeypatch.setattr(task, "predict_with_teacher", lambda images, size: theirs)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)
     both = clip == [A, B_OTHER]
@@ -185,7 +185,7 @@ def test_without_both_kinds_ckg_does_not_move(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     task = distillation(fit)
     (batch,) = three_steps(tmp_path, fit)
-    batch.knowledge.update(
+    batch.detections.update(
         {name: [detections(A)] * len(batch.weak) for name in ("cloud", "clip")}
     )
     before, bank = weights(task.ckg), weights(task.cloud_prototypes)
@@ -247,7 +247,7 @@ def test_a_person_outranks_both_teachers_whatever_they_say(
     (batch,) = three_steps(tmp_path, fit)
     theirs = distillation(fit).separate(batch, burnt_up, common_size(batch.weak))
     person = detections(((2, 2, 20, 30), 1, 1.0), ((30, 4, 50, 40), 2, 1.0))
-    batch.knowledge["cloud"][:2] = [person, person[:0]]
+    batch.detections["cloud"][:2] = [person, person[:0]]
     batch.reviewed[:2] = [True, True]
     first, empty, other = distillation(fit).separate(
         batch, burnt_up, common_size(batch.weak)
@@ -275,7 +275,7 @@ def test_order_of_images_in_the_batch_does_not_matter(tmp_path: Path) -> None:
     found = []
     for way in (1, -1):
         (batch,) = three_steps(tmp_path, fit)
-        knowledge = {name: rows[::way] for name, rows in batch.knowledge.items()}
+        knowledge = {name: rows[::way] for name, rows in batch.detections.items()}
         turned = Batch(
             batch.weak[::way],
             batch.strong[::way],
@@ -314,10 +314,10 @@ def test_one_class_teaches_without_contradictions(step: int, tmp_path: Path) -> 
         student, teacher, embeddings, config, Separate(iou_min=0.2, clip_score_min=0.0)
     )
     (batch,) = three_steps(tmp_path, fit)
-    batch.knowledge.update(
-        {name: [one_class(d) for d in rows] for name, rows in batch.knowledge.items()}
+    batch.detections.update(
+        {name: [one_class(d) for d in rows] for name, rows in batch.detections.items()}
     )
-    batch.knowledge["cloud"] = [normalised(d) for d in batch.knowledge["cloud"]]
+    batch.detections["cloud"] = [normalised(d) for d in batch.detections["cloud"]]
     before = weights(task.ckg), weights(task.student)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)
@@ -366,8 +366,8 @@ def test_boxes_of_pairs(
     task.separation = replace(task.separation, fused_boxes=rule)
     (batch,) = three_steps(tmp_path, fit)
     clip: list[Detections] = [detections(((4.0, 4, 30, 20), 0, 0.9))] * len(batch.weak)
-    batch.knowledge.update({"cloud": [detections(A)] * len(batch.weak), "clip": clip})
-    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: clip)
+    batch.detections.update({"cloud": [detections(A)] * len(batch.weak), "clip": clip})
+    monkeypatch.setattr(task, "predict_with_teacher", lambda images, size: clip)
     bottom = float(
         task.separate(batch, burnt_up, common_size(batch.weak))[0].consistent.boxes[
             0, 3
@@ -384,7 +384,7 @@ def test_ckg_names_background_only_if_it_was_shown_some(
     task = distillation(fit, ckg_background=background, ckg_lr=1e-2)
     (batch,) = three_steps(tmp_path, fit)
     size = common_size(batch.weak)
-    view = look(
+    view = forward_student(
         task.student,
         batch.strong,
         size,
@@ -393,9 +393,9 @@ def test_ckg_names_background_only_if_it_was_shown_some(
     )
     for _ in range(60):
         task.train_ckg(view, 5)
-    embedded = view.regions.embedded[view.on_background]
+    embedded = view.regions.embedded[view.background_rows]
     nothing = torch.nn.functional.one_hot(
-        torch.full_like(view.on_background, task.student.num_classes)
+        torch.full_like(view.background_rows, task.student.num_classes)
     ).float()
     said = task.fuse(embedded, nothing, nothing)[:, -1]
     assert len(said) > 0

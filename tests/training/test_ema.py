@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from coin_ray.training.ema import follow
+from coin_ray.training.ema import ema_update
 
 
 def network(value: float, count: int) -> nn.Module:
@@ -18,7 +18,7 @@ def network(value: float, count: int) -> nn.Module:
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, 1.0), (0.25, 2.0), (1.0, 5.0)])
 def test_the_whole_state_follows(rate: float, expected: float) -> None:
     teacher, student = network(1.0, 3), network(5.0, 8)
-    follow(teacher, student, rate)
+    ema_update(teacher, student, rate)
     assert teacher.weight.tolist() == [expected, expected]  # type: ignore[union-attr,operator]
     assert teacher.running_mean.tolist() == [expected, expected]  # type: ignore[union-attr,operator]
     assert int(teacher.num_batches_tracked) == 8  # type: ignore[arg-type]
@@ -27,6 +27,6 @@ def test_the_whole_state_follows(rate: float, expected: float) -> None:
 
 def test_no_graph() -> None:
     teacher, student = network(1.0, 0), network(2.0, 0)
-    follow(teacher, student, 0.5)
+    ema_update(teacher, student, 0.5)
     assert all(p.is_leaf for p in teacher.parameters())
     assert torch.equal(teacher.state_dict()["weight"], torch.full((2,), 1.5))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coin_ray.data.examples import Batch
 from coin_ray.errors import TrainingError
-from coin_ray.training.loop import Task, run
+from coin_ray.training.loop import TrainingTask, run_training_loop
 
 
 class Killed(Exception):
@@ -51,8 +51,8 @@ class MemoryHost:
 FIT = tiny_fit(steps=6, checkpoint_every=3)
 
 
-def train(task: Task, folder: Path, host: MemoryHost) -> list[dict[str, float]]:
-    return run(task, examples(folder), FIT, tiny_config(), seed=5, host=host)
+def train(task: TrainingTask, folder: Path, host: MemoryHost) -> list[dict[str, float]]:
+    return run_training_loop(task, examples(folder), FIT, tiny_config(), seed=5, host=host)
 
 
 def assert_same(a: Any, b: Any, place: str = "") -> None:
@@ -88,7 +88,7 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    make: Callable[[], Task], tmp_path: Path
+    make: Callable[[], TrainingTask], tmp_path: Path
 ) -> None:
     whole, killed = MemoryHost(), MemoryHost(until=1)
     curve = train(make(), tmp_path, whole)
@@ -157,4 +157,4 @@ def test_a_finished_run_returns_its_curve_at_once(tmp_path: Path) -> None:
 
 def test_nothing_to_train_on() -> None:
     with pytest.raises(TrainingError, match="nothing to train on"):
-        run(Scripted(), [], FIT, tiny_config(), seed=0, host=MemoryHost())
+        run_training_loop(Scripted(), [], FIT, tiny_config(), seed=0, host=MemoryHost())

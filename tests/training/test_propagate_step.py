@@ -7,9 +7,9 @@ import pytest
 import torch
 from builders import examples, propagation, tiny_config, tiny_fit
 
-from coin_ray.data.examples import batches
+from coin_ray.data.examples import iterate_batches
 from coin_ray.structures import Separation
-from coin_ray.training.student_outputs import common_size, look
+from coin_ray.training.student_outputs import common_size, forward_student
 
 
 def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
@@ -17,16 +17,16 @@ def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
     background."""
     fit = tiny_fit(steps=1)
     task = propagation(fit, soft_labels=True)
-    (batch,) = batches(
+    (batch,) = iterate_batches(
         examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
     )
-    labels = [Separation.of_labels(kept) for kept in batch.knowledge["labels"]]
-    view = look(
+    labels = [Separation.from_labels(kept) for kept in batch.detections["labels"]]
+    view = forward_student(
         task.detector, batch.strong, common_size(batch.strong), labels, batch.generators
     )
     targets = task.soft_targets(view)
-    boxes = len(view.on_consistent)
-    torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled)))
+    boxes = len(view.consistent_rows)
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled_rows)))
     torch.testing.assert_close(targets[:boxes], view.consistent.clip.probs)
     assert bool((targets[boxes:, -1] == 1).all())
 
@@ -35,7 +35,7 @@ def test_soft_and_hard_labels_differ_only_in_the_class_loss(tmp_path: Path) -> N
     fit = tiny_fit(steps=1)
     found = []
     for soft in (False, True):
-        (batch,) = batches(
+        (batch,) = iterate_batches(
             examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
         )
         torch.manual_seed(0)
@@ -64,19 +64,19 @@ def test_the_weak_view_is_trained_with_the_same_labels(
         seen.append(
             (len(pixels), [s.consistent.cloud.scores.tolist() for s in separations])
         )
-        return look(student, pixels, size, separations, generators)
+        return forward_student(student, pixels, size, separations, generators)
 
     fit = tiny_fit(steps=1)
-    (batch,) = batches(
+    (batch,) = iterate_batches(
         examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
     )
     task = propagation(fit, views=views)
-    monkeypatch.setattr(task, "look", watched)
+    monkeypatch.setattr(task, "forward_student", watched)
     task.train_step(batch, 0)
     ((count, labels),) = seen
     assert count == images
     assert (
         labels[:2]
         == labels[-2:]
-        == [d.scores.tolist() for d in batch.knowledge["labels"]]
+        == [d.scores.tolist() for d in batch.detections["labels"]]
     )

@@ -19,7 +19,7 @@ from builders import (
 )
 from torch import Tensor
 
-from coin_ray.data.examples import Batch, batches
+from coin_ray.data.examples import Batch, iterate_batches
 from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.structures import Detections, Separation
 from coin_ray.training import diagnosis
@@ -27,16 +27,16 @@ from coin_ray.training.distill import Distillation
 from coin_ray.training.queries import (
     CONSISTENT,
     INCONSISTENT,
-    NONE,
-    NOTHING,
+    NO_OBJECT,
+    BACKGROUND,
     PRIVATE,
-    UNSURE,
-    Answers,
+    UNCONFIDENT,
+    QueryOutputs,
     Objects,
-    QueryView,
-    all_objects,
-    assigned,
-    look_with_queries,
+    DetrStudentOutputs,
+    list_objects,
+    match_queries,
+    forward_detr_student,
 )
 from coin_ray.training.student_outputs import common_size
 
@@ -63,7 +63,7 @@ SIZE = (64, 64)
 
 def three_steps(folder: Path, fit: Any) -> list[Batch]:
     return list(
-        batches(
+        iterate_batches(
             examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
         )
     )
@@ -79,7 +79,7 @@ def assert_finite(task: Distillation, parts: dict[str, Tensor]) -> None:
         assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
 
 
-def seen(student: RegionalDetr, *separations: Separation) -> QueryView:
+def seen(student: RegionalDetr, *separations: Separation) -> DetrStudentOutputs:
     images = [
         torch.randint(
             0,
@@ -90,7 +90,7 @@ def seen(student: RegionalDetr, *separations: Separation) -> QueryView:
         )
         for i in range(len(separations))
     ]
-    return look_with_queries(
+    return forward_detr_student(
         student.train(),
         images,
         common_size(images),
@@ -138,8 +138,8 @@ def test_every_step_is_finite(
     task = detr_distillation(fit, burn_up=5)
     (batch,) = three_steps(tmp_path, fit)
     ours, theirs = ([detections(*rows)] * len(batch.weak) for rows in (cloud, clip))
-    batch.knowledge.update({"cloud": ours, "clip": theirs})
-    monkeypatch.setattr(task, "look_with_teacher", lambda images, size: theirs)
+    batch.detections.update({"cloud": ours, "clip": theirs})
+    monkeypatch.setattr(task, "predict_with_teacher", lambda images, size: theirs)
     parts = task.train_step(batch, step)
     assert_finite(task, parts)
     assert (set(parts) >= CKG) == (clip == [A, B_OTHER])
@@ -148,7 +148,7 @@ def test_every_step_is_finite(
 
 def test_objects_are_listed_image_by_image_and_kind_by_kind() -> None:
     both = separation(consistent=[A], inconsistent=[B], private=[C])
-    objects = all_objects(
+    objects = list_objects(
         [both, separation(), separation(private=[A])], [SIZE, SIZE, SIZE], 3
     )
     assert objects.starts == (0, 3, 3, 4)
@@ -163,10 +163,10 @@ def test_objects_are_listed_image_by_image_and_kind_by_kind() -> None:
 
 
 def test_unsure_vectors_name_nothing_and_sure_ones_only_inconsistent_pairs() -> None:
-    objects = all_objects([separation(consistent=[A], inconsistent=[B, C])], [SIZE], 3)
+    objects = list_objects([separation(consistent=[A], inconsistent=[B, C])], [SIZE], 3)
     fused = torch.tensor([[0.1, 0.8, 0.05, 0.05], [0.3, 0.3, 0.2, 0.2]])
-    named = objects.named(fused, 0.5)
-    assert named.kinds.tolist() == [CONSISTENT, INCONSISTENT, UNSURE]
+    named = objects.with_fused_classes(fused, 0.5)
+    assert named.kinds.tolist() == [CONSISTENT, INCONSISTENT, UNCONFIDENT]
     torch.testing.assert_close(named.targets[1:], fused[:, :-1])
     assert torch.equal(named.targets[0], objects.targets[0])
 
@@ -175,22 +175,22 @@ def test_without_names_pairs_are_objects_and_private_boxes_as_sure_as_their_teac
     None
 ):
     one = separation(consistent=[A], inconsistent=[B], private=[C])
-    plain = all_objects([one], [SIZE], 3).without_names()
+    plain = list_objects([one], [SIZE], 3).class_agnostic()
     assert plain.kinds.tolist() == [CONSISTENT, CONSISTENT, PRIVATE]
     assert plain.targets[:2, 0].tolist() == [1, 1]
     torch.testing.assert_close(plain.targets[2, 0], one.private.probs[0, :-1].sum())
 
 
-def by_hand(kinds: list[int], logits: Tensor) -> tuple[Answers, Objects]:
+def by_hand(kinds: list[int], logits: Tensor) -> tuple[QueryOutputs, Objects]:
     """One image, one layer; query i stands for object i, the last one for nothing. Each
     found box is .1 too far right."""
     count = len(kinds)
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(count, 1)
     objects = Objects(boxes, torch.eye(3)[:count], torch.tensor(kinds), (0, count))
     found = torch.cat([boxes, boxes[:1]]) + torch.tensor([0.1, 0, 0, 0])
-    rows = torch.tensor([[[*range(count), NONE]]])
+    rows = torch.tensor([[[*range(count), NO_OBJECT]]])
     return (
-        Answers(
+        QueryOutputs(
             logits, found[None, None], rows, torch.ones(1, count + 1, dtype=torch.bool)
         ),
         objects,
@@ -201,29 +201,29 @@ def test_each_kind_of_object_has_its_own_losses() -> None:
     logits = torch.zeros(1, 1, 4, 3, requires_grad=True)
     answers, objects = by_hand([CONSISTENT, INCONSISTENT, PRIVATE], logits)
     for kinds, touched in [
-        ((NOTHING, CONSISTENT), [0, 3]),
+        ((BACKGROUND, CONSISTENT), [0, 3]),
         ((INCONSISTENT,), [1]),
         ((PRIVATE,), [2]),
-        ((UNSURE,), []),
+        ((UNCONFIDENT,), []),
     ]:
         (gradient,) = torch.autograd.grad(answers.class_loss(objects, *kinds), logits)
         assert gradient[0, 0].abs().sum(1).nonzero()[:, 0].tolist() == touched, kinds
     boxes = answers.box_losses(objects, CONSISTENT, INCONSISTENT)
     assert float(boxes["l1"]) == pytest.approx(5 * (0.1 + 0.1) / 3, rel=1e-5)
-    assert float(answers.box_losses(objects, UNSURE)["giou"]) == 0
+    assert float(answers.box_losses(objects, UNCONFIDENT)["giou"]) == 0
 
 
 def test_matching_takes_the_closest_query_for_each_object_whatever_its_kind() -> None:
-    objects = all_objects([separation(consistent=[A], private=[C])], [SIZE], 3)
+    objects = list_objects([separation(consistent=[A], private=[C])], [SIZE], 3)
     boxes = torch.cat([objects.boxes.flip(0), torch.tensor([[0.1, 0.9, 0.1, 0.1]])])[
         None, None
     ]
-    found = assigned(torch.zeros(1, 1, 3, 3), boxes, objects)
-    assert found.rows[0, 0].tolist() == [1, 0, NONE]
+    found = match_queries(torch.zeros(1, 1, 3, 3), boxes, objects)
+    assert found.rows[0, 0].tolist() == [1, 0, NO_OBJECT]
     usable = torch.tensor([[False, True, True]])
-    assert assigned(torch.zeros(1, 1, 3, 3), boxes, objects, usable).rows[
+    assert match_queries(torch.zeros(1, 1, 3, 3), boxes, objects, usable).rows[
         0, 0
-    ].tolist() == [NONE, 0, 1]
+    ].tolist() == [NO_OBJECT, 0, 1]
 
 
 def test_main_queries_do_not_see_the_replayed_ones() -> None:
@@ -248,9 +248,9 @@ def test_replayed_rois_stand_for_the_pair_they_were_sampled_on() -> None:
     kinds = separation(consistent=[A], inconsistent=[B], private=[C])
     view = seen(tiny_co_detr(), separation(private=[A]), kinds)
     assert view.replayed is not None
-    rows, real = view.replayed.rows[0], view.replayed.real
+    rows, real = view.replayed.rows[0], view.replayed.is_real
     assert not real[0].any()
-    target = view.targets[1]
+    target = view.region_targets[1]
     assert rows[1][real[1]].tolist() == [1] * len(target.consistent) + [2] * len(
         target.inconsistent
     )
@@ -320,7 +320,7 @@ def test_ckg_aligns_gradients_of_the_auxiliary_heads_transformation(
     (batch,) = three_steps(tmp_path, fit)
     task = detr_distillation(fit)
     size = common_size(batch.weak)
-    view = look_with_queries(
+    view = forward_detr_student(
         task.student,
         batch.strong,
         size,
@@ -362,11 +362,11 @@ def test_what_the_clip_detector_saw_stays_beside_the_teachers_results(
         detections((A[0], 0, 0.4), (B[0], 1, 0.9)),
         detections((A[0], 0, 0.6), (B[0], 1, 0.5), (C[0], 2, 0.3)),
     )
-    batch.knowledge["clip"] = [stored] * len(batch.weak)
+    batch.detections["clip"] = [stored] * len(batch.weak)
     monkeypatch.setattr(
-        task, "look_with_teacher", lambda images, size: [found] * len(images)
+        task, "predict_with_teacher", lambda images, size: [found] * len(images)
     )
-    both, *_ = task.second_opinions(batch, common_size(batch.weak))
+    both, *_ = task.predict_second_teacher(batch, common_size(batch.weak))
     assert sorted(zip(both.labels.tolist(), both.scores.tolist(), strict=True)) == [
         (0, pytest.approx(0.6)),
         (1, pytest.approx(0.9)),

@@ -12,10 +12,10 @@ from coin_ray.config import Detector
 from coin_ray.config.co_detr import tiny
 from coin_ray.config.detector_presets import small
 from coin_ray.config.detector_training import DetectorConfig
-from coin_ray.data.examples import Batch, Example, batches
-from coin_ray.stages.train_detector import make, new_model
+from coin_ray.data.examples import Batch, Example, iterate_batches
+from coin_ray.stages.train_detector import build_supervised_task, new_co_detr
 from coin_ray.structures import Detections
-from coin_ray.training.supervised import Supervised, groups
+from coin_ray.training.supervised import SupervisedTraining, parameter_groups
 from tests.builders import CLASSES, examples
 
 VIEWS = Detector(short_side=64, long_side=96)
@@ -33,7 +33,7 @@ def labelled(folder: Path) -> list[Example]:
         Example(
             e.image_id,
             e.uri,
-            {"labels": replace_scores(e.knowledge["labels"]), "ignored": empty},
+            {"labels": replace_scores(e.detections["labels"]), "ignored": empty},
         )
         for e in found
     ]
@@ -45,16 +45,16 @@ def replace_scores(found: Detections) -> Detections:
     )
 
 
-def steps(task: Supervised, given: list[Example], count: int) -> list[dict[str, float]]:
-    source = batches(given, task.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
+def steps(task: SupervisedTraining, given: list[Example], count: int) -> list[dict[str, float]]:
+    source = iterate_batches(given, task.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
     return [
         {n: float(v) for n, v in task.train_step(next(source), step).items()}
         for step in range(count)
     ]
 
 
-def task(settings: DetectorConfig, epoch: int = 2) -> Supervised:
-    return make(settings, settings.fit, epoch)
+def task(settings: DetectorConfig, epoch: int = 2) -> SupervisedTraining:
+    return build_supervised_task(settings, settings.fit, epoch)
 
 
 def test_components_are_the_parts_of_the_objective(tmp_path: Path) -> None:
@@ -69,18 +69,18 @@ def test_components_are_the_parts_of_the_objective(tmp_path: Path) -> None:
         "atss_queries",
         "denoising",
     }
-    model = new_model(settings)
+    model = new_co_detr(settings)
     batch = next(
-        batches(
+        iterate_batches(
             labelled(tmp_path), settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1
         )
     )
-    from coin_ray.training.supervised import target
+    from coin_ray.training.supervised import training_targets
 
     targets = [
-        target(a, b)
+        training_targets(a, b)
         for a, b in zip(
-            batch.knowledge["labels"], batch.knowledge["ignored"], strict=True
+            batch.detections["labels"], batch.detections["ignored"], strict=True
         )
     ]
     whole = model.objective(
@@ -103,14 +103,14 @@ def test_parts_and_averages_train_as_well(
 ) -> None:
     settings = config(**changes)
     own = task(settings)
-    before = {n: v.clone() for n, v in own.shipped.state_dict().items()}
+    before = {n: v.clone() for n, v in own.final_model.state_dict().items()}
     assert all(
         value < float("inf")
         for found in steps(own, labelled(tmp_path), 3)
         for value in found.values()
     )
     assert any(
-        not torch.equal(v, before[n]) for n, v in own.shipped.state_dict().items()
+        not torch.equal(v, before[n]) for n, v in own.final_model.state_dict().items()
     )
 
 
@@ -135,7 +135,7 @@ def test_an_average_follows_the_trained_weights_and_is_what_is_shipped(
         for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True)
     )  # the first step counts whole
     steps(own, labelled(tmp_path), 2)
-    assert own.shipped is own.average
+    assert own.final_model is own.average
     assert not all(
         torch.equal(a, b)
         for a, b in zip(own.average.parameters(), own.model.parameters(), strict=True)
@@ -146,10 +146,10 @@ def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     given, settings = labelled(tmp_path), config(average=0.9)
     whole, first, second = task(settings), task(settings), task(settings)
     source = list(
-        batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
+        iterate_batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
     )
     again = list(
-        batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
+        iterate_batches(given, settings.fit, VIEWS, seed=0, first=0, rank=0, workers=1)
     )
     for step, batch in enumerate(source[:4]):
         whole.train_step(batch, step)
@@ -161,12 +161,12 @@ def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            whole.shipped.state_dict().values(),
-            second.shipped.state_dict().values(),
+            whole.final_model.state_dict().values(),
+            second.final_model.state_dict().values(),
             strict=True,
         )
     )
-    assert whole.seen == second.seen
+    assert whole.positive_counts == second.positive_counts
 
 
 def nothing(count: int = 2) -> Batch:
@@ -208,8 +208,8 @@ def test_an_epoch_with_positives_does_not_warn(
 def test_backbone_and_offsets_have_rates_of_their_own() -> None:
     settings = config()
     fit = replace(settings.fit, lr=1e-3, visual_lr_factor=0.5)
-    model = new_model(settings)
-    rates = {float(g["lr"]): g["params"] for g in groups(model, fit)}  # type: ignore[arg-type]
+    model = new_co_detr(settings)
+    rates = {float(g["lr"]): g["params"] for g in parameter_groups(model, fit)}  # type: ignore[arg-type]
     assert set(rates) == {1e-3, 5e-4, 1e-4}
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     assert all("backbone" in names[p] for p in rates[5e-4])  # type: ignore[attr-defined]
@@ -219,8 +219,8 @@ def test_backbone_and_offsets_have_rates_of_their_own() -> None:
 
 def test_arms_start_from_the_same_detector() -> None:
     plain, both = (
-        new_model(config(co_detr=tiny(auxiliary=()))),
-        new_model(config(co_detr=tiny())),
+        new_co_detr(config(co_detr=tiny(auxiliary=()))),
+        new_co_detr(config(co_detr=tiny())),
     )
     assert all(
         torch.equal(v, both.base.state_dict()[n])

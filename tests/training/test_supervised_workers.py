@@ -18,9 +18,9 @@ from PIL import Image
 from coin_ray.config import Detector
 from coin_ray.config.co_detr import Backbone, tiny
 from coin_ray.config.detector_presets import small
-from coin_ray.data.examples import Example, batches
+from coin_ray.data.examples import Example, iterate_batches
 from coin_ray.parallel import all_sum, worker_count, worker_rank
-from coin_ray.stages.train_detector import make
+from coin_ray.stages.train_detector import build_supervised_task
 from coin_ray.structures import Detections
 from training.test_two_workers import free_port
 
@@ -66,10 +66,10 @@ def examples(folder: Path) -> list[Example]:
 
 def train(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    task = make(CONFIG, FIT, epoch=2)
+    task = build_supervised_task(CONFIG, FIT, epoch=2)
     losses = []
     views = Detector(short_side=64, long_side=64)
-    source = batches(
+    source = iterate_batches(
         examples(Path(folder)),
         FIT,
         views,
@@ -81,7 +81,7 @@ def train(folder: str) -> dict[str, Any]:
     for step, batch in enumerate(source):
         parts = task.train_step(batch, step)
         losses.append({n: float(all_sum(v.double())) for n, v in sorted(parts.items())})
-    return {"losses": losses, "weights": task.shipped.state_dict()}
+    return {"losses": losses, "weights": task.final_model.state_dict()}
 
 
 def worker(rank: int, port: int, folder: str) -> None:

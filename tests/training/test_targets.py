@@ -107,7 +107,7 @@ def test_anchors_of_images_in_which_nobody_saw_anything_may_be_left_out(
 
 
 def test_where_a_person_saw_nothing_there_is_background() -> None:
-    known = Separation.of_labels(separation().private, reviewed=True)
+    known = Separation.from_labels(separation().private, reviewed=True)
     found = anchor_targets(
         boxes(ON_A, ON_B),
         SIZE,

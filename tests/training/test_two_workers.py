@@ -18,7 +18,7 @@ import torch.multiprocessing as multiprocessing
 from builders import detr_distillation, distillation, examples, tiny_config, tiny_fit
 
 from coin_ray.config import TrainingConfig
-from coin_ray.data.examples import batches
+from coin_ray.data.examples import iterate_batches
 from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.training import diagnosis
 from coin_ray.training.distill import Distillation
@@ -54,7 +54,7 @@ def train(folder: str, student: str, fit: TrainingConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
     task = MAKERS[student](fit, burn_up=1)
     losses, met = [], []
-    source = batches(
+    source = iterate_batches(
         examples(Path(folder)),
         fit,
         tiny_config(),
