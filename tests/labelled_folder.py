@@ -30,5 +30,5 @@ def records(folder: Path, count: int, seed: int) -> list[ImageRecord]:
             )
         uri = folder / f"{seed}_{number}.png"
         Image.fromarray(pixels).save(uri)
-        made.append(ImageRecord.of(uri.name, str(uri), (64, 48), found))
+        made.append(ImageRecord.from_annotations(uri.name, str(uri), (64, 48), found))
     return made

@@ -24,7 +24,7 @@ from coin_ray import storage
 from coin_ray.class_names import is_same_class_name
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.formats import Dataset, ImageRecord, read_dataset
-from coin_ray.data.formats.record import map_in_threads
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 OUTSIDE = 1.0

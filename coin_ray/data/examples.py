@@ -114,13 +114,13 @@ class Batch:
     """This worker's part of a step. ``detections_by_name[name]``: one Detections per image, in
     the frame of the views.
 
-    ``weak`` and ``augment_strongly``: uint8 [3, H, W]. ``generators``: one per image, for every
+    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every
     draw the training step makes. ``reviewed``: of which images a person's word is
     known.
     """
 
     weak: list[Tensor]
-    augment_strongly: list[Tensor]
+    strong: list[Tensor]
     detections: dict[str, list[Detections]]
     generators: list[torch.Generator]
     reviewed: list[bool]

@@ -46,7 +46,7 @@ def inspect_images(
         while pending:
             yield _inspection(pending.popleft(), seconds)
     finally:
-        pool.stop()
+        pool.stop()  # type: ignore[no-untyped-call]
         pool.join()
 
 

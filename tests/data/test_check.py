@@ -32,7 +32,7 @@ def split(folder: Path, name: str, *more: Annotation, seed: int = 0) -> Path:
     boxes: tuple[Sequence[Annotation], ...] = (GOOD, (*GOOD, *more))
     uris = [photo(folder / "source" / f"{name}{n}.png", seed + n) for n in range(2)]
     records = [
-        ImageRecord.of(f"{name}{n}.png", uri, (40, 30), boxes[n])
+        ImageRecord.from_annotations(f"{name}{n}.png", uri, (40, 30), boxes[n])
         for n, uri in enumerate(uris)
     ]
     write_dataset(records, str(folder / name), "voc", split=name)

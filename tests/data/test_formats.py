@@ -110,7 +110,7 @@ def test_reading_what_was_written_gives_the_same_records(
 ) -> None:
     folder = tmp_path / uuid.uuid4().hex
     records = [
-        ImageRecord.of(file, str(jpeg(folder / "from" / file, size)), size, boxes)
+        ImageRecord.from_annotations(file, str(jpeg(folder / "from" / file, size)), size, boxes)
         for file, size, boxes in data.draw(annotated(format), "images")
     ]
     if not records:
@@ -142,7 +142,7 @@ def test_what_was_read_can_be_written_as_every_other_format(
 ) -> None:
     size = (40, 30)
     first = [
-        ImageRecord.of(
+        ImageRecord.from_annotations(
             "a.jpg",
             str(jpeg(tmp_path / "a.jpg")),
             size,
@@ -163,7 +163,7 @@ def test_what_was_read_can_be_written_as_every_other_format(
 @pytest.mark.parametrize("format", ["voc", "yolo", "kitti"])
 def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
     one, two = (
-        ImageRecord.of(
+        ImageRecord.from_annotations(
             f"{n}.jpg",
             str(jpeg(tmp_path / f"{n}.jpg")),
             (40, 30),
@@ -181,7 +181,7 @@ def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
 
 def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        record = ImageRecord.of(
+        record = ImageRecord.from_annotations(
             f"{split}.jpg",
             str(jpeg(tmp_path / f"{split}.jpg")),
             (40, 30),
@@ -199,7 +199,7 @@ def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
 
 def test_a_place_may_be_a_uri(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
-    record = ImageRecord.of(
+    record = ImageRecord.from_annotations(
         "a.jpg",
         str(jpeg(tmp_path / "a.jpg")),
         (40, 30),
@@ -250,7 +250,7 @@ def test_what_a_format_cannot_hold_is_an_error(
     source = str(jpeg(tmp_path / "source.jpg"))
     with pytest.raises(InputError, match=message):
         write_dataset(
-            [ImageRecord.of(file, source, (40, 30), boxes) for file in files],
+            [ImageRecord.from_annotations(file, source, (40, 30), boxes) for file in files],
             str(tmp_path / "to"),
             format,
         )
@@ -258,7 +258,7 @@ def test_what_a_format_cannot_hold_is_an_error(
 
 
 def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
-    record = ImageRecord.of(
+    record = ImageRecord.from_annotations(
         "a.jpg",
         str(jpeg(tmp_path / "a.jpg")),
         (40, 30),
@@ -277,7 +277,7 @@ def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["", " cat", "cat ", "two\nlines", "\x00"])
 def test_what_is_no_name_is_no_label(label: str) -> None:
     with pytest.raises(InputError, match="one line of printable characters"):
-        ImageRecord.of("a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)])
+        ImageRecord.from_annotations("a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)])
 
 
 # Published layouts

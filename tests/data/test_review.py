@@ -19,7 +19,7 @@ from PIL import Image
 
 from coin_ray import storage, tables
 from coin_ray.data.review import cvat, fiftyone, label_studio
-from coin_ray.data.review.record import KINDS, ReviewedBox, Review, reviews_by_disagreement
+from coin_ray.data.review.reviews import KINDS, ReviewedBox, Review, reviews_by_disagreement
 from coin_ray.errors import InputError
 
 CLASSES = ("cat", 'stop "sign" & <more>')
@@ -98,7 +98,7 @@ def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_no
 
 
 def test_a_box_says_its_kind_and_what_each_teacher_says(tmp_path: Path) -> None:
-    assert [(b.label, b.kind, b.said) for b in made(tmp_path)[0].boxes] == [
+    assert [(b.label, b.kind, b.teacher_labels) for b in made(tmp_path)[0].boxes] == [
         ("cat", "consistent", "cloud cat 0.90, CLIP cat 0.80"),
         ("cat", "inconsistent", f"cloud cat 0.75, CLIP {CLASSES[1]} 0.62"),
         (CLASSES[1], "private", f"{CLASSES[1]} 0.40"),

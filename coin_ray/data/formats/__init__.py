@@ -1,7 +1,6 @@
-"""Annotated images in the formats people have, as one record type. Foreign formats end
-here.
+"""Annotated images in the formats people have, read into one record type.
 
-    FOLDER or FOLDER#SPLIT  -- read -->  Dataset of Record  -- write -->  FOLDER
+    FOLDER or FOLDER#SPLIT  -- read -->  Dataset of ImageRecord  -- write -->  FOLDER
 
 docs/formats.md says where each format is looked for, and how its boxes and flags are
 understood.
@@ -9,24 +8,27 @@ understood.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from coin_ray import storage
-from coin_ray.data.formats import bdd100k, cityscapes, coco, kitti, voc, yolo
+from coin_ray.data.formats.bdd100k import is_bdd100k, read_bdd100k, write_bdd100k
+from coin_ray.data.formats.cityscapes import is_cityscapes, read_cityscapes
+from coin_ray.data.formats.coco import is_coco, read_coco, write_coco
+from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder, strip_suffix
+from coin_ray.data.formats.kitti import IGNORED, is_kitti, read_kitti, write_kitti
 from coin_ray.data.formats.record import (
-    IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    DatasetFolder,
     ImageRecord,
     check_class_name,
     collect_class_names,
-    map_in_threads,
-    strip_suffix,
 )
+from coin_ray.data.formats.voc import is_voc, read_voc, write_voc
+from coin_ray.data.formats.yolo import is_yolo, read_yolo, write_yolo
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 __all__ = [
@@ -40,6 +42,17 @@ __all__ = [
 ]
 
 READABLE = "COCO, VOC, YOLO, KITTI, BDD100K or Cityscapes"
+READERS: tuple[
+    tuple[Callable[[DatasetFolder], bool], Callable[[DatasetFolder], Dataset]], ...
+] = (
+    (is_coco, read_coco),
+    (is_voc, read_voc),
+    (is_yolo, read_yolo),
+    (is_kitti, read_kitti),
+    (is_cityscapes, read_cityscapes),
+    (is_bdd100k, read_bdd100k),
+)
+"""Test and reader of each format; the first format whose test holds is read."""
 IMAGE_FOLDERS = {
     "coco": "images",
     "voc": "JPEGImages",
@@ -47,117 +60,118 @@ IMAGE_FOLDERS = {
     "kitti": "training/image_2",
     "bdd100k": "images/100k/{split}",
 }
-"""Where each format that can be written has its images."""
+"""The image folder of each format that can be written."""
 
 
-def read_dataset(place: str) -> Dataset:
-    """Images and annotations of ``FOLDER`` or ``FOLDER#SPLIT``, local or any URI; the
-    format is known by its files.
+def read_dataset(address: str) -> Dataset:
+    """Read images and annotations of ``FOLDER`` or ``FOLDER#SPLIT``, local or any URI;
+    the files of the folder tell its format.
 
-    A folder in no known format is a plain one: its images, none of them annotated.
-    Raises InputError naming file and line.
+    A folder in no known format is read as images without annotations. Raises InputError
+    naming file and line.
     """
-    opened = DatasetFolder.open(place)
-    for module in (coco, voc, yolo, kitti, cityscapes, bdd100k):
-        if module.recognises(opened):
-            dataset: Dataset = module.read(opened)
-            return dataset
-    if opened.split:
+    folder = DatasetFolder.open(address)
+    for is_format, read_format in READERS:
+        if is_format(folder):
+            return read_format(folder)
+    if folder.split:
         raise InputError(
-            f"{opened.root} has no split {opened.split!r}: it is not in the format"
+            f"{folder.root} has no split {folder.split!r}: it is not in the format"
             f" {READABLE}"
         )
-    paths = opened.below("", *IMAGE_SUFFIXES)
-    return Dataset(
-        "folder",
-        tuple(
-            ImageRecord.of(path, opened.uris[path], (0, 0), [], annotated=False)
-            for path in paths
-        ),
-    )
+    records = [
+        ImageRecord.from_annotations(
+            path, folder.uris[path], (0, 0), [], annotated=False
+        )
+        for path in folder.list_paths("", *IMAGE_SUFFIXES)
+    ]
+    return Dataset("folder", tuple(records))
+
+
+def list_image_files(address: str) -> list[str]:
+    """Return the URIs of the images of ``FOLDER`` or ``FOLDER#SPLIT``."""
+    return [record.uri for record in read_dataset(address).records]
 
 
 def write_dataset(
     records: Sequence[ImageRecord],
-    place: str,
+    folder: str,
     format: str,  # noqa: A002
     split: str = "train",
     names: Sequence[str] = (),
     drop_difficult: bool = False,
 ) -> None:
-    """Labels in a format of ``IMAGE_FOLDERS`` and copies of the images, below
-    ``place``.
+    """Write labels in a format of ``IMAGE_FOLDERS`` and copies of the images below
+    ``folder``.
 
-    ``names``: class names in the order that numbers them; those not given follow. YOLO
-    and KITTI can't mark a box as difficult: such boxes are an InputError, or are left
-    out.
+    ``names``: class names in the order that numbers them; other labels of the records
+    follow. YOLO and KITTI can't mark a box as difficult: such boxes are an InputError,
+    or are left out with ``drop_difficult``.
     """
     if format not in IMAGE_FOLDERS:
         raise InputError(
             f"can't write {format!r}; known are {', '.join(IMAGE_FOLDERS)}"
         )
-    place = storage.absolute_uri(place)
+    folder = storage.absolute_uri(folder)
     if drop_difficult:
-        records = [_without_difficult(r) for r in records]
+        records = [_without_difficult(record) for record in records]
     names = collect_class_names(records, names)
     for name in names:
         check_class_name(name, "names")
     _check_files(records, with_suffix=format in ("coco", "bdd100k"))
     _check_flags(records, format)
-    folder = storage.join(place, IMAGE_FOLDERS[format].format(split=split))
-    map_in_threads(lambda r: _copy(r, storage.join(folder, r.file)), records)
+    image_folder = storage.join(folder, IMAGE_FOLDERS[format].format(split=split))
+    map_in_threads(lambda record: _copy_image(record, image_folder), records)
     if format == "coco":
-        coco.write_coco(records, place, names)
+        write_coco(records, folder, names)
     elif format == "voc":
-        voc.write_voc(records, place, split)
+        write_voc(records, folder, split)
     elif format == "yolo":
-        yolo.write_yolo(records, place, split, names)
+        write_yolo(records, folder, split, names)
     elif format == "kitti":
-        kitti.write_kitti(records, place, split, names)
+        write_kitti(records, folder, split, names)
     else:
-        bdd100k.write_bdd100k(records, place, split)
+        write_bdd100k(records, folder, split)
 
 
 def _without_difficult(record: ImageRecord) -> ImageRecord:
-    kept = ~record.difficult
-    labels = tuple(
-        label for label, keep in zip(record.labels, kept, strict=True) if keep
-    )
+    required = ~record.difficult
+    pairs = zip(record.labels, required, strict=True)
+    labels = tuple(label for label, is_required in pairs if is_required)
     return replace(
         record,
-        boxes=record.boxes[kept],
+        boxes=record.boxes[required],
         labels=labels,
         difficult=np.zeros(len(labels), np.bool_),
     )
 
 
 def _check_files(records: Sequence[ImageRecord], with_suffix: bool) -> None:
-    """Every image has its own label file, or entry, and a size."""
-    taken: dict[str, str] = {}
+    """Check that every image has a label file or entry of its own, and a size."""
+    file_by_key: dict[str, str] = {}
     for record in records:
         if {"", ".", ".."} & set(record.file.split("/")):
             raise InputError(f"{record.file!r} is no path of a file inside a folder")
         key = record.file if with_suffix else strip_suffix(record.file)
-        if key in taken:
+        if key in file_by_key:
             raise InputError(
-                f"{record.file} and {taken[key]} would share one label file; rename one"
-                " of them"
+                f"{record.file} and {file_by_key[key]} would share one label file;"
+                " rename one of them"
             )
-        taken[key] = record.file
+        file_by_key[key] = record.file
         if record.annotated and not (record.width > 0 and record.height > 0):
             raise InputError(f"{record.uri} has no known size; is it an image?")
 
 
 def _check_flags(records: Sequence[ImageRecord], format: str) -> None:  # noqa: A002
     for record in records:
-        flags = zip(record.labels, record.difficult, strict=True)
-        if format == "kitti" and any(
-            difficult != (label == kitti.IGNORED) for label, difficult in flags
-        ):
-            raise InputError(
-                f"{record.file}: in KITTI {kitti.IGNORED} and only {kitti.IGNORED} is"
-                " difficult; drop_difficult=True leaves those out"
-            )
+        if format == "kitti":
+            ignored = np.array([label == IGNORED for label in record.labels], np.bool_)
+            if (record.difficult != ignored).any():
+                raise InputError(
+                    f"{record.file}: in KITTI {IGNORED} and only {IGNORED} is"
+                    " difficult; drop_difficult=True leaves those out"
+                )
         if format == "yolo" and record.difficult.any():
             raise InputError(
                 f"{record.file}: YOLO can't mark boxes as difficult;"
@@ -165,6 +179,7 @@ def _check_flags(records: Sequence[ImageRecord], format: str) -> None:  # noqa: 
             )
 
 
-def _copy(record: ImageRecord, target: str) -> None:
+def _copy_image(record: ImageRecord, folder: str) -> None:
+    target = storage.join(folder, record.file)
     if record.uri != target:
         storage.write_bytes(target, storage.read_bytes(record.uri))

@@ -1,7 +1,7 @@
 """Cityscapes and Foggy Cityscapes: ``gtFine/SPLIT/CITY/*_gtFine_polygons.json`` with
 ``leftImg8bit`` or ``leftImg8bit_foggy``.
 
-Boxes as from the official instance images: objects are drawn in the file's order, so
+Boxes are computed as from the official instance images: objects are drawn in the file's order, so
 later ones hide earlier ones, and a box holds the pixels that stay visible. Groups
 ("cargroup") count as difficult. Split ``val_foggy_0.02`` takes the foggy images with
 beta 0.02.
@@ -9,23 +9,22 @@ beta 0.02.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import TypeAdapter
 
+from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder
+from coin_ray.data.formats.parsing import read_validated_json
 from coin_ray.data.formats.record import (
-    IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    DatasetFolder,
     ImageRecord,
     collect_class_names,
-    map_in_threads,
-    read_validated_json,
 )
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 INSTANCES = (
@@ -43,11 +42,11 @@ INSTANCES = (
 """Classes whose objects are told apart; the others only hide them."""
 UNDRAWN = ("license plate",)
 """Classes with a negative id are not drawn."""
-ENDING = "_gtFine_polygons.json"
+LABEL_SUFFIX = "_gtFine_polygons.json"
 
 
 @dataclass(frozen=True, slots=True)
-class _Object:
+class _Polygon:
     label: str
     polygon: list[tuple[float, float]]
     deleted: int = 0
@@ -57,34 +56,32 @@ class _Object:
 class _File:
     imgWidth: int  # noqa: N815
     imgHeight: int  # noqa: N815
-    objects: list[_Object]
+    objects: list[_Polygon]
 
 
 FILE = TypeAdapter(_File)
 
 
-def is_cityscapes(place: DatasetFolder) -> bool:
-    return bool(place.folder("gtFine"))
+def is_cityscapes(folder: DatasetFolder) -> bool:
+    """Tell whether the folder is in the Cityscapes format."""
+    return bool(folder.first_folder("gtFine"))
 
 
-def read_cityscapes(place: DatasetFolder) -> Dataset:
-    """Raises InputError naming file and entry."""
-    split, _, beta = place.split.partition("_foggy_")
+def read_cityscapes(folder: DatasetFolder) -> Dataset:
+    """Read a Cityscapes folder. Raises InputError naming file and entry."""
+    split, _, beta = folder.split.partition("_foggy_")
     splits: dict[str, list[str]] = {}
-    for path in place.below("gtFine", ENDING.lower()):
+    for path in folder.list_paths("gtFine", LABEL_SUFFIX.lower()):
         splits.setdefault(path.split("/")[1], []).append(path)
-    chosen = [
-        path
-        for paths in replace(place, split=split).choose(splits, "gtFine folder")
-        for path in paths
-    ]
-    images = _images(place, beta)
+    label_paths: list[str] = []
+    for paths in replace(folder, split=split).select_split(splits, "gtFine folder"):
+        label_paths += paths
+    images = _images_by_scene(folder, beta)
     pairs = [
-        (path, image)
-        for path in chosen
-        for image in images.get(_scene(path, ENDING), ())
+        (label_path, image_path)
+        for label_path in label_paths
+        for image_path in images.get(_scene(label_path), ())
     ]
-    missing = tuple(path for path in chosen if _scene(path, ENDING) not in images)
     if not pairs:
         kind = (
             f"leftImg8bit_foggy images with beta {beta}"
@@ -92,88 +89,80 @@ def read_cityscapes(place: DatasetFolder) -> Dataset:
             else "leftImg8bit images"
         )
         raise InputError(
-            f"{place.root}: no {kind} for the {len(chosen)} label files of"
+            f"{folder.root}: no {kind} for the {len(label_paths)} label files of"
             f" {split or 'all splits'}"
         )
-    records = tuple(map_in_threads(lambda pair: _record(place, *pair), pairs))
+    records = tuple(map_in_threads(lambda pair: _read_record(folder, *pair), pairs))
+    missing = tuple(path for path in label_paths if _scene(path) not in images)
     return Dataset("cityscapes", records, collect_class_names(records), missing)
 
 
-def _images(place: DatasetFolder, beta: str) -> dict[str, list[str]]:
-    """Image paths by scene ("val/aachen/aachen_000000_000019")."""
-    folder = "leftImg8bit_foggy" if beta else "leftImg8bit"
-    ending = f"_leftImg8bit_foggy_beta_{beta}" if beta else "_leftImg8bit"
-    found: dict[str, list[str]] = {}
-    for name, path in place.stems(folder, *IMAGE_SUFFIXES).items():
-        if name.endswith(ending):
-            found.setdefault(name.removesuffix(ending), []).append(path)
-    return found
+def _images_by_scene(folder: DatasetFolder, beta: str) -> dict[str, list[str]]:
+    """Return image paths by scene ("val/aachen/aachen_000000_000019")."""
+    image_folder = "leftImg8bit_foggy" if beta else "leftImg8bit"
+    suffix = f"_leftImg8bit_foggy_beta_{beta}" if beta else "_leftImg8bit"
+    images: dict[str, list[str]] = {}
+    for name, path in folder.paths_by_stem(image_folder, *IMAGE_SUFFIXES).items():
+        if name.endswith(suffix):
+            images.setdefault(name.removesuffix(suffix), []).append(path)
+    return images
 
 
-def _scene(path: str, ending: str) -> str:
-    return path.partition("/")[2].removesuffix(ending)
+def _scene(label_path: str) -> str:
+    return label_path.partition("/")[2].removesuffix(LABEL_SUFFIX)
 
 
-def _record(place: DatasetFolder, label: str, image: str) -> ImageRecord:
-    content = read_validated_json(FILE, place.uris[label], "Cityscapes polygon json")
+def _read_record(
+    folder: DatasetFolder, label_path: str, image_path: str
+) -> ImageRecord:
+    label_uri = folder.uris[label_path]
+    labels = read_validated_json(FILE, label_uri, "Cityscapes polygon json")
+    size = labels.imgWidth, labels.imgHeight
+    polygons = [polygon for polygon in labels.objects if not polygon.deleted]
     try:
-        found = list(
-            boxes(
-                content.imgWidth,
-                content.imgHeight,
-                [o for o in content.objects if not o.deleted],
-            )
-        )
+        annotations = list(visible_boxes(size, polygons))
     except (ValueError, MemoryError) as error:
-        raise InputError(
-            f"{place.uris[label]}: the polygons can't be drawn: {error}"
-        ) from None
-    return ImageRecord.of(
-        image.partition("/")[2],
-        place.uris[image],
-        (content.imgWidth, content.imgHeight),
-        found,
+        message = f"{label_uri}: the polygons can't be drawn: {error}"
+        raise InputError(message) from None
+    file = image_path.partition("/")[2]
+    return ImageRecord.from_annotations(
+        file, folder.uris[image_path], size, annotations
     )
 
 
-def boxes(width: int, height: int, objects: list[_Object]) -> Iterator[Annotation]:
-    """Boxes around the visible pixels of each instance; one that is wholly hidden has
-    none.
+def visible_boxes(
+    size: tuple[int, int], polygons: Sequence[_Polygon]
+) -> Iterator[Annotation]:
+    """Yield the box around the visible pixels of each instance in an image of ``size``
+    (width, height); a wholly hidden instance has none.
     """
-    canvas = Image.new("I", (width, height), 0)
+    drawn = [polygon for polygon in polygons if polygon.label not in UNDRAWN]
+    canvas = Image.new("I", size, 0)
     drawer = ImageDraw.Draw(canvas)
-    drawn = [o for o in objects if o.label not in UNDRAWN]
-    for place, item in enumerate(drawn, start=1):
-        if len(item.polygon) < 2:
-            raise ValueError(
-                f"an object {item.label!r} has {len(item.polygon)} corners"
-            )
-        drawer.polygon(item.polygon, fill=place)
-    owners = np.asarray(canvas)
-    for place, item in enumerate(drawn, start=1):
-        label, group = _instance(item.label)
+    for number, polygon in enumerate(drawn, start=1):
+        corner_count = len(polygon.polygon)
+        if corner_count < 2:
+            raise ValueError(f"an object {polygon.label!r} has {corner_count} corners")
+        drawer.polygon(polygon.polygon, fill=number)
+    instance_of_pixel = np.asarray(canvas)
+    for number, polygon in enumerate(drawn, start=1):
+        label, is_group = _instance_class(polygon.label)
         if label not in INSTANCES:
             continue
-        corners = np.asarray(item.polygon)
+        corners = np.asarray(polygon.polygon)
+        # only pixels near the polygon are searched
         left, top = np.clip(np.floor(corners.min(0)) - 1, 0, None).astype(int)
-        window = (
-            owners[
-                top : int(corners[:, 1].max()) + 2, left : int(corners[:, 0].max()) + 2
-            ]
-            == place
-        )
-        columns, rows = np.flatnonzero(window.any(0)), np.flatnonzero(window.any(1))
+        right, bottom = int(corners[:, 0].max()) + 2, int(corners[:, 1].max()) + 2
+        visible = instance_of_pixel[top:bottom, left:right] == number
+        columns = left + np.flatnonzero(visible.any(0))
+        rows = top + np.flatnonzero(visible.any(1))
         if len(columns):
-            box = (
-                left + columns[0],
-                top + rows[0],
-                left + columns[-1] + 1,
-                top + rows[-1] + 1,
-            )
-            yield Annotation([float(v) for v in box], label, group)
+            box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            yield Annotation([float(edge) for edge in box], label, is_group)
 
 
-def _instance(label: str) -> tuple[str, bool]:
-    """The class, and whether it is a group of objects not told apart."""
+def _instance_class(label: str) -> tuple[str, bool]:
+    """Return the class, and whether the label is a group of objects not told apart."""
     single = label.removesuffix("group")
-    return (single, True) if single != label and single in INSTANCES else (label, False)
+    is_group = single != label and single in INSTANCES
+    return (single, True) if is_group else (label, False)

@@ -14,21 +14,19 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coin_ray import storage
+from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder
+from coin_ray.data.formats.parsing import image_size, read_validated_json
 from coin_ray.data.formats.record import (
-    IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    DatasetFolder,
     ImageRecord,
     collect_class_names,
-    image_size,
-    map_in_threads,
-    read_validated_json,
 )
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 Key = int | str
-SINGLE = ("annotations.json", "_annotations.coco.json")
+SINGLE_FILES = ("annotations.json", "_annotations.coco.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,132 +61,130 @@ class _File:
 FILE = TypeAdapter(_File)
 
 
-def is_coco(place: DatasetFolder) -> bool:
-    return any(name in place.uris for name in SINGLE) or bool(_by_split(place))
+def is_coco(folder: DatasetFolder) -> bool:
+    """Tell whether the folder is in the COCO format."""
+    has_single_file = any(name in folder.uris for name in SINGLE_FILES)
+    return has_single_file or bool(_labels_by_split(folder))
 
 
-def _by_split(place: DatasetFolder) -> dict[str, str]:
-    every = {
-        name: path
-        for name, path in place.stems("annotations", ".json").items()
-        if "/" not in name
-    }
+def _labels_by_split(folder: DatasetFolder) -> dict[str, str]:
+    stems = folder.paths_by_stem("annotations", ".json")
+    paths_by_split = {stem: path for stem, path in stems.items() if "/" not in stem}
     instances = {
-        name.removeprefix("instances_"): path
-        for name, path in every.items()
-        if name.startswith("instances_")
+        stem.removeprefix("instances_"): path
+        for stem, path in paths_by_split.items()
+        if stem.startswith("instances_")
     }
-    return instances or every
+    return instances or paths_by_split
 
 
-def read_coco(place: DatasetFolder) -> Dataset:
-    """Of a single file, images that it does not list count as without objects. Raises
-    InputError naming file and entry.
+def read_coco(folder: DatasetFolder) -> Dataset:
+    """Read a COCO folder. Images that a single file does not list count as without
+    objects. Raises InputError naming file and entry.
     """
-    single = next((name for name in SINGLE if name in place.uris), None)
-    if single is not None and not place.split:
-        return _read(place, single, "images", unlisted=True)
-    splits = _by_split(place)
-    chosen = place.choose(splits, "annotations/instances_*.json")
-    if len(chosen) != 1:
+    single_file = next((name for name in SINGLE_FILES if name in folder.uris), None)
+    if single_file is not None and not folder.split:
+        return _read_labels(folder, single_file, "images", include_unlisted=True)
+    paths_by_split = _labels_by_split(folder)
+    paths = folder.select_split(paths_by_split, "annotations/instances_*.json")
+    if len(paths) != 1:
+        splits = " or ".join(f"{folder.root}#{name}" for name in sorted(paths_by_split))
         raise InputError(
-            f"{place.root} has several annotation files; say which:"
-            f" {' or '.join(f'{place.root}#{name}' for name in sorted(splits))}"
+            f"{folder.root} has several annotation files; say which: {splits}"
         )
-    name = next(n for n, path in splits.items() if path == chosen[0])
-    return _read(place, chosen[0], name, unlisted=False)
+    [path] = paths
+    split = next(name for name, other in paths_by_split.items() if other == path)
+    return _read_labels(folder, path, split, include_unlisted=False)
 
 
-def _read(place: DatasetFolder, path: str, folder: str, unlisted: bool) -> Dataset:
-    uri = place.uris[path]
-    content = read_validated_json(FILE, uri, "COCO json")
-    found = _annotations(content, uri)
+def _read_labels(
+    folder: DatasetFolder, path: str, image_folder: str, include_unlisted: bool
+) -> Dataset:
+    uri = folder.uris[path]
+    labels = read_validated_json(FILE, uri, "COCO json")
+    annotations = _annotations_by_image(labels, uri)
+    folders = (image_folder, f"images/{image_folder}", "images", "")
     paths = {
-        image.id: place.image(image.file_name, folder, f"images/{folder}", "images", "")
-        for image in content.images
+        image.id: folder.find_image(image.file_name, *folders)
+        for image in labels.images
     }
 
-    def record(image: _Image) -> ImageRecord | None:
-        at = paths[image.id]
-        if at is None:
+    def read_record(image: _Image) -> ImageRecord | None:
+        image_path = paths[image.id]
+        if image_path is None:
             return None
-        size = (
-            (image.width, image.height)
-            if image.width and image.height
-            else image_size(place.uris[at])
+        image_uri = folder.uris[image_path]
+        if image.width and image.height:
+            size = image.width, image.height
+        else:
+            size = image_size(image_uri)
+        return ImageRecord.from_annotations(
+            image.file_name, image_uri, size, annotations[image.id]
         )
-        return ImageRecord.of(image.file_name, place.uris[at], size, found[image.id])
 
-    records = [r for r in map_in_threads(record, content.images) if r is not None]
-    if unlisted:
-        others = sorted(set(place.below("", *IMAGE_SUFFIXES)) - set(paths.values()))
-        records += map_in_threads(
-            lambda p: ImageRecord.of(
-                p.removeprefix("images/"), place.uris[p], image_size(place.uris[p]), []
-            ),
-            others,
-        )
+    optional_records = map_in_threads(read_record, labels.images)
+    records = [record for record in optional_records if record is not None]
+    if include_unlisted:
+        image_paths = set(folder.list_paths("", *IMAGE_SUFFIXES))
+        unlisted = sorted(image_paths - set(paths.values()))
+        records += map_in_threads(lambda path: _read_unlisted(folder, path), unlisted)
+    names = [category.name.strip() for category in labels.categories]
     missing = tuple(
-        image.file_name for image in content.images if paths[image.id] is None
+        image.file_name for image in labels.images if paths[image.id] is None
     )
-    return Dataset(
-        "coco",
-        tuple(records),
-        collect_class_names(records, [c.name.strip() for c in content.categories]),
-        missing,
-    )
+    return Dataset("coco", tuple(records), collect_class_names(records, names), missing)
 
 
-def _annotations(content: _File, uri: str) -> dict[Key, list[Annotation]]:
-    names = {c.id: c.name.strip() for c in content.categories}
-    found: dict[Key, list[Annotation]] = {image.id: [] for image in content.images}
-    for place, box in enumerate(content.annotations):
-        if box.category_id not in names or box.image_id not in found:
-            which = "category_id" if box.category_id not in names else "image_id"
-            raise InputError(
-                f"{uri} is not COCO json: annotations.{place}.{which}"
-                f" {getattr(box, which)!r} is not in the file"
-            )
+def _read_unlisted(folder: DatasetFolder, path: str) -> ImageRecord:
+    uri, file = folder.uris[path], path.removeprefix("images/")
+    return ImageRecord.from_annotations(file, uri, image_size(uri), [])
+
+
+def _annotations_by_image(labels: _File, uri: str) -> dict[Key, list[Annotation]]:
+    names = {category.id: category.name.strip() for category in labels.categories}
+    annotations: dict[Key, list[Annotation]] = {image.id: [] for image in labels.images}
+    for position, box in enumerate(labels.annotations):
+        if box.category_id not in names:
+            raise _unknown_id(uri, position, "category_id", box.category_id)
+        if box.image_id not in annotations:
+            raise _unknown_id(uri, position, "image_id", box.image_id)
         left, top, width, height = box.bbox
-        found[box.image_id].append(
-            Annotation(
-                (left, top, left + width, top + height),
-                names[box.category_id],
-                bool(box.iscrowd),
-            )
-        )
-    return found
+        edges = (left, top, left + width, top + height)
+        annotation = Annotation(edges, names[box.category_id], bool(box.iscrowd))
+        annotations[box.image_id].append(annotation)
+    return annotations
+
+
+def _unknown_id(uri: str, position: int, field: str, key: Key) -> InputError:
+    return InputError(
+        f"{uri} is not COCO json: annotations.{position}.{field} {key!r} is not in the"
+        " file"
+    )
 
 
 def write_coco(records: Sequence[ImageRecord], root: str, names: Sequence[str]) -> None:
-    """One file per folder, without the images that are not annotated."""
-    column = {name: number for number, name in enumerate(names, start=1)}
+    """Write one ``annotations.json``, without images that are not annotated."""
+    category_ids = {name: number for number, name in enumerate(names, start=1)}
+    annotated = [record for record in records if record.annotated]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for place, record in enumerate((r for r in records if r.annotated), start=1):
-        images.append(
-            {
-                "id": place,
-                "file_name": record.file,
-                "width": record.width,
-                "height": record.height,
-            }
-        )
-        for (left, top, right, bottom), label, difficult in zip(
-            record.boxes.tolist(), record.labels, record.difficult, strict=True
-        ):
+    for image_id, record in enumerate(annotated, start=1):
+        image = {"id": image_id, "file_name": record.file}
+        images.append(image | {"width": record.width, "height": record.height})
+        rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
+        for (left, top, right, bottom), label, difficult in rows:
             width, height = right - left, bottom - top
-            row = {
-                "id": len(annotations) + 1,
-                "image_id": place,
-                "category_id": column[label],
-                "bbox": [left, top, width, height],
-            }
             annotations.append(
-                row | {"area": width * height, "iscrowd": int(difficult)}
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": [left, top, width, height],
+                    "area": width * height,
+                    "iscrowd": int(difficult),
+                }
             )
-    categories = [{"id": number, "name": name} for name, number in column.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    storage.write_bytes(
-        storage.join(root, "annotations.json"), json.dumps(content).encode()
-    )
+    categories = [{"id": number, "name": name} for name, number in category_ids.items()]
+    labels = {"images": images, "annotations": annotations, "categories": categories}
+    uri = storage.join(root, "annotations.json")
+    storage.write_bytes(uri, json.dumps(labels).encode())

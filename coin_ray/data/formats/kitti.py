@@ -11,120 +11,110 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coin_ray import storage
+from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder, strip_suffix
+from coin_ray.data.formats.parsing import format_number, image_size, parse_number
 from coin_ray.data.formats.record import (
-    IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    DatasetFolder,
     ImageRecord,
     collect_class_names,
-    format_number,
-    image_size,
-    map_in_threads,
-    parse_number,
-    strip_suffix,
 )
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 IGNORED = "DontCare"
-UNKNOWN = "-1 -1 -10 {} -1 -1 -1 -1000 -1000 -1000 -10"
-"""KITTI's own values for what a 2D box does not say."""
+LABEL_FOLDERS = ("training/label_2", "label_2")
+LINE = "{type} -1 -1 -10 {box} -1 -1 -1 -1000 -1000 -1000 -10\n"
+"""A written line, with KITTI's own values for what a 2D box does not say."""
 
 
-def is_kitti(place: DatasetFolder) -> bool:
-    return bool(place.folder("training/label_2", "label_2"))
+def is_kitti(folder: DatasetFolder) -> bool:
+    """Tell whether the folder is in the KITTI format."""
+    return bool(folder.first_folder(*LABEL_FOLDERS))
 
 
-def read_kitti(place: DatasetFolder) -> Dataset:
-    """Images without a text file are not annotated. Raises InputError naming file and
-    line.
+def read_kitti(folder: DatasetFolder) -> Dataset:
+    """Read a KITTI folder. Images without a text file are not annotated. Raises
+    InputError naming file and line.
     """
-    base = place.folder("training/label_2", "label_2").removesuffix("label_2")
-    images, labels = (
-        place.stems(f"{base}image_2", *IMAGE_SUFFIXES),
-        place.stems(f"{base}label_2", ".txt"),
-    )
-    lists = place.stems("ImageSets", ".txt") if place.split else {}
-    chosen = [
-        name
-        for path in place.choose(lists, "list ImageSets/*.txt")
-        for name in place.listed(path, images)
-    ]
-    wanted = (
-        dict.fromkeys(chosen)
-        if place.split
-        else dict.fromkeys(sorted(images.keys() | labels.keys()))
-    )
+    label_folder = folder.first_folder(*LABEL_FOLDERS)
+    image_folder = label_folder.removesuffix("label_2") + "image_2"
+    images = folder.paths_by_stem(image_folder, *IMAGE_SUFFIXES)
+    labels = folder.paths_by_stem(label_folder, ".txt")
+    names = sorted(images.keys() | labels.keys())
+    if folder.split:
+        lists = folder.paths_by_stem("ImageSets", ".txt")
+        paths = folder.select_split(lists, "list ImageSets/*.txt")
+        names = [
+            name for path in paths for name in folder.read_image_list(path, images)
+        ]
+        names = list(dict.fromkeys(names))
 
-    def record(name: str) -> ImageRecord:
-        file, uri = (
-            images[name].removeprefix(f"{base}image_2/"),
-            place.uris[images[name]],
-        )
-        found = _annotations(place, labels[name]) if name in labels else []
-        return ImageRecord.of(
-            file, uri, image_size(uri), found, annotated=name in labels
+    def read_record(name: str) -> ImageRecord:
+        file = images[name].removeprefix(f"{image_folder}/")
+        uri = folder.uris[images[name]]
+        annotated = name in labels
+        annotations = _read_annotations(folder, labels[name]) if annotated else []
+        return ImageRecord.from_annotations(
+            file, uri, image_size(uri), annotations, annotated
         )
 
-    records = tuple(map_in_threads(record, [name for name in wanted if name in images]))
-    return Dataset(
-        "kitti",
-        records,
-        collect_class_names(records),
-        tuple(f"{base}image_2/{name}" for name in wanted if name not in images),
-    )
+    present = [name for name in names if name in images]
+    missing = tuple(f"{image_folder}/{name}" for name in names if name not in images)
+    records = tuple(map_in_threads(read_record, present))
+    return Dataset("kitti", records, collect_class_names(records), missing)
 
 
-def _annotations(place: DatasetFolder, path: str) -> list[Annotation]:
-    rows = enumerate(place.lines(path), start=1)
-    return [
-        _annotation(line.split(), f"{place.uris[path]}:{row}")
-        for row, line in rows
-        if line.strip()
-    ]
+def _read_annotations(folder: DatasetFolder, path: str) -> list[Annotation]:
+    annotations = []
+    for number, line in enumerate(folder.read_lines(path), start=1):
+        if line.strip():
+            where = f"{folder.uris[path]}:{number}"
+            annotations.append(_parse_annotation(line.split(), where))
+    return annotations
 
 
-def _annotation(words: list[str], where: str) -> Annotation:
-    if len(words) not in (15, 16):
+def _parse_annotation(fields: list[str], where: str) -> Annotation:
+    if len(fields) not in (15, 16):
         raise InputError(
             f"{where}: expected the 15 fields of KITTI, or 16 with a score; got"
-            f" {len(words)}"
+            f" {len(fields)}"
         )
-    return Annotation(
-        [parse_number(word, where) for word in words[4:8]],
-        words[0],
-        words[0] == IGNORED,
-    )
+    box = [parse_number(field, where) for field in fields[4:8]]
+    label = fields[0]
+    return Annotation(box, label, label == IGNORED)
 
 
 def write_kitti(
     records: Sequence[ImageRecord], root: str, split: str, names: Sequence[str]
 ) -> None:
-    """Blanks in names become underscores. Raises InputError if that makes two names
-    one.
+    """Write one text file per annotated image and the image list of the split. Blanks
+    in names become underscores.
+
+    Raises InputError if that makes two names one.
     """
-    if len({_type(name) for name in names}) < len(names):
+    if len({_type_name(name) for name in names}) < len(names):
         raise InputError(
             "KITTI has no blanks in class names, and without them two of these are"
             f" one: {', '.join(names)}"
         )
     for record in records:
         if record.annotated:
-            rows = (
-                f"{_type(label)} {UNKNOWN.format(' '.join(map(format_number, box)))}\n"
-                for box, label in zip(record.boxes.tolist(), record.labels, strict=True)
-            )
-            storage.write_bytes(
-                storage.join(
-                    root, "training/label_2", f"{strip_suffix(record.file)}.txt"
-                ),
-                "".join(rows).encode(),
-            )
-    storage.write_bytes(
-        storage.join(root, "ImageSets", f"{split}.txt"),
-        "".join(f"{strip_suffix(r.file)}\n" for r in records).encode(),
-    )
+            path = f"{strip_suffix(record.file)}.txt"
+            uri = storage.join(root, "training/label_2", path)
+            storage.write_bytes(uri, _label_text(record).encode())
+    image_list = "".join(f"{strip_suffix(record.file)}\n" for record in records)
+    uri = storage.join(root, "ImageSets", f"{split}.txt")
+    storage.write_bytes(uri, image_list.encode())
 
 
-def _type(name: str) -> str:
+def _label_text(record: ImageRecord) -> str:
+    lines = []
+    for edges, label in zip(record.boxes.tolist(), record.labels, strict=True):
+        box = " ".join(format_number(edge) for edge in edges)
+        lines.append(LINE.format(type=_type_name(label), box=box))
+    return "".join(lines)
+
+
+def _type_name(name: str) -> str:
     return "_".join(name.split())

@@ -12,20 +12,16 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from coin_ray import storage
+from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder, strip_suffix
+from coin_ray.data.formats.parsing import format_number, image_size, parse_number
 from coin_ray.data.formats.record import (
-    IMAGE_SUFFIXES,
     Annotation,
     Dataset,
-    DatasetFolder,
     ImageRecord,
     collect_class_names,
-    format_number,
-    image_size,
-    map_in_threads,
-    parse_number,
-    strip_suffix,
 )
 from coin_ray.data.formats.xml import parse_xml
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 DIFFICULT = {
@@ -36,65 +32,64 @@ DIFFICULT = {
     "1": True,
     "true": True,
 }
+EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def is_voc(place: DatasetFolder) -> bool:
-    return bool(place.folder("JPEGImages")) and bool(place.folder("Annotations"))
+def is_voc(folder: DatasetFolder) -> bool:
+    """Tell whether the folder is in the VOC format."""
+    has_images = folder.first_folder("JPEGImages")
+    return bool(has_images) and bool(folder.first_folder("Annotations"))
 
 
-def read_voc(place: DatasetFolder) -> Dataset:
-    """Images without XML are not annotated. Raises InputError naming file and line."""
-    images, labels = (
-        place.stems("JPEGImages", *IMAGE_SUFFIXES),
-        place.stems("Annotations", ".xml"),
-    )
-    lists = place.stems("ImageSets/Main", ".txt") if place.split else {}
-    chosen = [
-        name
-        for path in place.choose(lists, "list ImageSets/Main/*.txt")
-        for name in place.listed(path, images)
-    ]
-    wanted = (
-        dict.fromkeys(chosen)
-        if place.split
-        else dict.fromkeys(sorted(images.keys() | labels.keys()))
-    )
-    present = [name for name in wanted if name in images]
+def read_voc(folder: DatasetFolder) -> Dataset:
+    """Read a VOC folder. Images without XML are not annotated. Raises InputError naming
+    file and line.
+    """
+    images = folder.paths_by_stem("JPEGImages", *IMAGE_SUFFIXES)
+    labels = folder.paths_by_stem("Annotations", ".xml")
+    names = sorted(images.keys() | labels.keys())
+    if folder.split:
+        lists = folder.paths_by_stem("ImageSets/Main", ".txt")
+        paths = folder.select_split(lists, "list ImageSets/Main/*.txt")
+        names = [
+            name for path in paths for name in folder.read_image_list(path, images)
+        ]
+        names = list(dict.fromkeys(names))
 
-    def record(name: str) -> ImageRecord:
-        file, uri = images[name].removeprefix("JPEGImages/"), place.uris[images[name]]
-        if name not in labels:
-            return ImageRecord.of(file, uri, image_size(uri), [], annotated=False)
-        return _annotated(file, uri, place.uris[labels[name]])
+    def read_record(name: str) -> ImageRecord:
+        file = images[name].removeprefix("JPEGImages/")
+        uri = folder.uris[images[name]]
+        if name in labels:
+            return _read_annotated(file, uri, folder.uris[labels[name]])
+        return ImageRecord.from_annotations(
+            file, uri, image_size(uri), [], annotated=False
+        )
 
-    records = tuple(map_in_threads(record, present))
-    return Dataset(
-        "voc",
-        records,
-        collect_class_names(records),
-        tuple(f"JPEGImages/{name}" for name in wanted if name not in images),
-    )
+    present = [name for name in names if name in images]
+    missing = tuple(f"JPEGImages/{name}" for name in names if name not in images)
+    records = tuple(map_in_threads(read_record, present))
+    return Dataset("voc", records, collect_class_names(records), missing)
 
 
-def _annotated(file: str, uri: str, label_uri: str) -> ImageRecord:
+def _read_annotated(file: str, uri: str, label_uri: str) -> ImageRecord:
     root, lines = parse_xml(storage.read_bytes(label_uri), label_uri, "annotation")
-    found = [
-        _object(node, f"{label_uri}:{lines[node]}") for node in root.iterfind("object")
+    annotations = [
+        _parse_object(node, f"{label_uri}:{lines[node]}")
+        for node in root.iterfind("object")
     ]
-    sides = [root.findtext(f"size/{side}", "0") for side in ("width", "height")]
+    sides = (root.findtext(f"size/{side}", "0") for side in ("width", "height"))
     width, height = (int(parse_number(text, f"{label_uri}: size")) for text in sides)
-    return ImageRecord.of(
-        file, uri, (width, height) if width and height else image_size(uri), found
-    )
+    size = (width, height) if width and height else image_size(uri)
+    return ImageRecord.from_annotations(file, uri, size, annotations)
 
 
-def _object(node: ET.Element, where: str) -> Annotation:
+def _parse_object(node: ET.Element, where: str) -> Annotation:
     label = (node.findtext("name") or "").strip()
     if not label:
         raise InputError(f"{where}: an object without <name>")
     left, top, right, bottom = (
         parse_number(node.findtext(f"bndbox/{edge}"), f"{where}: <{edge}>")
-        for edge in ("xmin", "ymin", "xmax", "ymax")
+        for edge in EDGES
     )
     difficult = (node.findtext("difficult") or "").strip().lower()
     if difficult not in DIFFICULT:
@@ -103,45 +98,36 @@ def _object(node: ET.Element, where: str) -> Annotation:
 
 
 def write_voc(records: Sequence[ImageRecord], root: str, split: str) -> None:
+    """Write one XML file per annotated image and the image list of the split."""
     for record in records:
         if record.annotated:
-            storage.write_bytes(
-                storage.join(root, "Annotations", f"{strip_suffix(record.file)}.xml"),
-                _xml(record),
-            )
-    storage.write_bytes(
-        storage.join(root, "ImageSets/Main", f"{split}.txt"),
-        "".join(f"{strip_suffix(r.file)}\n" for r in records).encode(),
-    )
+            path = f"{strip_suffix(record.file)}.xml"
+            uri = storage.join(root, "Annotations", path)
+            storage.write_bytes(uri, _record_xml(record))
+    names = "".join(f"{strip_suffix(record.file)}\n" for record in records)
+    uri = storage.join(root, "ImageSets/Main", f"{split}.txt")
+    storage.write_bytes(uri, names.encode())
 
 
-def _xml(record: ImageRecord) -> bytes:
+def _record_xml(record: ImageRecord) -> bytes:
     root = ET.Element("annotation")
-    _leaf(root, "filename", record.file)
+    _add_text(root, "filename", record.file)
     size = ET.SubElement(root, "size")
-    for side, value in (
-        ("width", record.width),
-        ("height", record.height),
-        ("depth", 3),
-    ):
-        _leaf(size, side, str(value))
-    for (left, top, right, bottom), label, difficult in zip(
-        record.boxes.tolist(), record.labels, record.difficult, strict=True
-    ):
+    _add_text(size, "width", str(record.width))
+    _add_text(size, "height", str(record.height))
+    _add_text(size, "depth", "3")
+    rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
+    for (left, top, right, bottom), label, difficult in rows:
         node = ET.SubElement(root, "object")
-        _leaf(node, "name", label)
-        _leaf(node, "difficult", str(int(difficult)))
+        _add_text(node, "name", label)
+        _add_text(node, "difficult", str(int(difficult)))
         box = ET.SubElement(node, "bndbox")
-        for edge, value in (
-            ("xmin", left + 1),
-            ("ymin", top + 1),
-            ("xmax", right),
-            ("ymax", bottom),
-        ):
-            _leaf(box, edge, format_number(value))
+        pixels = (left + 1, top + 1, right, bottom)
+        for edge, pixel in zip(EDGES, pixels, strict=True):
+            _add_text(box, edge, format_number(pixel))
     ET.indent(root)
     return bytes(ET.tostring(root, "utf-8"))
 
 
-def _leaf(parent: ET.Element, tag: str, text: str) -> None:
+def _add_text(parent: ET.Element, tag: str, text: str) -> None:
     ET.SubElement(parent, tag).text = text

@@ -1,4 +1,4 @@
-"""XML that strangers wrote."""
+"""Parse XML from untrusted sources."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from coin_ray.errors import InputError
 
 
 def parse_xml(
-    data: bytes, uri: str, root: str
+    raw: bytes, uri: str, root_tag: str
 ) -> tuple[ET.Element, dict[ET.Element, int]]:
-    """The element <root>, and the line of each element. Entities of the file's own are
-    refused: they can grow without end.
+    """Return the root element <``root_tag``> and the line of each element. Entity
+    declarations are refused: entities can grow without end.
 
     Raises InputError naming ``uri`` and the line.
     """
@@ -22,23 +22,22 @@ def parse_xml(
     def start(tag: str, attributes: dict[str, str]) -> None:
         lines[builder.start(tag, attributes)] = parser.CurrentLineNumber
 
-    def refuse(*_: object) -> None:
+    def refuse_entity(*_: object) -> None:
         raise InputError(
-            f"{uri}:{parser.CurrentLineNumber}: entity declarations have no place in an"
-            " annotation"
+            f"{uri}:{parser.CurrentLineNumber}: entity declarations are not allowed in"
+            " an annotation"
         )
 
     parser.StartElementHandler = start
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
-    parser.EntityDeclHandler = refuse
+    parser.EntityDeclHandler = refuse_entity
     try:
-        parser.Parse(data, True)
+        parser.Parse(raw, True)
     except expat.ExpatError as error:
-        raise InputError(
-            f"{uri}:{error.lineno}: not XML: {expat.ErrorString(error.code)}"
-        ) from None
-    found = builder.close()
-    if found.tag != root:
-        raise InputError(f"{uri}:1: expected <{root}>, got <{found.tag}>")
-    return found, lines
+        reason = expat.ErrorString(error.code)
+        raise InputError(f"{uri}:{error.lineno}: not XML: {reason}") from None
+    root = builder.close()
+    if root.tag != root_tag:
+        raise InputError(f"{uri}:1: expected <{root_tag}>, got <{root.tag}>")
+    return root, lines

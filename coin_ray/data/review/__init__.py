@@ -1,3 +1,1 @@
-"""Labels go out to people, with what the teachers make of them, and come back
-corrected.
-"""
+"""Export labels to review tools, with the teachers' labels, and read back corrections."""

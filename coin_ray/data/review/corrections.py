@@ -1,4 +1,4 @@
-"""Corrections: images whose labels a person vouches for, as exports of review tools or
+"""Corrections: images whose labels a person has reviewed, as exports of review tools or
 as a labelled folder.
 """
 
@@ -9,118 +9,115 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.data import formats
-from coin_ray.data.formats import IMAGE_SUFFIXES, ImageRecord
-from coin_ray.data.formats.record import DatasetFolder, map_in_threads
-from coin_ray.data.review import cvat, fiftyone, label_studio
-from coin_ray.data.review.record import Review, ReviewedBox
+from coin_ray.data.formats import IMAGE_SUFFIXES, ImageRecord, read_dataset
+from coin_ray.data.formats.folder import DatasetFolder
+from coin_ray.data.review.cvat import read_cvat
+from coin_ray.data.review.fiftyone import is_fiftyone, read_fiftyone
+from coin_ray.data.review.label_studio import read_label_studio
+from coin_ray.data.review.reviews import Review, ReviewedBox
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
-FILES = {
-    ".json": label_studio.read_label_studio,
-    ".xml": cvat.read_cvat,
-    ".zip": cvat.read_cvat,
-}
-OUTSIDE = 1.0
-"""Pixels a box may stand out of its image: tools round."""
-SHOWN = 5
+FILE_READERS = {".json": read_label_studio, ".xml": read_cvat, ".zip": read_cvat}
+TOLERANCE = 1.0
+"""Pixels a box may lie outside its image: tools round."""
+SHOWN_PROBLEMS = 5
+DIGEST_LENGTH = 16
 
 
-def read_reviews(place: str) -> list[Review]:
-    """Of a JSON export of Label Studio, an export of CVAT (.xml or .zip), a folder
+def read_reviews(address: str) -> list[Review]:
+    """Read a JSON export of Label Studio, an export of CVAT (.xml or .zip), a folder
     exported by FiftyOne, or any labelled folder.
 
-    Annotated images of a folder count as reviewed; they are known by their bytes.
-    Raises InputError for what can't be read.
+    Annotated images of a folder count as reviewed; their ids are those of their bytes.
+    Raises InputError for an export that can't be read.
     """
-    place = storage.absolute_uri(place)
-    reader = FILES.get(place[place.rfind(".") :].lower())
-    if reader is not None and storage.exists(place):
-        return reader(place)
-    if fiftyone.is_fiftyone(place):
-        return fiftyone.read_fiftyone(place)
-    records = [
-        record for record in formats.read_dataset(place).records if record.annotated
-    ]
-    return map_in_threads(_review, records)
+    address = storage.absolute_uri(address)
+    reader = FILE_READERS.get(address[address.rfind(".") :].lower())
+    if reader is not None and storage.exists(address):
+        return reader(address)
+    if is_fiftyone(address):
+        return read_fiftyone(address)
+    records = [record for record in read_dataset(address).records if record.annotated]
+    return map_in_threads(_review_of_record, records)
 
 
-def _review(record: ImageRecord) -> Review:
-    image_id = hashlib.sha256(storage.read_bytes(record.uri)).hexdigest()
-    kept = [n for n, difficult in enumerate(record.difficult) if not difficult]
-    left = record.boxes[kept].tolist()
-    boxes = tuple(
-        ReviewedBox((a, b, c, d), record.labels[n])
-        for n, (a, b, c, d) in zip(kept, left, strict=True)
-    )
+def _review_of_record(record: ImageRecord) -> Review:
+    boxes = []
+    rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
+    for (left, top, right, bottom), label, difficult in rows:
+        if not difficult:
+            boxes.append(ReviewedBox((left, top, right, bottom), label))
     return Review(
-        image_id,
+        hashlib.sha256(storage.read_bytes(record.uri)).hexdigest(),
         record.uri,
         record.file,
         record.width,
         record.height,
-        boxes,
+        tuple(boxes),
         reviewed=True,
     )
 
 
-def reviews_digest(place: str) -> str:
-    """Sixteen hex digits that change with what ``read_dataset`` would find; of images in a
-    folder names and sizes count. Empty if it is not there.
+def reviews_digest(address: str) -> str:
+    """Return sixteen hex digits that change with what ``read_reviews`` would return; of
+    images in a folder names and sizes count. Empty if ``address`` does not exist.
     """
-    place = storage.absolute_uri(place)
+    address = storage.absolute_uri(address)
     try:
-        if place.lower().endswith(tuple(FILES)):
-            return storage.sha256(place)[:16]
-        opened = DatasetFolder.open(place)
+        if address.lower().endswith(tuple(FILE_READERS)):
+            return storage.sha256(address)[:DIGEST_LENGTH]
+        folder = DatasetFolder.open(address)
     except (OSError, InputError):
         return ""
-    found = hashlib.sha256(opened.split.encode())
-    sizes = storage.file_sizes(opened.root)
-    for (path, uri), size in zip(
-        sorted(opened.uris.items()),
-        (sizes[name] for name in sorted(sizes)),
-        strict=True,
-    ):
-        said = (
-            str(size) if path.lower().endswith(IMAGE_SUFFIXES) else storage.sha256(uri)
-        )
-        found.update(f"{path}\0{said}\0".encode())
-    return found.hexdigest()[:16]
+    digest = hashlib.sha256(folder.split.encode())
+    size_by_name = storage.file_sizes(folder.root)
+    sizes = [size_by_name[name] for name in sorted(size_by_name)]
+    for (path, uri), size in zip(sorted(folder.uris.items()), sizes, strict=True):
+        is_image = path.lower().endswith(IMAGE_SUFFIXES)
+        version = str(size) if is_image else storage.sha256(uri)
+        digest.update(f"{path}\0{version}\0".encode())
+    return digest.hexdigest()[:DIGEST_LENGTH]
 
 
 def correction_rows(
     reviews: Iterable[Review],
     images: Mapping[str, Mapping[str, Any]],
     indexes: Mapping[str, int],
-    place: str,
+    source: str,
 ) -> list[dict[str, Any]]:
-    """Rows ``image_id``, ``boxes`` (within the image), ``cvat_labels`` of the reviewed
-    images.
+    """Return rows ``image_id``, ``boxes`` (within the image), ``labels`` of the
+    reviewed images.
 
     ``images``: rows of ``tables.IMAGES`` by id. ``indexes``: number of the class by
-    name. Raises InputError naming what does not fit the run.
+    name. ``source``: name of the corrections in messages. Raises InputError naming the
+    reviews that do not fit the run.
     """
     rows: dict[str, dict[str, Any]] = {}
-    faults: list[str] = []
-    for review in (r for r in reviews if r.reviewed):
-        wrong = _faults(review, images.get(review.image_id), indexes)
-        wrong += [f"{review.name} is in it twice"] if review.image_id in rows else []
-        faults += wrong
-        if not wrong:
+    problems: list[str] = []
+    for review in reviews:
+        if not review.reviewed:
+            continue
+        review_problems = _problems(review, images.get(review.image_id), indexes)
+        if review.image_id in rows:
+            review_problems.append(f"{review.name} is in it twice")
+        problems += review_problems
+        if not review_problems:
             rows[review.image_id] = _row(review, indexes)
-    if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise InputError(f"corrections {place}: {'; '.join(faults[:SHOWN])}{more}")
+    if problems:
+        listed = "; ".join(problems[:SHOWN_PROBLEMS])
+        hidden_count = len(problems) - SHOWN_PROBLEMS
+        suffix = f"; and {hidden_count} more" if hidden_count > 0 else ""
+        raise InputError(f"corrections {source}: {listed}{suffix}")
     if not rows:
         raise InputError(
-            f"corrections {place}: no image in it is marked as reviewed"
+            f"corrections {source}: no image in it is marked as reviewed"
             " (docs/own-data.md says how)"
         )
     return list(rows.values())
 
 
-def _faults(
+def _problems(
     review: Review, image: Mapping[str, Any] | None, indexes: Mapping[str, int]
 ) -> list[str]:
     if image is None:
@@ -139,46 +136,41 @@ def _faults(
             f"{review.name} is {size[0]} x {size[1]}, its corrections are for"
             f" {review.width} x {review.height}"
         ]
-    unknown = sorted({box.label for box in review.boxes} - indexes.keys())
-    faults = [
+    problems = [
         f"{review.name} has a {name!r}, which is no class of this run"
-        for name in unknown
+        for name in sorted({box.label for box in review.boxes} - indexes.keys())
     ]
-    return faults + [
-        f"{review.name}: the box {box.label} {_shown(box.edges)} {wrong}"
-        for box in review.boxes
-        if (wrong := _off(box, size))
-    ]
+    for box in review.boxes:
+        if problem := _box_problem(box, size):
+            edges = [round(edge, 1) for edge in box.edges]
+            problems.append(f"{review.name}: the box {box.label} {edges} {problem}")
+    return problems
 
 
-def _off(box: ReviewedBox, size: tuple[int, int]) -> str:
+def _box_problem(box: ReviewedBox, size: tuple[int, int]) -> str:
     left, top, right, bottom = box.edges
+    width, height = size
     if right <= left or bottom <= top:
         return "has no area"
-    if (
-        min(left, top) < -OUTSIDE
-        or right > size[0] + OUTSIDE
-        or bottom > size[1] + OUTSIDE
-    ):
-        return f"is not inside the image of {size[0]} x {size[1]}"
+    starts_inside = min(left, top) >= -TOLERANCE
+    ends_inside = right <= width + TOLERANCE and bottom <= height + TOLERANCE
+    if not (starts_inside and ends_inside):
+        return f"is not inside the image of {width} x {height}"
     return ""
 
 
 def _row(review: Review, indexes: Mapping[str, int]) -> dict[str, Any]:
-    limits = (review.width, review.height) * 2
-    boxes = [
-        [
-            min(max(edge, 0.0), float(limit))
-            for edge, limit in zip(box.edges, limits, strict=True)
-        ]
-        for box in review.boxes
-    ]
+    size = review.width, review.height
     return {
         "image_id": review.image_id,
-        "boxes": boxes,
+        "boxes": [_clip_edges(box.edges, size) for box in review.boxes],
         "labels": [indexes[box.label] for box in review.boxes],
     }
 
 
-def _shown(edges: Sequence[float]) -> list[float]:
-    return [round(edge, 1) for edge in edges]
+def _clip_edges(edges: Sequence[float], size: tuple[int, int]) -> list[float]:
+    limits = (*size, *size)
+    return [
+        min(max(edge, 0.0), float(limit))
+        for edge, limit in zip(edges, limits, strict=True)
+    ]

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.data.formats.record import format_number, map_in_threads, parse_number
+from coin_ray.data.formats.parsing import format_number, parse_number
 from coin_ray.data.formats.xml import parse_xml
-from coin_ray.data.review.record import KINDS, Review, ReviewedBox
+from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 FILE = "annotations.xml"
@@ -28,128 +29,118 @@ SHAPES = ("polygon", "polyline", "points", "cuboid", "mask", "skeleton", "ellips
 
 
 def write_cvat(reviews: Sequence[Review], folder: str, classes: Sequence[str]) -> None:
-    """``images/`` to make a task of, ``labels.json`` for its constructor (Raw), and
-    ``annotations.xml`` to upload to it.
+    """Write ``images/`` for a new task, ``labels.json`` for its label constructor (Raw),
+    and ``annotations.xml`` to upload to the task.
     """
     if TAG in classes:
         raise InputError(
             f"CVAT gets a tag of the name {TAG!r}, so no class can have it"
         )
-    map_in_threads(
-        lambda r: storage.write_bytes(
-            storage.join(folder, "images", r.name), storage.read_bytes(r.uri)
-        ),
-        reviews,
-    )
+
+    def copy_image(review: Review) -> None:
+        target = storage.join(folder, "images", review.name)
+        storage.write_bytes(target, storage.read_bytes(review.uri))
+
+    map_in_threads(copy_image, reviews)
     storage.write_json(storage.join(folder, "labels.json"), cvat_labels(classes))
     storage.write_bytes(storage.join(folder, FILE), cvat_xml(reviews))
 
 
 def cvat_labels(classes: Sequence[str]) -> list[dict[str, Any]]:
-    """What CVAT's label constructor takes."""
-    texts = [
-        _attribute(name, "text", "", [""])
-        for name in ("image_id", "uri", *KINDS, "disagreement")
-    ]
-    tag = {
-        "name": TAG,
-        "type": "tag",
-        "attributes": [_attribute("reviewed", "checkbox", "false", ["false"]), *texts],
-    }
-    told = [
+    """Return the labels that CVAT's label constructor imports."""
+    text_names = ("image_id", "uri", *KINDS, "disagreement")
+    texts = [_attribute(name, "text", "", [""]) for name in text_names]
+    reviewed = _attribute("reviewed", "checkbox", "false", ["false"])
+    box_attributes = [
         _attribute("kind", "select", BY_HAND, [BY_HAND, *KINDS]),
         _attribute("teachers", "text", "", [""]),
     ]
-    return [
-        tag,
-        *({"name": name, "type": "rectangle", "attributes": told} for name in classes),
+    labels: list[dict[str, Any]] = [
+        {"name": TAG, "type": "tag", "attributes": [reviewed, *texts]}
     ]
+    for name in classes:
+        labels.append({"name": name, "type": "rectangle", "attributes": box_attributes})
+    return labels
 
 
-def _attribute(name: str, kind: str, default: str, values: list[str]) -> dict[str, Any]:
+def _attribute(
+    name: str, kind: str, default: str, choices: list[str]
+) -> dict[str, Any]:
     return {
         "name": name,
         "mutable": False,
         "input_type": kind,
         "default_value": default,
-        "values": values,
+        "values": choices,
     }
 
 
 def cvat_xml(reviews: Sequence[Review]) -> bytes:
+    """Return the reviews as the content of ``annotations.xml``."""
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
-    for place, review in enumerate(reviews):
-        image = ET.SubElement(
-            root,
-            "image",
-            id=str(place),
-            name=review.name,
-            width=str(review.width),
-            height=str(review.height),
-        )
-        for box in review.boxes:
-            edges = {
-                name: format_number(value)
-                for name, value in zip(EDGES, box.edges, strict=True)
-            }
-            node = ET.SubElement(
-                image,
-                "box",
-                {
-                    "label": box.label,
-                    "source": "auto",
-                    "occluded": "0",
-                    **edges,
-                    "z_order": "0",
-                },
-            )
-            _set(node, {"kind": box.kind or BY_HAND, "teachers": box.said})
-        known = {
-            "reviewed": str(review.reviewed).lower(),
-            "image_id": review.image_id,
-            "uri": review.uri,
-        }
-        counted = {kind: str(count) for kind, count in review.counts.items()}
-        _set(
-            ET.SubElement(image, "tag", label=TAG, source="auto"),
-            known | counted | {"disagreement": format_number(review.disagreement)},
-        )
+    for number, review in enumerate(reviews):
+        _add_image(root, number, review)
     ET.indent(root)
     return bytes(ET.tostring(root, "utf-8", xml_declaration=True))
 
 
-def _set(node: ET.Element, values: dict[str, str]) -> None:
-    for name, value in values.items():
-        ET.SubElement(node, "attribute", name=name).text = value
+def _add_image(root: ET.Element, number: int, review: Review) -> None:
+    image = ET.SubElement(
+        root,
+        "image",
+        id=str(number),
+        name=review.name,
+        width=str(review.width),
+        height=str(review.height),
+    )
+    for box in review.boxes:
+        edges = zip(EDGES, map(format_number, box.edges), strict=True)
+        attributes = {"label": box.label, "source": "auto", "occluded": "0"}
+        attributes |= {**dict(edges), "z_order": "0"}
+        node = ET.SubElement(image, "box", attributes)
+        kind = box.kind or BY_HAND
+        _add_attributes(node, {"kind": kind, "teachers": box.teacher_labels})
+    tag = ET.SubElement(image, "tag", label=TAG, source="auto")
+    counts = {kind: str(count) for kind, count in review.counts.items()}
+    tag_attributes = {
+        "reviewed": str(review.reviewed).lower(),
+        "image_id": review.image_id,
+        "uri": review.uri,
+        **counts,
+        "disagreement": format_number(review.disagreement),
+    }
+    _add_attributes(tag, tag_attributes)
+
+
+def _add_attributes(node: ET.Element, attributes: dict[str, str]) -> None:
+    for name, text in attributes.items():
+        ET.SubElement(node, "attribute", name=name).text = text
 
 
 def read_cvat(uri: str) -> list[Review]:
-    """An export as it comes (.zip) or its ``annotations.xml``; images without the tag
-    that ``write_cvat`` gave them are left out.
+    """Read an export as it comes (.zip) or its ``annotations.xml``; images without the
+    tag of ``write_cvat`` are left out.
 
-    Raises InputError naming the line for what is no upright box, and if no image has
-    the tag.
+    Raises InputError naming the line of a shape that is not an upright box, and if no
+    image has the tag.
     """
-    root, lines = parse_xml(_xml(uri), uri, "annotations")
-    found = [
-        r
-        for image in root.iterfind("image")
-        if (r := _review(image, uri, lines)) is not None
-    ]
-    if not found:
+    root, lines = parse_xml(_read_xml(uri), uri, "annotations")
+    optional_reviews = [_review(image, uri, lines) for image in root.iterfind("image")]
+    reviews = [review for review in optional_reviews if review is not None]
+    if not reviews:
         raise InputError(
             f"{uri}: no image has the tag {TAG!r} with its image_id: only what coin_ray"
             " wrote for CVAT can be read back"
         )
-    return found
+    return reviews
 
 
-def _xml(uri: str) -> bytes:
-    data = storage.read_bytes(uri)
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return data
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+def _read_xml(uri: str) -> bytes:
+    raw = storage.read_bytes(uri)
+    if not zipfile.is_zipfile(io.BytesIO(raw)):
+        return raw
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         if FILE not in archive.namelist():
             raise InputError(
                 f"{uri} has no {FILE}: export the task as 'CVAT for images 1.1'"
@@ -158,38 +149,36 @@ def _xml(uri: str) -> bytes:
 
 
 def _review(image: ET.Element, uri: str, lines: dict[ET.Element, int]) -> Review | None:
-    where = f"{uri}:{lines[image]}"
-    tag = next(
-        (
-            t
-            for t in image.iterfind("tag")
-            if t.get("label") == TAG and _attributes(t).get("image_id")
-        ),
-        None,
-    )
+    tag = _review_tag(image)
     if tag is None:
         return None
-    known = _attributes(tag)
-    other = next((node for shape in SHAPES for node in image.iterfind(shape)), None)
-    if other is not None:
-        raise InputError(
-            f"{uri}:{lines[other]}: expected boxes, got a {other.tag} of"
-            f" {other.get('label')!r}"
-        )
-    width, height = (
-        int(parse_number(image.get(side), f"{where}: {side}"))
-        for side in ("width", "height")
-    )
-    boxes = tuple(_box(node, f"{uri}:{lines[node]}") for node in image.iterfind("box"))
+    for shape in SHAPES:
+        for node in image.iterfind(shape):
+            raise InputError(
+                f"{uri}:{lines[node]}: expected boxes, got a {shape} of"
+                f" {node.get('label')!r}"
+            )
+    where = f"{uri}:{lines[image]}"
+    width = int(parse_number(image.get("width"), f"{where}: width"))
+    height = int(parse_number(image.get("height"), f"{where}: height"))
     return Review(
-        known["image_id"],
-        known.get("uri", ""),
+        tag["image_id"],
+        tag.get("uri", ""),
         image.get("name", ""),
         width,
         height,
-        boxes,
-        known.get("reviewed") == "true",
+        tuple(_box(node, f"{uri}:{lines[node]}") for node in image.iterfind("box")),
+        tag.get("reviewed") == "true",
     )
+
+
+def _review_tag(image: ET.Element) -> dict[str, str] | None:
+    """Return the attributes of the image's review tag; None if it has none."""
+    for tag in image.iterfind("tag"):
+        attributes = _attributes(tag)
+        if tag.get("label") == TAG and attributes.get("image_id"):
+            return attributes
+    return None
 
 
 def _attributes(node: ET.Element) -> dict[str, str]:
@@ -197,19 +186,19 @@ def _attributes(node: ET.Element) -> dict[str, str]:
 
 
 def _box(node: ET.Element, where: str) -> ReviewedBox:
-    if parse_number(node.get("rotation", "0"), f"{where}: rotation") % 360:
+    rotation = node.get("rotation", "0")
+    if parse_number(rotation, f"{where}: rotation") % 360:
         raise InputError(
-            f"{where}: expected an upright box, got one turned by"
-            f" {node.get('rotation')} degrees"
+            f"{where}: expected an upright box, got one turned by {rotation} degrees"
         )
     left, top, right, bottom = (
         parse_number(node.get(edge), f"{where}: {edge}") for edge in EDGES
     )
-    told = _attributes(node)
-    kind = told.get("kind", "")
+    attributes = _attributes(node)
+    kind = attributes.get("kind", "")
     return ReviewedBox(
         (left, top, right, bottom),
         node.get("label", ""),
         kind if kind in KINDS else "",
-        told.get("teachers", ""),
+        attributes.get("teachers", ""),
     )

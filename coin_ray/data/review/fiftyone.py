@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coin_ray import storage
-from coin_ray.data.formats.record import map_in_threads, read_validated_json
-from coin_ray.data.review.record import KINDS, Review, ReviewedBox
+from coin_ray.data.formats.parsing import read_validated_json
+from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
+from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 FILE = "samples.json"
@@ -57,33 +58,29 @@ FOLDER = TypeAdapter(_File)
 
 
 def write_fiftyone(reviews: Sequence[Review], folder: str) -> None:
-    """``samples.json`` and copies of the images in ``data/``."""
-    map_in_threads(
-        lambda r: storage.write_bytes(
-            storage.join(folder, "data", r.name), storage.read_bytes(r.uri)
-        ),
-        reviews,
-    )
-    content = {"samples": [fiftyone_sample(review) for review in reviews]}
-    storage.write_bytes(
-        storage.join(folder, FILE), json.dumps(content, indent=1).encode()
-    )
+    """Write ``samples.json`` and copies of the images in ``data/``."""
+
+    def copy_image(review: Review) -> None:
+        target = storage.join(folder, "data", review.name)
+        storage.write_bytes(target, storage.read_bytes(review.uri))
+
+    map_in_threads(copy_image, reviews)
+    samples = {"samples": [fiftyone_sample(review) for review in reviews]}
+    uri = storage.join(folder, FILE)
+    storage.write_bytes(uri, json.dumps(samples, indent=1).encode())
 
 
 def fiftyone_sample(review: Review) -> dict[str, Any]:
-    """What FiftyOne calls a sample, with the field ``ground_truth``."""
-    known = {
+    """Convert a review to a sample of FiftyOne with the field ``ground_truth``."""
+    boxes = [_detection(review, box) for box in review.boxes]
+    return {
+        "filepath": f"data/{review.name}",
+        "tags": [TAG] if review.reviewed else [],
         "image_id": review.image_id,
         "uri": review.uri,
         "name": review.name,
         "pixels_wide": review.width,
         "pixels_high": review.height,
-    }
-    boxes = [_detection(review, box) for box in review.boxes]
-    return {
-        "filepath": f"data/{review.name}",
-        "tags": [TAG] if review.reviewed else [],
-        **known,
         "disagreement": float(review.disagreement),
         **review.counts,
         "ground_truth": {"_cls": "Detections", "detections": boxes},
@@ -92,59 +89,66 @@ def fiftyone_sample(review: Review) -> dict[str, Any]:
 
 def _detection(review: Review, box: ReviewedBox) -> dict[str, Any]:
     left, top, right, bottom = box.edges
-    width, height = review.width, review.height
-    told = {"kind": box.kind, "teachers": box.said} if box.kind else {}
-    place = [
-        left / width,
-        top / height,
-        (right - left) / width,
-        (bottom - top) / height,
+    shares = [
+        left / review.width,
+        top / review.height,
+        (right - left) / review.width,
+        (bottom - top) / review.height,
     ]
-    return {"_cls": "Detection", "label": box.label, "bounding_box": place, **told}
+    detection = {"_cls": "Detection", "label": box.label, "bounding_box": shares}
+    if box.kind:
+        detection |= {"kind": box.kind, "teachers": box.teacher_labels}
+    return detection
 
 
-def is_fiftyone(place: str) -> bool:
-    return storage.exists(storage.join(place, FILE))
+def is_fiftyone(folder: str) -> bool:
+    """Tell whether the folder is an export of FiftyOne."""
+    return storage.exists(storage.join(folder, FILE))
 
 
-def read_fiftyone(place: str) -> list[Review]:
-    """A folder that was exported from what ``write_fiftyone`` made. Raises InputError naming the
-    entry that is not as it should be.
+def read_fiftyone(folder: str) -> list[Review]:
+    """Read a folder that FiftyOne exported from samples of ``write_fiftyone``. Raises
+    InputError naming the sample that can't be read.
     """
-    uri = storage.join(place, FILE)
-    content: _File = read_validated_json(
-        FOLDER, uri, "a FiftyOne dataset that coin_ray wrote"
-    )
+    uri = storage.join(folder, FILE)
+    description = "a FiftyOne dataset that coin_ray wrote"
+    export: _File = read_validated_json(FOLDER, uri, description)
     return [
-        _review(found, f"{uri}: samples.{number}")
-        for number, found in enumerate(content.samples)
+        _review(sample, f"{uri}: samples.{number}")
+        for number, sample in enumerate(export.samples)
     ]
 
 
-def _review(found: _Sample, where: str) -> Review:
-    width, height = found.pixels_wide, found.pixels_high
+def _review(sample: _Sample, where: str) -> Review:
+    width, height = sample.pixels_wide, sample.pixels_high
     if min(width, height) < 1:
         raise InputError(
             f"{where}: an image needs pixels_wide and pixels_high; got {width} x"
             f" {height}"
         )
-    boxes = found.ground_truth.detections if found.ground_truth is not None else []
+    detections = []
+    if sample.ground_truth is not None:
+        detections = sample.ground_truth.detections
     return Review(
-        found.image_id,
-        found.uri,
-        found.name,
+        sample.image_id,
+        sample.uri,
+        sample.name,
         width,
         height,
-        tuple(_box(b, width, height) for b in boxes),
-        TAG in found.tags,
+        tuple(_box(detection, width, height) for detection in detections),
+        TAG in sample.tags,
     )
 
 
-def _box(found: _Detection, width: int, height: int) -> ReviewedBox:
-    left, top, wide, high = found.bounding_box
-    edges = (left * width, top * height, (left + wide) * width, (top + high) * height)
-    return ReviewedBox(
-        edges,
-        found.label,
-        *((found.kind, found.teachers or "") if found.kind in KINDS else ("", "")),
+def _box(detection: _Detection, width: int, height: int) -> ReviewedBox:
+    left, top, box_width, box_height = detection.bounding_box
+    edges = (
+        left * width,
+        top * height,
+        (left + box_width) * width,
+        (top + box_height) * height,
     )
+    if detection.kind not in KINDS:
+        return ReviewedBox(edges, detection.label)
+    teacher_labels = detection.teachers or ""
+    return ReviewedBox(edges, detection.label, detection.kind, teacher_labels)

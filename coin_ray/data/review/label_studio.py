@@ -1,7 +1,7 @@
 """Label Studio: tasks with predictions to import, and JSON exports. Boxes are in
 percent of the image (Label Studio's "task format").
 
-A box's kind and what the teachers said stand in its ``meta``; a task's ``data`` counts
+A box's kind and the teachers' labels stand in its ``meta``; a task's ``data`` counts
 the kinds, and can be sorted and filtered by them.
 """
 
@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from coin_ray import storage
-from coin_ray.data.formats.record import image_size, read_validated_json
-from coin_ray.data.review.record import KINDS, Review, ReviewedBox
+from coin_ray.data.formats.parsing import image_size, read_validated_json
+from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
 
 
@@ -62,63 +62,53 @@ EXPORT = TypeAdapter(list[_Task])
 def write_label_studio(
     reviews: Sequence[Review], folder: str, classes: Sequence[str], url: str = "{uri}"
 ) -> None:
-    """``tasks.json`` to import and ``labels.xml``, the labelling setup. ``url``: where
-    Label Studio finds an image, from its ``{uri}``.
+    """Write ``tasks.json`` to import and ``labels.xml``, the labelling setup. ``url``:
+    address of an image for Label Studio, made from its ``{uri}``.
     """
-    storage.write_bytes(
-        storage.join(folder, "tasks.json"),
-        json.dumps([label_studio_task(r, url) for r in reviews], indent=1).encode(),
-    )
-    storage.write_bytes(
-        storage.join(folder, "labels.xml"), labelling_setup(classes).encode()
-    )
+    tasks = [label_studio_task(review, url) for review in reviews]
+    text = json.dumps(tasks, indent=1)
+    storage.write_bytes(storage.join(folder, "tasks.json"), text.encode())
+    setup = labelling_setup(classes)
+    storage.write_bytes(storage.join(folder, "labels.xml"), setup.encode())
 
 
 def label_studio_task(review: Review, url: str = "{uri}") -> dict[str, Any]:
-    """A prediction's score is the share of boxes that the teachers agree on: sorted by
-    it, the images in dispute come first.
+    """Convert a review to a task. The score of its prediction is the share of boxes
+    that the teachers agree on: sorted by it, the images with the highest disagreement
+    come first.
     """
-    result = [_region(number, review, box) for number, box in enumerate(review.boxes)]
-    known = {
+    regions = [_region(number, review, box) for number, box in enumerate(review.boxes)]
+    task_fields = {
         "image_id": review.image_id,
         "uri": review.uri,
         "name": review.name,
         "width": review.width,
         "height": review.height,
+        "image": url.replace("{uri}", review.uri),
+        "disagreement": review.disagreement,
+        **review.counts,
     }
-    data = (
-        known
-        | {
-            "image": url.replace("{uri}", review.uri),
-            "disagreement": review.disagreement,
-        }
-        | review.counts
-    )
     if review.reviewed:
-        return {
-            "data": data,
-            "annotations": [{"result": result, "was_cancelled": False}],
-        }
-    return {
-        "data": data,
-        "predictions": [
-            {
-                "model_version": "coin_ray",
-                "score": 1 - review.disagreement,
-                "result": result,
-            }
-        ],
+        annotation = {"result": regions, "was_cancelled": False}
+        return {"data": task_fields, "annotations": [annotation]}
+    prediction = {
+        "model_version": "coin_ray",
+        "score": 1 - review.disagreement,
+        "result": regions,
     }
+    return {"data": task_fields, "predictions": [prediction]}
 
 
 def _region(number: int, review: Review, box: ReviewedBox) -> dict[str, Any]:
     width, height = review.width, review.height
     left, top, right, bottom = box.edges
-    value = {
-        "x": left / width,
-        "y": top / height,
-        "width": (right - left) / width,
-        "height": (bottom - top) / height,
+    rectangle = {
+        "x": 100 * (left / width),
+        "y": 100 * (top / height),
+        "width": 100 * ((right - left) / width),
+        "height": 100 * ((bottom - top) / height),
+        "rotation": 0,
+        "rectanglelabels": [box.label],
     }
     region = {
         "id": f"box{number}",
@@ -128,18 +118,15 @@ def _region(number: int, review: Review, box: ReviewedBox) -> dict[str, Any]:
         "original_width": width,
         "original_height": height,
         "image_rotation": 0,
-        "value": (
-            {k: 100 * v for k, v in value.items()}
-            | {"rotation": 0, "rectanglelabels": [box.label]}
-        ),
+        "value": rectangle,
     }
-    return region | (
-        {"meta": {"text": [f"{box.kind}: {box.said}"]}} if box.kind else {}
-    )
+    if box.kind:
+        region["meta"] = {"text": [f"{box.kind}: {box.teacher_labels}"]}
+    return region
 
 
 def labelling_setup(classes: Sequence[str]) -> str:
-    """The XML that Label Studio asks for under "Labeling Interface"."""
+    """Return the XML for Label Studio's "Labeling Interface"."""
     root = ET.Element("View")
     ET.SubElement(root, "Image", name="image", value="$image", zoom="true")
     labels = ET.SubElement(root, "RectangleLabels", name="label", toName="image")
@@ -150,90 +137,86 @@ def labelling_setup(classes: Sequence[str]) -> str:
 
 
 def read_label_studio(uri: str) -> list[Review]:
-    """A JSON export. Reviewed is what has an annotation that was not skipped: of
-    several the one updated last.
+    """Read a JSON export. A task is reviewed if it has an annotation that was not
+    skipped; of several annotations the one updated last counts.
 
-    Raises InputError naming the task for what is no upright box, and for tasks that
-    were not written by ``write_label_studio``.
+    Raises InputError naming the task for a region that is not an upright box, and for
+    tasks that were not written by ``write_label_studio``.
     """
-    exported: list[_Task] = read_validated_json(
+    tasks: list[_Task] = read_validated_json(
         EXPORT, uri, "a JSON export of Label Studio"
     )
-    return [
-        _review(label_studio_task, f"{uri}: task {number}")
-        for number, label_studio_task in enumerate(exported)
-    ]
+    return [_review(task, f"{uri}: task {number}") for number, task in enumerate(tasks)]
 
 
-def _review(found: _Task, where: str) -> Review:
-    data = found.data
-    uri, image_id = data.get("uri"), data.get("image_id")
+def _review(task: _Task, where: str) -> Review:
+    uri, image_id = task.data.get("uri"), task.data.get("image_id")
     if not isinstance(uri, str) or not isinstance(image_id, str):
         raise InputError(
             f"{where} has no data.uri and data.image_id: only tasks that coin_ray wrote"
             " can be read back"
         )
-    width, height = (
-        (data["width"], data["height"])
-        if {"width", "height"} <= data.keys()
-        else image_size(uri)
-    )
+    width, height = task.data.get("width"), task.data.get("height")
+    if not {"width", "height"} <= task.data.keys():
+        width, height = image_size(uri)
     if (
         not isinstance(width, int)
         or not isinstance(height, int)
         or min(width, height) < 1
     ):
         raise InputError(f"{where}: {uri} is no image that can be read")
-    done = [a for a in found.annotations if not a.was_cancelled]
-    predicted = [p for p in found.predictions if isinstance(p, _Result)]
-    kept = (
-        max(done, key=lambda a: a.updated_at)
-        if done
-        else predicted[-1]
-        if predicted
-        else _Result([])
-    )
-    boxes = tuple(
+    annotations = [a for a in task.annotations if not a.was_cancelled]
+    boxes = [
         _box(region, (width, height), where)
-        for region in kept.result
+        for region in _final_regions(task, annotations)
         if region.type == "rectanglelabels"
-    )
+    ]
     return Review(
         image_id,
         uri,
-        str(data.get("name") or uri.rpartition("/")[2]),
+        str(task.data.get("name") or uri.rpartition("/")[2]),
         width,
         height,
-        boxes,
-        bool(done),
+        tuple(boxes),
+        bool(annotations),
     )
+
+
+def _final_regions(task: _Task, annotations: Sequence[_Result]) -> list[_Region]:
+    """Return the regions of the annotation updated last, or of the last prediction."""
+    if annotations:
+        return max(annotations, key=lambda annotation: annotation.updated_at).result
+    # Label Studio exports some predictions as a number
+    predictions = [p for p in task.predictions if isinstance(p, _Result)]
+    return predictions[-1].result if predictions else []
 
 
 def _box(region: _Region, size: tuple[int, int], where: str) -> ReviewedBox:
-    value = region.value
+    rectangle = region.value
     if (
-        isinstance(value, dict)
-        or len(value.rectanglelabels) != 1
-        or value.rotation % 360
+        isinstance(rectangle, dict)
+        or len(rectangle.rectanglelabels) != 1
+        or rectangle.rotation % 360
     ):
         raise InputError(
-            f"{where}: expected an upright box with one label, got {value}"
+            f"{where}: expected an upright box with one label, got {rectangle}"
         )
-    left, top = value.x * size[0] / 100, value.y * size[1] / 100
-    right, bottom = (
-        left + value.width * size[0] / 100,
-        top + value.height * size[1] / 100,
-    )
-    kind, said = _told(region.meta.get("text"))
-    return ReviewedBox((left, top, right, bottom), value.rectanglelabels[0], kind, said)
+    width, height = size
+    left, top = rectangle.x * width / 100, rectangle.y * height / 100
+    right = left + rectangle.width * width / 100
+    bottom = top + rectangle.height * height / 100
+    kind, teacher_labels = _parse_meta(region.meta.get("text"))
+    [label] = rectangle.rectanglelabels
+    return ReviewedBox((left, top, right, bottom), label, kind, teacher_labels)
 
 
-def _told(text: object) -> tuple[str, str]:
-    """Kind and what the teachers said; both empty if a person has drawn the box or
-    rewritten its text.
+def _parse_meta(text: object) -> tuple[str, str]:
+    """Return the kind and the teachers' labels; both empty if a person has drawn the
+    box or rewritten its text.
     """
-    first = text[0] if isinstance(text, list) and text else text
-    kind, colon, said = (
-        first.partition(": ") if isinstance(first, str) else ("", "", "")
-    )
-    return (kind, said) if colon and kind in KINDS else ("", "")
+    if isinstance(text, list) and text:
+        text = text[0]
+    if not isinstance(text, str):
+        return "", ""
+    kind, separator, teacher_labels = text.partition(": ")
+    return (kind, teacher_labels) if separator and kind in KINDS else ("", "")
