@@ -23,7 +23,7 @@ from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training.distill import Distillation
 from coin_ray.training.propagate import Propagation
-from coin_ray.training.queries import look_with_queries
+from coin_ray.training.queries import forward_detr_student
 
 CLASSES = ("cat", "traffic light", "stop sign")
 Row = tuple[Sequence[float], int, float]
@@ -288,7 +288,12 @@ def detr_distillation(
     rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
     config = Distill(fit=fit, student="co-detr", **(values | changes))
     return Distillation(
-        student, teacher, tiny_embeddings(), config, rules, look=look_with_queries
+        student,
+        teacher,
+        tiny_embeddings(),
+        config,
+        rules,
+        forward_student=forward_detr_student,
     )
 
 
