@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from coin_ray.export.int8_loss import Int8Loss
-    from coin_ray.export.package import Int8Images, Student
+    from coin_ray.export.package import Int8Images, TrainedStudent
     from coin_ray.runs.steps import Step
 
 DESCRIPTION = """\
@@ -113,7 +113,7 @@ def export_student(request: ExportRequest) -> None:
     """Run the steps that are missing, write the files and print how they compare with
     the model; with ``--dry-run`` print the plan.
     """
-    from coin_ray.export.package import INT8, require_extra, write_package
+    from coin_ray.export.package import INT8_FILE, require_extra, write_package
     from coin_ray.runs.graph import build_steps
     from coin_ray.runs.runner import print_plan
 
@@ -145,7 +145,7 @@ def export_student(request: ExportRequest) -> None:
         )
     if measured.int8:
         print(format_int8_loss(measured.int8))
-    int8_file = f"{INT8} " if request.int8 else ""
+    int8_file = f"{INT8_FILE} " if request.int8 else ""
     print(
         f"{request.out}: model.onnx {int8_file}model.pt model.safetensors model.json"
         " detect.py README.md"
@@ -173,10 +173,10 @@ def _run_steps(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> 
 
 def format_int8_loss(loss: Int8Loss) -> str:
     """Return what the quantized file loses, in one line."""
-    from coin_ray.export.int8_loss import POINTS_MAX
-    from coin_ray.export.package import INT8
+    from coin_ray.export.int8_loss import MAP50_LOSS_MAX
+    from coin_ray.export.package import INT8_FILE
 
-    line = f"{INT8}: "
+    line = f"{INT8_FILE}: "
     if loss.map50 is not None and loss.map50_int8 is not None:
         line += (
             f"mAP50 {100 * loss.map50_int8:.1f} against {100 * loss.map50:.1f} of"
@@ -192,7 +192,7 @@ def format_int8_loss(loss: Int8Loss) -> str:
         if loss.score_difference is not None:
             line += f", scores {loss.score_difference:.3f} apart on average"
     if loss.too_large:
-        line += f". It loses more than {POINTS_MAX:g} point: better use model.onnx"
+        line += f". It loses more than {MAP50_LOSS_MAX:g} point: better use model.onnx"
     return line
 
 
@@ -204,9 +204,9 @@ def _read_summary(root: str) -> dict[str, Any]:
 
 def load_student(
     request: ExportRequest, steps: Mapping[str, Step], summary: dict[str, Any]
-) -> Student:
+) -> TrainedStudent:
     """Return the distilled student; added classes use the prompts that it learned."""
-    from coin_ray.export.package import Student
+    from coin_ray.export.package import TrainedStudent
     from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
     from coin_ray.models.faster_rcnn_clip.model import build_detector
     from coin_ray.stages.common.training_job import load_weights
@@ -219,7 +219,7 @@ def load_student(
     )
     folder = steps["distill"].folder(request.options.root)
     detector.load_state_dict(load_weights(storage.join(folder, WEIGHTS)))
-    return Student(detector.eval(), classes, request.added_classes, config, summary)
+    return TrainedStudent(detector.eval(), classes, request.added_classes, config, summary)
 
 
 def read_compared_images(step: Step, root: str) -> list[Image]:
