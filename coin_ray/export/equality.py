@@ -1,13 +1,13 @@
-"""Whether an exported file finds what the model finds."""
+"""Comparison of an exported file's detections with the model's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.ops import box_iou
 
 from coin_ray.errors import InputError
@@ -18,10 +18,10 @@ Predict = Callable[[Image.Image], Detections]
 
 
 @dataclass(frozen=True)
-class Equality:
+class ExportComparison:
     """``unmatched``: detections of one that the other lacks; those within the tolerance
     of the lowest score, which may fall on either side of it, are counted in
-    ``at_limit`` instead. ``iou_min`` and ``score_difference_max`` are of the matched
+    ``at_limit`` instead. ``iou_min`` and ``score_difference_max``: over the matched
     ones.
     """
 
@@ -32,61 +32,82 @@ class Equality:
     iou_min: float
     score_difference_max: float
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, int | float]:
         return asdict(self)
 
 
-def compare(
+def compare_predictions(
     reference: Predict,
     exported: Predict,
     images: Iterable[Image.Image],
     score_min: float,
-) -> Equality:
+) -> ExportComparison:
     """Match each image's detections: same label, IoU >= .99, scores at most .001 apart."""
-    count = total = unmatched = at_limit = 0
+    image_count = detection_count = unmatched = at_limit = 0
     iou_min, difference_max = 1.0, 0.0
     for image in images:
-        ours, theirs = reference(image), exported(image)
-        matched, ious, differences = match(ours, theirs)
-        lonely = torch.cat(
-            [ours.scores[~matched.any(1)], theirs.scores[~matched.any(0)]]
-        )
-        near = int((lonely <= score_min + SCORE_TOLERANCE).sum())
-        count, total = count + 1, total + len(ours)
-        unmatched, at_limit = unmatched + len(lonely) - near, at_limit + near
-        if bool(matched.any()):
-            best = torch.where(matched, ious, torch.tensor(-1.0)).max(1)
-            paired = best.values >= 0
-            iou_min = min(iou_min, float(best.values[paired].min()))
-            difference_max = max(
-                difference_max,
-                float(differences.gather(1, best.indices[:, None])[paired].max()),
-            )
-    return Equality(
-        count, total, unmatched, at_limit, round(iou_min, 6), round(difference_max, 7)
+        expected, actual = reference(image), exported(image)
+        matches = _match(expected, actual)
+        image_count += 1
+        detection_count += len(expected)
+        scores = matches.unmatched_scores(expected, actual)
+        near_limit = int((scores <= score_min + SCORE_TOLERANCE).sum())
+        unmatched += len(scores) - near_limit
+        at_limit += near_limit
+        if bool(matches.equal.any()):
+            ious, differences = matches.best_pairs()
+            iou_min = min(iou_min, float(ious.min()))
+            difference_max = max(difference_max, float(differences.max()))
+    return ExportComparison(
+        image_count,
+        detection_count,
+        unmatched,
+        at_limit,
+        round(iou_min, 6),
+        round(difference_max, 7),
     )
 
 
-def match(
-    ours: Detections, theirs: Detections
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which are equal [N, M], their IoUs [N, M], and differences of scores [N, M]."""
-    ious = box_iou(ours.boxes, theirs.boxes)
-    differences = (ours.scores[:, None] - theirs.scores[None]).abs()
-    same = ours.labels[:, None] == theirs.labels[None]
-    return (
-        same & (ious >= IOU_MIN) & (differences <= SCORE_TOLERANCE),
-        ious,
-        differences,
-    )
+@dataclass(frozen=True, eq=False)
+class _Matches:
+    """Of N expected and M actual detections: ``equal`` [N, M], ``ious`` [N, M] and
+    ``differences`` of scores [N, M].
+    """
+
+    equal: Tensor
+    ious: Tensor
+    differences: Tensor
+
+    def unmatched_scores(self, expected: Detections, actual: Detections) -> Tensor:
+        """Return the scores of detections on either side that have no equal."""
+        only_expected = expected.scores[~self.equal.any(1)]
+        only_actual = actual.scores[~self.equal.any(0)]
+        return torch.cat([only_expected, only_actual])
+
+    def best_pairs(self) -> tuple[Tensor, Tensor]:
+        """Return IoUs and differences of scores of each matched expected detection and
+        the equal one that overlaps it most.
+        """
+        best = torch.where(self.equal, self.ious, torch.tensor(-1.0)).max(1)
+        paired = best.values >= 0
+        differences = self.differences.gather(1, best.indices[:, None])
+        return best.values[paired], differences[paired]
 
 
-def require(name: str, found: Equality) -> None:
-    """Raises InputError if the exported file does not find what the model finds."""
-    if found.unmatched:
+def _match(expected: Detections, actual: Detections) -> _Matches:
+    ious = box_iou(expected.boxes, actual.boxes)
+    differences = (expected.scores[:, None] - actual.scores[None]).abs()
+    same_label = expected.labels[:, None] == actual.labels[None]
+    close = (ious >= IOU_MIN) & (differences <= SCORE_TOLERANCE)
+    return _Matches(same_label & close, ious, differences)
+
+
+def require_equal(name: str, comparison: ExportComparison) -> None:
+    """Raise InputError if the exported file's detections differ from the model's."""
+    if comparison.unmatched:
         raise InputError(
-            f"{name} and the model differ: {found.unmatched} of {found.detections}"
-            f" detections in {found.images} images have no counterpart of the same"
-            f" class with IoU >= {IOU_MIN} and a score within {SCORE_TOLERANCE};"
-            " nothing that was written should be used"
+            f"{name} and the model differ: {comparison.unmatched} of"
+            f" {comparison.detections} detections in {comparison.images} images have no"
+            f" counterpart of the same class with IoU >= {IOU_MIN} and a score within"
+            f" {SCORE_TOLERANCE}; do not use any of the written files"
         )

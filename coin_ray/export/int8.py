@@ -1,6 +1,4 @@
-"""``model.int8.onnx``: static quantization after training, and what it costs. Needs the
-extra ``export``.
-"""
+"""``model.int8.onnx``: static quantization after training. Needs the extra ``export``."""
 
 from __future__ import annotations
 
@@ -24,10 +22,13 @@ from PIL import Image
 
 from coin_ray.errors import InputError
 
-NETWORKS = ("propose/", "describe/")
-PRODUCTS, BETWEEN = ("Conv", "Gemm"), ("Relu", "AveragePool")
-"""Operators that are quantized, and those that then pass 8-bit numbers on."""
-EXACT = (
+Pixels = NDArray[np.uint8]
+
+NETWORK_PREFIXES = ("propose/", "describe/")
+QUANTIZED_PRODUCTS = ("Conv", "Gemm")
+QUANTIZED_BETWEEN = ("Relu", "AveragePool")
+"""Operators that pass 8-bit numbers on from one product to the next."""
+FLOAT_WEIGHTS = (
     "rpn.objectness.weight",
     "rpn.deltas.weight",
     "head.embed.weight",
@@ -38,18 +39,18 @@ take little time and move boxes and scores most."""
 
 
 def int8_model(model: ModelProto, images: Iterable[Image.Image]) -> bytes:
-    """``model`` with the convolutions and linear layers of both networks in 8 bits,
-    weights by channel; what is around them stays float32.
+    """Return ``model`` with the convolutions and linear layers of both networks in 8
+    bits, weights by channel; what is around them stays float32.
 
     ``images``: training images; the mean range of their activations fixes the scales.
     Raises InputError if there are none.
     """
     pixels = (np.asarray(image.convert("RGB"))[None] for image in images)
-    first = next(pixels, None)
-    if first is None:
+    first_image = next(pixels, None)
+    if first_image is None:
         raise InputError(
-            "model.int8.onnx needs training images, whose activations say what 8 bits"
-            " must hold; this run has none"
+            "model.int8.onnx needs training images, whose activations fix the ranges of"
+            " the 8-bit numbers; this run has none"
         )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
@@ -57,9 +58,9 @@ def int8_model(model: ModelProto, images: Iterable[Image.Image]) -> bytes:
         quantize_static(
             source,
             target,
-            _Images(chain([first], pixels)),
+            _CalibrationImages(chain([first_image], pixels)),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=[*PRODUCTS, *BETWEEN, "Add"],
+            op_types_to_quantize=[*QUANTIZED_PRODUCTS, *QUANTIZED_BETWEEN, "Add"],
             nodes_to_quantize=quantized_nodes(model.graph),
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -71,27 +72,31 @@ def int8_model(model: ModelProto, images: Iterable[Image.Image]) -> bytes:
 
 
 def quantized_nodes(graph: GraphProto) -> list[str]:
-    """Names of the networks' convolutions and linear layers but the first and the last
-    ones, and of what stands between them.
+    """Return the names of the networks' convolutions and linear layers except the first
+    and the last ones, and of the operators between them.
     """
-    before_relu = {node.input[0] for node in graph.node if node.op_type == "Relu"}
-    nodes = [node for node in graph.node if node.name.startswith(NETWORKS)]
-    first = next(node.name for node in nodes if node.op_type == "Conv")
-    products = [
-        n.name
-        for n in nodes
-        if n.op_type in PRODUCTS and n.name != first and not n.input[1].endswith(EXACT)
-    ]
-    sums = [n.name for n in nodes if n.op_type == "Add" and n.output[0] in before_relu]
-    return [*products, *sums, *(n.name for n in nodes if n.op_type in BETWEEN)]
+    relu_inputs = {node.input[0] for node in graph.node if node.op_type == "Relu"}
+    nodes = [node for node in graph.node if node.name.startswith(NETWORK_PREFIXES)]
+    first_conv = next(node.name for node in nodes if node.op_type == "Conv")
+    products, sums, between = [], [], []
+    for node in nodes:
+        if node.op_type in QUANTIZED_PRODUCTS:
+            stays_float = node.input[1].endswith(FLOAT_WEIGHTS)
+            if node.name != first_conv and not stays_float:
+                products.append(node.name)
+        elif node.op_type == "Add" and node.output[0] in relu_inputs:
+            sums.append(node.name)
+        elif node.op_type in QUANTIZED_BETWEEN:
+            between.append(node.name)
+    return [*products, *sums, *between]
 
 
-class _Images(CalibrationDataReader):  # type: ignore[misc]
+class _CalibrationImages(CalibrationDataReader):  # type: ignore[misc]
     """One image at a time, as the file's input."""
 
-    def __init__(self, pixels: Iterator[NDArray[np.uint8]]) -> None:
+    def __init__(self, pixels: Iterator[Pixels]) -> None:
         self._pixels = pixels
 
-    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        found = next(self._pixels, None)
-        return None if found is None else {"images": found}
+    def get_next(self) -> dict[str, Pixels] | None:
+        pixels = next(self._pixels, None)
+        return None if pixels is None else {"images": pixels}

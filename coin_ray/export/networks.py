@@ -14,12 +14,12 @@ from coin_ray.models.faster_rcnn_clip.model import STRIDE, ClipDetector
 from coin_ray.models.faster_rcnn_clip.tower import NormalisedConv2d
 
 PAD = 32
-"""Views are padded to multiples of this."""
+"""Inputs of the network are padded to multiples of this."""
 
 
 class Propose(nn.Module):
-    """pixels [B, 3, H, W] normalised, limits [4] (w, h, w, h) of the view inside ->
-    features [B, C, h, w], objectness [B, A], boxes [B, A, 4].
+    """pixels [B, 3, H, W] normalised, limits [4] (w, h, w, h) of the resized image
+    inside -> features [B, C, h, w], objectness [B, A], boxes [B, A, 4].
     """
 
     cell_anchors: Tensor
@@ -30,38 +30,26 @@ class Propose(nn.Module):
         self.tower, self.rpn = detector.tower, detector.rpn
         anchors = detector.rpn.anchor_generator.cell_anchors[0]
         self.register_buffer("cell_anchors", anchors.detach().clone().round())
-        config = detector.config
-        self.register_buffer(
-            "scale",
-            torch.tensor(config.anchor_weights) / torch.tensor(box_ops.DELTA_WEIGHTS),
-        )
+        anchor_weights = torch.tensor(detector.config.anchor_weights)
+        delta_weights = torch.tensor(box_ops.DELTA_WEIGHTS)
+        self.register_buffer("scale", anchor_weights / delta_weights)
 
     def forward(self, pixels: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.tower.shared(pixels)
+        batch = features.shape[0]
         hidden = self.rpn.conv(features).relu()
         objectness = self.rpn.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = (
-            self.rpn.deltas(hidden)
-            .permute(0, 2, 3, 1)
-            .reshape(features.shape[0], -1, 4)
-        )
+        deltas = self.rpn.deltas(hidden).permute(0, 2, 3, 1).reshape(batch, -1, 4)
         y = torch.arange(features.shape[2], dtype=torch.float32) * STRIDE
         x = torch.arange(features.shape[3], dtype=torch.float32) * STRIDE
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack([columns, rows, columns, rows], -1)
-        anchors = (
-            (shifts[:, :, None] + self.cell_anchors)
-            .reshape(1, -1, 4)
-            .expand(features.shape[0], -1, -1)
-        )
-        boxes = box_ops.decode(
+        cell_boxes = (shifts[:, :, None] + self.cell_anchors).reshape(1, -1, 4)
+        anchors = cell_boxes.expand(batch, -1, -1)
+        boxes = box_ops.decode_boxes(
             (deltas / self.scale).reshape(-1, 4), anchors.reshape(-1, 4)
         )
-        return (
-            features,
-            objectness,
-            _clipped(boxes, limits).reshape(features.shape[0], -1, 4),
-        )
+        return features, objectness, _clip_boxes(boxes, limits).reshape(batch, -1, 4)
 
 
 class Describe(nn.Module):
@@ -79,26 +67,28 @@ class Describe(nn.Module):
     def forward(
         self, pooled: Tensor, proposals: Tensor, limits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self.judge(self.tower.regional(pooled), proposals, limits)
+        return self.classify(self.tower.regional(pooled), proposals, limits)
 
-    def judge(
-        self, described: Tensor, proposals: Tensor, limits: Tensor
+    def classify(
+        self, region_features: Tensor, proposals: Tensor, limits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``described`` [R, regional_channels]: the pooled regions behind the tower."""
-        regions = self.head(described, self.embeddings)
-        return regions.logits.softmax(-1), _clipped(
-            box_ops.decode(regions.deltas, proposals), limits
-        )
+        """Return probs and boxes for ``region_features`` [R, regional_channels], the
+        tower's output for the pooled regions.
+        """
+        regions = self.head(region_features, self.embeddings)
+        probs = regions.logits.softmax(-1)
+        boxes = box_ops.decode_boxes(regions.deltas, proposals)
+        return probs, _clip_boxes(boxes, limits)
 
 
-def _clipped(boxes: Tensor, limits: Tensor) -> Tensor:
+def _clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 @torch.no_grad()
-def halves(detector: ClipDetector) -> tuple[Propose, Describe]:
-    """Both halves of a copy of ``detector`` on the CPU, class embeddings cached and
-    norms folded into the convolutions before them.
+def split_detector(detector: ClipDetector) -> tuple[Propose, Describe]:
+    """Return both halves of a copy of ``detector`` on the CPU, class embeddings cached
+    and norms folded into the convolutions before them.
     """
     copied = copy.deepcopy(detector).cpu().eval()
     embeddings = detector.eval().class_embeddings().detach().cpu().clone()
@@ -110,13 +100,13 @@ def halves(detector: ClipDetector) -> tuple[Propose, Describe]:
 def _fold_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, NormalisedConv2d):
-            setattr(module, name, _folded(child))
+            setattr(module, name, _fold_norm(child))
         else:
             _fold_norms(child)
 
 
-def _folded(layer: NormalisedConv2d) -> nn.Conv2d:
-    plain = copy.deepcopy(layer.convolution)
-    plain.weight.data = plain.weight.data * layer.scale.view(-1, 1, 1, 1)
-    plain.bias = nn.Parameter(layer.shift.clone())
-    return plain
+def _fold_norm(layer: NormalisedConv2d) -> nn.Conv2d:
+    folded = copy.deepcopy(layer.convolution)
+    folded.weight.data = folded.weight.data * layer.scale.view(-1, 1, 1, 1)
+    folded.bias = nn.Parameter(layer.shift.clone())
+    return folded

@@ -20,62 +20,65 @@ from torch.export import Dim
 from coin_ray.config import Detector
 from coin_ray.export.conv_before_roialign import (
     HALVED,
-    EarlyDescribe,
-    EarlyPropose,
-    enters_early,
+    DescribeAfterConv,
+    ProposeWithConv,
+    can_move_conv,
 )
-from coin_ray.export.graph import OPSET, Graph
-from coin_ray.export.networks import PAD, halves
-from coin_ray.export.pooling import Proposals, pool, rank_within
-from coin_ray.export.resizing import resize
+from coin_ray.export.graph import OPSET, OnnxGraph
+from coin_ray.export.networks import PAD, split_detector
+from coin_ray.export.pooling import (
+    ProposalTensors,
+    add_rank_within_image,
+    add_roi_align,
+)
+from coin_ray.export.resizing import add_resize
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 
 LOWEST = -1e30
 """Below every score."""
+CANDIDATES_PER_PROPOSAL = 6
+SIDE_MAX = 256
+"""Longest side of the network's input, in units of ``PAD``."""
 
 
 def onnx_model(detector: ClipDetector, classes: Sequence[str]) -> ModelProto:
-    """``images`` [B, H, W, 3] uint8 RGB -> ``boxes`` [N, 4], ``scores`` [N], ``labels``
-    [N], ``image`` [N] in 0..B-1, ``probs`` [N, K+1].
+    """Return the model: ``images`` [B, H, W, 3] uint8 RGB -> ``boxes`` [N, 4],
+    ``scores`` [N], ``labels`` [N], ``image`` [N] in 0..B-1, ``probs`` [N, K+1].
 
     Rows are sorted by score over the whole batch. The class names are in the metadata,
     separated by newlines.
     """
     config = detector.config
-    graph = Graph()
-    view = _prepare(
-        graph, config, detector.mean.flatten().tolist(), detector.std.flatten().tolist()
+    graph = OnnxGraph()
+    mean, std = detector.mean.flatten().tolist(), detector.std.flatten().tolist()
+    network_input = _add_preprocessing(graph, config, mean, std)
+    networks = _export_networks(detector)
+    *features, objectness, candidates = graph.embed(
+        "propose", networks.propose, network_input.pixels, network_input.limits
     )
-    networks = _networks(detector)
-    *features, objectness, candidates = graph.network(
-        "propose", networks.propose, view.pixels, view.limits
+    image, proposals = _add_proposals(graph, config, objectness, candidates)
+    tensors = ProposalTensors(proposals, image, network_input.batch)
+    maps = list(zip(features, networks.bins, strict=True))
+    pooled = add_roi_align(graph, config, tensors, maps)
+    probs, boxes = graph.embed(
+        "describe", networks.describe, *pooled, proposals, network_input.limits
     )
-    image, proposals = _choose(graph, config, objectness, candidates)
-    pooled = pool(
-        graph,
-        config,
-        Proposals(proposals, image, view.batch),
-        list(zip(features, networks.bins, strict=True)),
-    )
-    probs, boxes = graph.network(
-        "describe", networks.describe, *pooled, proposals, view.limits
-    )
-    rows = _detections(graph, config, view, image, boxes, probs, len(classes))
-    model = graph.model(
+    regions = _Regions(image, boxes, probs)
+    detections = _add_detections(graph, config, network_input, regions, len(classes))
+    model = graph.build(
         "detector",
-        [_info("images", TensorProto.UINT8, "B", "H", "W", 3)],
-        _outputs(rows, len(classes)),
+        [_tensor_info("images", TensorProto.UINT8, "B", "H", "W", 3)],
+        _output_infos(detections, len(classes)),
     )
-    helper.set_model_props(
-        model, {"classes": "\n".join(classes), "score_min": str(config.score_min)}
-    )
+    metadata = {"classes": "\n".join(classes), "score_min": str(config.score_min)}
+    helper.set_model_props(model, metadata)
     return model
 
 
 @dataclass(frozen=True)
-class _View:
+class _NetworkInput:
     """Names of tensors. ``pixels`` [B, 3, h, w] normalised and padded, ``limits`` [4],
-    ``scale`` [4] from view to image, ``batch`` [1].
+    ``scale`` [4] from network input to image, ``batch`` [1].
     """
 
     pixels: str
@@ -84,102 +87,110 @@ class _View:
     batch: str
 
 
-def _prepare(
-    graph: Graph, config: Detector, mean: list[float], std: list[float]
-) -> _View:
-    """Short side ``short_side``, long side at most ``long_side``; zeros at the right
-    and bottom up to multiples of 32.
+def _add_preprocessing(
+    graph: OnnxGraph, config: Detector, mean: list[float], std: list[float]
+) -> _NetworkInput:
+    """Add resizing to short side ``short_side``, long side at most ``long_side``, and
+    zeros at the right and bottom up to multiples of 32.
     """
     shape = graph.op("Shape", "images")
-    batch = graph.part(shape, 0, 1, 0)
-    own = graph.cast(graph.part(shape, 1, 3, 0), TensorProto.DOUBLE)
-    shorter = graph.op(
-        "Div", graph.f64(config.short_side), graph.op("ReduceMin", own, keepdims=1)
-    )
-    longer = graph.op(
-        "Div", graph.f64(config.long_side), graph.op("ReduceMax", own, keepdims=1)
-    )
-    factor = graph.op("Min", shorter, longer)
-    size = graph.op(
-        "Max", graph.op("Round", graph.op("Mul", own, factor)), graph.f64(1.0)
-    )
-    whole = graph.cast(size, TensorProto.INT64)
-    channels_first = graph.cast(
-        graph.op("Transpose", "images", perm=[0, 3, 1, 2]), TensorProto.FLOAT
-    )
-    fits = graph.cast(
-        graph.op(
-            "ReduceMin",
-            graph.cast(graph.op("Equal", own, size), TensorProto.INT64),
-            keepdims=0,
-        ),
-        TensorProto.BOOL,
-    )
-    resized = graph.choose(
-        fits,
+    batch = graph.slice_axis(shape, 0, 1, 0)
+    image_size = graph.cast(graph.slice_axis(shape, 1, 3, 0), TensorProto.DOUBLE)
+    size = _add_resized_size(graph, config, image_size)
+    whole_size = graph.cast(size, TensorProto.INT64)
+    transposed = graph.op("Transpose", "images", perm=[0, 3, 1, 2])
+    channels_first = graph.cast(transposed, TensorProto.FLOAT)
+    is_equal = graph.cast(graph.op("Equal", image_size, size), TensorProto.INT64)
+    all_equal = graph.op("ReduceMin", is_equal, keepdims=0)
+    resized = graph.if_else(
+        graph.cast(all_equal, TensorProto.BOOL),
         lambda: channels_first,
-        lambda: resize(graph, channels_first, own, size),
+        lambda: add_resize(graph, channels_first, image_size, size),
         TensorProto.FLOAT,
         (None, 3, None, None),
     )
-    scaled = graph.op("Div", resized, graph.f32(255.0))
-    three = graph.i64(1, 3, 1, 1)
-    centred = graph.op("Sub", scaled, graph.op("Reshape", graph.f32(*mean), three))
-    normalised = graph.op("Div", centred, graph.op("Reshape", graph.f32(*std), three))
-    beyond = graph.op("Mod", graph.op("Neg", whole), graph.i64(PAD))
-    pads = graph.op("Concat", graph.i64(0, 0, 0, 0, 0, 0), beyond, axis=0)
+    normalised = _add_normalisation(graph, resized, mean, std)
+    beyond = graph.op("Mod", graph.op("Neg", whole_size), graph.i64(PAD))
+    pads = graph.concat(graph.i64(0, 0, 0, 0, 0, 0), beyond, axis=0)
     pixels = graph.op("Pad", normalised, pads)
-    swapped = [graph.op("Gather", s, graph.i64(1, 0, 1, 0)) for s in (size, own)]
-    return _View(
-        pixels,
-        graph.cast(swapped[0], TensorProto.FLOAT),
-        graph.cast(graph.op("Div", swapped[1], swapped[0]), TensorProto.FLOAT),
-        batch,
-    )
+    limits = graph.op("Gather", size, graph.i64(1, 0, 1, 0))
+    image_limits = graph.op("Gather", image_size, graph.i64(1, 0, 1, 0))
+    limits_f32 = graph.cast(limits, TensorProto.FLOAT)
+    scale = graph.cast(graph.op("Div", image_limits, limits), TensorProto.FLOAT)
+    return _NetworkInput(pixels, limits_f32, scale, batch)
 
 
-def _choose(
-    graph: Graph, config: Detector, objectness: str, candidates: str
+def _add_resized_size(graph: OnnxGraph, config: Detector, image_size: str) -> str:
+    """Add the size [2] of the resized image, as float64."""
+    short_side = graph.f64(config.short_side)
+    shortest = graph.op("ReduceMin", image_size, keepdims=1)
+    short_factor = graph.op("Div", short_side, shortest)
+    long_side = graph.f64(config.long_side)
+    longest = graph.op("ReduceMax", image_size, keepdims=1)
+    long_factor = graph.op("Div", long_side, longest)
+    factor = graph.op("Min", short_factor, long_factor)
+    rounded = graph.op("Round", graph.op("Mul", image_size, factor))
+    return graph.op("Max", rounded, graph.f64(1.0))
+
+
+def _add_normalisation(
+    graph: OnnxGraph, pixels: str, mean: list[float], std: list[float]
+) -> str:
+    scaled = graph.op("Div", pixels, graph.f32(255.0))
+    channel_shape = graph.i64(1, 3, 1, 1)
+    channel_mean = graph.op("Reshape", graph.f32(*mean), channel_shape)
+    centred = graph.op("Sub", scaled, channel_mean)
+    channel_std = graph.op("Reshape", graph.f32(*std), channel_shape)
+    return graph.op("Div", centred, channel_std)
+
+
+def _add_proposals(
+    graph: OnnxGraph, config: Detector, objectness: str, candidates: str
 ) -> tuple[str, str]:
-    """The proposals of all images: image [R] and boxes [R, 4], as ``RegionProposals``
-    chooses them.
+    """Add the proposals of all images, image [R] and boxes [R, 4], chosen as
+    ``RegionProposals`` does.
     """
     limit = config.proposals_test
     anchors = graph.op("Shape", objectness, start=1, end=2)
-    count = graph.op("Min", anchors, graph.i64(6 * limit))
+    count = graph.op("Min", anchors, graph.i64(CANDIDATES_PER_PROPOSAL * limit))
     scores, best = graph.op_many("TopK", 2, objectness, count, axis=1)
-    boxes = graph.op(
-        "GatherElements",
-        candidates,
-        graph.op("Tile", graph.op("Unsqueeze", best, graph.i64(2)), graph.i64(1, 1, 4)),
-        axis=1,
-    )
-    size = graph.op("Sub", graph.part(boxes, 2, 4, 2), graph.part(boxes, 0, 2, 2))
-    small = graph.op(
-        "Less", graph.op("ReduceMin", size, graph.i64(2), keepdims=0), graph.f32(1.0)
-    )
-    large = graph.op(
-        "Unsqueeze",
-        graph.op("Where", small, graph.f32(2 * LOWEST), scores),
-        graph.i64(1),
-    )
-    chosen = graph.op(
+    best_column = graph.unsqueeze(best, 2)
+    best_rows = graph.op("Tile", best_column, graph.i64(1, 1, 4))
+    boxes = graph.op("GatherElements", candidates, best_rows, axis=1)
+    bottom_right = graph.slice_axis(boxes, 2, 4, 2)
+    size = graph.op("Sub", bottom_right, graph.slice_axis(boxes, 0, 2, 2))
+    shortest = graph.op("ReduceMin", size, graph.i64(2), keepdims=0)
+    is_small = graph.op("Less", shortest, graph.f32(1.0))
+    excluded = graph.f32(2 * LOWEST)
+    large_scores = graph.unsqueeze(graph.op("Where", is_small, excluded, scores), 1)
+    selected = graph.op(
         "NonMaxSuppression",
         boxes,
-        large,
+        large_scores,
         graph.i64(limit),
         graph.f32(config.rpn_nms),
         graph.f32(LOWEST),
     )
-    image = graph.op("Squeeze", graph.part(chosen, 0, 1, 1), graph.i64(1))
-    place = graph.op(
-        "Concat", graph.part(chosen, 0, 1, 1), graph.part(chosen, 2, 3, 1), axis=1
-    )
-    return image, graph.op("GatherND", boxes, place)
+    image = graph.squeeze(graph.slice_axis(selected, 0, 1, 1), 1)
+    image_column = graph.slice_axis(selected, 0, 1, 1)
+    box_column = graph.slice_axis(selected, 2, 3, 1)
+    indices = graph.concat(image_column, box_column, axis=1)
+    return image, graph.op("GatherND", boxes, indices)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Regions:
+    """Names of tensors. ``image`` [R], ``boxes`` [R, 4], ``probs`` [R, K+1]."""
+
+    image: str
+    boxes: str
+    probs: str
+
+
+@dataclass(frozen=True)
+class _DetectionTensors:
+    """Names of the output tensors."""
+
     boxes: str
     scores: str
     labels: str
@@ -187,92 +198,83 @@ class _Rows:
     probs: str
 
 
-def _detections(
-    graph: Graph,
+def _add_detections(
+    graph: OnnxGraph,
     config: Detector,
-    view: _View,
-    image: str,
-    boxes: str,
-    probs: str,
+    network_input: _NetworkInput,
+    regions: _Regions,
     classes: int,
-) -> _Rows:
-    """Class-wise suppression in each image: to the operator each pair of an image and a
-    class is a class of its own.
+) -> _DetectionTensors:
+    """Add class-wise suppression in each image: to the operator each pair of an image
+    and a class is a class of its own.
     """
-    own = graph.op(
-        "Equal",
-        graph.op(
-            "Unsqueeze", graph.op("Range", *_range(graph, view.batch)), graph.i64(1)
-        ),
-        graph.op("Unsqueeze", image, graph.i64(0)),
-    )
-    foreground = graph.op("Transpose", graph.part(probs, 0, classes, 1), perm=[1, 0])
-    masked = graph.op(
-        "Where",
-        graph.op("Unsqueeze", own, graph.i64(1)),
-        graph.op("Unsqueeze", foreground, graph.i64(0)),
-        graph.f32(-1.0),
-    )
-    scores = graph.op(
-        "Reshape",
-        masked,
-        graph.op("Concat", graph.i64(1, -1), graph.op("Shape", image), axis=0),
-    )
-    everything = graph.op("Shape", image)
-    kept = graph.op(
+    selected = _add_suppression(graph, config, network_input, regions, classes)
+    pair = graph.squeeze(graph.slice_axis(selected, 1, 2, 1), 1)
+    region = graph.squeeze(graph.slice_axis(selected, 2, 3, 1), 1)
+    label = graph.op("Mod", pair, graph.i64(classes))
+    region_column, label_column = graph.unsqueeze(region, 1), graph.unsqueeze(label, 1)
+    indices = graph.concat(region_column, label_column, axis=1)
+    score = graph.op("GatherND", regions.probs, indices)
+    count = graph.op("Shape", score)
+    sorted_scores, order = graph.op_many("TopK", 2, score, count, axis=0)
+    image = graph.op("Div", pair, graph.i64(classes))
+    sorted_image = graph.op("Gather", image, order)
+    rank = add_rank_within_image(graph, sorted_image, network_input.batch)
+    is_within = graph.op("Less", rank, graph.i64(config.detections))
+    order = graph.op("Compress", order, is_within, axis=0)
+    scores = graph.op("Compress", sorted_scores, is_within, axis=0)
+    images = graph.op("Compress", sorted_image, is_within, axis=0)
+    region = graph.op("Gather", region, order)
+    labels = graph.op("Gather", label, order)
+    boxes = graph.op("Gather", regions.boxes, region)
+    scaled = graph.op("Mul", boxes, network_input.scale)
+    probs = graph.op("Gather", regions.probs, region)
+    return _DetectionTensors(scaled, scores, labels, images, probs)
+
+
+def _add_suppression(
+    graph: OnnxGraph,
+    config: Detector,
+    network_input: _NetworkInput,
+    regions: _Regions,
+    classes: int,
+) -> str:
+    """Add the selected (0, image x K + class, region) [M, 3]."""
+    image_numbers = graph.unsqueeze(graph.arange(network_input.batch), 1)
+    region_images = graph.unsqueeze(regions.image, 0)
+    belongs = graph.op("Equal", image_numbers, region_images)
+    class_probs = graph.slice_axis(regions.probs, 0, classes, 1)
+    foreground = graph.op("Transpose", class_probs, perm=[1, 0])
+    condition = graph.unsqueeze(belongs, 1)
+    scores = graph.unsqueeze(foreground, 0)
+    masked = graph.op("Where", condition, scores, graph.f32(-1.0))
+    leading = graph.i64(1, -1)
+    shape = graph.concat(leading, graph.op("Shape", regions.image), axis=0)
+    pair_scores = graph.op("Reshape", masked, shape)
+    no_limit = graph.op("Shape", regions.image)
+    return graph.op(
         "NonMaxSuppression",
-        graph.op("Unsqueeze", boxes, graph.i64(0)),
-        scores,
-        everything,
+        graph.unsqueeze(regions.boxes, 0),
+        pair_scores,
+        no_limit,
         graph.f32(config.nms),
         graph.f32(config.score_min),
     )
-    pair, region = (
-        graph.op("Squeeze", graph.part(kept, i, i + 1, 1), graph.i64(1)) for i in (1, 2)
-    )
-    label = graph.op("Mod", pair, graph.i64(classes))
-    score = graph.op(
-        "GatherND",
-        probs,
-        graph.op(
-            "Concat",
-            *(graph.op("Unsqueeze", t, graph.i64(1)) for t in (region, label)),
-            axis=1,
-        ),
-    )
-    sorted_score, order = graph.op_many(
-        "TopK", 2, score, graph.op("Shape", score), axis=0
-    )
-    ranked = graph.op("Gather", graph.op("Div", pair, graph.i64(classes)), order)
-    first = _first_of_each(graph, config.detections, view.batch, ranked)
-    order, sorted_score, ranked = (
-        graph.op("Compress", t, first, axis=0) for t in (order, sorted_score, ranked)
-    )
-    region, label = (graph.op("Gather", t, order) for t in (region, label))
-    scaled = graph.op("Mul", graph.op("Gather", boxes, region), view.scale)
-    return _Rows(scaled, sorted_score, label, ranked, graph.op("Gather", probs, region))
 
 
-def _first_of_each(graph: Graph, limit: int, batch: str, image: str) -> str:
-    """Mask [N] of the first ``limit`` rows of each image."""
-    return graph.op("Less", rank_within(graph, image, batch), graph.i64(limit))
-
-
-def _range(graph: Graph, batch: str) -> tuple[str, str, str]:
-    return graph.scalar(0), graph.op("Squeeze", batch), graph.scalar(1)
-
-
-def _outputs(rows: _Rows, classes: int) -> dict[str, onnx.ValueInfoProto]:
+def _output_infos(
+    detections: _DetectionTensors, classes: int
+) -> dict[str, onnx.ValueInfoProto]:
     return {
-        rows.boxes: _info("boxes", TensorProto.FLOAT, "N", 4),
-        rows.scores: _info("scores", TensorProto.FLOAT, "N"),
-        rows.labels: _info("labels", TensorProto.INT64, "N"),
-        rows.image: _info("image", TensorProto.INT64, "N"),
-        rows.probs: _info("probs", TensorProto.FLOAT, "N", classes + 1),
+        detections.boxes: _tensor_info("boxes", TensorProto.FLOAT, "N", 4),
+        detections.scores: _tensor_info("scores", TensorProto.FLOAT, "N"),
+        detections.labels: _tensor_info("labels", TensorProto.INT64, "N"),
+        detections.image: _tensor_info("image", TensorProto.INT64, "N"),
+        detections.probs: _tensor_info("probs", TensorProto.FLOAT, "N", classes + 1),
     }
 
 
-def _info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+def _tensor_info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
@@ -287,53 +289,48 @@ class _Networks:
     bins: tuple[int, ...]
 
 
-def _networks(detector: ClipDetector) -> _Networks:
-    propose, describe = halves(detector)
+def _export_networks(detector: ClipDetector) -> _Networks:
+    propose, describe = split_detector(detector)
     side, channels = detector.config.roi_size, describe.tower.shared_channels
-    if enters_early(describe.tower, detector.config):
-        early = EarlyPropose(propose, describe), EarlyDescribe(describe)
+    if can_move_conv(describe.tower, detector.config):
+        propose_with_conv = ProposeWithConv(propose, describe)
+        describe_after_conv = DescribeAfterConv(describe)
+        pooled_shapes = propose_with_conv.pooled_shapes(side)
         return _Networks(
-            _propose_model(early[0]),
-            _describe_model(early[1], early[0].shapes(side)),
+            _export_propose(propose_with_conv),
+            _export_describe(describe_after_conv, pooled_shapes),
             (side, side // HALVED),
         )
     return _Networks(
-        _propose_model(propose), _describe_model(describe, [(channels, side)]), (side,)
+        _export_propose(propose),
+        _export_describe(describe, [(channels, side)]),
+        (side,),
     )
 
 
-def _propose_model(network: nn.Module) -> ModelProto:
-    examples = (
-        torch.zeros(2, 3, 3 * PAD, 4 * PAD),
-        torch.tensor([128.0, 96.0, 128.0, 96.0]),
-    )
-    shapes = (
-        {
-            0: Dim.DYNAMIC,
-            2: PAD * Dim("rows", min=1, max=256),
-            3: PAD * Dim("columns", min=1, max=256),
-        },
-        None,
-    )
-    return _exported(network.eval(), examples, shapes)
+def _export_propose(network: nn.Module) -> ModelProto:
+    pixels = torch.zeros(2, 3, 3 * PAD, 4 * PAD)
+    limits = torch.tensor([128.0, 96.0, 128.0, 96.0])
+    pixel_shape = {
+        0: Dim.DYNAMIC,
+        2: PAD * Dim("rows", min=1, max=SIDE_MAX),
+        3: PAD * Dim("columns", min=1, max=SIDE_MAX),
+    }
+    return _export_network(network.eval(), (pixels, limits), (pixel_shape, None))
 
 
-def _describe_model(
-    network: nn.Module, pooled: Sequence[tuple[int, int]]
+def _export_describe(
+    network: nn.Module, pooled_shapes: Sequence[tuple[int, int]]
 ) -> ModelProto:
-    """``pooled``: channels and bins a side of each input."""
-    examples = (
-        *(torch.zeros(5, channels, side, side) for channels, side in pooled),
-        torch.zeros(5, 4),
-        torch.ones(4),
-    )
+    """Export with ``pooled_shapes``: channels and bins a side of each input."""
+    pooled = [torch.zeros(5, channels, side, side) for channels, side in pooled_shapes]
+    examples = (*pooled, torch.zeros(5, 4), torch.ones(4))
     regions = Dim("regions")
-    return _exported(
-        network.eval(), examples, (*({0: regions} for _ in pooled), {0: regions}, None)
-    )
+    shapes = (*({0: regions} for _ in pooled), {0: regions}, None)
+    return _export_network(network.eval(), examples, shapes)
 
 
-def _exported(
+def _export_network(
     network: nn.Module, examples: tuple[torch.Tensor, ...], shapes: tuple[object, ...]
 ) -> ModelProto:
     program = torch.onnx.export(

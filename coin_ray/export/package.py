@@ -1,15 +1,15 @@
-"""The folder that a user takes home: ONNX, TorchScript, safetensors, a model card and
-an example. Needs the extra ``export``.
+"""The export folder: ONNX, TorchScript, safetensors, a model card and an example. Needs
+the extra ``export``.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -17,37 +17,46 @@ import torch
 from PIL import Image
 
 from coin_ray import storage
-from coin_ray.config import PipelineConfig
+from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.errors import ConfigError
-from coin_ray.export import equality
-from coin_ray.export.int8_loss import Int8Loss, Pair, int8_loss
+from coin_ray.export.equality import (
+    ExportComparison,
+    Predict,
+    compare_predictions,
+    require_equal,
+)
+from coin_ray.export.int8_loss import Int8Loss, ModelPair, int8_loss
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.predictors.onnx_student import OnnxStudent
-from coin_ray.predictors.student import Predictor, write_exported
+from coin_ray.predictors.student import StudentPredictor, write_exported_student
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
-INT8 = "model.int8.onnx"
-EXTRA = "pip install 'coin-ray[export]'"
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+CARD = "README.md"
+INT8_FILE = "model.int8.onnx"
+INSTALL_EXPORT = "pip install 'coin-ray[export]'"
 
 
 @dataclass(frozen=True, eq=False)
-class Student:
-    """What is exported. ``added``: the last of ``classes``, known by their text alone.
-    ``summary``: of the run, for the card.
+class TrainedStudent:
+    """The student to export. ``added``: the last of ``classes``, known by their text
+    alone. ``summary``: the run's summary.json, for the card.
     """
 
     detector: ClipDetector
     classes: tuple[str, ...]
     added: tuple[str, ...]
     config: PipelineConfig
-    summary: dict[str, Any]
+    summary: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Images:
     """``training`` images fix the scales of 8-bit numbers; on ``labelled`` test images
-    mAP50 is measured. Each is gone through once.
+    mAP50 is measured. Each is iterated once.
     """
 
     training: Iterable[Image.Image]
@@ -55,96 +64,104 @@ class Int8Images:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ExportMeasurements:
     """``equality`` of each file with the model; ``int8``: what ``model.int8.onnx``
-    loses, None if it was not asked for.
+    loses, None if it was not written.
     """
 
-    equality: dict[str, equality.Equality]
+    equality: dict[str, ExportComparison]
     int8: Int8Loss | None
 
 
 def write_package(
-    student: Student,
+    student: TrainedStudent,
     images: Sequence[Image.Image],
     folder: str,
     int8: Int8Images | None = None,
-) -> Measured:
+) -> ExportMeasurements:
     """Write all files below ``folder`` (a URI), with ``model.int8.onnx`` if ``int8``;
-    returns how they compare with the model on ``images``.
+    return how they compare with the model on ``images``.
 
     Raises ConfigError if the extra is missing, InputError if a file differs from the
     model; the card is written last, so a folder without one is not finished.
     """
-    onnx_model = _exporter()
+    export_to_onnx = _onnx_exporter()
     storage.make_folder(folder)
-    for old in (storage.join(folder, "README.md"), storage.join(folder, INT8)):
-        if storage.exists(old):
-            storage.remove(old)
-    write_exported(student.detector.eval(), student.classes, folder)
-    onnx = onnx_model(student.detector, student.classes)
-    data = onnx.SerializeToString()
-    storage.write_bytes(storage.join(folder, "model.onnx"), data)
+    _remove_earlier(folder)
+    write_exported_student(student.detector.eval(), student.classes, folder)
+    onnx_model = export_to_onnx(student.detector, student.classes)
+    onnx_bytes = onnx_model.SerializeToString()
+    storage.write_bytes(storage.join(folder, "model.onnx"), onnx_bytes)
+    script = _write_torchscript(student.detector, folder)
+    example = (files("coin_ray.export") / "detect.py").read_bytes()
+    storage.write_bytes(storage.join(folder, "detect.py"), example)
+    settings = student.detector.config
+    model = StudentPredictor(student.classes, student.detector, settings)
+    exported: dict[str, Predict] = {
+        "model.onnx": OnnxStudent(onnx_bytes),
+        "model.pt": _TorchScriptPredictor(script),
+    }
+    equality = {
+        name: compare_predictions(model, predictor, images, settings.score_min)
+        for name, predictor in exported.items()
+    }
+    for name, comparison in equality.items():
+        require_equal(name, comparison)
+    loss: Int8Loss | None = None
+    if int8 is not None:
+        loss = _write_int8(student, onnx_model, images, folder, int8)
+    measurements = ExportMeasurements(equality, loss)
+    card = render_card(student, measurements)
+    storage.write_bytes(storage.join(folder, CARD), card.encode())
+    return measurements
+
+
+def _remove_earlier(folder: str) -> None:
+    """Remove the card, which says that the folder is complete, and a quantized file."""
+    for name in (CARD, INT8_FILE):
+        uri = storage.join(folder, name)
+        if storage.exists(uri):
+            storage.remove(uri)
+
+
+def _write_torchscript(detector: ClipDetector, folder: str) -> torch.jit.ScriptModule:
     from coin_ray.export.torchscript import torchscript
 
-    script = torchscript(student.detector)
+    script = torchscript(detector)
     buffer = io.BytesIO()
     torch.jit.save(script, buffer)  # type: ignore[no-untyped-call]
     storage.write_bytes(storage.join(folder, "model.pt"), buffer.getvalue())
-    storage.write_bytes(
-        storage.join(folder, "detect.py"),
-        (files("coin_ray.export") / "detect.py").read_bytes(),
-    )
-    model, score_min = (
-        Predictor(student.classes, student.detector, student.detector.config),
-        student.detector.config.score_min,
-    )
-    found = {
-        "model.onnx": equality.compare(
-            model, OnnxStudent(data).predict, images, score_min
-        ),
-        "model.pt": equality.compare(model, _Script(script), images, score_min),
-    }
-    for name, result in found.items():
-        equality.require(name, result)
-    measured = Measured(
-        found,
-        None if int8 is None else _write_int8(student, onnx, images, folder, int8),
-    )
-    storage.write_bytes(
-        storage.join(folder, "README.md"), render_card(student, measured).encode()
-    )
-    return measured
+    return script
 
 
 def _write_int8(
-    student: Student,
-    onnx: Any,
+    student: TrainedStudent,
+    onnx_model: ModelProto,
     images: Sequence[Image.Image],
     folder: str,
-    given: Int8Images,
+    int8_images: Int8Images,
 ) -> Int8Loss:
     from coin_ray.export.int8 import int8_model
 
-    data = int8_model(onnx, given.training)
-    pair = Pair(OnnxStudent(onnx.SerializeToString()), OnnxStudent(data))
+    int8_bytes = int8_model(onnx_model, int8_images.training)
+    exact = OnnxStudent(onnx_model.SerializeToString())
     loss = int8_loss(
-        pair,
+        ModelPair(exact, OnnxStudent(int8_bytes)),
         images,
-        given.labelled,
+        int8_images.labelled,
         len(student.classes),
         student.config.evaluate.plus_one,
     )
-    storage.write_bytes(storage.join(folder, INT8), data)
+    storage.write_bytes(storage.join(folder, INT8_FILE), int8_bytes)
     return loss
 
 
 def require_extra() -> None:
-    """Raises ConfigError if what writes ONNX is not installed."""
-    _exporter()
+    """Raise ConfigError if what writes ONNX is not installed."""
+    _onnx_exporter()
 
 
-def _exporter() -> Any:
+def _onnx_exporter() -> Callable[[ClipDetector, Sequence[str]], ModelProto]:
     try:
         import onnxruntime.quantization  # noqa: F401
         import onnxscript  # noqa: F401
@@ -152,71 +169,79 @@ def _exporter() -> Any:
         from coin_ray.export.onnx_model import onnx_model
     except ImportError as error:
         raise ConfigError(
-            f"writing ONNX needs onnx, onnxscript and onnxruntime ({error}): {EXTRA}"
+            "writing ONNX needs onnx, onnxscript and onnxruntime"
+            f" ({error}): {INSTALL_EXPORT}"
         ) from None
     return onnx_model
 
 
 @dataclass(frozen=True, eq=False)
-class _Script:
+class _TorchScriptPredictor:
     module: torch.jit.ScriptModule
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Detections:
-        return Detections(
-            *self.module(torch.from_numpy(np.array(image.convert("RGB"))))
-        )
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        return Detections(*self.module(pixels))
 
 
-def render_card(student: Student, measured: Measured) -> str:
-    """The model card in Markdown: teachers, classes, measured figures with their seed,
-    signature, limits, licences.
+def render_card(student: TrainedStudent, measurements: ExportMeasurements) -> str:
+    """Return the model card in Markdown: teachers, classes, measured figures with their
+    seed, signature, limits, licences.
     """
-    config, summary, detector = student.config, student.summary, student.detector.config
-    text = (files("coin_ray.export") / "card.md.jinja").read_text()
+    config, summary = student.config, student.summary
+    settings, int8 = student.detector.config, measurements.int8
+    template = (files("coin_ray.export") / "card.md.jinja").read_text()
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(text).render(
+    equality = {
+        name: comparison.as_json() for name, comparison in measurements.equality.items()
+    }
+    return environment.from_string(template).render(
         name=f"{config.preset} student",
         licence="apache-2.0" if config.preset == "demo" else "other",
-        backbone=backbone(config),
+        backbone=_backbone_name(config),
         classes=student.classes,
         added=student.added,
-        teachers=teachers(config),
+        teachers=_teachers_sentence(config),
         preset=config.preset,
         seed=config.seed,
         images=summary.get("images", {}),
         map50=summary.get("map50", {}),
-        equality={name: result.as_json() for name, result in measured.equality.items()},
-        int8=None if measured.int8 is None else measured.int8.as_json(),
-        score_min=detector.score_min,
-        short=detector.short_side,
-        long=detector.long_side,
-        detections=detector.detections,
+        equality=equality,
+        int8=None if int8 is None else int8.as_json(),
+        score_min=settings.score_min,
+        short=settings.short_side,
+        long=settings.long_side,
+        detections=settings.detections,
     )
 
 
-def backbone(config: PipelineConfig) -> str:
+def _backbone_name(config: PipelineConfig) -> str:
     if config.detector.backbone == "clip":
-        return f"the visual tower of {clip_name(config)}"
+        return f"the visual tower of {_clip_name(config)}"
     return f"MobileNetV2 ({config.mobilenet.weights})"
 
 
-def clip_name(config: PipelineConfig) -> str:
-    """CLIP with its architecture; of a file its name, not the folder it lay in."""
+def _clip_name(config: PipelineConfig) -> str:
+    """Return CLIP with its architecture; for a file its name, not its folder."""
     return f"CLIP {PurePath(config.clip.model).stem}"
 
 
-def teachers(config: PipelineConfig) -> str:
-    """One sentence: which clouds, and which CLIP."""
-    clouds = [
-        c.model if c.serve == "none" and c.model != "default" else c.serve
-        for c in config.clouds
-    ]
-    names = [
-        f"{c.service if c.serve == 'none' else 'a local server'} ({m})"
-        for c, m in zip(config.clouds, clouds, strict=True)
-    ]
-    clip = "" if config.collect.labeler == "none" else f" and {clip_name(config)}"
-    return f"Cloud detectors: {', '.join(names)}{clip}."
+def _teachers_sentence(config: PipelineConfig) -> str:
+    """Return one sentence that names the clouds and the CLIP."""
+    clouds = ", ".join(_cloud_name(cloud) for cloud in config.clouds)
+    clip = ""
+    if config.collect.labeler != "none":
+        clip = f" and {_clip_name(config)}"
+    return f"Cloud detectors: {clouds}{clip}."
+
+
+def _cloud_name(cloud: Cloud) -> str:
+    is_remote = cloud.serve == "none"
+    service = cloud.service if is_remote else "a local server"
+    model: str = cloud.serve
+    if is_remote and cloud.model != "default":
+        model = cloud.model
+    return f"{service} ({model})"

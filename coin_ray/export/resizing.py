@@ -1,7 +1,7 @@
-"""PyTorch's antialiased bilinear resizing of 8-bit images as two matrix products: to
-the last bit, or nearly.
+"""PyTorch's antialiased bilinear resizing of 8-bit images as two matrix products, equal
+to the last bit or nearly so.
 
-Sums over many old pixels exceed the 24 bits of float32: of images made five to twelve
+Sums over many source pixels exceed the 24 bits of float32: in images made five to twelve
 times smaller, one pixel in 10,000 to 100,000 is one grey level off.
 
 ONNX's own Resize rounds other pixels up or down; where a score is steep, one grey level
@@ -14,85 +14,75 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-from coin_ray.export.graph import Graph
+from coin_ray.export.graph import OnnxGraph
 
 WEIGHT_BITS = 15
 PRECISION_MAX = 22.0
 
 
-def resize(graph: Graph, images: str, own: str, view: str) -> str:
-    """``images`` float32 [B, 3, H, W] of whole numbers, ``own`` and ``view`` float64
-    [2] (height, width) -> whole numbers [B, 3, h, w].
+def add_resize(
+    graph: OnnxGraph, images: str, source_size: str, target_size: str
+) -> str:
+    """Add ``images`` float32 [B, 3, H, W] of whole numbers -> whole numbers [B, 3, h,
+    w]; sizes are float64 [2] (height, width).
     """
-    across = _weights(graph, graph.part(own, 1, 2, 0), graph.part(view, 1, 2, 0))
-    down = _weights(graph, graph.part(own, 0, 1, 0), graph.part(view, 0, 1, 0))
-    rows = _rounded(
-        graph, graph.op("MatMul", images, graph.op("Transpose", across, perm=[1, 0]))
+    across = _add_weights(
+        graph,
+        graph.slice_axis(source_size, 1, 2, 0),
+        graph.slice_axis(target_size, 1, 2, 0),
     )
-    return _rounded(graph, graph.op("MatMul", down, rows))
-
-
-def _rounded(graph: Graph, values: str) -> str:
-    return graph.op(
-        "Clip",
-        graph.op("Floor", graph.op("Add", values, graph.f32(0.5))),
-        graph.scalar_f32(0.0),
-        graph.scalar_f32(255.0),
+    down = _add_weights(
+        graph,
+        graph.slice_axis(source_size, 0, 1, 0),
+        graph.slice_axis(target_size, 0, 1, 0),
     )
+    transposed = graph.op("Transpose", across, perm=[1, 0])
+    rows = _add_rounding(graph, graph.op("MatMul", images, transposed))
+    return _add_rounding(graph, graph.op("MatMul", down, rows))
 
 
-def _weights(graph: Graph, own: str, view: str) -> str:
-    """float32 [view, own]: triangle around each new pixel's centre, as wide as a new
-    pixel but not less than an old one.
+def _add_rounding(graph: OnnxGraph, pixels: str) -> str:
+    rounded = graph.op("Floor", graph.op("Add", pixels, graph.f32(0.5)))
+    return graph.op("Clip", rounded, graph.scalar_f32(0.0), graph.scalar_f32(255.0))
+
+
+def _add_weights(graph: OnnxGraph, source: str, target: str) -> str:
+    """Add weights float32 [target, source] for two lengths: a triangle around each
+    target pixel's centre, as wide as a target pixel but not less than a source pixel.
     """
-    half, one = graph.f64(0.5), graph.f64(1.0)
-    scale = graph.op("Div", own, view)
-    places = graph.op(
-        "Unsqueeze", graph.op("Add", _count(graph, own), half), graph.i64(0)
-    )
-    centres = graph.op(
-        "Unsqueeze",
-        graph.op("Mul", graph.op("Add", _count(graph, view), half), scale),
-        graph.i64(1),
-    )
-    distance = graph.op(
-        "Div",
-        graph.op("Abs", graph.op("Sub", places, centres)),
-        graph.op("Max", scale, one),
-    )
-    triangle = graph.op("Max", graph.op("Sub", one, distance), graph.f64(0.0))
-    weights = graph.op(
-        "Div", triangle, graph.op("ReduceSum", triangle, graph.i64(1), keepdims=1)
-    )
-    power = _power(graph, graph.op("ReduceMax", weights, keepdims=0))
-    whole = graph.op("Floor", graph.op("Add", graph.op("Mul", weights, power), half))
+    half, unit = graph.f64(0.5), graph.f64(1.0)
+    scale = graph.op("Div", source, target)
+    source_centres = graph.op("Add", _add_count(graph, source), half)
+    source_row = graph.unsqueeze(source_centres, 0)
+    target_centres = graph.op("Add", _add_count(graph, target), half)
+    target_column = graph.unsqueeze(graph.op("Mul", target_centres, scale), 1)
+    distance = graph.op("Abs", graph.op("Sub", source_row, target_column))
+    relative = graph.op("Div", distance, graph.op("Max", scale, unit))
+    triangle = graph.op("Max", graph.op("Sub", unit, relative), graph.f64(0.0))
+    total = graph.op("ReduceSum", triangle, graph.i64(1), keepdims=1)
+    weights = graph.op("Div", triangle, total)
+    power = _add_power(graph, graph.op("ReduceMax", weights, keepdims=0))
+    rounded = graph.op("Add", graph.op("Mul", weights, power), half)
+    whole = graph.op("Floor", rounded)
     return graph.cast(graph.op("Div", whole, power), TensorProto.FLOAT)
 
 
-def _power(graph: Graph, largest: str) -> str:
-    """The largest power of two, up to 2 ** 22, with which the largest weight still fits
-    into 16 bits with its sign.
+def _add_power(graph: OnnxGraph, largest: str) -> str:
+    """Add the largest power of two, up to 2 ** 22, with which the largest weight still
+    fits into 16 bits with its sign.
     """
-    room = graph.op("Div", graph.f64(2**WEIGHT_BITS - 0.5), largest)
-    bits = graph.op(
-        "Sub",
-        graph.op(
-            "Ceil",
-            graph.op("Div", graph.op("Log", room), graph.op("Log", graph.f64(2.0))),
-        ),
-        graph.f64(1.0),
-    )
-    return graph.op(
-        "Pow", graph.f64(2.0), graph.op("Min", bits, graph.f64(PRECISION_MAX))
-    )
+    limit = graph.op("Div", graph.f64(2**WEIGHT_BITS - 0.5), largest)
+    numerator = graph.op("Log", limit)
+    log2 = graph.op("Div", numerator, graph.op("Log", graph.f64(2.0)))
+    bits = graph.op("Sub", graph.op("Ceil", log2), graph.f64(1.0))
+    base = graph.f64(2.0)
+    exponent = graph.op("Min", bits, graph.f64(PRECISION_MAX))
+    return graph.op("Pow", base, exponent)
 
 
-def _count(graph: Graph, length: str) -> str:
-    """0, 1, ... up to a float64 length [1]."""
-    numbers = graph.op(
-        "Range",
-        graph.scalar(0),
-        graph.op("Squeeze", graph.cast(length, TensorProto.INT64)),
-        graph.scalar(1),
-    )
+def _add_count(graph: OnnxGraph, length: str) -> str:
+    """Add 0, 1, ... up to a float64 length [1]."""
+    start = graph.scalar(0)
+    limit = graph.squeeze(graph.cast(length, TensorProto.INT64))
+    numbers = graph.op("Range", start, limit, graph.scalar(1))
     return graph.cast(numbers, TensorProto.DOUBLE)

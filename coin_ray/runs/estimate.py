@@ -1,4 +1,4 @@
-"""What a collection would ask and cost, before a cent is spent."""
+"""Estimate the calls, cost and time of a collection without making a call."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coin_ray import storage
 from coin_ray.config import PLAIN_RENDERING, Cloud, DemoScenes, PipelineConfig
@@ -17,15 +16,18 @@ from coin_ray.serving.launch import EMULATED_CLOUDS
 if TYPE_CHECKING:
     from coin_ray.cloud.client import CloudClient
 
-MINUTES_SHOWN = 1440
+SECONDS_PER_DAY = 86_400
+MINUTES_PER_DAY = 1440
+LOCAL_URL = "http://127.0.0.1"
+"""Address of a local server that has not been started yet."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one service would be asked, in all its views. ``answered``: calls whose
-    answer the journal has; ``at_most``: calls that may not be needed.
+    """The calls that one service would get, over all its renderings.
 
-    ``rate``: calls per second within the cloud's limits.
+    ``answered``: calls whose response the journal holds. ``rate``: calls per second
+    within the cloud's limits. ``at_most``: some of the calls may not be needed.
     """
 
     cloud: str
@@ -39,202 +41,203 @@ class Estimate:
     views: int = 1
 
 
-def estimate(
+def estimate_cost(
     config: PipelineConfig, steps: Mapping[str, Step], root: str
 ) -> list[Estimate]:
-    """For each service. If the images of the run have not been listed yet, files are
-    counted without opening them.
+    """Return an estimate for each service.
+
+    If the images of the run have not been listed yet, files are counted without opening
+    them.
     """
     from coin_ray.cloud.ensemble import cloud_names
 
-    images = _count_images(config, steps["images"], root)
-    on_record = _on_record(config, steps, root)
     mode = config.ensemble.mode if config.more_clouds else "fuse"
-    if mode == "failover":
-        on_record = [set[str]().union(*on_record)] * len(on_record)
-    answers, figures = iter(on_record), list[Estimate]()
-    for cloud, name, today in zip(
-        config.services,
-        cloud_names(config.services),
-        _asked_today(config, root),
-        strict=True,
-    ):
-        answered = sum(len(found) for found in islice(answers, len(cloud.views)))
-        calls, rate = max(images * len(cloud.views) - answered, 0), pace(cloud)
-        minutes = seconds_needed(calls, rate, cloud.per_day, today) / 60
-        at_most = bool(figures) and mode != "fuse"
-        figures.append(
-            Estimate(
-                name,
-                images,
-                answered,
-                calls,
-                calls * cloud.usd_per_call,
-                minutes,
-                rate,
-                at_most,
-                len(cloud.views),
-            )
+    image_count = _count_images(config, steps["images"], root)
+    answered_images = _answered_images(config, steps, root)
+    if mode == "failover":  # one service's answer is enough for an image
+        answered_by_any = set[str]().union(*answered_images)
+        answered_images = [answered_by_any] * len(answered_images)
+    names = cloud_names(config.services)
+    recent_calls = _count_recent_calls(config, root)
+    estimates: list[Estimate] = []
+    first = 0
+    for cloud, name, recent in zip(config.services, names, recent_calls, strict=True):
+        renderings = len(cloud.views)
+        of_service = answered_images[first : first + renderings]
+        first += renderings
+        answered = sum(len(images) for images in of_service)
+        calls = max(image_count * renderings - answered, 0)
+        rate = effective_rate(cloud)
+        estimate = Estimate(
+            name,
+            images=image_count,
+            answered=answered,
+            calls=calls,
+            usd=calls * cloud.usd_per_call,
+            minutes=seconds_needed(calls, rate, cloud.per_day, recent) / 60,
+            rate=rate,
+            at_most=bool(estimates) and mode != "fuse",
+            views=renderings,
         )
-    return figures
+        estimates.append(estimate)
+    return estimates
 
 
 def seconds_needed(calls: int, rate: float, per_day: int | None, today: int) -> float:
-    """Time for ``calls`` at ``rate`` a second, of which 24 hours allow ``per_day``;
-    ``today`` were made in the last 24.
+    """Return the duration of ``calls`` at ``rate`` per second.
+
+    ``per_day`` limits the calls in any 24 hours, of which ``today`` have been made.
     """
-    later = 0 if per_day is None else calls - max(per_day - today, 0)
-    if per_day is None or later <= 0:
+    if per_day is None:
         return calls / rate
-    days = math.ceil(later / per_day)
-    return max(calls / rate, days * 86_400 + (later - (days - 1) * per_day) / rate)
+    calls_after_today = calls - max(per_day - today, 0)
+    if calls_after_today <= 0:
+        return calls / rate
+    days = math.ceil(calls_after_today / per_day)
+    calls_on_last_day = calls_after_today - (days - 1) * per_day
+    return max(calls / rate, days * SECONDS_PER_DAY + calls_on_last_day / rate)
 
 
-def print_estimate(cloud: Cloud, figures: Estimate) -> None:
-    minutes = (
-        f"{figures.minutes:.1f} minutes"
-        if figures.minutes < MINUTES_SHOWN
-        else f"{figures.minutes / 1440:.1f} days"
-    )
-    views = f" in {figures.views} views" if figures.views > 1 else ""
+def print_estimate(cloud: Cloud, estimate: Estimate) -> None:
+    """Print a service's estimate, and the limits that would stop the run before its end."""
+    renderings = f" in {estimate.views} views" if estimate.views > 1 else ""
+    at_most = "at most " if estimate.at_most else ""
     print(
-        f"\n{figures.cloud}: {figures.images} images{views}, {figures.answered} answered already, {'at most ' * figures.at_most}"
-        f"{figures.calls} calls to make, ${figures.usd:.2f} at ${cloud.usd_per_call:g} each, {minutes} at {figures.rate:g} calls/s"
+        f"\n{estimate.cloud}: {estimate.images} images{renderings},"
+        f" {estimate.answered} answered already, {at_most}{estimate.calls} calls to"
+        f" make, ${estimate.usd:.2f} at ${cloud.usd_per_call:g} each,"
+        f" {_format_minutes(estimate.minutes)} at {estimate.rate:g} calls/s"
     )
-    if cloud.per_day is not None and figures.calls > cloud.per_day:
+    if cloud.per_day is not None and estimate.calls > cloud.per_day:
         print(
-            f"cloud.per_day = {cloud.per_day} will stop the run once a day; the same command goes on"
+            f"cloud.per_day = {cloud.per_day} will stop the run once a day; rerun the"
+            " same command to continue"
         )
-    if cloud.max_usd is not None and figures.usd > cloud.max_usd:
+    if cloud.max_usd is not None and estimate.usd > cloud.max_usd:
+        affordable_calls = int(cloud.max_usd / cloud.usd_per_call)
         print(
-            f"cloud.max_usd = {cloud.max_usd:g} would stop the run after about {int(cloud.max_usd / cloud.usd_per_call)} calls"
+            f"cloud.max_usd = {cloud.max_usd:g} would stop the run after about"
+            f" {affordable_calls} calls"
         )
-    if cloud.max_calls is not None and figures.calls > cloud.max_calls:
+    if cloud.max_calls is not None and estimate.calls > cloud.max_calls:
         print(f"cloud.max_calls = {cloud.max_calls} would stop the run before the end")
 
 
-def pace(cloud: Cloud) -> float:
-    """Calls per second within the limits of a cloud, or of the local server that stands
-    for one.
-    """
+def effective_rate(cloud: Cloud) -> float:
+    """Return the calls per second within the limits of a cloud or its local emulation."""
     from coin_ray.cloud.client import governor_limits
 
     rate = governor_limits(cloud).rate
-    return (
-        min(rate, cloud.in_flight / cloud.serve_latency)
-        if cloud.serve in EMULATED_CLOUDS and cloud.serve_latency
-        else rate
-    )
+    if cloud.serve in EMULATED_CLOUDS and cloud.serve_latency:
+        return min(rate, cloud.in_flight / cloud.serve_latency)
+    return rate
 
 
-def _count_images(config: PipelineConfig, step: Step, root: str) -> int:
-    from coin_ray.stages.images import list_image_files
+def _format_minutes(minutes: float) -> str:
+    if minutes < MINUTES_PER_DAY:
+        return f"{minutes:.1f} minutes"
+    return f"{minutes / MINUTES_PER_DAY:.1f} days"
 
-    manifest = step.manifest(root)
+
+def _count_images(config: PipelineConfig, images: Step, root: str) -> int:
+    """Return the images that the clouds are asked about: train and test."""
+    manifest = images.read_manifest(root)
     if manifest is not None:
-        counts = manifest["metrics"]["count"]
-        return int(
-            counts["train"] + counts["test"] - manifest["metrics"].get("in_both", 0)
-        )
-    data = config.data
-    if isinstance(data, DemoScenes):
-        return data.train + data.test
-    files = [
-        uri
-        for place in (data.images, data.test)
-        if place
-        for uri in list_image_files(storage.absolute_uri(place))
-    ]
-    return len(set(files) if data.same_images else files)
+        counts = manifest.metrics["count"]
+        in_both = manifest.metrics.get("in_both", 0)
+        return int(counts["train"] + counts["test"] - in_both)
+    if isinstance(config.data, DemoScenes):
+        return config.data.train + config.data.test
+    from coin_ray.data.formats import list_image_files
+
+    files: list[str] = []
+    for folder in (config.data.images, config.data.test):
+        if folder:
+            files += list_image_files(storage.absolute_uri(folder))
+    return len(set(files) if config.data.same_images else files)
 
 
-def _asked_today(config: PipelineConfig, root: str) -> list[int]:
-    """Calls of each service in the last 24 hours."""
+def _count_recent_calls(config: PipelineConfig, root: str) -> list[int]:
+    """Return the calls of each service in the last 24 hours."""
     from coin_ray.cloud.client import account_name
     from coin_ray.cloud.journal.opening import open_journal
     from coin_ray.cloud.services import adapter_for
 
-    place = storage.join(root, "journal")
-    if not storage.exists(place):
+    journal_folder = storage.join(root, "journal")
+    if not storage.exists(journal_folder):
         return [0] * len(config.services)
-    journal = open_journal(place)
-    accounts = [
-        account_name(cloud, url, adapter_for(cloud))
-        for cloud, url in zip(config.services, _urls(config.services), strict=True)
-    ]
-    return [len(journal.call_starts(account, time.time() - 86_400)) for account in accounts]
+    journal = open_journal(journal_folder)
+    yesterday = time.time() - SECONDS_PER_DAY
+    counts = []
+    for cloud in config.services:
+        account = account_name(cloud, _endpoint(cloud), adapter_for(cloud))
+        counts.append(len(journal.call_starts(account, yesterday)))
+    return counts
 
 
-def _on_record(
+def _answered_images(
     config: PipelineConfig, steps: Mapping[str, Step], root: str
 ) -> list[set[str]]:
-    """For each cloud, the images of this run with an answer in the journal (asked with
-    the same classes, model and threshold).
+    """Return, for each cloud, the URIs of the run's images that the journal has answers to.
+
+    An answer counts if it was given for the same classes, model and threshold.
     """
-    from coin_ray.cloud.client import CloudClient, governor_limits
-    from coin_ray.cloud.governor import Governor, LocalGovernor
     from coin_ray.cloud.journal.keys import TASK
     from coin_ray.cloud.journal.opening import open_journal
 
-    found: list[set[str]] = [set() for _ in config.clouds]
-    place = storage.join(root, "journal")
-    listed = storage.join(steps["images"].folder(root), "images.parquet")
-    if not storage.exists(place) or not storage.exists(listed):
-        return found
-    journal = open_journal(place)
-    clients = [
-        CloudClient(
-            cloud, config.classes, url, journal, LocalGovernor(Governor(governor_limits(cloud)))
-        )
-        for cloud, url in zip(config.clouds, _urls(config.clouds), strict=True)
-    ]
-    rows = [
-        row for row in storage.read_table(listed).to_pylist() if row["split"] != "val"
-    ]
-    answered = set(filter(lambda key: not key.endswith(TASK), journal.keys()))
-    waiting = set(answered)
-    for row, images, client in (
-        (r, f, c) for r in rows for f, c in zip(found, clients, strict=True)
-    ):
-        if (
-            client.view[1] == PLAIN_RENDERING
-            and (key := client.key_of_file(row["image_id"])) in answered
-        ):
-            images.add(row["uri"])
-            waiting.discard(key)
-    for row in rows:  # what is not sent as it is must be made ready to be known
-        if waiting and not all(row["uri"] in images for images in found):
-            waiting -= _recognise(row["uri"], clients, found, answered)
-    return found
+    answered_images: list[set[str]] = [set() for _ in config.clouds]
+    journal_folder = storage.join(root, "journal")
+    image_table = storage.join(steps["images"].folder(root), "images.parquet")
+    if not storage.exists(journal_folder) or not storage.exists(image_table):
+        return answered_images
+    journal = open_journal(journal_folder)
+    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    rows = storage.read_table(image_table).to_pylist()
+    asked_rows = [row for row in rows if row["split"] != "val"]
+    answered_keys = {key for key in journal.keys() if not key.endswith(TASK)}
+    unmatched_keys = set(answered_keys)
+    for row in asked_rows:
+        for client, images in zip(clients, answered_images, strict=True):
+            if client.view[1] != PLAIN_RENDERING:
+                continue
+            key = client.key_of_file(row["image_id"])
+            if key in answered_keys:
+                images.add(row["uri"])
+                unmatched_keys.discard(key)
+    # the key of a file that is not sent as it is takes decoding and encoding it
+    for row in asked_rows:
+        uri = row["uri"]
+        if unmatched_keys and any(uri not in images for images in answered_images):
+            keys = _rendered_keys(uri, clients)
+            for key, images in zip(keys, answered_images, strict=False):
+                if key in answered_keys:
+                    images.add(uri)
+            unmatched_keys -= set(keys)
+    return answered_images
 
 
-def _recognise(
-    uri: str,
-    clients: Sequence[CloudClient],
-    found: Sequence[set[str]],
-    answered: set[str],
-) -> set[str]:
-    """Adds the image to those ``found`` that each cloud has answered; returns the keys
-    of its answers.
-    """
+def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> CloudClient:
+    """Return a client that is used for its journal keys only."""
+    from coin_ray.cloud.client import CloudClient, governor_limits
+    from coin_ray.cloud.governor import Governor, LocalGovernor
+
+    governor = LocalGovernor(Governor(governor_limits(cloud)))
+    return CloudClient(cloud, config.classes, _endpoint(cloud), journal, governor)
+
+
+def _rendered_keys(uri: str, clients: Sequence[CloudClient]) -> list[str]:
+    """Return the journal key of an image for each cloud; none if it can not be read."""
     from coin_ray.cloud.renderings import image_in_view
     from coin_ray.errors import InputError
 
     try:
-        data = storage.read_bytes(uri)
-        keys = [client.key(image_in_view(data, *client.view)) for client in clients]
+        file = storage.read_bytes(uri)
+        return [client.key(image_in_view(file, *client.view)) for client in clients]
     except (InputError, FileNotFoundError):
-        return set()
-    for images, key in zip(found, keys, strict=True):
-        if key in answered:
-            images.add(uri)
-    return answered.intersection(keys)
+        return []
 
 
-def _urls(clouds: Sequence[Cloud]) -> list[str]:
+def _endpoint(cloud: Cloud) -> str:
     from coin_ray.cloud.services import adapter_for, endpoint_for
 
-    return [
-        endpoint_for(cloud, adapter_for(cloud)) or "http://127.0.0.1"
-        for cloud in clouds
-    ]
+    return endpoint_for(cloud, adapter_for(cloud)) or LOCAL_URL

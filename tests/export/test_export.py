@@ -14,9 +14,9 @@ from coin_ray.commands.export import check_added, request
 from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.export import equality
-from coin_ray.export.int8_loss import Pair, int8_loss
+from coin_ray.export.int8_loss import ModelPair, int8_loss
 from coin_ray.predictors.onnx_student import OnnxStudent
-from coin_ray.predictors.student import Predictor, load_exported
+from coin_ray.predictors.student import StudentPredictor, load_exported_student
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 from tests.builders import CLASSES, detections, tiny_detector
@@ -24,17 +24,17 @@ from tests.export.pictures import picture
 
 pytest.importorskip("onnxscript", reason="needs the extra export")
 onnx = pytest.importorskip("onnx")
-import onnxruntime  # noqa: E402
+import onnxruntime
 
-from coin_ray.export.graph import Graph  # noqa: E402
-from coin_ray.export.onnx_model import onnx_model  # noqa: E402
+from coin_ray.export.graph import Graph
+from coin_ray.export.onnx_model import onnx_model
 from coin_ray.export.package import (
     Int8Images,
-    Measured,
-    Student,
+    ExportMeasurements,
+    TrainedStudent,
     write_package,
 )
-from coin_ray.export.resizing import resize  # noqa: E402
+from coin_ray.export.resizing import resize
 
 SIZES = ((96, 64), (64, 80), (72, 72), (300, 120), (9, 8), (50, 400), (1, 1))
 SUMMARY = {
@@ -51,9 +51,9 @@ LABELLED = [
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Measured]:
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportMeasurements]:
     folder = tmp_path_factory.mktemp("package")
-    student = Student(tiny_detector(score_min=0.02), CLASSES, (), demo(), SUMMARY)
+    student = TrainedStudent(tiny_detector(score_min=0.02), CLASSES, (), demo(), SUMMARY)
     training = (picture(96, 64, seed) for seed in range(20, 28))
     return folder, write_package(
         student,
@@ -64,13 +64,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Measured]:
 
 
 @pytest.fixture(scope="module")
-def session(package: tuple[Path, Measured]) -> onnxruntime.InferenceSession:
+def session(package: tuple[Path, ExportMeasurements]) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(package[0] / "model.onnx")
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
 def test_exported_files_find_what_the_model_finds(
-    package: tuple[Path, Measured], file: str
+    package: tuple[Path, ExportMeasurements], file: str
 ) -> None:
     found = package[1].equality[file]
     assert (found.images, found.unmatched) == (len(SIZES), 0)
@@ -112,7 +112,7 @@ def test_equal_with_any_way_of_pooling_with_live_norms_and_with_few_detections(
     detector = tiny_detector(**changes).eval()
     exported = OnnxStudent(onnx_model(detector, CLASSES).SerializeToString())
     found = equality.compare(
-        Predictor(CLASSES, detector, detector.config),
+        StudentPredictor(CLASSES, detector, detector.config),
         exported,
         [picture(90, 60), picture(64, 64, 1)],
         detector.config.score_min,
@@ -158,7 +158,7 @@ def test_resizing_equals_pytorch_s(
 
 
 def test_no_file_holds_a_text_encoder_and_weights_load(
-    package: tuple[Path, Measured],
+    package: tuple[Path, ExportMeasurements],
 ) -> None:
     folder = package[0]
     for file in ("model.onnx", "model.int8.onnx"):
@@ -169,7 +169,7 @@ def test_no_file_holds_a_text_encoder_and_weights_load(
             for n in names
             if "token_embedding" in n or "prompts" in n or "transformer" in n
         ]
-    assert load_exported(str(folder)).classes == CLASSES
+    assert load_exported_student(str(folder)).classes == CLASSES
     assert {f.name for f in folder.iterdir()} == {
         "model.onnx",
         "model.pt",
@@ -195,7 +195,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.int8.onnx"])
 def test_the_example_runs_both_files_outside_the_package(
-    package: tuple[Path, Measured], tmp_path: Path, file: str
+    package: tuple[Path, ExportMeasurements], tmp_path: Path, file: str
 ) -> None:
     image = tmp_path / "image.png"
     picture(96, 64).save(image)
@@ -226,7 +226,7 @@ def test_the_example_runs_both_files_outside_the_package(
 
 
 def test_the_card_says_who_taught_what_was_measured_and_the_signature(
-    package: tuple[Path, Measured],
+    package: tuple[Path, ExportMeasurements],
 ) -> None:
     card = (package[0] / "README.md").read_text()
     for part in (
@@ -243,10 +243,10 @@ def test_the_card_says_who_taught_what_was_measured_and_the_signature(
 
 
 def test_the_loss_reported_of_the_8_bit_file_is_the_loss_measured(
-    package: tuple[Path, Measured],
+    package: tuple[Path, ExportMeasurements],
 ) -> None:
     folder, measured = package
-    pair = Pair(
+    pair = ModelPair(
         *(
             OnnxStudent((folder / file).read_bytes())
             for file in ("model.onnx", "model.int8.onnx")
@@ -275,7 +275,7 @@ def test_an_export_without_the_8_bit_file_leaves_none_of_an_earlier_one(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "model.int8.onnx").write_bytes(b"of another student")
-    student = Student(tiny_detector(), CLASSES, (), demo(), SUMMARY)
+    student = TrainedStudent(tiny_detector(), CLASSES, (), demo(), SUMMARY)
     assert write_package(student, [picture(96, 64)], str(tmp_path)).int8 is None
     assert not (tmp_path / "model.int8.onnx").exists()
     assert "model.int8.onnx" not in (tmp_path / "README.md").read_text()
@@ -328,7 +328,7 @@ def test_a_name_added_by_text_leaves_the_others_boxes_and_shares_their_probabili
     more = build_detector(tiny_clip(), (*CLASSES, "truck"), known.config, seed=5)
     more.load_state_dict(known.state_dict())
     write_package(
-        Student(more, (*CLASSES, "truck"), ("truck",), demo(), {}),
+        TrainedStudent(more, (*CLASSES, "truck"), ("truck",), demo(), {}),
         [picture(96, 64)],
         str(tmp_path),
     )
@@ -336,7 +336,7 @@ def test_a_name_added_by_text_leaves_the_others_boxes_and_shares_their_probabili
     assert student.classes == (*CLASSES, "truck")
     probs, before = (
         student.predict(picture(96, 64)).probs,
-        Predictor(CLASSES, known.eval(), known.config)(picture(96, 64)).probs,
+        StudentPredictor(CLASSES, known.eval(), known.config)(picture(96, 64)).probs,
     )
     assert float(probs[:, 3].max()) > 0
     ratio = lambda p: p[:, 0] / p[:, 1]  # noqa: E731

@@ -9,7 +9,7 @@ from PIL import Image
 
 from coin_ray.commands.export import request, told
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.export.int8_loss import Int8Loss, Pair, int8_loss
+from coin_ray.export.int8_loss import Int8Loss, ModelPair, int8_loss
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 from tests.builders import CLASSES, Row, detections, tiny_detector
@@ -17,11 +17,11 @@ from tests.builders import CLASSES, Row, detections, tiny_detector
 pytest.importorskip("onnxscript", reason="needs the extra export")
 onnx = pytest.importorskip("onnx")
 
-from coin_ray.export.int8 import int8_model  # noqa: E402
-from coin_ray.export.onnx_model import onnx_model  # noqa: E402
-from coin_ray.export.package import require_extra  # noqa: E402
-from coin_ray.predictors.onnx_student import OnnxStudent  # noqa: E402
-from tests.export.pictures import picture  # noqa: E402
+from coin_ray.export.int8 import int8_model
+from coin_ray.export.onnx_model import onnx_model
+from coin_ray.export.package import require_extra
+from coin_ray.predictors.onnx_student import OnnxStudent
+from tests.export.pictures import picture
 
 IMAGE = Image.new("RGB", (9, 9))
 BOX = (0, 0, 10, 10)
@@ -55,7 +55,7 @@ def test_what_counts_as_found_again(
     int8: list[Row], again: float, difference: float | None
 ) -> None:
     loss = int8_loss(
-        Pair(always(FOUND, ((20, 20, 30, 30), 0, 0.29)), always(*int8)), [IMAGE], [], 3
+        ModelPair(always(FOUND, ((20, 20, 30, 30), 0, 0.29)), always(*int8)), [IMAGE], [], 3
     )
     assert (loss.images, loss.detections, loss.found_again) == (1, 1, again)
     assert loss.score_difference == pytest.approx(difference, abs=1e-4)
@@ -70,7 +70,7 @@ def test_what_counts_as_found_again(
 
 def test_the_loss_of_map50_is_of_the_annotated_images() -> None:
     loss = int8_loss(
-        Pair(always(FOUND), always((BOX, 1, 0.9))),
+        ModelPair(always(FOUND), always((BOX, 1, 0.9))),
         [],
         [(IMAGE, truth(0)), (IMAGE, truth(0))],
         3,
@@ -160,7 +160,7 @@ def test_both_networks_compute_in_8_bits_and_what_stands_around_them_in_float(
     student = OnnxStudent(data)
     assert student.classes == CLASSES
     loss = int8_loss(
-        Pair(OnnxStudent(model.SerializeToString()), student),
+        ModelPair(OnnxStudent(model.SerializeToString()), student),
         [picture(96, 64, seed) for seed in range(30, 38)],
         [],
         3,

@@ -9,7 +9,7 @@ import sys
 import ray
 from ray import serve
 
-from coin_ray.serving.application import Arguments, build
+from coin_ray.serving.application import ServeSettings, build
 
 
 def main(export: str, port: str, queue: str) -> None:
@@ -17,7 +17,7 @@ def main(export: str, port: str, queue: str) -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     serve.run(
         build(
-            Arguments(
+            ServeSettings(
                 serve="checkpoint", models=(export,), queue_max=int(queue), cpus=0.5
             )
         )
