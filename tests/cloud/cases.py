@@ -1,5 +1,5 @@
-"""The adapters that ``test_adapters.py`` holds to one table. To add one: a ``Case`` in
-``CASES``, and a provider in ``emulator``."""
+"""The adapters that ``test_adapters.py`` tests by one table. To add one, add a ``Case`` to
+``CASES`` and a provider to ``emulator``."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ Row = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """One object of an answer to build: the service's name for it, xyxy pixels of the
+    """One object of a response to build: the service's name for it, xyxy pixels of the
     image sent, score in 0..1.
 
-    ``score`` may be anything in row A8; then it goes into the answer as it is.
+    ``score`` may be anything in row A8; then the response has it unchanged.
     """
 
     name: str
@@ -80,12 +80,13 @@ class Truth:
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
-    """Row A6: an answer in which names need care, the classes of the boxes read from it
-    (best first), the unmapped names, the scores."""
+class LabelCase:
+    """Row A6: a response with difficult names, the classes of its boxes (best first), the
+    unmapped names, the scores.
+    """
 
-    what: str
-    answer: Any
+    description: str
+    response: Any
     classes: tuple[str, ...]
     unmapped: tuple[str, ...] = ()
     scores: tuple[float, ...] | None = None
@@ -93,8 +94,9 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Rows B4, C1, C4: what a failed call looks like, and what it means. ``body``:
-    bytes, or a value for JSON."""
+    """Rows B4, C1, C4: the response of a failed call, and the error it stands for.
+    ``body``: bytes, or a value for JSON.
+    """
 
     row: Literal["B4", "C1", "C4"]
     status: int
@@ -106,61 +108,62 @@ class Failure:
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter and what is particular about its service."""
+    """One adapter and the particulars of its service."""
 
     name: str
     adapter: Adapter
     provider: str
-    """Its name in the emulator's PROVIDERS."""
+    """The service's name in the emulator's PROVIDERS."""
     names: Mapping[str, str]
-    """What the service calls each of CLASSES."""
+    """The service's name for each of CLASSES."""
     answer: Callable[[Sequence[Truth], tuple[int, int]], Any]
-    """A valid answer's JSON value for objects in an image of that size."""
+    """Builds a valid response for objects in an image of that size."""
     golden: PreparedRequest
     """The whole request for GOLDEN_IMAGE, CLASSES, the default model and lowest score
     0.05."""
     content_type: str = "application/json"
-    """Media type of the service's answers."""
+    """Media type of the service's responses."""
     labels: LabelMap | None = None
     optional: frozenset[str] = frozenset()
-    """Row E2: keys of an answer that may be left out without the answer being wrong."""
+    """Row E2: keys that a valid response may omit."""
     further: tuple[Any, ...] = ()
-    """Row E1: other valid answers to truncate, for example one that names a task."""
-    label_rows: tuple[Labels, ...] = ()
+    """Row E1: other valid responses to truncate, for example one that names a task."""
+    label_rows: tuple[LabelCase, ...] = ()
     failures: tuple[Failure, ...] = ()
     embedded: tuple[tuple[Any, type[CloudError]], ...] = ()
-    """Row E4: answers of status 200 that are errors."""
+    """Row E4: responses of status 200 that are errors."""
     refused_classes: tuple[tuple[str, ...], ...] = ()
-    """Row A5: class lists that the adapter must refuse; all others are either asked for
-    or refused."""
+    """Row A5: class lists that the adapter must refuse; it may refuse others."""
     broken: Mapping[str, Any] = field(default_factory=dict)
-    """Row E2: further answers that must be ProtocolErrors."""
+    """Row E2: further responses that must be ProtocolErrors."""
     pixel_rounding: float = 0.0
-    """How far the service's own rounding moves an edge, in pixels of the image sent ...
+    """Largest error of an edge by the service's own rounding, in pixels of the image
+    sent.
     """
     ratio_rounding: float = 0.0
-    """... or as a share of the image's side."""
+    """The same as a share of the image's side."""
     score_kind: ScoreKind = "label"
-    """What the scores of ``answer`` are."""
+    """Kind of the scores in ``answer``."""
     skips: Mapping[Row, str] = field(default_factory=dict)
-    """Rows that can't apply, each with the reason."""
+    """Rows that cannot apply, each with the reason."""
 
     @property
     def scored(self) -> bool:
-        """Whether a box's score is the service's own and comes through unchanged."""
+        """Whether a box's score is the service's own and is passed on unchanged."""
         return self.score_kind != "none"
 
     def query(self, classes: tuple[str, ...] = CLASSES) -> Query:
-        return Query(
-            "default", classes, 0.05, self.labels if classes == CLASSES else None
-        )
+        labels = self.labels if classes == CLASSES else None
+        return Query("default", classes, 0.05, labels)
 
     def rounding(self, size: tuple[int, int]) -> tuple[float, float]:
-        """Largest error, in pixels of the image sent, that the wire format brings into
-        x and into y."""
+        """Return the largest errors of x and y, in pixels of the image sent, that the
+        wire format causes.
+        """
+        width, height = size
         return (
-            self.pixel_rounding + self.ratio_rounding * size[0],
-            self.pixel_rounding + self.ratio_rounding * size[1],
+            self.pixel_rounding + self.ratio_rounding * width,
+            self.pixel_rounding + self.ratio_rounding * height,
         )
 
 
@@ -169,24 +172,22 @@ def percent(score: Any) -> Any:
 
 
 def ratios(box: Sequence[float], size: tuple[int, int]) -> list[float]:
-    return [v / side for v, side in zip(box, size * 2, strict=True)]
+    return [edge / side for edge, side in zip(box, size * 2, strict=True)]
 
 
 def label_map(**names: str) -> LabelMap:
-    """class = name: the map in which the service's name means that class."""
+    """Return the map in which the service's names mean the classes; class = name."""
     return LabelMap.of_classes([names.get(c, c) for c in CLASSES])
 
 
 def request(
     path: str, body: Any, content_type: str = "application/json", **headers: str
 ) -> PreparedRequest:
-    """The image in ``body`` is written as GOLDEN_BASE64."""
-    return PreparedRequest(
-        path,
-        body if isinstance(body, bytes) else json.dumps(body).encode(),
-        content_type,
-        headers,
-    )
+    """Build a golden request, whose image is GOLDEN_BASE64. ``body``: bytes, or a value
+    for JSON.
+    """
+    encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return PreparedRequest(path, encoded, content_type, headers)
 
 
 def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> Case:
@@ -213,7 +214,7 @@ def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> C
             },
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "merged phrase",
                 dds_answer(
                     [Truth("car bus", (1, 2, 30, 40)), Truth("dog", (5, 5, 50, 50))]
@@ -221,7 +222,7 @@ def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> C
                 ("dog",),
                 ("car bus",),
             ),
-            Labels(
+            LabelCase(
                 "no substrings",
                 dds_answer(
                     [Truth("carpet", (1, 2, 30, 40)), Truth("bus stop", (1, 2, 30, 40))]
@@ -229,7 +230,7 @@ def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> C
                 (),
                 ("carpet", "bus stop"),
             ),
-            Labels("case", dds_answer([Truth("Car", (1, 2, 30, 40))]), ("car",)),
+            LabelCase("case", dds_answer([Truth("Car", (1, 2, 30, 40))]), ("car",)),
         ),
         failures=(
             Failure("B4", 401, {"code": 10001, "msg": "Token is invalid"}, AuthError),
@@ -361,14 +362,13 @@ def dds(family: Literal["dino-x", "grounding-dino"], path: str, model: str) -> C
 
 
 def dds_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-    found = [
-        {"bbox": list(o.box), "category": o.name, "score": o.score} for o in objects
-    ]
-    return {
-        "code": 0,
-        "msg": "ok",
-        "data": {"status": "success", "result": {"objects": found}},
-    }
+    detections = []
+    for truth in objects:
+        detections.append(
+            {"bbox": list(truth.box), "category": truth.name, "score": truth.score}
+        )
+    task = {"status": "success", "result": {"objects": detections}}
+    return {"code": 0, "msg": "ok", "data": task}
 
 
 def google_vision() -> Case:
@@ -379,18 +379,18 @@ def google_vision() -> Case:
             "normalizedVertices": [{}, {"x": 1}, {"x": 1, "y": 1}, {"y": 1}]
         },
     }
-    three = {
+    three_vertices = {
         "mid": "/m/0k4j",
         "score": 0.5,
         "boundingPoly": {"normalizedVertices": [{}, {"x": 1}, {"x": 1, "y": 1}]},
     }
-    pixels = {
+    in_pixels = {
         "mid": "/m/0k4j",
         "score": 0.5,
         "boundingPoly": {"vertices": [{}, {"x": 9}, {"x": 9, "y": 9}, {"y": 9}]},
     }
 
-    def answers(*annotations: Any) -> Any:
+    def response_with(*annotations: Any) -> Any:
         return {"responses": [{"localizedObjectAnnotations": list(annotations)}]}
 
     def throttled(message: str, *details: Any) -> Any:
@@ -404,15 +404,15 @@ def google_vision() -> Case:
         }
 
     delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}
-    minute = (
+    per_minute = (
         "Quota exceeded for quota metric 'Requests' and limit 'Requests per minute' of"
         " service 'vision.googleapis.com'."
     )
-    day = (
+    per_day = (
         "Quota exceeded for quota metric 'All requests' and limit 'All requests per"
         " day' of service 'vision.googleapis.com'."
     )
-    whole = ((0, 0, 600, 400),)
+    full_box = ((0, 0, 600, 400),)
     return Case(
         "google-vision",
         GoogleVisionAdapter(),
@@ -437,31 +437,35 @@ def google_vision() -> Case:
             {"localizedObjectAnnotations", "mid", "name", "score", "x", "y"}
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "a score of zero is left out",
-                answers(
+                response_with(
                     {k: v for k, v in no_name.items() if k != "score"}
                     | {"mid": "/m/0k4j"}
                 ),
                 ("car",),
                 scores=(0.0,),
             ),
-            Labels(
-                "name without mid", answers({**no_name, "name": "/m/0k4j"}), ("car",)
-            ),
-            Labels(
-                "mid before name",
-                answers({**no_name, "mid": "/m/0k4j", "name": "/m/01bjv"}),
+            LabelCase(
+                "name without mid",
+                response_with({**no_name, "name": "/m/0k4j"}),
                 ("car",),
             ),
-            Labels(
+            LabelCase(
+                "mid before name",
+                response_with({**no_name, "mid": "/m/0k4j", "name": "/m/01bjv"}),
+                ("car",),
+            ),
+            LabelCase(
                 "name if the mid is not mapped",
-                answers({**no_name, "mid": "/m/zzz", "name": "/m/01bjv"}),
+                response_with({**no_name, "mid": "/m/zzz", "name": "/m/01bjv"}),
                 ("bus",),
             ),
-            Labels(
+            LabelCase(
                 "unmapped",
-                google_answer([Truth("/m/09j2d", *whole), Truth("/m/0bt9lr", *whole)]),
+                google_answer(
+                    [Truth("/m/09j2d", *full_box), Truth("/m/0bt9lr", *full_box)]
+                ),
                 ("dog",),
                 ("/m/09j2d",),
             ),
@@ -524,26 +528,26 @@ def google_vision() -> Case:
             ),
             Failure("B4", 400, {"error": "text"}, BadRequest),
             Failure("B4", 413, b"<html>", ImageRejected),
-            Failure("C1", 429, throttled(minute), Throttled),
-            Failure("C1", 429, throttled(minute, delay), Throttled, wait=34.0),
+            Failure("C1", 429, throttled(per_minute), Throttled),
+            Failure("C1", 429, throttled(per_minute, delay), Throttled, wait=34.0),
             Failure(
                 "C1",
                 429,
-                throttled(minute, {"retryDelay": "1.5s"}),
+                throttled(per_minute, {"retryDelay": "1.5s"}),
                 Throttled,
                 wait=1.5,
             ),
             Failure(
                 "C1",
                 429,
-                throttled(minute, {"retryDelay": "900s"}),
+                throttled(per_minute, {"retryDelay": "900s"}),
                 Throttled,
                 wait=120.0,
             ),
             Failure(
                 "C1",
                 429,
-                throttled(minute, delay),
+                throttled(per_minute, delay),
                 Throttled,
                 {"retry-after": "2"},
                 2.0,
@@ -551,7 +555,7 @@ def google_vision() -> Case:
             Failure(
                 "C1",
                 429,
-                throttled(minute, 3, {"retryDelay": 34}, {"retryDelay": "soon"}),
+                throttled(per_minute, 3, {"retryDelay": 34}, {"retryDelay": "soon"}),
                 Throttled,
             ),
             Failure(
@@ -560,7 +564,7 @@ def google_vision() -> Case:
                 {"responses": [{"error": {"code": 8, "message": "slow down"}}]},
                 Throttled,
             ),
-            Failure("C4", 429, throttled(day), QuotaExhausted),
+            Failure("C4", 429, throttled(per_day), QuotaExhausted),
             Failure(
                 "C4",
                 429,
@@ -610,38 +614,39 @@ def google_vision() -> Case:
             "empty": {},
             "no responses": {"responses": []},
             "two responses": {"responses": [{}, {}]},
-            "no names": answers(no_name),
-            "three vertices": answers(three),
-            "five vertices": answers(
+            "no names": response_with(no_name),
+            "three vertices": response_with(three_vertices),
+            "five vertices": response_with(
                 {
                     **no_name,
                     "mid": "x",
                     "boundingPoly": {"normalizedVertices": [{}] * 5},
                 }
             ),
-            "pixels": answers(pixels),
-            "no polygon": answers({"mid": "/m/0k4j", "score": 0.5}),
+            "pixels": response_with(in_pixels),
+            "no polygon": response_with({"mid": "/m/0k4j", "score": 0.5}),
         },
     )
 
 
 def google_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-    found = []
-    for one in objects:
-        x0, y0, x1, y1 = ratios(one.box, size)
-        vertices = [
-            {k: v for k, v in zip("xy", corner, strict=True) if v}
-            for corner in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-        ]
-        found.append(
+    annotations = []
+    for truth in objects:
+        x0, y0, x1, y1 = ratios(truth.box, size)
+        vertices = []
+        for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1)):
+            vertex = {"x": x, "y": y}
+            vertices.append({key: ratio for key, ratio in vertex.items() if ratio})
+        annotations.append(
             {
-                "mid": one.name,
+                "mid": truth.name,
                 "name": "Thing",
-                "score": one.score,
+                "score": truth.score,
                 "boundingPoly": {"normalizedVertices": vertices},
             }
         )
-    return {"responses": [{"localizedObjectAnnotations": found} if found else {}]}
+    response = {"localizedObjectAnnotations": annotations} if annotations else {}
+    return {"responses": [response]}
 
 
 def rekognition() -> Case:
@@ -658,24 +663,17 @@ def rekognition() -> Case:
         parents: Sequence[str] = (),
         aliases: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """``boxes``: left side and confidence of each."""
+        """Return one label. ``boxes``: left side and confidence of each."""
+        instances = []
+        for x0, score in boxes:
+            box = {"Left": x0, "Top": 0.1, "Width": 0.2, "Height": 0.3}
+            instances.append({"BoundingBox": box, "Confidence": score})
         return {
             "Name": name,
             "Confidence": 90.0,
-            "Instances": [
-                {
-                    "BoundingBox": {
-                        "Left": left,
-                        "Top": 0.1,
-                        "Width": 0.2,
-                        "Height": 0.3,
-                    },
-                    "Confidence": score,
-                }
-                for left, score in boxes
-            ],
-            "Parents": [{"Name": p} for p in parents],
-            "Aliases": [{"Name": a} for a in aliases],
+            "Instances": instances,
+            "Parents": [{"Name": parent} for parent in parents],
+            "Aliases": [{"Name": alias} for alias in aliases],
         }
 
     def refused(name: str, key: str = "message") -> Any:
@@ -696,23 +694,23 @@ def rekognition() -> Case:
         content_type="application/x-amz-json-1.1",
         optional=frozenset({"Instances", "Parents", "Aliases"}),
         label_rows=(
-            Labels("no boxes", {"Labels": [label("Road"), label("Car")]}, ()),
-            Labels(
+            LabelCase("no boxes", {"Labels": [label("Road"), label("Car")]}, ()),
+            LabelCase(
                 "alias",
                 {"Labels": [label("Automobile", (0.1, 70.0), aliases=["Car"])]},
                 ("car",),
             ),
-            Labels(
+            LabelCase(
                 "parent",
                 {"Labels": [label("Poodle", (0.1, 70.0), parents=["Dog", "Animal"])]},
                 ("dog",),
             ),
-            Labels(
+            LabelCase(
                 "the child is a class, so its parent is not used",
                 {"Labels": [label("Bus", (0.1, 70.0), parents=["Car"])]},
                 ("bus",),
             ),
-            Labels(
+            LabelCase(
                 "the nearest ancestor, in whatever order they come",
                 {
                     "Labels": [
@@ -723,7 +721,7 @@ def rekognition() -> Case:
                 },
                 ("bus",),
             ),
-            Labels(
+            LabelCase(
                 "child and ancestor on one box",
                 {
                     "Labels": [
@@ -733,7 +731,7 @@ def rekognition() -> Case:
                 },
                 ("car", "bus"),
             ),
-            Labels(
+            LabelCase(
                 "the one that is a class wins over its child",
                 {
                     "Labels": [
@@ -745,7 +743,7 @@ def rekognition() -> Case:
                 ("dog",),
                 scores=(0.6,),
             ),
-            Labels(
+            LabelCase(
                 "unmapped, counted once",
                 {
                     "Labels": [
@@ -756,7 +754,7 @@ def rekognition() -> Case:
                 (),
                 ("Oak",),
             ),
-            Labels(
+            LabelCase(
                 "two names without kinship",
                 {"Labels": [label("Car", (0.1, 90.0)), label("Dog", (0.1, 80.0))]},
                 ("car", "dog"),
@@ -856,39 +854,35 @@ def rekognition() -> Case:
 
 def rekognition_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
     labels: dict[str, Any] = {}
-    for one in objects:
-        x0, y0, x1, y1 = ratios(one.box, size)
-        label = labels.setdefault(
-            one.name,
-            {
-                "Name": one.name,
-                "Confidence": 90.0,
-                "Instances": [],
-                "Parents": [{"Name": "Thing"}],
-                "Aliases": [],
-            },
-        )
+    for truth in objects:
+        x0, y0, x1, y1 = ratios(truth.box, size)
+        new_label = {
+            "Name": truth.name,
+            "Confidence": 90.0,
+            "Instances": [],
+            "Parents": [{"Name": "Thing"}],
+            "Aliases": [],
+        }
+        label = labels.setdefault(truth.name, new_label)
         box = {"Left": x0, "Top": y0, "Width": x1 - x0, "Height": y1 - y0}
         label["Instances"].append(
-            {"BoundingBox": box, "Confidence": percent(one.score)}
+            {"BoundingBox": box, "Confidence": percent(truth.score)}
         )
     return {"Labels": list(labels.values()), "LabelModelVersion": "3.0"}
 
 
 def azure_vision() -> Case:
     def refused(code: str, message: str, inner: str | None = None) -> Any:
-        return {
-            "error": (
-                {"code": code, "message": message}
-                | ({"innererror": {"code": inner, "message": message}} if inner else {})
-            )
-        }
+        error: dict[str, Any] = {"code": code, "message": message}
+        if inner:
+            error["innererror"] = {"code": inner, "message": message}
+        return {"error": error}
 
     no_objects = {
         "modelVersion": "2023-10-01",
         "metadata": {"width": 600, "height": 400},
     }
-    one = {"boundingBox": {"x": 1, "y": 2, "w": 30, "h": 40}}
+    car = {"boundingBox": {"x": 1, "y": 2, "w": 30, "h": 40}}
     rate = (
         "Requests have exceeded call rate limit of your current ComputerVision F0"
         " pricing tier. Please retry after 26 seconds."
@@ -905,7 +899,7 @@ def azure_vision() -> Case:
             "application/octet-stream",
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "unmapped",
                 azure_answer(
                     [
@@ -916,14 +910,14 @@ def azure_vision() -> Case:
                 ("dog",),
                 ("dining table",),
             ),
-            Labels(
+            LabelCase(
                 "the best of several tags",
                 {
                     **no_objects,
                     "objectsResult": {
                         "values": [
                             {
-                                **one,
+                                **car,
                                 "tags": [
                                     {"name": "bus", "confidence": 0.2},
                                     {"name": "car", "confidence": 0.7},
@@ -1022,7 +1016,7 @@ def azure_vision() -> Case:
             "no size": {"objectsResult": {"values": []}},
             "no tags": {
                 **no_objects,
-                "objectsResult": {"values": [{**one, "tags": []}]},
+                "objectsResult": {"values": [{**car, "tags": []}]},
             },
         },
         pixel_rounding=0.5,
@@ -1031,23 +1025,22 @@ def azure_vision() -> Case:
 
 
 def azure_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-    values = []
-    for one in objects:
-        x0, y0, x1, y1 = (round(v) for v in one.box)
+    detections = []
+    for truth in objects:
+        x0, y0, x1, y1 = (round(edge) for edge in truth.box)
         box = {"x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0}
-        values.append(
-            {"boundingBox": box, "tags": [{"name": one.name, "confidence": one.score}]}
-        )
+        tag = {"name": truth.name, "confidence": truth.score}
+        detections.append({"boundingBox": box, "tags": [tag]})
     return {
         "modelVersion": "2023-10-01",
         "metadata": {"width": size[0], "height": size[1]},
-        "objectsResult": {"values": values},
+        "objectsResult": {"values": detections},
     }
 
 
 REPEATED = (("car", "Car"), ("fire truck", "fire_truck"))
-UNASKABLE = ((), ("",), ("car", " "), ("a\nb",), *REPEATED)
-"""Class lists that a service which takes any names must be spared."""
+INVALID_CLASS_LISTS = ((), ("",), ("car", " "), ("a\nb",), *REPEATED)
+"""Class lists that no adapter of a service with free class names may send."""
 
 
 def hf_endpoint() -> Case:
@@ -1081,7 +1074,7 @@ def hf_endpoint() -> Case:
             },
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "unmapped",
                 hf_answer(
                     [Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]
@@ -1089,7 +1082,7 @@ def hf_endpoint() -> Case:
                 ("dog",),
                 ("truck",),
             ),
-            Labels(
+            LabelCase(
                 "one box under three labels",
                 [
                     car,
@@ -1098,13 +1091,13 @@ def hf_endpoint() -> Case:
                 ],
                 ("car",),
             ),
-            Labels(
+            LabelCase(
                 "one box twice under one label",
                 [{**car, "score": 0.3}, car],
                 ("car",),
                 scores=(0.9,),
             ),
-            Labels(
+            LabelCase(
                 "nearly the same box is another one",
                 [
                     car,
@@ -1190,7 +1183,7 @@ def hf_endpoint() -> Case:
             ([{"error": "CUDA out of memory"}], ProtocolError),
             ({"error": "CUDA out of memory"}, ProtocolError),
         ),
-        refused_classes=UNASKABLE,
+        refused_classes=INVALID_CLASS_LISTS,
         broken={
             "one answer per image": [[car]],
             "no box": [{"label": "car", "score": 0.5}],
@@ -1206,19 +1199,16 @@ def hf_endpoint() -> Case:
 
 def hf_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
     sides = ("xmin", "ymin", "xmax", "ymax")
-    return [
-        {
-            "score": o.score,
-            "label": o.name,
-            "box": dict(zip(sides, (int(v) for v in o.box), strict=True)),
-        }
-        for o in objects
-    ]
+    detections = []
+    for truth in objects:
+        box = dict(zip(sides, map(int, truth.box), strict=True))
+        detections.append({"score": truth.score, "label": truth.name, "box": box})
+    return detections
 
 
 def roboflow() -> Case:
     no_predictions = {"image": {"width": 600, "height": 400}}
-    one = {
+    car = {
         "x": 16.0,
         "y": 22.0,
         "width": 30.0,
@@ -1242,7 +1232,7 @@ def roboflow() -> Case:
             },
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "unmapped",
                 roboflow_answer(
                     [Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]
@@ -1250,7 +1240,7 @@ def roboflow() -> Case:
                 ("dog",),
                 ("truck",),
             ),
-            Labels(
+            LabelCase(
                 "no substrings",
                 roboflow_answer([Truth("carpet", (1, 2, 30, 40))]),
                 (),
@@ -1301,7 +1291,7 @@ def roboflow() -> Case:
             Failure("C4", 402, {"message": "Payment required"}, QuotaExhausted),
             Failure("C4", 423, {"message": "usage is paused"}, QuotaExhausted),
         ),
-        refused_classes=UNASKABLE,
+        refused_classes=INVALID_CLASS_LISTS,
         broken={
             "no predictions": no_predictions,
             "predictions is null": {**no_predictions, "predictions": None},
@@ -1311,11 +1301,11 @@ def roboflow() -> Case:
             "two images": [roboflow_answer([]), roboflow_answer([])],
             "no class": {
                 **no_predictions,
-                "predictions": [{k: v for k, v in one.items() if k != "class"}],
+                "predictions": [{k: v for k, v in car.items() if k != "class"}],
             },
             "no width": {
                 **no_predictions,
-                "predictions": [{k: v for k, v in one.items() if k != "width"}],
+                "predictions": [{k: v for k, v in car.items() if k != "width"}],
             },
         },
         skips={"E4": "the service's errors are never inside a 200"},
@@ -1323,20 +1313,17 @@ def roboflow() -> Case:
 
 
 def roboflow_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-    found = []
-    for i, one in enumerate(objects):
-        x0, y0, x1, y1 = one.box
-        centre = {
-            "x": (x0 + x1) / 2,
-            "y": (y0 + y1) / 2,
-            "width": x1 - x0,
-            "height": y1 - y0,
-        }
-        found.append(
+    predictions = []
+    for i, truth in enumerate(objects):
+        x0, y0, x1, y1 = truth.box
+        predictions.append(
             {
-                **centre,
-                "confidence": one.score,
-                "class": one.name,
+                "x": (x0 + x1) / 2,
+                "y": (y0 + y1) / 2,
+                "width": x1 - x0,
+                "height": y1 - y0,
+                "confidence": truth.score,
+                "class": truth.name,
                 "class_id": 0,
                 "detection_id": str(i),
             }
@@ -1345,11 +1332,11 @@ def roboflow_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> A
         "inference_id": "1",
         "time": 0.081,
         "image": {"width": size[0], "height": size[1]},
-        "predictions": found,
+        "predictions": predictions,
     }
 
 
-UNFINISHED = {
+INVALID_TEXTS = {
     "prose": "There are no cars in this image.",
     "prose before": 'Here they are: [{"KEY": [1, 2, 300, 400], "label": "car"}]',
     "prose after": "[] I found none.",
@@ -1387,7 +1374,7 @@ UNFINISHED = {
         '[{"KEY": [1, 2, 300, 400], "label": "car"}, {"label": "car"}]'
     ),
 }
-"""Texts of language models that are no answer."""
+"""Texts of language models that are not a list of boxes."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     " I cannot identify people in images.",
@@ -1396,51 +1383,48 @@ REFUSALS = (
 )
 
 
-def cut(text: str) -> dict[str, str]:
-    """Every beginning of a text."""
-    return {f"cut after {n}": text[:n] for n in range(len(text))}
+def prefixes(text: str) -> dict[str, str]:
+    """Return every beginning of a text."""
+    return {f"cut after {length}": text[:length] for length in range(len(text))}
 
 
 def text_problems(answer: Callable[[str], Any], key: str) -> dict[str, Any]:
-    """A language model's answers that are none: UNFINISHED, and a list that ends
-    anywhere before its end."""
-    whole = json.dumps(
-        [{key: [1, 2, 300, 400], "label": "car"}, {key: [5, 6, 70, 80], "label": "dog"}]
-    )
-    texts = {name: text.replace("KEY", key) for name, text in UNFINISHED.items()} | cut(
-        whole
-    )
-    texts |= {
-        f"fenced, {name}": text for name, text in cut(f"```json\n{whole}\n```").items()
-    }
+    """Return invalid responses of a language model: INVALID_TEXTS, and a list of boxes
+    that is cut off anywhere.
+    """
+    car = {key: [1, 2, 300, 400], "label": "car"}
+    dog = {key: [5, 6, 70, 80], "label": "dog"}
+    whole = json.dumps([car, dog])
+    texts = {name: text.replace("KEY", key) for name, text in INVALID_TEXTS.items()}
+    texts |= prefixes(whole)
+    for name, text in prefixes(f"```json\n{whole}\n```").items():
+        texts[f"fenced, {name}"] = text
     return {name: answer(text) for name, text in texts.items()}
 
 
 def written_boxes(
-    objects: Sequence[Truth], size: tuple[int, int], habit: str
+    objects: Sequence[Truth], size: tuple[int, int], coordinates: str
 ) -> list[dict[str, Any]]:
-    """As a language model writes them."""
-    values = []
-    for one in objects:
-        pixels = [round(v) for v in one.box]
-        x0, y0, x1, y1 = (round(1000 * v) for v in ratios(one.box, size))
+    """Return boxes as a language model writes them."""
+    key = "box_2d" if coordinates == "yxyx_1000" else "bbox_2d"
+    boxes = []
+    for truth in objects:
+        x0, y0, x1, y1 = (round(1000 * ratio) for ratio in ratios(truth.box, size))
         box = {
             "xyxy_1000": [x0, y0, x1, y1],
             "yxyx_1000": [y0, x0, y1, x1],
-            "xyxy_pixels": pixels,
-        }[habit]
-        values.append(
-            {"box_2d" if habit == "yxyx_1000" else "bbox_2d": box, "label": one.name}
-        )
-    return values
+            "xyxy_pixels": [round(edge) for edge in truth.box],
+        }[coordinates]
+        boxes.append({key: box, "label": truth.name})
+    return boxes
 
 
-def prompt(box: str, unit: str, more: str = "") -> str:
+def prompt(box: str, unit: str, ending: str = "") -> str:
     return (
         'Detect every instance of these classes in the image: ["car", "bus", "dog"].'
         f' Answer with a JSON list only, one object per instance: {{{box}, "label":'
         ' "..."}. The label is one of the classes, exactly as written above.'
-        f" Coordinates are {unit}. Answer [] if there is none.{more}"
+        f" Coordinates are {unit}. Answer [] if there is none.{ending}"
     )
 
 
@@ -1459,39 +1443,35 @@ NO_SCORES = "the model gives no scores: every box has 1 in its class's column"
 
 
 def openai_vlm(
-    habit: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider: str
+    coordinates: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider: str
 ) -> Case:
-    key = "box_2d" if habit == "yxyx_1000" else "bbox_2d"
+    key = "box_2d" if coordinates == "yxyx_1000" else "bbox_2d"
     box = [1, 2, 300, 400]
     car = {key: box, "label": "car"}
 
-    def says(text: Any, reason: Any = "stop", **message: Any) -> Any:
+    def response_with(text: Any, reason: Any = "stop", **message: Any) -> Any:
         answer = completion(text, reason)
         answer["choices"][0]["message"] |= message
         return answer
 
     def answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-        return says(json.dumps(written_boxes(objects, size, habit)))
+        return response_with(json.dumps(written_boxes(objects, size, coordinates)))
 
-    def refused(code: Any, message: str, **more: Any) -> Any:
-        return {
-            "error": (
-                {
-                    "message": message,
-                    "type": "invalid_request_error",
-                    "param": None,
-                    "code": code,
-                }
-                | more
-            )
+    def refused(code: Any, message: str, **fields: Any) -> Any:
+        error = {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": code,
         }
+        return {"error": error | fields}
 
-    content = [
+    message_parts = [
         {
             "type": "image_url",
             "image_url": {"url": f"data:image/jpeg;base64,{GOLDEN_BASE64}"},
         },
-        {"type": "text", "text": PROMPTS[habit]},
+        {"type": "text", "text": PROMPTS[coordinates]},
     ]
     limit = (
         "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM):"
@@ -1503,53 +1483,62 @@ def openai_vlm(
     }
     tokens = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}
     return Case(
-        f"openai-vlm-{habit}",
-        OpenAiVlmAdapter(habit),
+        f"openai-vlm-{coordinates}",
+        OpenAiVlmAdapter(coordinates),
         provider,
         {name: name for name in CLASSES},
         answer,
         request(
             "/chat/completions",
-            {"messages": [{"role": "user", "content": content}], "temperature": 0},
+            {
+                "messages": [{"role": "user", "content": message_parts}],
+                "temperature": 0,
+            },
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "unmapped",
                 answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]),
                 ("dog",),
                 ("truck",),
             ),
-            Labels("case", answer([Truth("Cars", (1, 2, 30, 40))]), ("car",)),
-            Labels(
+            LabelCase("case", answer([Truth("Cars", (1, 2, 30, 40))]), ("car",)),
+            LabelCase(
                 "its own order",
                 answer([Truth(n, (1, 2, 30, 40)) for n in ("dog", "car", "bus")]),
                 ("dog", "car", "bus"),
                 scores=(1, 1, 1),
             ),
-            Labels(
+            LabelCase(
                 "a number it wrote is no score",
-                says(json.dumps([{**car, "confidence": 0.3, "score": 7}])),
+                response_with(json.dumps([{**car, "confidence": 0.3, "score": 7}])),
                 ("car",),
                 scores=(1,),
             ),
-            Labels(
+            LabelCase(
                 "a fence",
-                says(f"```json\n{json.dumps([car], indent=1)}\n```"),
+                response_with(f"```json\n{json.dumps([car], indent=1)}\n```"),
                 ("car",),
             ),
-            Labels(
+            LabelCase(
                 "a fence in one line",
-                says(f" ```JSON {json.dumps([car])}``` \n"),
+                response_with(f" ```JSON {json.dumps([car])}``` \n"),
                 ("car",),
             ),
-            Labels(
+            LabelCase(
                 "a fence without language",
-                says(f"```\n{json.dumps([car])}\n```"),
+                response_with(f"```\n{json.dumps([car])}\n```"),
                 ("car",),
             ),
-            Labels("none in a fence", says("```json\n[]\n```"), ()),
-            Labels("no refusal", says(json.dumps([car]), refusal=None), ("car",)),
-            Labels("no error", {**says(json.dumps([car])), "error": None}, ("car",)),
+            LabelCase("none in a fence", response_with("```json\n[]\n```"), ()),
+            LabelCase(
+                "no refusal", response_with(json.dumps([car]), refusal=None), ("car",)
+            ),
+            LabelCase(
+                "no error",
+                {**response_with(json.dumps([car])), "error": None},
+                ("car",),
+            ),
         ),
         failures=(
             Failure(
@@ -1753,26 +1742,26 @@ def openai_vlm(
             Failure("C4", 402, refused(402, "Insufficient credits"), QuotaExhausted),
         ),
         embedded=(
-            (says(json.dumps([car]), "length"), ProtocolError),
-            (says("[]", "length"), ProtocolError),
-            (says("[]", "content_filter"), Refused),
-            (says(None, "content_filter"), Refused),
-            (says("[]", "tool_calls"), ProtocolError),
-            (says("[]", "error"), ProtocolError),
-            (says("[]", "STOP"), ProtocolError),
-            (says("[]", None), ProtocolError),
-            (says(None, refusal="I can't help with that."), Refused),
-            (says("[]", refusal="I can't help with that."), Refused),
-            *((says(text), Refused) for text in REFUSALS),
+            (response_with(json.dumps([car]), "length"), ProtocolError),
+            (response_with("[]", "length"), ProtocolError),
+            (response_with("[]", "content_filter"), Refused),
+            (response_with(None, "content_filter"), Refused),
+            (response_with("[]", "tool_calls"), ProtocolError),
+            (response_with("[]", "error"), ProtocolError),
+            (response_with("[]", "STOP"), ProtocolError),
+            (response_with("[]", None), ProtocolError),
+            (response_with(None, refusal="I can't help with that."), Refused),
+            (response_with("[]", refusal="I can't help with that."), Refused),
+            *((response_with(text), Refused) for text in REFUSALS),
             (refused(502, "Provider returned error"), Transient),
             (refused(200, "what?"), ProtocolError),
             (refused("server_error", "what?"), ProtocolError),
-            ({**says("[]"), "error": "what?"}, ProtocolError),
+            ({**response_with("[]"), "error": "what?"}, ProtocolError),
             (
                 {
                     "choices": [
                         {
-                            **says("[]")["choices"][0],
+                            **response_with("[]")["choices"][0],
                             "error": {"code": 503, "message": "busy"},
                         }
                     ]
@@ -1780,18 +1769,18 @@ def openai_vlm(
                 Transient,
             ),
         ),
-        refused_classes=UNASKABLE,
+        refused_classes=INVALID_CLASS_LISTS,
         broken={
             "no choices": {"choices": []},
-            "two choices": {"choices": says("[]")["choices"] * 2},
+            "two choices": {"choices": response_with("[]")["choices"] * 2},
             "no message": {"choices": [{"finish_reason": "stop"}]},
-            "no content": says(None),
-            "content in parts": says([{"type": "text", "text": "[]"}]),
-            "half a character": says('[{"\ud800'),
-            **text_problems(says, key),
+            "no content": response_with(None),
+            "content in parts": response_with([{"type": "text", "text": "[]"}]),
+            "half a character": response_with('[{"\ud800'),
+            **text_problems(response_with, key),
         },
-        pixel_rounding=0.5 if habit == "xyxy_pixels" else 0.0,
-        ratio_rounding=0.0 if habit == "xyxy_pixels" else 0.0005,
+        pixel_rounding=0.5 if coordinates == "xyxy_pixels" else 0.0,
+        ratio_rounding=0.0 if coordinates == "xyxy_pixels" else 0.0005,
         score_kind="none",
         skips={"A8": NO_SCORES},
     )
@@ -1803,9 +1792,9 @@ def gemini() -> Case:
     def answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
         return generated(json.dumps(written_boxes(objects, size, "yxyx_1000")))
 
-    def parts(*values: Any) -> Any:
+    def response_with_parts(*texts: Any) -> Any:
         whole = generated("")
-        whole["candidates"][0]["content"]["parts"] = list(values)
+        whole["candidates"][0]["content"]["parts"] = list(texts)
         return whole
 
     def refused(code: int, message: str, *details: Any) -> Any:
@@ -1836,7 +1825,7 @@ def gemini() -> Case:
             "required": ["box_2d", "label"],
         },
     }
-    content = [
+    request_parts = [
         {"inlineData": {"mimeType": "image/jpeg", "data": GOLDEN_BASE64}},
         {"text": PROMPTS["yxyx_1000"]},
     ]
@@ -1854,39 +1843,41 @@ def gemini() -> Case:
         request(
             "/v1beta/models/gemini-3.7-flash:generateContent",
             {
-                "contents": [{"role": "user", "parts": content}],
+                "contents": [{"role": "user", "parts": request_parts}],
                 "generationConfig": config,
             },
         ),
         label_rows=(
-            Labels(
+            LabelCase(
                 "unmapped",
                 answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]),
                 ("dog",),
                 ("truck",),
             ),
-            Labels(
+            LabelCase(
                 "a number it wrote is no score",
                 generated(json.dumps([{**car, "confidence": 0.3}])),
                 ("car",),
                 scores=(1,),
             ),
-            Labels(
+            LabelCase(
                 "a fence", generated(f"```json\n{json.dumps([car])}\n```"), ("car",)
             ),
-            Labels(
+            LabelCase(
                 "thoughts aside",
-                parts({"text": "[]?", "thought": True}, {"text": json.dumps([car])}),
+                response_with_parts(
+                    {"text": "[]?", "thought": True}, {"text": json.dumps([car])}
+                ),
                 ("car",),
             ),
-            Labels(
+            LabelCase(
                 "in two parts",
-                parts(
+                response_with_parts(
                     {"text": json.dumps([car])[:20]}, {"text": json.dumps([car])[20:]}
                 ),
                 ("car",),
             ),
-            Labels(
+            LabelCase(
                 "nothing blocked",
                 {**generated(json.dumps([car])), "promptFeedback": {}},
                 ("car",),
@@ -2029,7 +2020,7 @@ def gemini() -> Case:
             ),
             *((generated(text), Refused) for text in REFUSALS),
         ),
-        refused_classes=UNASKABLE,
+        refused_classes=INVALID_CLASS_LISTS,
         broken={
             "no candidates": {"candidates": []},
             "nothing": {"usageMetadata": {}},
@@ -2039,10 +2030,10 @@ def gemini() -> Case:
                 "candidates": [{"content": {"role": "model"}, "finishReason": "STOP"}]
             },
             "no content": {"candidates": [{"finishReason": "STOP"}]},
-            "empty parts": parts(),
-            "only thoughts": parts({"text": "[]", "thought": True}),
-            "a call": parts({"functionCall": {"name": "detect"}}),
-            "a text and a call": parts(
+            "empty parts": response_with_parts(),
+            "only thoughts": response_with_parts({"text": "[]", "thought": True}),
+            "a call": response_with_parts({"functionCall": {"name": "detect"}}),
+            "a text and a call": response_with_parts(
                 {"text": "[]"}, {"functionCall": {"name": "detect"}}
             ),
             **text_problems(generated, "box_2d"),
@@ -2062,7 +2053,7 @@ def reference() -> Case:
         "return": "probs",
     }
     empty = reference_answer([])
-    one = {"box": [1, 2, 30, 40], "label": "car", "score": 0.5}
+    car = {"box": [1, 2, 30, 40], "label": "car", "score": 0.5}
     return Case(
         "reference",
         ReferenceAdapter(),
@@ -2072,7 +2063,7 @@ def reference() -> Case:
         request("/v1/detect", golden),
         optional=frozenset({"scores"}),
         label_rows=(
-            Labels(
+            LabelCase(
                 "exactly as asked for",
                 reference_answer([Truth("bus", (1, 2, 30, 40))]),
                 ("bus",),
@@ -2104,14 +2095,14 @@ def reference() -> Case:
             "no size": {"detections": []},
             "another size": {**empty, "image": {"w": 601, "h": 400}},
             "turned": {**empty, "image": {"w": 400, "h": 600}},
-            "box of three": {**empty, "detections": [{**one, "box": [1, 2, 3]}]},
+            "box of three": {**empty, "detections": [{**car, "box": [1, 2, 3]}]},
             "a label that was not asked for": {
                 **empty,
-                "detections": [{**one, "label": "truck"}],
+                "detections": [{**car, "label": "truck"}],
             },
             "a class that was not asked for": {
                 **empty,
-                "detections": [{**one, "scores": {"truck": 0.5}}],
+                "detections": [{**car, "scores": {"truck": 0.5}}],
             },
         },
         skips={
@@ -2121,12 +2112,16 @@ def reference() -> Case:
 
 
 def reference_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
-    found = [{"box": list(o.box), "label": o.name, "score": o.score} for o in objects]
+    detections = []
+    for truth in objects:
+        detections.append(
+            {"box": list(truth.box), "label": truth.name, "score": truth.score}
+        )
     return {
         "id": "1",
         "model": "m",
         "image": {"w": size[0], "h": size[1]},
-        "detections": found,
+        "detections": detections,
     }
 
 

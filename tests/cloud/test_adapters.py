@@ -43,7 +43,17 @@ from coin_ray.errors import (
     Transient,
 )
 
-from .cases import CASES, CLASSES, GOLDEN_IMAGE, SIZE, Case, Failure, Labels, Row, Truth
+from .cases import (
+    CASES,
+    CLASSES,
+    GOLDEN_IMAGE,
+    SIZE,
+    Case,
+    Failure,
+    LabelCase,
+    Row,
+    Truth,
+)
 from .conftest import same_detections
 from .emulator import PROVIDERS, Emulator, scene
 from .emulator.app import AWS_KEY_ID, AWS_SECRET, TOKEN, score_of
@@ -293,13 +303,13 @@ def test_a6_names(case: Case) -> None:
         _check_labels(case, labels)
 
 
-def _check_labels(case: Case, labels: Labels) -> None:
-    raw = _decode_detections(case, labels.answer)
+def _check_labels(case: Case, labels: LabelCase) -> None:
+    raw = _decode_detections(case, labels.response)
     names = tuple(CLASSES[k] for k in raw.class_scores.argmax(1))
-    assert names == labels.classes, labels.what
-    assert raw.unmapped == labels.unmapped, labels.what
+    assert names == labels.classes, labels.description
+    assert raw.unmapped == labels.unmapped, labels.description
     if labels.scores is not None:
-        assert np.allclose(raw.class_scores.max(1), labels.scores), labels.what
+        assert np.allclose(raw.class_scores.max(1), labels.scores), labels.description
 
 
 @row("A6")
@@ -762,7 +772,7 @@ def test_mutated_answers_give_valid_detections_or_cloud_errors(
     case: Case, draws: st.DataObject
 ) -> None:
     responses = [_three_objects(case), *case.further]
-    responses += [labels.answer for labels in case.label_rows]
+    responses += [labels.response for labels in case.label_rows]
     response = draws.draw(st.sampled_from(responses))
     for _ in range(draws.draw(st.integers(1, 3))):
         paths = list(json_paths(response))
