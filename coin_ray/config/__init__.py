@@ -26,7 +26,6 @@ from coin_ray.config.labels import Collect, Labels
 from coin_ray.config.models import Clip, Detector, MobileNet
 from coin_ray.config.pipeline import PipelineConfig, Tracking, check_runnable
 from coin_ray.config.training import (
-    Change,
     Distill,
     Evaluate,
     FusionRule,
@@ -41,7 +40,6 @@ __all__ = [
     "PACKAGE",
     "PLAIN_RENDERING",
     "RENDERING_OPERATIONS",
-    "Change",
     "Clip",
     "Cloud",
     "CoDetr",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.config.fields import check, check_fraction, new_field, runtime_only
+from coin_ray.config.fields import check, check_fraction, runtime_only
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,6 @@ class Separate:
         check_fraction("separate.iou_min", self.iou_min)
 
 
-@dataclass(frozen=True)
-class Change:
-    """Loss weights of the distillation from step ``start`` on (lambda, gamma 1, gamma
-    2).
-    """
-
-    start: int
-    alignment: float
-    inconsistent: float
-    private: float
-
-
 StudentKind = Literal["faster-rcnn", "co-detr"]
 
 
@@ -213,17 +201,8 @@ class Distill:
     fusion: FusionRule = "ckg"
     """What supervises inconsistent boxes: CKG, one teacher alone, or a rule
     (coin_ray/fusion/rules.py)."""
-    schedule: tuple[Change, ...] = new_field(())
-    """Other weights of the losses from some steps on, as a population's search finds
-    them (docs/search.md)."""
 
     def __post_init__(self) -> None:
-        starts = [change.start for change in self.schedule]
-        check(
-            starts == sorted(starts) and all(s > 0 for s in starts),
-            "distill.schedule: steps of changes must be above 0 and rise; got"
-            f" {starts}",
-        )
         check(
             self.fusion in get_args(FusionRule),
             f"distill.fusion must be one of {', '.join(get_args(FusionRule))}; got"
@@ -245,18 +224,6 @@ class Distill:
         check(
             share is None or 0 < share <= 1,
             f"distill.fusion_share must lie in 0..1, and above 0; got {share}",
-        )
-
-    def at(self, step: int) -> Distill:
-        """With the loss weights of this step (counted from 0)."""
-        due = [change for change in self.schedule if change.start <= step]
-        if not due:
-            return self
-        return replace(
-            self,
-            alignment=due[-1].alignment,
-            inconsistent=due[-1].inconsistent,
-            private=due[-1].private,
         )
 
 

@@ -1,22 +1,32 @@
-"""What whoever paid for the run asks first, answered in a sentence each."""
+"""The questions that the owner of a run asks first, each answered in a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from coin_ray.report.charts import sure
-from coin_ray.report.methods import MINUS, difference, duration, money, number, points
+from coin_ray.report.charts import change_verdict
+from coin_ray.report.methods import (
+    MINUS,
+    finite_number,
+    format_change,
+    format_duration,
+    format_points,
+    format_usd,
+)
+from coin_ray.report.run_summary import Interval, RunSummary
 
-MOST_CLASSES = 6
-"""So many classes are named before "and N more"."""
+MAX_CLASSES = 6
+"""Classes that are named before "and N more"."""
+
+Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """``text``: the verdict; figures in points; ``interval``: 95 % of the change; all
-    but the text may be empty.
+    """The verdict (``text``) and the figures behind it, in points; figures may be empty.
+
+    ``interval``: the 95 % interval of the change. ``gap``: the share of the gap between
+    the cloud and the oracle that the student closes.
     """
 
     text: str
@@ -29,13 +39,16 @@ class Headline:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """A question and its answer."""
+
     question: str
     text: str
 
 
-def headline(summary: Mapping[str, Any]) -> Headline:
-    scores = summary.get("map50") or {}
-    student, cloud = number(scores.get("student")), number(scores.get("cloud"))
+def build_headline(summary: RunSummary) -> Headline:
+    """Return whether the student is better than the cloud, with the figures."""
+    student = finite_number(summary.map50.get("student"))
+    cloud = finite_number(summary.map50.get("cloud"))
     if student is None:
         return Headline(
             "No annotated test images were given, so nothing here was measured against"
@@ -43,154 +56,149 @@ def headline(summary: Mapping[str, Any]) -> Headline:
         )
     if cloud is None:
         return Headline(
-            "The student was evaluated; the cloud was not.", student=points(student)
+            "The student was evaluated; the cloud was not.",
+            student=format_points(student),
         )
-    change = difference(student, cloud)
-    size = change.lstrip("+" + MINUS)
-    verdict = {
-        "+": f"scores {size} points above",
-        MINUS: f"scores {size} points below",
-    }.get(change[0], "scores the same as")
-    text = (
-        f"The student {verdict} the cloud detector it learned from, and needs no cloud"
-        " call."
-    )
-    return Headline(
-        text,
-        points(student),
-        points(cloud),
-        change,
-        interval_text(_interval(summary, "vs_cloud_interval")),
-        _gap(summary),
-    )
-
-
-def answers(summary: Mapping[str, Any]) -> list[Answer]:
-    """Those that this run can give."""
-    asked = {
-        "Is it better than the cloud?": _better(summary),
-        "For which classes not?": _classes(summary),
-        "What did it cost?": _cost(summary),
-        "Can it be believed?": _belief(summary),
+    change = format_change(student, cloud)
+    change_size = change.lstrip("+" + MINUS)
+    verdicts = {
+        "+": f"scores {change_size} points above",
+        MINUS: f"scores {change_size} points below",
     }
-    return [Answer(question, text) for question, text in asked.items() if text]
+    verdict = verdicts.get(change[0], "scores the same as")
+    interval = interval_bounds((summary.vs_cloud_interval or {}).get("student"))
+    return Headline(
+        f"The student {verdict} the cloud detector it learned from, and needs no cloud"
+        " call.",
+        student=format_points(student),
+        cloud=format_points(cloud),
+        change=change,
+        interval=format_interval(interval),
+        gap=_format_gap(summary),
+    )
 
 
-def interval_text(low_high: tuple[float, float] | None, signed: bool = True) -> str:
-    """``+4.0 to +11.7``, or without signs; empty if unknown."""
-    if low_high is None:
+def answer_questions(summary: RunSummary) -> list[Answer]:
+    """Return the questions that this run's figures can answer, with the answers."""
+    answers = [
+        Answer("Is it better than the cloud?", _compare_with_cloud(summary)),
+        Answer("For which classes not?", _list_worse_classes(summary)),
+        Answer("What did it cost?", _describe_cost(summary)),
+        Answer("Can it be believed?", _describe_evidence(summary)),
+    ]
+    return [answer for answer in answers if answer.text]
+
+
+def format_interval(bounds: Bounds | None, signed: bool = True) -> str:
+    """Format bounds in points, as ``+4.0 to +11.7`` or unsigned; empty if None."""
+    if bounds is None:
         return ""
-    return " to ".join(difference(v, 0.0) if signed else points(v) for v in low_high)
+    if signed:
+        return " to ".join(format_change(bound, 0.0) for bound in bounds)
+    return " to ".join(format_points(bound) for bound in bounds)
 
 
-def bounds(found: object) -> tuple[float, float] | None:
-    """Low and high of ``{"low": ., "high": .}``."""
-    if not isinstance(found, Mapping):
+def interval_bounds(interval: Interval | None) -> Bounds | None:
+    """Return the low and high bound, or None if either is unknown."""
+    if interval is None:
         return None
-    low, high = number(found.get("low")), number(found.get("high"))
+    low, high = finite_number(interval.low), finite_number(interval.high)
     return None if low is None or high is None else (low, high)
 
 
-def _interval(
-    summary: Mapping[str, Any], name: str, method: str = "student"
-) -> tuple[float, float] | None:
-    return bounds((summary.get(name) or {}).get(method))
-
-
-def _gap(summary: Mapping[str, Any]) -> str:
-    closed = number(summary.get("gap_closed"))
-    return "" if closed is None else f"{closed * 100:.0f} %".replace("-", MINUS)
-
-
-def _better(summary: Mapping[str, Any]) -> str:
-    found = _interval(summary, "vs_cloud_interval")
-    if found is None:
+def _format_gap(summary: RunSummary) -> str:
+    gap_closed = finite_number(summary.gap_closed)
+    if gap_closed is None:
         return ""
-    change = difference(
-        *((summary.get("map50") or {}).get(k) for k in ("student", "cloud"))
-    )
-    figures = f"{change} points mAP50, 95 % interval {interval_text(found)}"
-    verdict = {
+    return f"{gap_closed * 100:.0f} %".replace("-", MINUS)
+
+
+def _compare_with_cloud(summary: RunSummary) -> str:
+    bounds = interval_bounds((summary.vs_cloud_interval or {}).get("student"))
+    if bounds is None:
+        return ""
+    scores = summary.map50
+    change = format_change(scores.get("student"), scores.get("cloud"))
+    figures = f"{change} points mAP50, 95 % interval {format_interval(bounds)}"
+    verdicts = {
         "better": f"Yes: {figures}.",
         "worse": f"No: {figures}.",
         "": (
             f"These test images can't tell: {figures}, which includes zero. More"
             " annotated test images would."
         ),
-    }[sure(*found)]
-    return f"{verdict}{_baseline(summary)}"
+    }
+    return f"{verdicts[change_verdict(*bounds)]}{_compare_with_baseline(summary)}"
 
 
-def _baseline(summary: Mapping[str, Any]) -> str:
-    """Is it the method, or would plain pseudo-labels have done?"""
-    scores = summary.get("map50") or {}
-    plain = number(scores.get("pseudo_label"))
-    if plain is None:
+def _compare_with_baseline(summary: RunSummary) -> str:
+    """Say how much of the change plain pseudo-labels would have brought too."""
+    baseline = finite_number(summary.map50.get("pseudo_label"))
+    if baseline is None:
         return ""
-    return (
-        " Against the same student on plain cloud labels:"
-        f" {difference(scores.get('student'), plain)} points."
-    )
+    change = format_change(summary.map50.get("student"), baseline)
+    return f" Against the same student on plain cloud labels: {change} points."
 
 
-def _classes(summary: Mapping[str, Any]) -> str:
-    per_class, names = summary.get("per_class") or {}, summary.get("classes") or ()
+def _list_worse_classes(summary: RunSummary) -> str:
+    per_class = summary.per_class or {}
     if not {"student", "cloud"} <= set(per_class):
         return ""
-    spans = summary.get("class_change_interval") or [(None, None)] * len(names)
-    rows = [
-        (o, c, n, s)
-        for o, c, n, s in zip(
-            per_class["student"], per_class["cloud"], names, spans, strict=True
-        )
-    ]
-    lower = sorted(
-        (o - c, n, s, difference(o, c))
-        for o, c, n, s in rows
-        if number(o) is not None and number(c) is not None and o < c
-    )
-    if not lower:
+    intervals = summary.class_change_interval
+    if intervals is None:
+        intervals = ((None, None),) * len(summary.classes)
+    worse_classes = []
+    for student, cloud, name, interval in zip(
+        per_class["student"],
+        per_class["cloud"],
+        summary.classes,
+        intervals,
+        strict=True,
+    ):
+        if finite_number(student) is None or finite_number(cloud) is None:
+            continue
+        assert student is not None
+        assert cloud is not None
+        if student < cloud:
+            by_chance = "" if change_verdict(*interval) else " (may be chance)"
+            text = f"{name} {format_change(student, cloud)}{by_chance}"
+            worse_classes.append((student - cloud, name, text))
+    if not worse_classes:
         return "On no class with test objects does the student score below the cloud."
-    told = [
-        f"{name} {change}{'' if sure(*span) else ' (may be chance)'}"
-        for _, name, span, change in lower
-    ]
-    more = f" and {len(told) - MOST_CLASSES} more" if len(told) > MOST_CLASSES else ""
-    return f"Below the cloud: {', '.join(told[:MOST_CLASSES])}{more}."
+    texts = [text for _, _, text in sorted(worse_classes)]
+    more = f" and {len(texts) - MAX_CLASSES} more" if len(texts) > MAX_CLASSES else ""
+    return f"Below the cloud: {', '.join(texts[:MAX_CLASSES])}{more}."
 
 
-def _cost(summary: Mapping[str, Any]) -> str:
-    calls, seconds = (
-        summary.get("calls") or {},
-        (summary.get("seconds") or {}).get("total"),
-    )
-    made, paid = number(calls.get("made")), number(calls.get("cost_usd"))
+def _describe_cost(summary: RunSummary) -> str:
+    made = finite_number(summary.calls.made)
+    cost = finite_number(summary.calls.cost_usd)
     if made is None:
         return ""
-    took = f"{duration(seconds)} of work" if number(seconds) else ""
-    spent = [
-        f"{made:,.0f} cloud calls",
-        *([money(paid)] if paid is not None else []),
-        *([took] if took else []),
-    ]
-    per = (
-        f" 1,000 further images would cost {money(1000 * paid / made)} at the cloud,"
-        " and nothing with the student."
-        if paid and made
-        else ""
-    )
-    return f"{', '.join(spent)}.{per}"
-
-
-def _belief(summary: Mapping[str, Any]) -> str:
-    images = (summary.get("images") or {}).get("test")
-    if not images or number((summary.get("map50") or {}).get("student")) is None:
-        return ""
-    chance = (
-        " Intervals come from drawing the test images anew (bootstrap); they don't"
-        " include chance in training: try further seeds."
-    )
+    costs = [f"{made:,.0f} cloud calls"]
+    if cost is not None:
+        costs.append(format_usd(cost))
+    seconds = finite_number(summary.seconds.get("total"))
+    if seconds:
+        costs.append(f"{format_duration(seconds)} of work")
+    text = f"{', '.join(costs)}."
+    if not cost or not made:
+        return text
     return (
-        f"Measured on {images:,} annotated test images that no training"
-        f" read.{chance if summary.get('map50_interval') else ''}"
+        f"{text} 1,000 further images would cost {format_usd(1000 * cost / made)} at the"
+        " cloud, and nothing with the student."
+    )
+
+
+def _describe_evidence(summary: RunSummary) -> str:
+    """Say on how many images the student was measured, and what intervals leave out."""
+    image_count = summary.images.get("test")
+    if not image_count or finite_number(summary.map50.get("student")) is None:
+        return ""
+    text = f"Measured on {image_count:,} annotated test images that no training read."
+    if not summary.map50_interval:
+        return text
+    return (
+        f"{text} Intervals come from drawing the test images anew (bootstrap); they"
+        " don't include chance in training: try further seeds."
     )

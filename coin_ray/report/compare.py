@@ -1,93 +1,57 @@
-"""Several finished runs on one page: what each reached, what it cost, and which
-settings tell them apart.
-"""
+"""Compare finished runs on one page: figures, cost, and the settings that differ."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 import yaml
 
 from coin_ray import storage
-from coin_ray.errors import CoinError, InputError
-from coin_ray.report.answers import bounds, interval_text
-from coin_ray.report.methods import DASH, difference, duration, money, number, points
-from coin_ray.report.page import template
-from coin_ray.runs.tracking import flatten
+from coin_ray.config.dotted_names import flatten
+from coin_ray.errors import InputError
+from coin_ray.report.answers import format_interval, interval_bounds
+from coin_ray.report.methods import (
+    DASH,
+    finite_number,
+    format_change,
+    format_duration,
+    format_points,
+    format_usd,
+)
+from coin_ray.report.page import get_template
+from coin_ray.report.run_summary import RunSummary, read_summary
 
 PAGE = "comparison.html"
+REPORT_DEPTH = 3
+"""A report's path relative to its root has so many parts: steps/report-*/report.html."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """``name``: as given, shortened to what tells it apart; ``settings``: leaves of the
-    config by dotted name; ``link``: its report, if any.
+class ComparedRun:
+    """A finished run.
+
+    ``name``: its root, shortened to the last folder if that is unique. ``settings``: by
+    dotted name. ``link``: its report relative to the page, or "".
     """
 
     name: str
-    summary: Mapping[str, Any]
+    summary: RunSummary
     settings: Mapping[str, str]
     link: str = ""
 
 
-def runs_of(arguments: Sequence[str]) -> list[str]:
-    """The folders in ``A B ... [--out FILE]``; empty if the arguments are those of a
-    single run (``demo --seed 1``).
-    """
-    first = next(
-        (i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments)
-    )
-    return list(arguments[:first]) if first > 1 else []
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Compare the runs in ``A B ... [--out FILE]``; returns the exit code. User errors
-    are one message, no traceback.
-    """
-    try:
-        print(compare(runs_of(arguments), _out(arguments)))
-    except CoinError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def compare(roots: Sequence[str], out: str) -> str:
-    """Write the page of the runs below ``roots`` to ``out``; returns where it is.
-    Raises InputError for a folder without a finished run.
-    """
-    out = storage.absolute(out)
-    runs = [
-        _read(storage.absolute(root), name, out)
-        for root, name in zip(roots, _names(roots), strict=True)
-    ]
-    storage.write_bytes(out, comparison(runs).encode())
-    return out
-
-
-def comparison(runs: Sequence[Run]) -> str:
-    """The page as HTML."""
-    return template("compare.html").render(
-        runs=runs,
-        rows=[_row(run) for run in runs],
-        spread=_spread(runs),
-        classes=_by_class(runs),
-        settings=_different(runs),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """``width``, ``low``, ``high``: the student's mAP50 and its interval in percent of
-    the track.
+    """A row of the main table.
+
+    ``width``, ``low``, ``high``: the student's mAP50 and its interval in percent of the
+    track.
     """
 
-    run: Run
+    run: ComparedRun
     student: str
     interval: str
     change: str
@@ -98,124 +62,135 @@ class _Row:
     high: float | None
 
 
-def _row(run: Run) -> _Row:
-    s = run.summary
-    scores = s.get("map50") or {}
-    own, against = (
-        bounds((s.get(name) or {}).get("student"))
-        for name in ("map50_interval", "vs_cloud_interval")
+def compare(roots: Sequence[str], out: str) -> str:
+    """Write the page of the runs below ``roots`` to ``out``; return its path.
+
+    Raises InputError for a folder without a finished run.
+    """
+    page = storage.absolute_uri(out)
+    names = _display_names(roots)
+    runs = [
+        _read_run(storage.absolute_uri(root), name, page)
+        for root, name in zip(roots, names, strict=True)
+    ]
+    storage.write_bytes(page, render_comparison(runs).encode())
+    return page
+
+
+def render_comparison(runs: Sequence[ComparedRun]) -> str:
+    """Return the page as HTML."""
+    return get_template("compare.html").render(
+        runs=runs,
+        rows=[_build_row(run) for run in runs],
+        spread=_format_spread(runs),
+        classes=_class_rows(runs),
+        settings=_differing_settings(runs),
     )
-    closed = number(s.get("gap_closed"))
-    cells = (
-        points(scores.get("cloud")),
-        points(scores.get("pseudo_label")),
-        points(scores.get("oracle")),
-        DASH if closed is None else f"{100 * closed:.0f} %",
-        money((s.get("calls") or {}).get("cost_usd")),
-        duration((s.get("seconds") or {}).get("total")),
-    )
-    low, high = (None, None) if own is None else (100 * own[0], 100 * own[1])
+
+
+def _build_row(run: ComparedRun) -> _Row:
+    summary = run.summary
+    scores = summary.map50
     student = scores.get("student")
+    interval = interval_bounds((summary.map50_interval or {}).get("student"))
+    change_interval = interval_bounds((summary.vs_cloud_interval or {}).get("student"))
+    gap_closed = finite_number(summary.gap_closed)
+    cells = (
+        format_points(scores.get("cloud")),
+        format_points(scores.get("pseudo_label")),
+        format_points(scores.get("oracle")),
+        DASH if gap_closed is None else f"{100 * gap_closed:.0f} %",
+        format_usd(summary.calls.cost_usd),
+        format_duration(summary.seconds.get("total")),
+    )
     return _Row(
         run,
-        points(student),
-        interval_text(own, signed=False),
-        difference(student, scores.get("cloud")),
-        interval_text(against),
-        cells,
-        100 * (number(student) or 0.0),
-        low,
-        high,
+        student=format_points(student),
+        interval=format_interval(interval, signed=False),
+        change=format_change(student, scores.get("cloud")),
+        change_interval=format_interval(change_interval),
+        cells=cells,
+        width=100 * (finite_number(student) or 0.0),
+        low=None if interval is None else 100 * interval[0],
+        high=None if interval is None else 100 * interval[1],
     )
 
 
-def _spread(runs: Sequence[Run]) -> str:
-    """Mean and deviation of the student over runs of one configuration with different
-    seeds; else empty.
+def _format_spread(runs: Sequence[ComparedRun]) -> str:
+    """Format the student's mean and standard deviation over seeds.
+
+    Empty if the runs differ in more than the seed, or fewer than two have a score.
     """
-    known = [
-        v
-        for run in runs
-        if (v := number((run.summary.get("map50") or {}).get("student"))) is not None
-    ]
-    if (
-        len(known) < 2
-        or {name for name, _ in _different(runs)} - {"seed"}
-        or len({r.summary.get("seed") for r in runs}) < len(runs)
-    ):
+    scores = [finite_number(run.summary.map50.get("student")) for run in runs]
+    known_scores = [score for score in scores if score is not None]
+    differing_names = {name for name, _ in _differing_settings(runs)}
+    seeds = {run.summary.seed for run in runs}
+    if len(known_scores) < 2 or differing_names - {"seed"} or len(seeds) < len(runs):
         return ""
-    return f"{points(fmean(known))} ± {points(stdev(known))}"
+    mean, deviation = fmean(known_scores), stdev(known_scores)
+    return f"{format_points(mean)} ± {format_points(deviation)}"
 
 
-def _by_class(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """The student's AP50 of each class in every run, and whether it is the best of
-    them; of runs with the same classes.
+def _class_rows(
+    runs: Sequence[ComparedRun],
+) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Return the student's AP50 by class and run, and whether it is the best of the runs.
+
+    Empty if the runs have different classes, or one was not evaluated.
     """
-    classes = runs[0].summary.get("classes") or ()
-    found = [(run.summary.get("per_class") or {}).get("student") for run in runs]
-    if any(run.summary.get("classes") != classes for run in runs) or not all(found):
+    classes = runs[0].summary.classes
+    if any(run.summary.classes != classes for run in runs):
+        return []
+    student_aps = [(run.summary.per_class or {}).get("student") for run in runs]
+    if not all(student_aps):
         return []
     rows = []
-    for i, name in enumerate(classes):
-        values = [number(values[i]) for values in found if values]
-        best = max((v for v in values if v is not None), default=None)
-        rows.append((name, [(points(v), v is not None and v == best) for v in values]))
+    for index, name in enumerate(classes):
+        aps = [finite_number(run_aps[index]) for run_aps in student_aps if run_aps]
+        best = max((ap for ap in aps if ap is not None), default=None)
+        cells = [(format_points(ap), ap is not None and ap == best) for ap in aps]
+        rows.append((name, cells))
     return rows
 
 
-def _different(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs, with their values."""
+def _differing_settings(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
+    """Return the settings that are not the same in all runs, with each run's."""
     names = sorted({name for run in runs for name in run.settings})
     rows = [(name, [run.settings.get(name, DASH) for run in runs]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    return [(name, texts) for name, texts in rows if len(set(texts)) > 1]
 
 
-def _read(root: str, name: str, out: str) -> Run:
-    path = storage.join(root, "summary.json")
-    if not storage.exists(path):
+def _read_run(root: str, name: str, page: str) -> ComparedRun:
+    summary = read_summary(root)
+    if summary is None:
         raise InputError(
-            f"comparing needs finished runs: {root} has no summary.json; run"
-            f" pipelines/full.py --root {root} first"
+            f"a comparison needs finished runs: {root} has no summary.json; run"
+            f" coin-ray adapt PRESET --root {root} first"
         )
-    summary = storage.read_json(path)
-    config = storage.join(root, "config.yaml")
-    settings = (
-        yaml.safe_load(storage.read_bytes(config)) if storage.exists(config) else {}
-    )
-    return Run(
-        name,
-        summary,
-        {k: str(v) for k, v in flatten(settings).items() if k != "value"},
-        _link(root, summary, out),
-    )
+    config_file = storage.join(root, "config.yaml")
+    settings: dict[str, str] = {}
+    if storage.exists(config_file):
+        config = yaml.safe_load(storage.read_bytes(config_file)) or {}
+        settings = {name: str(setting) for name, setting in flatten(config).items()}
+    return ComparedRun(name, summary, settings, _link_to_report(root, summary, page))
 
 
-def _link(root: str, summary: Mapping[str, Any], out: str) -> str:
-    """From ``out`` to the run's page, which lies where it was made relative to the
-    root; empty if it isn't there.
+def _link_to_report(root: str, summary: RunSummary, page: str) -> str:
+    """Return the link from ``page`` to the run's report, or "" if it does not exist.
+
+    The root may have been moved since the report was written.
     """
-    if not summary.get("page"):
+    if not summary.page:
         return ""
-    page = storage.join(root, *str(summary["page"]).split("/")[-3:])
-    if not storage.exists(page):
+    report = storage.join(root, *summary.page.split("/")[-REPORT_DEPTH:])
+    if not storage.exists(report):
         return ""
-    return page if "://" in page + out else os.path.relpath(page, os.path.dirname(out))
+    if "://" in page + report:
+        return report
+    return os.path.relpath(report, os.path.dirname(page))
 
 
-def _names(roots: Sequence[str]) -> list[str]:
-    """Last folder of each root, or the whole where these are not all different."""
-    last = [root.rstrip("/").rsplit("/", 1)[-1] for root in roots]
-    return last if len(set(last)) == len(last) else list(roots)
-
-
-def _out(arguments: Sequence[str]) -> str:
-    rest = list(arguments[len(runs_of(arguments)) :])
-    if not rest:
-        return PAGE
-    if len(rest) == 1 and rest[0].startswith("--out="):
-        return rest[0].removeprefix("--out=")
-    if len(rest) == 2 and rest[0] == "--out":
-        return rest[1]
-    raise InputError(
-        f"comparing takes folders of runs and --out FILE; got {' '.join(rest)}"
-    )
+def _display_names(roots: Sequence[str]) -> list[str]:
+    """Return the last folder of each root, or the roots where two have the same."""
+    folders = [root.rstrip("/").rsplit("/", 1)[-1] for root in roots]
+    return folders if len(set(folders)) == len(folders) else list(roots)

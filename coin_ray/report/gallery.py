@@ -1,13 +1,13 @@
-"""The gallery: pictures with boxes by layer, and what switches and filters them."""
+"""The gallery: pictures with boxes by layer, and the controls that switch and filter them."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 KINDS = ("consistent", "inconsistent", "private", "reviewed")
-"""What boxes of training images are; the last: a person's."""
+"""Kinds of boxes on training images; "reviewed": a person's."""
 LAYER_NAMES = {
     "truth": "Truth",
     "cloud": "Cloud",
@@ -33,23 +33,30 @@ GROUPS = {
     "train": (
         "Training images",
         (
-            "What the teachers said, by kind: both agree, both see it but name it"
-            " differently, only one sees it; or a person."
+            "The teachers' boxes by kind: both agree, both find it but give different"
+            " classes, only one finds it; or a person's boxes."
         ),
     ),
 }
-LETTER = 0.78
-"""Width of a letter as a share of the font size, about; small screens show text larger.
-"""
-SHOWN_FIRST = ("truth", "student", *KINDS)
-"""Layers that are on when the page opens; the first layer there is if it has neither.
-"""
+"""Title and note of each group of pictures, in order."""
+LETTER_WIDTH = 0.78
+"""Approximate width of a letter as a share of the font size; small screens show text
+larger."""
+FONT_DIVISOR = 23
+"""Image width / font size: every frame is equally wide on the page."""
+INITIAL_LAYERS = ("truth", "student", *KINDS)
+"""Layers that are on when the page opens; the first layer if there is none of these."""
+TEXT_BELOW = ("student", "clip_detector", "inconsistent", "private")
+TEXT_AT_RIGHT = ("cloud", "clip_detector", "private")
+"""Each layer writes at a corner of its own, so that layers shown together stay legible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """``xyxy``: pixels of the gallery image. ``score``: None for truth. ``kind``: one
-    of KINDS, or empty.
+    """A box of a picture.
+
+    ``xyxy``: pixels of the gallery image. ``score``: None for truth. ``kind``: one of
+    KINDS, or empty.
     """
 
     xyxy: tuple[float, float, float, float]
@@ -60,12 +67,12 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class GalleryImage:
-    """A JPEG of an image of ``width`` x ``height`` pixels and its boxes by layer:
-    truth, cloud, clip_labels, clip_detector, student, separation.
+    """A JPEG of an image of ``width`` x ``height`` pixels and its boxes by layer.
 
-    A box with a ``kind`` is switched by its kind, whatever its layer. ``group``: one of
-    GROUPS; ``note``: what is said below it; ``disagreements``: those of DISAGREEMENTS
-    that it shows.
+    Layers are truth, cloud, clip_labels, clip_detector, student and separation; a box
+    with a ``kind`` is switched by its kind, whatever its layer. ``group``: one of GROUPS.
+    ``note``: text below the picture. ``disagreements``: those of DISAGREEMENTS that it
+    shows.
     """
 
     jpeg: bytes
@@ -80,8 +87,10 @@ class GalleryImage:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A box as drawn, in pixels of its image; ``toggle`` switches it, ``text_y`` and
-    ``anchor`` place its name.
+    """A box as drawn, in pixels of its image.
+
+    ``toggle``: the checkbox that switches it. ``text_x``, ``text_y`` and ``anchor``:
+    position of its text.
     """
 
     toggle: str
@@ -98,7 +107,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """``kinds`` and ``disagreements``: what the filters look for, separated by spaces."""
+    """A picture as drawn; filters search ``kinds`` and ``disagreements``, space-separated."""
 
     source: str
     name: str
@@ -113,6 +122,8 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Group:
+    """Pictures below one title."""
+
     title: str
     note: str
     frames: tuple[Frame, ...]
@@ -120,6 +131,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Toggle:
+    """A checkbox that switches a layer or a kind."""
+
     key: str
     name: str
     on: bool
@@ -127,8 +140,9 @@ class Toggle:
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """``classes``, ``kinds``, ``disagreements``: what there is to filter by, the last
-    two with their names.
+    """The pictures, the checkboxes, and what the filters offer.
+
+    ``kinds`` and ``disagreements``: names by key.
     """
 
     groups: tuple[Group, ...]
@@ -138,49 +152,52 @@ class Gallery:
     disagreements: dict[str, str]
 
 
-def arranged(images: Sequence[GalleryImage], classes: Sequence[str]) -> Gallery | None:
-    """The images by group, in the order of GROUPS; None without images."""
-    groups = [
-        Group(title, note, tuple(_frame(i) for i in images if i.group == key))
-        for key, (title, note) in GROUPS.items()
-        if any(i.group == key for i in images)
-    ]
-    every = [
-        (layer, box)
-        for image in images
-        for layer, boxes in image.layers.items()
-        for box in boxes
-    ]
-    labels = {box.label for _, box in every}
-    kinds = {k: k.capitalize() for k in KINDS if any(box.kind == k for _, box in every)}
-    seen = {
-        d: name
-        for d, name in DISAGREEMENTS.items()
-        if any(d in i.disagreements for i in images)
-    }
-    ordered = [name for name in classes if name in labels]
-    named = (*ordered, *sorted(labels - set(ordered)))
-    return (
-        Gallery(tuple(groups), tuple(_toggles(images)), named, kinds, seen)
-        if groups
-        else None
+def build_gallery(
+    images: Sequence[GalleryImage], classes: Sequence[str]
+) -> Gallery | None:
+    """Return the images by group, in the order of GROUPS; None without images."""
+    groups = []
+    for key, (title, note) in GROUPS.items():
+        frames = tuple(_build_frame(image) for image in images if image.group == key)
+        if frames:
+            groups.append(Group(title, note, frames))
+    if not groups:
+        return None
+    boxes = [box for image in images for _, box in _layered_boxes(image)]
+    kinds = {box.kind for box in boxes}
+    disagreements = {name for image in images for name in image.disagreements}
+    return Gallery(
+        tuple(groups),
+        tuple(_build_toggles(images)),
+        classes=_class_options({box.label for box in boxes}, classes),
+        kinds={kind: kind.capitalize() for kind in KINDS if kind in kinds},
+        disagreements={
+            key: name for key, name in DISAGREEMENTS.items() if key in disagreements
+        },
     )
 
 
-def _toggles(gallery: Sequence[GalleryImage]) -> list[Toggle]:
-    present = {
-        _toggle_key(layer, box)
-        for image in gallery
-        for layer, boxes in image.layers.items()
-        for box in boxes
-    }
-    present |= {
-        layer for image in gallery for layer in image.layers if layer in LAYER_NAMES
-    }
+def _layered_boxes(image: GalleryImage) -> Iterator[tuple[str, Box]]:
+    for layer, boxes in image.layers.items():
+        for box in boxes:
+            yield layer, box
+
+
+def _class_options(labels: set[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels in the order of the classes, other labels after them."""
+    ordered = [name for name in classes if name in labels]
+    return (*ordered, *sorted(labels - set(ordered)))
+
+
+def _build_toggles(images: Sequence[GalleryImage]) -> list[Toggle]:
+    present = set()
+    for image in images:
+        present |= {_toggle_key(layer, box) for layer, box in _layered_boxes(image)}
+        present |= {layer for layer in image.layers if layer in LAYER_NAMES}
     keys = [key for key in (*LAYER_NAMES, *KINDS) if key in present]
-    shown = [key for key in SHOWN_FIRST if key in keys] or keys[:1]
+    initial = [key for key in INITIAL_LAYERS if key in keys] or keys[:1]
     return [
-        Toggle(key, LAYER_NAMES.get(key, key.capitalize()), key in shown)
+        Toggle(key, LAYER_NAMES.get(key, key.capitalize()), key in initial)
         for key in keys
     ]
 
@@ -189,69 +206,57 @@ def _toggle_key(layer: str, box: Box) -> str:
     return box.kind if box.kind in KINDS else layer
 
 
-def _frame(image: GalleryImage) -> Frame:
-    """Text is sized to the image's width, because every frame of the gallery is equally
-    wide.
-    """
-    font = image.width / 23
+def _build_frame(image: GalleryImage) -> Frame:
+    font = image.width / FONT_DIVISOR
     marks = tuple(
-        _mark(_toggle_key(layer, box), box, image, font)
-        for layer, boxes in image.layers.items()
-        for box in boxes
+        _build_mark(_toggle_key(layer, box), box, image, font)
+        for layer, box in _layered_boxes(image)
     )
-    source = "data:image/jpeg;base64," + base64.b64encode(image.jpeg).decode("ascii")
-    kinds = [kind for kind in KINDS if any(mark.toggle == kind for mark in marks)]
+    jpeg = base64.b64encode(image.jpeg).decode("ascii")
+    toggles = {mark.toggle for mark in marks}
     return Frame(
-        source,
-        image.name,
-        image.width,
-        image.height,
-        font,
-        marks,
-        image.note,
-        " ".join(kinds),
-        " ".join(image.disagreements),
+        source=f"data:image/jpeg;base64,{jpeg}",
+        name=image.name,
+        width=image.width,
+        height=image.height,
+        font=font,
+        marks=marks,
+        note=image.note,
+        kinds=" ".join(kind for kind in KINDS if kind in toggles),
+        disagreements=" ".join(image.disagreements),
     )
 
 
-def _mark(toggle: str, box: Box, image: GalleryImage, font: float) -> Mark:
+def _build_mark(toggle: str, box: Box, image: GalleryImage, font: float) -> Mark:
     left, top, right, bottom = box.xyxy
-    text = (
-        box.label
-        if box.score is None
-        else box.label + f" {box.score:.2f}".replace(" 0.", " .")
-    )
-    text_x, text_y, anchor = _text_place(
-        toggle, box, image, font, len(text) * LETTER * font
-    )
+    text = box.label
+    if box.score is not None:
+        text += f" {box.score:.2f}".replace(" 0.", " .")
+    text_width = len(text) * LETTER_WIDTH * font
+    text_x, text_y, anchor = _text_position(toggle, box, image, font, text_width)
     return Mark(
         toggle,
         box.label,
         text,
-        left,
-        top,
-        max(right - left, 0),
-        max(bottom - top, 0),
-        text_x,
-        text_y,
-        anchor,
+        x=left,
+        y=top,
+        width=max(right - left, 0),
+        height=max(bottom - top, 0),
+        text_x=text_x,
+        text_y=text_y,
+        anchor=anchor,
     )
 
 
-def _text_place(
-    toggle: str, box: Box, image: GalleryImage, font: float, length: float
+def _text_position(
+    toggle: str, box: Box, image: GalleryImage, font: float, text_width: float
 ) -> tuple[float, float, str]:
-    """x, y and anchor. Each layer writes at a corner of its own, so that layers shown
-    together stay legible; never outside.
-    """
+    """Return x, y and anchor of a box's text, which stays within the image."""
     left, top, right, bottom = box.xyxy
-    below = toggle in ("student", "clip_detector", "inconsistent", "private")
-    at_right = toggle in ("cloud", "clip_detector", "private")
-    text_y = (
-        min(bottom + font, image.height - font / 4)
-        if below
-        else max(top - font / 4, font)
-    )
-    if at_right:
-        return min(max(right, length), image.width), text_y, "end"
-    return max(min(left, image.width - length), 0), text_y, "start"
+    if toggle in TEXT_BELOW:
+        y = min(bottom + font, image.height - font / 4)
+    else:
+        y = max(top - font / 4, font)
+    if toggle in TEXT_AT_RIGHT:
+        return min(max(right, text_width), image.width), y, "end"
+    return max(min(left, image.width - text_width), 0), y, "start"

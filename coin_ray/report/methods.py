@@ -1,12 +1,14 @@
-"""What is compared, in the order and with the names of every table. Imports nothing
-heavy.
+"""The compared methods, in the order and with the names of every table; number formats.
+
+Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+
+from coin_ray.report.run_summary import RunSummary
 
 DASH = "\u2013"
 MINUS = "\u2212"
@@ -14,8 +16,10 @@ MINUS = "\u2212"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """``key``: name in summary.json. ``hue``: the colour it has everywhere. ``needs``:
-    what using it on a new image takes.
+    """A method that the evaluation compares.
+
+    ``key``: name in summary.json. ``hue``: its colour class in every chart. ``needs``:
+    what it takes to use the method on a new image.
     """
 
     key: str
@@ -39,42 +43,53 @@ METHODS = (
 )
 
 
-def number(value: object) -> float | None:
-    """A finite number, or None for null, NaN and anything else."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-    ):
-        return None
-    return float(value)
+def evaluated_methods(summary: RunSummary) -> tuple[Method, ...]:
+    """Return the methods that the run evaluated, or tried to evaluate.
 
-
-def points(value: object) -> str:
-    """A share as points of 100 with one decimal, the way detection tables are read; a
-    dash if unknown.
+    There are none if the run had no annotated test images.
     """
-    known = number(value)
-    return DASH if known is None else f"{known * 100:.1f}"
+    scores = summary.map50
+    if all(finite_number(scores.get(method.key)) is None for method in METHODS):
+        return ()
+    return tuple(method for method in METHODS if method.key in scores)
 
 
-def difference(value: object, reference: object) -> str:
-    """``value - reference`` in signed points; empty if either is unknown."""
-    ours, theirs = number(value), number(reference)
-    if ours is None or theirs is None:
+def finite_number(value: object) -> float | None:
+    """Return a finite number as float, and None for None, NaN and anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def format_points(share: object) -> str:
+    """Format a share as points of 100 with one decimal; a dash if unknown."""
+    number = finite_number(share)
+    return DASH if number is None else f"{number * 100:.1f}"
+
+
+def format_change(share: object, reference: object) -> str:
+    """Format ``share - reference`` in signed points; empty if either is unknown."""
+    new, old = finite_number(share), finite_number(reference)
+    if new is None or old is None:
         return ""
-    gap = round(ours * 100, 1) - round(theirs * 100, 1)
-    return f"{gap:+.1f}".replace("-", MINUS) if abs(gap) > 0.04 else "0.0"
+    change = round(new * 100, 1) - round(old * 100, 1)
+    return f"{change:+.1f}".replace("-", MINUS) if abs(change) > 0.04 else "0.0"
 
 
-def duration(seconds: object) -> str:
-    """Seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``; a dash if unknown."""
-    known = number(seconds)
-    if known is None:
+def format_percent(share: object) -> str:
+    """Format a share as whole percent; empty if unknown."""
+    number = finite_number(share)
+    return "" if number is None else f"{100 * number:.0f} %"
+
+
+def format_duration(seconds: object) -> str:
+    """Format seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``; a dash if unknown."""
+    number = finite_number(seconds)
+    if number is None:
         return DASH
-    if known < 10:
-        return f"{known:.1f} s"
-    whole = round(known)
+    if number < 10:
+        return f"{number:.1f} s"
+    whole = round(number)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
@@ -82,14 +97,7 @@ def duration(seconds: object) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def money(usd: object) -> str:
-    known = number(usd)
-    return DASH if known is None else f"${known:,.2f}"
-
-
-def compared(summary: dict[str, Any]) -> tuple[Method, ...]:
-    """The methods this run evaluated, or tried to; none if it had no annotated images."""
-    scores = summary.get("map50") or {}
-    if all(number(scores.get(m.key)) is None for m in METHODS):
-        return ()
-    return tuple(m for m in METHODS if m.key in scores)
+def format_usd(amount: object) -> str:
+    """Format an amount in US dollars; a dash if unknown."""
+    number = finite_number(amount)
+    return DASH if number is None else f"${number:,.2f}"

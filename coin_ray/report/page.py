@@ -1,9 +1,9 @@
-"""The report: one HTML file that holds everything it shows and opens from disk."""
+"""The report: one HTML file that opens from disk and needs no other file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,99 +11,112 @@ from typing import Any
 import jinja2
 
 from coin_ray.report import teachers
-from coin_ray.report.answers import answers, bounds, headline, interval_text
+from coin_ray.report.answers import (
+    answer_questions,
+    build_headline,
+    format_interval,
+    interval_bounds,
+)
 from coin_ray.report.charts import (
     CurveRow,
     Plot,
-    class_bars,
-    curves_by_run,
-    precision_recall,
-    stacked,
+    build_class_bars,
+    plot_precision_recall,
+    plot_training_curves,
+    stack_segments,
 )
-from coin_ray.report.gallery import GalleryImage, arranged
+from coin_ray.report.gallery import GalleryImage, build_gallery
 from coin_ray.report.methods import (
     Method,
-    compared,
-    difference,
-    duration,
-    money,
-    number,
-    points,
+    evaluated_methods,
+    finite_number,
+    format_change,
+    format_duration,
+    format_points,
+    format_usd,
 )
+from coin_ray.report.run_summary import CorrectionCounts, RunSummary
 
 PER_CLASS = ("cloud", "clip_detector", "student", "oracle")
 """Methods with a bar per class."""
 CURVES = ("cloud", "clip_detector", "pseudo_label", "student", "oracle")
 """Methods with a precision-recall curve."""
 
+Rows = list[tuple[str, str]]
+"""Rows of a table of two columns."""
+
+
+@dataclass(frozen=True)
+class PageFigures:
+    """Figures that the page draws and ``summary.json`` does not hold.
+
+    What is empty leaves its section out.
+    """
+
+    precision_recall: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Mean precision over recall by method."""
+    class_curves: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """Precision over recall by method, for each class."""
+    confusion: Sequence[Sequence[int]] = ()
+    """[K+1, K+1] boxes by the cloud's class and CLIP's, "background" last."""
+    reliability: Mapping[str, Sequence[Mapping[str, float]]] = field(
+        default_factory=dict
+    )
+    """Bins with ``confidence``, ``right`` and ``count`` by teacher."""
+
 
 def build_page(
-    summary: dict[str, Any],
-    per_class: dict[str, list[float]],
+    summary: RunSummary,
     curves: Sequence[CurveRow],
     gallery: Sequence[GalleryImage],
     config_yaml: str,
     command: str,
-    figures: Mapping[str, Any] | None = None,
+    figures: PageFigures | None = None,
 ) -> str:
-    """The whole page as HTML.
+    """Return the whole page as HTML.
 
-    ``summary``: the contents of summary.json. ``per_class``: AP50 in 0..1 of each class
-    by method key, NaN where a class has no truth. ``curves``: rows of (run, step,
-    metric, value). ``figures``: ``precision_recall`` by method, ``class_curves`` by
-    method and class, ``confusion`` [K+1, K+1] and ``reliability`` bins by teacher.
-    Whatever is missing or empty leaves its section out.
+    ``curves``: rows of (run, step, metric, value). Sections without figures are left
+    out.
     """
-    shapes, classes = figures or {}, summary.get("classes") or ()
-    losses, knowing = teachers.split_curves(curves)
-    return template("page.html").render(
+    figures = figures or PageFigures()
+    losses, diagnostic_plots = teachers.split_curves(curves)
+    sections = (
+        _result_section(summary)
+        | _class_section(summary)
+        | _cost_section(summary)
+        | _precision_recall_section(summary, figures)
+        | _teacher_section(summary, figures)
+    )
+    return get_template("page.html").render(
         summary=summary,
-        headline=headline(summary),
-        answers=answers(summary),
-        with_clip="clip_labels" in (summary.get("map50") or {}),
-        results=_results(summary),
-        unknown=bool(summary.get("map50_unknown")),
-        intervals=bool(summary.get("map50_interval")),
-        fusion_wins=_fusion_wins(summary),
-        asked=_asked(summary),
-        stages=_stages(summary),
-        separation=stacked(
-            {
-                kind: int((summary.get("separation") or {}).get(kind) or 0)
-                for kind in teachers.KINDS
-            }
-        ),
-        knowledge=summary.get("knowledge"),
-        corrections=summary.get("corrections"),
-        corrected=teachers.corrected_table(summary.get("corrections") or {}),
-        class_bars=class_bars(
-            classes,
-            per_class,
-            PER_CLASS,
-            summary.get("truth_boxes") or (),
-            summary.get("class_change_interval") or (),
-        ),
-        operating=_operating(summary),
-        precision_recall=precision_recall(
-            shapes.get("precision_recall") or {}, CURVES, "All classes"
-        ),
-        class_curves=_class_curves(classes, shapes.get("class_curves") or {}),
-        confusion=teachers.confusion_table(shapes.get("confusion") or [], classes),
-        calibration=teachers.calibration(
-            shapes.get("reliability") or {}, summary.get("calibration_error") or {}
-        ),
-        sides=teachers.sides_table(summary.get("ckg_sides") or {}),
-        knowing=knowing,
-        curves=curves_by_run(losses),
-        gallery=arranged(gallery, classes),
-        machine=_machine(summary),
+        **sections,
+        diagnostic_plots=diagnostic_plots,
+        training_curves=plot_training_curves(losses),
+        gallery=build_gallery(gallery, summary.classes),
+        machine=_machine_rows(summary),
         config_yaml=config_yaml,
         command=command,
     )
 
 
+def get_template(name: str) -> jinja2.Template:
+    """Return a template of this folder; it escapes everything that is put into it."""
+    return _environment().get_template(name)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class _Result:
+class _ResultRow:
     """A row of the main table; ``width``, ``low`` and ``high``: percent of the track."""
 
     method: Method
@@ -118,159 +131,186 @@ class _Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
+class _StepTime:
+    """The duration of a step; ``width``: percent of the whole run."""
+
     name: str
     time: str
     width: float
 
 
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def _result_section(summary: RunSummary) -> dict[str, object]:
+    return {
+        "headline": build_headline(summary),
+        "answers": answer_questions(summary),
+        "with_clip": "clip_labels" in summary.map50,
+        "results": [_result_row(summary, m) for m in evaluated_methods(summary)],
+        "unknown": bool(summary.map50_unknown),
+        "intervals": bool(summary.map50_interval),
+        "fusion_wins": _fusion_wins(summary),
+    }
+
+
+def _result_row(summary: RunSummary, method: Method) -> _ResultRow:
+    key = method.key
+    score = summary.map50[key]
+    change = ""
+    if key != "cloud":
+        change = format_change(score, summary.map50.get("cloud"))
+    interval = interval_bounds((summary.map50_interval or {}).get(key))
+    change_interval = interval_bounds((summary.vs_cloud_interval or {}).get(key))
+    low, high = None, None
+    if interval is not None:
+        low, high = _track_percent(interval[0]), _track_percent(interval[1])
+    return _ResultRow(
+        method,
+        map50=format_points(score),
+        width=_track_percent(score),
+        change=change,
+        unknown=format_points((summary.map50_unknown or {}).get(key)),
+        interval=format_interval(interval, signed=False),
+        change_interval=format_interval(change_interval),
+        low=low,
+        high=high,
     )
 
 
-def template(name: str) -> jinja2.Template:
-    """A template beside this file; everything put into it is escaped."""
-    return _environment().get_template(name)
+def _track_percent(share: object) -> float:
+    """Return a share as percent of a bar's track; 0 if unknown."""
+    return 100 * min(max(finite_number(share) or 0.0, 0.0), 1.0)
 
 
-def _results(summary: dict[str, Any]) -> list[_Result]:
-    scores, unknown = summary.get("map50") or {}, summary.get("map50_unknown") or {}
-    rows = []
-    for m in compared(summary):
-        change = (
-            "" if m.key == "cloud" else difference(scores[m.key], scores.get("cloud"))
-        )
-        own = bounds((summary.get("map50_interval") or {}).get(m.key))
-        against = bounds((summary.get("vs_cloud_interval") or {}).get(m.key))
-        low, high = (
-            (None, None) if own is None else (_percent(own[0]), _percent(own[1]))
-        )
-        texts = interval_text(own, signed=False), interval_text(against)
-        rows.append(
-            _Result(
-                m,
-                points(scores[m.key]),
-                _percent(scores[m.key]),
-                change,
-                points(unknown.get(m.key)),
-                *texts,
-                low,
-                high,
-            )
-        )
+def _fusion_wins(summary: RunSummary) -> bool:
+    """Return whether averaging both teachers scores higher than the student."""
+    fusion = finite_number(summary.map50.get("static_fusion"))
+    student = finite_number(summary.map50.get("student"))
+    return fusion is not None and student is not None and fusion > student
+
+
+def _class_section(summary: RunSummary) -> dict[str, object]:
+    bars = build_class_bars(
+        summary.classes,
+        summary.per_class or {},
+        PER_CLASS,
+        summary.truth_boxes or (),
+        summary.class_change_interval or (),
+    )
+    return {"class_bars": bars}
+
+
+def _cost_section(summary: RunSummary) -> dict[str, object]:
+    box_counts = {kind: summary.separation.get(kind, 0) for kind in teachers.KINDS}
+    corrections = summary.corrections
+    return {
+        "asked": _cost_rows(summary),
+        "stages": _step_times(summary),
+        "separation": stack_segments(box_counts),
+        "knowledge": summary.knowledge,
+        "corrections": corrections,
+        "corrected": teachers.mistakes_table(corrections or CorrectionCounts()),
+    }
+
+
+def _cost_rows(summary: RunSummary) -> Rows:
+    """Return images, calls, cost and boxes as rows of a table; unknown ones left out."""
+    calls, kept = summary.calls, summary.kept
+    counts: list[tuple[str, int | None]] = [
+        (f"Images: {split}", count) for split, count in summary.images.items()
+    ]
+    if summary.images or summary.rejected:
+        counts.append(("Images that could not be read", summary.rejected))
+    counts += [
+        ("Calls made", calls.made),
+        ("Answered from the journal", calls.cached),
+        ("Failed", calls.failed),
+    ]
+    rows = [(name, f"{count:,}") for name, count in counts if count is not None]
+    if calls.cost_usd is not None:
+        rows.append(("Cost", format_usd(calls.cost_usd)))
+    if kept is not None and kept.boxes is not None:
+        rows.append(("Boxes on training images", f"{kept.boxes:,}"))
+    if kept is not None and kept.used is not None:
+        rows.append(("of these above the threshold, used", f"{kept.used:,}"))
     return rows
 
 
-def _percent(share: object) -> float:
-    return 100 * min(max(number(share) or 0.0, 0.0), 1.0)
-
-
-def _fusion_wins(summary: dict[str, Any]) -> bool:
-    scores = summary.get("map50") or {}
-    fused, student = number(scores.get("static_fusion")), number(scores.get("student"))
-    return fused is not None and student is not None and fused > student
-
-
-def _asked(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was asked, paid and kept, as rows of a table."""
-    images, calls, kept = (
-        summary.get(name) or {} for name in ("images", "calls", "kept")
-    )
-    rows = [(f"Images: {split}", count) for split, count in images.items()] + [
-        ("Images that could not be read", summary.get("rejected"))
-    ]
-    rows += [
-        ("Calls made", calls.get("made")),
-        ("Answered from the journal", calls.get("cached")),
-        ("Failed", calls.get("failed")),
-    ]
-    told = [(name, f"{count:,}") for name, count in rows if number(count) is not None]
-    told += [("Cost", money(calls["cost_usd"]))] if "cost_usd" in calls else []
-    boxes = {
-        "Boxes on training images": kept.get("boxes"),
-        "of these above the threshold, used": kept.get("used"),
-    }
-    return told + [
-        (name, f"{count:,}")
-        for name, count in boxes.items()
-        if number(count) is not None
-    ]
-
-
-def _stages(summary: dict[str, Any]) -> list[_Stage]:
-    """Stages as they ran, and last the total; bars show the share of the total."""
+def _step_times(summary: RunSummary) -> list[_StepTime]:
+    """Return the steps in the order in which they ran, and last the total."""
     seconds = {
-        name: number(value) or 0.0
-        for name, value in (summary.get("seconds") or {}).items()
+        name: finite_number(duration) or 0.0
+        for name, duration in summary.seconds.items()
     }
     total = seconds.pop("total", sum(seconds.values()))
     if not seconds:
         return []
     whole = max(total, sum(seconds.values()), 1e-9)
-    stages = [
-        _Stage(name, duration(value), 100 * value / whole)
-        for name, value in seconds.items()
-        if value
+    times = [
+        _StepTime(name, format_duration(duration), 100 * duration / whole)
+        for name, duration in seconds.items()
+        if duration
     ]
-    return [*stages, _Stage("total", duration(total), 0)]
+    return [*times, _StepTime("total", format_duration(total), 0)]
 
 
-def _operating(summary: dict[str, Any]) -> list[tuple[Method, list[str]]]:
-    """Per method: threshold, precision, recall and F1 at the threshold of the best F1."""
-    found = summary.get("operating") or {}
-    rows = [(m, found[m.key]) for m in compared(summary) if m.key in found]
-    return [
-        (
-            m,
-            [
-                f"{p['score']:.2f}",
-                *(points(p[key]) for key in ("precision", "recall", "f1")),
-            ],
-        )
-        for m, p in rows
-    ]
+def _precision_recall_section(
+    summary: RunSummary, figures: PageFigures
+) -> dict[str, object]:
+    class_plots = []
+    for index, name in enumerate(summary.classes):
+        class_curves = {m: rows[index] for m, rows in figures.class_curves.items()}
+        class_plots.append(plot_precision_recall(class_curves, PER_CLASS, name))
+    return {
+        "operating": _operating_rows(summary),
+        "precision_recall": plot_precision_recall(
+            figures.precision_recall, CURVES, "All classes"
+        ),
+        "class_curves": _drawn(class_plots),
+    }
 
 
-def _class_curves(
-    classes: Sequence[str], found: Mapping[str, Sequence[Sequence[float]]]
-) -> list[Plot]:
-    plots = [
-        precision_recall({key: rows[i] for key, rows in found.items()}, PER_CLASS, name)
-        for i, name in enumerate(classes)
-    ]
-    return [plot for plot in plots if plot]
+def _operating_rows(summary: RunSummary) -> list[tuple[Method, list[str]]]:
+    """Return threshold, precision, recall and F1 by method, at the best F1."""
+    points = summary.operating or {}
+    rows = []
+    for method in evaluated_methods(summary):
+        point = points.get(method.key)
+        if point is not None:
+            shares = (point.precision, point.recall, point.f1)
+            cells = [f"{point.score:.2f}", *(format_points(s) for s in shares)]
+            rows.append((method, cells))
+    return rows
 
 
-def _machine(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Hardware, seed, model and versions as rows of a table."""
-    hardware, model = summary.get("hardware") or {}, summary.get("model") or {}
-    rows = [("Seed", summary.get("seed"))]
-    if hardware:
+def _teacher_section(summary: RunSummary, figures: PageFigures) -> dict[str, object]:
+    return {
+        "confusion": teachers.confusion_table(figures.confusion, summary.classes),
+        "calibration": teachers.plot_calibration(
+            figures.reliability, summary.calibration_error or {}
+        ),
+        "sides": teachers.ckg_sides_table(summary.ckg_sides or {}),
+    }
+
+
+def _drawn(plots: Sequence[Plot | None]) -> list[Plot]:
+    return [plot for plot in plots if plot is not None]
+
+
+def _machine_rows(summary: RunSummary) -> Rows:
+    """Return seed, hardware, model size and versions as rows of a table."""
+    rows: list[tuple[str, Any]] = []
+    if summary.seed is not None:
+        rows.append(("Seed", summary.seed))
+    hardware = summary.hardware
+    if hardware is not None:
         rows += [
-            ("System", hardware["system"]),
-            ("Processors", hardware["cpus"]),
-            ("Memory", f"{hardware['memory_gib']} GiB"),
-            ("GPU", hardware["gpu"] or "none"),
+            ("System", hardware.system),
+            ("Processors", hardware.cpus),
+            ("Memory", f"{hardware.memory_gib} GiB"),
+            ("GPU", hardware.gpu or "none"),
         ]
-    if {"parameters", "bytes"} <= set(model):
-        rows.append(
-            (
-                "Student",
-                (
-                    f"{model['parameters'] / 1e6:.1f} M parameters,"
-                    f" {model['bytes'] / 1e6:.1f} MB"
-                ),
-            )
-        )
-    return [
-        (name, str(value))
-        for name, value in [*rows, *(summary.get("versions") or {}).items()]
-        if value is not None
-    ]
+    model = summary.model
+    if model is not None and model.parameters is not None and model.bytes is not None:
+        millions, megabytes = model.parameters / 1e6, model.bytes / 1e6
+        rows.append(("Student", f"{millions:.1f} M parameters, {megabytes:.1f} MB"))
+    rows += summary.versions.items()
+    return [(name, str(text)) for name, text in rows]

@@ -1,141 +1,118 @@
-"""The run's result in the terminal. Imports neither torch nor jinja2: it is shown
-before and after everything else.
+"""Print a run's figures in the terminal.
+
+Imports neither torch nor jinja2: the table is printed before and after everything else.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from coin_ray.report.methods import (
-    compared,
-    difference,
-    duration,
-    money,
-    number,
-    points,
+    evaluated_methods,
+    format_change,
+    format_duration,
+    format_points,
+    format_usd,
 )
+from coin_ray.report.run_summary import RunSummary
 
 
-def print_summary(summary: dict[str, Any], page: str | None = None) -> None:
-    """Print mAP50 by method, what separation found, calls and cost, seconds per stage,
-    and where the page is.
+def print_summary(summary: RunSummary) -> None:
+    """Print mAP50 by method, boxes by kind, calls and cost, time per step, and the report.
 
-    ``summary``: the contents of summary.json; parts that are missing are left out.
+    Parts that the run does not have are left out.
     """
     console = Console()
-    for part in (
-        _results(summary),
-        _separation(summary),
-        _calls(summary),
-        _stages(summary),
-    ):
-        if part is not None:
-            console.print(part)
-    if page:
-        console.print(f"[bold]report[/]  {escape(page)}", soft_wrap=True)
+    tables = (
+        _results_table(summary),
+        _separation_table(summary),
+        _calls_table(summary),
+        _time_table(summary),
+    )
+    for table in tables:
+        if table is not None:
+            console.print(table)
+    if summary.page:
+        console.print(f"[bold]report[/]  {escape(summary.page)}", soft_wrap=True)
 
 
-def _results(summary: dict[str, Any]) -> Table | str:
-    scores, unknown = summary.get("map50") or {}, summary.get("map50_unknown") or {}
-    methods = compared(summary)
+def _results_table(summary: RunSummary) -> Table | str:
+    methods = evaluated_methods(summary)
     if not methods:
         return (
-            "No annotated test images, so no mAP50: give --data.test a COCO folder to"
-            " evaluate."
+            "No annotated test images, so no mAP50: give --data.test a labelled folder"
+            " to evaluate."
         )
-    table = _table(
-        "mAP50",
-        "",
-        "mAP50",
-        "vs cloud",
-        *(["new to both teachers"] if unknown else []),
-        "needs",
-    )
+    scores = summary.map50
+    unknown_scores = summary.map50_unknown or {}
+    unknown_column = ["new to both teachers"] if unknown_scores else []
+    table = _new_table("mAP50", "", "mAP50", "vs cloud", *unknown_column, "needs")
     table.columns[-1].justify = "left"
     for method in methods:
-        change = (
-            ""
-            if method.key == "cloud"
-            else difference(scores[method.key], scores.get("cloud"))
-        )
-        novel = [points(unknown.get(method.key))] if unknown else []
-        style = "bold" if method.key == "student" else None
-        table.add_row(
-            method.name,
-            points(scores[method.key]),
-            change,
-            *novel,
-            method.needs,
-            style=style,
-        )
+        cells = [method.name, format_points(scores[method.key])]
+        if method.key == "cloud":
+            cells.append("")
+        else:
+            cells.append(format_change(scores[method.key], scores.get("cloud")))
+        if unknown_scores:
+            cells.append(format_points(unknown_scores.get(method.key)))
+        cells.append(method.needs)
+        table.add_row(*cells, style="bold" if method.key == "student" else None)
     return table
 
 
-def _separation(summary: dict[str, Any]) -> Table | None:
-    counts = summary.get("separation") or {}
-    total = sum(counts.values())
+def _separation_table(summary: RunSummary) -> Table | None:
+    total = sum(summary.separation.values())
     if not total:
         return None
-    knowledge = summary.get("knowledge") or {}
-    table = _table(
-        "Separation", "", "boxes", "share", *(["right"] if knowledge else [])
-    )
-    for kind, count in counts.items():
-        right = (
-            [
-                ", ".join(
-                    _right(share, who) for who, share in knowledge.get(kind, {}).items()
-                )
-            ]
-            if knowledge
-            else []
-        )
-        table.add_row(escape(kind), f"{count:,}", f"{count / total:.0%}", *right)
+    knowledge = summary.knowledge or {}
+    accuracy_column = ["right"] if knowledge else []
+    table = _new_table("Separation", "", "boxes", "share", *accuracy_column)
+    for kind, count in summary.separation.items():
+        cells = [escape(kind), f"{count:,}", f"{count / total:.0%}"]
+        if knowledge:
+            cells.append(_format_accuracy(knowledge.get(kind, {})))
+        table.add_row(*cells)
     return table
 
 
-def _right(share: float, who: str) -> str:
-    return f"{share:.0%}" if who == "right" else f"{who} {share:.0%}"
+def _format_accuracy(accuracy: Mapping[str, float]) -> str:
+    """Format how often a kind's class is right, or each teacher's where they differ."""
+    texts = []
+    for teacher, share in accuracy.items():
+        prefix = "" if teacher == "right" else f"{teacher} "
+        texts.append(f"{prefix}{share:.0%}")
+    return ", ".join(texts)
 
 
-def _calls(summary: dict[str, Any]) -> Table | None:
-    calls = summary.get("calls") or {}
-    if not calls:
+def _calls_table(summary: RunSummary) -> Table | None:
+    calls = summary.calls
+    counts = {"made": calls.made, "cached": calls.cached, "failed": calls.failed}
+    texts = {name: f"{count:,}" for name, count in counts.items() if count is not None}
+    if not texts and calls.cost_usd is None:
         return None
-    table = _table(
-        "Cloud calls",
-        *(
-            key
-            for key in ("made", "cached", "failed", "cost")
-            if key in calls or key == "cost"
-        ),
-    )
+    table = _new_table("Cloud calls", *texts, "cost")
     table.columns[0].justify = "right"
-    counts = (f"{calls[key]:,}" for key in ("made", "cached", "failed") if key in calls)
-    table.add_row(*counts, money(calls.get("cost_usd")))
+    table.add_row(*texts.values(), format_usd(calls.cost_usd))
     return table
 
 
-def _stages(summary: dict[str, Any]) -> Table | None:
-    seconds = summary.get("seconds") or {}
-    if not seconds:
+def _time_table(summary: RunSummary) -> Table | None:
+    if not summary.seconds:
         return None
-    table = _table("Time", "", "wall")
-    for stage in sorted(seconds, key=lambda name: name == "total"):
-        table.add_row(
-            escape(stage),
-            duration(number(seconds[stage])),
-            style="bold" if stage == "total" else None,
-        )
+    table = _new_table("Time", "", "wall")
+    for name in sorted(summary.seconds, key=lambda name: name == "total"):
+        duration = format_duration(summary.seconds[name])
+        table.add_row(escape(name), duration, style="bold" if name == "total" else None)
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
-    """Left-aligned first column, right-aligned numbers."""
+def _new_table(title: str, *columns: str) -> Table:
+    """Return an empty table whose first column is left-aligned, the others right."""
     table = Table(
         title=title,
         title_justify="left",

@@ -1,23 +1,23 @@
-"""What the page says of the teachers: whom they confuse, how far their confidence can
-be trusted, whom the fusion follows.
+"""Figures of the teachers: what they confuse, how well they are calibrated, and which of
+them the fusion follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from coin_ray.report.charts import (
     CurveRow,
     Plot,
-    by_run,
-    layered,
-    panel,
-    reliability,
-    shares,
+    group_curves,
+    plot_curve,
+    plot_reliability,
+    plot_shares,
+    plot_stacked_shares,
 )
-from coin_ray.report.methods import METHODS, Method, number
+from coin_ray.report.methods import METHODS, Method, format_percent
+from coin_ray.report.run_summary import CkgSide, CorrectionCounts
 
 KINDS = ("consistent", "inconsistent", "private")
 COUNTS = {
@@ -25,36 +25,45 @@ COUNTS = {
     "count_inconsistent": "inconsistent",
     "count_private": "private",
 }
-FOLLOWS = {
+"""Kind by the metric that counts its regions."""
+CKG_AGREEMENT = {
     "ckg_cloud": ("the cloud", "cloud"),
     "ckg_clip": ("CLIP", "clip"),
     "ckg_neither": ("neither", "neutral"),
 }
-SEES = {
-    "ckg_passing": "Share of disputed regions sure enough to teach",
+"""Name and colour of the side that CKG agrees with, by metric."""
+CKG_METRICS = {
+    "ckg_passing": "Share of inconsistent regions confident enough to teach",
     "ckg_spread": (
         "Spread of CKG's weights over regions (0: it has learned nothing yet)"
     ),
     "gradient_angle": (
-        "Angle between the gradients of agreed and disputed regions, degrees"
+        "Angle between the gradients of consistent and inconsistent regions, degrees"
     ),
 }
-DIAGNOSTICS = {*COUNTS, *FOLLOWS, *SEES}
-"""What distillation logs beside its losses."""
+DIAGNOSTICS = {*COUNTS, *CKG_AGREEMENT, *CKG_METRICS}
+"""Metrics that distillation logs and that are no losses."""
 TEACHERS = {
     "cloud": ("Cloud", "cloud"),
     "clip": ("CLIP", "clip"),
     "ckg": ("CKG, the fusion of both", "student"),
 }
-MATRIX = 20
-"""Up to so many classes the confusion is a matrix, beyond that a list."""
-LISTED = 20
+SIDES = {
+    "cloud": ("the cloud", "cloud"),
+    "clip": ("CLIP", "clip"),
+    "neither": ("neither", "neutral"),
+}
+MAX_MATRIX_CLASSES = 20
+"""With more classes the confusion is a list instead of a matrix."""
+MAX_LISTED = 20
+"""Confused pairs that the list shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """``share`` of its row in percent, for the shade; ``same``: both teachers give one
-    name.
+    """Boxes of a pair of classes.
+
+    ``share``: percent of the row, for the shade. ``same``: both teachers agree.
     """
 
     count: int
@@ -64,8 +73,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Either a matrix (``names`` and ``rows``) or the most frequent exchanges: (cloud's
-    name, CLIP's name, boxes).
+    """Classes that cloud and CLIP give the same boxes.
+
+    Either a matrix (``names`` and ``rows``), or the most frequent disagreements as
+    (cloud's class, CLIP's class, boxes). ``agreed``: share of boxes with one class.
     """
 
     names: tuple[str, ...]
@@ -75,134 +86,127 @@ class Confusion:
 
 
 def split_curves(rows: Sequence[CurveRow]) -> tuple[list[CurveRow], list[Plot]]:
-    """The losses; and plots of the diagnostics of the distillation, those that were
-    logged.
-    """
+    """Return the rows of the losses, and plots of the distillation's other metrics."""
     losses = [row for row in rows if row[2] not in DIAGNOSTICS]
-    logged = by_run([row for row in rows if row[2] in DIAGNOSTICS]).get("distill", {})
+    diagnostics = [row for row in rows if row[2] in DIAGNOSTICS]
+    curves = group_curves(diagnostics).get("distill", {})
     plots = [
-        layered(
-            logged,
-            {key: (kind, kind) for key, kind in COUNTS.items()},
-            "How the kinds moved",
+        plot_stacked_shares(
+            curves,
+            {metric: (kind, kind) for metric, kind in COUNTS.items()},
+            "Regions by kind",
             "Shares of each kind of region in a batch.",
         ),
-        shares(
-            logged,
-            FOLLOWS,
-            "Whom CKG follows",
-            "Where the teachers differ: whose name the fusion puts first.",
-        ),
-        *(
-            panel(title, sorted(logged[key]), "student")
-            for key, title in SEES.items()
-            if len(logged.get(key, ())) > 1
+        plot_shares(
+            curves,
+            CKG_AGREEMENT,
+            "Which teacher CKG agrees with",
+            "Where the teachers differ: whose class has the highest fused probability.",
         ),
     ]
-    return losses, [plot for plot in plots if plot]
+    for metric, title in CKG_METRICS.items():
+        points = curves.get(metric, [])
+        if len(points) > 1:
+            plots.append(plot_curve(title, sorted(points), "student"))
+    return losses, [plot for plot in plots if plot is not None]
 
 
-def calibration(
-    bins: Mapping[str, Sequence[Mapping[str, float]]], errors: Mapping[str, float]
+def plot_calibration(
+    bins: Mapping[str, Sequence[Mapping[str, float]]],
+    errors: Mapping[str, float | None],
 ) -> list[Plot]:
+    """Plot accuracy over confidence of each teacher that has bins."""
     plots = [
-        reliability(bins.get(key) or (), name, hue, errors.get(key))
+        plot_reliability(bins.get(key, ()), name, hue, errors.get(key))
         for key, (name, hue) in TEACHERS.items()
     ]
-    return [plot for plot in plots if plot]
+    return [plot for plot in plots if plot is not None]
 
 
-def sides_table(
-    found: Mapping[str, Mapping[str, Any]],
-) -> list[tuple[str, str, str, str]]:
-    """(side, hue, share of the disputed boxes, share right there) of CKG at the end of
-    training.
-    """
-    names = {
-        "cloud": ("the cloud", "cloud"),
-        "clip": ("CLIP", "clip"),
-        "neither": ("neither", "neutral"),
-    }
-    rows = [(*names[key], found[key]) for key in names if key in found]
-    return [
-        (name, hue, _percent(side.get("share")), _percent(side.get("right")))
-        for name, hue, side in rows
-    ]
+def ckg_sides_table(sides: Mapping[str, CkgSide]) -> list[tuple[str, str, str, str]]:
+    """Return rows of (side, hue, share of the disagreements, share right there)."""
+    rows = []
+    for key, (name, hue) in SIDES.items():
+        side = sides.get(key)
+        if side is not None:
+            share, right = format_percent(side.share), format_percent(side.right)
+            rows.append((name, hue, share, right))
+    return rows
 
 
-def corrected_table(found: Mapping[str, Any]) -> list[tuple[Method, list[str]]]:
-    """By teacher: boxes on the reviewed images, how many are wrong, objects it missed,
-    and images with a mistake; each with its share.
+def mistakes_table(corrections: CorrectionCounts) -> list[tuple[Method, list[str]]]:
+    """Return each teacher's boxes on the corrected images, and its mistakes with shares.
+
+    The mistakes are wrong boxes, missed objects and images with either.
     """
     rows = []
-    for method in (m for m in METHODS if m.key in (found.get("teachers") or {})):
-        said = found["teachers"][method.key]
-        shares = (
-            (said["wrong"], said["boxes"]),
-            (said["missed"], found["boxes"]),
-            (said["images"], found["images"]),
-        )
-        rows.append(
-            (
-                method,
-                [
-                    f"{said['boxes']:,}",
-                    *(
-                        f"{part:,} ({_percent(part / whole) if whole else 'none'})"
-                        for part, whole in shares
-                    ),
-                ],
-            )
-        )
+    for method in METHODS:
+        mistakes = corrections.teachers.get(method.key)
+        if mistakes is None:
+            continue
+        cells = [
+            f"{mistakes.boxes:,}",
+            _format_part(mistakes.wrong, mistakes.boxes),
+            _format_part(mistakes.missed, corrections.boxes),
+            _format_part(mistakes.images, corrections.images),
+        ]
+        rows.append((method, cells))
     return rows
+
+
+def _format_part(part: int, whole: int) -> str:
+    share = format_percent(part / whole) if whole else "none"
+    return f"{part:,} ({share})"
 
 
 def confusion_table(
     counts: Sequence[Sequence[int]], classes: Sequence[str]
 ) -> Confusion | None:
-    """None if the teachers share no box. Background counts as a name only where it
-    occurs.
+    """Return the classes that the teachers give the same boxes.
+
+    ``counts``: [K+1, K+1] by the cloud's class and CLIP's, background last; it counts as
+    a class only where it occurs. Returns None if the teachers share no box.
     """
     total = sum(map(sum, counts))
     if not total:
         return None
     names = (*classes, "background")
-    agreed = f"{100 * sum(row[i] for i, row in enumerate(counts)) / total:.0f} %"
-    used = [
-        i
-        for i in range(len(names))
-        if i < len(classes) or any(counts[i]) or any(row[i] for row in counts)
-    ]
-    if len(classes) > MATRIX:
-        pairs = sorted(
-            (
-                (counts[i][j], i, j)
-                for i in used
-                for j in used
-                if i != j and counts[i][j]
-            ),
-            key=lambda p: (-p[0], p[1], p[2]),
-        )
-        return Confusion(
-            (),
-            (),
-            tuple((names[i], names[j], count) for count, i, j in pairs[:LISTED]),
-            agreed,
-        )
+    agreed = sum(row[index] for index, row in enumerate(counts))
+    agreed_text = f"{100 * agreed / total:.0f} %"
+    background = len(classes)
+    indices = list(range(background))
+    if any(counts[background]) or any(row[background] for row in counts):
+        indices.append(background)
+    if len(classes) > MAX_MATRIX_CLASSES:
+        disagreements = _list_disagreements(counts, indices, names)
+        return Confusion((), (), disagreements, agreed_text)
     rows = []
-    for i in used:
-        whole = max(sum(counts[i]), 1)
-        rows.append(
-            (
-                names[i],
-                tuple(
-                    Cell(counts[i][j], 100 * counts[i][j] / whole, i == j) for j in used
-                ),
+    for row in indices:
+        row_total = max(sum(counts[row]), 1)
+        cells = tuple(
+            Cell(
+                counts[row][column],
+                100 * counts[row][column] / row_total,
+                row == column,
             )
+            for column in indices
         )
-    return Confusion(tuple(names[i] for i in used), tuple(rows), (), agreed)
+        rows.append((names[row], cells))
+    used_names = tuple(names[index] for index in indices)
+    return Confusion(used_names, tuple(rows), (), agreed_text)
 
 
-def _percent(share: object) -> str:
-    known = number(share)
-    return "" if known is None else f"{100 * known:.0f} %"
+def _list_disagreements(
+    counts: Sequence[Sequence[int]], indices: Sequence[int], names: Sequence[str]
+) -> tuple[tuple[str, str, int], ...]:
+    """Return the most frequent pairs of different classes: (cloud's, CLIP's, boxes)."""
+    pairs = [
+        (counts[row][column], row, column)
+        for row in indices
+        for column in indices
+        if row != column and counts[row][column]
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    return tuple(
+        (names[row], names[column], count) for count, row, column in pairs[:MAX_LISTED]
+    )

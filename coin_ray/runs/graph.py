@@ -1,4 +1,4 @@
-"""The whole adaptation on one screen: which step needs which, and what identifies each."""
+"""The steps of an adaptation: what each depends on, and what identifies its results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig, Propagate
-from coin_ray.config.files import identity
+from coin_ray.config.fingerprints import to_identity
 from coin_ray.runs.steps import Step
 
 ORDER = (
@@ -26,152 +26,168 @@ ORDER = (
 )
 
 
-def graph(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]:
-    """All steps by name, in order.
+def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str, Step]:
+    """Return all steps by name, in the order in which they run.
 
     Corrections, if there are any, are checked before a call is paid. ``baselines`` adds
-    two students with the same network, first weights and number of steps: one on plain
-    cloud labels, one on the truth.
+    two students with the same network, first weights and number of steps: one trained
+    on plain cloud labels, one on the truth.
     """
-    c = config
-    views = (c.detector.short_side, c.detector.long_side)
-    detector = (c.clip, c.mobilenet, c.detector, c.classes, c.seed)
-    baseline = baseline_training(c)
-    labels = {
-        name: value
-        for name, value in identity(c.labels).items()
-        if name != "cloud_vectors"
-    }
-    # propagation does not read these
-    separating = identity(c.separate) | {"cloud_vectors": c.labels.cloud_vectors}
-    network = (
-        []
-        if c.distill.student == "faster-rcnn"
-        else [c.distill.student, c.distill.co_detr, c.distill.co_detr_classes]
-    )
-
-    images = Step("images", "images", identity=c.data)
-    reviewed = (
-        (
-            Step(
-                "corrections",
-                "corrections",
-                (_content(c.corrections), c.classes),
-                (images,),
-            ),
-        )
-        if c.corrections
-        else ()
-    )
-    collect = Step(
-        "collect",
-        "collect",
-        identity=(c.cloud, c.classes, c.collect, c.clip, views, *_reading(c)),
-        inputs=(images,),
-    )
+    identities = _Identities(config)
+    images = Step("images", "images", config.data)
+    corrections = _corrections_steps(config, images)
+    collect = Step("collect", "collect", identities.collection, (images,))
     propagate = Step(
         "propagate",
         "propagate",
-        (detector, labels, c.propagate),
-        (images, collect, *reviewed),
+        identities.propagation,
+        (images, collect, *corrections),
         options={"labels": "clip"},
     )
     separate = Step(
         "separate",
         "separate",
-        (labels, separating),
-        (images, collect, propagate, *reviewed),
+        identities.separation,
+        (images, collect, propagate, *corrections),
         version=2,
     )
     distill = Step(
         "distill",
         "distill",
-        (detector, labels, separating, c.distill),
-        (images, collect, propagate, separate, *reviewed),
+        identities.distillation,
+        (images, collect, propagate, separate, *corrections),
     )
-    pseudo_label = Step(
-        "pseudo_label",
-        "propagate",
-        (detector, labels, baseline, *network),
-        (images, collect, *reviewed),
-        options={"labels": "cloud"},
-    )
-    oracle = Step(
-        "oracle",
-        "propagate",
-        (detector, baseline, *network),
-        (images,),
-        options={"labels": "truth"},
-    )
-    students = (propagate, distill, *((pseudo_label, oracle) if baselines else ()))
-    deployed = c.distill.co_detr_detects if c.distill.student == "co-detr" else ""
+    baseline_steps: tuple[Step, ...] = ()
+    if baselines:
+        pseudo_label = Step(
+            "pseudo_label",
+            "propagate",
+            identities.pseudo_label,
+            (images, collect, *corrections),
+            options={"labels": "cloud"},
+        )
+        oracle = Step(
+            "oracle",
+            "propagate",
+            identities.oracle,
+            (images,),
+            options={"labels": "truth"},
+        )
+        baseline_steps = (pseudo_label, oracle)
     evaluate = Step(
         "evaluate",
         "evaluate",
-        identity=(c.classes, c.evaluate, deployed),
-        inputs=(images, collect, separate, *students),
+        identities.evaluation,
+        (images, collect, separate, propagate, distill, *baseline_steps),
     )
-    export = Step(
-        "export", "export", identity=(c.detector, deployed), inputs=(distill,)
+    export = Step("export", "export", identities.export, (distill,))
+    report = Step(
+        "report",
+        "report",
+        config.preset,
+        (
+            *(images, collect, separate, propagate, distill, *baseline_steps),
+            *(evaluate, export, *corrections),
+        ),
+        version=2,
     )
-    shown = (images, collect, separate, *students, evaluate, export, *reviewed)
-    report = Step("report", "report", identity=c.preset, inputs=shown, version=2)
     steps = (
-        images,
-        *reviewed,
-        collect,
-        propagate,
-        separate,
-        distill,
-        *students[2:],
-        evaluate,
-        export,
-        report,
+        *(images, *corrections, collect, propagate, separate, distill),
+        *(*baseline_steps, evaluate, export, report),
     )
     return {step.name: step for step in steps}
 
 
-def _reading(config: PipelineConfig) -> list[Any]:
-    """What else decides what is read from answers: further clouds, how several are one,
-    and the content of label maps.
+def baseline_training(config: PipelineConfig) -> Propagate:
+    """Return the settings of the baselines' training on plain labels.
+
+    Baselines train with the student's schedule, over as many steps as the student makes
+    after its weights leave CLIP.
     """
-    several: list[Any] = [config.more_clouds] if config.more_clouds else []
-    several += [config.ensemble] if len(config.clouds) > 1 else []
-    return several + [
-        _digest(cloud.label_map)
-        for cloud in config.clouds
-        if cloud.label_map is not None
-    ]
+    training = config.distill.fit
+    steps_before = 0
+    if config.distill.start_from == "clip_detector":
+        steps_before = config.propagate.fit.steps
+    baseline = replace(
+        training,
+        steps=steps_before + training.steps,
+        milestones=tuple(steps_before + m for m in training.milestones),
+    )
+    return replace(config.propagate, soft_labels=False, fit=baseline)
 
 
-def _content(corrections: tuple[str, ...]) -> list[str]:
-    # only where it is needed: it imports every format
-    from coin_ray.data.review.corrections import content
+class _Identities:
+    """The configs that each step's results depend on."""
 
-    return [content(place) for place in corrections]
+    def __init__(self, config: PipelineConfig) -> None:
+        detector_size = (config.detector.short_side, config.detector.long_side)
+        detector = (
+            *(config.clip, config.mobilenet, config.detector),
+            *(config.classes, config.seed),
+        )
+        # "cloud_vectors" is a setting of labels that separation reads, not propagation
+        labels = to_identity(config.labels)
+        labels.pop("cloud_vectors", None)
+        separation = to_identity(config.separate)
+        separation["cloud_vectors"] = config.labels.cloud_vectors
+        baseline = baseline_training(config)
+        student = config.distill.student
+        network: tuple[Any, ...] = ()
+        deployed_head = ""
+        if student == "co-detr":
+            network = (
+                student,
+                config.distill.co_detr,
+                config.distill.co_detr_classes,
+            )
+            deployed_head = config.distill.co_detr_detects
+
+        self.collection = (
+            *(config.cloud, config.classes, config.collect, config.clip),
+            detector_size,
+            *_other_clouds(config),
+        )
+        self.propagation = (detector, labels, config.propagate)
+        self.separation = (labels, separation)
+        self.distillation = (detector, labels, separation, config.distill)
+        self.pseudo_label = (detector, labels, baseline, *network)
+        self.oracle = (detector, baseline, *network)
+        self.evaluation = (config.classes, config.evaluate, deployed_head)
+        self.export = (config.detector, deployed_head)
 
 
-def _digest(uri: str) -> str:
-    """Empty for a file that can't be read; the step tells when it needs it."""
+def _corrections_steps(config: PipelineConfig, images: Step) -> tuple[Step, ...]:
+    """Return the step that reads people's corrections, if the run has any."""
+    if not config.corrections:
+        return ()
+    # imported only if needed, since it imports every label format
+    from coin_ray.data.review.corrections import reviews_digest
+
+    digests = [reviews_digest(uri) for uri in config.corrections]
+    identity = (digests, config.classes)
+    return (Step("corrections", "corrections", identity, (images,)),)
+
+
+def _other_clouds(config: PipelineConfig) -> list[Any]:
+    """Return what else cloud labels depend on.
+
+    These are further clouds, the fusion of several, and the contents of label maps.
+    """
+    identity: list[Any] = []
+    if config.more_clouds:
+        identity.append(config.more_clouds)
+    if len(config.clouds) > 1:
+        identity.append(config.ensemble)
+    label_maps = [cloud.label_map for cloud in config.clouds]
+    return identity + [_file_digest(uri) for uri in label_maps if uri is not None]
+
+
+def _file_digest(uri: str) -> str:
+    """Return a hash of the file, or "" if it can not be read.
+
+    The step that needs an unreadable file raises the error.
+    """
     try:
         return hashlib.sha256(storage.read_bytes(uri)).hexdigest()[:16]
     except OSError:
         return ""
-
-
-def baseline_training(config: PipelineConfig) -> Propagate:
-    """The baselines' training on plain labels: the student's schedule over as many
-    steps as it has made since its weights left CLIP.
-    """
-    fit = config.distill.fit
-    before = (
-        config.propagate.fit.steps
-        if config.distill.start_from == "clip_detector"
-        else 0
-    )
-    later = tuple(milestone + before for milestone in fit.milestones)
-    return replace(
-        config.propagate,
-        soft_labels=False,
-        fit=replace(fit, steps=before + fit.steps, milestones=later),
-    )

@@ -1,174 +1,194 @@
-"""Run the steps of a graph in order: skip what is finished, track what runs, leave
-``summary.json`` at the root.
-"""
+"""Run the steps that are not finished, track them, and write ``summary.json``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
-from coin_ray.config.files import to_yaml
 from coin_ray.config.optional_dependencies import check_installed
+from coin_ray.config.yaml_files import to_yaml
+from coin_ray.report.run_summary import RunSummary
 from coin_ray.report.table import print_summary
-from coin_ray.runs.steps import Step, execute, finished
-from coin_ray.runs.summary import summarise
-
-if TYPE_CHECKING:
-    from coin_ray.runs.tracking import Tracker
+from coin_ray.runs.steps import Manifest, Stage, Step, finished_manifests, run_step
+from coin_ray.runs.summary import build_summary
+from coin_ray.runs.tracking import ChildRun, RunConfig, Tracker
 
 
-def run(
+def run_pipeline(
     config: PipelineConfig,
     steps: Mapping[str, Step],
     root: str,
     until: str | None = None,
-) -> dict[str, Any]:
-    """Run the steps up to and including ``until``; returns the summary, which is also
-    printed and written to ROOT/summary.json.
+) -> RunSummary:
+    """Run the steps up to and including ``until`` and return the summary.
+
+    The summary is also printed and written to ROOT/summary.json.
     """
-    chosen = up_to(steps, until)
-    done = finished(list(chosen.values()), root)
-    if len(done) < len(chosen):
-        _run_missing(config, chosen, done, root)
-    elif config.tracking.enabled:
-        _track_late(config, chosen, done, root)
-    summary = summarise(config, done)
-    storage.write_json(storage.join(root, "summary.json"), summary)
-    print_summary(summary, done.get("report", {}).get("metrics", {}).get("page"))
+    selected = select_steps(steps, until)
+    missing = {name for name, step in selected.items() if not step.is_finished(root)}
+    if missing:
+        check_installed(config, missing)
+        config_file = storage.join(root, "config.yaml")
+        storage.write_bytes(config_file, to_yaml(config).encode())
+    tracker = open_tracker(selected.values(), config, root)
+    manifests = run_missing_steps(selected.values(), config, root, tracker=tracker)
+    summary = build_summary(config, manifests)
+    if tracker is not None:
+        _log_results(tracker, config, selected, summary, root)
+    storage.write_json(storage.join(root, "summary.json"), summary.to_json())
+    print_summary(summary)
     return summary
 
 
-def up_to(steps: Mapping[str, Step], until: str | None) -> dict[str, Step]:
+def run_missing_steps(
+    steps: Iterable[Step],
+    config: object,
+    root: str,
+    *,
+    tracker: Tracker | None = None,
+    progress: bool = True,
+    work: Mapping[str, Stage] | None = None,
+    step_configs: Mapping[str, object] | None = None,
+) -> dict[str, Manifest]:
+    """Run, in order, the steps without a manifest; return the manifests of all by name.
+
+    Each step becomes a run of ``tracker``, which also gets the metrics of finished steps
+    that it missed while its server was lost. By step name, ``work`` replaces a stage's
+    own ``run`` and ``step_configs`` replaces ``config``.
+    """
+    steps = list(steps)
+    manifests = finished_manifests(steps, root)
+    all_finished = len(manifests) == len(steps)
+    stages = work or {}
+    configs = step_configs or {}
+    for step in steps:
+        if step.name in manifests:
+            if progress and not all_finished:
+                print(f"{step.name}: finished before", flush=True)
+            if tracker is not None and _has_pending_metrics(tracker, step, root):
+                with _child_run(tracker, step, steps, manifests, root) as child_run:
+                    child_run.log(manifests[step.name].metrics, step.folder(root))
+            continue
+        if progress:
+            print(f"{step.name}: started", flush=True)
+        start = time.monotonic()
+        step_config = configs.get(step.name, config)
+        with _child_run(tracker, step, steps, manifests, root) as child_run:
+            manifest = run_step(step, step_config, root, stages.get(step.name))
+            child_run.log(manifest.metrics, step.folder(root))
+        manifests[step.name] = manifest
+        if progress:
+            seconds = time.monotonic() - start
+            print(f"{step.name}: finished in {seconds:.0f} s", flush=True)
+    return {step.name: manifests[step.name] for step in steps}
+
+
+def select_steps(steps: Mapping[str, Step], until: str | None) -> dict[str, Step]:
+    """Return the step ``until`` and those it depends on; all steps if it is None."""
     if until is None:
         return dict(steps)
-    needed: dict[str, Step] = {}
+    needed: set[str] = set()
 
-    def add(step: Step) -> None:
+    def add_with_inputs(step: Step) -> None:
+        needed.add(step.name)
         for upstream in step.inputs:
-            add(upstream)
-        needed[step.name] = step
+            add_with_inputs(upstream)
 
-    add(steps[until])
+    add_with_inputs(steps[until])
     return {name: step for name, step in steps.items() if name in needed}
 
 
-def _run_missing(
-    config: PipelineConfig,
-    steps: Mapping[str, Step],
-    done: dict[str, dict[str, Any]],
-    root: str,
-) -> None:
-    from coin_ray.runs.tracking import Tracker
+def open_tracker(steps: Iterable[Step], config: RunConfig, root: str) -> Tracker | None:
+    """Connect to MLflow if there is something to write; otherwise return None.
 
-    check_installed(config, steps.keys() - done.keys())
-    storage.write_bytes(storage.join(root, "config.yaml"), to_yaml(config).encode())
-    tracker = Tracker(config, root)
-    for name, step in steps.items():
-        if name in done:
-            print(f"{name}: finished before", flush=True)
-            if config.tracking.enabled and storage.exists(_owed(step, root)):
-                _track(tracker, step, done, root, steps)
-            continue
-        print(f"{name}: started", flush=True)
-        start = time.monotonic()
-        _track(
-            tracker,
-            step,
-            done,
-            root,
-            steps,
-            lambda step=step: execute(step, config, root),
-        )  # type: ignore[misc]
-        print(f"{name}: finished in {time.monotonic() - start:.0f} s", flush=True)
-    _close(tracker, config, steps, done, root)
-
-
-def _track(
-    tracker: Tracker,
-    step: Step,
-    done: dict[str, dict[str, Any]],
-    root: str,
-    steps: Mapping[str, Step],
-    work: Callable[[], dict[str, Any]] | None = None,
-) -> None:
-    """Do a step (``work``) within its run, or write of a finished one what tracking
-    does not have.
+    There is if a step is not finished, if a lost server missed metrics of a finished
+    one, or if the student is to be registered as a model.
     """
-    digest = str(done.get("images", {}).get("metrics", {}).get("digest", ""))
-    images = (
-        storage.join(steps["images"].folder(root), "images.parquet")
-        if "images" in steps
-        else ""
+    if not config.tracking.enabled:
+        return None
+    needed = config.tracking.model is not None or any(
+        not step.is_finished(root) or storage.exists(_pending_file(step, root))
+        for step in steps
     )
-    about = {"fingerprint": step.fingerprint, "options": dict(step.options)}
-    with tracker.stage(step.name, about, digest, images, _owed(step, root)) as stage:
-        if work is not None:
-            done[step.name] = work()
-        stage.finish(done[step.name]["metrics"], step.folder(root))
+    return Tracker(config, root) if needed else None
 
 
-def _owed(step: Step, root: str) -> str:
-    return storage.join(root, "mlflow", "owed", f"{step.name}-{step.fingerprint}.json")
-
-
-def _track_late(
-    config: PipelineConfig,
-    steps: Mapping[str, Step],
-    done: dict[str, dict[str, Any]],
-    root: str,
-) -> None:
-    """Of a finished run, write what tracking does not have; its server is asked only if
-    there is something.
-    """
-    owed = [step for step in steps.values() if storage.exists(_owed(step, root))]
-    if not owed and config.tracking.model is None:
-        return
-    from coin_ray.runs.tracking import Tracker
-
-    tracker = Tracker(config, root)
-    for step in owed:
-        _track(tracker, step, done, root, steps)
-    _close(tracker, config, steps, done, root)
-
-
-def _close(
-    tracker: Tracker,
-    config: PipelineConfig,
-    steps: Mapping[str, Step],
-    done: dict[str, dict[str, Any]],
-    root: str,
-) -> None:
-    """Final figures, and the student as a registered model."""
-    summary = summarise(config, done)
-    figures = {f"map50/{k}": v for k, v in summary["map50"].items() if v is not None}
-    tracker.summary(
-        figures | {"seconds": summary["seconds"]["total"]},
-        done.get("report", {}).get("metrics", {}).get("page"),
-    )
-    if config.tracking.model is not None and "export" in done:
-        tracker.register(steps["export"].folder(root), figures)
-
-
-def plan(
+def print_plan(
     config: PipelineConfig,
     steps: Mapping[str, Step],
     root: str,
     until: str | None = None,
 ) -> None:
-    """Print what a run would do and what it would ask and pay, without doing it."""
-    chosen = up_to(steps, until)
-    done = finished(list(chosen.values()), root)
-    for name, step in chosen.items():
-        print(
-            f"{name:<13} {'finished' if name in done else 'to do':<9} {step.folder(root)}"
-        )
-    if "collect" in chosen and "collect" not in done:
-        from coin_ray.runs.estimate import estimate, print_estimate
+    """Print which steps a run would do, and the calls and cost, without doing any."""
+    selected = select_steps(steps, until)
+    for name, step in selected.items():
+        state = "finished" if step.is_finished(root) else "to do"
+        print(f"{name:<13} {state:<9} {step.folder(root)}")
+    collect = selected.get("collect")
+    if collect is None or collect.is_finished(root):
+        return
+    from coin_ray.runs.estimate import estimate_cost, print_estimate
 
-        for cloud, figures in zip(
-            config.services, estimate(config, chosen, root), strict=True
-        ):
-            print_estimate(cloud, figures)
+    estimates = estimate_cost(config, selected, root)
+    for cloud, estimate in zip(config.services, estimates, strict=True):
+        print_estimate(cloud, estimate)
+
+
+def _has_pending_metrics(tracker: Tracker, step: Step, root: str) -> bool:
+    return tracker.enabled and storage.exists(_pending_file(step, root))
+
+
+def _pending_file(step: Step, root: str) -> str:
+    """Return the file that exists until tracking has all metrics of the step."""
+    return storage.join(root, "mlflow", "owed", f"{step.name}-{step.fingerprint}.json")
+
+
+def _child_run(
+    tracker: Tracker | None,
+    step: Step,
+    steps: Iterable[Step],
+    manifests: Mapping[str, Manifest],
+    root: str,
+) -> AbstractContextManager[ChildRun]:
+    """Open the step's MLflow run; without a tracker, one that writes nothing."""
+    if tracker is None:
+        return nullcontext(ChildRun())
+    parameters = {"fingerprint": step.fingerprint, "options": _loggable(step.options)}
+    images = next((s for s in steps if s.name == "images"), None)
+    digest, images_table = "", ""
+    if images is not None:
+        images_table = storage.join(images.folder(root), "images.parquet")
+    if "images" in manifests:
+        digest = str(manifests["images"].metrics.get("digest", ""))
+    return tracker.child_run(
+        step.name, parameters, digest, images_table, _pending_file(step, root)
+    )
+
+
+def _loggable(options: Mapping[str, object]) -> dict[str, object]:
+    """Return the options that are plain values; a whole config is logged elsewhere."""
+    return {
+        name: option
+        for name, option in options.items()
+        if isinstance(option, (str, int, float))
+    }
+
+
+def _log_results(
+    tracker: Tracker,
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    summary: RunSummary,
+    root: str,
+) -> None:
+    """Log the final figures, and register the exported student as a model."""
+    scores = {k: v for k, v in summary.map50.items() if v is not None}
+    figures = {f"map50/{method}": score for method, score in scores.items()}
+    total_seconds = summary.seconds["total"]
+    tracker.log_summary(figures | {"seconds": total_seconds}, summary.page)
+    export = steps.get("export")
+    if config.tracking.model is not None and export is not None:
+        tracker.register_model(export.folder(root), figures)

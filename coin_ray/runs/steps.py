@@ -1,127 +1,175 @@
-"""Steps: a name, what it depends on, and a folder whose manifest, written last, says
-that it is finished.
+"""Steps: a name, inputs, and a folder whose manifest, written last, marks it finished.
 
-A step is the module of its stage in ``coin_ray.stages`` with a function ``run(context)
--> metrics``. Its fingerprint is a hash of its name, version, identity and inputs;
-workers, rates and GPUs are no part of it.
+The work of a step is the function ``run(context) -> metrics`` of a module in
+``coin_ray.stages``. A step's fingerprint is a hash of its name, version, identity,
+options and inputs; workers, rates and GPUs are not part of it.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from coin_ray import storage
-from coin_ray.config import PACKAGE, PipelineConfig, relocate_paths
-from coin_ray.config.files import fingerprint, identity
+from coin_ray.config import PACKAGE, relocate_paths
+from coin_ray.config.fingerprints import fingerprint, to_identity
 from coin_ray.errors import StepError
+
+ConfigT = TypeVar("ConfigT")
+
+Metrics = dict[str, Any]
+"""What a stage measured: JSON values by name, recorded in its step's manifest."""
+
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a finished step: ``manifest.json`` in its folder."""
+
+    step: str = ""
+    fingerprint: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the step's inputs by name."""
+    identity: Any = None
+    metrics: Metrics = field(default_factory=dict)
+    started: float = 0.0
+    """Unix time."""
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Manifest:
+        """Read the contents of a ``manifest.json``; unknown keys are ignored."""
+        names = [f.name for f in fields(cls) if f.name in values]
+        return cls(**{name: values[name] for name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of ``manifest.json``."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def read_manifest(folder: str) -> Manifest:
+    """Read the manifest in the folder of a finished step."""
+    return Manifest.from_json(storage.read_json(storage.join(folder, MANIFEST_FILE)))
 
 
 @dataclass(frozen=True)
 class Step:
+    """One part of a run: its results lie in a folder named by its fingerprint."""
+
     name: str
     stage: str
-    """Module in ``coin_ray.stages``."""
+    """Module in ``coin_ray.stages`` that does the work."""
     identity: Any
-    """Configs and values that decide what comes out."""
+    """Configs and values that the results depend on."""
     inputs: tuple[Step, ...] = ()
     version: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What distinguishes steps that share a stage; part of the identity."""
+    """Options that tell apart steps of the same stage; part of the fingerprint."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process, maybe on another machine, files of the package lie where
-        it is installed there.
+        """Pickle the step with the path of this installation of the package.
+
+        Another process, maybe on another machine, then finds the package's files where
+        its own installation has them.
         """
-        return _arrived, (
+        return _unpickle_step, (
             PACKAGE,
             {f.name: getattr(self, f.name) for f in fields(self)},
         )
 
     @property
     def fingerprint(self) -> str:
+        """Return twelve hex digits that identify the step's results."""
+        upstream = [step.fingerprint for step in self.inputs]
         return fingerprint(
-            [
-                self.name,
-                self.version,
-                self.identity,
-                dict(self.options),
-                [i.fingerprint for i in self.inputs],
-            ]
+            [self.name, self.version, self.identity, dict(self.options), upstream]
         )
 
     def folder(self, root: str) -> str:
+        """Return the folder of the step's results below ``root``."""
         return storage.join(root, "steps", f"{self.name}-{self.fingerprint}")
 
-    def manifest(self, root: str) -> dict[str, Any] | None:
-        """What the finished step recorded, or None."""
-        path = storage.join(self.folder(root), "manifest.json")
-        return storage.read_json(path) if storage.exists(path) else None
+    def is_finished(self, root: str) -> bool:
+        """Return whether the step has a manifest below ``root``."""
+        return storage.exists(storage.join(self.folder(root), MANIFEST_FILE))
+
+    def read_manifest(self, root: str) -> Manifest | None:
+        """Read the step's manifest; None if the step is not finished."""
+        return read_manifest(self.folder(root)) if self.is_finished(root) else None
 
 
-def _arrived(package: str, values: dict[str, Any]) -> Step:
-    return Step(
-        **(values | {"identity": relocate_paths(values["identity"], package, PACKAGE)})
-    )
+def _unpickle_step(package: str, fields_by_name: dict[str, Any]) -> Step:
+    local_identity = relocate_paths(fields_by_name["identity"], package, PACKAGE)
+    return Step(**(fields_by_name | {"identity": local_identity}))
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a stage gets: its config, its own folder, the folders of its inputs by name,
-    and the root of the run.
-    """
+class Context(Generic[ConfigT]):
+    """Arguments of a stage: its config, its folder and the folders of its inputs."""
 
-    config: PipelineConfig
+    config: ConfigT
     root: str
+    """Folder or URI of the whole run."""
     folder: str
+    """Folder of the step's results."""
     inputs: Mapping[str, str]
+    """Folders of the finished inputs by step name."""
     options: Mapping[str, Any]
     name: str
+    """Name of the step."""
 
 
-def context_of(step: Step, config: PipelineConfig, root: str) -> Context:
-    inputs = {i.name: i.folder(root) for i in step.inputs}
-    return Context(config, root, step.folder(root), inputs, step.options, step.name)
+Stage = Callable[[Context[Any]], Metrics]
+"""The work of a step."""
 
 
-def execute(
-    step: Step,
-    config: PipelineConfig,
-    root: str,
-    work: Callable[[Context], dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Run one step whose inputs are finished; returns its manifest. Raises StepError if
-    an input is not finished.
+def make_context(step: Step, config: ConfigT, root: str) -> Context[ConfigT]:
+    """Return the arguments of a step's stage."""
+    input_folders = {upstream.name: upstream.folder(root) for upstream in step.inputs}
+    return Context(
+        config, root, step.folder(root), input_folders, step.options, step.name
+    )
 
-    ``work`` stands for the stage's own ``run``: a search looks at what is trained on
-    the way.
+
+def run_step(
+    step: Step, config: object, root: str, work: Stage | None = None
+) -> Manifest:
+    """Run one step and write its manifest, which is returned.
+
+    ``work`` replaces the stage's own ``run``. Raises StepError if an input is not
+    finished.
     """
-    missing = [i.name for i in step.inputs if i.manifest(root) is None]
-    if missing:
+    unfinished = [s.name for s in step.inputs if not s.is_finished(root)]
+    if unfinished:
         raise StepError(
-            f"{step.name} needs finished {', '.join(missing)} below {root}; run pipelines/full.py, or pipelines/{missing[0]}.py first"
+            f"step {step.name} needs finished {', '.join(unfinished)} below {root}; run"
+            f" coin-ray adapt, or coin-ray {unfinished[0]} first"
         )
-    work = work or importlib.import_module(f"coin_ray.stages.{step.stage}").run
-    storage.make_folder(step.folder(root))
-    start = time.time()
-    metrics = work(context_of(step, config, root))
-    manifest = {
-        "step": step.name,
-        "fingerprint": step.fingerprint,
-        "inputs": {i.name: i.fingerprint for i in step.inputs},
-        "identity": identity(step.identity),
-        "metrics": metrics,
-        "started": start,
-        "seconds": round(time.time() - start, 3),
-    }
-    storage.write_json(storage.join(step.folder(root), "manifest.json"), manifest)
+    if work is None:
+        work = importlib.import_module(f"coin_ray.stages.{step.stage}").run
+    assert work is not None
+    folder = step.folder(root)
+    storage.make_folder(folder)
+    started = time.time()
+    metrics = work(make_context(step, config, root))
+    manifest = Manifest(
+        step=step.name,
+        fingerprint=step.fingerprint,
+        inputs={upstream.name: upstream.fingerprint for upstream in step.inputs},
+        identity=to_identity(step.identity),
+        metrics=metrics,
+        started=started,
+        seconds=round(time.time() - started, 3),
+    )
+    storage.write_json(storage.join(folder, MANIFEST_FILE), manifest.to_json())
     return manifest
 
 
-def finished(steps: Sequence[Step], root: str) -> dict[str, dict[str, Any]]:
-    """Manifests of the steps that are finished, by name."""
-    found = {step.name: step.manifest(root) for step in steps}
-    return {name: manifest for name, manifest in found.items() if manifest is not None}
+def finished_manifests(steps: Iterable[Step], root: str) -> dict[str, Manifest]:
+    """Return the manifests of those steps that are finished, by step name."""
+    manifests = {step.name: step.read_manifest(root) for step in steps}
+    return {name: manifest for name, manifest in manifests.items() if manifest}

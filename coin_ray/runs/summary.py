@@ -1,15 +1,17 @@
-"""``summary.json``: the figures of a run, from the manifests of its steps."""
+"""Build a run's summary from the manifests of its steps."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 from coin_ray.config import PipelineConfig
+from coin_ray.report.run_summary import RunSummary
+from coin_ray.runs.steps import Manifest, Metrics
 
-FIGURES = (
+EVALUATION_FIGURES = ("map50_unknown", "coco_map50", "per_class", "knowledge", "note")
+REPORT_FIGURES = (
     "map50_interval",
     "vs_cloud_interval",
     "class_change_interval",
@@ -23,7 +25,7 @@ FIGURES = (
     "hardware",
     "page",
 )
-"""What the report adds to what the evaluation measured."""
+MODEL_FIGURES = ("parameters", "bytes")
 PACKAGES = (
     "coin-ray",
     "torch",
@@ -35,54 +37,53 @@ PACKAGES = (
 )
 
 
-def summarise(
-    config: PipelineConfig, manifests: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Preset, seed, mAP50 of every method and its interval, gap closed, separation,
-    calls, seconds per stage, hardware, versions.
-    """
-    metrics = {name: manifest["metrics"] for name, manifest in manifests.items()}
-    evaluated = metrics.get("evaluate", {})
-    map50 = evaluated.get("map50", {})
-    seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
-    summary: dict[str, Any] = {
+def build_summary(
+    config: PipelineConfig, manifests: Mapping[str, Manifest]
+) -> RunSummary:
+    """Return the figures of the finished steps, whose manifests are given by name."""
+    metrics = {name: manifest.metrics for name, manifest in manifests.items()}
+    images = metrics.get("images", {})
+    evaluation = metrics.get("evaluate", {})
+    map50 = evaluation.get("map50", {})
+    seconds = {name: manifest.seconds for name, manifest in manifests.items()}
+    total_seconds = round(sum(seconds.values()), 3)
+    figures: Metrics = {
         "preset": config.preset,
         "seed": config.seed,
-        "classes": list(config.classes),
-        "images": metrics.get("images", {}).get("count", {}),
-        "rejected": metrics.get("images", {}).get("rejected", 0),
-        "in_both": metrics.get("images", {}).get("in_both", 0),
+        "classes": config.classes,
+        "images": images.get("count", {}),
+        "rejected": images.get("rejected", 0),
+        "in_both": images.get("in_both", 0),
         "map50": map50,
         "gap_closed": gap_closed(map50),
         "separation": metrics.get("separate", {}).get("separation", {}),
         "calls": metrics.get("collect", {}).get("calls", {}),
-        "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
-        "versions": versions(),
+        "seconds": seconds | {"total": total_seconds},
+        "versions": package_versions(),
     }
-    for name in ("map50_unknown", "coco_map50", "per_class", "knowledge", "note"):
-        if name in evaluated:
-            summary[name] = evaluated[name]
-    reported = metrics.get("report", {})
-    summary |= {name: reported[name] for name in FIGURES if name in reported}
-    if exported := metrics.get("export"):
-        summary["model"] = {
-            name: exported[name] for name in ("parameters", "bytes") if name in exported
-        }
-    return summary
+    figures |= _select(evaluation, EVALUATION_FIGURES)
+    figures |= _select(metrics.get("report", {}), REPORT_FIGURES)
+    if "export" in metrics:
+        figures["model"] = _select(metrics["export"], MODEL_FIGURES)
+    return RunSummary.from_json(figures)
 
 
-def versions() -> dict[str, str]:
-    """Of what computes the figures."""
-    return {p: version(p) for p in PACKAGES} | {"python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that compute the figures."""
+    versions = {package: version(package) for package in PACKAGES}
+    return versions | {"python": platform.python_version()}
 
 
 def gap_closed(map50: Mapping[str, float | None]) -> float | None:
-    """(student - cloud) / (oracle - cloud); None unless all three are known and the
-    oracle is better than the cloud.
+    """Return (student - cloud) / (oracle - cloud).
+
+    Returns None unless all three are known and the oracle is better than the cloud.
     """
-    student, cloud, oracle = (
-        map50.get(name) for name in ("student", "cloud", "oracle")
-    )
+    student, cloud, oracle = (map50.get(m) for m in ("student", "cloud", "oracle"))
     if student is None or cloud is None or oracle is None or oracle <= cloud:
         return None
     return round((student - cloud) / (oracle - cloud), 4)
+
+
+def _select(metrics: Metrics, names: tuple[str, ...]) -> Metrics:
+    return {name: metrics[name] for name in names if name in metrics}

@@ -1,37 +1,42 @@
-"""MLflow: the driver makes the database and the experiment before any worker starts;
-one parent run, one child per step.
+"""MLflow tracking: one parent run per config and root, one child run per step.
 
-The driver alone writes. A server that is lost on the way stops nothing: what it has not
-got is written when it is back.
+Only the driver writes; it makes the database and the experiment before any worker
+starts. A run does not stop when the server is lost: metrics that it did not get are
+written when it is back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from coin_ray import storage
 from coin_ray.config import Tracking
-from coin_ray.config.files import fingerprint, to_yaml
+from coin_ray.config.dotted_names import flatten, flatten_config
+from coin_ray.config.fingerprints import fingerprint
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
-from coin_ray.runs.model_registry import image_set, registered
+from coin_ray.runs.model_registry import image_dataset, register_model_version
 
-PARAMETER_LIMIT = 500
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
-"""For a server that does not answer: about a minute for a request, where MLflow itself
-takes many."""
-_chosen_here: set[str] = set()
-"""Addresses that a tracker chose. MLflow leaves them in the environment, where the next
-run of this process must not take them for the user's."""
+REQUEST_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+}
+"""About a minute for a request that the server does not answer; MLflow's own default is
+many minutes."""
+MAX_BATCH = 500
+"""Curve points that are sent in one request."""
+_default_uris: set[str] = set()
+"""Addresses that trackers of this process set. MLflow leaves them in the environment,
+where the next run must not take them for the user's choice."""
 
 
-class Tracked(Protocol):
+class RunConfig(Protocol):
     """A whole config: a frozen dataclass with these fields."""
 
     @property
@@ -45,299 +50,305 @@ class Tracked(Protocol):
 
 
 class Tracker:
-    """Writes to MLflow, or nowhere when tracking is off. ``parent_run``: id of the
-    pipeline's run.
+    """Writes to MLflow, or nowhere if tracking is off.
 
-    Raises ConfigError if the server can not be reached at the start. ``lost``: it could
-    not be reached later; nothing more is tried.
+    ``parent_run`` is the id of the pipeline's MLflow run. ``lost``: the server could not
+    be reached after the start, and is not tried again. Raises ConfigError if it can not
+    be reached at the start.
     """
 
-    def __init__(self, config: Tracked, root: str) -> None:
-        self.enabled, self.lost = config.tracking.enabled, False
-        self.root, self.config = root, config
-        self.uri, self.parent_run, self.experiment = "", "", ""
+    def __init__(self, config: RunConfig, root: str) -> None:
+        self.enabled = config.tracking.enabled
+        self.lost = False
+        self.root = root
+        self.config = config
+        self.uri = ""
+        self.parent_run = ""
+        self.experiment = ""
         if not self.enabled:
             return
         try:
-            self._open()
-        except unreachable() as error:
+            self._connect()
+        except mlflow_errors() as error:
             raise ConfigError(
-                f"tracking failed at {without_password(self.uri)}: {_first_line(error)}. Start the server, name another by --tracking.uri, "
-                "or give --tracking.no-enabled"
+                f"tracking failed at {without_password(self.uri)}: {_first_line(error)}."
+                " Start the server, give another one by --tracking.uri, or turn tracking"
+                " off by --tracking.no-enabled"
             ) from error
 
-    def _open(self) -> None:
+    def _connect(self) -> None:
         import mlflow
 
-        local = "://" not in self.root
-        default = (
-            f"sqlite:///{self.root}/mlflow.db"
-            if local
-            else f"sqlite:///{os.path.abspath('mlflow.db')}"
-        )
         for name in ("mlflow", "mlflow.system_metrics", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        for name, value in PATIENCE.items():
-            os.environ.setdefault(name, value)
-        environment = os.environ.get("MLFLOW_TRACKING_URI")
-        theirs = None if environment in _chosen_here else environment
-        self.uri = self.config.tracking.uri or theirs or default
-        if self.uri != theirs:
-            _chosen_here.add(self.uri)
+        for name, limit in REQUEST_LIMITS.items():
+            os.environ.setdefault(name, limit)
+        default_uri = _default_uri(self.root)
+        self.uri = self._tracking_uri(default_uri)
         mlflow.set_tracking_uri(self.uri)
-        existing = mlflow.get_experiment_by_name(self.config.tracking.experiment)
-        artifacts = storage.join(self.root, "mlflow") if self.uri == default else None
-        self.experiment = (
-            existing.experiment_id
-            if existing
-            else mlflow.create_experiment(
-                self.config.tracking.experiment, artifact_location=artifacts
+        name = self.config.tracking.experiment
+        experiment = mlflow.get_experiment_by_name(name)
+        if experiment is not None:
+            self.experiment = experiment.experiment_id
+        else:
+            local_artifacts = storage.join(self.root, "mlflow")
+            self.experiment = mlflow.create_experiment(
+                name,
+                artifact_location=local_artifacts if self.uri == default_uri else None,
             )
-        )
-        self.parent_run = self._parent()
+        self.parent_run = self._open_parent_run()
 
-    def attempt(self, work: Callable[[], object]) -> bool:
-        """Whether ``work`` reached the server. The first failure is told, and the last
-        thing that is tried.
+    def _tracking_uri(self, default_uri: str) -> str:
+        """Return the address from the config, else the environment, else the default."""
+        environment_uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if environment_uri in _default_uris:
+            environment_uri = None
+        uri = self.config.tracking.uri or environment_uri or default_uri
+        if uri != environment_uri:
+            _default_uris.add(uri)
+        return uri
+
+    def _open_parent_run(self) -> str:
+        """Return the id of the run of this config and root; a resumed one continues."""
+        import mlflow
+
+        record_file = storage.join(
+            self.root, "mlflow", f"run-{fingerprint(self.config)}.json"
+        )
+        if storage.exists(record_file):
+            return str(storage.read_json(record_file)["run_id"])
+        run_name = f"{self.config.preset}-{self.config.seed}"
+        with mlflow.start_run(experiment_id=self.experiment, run_name=run_name) as run:
+            mlflow.log_params(flatten_config(self.config))
+            mlflow.log_text(to_yaml(self.config), "config.yaml")
+        run_id = str(run.info.run_id)
+        storage.write_json(record_file, {"run_id": run_id})
+        return run_id
+
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Call ``write``; return whether the server was reached.
+
+        The first failure is printed, and nothing is tried after it.
         """
         if not self.enabled or self.lost:
             return False
         try:
-            work()
-        except unreachable() as error:
+            write()
+        except mlflow_errors() as error:
             self.lost = True
-            place = without_password(self.uri)
             print(
-                f"tracking failed at {place}: {_first_line(error)}\nthe run goes on; the same command writes what is missing",
+                f"tracking failed at {without_password(self.uri)}: {_first_line(error)}\n"
+                "the run continues; the same command writes what is missing",
                 flush=True,
             )
         return not self.lost
 
-    def _parent(self) -> str:
-        """One parent run per config and root: a resumed pipeline continues it."""
-        import mlflow
-
-        record = storage.join(
-            self.root, "mlflow", f"run-{fingerprint(self.config)}.json"
-        )
-        if storage.exists(record):
-            return str(storage.read_json(record)["run_id"])
-        with mlflow.start_run(
-            experiment_id=self.experiment,
-            run_name=f"{self.config.preset}-{self.config.seed}",
-        ) as run:
-            mlflow.log_params(flat(self.config))
-            mlflow.log_text(to_yaml(self.config), "config.yaml")
-        storage.write_json(record, {"run_id": run.info.run_id})
-        return str(run.info.run_id)
-
     @contextmanager
-    def stage(
+    def child_run(
         self,
         name: str,
-        stage_config: Any,
-        digest: str,
-        images: str = "",
-        owed: str = "",
-    ) -> Iterator[StageRun]:
-        """A child run around one step; failed steps are marked so. ``images``: the
-        table of the images, whose content ``digest`` names.
+        parameters: object,
+        images_digest: str = "",
+        images_table: str = "",
+        pending_file: str = "",
+    ) -> Iterator[ChildRun]:
+        """Open a child run; it is marked as failed if the block raises.
 
-        ``owed``: a file that is there until the run is whole; an unfinished run of an
-        earlier process is gone on with.
+        ``parameters``: a config dataclass or nested dicts. ``images_table``: URI of the
+        table of images, whose contents ``images_digest`` identifies. ``pending_file``
+        exists until the run is complete; an incomplete run of an earlier process is
+        continued.
         """
-        run = StageRun(self, owed)
-        if run.owed and not storage.exists(owed):
-            storage.write_json(owed, {})
-        self.attempt(lambda: run.begin(name, stage_config, digest, images))
+        child_run = ChildRun(self, pending_file)
+        if child_run.pending_file and not storage.exists(pending_file):
+            storage.write_json(pending_file, {})
+        self.attempt(
+            lambda: child_run.begin(name, parameters, images_digest, images_table)
+        )
         try:
-            yield run
+            yield child_run
         except BaseException:
-            run.end("FAILED")
+            child_run.end("FAILED")
             raise
-        run.end("FINISHED")
+        child_run.end("FINISHED")
 
-    def summary(self, metrics: dict[str, float], page: str | None) -> None:
-        """Final figures and the page, on the parent run."""
+    def log_summary(self, figures: Mapping[str, float], page: str | None) -> None:
+        """Log the final figures, and the report's page (a path), on the parent run."""
 
         def write() -> None:
             import mlflow
 
             with mlflow.start_run(run_id=self.parent_run):
-                mlflow.log_metrics(metrics)
+                mlflow.log_metrics(dict(figures))
                 if page and "://" not in page:
                     mlflow.log_artifact(page)
 
         self.attempt(write)
 
-    def files(self, contents: Mapping[str, str]) -> None:
-        """Texts, as SVG or YAML, by file name, on the parent run."""
+    def log_texts(self, texts: Mapping[str, str]) -> None:
+        """Log texts, as SVG or YAML, by file name on the parent run."""
 
         def write() -> None:
             import mlflow
 
             with mlflow.start_run(run_id=self.parent_run):
-                for name, text in contents.items():
-                    mlflow.log_text(text, name)
+                for file_name, text in texts.items():
+                    mlflow.log_text(text, file_name)
 
         self.attempt(write)
 
-    def register(self, export: str, figures: Mapping[str, float]) -> None:
-        """The exported student (a URI) as the next version of the model
-        ``tracking.model``, which its alias then names; once for an export.
+    def register_model(self, export: str, figures: Mapping[str, float]) -> None:
+        """Register the exported student (a URI) as a version of ``tracking.model``.
+
+        The alias ``tracking.alias`` moves to it. An export is registered once.
         """
-        record = storage.join(
-            self.root,
-            "mlflow",
-            f"model-{fingerprint([self.config.tracking.model, self.uri, export])}.json",
-        )
-        if storage.exists(record):
+        key = fingerprint([self.config.tracking.model, self.uri, export])
+        record_file = storage.join(self.root, "mlflow", f"model-{key}.json")
+        if storage.exists(record_file):
             return
-        version: list[str] = []
-        if self.attempt(
-            lambda: version.append(
-                registered(self.config.tracking, self.parent_run, export, figures)
+        versions: list[str] = []
+
+        def register() -> None:
+            version = register_model_version(
+                self.config.tracking, self.parent_run, export, figures
             )
-        ):
-            storage.write_json(record, {"version": version[0]})
+            versions.append(version)
+
+        if self.attempt(register):
+            storage.write_json(record_file, {"version": versions[0]})
 
 
-class StageRun:
-    """A child run; without tracking, or while the server is lost, nothing of it is
-    written.
+class ChildRun:
+    """A run below the parent run.
+
+    Nothing is written without a tracker, with tracking off or while its server is lost.
     """
 
-    def __init__(self, tracker: Tracker, owed: str = "") -> None:
-        self.tracker, self.owed = tracker, owed if tracker.enabled else ""
+    def __init__(self, tracker: Tracker | None = None, pending_file: str = "") -> None:
+        self.tracker = tracker
+        enabled = tracker is not None and tracker.enabled
+        self.pending_file = pending_file if enabled else ""
         self.run_id: str | None = None
 
-    def begin(self, name: str, stage_config: Any, digest: str, images: str) -> None:
+    def begin(
+        self, name: str, parameters: object, images_digest: str, images_table: str
+    ) -> None:
+        """Start the MLflow run and log what identifies it."""
         import mlflow
 
+        assert self.tracker is not None
         run = mlflow.start_run(
-            run_id=self._earlier(),
+            run_id=self._incomplete_run(),
             experiment_id=self.tracker.experiment,
             run_name=name,
             parent_run_id=self.tracker.parent_run,
             log_system_metrics=True,
-            tags={"stage": name, "dataset_digest": digest},
+            tags={"stage": name, "dataset_digest": images_digest},
         )
         self.run_id = str(run.info.run_id)
-        if self.owed:
-            storage.write_json(
-                self.owed,
-                {"run_id": self.run_id, "uri": without_password(self.tracker.uri)},
-            )
-        mlflow.log_params(
-            {k: v[:PARAMETER_LIMIT] for k, v in flat(stage_config).items()}
-        )
-        if digest and images:
-            mlflow.log_input(image_set(images, digest), context=name)
+        if self.pending_file:
+            uri = without_password(self.tracker.uri)
+            storage.write_json(self.pending_file, {"run_id": self.run_id, "uri": uri})
+        mlflow.log_params(flatten_config(parameters))
+        if images_digest and images_table:
+            dataset = image_dataset(images_table, images_digest)
+            mlflow.log_input(dataset, context=name)
 
-    def _earlier(self) -> str | None:
-        if not self.owed:
+    def _incomplete_run(self) -> str | None:
+        """Return the id of the run that an earlier process did not complete, if any."""
+        assert self.tracker is not None
+        if not self.pending_file or not storage.exists(self.pending_file):
             return None
-        found = storage.read_json(self.owed) if storage.exists(self.owed) else {}
-        return (
-            str(found["run_id"])
-            if found.get("uri") == without_password(self.tracker.uri)
-            else None
-        )
+        record = storage.read_json(self.pending_file)
+        same_server = record.get("uri") == without_password(self.tracker.uri)
+        return str(record["run_id"]) if same_server else None
 
-    def finish(self, metrics: dict[str, Any], folder: str) -> bool:
-        """Log all numbers of a step's metrics and its curve; whether that was done."""
-        written = self.run_id is not None and self.tracker.attempt(
-            lambda: _log_step(metrics, folder)
-        )
-        if written and self.owed:
-            storage.remove(self.owed)
-        return written
+    def log(self, metrics: Mapping[str, Any], folder: str) -> bool:
+        """Log all numbers of ``metrics`` and the training curves in ``folder``.
+
+        Returns whether they were written.
+        """
+        if self.tracker is None or self.run_id is None:
+            return False
+        is_written = self.tracker.attempt(lambda: _log_metrics(metrics, folder))
+        if is_written and self.pending_file:
+            storage.remove(self.pending_file)
+        return is_written
 
     def end(self, status: str) -> None:
-        """Of a lost server's run at least this process's own record is closed, so that
-        the next run can begin.
+        """End the MLflow run.
+
+        If the server is lost, at least this process's own record of an active run is
+        closed, so that the next run can begin.
         """
-        if self.run_id is None:
+        if self.tracker is None or self.run_id is None:
             return
         import mlflow
 
         if self.tracker.lost:
-            with suppress(*unreachable()):
+            with suppress(*mlflow_errors()):
                 mlflow.end_run(status)
         else:
             self.tracker.attempt(lambda: mlflow.end_run(status))
 
 
-def unreachable() -> tuple[type[Exception], ...]:
-    """What MLflow raises when its server, or the network, fails."""
+def mlflow_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that MLflow raises when its server or the network fails."""
     from mlflow.exceptions import MlflowException
 
     return (MlflowException, OSError)
 
 
-def _first_line(error: Exception) -> str:
-    return without_password(
-        (str(error).strip().splitlines() or [type(error).__name__])[0]
-    )[:300]
-
-
 def without_password(text: str) -> str:
-    """``text`` with what stands before the host left out of every address: a name and a
-    password.
-    """
+    """Remove the user name and password from every address in ``text``."""
     return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
-def _log_step(metrics: dict[str, Any], folder: str) -> None:
-    import mlflow
-
-    numbers = {
-        k: float(v)
-        for k, v in flatten(metrics).items()
-        if isinstance(v, (int, float)) and v == v
-    }
-    if numbers:
-        mlflow.log_metrics(numbers)
-    mlflow.log_dict(json.loads(json.dumps(metrics, default=str)), "metrics.json")
-    for curve in (
-        storage.join(folder, name) for name in ("curve.json", "validation.json")
-    ):
-        if storage.exists(curve):
-            log_curve(storage.read_json(curve))
-
-
-def log_curve(curve: list[dict[str, float]]) -> None:
-    """Every logged training step, in few calls."""
+def log_curve(curve: Sequence[Mapping[str, float]]) -> None:
+    """Log every point of a training curve on the active run, in few requests."""
     import mlflow
     from mlflow.entities import Metric
 
-    client, run = mlflow.MlflowClient(), mlflow.active_run()
-    if run is None:
+    active_run = mlflow.active_run()
+    if active_run is None:
         return
     metrics = [
-        Metric(k, v, 0, int(point["step"]))
+        Metric(name, number, 0, int(point["step"]))
         for point in curve
-        for k, v in point.items()
-        if k != "step"
+        for name, number in point.items()
+        if name != "step"
     ]
-    for start in range(0, len(metrics), 500):
-        client.log_batch(run.info.run_id, metrics=metrics[start : start + 500])
+    client = mlflow.MlflowClient()
+    for start in range(0, len(metrics), MAX_BATCH):
+        batch = metrics[start : start + MAX_BATCH]
+        client.log_batch(active_run.info.run_id, metrics=batch)
 
 
-def flat(config: Any) -> dict[str, str]:
-    """A config's leaves as text, by dotted name."""
-    plain = (
-        dataclasses.asdict(config)
-        if dataclasses.is_dataclass(config) and not isinstance(config, type)
-        else config
-    )
-    return {k: str(v)[:PARAMETER_LIMIT] for k, v in flatten(plain).items()}
+def _log_metrics(metrics: Mapping[str, Any], folder: str) -> None:
+    """Log a step's metrics and its training and validation curves on the active run."""
+    import mlflow
+
+    numbers = {
+        name: float(leaf)
+        for name, leaf in flatten(metrics).items()
+        if isinstance(leaf, (int, float)) and leaf == leaf  # NaN is not logged
+    }
+    if numbers:
+        mlflow.log_metrics(numbers)
+    plain = json.loads(json.dumps(metrics, default=str))
+    mlflow.log_dict(plain, "metrics.json")
+    for file_name in ("curve.json", "validation.json"):
+        curve_file = storage.join(folder, file_name)
+        if storage.exists(curve_file):
+            log_curve(storage.read_json(curve_file))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        found: dict[str, Any] = {}
-        for key, item in value.items():
-            found |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return {prefix or "value": value}
+def _default_uri(root: str) -> str:
+    """Return an SQLite database below a local root, or in the working directory."""
+    is_local = "://" not in root
+    return f"sqlite:///{root if is_local else os.path.abspath('.')}/mlflow.db"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return without_password(lines[0] if lines else type(error).__name__)[:300]

@@ -18,16 +18,19 @@ from coin_ray.config import (
     Distill,
     Ensemble,
     Folder,
-    TrainingConfig,
     PipelineConfig,
     Propagate,
+    TrainingConfig,
+    fields,
+    fingerprints,
+    pipeline,
     relocate_paths,
 )
-from coin_ray.config import files as configfile
-from coin_ray.config.files import fingerprint, from_dict, from_yaml, to_yaml
+from coin_ray.config.fingerprints import fingerprint
 from coin_ray.config.presets import PRESETS, demo
+from coin_ray.config.yaml_files import parse_config, read_config, to_yaml
 from coin_ray.errors import ConfigError
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 
 Trail = tuple[str | int, ...]
 
@@ -88,7 +91,7 @@ CASES = [
 
 
 def step_fingerprints(config: PipelineConfig) -> list[str]:
-    return [step.fingerprint for step in graph(config, baselines=True).values()]
+    return [step.fingerprint for step in build_steps(config, baselines=True).values()]
 
 
 @pytest.mark.parametrize(("config", "path", "counts"), CASES)
@@ -164,7 +167,7 @@ def test_yaml_round_trip(
         )
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
-    back = from_yaml(str(file))
+    back = read_config(str(file))
     assert back == config
     assert fingerprint(back) == fingerprint(config)
 
@@ -203,7 +206,7 @@ def test_wrong_settings_are_named(
         holder = holder[name]
     holder[path[-1]] = value
     with pytest.raises(ConfigError, match=r"my\.yaml") as caught:
-        from_dict(values, "my.yaml")
+        parse_config(values, "my.yaml")
     assert named in str(caught.value)
 
 
@@ -221,20 +224,20 @@ def test_unreadable_files(text: str | None, said: str, tmp_path: Path) -> None:
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=said):
-        from_yaml(str(file))
+        read_config(str(file))
 
 
 def test_where_the_package_is_installed_changes_no_fingerprint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here, elsewhere = demo(), "/elsewhere/coin_ray"
-    assert here.clip.model.startswith(configfile.PACKAGE)
-    moved = from_dict(
+    assert here.clip.model.startswith(fields.PACKAGE)
+    moved = parse_config(
         yaml.safe_load(to_yaml(here).replace(IN_PACKAGE, elsewhere)), "moved.yaml"
     )
     before = fingerprint(here)
     assert fingerprint(moved) != before
-    monkeypatch.setattr(configfile, "PACKAGE", elsewhere)
+    monkeypatch.setattr(fingerprints, "PACKAGE", elsewhere)
     assert fingerprint(moved) == before
 
 
@@ -244,7 +247,10 @@ def test_a_path_behind_the_kind_of_a_network_is_a_path_too() -> None:
         relocate_paths(here, settings.PACKAGE, IN_PACKAGE)
         == f"open_clip:{IN_PACKAGE}/demo/assets/coin_tiny.json"
     )
-    assert configfile.identity(here) == "open_clip:coin_ray/demo/assets/coin_tiny.json"
+    assert (
+        fingerprints.to_identity(here)
+        == "open_clip:coin_ray/demo/assets/coin_tiny.json"
+    )
     assert (
         relocate_paths(f"{settings.PACKAGE}_other/x", settings.PACKAGE, IN_PACKAGE)
         == f"{settings.PACKAGE}_other/x"
@@ -261,13 +267,13 @@ def test_files_of_the_package_are_found_where_it_is_installed(
     assert inside != here
     assert to_yaml(here).count(IN_PACKAGE) == str(here).count(settings.PACKAGE) > 0
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(settings, "PACKAGE", there)
+        elsewhere.setattr(pipeline, "PACKAGE", there)
         sent = pickle.dumps(inside)
     arrived = pickle.loads(sent)
     assert arrived == here
     assert fingerprint(arrived) == fingerprint(here)
     (tmp_path / "best.yaml").write_text(to_yaml(here))
-    assert from_yaml(str(tmp_path / "best.yaml")) == here
+    assert read_config(str(tmp_path / "best.yaml")) == here
 
 
 def test_a_setting_that_has_moved_is_read_by_its_old_name_and_makes_the_same_run() -> (
@@ -277,21 +283,24 @@ def test_a_setting_that_has_moved_is_read_by_its_old_name_and_makes_the_same_run
     has never read it."""
     values = dataclasses.asdict(demo())
     values["separate"]["cloud_vectors"] = values["labels"].pop("cloud_vectors")
-    assert from_dict(values, "old.yaml") == demo()
+    assert parse_config(values, "old.yaml") == demo()
     values["separate"]["cloud_vectors"] = "one_hot"
-    moved = from_dict(values, "old.yaml")
+    moved = parse_config(values, "old.yaml")
     assert moved == dataclasses.replace(
         demo(), labels=dataclasses.replace(demo().labels, cloud_vectors="one_hot")
     )
-    ours, theirs = graph(demo(), baselines=True), graph(moved, baselines=True)
+    ours, theirs = (
+        build_steps(demo(), baselines=True),
+        build_steps(moved, baselines=True),
+    )
     same = {name for name in ours if ours[name].fingerprint == theirs[name].fingerprint}
     assert same == {"images", "collect", "propagate", "pseudo_label", "oracle"}
 
 
 def test_settings_that_came_later_leave_what_was_made_before() -> None:
-    known = configfile.identity(demo())
+    known = fingerprints.to_identity(demo())
     assert "corrections" not in known
     assert "cloud_vectors" not in known["labels"]
-    assert configfile.identity(dataclasses.replace(demo(), corrections=("x",)))[
+    assert fingerprints.to_identity(dataclasses.replace(demo(), corrections=("x",)))[
         "corrections"
     ] == ["x"]

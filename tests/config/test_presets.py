@@ -9,7 +9,7 @@ from coin_ray.config import Cloud, DemoScenes, Distill, Ensemble, Folder, check_
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.presets import PRESETS, with_student
 from coin_ray.errors import ConfigError
-from coin_ray.runs.graph import ORDER, graph
+from coin_ray.runs.graph import ORDER, build_steps
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -35,7 +35,7 @@ def test_a_preset_runs_or_says_what_it_still_needs(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("baselines", [False, True])
 def test_graphs(name: str, baselines: bool) -> None:
-    steps = graph(PRESETS[name](), baselines=baselines)
+    steps = build_steps(PRESETS[name](), baselines=baselines)
     assert set(steps) <= set(ORDER)
     assert ("oracle" in steps) == baselines
     assert len({s.fingerprint for s in steps.values()}) == len(steps)
@@ -50,7 +50,7 @@ def test_graphs(name: str, baselines: bool) -> None:
 
 def test_baselines_do_not_train_the_student_again() -> None:
     config = PRESETS["demo"]()
-    alone, beside = graph(config), graph(config, baselines=True)
+    alone, beside = build_steps(config), build_steps(config, baselines=True)
     assert all(
         alone[n].fingerprint == beside[n].fingerprint
         for n in ("images", "collect", "propagate", "separate", "distill", "export")
@@ -61,7 +61,10 @@ def test_another_cloud_does_not_train_the_oracle_again() -> None:
     """It reads the truth alone."""
     config = PRESETS["demo"]()
     other = replace(config, cloud=replace(config.cloud, views=("plain", "mirrored")))
-    ours, theirs = graph(config, baselines=True), graph(other, baselines=True)
+    ours, theirs = (
+        build_steps(config, baselines=True),
+        build_steps(other, baselines=True),
+    )
     assert {n for n in ours if ours[n].fingerprint == theirs[n].fingerprint} == {
         "images",
         "oracle",
@@ -72,7 +75,10 @@ def test_another_student_keeps_all_before_it_and_trains_baselines_of_its_own() -
     config = PRESETS["demo"]()
     detr = with_student(config, "co-detr")
     assert with_student(config, "faster-rcnn") == config
-    ours, theirs = graph(config, baselines=True), graph(detr, baselines=True)
+    ours, theirs = (
+        build_steps(config, baselines=True),
+        build_steps(detr, baselines=True),
+    )
     assert {n for n in ours if ours[n].fingerprint == theirs[n].fingerprint} == {
         "images",
         "collect",
@@ -81,7 +87,7 @@ def test_another_student_keeps_all_before_it_and_trains_baselines_of_its_own() -
     }
     linear = replace(detr, distill=replace(detr.distill, co_detr_classes="linear"))
     assert (
-        graph(linear, baselines=True)["oracle"].fingerprint
+        build_steps(linear, baselines=True)["oracle"].fingerprint
         != theirs["oracle"].fingerprint
     )
 
@@ -116,8 +122,14 @@ def test_new_thresholds_cost_no_call() -> None:
         config, labels=replace(config.labels, score_min=0.99), data=DemoScenes()
     )
     same = replace(config, data=DemoScenes())
-    assert graph(other)["collect"].fingerprint == graph(same)["collect"].fingerprint
-    assert graph(other)["propagate"].fingerprint != graph(same)["propagate"].fingerprint
+    assert (
+        build_steps(other)["collect"].fingerprint
+        == build_steps(same)["collect"].fingerprint
+    )
+    assert (
+        build_steps(other)["propagate"].fingerprint
+        != build_steps(same)["propagate"].fingerprint
+    )
 
 
 def test_clip_labels_depend_on_both_sides_of_the_view() -> None:
@@ -126,7 +138,10 @@ def test_clip_labels_depend_on_both_sides_of_the_view() -> None:
         config,
         detector=replace(config.detector, long_side=config.detector.long_side + 32),
     )
-    assert graph(other)["collect"].fingerprint != graph(config)["collect"].fingerprint
+    assert (
+        build_steps(other)["collect"].fingerprint
+        != build_steps(config)["collect"].fingerprint
+    )
 
 
 def test_one_cloud_is_what_it_was() -> None:
@@ -135,7 +150,7 @@ def test_one_cloud_is_what_it_was() -> None:
     config = PRESETS["demo"]()
     views = (config.detector.short_side, config.detector.long_side)
     for same in (config, replace(config, ensemble=Ensemble("failover", (2.0,)))):
-        collect = graph(same)["collect"]
+        collect = build_steps(same)["collect"]
         assert collect.identity == (
             config.cloud,
             config.classes,
@@ -162,11 +177,14 @@ def test_the_content_of_a_label_map_counts(tmp_path: Path) -> None:
         if text is not None:
             file.write_text(text)
         found.append(
-            [graph(c)["collect"].fingerprint for c in (config, mapped, second)]
+            [build_steps(c)["collect"].fingerprint for c in (config, mapped, second)]
         )
     assert found[1] == found[3]
     assert [len({column[k] for column in found}) for k in range(3)] == [1, 3, 3]
-    assert graph(mapped)["images"].fingerprint == graph(config)["images"].fingerprint
+    assert (
+        build_steps(mapped)["images"].fingerprint
+        == build_steps(config)["images"].fingerprint
+    )
 
 
 SERVICES = [

@@ -8,11 +8,12 @@ from typing import get_args
 
 import pytest
 
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.config import Cloud, Folder, TrainingConfig, check_runnable
-from coin_ray.config.files import from_dict, identity
+from coin_ray.config.fingerprints import to_identity
 from coin_ray.config.presets import PRESETS
 from coin_ray.config.published import SETS, CloudKind, DataSet, published
+from coin_ray.config.yaml_files import parse_config
 from coin_ray.errors import ConfigError
 from coin_ray.training.schedule import learning_rate_factor
 
@@ -293,7 +294,7 @@ def test_every_preset_is_valid_and_survives_a_config_file(
         published(name, cloud), data=Folder(images="x"), cloud=Cloud(url="https://x")
     )
     check_runnable(config)
-    assert from_dict(asdict(config), "here") == config
+    assert parse_config(asdict(config), "here") == config
 
 
 GIVEN = ("--images", "pictures", "--cloud", "https://detector.example.com")
@@ -302,14 +303,14 @@ GIVEN = ("--images", "pictures", "--cloud", "https://detector.example.com")
 @pytest.mark.parametrize("name", get_args(DataSet))
 def test_presets_by_name(name: DataSet) -> None:
     assert PRESETS[name]() == published(name)
-    config = parse((name, *GIVEN))[0]
+    config = parse_run_arguments((name, *GIVEN))[0]
     assert isinstance(config.data, Folder)
     assert (config.data.images, config.classes) == ("pictures", SETS[name].classes)
-    assert identity(config.distill) == identity(published(name).distill)
+    assert to_identity(config.distill) == to_identity(published(name).distill)
 
 
 def test_the_kind_of_cloud_is_an_option() -> None:
-    config = parse(
+    config = parse_run_arguments(
         ("bdd100k", "--published-cloud", "glip", *GIVEN, "--distill.private", "0.2")
     )[0]
     assert (
@@ -336,4 +337,4 @@ def test_where_the_kind_of_cloud_says_nothing(
     arguments: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse(arguments)
+        parse_run_arguments(arguments)

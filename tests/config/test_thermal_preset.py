@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.config import Cloud, Folder
-from coin_ray.config.files import to_yaml
 from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.config.presets import PRESETS
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
-from coin_ray.runs.graph import ORDER, graph
-from coin_ray.runs.runner import run
+from coin_ray.runs.graph import ORDER, build_steps
+from coin_ray.runs.runner import run_pipeline
 
 
 def test_every_path_is_below_the_assets(tmp_path: Path) -> None:
-    config, _ = parse(("thermal", "--assets", str(tmp_path)))
+    config, _ = parse_run_arguments(("thermal", "--assets", str(tmp_path)))
     data = config.data
     assert isinstance(data, Folder)
     paths = (
@@ -39,16 +39,18 @@ def test_a_relative_folder_becomes_absolute_and_settings_come_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config, _ = parse(("thermal", "--assets", "here", "--test", "elsewhere"))
+    config, _ = parse_run_arguments(
+        ("thermal", "--assets", "here", "--test", "elsewhere")
+    )
     assert config.data == Folder(
         images=f"{tmp_path}/here/data/thermal/train", test="elsewhere"
     )
 
 
 def test_the_written_config_needs_no_assets(tmp_path: Path) -> None:
-    config, _ = parse(("thermal", "--assets", str(tmp_path)))
+    config, _ = parse_run_arguments(("thermal", "--assets", str(tmp_path)))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert parse(("--config", str(tmp_path / "config.yaml")))[0] == config
+    assert parse_run_arguments(("--config", str(tmp_path / "config.yaml")))[0] == config
 
 
 @pytest.mark.parametrize("arguments", [("thermal",), ("demo", "--assets", "x")])
@@ -56,7 +58,7 @@ def test_assets_are_for_thermal_and_thermal_needs_them(
     arguments: tuple[str, ...],
 ) -> None:
     with pytest.raises(ConfigError, match="thermal --assets DIR"):
-        parse(arguments)
+        parse_run_arguments(arguments)
 
 
 def test_all_missing_packages_are_named_before_anything_is_done(
@@ -65,7 +67,7 @@ def test_all_missing_packages_are_named_before_anything_is_done(
     monkeypatch.setattr(
         "coin_ray.config.optional_dependencies.find_spec", lambda name: None
     )
-    config, _ = parse(("thermal", "--assets", str(tmp_path)))
+    config, _ = parse_run_arguments(("thermal", "--assets", str(tmp_path)))
     with pytest.raises(
         ConfigError,
         match=re.escape(
@@ -73,7 +75,7 @@ def test_all_missing_packages_are_named_before_anything_is_done(
             " 'coin-ray[imagenet,onnx]'"
         ),
     ):
-        run(config, graph(config), str(tmp_path / "root"))
+        run_pipeline(config, build_steps(config), str(tmp_path / "root"))
     assert not (tmp_path / "root").exists()
 
 
@@ -83,7 +85,7 @@ def test_only_the_packages_of_steps_that_are_to_do(
     monkeypatch.setattr(
         "coin_ray.config.optional_dependencies.find_spec", lambda name: None
     )
-    thermal, _ = parse(("thermal", "--assets", "x"))
+    thermal, _ = parse_run_arguments(("thermal", "--assets", "x"))
     check_installed(PRESETS["demo"](), ORDER)
     check_installed(thermal, {"evaluate", "report"})
     with pytest.raises(ConfigError, match=r"coin-ray\[imagenet\]'"):

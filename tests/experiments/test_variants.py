@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from coin_ray.config import Change, PipelineConfig
-from coin_ray.config.files import identity
+from coin_ray.config import PipelineConfig
+from coin_ray.config.fingerprints import to_identity
 from coin_ray.config.presets import demo, folder, thermal
 from coin_ray.experiments.variants import (
     ABLATION,
@@ -17,7 +17,7 @@ from coin_ray.experiments.variants import (
     shortened,
     trials,
 )
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 
 SHARED_BY_DISTILL_VARIANTS = ("images", "collect", "propagate", "separate")
 
@@ -53,7 +53,7 @@ def test_a_variant_changes_only_what_it_is_named_after(
 ) -> None:
     config = demo()
     assert (
-        differences(identity(ABLATION[group][name](config)), identity(config))
+        differences(to_identity(ABLATION[group][name](config)), to_identity(config))
         == changed
     )
 
@@ -83,7 +83,7 @@ def test_a_student_without_propagation_makes_as_many_steps_as_its_weights_made(
 )
 def test_variants_of_distillation_share_everything_before_it(variant: object) -> None:
     config = demo()
-    ours, theirs = graph(variant(config)), graph(config)  # type: ignore[operator]
+    ours, theirs = build_steps(variant(config)), build_steps(config)  # type: ignore[operator]
     assert all(
         ours[step].fingerprint == theirs[step].fingerprint
         for step in SHARED_BY_DISTILL_VARIANTS
@@ -120,22 +120,3 @@ def test_shortened_trainings_still_burn_up_before_they_end() -> None:
         < config.distill.fit.steps
     )
     assert replace(config, propagate=demo().propagate, distill=demo().distill) == demo()
-
-
-def test_the_schedule_of_a_distillation_moves_with_its_steps() -> None:
-    config = replace(
-        demo(),
-        distill=replace(
-            demo().distill,
-            schedule=(Change(100, 1.0, 1.0, 1.0), Change(201, 2.0, 2.0, 2.0)),
-        ),
-    )
-    skipped = config.propagate.fit.steps - 1
-    assert [change.start for change in no_propagation(config).distill.schedule] == [
-        100 + skipped,
-        201 + skipped,
-    ]
-    assert [change.start for change in shortened(config, 0.1).distill.schedule] == [
-        10,
-        20,
-    ]

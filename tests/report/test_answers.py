@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from coin_ray.report.answers import answers, headline
+from coin_ray.report.answers import answer_questions, build_headline
 from coin_ray.report.methods import MINUS
+from coin_ray.report.run_summary import CallCounts, RunSummary
 
 
-def summary(low: float, high: float, **changes: Any) -> dict[str, Any]:
-    whole: dict[str, Any] = {
+def _summary(low: float, high: float, **changes: Any) -> RunSummary:
+    figures: dict[str, Any] = {
         "classes": ["bird", "car", "cat"],
         "map50": {"cloud": 0.3, "student": 0.35, "pseudo_label": 0.33},
         "per_class": {"cloud": [0.3, 0.4, 0.2], "student": [0.2, 0.35, 0.5]},
@@ -20,11 +21,11 @@ def summary(low: float, high: float, **changes: Any) -> dict[str, Any]:
         "calls": {"made": 400, "cost_usd": 0.8},
         "seconds": {"total": 90.0},
     }
-    return whole | changes
+    return RunSummary.from_json(figures | changes)
 
 
-def told(whole: dict[str, Any]) -> dict[str, str]:
-    return {answer.question: answer.text for answer in answers(whole)}
+def _answers(summary: RunSummary) -> dict[str, str]:
+    return {answer.question: answer.text for answer in answer_questions(summary)}
 
 
 @pytest.mark.parametrize(
@@ -43,26 +44,26 @@ def told(whole: dict[str, Any]) -> dict[str, str]:
 def test_better_only_if_the_interval_leaves_out_zero(
     low: float, high: float, start: str, span: str
 ) -> None:
-    text = told(summary(low, high))["Is it better than the cloud?"]
+    text = _answers(_summary(low, high))["Is it better than the cloud?"]
     assert text.startswith(start)
     assert span in text
     assert "plain cloud labels: +2.0" in text
 
 
 def test_classes_below_the_cloud_are_named_worst_first() -> None:
-    text = told(summary(0, 1))["For which classes not?"]
+    text = _answers(_summary(0, 1))["For which classes not?"]
     assert text == f"Below the cloud: bird {MINUS}10.0, car {MINUS}5.0 (may be chance)."
-    better = summary(
+    better = _summary(
         0, 1, per_class={"cloud": [0.3, None, 0.2], "student": [0.3, None, 0.5]}
     )
     assert (
-        told(better)["For which classes not?"]
+        _answers(better)["For which classes not?"]
         == "On no class with test objects does the student score below the cloud."
     )
 
 
 def test_cost_and_belief() -> None:
-    found = told(summary(0, 1))
+    found = _answers(_summary(0, 1))
     assert found["What did it cost?"].startswith(
         "400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost"
         " $2.00 at the cloud"
@@ -71,6 +72,7 @@ def test_cost_and_belief() -> None:
 
 
 def test_a_run_that_measured_nothing_answers_nothing_about_quality() -> None:
-    assert list(told({"calls": {"made": 3, "cost_usd": 0.0}})) == ["What did it cost?"]
-    assert answers({}) == []
-    assert headline(summary(-0.01, 0.09)).interval == f"{MINUS}1.0 to +9.0"
+    calls = CallCounts(made=3, cost_usd=0.0)
+    assert list(_answers(RunSummary(calls=calls))) == ["What did it cost?"]
+    assert answer_questions(RunSummary()) == []
+    assert build_headline(_summary(-0.01, 0.09)).interval == f"{MINUS}1.0 to +9.0"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from coin_ray.report.gallery import Box, GalleryImage
-from coin_ray.report.page import build_page
-from tests.report.test_page import CURVES, PER_CLASS, picture, summary
+from coin_ray.report.page import PageFigures, build_page
+from tests.report.test_page import CURVES, PER_CLASS, make_summary, picture
 
 CHROMIUM = next(
     (
@@ -53,18 +53,17 @@ def page() -> str:
         "Of 1 objects",
         ("worse", "student"),
     )
-    shapes = {
-        "precision_recall": {"student": [1.0, 0.5]},
-        "confusion": [[3, 1, 0], [0, 2, 0], [0, 0, 0]],
-    }
+    figures = PageFigures(
+        precision_recall={"student": [1.0, 0.5]},
+        confusion=[[3, 1, 0], [0, 2, 0], [0, 0, 0]],
+    )
     return build_page(
-        summary(),
-        PER_CLASS,
+        make_summary(per_class=PER_CLASS),
         CURVES,
         [bird, car],
         "preset: demo\n",
-        "python pipelines/full.py demo",
-        shapes,
+        "coin-ray adapt demo",
+        figures,
     )
 
 

@@ -5,14 +5,14 @@ import math
 import pytest
 
 from coin_ray.report.charts import (
-    class_bars,
-    curves_by_run,
-    layered,
-    precision_recall,
-    reliability,
-    shares,
-    stacked,
-    sure,
+    build_class_bars,
+    change_verdict,
+    plot_precision_recall,
+    plot_reliability,
+    plot_shares,
+    plot_stacked_shares,
+    plot_training_curves,
+    stack_segments,
 )
 from coin_ray.report.methods import MINUS
 from coin_ray.report.teachers import confusion_table, split_curves
@@ -32,7 +32,7 @@ def test_curves_are_thinned_ordered_and_finite() -> None:
         ("zoo", 0, "x", 0.0),
         ("zoo", 9, "x", 0.0),
     ]
-    runs = curves_by_run(rows)
+    runs = plot_training_curves(rows)
     assert [run.name for run in runs] == ["propagate", "distill", "zoo"]
     assert [panel.title for panel in runs[0].panels] == ["roi_class"]
     assert runs[0].panels[0].lines[0].path.count("L") < 250
@@ -40,7 +40,7 @@ def test_curves_are_thinned_ordered_and_finite() -> None:
 
 
 def test_stacked_segments_fill_the_bar() -> None:
-    segments = stacked({"consistent": 1, "inconsistent": 0, "private": 3})
+    segments = stack_segments({"consistent": 1, "inconsistent": 0, "private": 3})
     assert [(s.start, s.width) for s in segments] == [(0, 25), (25, 0), (25, 75)]
 
 
@@ -50,7 +50,7 @@ def test_classes_stand_in_the_order_of_what_the_student_lost() -> None:
         "student": [0.5, 0.31, 0.2],
         "oracle": [1.0, 1.0, 1.0],
     }
-    rows = class_bars(
+    rows = build_class_bars(
         ["bird", "car", "cat"],
         per_class,
         ("cloud", "student"),
@@ -82,7 +82,7 @@ def test_classes_stand_in_the_order_of_what_the_student_lost() -> None:
 def test_a_change_is_sure_if_its_interval_leaves_out_zero(
     low: float | None, high: float | None, expected: str
 ) -> None:
-    assert sure(low, high) == expected
+    assert change_verdict(low, high) == expected
 
 
 def test_kinds_are_stacked_as_shares_of_their_sum() -> None:
@@ -90,7 +90,7 @@ def test_kinds_are_stacked_as_shares_of_their_sum() -> None:
         "a": [(0, 1.0), (20, 3.0), (40, 0.0)],
         "b": [(0, 3.0), (20, 1.0), (40, 0.0)],
     }
-    plot = layered(rows, {"a": ("A", "x"), "b": ("B", "y")}, "", "")
+    plot = plot_stacked_shares(rows, {"a": ("A", "x"), "b": ("B", "y")}, "", "")
     assert plot is not None
     assert [line.path for line in plot.lines] == [
         "M0.00 75.00L100.00 25.00",
@@ -98,18 +98,26 @@ def test_kinds_are_stacked_as_shares_of_their_sum() -> None:
     ]
     assert plot.lines[1].area == "M0.00 0.00L100.00 0.00L100.00 25.00L0.00 75.00Z"
     assert plot.last == "step 20"  # a batch without any box has no shares
-    assert layered({"a": rows["a"]}, {"a": ("A", "x"), "b": ("B", "y")}, "", "") is None
+    assert (
+        plot_stacked_shares(
+            {"a": rows["a"]}, {"a": ("A", "x"), "b": ("B", "y")}, "", ""
+        )
+        is None
+    )
 
 
 def test_shares_need_every_line() -> None:
     rows = {"a": [(0, 0.0), (20, 1.0)], "b": [(0, 0.5), (20, 0.25)]}
-    plot = shares(rows, {"a": ("A", "x"), "b": ("B", "y")}, "", "")
+    plot = plot_shares(rows, {"a": ("A", "x"), "b": ("B", "y")}, "", "")
     assert plot is not None
     assert [line.path for line in plot.lines] == [
         "M0.00 100.00L100.00 0.00",
         "M0.00 50.00L100.00 75.00",
     ]
-    assert shares(rows | {"b": []}, {"a": ("A", "x"), "b": ("B", "y")}, "", "") is None
+    assert (
+        plot_shares(rows | {"b": []}, {"a": ("A", "x"), "b": ("B", "y")}, "", "")
+        is None
+    )
 
 
 def test_diagnostics_are_told_from_losses() -> None:
@@ -131,15 +139,15 @@ def test_diagnostics_are_told_from_losses() -> None:
     losses, plots = split_curves(rows)
     assert {metric for _, _, metric, _ in losses} == {"ckg_gradient"}
     assert [plot.title for plot in plots] == [
-        "How the kinds moved",
-        "Whom CKG follows",
-        "Angle between the gradients of agreed and disputed regions, degrees",
+        "Regions by kind",
+        "Which teacher CKG agrees with",
+        "Angle between the gradients of consistent and inconsistent regions, degrees",
     ]
     assert split_curves(CURVES) == (CURVES, [])
 
 
 def test_precision_recall_is_drawn_for_methods_that_have_it() -> None:
-    plot = precision_recall(
+    plot = plot_precision_recall(
         {"student": [1.0, 0.5, 0.0], "cloud": [math.nan] * 3, "oracle": [1.0] * 3},
         ("cloud", "student"),
         "car",
@@ -148,11 +156,11 @@ def test_precision_recall_is_drawn_for_methods_that_have_it() -> None:
     assert [(line.name, line.path) for line in plot.lines] == [
         ("Student", "M0.00 0.00L50.00 50.00L100.00 100.00")
     ]
-    assert precision_recall({}, ("cloud",), "car") is None
+    assert plot_precision_recall({}, ("cloud",), "car") is None
 
 
 def test_reliability_dots_grow_with_their_cases() -> None:
-    plot = reliability(
+    plot = plot_reliability(
         [
             {"confidence": 0.3, "right": 0.2, "count": 1},
             {"confidence": 0.9, "right": 0.6, "count": 4},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coin_ray.errors import InputError
-from coin_ray.report.compare import compare, main, runs_of
+from coin_ray.report.compare import compare
 
 
 def run(
@@ -92,28 +92,8 @@ def test_what_users_named_is_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;alert(1)&lt;") >= 3
 
 
-def test_a_folder_without_a_run_says_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(
-        InputError, match=r"has no summary\.json; run pipelines/full\.py"
-    ):
+def test_a_folder_without_a_run_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no summary\.json; run coin-ray adapt"):
         compare(
             [run(tmp_path / "a", 0, 0.4), str(tmp_path)], str(tmp_path / "all.html")
         )
-    assert main([str(tmp_path), str(tmp_path), "--seed", "1"]) == InputError.exit_code
-    assert "--out FILE" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "runs"),
-    [
-        (["demo"], []),
-        (["demo", "--seed", "1"], []),
-        ([], []),
-        (["--config", "a.yaml"], []),
-        (["a", "b", "--out", "c"], ["a", "b"]),
-    ],
-)
-def test_two_folders_mean_a_comparison(arguments: list[str], runs: list[str]) -> None:
-    assert runs_of(arguments) == runs

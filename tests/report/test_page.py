@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from coin_ray.report.gallery import Box, GalleryImage
-from coin_ray.report.methods import MINUS, difference, duration, points
-from coin_ray.report.page import build_page
+from coin_ray.report.methods import MINUS, format_change, format_duration, format_points
+from coin_ray.report.page import PageFigures, build_page
+from coin_ray.report.run_summary import RunSummary
 from coin_ray.report.table import print_summary
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
@@ -49,8 +50,8 @@ def parse(page: str) -> Checker:
     return checker
 
 
-def summary(**changes: Any) -> dict[str, Any]:
-    whole: dict[str, Any] = {
+def make_summary(**changes: Any) -> RunSummary:
+    figures: dict[str, Any] = {
         "preset": "demo",
         "seed": 0,
         "classes": ["bird", "car"],
@@ -74,7 +75,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         },
         "versions": {"coin_ray": "0.1.0"},
     }
-    return whole | changes
+    return RunSummary.from_json(figures | changes)
 
 
 def picture(name: str = "a.jpg", label: str = "bird") -> GalleryImage:
@@ -95,7 +96,6 @@ PER_CLASS = {
     "clip_detector": [0.3, math.nan],
     "student": [0.5, 0.31],
 }
-BY_CLASS = {"cloud": [0.6, 0.4], "student": [0.5, 0.31]}
 CURVES = [
     (run, step, "roi_class", 1 / (step + 1))
     for run in ("distill", "propagate")
@@ -105,8 +105,7 @@ CURVES = [
 
 def full(**changes: Any) -> str:
     return build_page(
-        summary(**changes),
-        PER_CLASS,
+        make_summary(**({"per_class": PER_CLASS} | changes)),
         CURVES,
         [picture()],
         "preset: demo\n",
@@ -149,25 +148,24 @@ def test_opens_without_network() -> None:
 
 def test_escapes_what_users_supply() -> None:
     evil = '"><script>alert(1)</script>'
-    whole = summary(
+    summary = make_summary(
         classes=[evil, "car"],
         preset=evil,
         versions={evil: evil},
         seconds={evil: 3.0, "total": 3.0},
-        per_class=BY_CLASS,
+        per_class=PER_CLASS,
     )
-    shapes = {
-        "confusion": [[1, 2, 0], [0, 3, 0], [0, 0, 0]],
-        "class_curves": {"student": [[1.0, 0.0], [1.0, 0.5]]},
-    }
+    figures = PageFigures(
+        confusion=[[1, 2, 0], [0, 3, 0], [0, 0, 0]],
+        class_curves={"student": [[1.0, 0.0], [1.0, 0.5]]},
+    )
     page = build_page(
-        whole,
-        PER_CLASS,
+        summary,
         [(evil, s, evil, 1.0) for s in range(3)],
         [picture(evil, evil)],
         evil,
         evil,
-        shapes,
+        figures,
     )
     assert "<script>alert" not in page
     assert sum(tag == "script" for tag, _ in parse(page).tags) == 1
@@ -202,7 +200,7 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
             "student": [Box((97, 97, 100, 100), "a long name", 0.5)],
         },
     )
-    page = build_page({}, {}, [], [image], "", "")
+    page = build_page(RunSummary(), [], [image], "", "")
     places = [
         (float(a["x"] or 0), float(a["y"] or 0), a["text-anchor"])
         for tag, a in parse(page).tags
@@ -214,7 +212,7 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "whole",
+    "figures",
     [
         {},
         {
@@ -238,16 +236,15 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
         },
     ],
 )
-def test_leaves_out_what_is_missing(whole: dict[str, Any]) -> None:
-    text = parse(build_page(whole, {}, [], [], "", "")).text
+def test_leaves_out_what_is_missing(figures: dict[str, Any]) -> None:
+    text = parse(build_page(RunSummary.from_json(figures), [], [], "", "")).text
     assert "What it looks like" not in text
     assert "nan" not in text.split()
 
 
 def test_a_run_without_truth_says_so() -> None:
     page = build_page(
-        summary(map50={"cloud": None, "student": None}, gap_closed=None),
-        {},
+        make_summary(map50={"cloud": None, "student": None}, gap_closed=None),
         [],
         [picture()],
         "",
@@ -277,18 +274,18 @@ def test_a_worse_student_is_called_worse() -> None:
     ],
 )
 def test_duration(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_numbers() -> None:
-    assert [points(v) for v in (0.4056, None, math.nan, 0)] == [
+    assert [format_points(v) for v in (0.4056, None, math.nan, 0)] == [
         "40.6",
         "\u2013",
         "\u2013",
         "0.0",
     ]
     assert [
-        difference(a, b) for a, b in [(0.5, 0.4), (0.4, 0.5), (0.4, 0.4), (None, 1)]
+        format_change(a, b) for a, b in [(0.5, 0.4), (0.4, 0.5), (0.4, 0.4), (None, 1)]
     ] == ["+10.0", f"{MINUS}10.0", "0.0", ""]
 
 
@@ -296,7 +293,9 @@ def test_terminal_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    print_summary(summary(map50_unknown={"student": 0.19}), "runs/[demo]/report.html")
+    print_summary(
+        make_summary(map50_unknown={"student": 0.19}, page="runs/[demo]/report.html")
+    )
     out = capsys.readouterr().out
     for phrase in [
         "Student ",
@@ -314,12 +313,12 @@ def test_terminal_table(
 
 
 @pytest.mark.parametrize(
-    "whole", [{}, {"map50": {"cloud": None}}, {"calls": {"made": 3}}]
+    "figures", [{}, {"map50": {"cloud": None}}, {"calls": {"made": 3}}]
 )
 def test_terminal_table_without_truth(
-    whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    figures: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_summary(whole)
+    print_summary(RunSummary.from_json(figures))
     assert "No annotated test images" in capsys.readouterr().out
 
 
@@ -353,7 +352,7 @@ def test_how_right_each_kind_is_stands_beside_its_size(
         " private 50 %." in text
     )
     assert "which no training sees" not in full()
-    print_summary(summary(knowledge=KNOWLEDGE))
+    print_summary(make_summary(knowledge=KNOWLEDGE))
     shown = capsys.readouterr().out
     assert "72%" in shown
     assert "cloud 53%, clip 56%, mean 65%, neither 21%" in shown
@@ -369,7 +368,7 @@ def test_what_people_corrected_is_told_with_how_often_each_teacher_was_wrong() -
         "teachers": {"cloud": cloud, "clip_detector": clip},
     }
     text = " ".join(
-        parse(build_page(summary(corrections=found), {}, [], [], "", "")).text.split()
+        parse(build_page(make_summary(corrections=found), [], [], "", "")).text.split()
     )
     assert "8 training images with 60 objects, 1 of them empty" in text
     assert all(
@@ -378,7 +377,7 @@ def test_what_people_corrected_is_told_with_how_often_each_teacher_was_wrong() -
     )
     assert (
         "Corrected by people"
-        not in parse(build_page(summary(), {}, [], [], "", "")).text
+        not in parse(build_page(make_summary(), [], [], "", "")).text
     )
 
 
@@ -391,7 +390,7 @@ def test_a_person_s_boxes_are_a_layer_of_the_gallery() -> None:
         {"separation": [Box((1, 1, 9, 9), "bird", None, "reviewed")]},
         "train",
     )
-    page = parse(build_page(summary(), {}, [], [shown], "", ""))
+    page = parse(build_page(make_summary(), [], [shown], "", ""))
     assert ("input", "reviewed") in [
         (tag, known.get("value")) for tag, known in page.tags
     ]

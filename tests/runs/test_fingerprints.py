@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.config import Cloud, Ensemble, PipelineConfig
-from coin_ray.config import detector_presets, presets
+from coin_ray.config import Cloud, Ensemble, PipelineConfig, detector_presets, presets
 from coin_ray.config.detector_training import DetectorConfig, SourceScenes
 from coin_ray.runs import detector_graph, graph
 from coin_ray.runs.steps import Step
@@ -44,12 +43,12 @@ def _adaptations() -> Iterator[tuple[str, Mapping[str, Step]]]:
     for name, preset in presets.PRESETS.items():
         for student in STUDENTS:
             config = presets.with_student(preset(), student)
-            yield f"{name} {student}", graph.graph(config, baselines=True)
-    yield "demo without baselines", graph.graph(presets.demo())
-    yield "demo two clouds", graph.graph(_two_clouds())
+            yield f"{name} {student}", graph.build_steps(config, baselines=True)
+    yield "demo without baselines", graph.build_steps(presets.demo())
+    yield "demo two clouds", graph.build_steps(_two_clouds())
     yield (
         "demo from the CLIP detector",
-        graph.graph(_from_clip_detector(), baselines=True),
+        graph.build_steps(_from_clip_detector(), baselines=True),
     )
 
 
@@ -59,14 +58,16 @@ def _with_heads(config: DetectorConfig) -> DetectorConfig:
 
 def _detector_trainings() -> Iterator[tuple[str, Mapping[str, Step]]]:
     for name, preset in detector_presets.PRESETS.items():
-        yield f"detector {name}", detector_graph.graph(preset())
+        yield f"detector {name}", detector_graph.build_detector_steps(preset())
         yield (
             f"detector {name} heads demo-source",
-            detector_graph.graph(_with_heads(preset()), SourceScenes(train=7)),
+            detector_graph.build_detector_steps(
+                _with_heads(preset()), SourceScenes(train=7)
+            ),
         )
     d_fine = detector_presets.fast("d-fine", "some/network")
     d_fine = replace(d_fine, data="coco:/no/such", val="/no/val")
-    yield "detector d-fine", detector_graph.graph(d_fine)
+    yield "detector d-fine", detector_graph.build_detector_steps(d_fine)
 
 
 RUNS = {**dict(_adaptations()), **dict(_detector_trainings())}

@@ -12,20 +12,21 @@ import pytest
 
 from coin_ray import config as settings
 from coin_ray import storage
-from coin_ray.runs import steps
-from coin_ray.errors import StepError
+from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import demo
-from coin_ray.runs.steps import Context, Step, execute, finished
+from coin_ray.errors import StepError
+from coin_ray.runs import steps
+from coin_ray.runs.steps import Context, Metrics, Step, finished_manifests, run_step
 
 CONFIG = demo()
-Install = Callable[[Callable[[Context], dict[str, Any]]], None]
+Install = Callable[[Callable[[Context[PipelineConfig]], Metrics]], None]
 
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Makes a function the stage named "fake"."""
 
-    def install(run: Callable[[Context], dict[str, Any]]) -> None:
+    def install(run: Callable[[Context[PipelineConfig]], Metrics]) -> None:
         module = types.ModuleType("coin_ray.stages.fake")
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -42,27 +43,27 @@ SECOND = Step(
 def test_manifest_is_the_last_write(stage: Install, tmp_path: Path) -> None:
     seen = []
 
-    def run(context: Context) -> dict[str, Any]:
+    def run(context: Context[PipelineConfig]) -> Metrics:
         seen.append(storage.list_files(str(tmp_path), "manifest.json"))
         storage.write_bytes(storage.join(context.folder, "result"), b"1")
         return {"count": 3}
 
     stage(run)
-    manifest = execute(FIRST, CONFIG, str(tmp_path))
+    manifest = run_step(FIRST, CONFIG, str(tmp_path))
     assert seen == [[]]
-    assert manifest["metrics"] == {"count": 3}
-    assert FIRST.manifest(str(tmp_path)) == manifest
-    assert set(finished([FIRST, SECOND], str(tmp_path))) == {"first"}
+    assert manifest.metrics == {"count": 3}
+    assert FIRST.read_manifest(str(tmp_path)) == manifest
+    assert set(finished_manifests([FIRST, SECOND], str(tmp_path))) == {"first"}
 
 
 def test_a_failed_step_is_not_finished(stage: Install, tmp_path: Path) -> None:
-    def run(context: Context) -> dict[str, Any]:
+    def run(context: Context[PipelineConfig]) -> Metrics:
         raise RuntimeError("killed")
 
     stage(run)
     with pytest.raises(RuntimeError, match="killed"):
-        execute(FIRST, CONFIG, str(tmp_path))
-    assert FIRST.manifest(str(tmp_path)) is None
+        run_step(FIRST, CONFIG, str(tmp_path))
+    assert not FIRST.is_finished(str(tmp_path))
 
 
 def test_missing_inputs_are_named_and_nothing_runs(
@@ -70,17 +71,17 @@ def test_missing_inputs_are_named_and_nothing_runs(
 ) -> None:
     stage(lambda context: pytest.fail("ran"))
     with pytest.raises(
-        StepError, match=r"second needs finished first .*pipelines/first.py"
+        StepError, match=r"second needs finished first .*coin-ray first"
     ):
-        execute(SECOND, CONFIG, str(tmp_path))
+        run_step(SECOND, CONFIG, str(tmp_path))
 
 
 def test_a_stage_gets_its_folders_and_options(stage: Install, tmp_path: Path) -> None:
     got = []
     stage(lambda context: got.append(context) or {})
     root = str(tmp_path)
-    execute(FIRST, CONFIG, root)
-    execute(SECOND, CONFIG, root)
+    run_step(FIRST, CONFIG, root)
+    run_step(SECOND, CONFIG, root)
     context = got[1]
     assert (context.name, context.options, context.root) == (
         "second",

@@ -21,13 +21,12 @@ from clusters import free_port
 from PIL import Image
 
 from coin_ray import storage
-from coin_ray.runs import runner
-from coin_ray.runs import steps
 from coin_ray.config import PipelineConfig, Tracking
-from coin_ray.errors import ConfigError
 from coin_ray.config.presets import demo
-from coin_ray.predictors.student import load_exported, write_exported
-from coin_ray.runs.steps import Context, Step
+from coin_ray.errors import ConfigError
+from coin_ray.predictors.student import load_exported_student, write_exported_student
+from coin_ray.runs import runner, steps
+from coin_ray.runs.steps import Context, Metrics, Step
 from coin_ray.runs.tracking import Tracker
 
 mlflow = pytest.importorskip("mlflow")
@@ -143,7 +142,7 @@ def stand_in(
 ) -> list[str]:
     done: list[str] = []
 
-    def work(context: Context) -> dict[str, Any]:
+    def work(context: Context[PipelineConfig]) -> Metrics:
         before(context.name)
         done.append(context.name)
         if context.name == "images":
@@ -151,13 +150,15 @@ def stand_in(
         if context.name == "distill":
             storage.write_json(storage.join(context.folder, "curve.json"), CURVE)
         if context.name == "export":
-            write_exported(tiny_detector(score_min=0.01), CLASSES, context.folder)
+            write_exported_student(
+                tiny_detector(score_min=0.01), CLASSES, context.folder
+            )
         return METRICS[context.name]
 
     monkeypatch.setattr(
         runner,
-        "execute",
-        lambda step, config, root: steps.execute(step, config, root, work),
+        "run_step",
+        lambda step, config, root, _: steps.run_step(step, config, root, work),
     )
     return done
 
@@ -187,7 +188,7 @@ def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
     monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counted)
     used = config(server, "whole", model="harbour")
     for _ in range(2):  # the second time nothing is written
-        runner.run(used, pipeline(), str(tmp_path))
+        runner.run_pipeline(used, pipeline(), str(tmp_path))
     assert worked == list(METRICS)
     assert [size for size in batches if size > 100] == [500, 500, 200], (
         "a curve is written in few requests"
@@ -213,7 +214,9 @@ def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8)
     )
-    expected = load_exported(pipeline()["export"].folder(str(tmp_path)))(picture)  # type: ignore[operator]
+    expected = load_exported_student(pipeline()["export"].folder(str(tmp_path)))(
+        picture
+    )  # type: ignore[operator]
     (answer,) = mlflow.pyfunc.load_model("models:/harbour@champion").predict([picture])
     assert answer["boxes"] == expected.boxes.tolist()
     assert [
@@ -238,9 +241,9 @@ def test_a_server_lost_on_the_way_stops_nothing_and_gets_what_it_missed(
     worked = stand_in(monkeypatch, lose)
     used = config(server, f"lost by a {fault}")
     try:
-        summary = runner.run(used, pipeline(), str(tmp_path))
+        summary = runner.run_pipeline(used, pipeline(), str(tmp_path))
         assert worked == list(METRICS)
-        assert summary["map50"]["student"] == 0.5
+        assert summary.map50["student"] == 0.5
         said = capsys.readouterr().out
         assert said.count("tracking failed") == 1
         assert "the same command writes what is missing" in said
@@ -249,7 +252,7 @@ def test_a_server_lost_on_the_way_stops_nothing_and_gets_what_it_missed(
         if fault == "stop" and server.process.poll() is not None:
             server.start()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
-    assert runner.run(used, pipeline(), str(tmp_path)) == summary
+    assert runner.run_pipeline(used, pipeline(), str(tmp_path)) == summary
     assert worked == list(METRICS), "no step was done again"
     found = children(f"lost by a {fault}", Tracker(used, str(tmp_path)).parent_run)
     assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
@@ -279,5 +282,5 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_done(
     with pytest.raises(
         ConfigError, match=r"tracking failed at http://127.0.0.1.*--tracking.no-enabled"
     ):
-        runner.run(used, pipeline(), str(tmp_path))
+        runner.run_pipeline(used, pipeline(), str(tmp_path))
     assert worked == []

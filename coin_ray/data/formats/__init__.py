@@ -37,6 +37,7 @@ __all__ = [
     "Annotation",
     "Dataset",
     "ImageRecord",
+    "list_image_files",
     "read_dataset",
     "write_dataset",
 ]
