@@ -139,9 +139,11 @@ def class_embeddings(clip: ClipModel, classes: Sequence[str], config: Clip) -> T
     """Return e_c [K+1, D], unit length, background last: the mean over prompts, each
     normalised first (paper section 3.2).
     """
+    network: Any = clip.network
     rows = []
     for name in (*classes, BACKGROUND):
         tokens = clip.tokenize(make_prompts(name, config)).to(clip.device)
-        embedded = F.normalize(clip.network.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
-        rows.append(F.normalize(embedded.mean(0), dim=0))
+        embedded = network.encode_text(tokens).float()
+        mean = F.normalize(embedded, dim=-1).mean(0)
+        rows.append(F.normalize(mean, dim=0))
     return torch.stack(rows)

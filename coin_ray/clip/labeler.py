@@ -33,7 +33,8 @@ class RoiLabeler:
         self.clip = clip
         self.short_side = short_side
         self.long_side = long_side
-        clip.network.visual.to(memory_format=torch.channels_last)  # type: ignore[operator,union-attr]
+        visual: Any = clip.network.visual
+        visual.to(memory_format=torch.channels_last)
         self.embeddings = class_embeddings(clip, classes, config)
 
     @torch.no_grad()
@@ -43,7 +44,6 @@ class RoiLabeler:
         """
         if not len(boxes):
             return torch.zeros(0, len(self.embeddings))
-        visual = self.clip.network.visual
         image, boxes = image.to(self.clip.device), boxes.to(self.clip.device)
         resized = resize(image, [self.short_side], max_size=self.long_side)
         x_factor = resized.shape[2] / image.shape[2]
@@ -51,10 +51,13 @@ class RoiLabeler:
         boxes = boxes * boxes.new_tensor([x_factor, y_factor]).repeat(2)
         pixels = _normalise_pixels(resized, self.clip)[None]
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        shared = visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels))))  # type: ignore[operator,union-attr]
+        visual: Any = self.clip.network.visual
+        maps = visual.stem(pixels)
+        for stage in (visual.layer1, visual.layer2, visual.layer3):
+            maps = stage(maps)
         side = self.clip.roi_size
-        pooled = roi_align(shared, [boxes], side, 1 / 16, -1, aligned=True)
-        features = attention_pool(visual.attnpool, visual.layer4(pooled))  # type: ignore[operator,union-attr]
+        pooled = roi_align(maps, [boxes], side, 1 / 16, -1, aligned=True)
+        features = attention_pool(visual.attnpool, visual.layer4(pooled))
         return _classify(self.clip, features, self.embeddings)
 
 
@@ -97,13 +100,13 @@ class CropLabeler:
         image and resize it to CLIP's input.
         """
         height, width = image.shape[1:]
-        box_left, box_top, right, bottom = box
-        left = min(max(box_left, 0), width - 2)
-        top = min(max(box_top, 0), height - 2)
-        crop_height, crop_width = max(bottom - top, 2), max(right - left, 2)
+        x1, y1, x2, y2 = box
+        x1 = min(max(x1, 0), width - 2)
+        y1 = min(max(y1, 0), height - 2)
+        crop_height, crop_width = max(y2 - y1, 2), max(x2 - x1, 2)
         side = self.clip.roi_size * 16
         crop: Tensor = resized_crop(
-            image, top, left, crop_height, crop_width, [side, side], antialias=True
+            image, y1, x1, crop_height, crop_width, [side, side], antialias=True
         )
         return crop
 

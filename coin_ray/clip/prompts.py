@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,13 @@ class LearnedPrompts(nn.Module):
         self, clip: ClipModel, classes: Sequence[str], context_tokens: int
     ) -> None:
         super().__init__()
-        text = clip.network
+        text: Any = clip.network
         placeholder = " ".join(["x"] * context_tokens)
         tokens = clip.tokenize(
             [f"{LEAD} {placeholder} {name}." for name in (*classes, BACKGROUND)]
         )
         with torch.no_grad():
-            embedded = text.token_embedding(tokens).float()  # type: ignore[operator]
+            embedded = text.token_embedding(tokens).float()
         lead_tokens = embedded[0, 1 : 1 + len(LEAD.split())]
         new_tokens = 0.02 * torch.randn(context_tokens, embedded.shape[2])
         self.context = nn.Parameter(torch.cat([lead_tokens, new_tokens]))
@@ -46,13 +47,14 @@ class LearnedPrompts(nn.Module):
 
     def forward(self) -> Tensor:
         """Return class embeddings [K+1, D], unit length, background last."""
-        text = self._text[0]
+        text: Any = self._text[0]
         if text.text_projection.device != self.context.device:
             text.to(self.context.device)
         start, stop = 1, 1 + len(self.context)
         context = self.context.expand(len(self.embedded), -1, -1)
         x = torch.cat([self.embedded[:, :start], context, self.embedded[:, stop:]], 1)
-        x = x + text.positional_embedding  # type: ignore[operator]
-        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask))  # type: ignore[operator]
+        x = x + text.positional_embedding
+        x = text.transformer(x, attn_mask=text.attn_mask)
+        x = text.ln_final(x)
         last_tokens = x[torch.arange(len(x)), self.ends]
-        return F.normalize(last_tokens @ text.text_projection, dim=-1)  # type: ignore[operator]
+        return F.normalize(last_tokens @ text.text_projection, dim=-1)

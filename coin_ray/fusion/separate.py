@@ -48,18 +48,14 @@ def separate(
     unmatched_cloud = [row for row in range(len(cloud)) if row not in matched_cloud]
 
     matches = _resolve_duplicate_cloud_labels(all_matches, cloud, clip)
-    agreeing = [(i, j) for i, j in matches if cloud.labels[i] == clip.labels[j]]
-    disagreeing = [(i, j) for i, j in matches if cloud.labels[i] != clip.labels[j]]
-    consistent = _deduplicate(_make_pairs(agreeing, cloud, clip, fuse_boxes), generator)
-    inconsistent = _deduplicate(
-        _make_pairs(disagreeing, cloud, clip, fuse_boxes), generator
-    )
-    same_box = (inconsistent.boxes[:, None] == consistent.boxes[None]).all(-1)
-    also_consistent = same_box.any(1)
-    private = Detections.cat(
-        [_select(cloud, unmatched_cloud), _select(clip, unmatched_clip)]
-    )
-    return Separation(consistent, inconsistent[~also_consistent], private)
+    pairs = _make_pairs(matches, cloud, clip, fuse_boxes)
+    is_agreed = pairs.cloud.labels == pairs.clip.labels
+    consistent = _deduplicate(pairs[is_agreed], generator)
+    inconsistent = _deduplicate(pairs[~is_agreed], generator)
+    is_same_box = (inconsistent.boxes[:, None] == consistent.boxes[None]).all(-1)
+    inconsistent = inconsistent[~is_same_box.any(1)]
+    unmatched = [_select(cloud, unmatched_cloud), _select(clip, unmatched_clip)]
+    return Separation(consistent, inconsistent, Detections.cat(unmatched))
 
 
 def _separate_one_teacher(
@@ -91,6 +87,7 @@ def _match_boxes(
     """
     matches: list[Match] = []
     unmatched: list[int] = []
+    cloud_labels, clip_labels = cloud.labels.tolist(), clip.labels.tolist()
     for clip_rows in _group_identical_boxes(clip.boxes):
         cloud_rows = is_match[:, clip_rows[0]].nonzero()[:, 0].tolist()
         if not cloud_rows:
@@ -99,7 +96,7 @@ def _match_boxes(
             matches += [(cloud_row, clip_rows[0]) for cloud_row in cloud_rows]
         else:
             best = max(cloud_rows, key=lambda row: float(cloud.scores[row]))
-            agreeing = [r for r in clip_rows if clip.labels[r] == cloud.labels[best]]
+            agreeing = [r for r in clip_rows if clip_labels[r] == cloud_labels[best]]
             clip_row = agreeing[0] if agreeing else _draw_row(clip_rows, generator)
             matches.append((best, clip_row))
     return matches, unmatched
@@ -121,6 +118,7 @@ def _resolve_duplicate_cloud_labels(
     """Keep, where the cloud gave one object several labels, only the matches whose label
     CLIP confirms; if CLIP has several labels too, only the disagreements.
     """
+    cloud_labels, clip_labels = cloud.labels.tolist(), clip.labels.tolist()
     same_object = box_iou(cloud.boxes, cloud.boxes) >= SAME_CLOUD_BOX
     visited: set[int] = set()
     dropped: set[Match] = set()
@@ -130,18 +128,19 @@ def _resolve_duplicate_cloud_labels(
         if len(duplicates) < 2 or best in visited:
             continue
         visited.update(duplicates)
-        clip_labels = {int(clip.labels[j]) for i, j in matches if i == best}
-        candidates = [(i, j) for i, j in matches if i in duplicates]
-        if len(clip_labels) == 1:
-            confirmed = [
-                m for m in candidates if int(cloud.labels[m[0]]) in clip_labels
-            ]
+        candidates = {(i, j) for i, j in matches if i in duplicates}
+        best_labels = {clip_labels[j] for i, j in matches if i == best}
+        if len(best_labels) == 1:
+            confirmed = {
+                (i, j) for i, j in candidates if cloud_labels[i] in best_labels
+            }
             if confirmed:
-                dropped.update(set(candidates) - set(confirmed))
-        elif clip_labels:
-            dropped.update(
-                (i, j) for i, j in candidates if cloud.labels[i] == clip.labels[j]
-            )
+                dropped |= candidates - confirmed
+        elif best_labels:
+            agreeing = {
+                (i, j) for i, j in candidates if cloud_labels[i] == clip_labels[j]
+            }
+            dropped |= agreeing
     return [match for match in matches if match not in dropped]
 
 
@@ -160,9 +159,8 @@ def _make_pairs(
 
 def _deduplicate(pairs: Pairs, generator: torch.Generator) -> Pairs:
     """Keep one pair, drawn at random, of those with bit-identical boxes."""
-    rows = [
-        _draw_row(group, generator) for group in _group_identical_boxes(pairs.boxes)
-    ]
+    groups = _group_identical_boxes(pairs.boxes)
+    rows = [_draw_row(group, generator) for group in groups]
     return pairs[torch.tensor(sorted(rows), dtype=torch.int64)]
 
 

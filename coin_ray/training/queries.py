@@ -230,8 +230,8 @@ def forward_detr_student(
     main = decoded.columns(0, main_count)
     replayed_outputs = None
     if replayed is not None:
-        rest = decoded.columns(main_count, decoded.logits.shape[2])
-        replayed_outputs = replayed.outputs(rest)
+        query_count = decoded.logits.shape[2]
+        replayed_outputs = replayed.outputs(decoded.columns(main_count, query_count))
     with torch.no_grad():
         boxes = [s.inconsistent.boxes for s in separations]
         embeddings = student.describe(shared, boxes).embedded

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,19 +64,19 @@ class ClipTower(Tower):
         self, visual: nn.Module, batch_norm: BatchNorm, frozen_stages: int = 1
     ) -> None:
         super().__init__()
-        tower = copy.deepcopy(visual).requires_grad_(True)
+        tower: Any = copy.deepcopy(visual).requires_grad_(True)
         tower.attnpool = nn.Identity()
         if batch_norm == "frozen":
             freeze_batch_norm(tower)
         # twice as fast on CPU
-        self.visual = tower.to(memory_format=torch.channels_last)
+        self.visual: Any = tower.to(memory_format=torch.channels_last)
         self.frozen_stages = frozen_stages
         trained = tuple(f"layer{i}" for i in range(frozen_stages + 1, 5))
         self.freeze(
             [m for name, m in tower.named_children() if not name.startswith(trained)]
         )
-        self.shared_channels = int(tower.layer3[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
-        self.regional_channels = int(tower.layer4[-1].conv3.out_channels)  # type: ignore[union-attr,index,arg-type]
+        self.shared_channels = int(tower.layer3[-1].conv3.out_channels)
+        self.regional_channels = int(tower.layer4[-1].conv3.out_channels)
         self.map_channels = (
             self.shared_channels // 2,
             self.shared_channels,
@@ -84,8 +84,7 @@ class ClipTower(Tower):
         )
 
     def shared(self, pixels: Tensor) -> Tensor:
-        visual = self.visual
-        stages: list[nn.Module] = [visual.layer1, visual.layer2, visual.layer3]  # type: ignore[list-item]
+        stages = [self.visual.layer1, self.visual.layer2, self.visual.layer3]
         with torch.no_grad():
             maps = self._stem(pixels)
             for stage in stages[: self.frozen_stages]:
@@ -107,12 +106,12 @@ class ClipTower(Tower):
 
     def _stem(self, pixels: Tensor) -> Tensor:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        maps: Tensor = self.visual.stem(pixels)  # type: ignore[operator]
+        maps: Tensor = self.visual.stem(pixels)
         return maps
 
     def regional(self, pooled: Tensor) -> Tensor:
         pooled = pooled.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.visual.layer4(pooled)  # type: ignore[operator]
+        features: Tensor = self.visual.layer4(pooled)
         return features.mean((2, 3))
 
 
@@ -125,7 +124,8 @@ class MobileNetTower(Tower):
 
     def __init__(self, network: nn.Module, batch_norm: BatchNorm) -> None:
         super().__init__()
-        blocks: nn.Sequential = copy.deepcopy(network.features).requires_grad_(True)  # type: ignore[assignment]
+        layers: Any = network.features
+        blocks: nn.Sequential = copy.deepcopy(layers).requires_grad_(True)
         if batch_norm == "frozen":
             freeze_batch_norm(blocks)
         self.features = blocks.to(memory_format=torch.channels_last)
