@@ -1,5 +1,5 @@
-"""When two names mean one class: case, hyphens, underscores and an English plural do
-not count.
+"""Compare class names: case, hyphens, underscores and an English plural do not tell
+names apart.
 """
 
 from __future__ import annotations
@@ -8,37 +8,37 @@ import unicodedata
 from collections.abc import Iterator
 
 
-def is_same_class_name(one: str, other: str) -> bool:
-    """Whether the names differ only in that: "Traffic-Lights" and "traffic light"."""
-    return normalize_class_name(one) in class_name_variants(
-        other
-    ) or normalize_class_name(other) in class_name_variants(one)
+def is_same_class_name(name: str, other: str) -> bool:
+    """Tell whether two names mean one class: "Traffic-Lights" and "traffic light"."""
+    if normalize_class_name(name) in class_name_variants(other):
+        return True
+    return normalize_class_name(other) in class_name_variants(name)
 
 
 def normalize_class_name(name: str) -> str:
-    """Case, spaces, hyphens and underscores don't tell names apart."""
-    return " ".join(
-        unicodedata.normalize("NFKC", name)
-        .casefold()
-        .replace("_", " ")
-        .replace("-", " ")
-        .split()
-    )
+    """Return the name in lower case, with single spaces instead of hyphens and
+    underscores.
+    """
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(folded.replace("_", " ").replace("-", " ").split())
 
 
 def class_name_variants(name: str) -> Iterator[str]:
-    """The folded name, then the name with its last word in the other number: "traffic
-    light", "traffic lights".
+    """Yield the normalized name, then the name with its last word in the other number:
+    "traffic light", "traffic lights".
     """
-    folded = normalize_class_name(name)
-    yield folded
-    rest, space, word = folded.rpartition(" ")
+    normalized = normalize_class_name(name)
+    yield normalized
+    first_words, space, word = normalized.rpartition(" ")
     if len(word) >= 3 and word.isalpha():
-        yield from (rest + space + other for other in _other_number(word))
+        for variant in _other_number(word):
+            yield first_words + space + variant
 
 
 def _other_number(word: str) -> Iterator[str]:
-    """Singulars or plurals of an English word by its ending; "glasses" are no glass."""
+    """Yield singulars or plurals of an English word by its ending; "glasses" are no
+    glass.
+    """
     if word.endswith(("sses", "ss", "is")):
         return
     if word.endswith("us"):

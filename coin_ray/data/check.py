@@ -1,22 +1,16 @@
-"""``python -m coin_ray.data.check DIR [DIR ...] [--classes a,b]``: what is wrong with
-annotated images, before money or hours are spent.
-
-Each DIR is a split, in any format of ``coin_ray.data.formats``, also as
-``FOLDER#SPLIT``. Exit code 1 if anything is wrong.
+"""Find faults of annotated images before money or hours are spent: broken files, wrong
+boxes, duplicates and class names that do not match.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,223 +21,194 @@ from coin_ray.data.formats import Dataset, ImageRecord, read_dataset
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
-OUTSIDE = 1.0
-"""Pixels a box may stand out: formats round, and VOC's pixels are counted in several
+TOLERANCE = 1.0
+"""Pixels a box may lie outside: formats round, and VOC's pixels are counted in several
 ways."""
-SHOWN = 3
+SHOWN_EXAMPLES = 3
+MESSAGE_LENGTH = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong: ``kind`` groups them, ``example`` says where."""
+    """One fault: ``kind`` groups faults, ``example`` names the file and the fault."""
 
     kind: str
     example: str
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """A record after its image was decoded: ``sha256`` sha256 of the file, ``size``
-    upright (width, height); ``broken`` says why not.
+class DecodedRecord:
+    """A record after its image was decoded: ``digest`` sha256 of the file, ``size``
+    upright (width, height); ``error``: why the image can't be decoded.
     """
 
     record: ImageRecord
     digest: str = ""
     size: tuple[int, int] = (0, 0)
-    broken: str = ""
+    error: str = ""
 
 
-def check_datasets(places: Sequence[str], classes: Sequence[str] = ()) -> list[Fault]:
-    """Every fault of the folders together; decodes every image. Of labels that can't be
-    read, only the first file of a folder is named.
+def check_datasets(
+    addresses: Sequence[str], classes: Sequence[str] = ()
+) -> list[Fault]:
+    """Return every fault of the splits (``FOLDER`` or ``FOLDER#SPLIT``), each alone and
+    all together; decodes every image.
+
+    Of labels that can't be read, only the first file of a folder is named. ``classes``:
+    names that will be asked for.
     """
     datasets: dict[str, Dataset] = {}
     faults = []
-    for place in places:
+    for address in addresses:
         try:
-            datasets[place] = read_dataset(place)
+            datasets[address] = read_dataset(address)
         except InputError as error:
             faults.append(Fault("can't be read", str(error)))
-    looks = {
-        place: map_in_threads(_look, dataset.records)
-        for place, dataset in datasets.items()
+    decoded = {
+        address: map_in_threads(_decode, dataset.records)
+        for address, dataset in datasets.items()
     }
-    faults += [
-        fault
-        for place, dataset in datasets.items()
-        for fault in _of_split(place, dataset, looks[place])
-    ]
-    return faults + list(_duplicates(looks)) + list(_names(datasets.values(), classes))
+    for address, dataset in datasets.items():
+        faults += _split_faults(address, dataset, decoded[address])
+    faults += _duplicates(decoded)
+    faults += _class_name_faults(datasets.values(), classes)
+    return faults
 
 
-def _look(record: ImageRecord) -> Look:
+def _decode(record: ImageRecord) -> DecodedRecord:
     raw = storage.read_bytes(record.uri)
     try:
-        return Look(record, hashlib.sha256(raw).hexdigest(), decode_rgb(raw).size)
+        size = decode_rgb(raw).size
     except InputError as error:
-        return Look(record, broken=str(error))
+        return DecodedRecord(record, error=str(error))
+    return DecodedRecord(record, hashlib.sha256(raw).hexdigest(), size)
 
 
-def _of_split(place: str, dataset: Dataset, looks: Sequence[Look]) -> Iterator[Fault]:
+def _split_faults(
+    address: str, dataset: Dataset, decoded: Sequence[DecodedRecord]
+) -> Iterator[Fault]:
     if not dataset.records:
-        yield Fault("no images", place)
+        yield Fault("no images", address)
     for name in dataset.missing:
-        yield Fault(
-            "image missing", f"{place}: {name} is labelled or listed, but not there"
-        )
-    for look in looks:
-        if look.broken:
-            yield Fault("broken image", f"{look.record.uri}: {look.broken}")
-        elif look.record.annotated:
-            yield from _boxes(look.record, look.size)
+        message = f"{address}: {name} is labelled or listed, but not there"
+        yield Fault("image missing", message)
+    for image in decoded:
+        if image.error:
+            yield Fault("broken image", f"{image.record.uri}: {image.error}")
+        elif image.record.annotated:
+            yield from _box_faults(image.record, image.size)
 
 
-def _boxes(record: ImageRecord, size: tuple[int, int]) -> Iterator[Fault]:
+def _box_faults(record: ImageRecord, size: tuple[int, int]) -> Iterator[Fault]:
+    width, height = size
     if (record.width, record.height) != size:
         yield Fault(
             "size differs",
-            f"{record.uri} is {size[0]} x {size[1]}, its labels say {record.width} x"
+            f"{record.uri} is {width} x {height}, its labels say {record.width} x"
             f" {record.height}",
         )
     left, top, right, bottom = record.boxes.T
-    reversed_ = (right < left) | (bottom < top)
-    empty = ((right == left) | (bottom == top)) & ~reversed_
-    outside = (
-        np.maximum(record.boxes - np.tile(size, 2), -record.boxes).max(
-            1, initial=-np.inf
-        )
-        > OUTSIDE
-    )
-    kinds = (
-        ("reversed box", reversed_),
-        ("empty box", empty),
-        ("box outside its image", outside & ~reversed_),
-        ("same box twice", _twice(record)),
-    )
-    for kind, found in kinds:
-        for row in np.flatnonzero(found):
-            yield Fault(
-                kind,
-                f"{record.uri}: {record.labels[row]}"
-                f" {[round(v, 1) for v in record.boxes[row].tolist()]} of {size[0]} x"
-                f" {size[1]}",
-            )
+    is_reversed = (right < left) | (bottom < top)
+    is_empty = ((right == left) | (bottom == top)) & ~is_reversed
+    excess = np.maximum(record.boxes - np.tile(size, 2), -record.boxes)
+    is_outside = excess.max(1, initial=-np.inf) > TOLERANCE
+    boxes_by_kind = {
+        "reversed box": is_reversed,
+        "empty box": is_empty,
+        "box outside its image": is_outside & ~is_reversed,
+        "same box twice": _is_repeated(record),
+    }
+    for kind, mask in boxes_by_kind.items():
+        for row in np.flatnonzero(mask):
+            box = [round(edge, 1) for edge in record.boxes[row].tolist()]
+            message = f"{record.uri}: {record.labels[row]} {box} of {width} x {height}"
+            yield Fault(kind, message)
 
 
-def _twice(record: ImageRecord) -> NDArray[np.bool_]:
-    """Marks boxes that an earlier one with the same label equals."""
-    seen: set[tuple[object, ...]] = set()
+def _is_repeated(record: ImageRecord) -> NDArray[np.bool_]:
+    """Mark boxes [N] that equal an earlier box with the same label."""
+    earlier: set[tuple[object, ...]] = set()
     marks = []
-    for row in zip(record.labels, *record.boxes.T.tolist(), strict=True):
-        marks.append(row in seen)
-        seen.add(row)
+    for labelled_box in zip(record.labels, *record.boxes.T.tolist(), strict=True):
+        marks.append(labelled_box in earlier)
+        earlier.add(labelled_box)
     return np.asarray(marks, np.bool_)
 
 
-def _duplicates(looks: dict[str, list[Look]]) -> Iterator[Fault]:
-    """Files with the same bytes, and a file listed twice; the same image encoded anew
-    is not found.
+def _duplicates(decoded: Mapping[str, Sequence[DecodedRecord]]) -> Iterator[Fault]:
+    """Find files with the same bytes, and files listed twice; the same image encoded
+    anew is not found.
     """
-    first: dict[str, tuple[str, str]] = {}
-    for place, found in looks.items():
-        for look in found:
-            if look.broken:
+    first_by_digest: dict[str, tuple[str, str]] = {}
+    for address, images in decoded.items():
+        for image in images:
+            if image.error:
                 continue
-            if look.digest not in first:
-                first[look.digest] = place, look.record.uri
+            uri = image.record.uri
+            if image.digest not in first_by_digest:
+                first_by_digest[image.digest] = address, uri
                 continue
-            other, uri = first[look.digest]
-            yield Fault(
-                "same image twice" if other == place else "same image in two splits",
-                f"{look.record.uri} is {uri}",
-            )
+            first_address, first_uri = first_by_digest[image.digest]
+            same_split = first_address == address
+            kind = "same image twice" if same_split else "same image in two splits"
+            yield Fault(kind, f"{uri} is {first_uri}")
 
 
-def _names(datasets: Collection[Dataset], classes: Sequence[str]) -> Iterator[Fault]:
-    counts = Counter({name: 0 for dataset in datasets for name in dataset.names})
-    counts.update(
-        label
-        for dataset in datasets
-        for record in dataset.records
-        for label in record.labels
-    )
-    for names in _alike({*counts, *classes}):
-        told = (
-            f"{name!r} ({counts[name]} boxes{', asked for' if name in classes else ''})"
-            for name in names
-        )
+def _class_name_faults(
+    datasets: Collection[Dataset], classes: Sequence[str]
+) -> Iterator[Fault]:
+    box_counts = Counter({name: 0 for dataset in datasets for name in dataset.names})
+    records = [record for dataset in datasets for record in dataset.records]
+    for record in records:
+        box_counts.update(record.labels)
+    for names in _group_same_names({*box_counts, *classes}):
         if len(names) > 1:
-            yield Fault("names differ only in case or plural", ", ".join(told))
-    if not any(record.annotated for dataset in datasets for record in dataset.records):
+            yield _name_variants_fault(names, box_counts, classes)
+    if not any(record.annotated for record in records):
         return
-    present = [name for name, count in counts.items() if count]
+    present = [name for name, count in box_counts.items() if count]
     for name in classes:
-        if not any(is_same_class_name(name, known) for known in present):
-            yield Fault(
-                "class without a box",
-                f"{name!r}; there are {', '.join(sorted(counts)) or 'no names'}"[:300],
-            )
+        if not any(is_same_class_name(name, other) for other in present):
+            known_names = ", ".join(sorted(box_counts)) or "no names"
+            message = f"{name!r}; there are {known_names}"
+            yield Fault("class without a box", message[:MESSAGE_LENGTH])
 
 
-def _alike(names: Iterable[str]) -> list[list[str]]:
-    """Names in groups, each of them like another one of its group."""
+def _name_variants_fault(
+    names: Sequence[str], box_counts: Mapping[str, int], classes: Sequence[str]
+) -> Fault:
+    descriptions = []
+    for name in names:
+        requested = ", asked for" if name in classes else ""
+        descriptions.append(f"{name!r} ({box_counts[name]} boxes{requested})")
+    return Fault("names differ only in case or plural", ", ".join(descriptions))
+
+
+def _group_same_names(names: Iterable[str]) -> list[list[str]]:
+    """Group names that mean the same class."""
     groups: list[list[str]] = []
     for name in sorted(names):
-        group = next(
-            (g for g in groups if any(is_same_class_name(name, known) for known in g)),
-            None,
-        )
-        if group is None:
-            groups.append([name])
+        for group in groups:
+            if any(is_same_class_name(name, other) for other in group):
+                group.append(name)
+                break
         else:
-            group.append(name)
+            groups.append([name])
     return groups
 
 
 def faults_table(faults: Sequence[Fault]) -> Table:
-    """Kinds of faults, the most frequent first, with counts and examples."""
-    found = Table(title="What is wrong", title_justify="left", show_lines=True)
-    found.add_column("fault")
-    found.add_column("count", justify="right")
-    found.add_column("examples", overflow="fold")
-    for kind, count in Counter(f.kind for f in faults).most_common():
-        examples = [f.example for f in faults if f.kind == kind]
-        more = [f"and {count - SHOWN} more"] if count > SHOWN else []
-        found.add_row(kind, str(count), escape("\n".join(examples[:SHOWN] + more)))
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m coin_ray.data.check",
-        description="Look for faults in annotated images.",
-    )
-    parser.add_argument(
-        "places",
-        nargs="+",
-        metavar="DIR",
-        help="a split: a folder, or FOLDER#SPLIT; several are compared with each other",
-    )
-    parser.add_argument(
-        "--classes", default="", help="names that will be asked for: a,b"
-    )
-    given = parser.parse_args(arguments)
-    faults = check_datasets(
-        given.places,
-        [name.strip() for name in given.classes.split(",") if name.strip()],
-    )
-    Console().print(
-        (
-            faults_table(faults)
-            if faults
-            else f"nothing wrong found in {', '.join(given.places)}"
-        ),
-        soft_wrap=not faults,
-        markup=False,
-    )
-    return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Return a table of the kinds of faults, the most frequent first, with counts and
+    examples.
+    """
+    table = Table(title="What is wrong", title_justify="left", show_lines=True)
+    table.add_column("fault")
+    table.add_column("count", justify="right")
+    table.add_column("examples", overflow="fold")
+    for kind, count in Counter(fault.kind for fault in faults).most_common():
+        examples = [fault.example for fault in faults if fault.kind == kind]
+        lines = examples[:SHOWN_EXAMPLES]
+        if count > SHOWN_EXAMPLES:
+            lines.append(f"and {count - SHOWN_EXAMPLES} more")
+        table.add_row(kind, str(count), escape("\n".join(lines)))
+    return table

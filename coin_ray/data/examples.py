@@ -1,5 +1,5 @@
-"""Training examples and their batches. Which images a step sees, and every random draw,
-is a function of (seed, step) alone.
+"""Build training examples and their batches. The images of a step, and every random
+draw, are a function of (seed, step) alone.
 
 So a resumed run needs no sampler state, and n workers see together what one worker
 would see.
@@ -32,14 +32,14 @@ from coin_ray.data.order import BatchOrder
 from coin_ray.storage import open_table, read_bytes
 from coin_ray.structures import Detections
 
-READERS = 4
-"""Threads that read and decode the images of a batch; Pillow decodes beside Python."""
+READ_THREADS = 4
+"""Threads that read and decode the images of a batch; Pillow releases Python's lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image and what is known of it, by name ("labels", "cloud", "clip"), in
-    original pixels.
+    """One image and its detections in original pixels, by their source ("labels",
+    "cloud", "clip").
     """
 
     image_id: str
@@ -48,34 +48,36 @@ class Example:
     wide: bool = True
     """At least as wide as high."""
     reviewed: bool = False
-    """What is known is a person's word, not the teachers'."""
+    """The detections are from a person, not from the teachers."""
 
 
 LabelLookup = Callable[[str], Mapping[str, Detections]]
-"""What is known of an image, by its id."""
+"""Returns the detections of an image, by its id."""
 
 
 class TableExamples(Sequence[Example]):
-    """Examples built from tables when they are asked for: 8 bytes an image stay in
-    memory beside what the tables need.
+    """Examples built from tables at each access: 8 bytes per image stay in memory
+    beside what the tables need.
 
-    ``uri``: an images table; ``rows`` [N]: those of its rows that take part; ``know``
-    is called for each access; ``reviewed``: ids of images that a person has labelled.
-    Goes to other processes by reference if those two do: they open the same tables.
+    ``uri``: an images table; ``rows`` [N]: its rows to use; ``lookup_labels`` is called
+    at each access; ``reviewed``: ids of images that a person has labelled. Pickles by
+    reference if those two do: other processes open the same tables.
     """
 
     def __init__(
         self,
         uri: str,
         rows: NDArray[np.int64],
-        know: LabelLookup,
+        lookup_labels: LabelLookup,
         reviewed: Container[str] = (),
     ) -> None:
-        self.uri, self.rows, self.know, self.reviewed = uri, rows, know, reviewed
+        self.uri, self.rows = uri, rows
+        self.lookup_labels, self.reviewed = lookup_labels, reviewed
         self.images = open_table(uri, ("image_id", "uri", "width", "height"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TableExamples, (self.uri, self.rows, self.know, self.reviewed)
+        arguments = (self.uri, self.rows, self.lookup_labels, self.reviewed)
+        return TableExamples, arguments
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,13 +94,9 @@ class TableExamples(Sequence[Example]):
             self.images[name][row].as_py()
             for name in ("image_id", "uri", "width", "height")
         )
-        return Example(
-            image_id,
-            uri,
-            self.know(image_id),
-            width >= height,
-            image_id in self.reviewed,
-        )
+        detections = self.lookup_labels(image_id)
+        reviewed = image_id in self.reviewed
+        return Example(image_id, uri, detections, width >= height, reviewed)
 
     @property
     def wide(self) -> NDArray[np.bool_]:
@@ -111,12 +109,12 @@ class TableExamples(Sequence[Example]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """This worker's part of a step. ``detections_by_name[name]``: one Detections per image, in
-    the frame of the views.
+    """This worker's part of a step. ``detections[source]``: one Detections per image,
+    in the frame of the augmented images.
 
-    ``weak`` and ``strong``: uint8 [3, H, W]. ``generators``: one per image, for every
-    draw the training step makes. ``reviewed``: of which images a person's word is
-    known.
+    ``weak`` and ``strong``: the augmented images, uint8 [3, H, W]. ``generators``: one
+    per image, for every draw of the training step. ``reviewed``: whether a person has
+    labelled each image.
     """
 
     weak: list[Tensor]
@@ -127,22 +125,22 @@ class Batch:
 
 
 class ImageCache:
-    """Decoded images of the set, kept while they fit into ``limit`` bytes. What came
-    first stays: an epoch asks for each image once.
+    """Decoded images of the set, kept while they fit into ``limit`` bytes. The first
+    images stay: an epoch reads each image once.
     """
 
     def __init__(self, limit: int = 1 << 30) -> None:
-        self.left, self.images = limit, dict[str, Tensor]()
+        self.free_bytes, self.images = limit, dict[str, Tensor]()
 
     def __getitem__(self, uri: str) -> Tensor:
-        """uint8 [3, H, W], upright."""
-        found = self.images.get(uri)
-        if found is None:
-            found = pil_to_tensor(decode_rgb(read_bytes(uri)))
-            if found.numel() <= self.left:
-                self.left -= found.numel()
-                self.images[uri] = found
-        return found
+        """Return the image, uint8 [3, H, W], upright."""
+        image = self.images.get(uri)
+        if image is None:
+            image = pil_to_tensor(decode_rgb(read_bytes(uri)))
+            if image.numel() <= self.free_bytes:
+                self.free_bytes -= image.numel()
+                self.images[uri] = image
+        return image
 
 
 def iterate_batches(
@@ -155,73 +153,65 @@ def iterate_batches(
     rank: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """This worker's batches of steps ``first`` .. ``config.steps - 1``; the next one is
-    loaded while the last one trains.
+    """Yield this worker's batches of steps ``first`` .. ``config.steps - 1``; the next
+    one is loaded while the last one trains.
     """
     cache = ImageCache()
-    order = BatchOrder(
-        len(examples),
-        config.batch,
-        seed,
-        wide_images(examples) if config.group_aspects else None,
-    )
+    wide = wide_images(examples) if config.group_aspects else None
+    order = BatchOrder(len(examples), config.batch, seed, wide)
 
     def load(step: int) -> Batch:
         rows = order.rows_of_step(step)
         positions = range(rank, config.batch, workers)
-        chosen = [examples[rows[p]] for p in positions]
-        images = list(readers.map(cache.__getitem__, [e.uri for e in chosen]))
-        return _batch(
-            chosen, images, [[seed, 2, step, p] for p in positions], config, detector
-        )
+        step_examples = [examples[rows[position]] for position in positions]
+        uris = [example.uri for example in step_examples]
+        images = list(readers.map(cache.__getitem__, uris))
+        seeds = [[seed, 2, step, position] for position in positions]
+        return _build_batch(step_examples, images, seeds, config, detector)
 
-    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(load, first)
+    with ThreadPoolExecutor(READ_THREADS) as readers, ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(load, first)
         for step in range(first, config.steps):
-            ready = waiting.result()
+            batch = pending.result()
             if step + 1 < config.steps:
-                waiting = pool.submit(load, step + 1)
-            yield ready
+                pending = pool.submit(load, step + 1)
+            yield batch
 
 
 def wide_images(examples: Sequence[Example]) -> NDArray[np.bool_]:
-    """[N] whether each image is at least as wide as it is high."""
-    return (
-        examples.wide
-        if isinstance(examples, TableExamples)
-        else np.array([e.wide for e in examples], bool)
-    )
+    """Return [N] whether each image is at least as wide as it is high."""
+    if isinstance(examples, TableExamples):
+        return examples.wide
+    return np.array([example.wide for example in examples], bool)
 
 
-def _batch(
+def _build_batch(
     examples: Sequence[Example],
     images: Sequence[Tensor],
     seeds: Sequence[list[int]],
     config: TrainingConfig,
     detector: Detector,
 ) -> Batch:
-    weak_views, strong_views, generators = [], [], []
-    detections_by_name: dict[str, list[Detections]] = {
-        name: [] for name in examples[0].detections
+    weak_images, strong_images, generators = [], [], []
+    detections_by_source: dict[str, list[Detections]] = {
+        source: [] for source in examples[0].detections
     }
     for example, original, seed in zip(examples, images, seeds, strict=True):
-        number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1
-        draw = random.Random(number)
-        view = resize_to_fit(original, detector.short_side, detector.long_side)
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        image_seed = int(state[0]) >> 1
+        draw = random.Random(image_seed)
+        resized = resize_to_fit(original, detector.short_side, detector.long_side)
         mirrored = draw.random() < 0.5
-        weak = mirror_image(view) if mirrored else view
-        weak_views.append(weak)
-        strong_views.append(augment_strongly(weak, draw, config.augmentation))
-        generators.append(torch.Generator().manual_seed(number))
-        sizes = (original.shape[2], original.shape[1]), (view.shape[2], view.shape[1])
-        for name, detections in example.detections.items():
-            detections_by_name[name].append(
-                transform_detections(detections, *sizes, mirrored)
+        weak = mirror_image(resized) if mirrored else resized
+        weak_images.append(weak)
+        strong_images.append(augment_strongly(weak, draw, config.augmentation))
+        generators.append(torch.Generator().manual_seed(image_seed))
+        original_size = original.shape[2], original.shape[1]
+        input_size = resized.shape[2], resized.shape[1]
+        for source, detections in example.detections.items():
+            moved = transform_detections(
+                detections, original_size, input_size, mirrored
             )
-    return Batch(
-        weak_views,
-        strong_views,
-        detections_by_name,
-        generators,
-        [e.reviewed for e in examples],
-    )
+            detections_by_source[source].append(moved)
+    reviewed = [example.reviewed for example in examples]
+    return Batch(weak_images, strong_images, detections_by_source, generators, reviewed)

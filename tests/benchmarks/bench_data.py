@@ -115,7 +115,7 @@ def table_examples(folder: Path, count: int) -> object:
 
 
 def measure_size(folder: Path, count: int, held: bool) -> dict[str, float]:
-    from coin_ray.data.order import Order
+    from coin_ray.data.order import BatchOrder
 
     # what importing and opening cost once is not the images'
     first = table_examples(folder, min(count, 10))
@@ -126,12 +126,12 @@ def measure_size(folder: Path, count: int, held: bool) -> dict[str, float]:
     if held:
         examples = list(examples)  # type: ignore[call-overload]
     opened, bytes_held = time.process_time() - start, driver_memory.own_bytes() - before
-    order = Order(count, BATCH, 0)
+    order = BatchOrder(count, BATCH, 0)
     order.rows_of_step(0)
     steps, start = 200, time.process_time()
     for step in range(1, steps + 1):
         for row in order.rows_of_step(step % max(1, count // BATCH)):
-            examples[row].knowledge  # type: ignore[index]  # noqa: B018
+            examples[row].detections  # type: ignore[index]  # noqa: B018
     seconds = (time.process_time() - start) / steps
     return {
         "bytes per image": bytes_held / count,
@@ -155,18 +155,18 @@ def demo_seconds(folder: Path, steps: int, seconds: float) -> dict[str, float]:
 
     from coin_ray.config.presets import PRESETS
     from coin_ray.data import examples as data
-    from coin_ray.stages.propagate import make
+    from coin_ray.stages.propagate import build_propagation
 
     torch.set_num_threads(1)
     config = PRESETS["demo"]()
     fit = replace(config.propagate.fit, steps=steps)
-    task = make(config, config.propagate, "clip")
+    task = build_propagation(config, config.propagate, "clip")
     from_tables = table_examples(folder, DEMO_IMAGES)
     labels = [
-        data.Example(e.image_id, e.uri, {"labels": e.knowledge["cloud"]})
+        data.Example(e.image_id, e.uri, {"labels": e.detections["cloud"]})
         for e in from_tables
     ]  # type: ignore[attr-defined]
-    from_tables.know = only_labels(from_tables.know)  # type: ignore[attr-defined]
+    from_tables.lookup_labels = only_labels(from_tables.lookup_labels)  # type: ignore[attr-defined]
     kept, new_cache = data.ImageCache(), data.ImageCache
     for example in labels:
         kept[example.uri]
@@ -180,7 +180,7 @@ def demo_seconds(folder: Path, steps: int, seconds: float) -> dict[str, float]:
     for round_ in range(-1, ROUNDS):  # the first one warms up and does not count
         for name, source, cache in feeds[round_ % 3 :] + feeds[: round_ % 3]:
             data.ImageCache = cache  # type: ignore[misc,assignment]
-            load = data.batches(
+            load = data.iterate_batches(
                 source,
                 fit,
                 config.detector,

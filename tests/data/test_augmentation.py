@@ -6,7 +6,12 @@ import pytest
 import torch
 from builders import detections
 
-from coin_ray.data.augmentation import resize_to_fit, transform_detections, mirror_image, augment_strongly
+from coin_ray.data.augmentation import (
+    augment_strongly,
+    mirror_image,
+    resize_to_fit,
+    transform_detections,
+)
 
 IMAGE = torch.zeros(3, 60, 120, dtype=torch.uint8)
 IMAGE[:, 20:40, 30:60] = 255
@@ -26,7 +31,11 @@ def test_fit(size: tuple[int, int], expected: tuple[int, int]) -> None:
     """Short side 30, long side at most 50 (60 in the first two)."""
     long_side = 60 if max(size) == 120 else 50
     assert (
-        tuple(resize_to_fit(torch.zeros(3, *size, dtype=torch.uint8), 30, long_side).shape[1:])
+        tuple(
+            resize_to_fit(
+                torch.zeros(3, *size, dtype=torch.uint8), 30, long_side
+            ).shape[1:]
+        )
         == expected
     )
 
@@ -55,7 +64,9 @@ def test_boxes_follow_resize_and_mirror(mirrored: bool, short_side: int) -> None
 
 
 def test_boxes_by_hand() -> None:
-    found = transform_detections(detections(([30, 20, 60, 40], 1, 0.9)), (120, 60), (60, 90), True)
+    found = transform_detections(
+        detections(([30, 20, 60, 40], 1, 0.9)), (120, 60), (60, 90), True
+    )
     assert found.boxes.tolist() == [[30, 30, 45, 60]]
 
 

@@ -1,4 +1,4 @@
-"""``python -m coin_ray.data.check``: each kind of fault planted alone is found, and
+"""``coin-ray check``: each kind of fault planted alone is found, and
 nothing else is."""
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from coin_ray.class_names import is_same_class_name
-from coin_ray.data.check import check_datasets, main
+from coin_ray.commands.check import check
+from coin_ray.data.check import check_datasets
 from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
 
 GOOD = (Annotation((0, 0, 40, 30), "traffic light"), Annotation((2, 3, 12.5, 9), "bus"))
@@ -76,7 +77,9 @@ def torn_label(train: Path) -> None:
 
 
 def kinds(*places: Path, classes: Sequence[str] = ()) -> Counter[str]:
-    return Counter(fault.kind for fault in check_datasets([str(p) for p in places], classes))
+    return Counter(
+        fault.kind for fault in check_datasets([str(p) for p in places], classes)
+    )
 
 
 def test_good_folders_have_no_fault(
@@ -84,7 +87,7 @@ def test_good_folders_have_no_fault(
 ) -> None:
     places = [split(tmp_path, "train"), split(tmp_path, "val", seed=10)]
     assert kinds(*places, classes=("bus", "traffic light")) == {}
-    assert main([*map(str, places), "--classes", "bus, traffic light"]) == 0
+    assert check([*map(str, places), "--classes", "bus, traffic light"]) == 0
     assert "nothing wrong found in" in capsys.readouterr().out
 
 
@@ -150,10 +153,10 @@ def test_names_that_differ_only_in_case_or_plural_are_found(
 
 
 def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> None:
-    [is_same_class_name, absent] = check_datasets(
+    [variant, absent] = check_datasets(
         [str(split(tmp_path, "train"))], ["Bus", "traffic light", "dog"]
     )
-    assert (is_same_class_name.kind, is_same_class_name.example) == (
+    assert (variant.kind, variant.example) == (
         "names differ only in case or plural",
         "'Bus' (0 boxes, asked for), 'bus' (2 boxes)",
     )
@@ -201,7 +204,7 @@ def test_the_command_counts_faults_and_shows_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = [Annotation((n, 5, n, 9), "[red]") for n in range(5)]
-    assert main([str(split(tmp_path, "train", *bad)), str(tmp_path / "nowhere")]) == 1
+    assert check([str(split(tmp_path, "train", *bad)), str(tmp_path / "nowhere")]) == 1
     out = "".join(capsys.readouterr().out.replace("│", " ").split())
     assert "emptybox5" in out
     assert "[red]" in out

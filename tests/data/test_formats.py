@@ -16,7 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coin_ray.data.formats import Annotation, Dataset, ImageRecord, read_dataset, write_dataset
+from coin_ray.data.formats import (
+    Annotation,
+    Dataset,
+    ImageRecord,
+    read_dataset,
+    write_dataset,
+)
 from coin_ray.errors import InputError
 
 FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k")
@@ -110,7 +116,9 @@ def test_reading_what_was_written_gives_the_same_records(
 ) -> None:
     folder = tmp_path / uuid.uuid4().hex
     records = [
-        ImageRecord.from_annotations(file, str(jpeg(folder / "from" / file, size)), size, boxes)
+        ImageRecord.from_annotations(
+            file, str(jpeg(folder / "from" / file, size)), size, boxes
+        )
         for file, size, boxes in data.draw(annotated(format), "images")
     ]
     if not records:
@@ -173,7 +181,9 @@ def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
         for n in ("seen", "unseen")
     )
     write_dataset([one, two], str(tmp_path / "to"), format, names=["cat"])
-    assert {r.file: r.annotated for r in read_dataset(str(tmp_path / "to")).records} == {
+    assert {
+        r.file: r.annotated for r in read_dataset(str(tmp_path / "to")).records
+    } == {
         "seen.jpg": True,
         "unseen.jpg": False,
     }
@@ -187,7 +197,9 @@ def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
             (40, 30),
             [Annotation((0, 0, 4, 4), "dog")],
         )
-        write_dataset([record], str(tmp_path / "to"), "yolo", split, names=["cat", "dog"])
+        write_dataset(
+            [record], str(tmp_path / "to"), "yolo", split, names=["cat", "dog"]
+        )
     assert [r.file for r in read_dataset(f"{tmp_path}/to#val").records] == ["val.jpg"]
     assert sorted(r.file for r in read_dataset(f"{tmp_path}/to").records) == [
         "train.jpg",
@@ -250,7 +262,10 @@ def test_what_a_format_cannot_hold_is_an_error(
     source = str(jpeg(tmp_path / "source.jpg"))
     with pytest.raises(InputError, match=message):
         write_dataset(
-            [ImageRecord.from_annotations(file, source, (40, 30), boxes) for file in files],
+            [
+                ImageRecord.from_annotations(file, source, (40, 30), boxes)
+                for file in files
+            ],
             str(tmp_path / "to"),
             format,
         )
@@ -277,7 +292,9 @@ def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["", " cat", "cat ", "two\nlines", "\x00"])
 def test_what_is_no_name_is_no_label(label: str) -> None:
     with pytest.raises(InputError, match="one line of printable characters"):
-        ImageRecord.from_annotations("a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)])
+        ImageRecord.from_annotations(
+            "a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)]
+        )
 
 
 # Published layouts
@@ -333,7 +350,10 @@ def test_voc_splits_are_image_lists(tmp_path: Path) -> None:
     place = put(tmp_path, files)
     assert [r.file for r in read_dataset(f"{place}#val").records] == ["2.jpg"]
     assert read_dataset(f"{place}#val").missing == ("JPEGImages/4",)
-    assert [r.file for r in read_dataset(f"{place}#dog_val").records] == ["2.jpg", "3.jpg"]
+    assert [r.file for r in read_dataset(f"{place}#dog_val").records] == [
+        "2.jpg",
+        "3.jpg",
+    ]
     assert {r.file: r.annotated for r in read_dataset(place).records} == {
         "1.jpg": True,
         "2.jpg": True,

@@ -96,6 +96,7 @@ def test_grouped_steps_see_one_kind(
 def test_grouped_steps_are_shuffled() -> None:
     wide = np.arange(400) < 200
     kinds = [
-        bool(wide[BatchOrder(400, 4, 0, wide).rows_of_step(step)[0]]) for step in range(100)
+        bool(wide[BatchOrder(400, 4, 0, wide).rows_of_step(step)[0]])
+        for step in range(100)
     ]
     assert sum(a != b for a, b in itertools.pairwise(kinds)) > 20

@@ -19,7 +19,12 @@ from PIL import Image
 
 from coin_ray import storage, tables
 from coin_ray.data.review import cvat, fiftyone, label_studio
-from coin_ray.data.review.reviews import KINDS, ReviewedBox, Review, reviews_by_disagreement
+from coin_ray.data.review.reviews import (
+    KINDS,
+    Review,
+    ReviewedBox,
+    reviews_by_disagreement,
+)
 from coin_ray.errors import InputError
 
 CLASSES = ("cat", 'stop "sign" & <more>')
@@ -195,7 +200,8 @@ def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
 
 def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
     first, second, _ = (
-        label_studio.label_studio_task(r, "/data/local-files/?d={uri}") for r in made(tmp_path)
+        label_studio.label_studio_task(r, "/data/local-files/?d={uri}")
+        for r in made(tmp_path)
     )
     assert [t["predictions"][0]["score"] for t in (first, second)] == [
         pytest.approx(1 / 3, abs=1e-4),
@@ -375,7 +381,9 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
         ),
         reviewed=True,
     )
-    assert cvat.read_cvat(place) == cvat.read_cvat(str(tmp_path / "job.zip")) == [expected]
+    assert (
+        cvat.read_cvat(place) == cvat.read_cvat(str(tmp_path / "job.zip")) == [expected]
+    )
     assert not cvat.read_cvat(cvat_xml(tmp_path, done="false"))[0].reviewed
 
 

@@ -97,7 +97,9 @@ def test_batches_are_those_of_examples_in_memory(
         send(from_tables(tmp_path, source)), *given, seed=3, first=0, rank=0, workers=1
     )
     for ours, expected in zip(
-        read, iterate_batches(source, *given, seed=3, first=0, rank=0, workers=1), strict=True
+        read,
+        iterate_batches(source, *given, seed=3, first=0, rank=0, workers=1),
+        strict=True,
     ):
         assert all(
             torch.equal(a, b) for a, b in zip(ours.strong, expected.strong, strict=True)
