@@ -1,6 +1,6 @@
-"""The one record type of the pipeline, and what separation makes of two of them.
+"""Detections of one image, and the separation of two teachers' detections.
 
-Conventions stated once: boxes are absolute xyxy pixels of the upright original image; K
+Conventions: boxes are absolute xyxy pixels of the upright original image; K
 foreground classes are 0..K-1; in probability vectors background is the LAST of K+1
 columns.
 """
@@ -29,9 +29,8 @@ class Detections:
 
     def __post_init__(self) -> None:
         count = len(self.boxes)
-        shapes = [
-            tuple(t.shape) for t in (self.boxes, self.scores, self.labels, self.probs)
-        ]
+        tensors = self.boxes, self.scores, self.labels, self.probs
+        shapes = [tuple(tensor.shape) for tensor in tensors]
         expected = [(count, 4), (count,), (count,), (count, self.probs.shape[-1])]
         if shapes != expected:
             raise ValueError(
@@ -43,7 +42,9 @@ class Detections:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
-        """The detections at a mask [N], an index tensor [M] or a slice, in that order."""
+        """Select detections by a mask [N], an index tensor [M] or a slice, in that
+        order.
+        """
         return Detections(
             self.boxes[index], self.scores[index], self.labels[index], self.probs[index]
         )
@@ -55,6 +56,7 @@ class Detections:
 
     @classmethod
     def empty(cls, num_classes: int) -> Detections:
+        """Return no detections, of K = ``num_classes`` classes."""
         return cls(
             torch.zeros(0, 4),
             torch.zeros(0),
@@ -64,6 +66,7 @@ class Detections:
 
     @classmethod
     def cat(cls, parts: Sequence[Detections]) -> Detections:
+        """Concatenate detections of the same classes."""
         return cls(
             torch.cat([p.boxes for p in parts]),
             torch.cat([p.scores for p in parts]),
@@ -72,18 +75,22 @@ class Detections:
         )
 
     def with_boxes(self, boxes: Tensor) -> Detections:
+        """Return the detections with other boxes [N, 4]."""
         return Detections(boxes, self.scores, self.labels, self.probs)
 
     def to(self, device: torch.device) -> Detections:
         return Detections(
-            *(t.to(device) for t in (self.boxes, self.scores, self.labels, self.probs))
+            self.boxes.to(device),
+            self.scores.to(device),
+            self.labels.to(device),
+            self.probs.to(device),
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """Detections of the same objects by both teachers, row by row, and the box that
-    stands for each pair [N, 4].
+    """Detections of the same objects by both teachers, row by row, and the fused box
+    of each pair [N, 4].
     """
 
     boxes: Tensor
@@ -101,36 +108,37 @@ class Pairs:
 
     @classmethod
     def cat(cls, parts: Sequence[Pairs]) -> Pairs:
-        boxes = torch.cat([p.boxes for p in parts])
+        """Concatenate pairs of the same classes."""
         return cls(
-            boxes,
+            torch.cat([p.boxes for p in parts]),
             Detections.cat([p.cloud for p in parts]),
             Detections.cat([p.clip for p in parts]),
         )
 
     @classmethod
     def empty(cls, num_classes: int) -> Pairs:
-        none = Detections.empty(num_classes)
-        return cls(none.boxes, none, none)
+        """Return no pairs, of K = ``num_classes`` classes."""
+        nothing = Detections.empty(num_classes)
+        return cls(nothing.boxes, nothing, nothing)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Separation:
-    """One image's cloud and CLIP results: both agree on box and class | on the box only
-    | seen by one teacher only.
+    """One image's cloud and CLIP detections, separated: ``consistent`` pairs agree on
+    box and class, ``inconsistent`` pairs on the box only, ``private`` detections are
+    from one teacher only.
     """
 
     consistent: Pairs
     inconsistent: Pairs
     private: Detections
     reviewed: bool = False
-    """A person says what is in the image: all consistent, and where there is no box
-    there is nothing."""
+    """The boxes are a person's: all consistent, and complete."""
 
     @classmethod
     def from_labels(cls, labels: Detections, *, reviewed: bool = False) -> Separation:
-        """Labels that are to be believed as they are: a person's, those of propagation,
-        plain pseudo-labels, the oracle's.
+        """Treat labels as certain: all consistent. They may be a person's, those of
+        propagation, plain pseudo-labels or the oracle's.
         """
         return cls(
             Pairs(labels.boxes, labels, labels),

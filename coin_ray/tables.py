@@ -1,5 +1,5 @@
-"""Arrow schemas of every table, and ``Detections`` to and from Arrow. One row per
-image, so empty images survive.
+"""Define the Arrow schema of every table, and convert ``Detections`` to and from Arrow.
+Each image has one row, so images without objects are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BOXES = pa.list_(pa.list_(pa.float32(), 4))
 VECTORS = pa.list_(pa.list_(pa.float32()))
 LABELS = pa.list_(pa.int64())
 NO_LABEL = -1
-"""The name that nobody gave."""
+"""CLIP's label of a private box: there is none."""
 
 IMAGES = pa.schema(
     [
@@ -53,7 +53,7 @@ DETECTIONS = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("labels", LABELS),
         ("probs", VECTORS),  # rows of K+1, background last
-        # how each row of probs came about: coin_ray.cloud.probabilities
+        # how each row of probs was made: coin_ray.cloud.probabilities
         ("prob_source", pa.list_(pa.string())),
         ("source", pa.string()),  # cloud, clip_labels, clip_detector, student, ...
         ("status", pa.string()),  # ok, cached, empty, error, skipped_budget
@@ -66,15 +66,15 @@ DETECTIONS = pa.schema(
 SEPARATION = pa.schema(
     [
         ("image_id", pa.string()),
-        ("boxes", BOXES),  # the box that stands for the pair, or the private box
+        ("boxes", BOXES),  # the fused box of the pair, or the private box
         # consistent, inconsistent, private; reviewed: a person's box
         ("kind", pa.list_(pa.string())),
-        # the names that were compared; the best entry of an unsure vector may be
+        # the labels that were compared; the largest entry of cloud_probs may be
         # background all the same
         ("cloud_labels", LABELS),
-        # K: CLIP's verdict is background; NOBODY for private boxes
+        # K: CLIP's label is background; NO_LABEL for private boxes
         ("clip_labels", LABELS),
-        # of a private box, as its name: of the one teacher that saw it
+        # of a private box, like its label: of the one teacher that found it
         ("cloud_probs", VECTORS),
         ("clip_probs", VECTORS),  # all zeros for private boxes
     ]
@@ -84,56 +84,53 @@ FAILED_STATUSES = pa.array(["error", "skipped_budget"])
 
 
 class TableBuilder:
-    """A table that grows row by row. Only its last ones are Python objects: those take
+    """A table that grows row by row. Only its last rows are Python objects: those take
     nine times the memory.
     """
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema, self.blocks = schema, [schema.empty_table()]
-        self.last: list[Mapping[str, Any]] = []
+        self.pending_rows: list[Mapping[str, Any]] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self.last.append(row)
-        if len(self.last) == BLOCK_ROWS:
-            self.blocks, self.last = (
-                [
-                    *self.blocks,
-                    pa.Table.from_pylist(self.last, schema=self.schema),
-                ],
-                [],
-            )
+        """Add a row."""
+        self.pending_rows.append(row)
+        if len(self.pending_rows) == BLOCK_ROWS:
+            self.blocks.append(self._pending_table())
+            self.pending_rows = []
 
     def table(self) -> pa.Table:
-        return pa.concat_tables(
-            [*self.blocks, pa.Table.from_pylist(self.last, schema=self.schema)]
-        )
+        """Return all rows added so far."""
+        return pa.concat_tables([*self.blocks, self._pending_table()])
+
+    def _pending_table(self) -> pa.Table:
+        return pa.Table.from_pylist(self.pending_rows, schema=self.schema)
 
 
 def iterate_tables(
     rows: Iterable[Mapping[str, Any]], schema: pa.Schema
 ) -> Iterator[pa.Table]:
-    """Rows as tables of ``BLOCK_ROWS`` rows, while they come."""
-    coming = iter(rows)
-    while some := list(islice(coming, BLOCK_ROWS)):
-        yield pa.Table.from_pylist(some, schema=schema)
+    """Yield the rows as tables of ``BLOCK_ROWS`` rows, as they come."""
+    row_iterator = iter(rows)
+    while block := list(islice(row_iterator, BLOCK_ROWS)):
+        yield pa.Table.from_pylist(block, schema=schema)
 
 
 def stream_rows(
     uri: str, images: pa.Array | pa.ChunkedArray, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file that are about these images, by their ids; in the file's
+    """Yield the rows of a Parquet file whose image id is in ``images``, in the file's
     order.
     """
     for block in stream_table(uri, columns):
-        yield from block.filter(
-            pc.is_in(block["image_id"], value_set=images)
-        ).to_pylist()
+        selected = pc.is_in(block["image_id"], value_set=images)
+        yield from block.filter(selected).to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where one image's detections come from; the columns of a ``DETECTIONS`` row
-    beside the detections themselves.
+    """The origin of one image's detections: the columns of a ``DETECTIONS`` row beside
+    the detections themselves.
     """
 
     source: str
@@ -150,18 +147,18 @@ def detections_row(
     provenance: Provenance,
     prob_source: Sequence[str] | None = None,
 ) -> dict[str, object]:
-    """One row of a ``DETECTIONS`` table. ``prob_source`` [N]; None: our own models,
-    which score every class.
+    """Return one row of a ``DETECTIONS`` table. ``prob_source`` [N]; None: our own
+    models, which score every class.
     """
+    if prob_source is None:
+        prob_source = ["native"] * len(detections)
     return {
         "image_id": image_id,
         "boxes": detections.boxes.tolist(),
         "scores": detections.scores.tolist(),
         "labels": detections.labels.tolist(),
         "probs": detections.probs.tolist(),
-        "prob_source": (
-            ["native"] * len(detections) if prob_source is None else list(prob_source)
-        ),
+        "prob_source": list(prob_source),
         "source": provenance.source,
         "status": provenance.status,
         "attempts": provenance.attempts,
@@ -172,6 +169,7 @@ def detections_row(
 
 
 def detections_table(rows: Sequence[dict[str, object]]) -> pa.Table:
+    """Return a ``DETECTIONS`` table of the rows."""
     return pa.Table.from_pylist(list(rows), schema=DETECTIONS)
 
 
@@ -180,57 +178,58 @@ DETECTION_COLUMNS = ("image_id", "boxes", "scores", "labels", "probs", "status")
 
 
 class TableByImage(Mapping[str, T]):
-    """Some rows of a table by their ``image_id``; what a row says is made when it is
-    asked for.
-    """
+    """Rows of a table by their ``image_id``; each access converts its row."""
 
-    def __init__(self, table: pa.Table, counts: NDArray[np.bool_]) -> None:
-        self.table, self.names = table, table["image_id"]
-        self.rows: NDArray[np.int64] = np.flatnonzero(counts)
-        by_name = pc.sort_indices(self.names).to_numpy()
-        self.order = by_name[counts[by_name]].astype(np.int32)
+    def __init__(self, table: pa.Table, mask: NDArray[np.bool_]) -> None:
+        """Use the rows of ``table`` that ``mask`` [N] selects."""
+        self.table, self.image_ids = table, table["image_id"]
+        self.rows: NDArray[np.int64] = np.flatnonzero(mask)
+        sorted_rows = pc.sort_indices(self.image_ids).to_numpy()
+        self.sorted_rows = sorted_rows[mask[sorted_rows]].astype(np.int32)
 
     @abstractmethod
-    def made(self, row: int) -> T:
-        """What a row of the table says."""
+    def convert_row(self, row: int) -> T:
+        """Convert a row of the table."""
 
     @property
     def ids(self) -> pa.ChunkedArray:
         """The image ids, in the table's order."""
-        return self.names.take(pa.array(self.rows))
+        return self.image_ids.take(pa.array(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[str]:
-        return (self._name(row) for row in self.rows)
+        return (self._image_id(row) for row in self.rows)
 
     def __contains__(self, image_id: object) -> bool:
-        return isinstance(image_id, str) and self._row(image_id) is not None
+        return isinstance(image_id, str) and self._find_row(image_id) is not None
 
     def __getitem__(self, image_id: str) -> T:
-        row = self._row(image_id)
+        row = self._find_row(image_id)
         if row is None:
             raise KeyError(image_id)
-        return self.made(row)
+        return self.convert_row(row)
 
-    def _name(self, row: int) -> str:
-        return str(self.names[int(row)].as_py())
+    def _image_id(self, row: int) -> str:
+        return str(self.image_ids[int(row)].as_py())
 
-    def _row(self, image_id: str) -> int | None:
-        """Found by halves: an index of the names themselves would take more memory than
-        a small answer.
+    def _find_row(self, image_id: str) -> int | None:
+        """Find the row by binary search: a dictionary of the ids would take more memory
+        than a small table.
         """
-        place = bisect_left(self.order, image_id, key=self._name)
-        found = int(self.order[place]) if place < len(self.order) else None
-        return found if found is not None and self._name(found) == image_id else None
+        position = bisect_left(self.sorted_rows, image_id, key=self._image_id)
+        if position == len(self.sorted_rows):
+            return None
+        row = int(self.sorted_rows[position])
+        return row if self._image_id(row) == image_id else None
 
 
 class DetectionsTable(TableByImage[Detections]):
     """Detections by ``image_id``; rows with an error are left out, rows without objects
     are not.
 
-    With a ``uri`` it goes to other processes by reference.
+    With a ``uri`` it is pickled by reference.
     """
 
     def __init__(
@@ -242,36 +241,35 @@ class DetectionsTable(TableByImage[Detections]):
         self.columns = [self.table[name] for name in DETECTION_COLUMNS[1:5]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            (DetectionsTable, (self.table, self.num_classes))
-            if self.uri is None
-            else (open_detections, (self.uri, self.num_classes))
-        )
+        if self.uri is None:
+            return DetectionsTable, (self.table, self.num_classes)
+        return open_detections, (self.uri, self.num_classes)
 
-    def made(self, row: int) -> Detections:
+    def convert_row(self, row: int) -> Detections:
         boxes, scores, labels, probs = (column[row].values for column in self.columns)
+        prob_rows = _tensor(probs.flatten(), torch.float32)
         return Detections(
             boxes=_tensor(boxes.flatten(), torch.float32).reshape(-1, 4),
             scores=_tensor(scores, torch.float32),
             labels=_tensor(labels, torch.int64),
-            probs=_tensor(probs.flatten(), torch.float32).reshape(
-                -1, self.num_classes + 1
-            ),
+            probs=prob_rows.reshape(-1, self.num_classes + 1),
         )
 
 
 def detections_by_image(table: pa.Table, num_classes: int) -> DetectionsTable:
-    """Detections by ``image_id`` of a table in memory."""
+    """Return the detections of a table in memory by ``image_id``."""
     return DetectionsTable(table, num_classes)
 
 
 def open_detections(uri: str, num_classes: int) -> DetectionsTable:
-    """Detections by ``image_id`` of a Parquet file, on the disk if it is large."""
+    """Return the detections of a Parquet file by ``image_id``; a large file stays on
+    the disk.
+    """
     return DetectionsTable(open_table(uri, DETECTION_COLUMNS), num_classes, uri)
 
 
-def _tensor(values: pa.Array, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values.to_numpy(zero_copy_only=False), dtype=dtype)
+def _tensor(array: pa.Array, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(array.to_numpy(zero_copy_only=False), dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,9 +284,7 @@ class Truth:
 
 
 class TruthTable(TableByImage[Truth]):
-    """Annotations by ``image_id``. It goes to other processes by reference, with its
-    ``uri``.
-    """
+    """Annotations by ``image_id``, pickled by reference to ``uri``."""
 
     def __init__(self, uri: str) -> None:
         table = open_table(uri, ANNOTATIONS.names)
@@ -298,7 +294,7 @@ class TruthTable(TableByImage[Truth]):
     def __reduce__(self) -> tuple[Any, ...]:
         return TruthTable, (self.uri,)
 
-    def made(self, row: int) -> Truth:
+    def convert_row(self, row: int) -> Truth:
         boxes, labels, difficult = (
             self.table[name][row].values for name in ANNOTATIONS.names[1:]
         )
@@ -308,6 +304,9 @@ class TruthTable(TableByImage[Truth]):
             _tensor(difficult, torch.bool),
         )
 
-    def of(self, images: pa.Array | pa.ChunkedArray) -> dict[str, Truth]:
-        """Those of the images that are annotated, in the order given."""
-        return {i: self[i] for i in images.to_pylist() if i in self}
+    def select(self, images: pa.Array | pa.ChunkedArray) -> dict[str, Truth]:
+        """Return the annotations of those of the images that have any, in the order of
+        ``images``.
+        """
+        image_ids = images.to_pylist()
+        return {image_id: self[image_id] for image_id in image_ids if image_id in self}

@@ -105,7 +105,7 @@ def test_truth(tmp_path: Path) -> None:
     storage.write_table(uri, pa.Table.from_pylist(rows, schema=tables.ANNOTATIONS))
     truth = pickle.loads(pickle.dumps(tables.TruthTable(uri)))
     assert list(truth) == ["a", "none"]
-    assert list(truth.of(pa.array(["none", "absent", "a"]))) == ["none", "a"]
+    assert list(truth.select(pa.array(["none", "absent", "a"]))) == ["none", "a"]
     assert (
         truth["a"].boxes.tolist(),
         truth["a"].labels.tolist(),
@@ -124,7 +124,7 @@ def test_rows_become_a_table_whatever_their_number(
         rows, made = tables.TableBuilder(schema), [{"n": n} for n in range(count)]
         for row in made:
             rows.append(row)
-            assert len(rows.last) < 3
+            assert len(rows.pending_rows) < 3
         assert rows.table().to_pylist() == made
         assert [block.num_rows for block in tables.iterate_tables(made, schema)] == [3] * (
             count // 3

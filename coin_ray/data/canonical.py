@@ -1,7 +1,7 @@
-"""One way to read an image file, so that every model and every service sees the same
+"""Read image files in one way, so that every model and every service sees the same
 upright pixels.
 
-Upright by EXIF, first frame, 8-bit sRGB, transparency on white. ``decode_rgb`` gives
+Images are upright by EXIF, first frame, 8-bit sRGB, transparency on white. ``decode_rgb`` gives
 those pixels in full size, ``canonical_image`` the bytes to send: without metadata and
 no longer than the service wants.
 """
@@ -12,7 +12,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 PIXELS_MAX = 178_956_970
 SIDE_MIN = 8
 JPEG_QUALITY = 95
+"""High enough that the loss makes no difference to a detector."""
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,8 +72,8 @@ class CanonicalImage:
 
 
 def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
-    """The file's image with a longer side of at most ``max_side`` pixels. Raises
-    ``InputError`` for what is not a usable image.
+    """Return the file's image with a longer side of at most ``max_side`` pixels. Raises
+    ``InputError`` if the file is not a usable image.
 
     A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new
     JPEG.
@@ -82,12 +83,12 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
             image.load()  # Pillow turns a TIFF upright while it loads it
         original = _upright_size(image)
         if max(original) <= max_side and _is_plain_jpeg(image, raw):
-            # reads all of the file, but makes an eighth of the pixels: enough to find
-            # damage
+            # reads the whole file, which finds damage, but decodes only an eighth of
+            # the pixels
             image.draft(None, (1, 1))
             image.load()
             return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
-        size = _fit(original, max_side)
+        size = _limit_size(original, max_side)
         pixels = _upright_rgb(image, size)
     return CanonicalImage(
         encode_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw)
@@ -95,22 +96,22 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
 
 
 def decode_rgb(raw: bytes) -> Image.Image:
-    """The file's image upright, in full size, as 8-bit RGB. Raises ``InputError`` for
-    what is not a usable image.
+    """Return the file's image upright, in full size, as 8-bit RGB. Raises
+    ``InputError`` if the file is not a usable image.
     """
     with _readable(raw) as image:
         return _upright_rgb(image)
 
 
 def decode_sent(image: CanonicalImage) -> Image.Image:
-    """The pixels that are sent, 8-bit RGB, however narrow."""
+    """Return the pixels that are sent, 8-bit RGB, however narrow."""
     with Image.open(io.BytesIO(image.data)) as sent:
         return sent.convert("RGB")
 
 
 def stored_size(raw: bytes) -> tuple[int, int]:
-    """(width, height) as the file's header has them, before any pixel is decoded.
-    Raises ``InputError`` for what is not a usable image.
+    """Return (width, height) from the file's header, before any pixel is decoded.
+    Raises ``InputError`` if the file is not a usable image.
     """
     with _readable(raw) as image:
         return image.size
@@ -118,7 +119,7 @@ def stored_size(raw: bytes) -> tuple[int, int]:
 
 @contextmanager
 def _readable(raw: bytes) -> Iterator[Image.Image]:
-    """The opened image; whatever Pillow raises inside the block becomes an
+    """Open the image; every error of Pillow inside the block becomes an
     ``InputError``.
     """
     if not raw:
@@ -153,21 +154,23 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; damaged EXIF data counts as upright."""
+    """Return the EXIF orientation 1..8; damaged EXIF data counts as upright."""
     try:
-        value = image.getexif().get(ORIENTATION_TAG, 1)
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except BROKEN_FILE:
         return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    is_valid = isinstance(orientation, int) and 1 <= orientation <= 8
+    return orientation if is_valid else 1
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if _orientation(image) >= 5 else image.size
 
 
-def _fit(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    scale = min(1.0, max_side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def _limit_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    width, height = size
+    scale = min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _decode_smaller(
@@ -181,41 +184,43 @@ def _decode_smaller(
     """
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
-    drafted = image.draft(None, size)
-    return drafted[1] if drafted is not None else None
+    mode_and_box = image.draft(None, size)
+    return None if mode_and_box is None else mode_and_box[1]
 
 
 def _upright_rgb(
     image: Image.Image, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """``size``: of the upright result; None: full size. Resized as stored, where the
-    decoder's box holds, then turned.
+    """Decode the image upright, in ``size`` (of the upright image; None: full size). It
+    is resized as stored, in the frame of the decoder's box, then turned.
     """
-    stored = size[::-1] if size is not None and _orientation(image) >= 5 else size
-    box = _decode_smaller(image, stored) if stored is not None else None
+    orientation = _orientation(image)
+    stored_size = size
+    if size is not None and orientation >= 5:
+        stored_size = size[1], size[0]
+    box = None if stored_size is None else _decode_smaller(image, stored_size)
     image.load()
-    rgb = _srgb(_without_alpha(_eight_bit(image)), image.info.get("icc_profile"))
-    if stored is not None and rgb.size != stored:
-        rgb = rgb.resize(stored, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    opaque = _without_alpha(_eight_bit(image))
+    rgb = _convert_to_srgb(opaque, image.info.get("icc_profile"))
+    if stored_size is not None and rgb.size != stored_size:
+        rgb = rgb.resize(stored_size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
     turn = ORIENTATIONS.get(_orientation(image))
     return rgb.transpose(turn) if turn is not None else rgb
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey is divided by 256. 32-bit integers and floats have no defined white:
-    their own range is stretched.
+    """Convert to 8 bits. 16-bit grey is divided by 256; 32-bit integers and floats have
+    no defined white, so their own range is stretched.
     """
     if image.mode.startswith("I;16"):
-        return Image.fromarray(
-            (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        )
+        grey = np.asarray(image).astype(np.uint16) >> 8
+        return Image.fromarray(grey.astype(np.uint8))
     if image.mode not in ("I", "F"):
         return image
-    values = np.nan_to_num(np.asarray(image, np.float64))
-    values -= values.min()
-    return Image.fromarray(
-        np.round(values * (255 / max(float(values.max()), 1e-12))).astype(np.uint8)
-    )
+    pixels = np.nan_to_num(np.asarray(image, np.float64))
+    pixels -= pixels.min()
+    scale = 255 / max(float(pixels.max()), 1e-12)
+    return Image.fromarray(np.round(pixels * scale).astype(np.uint8))
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
@@ -228,52 +233,47 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """8-bit RGB in sRGB; a damaged profile, or one for another mode, is ignored."""
+def _convert_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to 8-bit RGB in sRGB, without metadata; a damaged profile, or one for
+    another mode, is ignored.
+    """
     if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if not ImageCms.getProfileDescription(source).startswith("sRGB"):
-                image = (
-                    ImageCms.profileToProfile(
-                        image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                    )
-                    or image
-                )
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass
-    return _stripped(image.convert("RGB"))
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            image = _apply_profile(image, profile)
+    rgb = image.convert("RGB").copy()
+    rgb.info = {}
+    return rgb
 
 
-def _stripped(image: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.info = {}
-    return image
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if ImageCms.getProfileDescription(source).startswith("sRGB"):
+        return image
+    target = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    return converted or image
 
 
 def _is_plain_jpeg(image: Image.Image, raw: bytes) -> bool:
-    """Whether the file is an upright RGB JPEG with nothing in it but the image: no
+    """Tell whether the file is an upright RGB JPEG with nothing in it but the image: no
     EXIF, profile, comment, thumbnail or second image.
     """
-    if (
-        not isinstance(image, JpegImagePlugin.JpegImageFile)
-        or image.format != "JPEG"
-        or image.mode != "RGB"
-    ):
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return False
-    bare = all(
-        name == "APP14"
-        or (name == "APP0" and content[:5] == b"JFIF\0" and len(content) == 14)
-        for name, content in image.applist
-    )
-    return bare and raw.endswith(b"\xff\xd9")
+    if image.format != "JPEG" or image.mode != "RGB":
+        return False
+    for name, segment in image.applist:
+        is_jfif = segment[:5] == b"JFIF\0" and len(segment) == 14
+        if name != "APP14" and not (name == "APP0" and is_jfif):
+            return False
+    return raw.endswith(b"\xff\xd9")
 
 
 def encode_jpeg(image: Image.Image) -> bytes:
-    """The file that is sent of these pixels; what is lost, no detector should miss."""
-    sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return sink.getvalue()
+    """Encode the pixels for sending."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def _sha256(data: bytes) -> str:

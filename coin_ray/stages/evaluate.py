@@ -45,7 +45,7 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     config = context.config
     images_folder = context.inputs["images"]
     images = read_images(images_folder, "test")
-    truth = open_annotations(images_folder).of(images["image_id"])
+    truth = open_annotations(images_folder).select(images["image_id"])
     if not truth:
         return {
             "map50": {},
@@ -65,7 +65,7 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     metrics = _measure_methods(predictions, truth, config)
     metrics["knowledge"] = _measure_separation(context)
     if storage.exists(storage.join(images_folder, "unknown.parquet")):
-        unknown = open_annotations(images_folder, "unknown").of(images["image_id"])
+        unknown = open_annotations(images_folder, "unknown").select(images["image_id"])
         metrics["map50_unknown"] = _measure_map50(predictions, unknown, config)
     return metrics
 

@@ -40,7 +40,7 @@ def read_validation_annotations(images_folder: str) -> dict[str, Truth]:
     no boxes.
     """
     image_ids = read_images(images_folder, "val")["image_id"]
-    annotations = open_annotations(images_folder).of(image_ids)
+    annotations = open_annotations(images_folder).select(image_ids)
     has_boxes = any(len(truth.boxes) for truth in annotations.values())
     return annotations if has_boxes else {}
 

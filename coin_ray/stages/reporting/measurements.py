@@ -49,7 +49,7 @@ def read_test_annotations(context: Context[PipelineConfig]) -> dict[str, Truth]:
     """Return the truth of the annotated test images by image id."""
     images_folder = context.inputs["images"]
     image_ids = read_images(images_folder, "test")["image_id"]
-    return open_annotations(images_folder).of(image_ids)
+    return open_annotations(images_folder).select(image_ids)
 
 
 def open_detector_predictions(context: Context[PipelineConfig]) -> PredictionsByMethod:
