@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.adapters.parsing import error_object
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.journal.opening import open_journal

@@ -27,7 +27,8 @@ from urllib.request import ProxyHandler, build_opener
 
 from PIL import Image
 
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.accounts import governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.config import Cloud

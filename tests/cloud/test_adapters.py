@@ -30,7 +30,7 @@ from coin_ray.cloud.protocol import (
     Query,
     RawDetections,
 )
-from coin_ray.cloud.services import fitted
+from coin_ray.cloud.services import shrink_to_limits
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import (
     AuthError,
@@ -730,7 +730,7 @@ def test_f5_boxes_of_an_odd_sized_jpeg(case: Case, secrets: pytest.MonkeyPatch) 
     assert whole.data == photograph
     for image in (
         canonical_image(photograph, 640),
-        fitted(whole, case.adapter.capabilities, 640),
+        shrink_to_limits(whole, case.adapter.capabilities, 640),
     ):
         assert (image.width, image.height, image.original) == (640, 360, (1601, 901))
         raw = _query_emulator(case, image)
@@ -746,7 +746,7 @@ def test_f5_an_image_file_that_is_too_large(
     capabilities = replace(
         case.adapter.capabilities, max_bytes=len(image.data) * 2 // 3
     )
-    smaller = fitted(image, capabilities, min(1500, capabilities.max_side))
+    smaller = shrink_to_limits(image, capabilities, min(1500, capabilities.max_side))
     assert len(smaller.data) <= capabilities.max_bytes
     assert smaller.width < 1500
     raw = _query_emulator(case, smaller)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.accounts import governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.config import Cloud

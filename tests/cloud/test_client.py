@@ -12,18 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
+from coin_ray.cloud.accounts import account_name, governor_limits
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.answer import Answer
-from coin_ray.cloud.client import (
-    POLL_CAP,
-    TASK_SECONDS,
-    CloudClient,
-    account_name,
-    governor_limits,
-)
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.http import connections
 from coin_ray.cloud.journal.keys import TASK
+from coin_ray.cloud.task_polling import POLL_CAP, TASK_SECONDS
 from coin_ray.config import Cloud
 from coin_ray.errors import (
     AuthError,
@@ -335,7 +331,7 @@ def test_a_day_s_calls_are_counted_over_runs(build_harness: HarnessBuilder) -> N
         now - start for start in next_run.journal.call_starts(account, now - 86_400)
     ]
     assert len(ages) == 2
-    next_run.client._governor = LocalGovernor(
+    next_run.client._admission.governor = LocalGovernor(
         Governor(governor_limits(config), next_run.journal.spent(), next_run.time, ages)
     )
     assert _detect(next_run, 3)[0].status == "ok"
@@ -616,7 +612,7 @@ def test_killed_between_the_task_and_its_first_poll(
     async def die(seconds: float) -> None:
         raise ProcessKilled
 
-    killed_run.client._sleep = die
+    killed_run.client._timing.sleep = die
     with pytest.raises(ProcessKilled):
         _detect(killed_run)
     assert _methods(killed_run) == ["POST"]

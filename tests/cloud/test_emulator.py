@@ -59,39 +59,42 @@ TARGET = {
 }
 
 
-def exchange(
+def _send_requests(
     emulator: Emulator, *requests: tuple[str, str, Mapping[str, str], bytes]
 ) -> list[httpx.Response]:
-    """Method, address, headers and body of each request, one after the other."""
+    """Send requests in order; each is method, address, headers and body."""
 
     async def run() -> list[httpx.Response]:
+        responses = []
         async with httpx.AsyncClient(transport=emulator.transport()) as http:
-            return [
-                await http.request(m, url, headers=h, content=b)
-                for m, url, h, b in requests
-            ]
+            for method, url, headers, body in requests:
+                response = await http.request(
+                    method, url, headers=headers, content=body
+                )
+                responses.append(response)
+        return responses
 
     return asyncio.run(run())
 
 
-def to_azure(
+def _azure_request(
     emulator: Emulator,
     body: bytes = PICTURE.data,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[str, str, Mapping[str, str], bytes]:
-    sent = {
+    all_headers = {
         "Ocp-Apim-Subscription-Key": TOKEN,
         "Content-Type": "application/octet-stream",
         **(headers or {}),
     }
-    return "POST", emulator.url("azure-vision") + AZURE.golden.path, sent, body
+    return "POST", emulator.url("azure-vision") + AZURE.golden.path, all_headers, body
 
 
 @st.composite
 def scenes(
     draw: st.DrawFn, unit: int = 1
 ) -> tuple[tuple[int, int], list[int], list[tuple[int, int, int, int]]]:
-    """A grid of cells of 60 * ``unit`` pixels, with a rectangle in each."""
+    """Draw a grid of cells of 60 * ``unit`` pixels, with a rectangle in each."""
     columns, rows = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     starts, sides = st.integers(10 * unit, 20 * unit), st.integers(20 * unit, 30 * unit)
     boxes = []
@@ -109,9 +112,9 @@ def scenes(
 def test_a_scene_is_read_back(given_scene: Any) -> None:
     size, classes, boxes = given_scene
     image = canonical_image(scene(classes, boxes, size), 4096)
-    found = sorted(read_scene(image.data).objects, key=lambda o: o.object_id)
-    assert [o.class_index for o in found] == classes
-    assert np.abs(np.array([o.box for o in found]) - boxes).max() <= 0.1
+    objects = sorted(read_scene(image.data).objects, key=lambda o: o.object_id)
+    assert [o.class_index for o in objects] == classes
+    assert np.abs(np.array([o.box for o in objects]) - boxes).max() <= 0.1
 
 
 @given(scenes(unit=2), st.floats(0.55, 0.95))
@@ -120,13 +123,11 @@ def test_a_smaller_scene_is_read_to_parts_of_a_pixel(
 ) -> None:
     size, classes, boxes = given_scene
     image = canonical_image(scene(classes, boxes, size), round(max(size) * scale))
-    found = sorted(read_scene(image.data).objects, key=lambda o: o.object_id)
-    assert [o.class_index for o in found] == classes
+    objects = sorted(read_scene(image.data).objects, key=lambda o: o.object_id)
+    assert [o.class_index for o in objects] == classes
     factors = np.array([image.width, image.height] * 2) / np.array(size * 2)
-    assert (
-        np.abs(np.array([o.box for o in found]) - np.array(boxes) * factors).max()
-        <= 0.25
-    )
+    errors = np.array([o.box for o in objects]) - np.array(boxes) * factors
+    assert np.abs(errors).max() <= 0.25
 
 
 def test_turned_and_mirrored_images_give_other_answers() -> None:
@@ -134,10 +135,8 @@ def test_turned_and_mirrored_images_give_other_answers() -> None:
         for turn in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_90):
             sink = io.BytesIO()
             image.transpose(turn).save(sink, "PNG")
-            assert (
-                read_scene(sink.getvalue()).objects[0].box
-                != read_scene(PICTURE.data).objects[0].box
-            )
+            turned_object = read_scene(sink.getvalue()).objects[0]
+            assert turned_object.box != read_scene(PICTURE.data).objects[0].box
 
 
 def test_what_is_no_scene() -> None:
@@ -146,9 +145,14 @@ def test_what_is_no_scene() -> None:
         exif[0x0112] = 6
         sink = io.BytesIO()
         image.save(sink, "JPEG", exif=exif)
-    for data in (b"", b"text", PICTURE.data[: len(PICTURE.data) // 2], sink.getvalue()):
+    for content in (
+        b"",
+        b"text",
+        PICTURE.data[: len(PICTURE.data) // 2],
+        sink.getvalue(),
+    ):
         with pytest.raises(SceneError):
-            read_scene(data)
+            read_scene(content)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_a_script() -> None:
             Fault(delay=9, headers={"x-a": "b"}),
         ]
     )
-    replies = exchange(emulator, *[to_azure(emulator)] * 5)
+    replies = _send_requests(emulator, *[_azure_request(emulator)] * 5)
     assert [r.status_code for r in replies] == [429, 200, 200, 200, 200]
     assert (replies[0].headers["retry-after"], replies[0].json()) == ("2", {"error": 1})
     assert replies[2].content == replies[1].content[:-5]
@@ -196,30 +200,33 @@ def test_a_script() -> None:
 
 def test_nothing_on_the_wire_makes_a_fault() -> None:
     emulator = Emulator(PROVIDERS)
-    (reply,) = exchange(emulator, to_azure(emulator, headers={"X-Fault": "500"}))
+    (reply,) = _send_requests(
+        emulator, _azure_request(emulator, headers={"X-Fault": "500"})
+    )
     assert reply.status_code == 200
 
 
 def test_unknown_provider() -> None:
     emulator = Emulator(PROVIDERS)
-    (reply,) = exchange(emulator, ("POST", emulator.url("nobody") + "/x", {}, b""))
+    (reply,) = _send_requests(
+        emulator, ("POST", emulator.url("nobody") + "/x", {}, b"")
+    )
     assert reply.status_code == 404
     assert not emulator.calls
 
 
 def test_a_provider_is_one_function() -> None:
-    def answer(call: Call) -> Reply:
-        call.state["asked"] = call.state.get("asked", 0) + 1
-        return Reply(
-            200, {"path": call.path, "query": call.params, "asked": call.state["asked"]}
-        )
+    def count_calls(call: Call) -> Reply:
+        count = call.state.get("count", 0) + 1
+        call.state["count"] = count
+        payload = {"path": call.path, "query": call.params, "count": count}
+        return Reply(200, payload)
 
-    emulator = Emulator({"new": answer})
-    replies = exchange(
-        emulator, *[("GET", emulator.url("new") + "/a/b?c=d%20e", {}, b"")] * 2
-    )
-    assert replies[1].json() == {"path": "/a/b", "query": {"c": "d e"}, "asked": 2}
-    assert emulator.state("new") == {"asked": 2}
+    emulator = Emulator({"new": count_calls})
+    request = ("GET", emulator.url("new") + "/a/b?c=d%20e", {}, b"")
+    replies = _send_requests(emulator, request, request)
+    assert replies[1].json() == {"path": "/a/b", "query": {"c": "d e"}, "count": 2}
+    assert emulator.state("new") == {"count": 2}
     assert emulator.billed == {"new": 2}
 
 
@@ -237,21 +244,24 @@ def test_limits_of_azure(
     headers: Mapping[str, str], body: bytes | None, status: int
 ) -> None:
     emulator = Emulator(PROVIDERS)
-    (reply,) = exchange(emulator, to_azure(emulator, body or PICTURE.data, headers))
+    (reply,) = _send_requests(
+        emulator, _azure_request(emulator, body or PICTURE.data, headers)
+    )
     assert reply.status_code == status
     assert not emulator.billed["azure-vision"]
     error = AZURE.adapter.classify_error(status, reply.headers, reply.content)
     assert isinstance(error, ImageRejected) == (status != 401)
 
 
-def aws(
+def _signed_aws_request(
     monkeypatch: pytest.MonkeyPatch,
     session: str = "",
     clock: float = 0.0,
     url: str = "",
 ) -> tuple[str, dict[str, str]]:
-    """The address and the headers of a request signed with a clock that is ``clock``
-    seconds ahead."""
+    """Return address and headers of a request signed with a clock that is ``clock`` seconds
+    ahead.
+    """
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", AWS_KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
     monkeypatch.setenv("AWS_SESSION_TOKEN", session)
@@ -266,9 +276,11 @@ def test_an_aws_signature_is_computed_anew(
 ) -> None:
     pytest.importorskip("botocore")
     emulator = Emulator(PROVIDERS)
-    url, headers = aws(monkeypatch, session)
-    with_query, signed_query = aws(monkeypatch, session, url=f"{url}a%20b?z=1&a=x%2Fy")
-    replies = exchange(
+    url, headers = _signed_aws_request(monkeypatch, session)
+    with_query, signed_query = _signed_aws_request(
+        monkeypatch, session, url=f"{url}a%20b?z=1&a=x%2Fy"
+    )
+    replies = _send_requests(
         emulator, ("POST", url, headers, BODY), ("POST", with_query, signed_query, BODY)
     )
     assert replies[0].status_code == 200
@@ -305,8 +317,8 @@ def test_a_tampered_aws_request_is_refused(
 ) -> None:
     pytest.importorskip("botocore")
     emulator = Emulator(PROVIDERS)
-    url, headers = aws(monkeypatch)
-    (reply,) = exchange(emulator, ("POST", url, {**headers, **changes}, body))
+    url, headers = _signed_aws_request(monkeypatch)
+    (reply,) = _send_requests(emulator, ("POST", url, {**headers, **changes}, body))
     assert reply.status_code == 400
     assert reply.json()["__type"] in (
         "InvalidSignatureException",
@@ -320,8 +332,8 @@ def test_a_wrong_clock_is_refused_with_the_right_time(
 ) -> None:
     pytest.importorskip("botocore")
     emulator = Emulator(PROVIDERS)
-    url, headers = aws(monkeypatch, clock=3600)
-    (reply,) = exchange(emulator, ("POST", url, headers, BODY))
+    url, headers = _signed_aws_request(monkeypatch, clock=3600)
+    (reply,) = _send_requests(emulator, ("POST", url, headers, BODY))
     assert reply.status_code == 400
     assert "Signature not yet current" in reply.text
     assert reply.headers["date"].endswith("GMT")
@@ -356,8 +368,8 @@ def test_botocore_reads_the_emulators_answer(monkeypatch: pytest.MonkeyPatch) ->
     from botocore.session import Session
 
     emulator = Emulator(PROVIDERS)
-    url, headers = aws(monkeypatch)
-    (reply,) = exchange(emulator, ("POST", url, headers, BODY))
+    url, headers = _signed_aws_request(monkeypatch)
+    (reply,) = _send_requests(emulator, ("POST", url, headers, BODY))
     shape = (
         Session()
         .get_service_model("rekognition")
@@ -373,7 +385,7 @@ def test_botocore_reads_the_emulators_answer(monkeypatch: pytest.MonkeyPatch) ->
     assert [p["Name"] for p in car["Parents"]] == ["Vehicle", "Transportation"]
 
 
-def to_dds(
+def _dds_request(
     emulator: Emulator, request: PreparedRequest, key: str = "key-1"
 ) -> tuple[str, str, Mapping[str, str], bytes]:
     headers = {
@@ -388,14 +400,11 @@ def test_a_task_and_its_states() -> None:
     emulator = Emulator(PROVIDERS)
     query = DDS.query()
     adapter = DdsAdapter("dino-x")
-    submitted, again, other = exchange(
-        emulator,
-        *(
-            to_dds(emulator, adapter.encode(PICTURE, query), key)
-            for key in ("key-1", "key-1", "key-2")
-        ),
-    )
-    assert submitted.json() == again.json() != other.json()
+    encoded = adapter.encode(PICTURE, query)
+    keys = ("key-1", "key-1", "key-2")
+    requests = [_dds_request(emulator, encoded, key) for key in keys]
+    submitted, resubmitted, other = _send_requests(emulator, *requests)
+    assert submitted.json() == resubmitted.json() != other.json()
     assert emulator.billed["dds"] == 2
     pending = adapter.decode(submitted.headers, submitted.content, query, FRAME)
     assert isinstance(pending, Pending)
@@ -403,42 +412,38 @@ def test_a_task_and_its_states() -> None:
         f"/v2/task_status/{submitted.json()['data']['task_uuid']}", method="GET"
     )
     assert pending.seconds == 1
-    polls = exchange(emulator, *[to_dds(emulator, pending.request)] * 4)
+    polls = _send_requests(emulator, *[_dds_request(emulator, pending.request)] * 4)
     assert [p.json()["data"]["status"] for p in polls] == [
         "waiting",
         "running",
         "success",
         "success",
     ]
-    for poll in polls[:2]:
-        assert adapter.decode(poll.headers, poll.content, query, FRAME) == Pending(
-            None, 1
-        )
-    assert not isinstance(
-        adapter.decode(polls[2].headers, polls[2].content, query, FRAME), Pending
+    first, second, third = (
+        adapter.decode(poll.headers, poll.content, query, FRAME) for poll in polls[:3]
     )
+    assert first == second == Pending(None, 1)
+    assert not isinstance(third, Pending)
     assert emulator.billed["dds"] == 2
 
 
 def test_a_task_in_a_poll_is_asked_again_by_its_name() -> None:
     task = {"code": 0, "data": {"task_uuid": "abc-1", "status": "running"}}
-    found = DdsAdapter("dino-x").decode(
+    pending = DdsAdapter("dino-x").decode(
         {}, json.dumps(task).encode(), DDS.query(), FRAME
     )
-    assert found == Pending(PreparedRequest("/v2/task_status/abc-1", method="GET"), 1)
+    assert pending == Pending(PreparedRequest("/v2/task_status/abc-1", method="GET"), 1)
 
 
 def test_a_task_that_fails() -> None:
     emulator = Emulator(PROVIDERS)
-    question = json.loads(DDS.golden.body)
     headers = {"Token": TOKEN, "Content-Type": "application/json"}
     url = emulator.url("dds")
-    (submitted,) = exchange(
-        emulator,
-        ("POST", url + DDS.golden.path, headers, json.dumps(question).encode()),
+    (submitted,) = _send_requests(
+        emulator, ("POST", url + DDS.golden.path, headers, DDS.golden.body)
     )
     status = f"{url}/v2/task_status/{submitted.json()['data']['task_uuid']}"
-    last = exchange(emulator, *[("GET", status, headers, b"")] * 3)[-1]
+    last = _send_requests(emulator, *[("GET", status, headers, b"")] * 3)[-1]
     with pytest.raises(ImageRejected) as caught:
         DDS.adapter.decode(last.headers, last.content, DDS.query(), FRAME)
     assert caught.value.may_have_billed
@@ -469,13 +474,7 @@ def test_a_task_name_leads_nowhere_else(task: Any) -> None:
 
 
 def test_models() -> None:
-    assert (
-        json.loads(DdsAdapter("grounding-dino").encode(GOLDEN_IMAGE, DDS.query()).body)[
-            "model"
-        ]
-        == "GroundingDino-1.6-Pro"
-    )
-    assert (
-        RekognitionAdapter().capabilities.url
-        == "https://rekognition.{region}.amazonaws.com"
-    )
+    request = DdsAdapter("grounding-dino").encode(GOLDEN_IMAGE, DDS.query())
+    assert json.loads(request.body)["model"] == "GroundingDino-1.6-Pro"
+    rekognition_url = RekognitionAdapter().capabilities.url
+    assert rekognition_url == "https://rekognition.{region}.amazonaws.com"

@@ -16,7 +16,6 @@ from cryptography.x509.oid import NameOID
 from coin_ray.cloud.http import http1
 from coin_ray.cloud.http.http1 import Http1Connection
 
-TIMEOUT = httpx.Timeout(0.3, connect=5.0).as_dict()
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Name: value\r\n\r\nhello"
 CHUNKED = (
@@ -25,46 +24,47 @@ CHUNKED = (
 )
 CONTINUED = b"HTTP/1.1 100 Continue\r\n\r\n" + WHOLE
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\nhello"
-SAID_CLOSE = WHOLE.replace(b"X-Name: value", b"Connection: close")
+CONNECTION_CLOSE = WHOLE.replace(b"X-Name: value", b"Connection: close")
 
 
-class Server:
-    """Gives each request the next answer; None: no answer at all. Counts connections
-    and keeps what came."""
+class _ScriptedServer:
+    """Sends each request the next response; None: no response. Counts connections and
+    records requests.
+    """
 
-    def __init__(self, *answers: bytes | None, close: bool = False) -> None:
-        self.answers, self.close = list(answers), close
-        self.connections, self.requests = 0, list[bytes]()
-        self.unasked, self.pause = b"", 0.0
-        """What is sent after each answer although nobody asked, and how long after."""
+    def __init__(self, *responses: bytes | None, close: bool = False) -> None:
+        self.responses = list(responses)
+        self.close = close
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.unrequested = b""
+        """Bytes sent after each response without a request."""
+        self.pause = 0.0
+        """Seconds between a response and the unrequested bytes."""
 
     async def talk(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.connections += 1
         try:
-            while self.answers:
+            while self.responses:
                 head = await reader.readuntil(b"\r\n\r\n")
-                length = next(
-                    (
-                        int(line.split(b":")[1])
-                        for line in head.split(b"\r\n")
-                        if line.lower().startswith(b"content-length")
-                    ),
-                    0,
-                )
+                length = 0
+                for line in head.split(b"\r\n"):
+                    if line.lower().startswith(b"content-length"):
+                        length = int(line.split(b":")[1])
                 self.requests.append(head + await reader.readexactly(length))
-                answer = self.answers.pop(0)
-                if answer is None:
+                response = self.responses.pop(0)
+                if response is None:
                     await asyncio.sleep(5)
                     continue
-                for part in (answer[:20], answer[20:]):
+                for part in (response[:20], response[20:]):
                     writer.write(part)
                     await writer.drain()
-                if self.unasked:
+                if self.unrequested:
                     await asyncio.sleep(self.pause)
-                    writer.write(self.unasked)
-                if self.close or answer == SAID_CLOSE:
+                    writer.write(self.unrequested)
+                if self.close or response == CONNECTION_CLOSE:
                     break
         except asyncio.IncompleteReadError:
             pass
@@ -72,11 +72,15 @@ class Server:
             writer.close()
 
 
-async def ask(
-    connection: Http1Connection, url: str, content: bytes = b"question"
+async def _post(
+    connection: Http1Connection,
+    url: str,
+    body: bytes = b"question",
+    connect_seconds: float = 5.0,
 ) -> tuple[int, bytes]:
+    timeout = httpx.Timeout(0.3, connect=connect_seconds).as_dict()
     request = httpx.Request(
-        "POST", f"{url}/v1?a=b", content=content, extensions={"timeout": TIMEOUT}
+        "POST", f"{url}/v1?a=b", content=body, extensions={"timeout": timeout}
     )
     response = await connection.handle_async_request(request)
     try:
@@ -85,8 +89,8 @@ async def ask(
         await response.aclose()
 
 
-def talked(
-    server: Server, *scripts: Callable[[Http1Connection, str], Awaitable[None]]
+def _run_scripts(
+    server: _ScriptedServer, *scripts: Callable[[Http1Connection, str], Awaitable[None]]
 ) -> None:
     async def main() -> None:
         running = await asyncio.start_server(server.talk, "127.0.0.1", 0)
@@ -101,33 +105,33 @@ def talked(
 
 
 @pytest.mark.parametrize(
-    ("answer", "close"),
+    ("response", "close"),
     [
         (WHOLE, False),
         (CHUNKED, False),
         (CONTINUED, False),
         (UNTIL_CLOSED, True),
-        (SAID_CLOSE, False),
+        (CONNECTION_CLOSE, False),
     ],
 )
 def test_each_way_of_sending_a_body_is_read_and_the_connection_is_kept_where_it_can_be(
-    answer: bytes, close: bool
+    response: bytes, close: bool
 ) -> None:
-    server = Server(answer, answer, close=close)
+    server = _ScriptedServer(response, response, close=close)
 
     async def twice(connection: Http1Connection, url: str) -> None:
-        assert await ask(connection, url) == (200, b"hello")
+        assert await _post(connection, url) == (200, b"hello")
         await asyncio.sleep(0.02)
-        assert await ask(connection, url) == (200, b"hello")
+        assert await _post(connection, url) == (200, b"hello")
 
-    talked(server, twice)
-    assert server.connections == (2 if close or answer == SAID_CLOSE else 1)
+    _run_scripts(server, twice)
+    assert server.connections == (2 if close or response == CONNECTION_CLOSE else 1)
     assert server.requests[0].startswith(b"POST /v1?a=b HTTP/1.1\r\nHost: 127.0.0.1:")
     assert server.requests[0].endswith(b"\r\n\r\nquestion")
 
 
 @pytest.mark.parametrize(
-    ("answer", "error"),
+    ("response", "error"),
     [
         (
             b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nshort",
@@ -140,16 +144,16 @@ def test_each_way_of_sending_a_body_is_read_and_the_connection_is_kept_where_it_
     ],
 )
 def test_what_is_no_whole_answer_is_httpx_s_error_and_the_next_request_gets_a_new_connection(
-    answer: bytes | None, error: type[Exception]
+    response: bytes | None, error: type[Exception]
 ) -> None:
-    server = Server(answer, WHOLE, close=answer is not None)
+    server = _ScriptedServer(response, WHOLE, close=response is not None)
 
     async def fails_then_works(connection: Http1Connection, url: str) -> None:
         with pytest.raises(error):
-            await ask(connection, url)
-        assert await ask(connection, url) == (200, b"hello")
+            await _post(connection, url)
+        assert await _post(connection, url) == (200, b"hello")
 
-    talked(server, fails_then_works)
+    _run_scripts(server, fails_then_works)
     assert server.connections == 2
 
 
@@ -157,13 +161,13 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(http1, "IDLE_SECONDS", -1.0)
-    server = Server(WHOLE, WHOLE)
+    server = _ScriptedServer(WHOLE, WHOLE)
 
     async def twice(connection: Http1Connection, url: str) -> None:
-        await ask(connection, url)
-        await ask(connection, url)
+        await _post(connection, url)
+        await _post(connection, url)
 
-    talked(server, twice)
+    _run_scripts(server, twice)
     assert server.connections == 2
 
 
@@ -171,29 +175,29 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(
 def test_what_a_server_says_unasked_is_no_answer_to_the_next_request(
     pause: float,
 ) -> None:
-    """As 408 on an idle connection, or an answer too many: it may come with the one
-    before or later."""
-    unasked = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
-    server = Server(WHOLE, WHOLE)
-    server.unasked, server.pause = unasked, pause
+    """A server may send 408 on an idle connection, or one response too many, together with
+    the response before it or later.
+    """
+    server = _ScriptedServer(WHOLE, WHOLE)
+    server.unrequested = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
+    server.pause = pause
 
     async def twice(connection: Http1Connection, url: str) -> None:
-        assert await ask(connection, url) == (200, b"hello")
-        await asyncio.sleep(0.15)
-        assert await ask(connection, url) == (200, b"hello")
+        assert await _post(connection, url) == (200, b"hello")
+        await asyncio.sleep(0.1)
+        assert await _post(connection, url) == (200, b"hello")
 
-    talked(server, twice)
+    _run_scripts(server, twice)
     assert server.connections == 2
 
 
-def secured(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's context with a certificate of its own for ``name``, and a client's
-    that trusts it."""
+def _tls_contexts(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return a server's context with a new certificate for ``name``, and the context of a
+    client that trusts it.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
-    subject, now = (
-        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
-        datetime.now(UTC),
-    )
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder(
             subject,
@@ -223,16 +227,15 @@ def secured(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, ssl.create_default_context(cafile=folder / "certificate.pem")
 
 
-def asked_over_tls(
-    server: Server, context: ssl.SSLContext, trusted: ssl.SSLContext | None
+def _post_over_tls(
+    server: _ScriptedServer, context: ssl.SSLContext, trusted: ssl.SSLContext | None
 ) -> tuple[int, bytes]:
     async def main() -> tuple[int, bytes]:
         running = await asyncio.start_server(server.talk, "127.0.0.1", 0, ssl=context)
         connection = Http1Connection(trusted)
+        port = running.sockets[0].getsockname()[1]
         try:
-            return await ask(
-                connection, f"https://localhost:{running.sockets[0].getsockname()[1]}"
-            )
+            return await _post(connection, f"https://localhost:{port}")
         finally:
             await connection.aclose()
             running.close()
@@ -241,45 +244,45 @@ def asked_over_tls(
 
 
 def test_over_tls_the_server_must_be_who_it_says(tmp_path: Path) -> None:
-    context, trusting = secured(tmp_path, "localhost")
-    server = Server(WHOLE)
-    assert asked_over_tls(server, context, trusting) == (200, b"hello")
+    server_context, trusting_client = _tls_contexts(tmp_path, "localhost")
+    server = _ScriptedServer(WHOLE)
+    response = _post_over_tls(server, server_context, trusting_client)
+    assert response == (200, b"hello")
     assert server.requests[0].endswith(b"question")
 
-    other, trusting_other = secured(tmp_path, "elsewhere.example")
-    unheard = Server(WHOLE)
-    for given in (trusting_other, ssl.create_default_context(), None):
+    other_context, client_of_other = _tls_contexts(tmp_path, "elsewhere.example")
+    distrusted_server = _ScriptedServer(WHOLE)
+    for client_context in (client_of_other, ssl.create_default_context(), None):
         with pytest.raises(httpx.ConnectError):
-            asked_over_tls(unheard, other, given)
-    assert not unheard.requests, (
+            _post_over_tls(distrusted_server, other_context, client_context)
+    assert not distrusted_server.requests, (
         "nothing is sent to a server that is not who it should be"
     )
 
 
 def test_a_cancelled_request_leaves_nothing_for_the_next_one_to_read() -> None:
-    server = Server(None, WHOLE)
+    server = _ScriptedServer(None, WHOLE)
 
     async def cancelled(connection: Http1Connection, url: str) -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(ask(connection, url), 0.05)
-        assert await ask(connection, url) == (200, b"hello")
+            await asyncio.wait_for(_post(connection, url), 0.05)
+        assert await _post(connection, url) == (200, b"hello")
 
-    talked(server, cancelled)
+    _run_scripts(server, cancelled)
     assert server.connections == 2
 
 
 def test_nobody_there_is_a_connect_error_and_a_server_without_tls_too() -> None:
     async def nobody() -> None:
         with pytest.raises(httpx.ConnectError):
-            await ask(Http1Connection(None), "http://127.0.0.1:1")
+            await _post(Http1Connection(None), "http://127.0.0.1:1")
 
     asyncio.run(nobody())
 
     async def no_tls(_: Http1Connection, url: str) -> None:
+        connection = Http1Connection(ssl.create_default_context())
+        https_url = url.replace("http:", "https:")
         with pytest.raises((httpx.ConnectError, httpx.ConnectTimeout)):
-            await ask(
-                Http1Connection(ssl.create_default_context()),
-                url.replace("http:", "https:"),
-            )
+            await _post(connection, https_url, connect_seconds=0.3)
 
-    talked(Server(b""), no_tls)
+    _run_scripts(_ScriptedServer(b""), no_tls)

@@ -13,7 +13,7 @@ from coin_ray import storage
 from coin_ray.cloud.journal.base import AnswerRecord
 from coin_ray.cloud.journal.object_store import ObjectJournal
 from coin_ray.cloud.journal.opening import open_journal
-from coin_ray.commands import labels as tools
+from coin_ray.commands.main import main
 
 from .conftest import check_killed_journal_writer
 
@@ -139,10 +139,10 @@ def test_a_damaged_object_is_found_and_never_an_answer(
     content[-1] ^= 1
     _write_as_another_process(object_uri, bytes(content))
     assert open_journal(journal_uri).get("a") is None
-    assert tools.main(["journal", "verify", "--root", root]) == 1
+    assert main(["journal", "verify", "--root", root]) == 1
     assert f"{object_uri}: offset 0: " in capsys.readouterr().out
-    assert tools.main(["journal", "show", "--root", root]) == 0
-    assert tools.main(["journal", "compact", "--root", root]) == 0
+    assert main(["journal", "show", "--root", root]) == 0
+    assert main(["journal", "compact", "--root", root]) == 0
 
 
 def test_kill(root: str) -> None:

@@ -1,5 +1,6 @@
-"""Detection services on one's own machine; how they work and how to add one:
-``app.py``."""
+"""Local emulators of the detection services; ``app.py`` says how they work and how to add
+one.
+"""
 
 from __future__ import annotations
 

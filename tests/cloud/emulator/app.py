@@ -1,9 +1,9 @@
-"""The clouds on one's own machine: one ASGI app that looks at the image it receives and
+"""Local emulators of the clouds: one ASGI app that decodes the image it receives and
 answers as the real services do.
 
-An image of ``scene(...)`` holds its own ground truth: rectangles on a plain background
-whose colour says class and object. Every service decodes the image that arrived, so a
-mistake in encoding, scaling or turning changes the answer.
+An image of ``scene(...)`` contains its own ground truth: rectangles on a plain background
+whose colour encodes class and object. Every service decodes the image that arrived, so a
+mistake in encoding, scaling or rotation changes the response.
 
 A provider is one file with one function, and one line in ``PROVIDERS``
 (``__init__.py``)::
@@ -11,28 +11,26 @@ A provider is one file with one function, and one line in ``PROVIDERS``
     def answer(call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {TOKEN}":
             return Reply(401, {"error": "bad key"})
-        question = call.json()                                  # None if the body is
-        not JSON
+        request_json = call.json()  # None if the body is not JSON
         try:
-            scene = read_scene(base64.b64decode(question["inputs"]))
+            scene = read_scene(base64.b64decode(request_json["inputs"]))
         except SceneError as error:
             return Reply(400, {"error": str(error)})
-        return Reply(200, [{"label": o.name, "score": o.score, ...} for o in
-        scene.objects])
+        return Reply(200, [{"label": object.name, ...} for object in scene.objects])
 
 It is reached at ``emulator.url(name)`` through ``emulator.transport()``. ``call.path``
-is the path below that address, ``call.state`` a dictionary the provider may keep things
-in. An answer of status 200 is billed unless ``billed=False``.
+is the path below that address, ``call.state`` a dictionary for what the provider stores
+between requests. A reply of status 200 is billed unless ``billed=False``.
 
 Faults never travel with a request: ``emulator.script([...])`` queues a ``Step`` for
 each of the next requests::
 
     emulator.script([Fault(429, {"retry-after": "2"}), Fault(500), None,
-    Fault(edit=lambda body: body[:-1]), Fault(delay=9)])
+                     Fault(edit=lambda body: body[:-1]), Fault(delay=9)])
 
-``None`` answers as always, and so does every request after the script's end.
-``emulator.calls`` are the requests so far, the scripted ones too; ``emulator.billed``
-counts billed calls by provider.
+``None`` means no fault, as do all requests after the script's end. ``emulator.calls`` are
+the requests so far, the scripted ones too; ``emulator.billed`` counts billed calls by
+provider.
 """
 
 from __future__ import annotations
@@ -88,8 +86,8 @@ SCENE_CLASSES = (
     "airplane",
     "sheep",
 )
-"""What class index 0, 1, ... of a scene is called in plain words; a provider with names
-of its own translates."""
+"""Plain names of class index 0, 1, ... of a scene; a provider with other names translates
+them."""
 OBJECTS_MAX = 400
 GAP_MIN = 8
 """Pixels of background around every rectangle that doesn't touch the image's border."""
@@ -97,7 +95,7 @@ SIDE_MIN = 20
 BACKGROUND = 30
 LEVEL_FIRST, LEVEL_STEP, LEVELS = 70, 8, 20
 REACH = 4
-"""Pixels on each side of an edge over which its exact place is measured."""
+"""Pixels on each side of an edge over which its exact position is measured."""
 SHARP = 0.04
 
 
@@ -107,8 +105,9 @@ class SceneError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """box: xyxy pixels of the image received, right to 0.1 pixels, after downscaling to
-    0.25."""
+    """One rectangle. ``box``: xyxy pixels of the image received, exact to 0.1 pixels, after
+    downscaling to 0.25.
+    """
 
     class_index: int
     object_id: int
@@ -130,10 +129,17 @@ class Scene:
     format: str
     objects: tuple[SceneObject, ...]
 
+    def ratios(self, scene_object: SceneObject) -> tuple[float, float, float, float]:
+        """Return an object's box as ratios of the image's sides."""
+        x0, y0, x1, y1 = scene_object.box
+        width, height = self.width, self.height
+        return x0 / width, y0 / height, x1 / width, y1 / height
+
 
 def score_of(object_id: int) -> float:
-    """The score every provider gives object 0, 1, 2, ...: 0.99, 0.988, 0.986, ... down
-    to 0.192."""
+    """Return the score every provider gives object 0, 1, 2, ...: 0.99, 0.988, 0.986, ...
+    down to 0.192.
+    """
     return round(0.99 - 0.002 * object_id, 3)
 
 
@@ -143,7 +149,7 @@ def scene(
     size: tuple[int, int],
     file_format: str = "PNG",
 ) -> bytes:
-    """An image file of ``size`` (width, height) with one rectangle per object: class
+    """Return an image file of ``size`` (width, height) with one rectangle per object: class
     index and xyxy box in whole pixels each.
 
     Rectangles are at least 20 pixels wide and high and have 8 pixels of background
@@ -159,45 +165,33 @@ def scene(
     for number, (index, (x0, y0, x1, y1)) in enumerate(
         zip(classes, boxes, strict=True)
     ):
-        if (
-            x1 - x0 < SIDE_MIN
-            or y1 - y0 < SIDE_MIN
-            or min(x0, y0) < 0
-            or x1 > size[0]
-            or y1 > size[1]
-        ):
+        too_thin = min(x1 - x0, y1 - y0) < SIDE_MIN
+        if too_thin or min(x0, y0) < 0 or x1 > size[0] or y1 > size[1]:
             raise ValueError(
                 f"box {number} is thinner than {SIDE_MIN} pixels or outside the image"
             )
-        if (
-            pixels[
-                max(0, y0 - GAP_MIN) : y1 + GAP_MIN, max(0, x0 - GAP_MIN) : x1 + GAP_MIN
-            ]
-            != BACKGROUND
-        ).any():
+        gap_columns = slice(max(0, x0 - GAP_MIN), x1 + GAP_MIN)
+        gap_rows = slice(max(0, y0 - GAP_MIN), y1 + GAP_MIN)
+        if (pixels[gap_rows, gap_columns] != BACKGROUND).any():
             raise ValueError(f"box {number} is closer than {GAP_MIN} pixels to another")
         pixels[y0:y1, x0:x1] = _colour(index, number)
+    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
     sink = io.BytesIO()
-    Image.fromarray(pixels).save(
-        sink,
-        file_format,
-        **({"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}),
-    )
+    Image.fromarray(pixels).save(sink, file_format, **options)
     return sink.getvalue()
 
 
-def read_scene(data: bytes) -> Scene:
-    """What is in the image. Raises ``SceneError`` for damaged images, images with EXIF
-    data and images that are no scene."""
+def read_scene(image_file: bytes) -> Scene:
+    """Decode a scene's objects. Raises ``SceneError`` for damaged images, images with EXIF
+    data and images that are not a scene.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(image_file)) as image:
             image.load()
             if image.getexif():
-                raise SceneError("the image carries EXIF data")
-            file_format, pixels = (
-                str(image.format),
-                np.asarray(image.convert("RGB"), np.float64),
-            )
+                raise SceneError("the image has EXIF data")
+            file_format = str(image.format)
+            pixels = np.asarray(image.convert("RGB"), np.float64)
     except SceneError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
@@ -207,29 +201,29 @@ def read_scene(data: bytes) -> Scene:
 
 
 def _colour(class_index: int, object_id: int) -> tuple[int, int, int]:
-    red, green, blue = (
-        LEVEL_FIRST + LEVEL_STEP * n
-        for n in (class_index, object_id // LEVELS, object_id % LEVELS)
+    return (
+        LEVEL_FIRST + LEVEL_STEP * class_index,
+        LEVEL_FIRST + LEVEL_STEP * (object_id // LEVELS),
+        LEVEL_FIRST + LEVEL_STEP * (object_id % LEVELS),
     )
-    return red, green, blue
 
 
 def _objects(pixels: NDArray[np.float64]) -> Iterator[SceneObject]:
-    """Each colour of the code with a solid 5 x 5 core in the middle of its pixels is an
-    object."""
+    """Yield an object for each code that has a solid 5 x 5 core in the middle of its
+    pixels.
+    """
     steps = np.round((pixels - LEVEL_FIRST) / LEVEL_STEP).astype(np.int64)
-    close = (np.abs(pixels - LEVEL_FIRST - steps * LEVEL_STEP) <= 3).all(2) & (
-        (steps >= 0) & (steps < LEVELS)
-    ).all(2)
-    codes = np.where(
-        close, (steps[..., 0] * LEVELS + steps[..., 1]) * LEVELS + steps[..., 2], -1
-    )
+    is_level = np.abs(pixels - LEVEL_FIRST - steps * LEVEL_STEP) <= 3
+    is_code = (is_level & (steps >= 0) & (steps < LEVELS)).all(2)
+    red, green, blue = steps[..., 0], steps[..., 1], steps[..., 2]
+    codes = np.where(is_code, (red * LEVELS + green) * LEVELS + blue, -1)
     rows, columns = np.nonzero(codes >= 0)
     if len(rows) == 0:
         return
-    order = np.argsort(codes[rows, columns], kind="stable")
-    values, starts = np.unique(codes[rows, columns][order], return_index=True)
-    for code, members in zip(values, np.split(order, starts[1:]), strict=True):
+    pixel_codes = codes[rows, columns]
+    order = np.argsort(pixel_codes, kind="stable")
+    object_codes, starts = np.unique(pixel_codes[order], return_index=True)
+    for code, members in zip(object_codes, np.split(order, starts[1:]), strict=True):
         y, x = int(np.median(rows[members])), int(np.median(columns[members]))
         core = codes[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3]
         if core.shape != (5, 5) or (core != code).any():
@@ -243,37 +237,41 @@ def _objects(pixels: NDArray[np.float64]) -> Iterator[SceneObject]:
 def _box(
     pixels: NDArray[np.float64], x: int, y: int
 ) -> tuple[float, float, float, float]:
-    """Edges seen from the object's middle: first roughly, then over all rows and
-    columns that cross the object."""
-    rough = (
-        *_edges(pixels[y - 1 : y + 2].mean(0), x),
-        *_edges(pixels[:, x - 1 : x + 2].mean(1), y),
+    """Measure the edges from the object's middle: first roughly, then over all rows and
+    columns that cross the object.
+    """
+    rough_x0, rough_x1 = _edges(pixels[y - 1 : y + 2].mean(0), x)
+    rough_y0, rough_y1 = _edges(pixels[:, x - 1 : x + 2].mean(1), y)
+    inner_rows = slice(
+        min(round(rough_y0) + REACH, y - 1), max(round(rough_y1) - REACH, y + 2)
     )
-    left, right, top, bottom = (round(v) for v in rough)
-    inner_rows = slice(min(top + REACH, y - 1), max(bottom - REACH, y + 2))
-    inner_columns = slice(min(left + REACH, x - 1), max(right - REACH, x + 2))
+    inner_columns = slice(
+        min(round(rough_x0) + REACH, x - 1), max(round(rough_x1) - REACH, x + 2)
+    )
     x0, x1 = _edges(pixels[inner_rows].mean(0), x)
     y0, y1 = _edges(pixels[:, inner_columns].mean(1), y)
     return x0, y0, x1, y1
 
 
 def _edges(line: NDArray[np.float64], middle: int) -> tuple[float, float]:
-    """Where the object around ``middle`` begins and ends on a line [N, 3], from how
-    much of each pixel it covers."""
-    own = line[middle] - BACKGROUND
-    cover = (line - BACKGROUND) @ own / (own @ own)
+    """Return where the object around ``middle`` begins and ends on a line [N, 3], from the
+    share of each pixel that it covers.
+    """
+    contrast = line[middle] - BACKGROUND
+    cover = (line - BACKGROUND) @ contrast / (contrast @ contrast)
     after = _end(cover[middle:])
     before = _end(cover[middle - 1 :: -1]) if middle else 0.0
     return middle - before, middle + after
 
 
 def _end(cover: NDArray[np.float64]) -> float:
-    """How far from its start the covered part of ``cover`` reaches; a sharp edge lies
-    between two pixels."""
-    gone = np.nonzero(cover < 0.5)[0]
-    if len(gone) == 0:
+    """Return the length of the covered part at the start of ``cover``; a sharp edge lies
+    between two pixels.
+    """
+    uncovered = np.nonzero(cover < 0.5)[0]
+    if len(uncovered) == 0:
         return float(len(cover))
-    end = int(gone[0])
+    end = int(uncovered[0])
     if cover[end - 1] > 1 - SHARP and cover[end] < SHARP:
         return float(end)
     first = max(0, end - REACH)
@@ -282,8 +280,9 @@ def _end(cover: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request as it arrived. ``path`` is below the provider's address, ``raw_path``
-    the whole path, still quoted."""
+    """A request as it arrived. ``path`` is below the provider's address, ``raw_path`` the
+    whole path, still quoted.
+    """
 
     provider: str
     method: str
@@ -296,7 +295,7 @@ class Call:
     received: float
 
     def json(self) -> Any:
-        """The body's JSON value, None for anything else."""
+        """Return the body's JSON value, None for anything else."""
         try:
             return json.loads(self.body)
         except ValueError:
@@ -313,29 +312,28 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """``value``: bytes are sent as they are, anything else as JSON. ``billed`` None: if
-    the status is 200."""
+    """A reply to send. ``payload``: bytes, or a value for JSON. ``billed``: None means
+    that it is if the status is 200.
+    """
 
     status: int
-    value: Any = b""
+    payload: Any = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     content_type: str = "application/json"
     billed: bool | None = None
 
     @property
     def body(self) -> bytes:
-        return (
-            self.value
-            if isinstance(self.value, bytes)
-            else json.dumps(self.value).encode()
-        )
+        if isinstance(self.payload, bytes):
+            return self.payload
+        return json.dumps(self.payload).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What becomes of one request. With a ``status`` the provider never sees it and
-    ``body`` (bytes, or a value for JSON) is the reply; without one its answer is sent
-    after ``delay`` seconds, with ``headers`` added and its body changed by ``edit``.
+    """A fault of one request. With a ``status`` the provider never receives the request
+    and ``body`` (bytes, or a value for JSON) is the reply; without one the provider's reply
+    is sent after ``delay`` seconds, with ``headers`` added and its body changed by ``edit``.
     """
 
     status: int | None = None
@@ -364,15 +362,9 @@ class Emulator:
         self._providers, self._sleep, self._clock = providers, sleep, clock
         self._script: deque[Step] = deque()
         self._states: dict[str, dict[str, Any]] = {name: {} for name in providers}
-        self._app = Starlette(
-            routes=[
-                Route(
-                    "/{provider}{path:path}",
-                    self._respond,
-                    methods=["GET", "POST", "PUT", "DELETE"],
-                )
-            ]
-        )
+        methods = ["GET", "POST", "PUT", "DELETE"]
+        route = Route("/{provider}{path:path}", self._respond, methods=methods)
+        self._app = Starlette(routes=[route])
 
     def url(self, provider: str) -> str:
         return f"https://{HOST}/{provider}"
@@ -381,11 +373,11 @@ class Emulator:
         return httpx.ASGITransport(self._app)
 
     def script(self, steps: Iterable[Step]) -> None:
-        """Queue what becomes of the next requests, one step each."""
+        """Queue faults for the next requests, one step each."""
         self._script.extend(steps)
 
     def state(self, provider: str) -> dict[str, Any]:
-        """What a provider keeps between requests, for tests to look at or to set."""
+        """Return what a provider stores between requests; tests may change it."""
         return self._states[provider]
 
     async def _respond(self, request: Request) -> Response:
@@ -420,20 +412,17 @@ class Emulator:
         if fault is not None and fault.status is not None:
             return Reply(fault.status, fault.body, fault.headers)
         reply = self._providers[call.provider](call)
-        self.billed[call.provider] += (
-            (reply.status == 200) if reply.billed is None else reply.billed
-        )
+        billed = reply.status == 200 if reply.billed is None else reply.billed
+        self.billed[call.provider] += billed
         if fault is None:
             return reply
         body = fault.edit(reply.body) if fault.edit is not None else reply.body
-        return Reply(
-            reply.status, body, {**reply.headers, **fault.headers}, reply.content_type
-        )
+        headers = {**reply.headers, **fault.headers}
+        return Reply(reply.status, body, headers, reply.content_type)
 
 
-def decoded_base64(text: Any) -> bytes:
-    """Strict: raises ``SceneError`` for what is not a base64 string, also for a data
-    URL."""
+def decode_base64(text: Any) -> bytes:
+    """Decode base64. Raises ``SceneError`` for anything else, data URLs included."""
     try:
         return base64.b64decode(text, validate=True)
     except (ValueError, TypeError):
@@ -441,8 +430,9 @@ def decoded_base64(text: Any) -> bytes:
 
 
 def sigv4_problem(call: Call, service: str, region: str) -> tuple[str, str] | None:
-    """Type and message of AWS's error for a request's signature (version 4), or None:
-    everything is computed anew from what arrived."""
+    """Verify a request's AWS signature (version 4), computed from what arrived. Returns the
+    type and message of AWS's error, or None.
+    """
     unknown = (
         "UnrecognizedClientException",
         "The security token included in the request is invalid.",
@@ -454,58 +444,53 @@ def sigv4_problem(call: Call, service: str, region: str) -> tuple[str, str] | No
             " provided."
         ),
     )
-    scheme, _, rest = call.headers.get("authorization", "").partition(" ")
-    given = dict(part.strip().partition("=")[::2] for part in rest.split(","))
+    scheme, _, parameters = call.headers.get("authorization", "").partition(" ")
+    fields = {}
+    for parameter in parameters.split(","):
+        name, _, text = parameter.strip().partition("=")
+        fields[name] = text
     moment = call.headers.get("x-amz-date", "")
     scope = f"{moment[:8]}/{region}/{service}/aws4_request"
-    if (
-        scheme != "AWS4-HMAC-SHA256"
-        or given.get("Credential") != f"{AWS_KEY_ID}/{scope}"
-    ):
+    credential = f"{AWS_KEY_ID}/{scope}"
+    if scheme != "AWS4-HMAC-SHA256" or fields.get("Credential") != credential:
         return unknown
     if call.headers.get("x-amz-security-token", AWS_SESSION) != AWS_SESSION:
         return unknown
-    signed = given.get("SignedHeaders", "").split(";")
-    needed = {"host", *(name for name in call.headers if name.startswith("x-amz-"))}
+    signed = fields.get("SignedHeaders", "").split(";")
+    required = {"host", *(name for name in call.headers if name.startswith("x-amz-"))}
     digest = hashlib.sha256(call.body).hexdigest()
     if (
-        not needed <= set(signed)
+        not required <= set(signed)
         or signed != sorted(signed)
         or call.headers.get("x-amz-content-sha256", digest) != digest
     ):
         return wrong
     ahead = _aws_time(moment) - call.received
     if not abs(ahead) <= CLOCK_SKEW_MAX:
-        return (
-            wrong[0],
-            f"Signature {'not yet current' if ahead > 0 else 'expired'}: {moment}",
-        )
-    text = "\n".join(
-        (
-            "AWS4-HMAC-SHA256",
-            moment,
-            scope,
-            hashlib.sha256(_canonical(call, signed, digest)).hexdigest(),
-        )
-    )
+        reason = "not yet current" if ahead > 0 else "expired"
+        return wrong[0], f"Signature {reason}: {moment}"
+    request_hash = hashlib.sha256(_canonical_request(call, signed, digest)).hexdigest()
+    string_to_sign = "\n".join(("AWS4-HMAC-SHA256", moment, scope, request_hash))
     key = f"AWS4{AWS_SECRET}".encode()
-    for part in (*scope.split("/"), text):
+    for part in (*scope.split("/"), string_to_sign):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    return None if hmac.compare_digest(key.hex(), given.get("Signature", "")) else wrong
+    matches = hmac.compare_digest(key.hex(), fields.get("Signature", ""))
+    return None if matches else wrong
 
 
-def _canonical(call: Call, signed: Sequence[str], digest: str) -> bytes:
-    """AWS's canonical request; services other than S3 quote the path once more."""
-    query = sorted(
-        (quote(k, safe="-_.~"), quote(v, safe="-_.~")) for k, v in call.params.items()
-    )
-    headers = "".join(
-        f"{name}:{' '.join(call.headers.get(name, '').split())}\n" for name in signed
-    )
+def _canonical_request(call: Call, signed: Sequence[str], digest: str) -> bytes:
+    """Return AWS's canonical request; services other than S3 quote the path once more."""
+    parameters = []
+    for name, text in call.params.items():
+        parameters.append((quote(name, safe="-_.~"), quote(text, safe="-_.~")))
+    headers = ""
+    for name in signed:
+        text = " ".join(call.headers.get(name, "").split())
+        headers += f"{name}:{text}\n"
     lines = (
         call.method,
         quote(call.raw_path or "/", safe="/-_.~"),
-        "&".join(f"{k}={v}" for k, v in query),
+        "&".join(f"{name}={text}" for name, text in sorted(parameters)),
         headers,
         ";".join(signed),
         digest,
@@ -515,8 +500,7 @@ def _canonical(call: Call, signed: Sequence[str], digest: str) -> bytes:
 
 def _aws_time(moment: str) -> float:
     try:
-        return (
-            datetime.strptime(moment, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
-        )
+        date = datetime.strptime(moment, "%Y%m%dT%H%M%SZ")
+        return date.replace(tzinfo=UTC).timestamp()
     except ValueError:
         return -math.inf

@@ -1,5 +1,6 @@
-"""DeepDataSpace, version 2: POST a task, then GET its state until it has ended. Billed
-when the task is taken on, once per key."""
+"""DeepDataSpace, version 2: POST a task, then GET its state until it has ended. A task is
+billed when it is created, once per key.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ from .app import (
     Reply,
     Scene,
     SceneError,
-    SceneObject,
-    decoded_base64,
+    decode_base64,
     read_scene,
 )
 
@@ -27,8 +27,7 @@ MODELS = {
     ),
 }
 STATES = ("waiting", "running")
-"""What a task's first polls are told; ``emulator.state("dds")["states"]`` overrides it.
-"""
+"""Responses to a task's first polls; ``emulator.state("dds")["states"]`` overrides them."""
 DATA_URL = "data:image/jpeg;base64,"
 
 
@@ -43,66 +42,63 @@ def answer(call: Call) -> Reply:
 
 
 def _submit(call: Call) -> Reply:
-    question = call.json()
-    problem = _problem(call, question)
+    request_json = call.json()
+    problem = _problem(call, request_json)
     if problem:
         return Reply(400, {"code": 10002, "msg": "Bad Request", "errors": [problem]})
     tasks = call.state.setdefault("tasks", {})
     key = call.headers.get("idempotency-key", str(len(tasks)))
     task = f"{hashlib.sha256(key.encode()).hexdigest()[:8]}-0000-4000-8000-000000000000"
-    known = task in tasks
-    if not known:
-        tasks[task] = [
-            *({"status": s} for s in call.state.get("states", STATES)),
-            _result(question),
-        ]
-    return _reply(0, "ok", {"task_uuid": task}, billed=not known)
+    is_new = task not in tasks
+    if is_new:
+        states = [{"status": state} for state in call.state.get("states", STATES)]
+        tasks[task] = [*states, _last_state(request_json)]
+    return _reply(0, "ok", {"task_uuid": task}, billed=is_new)
 
 
-def _problem(call: Call, question: Any) -> str | None:
-    if call.media_type != "application/json" or not isinstance(question, dict):
+def _problem(call: Call, request_json: Any) -> str | None:
+    if call.media_type != "application/json" or not isinstance(request_json, dict):
         return "the body is not JSON"
-    if question.get("model") not in MODELS[call.path]:
+    if request_json.get("model") not in MODELS[call.path]:
         return "model is not supported"
-    if question.get("prompt", {}).get("type") != "text" or question.get("targets") != [
-        "bbox"
-    ]:
+    prompt_type = request_json.get("prompt", {}).get("type")
+    if prompt_type != "text" or request_json.get("targets") != ["bbox"]:
         return "prompt or targets are not supported"
-    if not all(
-        isinstance(question.get(name), float) and 0 <= question[name] <= 1
-        for name in ("bbox_threshold", "iou_threshold")
-    ):
-        return "thresholds must be in 0..1"
+    for name in ("bbox_threshold", "iou_threshold"):
+        threshold = request_json.get(name)
+        if not isinstance(threshold, float) or not 0 <= threshold <= 1:
+            return "thresholds must be in 0..1"
     return None
 
 
-def _result(question: dict[str, Any]) -> dict[str, Any]:
-    """The last state of a task."""
+def _last_state(request_json: dict[str, Any]) -> dict[str, Any]:
     try:
-        scene = _scene(question["image"])
+        scene = _scene(request_json["image"])
     except SceneError as error:
         return {"status": "failed", "error": f"failed to load the image: {error}"}
-    asked = question["prompt"]["text"].split(".")
-    objects = [
-        _object(o)
-        for o in scene.objects
-        if o.name in asked and o.score >= question["bbox_threshold"]
+    classes = request_json["prompt"]["text"].split(".")
+    threshold = request_json["bbox_threshold"]
+    detections = [
+        {
+            "bbox": list(scene_object.box),
+            "category": scene_object.name,
+            "score": scene_object.score,
+        }
+        for scene_object in scene.objects
+        if scene_object.name in classes and scene_object.score >= threshold
     ]
-    return {"status": "success", "result": {"objects": objects}}
+    return {"status": "success", "result": {"objects": detections}}
 
 
 def _scene(image: str) -> Scene:
     if not image.startswith(DATA_URL):
         raise SceneError("neither an address nor a data URL")
-    return read_scene(decoded_base64(image[len(DATA_URL) :]))
-
-
-def _object(found: SceneObject) -> dict[str, Any]:
-    return {"bbox": list(found.box), "category": found.name, "score": found.score}
+    return read_scene(decode_base64(image[len(DATA_URL) :]))
 
 
 def _poll(call: Call) -> Reply:
-    states = call.state.get("tasks", {}).get(call.path.removeprefix("/v2/task_status/"))
+    task = call.path.removeprefix("/v2/task_status/")
+    states = call.state.get("tasks", {}).get(task)
     if states is None:
         return _reply(10404, "Task Not Found", status=404)
     return _reply(0, "ok", states.pop(0) if len(states) > 1 else states[0])
@@ -111,9 +107,9 @@ def _poll(call: Call) -> Reply:
 def _reply(
     code: int,
     message: str,
-    data: Any = None,
+    task: Any = None,
     *,
     status: int = 200,
     billed: bool = False,
 ) -> Reply:
-    return Reply(status, {"code": code, "msg": message, "data": data}, billed=billed)
+    return Reply(status, {"code": code, "msg": message, "data": task}, billed=billed)

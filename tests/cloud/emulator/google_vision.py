@@ -1,5 +1,6 @@
-"""Google Cloud Vision, OBJECT_LOCALIZATION: POST /v1/images:annotate, answers as
-protobuf writes JSON (zeros are left out)."""
+"""Google Cloud Vision, OBJECT_LOCALIZATION: POST /v1/images:annotate. Responses are
+protobuf's JSON, which omits zeros.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from .app import (
     Scene,
     SceneError,
     SceneObject,
-    decoded_base64,
+    decode_base64,
     read_scene,
 )
 
@@ -30,7 +31,7 @@ PIXELS_MAX = 75_000_000
 
 def answer(call: Call) -> Reply:
     if call.headers.get("x-goog-api-key") != TOKEN:
-        return refused(
+        return error_reply(
             400,
             "INVALID_ARGUMENT",
             "API key not valid. Please pass a valid API key.",
@@ -43,74 +44,60 @@ def answer(call: Call) -> Reply:
             content_type="text/html; charset=UTF-8",
         )
     if len(call.body) > JSON_MAX:
-        return refused(
+        return error_reply(
             400,
             "INVALID_ARGUMENT",
             f"Request payload size exceeds the limit: {JSON_MAX} bytes.",
         )
-    question = call.json()
+    request_json = call.json()
     if (
         call.media_type != "application/json"
-        or not isinstance(question, dict)
-        or len(question.get("requests", ())) != 1
+        or not isinstance(request_json, dict)
+        or len(request_json.get("requests", ())) != 1
     ):
-        return refused(400, "INVALID_ARGUMENT", "Invalid JSON payload received.")
-    (one,) = question["requests"]
-    (feature,) = one["features"]
+        return error_reply(400, "INVALID_ARGUMENT", "Invalid JSON payload received.")
+    (image_request,) = request_json["requests"]
+    (feature,) = image_request["features"]
     if feature["type"] != "OBJECT_LOCALIZATION":
-        return refused(
+        return error_reply(
             400, "INVALID_ARGUMENT", "Invalid value at 'requests[0].features[0].type'"
         )
     try:
-        scene = read_scene(decoded_base64(one["image"]["content"]))
+        scene = read_scene(decode_base64(image_request["image"]["content"]))
     except SceneError:
-        return Reply(
-            200,
-            {"responses": [{"error": {"code": 3, "message": "Bad image data."}}]},
-            billed=False,
-        )
+        return _image_error_reply("Bad image data.")
     if scene.width * scene.height > PIXELS_MAX:
-        return Reply(
-            200,
-            {
-                "responses": [
-                    {"error": {"code": 3, "message": "The image is too large."}}
-                ]
-            },
-            billed=False,
-        )
-    found = [
-        _annotation(o, scene) for o in scene.objects[: feature.get("maxResults", 10)]
-    ]
+        return _image_error_reply("The image is too large.")
+    objects = scene.objects[: feature.get("maxResults", 10)]
+    annotations = [_annotation(scene_object, scene) for scene_object in objects]
+    response = {"localizedObjectAnnotations": annotations} if annotations else {}
     return Reply(
-        200,
-        {"responses": [{"localizedObjectAnnotations": found} if found else {}]},
-        content_type="application/json; charset=UTF-8",
+        200, {"responses": [response]}, content_type="application/json; charset=UTF-8"
     )
 
 
-def _annotation(found: SceneObject, scene: Scene) -> dict[str, Any]:
-    x0, y0, x1, y1 = (
-        v / side
-        for v, side in zip(found.box, (scene.width, scene.height) * 2, strict=True)
-    )
-    corners = ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-    vertices = [
-        {name: value for name, value in zip("xy", corner, strict=True) if value != 0}
-        for corner in corners
-    ]
-    names = (
-        {"mid": MIDS[found.name], "name": found.name.title()}
-        if found.name in MIDS
-        else {"name": found.name.title()}
-    )
-    return names | {
-        "score": found.score,
+def _image_error_reply(message: str) -> Reply:
+    error = {"code": 3, "message": message}
+    return Reply(200, {"responses": [{"error": error}]}, billed=False)
+
+
+def _annotation(scene_object: SceneObject, scene: Scene) -> dict[str, Any]:
+    x0, y0, x1, y1 = scene.ratios(scene_object)
+    vertices = []
+    for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1)):
+        vertex = {"x": x, "y": y}
+        vertices.append({axis: ratio for axis, ratio in vertex.items() if ratio != 0})
+    annotation = {
+        "name": scene_object.name.title(),
+        "score": scene_object.score,
         "boundingPoly": {"normalizedVertices": vertices},
     }
+    if scene_object.name in MIDS:
+        annotation["mid"] = MIDS[scene_object.name]
+    return annotation
 
 
-def refused(status: int, code: str, message: str, reason: str = "") -> Reply:
+def error_reply(status: int, code: str, message: str, reason: str = "") -> Reply:
     error: dict[str, Any] = {"code": status, "message": message, "status": code}
     if reason:
         error["details"] = [

@@ -1,5 +1,6 @@
-"""A server with OpenAI's chat API and one model that sees. It writes boxes as it was
-trained to, whatever it is told about them."""
+"""A server with OpenAI's chat API and one vision language model. The model writes boxes as
+it was trained to, whatever the prompt says about them.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +15,70 @@ from .app import (
     Scene,
     SceneError,
     SceneObject,
-    decoded_base64,
+    decode_base64,
     read_scene,
 )
 
 DATA_URL = "data:image/jpeg;base64,"
-Habit = Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"]
+Coordinates = Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"]
 
 
-def serving(habit: Habit) -> Callable[[Call], Reply]:
-    """The provider for a model that writes boxes in this way; one that writes pixels
-    also puts its list into a code fence."""
+def serving(coordinates: Coordinates) -> Callable[[Call], Reply]:
+    """Return the provider for a model that writes boxes in these coordinates; one that
+    writes pixels also puts its list into a code fence.
+    """
 
     def answer(call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {TOKEN}":
-            return _refused(401, "invalid_api_key", "Incorrect API key provided.")
+            return _error_reply(401, "invalid_api_key", "Incorrect API key provided.")
         if (call.method, call.path) != ("POST", "/chat/completions"):
             return Reply(404, {"detail": "Not Found"})
-        question = call.json()
+        request_json = call.json()
         if (
             call.media_type != "application/json"
-            or not isinstance(question, dict)
-            or question.get("temperature") != 0
+            or not isinstance(request_json, dict)
+            or request_json.get("temperature") != 0
         ):
-            return _refused(400, "invalid_request_error", "the body could not be read")
-        (message,) = question["messages"]
-        picture, prompt = message["content"]
+            return _error_reply(
+                400, "invalid_request_error", "the body could not be read"
+            )
+        (message,) = request_json["messages"]
+        image_part, prompt = message["content"]
         try:
-            scene = _scene(picture["image_url"]["url"])
+            scene = _scene(image_part["image_url"]["url"])
         except SceneError as error:
-            return _refused(400, "invalid_image", f"Failed to load image: {error}")
-        asked = asked_classes(prompt["text"])
-        found = [written(o, scene, habit) for o in scene.objects if o.name in asked]
-        text = json.dumps(found)
-        return Reply(
-            200, completion(f"```json\n{text}\n```" if habit == "xyxy_pixels" else text)
-        )
+            return _error_reply(400, "invalid_image", f"Failed to load image: {error}")
+        classes = parse_classes(prompt["text"])
+        detections = [
+            detection_json(scene_object, scene, coordinates)
+            for scene_object in scene.objects
+            if scene_object.name in classes
+        ]
+        text = json.dumps(detections)
+        if coordinates == "xyxy_pixels":
+            text = f"```json\n{text}\n```"
+        return Reply(200, completion(text))
 
     return answer
 
 
-def asked_classes(prompt: str) -> list[str]:
-    """The first JSON list in a prompt."""
+def parse_classes(prompt: str) -> list[str]:
+    """Return the first JSON list in a prompt."""
     names = json.JSONDecoder().raw_decode(prompt[prompt.index("[") :])[0]
     return [str(name) for name in names]
 
 
-def written(found: SceneObject, scene: Scene, habit: Habit) -> dict[str, Any]:
-    x0, y0, x1, y1 = found.box
-    if habit == "xyxy_pixels":
-        return {"bbox_2d": [round(v) for v in found.box], "label": found.name}
-    x0, x1, y0, y1 = (
-        round(v)
-        for v in (
-            x0 / scene.width * 1000,
-            x1 / scene.width * 1000,
-            y0 / scene.height * 1000,
-            y1 / scene.height * 1000,
-        )
-    )
-    if habit == "yxyx_1000":
-        return {"box_2d": [y0, x0, y1, x1], "label": found.name}
-    return {"bbox_2d": [x0, y0, x1, y1], "label": found.name}
+def detection_json(
+    scene_object: SceneObject, scene: Scene, coordinates: Coordinates
+) -> dict[str, Any]:
+    """Return a box as the model writes it."""
+    if coordinates == "xyxy_pixels":
+        pixels = [round(edge) for edge in scene_object.box]
+        return {"bbox_2d": pixels, "label": scene_object.name}
+    x0, y0, x1, y1 = (round(ratio * 1000) for ratio in scene.ratios(scene_object))
+    if coordinates == "yxyx_1000":
+        return {"box_2d": [y0, x0, y1, x1], "label": scene_object.name}
+    return {"bbox_2d": [x0, y0, x1, y1], "label": scene_object.name}
 
 
 def completion(text: Any, finish_reason: str = "stop") -> dict[str, Any]:
@@ -96,18 +99,14 @@ def completion(text: Any, finish_reason: str = "stop") -> dict[str, Any]:
 def _scene(url: str) -> Scene:
     if not url.startswith(DATA_URL):
         raise SceneError("no data URL")
-    return read_scene(decoded_base64(url[len(DATA_URL) :]))
+    return read_scene(decode_base64(url[len(DATA_URL) :]))
 
 
-def _refused(status: int, code: str, message: str) -> Reply:
-    return Reply(
-        status,
-        {
-            "error": {
-                "message": message,
-                "type": "invalid_request_error",
-                "param": None,
-                "code": code,
-            }
-        },
-    )
+def _error_reply(status: int, code: str, message: str) -> Reply:
+    error = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": code,
+    }
+    return Reply(status, {"error": error})

@@ -1,40 +1,39 @@
-"""The reference wire format: POST /v1/detect, with a score for every class that was
-asked for."""
+"""The reference wire format: POST /v1/detect, with a score for every class of the request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from .app import TOKEN, Call, Reply, SceneError, SceneObject, decoded_base64, read_scene
+from .app import TOKEN, Call, Reply, SceneError, SceneObject, decode_base64, read_scene
 
-OTHERS = 0.1
-"""Score of each class that an object is not, as a share of its own."""
+OTHER_CLASS_SCORE = 0.1
+"""Score of each class that an object does not have, as a share of its own."""
 
 
 def answer(call: Call) -> Reply:
     if call.headers.get("authorization") != f"Bearer {TOKEN}":
-        return _refused(401, "the token is not valid")
+        return _error_reply(401, "the token is not valid")
     if (call.method, call.path) == ("GET", "/health"):
         return Reply(200, {"status": "ok"}, billed=False)
     if (call.method, call.path) != ("POST", "/v1/detect"):
-        return _refused(404, "no such path")
-    question = call.json()
+        return _error_reply(404, "no such path")
+    request_json = call.json()
     if (
         call.media_type != "application/json"
-        or not isinstance(question, dict)
-        or question.get("return") != "probs"
+        or not isinstance(request_json, dict)
+        or request_json.get("return") != "probs"
     ):
-        return _refused(400, "the body could not be read")
+        return _error_reply(400, "the body could not be read")
     try:
-        scene = read_scene(decoded_base64(question["image"]["b64"]))
+        scene = read_scene(decode_base64(request_json["image"]["b64"]))
     except SceneError as error:
-        return _refused(415, str(error))
-    asked, least = question["classes"], question["threshold"]
-    found = [
-        _detection(o, asked)
-        for o in scene.objects
-        if o.name in asked and o.score >= least
+        return _error_reply(415, str(error))
+    classes, threshold = request_json["classes"], request_json["threshold"]
+    detections = [
+        _detection_json(scene_object, classes)
+        for scene_object in scene.objects
+        if scene_object.name in classes and scene_object.score >= threshold
     ]
     return Reply(
         200,
@@ -42,24 +41,25 @@ def answer(call: Call) -> Reply:
             "id": "1",
             "model": "emulated",
             "image": {"w": scene.width, "h": scene.height},
-            "detections": found,
+            "detections": detections,
         },
     )
 
 
-def _detection(found: SceneObject, asked: Sequence[str]) -> dict[str, Any]:
-    scores = {
-        name: found.score * (1.0 if name == found.name else OTHERS) for name in asked
-    }
+def _detection_json(
+    scene_object: SceneObject, classes: Sequence[str]
+) -> dict[str, Any]:
+    scores = dict.fromkeys(classes, scene_object.score * OTHER_CLASS_SCORE)
+    scores[scene_object.name] = scene_object.score
     return {
-        "box": list(found.box),
-        "label": found.name,
-        "score": found.score,
+        "box": list(scene_object.box),
+        "label": scene_object.name,
+        "score": scene_object.score,
         "scores": scores,
     }
 
 
-def _refused(status: int, detail: str) -> Reply:
+def _error_reply(status: int, detail: str) -> Reply:
     return Reply(
         status,
         {"title": "refused", "detail": detail},

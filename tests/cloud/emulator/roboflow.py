@@ -1,11 +1,12 @@
-"""Roboflow's inference server with YOLO-World: POST /yolo_world/infer. Boxes by their
-centres."""
+"""Roboflow's inference server with YOLO-World: POST /yolo_world/infer. Boxes are given by
+their centres.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .app import TOKEN, Call, Reply, SceneError, SceneObject, decoded_base64, read_scene
+from .app import TOKEN, Call, Reply, SceneError, SceneObject, decode_base64, read_scene
 
 VERSIONS = ("s", "m", "l", "x", "v2-s", "v2-m", "v2-l", "v2-x")
 
@@ -15,42 +16,32 @@ def answer(call: Call) -> Reply:
         call.headers.get("authorization") != f"Bearer {TOKEN}"
         or "api_key" in call.params
     ):
-        return Reply(
-            401,
-            {
-                "message": (
-                    "Unauthorized access to roboflow API - check API key and make sure"
-                    " the key is valid."
-                )
-            },
+        text = (
+            "Unauthorized access to roboflow API - check API key and make sure the key is"
+            " valid."
         )
+        return Reply(401, {"message": text})
     if (call.method, call.path) != ("POST", "/yolo_world/infer"):
         return Reply(404, {"message": "Not Found"})
-    question = call.json()
+    request_json = call.json()
     if (
         call.media_type != "application/json"
-        or not isinstance(question, dict)
-        or question.get("image", {}).get("type") != "base64"
+        or not isinstance(request_json, dict)
+        or request_json.get("image", {}).get("type") != "base64"
     ):
         return Reply(422, {"message": "the request is not valid"})
-    if question.get("yolo_world_version_id", "l") not in VERSIONS:
+    if request_json.get("yolo_world_version_id", "l") not in VERSIONS:
         return Reply(404, {"message": "Requested Roboflow resource not found."})
     try:
-        scene = read_scene(decoded_base64(question["image"]["value"]))
+        scene = read_scene(decode_base64(request_json["image"]["value"]))
     except SceneError:
-        return Reply(
-            400,
-            {
-                "message": (
-                    "Could not load input image. Cause: malformed base64 input image."
-                )
-            },
-        )
-    asked, least = question["text"], question.get("confidence", 0.4)
+        text = "Could not load input image. Cause: malformed base64 input image."
+        return Reply(400, {"message": text})
+    classes, threshold = request_json["text"], request_json.get("confidence", 0.4)
     predictions = [
-        _prediction(o, asked.index(o.name))
-        for o in scene.objects
-        if o.name in asked and o.score >= least
+        _prediction_json(scene_object, classes.index(scene_object.name))
+        for scene_object in scene.objects
+        if scene_object.name in classes and scene_object.score >= threshold
     ]
     return Reply(
         200,
@@ -62,18 +53,15 @@ def answer(call: Call) -> Reply:
     )
 
 
-def _prediction(found: SceneObject, index: int) -> dict[str, Any]:
-    x0, y0, x1, y1 = found.box
-    centre = {
+def _prediction_json(scene_object: SceneObject, index: int) -> dict[str, Any]:
+    x0, y0, x1, y1 = scene_object.box
+    return {
         "x": (x0 + x1) / 2,
         "y": (y0 + y1) / 2,
         "width": x1 - x0,
         "height": y1 - y0,
-    }
-    return {
-        **centre,
-        "confidence": found.score,
-        "class": found.name,
+        "confidence": scene_object.score,
+        "class": scene_object.name,
         "class_id": index,
-        "detection_id": str(found.object_id),
+        "detection_id": str(scene_object.object_id),
     }
