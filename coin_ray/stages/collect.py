@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import ray
 
 from coin_ray import errors, storage
-from coin_ray.cloud.client import governor_limits
+from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.ensemble import clip_contradicts, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal

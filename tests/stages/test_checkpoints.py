@@ -1,11 +1,12 @@
-"""States are written while training goes on, whole and in order, and one that can't be
-kept ends the fit."""
+"""Checkpoints are written while training goes on, whole and in order, and one that can't
+be written ends the training."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +15,83 @@ import torch
 
 from coin_ray import storage
 from coin_ray.stages.common.progress import ProgressBar
-from coin_ray.stages.common.training_job import CHECKPOINT_FILE, FolderCheckpointHost, load_checkpoint
+from coin_ray.stages.common.training_job import (
+    CHECKPOINT_FILE,
+    FolderCheckpointHost,
+    load_checkpoint,
+)
 from coin_ray.stages.common.watchdog import Watchdog
 
 SECONDS = 30.0
 
 
-def nothing(
-    step: int, metrics: Mapping[str, float], state: dict[str, Any] | None
+def _ignore_step(
+    step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None
 ) -> None:
-    """Nobody is told."""
+    """Do nothing."""
 
 
-def state(step: int) -> dict[str, Any]:
+def _checkpoint(step: int) -> dict[str, Any]:
     return {"step": step, "task": {"weights": torch.full((1000,), float(step))}}
 
 
-def test_training_goes_on_while_a_state_is_sent(
+@contextmanager
+def _open_host(folder: Path) -> Iterator[FolderCheckpointHost]:
+    with Watchdog("a fit", 0) as watchdog, ThreadPoolExecutor(1) as writer:
+        progress_bar = ProgressBar("a fit", 10)
+        yield FolderCheckpointHost(
+            str(folder), progress_bar, _ignore_step, watchdog, writer
+        )
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slow write of the first state lasts until two more steps were reported;
+    """The slow write of the first checkpoint lasts until two more steps were reported;
     changing the weights then changes no file."""
-    sent, release = [], threading.Event()
-    write = storage.write_bytes
+    written_sizes, release = list[int](), threading.Event()
+    write_bytes = storage.write_bytes
 
-    def slow(uri: str, data: bytes) -> None:
+    def write_slowly(uri: str, content: bytes) -> None:
         assert release.wait(SECONDS)
-        sent.append(len(data))
-        write(uri, data)
+        written_sizes.append(len(content))
+        write_bytes(uri, content)
 
-    monkeypatch.setattr(storage, "write_bytes", slow)
-    with Watchdog("a fit", 0) as watch, ThreadPoolExecutor(1) as writer:
-        host = FolderCheckpointHost(str(tmp_path), ProgressBar("a fit", 10), nothing, watch, writer)
-        first = state(1)
+    monkeypatch.setattr(storage, "write_bytes", write_slowly)
+    with _open_host(tmp_path) as host:
+        first = _checkpoint(1)
         host.report(0, {}, first)
         first["task"]["weights"].zero_()
         host.report(1, {"loss": 1.0}, None)
         host.report(2, {"loss": 1.0}, None)
-        assert not sent
+        assert not written_sizes
         release.set()
-        host.settle()
-        assert load_checkpoint(str(tmp_path / CHECKPOINT_FILE))["task"][
-            "weights"
-        ].unique().tolist() == [1.0]
-        host.report(3, {}, state(4))
-        host.report(4, {}, state(5))  # waits for the one before
-        host.settle()
-    assert len(sent) == 3
-    found = host.resume()
-    assert found is not None
-    assert (found["step"], found["task"]["weights"][0]) == (5, 5.0)
+        host.wait_until_written()
+        weights = load_checkpoint(str(tmp_path / CHECKPOINT_FILE))["task"]["weights"]
+        assert weights.unique().tolist() == [1.0]
+        host.report(3, {}, _checkpoint(4))
+        host.report(4, {}, _checkpoint(5))  # waits for the one before
+        host.wait_until_written()
+    assert len(written_sizes) == 3
+    resumed = host.resume()
+    assert resumed is not None
+    assert (resumed["step"], resumed["task"]["weights"][0]) == (5, 5.0)
 
 
-def test_a_state_that_cannot_be_kept_ends_the_fit_at_the_next(
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_at_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(uri: str, data: bytes) -> None:
+    def fail(uri: str, content: bytes) -> None:
         raise OSError(28, "No space left on device", uri)
 
-    with Watchdog("a fit", 0) as watch, ThreadPoolExecutor(1) as writer:
-        host = FolderCheckpointHost(str(tmp_path), ProgressBar("a fit", 10), nothing, watch, writer)
-        host.report(0, {}, state(1))
-        host.settle()
-        monkeypatch.setattr(storage, "write_bytes", full)
-        host.report(1, {}, state(2))
+    with _open_host(tmp_path) as host:
+        host.report(0, {}, _checkpoint(1))
+        host.wait_until_written()
+        monkeypatch.setattr(storage, "write_bytes", fail)
+        host.report(1, {}, _checkpoint(2))
         with pytest.raises(OSError, match="No space left"):
-            host.report(2, {}, state(3))
-        kept = host.resume()
-        assert kept is not None
-        assert kept["step"] == 1
-        host.settle()  # told once
+            host.report(2, {}, _checkpoint(3))
+        resumed = host.resume()
+        assert resumed is not None
+        assert resumed["step"] == 1
+        host.wait_until_written()  # the error is raised once

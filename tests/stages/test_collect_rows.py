@@ -13,21 +13,28 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.cloud.answer import Answer
+from coin_ray.cloud.detections import AnswerConverter
 from coin_ray.cloud.probabilities import to_detections
 from coin_ray.cloud.protocol import RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.fusion.box_clusters import merge_duplicates
 from coin_ray.runs.steps import Context
-from coin_ray.stages.collect import LabelerActor, _compile
-from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, _raw_row
+from coin_ray.stages.collect import _merge
+from coin_ray.stages.collecting.cloud_actor import (
+    ANSWER_SCHEMA,
+    STOPPED,
+    AnsweredImage,
+    answer_table,
+)
+from coin_ray.stages.collecting.labeler_actor import LabelerActor
 from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts
 
 CLASSES = ("car", "bus", "dog")
 LEFT, RIGHT = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0]
 
 
-def config(tmp_path: Path, label_map: str | None = None) -> PipelineConfig:
+def _config(label_map: str | None = None) -> PipelineConfig:
     preset = folder()
     cloud = replace(
         preset.cloud, url="https://detector.example.com", label_map=label_map
@@ -40,7 +47,7 @@ def config(tmp_path: Path, label_map: str | None = None) -> PipelineConfig:
     )
 
 
-def answer(kind: ScoreKind, *rows: tuple[list[float], list[float]]) -> Answer:
+def _answer(kind: ScoreKind, *rows: tuple[list[float], list[float]]) -> Answer:
     boxes = np.array([box for box, _ in rows], np.float32).reshape(-1, 4)
     scores = np.array([s for _, s in rows], np.float32).reshape(-1, len(CLASSES))
     return Answer(
@@ -53,23 +60,32 @@ def answer(kind: ScoreKind, *rows: tuple[list[float], list[float]]) -> Answer:
     )
 
 
-def collected(
-    tmp_path: Path, used: PipelineConfig, **answers: Answer
+def _context(tmp_path: Path, config: PipelineConfig) -> Context[PipelineConfig]:
+    step_folder = storage.join(str(tmp_path), "collect")
+    return Context(config, str(tmp_path), step_folder, {}, {}, "collect")
+
+
+def _parts_folder(tmp_path: Path) -> str:
+    return storage.join(str(tmp_path), "collect", "parts")
+
+
+def _answer_batch(config: PipelineConfig, image_id: str, answer: Answer) -> pa.Table:
+    return answer_table([AnsweredImage(image_id, b"", answer)], AnswerConverter(config))
+
+
+def _collect_rows(
+    tmp_path: Path, config: PipelineConfig, **answers: Answer
 ) -> list[dict[str, Any]]:
     """Rows of ``cloud.parquet``; the answers take the way of a run."""
-    parts = storage.join(str(tmp_path), "collect", "parts")
-    actor = LabelerActor(used, parts)
-    for image_id, one in answers.items():
-        actor(
-            pa.Table.from_pylist([_raw_row(image_id, b"", one)], schema=ANSWER_SCHEMA)
-        )
-    assert set(CollectedParts(parts).answered.to_pylist()) == {
-        i for i, a in answers.items() if a.raw is not None
+    parts_folder = _parts_folder(tmp_path)
+    labeler = LabelerActor(config, parts_folder)
+    for image_id, answer in answers.items():
+        labeler(_answer_batch(config, image_id, answer))
+    assert set(CollectedParts(parts_folder).answered_ids.to_pylist()) == {
+        image_id for image_id, answer in answers.items() if answer.raw is not None
     }
-    context = Context(
-        used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect"
-    )
-    _compile(context, pa.array(list(answers)))
+    context = _context(tmp_path, config)
+    _merge(context, pa.array(list(answers)))
     table = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert table.schema == tables.DETECTIONS
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -79,16 +95,16 @@ def collected(
 def test_each_box_is_marked_with_the_source_of_its_probabilities(
     tmp_path: Path,
 ) -> None:
-    rows = collected(
+    rows = _collect_rows(
         tmp_path,
-        config(tmp_path),
-        scored=answer("per_class", (LEFT, [0.9, 0.1, 0.0])),
-        named=answer(
+        _config(),
+        scored=_answer("per_class", (LEFT, [0.9, 0.1, 0.0])),
+        named=_answer(
             "label", (LEFT, [0.9, 0, 0]), (RIGHT, [0, 0.8, 0]), (RIGHT, [0, 0, 0.7])
         ),
-        written=answer("self_reported", (LEFT, [0.9, 0, 0])),
-        bare=answer("none", (LEFT, [0, 1, 0]), (LEFT, [0, 1, 0])),
-        nothing=answer("none"),
+        written=_answer("self_reported", (LEFT, [0.9, 0, 0])),
+        bare=_answer("none", (LEFT, [0, 1, 0]), (LEFT, [0, 1, 0])),
+        nothing=_answer("none"),
         failed=Answer("error", None, 3, error="busy"),
     )
     assert [r["prob_source"] for r in rows] == [
@@ -101,10 +117,8 @@ def test_each_box_is_marked_with_the_source_of_its_probabilities(
     ]
     assert [len(r["boxes"]) for r in rows] == [1, 2, 1, 1, 0, 0]
     assert rows[3]["scores"] == [0.5]
-    kinds = storage.read_table(
-        storage.join(str(tmp_path), "collect", "parts")
-    ).to_pylist()
-    assert {r["image_id"]: r["score_kind"] for r in kinds} == {
+    parts = storage.read_table(_parts_folder(tmp_path)).to_pylist()
+    assert {row["image_id"]: row["score_kind"] for row in parts} == {
         "scored": "per_class",
         "named": "label",
         "written": "self_reported",
@@ -120,11 +134,11 @@ def test_the_label_map_s_priors_are_used(tmp_path: Path) -> None:
         "service: http\nmap: {car: car}\nprecision: {bus: 0.8}\nconfusion: {bus: {car:"
         " 1}}\n"
     )
-    rows = collected(
+    rows = _collect_rows(
         tmp_path,
-        config(tmp_path, str(file)),
-        bare=answer("none", (LEFT, [0, 1, 0])),
-        named=answer("label", (LEFT, [0, 0.6, 0]), (RIGHT, [0.6, 0, 0])),
+        _config(str(file)),
+        bare=_answer("none", (LEFT, [0, 1, 0])),
+        named=_answer("label", (LEFT, [0, 0.6, 0]), (RIGHT, [0.6, 0, 0])),
     )
     assert [r["prob_source"] for r in rows] == [
         ["precision"],
@@ -135,29 +149,44 @@ def test_the_label_map_s_priors_are_used(tmp_path: Path) -> None:
 
 
 def test_class_scores_become_what_they_always_became(tmp_path: Path) -> None:
-    scored = answer(
+    answer = _answer(
         "per_class",
         (LEFT, [0.9, 0.1, 0.0]),
         ([1.0, 0.0, 20.0, 20.0], [0.7, 0.2, 0.1]),
         (LEFT, [0.3, 0.5, 0.0]),
     )
-    used = config(tmp_path)
-    (row,) = collected(tmp_path, used, a=scored)
-    assert scored.raw is not None
-    unmerged, _ = to_detections(scored.raw)
-    expected, _ = merge_duplicates(unmerged, used.collect.fuse_iou)
-    read = tables.detections_by_image(
+    config = _config()
+    (row,) = _collect_rows(tmp_path, config, a=answer)
+    assert answer.raw is not None
+    unmerged, _ = to_detections(answer.raw)
+    expected, _ = merge_duplicates(unmerged, config.collect.fuse_iou)
+    detections = tables.detections_by_image(
         pa.Table.from_pylist([row], schema=tables.DETECTIONS), len(CLASSES)
     )["a"]
     assert all(
-        torch.equal(getattr(read, n), getattr(expected, n))
-        for n in ("boxes", "scores", "labels", "probs")
+        torch.equal(getattr(detections, name), getattr(expected, name))
+        for name in ("boxes", "scores", "labels", "probs")
     )
 
 
+def test_images_that_were_not_asked_about_are_in_no_part(tmp_path: Path) -> None:
+    config = _config()
+    images = [
+        AnsweredImage("a", b"", _answer("label", (LEFT, [0.9, 0, 0]))),
+        AnsweredImage("b", b"", Answer("error", None, error="{}"), stopped=True),
+    ]
+    batch = answer_table(images, AnswerConverter(config))
+    assert batch.schema == ANSWER_SCHEMA
+    progress = LabelerActor(config, _parts_folder(tmp_path))(batch)
+    assert progress["status"].to_pylist() == ["ok", STOPPED]
+    parts = storage.read_table(_parts_folder(tmp_path))
+    assert parts.schema == PART_SCHEMA
+    assert parts["image_id"].to_pylist() == ["a"]
+
+
 def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
-    parts = storage.join(str(tmp_path), "collect", "parts")
-    old = pa.schema(
+    parts_folder = _parts_folder(tmp_path)
+    old_schema = pa.schema(
         [f for f in PART_SCHEMA if f.name not in ("prob_source", "score_kind")]
     )
     row = {
@@ -168,8 +197,6 @@ def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
         "probs": [[0.5, 0, 0, 0.5]],
         "status": "ok",
         "calls": 1,
-    }
-    more = {
         "source": "cloud",
         "attempts": 1,
         "latency_ms": 1.0,
@@ -178,20 +205,14 @@ def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:
         "clip_probs": [],
     }
     storage.write_table(
-        storage.join(parts, "0.parquet"), pa.Table.from_pylist([row | more], schema=old)
+        storage.join(parts_folder, "0.parquet"),
+        pa.Table.from_pylist([row], schema=old_schema),
     )
-    used = config(tmp_path)
-    actor = LabelerActor(used, parts)
-    actor(
-        pa.Table.from_pylist(
-            [_raw_row("new", b"", answer("label", (LEFT, [0.9, 0, 0])))],
-            schema=ANSWER_SCHEMA,
-        )
-    )
-    context = Context(
-        used, str(tmp_path), storage.join(str(tmp_path), "collect"), {}, {}, "collect"
-    )
-    _compile(context, pa.array(["old", "new"]))
+    config = _config()
+    answer = _answer("label", (LEFT, [0.9, 0, 0]))
+    LabelerActor(config, parts_folder)(_answer_batch(config, "new", answer))
+    context = _context(tmp_path, config)
+    _merge(context, pa.array(["old", "new"]))
     rows = storage.read_table(storage.join(context.folder, "cloud.parquet"))
     assert rows["prob_source"].to_pylist() == [None, ["label_prior"]]
     assert set(tables.detections_by_image(rows, len(CLASSES))) == {"old", "new"}

@@ -346,7 +346,7 @@ def test_propagation_learns_what_people_say(
     collect(folder, cloud, cloud)
     config = replace(config, collect=replace(config.collect, labeler=labeler))
     examples = build_training_examples(
-        str(folder), *open_training_labels(source, reviewed.inputs, config)
+        str(folder), open_training_labels(source, reviewed.inputs, config)
     )
     examples = pickle.loads(pickle.dumps(examples))
     assert [Path(e.uri).stem for e in examples] == ["both", "none", "failed", "free"]
@@ -369,7 +369,7 @@ def test_distillation_is_told_what_people_say_by_all_teachers(
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, cloud, cloud, clip)
     answered = open_collected(str(folder), "cloud", config)
-    know = opinions(
+    know = make_teacher_lookup(
         answered,
         tables.open_detections(str(folder / "clip_detector.parquet"), 3),
         str(folder),
@@ -377,7 +377,7 @@ def test_distillation_is_told_what_people_say_by_all_teachers(
     )
     person = open_corrections(reviewed.inputs, config)
     examples = build_training_examples(
-        str(folder), *add_corrections(answered.ids, know, TEACHER_OUTPUTS, person)
+        str(folder), add_corrections(answered.ids, know, TEACHER_OUTPUTS, person)
     )
     assert [e.reviewed for e in examples] == [True, True, True, False]
     for e in list(examples)[:3]:
@@ -422,7 +422,7 @@ def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> No
     folder, config = Path(reviewed.root), reviewed.config
     collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
     examples = build_training_examples(
-        str(folder), *open_training_labels("clip", reviewed.inputs, config)
+        str(folder), open_training_labels("clip", reviewed.inputs, config)
     )
     (batch,) = iterate_batches(
         examples,

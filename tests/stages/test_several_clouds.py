@@ -1,4 +1,4 @@
-"""From image files through the asking and labelling actors to the tables, with several
+"""From image files through the cloud actor and the labeler to the tables, with several
 clouds; without a cluster."""
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from coin_ray.cloud.client import CloudClient
 from coin_ray.config import Cloud, Ensemble, PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.runs.steps import Context
-from coin_ray.stages import collect
-from coin_ray.stages.collect import LabelerActor, _compile, _doubted, _parts
+from coin_ray.stages.collect import _contradicted_images, _merge, _parts_folder
+from coin_ray.stages.collecting import labeler_actor
 from coin_ray.stages.collecting.cloud_actor import CloudActor
+from coin_ray.stages.collecting.labeler_actor import LabelerActor
 from coin_ray.stages.collecting.parts import CollectedParts
 
 CLASSES = ("car", "bus", "dog")
@@ -37,9 +38,9 @@ BOX = [4.0, 4.0, 30.0, 24.0]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Requests by host. The cheap cloud says "car", the dear one "bus"; both take the
-    width of the image for their own doing."""
+def request_counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Requests by host. The cheap cloud says "car", the dear one "bus"; both report a
+    width of 60, that of the images."""
     counts = {"cheap.example.com": 0, "dear.example.com": 0}
 
     def reply(request: httpx.Request) -> httpx.Response:
@@ -61,33 +62,31 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def configuration(mode: str) -> PipelineConfig:
+def _config(mode: str) -> PipelineConfig:
     return replace(
         folder(),
         classes=CLASSES,
         cloud=CHEAP,
         more_clouds=(DEAR,),
-        ensemble=Ensemble(mode),
-    )  # type: ignore[arg-type]
+        ensemble=Ensemble(mode),  # type: ignore[arg-type]
+    )
 
 
-def clip(image: Tensor, boxes: Tensor) -> Tensor:
+def _clip_labeler(image: Tensor, boxes: Tensor) -> Tensor:
     """Sees a dog where the image is green, a car elsewhere."""
-    green = image[1].float().mean() > image[0].float().mean()
-    return torch.tensor(
-        [[0.1, 0.1, 0.7, 0.1] if green else [0.7, 0.1, 0.1, 0.1]]
-    ).repeat(len(boxes), 1)
+    is_green = image[1].float().mean() > image[0].float().mean()
+    probs = [0.1, 0.1, 0.7, 0.1] if is_green else [0.7, 0.1, 0.1, 0.1]
+    return torch.tensor([probs]).repeat(len(boxes), 1)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[dict[str, str]]:
+def image_rows(tmp_path: Path) -> list[dict[str, str]]:
     """Eight images, three of them green."""
     rows = []
     for i in range(8):
         path = tmp_path / f"{i}.png"
-        Image.new(
-            "RGB", (60, 40), (10 * i, 200, 0) if i % 3 == 1 else (200, 10 * i, 0)
-        ).save(path)
+        colour = (10 * i, 200, 0) if i % 3 == 1 else (200, 10 * i, 0)
+        Image.new("RGB", (60, 40), colour).save(path)
         rows.append({"image_id": str(i), "uri": str(path)})
     return rows
 
@@ -96,65 +95,55 @@ Collect = Callable[..., tuple[list[dict[str, Any]], dict[str, Any]]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
+def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     """``collect.run`` without its stream: rows of ``cloud.parquet`` and the metrics."""
+    journal = str(tmp_path / "journal")
 
-    def one_pass(
+    def ask_and_label(
         config: PipelineConfig,
         images: Sequence[dict[str, str]],
-        parts: str,
+        parts_folder: str,
         second: bool,
     ) -> None:
-        urls = [cloud.url for cloud in config.clouds]
-        place = str(tmp_path / "journal")
+        answered_ids = CollectedParts(parts_folder).answered_ids.to_pylist()
+        remaining = [row for row in images if row["image_id"] not in answered_ids]
 
         async def ask() -> pa.Table:
-            actor = CloudActor(config, urls, place, second)
-            return await actor(
-                pa.Table.from_pylist(
-                    [
-                        i
-                        for i in images
-                        if i["image_id"] not in CollectedParts(parts).answered.to_pylist()
-                    ]
-                )
-            )
+            urls = [cloud.url for cloud in config.clouds]
+            actor = CloudActor(config, urls, journal, second)
+            return await actor(pa.Table.from_pylist(remaining))
 
-        table = asyncio.run(ask())
-        LabelerActor(config, parts)(table)
+        LabelerActor(config, parts_folder)(asyncio.run(ask()))
 
-    def run(
+    def collect(
         config: PipelineConfig, images: list[dict[str, str]], name: str = "collect"
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        monkeypatch.setattr(collect, "make_labeler", lambda _: clip)
-        context = Context(
-            config, str(tmp_path), storage.join(str(tmp_path), name), {}, {}, "collect"
-        )
-        one_pass(config, images, _parts(context.folder), second=False)
+        monkeypatch.setattr(labeler_actor, "create_labeler", lambda _: _clip_labeler)
+        step_folder = storage.join(str(tmp_path), name)
+        context = Context(config, str(tmp_path), step_folder, {}, {}, "collect")
+        parts_folder = _parts_folder(step_folder)
+        ask_and_label(config, images, parts_folder, second=False)
         if config.ensemble.mode == "cascade":
-            doubted = _doubted(config, CollectedParts(_parts(context.folder))).to_pylist()
-            one_pass(
+            parts = CollectedParts(parts_folder)
+            contradicted = _contradicted_images(config, parts).to_pylist()
+            ask_and_label(
                 config,
-                [i for i in images if i["image_id"] in doubted],
-                _parts(context.folder, second=True),
+                [row for row in images if row["image_id"] in contradicted],
+                _parts_folder(step_folder, second=True),
                 second=True,
             )
-        metrics = _compile(context, pa.array([i["image_id"] for i in images]))
-        return (
-            storage.read_table(
-                storage.join(context.folder, "cloud.parquet")
-            ).to_pylist(),
-            metrics,
-        )
+        metrics = _merge(context, pa.array([row["image_id"] for row in images]))
+        table = storage.read_table(storage.join(step_folder, "cloud.parquet"))
+        return table.to_pylist(), metrics
 
-    return run
+    return collect
 
 
 def test_a_cascade_asks_twice_where_clip_contradicts(
-    run: Collect, asked: dict[str, int], pictures: list[dict[str, str]]
+    collect: Collect, request_counts: dict[str, int], image_rows: list[dict[str, str]]
 ) -> None:
-    rows, metrics = run(configuration("cascade"), pictures)
-    assert asked == {"cheap.example.com": 8, "dear.example.com": 3}
+    rows, metrics = collect(_config("cascade"), image_rows)
+    assert request_counts == {"cheap.example.com": 8, "dear.example.com": 3}
     assert [r["source"] for r in rows] == [
         "cloud: http 1, http 2" if i % 3 == 1 else "cloud: http 1" for i in range(8)
     ]
@@ -173,24 +162,24 @@ def test_a_cascade_asks_twice_where_clip_contradicts(
 
 @pytest.mark.parametrize("mode", ["fuse", "failover", "cascade"])
 def test_the_same_from_the_journal(
-    run: Collect, asked: dict[str, int], pictures: list[dict[str, str]], mode: str
+    collect: Collect, request_counts: dict[str, int], image_rows: list[dict[str, str]], mode: str
 ) -> None:
-    rows, metrics = run(configuration(mode), pictures)
-    before = dict(asked)
-    again, after = run(configuration(mode), pictures, "another")
-    assert asked == before
-    assert after["calls"] == {"made": 0, "cached": 8, "failed": 0, "cost_usd": 0}
-    assert after["boxes"] == metrics["boxes"]
+    rows, metrics = collect(_config(mode), image_rows)
+    counts_before = dict(request_counts)
+    cached_rows, cached_metrics = collect(_config(mode), image_rows, "another")
+    assert request_counts == counts_before
+    assert cached_metrics["calls"] == {"made": 0, "cached": 8, "failed": 0, "cost_usd": 0}
+    assert cached_metrics["boxes"] == metrics["boxes"]
     for column in ("boxes", "scores", "labels", "probs", "prob_source", "source"):
-        assert [r[column] for r in again] == [r[column] for r in rows]
+        assert [r[column] for r in cached_rows] == [r[column] for r in rows]
 
 
 def test_fused_rows(
-    run: Collect, asked: dict[str, int], pictures: list[dict[str, str]]
+    collect: Collect, request_counts: dict[str, int], image_rows: list[dict[str, str]]
 ) -> None:
-    config = replace(configuration("fuse"), ensemble=Ensemble("fuse", (1.0, 3.0)))
-    rows, metrics = run(config, pictures)
-    assert asked == {"cheap.example.com": 8, "dear.example.com": 8}
+    config = replace(_config("fuse"), ensemble=Ensemble("fuse", (1.0, 3.0)))
+    rows, metrics = collect(config, image_rows)
+    assert request_counts == {"cheap.example.com": 8, "dear.example.com": 8}
     assert metrics["calls"]["cost_usd"] == pytest.approx(8.08)
     assert {tuple(r["labels"]) for r in rows} == {(1,)}
     assert all(
@@ -202,23 +191,23 @@ def test_fused_rows(
 
 
 def test_another_weight_costs_no_call(
-    run: Collect, asked: dict[str, int], pictures: list[dict[str, str]]
+    collect: Collect, request_counts: dict[str, int], image_rows: list[dict[str, str]]
 ) -> None:
-    run(configuration("fuse"), pictures)
-    before = dict(asked)
-    rows, _ = run(
-        replace(configuration("fuse"), ensemble=Ensemble("fuse", (1.0, 3.0), iou=0.9)),
-        pictures,
+    collect(_config("fuse"), image_rows)
+    counts_before = dict(request_counts)
+    rows, _ = collect(
+        replace(_config("fuse"), ensemble=Ensemble("fuse", (1.0, 3.0), iou=0.9)),
+        image_rows,
         "another",
     )
-    assert asked == before
+    assert request_counts == counts_before
     assert rows[0]["scores"] == [pytest.approx(0.6)]
 
 
 def test_one_cloud_has_no_teachers(
-    run: Collect, asked: dict[str, int], pictures: list[dict[str, str]]
+    collect: Collect, request_counts: dict[str, int], image_rows: list[dict[str, str]]
 ) -> None:
-    rows, metrics = run(replace(configuration("fuse"), more_clouds=()), pictures)
-    assert asked == {"cheap.example.com": 8, "dear.example.com": 0}
+    rows, metrics = collect(replace(_config("fuse"), more_clouds=()), image_rows)
+    assert request_counts == {"cheap.example.com": 8, "dear.example.com": 0}
     assert {r["source"] for r in rows} == {"cloud"}
     assert set(metrics) == {"calls", "empty", "boxes", "errors"}

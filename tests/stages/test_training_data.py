@@ -17,6 +17,7 @@ from coin_ray.config.presets import PRESETS
 from coin_ray.errors import InputError
 from coin_ray.stages.common.teacher_outputs import make_teacher_lookup, open_collected
 from coin_ray.stages.common.training_labels import (
+    LabelSource,
     build_training_examples,
     count_labels,
     open_training_labels,
@@ -38,11 +39,14 @@ CLIP = {
 SPLITS = {"b": "train", "a": "train", "failed": "train", "held": "test"}
 
 
-def config(**changes: object) -> PipelineConfig:
+def _config(**changes: object) -> PipelineConfig:
     labels = Labels(score_min=0.3, probabilities="background", clip_background="keep")
     return replace(
-        PRESETS["demo"](), classes=("cat", "dog", "bird"), labels=labels, **changes
-    )  # type: ignore[arg-type]
+        PRESETS["demo"](),
+        classes=("cat", "dog", "bird"),
+        labels=labels,
+        **changes,  # type: ignore[arg-type]
+    )
 
 
 @pytest.fixture
@@ -68,17 +72,19 @@ def folders(tmp_path: Path) -> dict[str, str]:
         str(tmp_path / "annotations.parquet"),
         pa.Table.from_pylist(truth, schema=tables.ANNOTATIONS),
     )
-    for name, found in (
+    for name, by_image in (
         ("cloud", CLOUD),
         ("clip_labels", CLIP),
         ("clip_detector", CLIP),
     ):
-        written = [detections_row(i, d, Provenance(name)) for i, d in found.items()]
-        written.append(
+        detection_rows = [
+            detections_row(i, d, Provenance(name)) for i, d in by_image.items()
+        ]
+        detection_rows.append(
             detections_row("failed", Detections.empty(3), Provenance(name, "error"))
         )
         storage.write_table(
-            str(tmp_path / f"{name}.parquet"), detections_table(written)
+            str(tmp_path / f"{name}.parquet"), detections_table(detection_rows)
         )
     return {"images": str(tmp_path), "collect": str(tmp_path)}
 
@@ -92,25 +98,26 @@ def folders(tmp_path: Path) -> dict[str, str]:
         ("truth", "roi", {"a": [2]}),
     ],
 )
-@pytest.mark.parametrize("sent", [False, True])
+@pytest.mark.parametrize("pickled", [False, True])
 def test_labels_of_the_training_images(
     folders: dict[str, str],
-    source: str,
+    source: LabelSource,
     labeler: str,
     expected: dict[str, list[int]],
-    sent: bool,
+    pickled: bool,
 ) -> None:
-    """In the order of the images table, without those that failed or are held out; also
-    after a way to another process."""
-    used = config(collect=replace(PRESETS["demo"]().collect, labeler=labeler))
-    examples = build_training_examples(folders["images"], *open_training_labels(source, folders, used))  # type: ignore[arg-type]
-    examples = pickle.loads(pickle.dumps(examples)) if sent else examples
+    """They come in the order of the images table, without those that failed or are test
+    images; also after a way to another process."""
+    config = _config(collect=replace(PRESETS["demo"]().collect, labeler=labeler))
+    labels = open_training_labels(source, folders, config)
+    examples = build_training_examples(folders["images"], labels)
+    examples = pickle.loads(pickle.dumps(examples)) if pickled else examples
     assert {
         e.image_id: e.detections["labels"].labels.tolist() for e in examples
     } == expected
     assert [e.image_id for e in examples] == list(expected)
     assert [e.uri for e in examples] == [f"{i}.jpg" for i in expected]
-    assert count_labels(source, folders, used) == sum(map(len, expected.values()))  # type: ignore[arg-type]
+    assert count_labels(source, folders, config) == sum(map(len, expected.values()))
 
 
 def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> None:
@@ -119,22 +126,25 @@ def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> 
     with pytest.raises(
         InputError, match="the oracle baseline needs annotated training images"
     ):
-        open_training_labels("truth", folders, config())
+        open_training_labels("truth", folders, _config())
 
 
-@pytest.mark.parametrize("stands", [True, False])
-def test_opinions_of_both_teachers(folders: dict[str, str], stands: bool) -> None:
-    used = config(separate=replace(PRESETS["demo"]().separate, clip_labels=stands))
-    cloud = open_collected(folders["collect"], "cloud", used)
+@pytest.mark.parametrize("with_clip_labels", [True, False])
+def test_outputs_of_both_teachers(
+    folders: dict[str, str], with_clip_labels: bool
+) -> None:
+    separate = replace(PRESETS["demo"]().separate, clip_labels=with_clip_labels)
+    config = _config(separate=separate)
+    cloud = open_collected(folders["collect"], "cloud", config)
     clip = tables.open_detections(
         storage.join(folders["collect"], "clip_detector.parquet"), 3
     )
-    know = opinions(cloud, clip, folders["collect"], used)
-    known = know("a")
-    assert torch.equal(known["cloud"].probs, CLOUD["a"].probs[:1])
-    assert torch.equal(known["clip"].boxes, CLIP["a"].boxes)
-    assert known["clip_labels"].labels.tolist() == ([1] if stands else [])
-    assert all(len(found) == 0 for found in know("b").values())
+    look_up = make_teacher_lookup(cloud, clip, folders["collect"], config)
+    outputs = look_up("a")
+    assert torch.equal(outputs["cloud"].probs, CLOUD["a"].probs[:1])
+    assert torch.equal(outputs["clip"].boxes, CLIP["a"].boxes)
+    assert outputs["clip_labels"].labels.tolist() == ([1] if with_clip_labels else [])
+    assert all(len(teacher_output) == 0 for teacher_output in look_up("b").values())
 
 
 @pytest.mark.parametrize("keep", ["keep", "drop"])
@@ -147,14 +157,18 @@ def test_labels_are_counted_as_they_are_used(
     cloud = detections((BOX, 0, 0.9), (OTHER, 1, 0.8), (BOX, 2, 0.7))
     clip = detections((BOX, 1, 0.6), (OTHER, 1, 0.7), (BOX, 2, 0.55))
     clip.probs[1] = torch.tensor([0.1, 0.2, 0.1, 0.6])
-    for name, found in (("cloud", cloud), ("clip_labels", clip)):
-        rows = [detections_row(i, found, Provenance(name)) for i in ("held", "b", "a")]
+    for name, in_image in (("cloud", cloud), ("clip_labels", clip)):
+        rows = [
+            detections_row(i, in_image, Provenance(name)) for i in ("held", "b", "a")
+        ]
         storage.write_table(
             str(Path(folders["collect"]) / f"{name}.parquet"), detections_table(rows)
         )
     labels = Labels(score_min=0.3, clip_background=keep, clip_score_min=clip_score_min)  # type: ignore[arg-type]
-    used = replace(config(), labels=labels)
-    examples = build_training_examples(folders["images"], *open_training_labels("clip", folders, used))
-    assert count_labels("clip", folders, used) == sum(
+    config = replace(_config(), labels=labels)
+    examples = build_training_examples(
+        folders["images"], open_training_labels("clip", folders, config)
+    )
+    assert count_labels("clip", folders, config) == sum(
         len(e.detections["labels"]) for e in examples
     )

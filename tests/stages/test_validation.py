@@ -1,5 +1,5 @@
-"""Looks at a training's states: which ones, that all are measured in order, and that
-neither a kill nor a failing look costs more than itself."""
+"""Validation of a training's checkpoints: which ones, that all are measured in order, and
+that neither a kill nor a failing measurement costs more than itself."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError
 from coin_ray.stages.common import validation
 from coin_ray.stages.common.training_job import load_weights
-from coin_ray.stages.common.validation import VALIDATION_CURVE_FILE, CheckpointValidation, validate_during_training
+from coin_ray.stages.common.validation import (
+    VALIDATION_CURVE_FILE,
+    CheckpointValidation,
+    plan_validation,
+    validate_during_training,
+)
 
 
-def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> CheckpointValidation:
-    optimize = TrainingConfig(
+def _training(every: int = 10, saved: int = 5, steps: int = 40) -> TrainingConfig:
+    return TrainingConfig(
         steps=steps,
         validate_every=every,
         checkpoint_every=saved,
@@ -32,10 +37,21 @@ def looks_of(folder: Path, every: int = 10, saved: int = 5, steps: int = 40) -> 
         milestones=(),
         factors=(),
     )
-    return CheckpointValidation(demo(), "images", str(folder), "student", "student", optimize)
 
 
-def state(step: int) -> dict[str, Any]:
+def _validation(folder: Path, *training: int) -> CheckpointValidation:
+    return CheckpointValidation(
+        demo(), "images", str(folder), "student", "student", _training(*training)
+    )
+
+
+def _plan(folder: Path, training: TrainingConfig) -> CheckpointValidation | None:
+    return plan_validation(
+        demo(), "images", str(folder), "student", "student", training
+    )
+
+
+def _checkpoint(step: int) -> dict[str, Any]:
     return {
         "step": step,
         "task": {
@@ -45,149 +61,136 @@ def state(step: int) -> dict[str, Any]:
     }
 
 
-def trained(wanted: CheckpointValidation, *steps: int) -> None:
+def _train(planned: CheckpointValidation, *steps: int) -> None:
     for step in steps:
-        wanted.leave(step, state(step))
+        planned.save_due_weights(step, _checkpoint(step))
 
 
-def trained_until_killed(wanted: CheckpointValidation) -> None:
-    with validate_during_training(wanted):
-        trained(wanted, 10)
-        while wanted.waiting():
+def _train_until_killed(planned: CheckpointValidation) -> None:
+    with validate_during_training(planned):
+        _train(planned, 10)
+        while planned.list_pending():
             time.sleep(0.01)
-        trained(wanted, 20)
+        _train(planned, 20)
         raise KeyboardInterrupt
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Looks without Ray, whose mAP50 is a hundredth of the weights' step."""
-    seen: list[int] = []
+def measured_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps measured without Ray; the mAP50 is a hundredth of the weights' step."""
+    steps: list[int] = []
 
     def map50(config: object, images: str, name: str, weights: str) -> float:
         assert (images, name) == ("images", "student")
-        seen.append(int(load_weights(weights)["w"]))
-        return seen[-1] / 100
+        steps.append(int(load_weights(weights)["w"]))
+        return steps[-1] / 100
 
-    monkeypatch.setattr(validation, "validation_map50", map50)
-    monkeypatch.setattr(validation, "_look", CheckpointValidation.look)
-    monkeypatch.setattr(validation, "POLL", 0.01)
-    return seen
+    monkeypatch.setattr(validation, "measure_validation_map50", map50)
+    monkeypatch.setattr(validation, "_measure_in_task", CheckpointValidation.measure)
+    monkeypatch.setattr(validation, "POLL_SECONDS", 0.01)
+    return steps
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 200))
-def test_a_look_at_the_first_state_from_each_multiple_on_and_at_the_last(
+def test_the_first_checkpoint_from_each_multiple_on_and_the_last_are_measured(
     every: int, saved: int, steps: int
 ) -> None:
-    left: list[int] = []
-    wanted = looks_of(Path("nowhere"), every, saved, steps)
-    states = [*range(saved, steps, saved), steps]
+    saved_steps: list[int] = []
+    planned = _validation(Path("nowhere"), every, saved, steps)
+    checkpoint_steps = [*range(saved, steps, saved), steps]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            validation, "save_weights", lambda uri, _: left.append(int(Path(uri).stem))
+            validation,
+            "save_weights",
+            lambda uri, _: saved_steps.append(int(Path(uri).stem)),
         )
-        trained(wanted, *states)
+        _train(planned, *checkpoint_steps)
     due = {
-        next(s for s in states if s >= multiple)
+        next(step for step in checkpoint_steps if step >= multiple)
         for multiple in range(every, steps + 1, every)
     } | {steps}
-    assert left == sorted(due)
+    assert saved_steps == sorted(due)
 
 
-def test_all_that_is_left_is_measured_in_order_and_only_the_curve_stays(
-    tmp_path: Path, measured: list[int]
+def test_all_saved_weights_are_measured_in_order_and_only_the_curve_stays(
+    tmp_path: Path, measured_steps: list[int]
 ) -> None:
-    wanted = looks_of(tmp_path)
-    with validate_during_training(wanted):
-        trained(wanted, 5, 10, 15, 20, 25, 30, 35, 40)
-    assert measured == [10, 20, 30, 40]
-    assert storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE)) == [
-        {"step": s, "validation_map50": s / 100} for s in measured
+    planned = _validation(tmp_path)
+    with validate_during_training(planned):
+        _train(planned, 5, 10, 15, 20, 25, 30, 35, 40)
+    assert measured_steps == [10, 20, 30, 40]
+    curve = storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE))
+    assert curve == [
+        {"step": step, "validation_map50": step / 100} for step in measured_steps
     ]
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [VALIDATION_CURVE_FILE]
+    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [VALIDATION_CURVE_FILE]
 
 
 def test_a_killed_run_goes_on_with_what_is_still_to_be_measured(
-    tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, measured_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, look = looks_of(tmp_path), validation._look
+    planned, measure = _validation(tmp_path), validation._measure_in_task
 
-    def killed_at_20(wanted: CheckpointValidation, weights: str) -> None:
+    def killed_at_20(planned: CheckpointValidation, weights: str) -> None:
         if not weights.endswith("020.pt"):
-            look(wanted, weights)
+            measure(planned, weights)
 
-    monkeypatch.setattr(validation, "_look", killed_at_20)
+    monkeypatch.setattr(validation, "_measure_in_task", killed_at_20)
     with pytest.raises(KeyboardInterrupt):
-        trained_until_killed(wanted)
-    assert not (tmp_path / VALIDATION_CURVE_FILE).exists()
-    monkeypatch.setattr(validation, "_look", look)
-    with validate_during_training(wanted):
-        while wanted.waiting():
+        _train_until_killed(planned)
+    curve_file = tmp_path / VALIDATION_CURVE_FILE
+    assert not curve_file.exists()
+    monkeypatch.setattr(validation, "_measure_in_task", measure)
+    with validate_during_training(planned):
+        while planned.list_pending():
             time.sleep(0.01)
-        trained(wanted, 10, 20, 30, 40)  # anew from before 10 on, with the same weights
-    assert measured == [10, 20, 30, 40]
-    assert [point["step"] for point in storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE))] == [
-        10,
-        20,
-        30,
-        40,
-    ]
+        # resumed before step 10, with the same weights
+        _train(planned, 10, 20, 30, 40)
+    assert measured_steps == [10, 20, 30, 40]
+    curve = storage.read_json(str(curve_file))
+    assert [point["step"] for point in curve] == [10, 20, 30, 40]
 
 
-def test_a_look_that_fails_is_told_and_costs_its_point_only(
+def test_a_measurement_that_fails_is_reported_and_costs_its_point_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = looks_of(tmp_path)
+    planned = _validation(tmp_path)
 
-    class Remote:
-        def remote(self, wanted: CheckpointValidation, weights: str) -> str:
+    class RemoteFunction:
+        def remote(self, planned: CheckpointValidation, weights: str) -> str:
             return weights
 
     def get(weights: str) -> None:
         if weights.endswith("010.pt"):
             raise RuntimeError("CUDA out of memory")
-        wanted.look(weights)
+        planned.measure(weights)
 
-    def asked(**resources: object) -> Callable[[object], Remote]:
+    def remote(**resources: object) -> Callable[[object], RemoteFunction]:
         assert resources == {"num_cpus": 1, "num_gpus": 0, "max_retries": 3}
-        return lambda _: Remote()
+        return lambda _: RemoteFunction()
 
     monkeypatch.setattr(validation, "ensure_ray", lambda: None)
-    monkeypatch.setattr(validation.ray, "remote", asked)
+    monkeypatch.setattr(validation.ray, "remote", remote)
     monkeypatch.setattr(validation.ray, "get", get)
-    monkeypatch.setattr(validation, "validation_map50", lambda *_: 0.5)
-    with validate_during_training(wanted):
-        trained(wanted, 10, 40)
-    assert storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE)) == [
-        {"step": 40, "validation_map50": 0.5}
-    ]
-    told = capsys.readouterr().out
-    assert "RuntimeError: CUDA out of memory" in told
-    assert "validation after 40 steps: mAP50 50.0" in told
+    monkeypatch.setattr(validation, "measure_validation_map50", lambda *_: 0.5)
+    with validate_during_training(planned):
+        _train(planned, 10, 40)
+    curve = storage.read_json(str(tmp_path / VALIDATION_CURVE_FILE))
+    assert curve == [{"step": 40, "validation_map50": 0.5}]
+    printed = capsys.readouterr().out
+    assert "RuntimeError: CUDA out of memory" in printed
+    assert "validation after 40 steps: mAP50 50.0" in printed
 
 
-def test_without_the_option_or_without_labels_nothing_is_looked_at(
+def test_without_the_option_or_without_labels_nothing_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    optimize = looks_of(tmp_path).optimize
-    with validate_during_training(
-        validation.plan_validation(
-            demo(),
-            "images",
-            str(tmp_path),
-            "student",
-            "student",
-            replace(optimize, validate_every=0),
-        )
-    ):
+    without_option = replace(_training(), validate_every=0)
+    with validate_during_training(_plan(tmp_path, without_option)):
         pass
-    monkeypatch.setattr(validation, "validation_truth", lambda _: {})
-    assert (
-        validation.plan_validation(
-            demo(), "images", str(tmp_path), "student", "student", optimize
-        )
-        is None
-    )
+    monkeypatch.setattr(validation, "read_validation_annotations", lambda _: {})
+    assert _plan(tmp_path, _training()) is None
     assert "no validation image is labelled" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import torch
 
 from coin_ray import errors, storage
+from coin_ray.cloud.accounts import account_name, governor_limits
 from coin_ray.cloud.answer import Answer
-from coin_ray.cloud.client import account_name, governor_limits
 from coin_ray.cloud.detections import AnswerConverter, detection_columns
 from coin_ray.cloud.ensemble import EnsembleClient, create_client, render_for_clouds
 from coin_ray.cloud.governor import DAY, Governor, LocalGovernor

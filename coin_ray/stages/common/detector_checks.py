@@ -9,9 +9,9 @@ from coin_ray.cloud.label_map import LabelMap
 from coin_ray.config.detector_training import (
     DEMO,
     DEMO_SOURCE,
-    FORMATS,
+    LABEL_FORMATS,
     DetectorConfig,
-    folder,
+    dataset_folder,
 )
 from coin_ray.data.formats import Dataset, read_dataset
 from coin_ray.errors import ConfigError, InputError
@@ -64,9 +64,9 @@ def check_network(config: DetectorConfig) -> None:
 
 def _read_in_format(location: str) -> Dataset:
     """Read ``FORMAT:FOLDER`` or ``FOLDER``. Raise InputError for another format."""
-    dataset = read_dataset(folder(location))
+    dataset = read_dataset(dataset_folder(location))
     expected_format = location.partition(":")[0]
-    names_format = expected_format in FORMATS and folder(location) != location
+    names_format = expected_format in LABEL_FORMATS and dataset_folder(location) != location
     if names_format and dataset.format != expected_format:
         raise InputError(
             f"--data {location}: the folder is in the format {dataset.format}, not"
