@@ -1,7 +1,7 @@
-"""Several clouds as one: their boxes fused, the first that can be asked, or a second
+"""Several clouds as one: their boxes fused, the first that can be reached, or a second
 opinion where CLIP contradicts the first.
 
-Each cloud keeps its own client, with its governor, budget and keys in the journal.
+Each cloud has its own client, with its governor, budget and keys in the journal.
 Imports no torch.
 """
 
@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coin_ray.cloud.answer import Answer
+from coin_ray.cloud.answer_fusion import fuse_answers, score_labels
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import AsyncGovernor
 from coin_ray.cloud.journal.base import Journal
-from coin_ray.cloud.label_map import ASSUMED_PRECISION, Prior
-from coin_ray.cloud.protocol import RawDetections, ScoreKind
-from coin_ray.cloud.renderings import image_in_view
+from coin_ray.cloud.protocol import RawDetections
+from coin_ray.cloud.renderings import render_image
 from coin_ray.config import PLAIN_RENDERING, Cloud, Ensemble, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
@@ -32,172 +31,60 @@ from coin_ray.errors import (
     QuotaExhausted,
 )
 
-WEIGHT_MIN = 1e-9
-"""Of a box with score 0, so that a cluster of such boxes has a mean."""
-KINDS: tuple[ScoreKind, ...] = ("per_class", "label", "self_reported")
-"""Best first; fused boxes are of the worst kind among them."""
-SPENT: Mapping[str, type[CloudError]] = {
+SKIPPED_ERRORS: Mapping[str, type[CloudError]] = {
     "skipped_budget": BudgetExhausted,
     "skipped_quota": QuotaExhausted,
 }
-"""What ends the run when nobody else can be asked, by the status of the answer."""
-
-
-def fuse(
-    answers: Sequence[RawDetections], reliability: Sequence[float], iou: float
-) -> RawDetections:
-    """Weighted box fusion of what several clouds said about one image; one answer stays
-    as it is.
-
-    From the box with the highest reliability x score down, whatever its class, each
-    joins the fused box it overlaps most and at least ``iou``; a cloud has one box in
-    each. Boxes are means weighted by reliability x score, class scores means over all
-    answers weighted by reliability: a cloud that did not see the box contributes zeros.
-    Labels without score must be scored before.
-    """
-    if len(answers) == 1:
-        return answers[0]
-    said = [
-        answers[i]
-        for i in sorted(
-            range(len(answers)), key=lambda i: (reliability[i], *_content(answers[i]))
-        )
-    ]
-    trust = np.sort(np.asarray(reliability, np.float64))
-    boxes = np.concatenate([a.boxes for a in said]).astype(np.float64)
-    class_scores = np.concatenate([a.class_scores for a in said]).astype(np.float64)
-    cloud = np.repeat(np.arange(len(said)), [len(a) for a in said])
-    weights = np.maximum(trust[cloud] * class_scores.max(1, initial=0), WEIGHT_MIN)
-    fused, members = _clusters(boxes, weights, cloud, iou)
-    share = trust / trust.sum()
-    scores = np.array(
-        [share[cloud[m]] @ class_scores[m] for m in members], np.float32
-    ).reshape(len(members), class_scores.shape[1])
-    best_first = np.argsort(-scores.max(1, initial=0), kind="stable")
-    kind = max(
-        (KINDS[-1] if a.score_kind == "none" else a.score_kind for a in said),
-        key=KINDS.index,
-    )
-    return RawDetections(
-        fused[best_first],
-        scores[best_first],
-        kind,
-        tuple(name for a in said for name in a.unmapped),
-    )
-
-
-def _content(raw: RawDetections) -> tuple[Any, ...]:
-    """Orders answers, so that the order in which the clouds are named decides nothing,
-    not even a tie.
-    """
-    return raw.boxes.tobytes(), raw.class_scores.tobytes(), raw.score_kind, raw.unmapped
-
-
-def _clusters(
-    boxes: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    cloud: NDArray[np.int64],
-    iou: float,
-) -> tuple[NDArray[np.float32], list[list[int]]]:
-    """Fused boxes [M, 4], and the rows of ``boxes`` [N, 4] that each is the mean of."""
-    members: list[list[int]] = []
-    fused = np.zeros_like(boxes)
-    holds = np.zeros((len(boxes), int(cloud.max(initial=0)) + 1), bool)
-    for row in np.argsort(-weights, kind="stable").tolist():
-        overlaps = (
-            _ious(boxes[row], fused[: len(members)])
-            * ~holds[: len(members), cloud[row]]
-        )
-        place = (
-            int(overlaps.argmax()) if overlaps.max(initial=0) >= iou else len(members)
-        )
-        if place == len(members):
-            members.append([])
-        members[place].append(row)
-        holds[place, cloud[row]] = True
-        mean = np.average(
-            boxes[members[place]], axis=0, weights=weights[members[place]]
-        )
-        fused[place] = np.clip(
-            mean, boxes[members[place]].min(0), boxes[members[place]].max(0)
-        )
-    return fused[: len(members)].astype(np.float32), members
-
-
-def _ious(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[M]"""
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    shared = sides.clip(0).prod(1)
-    union = (
-        (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - shared
-    )
-    ious: NDArray[np.float64] = np.divide(
-        shared, union, out=np.zeros_like(shared), where=union > 0
-    )
-    return ious
-
-
-def scored(raw: RawDetections, prior: Prior) -> RawDetections:
-    """Labels without score get their measured precision as the score, or the assumed
-    one.
-    """
-    if raw.score_kind != "none":
-        return raw
-    known = [
-        prior.precision[k] if k < len(prior.precision) else None
-        for k in range(raw.class_scores.shape[1])
-    ]
-    precision = np.array(
-        [ASSUMED_PRECISION if p is None else p for p in known], np.float32
-    )
-    return replace(
-        raw, class_scores=raw.class_scores * precision, score_kind="self_reported"
-    )
+"""The error that stops the run when no other cloud can be asked, by the status of the
+answer."""
 
 
 def clip_contradicts(
     scores: NDArray[np.float32],
     labels: NDArray[np.int64],
     clip_probs: NDArray[np.float32],
-    rule: Ensemble,
+    ensemble: Ensemble,
 ) -> bool:
-    """Whether CLIP names too many of an image's boxes otherwise than the cloud did:
-    scores [N], labels [N], clip_probs [N, K+1].
+    """Return whether CLIP disagrees with the cloud's labels in too many boxes of an
+    image: scores [N], labels [N], clip_probs [N, K+1].
     """
-    judged = scores >= rule.doubt_score_min
-    if not judged.any():
+    counted = scores >= ensemble.doubt_score_min
+    if not counted.any():
         return False
-    contradicted = clip_probs[judged].argmax(1) != labels[judged]
-    return bool(contradicted.mean() > rule.doubt_share)
+    disagrees = clip_probs[counted].argmax(1) != labels[counted]
+    return bool(disagrees.mean() > ensemble.doubt_share)
 
 
 def cloud_names(clouds: Sequence[Cloud]) -> tuple[str, ...]:
-    """A name for each cloud: its service and its view, numbered where several have the
-    same.
+    """Return a name for each cloud: its service and its rendering, numbered where
+    several are equal.
     """
-    asked = [
-        (
-            cloud.service
-            if cloud.views == (PLAIN_RENDERING,) or len(cloud.views) > 1
-            else f"{cloud.service} {cloud.views[0]}"
-        )
-        for cloud in clouds
-    ]
-    counts, seen, names = Counter(asked), Counter[str](), []
-    for name in asked:
-        seen[name] += 1
-        names.append(name if counts[name] == 1 else f"{name} {seen[name]}")
-    return tuple(names)
+    names = [_unnumbered_name(cloud) for cloud in clouds]
+    totals = Counter(names)
+    numbers: Counter[str] = Counter()
+    unique_names = []
+    for name in names:
+        numbers[name] += 1
+        is_unique = totals[name] == 1
+        unique_names.append(name if is_unique else f"{name} {numbers[name]}")
+    return tuple(unique_names)
+
+
+def _unnumbered_name(cloud: Cloud) -> str:
+    if cloud.views == (PLAIN_RENDERING,) or len(cloud.views) > 1:
+        return cloud.service
+    return f"{cloud.service} {cloud.views[0]}"
 
 
 class EnsembleClient:
     """``CloudClient.answer`` for several clouds. Use inside one event loop, and
     ``aclose`` at the end.
 
-    An image is an error only if no cloud that was asked answered. What stops the run
-    stops it, whichever cloud says it; an unreachable cloud does so only if no other one
-    answers, and so does a spent budget or quota in ``failover``. ``clients`` are made
-    with ``skip_unreachable``, and for ``failover`` with ``skip_over_budget``.
+    An image is an error only if no cloud that was asked answered. An error that stops
+    the run does so whichever cloud raised it; an unreachable cloud stops it only if no
+    other one answers, and so does a spent budget or quota in ``failover``. ``clients``
+    are created with ``skip_unreachable``, and for ``failover`` with
+    ``skip_over_budget``.
     """
 
     def __init__(
@@ -209,122 +96,137 @@ class EnsembleClient:
         self._ensemble = ensemble
 
     async def aclose(self) -> None:
+        """Close the connections of all clients."""
         await asyncio.gather(*(client.aclose() for client in self.clients))
 
-    @property
-    def views(self) -> tuple[tuple[int, str], ...]:
-        """How each cloud gets an image."""
-        return tuple(client.view for client in self.clients)
-
     async def check(self) -> None:
-        """As ``CloudClient.check``; for ``failover`` it is enough if one can be
-        reached.
+        """Check each service as ``CloudClient.check``; for ``failover`` one that can be
+        reached is enough.
         """
-        found = await asyncio.gather(
+        errors = await asyncio.gather(
             *(client.check() for client in self.clients), return_exceptions=True
         )
-        problems = [problem for problem in found if problem is not None]
-        enough = self._ensemble.mode == "failover" and len(problems) < len(found)
+        problems = [error for error in errors if error is not None]
+        can_fail_over = self._ensemble.mode == "failover" and len(problems) < len(
+            self.clients
+        )
         for problem in problems:
-            if not (enough and isinstance(problem, (CloudUnreachable, QuotaExhausted))):
+            is_skippable = isinstance(problem, (CloudUnreachable, QuotaExhausted))
+            if not (can_fail_over and is_skippable):
                 raise problem
 
     async def answer(self, *images: CanonicalImage) -> Answer:
-        """What the clouds say about one image; ``images``: it as each of them gets it,
-        or one for all.
+        """Return one answer about an image; ``images``: it as each cloud gets it, or
+        one for all.
         """
+        renderings = self._one_for_each(images)
         if self._ensemble.mode == "failover":
-            return await self._first_reached(self._each(images))
-        return await self._of(
-            range(1 if self._ensemble.mode == "cascade" else len(self.clients)),
-            self._each(images),
-        )
+            return await self._ask_in_order(renderings)
+        count = 1 if self._ensemble.mode == "cascade" else len(self.clients)
+        return await self._ask_first(count, renderings)
 
     async def second_opinion(self, *images: CanonicalImage) -> Answer:
-        """What all clouds say, fused; the first one's answer is on record by now."""
-        return await self._of(range(len(self.clients)), self._each(images))
+        """Return the answers of all clouds, fused; the first one's is in the journal by
+        now.
+        """
+        return await self._ask_first(len(self.clients), self._one_for_each(images))
 
-    def _each(self, images: Sequence[CanonicalImage]) -> Sequence[CanonicalImage]:
+    def _one_for_each(
+        self, images: Sequence[CanonicalImage]
+    ) -> Sequence[CanonicalImage]:
         return images if len(images) > 1 else list(images) * len(self.clients)
 
-    async def _of(self, asked: range, images: Sequence[CanonicalImage]) -> Answer:
-        """All at once; if one stops the run, it does so when the others have finished:
-        their calls may be paid.
+    async def _ask_first(self, count: int, images: Sequence[CanonicalImage]) -> Answer:
+        """Ask the first ``count`` clouds at once. An error that stops the run is raised
+        when the others have finished: their calls may be paid.
         """
-        found = await asyncio.gather(
-            *(self.clients[i].answer(images[i]) for i in asked), return_exceptions=True
+        replies = await asyncio.gather(
+            *(self.clients[i].answer(images[i]) for i in range(count)),
+            return_exceptions=True,
         )
-        for answer in found:
-            if isinstance(answer, BaseException):
-                raise answer
-        return self._combined(
-            [
-                (i, answer)
-                for i, answer in zip(asked, found, strict=True)
-                if isinstance(answer, Answer)
-            ]
-        )
+        answers = []
+        for cloud, reply in enumerate(replies):
+            if isinstance(reply, BaseException):
+                raise reply
+            answers.append((cloud, reply))
+        return self._combine(answers)
 
-    async def _first_reached(self, images: Sequence[CanonicalImage]) -> Answer:
-        """An answer on record is taken, whoever gave it. Open breakers are waited for
-        only if nobody else answers; the spent are left out.
+    async def _ask_in_order(self, images: Sequence[CanonicalImage]) -> Answer:
+        """Return the first answer, one in the journal before all others. Open breakers
+        are waited for only if no other cloud answers; spent clouds are skipped.
         """
-        for i, client in enumerate(self.clients):
-            known = await client.known(images[i])
-            if known is not None:
-                return self._combined([(i, known)])
+        for cloud, client in enumerate(self.clients):
+            recorded = await client.recorded_answer(images[cloud])
+            if recorded is not None:
+                return self._combine([(cloud, recorded)])
         tried: list[tuple[int, Answer]] = []
-        for patient in (False, True):
-            for i, client in enumerate(self.clients):
-                tried.append((i, await client.answer(images[i], patient=patient)))
-                if tried[-1][1].raw is not None:
-                    return self._combined(tried)
+        for wait_for_breaker in (False, True):
+            for cloud, client in enumerate(self.clients):
+                answer = await client.answer(
+                    images[cloud], wait_for_breaker=wait_for_breaker
+                )
+                tried.append((cloud, answer))
+                if answer.raw is not None:
+                    return self._combine(tried)
             statuses = {answer.status for _, answer in tried}
             if "error" in statuses or "unreachable" not in statuses:
                 break
-        return self._combined(tried)
+        return self._combine(tried)
 
-    def _combined(self, said: Sequence[tuple[int, Answer]]) -> Answer:
-        """One answer with everybody's calls and costs.
+    def _combine(self, answers: Sequence[tuple[int, Answer]]) -> Answer:
+        """Return one answer with the calls and costs of all; ``answers``: each with the
+        number of its cloud.
 
-        If nobody could be asked, raises the error of the last cloud that is spent or,
+        If no cloud could be asked, raises the error of the last one that is spent or,
         if none is, ``CloudUnreachable``.
         """
-        heard = [(i, answer.raw) for i, answer in said if answer.raw is not None]
-        last = {self._names[i]: answer.error for i, answer in said}
-        problems = "; ".join(
-            f"{name}: {error}" for name, error in last.items() if error
-        )
+        detected = [
+            (cloud, answer.raw) for cloud, answer in answers if answer.raw is not None
+        ]
+        problems = self._describe_problems(answers)
         totals: dict[str, Any] = {
-            "attempts": sum(answer.attempts for _, answer in said),
-            "latency_ms": max(answer.latency_ms for _, answer in said),
-            "cost_usd": sum(answer.cost_usd for _, answer in said),
-            "calls": sum(answer.calls for _, answer in said),
+            "attempts": sum(answer.attempts for _, answer in answers),
+            "latency_ms": max(answer.latency_ms for _, answer in answers),
+            "cost_usd": sum(answer.cost_usd for _, answer in answers),
+            "calls": sum(answer.calls for _, answer in answers),
             "error": problems or None,
-            "teachers": tuple(self._names[i] for i, _ in heard),
+            "teachers": tuple(self._names[cloud] for cloud, _ in detected),
         }
-        if heard:
-            raw = self._fused(heard)
-            on_record = all(
+        if detected:
+            raw = self._fuse(detected)
+            is_cached = all(
                 answer.status == "cached"
-                for _, answer in said
+                for _, answer in answers
                 if answer.raw is not None
             )
-            return Answer(
-                "cached" if on_record else "ok" if len(raw) else "empty", raw, **totals
-            )
-        if any(answer.status == "error" for _, answer in said):
+            if is_cached:
+                return Answer("cached", raw, **totals)
+            return Answer("ok" if len(raw) else "empty", raw, **totals)
+        if any(answer.status == "error" for _, answer in answers):
             return Answer("error", None, **totals)
-        spent = [SPENT[answer.status] for _, answer in said if answer.status in SPENT]
-        raise (spent[-1] if spent else CloudUnreachable)(problems)
+        skipped = [
+            SKIPPED_ERRORS[answer.status]
+            for _, answer in answers
+            if answer.status in SKIPPED_ERRORS
+        ]
+        error_type = skipped[-1] if skipped else CloudUnreachable
+        raise error_type(problems)
 
-    def _fused(self, heard: Sequence[tuple[int, RawDetections]]) -> RawDetections:
-        if len(heard) == 1:
-            return heard[0][1]
-        answers = [scored(raw, self.clients[i].prior) for i, raw in heard]
-        return fuse(
-            answers, [self._reliability[i] for i, _ in heard], self._ensemble.iou
+    def _describe_problems(self, answers: Sequence[tuple[int, Answer]]) -> str:
+        """Return the last error of each cloud; empty if its last answer had none."""
+        last_errors = {self._names[cloud]: answer.error for cloud, answer in answers}
+        return "; ".join(
+            f"{name}: {error}" for name, error in last_errors.items() if error
         )
+
+    def _fuse(self, detected: Sequence[tuple[int, RawDetections]]) -> RawDetections:
+        if len(detected) == 1:
+            return detected[0][1]
+        answers = [
+            score_labels(raw, self.clients[cloud].prior) for cloud, raw in detected
+        ]
+        reliability = [self._reliability[cloud] for cloud, _ in detected]
+        return fuse_answers(answers, reliability, self._ensemble.iou)
 
 
 Client = CloudClient | EnsembleClient
@@ -336,14 +238,13 @@ def create_client(
     journal: Journal,
     governors: Sequence[AsyncGovernor],
 ) -> Client:
-    """The client of a configuration's cloud or clouds; ``urls`` and ``governors`` in
-    the order of ``config.clouds``.
+    """Return the client of a configuration's cloud or clouds; ``urls`` and
+    ``governors`` in the order of ``config.clouds``.
     """
     if len(config.clouds) == 1:
         return CloudClient(
             config.clouds[0], config.classes, urls[0], journal, governors[0]
         )
-    failover = config.ensemble.mode == "failover"
     clients = [
         CloudClient(
             cloud,
@@ -352,17 +253,21 @@ def create_client(
             journal,
             governor,
             skip_unreachable=True,
-            skip_over_budget=failover,
+            skip_over_budget=config.ensemble.mode == "failover",
         )
         for cloud, url, governor in zip(config.clouds, urls, governors, strict=True)
     ]
     return EnsembleClient(clients, cloud_names(config.clouds), config.ensemble)
 
 
-def render_for_clouds(client: Client, data: bytes) -> list[CanonicalImage]:
-    """A file's image as each cloud gets it alone, so that its answers are found again
-    whoever else is asked. Raises ``InputError``.
+def render_for_clouds(client: Client, image_file: bytes) -> list[CanonicalImage]:
+    """Return a file's image as each cloud gets it if it is asked alone, so that its
+    answers are found again whichever others are asked. Raises ``InputError``.
     """
-    views = client.views if isinstance(client, EnsembleClient) else (client.view,)
-    made = {view: image_in_view(data, *view) for view in set(views)}
-    return [made[view] for view in views]
+    clients = client.clients if isinstance(client, EnsembleClient) else (client,)
+    renderings = [member.rendering for member in clients]
+    images = {
+        (max_side, rendering): render_image(image_file, max_side, rendering)
+        for max_side, rendering in set(renderings)
+    }
+    return [images[rendering] for rendering in renderings]

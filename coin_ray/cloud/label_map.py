@@ -25,7 +25,7 @@ from typing import NoReturn
 import yaml
 
 from coin_ray import storage
-from coin_ray.class_names import fold, forms
+from coin_ray.class_names import class_name_variants, normalize_class_name
 from coin_ray.errors import ConfigError
 
 KEYS = ("service", "classes", "map", "ignore", "precision", "confusion")
@@ -69,7 +69,7 @@ class LabelMap:
         Whole names are compared, never parts of them: "bus stop" is no bus.
         """
         for name in candidates:
-            for form in forms(name):
+            for form in class_name_variants(name):
                 if form in self.names:
                     return self.names[form]
                 if form in self.ignored:
@@ -77,12 +77,18 @@ class LabelMap:
         return None
 
     def ignores(self, candidates: Sequence[str]) -> bool:
-        return any(form in self.ignored for name in candidates for form in forms(name))
+        return any(
+            form in self.ignored
+            for name in candidates
+            for form in class_name_variants(name)
+        )
 
     @classmethod
     def of_classes(cls, classes: Sequence[str]) -> LabelMap:
         """Each class under its own name."""
-        return cls({fold(name): (k, 1.0) for k, name in enumerate(classes)})
+        return cls(
+            {normalize_class_name(name): (k, 1.0) for k, name in enumerate(classes)}
+        )
 
 
 def load_label_map(
@@ -190,7 +196,7 @@ class _File:
         )
 
     def new_name(self, node: yaml.Node, lines: dict[str, int]) -> str:
-        folded = fold(self.text(node, "a name"))
+        folded = normalize_class_name(self.text(node, "a name"))
         if not folded:
             self.fail(node, f"{node.value!r} is no name")
         if folded in lines:

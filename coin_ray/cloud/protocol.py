@@ -1,5 +1,5 @@
-"""What every service's adapter is: capabilities and three pure functions. No I/O, no
-secrets, no torch.
+"""The interface of a service's adapter: capabilities and three pure functions, without
+I/O, secrets or torch.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from coin_ray.errors import (
 RETRY_AFTER_MAX = 120.0
 ScoreKind = Literal["per_class", "label", "self_reported", "none"]
 """``per_class``: each class was scored; ``label``: one score for the box's one label;
-``self_reported``: a number a language model wrote; ``none``: the service gives no
-score, and the named class's column holds 1 to say just that it was named.
+``self_reported``: a number that a language model wrote; ``none``: the service gives no
+score, and the column of the label holds 1.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Auth:
-    """How the secret travels: in a header after a prefix, or as an AWS signature
+    """The way a secret is sent: in a header after a prefix, or as an AWS signature
     (``sigv4``: the name of the AWS service).
     """
 
@@ -58,24 +58,24 @@ class Capabilities:
     url: str = ""
     """Its public address; empty if every user has another."""
     auth: Auth | None = Auth()
-    """None: it never takes a secret."""
+    """None: the service never takes a secret."""
     health_path: str | None = None
-    """A page that costs nothing to ask for; None: the first call tells."""
+    """A page that costs nothing; None: the first call shows whether it works."""
     max_bytes: int = 20_000_000
     """Largest image file it takes."""
     max_side: int = 4096
     min_side: int = 8
     max_classes: int | None = None
     score_min: float = 0.0
-    """Lowest score it can be asked for."""
+    """Lowest score threshold of a request."""
     asynchronous: bool = False
-    """It answers with a task to be polled."""
+    """The service answers with a task to be polled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is asked of the service for every image. ``labels`` reads the answers and is
-    no part of the question.
+    """The request that is the same for every image. ``labels`` decodes the answers and
+    is not sent.
     """
 
     model: str
@@ -100,8 +100,8 @@ class PreparedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """The service took the image on as a task: ask ``request`` in ``seconds``; None:
-    the request that was just answered, again.
+    """The service accepted the image as a task: send ``request`` in ``seconds``; None:
+    repeat the request that was just answered.
     """
 
     request: PreparedRequest | None
@@ -113,23 +113,23 @@ class Frame:
     """Sizes (width, height) in pixels of the image that was sent and of the upright
     original.
 
-    ``shown``: the part of what was sent, from the upper left, that is the original;
-    None: all of it. ``mirrored``: left to right.
+    ``visible_size``: (width, height) of the part of the sent image, from the upper
+    left, that is the original; None: all of it. ``mirrored``: left to right.
     """
 
     sent: tuple[int, int]
     original: tuple[int, int]
-    shown: tuple[float, float] | None = None
+    visible_size: tuple[float, float] | None = None
     mirrored: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RawDetections:
-    """What the service said about one image, best first.
+    """The service's detections in one image, best first.
 
     boxes [N, 4] float32 xyxy pixels of the upright original, clipped to it;
-    class_scores [N, K] float32, independent scores in 0..1. ``unmapped``: names the
-    service gave to further boxes that are none of the classes.
+    class_scores [N, K] float32, independent scores in 0..1. ``unmapped``: names of
+    further boxes that are none of the classes.
     """
 
     boxes: NDArray[np.float32]
@@ -148,25 +148,25 @@ class Adapter(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        """The request for one image. Raises ``BadRequest`` for classes the service
-        can't be asked for.
+        """Return the request for one image. Raises ``BadRequest`` for classes that the
+        service does not accept.
         """
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections | Pending:
-        """A 2xx answer. Raises ``ProtocolError`` for anything that is not surely an
-        answer, and never returns "empty" instead; an error inside a 2xx answer is
-        raised as the ``CloudError`` it stands for.
+        """Decode a 2xx answer. Raises ``ProtocolError`` for anything that is not
+        certainly an answer, and never returns "empty" instead; an error inside a 2xx
+        answer is raised as the ``CloudError`` it stands for.
         """
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """The error that any other status stands for."""
+        """Return the error that any other status stands for."""
 
 
-BY_STATUS: dict[int, type[CloudError]] = {
+ERRORS_BY_STATUS: dict[int, type[CloudError]] = {
     401: AuthError,
     402: QuotaExhausted,
     403: AuthError,
@@ -179,21 +179,24 @@ BY_STATUS: dict[int, type[CloudError]] = {
 }
 
 
-def by_status(
+def error_for_status(
     status: int, headers: Mapping[str, str], detail: str = "", wait: float | None = None
 ) -> CloudError:
-    """The error a status usually stands for. ``detail``: safe text of the body;
-    ``wait``: seconds a body asks to wait, if it does.
+    """Return the error that a status usually stands for.
+
+    ``detail``: text of the body that is safe to show; ``wait``: seconds that the body
+    asks to wait, if it does.
     """
     message = f"the service answered {status}" + (f": {detail}" if detail else "")
     if status in (402, 403, 429) and "quota" in detail.lower():
         return QuotaExhausted(message)
-    header = retry_after(headers)
-    wait = header if header is not None else wait
+    header_wait = retry_after(headers)
+    if header_wait is not None:
+        wait = header_wait
     if status == 429 or (status == 503 and wait is not None):
         return Throttled(message, wait)
-    if status in BY_STATUS:
-        return BY_STATUS[status](message)
+    if status in ERRORS_BY_STATUS:
+        return ERRORS_BY_STATUS[status](message)
     if status >= 500:
         return Transient(message, may_have_billed=True)
     if 300 <= status < 400:
@@ -204,24 +207,27 @@ def by_status(
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds a Retry-After header asks to wait, 0..120, or None without a usable one.
-    Dates count from the service's own clock.
+    """Return the seconds that a Retry-After header asks to wait, 0..120, or None
+    without a usable one. Dates count from the service's own clock.
     """
-    value = headers.get("retry-after", "").strip()
+    header = headers.get("retry-after", "").strip()
     try:
-        seconds = float(value)
+        seconds = float(header)
     except ValueError:
-        seconds = _seconds_until(value, headers.get("date", ""))
-    return min(max(seconds, 0.0), RETRY_AFTER_MAX) if math.isfinite(seconds) else None
+        seconds = _seconds_until(header, headers.get("date", ""))
+    if not math.isfinite(seconds):
+        return None
+    return min(max(seconds, 0.0), RETRY_AFTER_MAX)
 
 
 def _seconds_until(date: str, service_date: str) -> float:
-    until = _timestamp(date)
-    now = _timestamp(service_date)
-    return until - (time.time() if math.isnan(now) else now)
+    service_time = _timestamp(service_date)
+    now = time.time() if math.isnan(service_time) else service_time
+    return _timestamp(date) - now
 
 
 def _timestamp(date: str) -> float:
+    """Return the seconds since 1970 of an HTTP date; NaN for an unusable one."""
     try:
         return parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):

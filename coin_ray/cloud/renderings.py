@@ -1,9 +1,10 @@
-"""How an image is shown to a cloud. A detector of ordinary photos may see far more in
-another rendering of a strange domain.
+"""Renderings of an image for a cloud. A detector of ordinary photos may detect far more
+in another rendering of an unusual domain.
 
-A view is ``plain``, or operations joined by "+", done in the order of ``RENDERING_OPERATIONS``:
-``inverted+reduced``. What each is good for is measured in docs/demo.md. Boxes come back
-in the original's frame (``coin_ray.cloud.adapters.parsing.to_original_frame``).
+A rendering is ``plain``, or operations joined by "+", applied in the order of
+``RENDERING_OPERATIONS``: ``inverted+reduced``. docs/demo.md measures what each is good
+for. Boxes come back in the original's frame
+(``coin_ray.cloud.adapters.parsing.to_original_frame``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from dataclasses import replace
 from PIL import Image, ImageOps
 
 from coin_ray.config import PLAIN_RENDERING, RENDERING_OPERATIONS
-from coin_ray.data.canonical import CanonicalImage, canonical_image, decode_sent, encode_jpeg
+from coin_ray.data.canonical import (
+    CanonicalImage,
+    canonical_image,
+    decode_sent,
+    encode_jpeg,
+)
 
 REDUCED = 1.5
 """Side of the canvas / side of the image in its upper left corner, for ``reduced``:
@@ -22,29 +28,28 @@ MARGIN = (114, 114, 114)
 """Colour of the rest of the canvas; detectors that pad are trained with it."""
 
 
-def image_in_view(raw: bytes, max_side: int, view: str) -> CanonicalImage:
-    """The file's image in a view, with a longer side of at most ``max_side`` pixels.
-    Raises ``InputError`` for what is not a usable image.
+def render_image(image_file: bytes, max_side: int, rendering: str) -> CanonicalImage:
+    """Return a rendering of the file's image whose longer side has at most ``max_side``
+    pixels. Raises ``InputError`` for what is not a usable image.
     """
-    if view == PLAIN_RENDERING:
-        return canonical_image(raw, max_side)
-    asked = view.split("+")
-    image = canonical_image(
-        raw, max(1, int(max_side / REDUCED)) if "reduced" in asked else max_side
-    )
+    if rendering == PLAIN_RENDERING:
+        return canonical_image(image_file, max_side)
+    operations = rendering.split("+")
+    if "reduced" in operations:
+        max_side = max(1, int(max_side / REDUCED))
+    image = canonical_image(image_file, max_side)
     pixels = decode_sent(image)
     for operation in RENDERING_OPERATIONS:
-        if operation in asked:
-            pixels = _DONE[operation](pixels)
-    shown = (image.width, image.height)
+        if operation in operations:
+            pixels = _OPERATIONS[operation](pixels)
     return replace(
         image,
         data=encode_jpeg(pixels),
         media_type="image/jpeg",
         width=pixels.width,
         height=pixels.height,
-        visible_size=shown,
-        mirrored="mirrored" in asked,
+        visible_size=(image.width, image.height),
+        mirrored="mirrored" in operations,
     )
 
 
@@ -52,22 +57,21 @@ def _grey(pixels: Image.Image) -> Image.Image:
     return pixels.convert("L").convert("RGB")
 
 
-def _inverted(pixels: Image.Image) -> Image.Image:
-    """Of the brightness: "white is hot" becomes "black is hot"."""
+def _invert_brightness(pixels: Image.Image) -> Image.Image:
+    """Turn "white is hot" into "black is hot"."""
     return ImageOps.invert(pixels.convert("L")).convert("RGB")
 
 
-def _reduced(pixels: Image.Image) -> Image.Image:
-    canvas = Image.new(
-        "RGB", (round(pixels.width * REDUCED), round(pixels.height * REDUCED)), MARGIN
-    )
+def _pad_to_canvas(pixels: Image.Image) -> Image.Image:
+    size = (round(pixels.width * REDUCED), round(pixels.height * REDUCED))
+    canvas = Image.new("RGB", size, MARGIN)
     canvas.paste(pixels)
     return canvas
 
 
-_DONE = {
+_OPERATIONS = {
     "mirrored": ImageOps.mirror,
     "grey": _grey,
-    "inverted": _inverted,
-    "reduced": _reduced,
+    "inverted": _invert_brightness,
+    "reduced": _pad_to_canvas,
 }

@@ -1,26 +1,26 @@
-"""What a service replied about an image, on record: durable before it is read, tasks
-beside the answers, unreadable bodies set apart.
+"""A service's replies in the journal: durable before they are read, tasks beside the
+answers, unreadable bodies in quarantine.
 
-All of this waits for a disk or an object store: an event loop calls it in a thread.
+All methods wait for a disk or an object store: an event loop calls them in a thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 
+from coin_ray.cloud.call import Call, TaskLost
 from coin_ray.cloud.http.connections import Reply
 from coin_ray.cloud.journal.base import AnswerRecord, Journal
 from coin_ray.cloud.journal.keys import TASK, answer_key, answer_key_from_digest
 from coin_ray.cloud.protocol import (
     Adapter,
-    Frame,
     Pending,
     PreparedRequest,
     Query,
     RawDetections,
 )
-from coin_ray.cloud.services import fitted, side_max
+from coin_ray.cloud.services import longest_side, shrink_to_limits
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
@@ -29,58 +29,11 @@ from coin_ray.errors import (
     ImageRejected,
     ProtocolError,
     Throttled,
-    Transient,
 )
 
 
-class TaskLost(Transient):
-    """The service no longer knows the task, or the task failed for no lasting reason:
-    only asking anew helps.
-    """
-
-
-@dataclass(slots=True)
-class Call:
-    """One image under way, and what it has cost so far."""
-
-    key: str
-    image: CanonicalImage
-    """As it is sent."""
-    seconds: float
-    """What is left of the deadline, once no wait for the first place counts any more.
-    """
-    patient: bool = True
-    give_up_at: float = 0.0
-    started: float = 0.0
-    task: Pending | None = None
-    """A task of the service's that is under way and on record: then nothing is asked
-    anew."""
-    task_time: float = 0.0
-    """Seconds since 1970."""
-    lost: int = 0
-    attempts: int = 0
-    calls: int = 0
-    latency_ms: float = 0.0
-
-    @property
-    def frame(self) -> Frame:
-        return Frame(
-            (self.image.width, self.image.height),
-            self.image.original,
-            self.image.visible_size,
-            self.image.mirrored,
-        )
-
-    @property
-    def idempotency_key(self) -> str:
-        """Another one after a lost task, or a service that remembers keys would name
-        the same task again.
-        """
-        return f"{self.key}-{self.lost}" if self.lost else self.key
-
-
-class Replies:
-    """Reads a service's replies by its adapter and keeps them in the journal.
+class ReplyJournal:
+    """Decodes a service's replies by its adapter and keeps them in the journal.
     ``endpoint``: as in ``answer_key``.
     """
 
@@ -93,21 +46,24 @@ class Replies:
         endpoint: str,
         wall_clock: Callable[[], float],
     ) -> None:
-        self._config, self._adapter, self._query = config, adapter, query
+        self._config = config
+        self._adapter = adapter
+        self._query = query
         self._capabilities = adapter.capabilities
-        self._max_side = side_max(config, self._capabilities)
-        self._journal, self._endpoint, self._wall_clock = journal, endpoint, wall_clock
+        self._max_side = longest_side(config, self._capabilities)
+        self._journal = journal
+        self._endpoint = endpoint
+        self._wall_clock = wall_clock
 
     def key(self, image: CanonicalImage) -> str:
-        """The journal's key."""
-        try:
-            return self._key(fitted(image, self._capabilities, self._max_side))
-        except ImageRejected:
-            return self._key(image)
+        """Return the journal's key."""
+        with suppress(ImageRejected):
+            image = shrink_to_limits(image, self._capabilities, self._max_side)
+        return self._key_of_sent(image)
 
-    def key_of_file(self, image_id: str) -> str:
-        """The journal's key of a file that is sent as it is, by the sha256 of its
-        bytes; nothing needs to be read.
+    def key_of_unchanged_file(self, image_id: str) -> str:
+        """Return the journal's key of a file that is sent as it is, by the sha256 of
+        its bytes, without reading it.
         """
         return answer_key_from_digest(
             self._capabilities.name,
@@ -117,68 +73,69 @@ class Replies:
             image_id,
         )
 
-    def begun(self, image: CanonicalImage, patient: bool = True) -> Call:
-        """Raises ``ImageRejected``."""
-        sent = fitted(image, self._capabilities, self._max_side)
-        return Call(self._key(sent), sent, self._config.deadline, patient)
+    def start_call(self, image: CanonicalImage, wait_for_breaker: bool = True) -> Call:
+        """Return a call for the image as it is sent. Raises ``ImageRejected``."""
+        sent = shrink_to_limits(image, self._capabilities, self._max_side)
+        key = self._key_of_sent(sent)
+        return Call(key, sent, self._config.deadline, wait_for_breaker)
 
-    def request(self, call: Call) -> PreparedRequest:
-        """How to ask about the image."""
+    def encode_request(self, call: Call) -> PreparedRequest:
+        """Return the request for the image."""
         return self._adapter.encode(call.image, self._query)
 
-    def on_record(self, call: Call) -> RawDetections | None:
-        """The answer in the journal. A task there that has no answer yet is noted in
-        ``call``.
+    def find_recorded(self, call: Call) -> RawDetections | None:
+        """Return the answer in the journal. A task there that has no answer yet is
+        noted in ``call``.
         """
-        for place in (call.key, _task_key(call.key)):
-            record = self._journal.get(place)
+        for key in (call.key, _task_key(call.key)):
+            record = self._journal.get(key)
             if record is None:
                 continue
+            headers = {"content-type": record.content_type}
             try:
-                found = self._decode(
-                    call, place, record.body, {"content-type": record.content_type}
-                )
+                decoded = self._decode(call, key, record.body, headers)
             except CloudError:
                 continue
-            if not isinstance(found, Pending):
-                if place != call.key:
+            if not isinstance(decoded, Pending):
+                if key != call.key:
                     self._journal.put(call.key, record)
-                return found
-            self._set_aside(call, place, record)
-            call.task, call.task_time = found, record.time
+                return decoded
+            self._move_task(call, key, record)
+            call.task = decoded
+            call.task_time = record.time
         return None
 
-    def received(self, call: Call, reply: Reply) -> RawDetections | Pending:
-        """What a 2xx reply says; kept before anything reads it. What names a task is
-        kept beside the answers, not among them.
+    def receive(self, call: Call, reply: Reply) -> RawDetections | Pending:
+        """Store a 2xx reply and decode it. A task is stored beside the answers, not
+        among them.
         """
-        task = _task_key(call.key)
-        place = task if self._capabilities.asynchronous else call.key
+        task_key = _task_key(call.key)
+        key = task_key if self._capabilities.asynchronous else call.key
         record = self._record(call, reply)
-        self._journal.put(place, record)
-        found = self._decode(call, place, reply.body, reply.headers)
-        if isinstance(found, Pending):
-            self._set_aside(call, place, record)
-            call.task = found
-        elif place == task:
+        self._journal.put(key, record)
+        decoded = self._decode(call, key, reply.body, reply.headers)
+        if isinstance(decoded, Pending):
+            self._move_task(call, key, record)
+            call.task = decoded
+        elif key == task_key:
             self._journal.put(call.key, record)
-        return found
+        return decoded
 
-    def polled(
+    def receive_poll(
         self, call: Call, reply: Reply, latency_ms: float
     ) -> RawDetections | Pending:
-        """What a 2xx reply to a poll says. Read before it is kept: most say "not yet",
-        and one that is lost here can be polled again.
+        """Decode a 2xx reply to a poll and store it if it is an answer. It is decoded
+        first: most say "not yet", and one that is lost here can be polled again.
         """
         try:
-            found = self._adapter.decode(
+            decoded = self._adapter.decode(
                 reply.headers, reply.body, self._query, call.frame
             )
         except ProtocolError as error:
             self._journal.quarantine(call.key, reply.body, str(error))
             raise
         except (Throttled, AuthError):
-            raise  # said of the poll, not of the task
+            raise  # about the poll, not about the task
         except CloudError as error:
             self.forget_task(call, str(error))
             if error.retryable:
@@ -186,20 +143,21 @@ class Replies:
                     f"the service's task failed: {error}", may_have_billed=True
                 ) from None
             raise
-        if not isinstance(found, Pending):
+        if not isinstance(decoded, Pending):
             call.latency_ms = latency_ms
             self._journal.put(call.key, self._record(call, reply))
-        return found
+        return decoded
 
     def forget_task(self, call: Call, reason: str) -> None:
-        """The task on record will give no result."""
-        record = self._journal.get(_task_key(call.key))
+        """Quarantine the task on record, which will give no result."""
+        task_key = _task_key(call.key)
+        record = self._journal.get(task_key)
         if record is not None:
-            self._journal.quarantine(_task_key(call.key), record.body, reason)
+            self._journal.quarantine(task_key, record.body, reason)
         call.task = None
-        call.lost += 1
+        call.lost_tasks += 1
 
-    def _key(self, sent: CanonicalImage) -> str:
+    def _key_of_sent(self, sent: CanonicalImage) -> str:
         return answer_key(
             self._capabilities.name,
             self._endpoint,
@@ -209,39 +167,38 @@ class Replies:
         )
 
     def _decode(
-        self, call: Call, place: str, body: bytes, headers: Mapping[str, str]
+        self, call: Call, key: str, body: bytes, headers: Mapping[str, str]
     ) -> RawDetections | Pending:
-        """What a 2xx body in the journal says; if that is an error, it is no answer and
-        never found there again.
+        """Decode a 2xx body in the journal; an error in it is quarantined, so that it
+        is never read as an answer again.
         """
         try:
-            found = self._adapter.decode(headers, body, self._query, call.frame)
-            if isinstance(found, Pending) and found.request is None:
+            decoded = self._adapter.decode(headers, body, self._query, call.frame)
+            if isinstance(decoded, Pending) and decoded.request is None:
                 raise ProtocolError(
-                    "the service took the image on as a task that it does not name",
+                    "the service accepted the image as a task but did not name the task",
                     may_have_billed=True,
                 )
-            return found
+            return decoded
         except CloudError as error:
-            self._journal.quarantine(place, body, str(error))
+            self._journal.quarantine(key, body, str(error))
             raise
 
-    def _set_aside(self, call: Call, place: str, record: AnswerRecord) -> None:
-        """A service that answers at once sometimes, and sometimes with a task: the task
-        leaves the answer's place.
+    def _move_task(self, call: Call, key: str, record: AnswerRecord) -> None:
+        """Move a task that was stored under the answer's key to a key of its own, for
+        services that answer at once sometimes and sometimes with a task.
         """
-        if place == call.key:
+        if key == call.key:
             self._journal.put(_task_key(call.key), record)
-            self._journal.quarantine(place, record.body, "a task, not an answer")
+            self._journal.quarantine(key, record.body, "a task, not an answer")
 
     def _record(self, call: Call, reply: Reply) -> AnswerRecord:
-        cost = call.calls * self._config.usd_per_call
         return AnswerRecord(
             reply.body,
             reply.headers["content-type"],
             call.attempts,
             call.latency_ms,
-            cost,
+            call.calls * self._config.usd_per_call,
             self._wall_clock(),
             self._capabilities.name,
             self._query.model,

@@ -1,7 +1,7 @@
-"""The services there are: how each is spoken to, where it answers, and what is checked
-before a call is paid.
+"""The supported services: their adapters, addresses and limits, and the checks of
+settings before a call is paid.
 
-An adapter is imported when it is asked for.
+An adapter is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import ConfigError, ImageRejected, InputError
 
 SHRINK_MAX = 0.9
+"""A file that is too large is shrunk at least by this factor."""
 SHRINK_MARGIN = 0.95
+"""Factor below the side that would just fit if size grew with the area."""
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """One service. ``token_env``: the variable its own tools read; ``per_minute``: the
-    limit its documentation names.
+class ServiceSpec:
+    """One service. ``token_env``: the variable that its own tools read; ``per_minute``:
+    the limit of calls in its documentation.
     """
 
     adapter: Callable[[Cloud], Adapter]
@@ -100,29 +102,31 @@ def _gemini(_: Cloud) -> Adapter:
     return GeminiAdapter()
 
 
-OFFERS: dict[str, Offer] = {
-    "http": Offer(_http),
-    "dino-x": Offer(_dino_x, "DDS_API_TOKEN", per_minute=600),
-    "grounding-dino": Offer(_grounding_dino, "DDS_API_TOKEN", per_minute=600),
-    "google-vision": Offer(_google_vision, "GOOGLE_VISION_API_KEY", per_minute=1800),
-    "rekognition": Offer(_rekognition),
-    "azure-vision": Offer(_azure_vision, "AZURE_VISION_KEY"),
-    "hf-endpoint": Offer(_hf_endpoint, "HF_TOKEN"),
-    "roboflow": Offer(_roboflow, "ROBOFLOW_API_KEY"),
-    "openai-vlm": Offer(_openai_vlm, "OPENAI_API_KEY"),
-    "gemini": Offer(_gemini, "GEMINI_API_KEY"),
+SERVICES: dict[str, ServiceSpec] = {
+    "http": ServiceSpec(_http),
+    "dino-x": ServiceSpec(_dino_x, "DDS_API_TOKEN", per_minute=600),
+    "grounding-dino": ServiceSpec(_grounding_dino, "DDS_API_TOKEN", per_minute=600),
+    "google-vision": ServiceSpec(
+        _google_vision, "GOOGLE_VISION_API_KEY", per_minute=1800
+    ),
+    "rekognition": ServiceSpec(_rekognition),
+    "azure-vision": ServiceSpec(_azure_vision, "AZURE_VISION_KEY"),
+    "hf-endpoint": ServiceSpec(_hf_endpoint, "HF_TOKEN"),
+    "roboflow": ServiceSpec(_roboflow, "ROBOFLOW_API_KEY"),
+    "openai-vlm": ServiceSpec(_openai_vlm, "OPENAI_API_KEY"),
+    "gemini": ServiceSpec(_gemini, "GEMINI_API_KEY"),
 }
 
 
 def adapter_for(cloud: Cloud) -> Adapter:
-    """The adapter of ``cloud.service``. Raises ``ConfigError`` for a setting that it
-    needs.
+    """Return the adapter of ``cloud.service``. Raises ``ConfigError`` if a setting that
+    it needs is missing.
     """
-    return OFFERS[cloud.service].adapter(cloud)
+    return SERVICES[cloud.service].adapter(cloud)
 
 
 def endpoint_for(cloud: Cloud, adapter: Adapter) -> str:
-    """Where the service answers; empty if a local server is to be started. Raises
+    """Return the service's address; empty if a local server is to be started. Raises
     ``ConfigError`` without an address.
     """
     if cloud.serve != "none" and cloud.service != "http":
@@ -133,8 +137,8 @@ def endpoint_for(cloud: Cloud, adapter: Adapter) -> str:
     url = cloud.url or adapter.capabilities.url
     if not url and cloud.serve == "none":
         raise ConfigError(
-            f"{cloud.service} has no address of its own: give --cloud.url https://...,"
-            " where yours answers"
+            f"{cloud.service} has no public address: give --cloud.url https://..., the"
+            " address of your own deployment"
         )
     if "{region}" in url and not re.fullmatch(r"[a-z0-9-]+", cloud.region):
         raise ConfigError(
@@ -144,39 +148,38 @@ def endpoint_for(cloud: Cloud, adapter: Adapter) -> str:
 
 
 def models_digest(cloud: Cloud) -> str:
-    """Digest [16 hexadecimal digits] of the files that a local server answers from;
-    empty where it has none at hand (a name on the hub).
+    """Return the digest [16 hexadecimal digits] of the files that a local server
+    answers from; empty if none is a local file (a name on the hub).
     """
-    models = {
+    models_by_server: dict[str, tuple[str, ...]] = {
         "onnx": cloud.onnx_models,
         "checkpoint": (cloud.model,),
         "transformers": (cloud.model,),
-    }.get(cloud.serve, ())
-    contents = hashlib.sha256()
-    files = [
-        file
-        for model in models
-        if storage.exists(model)
-        for file in storage.list_files(model) or [model]
-    ]
-    for file in files:
-        contents.update(storage.digest(file).encode())
-    return contents.hexdigest()[:16] if files else ""
+    }
+    digest = hashlib.sha256()
+    has_files = False
+    for model in models_by_server.get(cloud.serve, ()):
+        if not storage.exists(model):
+            continue
+        for file in storage.list_files(model) or [model]:
+            digest.update(storage.sha256(file).encode())
+            has_files = True
+    return digest.hexdigest()[:16] if has_files else ""
 
 
 def check_clouds(clouds: Sequence[Cloud], classes: Sequence[str]) -> None:
-    """Settings that a service needs, before anything is started. Raises
+    """Check the settings that each service needs, before anything is started. Raises
     ``ConfigError``.
     """
     for cloud in clouds:
         adapter = adapter_for(cloud)
         endpoint_for(cloud, adapter)
-        check_askable(cloud, classes, adapter.capabilities)
+        check_service_settings(cloud, classes, adapter.capabilities)
 
 
 def label_map_for(cloud: Cloud, classes: Sequence[str]) -> LabelMap | None:
-    """The map named by ``cloud.label_map``, if any. Raises ``ConfigError`` for a file
-    that can't be used.
+    """Return the map named by ``cloud.label_map``, if any. Raises ``ConfigError`` for a
+    file that can't be used.
     """
     if cloud.label_map is None:
         return None
@@ -186,28 +189,26 @@ def label_map_for(cloud: Cloud, classes: Sequence[str]) -> LabelMap | None:
 
 
 def token_variable(cloud: Cloud) -> str | None:
-    """Name of the environment variable with the token."""
-    return cloud.token_env or OFFERS[cloud.service].token_env
+    """Return the name of the environment variable with the token."""
+    return cloud.token_env or SERVICES[cloud.service].token_env
 
 
 def calls_per_minute(cloud: Cloud) -> float | None:
-    """What the configuration says, or else the service's documentation."""
-    return (
-        cloud.per_minute
-        if cloud.per_minute is not None
-        else OFFERS[cloud.service].per_minute
-    )
+    """Return the limit of the configuration, or else of the service's documentation."""
+    if cloud.per_minute is not None:
+        return cloud.per_minute
+    return SERVICES[cloud.service].per_minute
 
 
-def side_max(cloud: Cloud, capabilities: Capabilities) -> int:
-    """Longer side, in pixels, of the images that are sent."""
+def longest_side(cloud: Cloud, capabilities: Capabilities) -> int:
+    """Return the longest side, in pixels, of the images that are sent."""
     return min(cloud.max_side, capabilities.max_side)
 
 
-def check_askable(
+def check_service_settings(
     cloud: Cloud, classes: Sequence[str], capabilities: Capabilities
 ) -> None:
-    """Whether the service can be asked this at all. Raises ``ConfigError``."""
+    """Check that the service supports these settings. Raises ``ConfigError``."""
     if capabilities.max_classes is not None and len(classes) > capabilities.max_classes:
         raise ConfigError(
             f"{capabilities.name} can be asked for at most {capabilities.max_classes}"
@@ -222,32 +223,26 @@ def check_askable(
         )
 
 
-def fitted(
+def shrink_to_limits(
     image: CanonicalImage, capabilities: Capabilities, max_side: int
 ) -> CanonicalImage:
-    """The image as it is sent: at most ``max_side`` pixels long and small enough a
-    file. Raises ``ImageRejected`` if that can't be.
+    """Return the image as it is sent: at most ``max_side`` pixels long and small enough
+    a file. Raises ``ImageRejected`` if it can't be shrunk to that.
     """
     longer = max(image.width, image.height)
     side = min(longer, max_side)
-    sent = image if side == longer else _smaller(image, side)
+    sent = image if side == longer else _resize(image, side)
     while (
         len(sent.data) > capabilities.max_bytes
         and min(sent.width, sent.height) >= capabilities.min_side
         and side > 1
     ):
-        side = int(
-            side
-            * min(
-                SHRINK_MAX,
-                SHRINK_MARGIN * math.sqrt(capabilities.max_bytes / len(sent.data)),
-            )
-        )
-        sent = _smaller(image, side)
-    if (
-        len(sent.data) > capabilities.max_bytes
-        or min(sent.width, sent.height) < capabilities.min_side
-    ):
+        factor = SHRINK_MARGIN * math.sqrt(capabilities.max_bytes / len(sent.data))
+        side = int(side * min(SHRINK_MAX, factor))
+        sent = _resize(image, side)
+    is_too_large = len(sent.data) > capabilities.max_bytes
+    is_too_small = min(sent.width, sent.height) < capabilities.min_side
+    if is_too_large or is_too_small:
         raise ImageRejected(
             f"the image of {image.original[0]} x {image.original[1]} pixels would be"
             f" sent as {sent.width} x {sent.height}; {capabilities.name} takes at least"
@@ -257,19 +252,22 @@ def fitted(
     return sent
 
 
-def _smaller(image: CanonicalImage, side: int) -> CanonicalImage:
+def _resize(image: CanonicalImage, side: int) -> CanonicalImage:
     try:
         smaller = canonical_image(image.data, max(side, 1))
     except InputError as error:
         raise ImageRejected(f"the image can't be made smaller: {error}") from None
-    shown = image.shown and (
-        image.shown[0] * smaller.width / image.width,
-        image.shown[1] * smaller.height / image.height,
-    )
+    visible_size = None
+    if image.visible_size is not None:
+        visible_width, visible_height = image.visible_size
+        visible_size = (
+            visible_width * smaller.width / image.width,
+            visible_height * smaller.height / image.height,
+        )
     return replace(
         smaller,
         original=image.original,
         image_id=image.image_id,
-        shown=shown,
+        visible_size=visible_size,
         mirrored=image.mirrored,
     )

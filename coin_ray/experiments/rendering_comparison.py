@@ -24,7 +24,7 @@ from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
-from coin_ray.cloud.renderings import image_in_view
+from coin_ray.cloud.renderings import render_image
 from coin_ray.config import PLAIN_RENDERING, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage, decode_sent
 from coin_ray.errors import CloudError, InputError
@@ -158,7 +158,7 @@ class _Queries:
             if self.stopped_by is not None:
                 return None
             try:
-                image = await asyncio.to_thread(_read_rendering, uri, *client.view)
+                image = await asyncio.to_thread(_read_rendering, uri, *client.rendering)
                 answer = await client.answer(image)
             except (InputError, FileNotFoundError):
                 return None
@@ -171,7 +171,7 @@ class _Queries:
 
 
 def _read_rendering(uri: str, max_side: int, rendering: str) -> CanonicalImage:
-    return image_in_view(storage.read_bytes(uri), max_side, rendering)
+    return render_image(storage.read_bytes(uri), max_side, rendering)
 
 
 def _draw_sample(
@@ -206,7 +206,7 @@ def draw_contact_sheet(
     for row, uri in enumerate(uris):
         image_file = storage.read_bytes(uri)
         for column, rendering in enumerate(renderings):
-            image = image_in_view(image_file, SHEET_SIDE, rendering)
+            image = render_image(image_file, SHEET_SIDE, rendering)
             pixels = _draw_detections(image, answers[row][column], config.classes)
             sheet.paste(pixels, (column * pitch, SHEET_GAP + row * pitch))
     png = io.BytesIO()

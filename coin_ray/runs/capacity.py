@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from coin_ray import storage
-from coin_ray.cloud.client import governor_limits
+from coin_ray.cloud.accounts import governor_limits
 from coin_ray.config import Detector, PipelineConfig, TrainingConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import ConfigError

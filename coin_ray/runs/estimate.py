@@ -125,7 +125,7 @@ def print_estimate(cloud: Cloud, estimate: Estimate) -> None:
 
 def effective_rate(cloud: Cloud) -> float:
     """Return the calls per second within the limits of a cloud or its local emulation."""
-    from coin_ray.cloud.client import governor_limits
+    from coin_ray.cloud.accounts import governor_limits
 
     rate = governor_limits(cloud).rate
     if cloud.serve in EMULATED_CLOUDS and cloud.serve_latency:
@@ -159,7 +159,7 @@ def _count_images(config: PipelineConfig, images: Step, root: str) -> int:
 
 def _count_recent_calls(config: PipelineConfig, root: str) -> list[int]:
     """Return the calls of each service in the last 24 hours."""
-    from coin_ray.cloud.client import account_name
+    from coin_ray.cloud.accounts import account_name
     from coin_ray.cloud.journal.opening import open_journal
     from coin_ray.cloud.services import adapter_for
 
@@ -199,9 +199,9 @@ def _answered_images(
     unmatched_keys = set(answered_keys)
     for row in asked_rows:
         for client, images in zip(clients, answered_images, strict=True):
-            if client.view[1] != PLAIN_RENDERING:
+            if client.rendering[1] != PLAIN_RENDERING:
                 continue
-            key = client.key_of_file(row["image_id"])
+            key = client.key_of_unchanged_file(row["image_id"])
             if key in answered_keys:
                 images.add(row["uri"])
                 unmatched_keys.discard(key)
@@ -219,7 +219,8 @@ def _answered_images(
 
 def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> CloudClient:
     """Return a client that is used for its journal keys only."""
-    from coin_ray.cloud.client import CloudClient, governor_limits
+    from coin_ray.cloud.accounts import governor_limits
+    from coin_ray.cloud.client import CloudClient
     from coin_ray.cloud.governor import Governor, LocalGovernor
 
     governor = LocalGovernor(Governor(governor_limits(cloud)))
@@ -228,12 +229,12 @@ def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> Cloud
 
 def _rendered_keys(uri: str, clients: Sequence[CloudClient]) -> list[str]:
     """Return the journal key of an image for each cloud; none if it can not be read."""
-    from coin_ray.cloud.renderings import image_in_view
+    from coin_ray.cloud.renderings import render_image
     from coin_ray.errors import InputError
 
     try:
         file = storage.read_bytes(uri)
-        return [client.key(image_in_view(file, *client.view)) for client in clients]
+        return [client.key(render_image(file, *client.rendering)) for client in clients]
     except (InputError, FileNotFoundError):
         return []
 

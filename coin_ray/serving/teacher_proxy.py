@@ -11,12 +11,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.answer import Answer
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
-from coin_ray.cloud.renderings import image_in_view
+from coin_ray.cloud.renderings import render_image
 from coin_ray.cloud.services import adapter_for, check_clouds, endpoint_for
 from coin_ray.config import PipelineConfig
 from coin_ray.errors import CloudError
@@ -72,7 +73,7 @@ class TeacherProxy:
         InputError for a bad image, TeacherUnavailable with the kind of error.
         """
         started = time.perf_counter()
-        image = await asyncio.to_thread(image_in_view, image_bytes, *self._client.view)
+        image = await asyncio.to_thread(render_image, image_bytes, *self._client.rendering)
         try:
             answer = await self._client.answer(image)
         except CloudError as error:

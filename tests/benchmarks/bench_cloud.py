@@ -443,7 +443,8 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from coin_ray import storage
-    from coin_ray.cloud.client import CloudClient, governor_limits
+    from coin_ray.cloud.accounts import governor_limits
+    from coin_ray.cloud.client import CloudClient
     from coin_ray.cloud.governor import Governor, LocalGovernor
     from coin_ray.cloud.journal.base import AnswerRecord
     from coin_ray.cloud.journal.segments import SegmentJournal

@@ -145,14 +145,14 @@ def test_what_is_no_scene() -> None:
         exif[0x0112] = 6
         sink = io.BytesIO()
         image.save(sink, "JPEG", exif=exif)
-    for content in (
+    for image_file in (
         b"",
         b"text",
         PICTURE.data[: len(PICTURE.data) // 2],
         sink.getvalue(),
     ):
         with pytest.raises(SceneError):
-            read_scene(content)
+            read_scene(image_file)
 
 
 @pytest.mark.parametrize(

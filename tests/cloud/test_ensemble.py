@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.cloud import ensemble as ensemble_module
+from coin_ray.cloud.accounts import account_name, governor_limits
 from coin_ray.cloud.answer import Answer
-from coin_ray.cloud.client import CloudClient, account_name, governor_limits
+from coin_ray.cloud.answer_fusion import fuse_answers, score_labels
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.ensemble import (
     EnsembleClient,
     clip_contradicts,
     cloud_names,
     create_client,
-    fuse,
     render_for_clouds,
-    scored,
 )
 from coin_ray.cloud.governor import COOL_DOWN, WINDOW_MIN, Governor, LocalGovernor
 from coin_ray.cloud.journal.base import Journal
@@ -124,7 +124,7 @@ IOUS = st.sampled_from([0.05, 0.3, 0.55, 1.0])
 def test_one_cloud_is_itself(
     answer: RawDetections, reliability: float, iou: float
 ) -> None:
-    assert same(fuse([answer], [reliability], iou), answer)
+    assert same(fuse_answers([answer], [reliability], iou), answer)
 
 
 @given(
@@ -135,7 +135,7 @@ def test_clouds_that_agree_are_one(
 ) -> None:
     """Boxes, and scores up to rounding; a cloud's boxes stay as many as they are,
     however much they overlap."""
-    fused = fuse([answer] * clouds, [2.0] * clouds, iou)
+    fused = fuse_answers([answer] * clouds, [2.0] * clouds, iou)
     assert len(fused) == len(answer)
     if len({b.tobytes() for b in answer.boxes}) == len(answer) and iou == 1:
         order = np.lexsort(answer.boxes.T), np.lexsort(fused.boxes.T)
@@ -151,7 +151,7 @@ def test_the_order_of_the_clouds_decides_nothing(
 ) -> None:
     shuffled = random.sample(teachers, len(teachers))
     one, other = (
-        fuse([a for a, _ in some], [r for _, r in some], iou)
+        fuse_answers([a for a, _ in some], [r for _, r in some], iou)
         for some in (teachers, shuffled)
     )
     assert same(one, other)
@@ -165,7 +165,7 @@ def test_fused_boxes_stay_among_their_members(
     the weighted mean of everybody's."""
     said = [a for a, _ in teachers]
     trust = np.array([r for _, r in teachers])
-    fused = fuse(said, trust.tolist(), iou)
+    fused = fuse_answers(said, trust.tolist(), iou)
     everything = np.concatenate([a.boxes for a in said])
     assert max(len(a) for a in said) <= len(fused) <= len(everything)
     assert len(fused) == 0 or (fused.boxes.min(0) >= everything.min(0)).all()
@@ -182,21 +182,21 @@ def test_fused_boxes_stay_among_their_members(
 def test_a_pair_by_hand() -> None:
     """Weights 2 x 0.6 and 1 x 0.8; the second cloud names another class."""
     one, two = raw(([0, 0, 10, 10], [0.6, 0, 0])), raw(([2, 0, 12, 10], [0, 0.8, 0]))
-    fused = fuse([one, two], [2, 1], 0.5)
+    fused = fuse_answers([one, two], [2, 1], 0.5)
     assert fused.boxes[0] == pytest.approx([0.8, 0, 10.8, 10])
     assert fused.class_scores[0] == pytest.approx([0.4, 0.8 / 3, 0])
-    apart = fuse([one, two], [2, 1], 0.7)
+    apart = fuse_answers([one, two], [2, 1], 0.7)
     assert apart.boxes.tolist() == [[0, 0, 10, 10], [2, 0, 12, 10]]
     assert apart.class_scores == pytest.approx(np.array([[0.4, 0, 0], [0, 0.8 / 3, 0]]))
 
 
 def test_who_did_not_see_a_box_lowers_its_score() -> None:
-    fused = fuse([raw(([0, 0, 9, 9], [0.9, 0, 0])), raw(), raw()], [1, 1, 2], 0.5)
+    fused = fuse_answers([raw(([0, 0, 9, 9], [0.9, 0, 0])), raw(), raw()], [1, 1, 2], 0.5)
     assert fused.class_scores[0] == pytest.approx([0.225, 0, 0])
 
 
 def test_one_class() -> None:
-    fused = fuse(
+    fused = fuse_answers(
         [raw(([0, 0, 10, 10], [0.6])), raw(([0, 0, 10, 10], [1.0]))], [1, 1], 0.5
     )
     assert fused.class_scores.tolist() == [[pytest.approx(0.8)]]
@@ -204,7 +204,7 @@ def test_one_class() -> None:
 
 def test_a_cloud_s_own_boxes_are_not_joined() -> None:
     crowd = raw(([0, 0, 10, 10], [0.9, 0, 0]), ([1, 0, 11, 10], [0.8, 0, 0]))
-    assert len(fuse([crowd, raw(([0, 0, 10, 10], [0.5, 0, 0]))], [1, 1], 0.5)) == 2
+    assert len(fuse_answers([crowd, raw(([0, 0, 10, 10], [0.5, 0, 0]))], [1, 1], 0.5)) == 2
 
 
 KIND_PAIRS = [
@@ -219,16 +219,16 @@ KIND_PAIRS = [
 def test_fused_scores_are_of_the_worst_kind(
     one: ScoreKind, two: ScoreKind, expected: str
 ) -> None:
-    assert fuse([raw(kind=one), raw(kind=two)], [1, 1], 0.5).score_kind == expected
+    assert fuse_answers([raw(kind=one), raw(kind=two)], [1, 1], 0.5).score_kind == expected
 
 
 def test_labels_without_score_are_scored_by_their_precision() -> None:
     bare = raw(([0, 0, 9, 9], [0, 1, 0]), ([0, 0, 9, 9], [1, 0, 0]), kind="none")
-    found = scored(bare, Prior(precision=(0.8, None, None)))
+    found = score_labels(bare, Prior(precision=(0.8, None, None)))
     assert found.class_scores.tolist() == [[0, 0.5, 0], [pytest.approx(0.8), 0, 0]]
     assert found.score_kind == "self_reported"
     label = raw(([0, 0, 9, 9], [0, 1, 0]))
-    assert scored(label, Prior(precision=(0.8, 0.8, 0.8))) is label
+    assert score_labels(label, Prior(precision=(0.8, 0.8, 0.8))) is label
 
 
 DOUBTS = [
@@ -919,5 +919,5 @@ def test_more_clouds_cost_little_time() -> None:
         for c in corners
     ]
     for order in itertools.permutations(range(3)):
-        fused = fuse([said[i] for i in order], [1, 1, 1], 0.55)
+        fused = fuse_answers([said[i] for i in order], [1, 1, 1], 0.55)
     assert 300 <= len(fused) <= 900

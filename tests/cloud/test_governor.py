@@ -27,7 +27,8 @@ from .conftest import FakeTime
 def _new_governor(
     time: FakeTime, spent: tuple[int, float] = (0, 0.0), **limits: float
 ) -> Governor:
-    return Governor(Limits(**{"rate": 10.0, "in_flight": 100, **limits}), spent, time)  # type: ignore[arg-type]
+    all_limits = {"rate": 10.0, "in_flight": 100, **limits}
+    return Governor(Limits(**all_limits), spent, time)  # type: ignore[arg-type]
 
 
 def _granted_lease(grant: Grant) -> int:

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.adapters.parsing import to_original_frame
 from coin_ray.cloud.answer import Answer
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.ensemble import EnsembleClient, cloud_names, render_for_clouds
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import Capabilities, Frame
-from coin_ray.cloud.renderings import MARGIN, REDUCED, image_in_view
-from coin_ray.cloud.services import fitted
+from coin_ray.cloud.renderings import MARGIN, REDUCED, render_image
+from coin_ray.cloud.services import shrink_to_limits
 from coin_ray.config import (
     RENDERING_OPERATIONS,
     Cloud,
@@ -87,7 +88,7 @@ def test_an_object_seen_in_a_view_is_found_where_it_is(
     """The image is drawn, shown, and the object looked for in the pixels that are sent."""
     x, y = data.draw(st.integers(4, width - 24)), data.draw(st.integers(4, height - 24))
     box = (x, y, x + data.draw(st.integers(8, 20)), y + data.draw(st.integers(8, 20)))
-    image = image_in_view(with_object(width, height, box), 4096, view)
+    image = render_image(with_object(width, height, box), 4096, view)
     shown = image.visible_size or (image.width, image.height)
     found = seen(pixels_of(image)[: int(shown[1]), : int(shown[0])])
     assert to_original_frame([found], "xyxy", frame_of(image))[0] == pytest.approx(
@@ -105,7 +106,7 @@ def test_an_object_seen_in_a_view_is_found_where_it_is(
 def test_no_view_is_larger_than_the_service_takes(
     view: str, width: int, height: int, max_side: int
 ) -> None:
-    image = image_in_view(with_object(width, height, (5, 5, 20, 20)), max_side, view)
+    image = render_image(with_object(width, height, (5, 5, 20, 20)), max_side, view)
     assert max(image.width, image.height) <= max_side
     assert image.original == (width, height)
     corner = np.array([[0, 0, *(image.visible_size or (image.width, image.height))]])
@@ -117,14 +118,14 @@ def test_no_view_is_larger_than_the_service_takes(
 def test_what_the_operations_do() -> None:
     raw = with_object(60, 40, (6, 10, 26, 30))
     plain, inverted = (
-        pixels_of(image_in_view(raw, 4096, "plain")),
-        pixels_of(image_in_view(raw, 4096, "inverted")),
+        pixels_of(render_image(raw, 4096, "plain")),
+        pixels_of(render_image(raw, 4096, "inverted")),
     )
     assert plain + inverted == pytest.approx(255, abs=3)
-    assert pixels_of(image_in_view(raw, 4096, "mirrored"))[:, ::-1] == pytest.approx(
+    assert pixels_of(render_image(raw, 4096, "mirrored"))[:, ::-1] == pytest.approx(
         plain, abs=4
     )
-    reduced = image_in_view(raw, 4096, "reduced")
+    reduced = render_image(raw, 4096, "reduced")
     assert ((reduced.width, reduced.height), reduced.visible_size) == (
         (90, 60),
         (60, 40),
@@ -134,20 +135,20 @@ def test_what_the_operations_do() -> None:
     assert np.abs(pixels_of(reduced)[50:, 70:] - MARGIN).max() <= 3
     coloured = np.zeros((40, 60, 3), np.uint8)
     coloured[:, :30, 0] = 200
-    grey = pixels_of(image_in_view(png(coloured), 4096, "grey"))
+    grey = pixels_of(render_image(png(coloured), 4096, "grey"))
     assert np.ptp(grey, axis=2).max() == 0
     assert grey[20, 10, 0] == pytest.approx(0.299 * 200, abs=2)
 
 
 def test_the_plain_view_is_the_image_as_ever() -> None:
     raw = with_object(300, 200, (6, 10, 26, 30))
-    assert image_in_view(raw, 128, "plain") == canonical_image(raw, 128)
+    assert render_image(raw, 128, "plain") == canonical_image(raw, 128)
 
 
 def test_a_file_made_smaller_for_a_service_keeps_its_frame() -> None:
     raw = png(np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8))
-    image = image_in_view(raw, 4096, "mirrored+reduced")
-    sent = fitted(image, replace(SMALL, max_bytes=len(image.data) // 3), 4096)
+    image = render_image(raw, 4096, "mirrored+reduced")
+    sent = shrink_to_limits(image, replace(SMALL, max_bytes=len(image.data) // 3), 4096)
     assert sent.width < image.width
     assert sent.visible_size is not None
     assert to_original_frame([[0, 0, *sent.visible_size]], "xyxy", frame_of(sent))[
@@ -158,7 +159,7 @@ def test_a_file_made_smaller_for_a_service_keeps_its_frame() -> None:
 
 def test_boxes_in_the_margin_are_dropped_and_those_across_it_end_at_the_image() -> None:
     frame = frame_of(
-        image_in_view(with_object(60, 40, (6, 10, 26, 30)), 4096, "reduced")
+        render_image(with_object(60, 40, (6, 10, 26, 30)), 4096, "reduced")
     )
     found = to_original_frame([[70, 45, 88, 58], [40, 20, 80, 55]], "xyxy", frame)
     # thinner than a pixel: no detection

@@ -22,12 +22,13 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.accounts import governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.journal.record_format import HEADER, MAGIC
 from coin_ray.cloud.journal.segments import SegmentJournal
-from coin_ray.cloud.services import OFFERS
+from coin_ray.cloud.services import SERVICES
 from coin_ray.config import Cloud, PipelineConfig, ServiceName
 from coin_ray.config.presets import folder
 from coin_ray.config.yaml_files import to_yaml
@@ -35,7 +36,7 @@ from coin_ray.errors import ConfigError
 from coin_ray.runs import tracking
 
 from .cases import CASES, CLASSES, SIZE, Case, Truth
-from .conftest import solid_image
+from .conftest import journal_text, solid_image
 
 LOGGERS = (
     "httpx",
@@ -54,12 +55,12 @@ AWS = {
     "AWS_SECRET_ACCESS_KEY": "q/7Z+x2=W9&kLpRtVbNmQwErTyUiOpAsDfGh",
     "AWS_SESSION_TOKEN": "zS/4+t=J8&sessionsessionsession==",
 }
-PREFIX = 8
-SEEN = "what the service saw: "
+PREFIX_LENGTH = 8
+ECHO_MARK = "what the service saw: "
 
 
 @dataclass(frozen=True)
-class Subject:
+class ServiceCase:
     """A service and how it is asked."""
 
     case: Case
@@ -72,9 +73,9 @@ class Subject:
     def service(self) -> ServiceName:
         name = self.case.adapter.capabilities.name
         return cast(
-            "Service",
+            "ServiceName",
             max(
-                (offer for offer in OFFERS if name.startswith(offer)),
+                (offer for offer in SERVICES if name.startswith(offer)),
                 key=len,
                 default="http",
             ),
@@ -91,7 +92,7 @@ class Subject:
         auth = self.case.adapter.capabilities.auth
         if auth is not None and auth.sigv4:
             return AWS
-        variable = self.token_env or OFFERS[self.service].token_env
+        variable = self.token_env or SERVICES[self.service].token_env
         number = zlib.crc32(str(variable).encode()) % 90 + 10
         return (
             {variable: f"k{number}/Y+4=&w{number}Qz~live-0123456789abcdef"}
@@ -100,20 +101,26 @@ class Subject:
         )
 
     @property
-    def first(self) -> list[Reply]:
+    def first_replies(self) -> list[Reply]:
         """What comes before the answer: the service's health, or the name of a task."""
         capabilities = self.case.adapter.capabilities
         health = (
-            [Raw(body={"status": "ok"})] if capabilities.health_path is not None else []
+            [WireReply(body={"status": "ok"})]
+            if capabilities.health_path is not None
+            else []
         )
         return [
             *health,
-            *([Raw(body=self.case.further[0])] if capabilities.asynchronous else []),
+            *(
+                [WireReply(body=self.case.further[0])]
+                if capabilities.asynchronous
+                else []
+            ),
         ]
 
     @property
-    def success(self) -> Raw:
-        return Raw(
+    def success(self) -> WireReply:
+        return WireReply(
             body=self.case.answer(
                 [Truth(self.case.names["car"], (10, 10, 90, 80))], SIZE
             )
@@ -121,12 +128,12 @@ class Subject:
 
 
 PICTURE = solid_image(0, *SIZE)
-SUBJECTS = [Subject(case) for case in CASES]
-HTTP = next(s for s in SUBJECTS if s.service == "http")
+SERVICE_CASES = [ServiceCase(case) for case in CASES]
+HTTP = next(s for s in SERVICE_CASES if s.service == "http")
 
 
 @dataclass(frozen=True)
-class Raw:
+class WireReply:
     """A reply on the wire. ``after``: how many of its bytes are sent before the
     connection is closed; ``hang``: it is never sent."""
 
@@ -136,27 +143,27 @@ class Raw:
     after: int | None = None
     hang: bool = False
 
-    def data(self, content_type: str) -> bytes:
+    def encode(self, content_type: str) -> bytes:
         body = (
             self.body
             if isinstance(self.body, bytes)
             else json.dumps(self.body).encode()
         )
-        fields = {
+        headers = {
             "Content-Type": content_type,
             "Content-Length": str(len(body)),
             **self.headers,
         }
-        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"HTTP/1.1 {self.status} Reason\r\n{head}\r\n".encode() + body
 
 
-Reply = Raw | Callable[[dict[str, str]], Raw]
+Reply = WireReply | Callable[[dict[str, str]], WireReply]
 """A function gets the request's headers."""
 
 
 @dataclass
-class Server:
+class WireServer:
     """Replies in order over real connections, the last one for ever."""
 
     replies: Sequence[Reply]
@@ -187,23 +194,23 @@ class Server:
     ) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {
-            name.lower(): value
-            for name, _, value in (line.partition(": ") for line in head[1:])
+            name.lower(): text
+            for name, _, text in (line.partition(": ") for line in head[1:])
         }
         await reader.readexactly(int(headers.get("content-length", 0)))
         reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
         self.requests.append(headers)
-        reply = reply if isinstance(reply, Raw) else reply(headers)
+        reply = reply if isinstance(reply, WireReply) else reply(headers)
         if reply.hang:
             await reader.read()  # until the client gives up
             return False
-        data = reply.data(self.content_type)
-        writer.write(data[: reply.after])
+        encoded = reply.encode(self.content_type)
+        writer.write(encoded[: reply.after])
         await writer.drain()
         return reply.after is None
 
 
-def forms(secret: str) -> dict[str, str]:
+def _encoded_forms(secret: str) -> dict[str, str]:
     """What a secret may look like, each form's part that any 8 characters of its
     beginning show."""
     plain = {
@@ -218,28 +225,28 @@ def forms(secret: str) -> dict[str, str]:
     }
     encoded: dict[str, str] = {}
     for shift in range(3):
-        whole = base64.b64encode(bytes(shift) + secret.encode()).decode()
-        text = whole[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
+        encoded_secret = base64.b64encode(bytes(shift) + secret.encode()).decode()
+        text = encoded_secret[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
         encoded |= {
             f"base64, {shift}": text,
             f"base64 for addresses, {shift}": text.replace("+", "-").replace("/", "_"),
         }
-    return {name: text[:PREFIX] for name, text in plain.items()} | {
-        name: text[: PREFIX * 4 // 3] for name, text in encoded.items()
+    return {name: text[:PREFIX_LENGTH] for name, text in plain.items()} | {
+        name: text[: PREFIX_LENGTH * 4 // 3] for name, text in encoded.items()
     }
 
 
-def assert_hidden(secrets: Sequence[str], shown: Mapping[str, str]) -> None:
+def _assert_hidden(secrets: Sequence[str], texts: Mapping[str, str]) -> None:
     for secret in secrets:
-        for name, text in forms(secret).items():
-            for where, content in shown.items():
-                place = content.find(text)
-                assert place < 0, (
-                    f"{name} in {where}: ...{content[max(0, place - 300) : place + 80]}"
+        for name, text in _encoded_forms(secret).items():
+            for source, text_shown in texts.items():
+                position = text_shown.find(text)
+                assert position < 0, (
+                    f"{name} in {source}: ...{text_shown[max(0, position - 300) : position + 80]}"
                 )
 
 
-def with_locals(error: BaseException | None) -> Iterator[str]:
+def _tracebacks_with_locals(error: BaseException | None) -> Iterator[str]:
     """The tracebacks of an error and of all that led to it, suppressed ones too, with
     the variables of every frame."""
     while error is not None:
@@ -249,27 +256,12 @@ def with_locals(error: BaseException | None) -> Iterator[str]:
             ).format()
         )
         yield repr(error)
-        yield from with_locals(error.__cause__)
+        yield from _tracebacks_with_locals(error.__cause__)
         error = error.__context__
 
 
-def journal_text(place: Path) -> str:
-    """Heads and bodies of all records below a folder, unpacked."""
-    texts = []
-    for file in place.rglob("*.segment"):
-        data, offset = file.read_bytes(), 0
-        texts.append(data.decode("latin-1"))
-        while offset < len(data):
-            magic, head, body, _ = HEADER.unpack_from(data, offset)
-            assert magic == MAGIC
-            start = offset + HEADER.size + head
-            texts.append(zlib.decompress(data[start : start + body]).decode("latin-1"))
-            offset = start + body
-    return "\n".join(texts)
-
-
 @cache
-def settings_text(cloud: Cloud) -> str:
+def _settings_text(cloud: Cloud) -> str:
     """What a run writes and sends about its settings: config.yaml, MLflow's parameters,
     the arguments of Ray's actors."""
     config: PipelineConfig = replace(folder(), classes=CLASSES, cloud=cloud)
@@ -277,33 +269,33 @@ def settings_text(cloud: Cloud) -> str:
     return f"{to_yaml(config)}\n{tracking.flat(config)}\n{config!r}\n{arguments.decode('latin-1')}\n{arguments!r}"
 
 
-async def briefly(seconds: float) -> None:
+async def _sleep_briefly(seconds: float) -> None:
     await asyncio.sleep(min(seconds, 0.001))
 
 
 @dataclass
-class Seen:
+class Observation:
     """One run: what it left to see, and what the service got."""
 
-    shown: dict[str, str]
-    server: Server
+    texts: dict[str, str]
+    server: WireServer
     error: BaseException | None
 
 
-def observed(
-    subject: Subject,
+def _observe(
+    service_case: ServiceCase,
     replies: Sequence[Reply],
-    place: Path,
+    folder: Path,
     caplog: pytest.LogCaptureFixture,
     debug: bool = False,
     **settings: Any,
-) -> Seen:
+) -> Observation:
     """Ask about one image, twice at once, and gather all that can be seen afterwards.
     ``debug``: asyncio tells more, slowly."""
-    server = Server(replies, subject.case.content_type)
+    server = WireServer(replies, service_case.case.content_type)
     cloud = Cloud(
-        service=subject.service,
-        token_env=subject.token_env,
+        service=service_case.service,
+        token_env=service_case.token_env,
         **{
             "rate": 1e5,
             "attempts": 2,
@@ -315,12 +307,12 @@ def observed(
     caplog.clear()
     for name in ("", *LOGGERS):
         caplog.set_level(logging.DEBUG, name)
-    left: list[Any] = []
+    objects: list[Any] = []
     error: BaseException | None = None
 
     async def run() -> None:
         async with server.address() as url:
-            journal = open_journal(str(place / "journal"))
+            journal = open_journal(str(folder / "journal"))
             governor = LocalGovernor(Governor(governor_limits(cloud), journal.spent()))
             client = CloudClient(
                 cloud,
@@ -328,23 +320,23 @@ def observed(
                 url,
                 journal,
                 governor,
-                subject.case.adapter,
-                sleep=briefly,
+                service_case.case.adapter,
+                sleep=_sleep_briefly,
                 uniform=lambda low, high: low,
             )
-            client._query = client._replies._query = subject.case.query()
-            left.extend(
+            client._query = client._replies._query = service_case.case.query()
+            objects.extend(
                 [
                     client,
-                    subject.case.adapter,
-                    subject.case.adapter.capabilities,
+                    service_case.case.adapter,
+                    service_case.case.adapter.capabilities,
                     vars(client),
                 ]
             )
             try:
                 await client.check()
-                left.append(subject.case.adapter.encode(PICTURE, client._query))
-                left.extend(
+                objects.append(service_case.case.adapter.encode(PICTURE, client._query))
+                objects.extend(
                     await asyncio.gather(client.answer(PICTURE), client.answer(PICTURE))
                 )
             finally:
@@ -354,21 +346,21 @@ def observed(
         asyncio.run(run(), debug=debug)
     except (Exception, asyncio.CancelledError) as caught:
         error = caught
-    shown = {
+    texts = {
         "log": caplog.text + "".join(f"{r.msg!r} {r.args!r}" for r in caplog.records),
-        "errors": "\n".join(with_locals(error)),
-        "reprs": repr(left),
-        "journal": journal_text(place),
-        "settings": settings_text(cloud),
+        "errors": "\n".join(_tracebacks_with_locals(error)),
+        "reprs": repr(objects),
+        "journal": journal_text(folder),
+        "settings": _settings_text(cloud),
     }
-    return Seen(shown, server, error)
+    return Observation(texts, server, error)
 
 
 @pytest.fixture(autouse=True)
-def secrets_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for subject in SUBJECTS:
-        for name, value in subject.secrets.items():
-            monkeypatch.setenv(name, value)
+def set_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for service_case in SERVICE_CASES:
+        for name, secret in service_case.secrets.items():
+            monkeypatch.setenv(name, secret)
     for name in (
         "HTTP_PROXY",
         "HTTPS_PROXY",
@@ -380,45 +372,49 @@ def secrets_set(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def derived_secrets(subject: Subject, server: Server) -> list[str]:
+def _all_secrets(service_case: ServiceCase, server: WireServer) -> list[str]:
     """Those of the environment, and what was made of them: AWS's signatures."""
     signatures = [
         part
         for r in server.requests
         for part in re.findall("Signature=([0-9a-f]+)", r.get("authorization", ""))
     ]
-    return [*subject.secrets.values(), *signatures]
+    return [*service_case.secrets.values(), *signatures]
 
 
-def check(subject: Subject, seen: Seen) -> None:
-    sent = str(seen.server.requests)
-    auth = subject.case.adapter.capabilities.auth
-    if seen.server.requests and auth is not None and not auth.sigv4:
-        assert all(secret in sent for secret in subject.secrets.values()), (
+def _check_hidden(service_case: ServiceCase, observation: Observation) -> None:
+    sent = str(observation.server.requests)
+    auth = service_case.case.adapter.capabilities.auth
+    if observation.server.requests and auth is not None and not auth.sigv4:
+        assert all(secret in sent for secret in service_case.secrets.values()), (
             "the secret was not even sent"
         )
-    assert_hidden(derived_secrets(subject, seen.server), seen.shown)
+    _assert_hidden(_all_secrets(service_case, observation.server), observation.texts)
 
 
-def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
+def _replies(service_case: ServiceCase) -> Iterator[tuple[str, list[Reply]]]:
     """Everything a service may do, errors of every kind."""
-    success, first, case = subject.success, subject.first, subject.case
+    success, first, case = (
+        service_case.success,
+        service_case.first_replies,
+        service_case.case,
+    )
     yield "success", [*first, success]
-    yield "an error, then success", [*first, Raw(500), success]
+    yield "an error, then success", [*first, WireReply(500), success]
     for status in (302, 400, 401, 402, 404, 408, 413, 429, 500, 503):
         yield (
             f"status {status}",
             [
                 *first,
-                Raw(status, {}, {"location": "https://elsewhere.example.com/"}),
+                WireReply(status, {}, {"location": "https://elsewhere.example.com/"}),
             ],
         )
-    yield "status 403 at once", [Raw(403, b"<html>")]
+    yield "status 403 at once", [WireReply(403, b"<html>")]
     for number, failure in enumerate(case.failures):
         yield (
             f"failure {number}",
             [
-                Raw(
+                WireReply(
                     failure.status,
                     failure.body,
                     {**failure.headers, "retry-after": "0"},
@@ -426,48 +422,52 @@ def replies_of(subject: Subject) -> Iterator[tuple[str, list[Reply]]]:
             ],
         )
     for number, (body, _) in enumerate(case.embedded):
-        yield f"embedded {number}", [*first, Raw(body=body)]
+        yield f"embedded {number}", [*first, WireReply(body=body)]
     for name, body in islice(case.broken.items(), 8):
-        yield f"broken {name}", [*first, Raw(body=body)]
-    yield "not JSON", [*first, Raw(body=b"{")]
-    yield "closed at once", [*first, Raw(after=0)]
-    yield "closed in the head", [*first, Raw(body=b"{}", after=20)]
+        yield f"broken {name}", [*first, WireReply(body=body)]
+    yield "not JSON", [*first, WireReply(body=b"{")]
+    yield "closed at once", [*first, WireReply(after=0)]
+    yield "closed in the head", [*first, WireReply(body=b"{}", after=20)]
     yield (
         "closed in the body",
         [
             *first,
-            replace(success, after=len(success.data("application/json")) - 5),
+            replace(success, after=len(success.encode("application/json")) - 5),
         ],
     )
-    yield "not HTTP", [*first, Raw(headers={"Bad Header\x01": "x"})]
+    yield "not HTTP", [*first, WireReply(headers={"Bad Header\x01": "x"})]
     yield (
         "not gzip",
         [
             *first,
-            Raw(body=b"not gzip", headers={"content-encoding": "gzip"}),
+            WireReply(body=b"not gzip", headers={"content-encoding": "gzip"}),
         ],
     )
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
 def test_whatever_the_service_does(
-    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    service_case: ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kinds = set()
-    for number, (what, replies) in enumerate(replies_of(subject)):
-        seen = observed(
-            subject, replies, tmp_path / str(number), caplog, debug="success" in what
+    for number, (description, replies) in enumerate(_replies(service_case)):
+        observation = _observe(
+            service_case,
+            replies,
+            tmp_path / str(number),
+            caplog,
+            debug="success" in description,
         )
         try:
-            check(subject, seen)
+            _check_hidden(service_case, observation)
         except AssertionError as error:
-            raise AssertionError(f"{what}: {error}") from None
-        kinds |= {type(seen.error).__name__} | set(
-            re.findall(r"error='(\w+)", seen.shown["reprs"])
+            raise AssertionError(f"{description}: {error}") from None
+        kinds |= {type(observation.error).__name__} | set(
+            re.findall(r"error='(\w+)", observation.texts["reprs"])
         )
-        if what == "success":
-            assert "status='ok'" in seen.shown["reprs"]
-            assert "connected to 127.0.0.1" in seen.shown["log"], (
+        if description == "success":
+            assert "status='ok'" in observation.texts["reprs"]
+            assert "connected to 127.0.0.1" in observation.texts["log"], (
                 "what libraries log is looked at"
             )
     assert {
@@ -481,23 +481,27 @@ def test_whatever_the_service_does(
     } <= kinds
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
 def test_a_service_that_never_answers(
-    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    service_case: ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seen = observed(
-        subject, [*subject.first, Raw(hang=True)], tmp_path, caplog, deadline=0.4
+    observation = _observe(
+        service_case,
+        [*service_case.first_replies, WireReply(hang=True)],
+        tmp_path,
+        caplog,
+        deadline=0.4,
     )
-    assert "DeadlineExceeded" in seen.shown["reprs"]
-    check(subject, seen)
+    assert "DeadlineExceeded" in observation.texts["reprs"]
+    _check_hidden(service_case, observation)
 
 
-def echo(status: int, changed: Callable[[str], str]) -> Reply:
+def _echo_reply(status: int, changed: Callable[[str], str]) -> Reply:
     """Tells all the request's headers back, in headers and in the body, which is JSON
     unless the status is 500."""
 
-    def reply(headers: dict[str, str]) -> Raw:
-        told = SEEN + changed(
+    def reply(headers: dict[str, str]) -> WireReply:
+        told = ECHO_MARK + changed(
             " ".join(
                 v
                 for n, v in headers.items()
@@ -521,7 +525,7 @@ def echo(status: int, changed: Callable[[str], str]) -> Reply:
             "title": told,
             "code": 1,
         }
-        return Raw(status, told.encode() if status == 500 else body, back)
+        return WireReply(status, told.encode() if status == 500 else body, back)
 
     return reply
 
@@ -535,22 +539,25 @@ CHANGES: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
 def test_a_service_that_tells_secrets_back(
-    subject: Subject, change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    service_case: ServiceCase,
+    change: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    told = 0
+    redacted = 0
     for status in (200, 401, 500):
-        seen = observed(
-            subject,
-            [*subject.first, echo(status, CHANGES[change])],
+        observation = _observe(
+            service_case,
+            [*service_case.first_replies, _echo_reply(status, CHANGES[change])],
             tmp_path / str(status),
             caplog,
             attempts=1,
         )
-        check(subject, seen)
-        told += "***" in str(seen.shown)
-    assert told > 0, "nothing was told back: the test sees nothing"
+        _check_hidden(service_case, observation)
+        redacted += "***" in str(observation.texts)
+    assert redacted > 0, "nothing was told back: the test sees nothing"
 
 
 CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -570,63 +577,71 @@ CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         "botocore.auth.SigV4Auth.signature", _raise(ValueError("a bug"))
     ),
     "a bug while cutting": lambda patch: patch.setattr(
-        "coin_ray.cloud.http.connections._capped_body", _raise(MemoryError("a bug"))
+        "coin_ray.cloud.http.connections._read_body", _raise(MemoryError("a bug"))
     ),
 }
 
 
 def _raise(error: BaseException) -> Callable[..., Any]:
-    def fail(*arguments: Any, **more: Any) -> Any:
+    def fail(*arguments: Any, **keywords: Any) -> Any:
         raise error
 
     return fail
 
 
 @pytest.mark.parametrize("crash", CRASHES)
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
 def test_crashes(
-    subject: Subject,
+    service_case: ServiceCase,
     crash: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     CRASHES[crash](monkeypatch)
-    seen = observed(subject, [*subject.first, subject.success], tmp_path, caplog)
-    signed = subject.secrets is AWS
-    assert (seen.error is not None) == (signed or crash != "a bug while signing")
-    if seen.error is not None:
-        assert "locals" not in seen.shown["errors"] or "self = " in seen.shown["errors"]
-    check(subject, seen)
+    observation = _observe(
+        service_case,
+        [*service_case.first_replies, service_case.success],
+        tmp_path,
+        caplog,
+    )
+    signed = service_case.secrets is AWS
+    assert (observation.error is not None) == (signed or crash != "a bug while signing")
+    if observation.error is not None:
+        assert (
+            "locals" not in observation.texts["errors"]
+            or "self = " in observation.texts["errors"]
+        )
+    _check_hidden(service_case, observation)
 
 
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-@pytest.mark.parametrize("value", [None, "unprintable\x01"])
+@pytest.mark.parametrize("suffix", [None, "unprintable\x01"])
 def test_half_of_the_credentials(
     missing: str,
-    value: str | None,
+    suffix: str | None,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if value is None:
+    if suffix is None:
         monkeypatch.delenv(missing)
     else:
-        monkeypatch.setenv(missing, AWS[missing] + value)
-    subject = next(s for s in SUBJECTS if s.secrets is AWS)
-    seen = observed(subject, [Raw()], tmp_path, caplog)
-    assert isinstance(seen.error, ConfigError)
-    assert missing in str(seen.error)
-    check(subject, seen)
+        monkeypatch.setenv(missing, AWS[missing] + suffix)
+    service_case = next(s for s in SERVICE_CASES if s.secrets is AWS)
+    observation = _observe(service_case, [WireReply()], tmp_path, caplog)
+    assert isinstance(observation.error, ConfigError)
+    assert missing in str(observation.error)
+    _check_hidden(service_case, observation)
 
 
 def test_an_unusable_token(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", HTTP.secrets["MY_TOKEN"] + "\x01")
-    seen = observed(HTTP, [Raw()], tmp_path, caplog)
-    assert isinstance(seen.error, ConfigError)
-    check(HTTP, seen)
+    observation = _observe(HTTP, [WireReply()], tmp_path, caplog)
+    assert isinstance(observation.error, ConfigError)
+    _check_hidden(HTTP, observation)
 
 
 def test_the_scan_would_see_a_leak() -> None:
@@ -640,11 +655,11 @@ def test_the_scan_would_see_a_leak() -> None:
     with pytest.raises(ValueError, match="headers") as caught:
         leak()
     leaks = [
-        "\n".join(with_locals(caught.value)),
+        "\n".join(_tracebacks_with_locals(caught.value)),
         f"key {secret[:9]}...",
         quote(secret, safe=""),
         base64.b64encode(f"x {secret}".encode()).decode(),
     ]
     for text in leaks:
         with pytest.raises(AssertionError, match="in there"):
-            assert_hidden([secret], {"there": text})
+            _assert_hidden([secret], {"there": text})

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import Capabilities
 from coin_ray.cloud.services import (
-    OFFERS,
+    SERVICES,
     adapter_for,
-    check_askable,
+    check_service_settings,
     endpoint_for,
-    fitted,
-    side_max,
+    longest_side,
+    shrink_to_limits,
     token_variable,
 )
 from coin_ray.commands import arguments as cli
@@ -46,7 +47,7 @@ def cloud(service: str, **settings: Any) -> Cloud:
 
 
 def test_every_service_is_offered() -> None:
-    assert set(OFFERS) == set(ALL)
+    assert set(SERVICES) == set(ALL)
 
 
 @pytest.mark.parametrize("service", ALL)
@@ -124,12 +125,12 @@ def test_a_server_of_one_s_own_gets_images_as_large_as_one_says(
     service: str, side: int
 ) -> None:
     assert (
-        side_max(
+        longest_side(
             cloud(service, max_side=20_000), adapter_for(cloud(service)).capabilities
         )
         == side
     )
-    assert side_max(cloud(service), adapter_for(cloud(service)).capabilities) == min(
+    assert longest_side(cloud(service), adapter_for(cloud(service)).capabilities) == min(
         4096, side
     )
 
@@ -213,13 +214,13 @@ def test_too_many_classes(build_harness: Any) -> None:
     few = InBodyAdapter({"max_classes": 2})
     with pytest.raises(ConfigError, match="at most 2 classes, got 3"):
         build_harness(httpx.Response(200), adapter=few)
-    check_askable(Cloud(), ("a", "b"), few.capabilities)
+    check_service_settings(Cloud(), ("a", "b"), few.capabilities)
 
 
 @pytest.mark.parametrize("service", ["rekognition"])
 def test_a_token_that_would_not_be_used(service: str) -> None:
     with pytest.raises(ConfigError, match=r"remove cloud\.token_env"):
-        check_askable(
+        check_service_settings(
             cloud(service, token_env="X"),
             ("a",),
             adapter_for(cloud(service)).capabilities,
@@ -261,7 +262,7 @@ def with_limits(**limits: int) -> Capabilities:
 
 def test_an_image_that_fits_is_sent_as_it_is() -> None:
     image = noise(64, 48)
-    assert fitted(image, CAPABILITIES, 4096) is image
+    assert shrink_to_limits(image, CAPABILITIES, 4096) is image
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_images_are_made_to_fit(
 ) -> None:
     image = noise(*size)
     try:
-        sent = fitted(image, with_limits(max_bytes=max_bytes, min_side=4), max_side)
+        sent = shrink_to_limits(image, with_limits(max_bytes=max_bytes, min_side=4), max_side)
     except ImageRejected:
         assert size == (400, 20)
         return
@@ -304,7 +305,7 @@ def test_images_are_made_to_fit(
 )
 def test_images_that_can_not_be_sent(limits: dict[str, int]) -> None:
     with pytest.raises(ImageRejected, match="64 x 48") as caught:
-        fitted(noise(64, 48), with_limits(**limits), 4096)
+        shrink_to_limits(noise(64, 48), with_limits(**limits), 4096)
     assert len(str(caught.value)) < 300
 
 

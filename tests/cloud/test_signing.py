@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coin_ray.cloud.http.signing import AwsSigner, redacted, signer_for
+from coin_ray.cloud.http.signing import AwsSigner, redact_secrets, signer_for
 from coin_ray.cloud.journal.record_format import HEADER
 from coin_ray.cloud.protocol import Auth, PreparedRequest
 from coin_ray.errors import AuthError, CloudError, ConfigError
@@ -351,7 +351,7 @@ def derived(secret: str) -> dict[str, str]:
 @pytest.mark.parametrize("form", derived(TOKEN))
 def test_derived_forms_are_cut_out(secret: str, form: str) -> None:
     text = derived(secret)[form]
-    cut = redacted(
+    cut = redact_secrets(
         f'{{"before": 1, "echo": "{text}", "after": 2}}'.encode(), [secret]
     ).decode()
     assert cut.startswith('{"before": 1, "echo": "')
@@ -372,13 +372,13 @@ def test_base64_around_a_secret_tells_at_most_its_edges(
     secret: str, before: bytes, after: bytes
 ) -> None:
     text = base64.b64encode(before + secret.encode() + after)
-    cut = redacted(text, [secret])
+    cut = redact_secrets(text, [secret])
     assert b"***" in cut or len(secret) < 8
 
 
 def test_short_secrets_and_other_text_stay() -> None:
-    assert redacted(b"a car and a bus", ["car", ""]) == b"a car and a bus"
-    assert redacted(b"nothing to see", [SECRET]) == b"nothing to see"
+    assert redact_secrets(b"a car and a bus", ["car", ""]) == b"a car and a bus"
+    assert redact_secrets(b"nothing to see", [SECRET]) == b"nothing to see"
 
 
 def bodies(folder: Path) -> bytes:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from coin_ray import storage
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.accounts import governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import Cloud, Ensemble, Folder, PipelineConfig

@@ -21,7 +21,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.accounts import governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import Cloud
@@ -305,7 +306,8 @@ def test_the_server_ends_with_a_killed_parent(tmp_path: Path) -> None:
 CLIENT = """
 import asyncio, io, sys
 from PIL import Image
-from coin_ray.cloud.client import CloudClient, governor_limits
+from coin_ray.cloud.accounts import governor_limits
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.config import Cloud

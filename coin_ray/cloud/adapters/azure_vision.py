@@ -35,7 +35,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
     retry_after,
 )
 from coin_ray.data.canonical import CanonicalImage
@@ -101,7 +101,7 @@ class AzureVisionAdapter:
         names_image = sanitize_text(inner_code).startswith("InvalidImage")
         if status == 400 and (names_image or BAD_IMAGE.search(detail)):
             return ImageRejected(message)
-        return by_status(status, headers, detail)
+        return error_for_status(status, headers, detail)
 
 
 def _parse_box(node: Any, field: str) -> ParsedBox:

@@ -38,7 +38,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
     retry_after,
 )
 from coin_ray.data.canonical import CanonicalImage
@@ -133,7 +133,7 @@ class DdsAdapter:
     ) -> CloudError:
         response = error_object(body)
         error = _error_from_message(response, headers) if status < 500 else None
-        return error or by_status(status, headers, _message(response))
+        return error or error_for_status(status, headers, _message(response))
 
 
 def _poll_request(task_id: str) -> PreparedRequest:

@@ -33,7 +33,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
     retry_after,
 )
 from coin_ray.data.canonical import CanonicalImage
@@ -165,7 +165,7 @@ class GeminiAdapter:
             return AuthError(message)
         if status == 400 and BAD_IMAGE.search(text):
             return ImageRejected(message)
-        return by_status(status, headers, text, delay_seconds)
+        return error_for_status(status, headers, text, delay_seconds)
 
 
 def _sampling_settings(model: str) -> dict[str, Any]:

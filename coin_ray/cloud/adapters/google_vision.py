@@ -36,7 +36,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
     retry_after,
 )
 from coin_ray.data.canonical import CanonicalImage
@@ -143,7 +143,7 @@ class GoogleVisionAdapter:
             return Throttled(message, seconds)
         if status == 400 and BAD_IMAGE.search(text):
             return ImageRejected(message)
-        return by_status(status, headers, text)
+        return error_for_status(status, headers, text)
 
 
 def _parse_box(node: Any, field: str) -> ParsedBox:

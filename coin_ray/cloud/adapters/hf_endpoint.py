@@ -40,7 +40,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
 )
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import BadRequest, CloudError, ImageRejected, Transient
@@ -106,7 +106,7 @@ class HfEndpointAdapter:
         if status in (400, 422) and BAD_IMAGE.search(text):
             return ImageRejected(message)
         loading_seconds = _parse_seconds(response.get("estimated_time"))
-        return by_status(status, headers, text, loading_seconds)
+        return error_for_status(status, headers, text, loading_seconds)
 
 
 def _parse_box(node: Any, field: str) -> ParsedBox:

@@ -46,7 +46,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
     retry_after,
 )
 from coin_ray.data.canonical import CanonicalImage
@@ -164,7 +164,7 @@ class OpenAiVlmAdapter:
             return Refused(message)
         if status in (400, 422):
             return _bad_request_error(message, detail)
-        return by_status(status, headers, detail)
+        return error_for_status(status, headers, detail)
 
     def _check_no_error(self, part: dict[str, Any]) -> None:
         if part.get("error") is None:

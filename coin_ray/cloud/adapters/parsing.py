@@ -222,7 +222,7 @@ def to_original_frame(
         xyxy = xyxy * [width, height, width, height]
     if box_format.endswith("1000"):
         xyxy = xyxy / 1000 * [width, height, width, height]
-    visible_size = frame.shown or frame.sent
+    visible_size = frame.visible_size or frame.sent
     if frame.mirrored:
         x0, y0, x1, y1 = xyxy.T
         xyxy = np.stack([visible_size[0] - x1, y0, visible_size[0] - x0, y1], 1)

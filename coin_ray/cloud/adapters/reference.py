@@ -43,7 +43,7 @@ from coin_ray.cloud.protocol import (
     Query,
     RawDetections,
     ScoreKind,
-    by_status,
+    error_for_status,
 )
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import BadRequest, CloudError
@@ -115,7 +115,7 @@ class ReferenceAdapter:
     ) -> CloudError:
         problem = error_object(body)
         detail = sanitize_text(problem.get("title"), problem.get("detail"))
-        return by_status(status, headers, detail)
+        return error_for_status(status, headers, detail)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
     retry_after,
 )
 from coin_ray.data.canonical import CanonicalImage
@@ -145,7 +145,7 @@ class RekognitionAdapter:
             return ImageRejected(message)
         if error_class is not None:
             return error_class(message)
-        return by_status(status, headers, detail)
+        return error_for_status(status, headers, detail)
 
 
 def _error_class(type_name: str) -> type[CloudError] | None:

@@ -33,7 +33,7 @@ from coin_ray.cloud.protocol import (
     PreparedRequest,
     Query,
     RawDetections,
-    by_status,
+    error_for_status,
 )
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import AuthError, BadRequest, CloudError, ImageRejected
@@ -94,7 +94,7 @@ class RoboflowAdapter:
             return ImageRejected(message)
         if status == 501:
             return BadRequest(message)
-        return by_status(status, headers, text)
+        return error_for_status(status, headers, text)
 
 
 def _parse_box(node: Any, field: str) -> ParsedBox:

@@ -14,20 +14,25 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from coin_ray.cloud.http.http1 import Http1Connection
-from coin_ray.cloud.http.signing import Signed, Signer, redacted, without_frames
+from coin_ray.cloud.http.signing import (
+    SignedHeaders,
+    Signer,
+    redact_secrets,
+    without_traceback,
+)
 from coin_ray.cloud.protocol import PreparedRequest
 from coin_ray.errors import ConfigError, ProtocolError, Transient
 
 CONNECT_SECONDS = 10.0
 BODY_MAX = 32 * 2**20
-KEPT_HEADERS = (
+RETURNED_HEADERS = (
     "content-type",
     "retry-after",
     "date",
     "x-amzn-errortype",
     "x-ratelimit-",
 )
-"""Beginnings of the names of headers that an adapter may need."""
+"""Prefixes of the names of headers that an adapter may need."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "User-Agent": f"coin_ray/{version('coin-ray')}",
@@ -45,13 +50,13 @@ NOT_CONNECTED = (
 
 
 class NotConnected(Transient):
-    """No connection: the request never left."""
+    """No connection: the request was not sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: the status, those headers that an adapter may need, and the whole
-    body.
+    """The service's response: the status, those headers that an adapter may need, and
+    the whole body.
     """
 
     status: int
@@ -60,11 +65,11 @@ class Reply:
 
 
 class Connections:
-    """HTTP connections to a service, one for each call under way; ``transport`` stands
-    for all of them.
+    """HTTP connections to a service, one for each call under way; ``transport``
+    replaces all of them.
 
-    httpx's client adds a pool, redirects, which would carry the token elsewhere, and
-    cookies. Through a proxy its transport is used.
+    httpx's client is not used: it adds a pool, redirects, which would send the token
+    elsewhere, and cookies. Through a proxy its transport is used.
     """
 
     def __init__(
@@ -74,53 +79,59 @@ class Connections:
         deadline: float,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._url, self._signer = url, signer
+        self._url = url
+        self._signer = signer
         timeout = httpx.Timeout(deadline, connect=min(CONNECT_SECONDS, deadline))
         self._extensions = {"timeout": timeout.as_dict()}
-        self._proxy = _proxy(url)
-        self._certificates = (
-            httpx.create_ssl_context()
-            if transport is None and (self._proxy or url.scheme == "https")
-            else None
-        )
+        self._proxy = _find_proxy(url)
         self._transport = transport
-        self._free: list[httpx.AsyncBaseTransport] = []
+        self._tls_context = None
+        if transport is None and (self._proxy or url.scheme == "https"):
+            self._tls_context = httpx.create_ssl_context()
+        self._idle: list[httpx.AsyncBaseTransport] = []
         self.reached = False
         """Whether the service ever answered."""
-        logging.getLogger("httpcore.http11").addFilter(_is_no_answer_s_headers)
+        logging.getLogger("httpcore.http11").addFilter(_hides_response_headers)
+
+    @property
+    def host(self) -> str:
+        """Return the service's host name."""
+        return self._url.host
 
     async def send(self, request: PreparedRequest, key: str = "") -> Reply:
-        """One HTTP exchange; ``key``: sent as Idempotency-Key. Secrets are cut out of
-        whatever comes back.
+        """Return the response to one request, with secrets removed; ``key``: sent as
+        Idempotency-Key.
 
         Raises ``NotConnected`` if nothing was sent, and ``Transient`` or
         ``ProtocolError`` if there was no readable answer.
         """
-        url = self._url_of(request)
+        url = self._request_url(request)
         headers = dict(request.headers)
         if request.body:
             headers["Content-Type"] = request.content_type
         if key:
             headers["Idempotency-Key"] = key
         while True:
-            signed = self._signed(request, url, headers)
-            response, content = await self._transferred(request, url, headers, signed)
-            body = redacted(content, signed.secrets)
-            kept = {
-                n: redacted(v.encode(), signed.secrets).decode()
-                for n, v in response.headers.items()
-                if n.startswith(KEPT_HEADERS)
+            signed = self._sign(request, url, headers)
+            response, content = await self._transfer(request, url, headers, signed)
+            body = redact_secrets(content, signed.secrets)
+            returned_headers = {
+                name: redact_secrets(text.encode(), signed.secrets).decode()
+                for name, text in response.headers.items()
+                if name.startswith(RETURNED_HEADERS)
             }
-            if not self._signer.adopt_clock(signed, response.status_code, kept, body):
-                return Reply(response.status_code, {"content-type": "", **kept}, body)
+            status = response.status_code
+            if not self._signer.adopt_clock(signed, status, returned_headers, body):
+                return Reply(status, {"content-type": "", **returned_headers}, body)
 
     async def aclose(self) -> None:
-        while self._free:
-            await self._free.pop().aclose()
+        """Close the idle connections."""
+        while self._idle:
+            await self._idle.pop().aclose()
 
-    def _url_of(self, request: PreparedRequest) -> httpx.URL:
-        """Below the service's URL; the path of a poll comes from the service and must
-        not lead elsewhere.
+    def _request_url(self, request: PreparedRequest) -> httpx.URL:
+        """Return the request's URL, below the service's: the path of a poll comes from
+        the service and must not lead to another host.
         """
         try:
             if request.path.startswith("/"):
@@ -132,56 +143,55 @@ class Connections:
             may_have_billed=True,
         )
 
-    def _signed(
+    def _sign(
         self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str]
-    ) -> Signed:
+    ) -> SignedHeaders:
         try:
             return self._signer.sign(request.method, str(url), headers, request.body)
         except Exception as error:
-            failed = without_frames(error)
-        raise failed
+            failure = without_traceback(error)
+        raise failure
 
-    async def _transferred(
+    async def _transfer(
         self,
         request: PreparedRequest,
         url: httpx.URL,
         headers: Mapping[str, str],
-        signed: Signed,
+        signed: SignedHeaders,
     ) -> tuple[httpx.Response, bytes]:
-        """The answer and its raw body. Errors come without what lies below: variables
-        there hold the secret.
+        """Return the response and its raw body. Errors are raised without the frames
+        below: variables there hold the secret.
         """
         try:
-            async with self._stream(
+            async with self._open_response(
                 request.method, url, request.body, {**headers, **signed.headers}
             ) as response:
                 self.reached = True
-                return response, await _capped_body(response)
+                return response, await _read_body(response)
         except BaseException as error:
-            failed = without_frames(self._failure(error))
-        raise failed
+            failure = without_traceback(self._convert_error(error))
+        raise failure
 
-    def _failure(self, error: BaseException) -> BaseException:
-        """The ``CloudError`` that one of httpx's errors stands for; others stay what
-        they are.
+    def _convert_error(self, error: BaseException) -> BaseException:
+        """Return the ``CloudError`` that one of httpx's errors stands for, or another
+        error unchanged.
         """
         name = type(error).__name__
         if isinstance(error, NOT_CONNECTED):
-            return NotConnected(f"no connection to {self._url.host} ({name})")
+            return NotConnected(f"no connection to {self.host} ({name})")
         if isinstance(error, (httpx.DecodingError, httpx.TooManyRedirects)):
             return ProtocolError(f"unreadable answer ({name})", may_have_billed=True)
         if isinstance(error, httpx.HTTPError):
             return Transient(
-                f"the connection to {self._url.host} failed ({name})",
-                may_have_billed=True,
+                f"the connection to {self.host} failed ({name})", may_have_billed=True
             )
         return error
 
     @asynccontextmanager
-    async def _stream(
+    async def _open_response(
         self, method: str, url: httpx.URL, body: bytes, headers: Mapping[str, str]
     ) -> AsyncIterator[httpx.Response]:
-        """The answer to one request, its body not yet read."""
+        """Send one request; yield the response, its body not yet read."""
         request = httpx.Request(
             method,
             url,
@@ -189,7 +199,7 @@ class Connections:
             content=body or None,
             extensions=self._extensions,
         )
-        connection = self._free.pop() if self._free else self._new()
+        connection = self._idle.pop() if self._idle else self._new_connection()
         try:
             response = await connection.handle_async_request(request)
             try:
@@ -197,22 +207,22 @@ class Connections:
             finally:
                 await response.aclose()
         finally:
-            self._free.append(connection)
+            self._idle.append(connection)
 
-    def _new(self) -> httpx.AsyncBaseTransport:
+    def _new_connection(self) -> httpx.AsyncBaseTransport:
         if self._transport is not None:
             return self._transport
         if self._proxy is None:
-            return Http1Connection(self._certificates)
-        one = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+            return Http1Connection(self._tls_context)
+        single = httpx.Limits(max_connections=1, max_keepalive_connections=1)
         return httpx.AsyncHTTPTransport(
-            verify=self._certificates or True, limits=one, proxy=self._proxy
+            verify=self._tls_context or True, limits=single, proxy=self._proxy
         )
 
 
-def checked_url(url: str, secret: bool) -> httpx.URL:
-    """A service's address; ``secret``: whether one is sent there. Raises
-    ``ConfigError``, which never shows the address.
+def parse_service_url(url: str, sends_secret: bool) -> httpx.URL:
+    """Return a service's address. Raises ``ConfigError``, which never contains the
+    address.
     """
     try:
         parsed = httpx.URL(url)
@@ -227,26 +237,28 @@ def checked_url(url: str, secret: bool) -> httpx.URL:
             "cloud.url must not hold a password or a query; put the token into the"
             " variable that cloud.token_env names"
         )
-    if secret and parsed.scheme == "http" and parsed.host not in LOOPBACK:
+    if sends_secret and parsed.scheme == "http" and parsed.host not in LOOPBACK:
         raise ConfigError("cloud.url must be https:// when a token is sent")
     return parsed
 
 
-def _proxy(url: httpx.URL) -> str | None:
-    """What the environment names for this address; none for this machine's own."""
+def _find_proxy(url: httpx.URL) -> str | None:
+    """Return the proxy that the environment names for this address; none for this
+    machine's own.
+    """
     if url.host in LOOPBACK or proxy_bypass(url.host):
         return None
-    known = getproxies()
-    proxy = known.get(url.scheme) or known.get("all")
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
     return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
-def _is_no_answer_s_headers(record: logging.LogRecord) -> bool:
-    """For httpcore's log: a service may tell the secret back in a header."""
+def _hides_response_headers(record: logging.LogRecord) -> bool:
+    """Filter httpcore's log: a service may return the secret in a header."""
     return not str(record.msg).startswith("receive_response_headers.complete")
 
 
-async def _capped_body(response: httpx.Response) -> bytes:
+async def _read_body(response: httpx.Response) -> bytes:
     content = bytearray()
     async for chunk in response.aiter_bytes():
         content += chunk

@@ -1,5 +1,4 @@
-"""How a request proves who sends it, and how the secret is kept out of whatever comes
-back.
+"""Signing of requests, and removal of the secret from whatever comes back.
 
 Secrets are read from the environment for each request and kept nowhere. AWS: Signature
 Version 4, computed by botocore (extra ``aws``) from AWS_ACCESS_KEY_ID,
@@ -24,32 +23,31 @@ from coin_ray.cloud.protocol import Auth
 from coin_ray.errors import ConfigError
 
 SECRET_LENGTH_MIN = 6
-"""A shorter text may occur in an answer by chance and is not looked for."""
-BEGINNING = 8
-"""A secret's first characters that are cut out even if the rest is left out or hidden.
-"""
+"""A shorter text may occur in an answer by chance and is not searched for."""
+PREFIX_LENGTH = 8
+"""A secret's first characters that are removed even if the others are missing."""
 AWS_ID, AWS_SECRET, AWS_SESSION = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )
 AWS_DATE = "%Y%m%dT%H%M%SZ"
-SKEWED = (
+CLOCK_ERRORS = (
     b"RequestTimeTooSkewed",
     b"RequestExpired",
     b"RequestInTheFuture",
     b"Signature expired",
     b"Signature not yet current",
 )
-"""What AWS services say to a request whose date is far from their own."""
+"""Errors of AWS services for a request whose date is far from their own."""
 SKEW_MIN = 60.0
-"""Seconds; a smaller difference of the clocks is not why a signature was refused."""
+"""Seconds; a smaller difference of the clocks does not make a signature invalid."""
 
 
 @dataclass(frozen=True, slots=True)
-class Signed:
-    """Headers to add to one request, what must not come back from it, and the clock's
-    correction (seconds) it was signed with.
+class SignedHeaders:
+    """Headers to add to one request; ``secrets``: texts that must not be shown of its
+    response; ``correction``: seconds added to the clock when it was signed.
     """
 
     headers: Mapping[str, str] = field(repr=False)
@@ -62,23 +60,27 @@ class Signer(Protocol):
 
     @property
     def secret(self) -> bool:
-        """Whether it adds one at all."""
+        """Return whether it adds one at all."""
 
     def check(self) -> None:
-        """Raises ``ConfigError`` naming the variable that is missing or unusable."""
+        """Raise ``ConfigError`` naming the variable that is missing or unusable."""
 
     def sign(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes
-    ) -> Signed:
-        """Headers that prove who sends a request with exactly this URL, these headers
-        and this body.
+    ) -> SignedHeaders:
+        """Return headers that authenticate a request with exactly this URL, these
+        headers and this body.
         """
 
     def adopt_clock(
-        self, signed: Signed, status: int, headers: Mapping[str, str], body: bytes
+        self,
+        signed: SignedHeaders,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes,
     ) -> bool:
-        """Whether the answer to ``signed`` complains about the date, and the same
-        request may now be signed with a better one.
+        """Correct the clock if the answer to ``signed`` rejects its date; return
+        whether the same request may now be signed again.
         """
 
 
@@ -88,8 +90,8 @@ def signer_for(
     region: str,
     now: Callable[[], float] = time.time,
 ) -> Signer:
-    """``variable``: name of the environment variable with the token, None without one.
-    ``now``: seconds since 1970.
+    """Return the signer for a service. ``variable``: name of the environment variable
+    with the token, None without one. ``now``: seconds since 1970.
     """
     if auth is not None and auth.sigv4:
         return AwsSigner(auth.sigv4, region, now)
@@ -97,7 +99,7 @@ def signer_for(
 
 
 class TokenSigner:
-    """A token in a header."""
+    """Sends a token in a header."""
 
     def __init__(self, auth: Auth, variable: str | None) -> None:
         self._auth, self._variable = auth, variable
@@ -111,23 +113,26 @@ class TokenSigner:
 
     def sign(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes
-    ) -> Signed:
+    ) -> SignedHeaders:
         token = self._token()
-        return (
-            Signed({self._auth.header: f"{self._auth.prefix}{token}"}, (token,))
-            if token
-            else Signed({}, ())
-        )
+        if not token:
+            return SignedHeaders({}, ())
+        header = {self._auth.header: f"{self._auth.prefix}{token}"}
+        return SignedHeaders(header, (token,))
 
     def adopt_clock(
-        self, signed: Signed, status: int, headers: Mapping[str, str], body: bytes
+        self,
+        signed: SignedHeaders,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes,
     ) -> bool:
         return False
 
     def _token(self) -> str:
         if self._variable is None:
             return ""
-        token = _variable(self._variable)
+        token = _read_variable(self._variable)
         if not token:
             raise ConfigError(
                 f"the environment variable {self._variable} is not set; put the"
@@ -138,8 +143,8 @@ class TokenSigner:
 
 
 class AwsSigner:
-    """AWS Signature Version 4. A date that the service refuses is corrected once, by
-    the service's own.
+    """Signs with AWS Signature Version 4. A date that the service refuses is corrected
+    once, by the service's own.
     """
 
     secret = True
@@ -151,29 +156,33 @@ class AwsSigner:
         self._correction = 0.0
 
     def check(self) -> None:
-        _aws_credentials()
-        _botocore()
+        _read_aws_credentials()
+        _import_botocore()
 
     def sign(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes
-    ) -> Signed:
-        key_id, key, session = _aws_credentials()
+    ) -> SignedHeaders:
+        key_id, key, session = _read_aws_credentials()
         correction = self._correction
         date = time.strftime(AWS_DATE, time.gmtime(self._now() + correction))
-        added = {"X-Amz-Date": date} | (
-            {"X-Amz-Security-Token": session} if session else {}
-        )
+        added = {"X-Amz-Date": date}
+        if session:
+            added["X-Amz-Security-Token"] = session
         added["Authorization"], signature = self._signature(
             method, url, {**headers, **added}, body, (key_id, key, session)
         )
-        return Signed(
-            added, tuple(s for s in (key_id, key, session, signature) if s), correction
-        )
+        credentials = (key_id, key, session, signature)
+        secrets = tuple(secret for secret in credentials if secret)
+        return SignedHeaders(added, secrets, correction)
 
     def adopt_clock(
-        self, signed: Signed, status: int, headers: Mapping[str, str], body: bytes
+        self,
+        signed: SignedHeaders,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes,
     ) -> bool:
-        if status < 400 or not any(code in body for code in SKEWED):
+        if status < 400 or not any(code in body for code in CLOCK_ERRORS):
             return False
         if signed.correction != self._correction:
             return True  # another request has corrected the clock since
@@ -191,99 +200,95 @@ class AwsSigner:
         body: bytes,
         credentials: tuple[str, str, str],
     ) -> tuple[str, str]:
-        """The Authorization header and the signature in it. botocore's own ``add_auth``
-        has no date to give, and logs the session token.
+        """Return the Authorization header and the signature in it. botocore's own
+        ``add_auth`` takes no date, and logs the session token.
         """
-        sigv4, aws_request, aws_credentials = _botocore()
+        sigv4, aws_request, aws_credentials = _import_botocore()
         request = aws_request(method=method, url=url, headers=dict(headers), data=body)
         request.context["timestamp"] = headers["X-Amz-Date"]
         signer = sigv4(aws_credentials(*credentials), self._service, self._region)
-        signature = signer.signature(
-            signer.string_to_sign(request, signer.canonical_request(request)), request
-        )
+        text_to_sign = signer.string_to_sign(request, signer.canonical_request(request))
+        signature = signer.signature(text_to_sign, request)
         names = signer.signed_headers(signer.headers_to_sign(request))
-        return (
-            (
-                f"AWS4-HMAC-SHA256 Credential={signer.scope(request)},"
-                f" SignedHeaders={names}, Signature={signature}"
-            ),
-            signature,
+        header = (
+            f"AWS4-HMAC-SHA256 Credential={signer.scope(request)},"
+            f" SignedHeaders={names}, Signature={signature}"
         )
+        return header, signature
 
 
-def redacted(content: bytes, secrets: Iterable[str]) -> bytes:
-    """``content`` without the secrets and without their beginnings: plain, escaped,
-    url-encoded or inside base64.
+def redact_secrets(content: bytes, secrets: Iterable[str]) -> bytes:
+    """Return ``content`` without the secrets and their first characters: plain,
+    escaped, url-encoded or inside base64.
     """
-    forms = sorted(
-        {f for secret in secrets for f in _forms(secret)}, key=len, reverse=True
-    )
-    for form in forms:
+    forms = {form for secret in secrets for form in _encoded_forms(secret)}
+    longest_first = sorted(forms, key=len, reverse=True)
+    for form in longest_first:
         content = content.replace(form, b"***")
-    for form in forms:
-        content = _without_beginning(content, form)
+    for form in longest_first:
+        content = _remove_prefixes(content, form)
     return content
 
 
-def _without_beginning(content: bytes, form: bytes) -> bytes:
-    """``content`` without what has at least the first characters of ``form``."""
-    kept, end = [], 0
-    while (start := content.find(form[:BEGINNING], end)) >= 0:
-        kept.append(content[end:start])
-        end = start + next(
-            (
-                i
-                for i, (a, b) in enumerate(
-                    zip(form, content[start : start + len(form)], strict=False)
-                )
-                if a != b
-            ),
-            len(form),
-        )
-    return b"***".join([*kept, content[end:]])
+def _remove_prefixes(content: bytes, form: bytes) -> bytes:
+    """Return ``content`` without texts that begin like ``form``, as far as they agree
+    with it.
+    """
+    parts: list[bytes] = []
+    end = 0
+    while (start := content.find(form[:PREFIX_LENGTH], end)) >= 0:
+        parts.append(content[end:start])
+        end = start + _common_length(form, content[start : start + len(form)])
+    parts.append(content[end:])
+    return b"***".join(parts)
 
 
-def without_frames(error: BaseException) -> BaseException:
-    """The error as if it began where it is raised next: what lies below may hold
-    secrets in its variables.
+def _common_length(first: bytes, second: bytes) -> int:
+    """Return how many first bytes are equal; the length of ``first`` if all are."""
+    for length, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return length
+    return len(first)
+
+
+def without_traceback(error: BaseException) -> BaseException:
+    """Return the error as if it began where it is raised next: variables of the frames
+    below may hold secrets.
     """
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
-def _forms(secret: str) -> set[bytes]:
+def _encoded_forms(secret: str) -> set[bytes]:
     quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
-    quoted |= {re.sub("%..", lambda m: m.group().lower(), text) for text in quoted}
-    escaped = {
-        json.dumps(secret)[1:-1],
-        json.dumps(secret)[1:-1].replace("/", "\\/"),
-        html.escape(secret),
+    lower_case = {
+        re.sub("%..", lambda match: match.group().lower(), text) for text in quoted
     }
-    texts = {text.encode() for text in {secret} | quoted | escaped}
-    return {
-        form
-        for form in texts | _base64_forms(secret.encode())
-        if len(form) >= SECRET_LENGTH_MIN
-    }
+    in_json = json.dumps(secret)[1:-1]
+    escaped = {in_json, in_json.replace("/", "\\/"), html.escape(secret)}
+    texts = {secret} | quoted | lower_case | escaped
+    forms = {text.encode() for text in texts} | _base64_forms(secret.encode())
+    return {form for form in forms if len(form) >= SECRET_LENGTH_MIN}
 
 
 def _base64_forms(secret: bytes) -> set[bytes]:
-    """The part of its base64 form that does not depend on what stands before and after
-    it, for each of three alignments.
+    """Return the part of the base64 form that does not depend on the text before and
+    after it, for each of three alignments.
     """
-    found = set()
+    forms = set()
     for shift in range(3):
-        plain = base64.b64encode(bytes(shift) + secret)
-        certain = plain[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
-        found |= {certain, certain.replace(b"+", b"-").replace(b"/", b"_")}
-    return found
+        encoded = base64.b64encode(bytes(shift) + secret)
+        certain = encoded[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
+        url_safe = certain.replace(b"+", b"-").replace(b"/", b"_")
+        forms |= {certain, url_safe}
+    return forms
 
 
-def _variable(name: str) -> str:
-    """The variable's value, or an empty string. Raises ``ConfigError`` for what no
-    header can hold.
+def _read_variable(name: str) -> str:
+    """Return the variable's text, or an empty string. Raises ``ConfigError`` for
+    characters that a header can't hold.
     """
-    if not _sendable(os.environ.get(name, "").strip()):
+    if not _fits_header(os.environ.get(name, "").strip()):
         raise ConfigError(
             f"the environment variable {name} holds characters that can't be sent in a"
             " header"
@@ -291,22 +296,29 @@ def _variable(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
-def _sendable(value: str) -> bool:
-    return value.isascii() and value.isprintable()
+def _fits_header(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
-def _aws_credentials() -> tuple[str, str, str]:
-    """Key id, secret key, session token (may be empty)."""
-    missing = [name for name in (AWS_ID, AWS_SECRET) if not _variable(name)]
+def _read_aws_credentials() -> tuple[str, str, str]:
+    """Return key id, secret key and session token (may be empty)."""
+    missing = [name for name in (AWS_ID, AWS_SECRET) if not _read_variable(name)]
     if missing:
         raise ConfigError(
             f"the environment variable {' and '.join(missing)} must be set to sign"
             " requests to AWS"
         )
-    return _variable(AWS_ID), _variable(AWS_SECRET), _variable(AWS_SESSION)
+    return (
+        _read_variable(AWS_ID),
+        _read_variable(AWS_SECRET),
+        _read_variable(AWS_SESSION),
+    )
 
 
-def _botocore() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def _import_botocore() -> tuple[
+    Callable[..., Any], Callable[..., Any], Callable[..., Any]
+]:
+    """Return SigV4Auth, AWSRequest and Credentials."""
     try:
         from botocore.auth import SigV4Auth
         from botocore.awsrequest import AWSRequest
@@ -319,7 +331,7 @@ def _botocore() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., A
 
 
 def _seconds_ahead(date: str, now: float) -> float:
-    """How far an HTTP date is ahead of ``now``; 0 for an unusable one."""
+    """Return how far an HTTP date is ahead of ``now``; 0 for an unusable one."""
     try:
         return parsedate_to_datetime(date).timestamp() - now
     except (ValueError, TypeError, IndexError, OverflowError):

@@ -1,0 +1,177 @@
+"""The retry engine: attempts at one image until it is answered, or attempts, time or
+the retries of all workers run out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from coin_ray.cloud.call import Call
+from coin_ray.cloud.call_admission import CallAdmission
+from coin_ray.cloud.governor import Outcome
+from coin_ray.cloud.http.connections import Connections
+from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.protocol import Adapter, Pending, PreparedRequest, RawDetections
+from coin_ray.cloud.responses import ReplyJournal
+from coin_ray.cloud.task_polling import TaskPoller, limit_poll_wait, may_retry
+from coin_ray.cloud.timing import Timing
+from coin_ray.config import Cloud
+from coin_ray.errors import (
+    CloudError,
+    DeadlineExceeded,
+    ProtocolError,
+    QuotaExhausted,
+    Throttled,
+    Transient,
+)
+
+
+class RetryEngine:
+    """Sends requests of one service, with a lease and a note in the journal for each."""
+
+    def __init__(
+        self,
+        config: Cloud,
+        adapter: Adapter,
+        connections: Connections,
+        journal: Journal,
+        account: str,
+        replies: ReplyJournal,
+        admission: CallAdmission,
+        poller: TaskPoller,
+        timing: Timing,
+    ) -> None:
+        self._config = config
+        self._adapter = adapter
+        self._connections = connections
+        self._journal = journal
+        self._account = account
+        self._replies = replies
+        self._admission = admission
+        self._poller = poller
+        self._timing = timing
+
+    async def send_until_answered(
+        self, call: Call, request: PreparedRequest
+    ) -> RawDetections:
+        """Return the service's detections. Raises ``TimeoutError`` after the deadline,
+        which begins with the first lease: with many images, waiting for that is
+        queueing.
+        """
+        lease = await self._admission.acquire_lease(call)
+        return await asyncio.wait_for(
+            self._retry(call, request, lease), call.seconds_left
+        )
+
+    async def _retry(
+        self, call: Call, request: PreparedRequest, lease: int
+    ) -> RawDetections:
+        call.give_up_at = self._timing.clock() + call.seconds_left
+        malformed = 0
+        while True:
+            try:
+                return await self._attempt(call, request, lease)
+            except CloudError as error:
+                malformed += isinstance(error, ProtocolError)
+                if call.task is not None or not may_retry(error, malformed):
+                    raise
+                if call.attempts >= self._config.attempts:
+                    raise self._admission.final_error(error) from None
+                await self._back_off(error, call)
+                failure = error
+            lease = await self._admission.acquire_lease(call, failure)
+
+    async def _back_off(self, error: CloudError, call: Call) -> None:
+        """Wait a random time, or as long as the service asked all workers to wait."""
+        requested = await self._admission.pause_if_throttled(error)
+        delay = (
+            self._timing.backoff_seconds(call.attempts)
+            if requested is None
+            else requested
+        )
+        if self._timing.clock() + delay >= call.give_up_at:
+            raise DeadlineExceeded(
+                f"cloud.deadline={self._config.deadline:g} s leaves no time for attempt"
+                f" {call.attempts + 1} after: {error}"
+            )
+        await self._timing.sleep(delay)
+
+    async def _attempt(
+        self, call: Call, request: PreparedRequest, lease: int
+    ) -> RawDetections:
+        """Make one call. Unless the service certainly did not bill it, it counts as
+        spent: also if it is cancelled or the process dies.
+
+        Polls belong to the call: they keep its lease and cost nothing more.
+        """
+        outcome: Outcome = "failed"
+        billed = True
+        reply: RawDetections | Pending | None = None
+        call.attempts += 1
+        call.calls += 1
+        try:
+            await self._note_attempt(call)
+            reply = await self._exchange(call, request, lease)
+            if isinstance(reply, Pending):
+                wait = limit_poll_wait(reply.seconds)
+                detections = await self._poller.poll_until_done(call, wait)
+            else:
+                detections = reply
+            outcome = "answered"
+            return detections
+        except CloudError as error:
+            billed = error.may_have_billed or reply is not None
+            outcome = _call_outcome(error)
+            if isinstance(error, QuotaExhausted):
+                # before the lease goes to an image that waits for it
+                self._admission.quota_message = str(error)
+            raise
+        finally:
+            if not billed:
+                call.calls -= 1
+                await self._note_refund(call)
+            await self._admission.governor.settle(lease, outcome, billed)
+
+    async def _exchange(
+        self, call: Call, request: PreparedRequest, lease: int
+    ) -> RawDetections | Pending:
+        """Send the request once. A service that has answered gets the next one while
+        the answer goes to the journal; a task keeps its lease.
+        """
+        call.started = self._timing.clock()
+        reply = await self._connections.send(request, call.idempotency_key)
+        call.latency_ms = (self._timing.clock() - call.started) * 1000
+        if not 200 <= reply.status < 300:
+            raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
+        if not self._adapter.capabilities.asynchronous:
+            await self._admission.governor.arrived(lease)
+        return await asyncio.to_thread(self._replies.receive, call, reply)
+
+    async def _note_attempt(self, call: Call) -> None:
+        usd, account = self._config.usd_per_call, self._account
+        moment = self._timing.wall_clock()
+        await self._write_note(
+            lambda: self._journal.attempt(call.key, usd, account, moment)
+        )
+
+    async def _note_refund(self, call: Call) -> None:
+        usd, account = self._config.usd_per_call, self._account
+        await self._write_note(lambda: self._journal.refund(call.key, usd, account))
+
+    async def _write_note(self, write: Callable[[], None]) -> None:
+        """Write a note in the journal; a thread per call costs more than writing to a
+        disk's cache.
+        """
+        if self._journal.notes_are_fast:
+            write()
+        else:
+            await asyncio.to_thread(write)
+
+
+def _call_outcome(error: CloudError) -> Outcome:
+    if isinstance(error, Throttled):
+        return "throttled"
+    if isinstance(error, (Transient, DeadlineExceeded)):
+        return "failed"
+    return "answered"
