@@ -1,5 +1,5 @@
-"""What people say of training images: what is read of it, what is refused, and that no
-teacher is heard beside it."""
+"""People's labels of training images: what is read of them, what is refused, and that
+they replace every teacher's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
 from coin_ray.data.order import BatchOrder
 from coin_ray.data.review import cvat, fiftyone, label_studio
 from coin_ray.data.review.corrections import reviews_digest
-from coin_ray.data.review.reviews import ReviewedBox, Review
+from coin_ray.data.review.reviews import Review, ReviewedBox
 from coin_ray.errors import InputError
 from coin_ray.runs.graph import build_steps
 from coin_ray.runs.steps import Context
@@ -44,7 +44,7 @@ from coin_ray.stages.common.training_labels import (
     build_training_examples,
     open_training_labels,
 )
-from coin_ray.stages.reporting import measurements as measures
+from coin_ray.stages.reporting.teacher_mistakes import count_teacher_mistakes
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row, detections_table
 
@@ -65,7 +65,7 @@ PERSON = {
 LABELS = {"both": [1], "none": [], "failed": [0, 2]}
 
 
-def picture(folder: Path, name: str) -> Path:
+def _picture(folder: Path, name: str) -> Path:
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 48), tuple(hashlib.sha256(name.encode()).digest()[:3])).save(
@@ -74,13 +74,15 @@ def picture(folder: Path, name: str) -> Path:
     return path
 
 
-def image_id(folder: Path, name: str) -> str:
-    return hashlib.sha256(picture(folder / "in", name).read_bytes()).hexdigest()
+def _image_id(folder: Path, name: str) -> str:
+    return hashlib.sha256(_picture(folder / "in", name).read_bytes()).hexdigest()
 
 
-def review(folder: Path, name: str, boxes: list[ReviewedBox], **changes: Any) -> Review:
-    found = Review(
-        image_id(folder, name),
+def _review(
+    folder: Path, name: str, boxes: list[ReviewedBox], **changes: Any
+) -> Review:
+    corrected_review = Review(
+        _image_id(folder, name),
         str(folder / "in" / f"{name}.png"),
         f"{name}.png",
         64,
@@ -88,21 +90,21 @@ def review(folder: Path, name: str, boxes: list[ReviewedBox], **changes: Any) ->
         tuple(boxes),
         reviewed=True,
     )
-    return replace(found, **changes)
+    return replace(corrected_review, **changes)
 
 
-def context(folder: Path, place: str, **changes: Any) -> Context:
+def _context(folder: Path, source: str, **changes: Any) -> Context:
     labels = Labels(score_min=0.3, probabilities="background", clip_background="keep")
     config: PipelineConfig = replace(
         PRESETS["demo"](),
         classes=CLASSES,
         labels=labels,
-        corrections=(place,),
+        corrections=(source,),
         **changes,
     )
     rows = [
         {
-            "image_id": image_id(folder, i),
+            "image_id": _image_id(folder, i),
             "uri": str(folder / "in" / f"{i}.png"),
             "width": 64,
             "height": 48,
@@ -121,65 +123,69 @@ def context(folder: Path, place: str, **changes: Any) -> Context:
     )
 
 
-def label_studio_file(found: list[Review], folder: Path) -> str:
-    label_studio.write_label_studio(found, str(folder), CLASSES)
+def _label_studio_file(reviews: list[Review], folder: Path) -> str:
+    label_studio.write_label_studio(reviews, str(folder), CLASSES)
     return str(folder / "tasks.json")
 
 
-def cvat_file(found: list[Review], folder: Path) -> str:
-    cvat.write_cvat(found, str(folder), CLASSES)
+def _cvat_file(reviews: list[Review], folder: Path) -> str:
+    cvat.write_cvat(reviews, str(folder), CLASSES)
     return str(folder / "annotations.xml")
 
 
-def fiftyone_folder(found: list[Review], folder: Path) -> str:
-    fiftyone.write_fiftyone(found, str(folder))
+def _fiftyone_folder(reviews: list[Review], folder: Path) -> str:
+    fiftyone.write_fiftyone(reviews, str(folder))
     return str(folder)
 
 
-def data_set(found: list[Review], folder: Path) -> str:
-    write_dataset([r.image_record() for r in found], str(folder), "voc", split="done")
+def _data_set(reviews: list[Review], folder: Path) -> str:
+    write_dataset([r.image_record() for r in reviews], str(folder), "voc", split="done")
     return f"{folder}#done"
 
 
 FORMS = {
-    "label studio": label_studio_file,
-    "cvat": cvat_file,
-    "fiftyone": fiftyone_folder,
-    "voc": data_set,
+    "label studio": _label_studio_file,
+    "cvat": _cvat_file,
+    "fiftyone": _fiftyone_folder,
+    "voc": _data_set,
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_certain_labels(form: str, tmp_path: Path) -> None:
-    place = FORMS[form](
-        [review(tmp_path, name, boxes) for name, boxes in PERSON.items()],
+    source = FORMS[form](
+        [_review(tmp_path, name, boxes) for name, boxes in PERSON.items()],
         tmp_path / "out",
     )
-    c = context(tmp_path, place)
-    assert corrections.run(c) == {"images": 3, "boxes": 3, "empty": 1}
-    found = open_corrections(c.inputs, c.config)
+    step = _context(tmp_path, source)
+    assert corrections.run(step) == {"images": 3, "boxes": 3, "empty": 1}
+    corrected = open_corrections(step.inputs, step.config)
     for name, labels in LABELS.items():
-        person = found[image_id(tmp_path, name)]
-        assert person.labels.tolist() == labels
+        detections = corrected[_image_id(tmp_path, name)]
+        assert detections.labels.tolist() == labels
         assert torch.allclose(
-            person.boxes,
+            detections.boxes,
             torch.tensor([b.edges for b in PERSON[name]]).reshape(-1, 4),
             atol=1e-4,
         )
         assert torch.equal(
-            person.probs, torch.nn.functional.one_hot(person.labels, 4).float()
+            detections.probs, torch.nn.functional.one_hot(detections.labels, 4).float()
         )
-        assert person.scores.tolist() == [1] * len(labels)
+        assert detections.scores.tolist() == [1] * len(labels)
 
 
-def test_what_no_one_has_reviewed_is_left_to_the_teachers(tmp_path: Path) -> None:
-    found = [
-        review(tmp_path, "both", [ReviewedBox(BOX, "cat")]),
-        review(tmp_path, "free", [ReviewedBox(BOX, "cat")], reviewed=False),
+def test_images_that_no_one_has_reviewed_are_left_to_the_teachers(
+    tmp_path: Path,
+) -> None:
+    reviews = [
+        _review(tmp_path, "both", [ReviewedBox(BOX, "cat")]),
+        _review(tmp_path, "free", [ReviewedBox(BOX, "cat")], reviewed=False),
     ]
-    c = context(tmp_path, cvat_file(found, tmp_path / "out"))
-    assert corrections.run(c)["images"] == 1
-    assert list(open_corrections(c.inputs, c.config)) == [image_id(tmp_path, "both")]
+    step = _context(tmp_path, _cvat_file(reviews, tmp_path / "out"))
+    assert corrections.run(step)["images"] == 1
+    assert list(open_corrections(step.inputs, step.config)) == [
+        _image_id(tmp_path, "both")
+    ]
 
 
 def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out(
@@ -190,14 +196,18 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
         Annotation(BOX, "bird", difficult=True),
     ]
     write_dataset(
-        [ImageRecord.from_annotations("both.png", str(picture(tmp_path / "in", "both")), (64, 48), boxes)],
+        [
+            ImageRecord.from_annotations(
+                "both.png", str(_picture(tmp_path / "in", "both")), (64, 48), boxes
+            )
+        ],
         str(tmp_path / "voc"),
         "voc",
     )
-    c = context(tmp_path, str(tmp_path / "voc"))
-    corrections.run(c)
-    [person] = open_corrections(c.inputs, c.config).values()
-    assert person.boxes.tolist() == [[0, 0, 64, 48]]
+    step = _context(tmp_path, str(tmp_path / "voc"))
+    corrections.run(step)
+    [detections] = open_corrections(step.inputs, step.config).values()
+    assert detections.boxes.tolist() == [[0, 0, 64, 48]]
 
 
 @pytest.mark.parametrize(
@@ -231,39 +241,44 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
 def test_bad_corrections_are_an_error_that_names_the_image(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    place = label_studio_file(
-        [replace(review(tmp_path, "both", [ReviewedBox(BOX, "cat")]), **changes)],
+    file = _label_studio_file(
+        [replace(_review(tmp_path, "both", [ReviewedBox(BOX, "cat")]), **changes)],
         tmp_path / "out",
     )
     with pytest.raises(InputError, match=f"corrections .*tasks.json: .*{message}"):
-        corrections.run(context(tmp_path, place))
+        corrections.run(_context(tmp_path, file))
     assert not (tmp_path / "corrections").exists()
 
 
 def test_later_rounds_are_further_files(tmp_path: Path) -> None:
-    c = context(
+    step = _context(
         tmp_path,
-        cvat_file([review(tmp_path, "both", [ReviewedBox(BOX, "cat")])], tmp_path / "one"),
+        _cvat_file(
+            [_review(tmp_path, "both", [ReviewedBox(BOX, "cat")])], tmp_path / "one"
+        ),
     )
-    second = label_studio_file([review(tmp_path, "none", [])], tmp_path / "two")
-    c = replace(
-        c, config=replace(c.config, corrections=(*c.config.corrections, second))
+    second = _label_studio_file([_review(tmp_path, "none", [])], tmp_path / "two")
+    step = replace(
+        step,
+        config=replace(step.config, corrections=(*step.config.corrections, second)),
     )
-    assert corrections.run(c) == {"images": 2, "boxes": 1, "empty": 1}
-    again = replace(c, config=replace(c.config, corrections=(second, second)))
+    assert corrections.run(step) == {"images": 2, "boxes": 1, "empty": 1}
+    twice = replace(step, config=replace(step.config, corrections=(second, second)))
     with pytest.raises(
         InputError, match=r"tasks\.json, .*tasks\.json: none\.png is in it twice"
     ):
-        corrections.run(again)
+        corrections.run(twice)
 
 
-def test_all_faults_are_told_at_once_up_to_a_few(tmp_path: Path) -> None:
-    found = [
-        review(tmp_path, "held", []),
-        review(tmp_path, "both", []),
-        review(tmp_path, "both", []),
+def test_all_faults_are_reported_at_once_up_to_a_few(tmp_path: Path) -> None:
+    reviews = [
+        _review(tmp_path, "held", []),
+        _review(tmp_path, "both", []),
+        _review(tmp_path, "both", []),
     ]
-    found.append(review(tmp_path, "none", [ReviewedBox(BOX, f"x{n}") for n in range(9)]))
+    reviews.append(
+        _review(tmp_path, "none", [ReviewedBox(BOX, f"x{n}") for n in range(9)])
+    )
     with pytest.raises(
         InputError,
         match=(
@@ -271,31 +286,32 @@ def test_all_faults_are_told_at_once_up_to_a_few(tmp_path: Path) -> None:
             r" more"
         ),
     ):
-        corrections.run(context(tmp_path, label_studio_file(found, tmp_path / "out")))
+        corrections.run(
+            _context(tmp_path, _label_studio_file(reviews, tmp_path / "out"))
+        )
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("path", "message"),
     [("nowhere.json", "no such folder"), ("nowhere", "no such folder")],
 )
 def test_corrections_that_are_not_there_are_an_error(
-    place: str, message: str, tmp_path: Path
+    path: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        corrections.run(context(tmp_path, str(tmp_path / place)))
+        corrections.run(_context(tmp_path, str(tmp_path / path)))
 
 
-# No teacher is heard beside a person
+# A person's labels replace every teacher's
 
-box = st.tuples(
+random_box = st.tuples(
     st.integers(0, 30), st.integers(0, 20), st.integers(31, 64), st.integers(21, 48)
 )
-seen = st.lists(st.tuples(box, st.integers(0, 2), st.floats(0.05, 1)), max_size=4).map(
-    lambda rows: detections(*rows)
-)
+random_row = st.tuples(random_box, st.integers(0, 2), st.floats(0.05, 1))
+random_detections = st.lists(random_row, max_size=4).map(lambda rows: detections(*rows))
 
 
-def collect(
+def _write_teacher_tables(
     folder: Path,
     cloud: Detections,
     labelled: Detections,
@@ -303,19 +319,19 @@ def collect(
 ) -> None:
     """``labelled``: row by row the cloud's boxes; ``clip``: the CLIP detector's
     results, the same if not given."""
-    for name, found in (
+    for name, in_image in (
         ("cloud", cloud),
         ("clip_labels", labelled),
         ("clip_detector", labelled if clip is None else clip),
     ):
         rows = [
-            detections_row(image_id(folder, i), found, Provenance(name))
+            detections_row(_image_id(folder, i), in_image, Provenance(name))
             for i in SPLITS
             if i != "failed"
         ]
         rows.append(
             detections_row(
-                image_id(folder, "failed"),
+                _image_id(folder, "failed"),
                 Detections.empty(3),
                 Provenance(name, "error"),
             )
@@ -326,24 +342,24 @@ def collect(
 @pytest.fixture(scope="module")
 def reviewed(tmp_path_factory: pytest.TempPathFactory) -> Context:
     folder = tmp_path_factory.mktemp("run")
-    made = [review(folder, name, boxes) for name, boxes in PERSON.items()]
-    c = context(folder, cvat_file(made, folder / "out"))
-    corrections.run(c)
-    return c
+    reviews = [_review(folder, name, boxes) for name, boxes in PERSON.items()]
+    step = _context(folder, _cvat_file(reviews, folder / "out"))
+    corrections.run(step)
+    return step
 
 
 @settings(max_examples=8, deadline=None)
 @given(
-    cloud=seen,
+    cloud=random_detections,
     labeler=st.sampled_from(["crop", "none"]),
     source=st.sampled_from(["clip", "cloud"]),
 )
 def test_propagation_learns_what_people_say(
     reviewed: Context, cloud: Detections, labeler: str, source: Any
 ) -> None:
-    """Also where the cloud failed; and the others stay as they are."""
+    """That holds where the cloud failed too; the other images keep their labels."""
     folder, config = Path(reviewed.root), reviewed.config
-    collect(folder, cloud, cloud)
+    _write_teacher_tables(folder, cloud, cloud)
     config = replace(config, collect=replace(config.collect, labeler=labeler))
     examples = build_training_examples(
         str(folder), open_training_labels(source, reviewed.inputs, config)
@@ -352,24 +368,24 @@ def test_propagation_learns_what_people_say(
     assert [Path(e.uri).stem for e in examples] == ["both", "none", "failed", "free"]
     person = open_corrections(reviewed.inputs, config)
     for e in examples:
-        known = e.detections["labels"]
+        labels = e.detections["labels"]
         assert e.reviewed == (e.image_id in person)
         if e.reviewed:
-            assert torch.equal(known.boxes, person[e.image_id].boxes)
-            assert torch.equal(known.probs, person[e.image_id].probs)
+            assert torch.equal(labels.boxes, person[e.image_id].boxes)
+            assert torch.equal(labels.probs, person[e.image_id].probs)
         else:
-            assert len(known) == int((cloud.scores >= 0.3).sum())
+            assert len(labels) == int((cloud.scores >= 0.3).sum())
 
 
 @settings(max_examples=8, deadline=None)
-@given(cloud=seen, clip=seen)
-def test_distillation_is_told_what_people_say_by_all_teachers(
+@given(cloud=random_detections, clip=random_detections)
+def test_distillation_gets_what_people_say_from_all_teachers(
     reviewed: Context, cloud: Detections, clip: Detections
 ) -> None:
     folder, config = Path(reviewed.root), reviewed.config
-    collect(folder, cloud, cloud, clip)
+    _write_teacher_tables(folder, cloud, cloud, clip)
     answered = open_collected(str(folder), "cloud", config)
-    know = make_teacher_lookup(
+    look_up = make_teacher_lookup(
         answered,
         tables.open_detections(str(folder / "clip_detector.parquet"), 3),
         str(folder),
@@ -377,14 +393,14 @@ def test_distillation_is_told_what_people_say_by_all_teachers(
     )
     person = open_corrections(reviewed.inputs, config)
     examples = build_training_examples(
-        str(folder), add_corrections(answered.ids, know, TEACHER_OUTPUTS, person)
+        str(folder), add_corrections(answered.ids, look_up, TEACHER_OUTPUTS, person)
     )
     assert [e.reviewed for e in examples] == [True, True, True, False]
     for e in list(examples)[:3]:
         assert set(e.detections) == set(TEACHER_OUTPUTS)
         assert all(
-            torch.equal(found.boxes, person[e.image_id].boxes)
-            for found in e.detections.values()
+            torch.equal(detections.boxes, person[e.image_id].boxes)
+            for detections in e.detections.values()
         )
 
 
@@ -395,20 +411,20 @@ def test_students_are_judged_by_what_people_say_else_by_both_teachers(
     """CLIP names the cloud's box otherwise, so that both are less sure together;
     without CLIP the cloud's word stands."""
     cloud, clip = detections((BOX, 2, 0.9)), detections((BOX, 1, 0.9))
-    collect(Path(reviewed.root), cloud, clip)
+    _write_teacher_tables(Path(reviewed.root), cloud, clip)
     config = replace(
         reviewed.config, collect=replace(reviewed.config.collect, labeler=labeler)
     )
-    ids = {name: image_id(Path(reviewed.root), name) for name in SPLITS}
-    found = fuse_teacher_labels(ids.values(), reviewed.inputs, config)
+    ids = {name: _image_id(Path(reviewed.root), name) for name in SPLITS}
+    fused = fuse_teacher_labels(ids.values(), reviewed.inputs, config)
     answered = set(open_collected(reviewed.root, "cloud", config))
-    assert set(found) == {
+    assert set(fused) == {
         i for name, i in ids.items() if name in PERSON or i in answered
     }
     for name, labels in LABELS.items():
-        assert found[ids[name]].labels.tolist() == labels
-        assert found[ids[name]].scores.tolist() == [1] * len(labels)
-    free = found[ids["free"]]
+        assert fused[ids[name]].labels.tolist() == labels
+        assert fused[ids[name]].scores.tolist() == [1] * len(labels)
+    free = fused[ids["free"]]
     assert torch.equal(free.boxes, cloud.boxes)
     assert free.labels.tolist() == [2] or labeler == "crop"
     assert (
@@ -420,7 +436,7 @@ def test_students_are_judged_by_what_people_say_else_by_both_teachers(
 
 def test_a_batch_knows_which_of_its_images_are_reviewed(reviewed: Context) -> None:
     folder, config = Path(reviewed.root), reviewed.config
-    collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
+    _write_teacher_tables(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
     examples = build_training_examples(
         str(folder), open_training_labels("clip", reviewed.inputs, config)
     )
@@ -443,14 +459,14 @@ def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(
     reviewed: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = Path(reviewed.root)
-    collect(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
+    _write_teacher_tables(folder, detections((BOX, 2, 0.9)), detections((BOX, 2, 0.9)))
     monkeypatch.setattr(
         separate,
         "write_predictions",
-        lambda *given: shutil.copy(folder / "clip_detector.parquet", given[-1]),
+        lambda *arguments: shutil.copy(folder / "clip_detector.parquet", arguments[-1]),
     )
-    c = replace(reviewed, folder=str(tmp_path), name="separate")
-    assert separate.run(c) == {
+    step = replace(reviewed, folder=str(tmp_path), name="separate")
+    assert separate.run(step) == {
         "separation": {"consistent": 1, "inconsistent": 0, "private": 0}
     }
     rows = {
@@ -458,7 +474,7 @@ def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(
         for r in storage.read_table(str(tmp_path / "separation.parquet")).to_pylist()
     }
     assert {
-        name: rows[image_id(folder, name)]["kind"] for name in SPLITS if name != "held"
+        name: rows[_image_id(folder, name)]["kind"] for name in SPLITS if name != "held"
     } == {
         "both": ["reviewed"],
         "none": [],
@@ -466,13 +482,13 @@ def test_separation_keeps_people_s_boxes_as_a_kind_of_their_own(
         "free": ["consistent"],
     }
     assert (
-        rows[image_id(folder, "both")]["cloud_probs"]
-        == rows[image_id(folder, "both")]["clip_probs"]
+        rows[_image_id(folder, "both")]["cloud_probs"]
+        == rows[_image_id(folder, "both")]["clip_probs"]
         == [[0, 1, 0, 0]]
     )
 
 
-# What is done again
+# Steps that run again
 
 LATER = {
     "corrections",
@@ -486,7 +502,7 @@ LATER = {
 }
 
 
-def fingerprints(*places: str) -> dict[str, str]:
+def _fingerprints(*places: str) -> dict[str, str]:
     return {
         name: step.fingerprint
         for name, step in build_steps(
@@ -496,13 +512,13 @@ def fingerprints(*places: str) -> dict[str, str]:
 
 
 def test_other_corrections_ask_nothing_again_but_train_again(tmp_path: Path) -> None:
-    """By their content: neither the place nor the name of the file matters. The oracle
-    and what is asked never depend on them."""
+    """The content counts: neither the folder nor the name of the file matters. The oracle
+    and the cloud calls never depend on corrections."""
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.json").write_text("[]")
     (tmp_path / "c.json").write_text("[1]")
     none, first, same, other = (
-        fingerprints(*places)
+        _fingerprints(*places)
         for places in ((), *((str(tmp_path / f"{n}.json"),) for n in "abc"))
     )
     assert first == same
@@ -522,24 +538,27 @@ def test_other_corrections_ask_nothing_again_but_train_again(tmp_path: Path) -> 
 def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(
     tmp_path: Path,
 ) -> None:
-    place = tmp_path / "voc"
+    folder = tmp_path / "voc"
     write_dataset(
         [
             ImageRecord.from_annotations(
-                "a.png", str(picture(tmp_path, "a")), (64, 48), [Annotation(BOX, "cat")]
+                "a.png",
+                str(_picture(tmp_path, "a")),
+                (64, 48),
+                [Annotation(BOX, "cat")],
             )
         ],
-        str(place),
+        str(folder),
         "voc",
         split="done",
     )
-    before = reviews_digest(str(place))
-    assert before != reviews_digest(f"{place}#done")
-    label = place / "Annotations" / "a.xml"
+    before = reviews_digest(str(folder))
+    assert before != reviews_digest(f"{folder}#done")
+    label = folder / "Annotations" / "a.xml"
     label.write_text(label.read_text().replace("cat", "dog"))
-    changed = reviews_digest(str(place))
-    (place / "JPEGImages" / "a.png").write_bytes(b"x")
-    assert len({before, changed, reviews_digest(str(place))}) == 3
+    changed = reviews_digest(str(folder))
+    (folder / "JPEGImages" / "a.png").write_bytes(b"x")
+    assert len({before, changed, reviews_digest(str(folder))}) == 3
     assert (
         reviews_digest(str(tmp_path / "nowhere"))
         == reviews_digest(str(tmp_path / "nowhere.json"))
@@ -548,18 +567,22 @@ def test_the_content_of_a_folder_is_its_labels_and_the_sizes_of_its_images(
 
 
 def test_the_files_that_tools_write_are_json(tmp_path: Path) -> None:
-    found = [review(tmp_path, "both", [ReviewedBox(BOX, "cat", "private", "cat 0.50")])]
+    reviews = [
+        _review(tmp_path, "both", [ReviewedBox(BOX, "cat", "private", "cat 0.50")])
+    ]
     assert (
         json.loads(
             (tmp_path / "in")
-            .joinpath(label_studio_file(found, tmp_path / "ls"))
+            .joinpath(_label_studio_file(reviews, tmp_path / "ls"))
             .read_text()
         )[0]["data"]["private"]
         == 1
     )
     assert (
         json.loads(
-            (Path(fiftyone_folder(found, tmp_path / "fo")) / "samples.json").read_text()
+            (
+                Path(_fiftyone_folder(reviews, tmp_path / "fo")) / "samples.json"
+            ).read_text()
         )["samples"][0]["private"]
         == 1
     )
@@ -568,13 +591,15 @@ def test_the_files_that_tools_write_are_json(tmp_path: Path) -> None:
 def test_the_report_counts_what_each_teacher_would_have_taught_there(
     reviewed: Context,
 ) -> None:
-    """Of three reviewed images: one with OTHER as class 1, an empty one, and one that
+    """The three reviewed images: one with OTHER as class 1, an empty one, and one that
     the cloud did not answer (classes 0 and 2)."""
     folder = Path(reviewed.root)
     cloud = detections((OTHER, 1, 0.9), (BOX, 1, 0.8), (BOX, 2, 0.1))
-    collect(folder, cloud, detections((OTHER, 0, 0.9), (BOX, 0, 0.8), (BOX, 0, 0.9)))
-    c = replace(reviewed, inputs=dict(reviewed.inputs) | {"separate": str(folder)})
-    assert measures.corrections(c) == {
+    _write_teacher_tables(
+        folder, cloud, detections((OTHER, 0, 0.9), (BOX, 0, 0.8), (BOX, 0, 0.9))
+    )
+    step = replace(reviewed, inputs=dict(reviewed.inputs) | {"separate": str(folder)})
+    assert count_teacher_mistakes(step) == {
         "images": 3,
         "boxes": 3,
         "empty": 1,
@@ -585,8 +610,11 @@ def test_the_report_counts_what_each_teacher_would_have_taught_there(
         },
     }
     assert (
-        measures.corrections(
-            replace(c, inputs={k: v for k, v in c.inputs.items() if k != "corrections"})
+        count_teacher_mistakes(
+            replace(
+                step,
+                inputs={k: v for k, v in step.inputs.items() if k != "corrections"},
+            )
         )
         == {}
     )

@@ -102,7 +102,10 @@ def test_a_worker_s_full_disk_is_reported_as_this_machine_s(
         )
 
     assert run_command(fail) == 3
-    assert "no space left on the device: /root/steps" in capsys.readouterr().err
+    message = (
+        "no space left on the device: /root/steps. Free some space, then rerun the"
+    )
+    assert message in capsys.readouterr().err
     raise_if_disk_full("another error", "/root")
 
 

@@ -13,12 +13,13 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_em
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.runs.steps import Context
+from coin_ray.stages.common.image_tables import ImageRow
 from coin_ray.stages.common.training_job import save_weights
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.reporting.ckg_probabilities import (
     CKG_FILE,
-    predict_ckg_probabilities,
     combine_fusion_modules,
+    predict_ckg_probabilities,
 )
 from tests.builders import detections
 
@@ -30,7 +31,17 @@ BOXES = (
 )
 
 
-def test_the_kept_fusion_speaks_of_the_clouds_boxes_above_the_threshold(
+def _image_row(image_id: str, uri: str) -> ImageRow:
+    return {
+        "image_id": image_id,
+        "uri": uri,
+        "width": 128,
+        "height": 96,
+        "split": "test",
+    }
+
+
+def test_the_trained_fusion_predicts_the_clouds_boxes_above_the_threshold(
     tmp_path: Path,
 ) -> None:
     picture = io.BytesIO()
@@ -50,11 +61,10 @@ def test_the_kept_fusion_speaks_of_the_clouds_boxes_above_the_threshold(
         name: {"a": detections(*BOXES, classes=len(CONFIG.classes))}
         for name in ("cloud", "clip_labels")
     }
-    images: list[dict[str, object]] = [
-        {"image_id": "a", "uri": str(tmp_path / "a.png")},
-        {"image_id": "not asked", "uri": ""},
-    ]
-    assert predict_ckg_probabilities(context, images, answers) == {}  # a run that kept no fusion
+    images = [_image_row("a", str(tmp_path / "a.png")), _image_row("not asked", "")]
+    assert (
+        predict_ckg_probabilities(context, images, answers) == {}
+    )  # a run without a trained fusion
 
     save_weights(
         str(tmp_path / CKG_FILE),
@@ -62,9 +72,11 @@ def test_the_kept_fusion_speaks_of_the_clouds_boxes_above_the_threshold(
             ckg, Prototypes(embeddings), Prototypes(embeddings)
         ).state_dict(),
     )
-    found = predict_ckg_probabilities(context, images, answers)
-    assert set(found) == {"a"}
-    assert found["a"].shape == (2, len(CONFIG.classes) + 1)
-    torch.testing.assert_close(found["a"].sum(1), torch.ones(2))
+    probs = predict_ckg_probabilities(context, images, answers)
+    assert set(probs) == {"a"}
+    assert probs["a"].shape == (2, len(CONFIG.classes) + 1)
+    torch.testing.assert_close(probs["a"].sum(1), torch.ones(2))
     other = replace(CONFIG, distill=replace(CONFIG.distill, fusion="average"))
-    assert predict_ckg_probabilities(replace(context, config=other), images, answers) == {}
+    assert (
+        predict_ckg_probabilities(replace(context, config=other), images, answers) == {}
+    )

@@ -24,10 +24,12 @@ from coin_ray.runs.steps import Context
 from coin_ray.stages import collect, images
 
 
-def context(
-    tmp_path: Path, data: Folder, classes: tuple[str, ...] = ("person", "traffic light")
+def _context(
+    tmp_path: Path,
+    folder: Folder,
+    classes: tuple[str, ...] = ("person", "traffic light"),
 ) -> Context:
-    config = PipelineConfig("folder", classes, data, Cloud(serve="demo"))
+    config = PipelineConfig("folder", classes, folder, Cloud(serve="demo"))
     return Context(
         config,
         str(tmp_path / "root"),
@@ -38,7 +40,7 @@ def context(
     )
 
 
-def picture(
+def _write_picture(
     path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **save: Any
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +51,14 @@ def picture(
     return path
 
 
-def written(c: Context, name: str) -> list[dict[str, Any]]:
+def _read_rows(context: Context, name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = storage.read_table(
-        storage.join(c.folder, f"{name}.parquet")
+        storage.join(context.folder, f"{name}.parquet")
     ).to_pylist()
     return rows
 
 
-def coco(
+def _write_coco(
     folder: Path,
     files: dict[str, list[tuple[list[float], int]]],
     names: tuple[str, ...] = ("person", "Traffic Light"),
@@ -67,10 +69,14 @@ def coco(
         for n, (box, label) in enumerate(boxes, start=100 * i)
     ]
     categories = [{"id": k, "name": name} for k, name in enumerate(names)]
-    listed = [{"id": i, "file_name": name} for i, name in enumerate(files)]
+    coco_images = [{"id": i, "file_name": name} for i, name in enumerate(files)]
     (folder / "annotations.json").write_text(
         json.dumps(
-            {"images": listed, "annotations": annotations, "categories": categories}
+            {
+                "images": coco_images,
+                "annotations": annotations,
+                "categories": categories,
+            }
         )
     )
 
@@ -78,44 +84,46 @@ def coco(
 @pytest.mark.parametrize("name", ["grey.png", "cmyk.jpg", "wide.jpg"])
 def test_usual_and_unusual_images_are_listed(tmp_path: Path, name: str) -> None:
     mode = {"grey.png": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB")
-    picture(
+    _write_picture(
         tmp_path / "in" / name, (20_000, 16) if name == "wide.jpg" else (40, 30), mode
     )
-    c = context(tmp_path, Folder(images=str(tmp_path / "in")))
-    assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 0}
-    assert written(c, "images")[0]["width"] == (20_000 if name == "wide.jpg" else 40)
+    context = _context(tmp_path, Folder(images=str(tmp_path / "in")))
+    assert images.run(context)["count"] == {"train": 1, "val": 0, "test": 0}
+    assert _read_rows(context, "images")[0]["width"] == (
+        20_000 if name == "wide.jpg" else 40
+    )
 
 
 def test_a_rotated_photo_has_its_upright_size(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "in" / "turned.jpg", (40, 30), exif=exif)
-    c = context(tmp_path, Folder(images=str(tmp_path / "in")))
-    images.run(c)
-    row = written(c, "images")[0]
+    _write_picture(tmp_path / "in" / "turned.jpg", (40, 30), exif=exif)
+    context = _context(tmp_path, Folder(images=str(tmp_path / "in")))
+    images.run(context)
+    row = _read_rows(context, "images")[0]
     assert (row["width"], row["height"]) == (30, 40)
 
 
 def test_bad_files_are_recorded_with_a_reason_and_duplicates_counted(
     tmp_path: Path,
 ) -> None:
-    good = picture(tmp_path / "in" / "a.jpg", (400, 300))
+    good = _write_picture(tmp_path / "in" / "a.jpg", (400, 300))
     (tmp_path / "in" / "again.jpg").write_bytes(good.read_bytes())
     (tmp_path / "in" / "text.jpg").write_text("no image")
     (tmp_path / "in" / "cut.jpg").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "in" / "empty.png").touch()
-    picture(tmp_path / "in" / "pixel.png", (1, 1))
-    c = context(tmp_path, Folder(images=str(tmp_path / "in")))
-    metrics = images.run(c)
+    _write_picture(tmp_path / "in" / "pixel.png", (1, 1))
+    context = _context(tmp_path, Folder(images=str(tmp_path / "in")))
+    metrics = images.run(context)
     assert metrics["count"]["train"] == 1
     assert metrics["duplicates"] == 1
-    assert {r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")} == {
+    assert {r["uri"].rsplit("/", 1)[-1] for r in _read_rows(context, "rejected")} == {
         "text.jpg",
         "cut.jpg",
         "empty.png",
         "pixel.png",
     }
-    assert all(r["reason"] for r in written(c, "rejected"))
+    assert all(r["reason"] for r in _read_rows(context, "rejected"))
 
 
 @pytest.mark.parametrize("files", [[], ["notes.txt", "more.txt"]])
@@ -124,27 +132,27 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path, files: list[str]) -
     for name in files:
         (tmp_path / "in" / name).write_text("text")
     with pytest.raises(InputError, match="no usable image"):
-        images.run(context(tmp_path, Folder(images=str(tmp_path / "in"))))
+        images.run(_context(tmp_path, Folder(images=str(tmp_path / "in"))))
 
 
 def test_an_absent_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        images.run(context(tmp_path, Folder(images=str(tmp_path / "nowhere"))))
+        images.run(_context(tmp_path, Folder(images=str(tmp_path / "nowhere"))))
 
 
 def test_coco_truth_of_the_asked_classes_by_name(tmp_path: Path) -> None:
-    picture(tmp_path / "in" / "train.jpg")
+    _write_picture(tmp_path / "in" / "train.jpg")
     for name in ("one.jpg", "two.jpg"):
-        picture(tmp_path / "test" / "images" / name)
-    coco(tmp_path / "test", {"one.jpg": [([1, 2, 10, 5], 1)], "two.jpg": []})
-    c = context(
+        _write_picture(tmp_path / "test" / "images" / name)
+    _write_coco(tmp_path / "test", {"one.jpg": [([1, 2, 10, 5], 1)], "two.jpg": []})
+    context = _context(
         tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
     )
-    assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 2}
-    rows = {row["image_id"]: row for row in written(c, "annotations")}
+    assert images.run(context)["count"] == {"train": 1, "val": 0, "test": 2}
+    rows = {row["image_id"]: row for row in _read_rows(context, "annotations")}
     assert sorted(len(r["boxes"]) for r in rows.values()) == [0, 1]
-    found = next(r for r in rows.values() if r["boxes"])
-    assert (found["boxes"], found["labels"], found["difficult"]) == (
+    row = next(r for r in rows.values() if r["boxes"])
+    assert (row["boxes"], row["labels"], row["difficult"]) == (
         [[1.0, 2.0, 11.0, 7.0]],
         [1],
         [False],
@@ -152,14 +160,14 @@ def test_coco_truth_of_the_asked_classes_by_name(tmp_path: Path) -> None:
 
 
 def test_truth_without_any_asked_class_is_an_error(tmp_path: Path) -> None:
-    picture(tmp_path / "in" / "train.jpg")
-    picture(tmp_path / "test" / "images" / "one.jpg")
-    coco(tmp_path / "test", {"one.jpg": []}, names=("cat",))
+    _write_picture(tmp_path / "in" / "train.jpg")
+    _write_picture(tmp_path / "test" / "images" / "one.jpg")
+    _write_coco(tmp_path / "test", {"one.jpg": []}, names=("cat",))
     with pytest.raises(
         InputError, match="none of the classes person, traffic light; it has cat"
     ):
         images.run(
-            context(
+            _context(
                 tmp_path,
                 Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")),
             )
@@ -169,26 +177,26 @@ def test_truth_without_any_asked_class_is_an_error(tmp_path: Path) -> None:
 def test_an_image_in_two_splits_stays_in_the_first_and_is_reported(
     tmp_path: Path,
 ) -> None:
-    first = picture(tmp_path / "in" / "train.jpg")
-    picture(tmp_path / "test" / "images" / "other.jpg")
+    first = _write_picture(tmp_path / "in" / "train.jpg")
+    _write_picture(tmp_path / "test" / "images" / "other.jpg")
     (tmp_path / "test" / "images" / "leak.jpg").write_bytes(first.read_bytes())
-    coco(tmp_path / "test", {"other.jpg": [([1, 2, 3, 4], 0)], "leak.jpg": []})
-    c = context(
+    _write_coco(tmp_path / "test", {"other.jpg": [([1, 2, 3, 4], 0)], "leak.jpg": []})
+    context = _context(
         tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
     )
-    assert images.run(c)["count"]["test"] == 1
-    assert "same image as one in train" in written(c, "rejected")[0]["reason"]
+    assert images.run(context)["count"]["test"] == 1
+    assert "same image as one in train" in _read_rows(context, "rejected")[0]["reason"]
 
 
-def labelled(
+def _write_labelled(
     folder: Path,
-    place: Path,
+    data_set: Path,
     form: str,
     *boxes: Annotation,
     split: str = "test",
     annotated: bool = True,
 ) -> None:
-    picture(folder / f"{split}.jpg")
+    _write_picture(folder / f"{split}.jpg")
     record = ImageRecord.from_annotations(
         f"{split}.jpg",
         str(folder / f"{split}.jpg"),
@@ -197,7 +205,11 @@ def labelled(
         annotated,
     )
     write_dataset(
-        [record], str(place), form, split=split, names=sorted({b.label for b in boxes})
+        [record],
+        str(data_set),
+        form,
+        split=split,
+        names=sorted({b.label for b in boxes}),
     )
 
 
@@ -207,13 +219,13 @@ def test_truth_in_every_format(tmp_path: Path, form: str) -> None:
         Annotation((1, 2, 11, 7), "Traffic-Lights"),
         Annotation((0, 0, 4, 4), "cat"),
     )
-    labelled(tmp_path / "from", tmp_path / "test", form, *boxes)
-    picture(tmp_path / "in" / "train.jpg")
-    c = context(
+    _write_labelled(tmp_path / "from", tmp_path / "test", form, *boxes)
+    _write_picture(tmp_path / "in" / "train.jpg")
+    context = _context(
         tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
     )
-    assert images.run(c)["count"] == {"train": 1, "val": 0, "test": 1}
-    [row] = written(c, "annotations")
+    assert images.run(context)["count"] == {"train": 1, "val": 0, "test": 1}
+    [row] = _read_rows(context, "annotations")
     assert (row["boxes"], row["labels"], row["difficult"]) == (
         [[1.0, 2.0, 11.0, 7.0]],
         [1],
@@ -223,46 +235,48 @@ def test_truth_in_every_format(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["coco", "voc", "bdd100k"])
 def test_difficult_boxes_stay_difficult(tmp_path: Path, form: str) -> None:
-    labelled(
+    _write_labelled(
         tmp_path / "from",
         tmp_path / "test",
         form,
         Annotation((1, 2, 11, 7), "person", True),
         Annotation((0, 0, 4, 4), "person"),
     )
-    picture(tmp_path / "in" / "train.jpg")
-    c = context(
+    _write_picture(tmp_path / "in" / "train.jpg")
+    context = _context(
         tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
     )
-    images.run(c)
-    assert written(c, "annotations")[0]["difficult"] == [True, False]
+    images.run(context)
+    assert _read_rows(context, "annotations")[0]["difficult"] == [True, False]
 
 
 def test_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
-        labelled(
+        _write_labelled(
             tmp_path / "from",
             tmp_path / "voc",
             "voc",
             Annotation((1, 2, 11, 7), "person"),
             split=split,
         )
-    places = [f"{tmp_path}/voc#{split}" for split in ("train", "val", "test")]
-    c = context(tmp_path, Folder(*places))
-    assert images.run(c)["count"] == {"train": 1, "val": 1, "test": 1}
-    assert [row["uri"].rsplit("/", 1)[-1] for row in written(c, "images")] == [
+    folders = [f"{tmp_path}/voc#{split}" for split in ("train", "val", "test")]
+    context = _context(tmp_path, Folder(*folders))
+    assert images.run(context)["count"] == {"train": 1, "val": 1, "test": 1}
+    assert [row["uri"].rsplit("/", 1)[-1] for row in _read_rows(context, "images")] == [
         "train.jpg",
         "val.jpg",
         "test.jpg",
     ]
-    assert list_image_files(places[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
+    assert list_image_files(folders[1]) == [f"{tmp_path}/voc/JPEGImages/val.jpg"]
 
 
 def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:
-    labelled(tmp_path / "from", tmp_path / "test", "voc", split="test", annotated=False)
+    _write_labelled(
+        tmp_path / "from", tmp_path / "test", "voc", split="test", annotated=False
+    )
     (tmp_path / "test" / "Annotations").mkdir()
     (tmp_path / "test" / "Annotations" / "none.xml").write_text("<annotation/>")
-    picture(tmp_path / "in" / "train.jpg")
+    _write_picture(tmp_path / "in" / "train.jpg")
     with pytest.raises(
         InputError,
         match=(
@@ -271,7 +285,7 @@ def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:
         ),
     ):
         images.run(
-            context(
+            _context(
                 tmp_path,
                 Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test")),
             )
@@ -280,7 +294,7 @@ def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:
 
 def test_a_broken_image_in_a_labelled_folder_is_recorded(tmp_path: Path) -> None:
     for split in ("one", "two"):
-        labelled(
+        _write_labelled(
             tmp_path / "from",
             tmp_path / "test",
             "kitti",
@@ -288,58 +302,62 @@ def test_a_broken_image_in_a_labelled_folder_is_recorded(tmp_path: Path) -> None
             split=split,
         )
     (tmp_path / "test" / "training" / "image_2" / "one.jpg").write_text("no image")
-    picture(tmp_path / "in" / "train.jpg")
-    c = context(
+    _write_picture(tmp_path / "in" / "train.jpg")
+    context = _context(
         tmp_path, Folder(images=str(tmp_path / "in"), test=str(tmp_path / "test"))
     )
-    assert images.run(c)["count"]["test"] == 1
-    assert [r["uri"].rsplit("/", 1)[-1] for r in written(c, "rejected")] == ["one.jpg"]
+    assert images.run(context)["count"]["test"] == 1
+    assert [r["uri"].rsplit("/", 1)[-1] for r in _read_rows(context, "rejected")] == [
+        "one.jpg"
+    ]
 
 
 def test_a_test_set_of_training_images_is_an_error_that_says_so(tmp_path: Path) -> None:
-    labelled(
+    _write_labelled(
         tmp_path / "from", tmp_path / "both", "voc", Annotation((1, 2, 11, 7), "person")
     )
-    place = str(tmp_path / "both")
+    folder = str(tmp_path / "both")
     with pytest.raises(
         InputError, match=r"no annotated image is left; 1 are in an earlier split too"
     ):
-        images.run(context(tmp_path, Folder(images=place, test=place)))
+        images.run(_context(tmp_path, Folder(images=folder, test=folder)))
 
 
 def test_published_protocols_may_test_on_the_training_images(tmp_path: Path) -> None:
     """Each image has a row of each split, its truth once; a further copy among the test
     images is still a duplicate."""
     for split in ("one", "two"):
-        labelled(
+        _write_labelled(
             tmp_path / "from",
             tmp_path / "both",
             "voc",
             Annotation((1, 2, 11, 7), "person"),
             split=split,
         )
-    place = tmp_path / "both"
-    c = context(tmp_path, Folder(images=str(place), test=str(place), same_images=True))
-    metrics = images.run(c)
+    folder = tmp_path / "both"
+    context = _context(
+        tmp_path, Folder(images=str(folder), test=str(folder), same_images=True)
+    )
+    metrics = images.run(context)
     assert (metrics["count"], metrics["in_both"], metrics["duplicates"]) == (
         {"train": 2, "val": 0, "test": 2},
         2,
         0,
     )
-    ids = sorted(row["image_id"] for row in written(c, "images"))
+    ids = sorted(row["image_id"] for row in _read_rows(context, "images"))
     assert metrics["digest"] == hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     assert (
-        len(written(c, "annotations"))
-        == len({row["image_id"] for row in written(c, "images")})
+        len(_read_rows(context, "annotations"))
+        == len({row["image_id"] for row in _read_rows(context, "images")})
         == 2
     )
-    assert collect._once(storage.read_table(f"{c.folder}/images.parquet"))[
+    assert collect._first_rows(storage.read_table(f"{context.folder}/images.parquet"))[
         "split"
     ].to_pylist() == ["train", "train"]
-    (place / "JPEGImages" / "two.jpg").write_bytes(
-        (place / "JPEGImages" / "one.jpg").read_bytes()
+    (folder / "JPEGImages" / "two.jpg").write_bytes(
+        (folder / "JPEGImages" / "one.jpg").read_bytes()
     )
-    metrics = images.run(c)
+    metrics = images.run(context)
     assert (metrics["count"]["test"], metrics["in_both"], metrics["duplicates"]) == (
         1,
         1,

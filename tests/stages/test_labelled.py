@@ -13,16 +13,18 @@ from coin_ray.runs.steps import Context
 from coin_ray.stages import source_scenes
 from coin_ray.stages.common.labelled_images import (
     LabelledImages,
+    build_labelled_examples,
     is_validation_image,
     read_labelled_images,
-    build_labelled_examples,
 )
 from coin_ray.tables import Truth
 
 Row = tuple[float, float, float, float, int]
 
 
-def found(*images: list[Row], difficult: tuple[int, ...] = ()) -> LabelledImages:
+def _labelled_images(
+    *images: list[Row], difficult: tuple[int, ...] = ()
+) -> LabelledImages:
     rows, truth = [], {}
     for number, boxes in enumerate(images):
         name = f"{number:08x}"
@@ -35,20 +37,20 @@ def found(*images: list[Row], difficult: tuple[int, ...] = ()) -> LabelledImages
                 "split": "train",
             }
         )
-        marks = torch.tensor(
+        difficult_mask = torch.tensor(
             [n in difficult for n in range(len(boxes))], dtype=torch.bool
         )
         truth[name] = Truth(
             torch.tensor([b[:4] for b in boxes]).reshape(-1, 4).float(),
             torch.tensor([b[4] for b in boxes]).long(),
-            marks,
+            difficult_mask,
         )
     return LabelledImages(rows, truth)
 
 
 def test_difficult_boxes_are_ignored_and_empty_images_kept() -> None:
     examples = build_labelled_examples(
-        found(
+        _labelled_images(
             [(1, 1, 9, 9, 0), (20, 20, 40, 40, 1), (50, 50, 60, 60, 1)],
             [],
             difficult=(1,),
@@ -70,8 +72,11 @@ def test_boxes_are_cut_at_the_border_and_those_without_an_area_inside_are_left_o
         (5, 5, 6, 6, 0),
     ]
     with caplog.at_level(logging.WARNING):
-        (example,) = build_labelled_examples(found(boxes), ("cat",))
-    assert example.detections["labels"].boxes.tolist() == [[0, 0, 100, 80], [5, 5, 6, 6]]
+        (example,) = build_labelled_examples(_labelled_images(boxes), ("cat",))
+    assert example.detections["labels"].boxes.tolist() == [
+        [0, 0, 100, 80],
+        [5, 5, 6, 6],
+    ]
     assert (
         "2 boxes have no area inside their image and are left out, the first one"
         " /data/00000000.png: [10.0, 10.0, 10.0, 30.0]" in caplog.text
@@ -86,16 +91,18 @@ def test_classes_without_a_box_and_images_without_labels_are_told() -> None:
             r" boxes\)"
         ),
     ):
-        build_labelled_examples(found([(1, 1, 9, 9, 0)]), ("cat", "dog", "bus"))
+        build_labelled_examples(
+            _labelled_images([(1, 1, 9, 9, 0)]), ("cat", "dog", "bus")
+        )
     with pytest.raises(InputError, match="no training image has annotations"):
-        build_labelled_examples(found(), ("cat",))
+        build_labelled_examples(_labelled_images(), ("cat",))
 
 
-def context(place: Path, scenes: SourceScenes) -> Context:
+def _context(folder: Path, scenes: SourceScenes) -> Context:
     from coin_ray.config import Cloud, DemoScenes, PipelineConfig
 
     config = PipelineConfig("tiny", ("a",), DemoScenes(), Cloud())
-    return Context(config, str(place), str(place), {}, {"scenes": scenes}, "images")
+    return Context(config, str(folder), str(folder), {}, {"scenes": scenes}, "images")
 
 
 def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(
@@ -103,14 +110,15 @@ def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(
 ) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
     digests = {
-        source_scenes.run(context(folder, SourceScenes(train=14, val=5, test=3)))[
+        source_scenes.run(_context(folder, SourceScenes(train=14, val=5, test=3)))[
             "digest"
         ]
         for folder in folders
     }
     assert len(digests) == 1
     parts = {
-        split: read_labelled_images(str(folders[0]), split) for split in ("train", "val", "test")
+        split: read_labelled_images(str(folders[0]), split)
+        for split in ("train", "val", "test")
     }
     assert {split: len(part.rows) for split, part in parts.items()} == {
         "train": 14,
@@ -125,8 +133,10 @@ def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(
 def test_without_val_images_a_tenth_of_the_training_images_is_held_out(
     tmp_path: Path,
 ) -> None:
-    source_scenes.run(context(tmp_path, SourceScenes(train=60, val=0)))
-    train, val = (read_labelled_images(str(tmp_path), split) for split in ("train", "val"))
+    source_scenes.run(_context(tmp_path, SourceScenes(train=60, val=0)))
+    train, val = (
+        read_labelled_images(str(tmp_path), split) for split in ("train", "val")
+    )
     assert len(train.rows) + len(val.rows) == 60
     assert 0 < len(val.rows) < 20
     assert all(is_validation_image(str(row["image_id"])) for row in val.rows)

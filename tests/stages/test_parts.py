@@ -209,7 +209,10 @@ def test_of_an_image_the_first_answer_counts_and_of_failures_the_last(
     ]
     _write_parts(
         tmp_path,
-        [_part_row(image_id, status, 0, n) for n, (image_id, status) in enumerate(rows)],
+        [
+            _part_row(image_id, status, 0, n)
+            for n, (image_id, status) in enumerate(rows)
+        ],
         2,
     )
     parts = CollectedParts(str(tmp_path))
@@ -230,7 +233,7 @@ def test_an_image_without_a_row_is_an_error(tmp_path: Path) -> None:
 def test_only_the_parts_of_one_block_are_in_memory_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That holds for whole parts; the index reads four columns of all."""
+    """Whole parts, that is; the index reads four columns of all parts."""
     image_ids = [f"{n:064x}" for n in range(60)]
     _write_parts(
         tmp_path,

@@ -162,13 +162,21 @@ def test_a_cascade_asks_twice_where_clip_contradicts(
 
 @pytest.mark.parametrize("mode", ["fuse", "failover", "cascade"])
 def test_the_same_from_the_journal(
-    collect: Collect, request_counts: dict[str, int], image_rows: list[dict[str, str]], mode: str
+    collect: Collect,
+    request_counts: dict[str, int],
+    image_rows: list[dict[str, str]],
+    mode: str,
 ) -> None:
     rows, metrics = collect(_config(mode), image_rows)
     counts_before = dict(request_counts)
     cached_rows, cached_metrics = collect(_config(mode), image_rows, "another")
     assert request_counts == counts_before
-    assert cached_metrics["calls"] == {"made": 0, "cached": 8, "failed": 0, "cost_usd": 0}
+    assert cached_metrics["calls"] == {
+        "made": 0,
+        "cached": 8,
+        "failed": 0,
+        "cost_usd": 0,
+    }
     assert cached_metrics["boxes"] == metrics["boxes"]
     for column in ("boxes", "scores", "labels", "probs", "prob_source", "source"):
         assert [r[column] for r in cached_rows] == [r[column] for r in rows]

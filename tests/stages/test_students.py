@@ -21,9 +21,9 @@ from coin_ray.runs.graph import build_steps
 from coin_ray.stages.common.prediction import predict
 from coin_ray.stages.common.students import (
     load_trained_detector,
-    select_forward,
     new_clip_detector,
     new_student,
+    select_forward,
     student_from_clip_detector,
 )
 from coin_ray.stages.common.training_job import save_weights
@@ -38,18 +38,23 @@ CLIP = tiny_clip()
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "view"),
-    [(PLAIN, ClipDetector, forward_student), (DETR, RegionalDetr, forward_detr_student)],
+    ("config", "kind", "forward"),
+    [
+        (PLAIN, ClipDetector, forward_student),
+        (DETR, RegionalDetr, forward_detr_student),
+    ],
 )
-def test_a_student_is_drawn_from_its_seed_and_looked_at_as_its_kind_is(
-    config: PipelineConfig, kind: type, view: object
+def test_a_student_is_drawn_from_its_seed_and_runs_as_its_kind_does(
+    config: PipelineConfig, kind: type, forward: object
 ) -> None:
-    one, same, other = (new_student(CLIP, config, seed=seed) for seed in (3, 3, 4))
-    assert isinstance(one, kind)
-    assert select_forward(one) is view
-    first, again, different = (s.head.embed.weight for s in (one, same, other))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, different)
+    first, same, other = (new_student(CLIP, config, seed=seed) for seed in (3, 3, 4))
+    assert isinstance(first, kind)
+    assert select_forward(first) is forward
+    weights, same_weights, other_weights = (
+        s.head.embed.weight for s in (first, same, other)
+    )
+    assert torch.equal(weights, same_weights)
+    assert not torch.equal(weights, other_weights)
 
 
 @pytest.mark.parametrize("config", [PLAIN, DETR])
@@ -85,12 +90,12 @@ def test_what_was_trained_is_what_is_evaluated(
     assert isinstance(loaded, kind)
     images = [torch.randint(0, 255, (3, 90, 120), dtype=torch.uint8)]
     whole = trained if isinstance(trained, ClipDetector) else trained.base
-    (ours,), (theirs,) = (
+    (from_file,), (from_memory,) = (
         predict(loaded, images, config.detector),
         predict(whole, images, config.detector),
     )
-    assert torch.equal(ours.boxes, theirs.boxes)
-    assert torch.equal(ours.probs, theirs.probs)
+    assert torch.equal(from_file.boxes, from_memory.boxes)
+    assert torch.equal(from_file.probs, from_memory.probs)
 
 
 def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> None:
@@ -102,25 +107,31 @@ def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> No
     with torch.no_grad():
         trained.background.normal_()
     save_weights(str(tmp_path / "detector.pt"), trained.state_dict())
-    loaded = load_trained_detector("student", str(tmp_path / "detector.pt"), CLIP, config)
+    loaded = load_trained_detector(
+        "student", str(tmp_path / "detector.pt"), CLIP, config
+    )
     assert isinstance(loaded, ByRegions)
     image = Image.fromarray(
         torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8).numpy()
     )
-    write_exported_student(loaded, config.classes, str(tmp_path / "export"), config.detector)
-    (ours,) = predict(loaded, [pil_to_tensor(image)], config.detector)
-    theirs = load_exported_student(str(tmp_path / "export"))(image)
-    assert len(ours) > 0
-    for one, other in (
-        (ours.boxes, theirs.boxes),
-        (ours.probs, theirs.probs),
-        (ours.labels, theirs.labels),
+    write_exported_student(
+        loaded, config.classes, str(tmp_path / "export"), config.detector
+    )
+    (detections,) = predict(loaded, [pil_to_tensor(image)], config.detector)
+    exported = load_exported_student(str(tmp_path / "export"))(image)
+    assert len(detections) > 0
+    for predicted, expected in (
+        (detections.boxes, exported.boxes),
+        (detections.probs, exported.probs),
+        (detections.labels, exported.labels),
     ):
-        assert torch.allclose(one, other, atol=1e-5)
-    assert torch.equal(ours.scores, ours.scores.sort(descending=True).values)
-    same = (ours.labels[:, None] == ours.labels[None]).triu(1)
+        assert torch.allclose(predicted, expected, atol=1e-5)
+    assert torch.equal(
+        detections.scores, detections.scores.sort(descending=True).values
+    )
+    same = (detections.labels[:, None] == detections.labels[None]).triu(1)
     assert (
-        float((box_iou(ours.boxes, ours.boxes) * same).max())
+        float((box_iou(detections.boxes, detections.boxes) * same).max())
         <= config.detector.nms + 1e-6
     )
 

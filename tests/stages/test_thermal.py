@@ -64,7 +64,7 @@ def test_the_whole_pipeline_without_clip(tmp_path: Path) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=REPOSITORY,
         env=environment,
@@ -73,7 +73,7 @@ def test_the_whole_pipeline_without_clip(tmp_path: Path) -> None:
         timeout=900,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["images"] == {"train": 122, "val": 0, "test": 81}
@@ -97,5 +97,5 @@ def test_the_whole_pipeline_without_clip(tmp_path: Path) -> None:
     with Image.open(
         next((ASSETS / "data" / "thermal" / "test" / "images").iterdir())
     ) as image:
-        found = load_exported_student(str(export))(image)
-    assert found.probs.shape == (len(found), 3)
+        detections = load_exported_student(str(export))(image)
+    assert detections.probs.shape == (len(detections), 3)

@@ -171,7 +171,7 @@ def precision_recall_curves(classes: tuple[MatchedDetections, ...]) -> Floats:
         required = matched.required.sum()
         if not required:
             continue
-        true_positives = matched.right.cumsum()
+        true_positives = matched.correct.cumsum()
         counts = np.arange(1, len(true_positives) + 1)
         precision = true_positives / counts
         envelope = np.maximum.accumulate(precision[::-1])[::-1]

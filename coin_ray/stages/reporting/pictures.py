@@ -158,7 +158,7 @@ def _select_worst(
             continue
         note = (
             f"Of {student.truth[number]} objects the cloud finds"
-            f" {cloud.found[number]}, the student {student.found[number]}; wrong boxes:"
+            f" {cloud.detected[number]}, the student {student.detected[number]}; wrong boxes:"
             f" cloud {cloud.wrong[number]}, student {student.wrong[number]}"
         )
         selected.append(SelectedImage(rows[annotated_ids[number]], "worst", note))

@@ -98,10 +98,10 @@ def _count_mistakes(
     by_image: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int
 ) -> dict[str, int]:
     counts = count_by_image(match_detections(by_image, truth, num_classes), 0.0)
-    missed = counts.truth - counts.found
+    missed = counts.truth - counts.detected
     has_mistake = (missed > 0) | (counts.wrong > 0)
     return {
-        "boxes": int((counts.found + counts.wrong).sum()),
+        "boxes": int((counts.detected + counts.wrong).sum()),
         "wrong": int(counts.wrong.sum()),
         "missed": int(missed.sum()),
         "images": int(has_mistake.sum()),
