@@ -25,9 +25,6 @@ experiments
 search
 commands
 """
-SETTINGS = "coin_ray.config.co_detr"
-"""Settings of a model that are settings of the pipeline too: it counts as part of the
-config, and imports no more than that does."""
 RANK = {
     part: rank for rank, line in enumerate(LAYERS.split("\n")) for part in line.split()
 }
@@ -53,19 +50,9 @@ def test_imports_point_upwards(file: str) -> None:
     others = {
         name.split(".")[1]
         for name in imported(MODULES[file])
-        if name.startswith("coin_ray.") and not name.startswith(f"{SETTINGS}.")
+        if name.startswith("coin_ray.")
     } - {own}
     assert not sorted(o for o in others if RANK.get(o, 99) >= RANK[own])
-
-
-def test_settings_of_a_model_need_nothing_of_it() -> None:
-    file = SETTINGS.replace(".", "/") + ".py"
-    ours = {
-        name.split(".")[1]
-        for name in imported(MODULES[file])
-        if name.startswith("coin_ray.")
-    }
-    assert all(RANK[o] < RANK["config"] for o in ours)
 
 
 def test_ray_stays_in_stages_serving_and_the_hosts_of_grids_and_searches() -> None:

@@ -311,4 +311,4 @@ def _cloud_setting(text: str) -> str:
 
 def _describe_preset(name: str) -> str:
     first_paragraph = (PRESETS[name].__doc__ or "").partition("\n\n")[0]
-    return " ".join(first_paragraph.split()).rstrip(".")
+    return " ".join(first_paragraph.split()).rstrip(".").removeprefix("Return ")

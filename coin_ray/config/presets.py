@@ -1,12 +1,12 @@
-"""Presets: functions that return a whole ``PipelineConfig``. A variant is a preset with
-two fields changed.
+"""Presets: functions that return a whole ``PipelineConfig``.
+
+A variant of a preset is the preset with other values of a few fields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from coin_ray.config import (
@@ -26,6 +26,7 @@ from coin_ray.config import (
     TrainingConfig,
 )
 from coin_ray.config.co_detr import CoDetr
+from coin_ray.config.data import DEMO_ASSETS, DEMO_CLASSES
 from coin_ray.config.published import (
     bdd100k,
     cityscapes,
@@ -34,9 +35,6 @@ from coin_ray.config.published import (
     kitti,
     sim10k,
 )
-
-DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
-DEMO_CLASSES = ("bird", "bug", "car", "cat", "flower", "fruit", "house", "person")
 
 DEMO_CLIP = Clip(
     model=str(DEMO_ASSETS / "coin_tiny.json"),
@@ -75,11 +73,13 @@ TINY_DETECTOR = Detector(
 """Small enough that a step of 8 images takes a fifth of a second on a CPU."""
 
 
-def small_fit(
+def small_training(
     steps: int, schedule: Literal["piecewise", "cosine"] = "cosine"
 ) -> TrainingConfig:
-    """A fit of minutes on a CPU: AdamW, mild colours, a cosine to zero or (without
-    milestones) a constant rate.
+    """Return a training of minutes on a CPU.
+
+    AdamW, mild colour changes, and a learning rate that falls to zero along a cosine, or
+    ("piecewise", without milestones) stays constant.
     """
     return TrainingConfig(
         steps=steps,
@@ -99,8 +99,9 @@ def small_fit(
 
 
 def small_propagation(steps: int) -> Propagate:
+    """Return a propagation that trains in minutes on a CPU."""
     return Propagate(
-        fit=small_fit(steps, "piecewise"),
+        fit=small_training(steps, "piecewise"),
         alignment=1.0,
         prototype_rate=0.02,
         prototypes_from=100,
@@ -110,11 +111,13 @@ def small_propagation(steps: int) -> Propagate:
 
 
 def small_distillation(steps: int) -> Distill:
-    """Minutes instead of days: all knowledge teaches from the first step, each RoI
-    counts the same, the teacher follows in the last fifth.
+    """Return a distillation of minutes instead of days.
+
+    All boxes are learned from the first step, each RoI has the same weight, and the
+    teacher is updated in the last fifth of the steps.
     """
     return Distill(
-        fit=small_fit(steps),
+        fit=small_training(steps),
         start_from="clip_detector",
         alignment=1.0,
         inconsistent=1.0,
@@ -155,38 +158,44 @@ SMALL_CO_DETR = CoDetr(
     score_min=0.02,
 )
 """A step takes twice the CPU time of one of the small Faster R-CNN."""
+SMALL_CO_DETR_STEPS = 900
 
 
 def with_student(config: PipelineConfig, student: StudentKind) -> PipelineConfig:
-    """The same run with another network as its student, trained as that one needs it: a
-    DETR by AdamW, and for longer.
+    """Return the run with another network as its student, and matching training settings.
+
+    A Co-DETR trains with AdamW, and in the small presets for longer.
     """
     distill = replace(config.distill, student=student)
     if student == "faster-rcnn":
         return replace(config, distill=distill)
-    if distill.fit.optimizer == "adamw":
-        steps = 900
-        fit = replace(distill.fit, steps=steps, lr=1e-3)
-        return replace(
-            config,
-            distill=replace(
-                distill,
-                co_detr=SMALL_CO_DETR,
-                co_detr_detects="regions",
-                fit=fit,
-                burn_up=steps * 4 // 5,
-            ),
+    is_small = distill.fit.optimizer == "adamw"
+    if is_small:
+        training = replace(distill.fit, steps=SMALL_CO_DETR_STEPS, lr=1e-3)
+        distill = replace(
+            distill,
+            co_detr=SMALL_CO_DETR,
+            co_detr_detects="regions",
+            fit=training,
+            burn_up=SMALL_CO_DETR_STEPS * 4 // 5,
         )
-    fit = replace(
-        distill.fit, optimizer="adamw", lr=2e-4, weight_decay=1e-4, clip_gradient=0.1
-    )
-    return replace(config, distill=replace(distill, fit=fit))
+    else:
+        training = replace(
+            distill.fit,
+            optimizer="adamw",
+            lr=2e-4,
+            weight_decay=1e-4,
+            clip_gradient=0.1,
+        )
+        distill = replace(distill, fit=training)
+    return replace(config, distill=distill)
 
 
 def demo() -> PipelineConfig:
-    """The embedded target domain, cloud and CLIP: minutes on two cores, no download.
+    """Return the demo: embedded target domain, cloud and CLIP.
 
-    Where it leaves the published settings, and what that measured, is in docs/demo.md.
+    It takes minutes on two cores and downloads nothing. docs/demo.md lists the settings
+    that differ from the published ones, with their effects.
     """
     return PipelineConfig(
         preset="demo",
@@ -206,18 +215,19 @@ def demo() -> PipelineConfig:
 
 
 def folder() -> PipelineConfig:
-    """Your own images: ``--images DIR --classes person,dog --cloud https://...`` with
-    CLIP RN50 and the published training.
+    """Return a run on your own images with CLIP RN50 and the published training.
+
+    Give ``--images DIR --classes person,dog --cloud https://...``.
     """
     return PipelineConfig(preset="folder", classes=(), data=Folder(), cloud=Cloud())
 
 
 def laptop() -> PipelineConfig:
-    """Your own photos without a GPU: ``folder`` with ImageNet's MobileNetV2 at 256 px
-    and a training of minutes.
+    """Return a run on your own photos that needs no GPU.
 
-    CLIP looks at crops of the photos; without it (``--labeler none``) the second
-    opinion is a detector trained on the cloud's labels.
+    It is ``folder`` with ImageNet's MobileNetV2 at 256 pixels and a training of minutes.
+    CLIP classifies crops of the photos; without CLIP (``--labeler none``) the second
+    teacher is a detector trained on the cloud's labels.
     """
     propagate, distill = small_propagation(150), small_distillation(250)
     return PipelineConfig(
@@ -255,16 +265,15 @@ def laptop() -> PipelineConfig:
 
 
 THERMAL_VIEWS = ("plain", "inverted", "inverted+reduced")
-"""Detectors of photos see more where what is hot is dark: docs/demo.md."""
+"""Detectors of photos find more objects if hot objects are dark: docs/demo.md."""
 
 
 def thermal(assets: str = ".") -> PipelineConfig:
-    """People and dogs in false-colour thermal photos, with two fused ONNX detectors as
-    the cloud and no CLIP: ``--assets DIR``.
+    """Return a run on people and dogs in false-colour thermal photos (``--assets DIR``).
 
-    ``assets`` holds ``data/thermal/{train,test}`` (COCO folders), ``models/*.onnx`` and
-    ``clip_text``. Without a second opinion the detector is first trained on the cloud's
-    labels, then its own results are separated from the cloud's.
+    The cloud is two fused ONNX detectors; there is no CLIP, so the second teacher is a
+    detector trained on the cloud's labels. ``assets`` holds
+    ``data/thermal/{train,test}`` (COCO folders), ``models/*.onnx`` and ``clip_text``.
     """
     models = ("yolox_nano.onnx", "picodet_s_416_coco.onnx")
     return replace(

@@ -1,11 +1,9 @@
-"""The six sets of the paper with the settings that produced its numbers (official
-configs), as presets.
+"""Presets of the paper's six data sets, with the settings of the official configs.
 
-``published(name, cloud)`` also gives them for a cloud that answers as GLIP does (a
-label and a score) or with labels only. The paper has no GLIP run on Clipart, and a
-labels-only one on Foggy Cityscapes alone; the others follow the same rules. Images,
-annotations and the cloud itself are the user's: ``--images DIR --test DIR --cloud
-https://...``.
+``published(name, cloud)`` also returns them for a cloud that returns a label and a score
+(GLIP), or labels only. The paper has no GLIP run on Clipart, and a labels-only run on
+Foggy Cityscapes alone; the others follow the same rules. Images, annotations and the
+cloud are the user's: ``--images DIR --test DIR --cloud https://...``.
 """
 
 from __future__ import annotations
@@ -43,41 +41,21 @@ CITYSCAPES = (
 )
 BDD100K = ("person", "rider", "car", "truck", "bus", "motorcycle", "bicycle")
 VOC = (
-    *(
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-    ),
-    *(
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-        "tvmonitor",
-    ),
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
+    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+    *("sheep", "sofa", "train", "tvmonitor"),
 )
 
 
 @dataclass(frozen=True)
-class Fit:
-    """``steps`` and, from each milestone on, the factor of the learning rate."""
+class PublishedSchedule:
+    """The steps of a training, and the learning-rate factor from each milestone on."""
 
     steps: int
     factors: dict[int, float]
 
-    def optimize(self) -> TrainingConfig:
+    def to_training_config(self) -> TrainingConfig:
+        """Return the settings of the training."""
         return TrainingConfig(
             steps=self.steps,
             milestones=tuple(self.factors),
@@ -86,16 +64,18 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Published:
-    """What differs between the sets. ``score_min``: the cloud's threshold;
-    ``clip_score_min``: of CLIP's labels in propagation.
+class PublishedSet:
+    """The settings that differ between the data sets.
+
+    ``score_min``: the cloud's threshold. ``clip_score_min``: the threshold of CLIP's
+    labels in propagation.
     """
 
     classes: tuple[str, ...]
     style: str
-    distill: Fit
+    distill: PublishedSchedule
     burn_up: int
-    propagate: Fit = Fit(50_000, {40_000: 0.1})
+    propagate: PublishedSchedule = PublishedSchedule(50_000, {40_000: 0.1})
     clip: str = "RN50"
     score_min: float = 0.25
     clip_score_min: float = 0.0
@@ -104,54 +84,58 @@ class Published:
     teacher_rate: float = 0.0004
 
 
-REBOUND = Fit(65_000, {40_000: 0.1, 45_000: 0.5, 60_000: 0.1})
-"""The learning rate rises again when the teacher starts to follow."""
+REBOUND = PublishedSchedule(65_000, {40_000: 0.1, 45_000: 0.5, 60_000: 0.1})
+"""The learning rate rises again when the teacher starts to be updated."""
 
-SETS: dict[DataSet, Published] = {
-    "foggy_cityscapes": Published(
+SETS: dict[DataSet, PublishedSet] = {
+    "foggy_cityscapes": PublishedSet(
         CITYSCAPES, "foggy cityscapes style", REBOUND, 45_000
     ),
-    "cityscapes": Published(
+    "cityscapes": PublishedSet(
         CITYSCAPES,
         "cityscapes style",
-        Fit(65_000, {40_000: 0.1, 45_000: 0.1, 60_000: 0.1}),
+        PublishedSchedule(65_000, {40_000: 0.1, 45_000: 0.1, 60_000: 0.1}),
         45_000,
         fusion_score_min=0.6,
         private=0.5,
     ),
-    "bdd100k": Published(
+    "bdd100k": PublishedSet(
         BDD100K,
         "BDD100K style",
-        Fit(120_000, {60_000: 0.5, 80_000: 0.1}),
+        PublishedSchedule(120_000, {60_000: 0.5, 80_000: 0.1}),
         100_000,
-        propagate=Fit(90_000, {50_000: 0.5, 70_000: 0.1}),
+        propagate=PublishedSchedule(90_000, {50_000: 0.5, 70_000: 0.1}),
         score_min=0.3,
     ),
-    "kitti": Published(
-        ("car",), "KITTI style", Fit(30_000, {25_000: 0.1}), 25_000, teacher_rate=0.0001
+    "kitti": PublishedSet(
+        ("car",),
+        "KITTI style",
+        PublishedSchedule(30_000, {25_000: 0.1}),
+        25_000,
+        teacher_rate=0.0001,
     ),
-    "sim10k": Published(("car",), "SIM style", REBOUND, 45_000),
-    "clipart": Published(
+    "sim10k": PublishedSet(("car",), "SIM style", REBOUND, 45_000),
+    "clipart": PublishedSet(
         VOC,
         "clipart style",
-        Fit(70_000, {45_000: 0.1}),
+        PublishedSchedule(70_000, {45_000: 0.1}),
         45_000,
-        propagate=Fit(50_000, {40_000: 1.0}),
+        propagate=PublishedSchedule(50_000, {40_000: 1.0}),
         clip="RN101",
         clip_score_min=0.5,
     ),
 }
 
 GLIP_SCORE_MIN = 0.5
-GLIP_SETS: dict[DataSet, Published] = SETS | {
+GLIP_SETS: dict[DataSet, PublishedSet] = SETS | {
     "cityscapes": replace(SETS["cityscapes"], fusion_score_min=0.7, private=0.1),
     "bdd100k": replace(
         SETS["bdd100k"],
-        distill=Fit(75_000, {50_000: 0.1, 55_000: 0.5, 70_000: 0.1}),
+        distill=PublishedSchedule(75_000, {50_000: 0.1, 55_000: 0.5, 70_000: 0.1}),
         burn_up=55_000,
     ),
 }
-"""Where GLIP's runs differ in more than the cloud's threshold."""
+"""Settings of the runs with GLIP, which has another threshold too."""
 
 TESTED_ON_TRAINING_IMAGES: tuple[DataSet, ...] = ("clipart", "kitti", "sim10k")
 CLOUD_VECTORS: dict[CloudKind, Literal["normalised", "smoothed", "one_hot"]] = {
@@ -162,23 +146,22 @@ CLOUD_VECTORS: dict[CloudKind, Literal["normalised", "smoothed", "one_hot"]] = {
 
 
 def published(name: DataSet, cloud: CloudKind = "gdino") -> PipelineConfig:
-    """One set's settings; of ``coin_ray.config``'s defaults, those that are not the
-    published ones are replaced too.
+    """Return the published settings of a data set.
+
+    They also replace the defaults of ``coin_ray.config`` that are not the published ones.
     """
-    chosen = (
-        replace(GLIP_SETS[name], score_min=GLIP_SCORE_MIN)
-        if cloud == "glip"
-        else SETS[name]
-    )
+    settings = SETS[name]
+    if cloud == "glip":
+        settings = replace(GLIP_SETS[name], score_min=GLIP_SCORE_MIN)
     return PipelineConfig(
         preset=name,
-        classes=chosen.classes,
+        classes=settings.classes,
         data=Folder(same_images=name in TESTED_ON_TRAINING_IMAGES),
         cloud=Cloud(),
-        clip=Clip(model=chosen.clip, style=chosen.style),
+        clip=Clip(model=settings.clip, style=settings.style),
         labels=Labels(
-            score_min=chosen.score_min,
-            clip_score_min=chosen.clip_score_min,
+            score_min=settings.score_min,
+            clip_score_min=settings.clip_score_min,
             cloud_vectors=CLOUD_VECTORS[cloud],
         ),
         detector=Detector(
@@ -186,13 +169,13 @@ def published(name: DataSet, cloud: CloudKind = "gdino") -> PipelineConfig:
             anchor_weights=(1.0, 1.0, 1.0, 1.0),
             unseen_images="ignored",
         ),
-        propagate=Propagate(fit=chosen.propagate.optimize()),
+        propagate=Propagate(fit=settings.propagate.to_training_config()),
         distill=Distill(
-            fit=chosen.distill.optimize(),
-            fusion_score_min=chosen.fusion_score_min,
-            private=chosen.private,
-            burn_up=chosen.burn_up,
-            teacher_rate=chosen.teacher_rate,
+            fit=settings.distill.to_training_config(),
+            fusion_score_min=settings.fusion_score_min,
+            private=settings.private,
+            burn_up=settings.burn_up,
+            teacher_rate=settings.teacher_rate,
             ckg_first=False,
         ),
         evaluate=Evaluate(plus_one=True),
@@ -201,30 +184,30 @@ def published(name: DataSet, cloud: CloudKind = "gdino") -> PipelineConfig:
 
 
 def foggy_cityscapes() -> PipelineConfig:
-    """Foggy Cityscapes, 8 classes, with the paper's settings."""
+    """Return Foggy Cityscapes, 8 classes, with the paper's settings."""
     return published("foggy_cityscapes")
 
 
 def cityscapes() -> PipelineConfig:
-    """Cityscapes, 8 classes, with the paper's settings."""
+    """Return Cityscapes, 8 classes, with the paper's settings."""
     return published("cityscapes")
 
 
 def bdd100k() -> PipelineConfig:
-    """BDD100K, 7 classes, with the paper's settings."""
+    """Return BDD100K, 7 classes, with the paper's settings."""
     return published("bdd100k")
 
 
 def kitti() -> PipelineConfig:
-    """KITTI, cars, with the paper's settings."""
+    """Return KITTI, cars, with the paper's settings."""
     return published("kitti")
 
 
 def sim10k() -> PipelineConfig:
-    """Sim10K, cars, with the paper's settings."""
+    """Return Sim10K, cars, with the paper's settings."""
     return published("sim10k")
 
 
 def clipart() -> PipelineConfig:
-    """Clipart1k, 20 classes, with the paper's settings and CLIP RN101."""
+    """Return Clipart1k, 20 classes, with the paper's settings and CLIP RN101."""
     return published("clipart")

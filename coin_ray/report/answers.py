@@ -38,7 +38,7 @@ class Headline:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnsweredQuestion:
     """A question and its answer."""
 
     question: str
@@ -78,13 +78,13 @@ def build_headline(summary: RunSummary) -> Headline:
     )
 
 
-def answer_questions(summary: RunSummary) -> list[Answer]:
+def answer_questions(summary: RunSummary) -> list[AnsweredQuestion]:
     """Return the questions that this run's figures can answer, with the answers."""
     answers = [
-        Answer("Is it better than the cloud?", _compare_with_cloud(summary)),
-        Answer("For which classes not?", _list_worse_classes(summary)),
-        Answer("What did it cost?", _describe_cost(summary)),
-        Answer("Can it be believed?", _describe_evidence(summary)),
+        AnsweredQuestion("Is it better than the cloud?", _compare_with_cloud(summary)),
+        AnsweredQuestion("For which classes not?", _list_worse_classes(summary)),
+        AnsweredQuestion("What did it cost?", _describe_cost(summary)),
+        AnsweredQuestion("Can it be believed?", _describe_evidence(summary)),
     ]
     return [answer for answer in answers if answer.text]
 

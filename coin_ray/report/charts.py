@@ -18,7 +18,7 @@ from coin_ray.report.methods import (
 
 CurveRow = tuple[str, int, str, float]
 """(run, step, metric, value)"""
-Curve = list[tuple[int, float]]
+CurvePoints = list[tuple[int, float]]
 """(step, value)"""
 LineStyles = Mapping[str, tuple[str, str]]
 """Name and hue of a line by metric."""
@@ -185,16 +185,16 @@ def plot_training_curves(rows: Sequence[CurveRow]) -> tuple[RunCurves, ...]:
     return tuple(run_curves)
 
 
-def group_curves(rows: Sequence[CurveRow]) -> dict[str, dict[str, Curve]]:
+def group_curves(rows: Sequence[CurveRow]) -> dict[str, dict[str, CurvePoints]]:
     """Return the finite points (step, value) by run and metric."""
-    curves: dict[str, dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
+    curves: dict[str, dict[str, CurvePoints]] = defaultdict(lambda: defaultdict(list))
     for run, step, metric, value in rows:
         if finite_number(value) is not None:
             curves[run][metric].append((step, value))
     return curves
 
 
-def plot_curve(metric: str, curve: Curve, hue: str) -> Plot:
+def plot_curve(metric: str, curve: CurvePoints, hue: str) -> Plot:
     """Plot one curve over steps; the axis starts at zero if all values are positive."""
     averaged = average_bins(curve)
     low, high = _axis_limits([value for _, value in averaged])
@@ -219,7 +219,7 @@ def plot_curve(metric: str, curve: Curve, hue: str) -> Plot:
 
 
 def plot_shares(
-    curves: Mapping[str, Curve], styles: LineStyles, title: str, note: str
+    curves: Mapping[str, CurvePoints], styles: LineStyles, title: str, note: str
 ) -> Plot | None:
     """Plot lines of shares in 0..1 over steps.
 
@@ -241,7 +241,7 @@ def plot_shares(
 
 
 def plot_stacked_shares(
-    curves: Mapping[str, Curve], styles: LineStyles, title: str, note: str
+    curves: Mapping[str, CurvePoints], styles: LineStyles, title: str, note: str
 ) -> Plot | None:
     """Plot counts as shares of their sum over steps, stacked in the order of ``styles``.
 

@@ -24,7 +24,7 @@ from coin_ray.report.methods import (
 from coin_ray.report.page import get_template
 from coin_ray.report.run_summary import RunSummary, read_summary
 
-PAGE = "comparison.html"
+COMPARISON_PAGE = "comparison.html"
 REPORT_DEPTH = 3
 """A report's path relative to its root has so many parts: steps/report-*/report.html."""
 
@@ -62,7 +62,7 @@ class _Row:
     high: float | None
 
 
-def compare(roots: Sequence[str], out: str) -> str:
+def write_comparison(roots: Sequence[str], out: str) -> str:
     """Write the page of the runs below ``roots`` to ``out``; return its path.
 
     Raises InputError for a folder without a finished run.

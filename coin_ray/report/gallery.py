@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-KINDS = ("consistent", "inconsistent", "private", "reviewed")
+BOX_KINDS = ("consistent", "inconsistent", "private", "reviewed")
 """Kinds of boxes on training images; "reviewed": a person's."""
 LAYER_NAMES = {
     "truth": "Truth",
@@ -44,7 +44,7 @@ LETTER_WIDTH = 0.78
 larger."""
 FONT_DIVISOR = 23
 """Image width / font size: every frame is equally wide on the page."""
-INITIAL_LAYERS = ("truth", "student", *KINDS)
+INITIAL_LAYERS = ("truth", "student", *BOX_KINDS)
 """Layers that are on when the page opens; the first layer if there is none of these."""
 TEXT_BELOW = ("student", "clip_detector", "inconsistent", "private")
 TEXT_AT_RIGHT = ("cloud", "clip_detector", "private")
@@ -56,7 +56,7 @@ class Box:
     """A box of a picture.
 
     ``xyxy``: pixels of the gallery image. ``score``: None for truth. ``kind``: one of
-    KINDS, or empty.
+    BOX_KINDS, or empty.
     """
 
     xyxy: tuple[float, float, float, float]
@@ -106,7 +106,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class GalleryFrame:
     """A picture as drawn; filters search ``kinds`` and ``disagreements``, space-separated."""
 
     source: str
@@ -121,12 +121,12 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class GalleryGroup:
     """Pictures below one title."""
 
     title: str
     note: str
-    frames: tuple[Frame, ...]
+    frames: tuple[GalleryFrame, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Gallery:
     ``kinds`` and ``disagreements``: names by key.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[GalleryGroup, ...]
     toggles: tuple[Toggle, ...]
     classes: tuple[str, ...]
     kinds: dict[str, str]
@@ -160,7 +160,7 @@ def build_gallery(
     for key, (title, note) in GROUPS.items():
         frames = tuple(_build_frame(image) for image in images if image.group == key)
         if frames:
-            groups.append(Group(title, note, frames))
+            groups.append(GalleryGroup(title, note, frames))
     if not groups:
         return None
     boxes = [box for image in images for _, box in _layered_boxes(image)]
@@ -170,7 +170,7 @@ def build_gallery(
         tuple(groups),
         tuple(_build_toggles(images)),
         classes=_class_options({box.label for box in boxes}, classes),
-        kinds={kind: kind.capitalize() for kind in KINDS if kind in kinds},
+        kinds={kind: kind.capitalize() for kind in BOX_KINDS if kind in kinds},
         disagreements={
             key: name for key, name in DISAGREEMENTS.items() if key in disagreements
         },
@@ -194,7 +194,7 @@ def _build_toggles(images: Sequence[GalleryImage]) -> list[Toggle]:
     for image in images:
         present |= {_toggle_key(layer, box) for layer, box in _layered_boxes(image)}
         present |= {layer for layer in image.layers if layer in LAYER_NAMES}
-    keys = [key for key in (*LAYER_NAMES, *KINDS) if key in present]
+    keys = [key for key in (*LAYER_NAMES, *BOX_KINDS) if key in present]
     initial = [key for key in INITIAL_LAYERS if key in keys] or keys[:1]
     return [
         Toggle(key, LAYER_NAMES.get(key, key.capitalize()), key in initial)
@@ -203,10 +203,10 @@ def _build_toggles(images: Sequence[GalleryImage]) -> list[Toggle]:
 
 
 def _toggle_key(layer: str, box: Box) -> str:
-    return box.kind if box.kind in KINDS else layer
+    return box.kind if box.kind in BOX_KINDS else layer
 
 
-def _build_frame(image: GalleryImage) -> Frame:
+def _build_frame(image: GalleryImage) -> GalleryFrame:
     font = image.width / FONT_DIVISOR
     marks = tuple(
         _build_mark(_toggle_key(layer, box), box, image, font)
@@ -214,7 +214,7 @@ def _build_frame(image: GalleryImage) -> Frame:
     )
     jpeg = base64.b64encode(image.jpeg).decode("ascii")
     toggles = {mark.toggle for mark in marks}
-    return Frame(
+    return GalleryFrame(
         source=f"data:image/jpeg;base64,{jpeg}",
         name=image.name,
         width=image.width,
@@ -222,7 +222,7 @@ def _build_frame(image: GalleryImage) -> Frame:
         font=font,
         marks=marks,
         note=image.note,
-        kinds=" ".join(kind for kind in KINDS if kind in toggles),
+        kinds=" ".join(kind for kind in BOX_KINDS if kind in toggles),
         disagreements=" ".join(image.disagreements),
     )
 

@@ -199,7 +199,9 @@ def _class_section(summary: RunSummary) -> dict[str, object]:
 
 
 def _cost_section(summary: RunSummary) -> dict[str, object]:
-    box_counts = {kind: summary.separation.get(kind, 0) for kind in teachers.KINDS}
+    box_counts = {
+        kind: summary.separation.get(kind, 0) for kind in teachers.SEPARATION_KINDS
+    }
     corrections = summary.corrections
     return {
         "asked": _cost_rows(summary),

@@ -37,7 +37,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
+class BestThreshold:
     """Precision and recall at the score threshold with the best F1."""
 
     score: Share
@@ -148,7 +148,7 @@ class RunSummary:
     """Bounds of the student's change against the cloud, by class."""
     truth_boxes: tuple[int, ...] | None = None
     """Annotated test boxes by class."""
-    operating: Mapping[str, OperatingPoint] | None = None
+    operating: Mapping[str, BestThreshold] | None = None
     calibration_error: Mapping[str, Share | None] | None = None
     ckg_sides: Mapping[str, CkgSide] | None = None
     kept: KeptBoxes | None = None

@@ -19,8 +19,8 @@ from coin_ray.report.charts import (
 from coin_ray.report.methods import METHODS, Method, format_percent
 from coin_ray.report.run_summary import CkgSide, CorrectionCounts
 
-KINDS = ("consistent", "inconsistent", "private")
-COUNTS = {
+SEPARATION_KINDS = ("consistent", "inconsistent", "private")
+KIND_OF_METRIC = {
     "count_consistent": "consistent",
     "count_inconsistent": "inconsistent",
     "count_private": "private",
@@ -41,7 +41,7 @@ CKG_METRICS = {
         "Angle between the gradients of consistent and inconsistent regions, degrees"
     ),
 }
-DIAGNOSTICS = {*COUNTS, *CKG_AGREEMENT, *CKG_METRICS}
+DIAGNOSTICS = {*KIND_OF_METRIC, *CKG_AGREEMENT, *CKG_METRICS}
 """Metrics that distillation logs and that are no losses."""
 TEACHERS = {
     "cloud": ("Cloud", "cloud"),
@@ -93,7 +93,7 @@ def split_curves(rows: Sequence[CurveRow]) -> tuple[list[CurveRow], list[Plot]]:
     plots = [
         plot_stacked_shares(
             curves,
-            {metric: (kind, kind) for metric, kind in COUNTS.items()},
+            {metric: (kind, kind) for metric, kind in KIND_OF_METRIC.items()},
             "Regions by kind",
             "Shares of each kind of region in a batch.",
         ),

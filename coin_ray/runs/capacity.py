@@ -51,7 +51,7 @@ PREDICT_BYTES = 700
 DRIVER_BYTES, DRIVER_ROWS = 200 * 2**20, 4 * 4096
 """Memory of the driver whatever the number of images: groups of rows on
 their way to a file, and four copies of a block
-(``coin_ray.stages.collecting.parts.BLOCK_ROWS``). Measured with 22 x 8 boxes x classes.
+(``coin_ray.stages.collecting.parts.MERGE_BLOCK_ROWS``). Measured with 22 x 8 boxes x classes.
 """
 INDEX_BYTES = {"disk": 330, "object": 490 + 160}
 """One answer in an open journal's memory: its location and, on an object store, its

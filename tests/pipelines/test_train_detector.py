@@ -9,17 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from coin_ray.commands.detector import Options, check_images, parse, train
+from coin_ray.commands.detector import (
+    DetectorOptions,
+    parse_detector_arguments,
+    train_detector,
+)
 from coin_ray.config import Tracking
 from coin_ray.config.co_detr import tiny
-from coin_ray.config.detector_presets import FAST, PRESETS, small
+from coin_ray.config.detector_presets import REAL_TIME_PRESETS, DETECTOR_PRESETS, small
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data import formats
 from coin_ray.errors import CoinError, ConfigError, InputError
 from coin_ray.predictors.co_detr import CoDetrPredictor
-from coin_ray.predictors.student import load_exported
-from coin_ray.runs.detector_graph import graph
-from coin_ray.training.supervised import Supervised
+from coin_ray.predictors.loading import open_predictor
+from coin_ray.runs.detector_graph import build_detector_steps
+from coin_ray.stages.common.detector_checks import check_labelled_images
+from coin_ray.training.supervised import SupervisedTraining
 from tests.labelled_folder import CLASSES, records
 from tests.models.co_detr.fast_networks import folder as fast_folder
 
@@ -38,8 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             str(root / name),
             str(root / f"{name}-val"),
         )
-        formats.write(train_records, places[name], name)
-        formats.write(val_records, places[f"{name} val"], name)
+        formats.write_dataset(train_records, places[name], name)
+        formats.write_dataset(val_records, places[f"{name} val"], name)
     places["plain"] = str(root / "raw")
     return places
 
@@ -60,7 +65,9 @@ def config(data: str, val: str = "", steps: int = 4, **changes: Any) -> Detector
 def test_every_format_is_checked_before_training(
     name: str, folders: dict[str, str]
 ) -> None:
-    counts = check_images(config(f"{name}:{folders[name]}", folders[f"{name} val"]))
+    counts = check_labelled_images(
+        config(f"{name}:{folders[name]}", folders[f"{name} val"])
+    )
     assert counts["train"] == {"images": 8, "cat": 8, "dog": 4}
     assert counts["val"] == {"images": 4, "cat": 4, "dog": 2}
 
@@ -71,13 +78,13 @@ def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
     settings = config(
         f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True)
     )
-    found = train(settings, Options(str(tmp_path), dry_run=False))
+    found = train_detector(settings, DetectorOptions(str(tmp_path), dry_run=False))
     figures = found["evaluate"]["val"]
     assert figures["images"] == 4
     assert all(0 <= figures[name] <= 1 for name in ("voc_ap50", "coco_ap50", "coco_ap"))
     assert set(figures["voc_ap50_by_class"]) == set(CLASSES)
     assert found["train"]["boxes"] == 12
-    assert load_exported(str(tmp_path / "co_detr.pt")).classes == CLASSES
+    assert open_predictor(str(tmp_path / "co_detr.pt")).classes == CLASSES
     assert json.loads((tmp_path / "summary.json").read_text())["model"] == str(
         tmp_path / "co_detr.pt"
     )
@@ -97,24 +104,26 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(folders["coco"], folders["coco val"], steps=5)
-    train(settings, Options(str(tmp_path / "whole"), dry_run=False))
-    original, made = Supervised.train_step, []
+    train_detector(settings, DetectorOptions(str(tmp_path / "whole"), dry_run=False))
+    original, made = SupervisedTraining.train_step, []
 
-    def dying(self: Supervised, batch: Any, step: int) -> Any:
+    def dying(self: SupervisedTraining, batch: Any, step: int) -> Any:
         made.append(step)
         if step == 3:
             raise KeyboardInterrupt
         return original(self, batch, step)
 
-    monkeypatch.setattr(Supervised, "train_step", dying)
+    monkeypatch.setattr(SupervisedTraining, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, Options(str(tmp_path / "killed"), dry_run=False))
+        train_detector(
+            settings, DetectorOptions(str(tmp_path / "killed"), dry_run=False)
+        )
     monkeypatch.setattr(
-        Supervised,
+        SupervisedTraining,
         "train_step",
         lambda self, batch, step: (made.append(step), original(self, batch, step))[1],
     )
-    train(settings, Options(str(tmp_path / "killed"), dry_run=False))
+    train_detector(settings, DetectorOptions(str(tmp_path / "killed"), dry_run=False))
     assert made == [0, 1, 2, 3, 2, 3, 4]
     whole, killed = (
         torch.load(tmp_path / name / "co_detr.pt", weights_only=True)["weights"]
@@ -122,16 +131,16 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
     )
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
     made.clear()
-    train(settings, Options(str(tmp_path / "killed"), dry_run=False))
+    train_detector(settings, DetectorOptions(str(tmp_path / "killed"), dry_run=False))
     assert not made, "a finished run trains nothing"
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(
+    train_detector(
         config(folders["voc"], folders["voc val"]),
-        Options(str(tmp_path / "run"), dry_run=True),
+        DetectorOptions(str(tmp_path / "run"), dry_run=True),
     )
     told = capsys.readouterr().out
     assert "train: 8 annotated images; boxes: cat 8, dog 4" in told
@@ -150,13 +159,15 @@ def test_heads_that_are_shipped_are_evaluated_each_and_all_together(
         ship=ship,
         co_detr=tiny(auxiliary=("rcnn", "atss")),
     )
-    figures = train(settings, Options(str(tmp_path), dry_run=False))["evaluate"]["val"]
+    figures = train_detector(settings, DetectorOptions(str(tmp_path), dry_run=False))[
+        "evaluate"
+    ]["val"]
     assert set(figures["heads"]) == {"decoder", "rcnn", "atss", "agreement"}
     reported = "decoder" if ship == "heads" else "agreement"
     assert figures["heads"][reported] == {
         name: value for name, value in figures.items() if name != "heads"
     }
-    predictor = load_exported(str(tmp_path / "co_detr.pt"))
+    predictor = open_predictor(str(tmp_path / "co_detr.pt"))
     assert isinstance(predictor, CoDetrPredictor)
     assert predictor.reported == reported
 
@@ -175,7 +186,9 @@ def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_f
     settings = config(
         folders["coco"], folders["coco val"], model=model, network=network, average=0.9
     )
-    found = train(settings, Options(str(tmp_path / "run"), dry_run=False))
+    found = train_detector(
+        settings, DetectorOptions(str(tmp_path / "run"), dry_run=False)
+    )
     assert 0 <= found["evaluate"]["val"]["coco_ap"] <= 1
     (curve,) = (tmp_path / "run").glob("steps/train-*/curve.json")
     assert {"decoder", "atss"} <= set(json.loads(curve.read_text())[-1])
@@ -208,12 +221,14 @@ def test_what_cannot_be_trained_on_is_told_before_anything_is_written(
         r"has no .* for 'test'": config(f"{folders['voc']}#test"),
         r"of another network": config(
             folders["coco"],
-            backbone=replace(PRESETS["r50"]().backbone, weights=_weights(tmp_path)),
+            backbone=replace(DETECTOR_PRESETS["r50"]().backbone, weights=_weights(tmp_path)),
         ),
     }
     for message, settings in cases.items():
         with pytest.raises(CoinError, match=message):
-            train(settings, Options(str(tmp_path / "run"), dry_run=False))
+            train_detector(
+                settings, DetectorOptions(str(tmp_path / "run"), dry_run=False)
+            )
     assert not (tmp_path / "run").exists()
 
 
@@ -223,7 +238,7 @@ def _weights(folder: Path) -> str:
 
 
 def test_the_command_line_reads_names_and_settings() -> None:
-    found, options = parse(
+    found, options = parse_detector_arguments(
         [
             "--model",
             "co-detr",
@@ -241,8 +256,8 @@ def test_the_command_line_reads_names_and_settings() -> None:
     assert found.classes == ("person", "traffic light")
     assert (found.preset, found.backbone.name, found.epochs) == ("r50", "resnet50", 3)
     assert found.pipeline.data.images == "/data#train"  # type: ignore[union-attr]
-    assert options == Options("/runs/a", dry_run=False)
-    demo, _ = parse(
+    assert options == DetectorOptions("/runs/a", dry_run=False)
+    demo, _ = parse_detector_arguments(
         [
             "--data",
             "demo-source",
@@ -276,7 +291,7 @@ def test_the_command_line_reads_names_and_settings() -> None:
 )
 def test_impossible_settings_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises((ConfigError, InputError), match=message):
-        parse(arguments)
+        parse_detector_arguments(arguments)
 
 
 @pytest.mark.parametrize(
@@ -312,18 +327,18 @@ def test_impossible_values_are_told(changes: dict[str, Any], message: str) -> No
 
 
 def test_epochs_are_steps_over_the_images_there_are() -> None:
-    fit = PRESETS["r50"]().fit_over(16_000)
+    fit = DETECTOR_PRESETS["r50"]().training_over(16_000)
     assert (fit.steps, fit.milestones, fit.factors) == (12_000, (11_000,), (0.1,))
-    assert small().fit_over(5) == small().fit
+    assert small().training_over(5) == small().fit
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *FAST])
+@pytest.mark.parametrize("name", [*DETECTOR_PRESETS, *REAL_TIME_PRESETS])
 def test_presets_are_named_by_their_key(name: str) -> None:
-    assert (PRESETS | FAST)[name]().preset == name
+    assert (DETECTOR_PRESETS | REAL_TIME_PRESETS)[name]().preset == name
 
 
 def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
-    found, options = parse(
+    found, options = parse_detector_arguments(
         [
             "--model",
             "d-fine",
@@ -341,7 +356,7 @@ def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
         found.co_detr.auxiliary,
         options.root[-11:],
     ) == ("d-fine", "/nets/a", ("atss",), "runs/d-fine")
-    alone, _ = parse(
+    alone, _ = parse_detector_arguments(
         [
             "--model",
             "rt-detr-v2",
@@ -362,5 +377,7 @@ def test_what_is_shipped_and_which_network_is_trained_identify_a_training() -> N
         replace(plain, model="d-fine", network="a/b"),
         replace(plain, model="d-fine", network="a/c"),
     ]
-    prints = {graph(own)["train"].fingerprint for own in (plain, *others)}
+    prints = {
+        build_detector_steps(own)["train"].fingerprint for own in (plain, *others)
+    }
     assert len(prints) == 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coin_ray.errors import InputError
-from coin_ray.report.compare import compare
+from coin_ray.report.compare import write_comparison
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
 
 def page_of(roots: list[str], folder: Path) -> str:
     return " ".join(
-        Path(compare(roots, str(folder / "out" / "all.html"))).read_text().split()
+        Path(write_comparison(roots, str(folder / "out" / "all.html"))).read_text().split()
     )
 
 
@@ -94,6 +94,6 @@ def test_what_users_named_is_escaped(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no summary\.json; run coin-ray adapt"):
-        compare(
+        write_comparison(
             [run(tmp_path / "a", 0, 0.4), str(tmp_path)], str(tmp_path / "all.html")
         )

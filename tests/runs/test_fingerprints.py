@@ -57,7 +57,7 @@ def _with_heads(config: DetectorConfig) -> DetectorConfig:
 
 
 def _detector_trainings() -> Iterator[tuple[str, Mapping[str, Step]]]:
-    for name, preset in detector_presets.PRESETS.items():
+    for name, preset in detector_presets.DETECTOR_PRESETS.items():
         yield f"detector {name}", detector_graph.build_detector_steps(preset())
         yield (
             f"detector {name} heads demo-source",
@@ -65,7 +65,7 @@ def _detector_trainings() -> Iterator[tuple[str, Mapping[str, Step]]]:
                 _with_heads(preset()), SourceScenes(train=7)
             ),
         )
-    d_fine = detector_presets.fast("d-fine", "some/network")
+    d_fine = detector_presets.real_time_detector("d-fine", "some/network")
     d_fine = replace(d_fine, data="coco:/no/such", val="/no/val")
     yield "detector d-fine", detector_graph.build_detector_steps(d_fine)
 
