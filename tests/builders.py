@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from coin_ray.clip.encoder import ClipModel, class_embeddings
 from coin_ray.config import Clip, Detector, Distill, Propagate, Separate, TrainingConfig
 from coin_ray.config.co_detr import CoDetr, tiny
-from coin_ray.data.examples import Example
+from coin_ray.data.examples import Batch, Example, iterate_batches
 from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.backbone import new_embeddings, new_tower
@@ -297,6 +297,17 @@ def detr_distillation(
     )
 
 
+def loss_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def assert_finite_step(task: Distillation, losses: Mapping[str, Tensor]) -> None:
+    """Assert that the losses of a step and all weights after it are finite."""
+    assert all(bool(torch.isfinite(v)) for v in losses.values()), loss_values(losses)
+    for module in (task.student, task.ckg, task.teacher):
+        assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
+
+
 SIZES = ((96, 64), (64, 80), (72, 72), (64, 96), (90, 60))
 
 
@@ -330,6 +341,14 @@ def examples(folder: Path) -> list[Example]:
             )
         )
     return made
+
+
+def training_batches(folder: Path, fit: TrainingConfig) -> list[Batch]:
+    """Return the batches of all steps of ``fit`` on ``examples``, for one worker."""
+    batches = iterate_batches(
+        examples(folder), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
+    )
+    return list(batches)
 
 
 def sorted_rows(boxes: Tensor, *columns: Tensor) -> list[tuple[float, ...]]:

@@ -15,7 +15,7 @@ from coin_ray.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (Clip(model="RN5000"), "no architecture 'RN5000'"),
         (Clip(model="absent/model.json"), "no such file absent/model.json"),
@@ -24,8 +24,8 @@ from coin_ray.errors import InputError
         (Clip(model="ViT-B-32", pretrained=""), "needs a ModifiedResNet"),
     ],
 )
-def test_unusable_models(config: Clip, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_unusable_models(config: Clip, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         load_clip(config)
 
 
@@ -69,7 +69,10 @@ def test_the_demos_clip() -> None:
 
 
 def test_prompts() -> None:
-    assert make_prompts("cat", TEMPLATES) == ["a photo of a cat.", "a drawing of a cat."]
+    assert make_prompts("cat", TEMPLATES) == [
+        "a photo of a cat.",
+        "a drawing of a cat.",
+    ]
     styled, plain = (
         make_prompts("stop sign", Clip(style="foggy")),
         make_prompts("stop sign", Clip()),
@@ -118,28 +121,28 @@ def test_openais_weights_run_with_the_activation_they_were_trained_with(
     name: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """open_clip only warns if "RN50" is not told of it."""
-    made: list[object] = []
+    calls: list[object] = []
 
     def create(
         architecture: str, pretrained: str, force_quick_gelu: bool
     ) -> torch.nn.Module:
-        made.append((architecture, pretrained, force_quick_gelu))
+        calls.append((architecture, pretrained, force_quick_gelu))
         return tiny_clip().network
 
     monkeypatch.setattr(open_clip, "create_model", create)
     load_clip(Clip(model=name, pretrained=tag))
-    assert made == [(name, tag, quick)]
+    assert calls == [(name, tag, quick)]
 
 
 def test_class_embeddings_are_means_of_unit_vectors() -> None:
     clip = tiny_clip()
-    found = class_embeddings(clip, ("stop sign",), TEMPLATES)
+    embeddings = class_embeddings(clip, ("stop sign",), TEMPLATES)
     texts = [
         clip.network.encode_text(clip.tokenize([t.format("stop sign")]))[0].double()
         for t in TEMPLATES.templates
     ]  # type: ignore[operator]
     mean = torch.stack([t / t.norm() for t in texts]).mean(0)
     torch.testing.assert_close(
-        found[0].double(), mean / mean.norm(), rtol=1e-5, atol=1e-6
+        embeddings[0].double(), mean / mean.norm(), rtol=1e-5, atol=1e-6
     )
-    assert found.shape == (2, clip.embedding_size)
+    assert embeddings.shape == (2, clip.embedding_size)

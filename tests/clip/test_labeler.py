@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from builders import CLASSES, TEMPLATES, tiny_clip
@@ -25,7 +27,7 @@ def labeler(request: pytest.FixtureRequest) -> Labeler:
     )
 
 
-def picture(height: int = 90, width: int = 120) -> Tensor:
+def _picture(height: int = 90, width: int = 120) -> Tensor:
     return torch.randint(
         0,
         256,
@@ -39,19 +41,19 @@ BOXES = torch.tensor([[10.0, 10, 60, 50], [50, 30, 110, 80], [0, 0, 120, 90]])
 
 
 def test_rows_are_probabilities(labeler: Labeler) -> None:
-    found = labeler(picture(), BOXES)
-    assert found.shape == (3, len(CLASSES) + 1)
-    torch.testing.assert_close(found.sum(1), torch.ones(3))
-    assert float((found[0] - found[1]).abs().max()) > 1e-4
+    probs = labeler(_picture(), BOXES)
+    assert probs.shape == (3, len(CLASSES) + 1)
+    torch.testing.assert_close(probs.sum(1), torch.ones(3))
+    assert float((probs[0] - probs[1]).abs().max()) > 1e-4
 
 
-def test_each_box_is_judged_by_itself(labeler: Labeler) -> None:
-    together, alone = labeler(picture(), BOXES), labeler(picture(), BOXES[1:2])
+def test_each_box_is_classified_independently(labeler: Labeler) -> None:
+    together, alone = labeler(_picture(), BOXES), labeler(_picture(), BOXES[1:2])
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_no_boxes(labeler: Labeler) -> None:
-    assert labeler(picture(), torch.zeros(0, 4)).shape == (0, len(CLASSES) + 1)
+    assert labeler(_picture(), torch.zeros(0, 4)).shape == (0, len(CLASSES) + 1)
 
 
 @pytest.mark.parametrize(
@@ -64,20 +66,20 @@ def test_no_boxes(labeler: Labeler) -> None:
     ],
 )
 def test_boxes_at_the_edge(labeler: Labeler, box: list[float]) -> None:
-    assert bool(torch.isfinite(labeler(picture(), torch.tensor([box]))).all())
+    assert bool(torch.isfinite(labeler(_picture(), torch.tensor([box]))).all())
 
 
-def test_boxes_follow_the_resize_to_the_labelers_view() -> None:
-    """Twice the picture, twice the boxes: the same view and labels."""
+def test_boxes_are_scaled_with_the_image() -> None:
+    """Twice the picture, twice the boxes: the same resized image and labels."""
     labeler = RoiLabeler(tiny_clip(), CLASSES, TEMPLATES, 64, 128)
-    large = picture(128, 192)
+    large = _picture(128, 192)
     small = resize(large, [64, 96])
     box = torch.tensor([[16.0, 8, 64, 56]])
     torch.testing.assert_close(labeler(small, box), labeler(large, 2 * box))
 
 
 def test_a_crop_of_everything_is_clip_on_the_image() -> None:
-    clip, image = tiny_clip(), picture(80, 80)
+    clip, image = tiny_clip(), _picture(80, 80)
     labeler = CropLabeler(clip, CLASSES, TEMPLATES)
     pixels = normalize(
         resize(image, [64, 64], antialias=True)[None].float() / 255,
@@ -94,15 +96,17 @@ def test_a_crop_of_everything_is_clip_on_the_image() -> None:
 
 
 def test_attention_pooling_is_open_clips() -> None:
-    pool = tiny_clip().network.visual.attnpool  # type: ignore[union-attr]
-    side = round((len(pool.positional_embedding) - 1) ** 0.5)  # type: ignore[union-attr,arg-type]
+    visual: Any = tiny_clip().network.visual
+    pool = visual.attnpool
+    token_count, channels = pool.positional_embedding.shape
+    side = round((token_count - 1) ** 0.5)
     torch.manual_seed(0)
-    for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):  # type: ignore[union-attr]
+    for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
         projection.bias.data.normal_()
-    maps = torch.randn(5, pool.positional_embedding.shape[1], side, side)  # type: ignore[union-attr,arg-type]
+    maps = torch.randn(5, channels, side, side)
     torch.testing.assert_close(
         attention_pool(pool, maps), pool(maps), rtol=1e-4, atol=1e-5
-    )  # type: ignore[operator,arg-type]
+    )
 
 
 @pytest.mark.parametrize(

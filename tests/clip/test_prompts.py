@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from builders import CLASSES, tiny_clip
@@ -40,18 +42,19 @@ def test_names_are_tokenised_whole(clip: ClipModel) -> None:
 
 def test_every_token_of_a_name_counts(clip: ClipModel) -> None:
     torch.manual_seed(0)
-    found = LearnedPrompts(
+    embeddings = LearnedPrompts(
         clip, ("traffic light", "traffic sign", "traffic"), 2
     )().detach()
-    assert float((found[0] - found[1]).abs().max()) > 1e-3
-    assert float((found[0] - found[2]).abs().max()) > 1e-3
+    assert float((embeddings[0] - embeddings[1]).abs().max()) > 1e-3
+    assert float((embeddings[0] - embeddings[2]).abs().max()) > 1e-3
 
 
 def test_lead_and_new_vectors_are_learned_and_nothing_else(clip: ClipModel) -> None:
     prompts = LearnedPrompts(clip, CLASSES, 2)
     assert list(prompts.state_dict()) == ["context"]
     assert [n for n, p in prompts.named_parameters() if p.requires_grad] == ["context"]
-    lead = clip.network.token_embedding(clip.tokenize([LEAD])[0, 1:5])  # type: ignore[operator,union-attr]
+    network: Any = clip.network
+    lead = network.token_embedding(clip.tokenize([LEAD])[0, 1:5])
     assert torch.equal(prompts.context[:4].detach(), lead)
     prompts()[1].sum().backward()
     assert prompts.context.grad is not None
@@ -60,14 +63,16 @@ def test_lead_and_new_vectors_are_learned_and_nothing_else(clip: ClipModel) -> N
 
 
 def test_unit_length_and_background_last(clip: ClipModel) -> None:
-    found = LearnedPrompts(clip, CLASSES, 0)()
-    assert found.shape == (len(CLASSES) + 1, clip.embedding_size)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(CLASSES) + 1))
-    torch.testing.assert_close(found[-1], LearnedPrompts(clip, (BACKGROUND,), 0)()[0])
+    embeddings = LearnedPrompts(clip, CLASSES, 0)()
+    assert embeddings.shape == (len(CLASSES) + 1, clip.embedding_size)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(CLASSES) + 1))
+    torch.testing.assert_close(
+        embeddings[-1], LearnedPrompts(clip, (BACKGROUND,), 0)()[0]
+    )
 
 
 def test_order_of_classes_only_orders_the_rows(clip: ClipModel) -> None:
-    """In the published code the suffix of class 0 is used for all."""
+    """The published code uses the suffix of class 0 for all."""
     forward, backward = (
         LearnedPrompts(clip, CLASSES, 0)(),
         LearnedPrompts(clip, CLASSES[::-1], 0)(),

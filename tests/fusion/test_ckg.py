@@ -10,12 +10,12 @@ from coin_ray.fusion.ckg import ConsistentKnowledge, PrototypeAttention
 ROWS, SIZE, CLASSES, HEADS = 5, 16, 3, 4
 
 
-def network(size: int = SIZE, heads: int = HEADS) -> ConsistentKnowledge:
+def _network(size: int = SIZE, heads: int = HEADS) -> ConsistentKnowledge:
     torch.manual_seed(1)
     return ConsistentKnowledge(size, CLASSES, heads).double()
 
 
-def inputs(
+def _inputs(
     rows: int = ROWS, size: int = SIZE
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(2)
@@ -23,70 +23,79 @@ def inputs(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    features, banks = (
+    features, prototypes = (
         F.normalize(normal(rows, size), dim=-1),
         [F.normalize(normal(CLASSES + 1, size), dim=-1) for _ in range(2)],
     )
     return (
         features,
-        (banks[0], banks[1]),
+        (prototypes[0], prototypes[1]),
         normal(rows, CLASSES + 1).softmax(-1),
         normal(rows, CLASSES + 1).softmax(-1),
     )
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
+def _softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
-def weights_by_hand(
-    attention: PrototypeAttention, features: np.ndarray, bank: np.ndarray
+def _weights_by_hand(
+    attention: PrototypeAttention, features: np.ndarray, prototypes: np.ndarray
 ) -> np.ndarray:
     """Paper eq. 6, head by head."""
-    query, key, value, out = (
+    query_weight, key_weight, value_weight, output_weight = (
         getattr(attention, n).weight.detach().numpy()
         for n in ("query", "key", "value", "output")
     )
     width, parts = SIZE // HEADS, []
     for head in range(HEADS):
         rows = slice(head * width, (head + 1) * width)
-        scores = (features @ query[rows].T) @ (bank @ key[rows].T).T / np.sqrt(width)
-        parts.append(softmax(scores) @ (bank @ value[rows].T))
-    return np.concatenate(parts, 1) @ out.T + attention.output.bias.detach().numpy()
+        scores = (
+            (features @ query_weight[rows].T)
+            @ (prototypes @ key_weight[rows].T).T
+            / np.sqrt(width)
+        )
+        parts.append(_softmax(scores) @ (prototypes @ value_weight[rows].T))
+    return (
+        np.concatenate(parts, 1) @ output_weight.T
+        + attention.output.bias.detach().numpy()
+    )
 
 
 def test_forward_by_hand() -> None:
-    ckg, (features, banks, cloud, clip) = network(), inputs()
+    ckg, (features, prototypes, cloud, clip) = _network(), _inputs()
     torch.nn.init.normal_(ckg.cloud.output.bias)
-    by_hand = softmax(
-        weights_by_hand(ckg.cloud, features.numpy(), banks[0].numpy()) * cloud.numpy()
-        + weights_by_hand(ckg.clip, features.numpy(), banks[1].numpy()) * clip.numpy()
+    by_hand = _softmax(
+        _weights_by_hand(ckg.cloud, features.numpy(), prototypes[0].numpy())
+        * cloud.numpy()
+        + _weights_by_hand(ckg.clip, features.numpy(), prototypes[1].numpy())
+        * clip.numpy()
     )
     np.testing.assert_allclose(
-        ckg(features, banks, cloud, clip).detach().numpy(), by_hand, rtol=1e-12
+        ckg(features, prototypes, cloud, clip).detach().numpy(), by_hand, rtol=1e-12
     )
 
 
 def test_weights_are_those_of_forward() -> None:
-    ckg, (features, banks, cloud, clip) = network(), inputs()
-    weights = ckg.weights(features, banks)
+    ckg, (features, prototypes, cloud, clip) = _network(), _inputs()
+    weights = ckg.weights(features, prototypes)
     assert weights.shape == (2, ROWS, CLASSES + 1)
     torch.testing.assert_close(
         (weights[0] * cloud + weights[1] * clip).softmax(-1),
-        ckg(features, banks, cloud, clip),
+        ckg(features, prototypes, cloud, clip),
     )
 
 
 def test_rows_are_probabilities() -> None:
-    fused = network()(*inputs(50))
+    fused = _network()(*_inputs(50))
     torch.testing.assert_close(fused.sum(-1), torch.ones(50, dtype=torch.float64))
     assert bool((fused > 0).all())
 
 
 def test_no_rows() -> None:
-    features, banks, cloud, clip = inputs(0)
-    fused = network()(features, banks, cloud, clip)
+    features, prototypes, cloud, clip = _inputs(0)
+    fused = _network()(features, prototypes, cloud, clip)
     assert fused.shape == (0, CLASSES + 1)
     fused.sum().backward()
 
@@ -94,14 +103,14 @@ def test_no_rows() -> None:
 def test_at_the_start_weights_hardly_depend_on_the_roi() -> None:
     """Published observation: with a real embedding size CKG begins as one constant
     weight per class."""
-    features, banks, _, _ = inputs(64, 512)
-    weights = network(512, 8).weights(features, banks).detach()
+    features, prototypes, _, _ = _inputs(64, 512)
+    weights = _network(512, 8).weights(features, prototypes).detach()
     assert float(weights.std(1).max()) < 5e-3 * float(weights.abs().max())
 
 
 def test_published_parameters() -> None:
     """q, k, v without bias; the output with a bias that starts at zero."""
-    attention = network().cloud
+    attention = _network().cloud
     assert {n for n, _ in attention.named_parameters()} == {
         "query.weight",
         "key.weight",
@@ -116,7 +125,7 @@ def test_published_parameters() -> None:
 
 
 def test_features_are_not_differentiated() -> None:
-    features, banks, cloud, clip = inputs()
+    features, prototypes, cloud, clip = _inputs()
     features.requires_grad_()
-    network()(features, banks, cloud, clip)[:, 0].sum().backward()
+    _network()(features, prototypes, cloud, clip)[:, 0].sum().backward()
     assert features.grad is None

@@ -21,7 +21,7 @@ CLASSES = 4
 quickly = settings(deadline=None, max_examples=40)
 
 
-def opinions(
+def _opinions(
     seed: int, rows: int, sharpness: float = 2.0, count: int = 2
 ) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
@@ -33,7 +33,7 @@ def opinions(
     ]
 
 
-def confusion(accuracy: float) -> Tensor:
+def _confusion(accuracy: float) -> Tensor:
     """Right with ``accuracy``; mistakes are one class further, as a rule."""
     wrong = torch.eye(CLASSES).double().roll(1, 1) * 0.8 + (
         1 - torch.eye(CLASSES).double()
@@ -42,29 +42,29 @@ def confusion(accuracy: float) -> Tensor:
     return names / names.sum(1, keepdim=True)
 
 
-def annotated(
-    *names: Tensor, boxes: int = 4000, seed: int = 0
+def _annotated(
+    *confusions: Tensor, count: int = 4000, seed: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
     """Truth [N] and each annotator's sure opinion [N, C]; classes aren't equally
     frequent."""
     torch.manual_seed(seed)
     truth = torch.multinomial(
-        torch.tensor([0.4, 0.3, 0.2, 0.1]), boxes, replacement=True
+        torch.tensor([0.4, 0.3, 0.2, 0.1]), count, replacement=True
     )
     return truth, [
         F.one_hot(torch.multinomial(table[truth], 1)[:, 0], CLASSES).double()
-        for table in names
+        for table in confusions
     ]
 
 
-def right(opinion: Tensor, truth: Tensor) -> float:
+def _right(opinion: Tensor, truth: Tensor) -> float:
     return float((opinion.argmax(-1) == truth).double().mean())
 
 
 rules = pytest.mark.parametrize("rule", [*RULES, "dawid_skene"])
 
 
-def fused(rule: str, cloud: Tensor, clip: Tensor) -> Tensor:
+def _fused(rule: str, cloud: Tensor, clip: Tensor) -> Tensor:
     return (
         RULES[rule](cloud, clip)
         if rule in RULES
@@ -78,20 +78,20 @@ def fused(rule: str, cloud: Tensor, clip: Tensor) -> Tensor:
 def test_fused_rows_are_probabilities(
     rule: str, seed: int, rows: int, sharpness: float
 ) -> None:
-    found = fused(rule, *opinions(seed, rows, sharpness))
-    assert found.shape == (rows, CLASSES)
-    assert bool((found >= 0).all())
-    torch.testing.assert_close(found.sum(-1), torch.ones(rows, dtype=torch.float64))
+    probs = _fused(rule, *_opinions(seed, rows, sharpness))
+    assert probs.shape == (rows, CLASSES)
+    assert bool((probs >= 0).all())
+    torch.testing.assert_close(probs.sum(-1), torch.ones(rows, dtype=torch.float64))
 
 
 @rules
 @quickly
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(CLASSES)))
 def test_no_class_is_special(rule: str, seed: int, order: list[int]) -> None:
-    cloud, clip = opinions(seed, 5)
+    cloud, clip = _opinions(seed, 5)
     torch.testing.assert_close(
-        fused(rule, cloud[:, order], clip[:, order]),
-        fused(rule, cloud, clip)[:, order],
+        _fused(rule, cloud[:, order], clip[:, order]),
+        _fused(rule, cloud, clip)[:, order],
         atol=1e-6,
         rtol=1e-6,
     )
@@ -101,22 +101,22 @@ def test_no_class_is_special(rule: str, seed: int, order: list[int]) -> None:
 @quickly
 @given(seed=st.integers(0, 10_000))
 def test_neither_teacher_is_special(rule: object, seed: int) -> None:
-    cloud, clip = opinions(seed, 5)
+    cloud, clip = _opinions(seed, 5)
     torch.testing.assert_close(rule(cloud, clip), rule(clip, cloud))  # type: ignore[operator]
 
 
 @quickly
 @given(seed=st.integers(0, 10_000))
 def test_the_surer_teacher_counts_more(seed: int) -> None:
-    cloud, clip = opinions(seed, 20)
-    found = score_weighted(cloud, clip)
-    surer = torch.where(
+    cloud, clip = _opinions(seed, 20)
+    weighted = score_weighted(cloud, clip)
+    confident = torch.where(
         (cloud.max(-1).values > clip.max(-1).values)[:, None], cloud, clip
     )
     assert bool(
         (
-            (found - surer).norm(dim=-1)
-            <= (average(cloud, clip) - surer).norm(dim=-1) + 1e-12
+            (weighted - confident).norm(dim=-1)
+            <= (average(cloud, clip) - confident).norm(dim=-1) + 1e-12
         ).all()
     )
 
@@ -124,13 +124,13 @@ def test_the_surer_teacher_counts_more(seed: int) -> None:
 @quickly
 @given(seed=st.integers(0, 10_000))
 def test_product_is_surer_where_both_agree(seed: int) -> None:
-    cloud, clip = opinions(seed, 20)
+    cloud, clip = _opinions(seed, 20)
     clip = torch.where((clip.argmax(-1) == cloud.argmax(-1))[:, None], clip, cloud)
-    found = product(cloud, clip)
-    assert bool((found.argmax(-1) == cloud.argmax(-1)).all())
+    joint = product(cloud, clip)
+    assert bool((joint.argmax(-1) == cloud.argmax(-1)).all())
     assert bool(
         (
-            found.max(-1).values
+            joint.max(-1).values
             >= average(cloud, clip).max(-1).values - CLASSES * FLOOR
         ).all()
     )
@@ -139,11 +139,11 @@ def test_product_is_surer_where_both_agree(seed: int) -> None:
 def test_product_has_no_veto() -> None:
     """Sure of different classes: undecided between them, and a class nobody can see
     stays small."""
-    found = product(torch.eye(3)[:1], torch.eye(3)[1:2])
+    joint = product(torch.eye(3)[:1], torch.eye(3)[1:2])
     torch.testing.assert_close(
-        found[0, :2], torch.tensor([0.5, 0.5]), atol=FLOOR, rtol=0
+        joint[0, :2], torch.tensor([0.5, 0.5]), atol=FLOOR, rtol=0
     )
-    assert 0 < float(found[0, 2]) <= FLOOR
+    assert 0 < float(joint[0, 2]) <= FLOOR
 
 
 def test_average_of_sure_teachers_who_disagree_never_reaches_the_published_pi() -> None:
@@ -152,37 +152,41 @@ def test_average_of_sure_teachers_who_disagree_never_reaches_the_published_pi() 
 
 
 def test_em_recovers_three_annotators() -> None:
-    tables = [confusion(a) for a in (0.9, 0.75, 0.6)]
-    truth, said = annotated(*tables)
-    found = dawid_skene(*said)
-    torch.testing.assert_close(found.confusion, torch.stack(tables), atol=0.08, rtol=0)
+    tables = [_confusion(a) for a in (0.9, 0.75, 0.6)]
+    truth, votes = _annotated(*tables)
+    annotators = dawid_skene(*votes)
     torch.testing.assert_close(
-        found.prior, F.one_hot(truth, CLASSES).double().mean(0), atol=0.03, rtol=0
+        annotators.confusion, torch.stack(tables), atol=0.08, rtol=0
     )
-    assert right(found.posterior(*said), truth) > max(right(s, truth) for s in said)
+    torch.testing.assert_close(
+        annotators.prior, F.one_hot(truth, CLASSES).double().mean(0), atol=0.03, rtol=0
+    )
+    assert _right(annotators.posterior(*votes), truth) > max(
+        _right(s, truth) for s in votes
+    )
 
 
 def test_two_annotators_who_agree_are_believed() -> None:
-    """With two, disputes can't be settled from the opinions alone, but what both say
+    """Disagreements of two can't be settled from the opinions alone, but what both say
     stands."""
-    _, said = annotated(confusion(0.9), confusion(0.7))
-    agreed = said[0].argmax(-1) == said[1].argmax(-1)
-    found = dawid_skene(*said).posterior(*said)
-    assert bool((found[agreed].argmax(-1) == said[0][agreed].argmax(-1)).all())
+    _, votes = _annotated(_confusion(0.9), _confusion(0.7))
+    agreed = votes[0].argmax(-1) == votes[1].argmax(-1)
+    posterior = dawid_skene(*votes).posterior(*votes)
+    assert bool((posterior[agreed].argmax(-1) == votes[0][agreed].argmax(-1)).all())
 
 
 def test_sure_opinions_give_the_posterior_by_hand() -> None:
-    tables = torch.stack([confusion(0.9), confusion(0.6)])
+    tables = torch.stack([_confusion(0.9), _confusion(0.6)])
     prior = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
     by_hand = prior * tables[0][:, 2] * tables[1][:, 0]
-    found = Annotators(prior, tables).posterior(
+    posterior = Annotators(prior, tables).posterior(
         torch.eye(CLASSES).double()[2:3], torch.eye(CLASSES).double()[:1]
     )
-    torch.testing.assert_close(found[0], by_hand / by_hand.sum())
+    torch.testing.assert_close(posterior[0], by_hand / by_hand.sum())
 
 
 def test_without_boxes_only_the_prior_is_left() -> None:
-    nothing = torch.zeros(0, CLASSES)
-    found = dawid_skene(nothing, nothing)
-    assert bool((found.confusion.argmax(-1) == torch.arange(CLASSES)).all())
-    assert found.posterior(nothing, nothing).shape == (0, CLASSES)
+    no_opinions = torch.zeros(0, CLASSES)
+    annotators = dawid_skene(no_opinions, no_opinions)
+    assert bool((annotators.confusion.argmax(-1) == torch.arange(CLASSES)).all())
+    assert annotators.posterior(no_opinions, no_opinions).shape == (0, CLASSES)

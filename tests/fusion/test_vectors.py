@@ -9,7 +9,7 @@ from coin_ray.structures import Detections
 BOXES = torch.tensor([[0.0, 0, 1, 1], [2, 2, 3, 3]])
 
 
-def cloud(
+def _cloud(
     scores: list[float], labels: list[int], probs: list[list[float]]
 ) -> Detections:
     return Detections(
@@ -17,7 +17,7 @@ def cloud(
     )
 
 
-SEVERAL = cloud([0.6, 0.3], [0, 2], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0.6]])
+SEVERAL = _cloud([0.6, 0.3], [0, 2], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0.6]])
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,15 @@ SEVERAL = cloud([0.6, 0.3], [0, 2], [[0.6, 0.15, 0.05, 0.2], [0.05, 0.1, 0.25, 0
 def test_forms_by_hand(
     form: str, scores: list[float], probs: list[list[float]]
 ) -> None:
-    found = CLOUD_VECTOR_FORMS[form](SEVERAL)
-    torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float32))
-    torch.testing.assert_close(found.probs, torch.tensor(probs, dtype=torch.float32))
-    assert torch.equal(found.boxes, SEVERAL.boxes)
-    assert torch.equal(found.labels, SEVERAL.labels)
+    converted = CLOUD_VECTOR_FORMS[form](SEVERAL)
+    torch.testing.assert_close(
+        converted.scores, torch.tensor(scores, dtype=torch.float32)
+    )
+    torch.testing.assert_close(
+        converted.probs, torch.tensor(probs, dtype=torch.float32)
+    )
+    assert torch.equal(converted.boxes, SEVERAL.boxes)
+    assert torch.equal(converted.labels, SEVERAL.labels)
 
 
 @pytest.mark.parametrize(
@@ -55,15 +59,19 @@ def test_forms_by_hand(
 def test_one_class(form: str, scores: list[float]) -> None:
     """The published conversion of Grounding DINO makes every score 1; as collected, or
     as GLIP, scores keep their order."""
-    found = CLOUD_VECTOR_FORMS[form](cloud([0.6, 0.3], [0, 0], [[0.6, 0.4], [0.3, 0.7]]))
-    torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float32))
-    torch.testing.assert_close(found.probs.sum(1), torch.ones(2))
+    converted = CLOUD_VECTOR_FORMS[form](
+        _cloud([0.6, 0.3], [0, 0], [[0.6, 0.4], [0.3, 0.7]])
+    )
+    torch.testing.assert_close(
+        converted.scores, torch.tensor(scores, dtype=torch.float32)
+    )
+    torch.testing.assert_close(converted.probs.sum(1), torch.ones(2))
     if form != "collected":
-        assert found.probs.tolist() == [[1, 0], [1, 0]]
+        assert converted.probs.tolist() == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("form", sorted(CLOUD_VECTOR_FORMS))
 @pytest.mark.parametrize("classes", [1, 3])
 def test_no_boxes(form: str, classes: int) -> None:
-    found = CLOUD_VECTOR_FORMS[form](Detections.empty(classes))
-    assert (len(found), found.num_classes) == (0, classes)
+    converted = CLOUD_VECTOR_FORMS[form](Detections.empty(classes))
+    assert (len(converted), converted.num_classes) == (0, classes)

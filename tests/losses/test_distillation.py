@@ -25,8 +25,8 @@ def test_divergence_is_divided_by_all_elements() -> None:
 
 
 def test_divergence_of_probabilities() -> None:
-    value = float(distillation.divergence_of_probabilities(LOGITS.softmax(-1), TARGETS))
-    assert value == pytest.approx((FIRST + SECOND) / 6, rel=1e-5)
+    loss = float(distillation.divergence_of_probabilities(LOGITS.softmax(-1), TARGETS))
+    assert loss == pytest.approx((FIRST + SECOND) / 6, rel=1e-5)
 
 
 def test_divergence_of_equals_is_zero() -> None:
@@ -84,12 +84,12 @@ def test_means_are_over_elements_in_float64_by_the_formula(classes: int) -> None
     expected = (targets * (targets.log() - (logits.softmax(-1) + 1e-7).log())).sum() / (
         7 * (classes + 1)
     )
-    for value in (
+    for loss in (
         distillation.private_regions(logits, targets),
         distillation.inconsistent_regions(logits, targets, 0.0),
         distillation.divergence_of_probabilities(logits.softmax(-1), targets),
     ):
-        assert float(value) == pytest.approx(float(expected), rel=1e-5)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_rows_may_come_in_any_order() -> None:

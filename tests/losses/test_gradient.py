@@ -9,11 +9,11 @@ from coin_ray.fusion.ckg import ConsistentKnowledge
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
 
 
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def _vector(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def losses_with_gradients(
+def _losses_with_gradients(
     *pairs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, list[nn.Parameter]]:
     """Two losses whose gradients with respect to the returned parameters are given."""
@@ -39,15 +39,15 @@ def test_squared_error() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        (vector(1, 0), vector(2, 0), 0.0),
-        (vector(1, 0), vector(0, 5), 1.0),
-        (vector(1, 0), vector(-3, 0), 2.0),
-        (vector(3, 4), vector(4, 3), 1 - 24 / 25),
+        (_vector(1, 0), _vector(2, 0), 0.0),
+        (_vector(1, 0), _vector(0, 5), 1.0),
+        (_vector(1, 0), _vector(-3, 0), 2.0),
+        (_vector(3, 4), _vector(4, 3), 1 - 24 / 25),
     ],
 )
 def test_biases_are_compared_whole(a: Tensor, b: Tensor, expected: float) -> None:
     assert float(
-        gradient_misalignment(*losses_with_gradients((a, b)))
+        gradient_misalignment(*_losses_with_gradients((a, b)))
     ) == pytest.approx(expected, abs=1e-9)
 
 
@@ -55,24 +55,24 @@ def test_matrices_are_compared_row_by_row() -> None:
     """Rows: equal directions, and orthogonal ones: 1 - (1 + 0) / 2. Flattened it would
     be 1 - 100 / (sqrt(101) sqrt(101))."""
     a, b = (
-        torch.stack([vector(10, 0), vector(1, 0)]),
-        torch.stack([vector(10, 0), vector(0, 1)]),
+        torch.stack([_vector(10, 0), _vector(1, 0)]),
+        torch.stack([_vector(10, 0), _vector(0, 1)]),
     )
-    value = float(gradient_misalignment(*losses_with_gradients((a, b))))
-    assert value == pytest.approx(0.5)
-    assert value != pytest.approx(1 - 100 / 101, abs=0.1)
+    misalignment = float(gradient_misalignment(*_losses_with_gradients((a, b))))
+    assert misalignment == pytest.approx(0.5)
+    assert misalignment != pytest.approx(1 - 100 / 101, abs=0.1)
 
 
 def test_parameters_count_alike() -> None:
-    value = gradient_misalignment(
-        *losses_with_gradients(
-            (vector(1, 0), vector(1, 0)), (vector(9, 0, 0), vector(0, 9, 0))
+    misalignment = gradient_misalignment(
+        *_losses_with_gradients(
+            (_vector(1, 0), _vector(1, 0)), (_vector(9, 0, 0), _vector(0, 9, 0))
         )
     )
-    assert float(value) == pytest.approx(0.5)
+    assert float(misalignment) == pytest.approx(0.5)
 
 
-class Setup:
+class _Setup:
     """CKG, a transformation and a head in float64, as in training."""
 
     def __init__(self, consistent: int = 3, inconsistent: int = 4) -> None:
@@ -106,17 +106,17 @@ class Setup:
         fused = self.ckg(self.features, self.banks, self.cloud, self.clip)
         logits = self.head(self.transformation(self.pooled))
         # squared_error takes logits to float32, too coarse for finite differences
-        right = (
+        consistent_loss = (
             (logits[: self.consistent].softmax(-1) - self.labels) ** 2
         ).sum() / max(self.labels.numel(), 1)
-        ours = ((logits[self.consistent :].softmax(-1) - fused) ** 2).sum() / max(
-            fused.numel(), 1
-        )
-        return right, ours
+        inconsistent_loss = (
+            (logits[self.consistent :].softmax(-1) - fused) ** 2
+        ).sum() / max(fused.numel(), 1)
+        return consistent_loss, inconsistent_loss
 
 
 def test_against_a_loop_over_rows_in_float64() -> None:
-    setup = Setup()
+    setup = _Setup()
     cosines = []
     for parameter in setup.transformation.parameters():
         a, b = (
@@ -141,25 +141,25 @@ def test_against_a_loop_over_rows_in_float64() -> None:
     ],
 )
 def test_double_backward_against_finite_differences(name: str) -> None:
-    setup = Setup()
+    setup = _Setup()
     parameter = dict(setup.ckg.named_parameters())[name]
     (gradient,) = torch.autograd.grad(setup.loss(), [parameter])
     step = 1e-6
-    entry = int(gradient.abs().argmax())
+    index = int(gradient.abs().argmax())
     flat = parameter.data.view(-1)
-    values = []
+    losses = []
     for sign in (1, -1):
-        flat[entry] += sign * step
-        values.append(float(setup.loss().detach()))
-        flat[entry] -= sign * step
-    assert gradient.flatten()[entry].item() != 0
-    assert gradient.flatten()[entry].item() == pytest.approx(
-        (values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-9
+        flat[index] += sign * step
+        losses.append(float(setup.loss().detach()))
+        flat[index] -= sign * step
+    assert gradient.flatten()[index].item() != 0
+    assert gradient.flatten()[index].item() == pytest.approx(
+        (losses[0] - losses[1]) / (2 * step), rel=1e-4, abs=1e-9
     )
 
 
 def test_descending_aligns() -> None:
-    setup = Setup()
+    setup = _Setup()
     optimizer = torch.optim.Adam(setup.ckg.parameters(), lr=0.02)
     history = []
     for _ in range(40):
@@ -176,23 +176,25 @@ def test_descending_aligns() -> None:
 def test_the_consistent_direction_is_fixed() -> None:
     """No gradient flows into what made the targets of the consistent loss."""
     weights = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    right_target, our_target = (
-        vector(1, 2).requires_grad_(),
-        vector(2, 1).requires_grad_(),
+    consistent_target, inconsistent_target = (
+        _vector(1, 2).requires_grad_(),
+        _vector(2, 1).requires_grad_(),
     )
-    value = gradient_misalignment(
-        ((weights - right_target) ** 2).sum(),
-        ((weights - our_target) ** 2).sum() * 0.5,
+    misalignment = gradient_misalignment(
+        ((weights - consistent_target) ** 2).sum(),
+        ((weights - inconsistent_target) ** 2).sum() * 0.5,
         [weights],
     )
-    grads = torch.autograd.grad(value, [right_target, our_target], allow_unused=True)
-    assert grads[0] is None
-    assert grads[1] is not None
+    gradients = torch.autograd.grad(
+        misalignment, [consistent_target, inconsistent_target], allow_unused=True
+    )
+    assert gradients[0] is None
+    assert gradients[1] is not None
 
 
 @pytest.mark.parametrize(("consistent", "inconsistent"), [(0, 3), (3, 0), (0, 0)])
 def test_without_one_kind_it_stays_finite(consistent: int, inconsistent: int) -> None:
-    setup = Setup(consistent, inconsistent)
+    setup = _Setup(consistent, inconsistent)
     loss = setup.loss()
     assert float(loss.detach()) == pytest.approx(1)
     gradients = torch.autograd.grad(
@@ -203,9 +205,9 @@ def test_without_one_kind_it_stays_finite(consistent: int, inconsistent: int) ->
 
 def test_scale_of_losses_cancels() -> None:
     a, b = (
-        torch.stack([vector(1, 2), vector(3, -1)]),
-        torch.stack([vector(2, 2), vector(1, 0)]),
+        torch.stack([_vector(1, 2), _vector(3, -1)]),
+        torch.stack([_vector(2, 2), _vector(1, 0)]),
     )
-    plain = gradient_misalignment(*losses_with_gradients((a, b)))
-    tiny = gradient_misalignment(*losses_with_gradients((1e-6 * a, 1e-6 * b)))
+    plain = gradient_misalignment(*_losses_with_gradients((a, b)))
+    tiny = gradient_misalignment(*_losses_with_gradients((1e-6 * a, 1e-6 * b)))
     assert float(tiny) == pytest.approx(float(plain), rel=1e-6)

@@ -38,9 +38,9 @@ def test_certain_objects_cost_what_they_cost_elsewhere() -> None:
         torch.rand(3, 4, generator=draw) / 2 + 0.2,
     )
     labels = torch.tensor([2, 0, 0])
-    wanted = criterion.matching_cost(LOGITS, boxes, labels, truth)
+    expected = criterion.matching_cost(LOGITS, boxes, labels, truth)
     torch.testing.assert_close(
-        matching_cost(LOGITS, boxes, torch.eye(4)[labels], truth), wanted
+        matching_cost(LOGITS, boxes, torch.eye(4)[labels], truth), expected
     )
 
 

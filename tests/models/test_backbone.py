@@ -16,15 +16,15 @@ from coin_ray.models.faster_rcnn_clip.backbone import (
     MobileNetModel,
     load_backbone,
     load_mobilenet,
-    starting_embeddings,
     rename_to_torchvision,
+    starting_embeddings,
 )
 from coin_ray.models.faster_rcnn_clip.model import build_detector
 from coin_ray.models.faster_rcnn_clip.tower import MobileNetTower
 from coin_ray.predictors.student import load_exported_student, write_exported_student
 
 
-def config(mobilenet: MobileNet, seed: int = 0) -> PipelineConfig:
+def _config(mobilenet: MobileNet, seed: int = 0) -> PipelineConfig:
     detector = tiny_config(backbone="mobilenet_v2")
     return PipelineConfig(
         "test",
@@ -41,23 +41,23 @@ def config(mobilenet: MobileNet, seed: int = 0) -> PipelineConfig:
 def weights(tmp_path: Path) -> str:
     """Random weights under other names, without the classifier: as they are packaged."""
     torch.manual_seed(3)
-    named = {
+    state = {
         f"other.{k}": v
         for k, v in mobilenet_v2().state_dict().items()
         if not k.startswith("classifier.")
     }
-    torch.save(named, tmp_path / "weights.pt")
+    torch.save(state, tmp_path / "weights.pt")
     return str(tmp_path / "weights.pt")
 
 
 def test_weights_go_by_order(weights: str) -> None:
     torch.manual_seed(3)
-    expected, found = (
+    expected, loaded = (
         mobilenet_v2().state_dict(),
         load_mobilenet(MobileNet(weights=weights)).state_dict(),
     )
     assert all(
-        torch.equal(found[k], v)
+        torch.equal(loaded[k], v)
         for k, v in expected.items()
         if not k.startswith("classifier.")
     )
@@ -65,10 +65,10 @@ def test_weights_go_by_order(weights: str) -> None:
 
 def test_torchvision_s_own_weights_keep_their_names() -> None:
     network = mobilenet_v2()
-    named = rename_to_torchvision(network.state_dict(), network)
-    assert len(named) == 312
+    renamed = rename_to_torchvision(network.state_dict(), network)
+    assert len(renamed) == 312
     assert all(
-        named[k] is v or torch.equal(named[k], v)
+        renamed[k] is v or torch.equal(renamed[k], v)
         for k, v in network.state_dict().items()
         if not k.startswith("classifier.")
     )
@@ -122,38 +122,41 @@ def test_a_background_prompt_needs_a_text_encoder() -> None:
 def test_detectors_of_one_run_share_first_vectors_and_the_backbone(
     weights: str,
 ) -> None:
-    run = config(MobileNet(weights=weights, vector_size=16))
-    loaded = load_backbone(run)
+    run_config = _config(MobileNet(weights=weights, vector_size=16))
+    loaded = load_backbone(run_config)
     assert isinstance(loaded, MobileNetModel)
-    one, other = (
-        build_detector(loaded, run.classes, run.detector, seed=seed) for seed in (0, 1)
+    first, second = (
+        build_detector(loaded, run_config.classes, run_config.detector, seed=seed)
+        for seed in (0, 1)
     )
-    assert isinstance(one.tower, MobileNetTower)
-    torch.testing.assert_close(one.class_embeddings(), starting_embeddings(loaded, run))
-    assert torch.equal(one.class_embeddings(), other.class_embeddings())
+    assert isinstance(first.tower, MobileNetTower)
+    torch.testing.assert_close(
+        first.class_embeddings(), starting_embeddings(loaded, run_config)
+    )
+    assert torch.equal(first.class_embeddings(), second.class_embeddings())
     assert torch.equal(
-        one.tower.features[5].conv[0][0].convolution.weight,
-        other.tower.features[5].conv[0][0].convolution.weight,
+        first.tower.features[5].conv[0][0].convolution.weight,
+        second.tower.features[5].conv[0][0].convolution.weight,
     )
-    assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
-    assert one.prompts.values.requires_grad
+    assert not torch.equal(first.head.embed.weight, second.head.embed.weight)
+    assert first.prompts.values.requires_grad
 
 
 def test_a_detector_predicts_and_survives_its_export(
     weights: str, tmp_path: Path
 ) -> None:
-    run = config(MobileNet(weights=weights, vector_size=16))
+    run_config = _config(MobileNet(weights=weights, vector_size=16))
     detector = build_detector(
-        load_backbone(run), run.classes, run.detector, seed=0
+        load_backbone(run_config), run_config.classes, run_config.detector, seed=0
     ).eval()
-    write_exported_student(detector, run.classes, str(tmp_path / "export"))
-    loaded = load_exported_student(str(tmp_path / "export")).detector
-    assert isinstance(loaded.tower, MobileNetTower)
+    write_exported_student(detector, run_config.classes, str(tmp_path / "export"))
+    exported = load_exported_student(str(tmp_path / "export")).detector
+    assert isinstance(exported.tower, MobileNetTower)
     images = [torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8)]
-    ours, theirs = (
+    detections, exported_detections = (
         detector.predict(detector.prepare(images))[0],
-        loaded.predict(loaded.prepare(images))[0],
+        exported.predict(exported.prepare(images))[0],
     )
-    assert len(ours) == len(theirs) > 0
-    torch.testing.assert_close(ours.scores, theirs.scores)
-    torch.testing.assert_close(ours.boxes, theirs.boxes)
+    assert len(detections) == len(exported_detections) > 0
+    torch.testing.assert_close(detections.scores, exported_detections.scores)
+    torch.testing.assert_close(detections.boxes, exported_detections.boxes)

@@ -11,8 +11,8 @@ from coin_ray.data.coco_classes import COCO_CLASSES
 from coin_ray.errors import InputError
 from coin_ray.models.faster_rcnn_clip.embeddings import (
     ClassVectors,
-    load_coco_text_vectors,
     initial_vectors,
+    load_coco_text_vectors,
 )
 
 
@@ -42,36 +42,38 @@ def test_learned_vectors_are_given_in_unit_length_also_by_a_teacher_that_is_not_
 
 
 def test_fixed_vectors_are_given_bit_for_bit_and_do_not_learn() -> None:
-    values = torch.randn(3, 8)
-    vectors = ClassVectors(values, learned=False)
-    assert torch.equal(vectors(), values)
+    embeddings = torch.randn(3, 8)
+    vectors = ClassVectors(embeddings, learned=False)
+    assert torch.equal(vectors(), embeddings)
     assert not vectors.values.requires_grad
 
 
 def test_text_vectors_are_chosen_by_name_in_the_order_of_the_classes(
     matrix: str,
 ) -> None:
-    found = load_coco_text_vectors(matrix, ("Dog", "person"))
-    assert found.dtype == torch.float32
-    assert found.argmax(1).tolist() == [COCO_CLASSES.index("dog"), 0]
+    vectors = load_coco_text_vectors(matrix, ("Dog", "person"))
+    assert vectors.dtype == torch.float32
+    assert vectors.argmax(1).tolist() == [COCO_CLASSES.index("dog"), 0]
 
 
 def test_initial_vectors_are_text_and_a_random_background(matrix: str) -> None:
-    found = initial_vectors(MobileNet(text_vectors=matrix), ("dog", "person"), seed=0)
-    assert found.shape == (3, 80)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
-    assert found[1, 0] == 1
-    assert (found[2] != 0).sum() > 70
+    vectors = initial_vectors(MobileNet(text_vectors=matrix), ("dog", "person"), seed=0)
+    assert vectors.shape == (3, 80)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    assert vectors[1, 0] == 1
+    assert (vectors[2] != 0).sum() > 70
 
 
 @pytest.mark.parametrize("text", [True, False])
 def test_initial_vectors_repeat_for_a_seed(matrix: str, text: bool) -> None:
     config = MobileNet(text_vectors=matrix if text else None, vector_size=16)
     assert torch.equal(
-        initial_vectors(config, ("dog",), seed=1), initial_vectors(config, ("dog",), seed=1)
+        initial_vectors(config, ("dog",), seed=1),
+        initial_vectors(config, ("dog",), seed=1),
     )
     assert not torch.equal(
-        initial_vectors(config, ("dog",), seed=1), initial_vectors(config, ("dog",), seed=2)
+        initial_vectors(config, ("dog",), seed=1),
+        initial_vectors(config, ("dog",), seed=2),
     )
 
 
@@ -93,5 +95,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a \.npy file"):
         load_coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))
     np.save(tmp_path / "text.npy", np.zeros((365, 8)))
-    with pytest.raises(InputError, match=r"one row per COCO class; it is \(365, 8\)"):
+    with pytest.raises(InputError, match=r"one row per COCO class; got \[365, 8\]"):
         load_coco_text_vectors(str(tmp_path / "text.npy"), ("dog",))

@@ -18,7 +18,7 @@ from coin_ray.predictors.student import load_exported_student, write_exported_st
 from coin_ray.structures import Detections
 
 
-def images(*sizes: tuple[int, int]) -> list[Tensor]:
+def _images(*sizes: tuple[int, int]) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
     return [
         torch.randint(0, 256, (3, *size), generator=draw, dtype=torch.uint8)
@@ -31,46 +31,49 @@ def detector() -> ClipDetector:
     return tiny_detector().eval()
 
 
-def predict(detector: ClipDetector, *pixels: Tensor) -> list[Detections]:
+def _predict(detector: ClipDetector, *pixels: Tensor) -> list[Detections]:
     return detector.predict(detector.prepare(pixels))
 
 
 def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> None:
     sizes = (64, 96), (90, 60), (71, 65)
-    for found, (height, width) in zip(
-        predict(detector, *images(*sizes)), sizes, strict=True
+    for detections, (height, width) in zip(
+        _predict(detector, *_images(*sizes)), sizes, strict=True
     ):
-        assert 0 < len(found) <= detector.config.detections
-        assert found.num_classes == len(CLASSES)
-        assert bool((found.boxes >= 0).all())
-        assert float(found.boxes[:, 0::2].max()) <= width
-        assert float(found.boxes[:, 1::2].max()) <= height
-        assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
-        assert float(found.scores.min()) > detector.config.score_min
-        torch.testing.assert_close(found.probs.sum(1), torch.ones(len(found)))
+        assert 0 < len(detections) <= detector.config.detections
+        assert detections.num_classes == len(CLASSES)
+        assert bool((detections.boxes >= 0).all())
+        assert float(detections.boxes[:, 0::2].max()) <= width
+        assert float(detections.boxes[:, 1::2].max()) <= height
+        assert detections.scores.tolist() == sorted(
+            detections.scores.tolist(), reverse=True
+        )
+        assert float(detections.scores.min()) > detector.config.score_min
+        torch.testing.assert_close(detections.probs.sum(1), torch.ones(len(detections)))
         assert torch.equal(
-            found.probs.gather(1, found.labels[:, None])[:, 0], found.scores
+            detections.probs.gather(1, detections.labels[:, None])[:, 0],
+            detections.scores,
         )
 
 
 def test_classes_of_one_region_share_its_box_bit_for_bit() -> None:
     detector = tiny_detector(score_min=0.0, detections=100).eval()
-    found = predict(detector, *images((64, 96)))[0]
-    boxes = [tuple(b) for b in found.boxes.tolist()]
-    regions = {tuple(p) for p in found.probs.tolist()}
+    detections = _predict(detector, *_images((64, 96)))[0]
+    boxes = [tuple(b) for b in detections.boxes.tolist()]
+    regions = {tuple(p) for p in detections.probs.tolist()}
     assert len(set(boxes)) == len(regions) < len(boxes)
 
 
 def test_no_region_above_the_threshold() -> None:
-    found = predict(tiny_detector(score_min=1.0).eval(), *images((64, 64)))[0]
-    assert (len(found), found.num_classes) == (0, len(CLASSES))
+    detections = _predict(tiny_detector(score_min=1.0).eval(), *_images((64, 64)))[0]
+    assert (len(detections), detections.num_classes) == (0, len(CLASSES))
 
 
 def test_order_in_the_batch_does_not_matter(detector: ClipDetector) -> None:
-    first, second, third = images((64, 96), (64, 96), (64, 96))
+    first, second, third = _images((64, 96), (64, 96), (64, 96))
     forward, backward = (
-        predict(detector, first, second, third),
-        predict(detector, third, second, first)[::-1],
+        _predict(detector, first, second, third),
+        _predict(detector, third, second, first)[::-1],
     )
     for a, b in zip(forward, backward, strict=True):
         torch.testing.assert_close(a.boxes, b.boxes, atol=1e-3, rtol=1e-4)
@@ -78,8 +81,8 @@ def test_order_in_the_batch_does_not_matter(detector: ClipDetector) -> None:
 
 
 def test_neighbours_do_not_matter_with_the_same_padding(detector: ClipDetector) -> None:
-    small, large = images((64, 64), (96, 128))
-    together = predict(detector, small, large)[0]
+    small, large = _images((64, 64), (96, 128))
+    together = _predict(detector, small, large)[0]
     alone = detector.predict(detector.prepare([small], (96, 128)))[0]
     torch.testing.assert_close(together.boxes, alone.boxes, atol=1e-3, rtol=1e-4)
 
@@ -87,7 +90,7 @@ def test_neighbours_do_not_matter_with_the_same_padding(detector: ClipDetector) 
 def test_padding_reaches_only_features_near_it(detector: ClipDetector) -> None:
     """Convolutions see the padding: features further away are the same, so are RoIs on
     them."""
-    (image,) = images((64, 256))
+    (image,) = _images((64, 256))
     plain, padded = detector.prepare([image]), detector.prepare([image], (64, 320))
     assert padded.pixels.shape[-1] == 320
     with torch.no_grad():
@@ -135,35 +138,35 @@ def test_inside() -> None:
 def test_anchors_move_alike_in_any_scale_of_their_deltas() -> None:
     """Weights of 1 instead of (10, 10, 5, 5): the same boxes from outputs that are 10
     and 5 times smaller."""
-    ours, theirs = (
+    default, rescaled = (
         tiny_detector().eval(),
         tiny_detector(anchor_weights=(1.0, 1.0, 1.0, 1.0)).eval(),
     )
-    scale = torch.tensor([10.0, 10, 5, 5]).repeat(len(theirs.rpn.deltas.weight) // 4)
+    scale = torch.tensor([10.0, 10, 5, 5]).repeat(len(rescaled.rpn.deltas.weight) // 4)
     with torch.no_grad():
-        theirs.rpn.deltas.weight.div_(scale[:, None, None, None])
-    batch = ours.prepare(images((64, 96)))
+        rescaled.rpn.deltas.weight.div_(scale[:, None, None, None])
+    batch = default.prepare(_images((64, 96)))
     with torch.no_grad():
-        first, second = ours.propose(batch)[1], theirs.propose(batch)[1]
+        first, second = default.propose(batch)[1], rescaled.propose(batch)[1]
     torch.testing.assert_close(first.boxes, second.boxes, atol=1e-3, rtol=1e-4)
     assert not torch.allclose(first.deltas, second.deltas)
 
 
 def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
-    one, two, other = (
+    first, same_seed, other_seed = (
         build_detector(tiny_clip(), CLASSES, tiny_detector().config, seed=s)
         for s in (3, 3, 4)
     )
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            one.state_dict().values(), two.state_dict().values(), strict=True
+            first.state_dict().values(), same_seed.state_dict().values(), strict=True
         )
     )
-    assert not torch.equal(one.head.embed.weight, other.head.embed.weight)
+    assert not torch.equal(first.head.embed.weight, other_seed.head.embed.weight)
     assert torch.equal(
-        one.tower.visual.conv1.convolution.weight,
-        other.tower.visual.conv1.convolution.weight,
+        first.tower.visual.conv1.convolution.weight,
+        other_seed.tower.visual.conv1.convolution.weight,
     )  # type: ignore[union-attr,arg-type]
     assert (
         tiny_detector().background.requires_grad,
@@ -173,7 +176,7 @@ def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
 
 def test_stem_and_first_stage_are_frozen() -> None:
     detector = tiny_detector().train()
-    batch = detector.prepare(images((64, 64)))
+    batch = detector.prepare(_images((64, 64)))
     shared, proposed = detector.propose(batch)
     detector.describe(shared, proposed.boxes).logits.sum().backward()
     moving = {
@@ -199,7 +202,7 @@ def test_cached_embeddings_are_forgotten_when_training_goes_on() -> None:
 def test_batch_statistics_move_only_when_live(live: Any) -> None:
     detector = tiny_detector(batch_norm=live).train()
     before = {n: b.clone() for n, b in detector.named_buffers() if "running" in n}
-    detector.tower.shared(detector.prepare(images((64, 64))).pixels)
+    detector.tower.shared(detector.prepare(_images((64, 64))).pixels)
     moved = {
         n.split(".")[2]
         for n, b in detector.named_buffers()
@@ -218,14 +221,16 @@ def test_exported_model_predicts_the_same_bits(background: str, tmp_path: Path) 
     assert loaded.classes == CLASSES
     assert size == (tmp_path / "model.safetensors").stat().st_size
     for sizes in [((64, 96),), ((64, 64), (96, 60))]:
-        for ours, theirs in zip(
-            predict(detector, *images(*sizes)),
-            predict(loaded.detector, *images(*sizes)),
+        for detections, exported_detections in zip(
+            _predict(detector, *_images(*sizes)),
+            _predict(loaded.detector, *_images(*sizes)),
             strict=True,
         ):
-            assert len(ours)
+            assert len(detections)
             for name in ("boxes", "scores", "labels", "probs"):
-                assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+                assert torch.equal(
+                    getattr(detections, name), getattr(exported_detections, name)
+                ), name
 
 
 def test_export_holds_no_text(tmp_path: Path) -> None:
@@ -248,14 +253,14 @@ def test_export_holds_no_text(tmp_path: Path) -> None:
 
 def test_exported_model_answers_in_the_images_own_pixels(tmp_path: Path) -> None:
     write_exported_student(tiny_detector().eval(), CLASSES, str(tmp_path))
-    found = load_exported_student(str(tmp_path))(
+    detections = load_exported_student(str(tmp_path))(
         Image.fromarray(
             np.random.default_rng(0).integers(0, 255, (640, 800, 3), np.uint8)
         )
     )
-    assert len(found)
-    assert float(found.boxes.max()) > 200
-    assert float(found.boxes[:, 2].max()) <= 800.01
+    assert len(detections)
+    assert float(detections.boxes.max()) > 200
+    assert float(detections.boxes[:, 2].max()) <= 800.01
 
 
 def test_the_demos_clip_makes_a_detector() -> None:
@@ -264,4 +269,4 @@ def test_the_demos_clip_makes_a_detector() -> None:
     detector = build_detector(
         load_clip(DEMO_CLIP), DEMO_CLASSES, TINY_DETECTOR, seed=0
     ).eval()
-    assert predict(detector, *images((96, 96)))[0].num_classes == len(DEMO_CLASSES)
+    assert _predict(detector, *_images((96, 96)))[0].num_classes == len(DEMO_CLASSES)

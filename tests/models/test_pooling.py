@@ -11,7 +11,7 @@ from coin_ray.models.faster_rcnn_clip import pooling
 STRIDE = 16
 
 
-def box(draw: st.DrawFn, width: int, height: int) -> list[float]:
+def _box(draw: st.DrawFn, width: int, height: int) -> list[float]:
     """Anywhere in and around a map of this many cells; also empty and inside out."""
     x = st.floats(-3 * STRIDE, (width + 3) * STRIDE, width=32)
     y = st.floats(-3 * STRIDE, (height + 3) * STRIDE, width=32)
@@ -19,11 +19,11 @@ def box(draw: st.DrawFn, width: int, height: int) -> list[float]:
 
 
 @st.composite
-def case(draw: st.DrawFn) -> tuple[Tensor, list[Tensor], int, int]:
+def _case(draw: st.DrawFn) -> tuple[Tensor, list[Tensor], int, int]:
     width, height = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     boxes = [
         torch.tensor(
-            [box(draw, width, height) for _ in range(draw(st.integers(0, 3)))]
+            [_box(draw, width, height) for _ in range(draw(st.integers(0, 3)))]
         ).reshape(-1, 4)
         for _ in range(2)
     ]
@@ -37,7 +37,7 @@ def case(draw: st.DrawFn) -> tuple[Tensor, list[Tensor], int, int]:
     return features, boxes, draw(st.integers(1, 5)), draw(st.integers(1, 3))
 
 
-def on_the_edge(boxes: Tensor, shape: torch.Size, count: int) -> bool:
+def _on_the_edge(boxes: Tensor, shape: torch.Size, count: int) -> bool:
     """Whether a sample lies where roi_align jumps to zero, a cell outside the map:
     there the last bit of its place decides."""
     steps = (torch.arange(count) + 0.5) / count
@@ -54,25 +54,28 @@ def test_on_the_edge_itself_either_side_is_right() -> None:
     """A box from 80 to 0 on a map of two cells: its middle sample lies at 2 or a bit
     beyond."""
     features, boxes = torch.ones(1, 1, 1, 2), torch.tensor([[80.0, 0, 0, 0]])
-    assert on_the_edge(boxes, features.shape[2:], 3)
-    found = pooling.pool_regions(features, [boxes], 3, STRIDE, 1)[0, 0, 0]
-    assert found[[0, 2]].tolist() == [0, 1]
-    assert float(found[1]) in (0.0, 1.0)
+    assert _on_the_edge(boxes, features.shape[2:], 3)
+    pooled = pooling.pool_regions(features, [boxes], 3, STRIDE, 1)[0, 0, 0]
+    assert pooled[[0, 2]].tolist() == [0, 1]
+    assert float(pooled[1]) in (0.0, 1.0)
 
 
 @settings(max_examples=200, deadline=None)
-@given(case())
+@given(_case())
 def test_the_product_is_roi_align(
     given_case: tuple[Tensor, list[Tensor], int, int],
 ) -> None:
     features, boxes, side, samples = given_case
     assume(
-        not any(on_the_edge(own, features.shape[2:], side * samples) for own in boxes)
+        not any(
+            _on_the_edge(image_boxes, features.shape[2:], side * samples)
+            for image_boxes in boxes
+        )
     )
-    wanted = roi_align(features, boxes, side, 1 / STRIDE, samples, aligned=True)
+    expected = roi_align(features, boxes, side, 1 / STRIDE, samples, aligned=True)
     torch.testing.assert_close(
         pooling.pool_regions(features, boxes, side, STRIDE, samples),
-        wanted,
+        expected,
         atol=1e-4,
         rtol=1e-4,
     )
@@ -83,7 +86,7 @@ def test_gradients_are_those_of_roi_align() -> None:
         torch.tensor([[3.0, 5, 90, 70], [0, 0, 16, 16]]),
         torch.tensor([[20.0, 8, 128, 128]]),
     ]
-    found = []
+    gradients = []
     for pool in (
         lambda f: pooling.pool_regions(f, boxes, 4, STRIDE, 2),
         lambda f: roi_align(f, boxes, 4, 1 / STRIDE, 2, aligned=True),
@@ -92,14 +95,14 @@ def test_gradients_are_those_of_roi_align() -> None:
             2, 5, 8, 8, generator=torch.Generator().manual_seed(0)
         ).requires_grad_()
         (pool(features) ** 2).sum().backward()
-        found.append(features.grad)
-    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+        gradients.append(features.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
 
 
 def test_large_maps_and_adaptive_sampling_use_the_operator() -> None:
     features, boxes = torch.randn(1, 2, 40, 40), [torch.tensor([[10.0, 10, 600, 500]])]
     for samples in (0, 2):
-        wanted = roi_align(features, boxes, 3, 1 / STRIDE, samples, aligned=True)
+        expected = roi_align(features, boxes, 3, 1 / STRIDE, samples, aligned=True)
         assert torch.equal(
-            pooling.pool_regions(features, boxes, 3, STRIDE, samples), wanted
+            pooling.pool_regions(features, boxes, 3, STRIDE, samples), expected
         )

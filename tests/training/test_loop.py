@@ -22,16 +22,17 @@ from coin_ray.errors import TrainingError
 from coin_ray.training.loop import TrainingTask, run_training_loop
 
 
-class Killed(Exception):
+class _Killed(Exception):
     pass
 
 
-class MemoryHost:
-    """Keeps the last checkpoint as a file would: a copy. Dies after ``until`` reports
-    that hold one."""
+class _MemoryHost:
+    """Keeps a copy of the last checkpoint, as a file would. Dies after ``until`` reports
+    with a checkpoint."""
 
     def __init__(self, state: dict[str, Any] | None = None, until: int = 99) -> None:
-        self.state, self.left = state, until
+        self.state = state
+        self.remaining = until
         self.reports: list[tuple[int, dict[str, float], bool]] = []
 
     def resume(self) -> dict[str, Any] | None:
@@ -43,35 +44,41 @@ class MemoryHost:
         self.reports.append((step, dict(metrics), checkpoint is not None))
         if checkpoint is not None:
             self.state = copy.deepcopy(checkpoint)
-            self.left -= 1
-            if not self.left:
-                raise Killed
+            self.remaining -= 1
+            if not self.remaining:
+                raise _Killed
 
 
 FIT = tiny_fit(steps=6, checkpoint_every=3)
 
 
-def train(task: TrainingTask, folder: Path, host: MemoryHost) -> list[dict[str, float]]:
-    return run_training_loop(task, examples(folder), FIT, tiny_config(), seed=5, host=host)
+def _train(
+    task: TrainingTask, folder: Path, host: _MemoryHost
+) -> list[dict[str, float]]:
+    return run_training_loop(
+        task, examples(folder), FIT, tiny_config(), seed=5, host=host
+    )
 
 
-def assert_same(a: Any, b: Any, place: str = "") -> None:
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b), place
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for key in a:
-            assert_same(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), place
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{place}.{number}")
+def _assert_same(actual: Any, expected: Any, path: str = "") -> None:
+    if isinstance(actual, Tensor):
+        assert torch.equal(actual, expected), path
+    elif isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in actual:
+            _assert_same(actual[key], expected[key], f"{path}.{key}")
+    elif isinstance(actual, (list, tuple)):
+        assert len(actual) == len(expected), path
+        for number, (actual_item, expected_item) in enumerate(
+            zip(actual, expected, strict=True)
+        ):
+            _assert_same(actual_item, expected_item, f"{path}.{number}")
     else:
-        assert a == b, place
+        assert actual == expected, path
 
 
 @pytest.mark.parametrize(
-    "make",
+    "make_task",
     [
         pytest.param(lambda: propagation(FIT), id="propagation"),
         pytest.param(
@@ -88,29 +95,30 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    make: Callable[[], TrainingTask], tmp_path: Path
+    make_task: Callable[[], TrainingTask], tmp_path: Path
 ) -> None:
-    whole, killed = MemoryHost(), MemoryHost(until=1)
-    curve = train(make(), tmp_path, whole)
-    with pytest.raises(Killed):
-        train(make(), tmp_path, killed)
+    uninterrupted, killed = _MemoryHost(), _MemoryHost(until=1)
+    curve = _train(make_task(), tmp_path, uninterrupted)
+    with pytest.raises(_Killed):
+        _train(make_task(), tmp_path, killed)
     assert killed.state is not None
     assert killed.state["step"] == 3
-    resumed = MemoryHost(killed.state)
-    assert train(make(), tmp_path, resumed) == curve
-    assert_same(resumed.state, whole.state)
+    resumed = _MemoryHost(killed.state)
+    assert _train(make_task(), tmp_path, resumed) == curve
+    _assert_same(resumed.state, uninterrupted.state)
 
 
-class Scripted:
-    """A task whose losses are given, step by step."""
+class _Scripted:
+    """A task with constant losses, except NaN at ``broken_steps``."""
 
-    def __init__(self, *bad: int) -> None:
-        self.bad, self.steps = bad, list[int]()
+    def __init__(self, *broken_steps: int) -> None:
+        self.broken_steps = broken_steps
+        self.steps: list[int] = []
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         self.steps.append(step)
         return {
-            "boxes": torch.tensor(float("nan") if step in self.bad else 0.5),
+            "boxes": torch.tensor(float("nan") if step in self.broken_steps else 0.5),
             "alignment": torch.tensor(1.0),
         }
 
@@ -124,20 +132,20 @@ class Scripted:
 @pytest.mark.parametrize("bad", [0, 5])
 def test_a_loss_that_is_not_finite_is_named(bad: int, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=rf"loss boxes is not finite at step {bad}"):
-        train(Scripted(bad), tmp_path, MemoryHost())
+        _train(_Scripted(bad), tmp_path, _MemoryHost())
 
 
-def test_a_broken_state_is_never_saved(tmp_path: Path) -> None:
-    """Step 2 is a checkpoint's, but not one of those whose losses are logged."""
-    host = MemoryHost()
+def test_a_broken_checkpoint_is_never_saved(tmp_path: Path) -> None:
+    """Step 2 saves a checkpoint, but its losses are not logged."""
+    host = _MemoryHost()
     with pytest.raises(TrainingError, match="loss boxes is not finite at step 2"):
-        train(Scripted(2), tmp_path, host)
+        _train(_Scripted(2), tmp_path, host)
     assert host.state is None
 
 
 def test_reports_and_curve(tmp_path: Path) -> None:
-    host = MemoryHost()
-    curve = train(Scripted(), tmp_path, host)
+    host = _MemoryHost()
+    curve = _train(_Scripted(), tmp_path, host)
     assert [(step, saved) for step, _, saved in host.reports] == [
         (0, False),
         (2, True),
@@ -148,13 +156,15 @@ def test_reports_and_curve(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_returns_its_curve_at_once(tmp_path: Path) -> None:
-    host = MemoryHost()
-    curve = train(Scripted(), tmp_path, host)
-    again = Scripted()
-    assert train(again, tmp_path, MemoryHost(host.state)) == curve
-    assert again.steps == [0, 1, 2, 3, 4, 5]
+    host = _MemoryHost()
+    curve = _train(_Scripted(), tmp_path, host)
+    task = _Scripted()
+    assert _train(task, tmp_path, _MemoryHost(host.state)) == curve
+    assert task.steps == [0, 1, 2, 3, 4, 5]
 
 
 def test_nothing_to_train_on() -> None:
     with pytest.raises(TrainingError, match="nothing to train on"):
-        run_training_loop(Scripted(), [], FIT, tiny_config(), seed=0, host=MemoryHost())
+        run_training_loop(
+            _Scripted(), [], FIT, tiny_config(), seed=0, host=_MemoryHost()
+        )

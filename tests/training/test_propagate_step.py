@@ -13,55 +13,60 @@ from coin_ray.training.student_outputs import common_size, forward_student
 
 
 def test_soft_labels_teach_probabilities(tmp_path: Path) -> None:
-    """RoIs on a box learn its class vector, background included; the others learn
+    """RoIs on a box learn its class vector, with its background share; the others learn
     background."""
     fit = tiny_fit(steps=1)
     task = propagation(fit, soft_labels=True)
     (batch,) = iterate_batches(
         examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
     )
-    labels = [Separation.from_labels(kept) for kept in batch.detections["labels"]]
-    view = forward_student(
+    labels = [
+        Separation.from_labels(image_labels)
+        for image_labels in batch.detections["labels"]
+    ]
+    outputs = forward_student(
         task.detector, batch.strong, common_size(batch.strong), labels, batch.generators
     )
-    targets = task.soft_targets(view)
-    boxes = len(view.consistent_rows)
-    torch.testing.assert_close(targets.sum(1), torch.ones(len(view.labelled_rows)))
-    torch.testing.assert_close(targets[:boxes], view.consistent.clip.probs)
+    targets = task.soft_targets(outputs)
+    boxes = len(outputs.consistent_rows)
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(outputs.labelled_rows)))
+    torch.testing.assert_close(targets[:boxes], outputs.consistent.clip.probs)
     assert bool((targets[boxes:, -1] == 1).all())
 
 
 def test_soft_and_hard_labels_differ_only_in_the_class_loss(tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
-    found = []
-    for soft in (False, True):
+    losses = []
+    for soft_labels in (False, True):
         (batch,) = iterate_batches(
             examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
         )
         torch.manual_seed(0)
-        found.append(
+        losses.append(
             {
                 n: float(v.detach())
                 for n, v in (
-                    propagation(fit, soft_labels=soft).train_step(batch, 0).items()
+                    propagation(fit, soft_labels=soft_labels)
+                    .train_step(batch, 0)
+                    .items()
                 )
             }
         )
-    hard, soft_parts = found
+    hard, soft_parts = losses
     assert hard.pop("consistent") != pytest.approx(soft_parts.pop("consistent"))
     assert hard == pytest.approx(soft_parts)
 
 
 @pytest.mark.parametrize(("views", "images"), [("strong", 2), ("both", 4)])
-def test_the_weak_view_is_trained_with_the_same_labels(
+def test_weak_images_are_trained_with_the_same_labels(
     views: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, list[list[float]]]] = []
+    calls: list[tuple[int, list[list[float]]]] = []
 
-    def watched(
+    def recorded_forward(
         student: Any, pixels: Any, size: Any, separations: Any, generators: Any
     ) -> Any:
-        seen.append(
+        calls.append(
             (len(pixels), [s.consistent.cloud.scores.tolist() for s in separations])
         )
         return forward_student(student, pixels, size, separations, generators)
@@ -71,9 +76,9 @@ def test_the_weak_view_is_trained_with_the_same_labels(
         examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
     )
     task = propagation(fit, views=views)
-    monkeypatch.setattr(task, "forward_student", watched)
+    monkeypatch.setattr(task, "forward_student", recorded_forward)
     task.train_step(batch, 0)
-    ((count, labels),) = seen
+    ((count, labels),) = calls
     assert count == images
     assert (
         labels[:2]

@@ -44,7 +44,9 @@ def test_factors_are_absolute_and_rise_again(step: int, factor: float) -> None:
     [(0, 1.0), (25, 0.5 + 0.5 * math.cos(math.pi / 4)), (50, 0.5), (100, 0.0)],
 )
 def test_cosine(step: int, factor: float) -> None:
-    config = TrainingConfig(steps=100, schedule="cosine", warmup=0, milestones=(), factors=())
+    config = TrainingConfig(
+        steps=100, schedule="cosine", warmup=0, milestones=(), factors=()
+    )
     assert learning_rate_factor(step, config) == pytest.approx(factor)
 
 

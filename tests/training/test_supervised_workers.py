@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from builders import CLASSES, detections
+from clusters import free_port
 from PIL import Image
 
 from coin_ray.config import Detector
@@ -22,7 +23,6 @@ from coin_ray.data.examples import Example, iterate_batches
 from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.stages.train_detector import build_supervised_task
 from coin_ray.structures import Detections
-from training.test_two_workers import free_port
 
 FIT = replace(
     small().fit,
@@ -43,9 +43,9 @@ CONFIG = replace(
 )
 
 
-def examples(folder: Path) -> list[Example]:
+def _examples(folder: Path) -> list[Example]:
     draw = np.random.default_rng(3)
-    made = []
+    labelled_examples = []
     for number in range(6):
         uri = folder / f"{number}.png"
         Image.fromarray(draw.integers(0, 255, (64, 64, 3), np.uint8)).save(uri)
@@ -54,23 +54,23 @@ def examples(folder: Path) -> list[Example]:
             if number
             else Detections.empty(3)
         )
-        made.append(
+        labelled_examples.append(
             Example(
                 str(number),
                 str(uri),
                 {"labels": labels, "ignored": Detections.empty(3)},
             )
         )
-    return made
+    return labelled_examples
 
 
-def train(folder: str) -> dict[str, Any]:
+def _train(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     task = build_supervised_task(CONFIG, FIT, epoch=2)
     losses = []
     views = Detector(short_side=64, long_side=64)
     source = iterate_batches(
-        examples(Path(folder)),
+        _examples(Path(folder)),
         FIT,
         views,
         seed=2,
@@ -84,28 +84,29 @@ def train(folder: str) -> dict[str, Any]:
     return {"losses": losses, "weights": task.final_model.state_dict()}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    own = Path(folder) / f"images{rank}"
-    own.mkdir()
-    torch.save(train(str(own)), Path(folder) / f"worker{rank}.pt")
+    image_folder = Path(folder) / f"images{rank}"
+    image_folder.mkdir()
+    torch.save(_train(str(image_folder)), Path(folder) / f"worker{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_workers_equal_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    alone = train(str(tmp_path))
+    arguments = (free_port(), str(tmp_path))
+    multiprocessing.spawn(_worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    alone = _train(str(tmp_path))
     for rank in range(2):
-        found = torch.load(tmp_path / f"worker{rank}.pt", weights_only=True)
-        for step, (parts, wanted) in enumerate(
-            zip(found["losses"], alone["losses"], strict=True)
+        by_worker = torch.load(tmp_path / f"worker{rank}.pt", weights_only=True)
+        for step, (parts, expected) in enumerate(
+            zip(by_worker["losses"], alone["losses"], strict=True)
         ):
-            assert parts == pytest.approx(wanted, abs=1e-4, rel=1e-4), f"step {step}"
-        for name, value in alone["weights"].items():
+            assert parts == pytest.approx(expected, abs=1e-4, rel=1e-4), f"step {step}"
+        for name, tensor in alone["weights"].items():
             torch.testing.assert_close(
-                found["weights"][name],
-                value,
+                by_worker["weights"][name],
+                tensor,
                 atol=1e-4,
                 rtol=1e-4,
                 msg=lambda m, n=name: f"{n}: {m}",

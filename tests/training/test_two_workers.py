@@ -3,7 +3,6 @@ weights."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from builders import detr_distillation, distillation, examples, tiny_config, tiny_fit
+from clusters import free_port
 
 from coin_ray.config import TrainingConfig
 from coin_ray.data.examples import iterate_batches
@@ -31,11 +31,11 @@ UNEVEN = replace(EVEN, batch=3)
 """
 
 
-MEETINGS = {"faster-rcnn": 8, "surest share": 10, "co-detr": 11}
-"""Messages of a step: workers wait for each other at each. Size of the images, counts,
-trusted rows, gradients to be aligned, CKG's spread, its gradients, the student's,
-prototypes; queries are counted by group; what is surest is found twice, before and
-after CKG's step.
+MESSAGES = {"faster-rcnn": 8, "surest share": 10, "co-detr": 11}
+"""Messages of a step; workers wait for each other at each: size of the images, counts,
+confident rows, gradients to be aligned, CKG's weight spread, its gradients, the
+student's, prototypes; matched queries of each group; with ``fusion_share`` the threshold,
+before and after CKG's step.
 """
 
 MAKERS: dict[str, Callable[..., Distillation]] = {
@@ -45,16 +45,17 @@ MAKERS: dict[str, Callable[..., Distillation]] = {
 }
 
 
-def watched(message: str) -> Any:
+def _count_calls(message: str) -> Any:
     return mock.patch.object(dist, message, wraps=getattr(dist, message))
 
 
-def train(folder: str, student: str, fit: TrainingConfig) -> dict[str, Any]:
-    """Three steps of this worker's share; global losses and the final state."""
+def _train(folder: str, student: str, fit: TrainingConfig) -> dict[str, Any]:
+    """Train three steps on this worker's share; returns global losses and the final
+    state."""
     torch.set_num_threads(1)
     task = MAKERS[student](fit, burn_up=1)
-    losses, met = [], []
-    source = iterate_batches(
+    losses, message_counts = [], []
+    batches = iterate_batches(
         examples(Path(folder)),
         fit,
         tiny_config(),
@@ -63,14 +64,17 @@ def train(folder: str, student: str, fit: TrainingConfig) -> dict[str, Any]:
         rank=worker_rank(),
         workers=worker_count(),
     )
-    for step, batch in enumerate(source):
-        with watched("all_reduce") as sums, watched("all_gather_object") as gathers:
+    for step, batch in enumerate(batches):
+        with (
+            _count_calls("all_reduce") as sums,
+            _count_calls("all_gather_object") as gathers,
+        ):
             parts = task.train_step(batch, step)
-        met.append(sums.call_count + gathers.call_count)
+        message_counts.append(sums.call_count + gathers.call_count)
         losses.append(
             {n: float(all_sum(v.detach().double())) for n, v in sorted(parts.items())}
         )
-    return {"losses": losses, "state": task.state_dict(), "met": met}
+    return {"losses": losses, "state": task.state_dict(), "messages": message_counts}
 
 
 CASES = [
@@ -81,39 +85,28 @@ CASES = [
 ]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    own = Path(folder) / f"images{rank}"
-    own.mkdir()
-    torch.save(
-        [train(str(own), *case) for case in CASES], Path(folder) / f"worker{rank}.pt"
-    )
+    image_folder = Path(folder) / f"images{rank}"
+    image_folder.mkdir()
+    outcomes = [_train(str(image_folder), *case) for case in CASES]
+    torch.save(outcomes, Path(folder) / f"worker{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def trained_by_two(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[tuple[dict[str, Any], ...]]:
-    """Of each case what either worker came to."""
+    """Train all cases on two workers; returns both workers' results of each case."""
     folder = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
-    return list(
-        zip(
-            *(
-                torch.load(folder / f"worker{rank}.pt", weights_only=True)
-                for rank in range(2)
-            ),
-            strict=True,
-        )
+    arguments = (free_port(), str(folder))
+    multiprocessing.spawn(_worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (
+        torch.load(folder / f"worker{rank}.pt", weights_only=True) for rank in range(2)
     )
+    return list(zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -125,17 +118,17 @@ def test_two_workers_equal_one(
     case: int, trained_by_two: list[tuple[dict[str, Any], ...]], tmp_path: Path
 ) -> None:
     student, fit = CASES[case]
-    both, alone = trained_by_two[case], train(str(tmp_path), student, fit)
-    assert both[0]["losses"] == both[1]["losses"]
-    assert both[0]["met"] == both[1]["met"]
-    assert max(both[0]["met"]) <= MEETINGS[student]
-    for step, (parts, wanted) in enumerate(
-        zip(both[0]["losses"], alone["losses"], strict=True)
+    by_two, by_one = trained_by_two[case], _train(str(tmp_path), student, fit)
+    assert by_two[0]["losses"] == by_two[1]["losses"]
+    assert by_two[0]["messages"] == by_two[1]["messages"]
+    assert max(by_two[0]["messages"]) <= MESSAGES[student]
+    for step, (parts, expected) in enumerate(
+        zip(by_two[0]["losses"], by_one["losses"], strict=True)
     ):
-        assert parts == pytest.approx(wanted, abs=1e-5, rel=1e-5), f"step {step}"
+        assert parts == pytest.approx(expected, abs=1e-5, rel=1e-5), f"step {step}"
     losses = {
-        name: value
-        for name, value in alone["losses"][-1].items()
+        name: loss
+        for name, loss in by_one["losses"][-1].items()
         if name not in diagnosis.NAMES
     }
     assert all(abs(v) > 1e-9 for v in losses.values()), "every loss is active"
@@ -147,11 +140,11 @@ def test_two_workers_equal_one(
         "cloud_prototypes",
         "clip_prototypes",
     ):
-        for key, wanted in alone["state"][name].items():
-            for found in both:
+        for key, expected in by_one["state"][name].items():
+            for by_worker in by_two:
                 torch.testing.assert_close(
-                    found["state"][name][key],
-                    wanted,
+                    by_worker["state"][name][key],
+                    expected,
                     atol=1e-5,
                     rtol=1e-5,
                     msg=lambda m, n=name, k=key: f"{n}.{k}: {m}",
