@@ -15,12 +15,12 @@ import torch
 from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.journal.keys import TASK
 from coin_ray.cloud.journal.opening import open_journal
-from coin_ray.stages.collecting.cloud_actor import PLACES, journal_uri
+from coin_ray.stages.collecting.cloud_actor import IMAGES_PER_CALL, journal_uri
 
 TRAIN, VAL, TEST = 48, 4, 20
 IMAGES = TRAIN + TEST
 IN_FLIGHT = 8
-AT_HAND = PLACES * IN_FLIGHT + 1
+AT_HAND = IMAGES_PER_CALL * IN_FLIGHT + 1
 """Images that have been asked about, or are about to be, and have no answer on record:
 in flight, backing off, or waiting for the disk."""
 SMALL = [

@@ -25,7 +25,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import logs, submit
 from ray.scripts.scripts import cli as ray_cli
 
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.config import Collect, TrainingConfig, PipelineConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.stages import collect
@@ -248,7 +248,7 @@ def test_the_job_starts_the_pipeline_of_the_image() -> None:
     spec = load("deploy/rayjob.yaml")["spec"]
     program, script, *arguments = shlex.split(spec["entrypoint"])
     assert (program, script) == ("python", f"{workdir()}/pipelines/full.py")
-    config, options = parse(arguments)
+    config, options = parse_run_arguments(arguments)
     assert options.root.startswith("s3://")
     assert config.cloud.max_usd is not None
     assert config.propagate.fit.gpu
@@ -310,10 +310,10 @@ def asked_by_stages(
         monkeypatch.setattr(module, "on_cluster", lambda: True, raising=False)
         monkeypatch.setattr(module, "ensure_ray", lambda: None, raising=False)
     monkeypatch.setattr(ray.data, "from_arrow", lambda _, **__: recorder)
-    list(collect._labelled(recorder, config, "parts"))  # type: ignore[arg-type]
-    list(predicting._on_cluster({"student": "x"}, pa.table({"uri": ["a"]}), config))
+    list(collect._label_answers(recorder, config, "parts"))  # type: ignore[arg-type]
+    list(predicting._predict_on_cluster({"student": "x"}, pa.table({"uri": ["a"]}), config))
     labeler, predictor = recorder.asked
-    fit = fitting._scaling(config.distill.fit).resources_per_worker
+    fit = fitting._scaling_config(config.distill.fit).resources_per_worker
     assert fit is not None
     return {"labeler": labeler, "fit": fit, "predictor": predictor}
 
@@ -522,7 +522,7 @@ def test_documented_pipelines_are_understood() -> None:
     ]
     assert len(runs) >= 4
     for arguments in runs:
-        config, options = parse(arguments)
+        config, options = parse_run_arguments(arguments)
         assert config.preset
         assert "://" in options.root
 

@@ -132,14 +132,14 @@ def write_inputs(folder: str, count: int) -> None:
     with storage.table_writer(
         storage.join(images, "images.parquet"), tables.IMAGES
     ) as writer:
-        for block in tables.blocks(image_rows(count), tables.IMAGES):
+        for block in tables.iterate_tables(image_rows(count), tables.IMAGES):
             writer.write(block)
     storage.write_table(
         storage.join(images, "annotations.parquet"), tables.ANNOTATIONS.empty_table()
     )
     order = np.random.default_rng(0).permutation(-(-count // PART))
     for place, part in enumerate(order.tolist()):
-        table = rows(PART * part, min(PART, count - PART * part), parts.PART, "cloud")
+        table = rows(PART * part, min(PART, count - PART * part), parts.PART_SCHEMA, "cloud")
         storage.write_table(
             storage.join(folder, "collect", "parts", f"{place:08d}.parquet"), table
         )
@@ -154,9 +154,9 @@ def write_inputs(folder: str, count: int) -> None:
         with storage.table_writer(
             storage.join(folder, f"{name}.parquet"), schema
         ) as writer:
-            for start in range(0, count, storage.BLOCK):
+            for start in range(0, count, storage.BLOCK_ROWS):
                 writer.write(
-                    rows(start, min(storage.BLOCK, count - start), schema, source)
+                    rows(start, min(storage.BLOCK_ROWS, count - start), schema, source)
                 )
 
 
@@ -184,13 +184,13 @@ def context_of(folder: str) -> Any:
 def images(folder: str, count: int) -> None:
     """Files looked at one by one; what is found in them is made up."""
     from coin_ray.config import Folder
-    from coin_ray.data.formats import Dataset, Record
+    from coin_ray.data.formats import Dataset, ImageRecord
     from coin_ray.stages import images as stage
 
     listed = Dataset(
         "plain",
         tuple(
-            Record.of(r["uri"], r["uri"], (0, 0), (), annotated=False)
+            ImageRecord.from_annotations(r["uri"], r["uri"], (0, 0), (), annotated=False)
             for r in image_rows(count)
         ),
     )
@@ -199,8 +199,8 @@ def images(folder: str, count: int) -> None:
         for row in image_rows(count)
     )
     context = context_of(folder)
-    stage.formats = type("formats", (), {"read": lambda *_: listed})  # type: ignore[assignment]
-    stage.inspect = lambda *_: found  # type: ignore[assignment]
+    stage.formats = type("formats", (), {"read_dataset": lambda *_: listed})  # type: ignore[assignment]
+    stage.inspect_images = lambda *_: found  # type: ignore[assignment]
     stage.run(
         replace(context, config=replace(context.config, data=Folder("somewhere")))
     )
@@ -214,7 +214,7 @@ def collect(folder: str, count: int) -> None:
     if not (Path(folder) / "out" / "parts").exists():
         (Path(folder) / "out" / "parts").symlink_to(Path(folder) / "collect" / "parts")
     listed = storage.read_table(f"{folder}/images/images.parquet")
-    stage._compile(context_of(folder), stage._once(listed)["image_id"])
+    stage._merge(context_of(folder), stage._first_rows(listed)["image_id"])
 
 
 def separate(folder: str, count: int) -> None:
@@ -232,22 +232,22 @@ def separate(folder: str, count: int) -> None:
                 "clip_detector",
             )
 
-    predicting._here = found  # type: ignore[assignment]
-    one = Separation.of_labels(Detections.empty(CLASSES), reviewed=False)
+    predicting._predict_in_process = found  # type: ignore[assignment]
+    one = Separation.from_labels(Detections.empty(CLASSES), reviewed=False)
     stage.separate = lambda *_, **__: one  # type: ignore[assignment]
     stage.run(context_of(folder))
 
 
 def propagate(folder: str, count: int) -> None:
-    from coin_ray.stages.common.teacher_outputs import (
+    from coin_ray.stages.common.training_labels import (
+        build_training_examples,
         count_labels,
-        labels_for,
-        training_examples,
+        open_training_labels,
     )
 
     context = context_of(folder)
-    examples = training_examples(
-        context.inputs["images"], *labels_for("clip", context.inputs, context.config)
+    examples = build_training_examples(
+        context.inputs["images"], open_training_labels("clip", context.inputs, context.config)
     )
     count_labels("clip", context.inputs, context.config)
     assert len(examples) == count
@@ -261,11 +261,11 @@ def report(folder: str, count: int) -> None:
     from coin_ray.stages.reporting import pictures
 
     context = context_of(folder)
-    evaluate._knowledge(context)
-    stage._kept(context)
-    measures.teachers_confused(context)
-    measures.held_out_truth(context)
-    pictures._separated(context, 24)
+    evaluate._measure_separation(context)
+    stage._count_kept(context)
+    measures.count_teacher_confusion(context)
+    measures.read_test_annotations(context)
+    pictures._select_training_images(context, 24)
 
 
 STEPS: dict[str, Callable[[str, int], None]] = {

@@ -18,12 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coin_ray.cloud.journal.base import AnswerRecord
 from coin_ray.cloud.journal.opening import open_journal
-from coin_ray.commands import capacity
-from coin_ray.commands.capacity import Question, plan
+from coin_ray.commands.capacity import parse_capacity
+from coin_ray.commands.main import main
 from coin_ray.config import Cloud, Folder
 from coin_ray.config.presets import DEMO_ASSETS, PRESETS, folder
 from coin_ray.data import examples
 from coin_ray.errors import ConfigError
+from coin_ray.runs import capacity
+from coin_ray.runs.capacity import CapacityInputs, plan_capacity
 from coin_ray.runs.estimate import estimate_cost
 from coin_ray.runs.graph import build_steps
 from coin_ray.stages.collecting import parts
@@ -32,14 +34,14 @@ from coin_ray.stages.collecting.parts import PART_SCHEMA
 SCALE_PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
-def stage(question: Question, name: str) -> capacity.Stage:
-    return next(s for s in plan(question).stages if s.name == name)
+def stage(inputs: CapacityInputs, name: str) -> capacity.StageCapacity:
+    return next(s for s in plan_capacity(inputs).stages if s.name == name)
 
 
 # -- more of one thing is never less of another
 
-QUESTIONS = st.builds(
-    Question,
+INPUTS = st.builds(
+    CapacityInputs,
     images=st.floats(100, 1e8),
     preset=st.sampled_from(["demo", "folder"]),
     rate=st.floats(0.1, 500),
@@ -55,8 +57,8 @@ QUESTIONS = st.builds(
 MORE_IS_NOT_LESS = ("hours", "usd_calls", "gpu_hours", "calls")
 
 
-def amounts(question: Question) -> list[float]:
-    found = plan(question)
+def amounts(inputs: CapacityInputs) -> list[float]:
+    found = plan_capacity(inputs)
     stored = found.storage
     memory = [s.gib for s in found.stages]
     return [
@@ -69,15 +71,18 @@ def amounts(question: Question) -> list[float]:
     ]
 
 
-@given(QUESTIONS, st.floats(1, 100))
+@given(INPUTS, st.floats(1, 100))
 @settings(max_examples=25, deadline=None)
-def test_more_images_take_no_less_of_anything(question: Question, times: float) -> None:
-    more = replace(question, images=question.images * times)
+def test_more_images_take_no_less_of_anything(
+    inputs: CapacityInputs, times: float
+) -> None:
+    more = replace(inputs, images=inputs.images * times)
     assert all(
-        a <= b * (1 + 1e-9)
-        for a, b in zip(amounts(question), amounts(more), strict=True)
+        a <= b * (1 + 1e-9) for a, b in zip(amounts(inputs), amounts(more), strict=True)
     )
-    assert len(plan(question).reached) <= len(plan(more).reached)
+    assert len(plan_capacity(inputs).exceeded_limits) <= len(
+        plan_capacity(more).exceeded_limits
+    )
 
 
 LESS_COLLECTING = [
@@ -89,35 +94,35 @@ LESS_COLLECTING = [
 ]
 
 
-@given(QUESTIONS, st.sampled_from(LESS_COLLECTING))
+@given(INPUTS, st.sampled_from(LESS_COLLECTING))
 @settings(max_examples=25, deadline=None)
 def test_a_better_limit_never_slows_a_collection(
-    question: Question, change: tuple[str, float]
+    inputs: CapacityInputs, change: tuple[str, float]
 ) -> None:
     name, factor = change
-    value = getattr(question, name) * factor
+    value = getattr(inputs, name) * factor
     changed: dict[str, Any] = {
-        name: int(value) if isinstance(getattr(question, name), int) else value
+        name: int(value) if isinstance(getattr(inputs, name), int) else value
     }
-    better = replace(question, **changed)
-    assert stage(better, "collect").hours <= stage(question, "collect").hours * (
-        1 + 1e-9
-    )
+    better = replace(inputs, **changed)
+    assert stage(better, "collect").hours <= stage(inputs, "collect").hours * (1 + 1e-9)
 
 
-@given(QUESTIONS)
+@given(INPUTS)
 @settings(max_examples=25, deadline=None)
-def test_one_more_gpu_never_slows_a_training(question: Question) -> None:
-    question = replace(question, gpus=max(question.gpus, 1))
+def test_one_more_gpu_never_slows_a_training(inputs: CapacityInputs) -> None:
+    inputs = replace(inputs, gpus=max(inputs.gpus, 1))
     for name in ("propagate", "distill"):
-        assert stage(replace(question, gpus=question.gpus + 1), name).hours <= stage(
-            question, name
+        assert stage(replace(inputs, gpus=inputs.gpus + 1), name).hours <= stage(
+            inputs, name
         ).hours * (1 + 1e-9)
 
 
 # -- what limits a collection
 
-FAST = Question(images=1e5, preset="demo", megapixels=0.04, gpus=1, gpu_tflops=1000)
+FAST = CapacityInputs(
+    images=1e5, preset="demo", megapixels=0.04, gpus=1, gpu_tflops=1000
+)
 
 
 @pytest.mark.parametrize(
@@ -134,20 +139,20 @@ FAST = Question(images=1e5, preset="demo", megapixels=0.04, gpus=1, gpu_tflops=1
 def test_a_collection_is_as_fast_as_its_slowest_part(
     rate: float, in_flight: int, latency: float, limit: str, pace: float
 ) -> None:
-    question = replace(
+    inputs = replace(
         FAST, rate=rate, in_flight=in_flight, latency=latency, store="disk"
     )
-    found = stage(question, "collect")
+    found = stage(inputs, "collect")
     assert found.limit == limit
     assert found.hours == pytest.approx(
-        (1e5 / pace + capacity.compile_seconds(question)) / 3600
+        (1e5 / pace + capacity.compile_seconds(inputs)) / 3600
     )
 
 
 def test_the_labelers_limit_where_the_network_is_large_and_the_machine_small() -> None:
-    question = Question(rate=1000.0, in_flight=1000, latency=0.1, gpus=0, cpus=4)
-    assert stage(question, "collect").limit == "labelers"
-    assert stage(replace(question, cpus=4000), "collect").limit == "cloud actor"
+    inputs = CapacityInputs(rate=1000.0, in_flight=1000, latency=0.1, gpus=0, cpus=4)
+    assert stage(inputs, "collect").limit == "labelers"
+    assert stage(replace(inputs, cpus=4000), "collect").limit == "cloud actor"
 
 
 def test_a_daily_quota_takes_days() -> None:
@@ -179,7 +184,7 @@ def test_it_agrees_with_the_estimate_of_a_dry_run(
         folder(), classes=("car",), data=Folder(str(tmp_path / "images")), cloud=cloud
     )
     (dry,) = estimate_cost(config, build_steps(config), str(tmp_path))
-    question = Question(
+    inputs = CapacityInputs(
         images=40,
         views=len(views),
         rate=rate,
@@ -188,12 +193,10 @@ def test_it_agrees_with_the_estimate_of_a_dry_run(
         latency=0.1,
         store="disk",
     )
-    found = plan(question)
+    found = plan_capacity(inputs)
     assert found.calls == dry.calls
     assert found.usd_calls == pytest.approx(dry.usd)
-    asking = (
-        stage(question, "collect").hours * 60 - capacity.compile_seconds(question) / 60
-    )
+    asking = stage(inputs, "collect").hours * 60 - capacity.compile_seconds(inputs) / 60
     assert asking == pytest.approx(dry.minutes)
 
 
@@ -228,8 +231,8 @@ def test_an_answer_takes_as_many_bytes_in_a_journal(
         )
     journal.close()
     size = sum(file.stat().st_size for file in tmp_path.iterdir()) / count
-    question = Question(images=1e9, boxes=boxes, classes=classes, store="disk")
-    assert capacity.storage_needed(question).journal_gb == pytest.approx(size, rel=0.15)
+    inputs = CapacityInputs(images=1e9, boxes=boxes, classes=classes, store="disk")
+    assert capacity.estimate_storage(inputs).journal_gb == pytest.approx(size, rel=0.15)
 
 
 @pytest.mark.parametrize(("boxes", "classes"), SIZES)
@@ -255,26 +258,26 @@ def test_a_row_takes_as_many_bytes_in_a_table(boxes: int, classes: int) -> None:
     ]
     table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
     assert capacity.arrow_bytes(
-        Question(boxes=boxes, classes=classes)
+        CapacityInputs(boxes=boxes, classes=classes)
     ) == pytest.approx(table.nbytes / 100, rel=0.2)
 
 
 def test_numbers_that_are_written_twice_are_the_same() -> None:
-    assert (capacity.DRIVER_ROWS, capacity.READERS) == (
-        4 * parts.BLOCK,
-        examples.READERS,
+    assert (capacity.DRIVER_ROWS, capacity.READ_THREADS) == (
+        4 * parts.MERGE_BLOCK_ROWS,
+        examples.READ_THREADS,
     )
 
 
 @pytest.mark.parametrize("store", ["object", "disk"])
 def test_a_million_images_fit_a_small_head(store: str) -> None:
     """No step holds what the teachers said of all images."""
-    question = Question(images=1e6, store=store, head_gib=16.0)  # type: ignore[arg-type]
-    assert all(s.gib < 0.5 * 16 for s in plan(question).stages)
+    inputs = CapacityInputs(images=1e6, store=store, head_gib=16.0)  # type: ignore[arg-type]
+    assert all(s.gib < 0.5 * 16 for s in plan_capacity(inputs).stages)
     assert not [
-        wall
-        for wall in plan(question).reached
-        if "memory" in wall.name or "merge" in wall.name
+        limit
+        for limit in plan_capacity(inputs).exceeded_limits
+        if "memory" in limit.name or "merge" in limit.name
     ]
 
 
@@ -313,7 +316,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 def test_what_was_measured_on_the_demo_comes_out_for_the_demo() -> None:
     """A labeler's 18 ms by RoIs and 47 by crops, and steps of 0.25 and 0.33 s, from
     which everything else is scaled."""
-    question = Question(
+    inputs = CapacityInputs(
         preset="demo",
         images=500,
         megapixels=192 * 192 / 1e6,
@@ -321,14 +324,14 @@ def test_what_was_measured_on_the_demo_comes_out_for_the_demo() -> None:
         cpus=1,
         store="disk",
     )
-    assert capacity.label_seconds(question) == pytest.approx(0.047, rel=0.25)
-    assert capacity.label_seconds(question, "roi") == pytest.approx(0.018, rel=0.25)
-    config = question.config
+    assert capacity.label_seconds(inputs) == pytest.approx(0.047, rel=0.25)
+    assert capacity.label_seconds(inputs, "roi") == pytest.approx(0.018, rel=0.25)
+    config = inputs.config
     assert stage(
-        question, "propagate"
+        inputs, "propagate"
     ).hours * 3600 / config.propagate.fit.steps == pytest.approx(0.25, rel=0.3)
     assert stage(
-        question, "distill"
+        inputs, "distill"
     ).hours * 3600 / config.distill.fit.steps == pytest.approx(0.33, rel=0.4)
 
 
@@ -343,38 +346,42 @@ def test_a_batch_is_shared_among_as_many_gpus_as_divide_it(
     batch: int, gpus: int, workers: int
 ) -> None:
     fit = replace(PRESETS["folder"]().distill.fit, batch=batch)
-    assert capacity.workers_of(Question(gpus=gpus), fit) == workers
+    assert capacity.count_workers(CapacityInputs(gpus=gpus), fit) == workers
     replace(fit, workers=workers)  # which the settings accept
 
 
 def test_a_gpu_that_waits_is_paid_too() -> None:
-    slow = Question(rate=1.0, gpus=1, usd_per_gpu_hour=2.0)
+    slow = CapacityInputs(rate=1.0, gpus=1, usd_per_gpu_hour=2.0)
     assert stage(slow, "collect").gpu_hours == pytest.approx(
         stage(slow, "collect").hours
     )
-    assert plan(slow).usd_gpus == pytest.approx(2 * plan(slow).gpu_hours)
-    assert plan(replace(slow, gpus=0)).gpu_hours == 0
+    assert plan_capacity(slow).usd_gpus == pytest.approx(
+        2 * plan_capacity(slow).gpu_hours
+    )
+    assert plan_capacity(replace(slow, gpus=0)).gpu_hours == 0
 
 
 def test_an_object_store_has_an_object_for_each_attempt_and_each_answer() -> None:
-    at_rest = capacity.storage_needed(Question(images=1e6))
+    at_rest = capacity.estimate_storage(CapacityInputs(images=1e6))
     assert at_rest.objects == pytest.approx(2e6 + 1e6 / 32)
     assert at_rest.usd_writes == pytest.approx(10.2, rel=0.01)
-    assert capacity.storage_needed(Question(images=1e6, store="disk")).objects == 0
+    assert (
+        capacity.estimate_storage(CapacityInputs(images=1e6, store="disk")).objects == 0
+    )
 
 
 # -- what breaks first
 
 
-def test_walls_stand_in_the_order_in_which_one_meets_them() -> None:
-    found = capacity.walls(Question())
+def test_limits_are_sorted_by_images() -> None:
+    found = capacity.find_scaling_limits(CapacityInputs())
     assert [w.images for w in found] == sorted(w.images for w in found)
     assert len({w.name for w in found}) == len(found)
-    assert all(w.knob for w in found)
+    assert all(w.mitigation for w in found)
 
 
-CONSTANT = capacity.constant_bytes(Question())
-KNOBS = [
+CONSTANT = capacity.constant_bytes(CapacityInputs())
+MITIGATIONS = [
     (
         "the driver's tables",
         {"head_gib": 64.0},
@@ -391,25 +398,29 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "factor"), KNOBS)
-def test_a_knob_moves_its_wall(
+@pytest.mark.parametrize(("name", "change", "factor"), MITIGATIONS)
+def test_a_mitigation_moves_its_limit(
     name: str, change: dict[str, Any], factor: float
 ) -> None:
-    question = Question(rate=20.0, head_gib=16.0, node_gib=32.0)
+    inputs = CapacityInputs(rate=20.0, head_gib=16.0, node_gib=32.0)
     before, after = (
-        next(w.images for w in capacity.walls(q) if w.name.startswith(name))
-        for q in (question, replace(question, **change))
+        next(
+            w.images for w in capacity.find_scaling_limits(q) if w.name.startswith(name)
+        )
+        for q in (inputs, replace(inputs, **change))
     )
     assert after == pytest.approx(before * factor)
 
 
-def test_a_wall_is_where_its_step_takes_as_long() -> None:
-    question = Question(patience_days=3.0)
+def test_a_limit_is_where_its_step_takes_as_long() -> None:
+    inputs = CapacityInputs(patience_days=3.0)
     for name in ("collect", "separate"):
-        wall = next(
-            w for w in capacity.walls(question) if w.name.startswith(f"{name} takes")
+        limit = next(
+            w
+            for w in capacity.find_scaling_limits(inputs)
+            if w.name.startswith(f"{name} takes")
         )
-        there = replace(question, images=wall.images)
+        there = replace(inputs, images=limit.images)
         reading = capacity.compile_seconds(there) / 3600 if name == "collect" else 0.0
         assert stage(there, name).hours - reading == pytest.approx(72, rel=0.01)
 
@@ -417,12 +428,12 @@ def test_a_wall_is_where_its_step_takes_as_long() -> None:
 def test_images_beyond_the_training_are_named() -> None:
     config = PRESETS["folder"]()
     seen = config.distill.fit.steps * config.distill.fit.batch
-    assert plan(Question(images=seen)).epochs == pytest.approx(1)
-    more = plan(Question(images=2 * seen))
-    assert any("never trained on" in wall.name for wall in more.reached)
+    assert plan_capacity(CapacityInputs(images=seen)).epochs == pytest.approx(1)
+    more = plan_capacity(CapacityInputs(images=2 * seen))
+    assert any("never trained on" in limit.name for limit in more.exceeded_limits)
     assert not any(
-        "never trained on" in wall.name
-        for wall in plan(Question(images=seen / 2)).reached
+        "never trained on" in limit.name
+        for limit in plan_capacity(CapacityInputs(images=seen / 2)).exceeded_limits
     )
 
 
@@ -443,7 +454,7 @@ def test_images_beyond_the_training_are_named() -> None:
 )
 def test_impossible_numbers_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Question(**wrong)
+        CapacityInputs(**wrong)
 
 
 def test_a_network_whose_operations_nobody_counted_is_refused() -> None:
@@ -452,19 +463,15 @@ def test_a_network_whose_operations_nobody_counted_is_refused() -> None:
 
 
 def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        capacity.main(
-            ["--images", "1e6", "--rate", "20", "--in-flight", "64", "--gpus", "4"]
-        )
-        == 0
-    )
+    arguments = ["--images", "1e6", "--rate", "20", "--in-flight", "64", "--gpus", "4"]
+    assert main(["capacity", *arguments]) == 0
     said = capsys.readouterr().out
     assert "1,000,000" in said
     assert "what breaks first" in said
 
 
 def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert capacity.main(["--images", "1e5", "--preset", "demo", "--json"]) == 0
+    assert main(["capacity", "--images", "1e5", "--preset", "demo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["calls"] == 100_000
     assert {s["name"] for s in found["stages"]} == {
@@ -474,10 +481,10 @@ def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
         "separate",
         "distill",
     }
-    assert set(found) == {f.name for f in dataclasses.fields(capacity.Plan)} | {
-        "reached"
-    }
-    assert capacity.main(["--scale", "--json"]) == 0
+    fields = {field.name for field in dataclasses.fields(capacity.CapacityPlan)}
+    assert set(found) == fields - {"limits"} | {"walls", "reached"}
+    assert set(found["walls"][0]) == {"name", "images", "knob"}
+    assert main(["capacity", "--scale", "--json"]) == 0
     assert [p["images"] for p in json.loads(capsys.readouterr().out)] == [
         10**n for n in range(4, 9)
     ]
@@ -487,7 +494,7 @@ def test_the_command_says_what_is_impossible(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        capacity.main(["--rate", "0"])
+        main(["capacity", "--rate", "0"])
     assert end.value.code == 2
     assert "rate must be positive" in capsys.readouterr().err
 
@@ -501,12 +508,12 @@ def test_the_page_shows_what_the_command_says() -> None:
     rows = re.findall(r"^\| 10\^(\d) \|(.*)\|$", SCALE_PAGE.read_text(), re.M)
     assert [int(power) for power, _ in rows] == [4, 5, 6, 7, 8]
     (command,) = re.findall(
-        r"^    python -m coin_ray\.capacity (--scale.*)$", SCALE_PAGE.read_text(), re.M
+        r"^    coin-ray capacity (--scale.*)$", SCALE_PAGE.read_text(), re.M
     )
-    question = capacity.parse(command.split())
-    assert question.scale
+    inputs = parse_capacity(command.split())
+    assert inputs.scale
     for power, cells in rows:
-        found = plan(replace(question, images=10.0 ** int(power)))
+        found = plan_capacity(replace(inputs, images=10.0 ** int(power)))
         written = [float(cell.strip().replace(",", "")) for cell in cells.split("|")]
         stored = found.storage
         computed = [
@@ -523,9 +530,7 @@ def test_the_page_shows_what_the_command_says() -> None:
 
 
 def test_commands_on_the_page_are_understood() -> None:
-    found = re.findall(
-        r"^    python -m coin_ray\.capacity (.*)$", SCALE_PAGE.read_text(), re.M
-    )
+    found = re.findall(r"^    coin-ray capacity (.*)$", SCALE_PAGE.read_text(), re.M)
     assert len(found) >= 3
     for command in found:
-        capacity.parse(command.split("#")[0].split())
+        parse_capacity(command.split("#")[0].split())

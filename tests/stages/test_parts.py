@@ -171,7 +171,7 @@ def test_the_tables_are_those_of_all_rows_at_once(
     )
     order = sorted({row["image_id"] for row in rows}, key=lambda _: random.random())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts_module, "BLOCK", 4)
+        patch.setattr(parts_module, "MERGE_BLOCK_ROWS", 4)
         counts = merge_parts(
             CollectedParts(str(folder / "second"), str(folder / "first")),
             pa.array(order, pa.string()),
@@ -252,7 +252,7 @@ def test_only_the_parts_of_one_block_are_in_memory_at_once(
         return read_tables(uris, columns)
 
     monkeypatch.setattr(storage, "read_tables", count_parts)
-    monkeypatch.setattr(parts_module, "BLOCK", 12)
+    monkeypatch.setattr(parts_module, "MERGE_BLOCK_ROWS", 12)
     merge_parts(
         CollectedParts(str(tmp_path)), pa.array(image_ids), str(tmp_path / "out"), None
     )

@@ -28,7 +28,7 @@ INDEX_SCHEMA = pa.schema(
 )
 """Columns that are in memory for all rows."""
 ANSWERED = pa.array(["ok", "cached", "empty"])
-BLOCK = 4 * storage.BLOCK_ROWS
+MERGE_BLOCK_ROWS = 4 * storage.BLOCK_ROWS
 """Rows that are put in order at once."""
 MAX_ERRORS = 10
 """Different errors that the metrics name."""
@@ -111,11 +111,11 @@ class CollectedParts:
         return selected
 
     def read_blocks(self, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
-        """Yield these rows in this order, ``BLOCK`` at a time, with the columns of
+        """Yield these rows in this order, ``MERGE_BLOCK_ROWS`` at a time, with the columns of
         ``PART_SCHEMA``.
         """
-        for start in range(0, len(rows), BLOCK):
-            yield self._read_rows(rows[start : start + BLOCK])
+        for start in range(0, len(rows), MERGE_BLOCK_ROWS):
+            yield self._read_rows(rows[start : start + MERGE_BLOCK_ROWS])
 
     def _read_rows(self, rows: NDArray[np.int64]) -> pa.Table:
         part_of_row = np.searchsorted(self.part_ends, rows, side="right")

@@ -302,8 +302,8 @@ def _separation_boxes(row: SeparationRow, config: PipelineConfig) -> list[Box]:
 def _box(
     box: list[float], label: str, score: float | None = None, kind: str = ""
 ) -> Box:
-    left, top, right, bottom = box
-    return Box((left, top, right, bottom), label, score, kind)
+    x1, y1, x2, y2 = box
+    return Box((x1, y1, x2, y2), label, score, kind)
 
 
 def _read_thumbnail(uri: str) -> tuple[bytes, int, int]:
