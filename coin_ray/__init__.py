@@ -1,5 +1,5 @@
 """Adapt a cloud object detector to your own unlabelled images. ``adapt`` runs
-everything; ``plan`` says what it would ask and cost; ``load`` opens a trained detector.
+everything; ``plan`` tells what it would send and cost; ``load`` opens a trained detector.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load(path: str | os.PathLike[str]) -> Predictor:
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first used, so that ``import coin_ray`` costs nothing."""
+    """Import the library when it is first used: ``import coin_ray`` stays fast."""
     if name not in __all__:
         raise AttributeError(f"module 'coin_ray' has no attribute {name!r}")
     from coin_ray.commands import library

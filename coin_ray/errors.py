@@ -1,17 +1,19 @@
-"""Every error a user can meet, as one tree.
+"""Define every error a user can meet, as one tree.
 
     CoinError
-    ├── ConfigError           a setting is unknown, impossible or contradicts another            exit 2
-    ├── InputError            images, annotations or checkpoints that can't be used               exit 2
-    ├── StepError             an earlier stage has not finished, or a file it wrote is damaged    exit 2
-    ├── TrainingError         a loss is no longer finite; names the part                          exit 1
-    └── CloudError            the detection API, one call
-        ├── stops the run:    AuthError (exit 4), QuotaExhausted and BudgetExhausted (exit 5), CloudUnreachable (exit 4), BadRequest (exit 1)
+    ├── ConfigError    a setting is unknown, impossible or contradicts another          exit 2
+    ├── InputError     images, annotations or checkpoints that can't be used            exit 2
+    ├── StepError      an earlier stage is not finished, or a file it wrote is damaged  exit 2
+    ├── TrainingError  a loss is no longer finite; names the part                       exit 1
+    └── CloudError     a call to the detection API
+        ├── stops the run:    AuthError, CloudUnreachable                               exit 4
+        │                     QuotaExhausted, BudgetExhausted                           exit 5
+        │                     BadRequest                                                exit 1
         ├── is retried:       Throttled, Transient, DeadlineExceeded
         └── marks the image:  ImageRejected, ProtocolError, Refused
 
-Messages say what was expected, what came, and what to do. They never contain a secret
-or image bytes.
+A message states what was expected, the actual value, and what to do. It never contains
+a secret or image bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class TrainingError(CoinError, RuntimeError):
 
 class CloudError(CoinError):
     """A call to the detection API failed. ``may_have_billed``: the service may count
-    the call although no answer came.
+    the call although no response arrived.
     """
 
     retryable = False
@@ -101,7 +103,7 @@ class ImageRejected(CloudError):
 
 
 class ProtocolError(CloudError):
-    """The answer could not be understood. It is quarantined, never read as "no
+    """The response could not be parsed. It is quarantined, never read as "no
     objects".
     """
 

@@ -1,9 +1,10 @@
-"""Does a confidence of 70 % mean right in 70 of 100 cases? Reliability by bin, and the
-expected calibration error.
+"""Measure calibration: whether detections with a confidence of 70 % are right in 70 of
+100 cases. Reliability by bin, and the expected calibration error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """Cases of about one confidence: their mean confidence, the share that was right,
-    and how many there are.
+    """Cases of similar confidence: their mean confidence, the share that was right, and
+    how many there are.
     """
 
     confidence: float
@@ -27,26 +28,26 @@ class ReliabilityBin:
 def reliability_bins(
     confidence: Floats, right: Mask, bins: int = BINS
 ) -> tuple[ReliabilityBin, ...]:
-    """Bins of equal width over 0..1, those with a case; confidence [N] in 0..1, right
-    [N].
+    """Return the non-empty ones of ``bins`` bins of equal width over 0..1; confidence
+    [N] in 0..1, right [N].
     """
-    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    return tuple(
-        ReliabilityBin(
-            float(confidence[mine].mean()), float(right[mine].mean()), int(mine.sum())
-        )
-        for number in range(bins)
-        if (mine := place == number).any()
-    )
+    bin_numbers = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    non_empty = []
+    for number in range(bins):
+        mask = bin_numbers == number
+        if mask.any():
+            mean_confidence = float(confidence[mask].mean())
+            share_right = float(right[mask].mean())
+            count = int(mask.sum())
+            non_empty.append(ReliabilityBin(mean_confidence, share_right, count))
+    return tuple(non_empty)
 
 
-def expected_calibration_error(found: tuple[ReliabilityBin, ...]) -> float:
-    """Expected calibration error in 0..1: mean distance of confidence and share right,
-    weighted by cases; NaN without any.
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Return the mean distance of confidence and share right, weighted by cases, in
+    0..1; NaN without any.
     """
-    total = sum(b.count for b in found)
-    return (
-        sum(b.count * abs(b.confidence - b.right) for b in found) / total
-        if total
-        else float("nan")
-    )
+    total = sum(b.count for b in bins)
+    if not total:
+        return float("nan")
+    return sum(b.count * abs(b.confidence - b.right) for b in bins) / total

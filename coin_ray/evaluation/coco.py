@@ -1,5 +1,5 @@
-"""COCO average precision through ``faster_coco_eval``, from the same inputs as the VOC
-measure.
+"""Compute COCO average precision with ``faster_coco_eval``, from the same inputs as the
+VOC measure.
 
 It differs from VOC in more than the overlaps averaged over: 101 recall points, at most
 100 detections per image, an overlap of exactly the limit counts, and a detection may
@@ -46,97 +46,89 @@ class CocoReport:
 def coco_average_precision(
     predictions: Mapping[str, Detections], truth: Mapping[str, Truth], num_classes: int
 ) -> CocoReport:
-    """COCO AP and AP50 of every class, over the images in ``truth`` (by image id);
-    boxes xyxy pixels.
+    """Compute COCO AP and AP50 of every class, over the images in ``truth`` (by image
+    id); boxes xyxy pixels.
 
-    ``difficult`` boxes are handed over as crowds: not required, and detections inside
-    them don't count as wrong.
+    ``difficult`` boxes are passed as crowds: not required, and detections inside them
+    don't count as wrong.
     """
     images = sorted(truth)
-    annotated = _coco(
-        images,
-        num_classes,
-        [
-            row
-            for i, name in enumerate(images, 1)
-            for row in _truth_rows(i, truth[name])
-        ],
-    )
-    found = [
-        row
-        for i, name in enumerate(images, 1)
-        if name in predictions
-        for row in _detection_rows(i, predictions[name])
-    ]
-    if not found:
-        zero = np.where(_required(images, truth, num_classes) > 0, 0.0, np.nan)
+    truth_rows: list[dict[str, Any]] = []
+    detection_rows: list[dict[str, Any]] = []
+    for image_id, name in enumerate(images, 1):
+        truth_rows += _truth_rows(image_id, truth[name])
+        if name in predictions:
+            detection_rows += _detection_rows(image_id, predictions[name])
+    if not detection_rows:
+        required = _count_required(images, truth, num_classes)
+        zero = np.where(required > 0, 0.0, np.nan)
         return CocoReport(zero, zero.copy())
+    annotated = _coco(len(images), num_classes, truth_rows)
+    detected = _coco(len(images), num_classes, detection_rows)
     # The last two axes of precision [IoU, recall, class, area, limit] have one entry
     # each.
-    precision = _evaluate(annotated, _coco(images, num_classes, found))[..., 0, 0]
+    precision = _evaluate(annotated, detected)[..., 0, 0]
     precision = np.where(precision < 0, np.nan, precision)
     return CocoReport(precision.mean((0, 1)), precision[0].mean(0))
 
 
-def _evaluate(annotated: COCO, found: COCO) -> Floats:
-    run = COCOeval_faster(annotated, found, "bbox", print_function=_silent)
-    run.params.maxDets = [DETECTIONS_PER_IMAGE]
-    run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
-    run.evaluate()
-    run.accumulate()
-    return np.asarray(run.eval["precision"], np.float64)
+def _evaluate(annotated: COCO, detected: COCO) -> Floats:
+    evaluation = COCOeval_faster(annotated, detected, "bbox", print_function=_silent)
+    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
+    evaluation.params.areaRng = [[0, 1e10]]
+    evaluation.params.areaRngLbl = ["all"]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"], np.float64)
 
 
-def _coco(images: Sequence[str], num_classes: int, rows: list[dict[str, Any]]) -> COCO:
+def _coco(num_images: int, num_classes: int, rows: list[dict[str, Any]]) -> COCO:
+    categories = [{"id": label, "name": str(label)} for label in range(num_classes)]
     dataset = {
-        "images": [{"id": i} for i in range(1, len(images) + 1)],
-        "categories": [
-            {"id": label, "name": str(label)} for label in range(num_classes)
-        ],
-        "annotations": [{"id": i, **row} for i, row in enumerate(rows, 1)],
+        "images": [{"id": image_id} for image_id in range(1, num_images + 1)],
+        "categories": categories,
+        "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
     }
     return COCO(dataset, print_function=_silent)
 
 
-def _truth_rows(image: int, truth: Truth) -> list[dict[str, Any]]:
-    return [
-        {**_row(image, box, int(label)), "iscrowd": int(difficult)}
-        for box, label, difficult in zip(
-            to_float64(truth.boxes), truth.labels, truth.difficult, strict=True
-        )
-    ]
+def _truth_rows(image_id: int, truth: Truth) -> list[dict[str, Any]]:
+    rows = []
+    boxes = to_float64(truth.boxes)
+    for box, label, difficult in zip(boxes, truth.labels, truth.difficult, strict=True):
+        row = _row(image_id, box, int(label))
+        rows.append(row | {"iscrowd": int(difficult)})
+    return rows
 
 
-def _detection_rows(image: int, detections: Detections) -> list[dict[str, Any]]:
+def _detection_rows(image_id: int, detections: Detections) -> list[dict[str, Any]]:
     boxes, scores = to_float64(detections.boxes), to_float64(detections.scores)
-    return [
-        {**_row(image, box, int(label)), "score": float(score)}
-        for box, score, label in zip(boxes, scores, detections.labels, strict=True)
-    ]
+    rows = []
+    for box, score, label in zip(boxes, scores, detections.labels, strict=True):
+        rows.append(_row(image_id, box, int(label)) | {"score": float(score)})
+    return rows
 
 
-def _row(image: int, box: Floats, label: int) -> dict[str, Any]:
-    left, top, right, bottom = map(float, box)
-    size = [right - left, bottom - top]
+def _row(image_id: int, box: Floats, label: int) -> dict[str, Any]:
+    x1, y1, x2, y2 = map(float, box)
+    width, height = x2 - x1, y2 - y1
     return {
-        "image_id": image,
+        "image_id": image_id,
         "category_id": label,
-        "bbox": [left, top, *size],
-        "area": size[0] * size[1],
+        "bbox": [x1, y1, width, height],
+        "area": width * height,
         "iscrowd": 0,
     }
 
 
-def _required(
+def _count_required(
     images: Sequence[str], truth: Mapping[str, Truth], num_classes: int
 ) -> Floats:
-    labels = torch.cat(
-        [
-            torch.zeros(0, dtype=torch.int64),
-            *(truth[name].labels[~truth[name].difficult] for name in images),
-        ]
-    )
-    return to_float64(torch.bincount(labels, minlength=num_classes))[:num_classes]
+    """Count the truth boxes [K] of each class that are not difficult."""
+    labels = [torch.zeros(0, dtype=torch.int64)]
+    labels += [truth[name].labels[~truth[name].difficult] for name in images]
+    counts = torch.bincount(torch.cat(labels), minlength=num_classes)
+    return to_float64(counts)[:num_classes]
 
 
 def _silent(*_: object) -> None:

@@ -1,12 +1,13 @@
-"""How good a student is, judged without labels: by what its teachers' fusion is sure
-of, in images it was not trained on.
+"""Score a student without labels, on images it was not trained on: by the boxes that
+its teachers' fusion is confident of.
 
-Such a box stands for truth. What the fusion is not sure of is neither required nor
-wrong. This sorts students; it is not their accuracy.
+Such a box stands for truth. Other boxes of the fusion are neither required nor wrong.
+The score ranks students; it is not an accuracy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,77 +23,82 @@ CONFIDENT_SCORE = 0.5
 """Score from which a teacher's detection is expected of the student too."""
 BINS = 10
 WEIGHTS = {"agreement": 4, "disagreement": -1, "miscalibration": -1}
-Results = Mapping[str, Detections]
+DetectionsByImage = Mapping[str, Detections]
 
 
 def label_free_score(
-    student: Results, teacher: Results, expected: Mapping[str, Truth], num_classes: int
+    student: DetectionsByImage,
+    teacher: DetectionsByImage,
+    expected: Mapping[str, Truth],
+    num_classes: int,
 ) -> dict[str, float]:
-    """``agreement`` (AP50 on expected boxes), ``disagreement`` of student and teacher,
-    ``miscalibration``, and the ``score`` of all three, each in 0..1.
+    """Return ``agreement`` (AP50 on expected boxes), ``disagreement`` of student and
+    teacher, ``miscalibration``, and the ``score`` of all three, each in 0..1.
 
-    ``expected``: by image, from ``confident_detections`` of the teachers' fusion; all three
-    are measured over its images.
+    ``expected``: by image, from ``confident_detections`` of the teachers' fusion; all
+    three are measured over its images.
     """
     nothing = Detections.empty(num_classes)
-    teachers = {
+    teacher_truth = {
         image: confident_detections(teacher.get(image, nothing)) for image in expected
     }
     parts = {
-        "agreement": _known(average_precision(student, expected, num_classes).map, 0.0),
-        "disagreement": (
-            1 - _known(average_precision(student, teachers, num_classes).map, 0.0)
-        ),
+        "agreement": _mean_ap(student, expected, num_classes),
+        "disagreement": 1 - _mean_ap(student, teacher_truth, num_classes),
         "miscalibration": miscalibration(student, expected),
     }
-    score = sum(
-        abs(w) * (parts[name] if w > 0 else 1 - parts[name])
-        for name, w in WEIGHTS.items()
+    weighted_sum = sum(
+        abs(weight) * (parts[name] if weight > 0 else 1 - parts[name])
+        for name, weight in WEIGHTS.items()
     )
-    return {"score": score / sum(abs(w) for w in WEIGHTS.values()), **parts}
+    total_weight = sum(abs(weight) for weight in WEIGHTS.values())
+    return {"score": weighted_sum / total_weight, **parts}
 
 
-def confident_detections(found: Detections) -> Truth:
-    """What is expected of a student of an image in which a teacher, or both together,
-    ``found`` this: the boxes of which it is sure. The others are neither required nor
-    wrong, under their name.
+def confident_detections(detections: Detections) -> Truth:
+    """Return a teacher's, or the fusion's, detections in an image as truth for a
+    student. Detections below ``CONFIDENT_SCORE`` are difficult: neither required nor
+    wrong, under their label.
     """
-    sure = found.scores >= CONFIDENT_SCORE
-    boxes, labels = (
-        torch.cat([values[sure], values[~sure]])
-        for values in (found.boxes, found.labels)
-    )
-    return Truth(boxes, labels, torch.arange(len(found)) >= int(sure.sum()))
+    is_confident = detections.scores >= CONFIDENT_SCORE
+    confident, uncertain = detections[is_confident], detections[~is_confident]
+    ordered = Detections.cat([confident, uncertain])
+    difficult = torch.arange(len(detections)) >= len(confident)
+    return Truth(ordered.boxes, ordered.labels, difficult)
 
 
-def miscalibration(student: Results, expected: Mapping[str, Truth]) -> float:
-    """Expected calibration error over ten bins: |mean score - share confirmed by an
-    expected box|. 1 without detections to judge.
+def miscalibration(student: DetectionsByImage, expected: Mapping[str, Truth]) -> float:
+    """Return the calibration error over ten bins: |mean score - share confirmed by an
+    expected box|. 1 without detections to confirm.
     """
-    judged = [
-        _judged(student[image], truth)
-        for image, truth in expected.items()
-        if image in student
-    ]
-    scores = torch.cat([s for s, _ in judged] or [torch.zeros(0)])
-    confirmed = torch.cat([c for _, c in judged] or [torch.zeros(0)])
-    if not len(scores):
-        return 1.0  # else a student that sees nothing would be praised for it
-    bins = (scores * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS).index_add_(0, bins, scores - confirmed)
-    return float(gaps.abs().sum() / len(scores))
+    scores, confirmed = [torch.zeros(0)], [torch.zeros(0)]
+    for image, truth in expected.items():
+        if image in student:
+            image_scores, image_confirmed = _confirmations(student[image], truth)
+            scores.append(image_scores)
+            confirmed.append(image_confirmed)
+    all_scores, all_confirmed = torch.cat(scores), torch.cat(confirmed)
+    if not len(all_scores):
+        return 1.0  # a student that detects nothing must not get the best figure
+    bins = (all_scores * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS).index_add_(0, bins, all_scores - all_confirmed)
+    return float(gaps.abs().sum() / len(all_scores))
 
 
-def _judged(found: Detections, truth: Truth) -> tuple[Tensor, Tensor]:
-    """Scores and verdicts (1: confirmed) of the detections that lie on no box which is
-    neither required nor wrong.
+def _confirmations(detections: Detections, truth: Truth) -> tuple[Tensor, Tensor]:
+    """Return scores and confirmations (1: confirmed by a required box) of the
+    detections that do not match a difficult box.
     """
-    same = found.labels[:, None] == truth.labels[None]
-    hits = (box_iou(found.boxes, truth.boxes) > IOU) & same
-    confirmed, open_ = hits[:, ~truth.difficult].any(1), hits[:, truth.difficult].any(1)
-    judged = confirmed | ~open_
-    return found.scores[judged], confirmed[judged].float()
+    same_label = detections.labels[:, None] == truth.labels[None]
+    matches = (box_iou(detections.boxes, truth.boxes) > IOU) & same_label
+    confirmed = matches[:, ~truth.difficult].any(1)
+    ignored = matches[:, truth.difficult].any(1) & ~confirmed
+    return detections.scores[~ignored], confirmed[~ignored].float()
 
 
-def _known(value: float, otherwise: float) -> float:
-    return otherwise if value != value else value
+def _mean_ap(
+    predictions: DetectionsByImage, truth: Mapping[str, Truth], num_classes: int
+) -> float:
+    """Return mAP50; 0 without truth."""
+    mean_ap = average_precision(predictions, truth, num_classes).map
+    return 0.0 if math.isnan(mean_ap) else mean_ap

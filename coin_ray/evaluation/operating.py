@@ -1,5 +1,5 @@
-"""A detector at one score threshold, as it would be used: what it finds, what it gets
-wrong, and on which images.
+"""Evaluate a detector at one score threshold, as it would be used: precision, recall
+and errors per image.
 """
 
 from __future__ import annotations
@@ -24,51 +24,55 @@ class OperatingPoint:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageCounts:
-    """Boxes by image [I]: truth boxes, those found, and boxes shown that are wrong."""
+    """Boxes by image [I]: truth boxes, detected truth boxes, and wrong detections."""
 
     truth: Integers
-    found: Integers
+    detected: Integers
     wrong: Integers
 
 
 def best_f1(classes: Sequence[MatchedDetections]) -> OperatingPoint | None:
-    """The threshold with the best harmonic mean of precision and recall, the highest
-    one of equals; None if nothing is ever right.
+    """Return the threshold with the best harmonic mean of precision and recall, the
+    highest one of equals; None if no detection is correct.
     """
-    scores = np.concatenate([j.score for j in classes])
-    right = np.concatenate([j.right for j in classes])
-    required = sum(int(j.required.sum()) for j in classes)
-    if not right.any():
+    scores = np.concatenate([matched.score for matched in classes])
+    correct = np.concatenate([matched.correct for matched in classes])
+    required = sum(int(matched.required.sum()) for matched in classes)
+    if not correct.any():
         return None
     order = np.argsort(-scores, kind="stable")
-    scores, found = scores[order], right[order].cumsum()
-    shown = np.arange(1, len(scores) + 1)
-    f1 = 2 * found / (shown + required)
-    # a threshold shows all boxes of one score, or none
+    scores, true_positives = scores[order], correct[order].cumsum()
+    detections = np.arange(1, len(scores) + 1)
+    f1 = 2 * true_positives / (detections + required)
+    # a threshold keeps all boxes of one score, or none
     f1[:-1][scores[:-1] == scores[1:]] = 0
     best = int(f1.argmax())
     return OperatingPoint(
-        float(scores[best]),
-        float(found[best] / shown[best]),
-        float(found[best] / required),
-        float(f1[best]),
+        score=float(scores[best]),
+        precision=float(true_positives[best] / detections[best]),
+        recall=float(true_positives[best] / required),
+        f1=float(f1[best]),
     )
 
 
 def count_by_image(classes: Sequence[MatchedDetections], score: float) -> ImageCounts:
-    """What each image looks like with the boxes of at least ``score``."""
+    """Count the boxes of each image, of detections with at least ``score``."""
     images = len(classes[0].required)
-    found, wrong = np.zeros(images, np.int64), np.zeros(images, np.int64)
-    for judged in classes:
-        shown = judged.score >= score
-        found += np.bincount(judged.image[shown & judged.right], minlength=images)
-        wrong += np.bincount(judged.image[shown & ~judged.right], minlength=images)
-    return ImageCounts(np.sum([j.required for j in classes], axis=0), found, wrong)
+    detected, wrong = np.zeros(images, np.int64), np.zeros(images, np.int64)
+    for matched in classes:
+        above = matched.score >= score
+        correct_images = matched.image[above & matched.correct]
+        wrong_images = matched.image[above & ~matched.correct]
+        detected += np.bincount(correct_images, minlength=images)
+        wrong += np.bincount(wrong_images, minlength=images)
+    truth = np.sum([matched.required for matched in classes], axis=0)
+    return ImageCounts(truth, detected, wrong)
 
 
-def regression_by_image(ours: ImageCounts, theirs: ImageCounts) -> Integers:
-    """How much worse ours is than theirs on each image [I]: boxes no longer found plus
-    boxes newly wrong.
+def regression_by_image(counts: ImageCounts, baseline: ImageCounts) -> Integers:
+    """Return how much worse ``counts`` is than ``baseline`` on each image [I]: boxes no
+    longer detected plus boxes newly wrong.
     """
-    lost: Integers = (theirs.found - theirs.wrong) - (ours.found - ours.wrong)
-    return lost
+    baseline_score = baseline.detected - baseline.wrong
+    regression: Integers = baseline_score - (counts.detected - counts.wrong)
+    return regression

@@ -37,13 +37,13 @@ class PrecisionRecallCurve:
 @dataclass(frozen=True, slots=True, eq=False)
 class MatchedDetections:
     """The D detections of one class, best score first, difficult matches left out:
-    score, number of the image (in the order of the sorted ids) and whether it is right
-    [D]; ``required`` [I]: truth boxes of each image.
+    score, number of the image (in the order of the sorted ids) and whether it is
+    correct [D]; ``required`` [I]: truth boxes of each image.
     """
 
     score: Floats
     image: Integers
-    right: Mask
+    correct: Mask
     required: Integers
 
 
@@ -70,32 +70,28 @@ def average_precision(
     iou: float = 0.5,
     plus_one: bool = False,
 ) -> VocReport:
-    """VOC AP of every class, over the images in ``truth`` (by image id).
+    """Compute the VOC AP of every class, over the images in ``truth`` (by image id).
 
     Images without predictions count as empty; predictions for other images are not
-    looked at. Boxes are xyxy pixels; ``plus_one`` measures a box as ``right - left +
-    1`` pixels wide, as the paper's evaluation does. Equal scores are ordered by image
-    id, then by box, so the order of the inputs never matters.
+    used. Boxes are xyxy pixels; ``plus_one`` measures a box as ``right - left + 1``
+    pixels wide, as the paper's evaluation does. Equal scores are ordered by image id,
+    then by box, so the order of the inputs never matters.
     """
     images = sorted(truth)
-    annotated = _annotated(images, truth)
-    found = _detected(images, predictions, annotated, plus_one)
-    matched = found.overlap > iou
-    required = np.bincount(
-        annotated.labels[~annotated.difficult], minlength=num_classes
-    )[:num_classes]
-    curves = tuple(
-        _curve(found, matched, annotated.difficult, label, int(required[label]))
-        for label in range(num_classes)
-    )
-    ap = np.array(
-        [
-            _area(curve) if count else np.nan
-            for curve, count in zip(curves, required, strict=True)
-        ],
-        np.float64,
-    )
-    return VocReport(ap, required.astype(np.int64), curves)
+    annotated = _concatenate_truth(images, truth)
+    detected = _sort_detections(images, predictions, annotated, plus_one)
+    matched = detected.overlap > iou
+    required_labels = annotated.labels[~annotated.difficult]
+    required = np.bincount(required_labels, minlength=num_classes)[:num_classes]
+    curves = []
+    for label in range(num_classes):
+        _, correct = _match_class(detected, matched, annotated.difficult, label)
+        curves.append(_curve(correct, int(required[label])))
+    ap = [
+        _area(curve) if count else np.nan
+        for curve, count in zip(curves, required, strict=True)
+    ]
+    return VocReport(np.array(ap, np.float64), required.astype(np.int64), tuple(curves))
 
 
 def match_detections(
@@ -105,34 +101,39 @@ def match_detections(
     iou: float = 0.5,
     plus_one: bool = False,
 ) -> tuple[MatchedDetections, ...]:
-    """Every detection of each class as ``average_precision`` judges it, over the images
-    in ``truth``.
+    """Match every detection of each class as ``average_precision`` does, over the
+    images in ``truth``.
     """
     images = sorted(truth)
-    annotated = _annotated(images, truth)
-    found = _detected(images, predictions, annotated, plus_one)
-    matched = found.overlap > iou
-    owner = np.repeat(np.arange(len(images)), np.diff(annotated.starts))
-    parts = []
+    annotated = _concatenate_truth(images, truth)
+    detected = _sort_detections(images, predictions, annotated, plus_one)
+    matched = detected.overlap > iou
+    image_of_truth = np.repeat(np.arange(len(images)), np.diff(annotated.starts))
+    classes = []
     for label in range(num_classes):
-        kept, right = _kept(found, matched, annotated.difficult, label)
-        wanted = (annotated.labels == label) & ~annotated.difficult
-        required = np.bincount(owner[wanted], minlength=len(images)).astype(np.int64)
-        parts.append(
-            MatchedDetections(found.scores[kept], found.images[kept], right, required)
+        rows, correct = _match_class(detected, matched, annotated.difficult, label)
+        is_required = (annotated.labels == label) & ~annotated.difficult
+        required = np.bincount(image_of_truth[is_required], minlength=len(images))
+        classes.append(
+            MatchedDetections(
+                detected.scores[rows],
+                detected.images[rows],
+                correct,
+                required.astype(np.int64),
+            )
         )
-    return tuple(parts)
+    return tuple(classes)
 
 
-def mean_over_classes(values: Floats) -> float:
-    """Mean of the entries that are not NaN; NaN if all are."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+def mean_over_classes(figures: Floats) -> float:
+    """Average the entries that are not NaN; NaN if all are."""
+    defined = figures[~np.isnan(figures)]
+    return float(defined.mean()) if len(defined) else float("nan")
 
 
 def pairwise_iou(boxes: Floats, others: Floats, plus_one: bool = False) -> Floats:
-    """Intersection over union [N, M] of boxes [N, 4] and [M, 4], xyxy pixels; 0 where
-    the union is empty.
+    """Compute intersection over union [N, M] of boxes [N, 4] and [M, 4], xyxy pixels; 0
+    where the union is empty.
     """
     extra = 1.0 if plus_one else 0.0
     left_top = np.maximum(boxes[:, None, :2], others[None, :, :2])
@@ -141,19 +142,18 @@ def pairwise_iou(boxes: Floats, others: Floats, plus_one: bool = False) -> Float
     area = (boxes[:, 2:] - boxes[:, :2] + extra).clip(min=0).prod(-1)
     other_area = (others[:, 2:] - others[:, :2] + extra).clip(min=0).prod(-1)
     union = area[:, None] + other_area[None] - shared
-    overlap: Floats = np.divide(
-        shared, union, out=np.zeros_like(shared), where=union > 0
-    )
+    zeros = np.zeros_like(shared)
+    overlap: Floats = np.divide(shared, union, out=zeros, where=union > 0)
     return overlap
 
 
-def to_float64(values: torch.Tensor) -> Floats:
-    """Float64 copy on the CPU: overlaps of exactly the limit stay exact."""
-    return np.asarray(values.detach().cpu().numpy(), np.float64)
+def to_float64(tensor: torch.Tensor) -> Floats:
+    """Copy to the CPU as float64: overlaps of exactly the limit stay exact."""
+    return np.asarray(tensor.detach().cpu().numpy(), np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Annotated:
+class _AllTruth:
     """All truth, one row per box, images in the order of their ids; image i owns rows
     ``starts[i]`` to ``starts[i + 1]``.
     """
@@ -165,7 +165,7 @@ class _Annotated:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Detected:
+class _AllDetections:
     """All detections, best score first: label, the truth row of its class it overlaps
     most, and that overlap (-1: none).
     """
@@ -177,117 +177,113 @@ class _Detected:
     images: Integers
 
 
-def _annotated(images: Sequence[str], truth: Mapping[str, Truth]) -> _Annotated:
-    parts = [_canonical(truth[name]) for name in images]
-    return _Annotated(
-        np.concatenate([np.zeros((0, 4)), *(boxes for boxes, _, _ in parts)]),
-        np.concatenate([np.zeros(0, np.int64), *(labels for _, labels, _ in parts)]),
-        np.concatenate(
-            [np.zeros(0, np.bool_), *(difficult for _, _, difficult in parts)]
-        ),
-        np.cumsum([0, *(len(boxes) for boxes, _, _ in parts)]),
+def _concatenate_truth(images: Sequence[str], truth: Mapping[str, Truth]) -> _AllTruth:
+    boxes, labels = [np.zeros((0, 4))], [np.zeros(0, np.int64)]
+    difficult, counts = [np.zeros(0, np.bool_)], [0]
+    for name in images:
+        image_boxes, image_labels, image_difficult = _sort_truth(truth[name])
+        boxes.append(image_boxes)
+        labels.append(image_labels)
+        difficult.append(image_difficult)
+        counts.append(len(image_boxes))
+    return _AllTruth(
+        np.concatenate(boxes),
+        np.concatenate(labels),
+        np.concatenate(difficult),
+        np.cumsum(counts),
     )
 
 
-def _canonical(truth: Truth) -> tuple[Floats, Integers, Mask]:
-    """Boxes, labels, difficult in an order that doesn't depend on the given one; it
-    decides between equal overlaps.
+def _sort_truth(truth: Truth) -> tuple[Floats, Integers, Mask]:
+    """Sort boxes, labels and difficult, so that the order of the input does not decide
+    between equal overlaps.
     """
-    boxes, labels, difficult = (
-        to_float64(truth.boxes),
-        truth.labels.cpu().numpy(),
-        truth.difficult.cpu().numpy(),
-    )
+    boxes = to_float64(truth.boxes)
+    labels, difficult = truth.labels.cpu().numpy(), truth.difficult.cpu().numpy()
     order = np.lexsort((difficult, *boxes.T))
     return boxes[order], labels[order], difficult[order]
 
 
-def _detected(
+def _sort_detections(
     images: Sequence[str],
     predictions: Mapping[str, Detections],
-    annotated: _Annotated,
+    annotated: _AllTruth,
     plus_one: bool,
-) -> _Detected:
-    present = [
-        (index, predictions[name])
-        for index, name in enumerate(images)
-        if name in predictions
-    ]
-    if not present:
-        none = np.zeros(0, np.int64)
-        return _Detected(none, none, np.zeros(0), np.zeros(0), none)
-    every = Detections.cat(
-        [detections.to(torch.device("cpu")) for _, detections in present]
+) -> _AllDetections:
+    numbers = [number for number, name in enumerate(images) if name in predictions]
+    if not numbers:
+        empty = np.zeros(0, np.int64)
+        return _AllDetections(empty, empty, np.zeros(0), np.zeros(0), empty)
+    by_image = [predictions[images[number]] for number in numbers]
+    cpu = torch.device("cpu")
+    detections = Detections.cat(
+        [image_detections.to(cpu) for image_detections in by_image]
     )
-    boxes, scores, labels = (
-        to_float64(every.boxes),
-        to_float64(every.scores),
-        every.labels.numpy(),
-    )
-    owner = np.repeat(
-        np.array([index for index, _ in present], np.int64),
-        [len(detections) for _, detections in present],
-    )
-    rows, overlap = _best_truth(boxes, labels, owner, annotated, plus_one)
-    order = np.lexsort((*boxes.T, owner, -scores))
-    return _Detected(
-        labels[order], rows[order], overlap[order], scores[order], owner[order]
+    boxes, scores = to_float64(detections.boxes), to_float64(detections.scores)
+    labels = detections.labels.numpy()
+    counts = [len(image_detections) for image_detections in by_image]
+    image_numbers = np.repeat(np.array(numbers, np.int64), counts)
+    rows, overlap = _best_truth(boxes, labels, image_numbers, annotated, plus_one)
+    order = np.lexsort((*boxes.T, image_numbers, -scores))
+    return _AllDetections(
+        labels[order], rows[order], overlap[order], scores[order], image_numbers[order]
     )
 
 
 def _best_truth(
     boxes: Floats,
     labels: Integers,
-    owner: Integers,
-    annotated: _Annotated,
+    image_numbers: Integers,
+    annotated: _AllTruth,
     plus_one: bool,
 ) -> tuple[Integers, Floats]:
-    """For each detection the truth row of its image and class with the largest overlap,
-    and that overlap; -1 where there is none.
+    """Return for each detection the truth row of its image and class with the largest
+    overlap, and that overlap; -1 where there is none.
     """
     rows, overlap = np.full(len(boxes), -1), np.full(len(boxes), -1.0)
-    ends = np.searchsorted(owner, np.arange(len(annotated.starts)))
-    for image, (start, stop) in enumerate(
-        zip(annotated.starts[:-1], annotated.starts[1:], strict=True)
-    ):
-        mine = slice(ends[image], ends[image + 1])
-        if start == stop or mine.start == mine.stop:
+    starts = np.searchsorted(image_numbers, np.arange(len(annotated.starts)))
+    for image in range(len(annotated.starts) - 1):
+        detections = slice(starts[image], starts[image + 1])
+        truth = slice(annotated.starts[image], annotated.starts[image + 1])
+        if truth.start == truth.stop or detections.start == detections.stop:
             continue
-        shared = pairwise_iou(boxes[mine], annotated.boxes[start:stop], plus_one)
-        shared[labels[mine, None] != annotated.labels[None, start:stop]] = -1
-        rows[mine], overlap[mine] = start + shared.argmax(1), shared.max(1)
+        shared = pairwise_iou(boxes[detections], annotated.boxes[truth], plus_one)
+        shared[labels[detections, None] != annotated.labels[None, truth]] = -1
+        rows[detections] = truth.start + shared.argmax(1)
+        overlap[detections] = shared.max(1)
     return rows, overlap
 
 
-def _curve(
-    found: _Detected, matched: Mask, difficult: Mask, label: int, required: int
-) -> PrecisionRecallCurve:
-    _, right = _kept(found, matched, difficult, label)
-    true_positives = right.cumsum()
-    precision = true_positives / np.arange(1, len(right) + 1)
-    return PrecisionRecallCurve(precision, true_positives / max(required, 1))
-
-
-def _kept(
-    found: _Detected, matched: Mask, difficult: Mask, label: int
+def _match_class(
+    detected: _AllDetections, matched: Mask, difficult: Mask, label: int
 ) -> tuple[Integers, Mask]:
-    """Places of a class's detections that count, and which of them are right."""
-    mine = np.flatnonzero(found.labels == label)
-    rows, hit = found.rows[mine], matched[mine]
+    """Return the rows of a class's detections without difficult matches, and which of
+    them are correct.
+    """
+    class_rows = np.flatnonzero(detected.labels == label)
+    truth_rows, hit = detected.rows[class_rows], matched[class_rows]
     ignored = np.zeros_like(hit)
-    ignored[hit] = difficult[rows[hit]]
-    return mine[~ignored], _first_of_each(rows, hit)[~ignored]
+    ignored[hit] = difficult[truth_rows[hit]]
+    correct = _first_of_each(truth_rows, hit)
+    return class_rows[~ignored], correct[~ignored]
 
 
-def _first_of_each(rows: Integers, hit: Mask) -> Mask:
-    """True for the first (best) detection matched to each truth row."""
+def _first_of_each(truth_rows: Integers, hit: Mask) -> Mask:
+    """Mark the first (best) detection matched to each truth row."""
     first = np.zeros_like(hit)
-    places = np.flatnonzero(hit)
-    first[places[np.unique(rows[places], return_index=True)[1]]] = True
+    positions = np.flatnonzero(hit)
+    _, first_index = np.unique(truth_rows[positions], return_index=True)
+    first[positions[first_index]] = True
     return first
 
 
+def _curve(correct: Mask, required: int) -> PrecisionRecallCurve:
+    true_positives = correct.cumsum()
+    precision = true_positives / np.arange(1, len(correct) + 1)
+    return PrecisionRecallCurve(precision, true_positives / max(required, 1))
+
+
 def _area(curve: PrecisionRecallCurve) -> float:
-    """Area under the curve after precision is made to fall with recall."""
+    """Compute the area under the curve after precision is made to fall with recall."""
     envelope = np.maximum.accumulate(curve.precision[::-1])[::-1]
     return float((np.diff(curve.recall, prepend=0.0) * envelope).sum())

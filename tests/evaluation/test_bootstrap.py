@@ -94,7 +94,7 @@ def test_difficult_matches_are_neither_right_nor_wrong() -> None:
     assert (
         first.score.tolist(),
         first.image.tolist(),
-        first.right.tolist(),
+        first.correct.tolist(),
         first.required.tolist(),
     ) == ([0.5], [1], [True], [0, 1])
 

@@ -49,7 +49,7 @@ def test_a_method_that_is_never_right_has_no_threshold(
 
 def test_tally_and_losses_count_by_image() -> None:
     theirs, ours = count_by_image([CAT, DOG], 0.45), count_by_image([CAT, DOG], 0.85)
-    assert (theirs.truth.tolist(), theirs.found.tolist(), theirs.wrong.tolist()) == (
+    assert (theirs.truth.tolist(), theirs.detected.tolist(), theirs.wrong.tolist()) == (
         [1, 3],
         [1, 1],
         [1, 0],
