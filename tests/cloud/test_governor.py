@@ -18,7 +18,7 @@ from coin_ray.cloud.governor import (
     Grant,
     Limits,
     LocalGovernor,
-    Window,
+    CallWindow,
 )
 
 from .conftest import FakeTime
@@ -243,7 +243,7 @@ def test_more_calls_than_the_day_allows_were_made_before() -> None:
 
 
 def test_a_window_without_a_limit() -> None:
-    window = Window(None, 60)
+    window = CallWindow(None, 60)
     window.add(1.0)
     window.remove(1.0)
     assert window.wait(1.0) == 0

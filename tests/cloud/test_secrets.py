@@ -1,5 +1,6 @@
-"""Secrets are sent and stay nowhere else: not in logs, errors, variables of tracebacks,
-reprs, the journal, dumps of the configuration."""
+"""Secrets are sent and appear nowhere else: not in logs, errors, variables of tracebacks,
+reprs, the journal or dumps of the configuration.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +27,13 @@ from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
-from coin_ray.cloud.journal.record_format import HEADER, MAGIC
 from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.cloud.services import SERVICES
 from coin_ray.config import Cloud, PipelineConfig, ServiceName
+from coin_ray.config.dotted_names import flatten_config
 from coin_ray.config.presets import folder
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
-from coin_ray.runs import tracking
 
 from .cases import CASES, CLASSES, SIZE, Case, Truth
 from .conftest import journal_text, solid_image
@@ -61,7 +61,7 @@ ECHO_MARK = "what the service saw: "
 
 @dataclass(frozen=True)
 class ServiceCase:
-    """A service and how it is asked."""
+    """A service, its secrets, and the replies that belong to a successful call."""
 
     case: Case
 
@@ -72,59 +72,41 @@ class ServiceCase:
     @property
     def service(self) -> ServiceName:
         name = self.case.adapter.capabilities.name
-        return cast(
-            "ServiceName",
-            max(
-                (offer for offer in SERVICES if name.startswith(offer)),
-                key=len,
-                default="http",
-            ),
-        )
+        matches = [service for service in SERVICES if name.startswith(service)]
+        return cast("ServiceName", max(matches, key=len, default="http"))
 
     @property
     def token_env(self) -> str | None:
-        """The setting; None for services whose variable is known."""
+        """Return the setting; None for services that have a default variable."""
         return "MY_TOKEN" if self.service == "http" else None
 
     @property
     def secrets(self) -> dict[str, str]:
-        """By environment variable."""
+        """Return the secrets by environment variable."""
         auth = self.case.adapter.capabilities.auth
         if auth is not None and auth.sigv4:
             return AWS
         variable = self.token_env or SERVICES[self.service].token_env
-        number = zlib.crc32(str(variable).encode()) % 90 + 10
-        return (
-            {variable: f"k{number}/Y+4=&w{number}Qz~live-0123456789abcdef"}
-            if variable
-            else {}
-        )
+        if not variable:
+            return {}
+        number = zlib.crc32(variable.encode()) % 90 + 10
+        return {variable: f"k{number}/Y+4=&w{number}Qz~live-0123456789abcdef"}
 
     @property
     def first_replies(self) -> list[Reply]:
-        """What comes before the answer: the service's health, or the name of a task."""
+        """Return the replies before the answer: the service's health, the task's name."""
         capabilities = self.case.adapter.capabilities
-        health = (
-            [WireReply(body={"status": "ok"})]
-            if capabilities.health_path is not None
-            else []
-        )
-        return [
-            *health,
-            *(
-                [WireReply(body=self.case.further[0])]
-                if capabilities.asynchronous
-                else []
-            ),
-        ]
+        replies: list[Reply] = []
+        if capabilities.health_path is not None:
+            replies.append(WireReply(body={"status": "ok"}))
+        if capabilities.asynchronous:
+            replies.append(WireReply(body=self.case.further[0]))
+        return replies
 
     @property
     def success(self) -> WireReply:
-        return WireReply(
-            body=self.case.answer(
-                [Truth(self.case.names["car"], (10, 10, 90, 80))], SIZE
-            )
-        )
+        truth = Truth(self.case.names["car"], (10, 10, 90, 80))
+        return WireReply(body=self.case.answer([truth], SIZE))
 
 
 PICTURE = solid_image(0, *SIZE)
@@ -134,8 +116,9 @@ HTTP = next(s for s in SERVICE_CASES if s.service == "http")
 
 @dataclass(frozen=True)
 class WireReply:
-    """A reply on the wire. ``after``: how many of its bytes are sent before the
-    connection is closed; ``hang``: it is never sent."""
+    """A reply on the wire. ``after``: number of its bytes that are sent before the
+    connection is closed; ``hang``: it is never sent.
+    """
 
     status: int = 200
     body: Any = b""
@@ -144,27 +127,25 @@ class WireReply:
     hang: bool = False
 
     def encode(self, content_type: str) -> bytes:
-        body = (
-            self.body
-            if isinstance(self.body, bytes)
-            else json.dumps(self.body).encode()
-        )
+        body = self.body
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
         headers = {
             "Content-Type": content_type,
             "Content-Length": str(len(body)),
             **self.headers,
         }
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = "".join(f"{name}: {text}\r\n" for name, text in headers.items())
         return f"HTTP/1.1 {self.status} Reason\r\n{head}\r\n".encode() + body
 
 
 Reply = WireReply | Callable[[dict[str, str]], WireReply]
-"""A function gets the request's headers."""
+"""A function is called with the request's headers."""
 
 
 @dataclass
 class WireServer:
-    """Replies in order over real connections, the last one for ever."""
+    """A server that replies in order over real connections and repeats its last reply."""
 
     replies: Sequence[Reply]
     content_type: str = "application/json"
@@ -193,10 +174,10 @@ class WireServer:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        headers = {
-            name.lower(): text
-            for name, _, text in (line.partition(": ") for line in head[1:])
-        }
+        headers = {}
+        for line in head[1:]:
+            name, _, text = line.partition(": ")
+            headers[name.lower()] = text
         await reader.readexactly(int(headers.get("content-length", 0)))
         reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
         self.requests.append(headers)
@@ -211,18 +192,18 @@ class WireServer:
 
 
 def _encoded_forms(secret: str) -> dict[str, str]:
-    """What a secret may look like, each form's part that any 8 characters of its
-    beginning show."""
+    """Return the encodings of a secret that must not appear, each cut to what the first 8
+    characters of the secret determine.
+    """
     plain = {
         "plain": secret,
         "quoted": quote(secret),
         "quoted all": quote(secret, safe=""),
         "plus": quote_plus(secret),
     }
-    plain |= {
-        f"{name}, lower case": re.sub("%..", lambda m: m.group().lower(), text)
-        for name, text in plain.items()
-    }
+    for name, text in list(plain.items()):
+        lower_case = re.sub("%..", lambda match: match.group().lower(), text)
+        plain[f"{name}, lower case"] = lower_case
     encoded: dict[str, str] = {}
     for shift in range(3):
         encoded_secret = base64.b64encode(bytes(shift) + secret.encode()).decode()
@@ -231,30 +212,30 @@ def _encoded_forms(secret: str) -> dict[str, str]:
             f"base64, {shift}": text,
             f"base64 for addresses, {shift}": text.replace("+", "-").replace("/", "_"),
         }
-    return {name: text[:PREFIX_LENGTH] for name, text in plain.items()} | {
-        name: text[: PREFIX_LENGTH * 4 // 3] for name, text in encoded.items()
-    }
+    prefixes = {name: text[:PREFIX_LENGTH] for name, text in plain.items()}
+    for name, text in encoded.items():
+        prefixes[name] = text[: PREFIX_LENGTH * 4 // 3]
+    return prefixes
 
 
 def _assert_hidden(secrets: Sequence[str], texts: Mapping[str, str]) -> None:
     for secret in secrets:
         for name, text in _encoded_forms(secret).items():
-            for source, text_shown in texts.items():
-                position = text_shown.find(text)
-                assert position < 0, (
-                    f"{name} in {source}: ...{text_shown[max(0, position - 300) : position + 80]}"
-                )
+            for source, full_text in texts.items():
+                position = full_text.find(text)
+                context = full_text[max(0, position - 300) : position + 80]
+                assert position < 0, f"{name} in {source}: ...{context}"
 
 
 def _tracebacks_with_locals(error: BaseException | None) -> Iterator[str]:
-    """The tracebacks of an error and of all that led to it, suppressed ones too, with
-    the variables of every frame."""
+    """Yield the tracebacks of an error and of all its causes, suppressed ones too, with the
+    variables of every frame.
+    """
     while error is not None:
-        yield "".join(
-            traceback.TracebackException.from_exception(
-                error, capture_locals=True
-            ).format()
+        formatted = traceback.TracebackException.from_exception(
+            error, capture_locals=True
         )
+        yield "".join(formatted.format())
         yield repr(error)
         yield from _tracebacks_with_locals(error.__cause__)
         error = error.__context__
@@ -262,11 +243,14 @@ def _tracebacks_with_locals(error: BaseException | None) -> Iterator[str]:
 
 @cache
 def _settings_text(cloud: Cloud) -> str:
-    """What a run writes and sends about its settings: config.yaml, MLflow's parameters,
-    the arguments of Ray's actors."""
+    """Return what a run writes and sends about its settings: config.yaml, MLflow's
+    parameters, the arguments of Ray's actors.
+    """
     config: PipelineConfig = replace(folder(), classes=CLASSES, cloud=cloud)
     arguments = pickle.dumps((config, cloud, governor_limits(cloud)))
-    return f"{to_yaml(config)}\n{tracking.flat(config)}\n{config!r}\n{arguments.decode('latin-1')}\n{arguments!r}"
+    texts = [to_yaml(config), str(flatten_config(config)), repr(config)]
+    texts += [arguments.decode("latin-1"), repr(arguments)]
+    return "\n".join(texts)
 
 
 async def _sleep_briefly(seconds: float) -> None:
@@ -275,7 +259,7 @@ async def _sleep_briefly(seconds: float) -> None:
 
 @dataclass
 class Observation:
-    """One run: what it left to see, and what the service got."""
+    """One run: all texts it produced, by source, and what the service received."""
 
     texts: dict[str, str]
     server: WireServer
@@ -290,9 +274,11 @@ def _observe(
     debug: bool = False,
     **settings: Any,
 ) -> Observation:
-    """Ask about one image, twice at once, and gather all that can be seen afterwards.
-    ``debug``: asyncio tells more, slowly."""
-    server = WireServer(replies, service_case.case.content_type)
+    """Query about one image, twice at once, and collect all texts that this produces.
+    ``debug``: asyncio logs more, slowly.
+    """
+    case = service_case.case
+    server = WireServer(replies, case.content_type)
     cloud = Cloud(
         service=service_case.service,
         token_env=service_case.token_env,
@@ -320,25 +306,19 @@ def _observe(
                 url,
                 journal,
                 governor,
-                service_case.case.adapter,
+                case.adapter,
                 sleep=_sleep_briefly,
                 uniform=lambda low, high: low,
             )
-            client._query = client._replies._query = service_case.case.query()
+            client._query = client._replies._query = case.query()
             objects.extend(
-                [
-                    client,
-                    service_case.case.adapter,
-                    service_case.case.adapter.capabilities,
-                    vars(client),
-                ]
+                [client, case.adapter, case.adapter.capabilities, vars(client)]
             )
             try:
                 await client.check()
-                objects.append(service_case.case.adapter.encode(PICTURE, client._query))
-                objects.extend(
-                    await asyncio.gather(client.answer(PICTURE), client.answer(PICTURE))
-                )
+                objects.append(case.adapter.encode(PICTURE, client._query))
+                answers = [client.answer(PICTURE), client.answer(PICTURE)]
+                objects.extend(await asyncio.gather(*answers))
             finally:
                 await client.aclose()
 
@@ -373,13 +353,12 @@ def set_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _all_secrets(service_case: ServiceCase, server: WireServer) -> list[str]:
-    """Those of the environment, and what was made of them: AWS's signatures."""
-    signatures = [
-        part
-        for r in server.requests
-        for part in re.findall("Signature=([0-9a-f]+)", r.get("authorization", ""))
-    ]
-    return [*service_case.secrets.values(), *signatures]
+    """Return the secrets of the environment, and AWS's signatures derived from them."""
+    secrets = list(service_case.secrets.values())
+    for headers in server.requests:
+        authorization = headers.get("authorization", "")
+        secrets += re.findall("Signature=([0-9a-f]+)", authorization)
+    return secrets
 
 
 def _check_hidden(service_case: ServiceCase, observation: Observation) -> None:
@@ -393,34 +372,20 @@ def _check_hidden(service_case: ServiceCase, observation: Observation) -> None:
 
 
 def _replies(service_case: ServiceCase) -> Iterator[tuple[str, list[Reply]]]:
-    """Everything a service may do, errors of every kind."""
-    success, first, case = (
-        service_case.success,
-        service_case.first_replies,
-        service_case.case,
-    )
+    """Yield descriptions and replies of all a service may do, errors of every kind."""
+    case = service_case.case
+    success = service_case.success
+    first = service_case.first_replies
     yield "success", [*first, success]
     yield "an error, then success", [*first, WireReply(500), success]
     for status in (302, 400, 401, 402, 404, 408, 413, 429, 500, 503):
-        yield (
-            f"status {status}",
-            [
-                *first,
-                WireReply(status, {}, {"location": "https://elsewhere.example.com/"}),
-            ],
-        )
+        reply = WireReply(status, {}, {"location": "https://elsewhere.example.com/"})
+        yield f"status {status}", [*first, reply]
     yield "status 403 at once", [WireReply(403, b"<html>")]
     for number, failure in enumerate(case.failures):
-        yield (
-            f"failure {number}",
-            [
-                WireReply(
-                    failure.status,
-                    failure.body,
-                    {**failure.headers, "retry-after": "0"},
-                )
-            ],
-        )
+        headers = {**failure.headers, "retry-after": "0"}
+        reply = WireReply(failure.status, failure.body, headers)
+        yield f"failure {number}", [reply]
     for number, (body, _) in enumerate(case.embedded):
         yield f"embedded {number}", [*first, WireReply(body=body)]
     for name, body in islice(case.broken.items(), 8):
@@ -428,47 +393,32 @@ def _replies(service_case: ServiceCase) -> Iterator[tuple[str, list[Reply]]]:
     yield "not JSON", [*first, WireReply(body=b"{")]
     yield "closed at once", [*first, WireReply(after=0)]
     yield "closed in the head", [*first, WireReply(body=b"{}", after=20)]
-    yield (
-        "closed in the body",
-        [
-            *first,
-            replace(success, after=len(success.encode("application/json")) - 5),
-        ],
-    )
+    almost_all = len(success.encode("application/json")) - 5
+    yield "closed in the body", [*first, replace(success, after=almost_all)]
     yield "not HTTP", [*first, WireReply(headers={"Bad Header\x01": "x"})]
-    yield (
-        "not gzip",
-        [
-            *first,
-            WireReply(body=b"not gzip", headers={"content-encoding": "gzip"}),
-        ],
-    )
+    not_gzip = WireReply(body=b"not gzip", headers={"content-encoding": "gzip"})
+    yield "not gzip", [*first, not_gzip]
 
 
-@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda case: case.name)
 def test_whatever_the_service_does(
     service_case: ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kinds = set()
+    error_names = set()
     for number, (description, replies) in enumerate(_replies(service_case)):
-        observation = _observe(
-            service_case,
-            replies,
-            tmp_path / str(number),
-            caplog,
-            debug="success" in description,
-        )
+        folder = tmp_path / str(number)
+        debug = "success" in description
+        observation = _observe(service_case, replies, folder, caplog, debug=debug)
         try:
             _check_hidden(service_case, observation)
         except AssertionError as error:
             raise AssertionError(f"{description}: {error}") from None
-        kinds |= {type(observation.error).__name__} | set(
-            re.findall(r"error='(\w+)", observation.texts["reprs"])
-        )
+        error_names.add(type(observation.error).__name__)
+        error_names.update(re.findall(r"error='(\w+)", observation.texts["reprs"]))
         if description == "success":
             assert "status='ok'" in observation.texts["reprs"]
             assert "connected to 127.0.0.1" in observation.texts["log"], (
-                "what libraries log is looked at"
+                "what libraries log must be checked too"
             )
     assert {
         "NoneType",
@@ -478,59 +428,51 @@ def test_whatever_the_service_does(
         "Transient",
         "ProtocolError",
         "ImageRejected",
-    } <= kinds
+    } <= error_names
 
 
-@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda case: case.name)
 def test_a_service_that_never_answers(
     service_case: ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    observation = _observe(
-        service_case,
-        [*service_case.first_replies, WireReply(hang=True)],
-        tmp_path,
-        caplog,
-        deadline=0.4,
-    )
+    replies = [*service_case.first_replies, WireReply(hang=True)]
+    observation = _observe(service_case, replies, tmp_path, caplog, deadline=0.2)
     assert "DeadlineExceeded" in observation.texts["reprs"]
     _check_hidden(service_case, observation)
 
 
-def _echo_reply(status: int, changed: Callable[[str], str]) -> Reply:
-    """Tells all the request's headers back, in headers and in the body, which is JSON
-    unless the status is 500."""
+def _echo_reply(status: int, encode: Callable[[str], str]) -> Reply:
+    """Return a reply that repeats all headers of the request, in headers and in the body,
+    which is JSON unless the status is 500.
+    """
 
-    def reply(headers: dict[str, str]) -> WireReply:
-        told = ECHO_MARK + changed(
-            " ".join(
-                v
-                for n, v in headers.items()
-                if n not in ("content-length", "host", "accept-encoding")
-            )
-        )
-        back = dict.fromkeys(
-            (
-                "x-echo",
-                "retry-after",
-                "x-amzn-errortype",
-                "x-ratelimit-left",
-                "set-cookie",
-                "content-language",
-            ),
-            told,
+    def reply(request_headers: dict[str, str]) -> WireReply:
+        unrelated = ("content-length", "host", "accept-encoding")
+        texts = [
+            text for name, text in request_headers.items() if name not in unrelated
+        ]
+        echo = ECHO_MARK + encode(" ".join(texts))
+        names = (
+            "x-echo",
+            "retry-after",
+            "x-amzn-errortype",
+            "x-ratelimit-left",
+            "set-cookie",
+            "content-language",
         )
         body = {
-            "error": {"message": told, "code": told},
-            "msg": told,
-            "title": told,
+            "error": {"message": echo, "code": echo},
+            "msg": echo,
+            "title": echo,
             "code": 1,
         }
-        return WireReply(status, told.encode() if status == 500 else body, back)
+        headers = dict.fromkeys(names, echo)
+        return WireReply(status, echo.encode() if status == 500 else body, headers)
 
     return reply
 
 
-CHANGES: dict[str, Callable[[str], str]] = {
+ECHO_ENCODINGS: dict[str, Callable[[str], str]] = {
     "as they came": lambda text: text,
     "quoted": lambda text: quote(text, safe=""),
     "base64": lambda text: base64.b64encode(text.encode()).decode(),
@@ -538,26 +480,23 @@ CHANGES: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
-def test_a_service_that_tells_secrets_back(
+@pytest.mark.parametrize("encoding", ECHO_ENCODINGS)
+@pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda case: case.name)
+def test_a_service_that_echoes_secrets(
     service_case: ServiceCase,
-    change: str,
+    encoding: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     redacted = 0
     for status in (200, 401, 500):
-        observation = _observe(
-            service_case,
-            [*service_case.first_replies, _echo_reply(status, CHANGES[change])],
-            tmp_path / str(status),
-            caplog,
-            attempts=1,
-        )
+        echo = _echo_reply(status, ECHO_ENCODINGS[encoding])
+        replies = [*service_case.first_replies, echo]
+        folder = tmp_path / str(status)
+        observation = _observe(service_case, replies, folder, caplog, attempts=1)
         _check_hidden(service_case, observation)
         redacted += "***" in str(observation.texts)
-    assert redacted > 0, "nothing was told back: the test sees nothing"
+    assert redacted > 0, "no echo was redacted: the test observes nothing"
 
 
 CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -599,19 +538,14 @@ def test_crashes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     CRASHES[crash](monkeypatch)
-    observation = _observe(
-        service_case,
-        [*service_case.first_replies, service_case.success],
-        tmp_path,
-        caplog,
-    )
-    signed = service_case.secrets is AWS
-    assert (observation.error is not None) == (signed or crash != "a bug while signing")
+    replies = [*service_case.first_replies, service_case.success]
+    observation = _observe(service_case, replies, tmp_path, caplog)
+    is_signed = service_case.secrets is AWS
+    expects_error = is_signed or crash != "a bug while signing"
+    assert (observation.error is not None) == expects_error
     if observation.error is not None:
-        assert (
-            "locals" not in observation.texts["errors"]
-            or "self = " in observation.texts["errors"]
-        )
+        errors = observation.texts["errors"]
+        assert "locals" not in errors or "self = " in errors
     _check_hidden(service_case, observation)
 
 
