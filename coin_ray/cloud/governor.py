@@ -1,9 +1,9 @@
 """One governor for all workers: call rate, calls under way, calls per minute and day,
 retries, budget and circuit breaker.
 
-``Governor`` is a plain class without threads or sleeping: it says how long to wait, its
-callers wait. One instance serves a whole run, behind an actor; ``LocalGovernor`` gives
-it the same asynchronous face inside one process.
+``Governor`` is a plain class without threads or sleeping: it returns how long to wait,
+its callers wait. One instance serves a whole run; ``LocalGovernor`` gives it an
+asynchronous interface inside one process.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 LEASE_POLL = 0.05
-"""Seconds after which a caller that found all places taken asks again."""
+"""Seconds after which a caller that got no lease asks again."""
 WINDOW = 50
 WINDOW_MIN = 10
+"""Calls whose failures the breaker counts, at most and at least."""
 FAILURE_SHARE = 0.5
 COOL_DOWN = 5.0
 """Seconds the breaker stays open the first time; doubles each time in a row."""
@@ -35,10 +36,11 @@ Refusal = Literal["budget", "unreachable", "retries"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What all workers together may do.
+    """Limits for all workers together.
 
-    ``lease_seconds``: after this long a worker that never came back frees its place.
-    ``retry_burst``: retries beyond a tenth of the calls.
+    ``rate``: calls per second; ``in_flight``: calls under way; ``lease_seconds``: after
+    this long the lease of a worker that never came back expires; ``retry_burst``:
+    retries beyond a tenth of the calls.
     """
 
     rate: float
@@ -54,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Answer to ``reserve``: a lease to use after ``wait`` seconds; or no lease, ask
+    """Result of ``reserve``: a lease to use after ``wait`` seconds; or no lease, ask
     again after ``wait``; or a refusal for good.
     """
 
@@ -63,13 +65,15 @@ class Grant:
     refusal: Refusal | None = None
     reason: str = ""
     breaker_open: bool = False
-    """It is the breaker that makes the caller wait."""
+    """The caller has to wait because the breaker is open."""
     full: bool = False
-    """It is the calls under way."""
+    """The caller has to wait because too many calls are under way."""
 
 
 @dataclass(frozen=True, slots=True)
 class GovernorStats:
+    """Counts of calls and the state of the breaker."""
+
     calls: int
     usd: float
     in_flight: int
@@ -81,7 +85,7 @@ class GovernorStats:
 
 
 class AsyncGovernor(Protocol):
-    """How a client sees the governor, wherever it lives."""
+    """The interface of a governor for clients, in this process or another."""
 
     async def reserve(self, usd: float, retry: bool = False) -> Grant: ...
 
@@ -99,13 +103,13 @@ class _Lease:
     usd: float
     start: float
     expires: float
-    retry: bool
-    arrived: bool = False
+    is_retry: bool
+    has_arrived: bool = False
 
 
 class Governor:
-    """Grants calls. From the journal, of earlier runs: ``spent``, calls and USD of the
-    same budget; ``ages``, seconds ago of today's calls.
+    """Grants calls. Both from the journal of earlier runs: ``spent``, calls and USD of
+    the same budget; ``ages``, how many seconds ago today's calls were made.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Governor:
         self._calls, self._usd = spent
         self._next_arrival = clock()
         self._leases: dict[int, _Lease] = {}
-        self._under_way = 0
+        self._in_flight = 0
         self._granted = 0
         self._counts: dict[Outcome, int] = {
             "answered": 0,
@@ -128,50 +132,42 @@ class Governor:
             "failed": 0,
             "unsent": 0,
         }
-        self._breaker = Breaker(clock)
-        self._minute = Window.of_rate(limits.per_minute, MINUTE)
-        self._day = Window(limits.per_day, DAY)
+        self._breaker = CircuitBreaker(clock)
+        self._minute = CallWindow.with_rate(limits.per_minute, MINUTE)
+        self._day = CallWindow(limits.per_day, DAY)
         for age in sorted(ages, reverse=True):
             self._day.add(clock() - age)
         self._retries = float(limits.retry_burst)
 
     @property
-    def free(self) -> int:
-        """Places for calls."""
-        return max(0, self.limits.in_flight - self._under_way)
+    def free_slots(self) -> int:
+        """Return how many more calls may be under way."""
+        return max(0, self.limits.in_flight - self._in_flight)
 
     def reserve(self, usd: float, retry: bool = False) -> Grant:
-        """A place, a slot of the rate and ``usd`` of the budget, or the time after
-        which to ask again.
+        """Reserve a slot for a call, its time by the rate, and ``usd`` of the budget,
+        or return the time after which to ask again.
 
         A spent budget is refused once no call is under way: until then one may turn out
         not to be billed. A ``retry`` is refused when retries exceed their share of the
-        calls: repeating what a service in trouble refuses keeps it there.
+        calls: repeating what a service in trouble refuses keeps it in trouble.
         """
-        self._forget_expired()
+        self._expire_leases()
         if self._breaker.gave_up:
-            return Grant(
-                0,
-                refusal="unreachable",
-                reason=f"the breaker opened {OPENS_MAX} times in a row",
-            )
+            reason = f"the breaker opened {OPENS_MAX} times in a row"
+            return Grant(0, refusal="unreachable", reason=reason)
         over_budget = self._over_budget(usd)
+        if over_budget and self._leases:
+            return Grant(LEASE_POLL)
         if over_budget:
-            return (
-                Grant(LEASE_POLL)
-                if self._leases
-                else Grant(0, refusal="budget", reason=over_budget)
-            )
+            return Grant(0, refusal="budget", reason=over_budget)
         if retry and self._retries < 1:
-            return Grant(
-                0,
-                refusal="retries",
-                reason=(
-                    f"retries are limited to {RETRY_SHARE:.0%} of the calls; a lower"
-                    " cloud.rate may help"
-                ),
+            reason = (
+                f"retries are limited to {RETRY_SHARE:.0%} of the calls; a lower"
+                " cloud.rate may help"
             )
-        if not self.free:
+            return Grant(0, refusal="retries", reason=reason)
+        if not self.free_slots:
             return Grant(LEASE_POLL, full=True)
         breaker_wait = self._breaker.wait()
         wait = max(breaker_wait, self._minute.wait(self._clock()))
@@ -180,17 +176,17 @@ class Governor:
         return self._grant(usd, retry)
 
     def arrived(self, lease: int) -> None:
-        """The answer is here, the service can be asked something else; what it cost is
-        settled once the answer is kept.
+        """Free the call's slot, as its answer has arrived; its cost is settled once the
+        answer is stored.
         """
         held = self._leases.get(lease)
-        if held is not None and not held.arrived:
-            held.arrived = True
-            self._under_way -= 1
+        if held is not None and not held.has_arrived:
+            held.has_arrived = True
+            self._in_flight -= 1
 
     def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
-        """The call is over. ``billed`` false: the service surely did not count it, so
-        the budget gets it back.
+        """End the call. Not ``billed``: the service certainly did not count it, so its
+        cost goes back to the budget.
         """
         self.arrived(lease)
         held = self._leases.pop(lease, None)
@@ -202,58 +198,61 @@ class Governor:
         if outcome == "unsent":
             self._minute.remove(held.start)
             self._day.remove(held.start)
-            self._earn(held.retry, -1)
+            self._add_retries(held.is_retry, -1)
         self._counts[outcome] += 1
         self._breaker.record(lease, outcome)
 
     def pause(self, seconds: float) -> None:
-        """Nobody calls for ``seconds``; afterwards the rate applies without a burst."""
+        """Grant no call for ``seconds``; afterwards the rate applies without a burst."""
         resume = self._clock() + seconds + (self.limits.burst - 1) / self.limits.rate
         self._next_arrival = max(self._next_arrival, resume)
 
     def stats(self) -> GovernorStats:
-        counts, breaker = self._counts, self._breaker
-        numbers = (
-            self._calls,
-            self._usd,
-            self._under_way,
-            counts["answered"],
-            counts["throttled"],
-            counts["failed"],
+        """Return the counts so far."""
+        return GovernorStats(
+            calls=self._calls,
+            usd=self._usd,
+            in_flight=self._in_flight,
+            answered=self._counts["answered"],
+            throttled=self._counts["throttled"],
+            failed=self._counts["failed"],
+            breaker=self._breaker.state,
+            opens=self._breaker.opens,
         )
-        return GovernorStats(*numbers, breaker.state, breaker.opens)
 
-    def _earn(self, retry: bool, count: int = 1) -> None:
-        """A first call earns a part of a retry, a retry costs one; ``count`` -1 takes
-        that back.
+    def _add_retries(self, is_retry: bool, count: int = 1) -> None:
+        """Count a call: a first call earns a part of a retry, a retry costs one;
+        ``count`` -1 reverses that.
         """
+        earned = -1.0 if is_retry else RETRY_SHARE
         self._retries = min(
-            self._retries + count * (-1.0 if retry else RETRY_SHARE),
-            float(self.limits.retry_burst),
+            self._retries + count * earned, float(self.limits.retry_burst)
         )
 
-    def _grant(self, usd: float, retry: bool) -> Grant:
-        """GCRA: a call may arrive ``burst - 1`` intervals before its theoretical
-        arrival time.
+    def _grant(self, usd: float, is_retry: bool) -> Grant:
+        """Grant a call by GCRA: it may arrive ``burst - 1`` intervals before its
+        theoretical arrival time.
         """
-        now, interval = self._clock(), 1 / self.limits.rate
+        now = self._clock()
+        interval = 1 / self.limits.rate
         arrival = max(self._next_arrival, now)
         self._next_arrival = arrival + interval
         wait = max(0.0, arrival - (self.limits.burst - 1) * interval - now)
+        start = now + wait
         self._granted += 1
         self._calls += 1
         self._usd += usd
-        self._minute.add(now + wait)
-        self._day.add(now + wait)
-        self._earn(retry)
-        self._under_way += 1
-        self._leases[self._granted] = _Lease(
-            usd, now + wait, now + wait + self.limits.lease_seconds, retry
-        )
+        self._minute.add(start)
+        self._day.add(start)
+        self._add_retries(is_retry)
+        self._in_flight += 1
+        expires = start + self.limits.lease_seconds
+        self._leases[self._granted] = _Lease(usd, start, expires, is_retry)
         self._breaker.granted(self._granted)
         return Grant(wait, self._granted)
 
     def _over_budget(self, usd: float) -> str:
+        """Return which limit another call would exceed; empty if none."""
         limits = self.limits
         if limits.max_calls is not None and self._calls + 1 > limits.max_calls:
             return (
@@ -272,48 +271,52 @@ class Governor:
             )
         return ""
 
-    def _forget_expired(self) -> None:
-        """A lost worker's call counts as billed and as failed."""
+    def _expire_leases(self) -> None:
+        """Settle the calls of lost workers as billed and failed."""
         now = self._clock()
-        for lease in [key for key, held in self._leases.items() if held.expires <= now]:
+        expired = [lease for lease, held in self._leases.items() if held.expires <= now]
+        for lease in expired:
             self.settle(lease, "failed", billed=True)
 
 
-class Window:
-    """At most ``limit`` calls start in any ``seconds``; None: no limit."""
+class CallWindow:
+    """Allows at most ``limit`` calls to start in any ``seconds``; None: no limit."""
 
     def __init__(self, limit: int | None, seconds: float) -> None:
         self._seconds = seconds
-        self._starts: deque[float] | None = (
-            None if limit is None else deque(maxlen=limit)
-        )
+        self._starts: deque[float] | None = None
+        if limit is not None:
+            self._starts = deque(maxlen=limit)
 
     @classmethod
-    def of_rate(cls, limit: float | None, seconds: float) -> Window:
-        """``limit`` need not be whole: 1.5 in 60 seconds is 1 in 40."""
+    def with_rate(cls, limit: float | None, seconds: float) -> CallWindow:
+        """Return a window whose ``limit`` need not be whole: 1.5 in 60 seconds is 1 in
+        40.
+        """
         if limit is None:
             return cls(None, seconds)
         whole = max(1, int(limit))
         return cls(whole, seconds * whole / limit)
 
     def wait(self, now: float) -> float:
-        """Seconds until another call may start; 0 = now."""
+        """Return the seconds until another call may start; 0 = now."""
         starts = self._starts
         if starts is None or len(starts) < (starts.maxlen or 0):
             return 0.0
         return max(0.0, starts[0] + self._seconds - now)
 
     def add(self, start: float) -> None:
+        """Count a call."""
         if self._starts is not None:
             self._starts.append(start)
 
     def remove(self, start: float) -> None:
-        """The call was not made after all."""
+        """Remove a call that was not made after all."""
         if self._starts is not None and start in self._starts:
             self._starts.remove(start)
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens when half of the last calls failed, lets one probe through after a pause,
     gives up after several failed probes.
     """
@@ -321,7 +324,7 @@ class Breaker:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._failures: deque[bool] = deque(maxlen=WINDOW)
-        self._closed_at = 0.0
+        self._closes_at = 0.0
         self._probe: int | None = None
         self.opens = 0
         """How often in a row it opened without a good call in between."""
@@ -329,93 +332,101 @@ class Breaker:
 
     @property
     def gave_up(self) -> bool:
+        """Return whether it opened too often in a row."""
         return self.opens >= OPENS_MAX
 
     def wait(self) -> float:
-        """Seconds until the next call may be tried; 0 = now."""
+        """Return the seconds until the next call may be tried; 0 = now."""
         if self.state == "closed":
             return 0.0
         if self.state == "open":
-            return max(0.0, self._closed_at - self._clock())
+            return max(0.0, self._closes_at - self._clock())
         return LEASE_POLL
 
     def granted(self, lease: int) -> None:
+        """Make the first call after the pause the probe."""
         if self.state == "open":
-            self.state, self._probe = "half-open", lease
+            self.state = "half-open"
+            self._probe = lease
 
     def record(self, lease: int, outcome: Outcome) -> None:
-        """Only ``failed`` counts against the service; a throttled call shows that it
-        lives.
+        """Count a call. Only ``failed`` counts against the service; a throttled call
+        shows that it works.
         """
         if self.state != "closed":
             self._record_probe(lease, outcome)
             return
         if outcome != "unsent":
             self._failures.append(outcome == "failed")
-        if len(self._failures) >= WINDOW_MIN and sum(
-            self._failures
-        ) >= FAILURE_SHARE * len(self._failures):
+        count = len(self._failures)
+        if count >= WINDOW_MIN and sum(self._failures) >= FAILURE_SHARE * count:
             self._open()
 
     def _record_probe(self, lease: int, outcome: Outcome) -> None:
-        """Calls that were under way when the breaker opened say nothing new."""
+        """Close the breaker or open it again by the outcome of the probe; calls that
+        were under way when it opened are ignored.
+        """
         if lease != self._probe:
             return
         if outcome == "failed":
             self._open()
             return
-        self.state, self._probe = (
-            ("open", None) if outcome == "unsent" else ("closed", None)
-        )
-        self.opens = self.opens if outcome == "unsent" else 0
+        self._probe = None
+        if outcome == "unsent":
+            self.state = "open"
+        else:
+            self.state = "closed"
+            self.opens = 0
 
     def _open(self) -> None:
         self.opens += 1
-        self.state, self._probe = "open", None
-        self._closed_at = self._clock() + COOL_DOWN * 2 ** (self.opens - 1)
+        self.state = "open"
+        self._probe = None
+        self._closes_at = self._clock() + COOL_DOWN * 2 ** (self.opens - 1)
         self._failures.clear()
 
 
 class LocalGovernor:
-    """A governor in this process, with the asynchronous face that clients use. A place
-    that comes free wakes the caller that waits longest.
+    """A governor in this process with the asynchronous interface that clients use. A
+    slot that becomes free wakes the caller that has waited longest.
     """
 
     def __init__(self, governor: Governor) -> None:
         self.governor = governor
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
 
     async def reserve(self, usd: float, retry: bool = False) -> Grant:
         while (grant := self.governor.reserve(usd, retry)).full:
-            await self._place()
-        if grant.lease is None:  # it takes no place, so the next one's turn has come
-            self._call_next()
+            await self._wait_for_slot()
+        if grant.lease is None:  # it takes no slot, which the next waiter can have
+            self._wake_waiters()
         return grant
 
-    async def _place(self) -> None:
-        freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(freed)
+    async def _wait_for_slot(self) -> None:
+        slot_is_free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(slot_is_free)
         try:
-            await freed
+            await slot_is_free
         except asyncio.CancelledError:
-            self._call_next()  # this one may have been called already
+            self._wake_waiters()  # this one may have been woken already
             raise
 
-    def _call_next(self) -> None:
-        for _ in range(self.governor.free):
-            while self._waiting:
-                freed = self._waiting.popleft()
-                if not freed.done():
-                    freed.set_result(None)
+    def _wake_waiters(self) -> None:
+        """Wake as many callers as there are free slots."""
+        for _ in range(self.governor.free_slots):
+            while self._waiters:
+                slot_is_free = self._waiters.popleft()
+                if not slot_is_free.done():
+                    slot_is_free.set_result(None)
                     break
 
     async def arrived(self, lease: int) -> None:
         self.governor.arrived(lease)
-        self._call_next()
+        self._wake_waiters()
 
     async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
         self.governor.settle(lease, outcome, billed)
-        self._call_next()
+        self._wake_waiters()
 
     async def pause(self, seconds: float) -> None:
         self.governor.pause(seconds)

@@ -1,5 +1,5 @@
-"""From a service's own names to the classes of the run. Reading answers only: changing
-a map costs no call.
+"""Maps from a service's own names to the classes of the run. They only decode answers:
+changing a map costs no call.
 
     service: google-vision
     map:
@@ -7,9 +7,9 @@ a map costs no call.
       Van: {class: car, weight: 0.7}
     ignore: [Wheel, License plate]
     precision: {car: 0.8}                 # how often the label is right, for services
-    that give no score
+                                          # that give no score
     confusion: {car: {truck: 0.3, background: 0.7}}   # what a "car" that is none turned
-    out to be
+                                                      # out to be
 
 Only ``service`` and ``map`` are needed. A name that is neither mapped nor ignored is
 dropped and counted.
@@ -29,10 +29,14 @@ from coin_ray.class_names import class_name_variants, normalize_class_name
 from coin_ray.errors import ConfigError
 
 KEYS = ("service", "classes", "map", "ignore", "precision", "confusion")
+TARGET_KEYS = ("class", "weight")
 BACKGROUND = "background"
 ROW_TOLERANCE = 1e-3
 ASSUMED_PRECISION = 0.5
-"""Stated, not measured: the score of a label without score or known precision."""
+"""Score of a label without score or measured precision: assumed, not measured."""
+
+MapTarget = tuple[int, float]
+"""Class index, and weight in 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,42 +54,43 @@ class Prior:
 
 @dataclass(frozen=True, slots=True)
 class LabelMap:
-    """``names``: a service's name or id, folded, to (class index, weight in 0..1);
-    ``ignored``: folded names dropped without counting.
+    """``names``: a service's normalized name or id to (class index, weight in 0..1);
+    ``ignored``: normalized names that are dropped without counting.
 
     A box's score is multiplied by the weight: what is missing to 1 is doubt that the
     name means the class.
     """
 
-    names: Mapping[str, tuple[int, float]]
+    names: Mapping[str, MapTarget]
     ignored: frozenset[str] = field(default_factory=frozenset)
     prior: Prior = Prior()
     service: str = ""
 
-    def find(self, candidates: Sequence[str]) -> tuple[int, float] | None:
-        """The first of ``candidates`` (best first: id, name, aliases, parents) that is
-        mapped; None if an ignored one comes before.
+    def find(self, candidates: Sequence[str]) -> MapTarget | None:
+        """Return the target of the first of ``candidates`` (best first: id, name,
+        aliases, parents) that is mapped; None if an ignored one comes before.
 
         Whole names are compared, never parts of them: "bus stop" is no bus.
         """
         for name in candidates:
-            for form in class_name_variants(name):
-                if form in self.names:
-                    return self.names[form]
-                if form in self.ignored:
+            for variant in class_name_variants(name):
+                if variant in self.names:
+                    return self.names[variant]
+                if variant in self.ignored:
                     return None
         return None
 
     def ignores(self, candidates: Sequence[str]) -> bool:
+        """Return whether any of these names is ignored."""
         return any(
-            form in self.ignored
+            variant in self.ignored
             for name in candidates
-            for form in class_name_variants(name)
+            for variant in class_name_variants(name)
         )
 
     @classmethod
     def of_classes(cls, classes: Sequence[str]) -> LabelMap:
-        """Each class under its own name."""
+        """Return a map of each class under its own name."""
         return cls(
             {normalize_class_name(name): (k, 1.0) for k, name in enumerate(classes)}
         )
@@ -105,206 +110,217 @@ def load_label_map(
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if root is None:
         raise ConfigError(f"{path} is empty; a label map needs 'service' and 'map'")
-    return _File(path, tuple(classes)).label_map(root, service)
+    return _LabelMapParser(path, tuple(classes)).parse_label_map(root, service)
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """One file being read; every problem is raised with its line."""
+class _LabelMapParser:
+    """Parses one file; every problem is raised with its line."""
 
     path: str
     classes: tuple[str, ...]
 
-    def label_map(self, root: yaml.Node, service: str | None) -> LabelMap:
-        parts = {
-            key.value: (key, value) for key, value in self.entries(root, "a label map")
-        }
-        for name, (key, _) in parts.items():
-            if name not in KEYS:
-                self.fail(
-                    key, f"unknown key {name!r}; a label map has {', '.join(KEYS)}"
-                )
+    def parse_label_map(self, root: yaml.Node, service: str | None) -> LabelMap:
+        nodes = self.parse_keys(root, KEYS, "a label map")
         for name in ("service", "map"):
-            if name not in parts:
+            if name not in nodes:
                 self.fail(root, f"{name!r} is missing")
-        written_for = self.text(parts["service"][1], "service")
-        if service is not None and written_for != service:
+        map_service = self.parse_text(nodes["service"], "service")
+        if service is not None and map_service != service:
             self.fail(
-                parts["service"][0],
-                f"the map is for service {written_for!r}, but cloud.service is"
+                nodes["service"],
+                f"the map is for service {map_service!r}, but cloud.service is"
                 f" {service!r}",
             )
-        if "classes" in parts:
-            self.check_classes(parts["classes"][1])
-        names, lines = self.mapped(parts["map"][1])
-        ignored = (
-            self.ignored(parts["ignore"][1], lines)
-            if "ignore" in parts
-            else frozenset()
-        )
-        precision = (
-            self.precision(parts["precision"][1]) if "precision" in parts else ()
-        )
-        confusion = (
-            self.confusion(parts["confusion"][1]) if "confusion" in parts else ()
-        )
-        return LabelMap(names, ignored, Prior(confusion, precision), written_for)
+        if "classes" in nodes:
+            self.check_classes(nodes["classes"])
+        names, lines = self.parse_map(nodes["map"])
+        ignored: frozenset[str] = frozenset()
+        if "ignore" in nodes:
+            ignored = self.parse_ignored(nodes["ignore"], lines)
+        precision: tuple[float | None, ...] = ()
+        if "precision" in nodes:
+            precision = self.parse_precision(nodes["precision"])
+        confusion: tuple[tuple[float, ...] | None, ...] = ()
+        if "confusion" in nodes:
+            confusion = self.parse_confusion(nodes["confusion"])
+        return LabelMap(names, ignored, Prior(confusion, precision), map_service)
 
-    def mapped(
-        self, node: yaml.Node
-    ) -> tuple[dict[str, tuple[int, float]], dict[str, int]]:
-        """The map, and the line of each name."""
-        names: dict[str, tuple[int, float]] = {}
+    def parse_map(self, node: yaml.Node) -> tuple[dict[str, MapTarget], dict[str, int]]:
+        """Return the map, and the line of each name."""
+        names: dict[str, MapTarget] = {}
         lines: dict[str, int] = {}
-        for key, value in self.entries(node, "map"):
-            folded = self.new_name(key, lines)
-            names[folded] = self.target(value, key.value)
+        for name_node, target_node in self.parse_pairs(node, "map"):
+            name = self.parse_new_name(name_node, lines)
+            names[name] = self.parse_target(target_node, name_node.value)
         if not names:
             self.fail(node, "map names nothing; write NAME: CLASS")
         return names, lines
 
-    def target(self, node: yaml.Node, name: str) -> tuple[int, float]:
+    def parse_target(self, node: yaml.Node, name: str) -> MapTarget:
         if not isinstance(node, yaml.MappingNode):
-            return self.column(node, name), 1.0
-        parts = {key.value: (key, value) for key, value in self.entries(node, name)}
-        for part, (key, _) in parts.items():
-            if part not in ("class", "weight"):
-                self.fail(
-                    key,
-                    f"{name!r} has the unknown key {part!r}; expected class and weight",
-                )
-        if "class" not in parts:
+            return self.parse_class(node, name), 1.0
+        nodes = self.parse_keys(node, TARGET_KEYS, repr(name))
+        if "class" not in nodes:
             self.fail(node, f"{name!r} has no class")
-        weight = (
-            self.number(parts["weight"][1], f"the weight of {name!r}")
-            if "weight" in parts
-            else 1.0
-        )
+        weight = 1.0
+        if "weight" in nodes:
+            weight = self.parse_number(nodes["weight"], f"the weight of {name!r}")
         if weight == 0:
             self.fail(
                 node,
                 f"{name!r} has weight 0; a name that means no class belongs under"
                 " ignore",
             )
-        return self.column(parts["class"][1], name), weight
+        return self.parse_class(nodes["class"], name), weight
 
-    def ignored(self, node: yaml.Node, lines: dict[str, int]) -> frozenset[str]:
+    def parse_ignored(self, node: yaml.Node, lines: dict[str, int]) -> frozenset[str]:
         if isinstance(node, yaml.ScalarNode) and not node.value:
             return frozenset()
         return frozenset(
-            self.new_name(item, lines) for item in self.items(node, "ignore")
+            self.parse_new_name(name_node, lines)
+            for name_node in self.parse_list(node, "ignore")
         )
 
-    def new_name(self, node: yaml.Node, lines: dict[str, int]) -> str:
-        folded = normalize_class_name(self.text(node, "a name"))
-        if not folded:
+    def parse_new_name(self, node: yaml.Node, lines: dict[str, int]) -> str:
+        """Return a normalized name and note its line; it must not be in ``lines``."""
+        name = normalize_class_name(self.parse_text(node, "a name"))
+        if not name:
             self.fail(node, f"{node.value!r} is no name")
-        if folded in lines:
+        if name in lines:
             self.fail(
                 node,
-                f"{node.value!r} is the name of line {lines[folded]} again; names"
+                f"{node.value!r} is the name of line {lines[name]} again; names"
                 " differ in more than case, spaces and hyphens",
             )
-        lines[folded] = _line(node)
-        return folded
+        lines[name] = _line_number(node)
+        return name
 
     def check_classes(self, node: yaml.Node) -> None:
-        given = [self.text(item, "a class") for item in self.items(node, "classes")]
-        if sorted(given) != sorted(self.classes):
+        class_nodes = self.parse_list(node, "classes")
+        map_classes = [self.parse_text(n, "a class") for n in class_nodes]
+        if sorted(map_classes) != sorted(self.classes):
             self.fail(
                 node,
-                f"the map is for the classes {', '.join(given)}, but the run's are"
-                f" {', '.join(self.classes)}",
+                f"the map is for the classes {', '.join(map_classes)}, but the run's"
+                f" are {', '.join(self.classes)}",
             )
 
-    def precision(self, node: yaml.Node) -> tuple[float | None, ...]:
-        found: dict[int, float] = {}
-        for key, value in self.entries(node, "precision"):
-            number = self.number(value, f"the precision of {key.value!r}")
-            if number == 0:
+    def parse_precision(self, node: yaml.Node) -> tuple[float | None, ...]:
+        by_class: dict[int, float] = {}
+        for class_node, number_node in self.parse_pairs(node, "precision"):
+            name = class_node.value
+            precision = self.parse_number(number_node, f"the precision of {name!r}")
+            if precision == 0:
                 self.fail(
-                    value,
-                    f"the precision of {key.value!r} is 0; names that are never right"
-                    " belong under ignore",
+                    number_node,
+                    f"the precision of {name!r} is 0; names that are never right belong"
+                    " under ignore",
                 )
-            found[self.column(key, "precision")] = number
-        return tuple(found.get(k) for k in range(len(self.classes)))
+            by_class[self.parse_class(class_node, "precision")] = precision
+        return tuple(by_class.get(k) for k in range(len(self.classes)))
 
-    def confusion(self, node: yaml.Node) -> tuple[tuple[float, ...] | None, ...]:
-        found: dict[int, tuple[float, ...]] = {}
-        for key, value in self.entries(node, "confusion"):
-            found[self.column(key, "confusion")] = self.confusion_row(value, key.value)
-        return tuple(found.get(k) for k in range(len(self.classes)))
+    def parse_confusion(self, node: yaml.Node) -> tuple[tuple[float, ...] | None, ...]:
+        by_class: dict[int, tuple[float, ...]] = {}
+        for class_node, row_node in self.parse_pairs(node, "confusion"):
+            label = self.parse_class(class_node, "confusion")
+            by_class[label] = self.parse_confusion_row(row_node, class_node.value)
+        return tuple(by_class.get(k) for k in range(len(self.classes)))
 
-    def confusion_row(self, node: yaml.Node, name: str) -> tuple[float, ...]:
-        row = [0.0] * (len(self.classes) + 1)
-        for key, value in self.entries(node, f"the confusion of {name!r}"):
-            column = (
-                len(self.classes)
-                if key.value == BACKGROUND
-                else self.column(key, f"confusion of {name}")
-            )
-            row[column] = self.number(
-                value, f"the share of {key.value!r} in the confusion of {name!r}"
+    def parse_confusion_row(self, node: yaml.Node, name: str) -> tuple[float, ...]:
+        background = len(self.classes)
+        row = [0.0] * (background + 1)
+        for class_node, share_node in self.parse_pairs(
+            node, f"the confusion of {name!r}"
+        ):
+            column = background
+            if class_node.value != BACKGROUND:
+                column = self.parse_class(class_node, f"confusion of {name}")
+            row[column] = self.parse_number(
+                share_node,
+                f"the share of {class_node.value!r} in the confusion of {name!r}",
             )
         if abs(sum(row) - 1) > ROW_TOLERANCE:
             self.fail(node, f"the confusion of {name!r} sums to {sum(row):g}, not 1")
         return tuple(row)
 
-    def column(self, node: yaml.Node, name: str) -> int:
-        given = self.text(node, f"the class of {name!r}")
-        if given not in self.classes:
+    def parse_class(self, node: yaml.Node, name: str) -> int:
+        """Return the index of a class of the run."""
+        class_name = self.parse_text(node, f"the class of {name!r}")
+        if class_name not in self.classes:
             self.fail(
                 node,
-                f"{name!r}: {given!r} is none of the classes {', '.join(self.classes)}",
+                f"{name!r}: {class_name!r} is none of the classes"
+                f" {', '.join(self.classes)}",
             )
-        return self.classes.index(given)
+        return self.classes.index(class_name)
 
-    def number(self, node: yaml.Node, what: str) -> float:
-        text = self.text(node, what)
+    def parse_number(self, node: yaml.Node, description: str) -> float:
+        text = self.parse_text(node, description)
         try:
             number = float(text)
         except ValueError:
             number = math.nan
         if not 0 <= number <= 1:
-            self.fail(node, f"{what} must be a number in 0..1; got {text!r}")
+            self.fail(node, f"{description} must be a number in 0..1; got {text!r}")
         return number
 
-    def text(self, node: yaml.Node, what: str) -> str:
-        """What is written, also where YAML would read a number or a truth value: ``no:
-        car``, ``3: bus``.
+    def parse_text(self, node: yaml.Node, description: str) -> str:
+        """Return the text as it is written, also where YAML would read a number or a
+        Boolean: ``no: car``, ``3: bus``.
         """
         if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
-            self.fail(node, f"{what} must be a word; got {_kind(node)}")
+            self.fail(node, f"{description} must be a word; got {_describe_node(node)}")
         return str(node.value)
 
-    def items(self, node: yaml.Node, what: str) -> list[yaml.Node]:
+    def parse_list(self, node: yaml.Node, description: str) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode):
-            self.fail(node, f"{what} must be a list; got {_kind(node)}")
+            self.fail(node, f"{description} must be a list; got {_describe_node(node)}")
         return list(node.value)
 
-    def entries(self, node: yaml.Node, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    def parse_keys(
+        self, node: yaml.Node, allowed: Sequence[str], description: str
+    ) -> dict[str, yaml.Node]:
+        """Return the nodes of a mapping with fixed keys."""
+        nodes = {}
+        for key_node, node_of_key in self.parse_pairs(node, description):
+            if key_node.value not in allowed:
+                self.fail(
+                    key_node,
+                    f"{description} has the unknown key {key_node.value!r}; expected"
+                    f" {', '.join(allowed)}",
+                )
+            nodes[key_node.value] = node_of_key
+        return nodes
+
+    def parse_pairs(
+        self, node: yaml.Node, description: str
+    ) -> list[tuple[yaml.Node, yaml.Node]]:
+        """Return the keys and values of a mapping; no key may be repeated."""
         if not isinstance(node, yaml.MappingNode):
-            self.fail(node, f"{what} must be a mapping; got {_kind(node)}")
+            self.fail(
+                node, f"{description} must be a mapping; got {_describe_node(node)}"
+            )
         lines: dict[str, int] = {}
-        for key, _ in node.value:
-            text = self.text(key, f"a key of {what}")
+        for key_node, _ in node.value:
+            text = self.parse_text(key_node, f"a key of {description}")
             if text in lines:
                 self.fail(
-                    key, f"{text!r} is given again; it is already on line {lines[text]}"
+                    key_node,
+                    f"{text!r} is given again; it is already on line {lines[text]}",
                 )
-            lines[text] = _line(key)
+            lines[text] = _line_number(key_node)
         return list(node.value)
 
     def fail(self, node: yaml.Node, problem: str) -> NoReturn:
-        raise ConfigError(f"{self.path}, line {_line(node)}: {problem}")
+        raise ConfigError(f"{self.path}, line {_line_number(node)}: {problem}")
 
 
-def _line(node: yaml.Node) -> int:
+def _line_number(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _kind(node: yaml.Node) -> str:
+def _describe_node(node: yaml.Node) -> str:
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):

@@ -176,7 +176,7 @@ class ReplyJournal:
             decoded = self._adapter.decode(headers, body, self._query, call.frame)
             if isinstance(decoded, Pending) and decoded.request is None:
                 raise ProtocolError(
-                    "the service accepted the image as a task but did not name the task",
+                    "the service accepted the image as a task that it does not name",
                     may_have_billed=True,
                 )
             return decoded

@@ -148,7 +148,7 @@ PROBLEMS = [
     ("service: http\nmap: {Car: car\n", "not YAML"),
     ("service: http\n", "line 1: 'map' is missing"),
     ("map: {Car: car}\n", "'service' is missing"),
-    ("service: http\nmap: {Car: car}\nnames: {}\n", "line 3: unknown key 'names'"),
+    ("service: http\nmap: {Car: car}\nnames: {}\n", "line 3: a label map has the unknown key 'names'"),
     ("service: http\nmap: {}\n", "line 2: map names nothing"),
     ("service: http\nmap:\n", "map must be a mapping; got nothing"),
     ("service: [a]\nmap: {Car: car}\n", "line 1: service must be a word; got a list"),

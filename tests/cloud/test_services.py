@@ -33,7 +33,7 @@ from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import ConfigError, ImageRejected
 
 from .cases import CASES, Case
-from .conftest import InBodyAdapter
+from .conftest import HarnessBuilder, InBodyAdapter
 from .emulator import PROVIDERS, Emulator, scene
 from .emulator import app as emulated
 
@@ -42,7 +42,7 @@ ADDRESS = "https://mine.example.com"
 FOLDER = ("folder", "--images", "pictures", "--classes", "person,dog")
 
 
-def cloud(service: str, **settings: Any) -> Cloud:
+def _cloud_config(service: str, **settings: Any) -> Cloud:
     return Cloud(**{"service": service, "coordinates": "xyxy_1000", **settings})
 
 
@@ -52,27 +52,27 @@ def test_every_service_is_offered() -> None:
 
 @pytest.mark.parametrize("service", ALL)
 def test_adapters_and_addresses(service: str) -> None:
-    adapter = adapter_for(cloud(service))
+    adapter = adapter_for(_cloud_config(service))
     assert adapter.capabilities.name
-    assert endpoint_for(cloud(service, url=ADDRESS), adapter) == ADDRESS
+    assert endpoint_for(_cloud_config(service, url=ADDRESS), adapter) == ADDRESS
     if adapter.capabilities.url:
-        assert endpoint_for(cloud(service), adapter).startswith("https://")
-        assert "{" not in endpoint_for(cloud(service), adapter)
+        assert endpoint_for(_cloud_config(service), adapter).startswith("https://")
+        assert "{" not in endpoint_for(_cloud_config(service), adapter)
     else:
         with pytest.raises(ConfigError, match=r"--cloud\.url"):
-            endpoint_for(cloud(service), adapter)
+            endpoint_for(_cloud_config(service), adapter)
 
 
 @pytest.mark.parametrize(
     "service", ["http", "azure-vision", "hf-endpoint", "openai-vlm"]
 )
 def test_services_that_every_user_has_elsewhere(service: str) -> None:
-    assert adapter_for(cloud(service)).capabilities.url == ""
+    assert adapter_for(_cloud_config(service)).capabilities.url == ""
 
 
 def test_names_of_adapters_differ() -> None:
-    """They are part of the journal's key."""
-    names = [adapter_for(cloud(service)).capabilities.name for service in ALL]
+    """Names must differ, since they are part of the journal's key."""
+    names = [adapter_for(_cloud_config(service)).capabilities.name for service in ALL]
     assert len(set(names)) == len(names)
 
 
@@ -83,18 +83,14 @@ def test_a_local_server_needs_no_address_and_speaks_the_reference_format() -> No
 
 
 def test_the_region_of_rekognition() -> None:
-    adapter = adapter_for(cloud("rekognition"))
-    assert (
-        endpoint_for(cloud("rekognition"), adapter)
-        == "https://rekognition.us-east-1.amazonaws.com"
-    )
-    assert (
-        endpoint_for(cloud("rekognition", region="eu-west-1"), adapter)
-        == "https://rekognition.eu-west-1.amazonaws.com"
-    )
+    adapter = adapter_for(_cloud_config("rekognition"))
+    default_region = endpoint_for(_cloud_config("rekognition"), adapter)
+    assert default_region == "https://rekognition.us-east-1.amazonaws.com"
+    ireland = endpoint_for(_cloud_config("rekognition", region="eu-west-1"), adapter)
+    assert ireland == "https://rekognition.eu-west-1.amazonaws.com"
     for region in ("", "evil.example.com/", "eu west"):
         with pytest.raises(ConfigError, match=r"cloud\.region"):
-            endpoint_for(cloud("rekognition", region=region), adapter)
+            endpoint_for(_cloud_config("rekognition", region=region), adapter)
 
 
 def test_coordinates_must_be_said() -> None:
@@ -108,15 +104,11 @@ def test_coordinates_are_part_of_the_question(
     monkeypatch.setenv("OPENAI_API_KEY", "secret-token")
     keys = set()
     for coordinates in ("xyxy_1000", "yxyx_1000", "xyxy_pixels"):
-        config = cloud("openai-vlm", url=ADDRESS, coordinates=coordinates)
-        client = CloudClient(
-            config,
-            ("car",),
-            ADDRESS,
-            open_journal(str(tmp_path)),
-            LocalGovernor(Governor(governor_limits(config))),
-        )
-        keys.add(client.key(noise(64, 48)))
+        config = _cloud_config("openai-vlm", url=ADDRESS, coordinates=coordinates)
+        governor = LocalGovernor(Governor(governor_limits(config)))
+        journal = open_journal(str(tmp_path))
+        client = CloudClient(config, ("car",), ADDRESS, journal, governor)
+        keys.add(client.key(_noise_image(64, 48)))
     assert len(keys) == 3
 
 
@@ -126,13 +118,14 @@ def test_a_server_of_one_s_own_gets_images_as_large_as_one_says(
 ) -> None:
     assert (
         longest_side(
-            cloud(service, max_side=20_000), adapter_for(cloud(service)).capabilities
+            _cloud_config(service, max_side=20_000),
+            adapter_for(_cloud_config(service)).capabilities,
         )
         == side
     )
-    assert longest_side(cloud(service), adapter_for(cloud(service)).capabilities) == min(
-        4096, side
-    )
+    assert longest_side(
+        _cloud_config(service), adapter_for(_cloud_config(service)).capabilities
+    ) == min(4096, side)
 
 
 def test_an_unknown_service() -> None:
@@ -158,8 +151,8 @@ TOKENS = {
 def test_variables_of_tokens(
     service: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert token_variable(cloud(service)) == TOKENS[service]
-    assert token_variable(cloud(service, token_env="MINE")) == "MINE"
+    assert token_variable(_cloud_config(service)) == TOKENS[service]
+    assert token_variable(_cloud_config(service, token_env="MINE")) == "MINE"
     for name in (
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
@@ -167,39 +160,40 @@ def test_variables_of_tokens(
         *filter(None, TOKENS.values()),
     ):
         monkeypatch.delenv(name, raising=False)
-    config = cloud(service, url=ADDRESS)
+    config = _cloud_config(service, url=ADDRESS)
 
-    def client() -> CloudClient:
+    def build_client() -> CloudClient:
         governor = LocalGovernor(Governor(governor_limits(config)))
-        return CloudClient(
-            config, ("car",), ADDRESS, open_journal(str(tmp_path)), governor
-        )
+        journal = open_journal(str(tmp_path))
+        return CloudClient(config, ("car",), ADDRESS, journal, governor)
 
-    missing = TOKENS[service] or (
-        "AWS_ACCESS_KEY_ID" if service == "rekognition" else None
-    )
-    if missing is None:
-        client()
+    variable = "AWS_ACCESS_KEY_ID" if service == "rekognition" else TOKENS[service]
+    if variable is None:
+        build_client()
         return
-    with pytest.raises(ConfigError, match=missing):
-        client()
-    for name in (missing, "AWS_SECRET_ACCESS_KEY"):
+    with pytest.raises(ConfigError, match=variable):
+        build_client()
+    for name in (variable, "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret-token")
-    (
-        asyncio.run(client().check())
-        if adapter_for(config).capabilities.health_path is None
-        else client()
-    )
+    client = build_client()
+    if adapter_for(config).capabilities.health_path is None:
+        asyncio.run(client.check())
 
 
 def test_limits_of_a_service() -> None:
     assert governor_limits(Cloud()).per_minute is None
     assert governor_limits(Cloud()).rate == 50
-    assert governor_limits(cloud("dino-x")).rate == 10
-    assert governor_limits(cloud("dino-x")).per_minute == 600
-    assert governor_limits(cloud("dino-x", per_minute=60.0, per_day=7)).per_minute == 60
-    assert governor_limits(cloud("dino-x", per_minute=60.0, per_day=7)).per_day == 7
-    assert governor_limits(cloud("dino-x", per_minute=6000.0)).rate == 50
+    assert governor_limits(_cloud_config("dino-x")).rate == 10
+    assert governor_limits(_cloud_config("dino-x")).per_minute == 600
+    assert (
+        governor_limits(_cloud_config("dino-x", per_minute=60.0, per_day=7)).per_minute
+        == 60
+    )
+    assert (
+        governor_limits(_cloud_config("dino-x", per_minute=60.0, per_day=7)).per_day
+        == 7
+    )
+    assert governor_limits(_cloud_config("dino-x", per_minute=6000.0)).rate == 50
     for unusable in ({"per_minute": 0.0}, {"per_minute": -1.0}, {"per_day": 0}):
         with pytest.raises(ConfigError, match="per_minute"):
             Cloud(**unusable)  # type: ignore[arg-type]
@@ -210,7 +204,7 @@ CAPABILITIES = Capabilities(
 )
 
 
-def test_too_many_classes(build_harness: Any) -> None:
+def test_too_many_classes(build_harness: HarnessBuilder) -> None:
     few = InBodyAdapter({"max_classes": 2})
     with pytest.raises(ConfigError, match="at most 2 classes, got 3"):
         build_harness(httpx.Response(200), adapter=few)
@@ -221,47 +215,51 @@ def test_too_many_classes(build_harness: Any) -> None:
 def test_a_token_that_would_not_be_used(service: str) -> None:
     with pytest.raises(ConfigError, match=r"remove cloud\.token_env"):
         check_service_settings(
-            cloud(service, token_env="X"),
+            _cloud_config(service, token_env="X"),
             ("a",),
-            adapter_for(cloud(service)).capabilities,
+            adapter_for(_cloud_config(service)).capabilities,
         )
 
 
-def test_another_label_map_is_not_another_question(build_harness: Any, tmp_path: Path) -> None:
+def test_another_label_map_is_not_another_question(
+    build_harness: HarnessBuilder, tmp_path: Path
+) -> None:
     file = tmp_path / "map.yaml"
     file.write_text("service: http\nmap:\n  sedan: car\n")
-    subject, mapped = (
-        build_harness(httpx.Response(200)),
-        build_harness(httpx.Response(200), label_map=str(file)),
+    harness = build_harness(httpx.Response(200))
+    mapped_harness = build_harness(httpx.Response(200), label_map=str(file))
+    assert harness.client._query.labels is None
+    assert mapped_harness.client._query.labels.find(["Sedan"]) == (0, 1.0)
+    assert harness.client.key(_noise_image(64, 48)) == mapped_harness.client.key(
+        _noise_image(64, 48)
     )
-    assert subject.client._query.labels is None
-    assert mapped.client._query.labels.find(["Sedan"]) == (0, 1.0)
-    assert subject.client.key(noise(64, 48)) == mapped.client.key(noise(64, 48))
 
 
-def test_a_label_map_for_another_service(build_harness: Any, tmp_path: Path) -> None:
+def test_a_label_map_for_another_service(
+    build_harness: HarnessBuilder, tmp_path: Path
+) -> None:
     file = tmp_path / "map.yaml"
     file.write_text("service: rekognition\nmap:\n  sedan: car\n")
     with pytest.raises(ConfigError, match="rekognition"):
         build_harness(httpx.Response(200), label_map=str(file))
 
 
-def noise(width: int, height: int, max_side: int = 4096) -> CanonicalImage:
+def _noise_image(width: int, height: int, max_side: int = 4096) -> CanonicalImage:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
     sink = io.BytesIO()
-    Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    ).save(sink, "PNG")
+    Image.fromarray(pixels).save(sink, "PNG")
     return canonical_image(sink.getvalue(), max_side)
 
 
-def with_limits(**limits: int) -> Capabilities:
+def _capabilities_with(**limits: int) -> Capabilities:
     return Capabilities(
         "some", open_vocabulary=True, per_class_scores=False, idempotent=False, **limits
     )  # type: ignore[arg-type]
 
 
 def test_an_image_that_fits_is_sent_as_it_is() -> None:
-    image = noise(64, 48)
+    image = _noise_image(64, 48)
     assert shrink_to_limits(image, CAPABILITIES, 4096) is image
 
 
@@ -273,20 +271,19 @@ def test_an_image_that_fits_is_sent_as_it_is() -> None:
 def test_images_are_made_to_fit(
     size: tuple[int, int], max_side: int, max_bytes: int
 ) -> None:
-    image = noise(*size)
+    image = _noise_image(*size)
     try:
-        sent = shrink_to_limits(image, with_limits(max_bytes=max_bytes, min_side=4), max_side)
+        sent = shrink_to_limits(
+            image, _capabilities_with(max_bytes=max_bytes, min_side=4), max_side
+        )
     except ImageRejected:
         assert size == (400, 20)
         return
     assert max(sent.width, sent.height) <= max_side
     assert len(sent.data) <= max_bytes
     assert min(sent.width, sent.height) >= 4
-    assert (sent.original, sent.image_id, sent.media_type) == (
-        image.original,
-        image.image_id,
-        "image/jpeg",
-    )
+    assert (sent.original, sent.image_id) == (image.original, image.image_id)
+    assert sent.media_type == "image/jpeg"
     with Image.open(io.BytesIO(sent.data)) as opened:
         assert opened.size == (sent.width, sent.height)
     assert sent.width / sent.height == pytest.approx(size[0] / size[1], rel=0.2)
@@ -305,23 +302,26 @@ def test_images_are_made_to_fit(
 )
 def test_images_that_can_not_be_sent(limits: dict[str, int]) -> None:
     with pytest.raises(ImageRejected, match="64 x 48") as caught:
-        shrink_to_limits(noise(64, 48), with_limits(**limits), 4096)
+        shrink_to_limits(_noise_image(64, 48), _capabilities_with(**limits), 4096)
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("equals", [False, True])
 @pytest.mark.parametrize(
-    ("value", "service", "url"),
+    ("cloud", "service", "url"),
     [
         ("dino-x", "dino-x", ""),
         ("https://c.example.com", "http", "https://c.example.com"),
     ],
 )
 def test_the_cloud_by_name_or_address(
-    value: str, service: str, url: str, equals: bool
+    cloud: str, service: str, url: str, equals: bool
 ) -> None:
-    given = [f"--cloud={value}"] if equals else ["--cloud", value]
-    for arguments in ((*FOLDER, *given), ("folder", *given, *FOLDER[1:])):
+    cloud_arguments = [f"--cloud={cloud}"] if equals else ["--cloud", cloud]
+    for arguments in (
+        (*FOLDER, *cloud_arguments),
+        ("folder", *cloud_arguments, *FOLDER[1:]),
+    ):
         config = cli.parse_run_arguments(arguments)[0].cloud
         assert (config.service, config.url) == (service, url)
 
@@ -358,38 +358,45 @@ UNUSABLE_CLOUDS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), UNUSABLE_CLOUDS)
-def test_clouds_that_can_not_be_used(given: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
-        cli.parse_run_arguments((*FOLDER, *given))
+@pytest.mark.parametrize(("cloud_arguments", "message"), UNUSABLE_CLOUDS)
+def test_clouds_that_can_not_be_used(
+    cloud_arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        cli.parse_run_arguments((*FOLDER, *cloud_arguments))
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["folder", "--settings"]])
 def test_help_imports_no_adapter(arguments: list[str]) -> None:
-    code = (
-        "import sys\nfrom coin_ray import cli\ntry:\n   "
-        f" cli.parse_run_arguments({arguments!r})\nexcept SystemExit as end:\n    assert not"
-        " end.code\nprint(sorted({'torch', 'httpx', 'ray', 'botocore',"
-        " 'coin_ray.cloud.client', 'coin_ray.cloud.adapters.dds'} &"
-        " set(sys.modules)))"
-    )
-    done = subprocess.run(
+    code = f"""
+import sys
+from coin_ray.commands import arguments
+try:
+    arguments.parse_run_arguments({arguments!r})
+except SystemExit as end:
+    assert not end.code
+heavy = {{"torch", "httpx", "ray", "botocore"}}
+heavy |= {{"coin_ray.cloud.client", "coin_ray.cloud.adapters.dds"}}
+print(sorted(heavy & set(sys.modules)))
+"""
+    process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert process.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_client_and_a_service(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Signature, path, task and polls as the service wants them, from the first request
-    to an answer that is never paid again."""
+    """Signature, path, task and polls are as the service requires, from the first request
+    to an answer that is never paid again.
+    """
     monkeypatch.setenv("CLOUD_TOKEN", emulated.TOKEN)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", emulated.AWS_KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", emulated.AWS_SECRET)
@@ -425,11 +432,7 @@ def test_the_client_and_a_service(
         return [await client.answer(image), await client.answer(image)]
 
     first, second = asyncio.run(run())
-    assert (first.error, first.status, first.calls, second.status) == (
-        None,
-        "ok",
-        1,
-        "cached",
-    )
+    assert (first.error, first.status, first.calls) == (None, "ok", 1)
+    assert second.status == "cached"
     assert sorted(first.raw.class_scores.argmax(1).tolist()) == [0, 2]
     assert server.billed[case.provider] == 1
