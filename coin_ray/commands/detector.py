@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from coin_ray import storage
 from coin_ray.commands.arguments import split_class_names
-from coin_ray.config.detector_presets import REAL_TIME_PRESETS, DETECTOR_PRESETS
+from coin_ray.config.data import DEMO_CLASSES
+from coin_ray.config.detector_presets import DETECTOR_PRESETS, REAL_TIME_PRESETS
 from coin_ray.config.detector_training import (
     DEMO,
-    DEMO_CLASSES,
     DEMO_SOURCE,
     DetectorConfig,
     DetectorModel,

@@ -6,6 +6,7 @@ Secrets are never settings: a config holds the name of an environment variable.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +116,7 @@ class PipelineConfig:
         )
 
 
-def _unpickle_config(package: str, fields: dict[str, Any]) -> PipelineConfig:
+def _unpickle_config(package: str, fields: Mapping[str, Any]) -> PipelineConfig:
     return PipelineConfig(**relocate_paths(fields, package, PACKAGE))
 
 

@@ -13,6 +13,9 @@ from coin_ray.config import IN_PACKAGE, PACKAGE, PipelineConfig, relocate_paths
 from coin_ray.errors import ConfigError
 from coin_ray.storage import read_bytes
 
+NestedSettings = dict[str, Any]
+"""Settings by name; those of a section are a mapping of their own."""
+
 RENAMED_SETTINGS = {"separate.cloud_vectors": "labels.cloud_vectors"}
 """Current names by earlier names, which older config files hold."""
 REMOVED_SETTINGS = {
@@ -53,7 +56,7 @@ def read_config(uri: str) -> PipelineConfig:
     return parse_config(settings, uri)
 
 
-def parse_config(settings: dict[str, Any], origin: str) -> PipelineConfig:
+def parse_config(settings: NestedSettings, origin: str) -> PipelineConfig:
     """Build the config from nested dicts of settings.
 
     Raises ConfigError naming ``origin``, the setting and what was expected.
@@ -70,7 +73,7 @@ def parse_config(settings: dict[str, Any], origin: str) -> PipelineConfig:
         raise ConfigError(f"{origin}: {'; '.join(problems)}") from error
 
 
-def _drop_removed(settings: dict[str, Any], origin: str) -> dict[str, Any]:
+def _drop_removed(settings: NestedSettings, origin: str) -> NestedSettings:
     """Return the settings without removed ones; raise ConfigError if one has a value."""
     for setting, reason in REMOVED_SETTINGS.items():
         section_name, name = setting.split(".")
@@ -87,7 +90,7 @@ def _drop_removed(settings: dict[str, Any], origin: str) -> dict[str, Any]:
     return settings
 
 
-def _apply_renames(settings: dict[str, Any]) -> dict[str, Any]:
+def _apply_renames(settings: NestedSettings) -> NestedSettings:
     """Return the settings by their current names; a current name takes precedence."""
     for old, new in RENAMED_SETTINGS.items():
         old_section, old_name = old.split(".")

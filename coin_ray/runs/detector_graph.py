@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from coin_ray.config.detector_training import DEMO_SOURCE, DetectorConfig, SourceScenes
 from coin_ray.runs.runner import run_missing_steps
@@ -21,8 +20,7 @@ def build_detector_steps(
     """
     if config.data == DEMO_SOURCE:
         scenes = scenes or SourceScenes()
-        options = {"scenes": scenes}
-        images = Step("images", "source_scenes", scenes, options=options)
+        images = Step("images", "source_scenes", scenes, options={"scenes": scenes})
     else:
         images = Step("images", "images", config.pipeline.data)
     options = _training_options(config)
@@ -55,13 +53,13 @@ def run_missing_detector_steps(
     )
 
 
-def _training_options(config: DetectorConfig) -> dict[str, Any]:
+def _training_options(config: DetectorConfig) -> dict[str, object]:
     """Return what results depend on.
 
     The fields that are no part of the config's identity came later: they count only if
     they are not as they were before.
     """
-    options: dict[str, Any] = {"detector": config}
+    options: dict[str, object] = {"detector": config}
     if config.ship != "base":
         options["ship"] = config.ship
     if config.model != "co-detr":

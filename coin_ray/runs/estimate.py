@@ -194,7 +194,7 @@ def _answered_images(
     clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
     rows = storage.read_table(image_table).to_pylist()
     asked_rows = [row for row in rows if row["split"] != "val"]
-    journal_keys: set[str] = journal.keys()
+    journal_keys: Sequence[str] = journal.keys()
     answered_keys = {key for key in journal_keys if not key.endswith(TASK)}
     unmatched_keys = set(answered_keys)
     for row in asked_rows:

@@ -102,9 +102,9 @@ class Step:
         return read_manifest(self.folder(root)) if self.is_finished(root) else None
 
 
-def _unpickle_step(package: str, fields_by_name: dict[str, Any]) -> Step:
+def _unpickle_step(package: str, fields_by_name: Mapping[str, Any]) -> Step:
     local_identity = relocate_paths(fields_by_name["identity"], package, PACKAGE)
-    return Step(**(fields_by_name | {"identity": local_identity}))
+    return Step(**{**fields_by_name, "identity": local_identity})
 
 
 @dataclass(frozen=True)

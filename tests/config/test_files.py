@@ -304,3 +304,22 @@ def test_settings_that_came_later_leave_what_was_made_before() -> None:
     assert fingerprints.to_identity(dataclasses.replace(demo(), corrections=("x",)))[
         "corrections"
     ] == ["x"]
+
+
+def test_an_empty_schedule_of_the_removed_population_search_is_read() -> None:
+    settings = dataclasses.asdict(demo())
+    settings["distill"]["schedule"] = []
+    assert parse_config(settings, "old.yaml") == demo()
+
+
+def test_a_schedule_of_the_removed_population_search_is_an_error() -> None:
+    settings = dataclasses.asdict(demo())
+    change = {"start": 100, "alignment": 1.0, "inconsistent": 1.0, "private": 1.0}
+    settings["distill"]["schedule"] = [change]
+    with pytest.raises(ConfigError, match=r"old\.yaml: distill\.schedule .*removed in"):
+        parse_config(settings, "old.yaml")
+
+
+def test_a_renamed_config_class_keeps_its_name_in_fingerprints() -> None:
+    assert fingerprints.to_identity(TrainingConfig())[""] == "Optimize"
+    assert fingerprints.to_identity(DemoScenes())[""] == "DemoScenes"

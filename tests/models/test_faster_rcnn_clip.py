@@ -11,7 +11,8 @@ from builders import CLASSES, tiny_clip, tiny_detector
 from PIL import Image
 from torch import Tensor
 
-from coin_ray.config.presets import DEMO_CLASSES, DEMO_CLIP, TINY_DETECTOR
+from coin_ray.config.data import DEMO_CLASSES
+from coin_ray.config.presets import DEMO_CLIP, TINY_DETECTOR
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.models.faster_rcnn_clip.rpn import inside_image
 from coin_ray.predictors.student import load_exported_student, write_exported_student

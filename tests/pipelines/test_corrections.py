@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_runs import asked
 
-from coin_ray.config.presets import DEMO_CLASSES
+from coin_ray.config.data import DEMO_CLASSES
 from coin_ray.data.review import cvat
-from coin_ray.data.review.record import Box, Review
+from coin_ray.data.review.reviews import Review, ReviewedBox
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REVIEWED = 6
@@ -71,7 +71,7 @@ def corrected(review: Review) -> Review:
     """What a person hands back: one box, of a class that nobody said there, around the
     middle."""
     width, height = review.width, review.height
-    box = Box((width / 4, height / 4, width / 2, height / 2), DEMO_CLASSES[-1])
+    box = ReviewedBox((width / 4, height / 4, width / 2, height / 2), DEMO_CLASSES[-1])
     return replace(review, boxes=(box,), reviewed=True)
 
 
@@ -91,9 +91,9 @@ def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
         "--most",
         str(REVIEWED),
     )
-    given = cvat.read(str(tmp_path / "out" / "annotations.xml"))
+    given = cvat.read_cvat(str(tmp_path / "out" / "annotations.xml"))
     (tmp_path / "back.xml").write_bytes(
-        cvat.as_xml([corrected(review) for review in given])
+        cvat.cvat_xml([corrected(review) for review in given])
     )
     run(
         "full.py",
