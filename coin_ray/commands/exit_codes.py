@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -28,13 +29,15 @@ def run_command(
     ``resume_hint``: how to continue after Ctrl-C or a full disk.
     """
     try:
-        return command() or 0
+        exit_code = command() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\nstopped; {resume_hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         full_disk = find_full_disk(error)
         if full_disk is not None:
+            _discard_output()
             location = getattr(full_disk, "filename", None) or "the root of the run"
             print(
                 f"\nno space left on the device: {location}. Free some space, then"
@@ -46,6 +49,16 @@ def run_command(
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
         raise
+    return exit_code
+
+
+def _discard_output() -> None:
+    """Drop output that can't be written, which would change the exit code at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null_device = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_device, sys.stdout.fileno())
 
 
 def find_full_disk(error: BaseException) -> BaseException | None:

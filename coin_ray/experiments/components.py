@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from coin_ray import storage
+from coin_ray.config.co_detr import AuxiliaryHead, CoDetr
 from coin_ray.config.detector_training import DetectorConfig, SourceScenes
 from coin_ray.runs.detector_graph import (
     build_detector_steps,
@@ -24,9 +25,18 @@ class Components:
     """Which parts of Co-DETR are trained with. ``heads``: their description."""
 
     heads: str
-    auxiliary: tuple[str, ...]
+    auxiliary: tuple[AuxiliaryHead, ...]
     auxiliary_losses: bool
     positive_queries: bool
+
+    def change(self, co_detr: CoDetr) -> CoDetr:
+        """Return the settings with these components."""
+        return replace(
+            co_detr,
+            auxiliary=self.auxiliary,
+            auxiliary_losses=self.auxiliary_losses,
+            positive_queries=self.positive_queries,
+        )
 
 
 VARIANTS = {
@@ -91,12 +101,7 @@ def build_component_trials(
     trials = []
     for seed in seeds:
         for name, components in VARIANTS.items():
-            co_detr = replace(
-                config.co_detr,
-                auxiliary=components.auxiliary,  # type: ignore[arg-type]
-                auxiliary_losses=components.auxiliary_losses,
-                positive_queries=components.positive_queries,
-            )
+            co_detr = components.change(config.co_detr)
             changed = replace(config, co_detr=co_detr, ship="base", seed=seed)
             trials.append(ComponentTrial(name, seed, changed, scenes))
     return tuple(trials)

@@ -37,22 +37,22 @@ from coin_ray.config import Tracking
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.detector_presets import small
 from coin_ray.config.detector_training import DEMO_SOURCE, DetectorConfig, SourceScenes
-from coin_ray.data.augmentation import fit
+from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import SIZE, Artwork, compose
 from coin_ray.experiments import components
 from coin_ray.experiments.components import (
     QUICK_SCENES,
     QUICK_STEPS,
-    SETTINGS,
-    Arm,
-    arms,
+    VARIANTS,
+    ComponentTrial,
+    build_component_trials,
 )
 from coin_ray.models.co_detr.attention import DeformableAttention
 from coin_ray.models.co_detr.encoder import EncoderLayer, cell_centres
 from coin_ray.models.co_detr.targets import Targets
-from coin_ray.runs.summary import versions
-from coin_ray.stages.train_detector import new_model
+from coin_ray.runs.summary import package_versions
+from coin_ray.stages.train_detector import new_co_detr
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "results" / "co-detr.md"
@@ -67,14 +67,14 @@ LIMITS = {
 """What the ratios of times should not exceed."""
 
 
-def chosen(seeds: Sequence[int], *, quick: bool) -> list[Arm]:
+def chosen(seeds: Sequence[int], *, quick: bool) -> tuple[ComponentTrial, ...]:
     config = replace(
         small(), data=DEMO_SOURCE, classes=CLASSES, tracking=Tracking(enabled=False)
     )
     config = replace(
         config, fit=replace(config.fit, steps=QUICK_STEPS if quick else STEPS)
     )
-    return arms(config, seeds, QUICK_SCENES if quick else SCENES)
+    return build_component_trials(config, seeds, QUICK_SCENES if quick else SCENES)
 
 
 def ratio(
@@ -217,8 +217,8 @@ def costs(seconds: float) -> dict[str, Any]:
     the tiny preset, a batch of 8 scenes."""
     base = replace(small(), classes=CLASSES)
     models = {
-        name: new_model(
-            replace(base, co_detr=replace(base.co_detr, **SETTINGS[arm][1]))
+        name: new_co_detr(
+            replace(base, co_detr=VARIANTS[arm].change(base.co_detr))
         )
         for name, arm in (
             ("base", "none"),
@@ -277,12 +277,12 @@ def operations(model: Any, images: Any) -> list[str]:
 
 
 def batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
-    artwork = Artwork.of([d for d in load_drawings() if d.known_to_cloud])
+    artwork = Artwork.from_drawings([d for d in load_drawings() if d.known_to_cloud])
     scenes = [
         compose(artwork, "source", seed, (2, 5)) for seed in range(config.fit.batch)
     ]
     side = config.short_side
-    images = [fit(pil_to_tensor(s.image), side, config.long_side) for s in scenes]
+    images = [resize_to_fit(pil_to_tensor(s.image), side, config.long_side) for s in scenes]
     return images, [
         Targets(torch.from_numpy(s.boxes) * side / SIZE, torch.from_numpy(s.labels))
         for s in scenes
@@ -292,7 +292,7 @@ def batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
 def markdown(rows: dict[str, dict[str, Any]], speed: dict[str, Any]) -> str:
     parts = []
     if rows:
-        parts.append(components.markdown(rows))
+        parts.append(components.format_component_table(rows))
     if speed:
         parts += ["| time of | ratio | at most | |", "|---|---|---|---|"]
         for name, figures in speed.items():
@@ -314,7 +314,7 @@ def page(
     command: str,
     seeds: Sequence[int],
 ) -> str:
-    made = ", ".join(f"{name} {number}" for name, number in versions().items())
+    made = ", ".join(f"{name} {number}" for name, number in package_versions().items())
     return "\n".join(
         [
             "# Co-DETR: measured results\n",
@@ -365,8 +365,8 @@ def main(arguments: Sequence[str]) -> int:
     seeds = asked.seeds[:1] if asked.quick else asked.seeds
     rows: dict[str, dict[str, Any]] = {}
     if asked.only != "speed":
-        rows = components.run(
-            chosen(seeds, quick=asked.quick), storage.absolute(asked.root)
+        rows = components.run_component_trials(
+            chosen(seeds, quick=asked.quick), storage.absolute_uri(asked.root)
         )
     seconds = 2.0 if asked.quick else 20.0
     speed = (

@@ -29,11 +29,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coin_ray.commands.grid import Request, request
+from coin_ray.commands.studies import parse_study
 from coin_ray.errors import CoinError
 from coin_ray.experiments import studies
-from coin_ray.experiments.grid import Host
-from coin_ray.experiments.outcome import Row, markdown
+from coin_ray.experiments.grid import RunJobs
+from coin_ray.experiments.outcome import StudyRow, format_markdown
+from coin_ray.experiments.studies import StudyRequest
 from coin_ray.runs.summary import PACKAGES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,12 +54,12 @@ def studies_of(preset: str) -> list[str]:
     return ["baselines"] if preset == PLAIN_VIEW else list(STUDIES)
 
 
-def asked_of(study: str, preset: str, asked: Request) -> Request:
+def asked_of(study: str, preset: str, asked: StudyRequest) -> StudyRequest:
     five = study == "baselines" and preset != PLAIN_VIEW and tuple(asked.seeds) == SEEDS
     return replace(asked, seeds=BASELINE_SEEDS) if five else asked
 
 
-def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]:
+def requests(arguments: Sequence[str]) -> tuple[dict[str, StudyRequest], Path | None]:
     """A request by preset, and where the results go (None: only the roots). Raises
     ConfigError."""
     parser = argparse.ArgumentParser(
@@ -95,7 +96,7 @@ def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]
     )
     presets = {"demo": ["demo"], **photos}
     asked = {
-        name: request(
+        name: parse_study(
             [*first, "--root", f"{known.root}/{name}", *rest], "bench_coin.py", ""
         )
         for name, first in presets.items()
@@ -107,10 +108,10 @@ def requests(arguments: Sequence[str]) -> tuple[dict[str, Request], Path | None]
 
 
 def measure(
-    preset: str, asked: Request, host: Host, out: Path | None, command: str
-) -> dict[str, list[Row]]:
+    preset: str, asked: StudyRequest, host: RunJobs, out: Path | None, command: str
+) -> dict[str, list[StudyRow]]:
     """The studies one after the other; what is found so far is written after each."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[StudyRow]] = {}
     for name in studies_of(preset):
         found[name] = STUDIES[name][1](asked_of(name, preset, asked), host)
         if out is not None and not asked.dry_run:
@@ -118,7 +119,7 @@ def measure(
     return found
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Any]:
+def figures(rows: Sequence[StudyRow]) -> dict[str, Any]:
     """Mean, deviation and values of each row, as shares."""
     return {
         ", ".join(part for part in (row.name, row.group) if part): {
@@ -134,7 +135,7 @@ def numbers(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str) -> str:
+def page(preset: str, asked: StudyRequest, found: dict[str, list[StudyRow]], command: str) -> str:
     """Markdown with all tables, figures beside it, and what made them."""
     parts = [f"# {preset}: measured results\n"]
     for name in studies_of(preset):
@@ -142,7 +143,7 @@ def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str)
         if name in found:
             parts += [
                 f"## {title}\n",
-                markdown(found[name]),
+                format_markdown(found[name]),
                 f"![{title}]({preset}-{name}.svg)\n",
             ]
         else:
@@ -165,7 +166,7 @@ def page(preset: str, asked: Request, found: dict[str, list[Row]], command: str)
 
 
 def write(
-    out: Path, preset: str, asked: Request, found: dict[str, list[Row]], command: str
+    out: Path, preset: str, asked: StudyRequest, found: dict[str, list[StudyRow]], command: str
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{preset}.md").write_text(page(preset, asked, found, command))
@@ -176,7 +177,7 @@ def write(
 
 
 def main(arguments: Sequence[str]) -> int:
-    from coin_ray.experiments.tuning import under_tune
+    from coin_ray.experiments.tuning import run_jobs_with_tune
 
     try:
         asked, out = requests(arguments)
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
             else "make bench-coin"
         )
         found = {
-            preset: measure(preset, one, under_tune, out, command)
+            preset: measure(preset, one, run_jobs_with_tune, out, command)
             for preset, one in asked.items()
         }
     except CoinError as error:

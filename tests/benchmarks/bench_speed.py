@@ -29,16 +29,21 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from coin_ray.commands.arguments import Options
-from coin_ray.commands.export import Request, compared_images, int8_images, load_student
+from coin_ray.commands.arguments import RunOptions
+from coin_ray.commands.export import (
+    ExportRequest,
+    load_student,
+    read_compared_images,
+    read_int8_images,
+)
 from coin_ray.config import Cloud
-from coin_ray.config.files import from_yaml
+from coin_ray.config.yaml_files import read_config
 from coin_ray.export.int8 import int8_model
 from coin_ray.export.onnx_model import onnx_model
 from coin_ray.export.torchscript import torchscript
 from coin_ray.predictors.onnx_student import OnnxStudent
-from coin_ray.predictors.student import Predictor
-from coin_ray.runs.graph import graph
+from coin_ray.predictors.student import StudentPredictor
+from coin_ray.runs.graph import build_steps
 
 Work = Callable[[Image.Image], object]
 WARM_UP = 3
@@ -57,18 +62,18 @@ GDINO_TOKENS = 24
 def student_works(
     root: str, proposals: Sequence[int]
 ) -> tuple[dict[str, Work], list[Image.Image]]:
-    config = from_yaml(f"{root}/config.yaml")
-    steps = graph(config)
+    config = read_config(f"{root}/config.yaml")
+    steps = build_steps(config)
     works: dict[str, Work] = {}
     for count in proposals:
-        asked = Request(
+        asked = ExportRequest(
             replace(config, detector=replace(config.detector, proposals_test=count)),
-            Options(root, None, False, False),
+            RunOptions(root, None, False, False),
             "",
             (),
         )
         detector = load_student(asked, steps, {}).detector
-        eager = Predictor(config.classes, detector, detector.config)
+        eager = StudentPredictor(config.classes, detector, detector.config)
         works[f"student, text encoder for each image, {count} proposals"] = with_text(
             eager
         )
@@ -80,12 +85,12 @@ def student_works(
         model = onnx_model(detector, config.classes)
         works[f"{ONNX}, {count} proposals"] = OnnxStudent(model.SerializeToString())
         works[f"{INT8}, {count} proposals"] = OnnxStudent(
-            int8_model(model, int8_images(steps["images"], root).training)
+            int8_model(model, read_int8_images(steps["images"], root).training)
         )
-    return works, compared_images(steps["images"], root)
+    return works, read_compared_images(steps["images"], root)
 
 
-def with_text(predictor: Predictor) -> Work:
+def with_text(predictor: StudentPredictor) -> Work:
     def work(image: Image.Image) -> object:
         predictor.detector.cached_embeddings = None
         return predictor(image)
@@ -224,7 +229,7 @@ def main() -> int:
     )
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    config = from_yaml(f"{asked.root}/config.yaml")
+    config = read_config(f"{asked.root}/config.yaml")
     own = config.detector.proposals_test
     works, images = student_works(asked.root, asked.proposals or sorted({10, own, 100}))
     if asked.gdino_rounds:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from coin_ray.commands import arguments as cli
-from coin_ray.commands.arguments import parse
+from coin_ray.commands.arguments import parse_run_arguments
+from coin_ray.commands.main import main
 from coin_ray.config import Ensemble, Folder
-from coin_ray.config.files import to_yaml
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
 
 FULL = Path(__file__).parents[2] / "pipelines" / "full.py"
@@ -21,13 +22,13 @@ MINIMAL = ("folder", *IMAGES, "--classes", "person,dog", *CLOUD)
 
 def exit_code(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        parse(arguments)
+        parse_run_arguments(arguments)
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
 
 def test_a_first_run() -> None:
-    config, options = parse(MINIMAL)
+    config, options = parse_run_arguments(MINIMAL)
     assert isinstance(config.data, Folder)
     assert (config.data.images, config.classes, config.cloud.url) == (
         "pictures",
@@ -50,12 +51,16 @@ def test_a_first_run() -> None:
     ],
 )
 def test_classes(given: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    assert parse(("folder", *IMAGES, *CLOUD, *given))[0].classes == expected
-    assert parse(("folder", *given, *IMAGES, *CLOUD))[0].classes == expected
+    assert (
+        parse_run_arguments(("folder", *IMAGES, *CLOUD, *given))[0].classes == expected
+    )
+    assert (
+        parse_run_arguments(("folder", *given, *IMAGES, *CLOUD))[0].classes == expected
+    )
 
 
 def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() -> None:
-    config, _ = parse(
+    config, _ = parse_run_arguments(
         (
             "demo",
             "--student",
@@ -74,7 +79,7 @@ def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() 
     assert config.distill.co_detr.queries < 100
     assert exit_code("demo", "--student", "yolo") == 2
     with pytest.raises(ConfigError, match="remove --student"):
-        parse(("--config", "x.yaml", "--student", "co-detr"))
+        parse_run_arguments(("--config", "x.yaml", "--student", "co-detr"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() 
 )
 def test_what_is_missing_is_asked_for(arguments: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse(arguments)
+        parse_run_arguments(arguments)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_what_is_missing_is_asked_for(arguments: tuple[str, ...], said: str) -> 
 def test_impossible_classes(names: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused with a message and exit code 2, whoever notices."""
     try:
-        parse(("folder", *IMAGES, *CLOUD, "--classes", names))
+        parse_run_arguments(("folder", *IMAGES, *CLOUD, "--classes", names))
     except (ConfigError, SystemExit) as error:
         code = error.exit_code if isinstance(error, ConfigError) else error.code
         said = str(error) + capsys.readouterr().err
@@ -145,7 +150,7 @@ def test_short_names(equals: bool) -> None:
         if equals
         else [part for pair in pairs.items() for part in pair]
     )
-    config = parse(("folder", "--classes", "a", *given))[0]
+    config = parse_run_arguments(("folder", "--classes", "a", *given))[0]
     assert config.data == Folder("i", "v", "t")
     assert (config.collect.labeler, config.cloud.url) == ("none", "https://c")
 
@@ -163,9 +168,9 @@ def test_dotted_settings_and_options() -> None:
         "--seed",
         "3",
     )
-    config, options = parse(("demo", *given))
+    config, options = parse_run_arguments(("demo", *given))
     assert (config.distill.fit.steps, config.seed) == (7, 3)
-    assert options == cli.Options("s3://b/run", "collect", True, True)
+    assert options == cli.RunOptions("s3://b/run", "collect", True, True)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_several_clouds(given: tuple[str, ...], first: bool) -> None:
         if first
         else (*MINIMAL, *settings, *more)
     )
-    config = parse(arguments)[0]
+    config = parse_run_arguments(arguments)[0]
     assert [(c.service, c.url, c.max_usd) for c in config.clouds] == [
         ("http", "https://detector.example.com", None),
         ("dino-x", "", None),
@@ -199,18 +204,21 @@ def test_several_clouds(given: tuple[str, ...], first: bool) -> None:
 
 
 def test_one_more_cloud_with_an_equals_sign() -> None:
-    assert [c.service for c in parse((*MINIMAL, "--more-clouds=dino-x"))[0].clouds] == [
+    assert [
+        c.service
+        for c in parse_run_arguments((*MINIMAL, "--more-clouds=dino-x"))[0].clouds
+    ] == [
         "http",
         "dino-x",
     ]
-    assert parse(MINIMAL)[0].more_clouds == ()
+    assert parse_run_arguments(MINIMAL)[0].more_clouds == ()
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--more-clouds", "dino-y"), "neither an address"),
-        (("--more-clouds", "azure-vision"), "azure-vision has no address of its own"),
+        (("--more-clouds", "azure-vision"), "azure-vision has no public address"),
         (("--more-clouds", "https://detector.example.com"), "twice"),
         (
             (
@@ -221,7 +229,7 @@ def test_one_more_cloud_with_an_equals_sign() -> None:
                 "--labeler",
                 "none",
             ),
-            "CLIP's opinion",
+            "CLIP's labels of the first cloud's boxes",
         ),
     ],
 )
@@ -229,7 +237,7 @@ def test_more_clouds_that_can_not_be_used(
     arguments: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse((*MINIMAL, *arguments))
+        parse_run_arguments((*MINIMAL, *arguments))
 
 
 def test_settings_of_a_cloud_that_was_not_named() -> None:
@@ -241,28 +249,26 @@ def test_settings_of_a_cloud_that_was_not_named() -> None:
 
 def test_a_config_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    config = parse(("demo", "--seed", "5", "--more-clouds", "https://b", "dino-x"))[0]
+    config = parse_run_arguments(
+        ("demo", "--seed", "5", "--more-clouds", "https://b", "dino-x")
+    )[0]
     file.write_text(to_yaml(config))
-    assert parse(("--config", str(file)))[0] == config
+    assert parse_run_arguments(("--config", str(file)))[0] == config
 
 
 def test_errors_of_users_are_one_message(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["full.py", "folder"])
-    assert cli.main("full.py", "") == 2
+    assert main(["adapt", "folder"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("\nConfigError: which images")
     assert "Traceback" not in said
 
 
 def test_baselines_alone_need_baselines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["full.py", "demo", "--until", "oracle", "--root", str(tmp_path)]
-    )
-    assert cli.main("full.py", "") == 2
+    assert main(["adapt", "demo", "--until", "oracle", "--root", str(tmp_path)]) == 2
     assert "--baselines" in capsys.readouterr().err
 
 

@@ -21,8 +21,14 @@ from coin_ray.class_names import normalize_class_name
 from coin_ray.cloud.journal.base import AnswerRecord
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.label_map import load_label_map
-from coin_ray.commands import labels as tools
-from coin_ray.commands.labels import GUESS, Seen, SeenName, main, proposal, seen_names
+from coin_ray.cloud.label_proposal import GUESS_MARK, propose_label_map
+from coin_ray.cloud.observed_names import (
+    ObservedName,
+    ObservedNames,
+    count_observed_names,
+)
+from coin_ray.commands.journal import open_run_journal
+from coin_ray.commands.main import main
 from coin_ray.config import Clip
 from coin_ray.config.presets import folder
 from coin_ray.config.yaml_files import to_yaml
@@ -171,14 +177,14 @@ def test_names_are_found_in_every_service_s_answers(
     root: str, answer: object, names: dict[str, int]
 ) -> None:
     fill(root, answer)
-    seen = seen_names(tools._open(root))
+    seen = count_observed_names(open_run_journal(root))
     assert {str(n): c for n, c in seen.names.items()} == names
     assert (seen.answers, seen.unreadable) == (1, 0)
 
 
 def test_aliases_and_parents_come_with_the_name(root: str) -> None:
     fill(root, REKOGNITION, google(("/m/0k4j", "Car")), b"<html>", b"[" * 100_000)
-    seen = seen_names(tools._open(root))
+    seen = count_observed_names(open_run_journal(root))
     assert {n.candidates for n in seen.names} == {
         ("Man", "Gentleman", "Person"),
         ("/m/0k4j", "Car"),
@@ -191,7 +197,9 @@ def test_tasks_are_no_answers(root: str) -> None:
     open_journal(storage.join(root, "journal")).put(
         "1.task", AnswerRecord(json.dumps(google(("/m/1", "Task"))).encode())
     )
-    assert [str(n) for n in seen_names(tools._open(root)).names] == ["Car (/m/0k4j)"]
+    assert [str(n) for n in count_observed_names(open_run_journal(root)).names] == [
+        "Car (/m/0k4j)"
+    ]
 
 
 def check(file: Path, text: str, *more: str) -> int:
@@ -269,25 +277,27 @@ def embed(names: Sequence[str]) -> NDArray[np.float32]:
     )
 
 
-def seen(**names: int) -> Seen:
-    return Seen(
-        Counter({SeenName(n.replace("_", " ")): c for n, c in names.items()}), 10, 0
+def seen(**names: int) -> ObservedNames:
+    return ObservedNames(
+        Counter({ObservedName(n.replace("_", " ")): c for n, c in names.items()}), 10, 0
     )
 
 
 def test_a_proposal_maps_names_and_leaves_guesses_to_a_human(tmp_path: Path) -> None:
     names = Counter(
         {
-            SeenName("Car", "/m/0k4j"): 9,
-            SeenName("cars"): 8,
-            SeenName("Man", more=("Gentleman", "Person")): 7,
-            SeenName("Carriage"): 6,
-            SeenName("carriage"): 5,
-            SeenName("Tree"): 4,
-            SeenName("yes"): 3,
+            ObservedName("Car", "/m/0k4j"): 9,
+            ObservedName("cars"): 8,
+            ObservedName("Man", related=("Gentleman", "Person")): 7,
+            ObservedName("Carriage"): 6,
+            ObservedName("carriage"): 5,
+            ObservedName("Tree"): 4,
+            ObservedName("yes"): 3,
         }
     )
-    text = proposal(Seen(names, 10, 0), CLASSES, "google-vision", embed)
+    text = propose_label_map(
+        ObservedNames(names, 10, 0), CLASSES, "google-vision", embed
+    )
     file = tmp_path / "map.yaml"
     file.write_text(text)
     labels = load_label_map(str(file), CLASSES)
@@ -305,21 +315,25 @@ def test_a_proposal_maps_names_and_leaves_guesses_to_a_human(tmp_path: Path) -> 
         "Person": "folded, alias or parent of Man, 7 boxes",
     }
     guesses = [
-        line.removeprefix(GUESS) for line in text.splitlines() if line.startswith(GUESS)
+        line.removeprefix(GUESS_MARK)
+        for line in text.splitlines()
+        if line.startswith(GUESS_MARK)
     ]
     assert guesses == [
         "  Carriage: car  # Carriage: similarity 1.00, next person 0.02, 6 boxes",
         "  - Tree  # Tree: 4 boxes",
         '  - "yes"  # yes: 3 boxes',
     ]
-    file.write_text(text.replace(GUESS, ""))
+    file.write_text(text.replace(GUESS_MARK, ""))
     agreed = load_label_map(str(file), CLASSES)
     assert agreed.find(["carriages"]) == (0, 1.0)
     assert agreed.ignored == {"tree", "yes"}
 
 
 def test_how_an_exact_name_was_found() -> None:
-    assert "  car: car  # car: exact, 2 boxes" in proposal(seen(car=2), CLASSES, "x")
+    assert "  car: car  # car: exact, 2 boxes" in propose_label_map(
+        seen(car=2), CLASSES, "x"
+    )
 
 
 def test_a_guess_needs_a_margin() -> None:
@@ -329,15 +343,15 @@ def test_a_guess_needs_a_margin() -> None:
     def similar(names: Sequence[str]) -> NDArray[np.float32]:
         return np.eye(2, dtype=np.float32) if list(names) == CLASSES else vectors
 
-    text = proposal(
+    text = propose_label_map(
         seen(near_both=3, near_one=2, far=1), CLASSES, "x", similar, margin=0.05
     )
     assert (
-        f"{GUESS}  near one: car  # near one: similarity 0.95, next person 0.80, 2"
+        f"{GUESS_MARK}  near one: car  # near one: similarity 0.95, next person 0.80, 2"
         " boxes" in text
     )
-    assert f"{GUESS}  - near both" in text
-    assert f"{GUESS}  - far" in text
+    assert f"{GUESS_MARK}  - near both" in text
+    assert f"{GUESS_MARK}  - far" in text
 
 
 ODD = st.text(
@@ -357,13 +371,13 @@ def test_any_names_give_a_readable_proposal(
     tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, str]]
 ) -> None:
     counted = Counter(
-        {SeenName(name, vendor_id): 1 for name, vendor_id in [("Car", ""), *names]}
+        {ObservedName(name, vendor_id): 1 for name, vendor_id in [("Car", ""), *names]}
     )
-    text = proposal(Seen(counted, 1, 0), CLASSES, "x")
+    text = propose_label_map(ObservedNames(counted, 1, 0), CLASSES, "x")
     file = tmp_path_factory.mktemp("maps") / "map.yaml"
     file.write_text(text)
     assert load_label_map(str(file), CLASSES).find(["car"]) == (0, 1.0)
-    assert yaml.safe_load(text.replace(GUESS, ""))["map"]
+    assert yaml.safe_load(text.replace(GUESS_MARK, ""))["map"]
 
 
 def propose(root: str, *more: str) -> int:

@@ -14,12 +14,13 @@ from PIL import Image
 import coin_ray
 from coin_ray import storage
 from coin_ray.commands import library
-from coin_ray.commands.library import configured, with_settings
+from coin_ray.commands.library import build_config, replace_settings
 from coin_ray.config import Folder, PipelineConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import ConfigError, StepError
-from coin_ray.predictors.student import write_exported
-from coin_ray.runs.graph import graph
+from coin_ray.predictors.student import write_exported_student
+from coin_ray.report.run_summary import RunSummary
+from coin_ray.runs.graph import build_steps
 from coin_ray.runs.steps import Step
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,13 +63,13 @@ def settled(settings: Mapping[str, Any] | None = None, **given: Any) -> Pipeline
         "test": None,
         "preset": "folder",
     } | given
-    return configured(**values, settings=settings or {})
+    return build_config(**values, settings=settings or {})
 
 
 def test_the_same_config_as_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coin_ray.commands.arguments import parse
+    from coin_ray.commands.arguments import parse_run_arguments
 
     monkeypatch.chdir(tmp_path)
     words = [
@@ -99,7 +100,7 @@ def test_the_same_config_as_on_the_command_line(
     }
     assert (
         settled(settings, **MINIMAL | {"cloud": "dino-x", "test": "labelled"})
-        == parse(words)[0]
+        == parse_run_arguments(words)[0]
     )
 
 
@@ -147,7 +148,7 @@ def test_what_can_not_be_is_said_with_what_can(
 
 @pytest.mark.parametrize("name", ["cloud.max_usd", "cloud.max-usd"])
 def test_settings_have_the_names_of_the_command_line(name: str) -> None:
-    assert with_settings(PRESETS["demo"](), {name: 3}).cloud.max_usd == 3
+    assert replace_settings(PRESETS["demo"](), {name: 3}).cloud.max_usd == 3
 
 
 @pytest.fixture
@@ -161,18 +162,20 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         steps: Mapping[str, Step],
         root: str,
         until: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> RunSummary:
         calls.append((config, root, until))
         for name in ("export", "report") if until is None else ():
             storage.write_json(
                 storage.join(steps[name].folder(root), "manifest.json"), {}
             )
-        write_exported(tiny_detector().eval(), CLASSES, steps["export"].folder(root))
-        return {"map50": {"student": 0.5}}
+        write_exported_student(
+            tiny_detector().eval(), CLASSES, steps["export"].folder(root)
+        )
+        return RunSummary(map50={"student": 0.5})
 
-    monkeypatch.setattr("coin_ray.runs.runner.run", run)
+    monkeypatch.setattr("coin_ray.runs.runner.run_pipeline", run)
     monkeypatch.setattr(
-        "coin_ray.runs.runner.plan",
+        "coin_ray.runs.runner.print_plan",
         lambda config, steps, root: calls.append((config, root, "plan")),
     )
     return calls
@@ -188,21 +191,23 @@ def test_a_result_holds_student_report_and_export(
     image = Image.effect_noise((80, 60), 90).convert("RGB")
     found = run.student(image)
     assert run.student.classes == CLASSES
-    assert run.report() == f"{graph(config)['report'].folder(run.root)}/report.html"
-    assert run.export() == graph(config)["export"].folder(run.root)
+    assert (
+        run.report() == f"{build_steps(config)['report'].folder(run.root)}/report.html"
+    )
+    assert run.export() == build_steps(config)["export"].folder(run.root)
     copied = coin_ray.commands.library.Adaptation(config, run.root, {}).export(
         tmp_path / "model"
     )
-    from coin_ray.predictors.student import load_exported
+    from coin_ray.predictors.student import load_exported_student
 
-    assert torch.equal(load_exported(copied)(image).boxes, found.boxes)
+    assert torch.equal(load_exported_student(copied)(image).boxes, found.boxes)
 
 
 def test_what_was_not_made_is_said(ran: list[Any], tmp_path: Path) -> None:
     run = coin_ray.adapt(**MINIMAL, root=tmp_path, until="collect")
     for ask in (lambda: run.student, run.report, run.export):
         with pytest.raises(
-            StepError, match=r"has not been made below .*: call adapt again"
+            StepError, match=r"is not finished below .*: call adapt again"
         ):
             ask()
     with pytest.raises(ConfigError, match="until must be one of images, collect"):

@@ -10,8 +10,15 @@ from PIL import Image
 
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
-from coin_ray.commands import renderings as pilot
+from coin_ray.commands.main import main
 from coin_ray.config.presets import demo
+from coin_ray.experiments.rendering_comparison import (
+    SHEET_GAP,
+    SHEET_SIDE,
+    RenderingConfidence,
+    draw_contact_sheet,
+    measure_confidence,
+)
 
 FIRST_LINES = (
     "demo",
@@ -36,13 +43,15 @@ def raw(*scores: list[float]) -> RawDetections:
 def test_sureness_by_hand() -> None:
     """Best scores .8, 0 (nothing seen) and .2; two boxes from .3 on; the image without
     an answer counts in neither."""
-    found = pilot.sureness(
+    found = measure_confidence(
         "grey", [raw([0.8, 0.1], [0.0, 0.5]), raw(), raw([0.1, 0.2]), None]
     )
-    assert (found.view, found.failed) == ("grey", 1)
+    assert (found.rendering, found.failed) == ("grey", 1)
     assert found.best_score == pytest.approx((0.8 + 0 + 0.2) / 3)
     assert found.boxes == pytest.approx(2 / 3)
-    assert pilot.sureness("grey", [None, None]) == pilot.Sureness("grey", 0.0, 0.0, 2)
+    assert measure_confidence("grey", [None, None]) == RenderingConfidence(
+        "grey", 0.0, 0.0, 2
+    )
 
 
 def test_views_of_the_demo_are_compared_and_paid_once(
@@ -60,17 +69,17 @@ def test_views_of_the_demo_are_compared_and_paid_once(
         "plain",
         "mirrored+reduced",
     ]
-    assert pilot.main(command) == 0
+    assert main(["collect", "views", *command]) == 0
     said = capsys.readouterr().out
-    assert "4 images in 2 views" in said
+    assert "4 images in 2 renderings" in said
     assert "--cloud.views plain" in said
     assert open_journal(str(tmp_path / "journal")).spent()[0] == 8
     with Image.open(io.BytesIO((tmp_path / "views.png").read_bytes())) as sheet:
         assert sheet.size == (
-            2 * (pilot.SIDE + pilot.GAP),
-            pilot.GAP + 4 * (pilot.SIDE + pilot.GAP),
+            2 * (SHEET_SIDE + SHEET_GAP),
+            SHEET_GAP + 4 * (SHEET_SIDE + SHEET_GAP),
         )
-    assert pilot.main(command) == 0
+    assert main(["collect", "views", *command]) == 0
     assert open_journal(str(tmp_path / "journal")).spent()[0] == 8
 
 
@@ -78,16 +87,16 @@ def test_a_file_that_is_gone_has_no_answer_and_the_others_are_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*FIRST_LINES, "--root", str(tmp_path), "--in", "plain", "inverted"]
-    assert pilot.main([*command, "--sample", "1"]) == 0
+    assert main(["collect", "views", *command, "--sample", "1"]) == 0
     next(iter(sorted(tmp_path.glob("steps/images-*/images/train_*")))).unlink()
     capsys.readouterr()
-    assert pilot.main([*command, "--sample", "6"]) == 0
+    assert main(["collect", "views", *command, "--sample", "6"]) == 0
     rows = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("│")
     ]
     assert [row.split("│")[-2].strip() for row in rows] == ["1", "1"]
     with Image.open(tmp_path / "views.png") as sheet:
-        assert sheet.height == pilot.GAP + 5 * (pilot.SIDE + pilot.GAP)
+        assert sheet.height == SHEET_GAP + 5 * (SHEET_SIDE + SHEET_GAP)
 
 
 def test_a_panorama_is_shown_too(tmp_path: Path) -> None:
@@ -97,9 +106,14 @@ def test_a_panorama_is_shown_too(tmp_path: Path) -> None:
         demo(), cloud=replace(demo().cloud, views=("plain", "inverted+reduced"))
     )
     with Image.open(
-        io.BytesIO(pilot.picture(config, [str(tmp_path / "wide.png")], [[None, None]]))
+        io.BytesIO(
+            draw_contact_sheet(config, [str(tmp_path / "wide.png")], [[None, None]])
+        )
     ) as sheet:
-        assert sheet.size == (2 * (pilot.SIDE + pilot.GAP), 2 * pilot.GAP + pilot.SIDE)
+        assert sheet.size == (
+            2 * (SHEET_SIDE + SHEET_GAP),
+            2 * SHEET_GAP + SHEET_SIDE,
+        )
 
 
 def test_a_budget_stops_it_and_keeps_what_was_paid(
@@ -117,7 +131,7 @@ def test_a_budget_stops_it_and_keeps_what_was_paid(
         "--cloud.max-calls",
         "3",
     ]
-    assert pilot.main(command) != 0
+    assert main(["collect", "views", *command]) != 0
     assert "BudgetExhausted" in capsys.readouterr().err
     assert open_journal(str(tmp_path / "journal")).spent()[0] == 3
     assert not (tmp_path / "views.png").exists()
@@ -134,7 +148,10 @@ def test_a_budget_stops_it_and_keeps_what_was_paid(
 def test_what_cannot_be_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
-    assert pilot.main([*FIRST_LINES, "--root", str(tmp_path), *arguments]) == 2
+    assert (
+        main(["collect", "views", *FIRST_LINES, "--root", str(tmp_path), *arguments])
+        == 2
+    )
     assert told in capsys.readouterr().err
 
 
@@ -142,8 +159,10 @@ def test_a_dry_run_says_what_it_would_cost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        pilot.main(
+        main(
             [
+                "collect",
+                "views",
                 *FIRST_LINES,
                 "--root",
                 str(tmp_path),

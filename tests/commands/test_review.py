@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from coin_ray import storage, tables
-from coin_ray.commands.review import TOOLS, main
+from coin_ray.commands.main import main
+from coin_ray.commands.review import TOOLS
 from coin_ray.config import PipelineConfig
-from coin_ray.config.files import from_yaml, to_yaml
 from coin_ray.config.presets import demo
-from coin_ray.data.formats import read
+from coin_ray.config.yaml_files import read_config, to_yaml
+from coin_ray.data.formats import read_dataset
 from coin_ray.data.review import corrections, cvat
-from coin_ray.runs.graph import graph
+from coin_ray.runs.graph import build_steps
 
 BOX = [1.0, 2.0, 11.0, 7.0]
 FILES = {
@@ -32,7 +33,7 @@ def root(tmp_path: Path) -> str:
     boxes of three."""
     config: PipelineConfig = replace(demo(), classes=("cat", "dog"))
     place = str(tmp_path / "run")
-    steps = graph(config)
+    steps = build_steps(config)
     rows, separated = [], []
     for n in range(3):
         path = tmp_path / f"{n}.png"
@@ -82,6 +83,7 @@ def test_the_images_in_most_dispute_go_out_first(
     assert (
         main(
             [
+                "review",
                 "out",
                 tool,
                 "--root",
@@ -90,12 +92,11 @@ def test_the_images_in_most_dispute_go_out_first(
                 str(tmp_path / "out"),
                 "--most",
                 "2",
-            ],
-            "",
+            ]
         )
         == 0
     )
-    found = corrections.read(
+    found = corrections.read_reviews(
         str(tmp_path / "out" / ("" if tool == "fiftyone" else FILES[tool]))
     )
     assert [(r.image_id, len(r.boxes), r.reviewed) for r in found] == [
@@ -110,9 +111,10 @@ def test_what_people_have_reviewed_becomes_a_data_set(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    main(["out", "cvat", "--root", root, "--out", str(out)], "")
-    first, *others = cvat.read(str(out / "annotations.xml"))
+    main(["review", "out", "cvat", "--root", root, "--out", str(out)])
+    first, *others = cvat.read_cvat(str(out / "annotations.xml"))
     back = [
+        "review",
         "back",
         str(out / "annotations.xml"),
         "--out",
@@ -120,13 +122,13 @@ def test_what_people_have_reviewed_becomes_a_data_set(
         "--format",
         "voc",
     ]
-    assert main(back, "") == 2
+    assert main(back) == 2
     assert "no image in it is marked as reviewed" in capsys.readouterr().err
     (out / "annotations.xml").write_bytes(
-        cvat.as_xml([replace(first, reviewed=True, boxes=first.boxes[:1]), *others])
+        cvat.cvat_xml([replace(first, reviewed=True, boxes=first.boxes[:1]), *others])
     )
-    assert main(back, "") == 0
-    [record] = read(f"{tmp_path}/set#train").records
+    assert main(back) == 0
+    [record] = read_dataset(f"{tmp_path}/set#train").records
     assert (record.file, record.boxes.tolist(), record.labels) == (
         "2.png",
         [BOX],
@@ -139,19 +141,19 @@ def test_what_has_been_reviewed_does_not_go_out_again(
 ) -> None:
     """Not even an image in which a person saw nothing."""
     out = str(tmp_path / "out")
-    main(["out", "cvat", "--root", root, "--out", out], "")
-    found = cvat.read(f"{out}/annotations.xml")
+    main(["review", "out", "cvat", "--root", root, "--out", out])
+    found = cvat.read_cvat(f"{out}/annotations.xml")
     (tmp_path / "done.xml").write_bytes(
-        cvat.as_xml([replace(found[0], reviewed=True, boxes=())])
+        cvat.cvat_xml([replace(found[0], reviewed=True, boxes=())])
     )
     before, config = (
-        graph(from_yaml(f"{root}/config.yaml")),
+        build_steps(read_config(f"{root}/config.yaml")),
         replace(
-            from_yaml(f"{root}/config.yaml"), corrections=(f"{tmp_path}/done.xml",)
+            read_config(f"{root}/config.yaml"), corrections=(f"{tmp_path}/done.xml",)
         ),
     )
     storage.write_bytes(f"{root}/config.yaml", to_yaml(config).encode())
-    steps = graph(config)
+    steps = build_steps(config)
     table = pa.table({"image_id": ["2"]})
     storage.write_table(
         storage.join(steps["corrections"].folder(root), "corrections.parquet"), table
@@ -159,8 +161,8 @@ def test_what_has_been_reviewed_does_not_go_out_again(
     for name in ("separation.parquet", "manifest.json"):
         data = storage.read_bytes(storage.join(before["separate"].folder(root), name))
         storage.write_bytes(storage.join(steps["separate"].folder(root), name), data)
-    assert main(["out", "cvat", "--root", root, "--out", out], "") == 0
-    assert [r.image_id for r in cvat.read(f"{out}/annotations.xml")] == ["1", "0"]
+    assert main(["review", "out", "cvat", "--root", root, "--out", out]) == 0
+    assert [r.image_id for r in cvat.read_cvat(f"{out}/annotations.xml")] == ["1", "0"]
 
 
 def test_a_run_that_has_not_come_so_far_is_told(
@@ -168,25 +170,28 @@ def test_a_run_that_has_not_come_so_far_is_told(
 ) -> None:
     storage.remove(
         storage.join(
-            graph(replace(demo(), classes=("cat", "dog")))["separate"].folder(root),
+            build_steps(replace(demo(), classes=("cat", "dog")))["separate"].folder(
+                root
+            ),
             "manifest.json",
         )
     )
     assert (
-        main(["out", "cvat", "--root", root, "--out", str(tmp_path / "out")], "") == 2
+        main(["review", "out", "cvat", "--root", root, "--out", str(tmp_path / "out")])
+        == 2
     )
     assert "needs the finished step separate" in capsys.readouterr().err
     assert (
         main(
             [
+                "review",
                 "out",
                 "cvat",
                 "--root",
                 str(tmp_path / "nowhere"),
                 "--out",
                 str(tmp_path / "out"),
-            ],
-            "",
+            ]
         )
         == 2
     )

@@ -32,25 +32,34 @@ def prose(text: str) -> str:
 
 
 def commands(text: str) -> list[tuple[str, ...]]:
-    """The words behind ``python`` of every command that starts a program of ours: in
-    bash blocks, indented ones and spans of code."""
-    spans = re.findall(r"`(python [^`\n]+)`", FENCE.sub("", text))
-    indented = re.findall(r"^ {4}((?:.*\\\n)*.*)$", FENCE.sub("", text), re.M)
+    """The words of every ``coin-ray`` command, and those after ``python`` of every
+    command that starts a script or module of this repository: in bash blocks, indented
+    ones and spans of code."""
+    unfenced = FENCE.sub("", text)
+    spans = re.findall(r"`(python [^`\n]+)`", unfenced)
+    indented = re.findall(r"^ {4}((?:.*\\\n)*.*)$", unfenced, re.M)
     blocks = [*fenced(text, "bash", "sh"), *indented, *spans]
     lines = (
         line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()
     )
-    return [words for line in lines for words in _ours(line)]
+    return [words for line in lines for words in _command_words(line)]
 
 
-def _ours(line: str) -> Iterator[tuple[str, ...]]:
-    if "[" in line.split("#")[0] or not re.search(
-        r"python (pipelines/|tune/|-m coin_ray)", line
-    ):
+def mentioned_subcommands(text: str) -> set[str]:
+    """The subcommands of ``coin-ray`` in spans of code."""
+    return set(re.findall(r"`coin-ray ([\w-]+)[^`\n]*`", FENCE.sub("", text)))
+
+
+def _command_words(line: str) -> Iterator[tuple[str, ...]]:
+    if "[" in line.split("#")[0]:
         return  # brackets: a line of a synopsis
-    words = shlex.split(line, comments=True)
-    if "python" in words:
-        yield tuple(words[words.index("python") + 1 :])
+    if re.match(r"\s*(\w+=\S+ )*coin-ray ", line):
+        words = shlex.split(line, comments=True)
+        yield tuple(words[words.index("coin-ray") :])
+    elif re.search(r"python (pipelines/|tune/|-m coin_ray)", line):
+        words = shlex.split(line, comments=True)
+        if "python" in words:
+            yield tuple(words[words.index("python") + 1 :])
 
 
 def served(text: str) -> list[tuple[dict[str, str], str, dict[str, str]]]:

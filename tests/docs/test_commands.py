@@ -8,93 +8,113 @@ import importlib
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from pages import PAGES, REPOSITORY, commands, fenced, served
+from pages import (
+    PAGES,
+    REPOSITORY,
+    commands,
+    fenced,
+    mentioned_subcommands,
+    served,
+)
 
-from coin_ray.commands import arguments as cli
-from coin_ray.commands import detector as detector_cli
-from coin_ray.commands import export as exporting
-from coin_ray.commands import grid as grids
-from coin_ray.commands import labels as tools
-from coin_ray.commands import renderings as pilot
-from coin_ray.commands import review
-from coin_ray.experiments import components
-from coin_ray.search import page as search_pages
-from coin_ray.search import run as searches
+from coin_ray.commands.arguments import parse_run_arguments
+from coin_ray.commands.main import SUBCOMMANDS, main
 
-FOUND = sorted(
+COMMANDS = sorted(
     {(words, page) for page, text in PAGES.items() for words in commands(text)}
 )
-SCRIPTS = [(words, page) for words, page in FOUND if words[0].endswith(".py")]
-MODULES = [(words, page) for words, page in FOUND if words[0] == "-m"]
-MAP = "classes: [car, truck, person]\nmap: {Car: car, Truck: truck, Person: person}\n"
+PROGRAMS = [(words, page) for words, page in COMMANDS if words[0] != "-m"]
+MODULES = [(words, page) for words, page in COMMANDS if words[0] == "-m"]
+LABEL_MAP = (
+    "classes: [car, truck, person]\nmap: {Car: car, Truck: truck, Person: person}\n"
+)
+WORK = (
+    "coin_ray.runs.runner.run_pipeline",
+    "coin_ray.runs.runner.print_plan",
+    "coin_ray.experiments.rendering_comparison.compare_renderings",
+    "coin_ray.experiments.studies.run_fusion_study",
+    "coin_ray.experiments.studies.run_ablation",
+    "coin_ray.experiments.components.run_component_study",
+    "coin_ray.search.run.run_search",
+    "coin_ray.search.run.print_search_plan",
+    "coin_ray.search.page.write_page",
+    "coin_ray.commands.detector.train_detector",
+    "coin_ray.commands.export.export_student",
+    "coin_ray.commands.report.write_comparison",
+    "coin_ray.commands.review.export_reviews",
+    "coin_ray.commands.review.import_reviews",
+    "coin_ray.commands.labels.check_label_map",
+    "coin_ray.commands.labels.propose_map",
+    "coin_ray.commands.journal.open_run_journal",
+    "coin_ray.commands.journal.show_journal",
+    "coin_ray.commands.journal.verify_journal",
+    "coin_ray.commands.journal.compact_journal",
+    "coin_ray.data.check.check_datasets",
+    "coin_ray.serving.local_cloud.asyncio.run",
+    "coin_ray.serving.local_cloud.load_served_detector",
+    "coin_ray.serving.local_cloud.create_app",
+    "coin_ray.serving.champion.register",
+)
+"""What the commands do after their options are read."""
 
 
-def name(value: object) -> str | None:
-    return " ".join(value)[:90] if isinstance(value, tuple) else None
+def _test_id(parameter: object) -> str | None:
+    return " ".join(parameter)[:90] if isinstance(parameter, tuple) else None
 
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Programs read their command lines and stop; the files that commands name are
-    there."""
-
-    def grid(
-        script: str, description: str, work: Callable[[grids.Request], None]
-    ) -> int:
-        grids.request(sys.argv[1:], script, description)
-        return 0
-
-    def tool(arguments: list[str], script: str = "collect.py") -> int:
-        tools._parser(script).parse_args(arguments)
-        return 0
-
-    monkeypatch.setattr(cli, "_run", lambda *_: 0)
-    monkeypatch.setattr(exporting, "export", lambda *_: None)
-    monkeypatch.setattr(review, "_out", lambda *_: "")
-    monkeypatch.setattr(review, "_back", lambda *_: "")
-    monkeypatch.setattr(detector_cli, "train", lambda *_: None)
-    monkeypatch.setattr(searches, "search", lambda *_, **__: None)
-    monkeypatch.setattr(searches, "plan", lambda *_: None)
-    monkeypatch.setattr(search_pages, "main", lambda *_: 0)
-    monkeypatch.setattr(search_pages, "write_page", lambda *_: "")
-    monkeypatch.setattr(grids, "main", grid)
-    monkeypatch.setattr(components, "study", lambda *_: None)
-    monkeypatch.setattr(tools, "main", tool)
-    monkeypatch.setattr(pilot, "compare", lambda *_: None)
+    """Commands read their options and stop; the files that they name are there."""
+    for work in WORK:
+        monkeypatch.setattr(work, lambda *_, **__: 0)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "map.yaml").write_text(MAP)
+    (tmp_path / "map.yaml").write_text(LABEL_MAP)
     return tmp_path
 
 
-def start(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
-    """The exit code of a script, or of a module, run in this process."""
+def _start(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
+    """The exit code of ``coin-ray``, a script or a module, run in this process."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
-    run = (
-        partial(runpy.run_path, str(REPOSITORY / program))
-        if program.endswith(".py")
-        else partial(runpy.run_module, program, alter_sys=True)
-    )
-    with pytest.raises(SystemExit) as ended:
-        run(run_name="__main__")
-    return ended.value.code
+    if program == "coin-ray":
+        run = partial(main, arguments)
+    elif program.endswith(".py"):
+        script = str(REPOSITORY / program)
+        run = partial(runpy.run_path, script, run_name="__main__")
+    else:
+        run = partial(runpy.run_module, program, alter_sys=True, run_name="__main__")
+    try:
+        return run()
+    except SystemExit as end:
+        return end.code
 
 
-@pytest.mark.parametrize(("words", "page"), SCRIPTS, ids=name)
-def test_a_documented_pipeline_is_understood(
+@pytest.mark.parametrize(("words", "page"), PROGRAMS, ids=_test_id)
+def test_a_documented_command_is_understood(
     words: tuple[str, ...], page: str, stubs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--config" in words:  # ROOT/config.yaml of a run that is not here
-        assert (REPOSITORY / words[0]).exists()
+        assert words[1] in SUBCOMMANDS or (REPOSITORY / words[0]).exists()
         return
-    assert start(monkeypatch, *words) in (None, 0), (page, words)
+    assert _start(monkeypatch, *words) in (None, 0), (page, words)
 
 
-@pytest.mark.parametrize(("words", "page"), MODULES, ids=name)
+@pytest.mark.parametrize("page", PAGES)
+def test_a_mentioned_subcommand_exists(page: str) -> None:
+    assert mentioned_subcommands(PAGES[page]) <= set(SUBCOMMANDS)
+
+
+def test_every_subcommand_is_documented() -> None:
+    mentioned = set().union(*map(mentioned_subcommands, PAGES.values()))
+    started = {words[1] for words, _ in COMMANDS if words[0] == "coin-ray"}
+    table = set(re.findall(r"`([\w-]+)`", PAGES["README.md"]))
+    assert set(SUBCOMMANDS) <= mentioned | started | table
+
+
+@pytest.mark.parametrize(("words", "page"), MODULES, ids=_test_id)
 def test_a_documented_module_has_the_options(
     words: tuple[str, ...],
     page: str,
@@ -107,7 +127,7 @@ def test_a_documented_module_has_the_options(
         source = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
         assert all(option in source for option in arguments if option.startswith("--"))
         return
-    assert start(monkeypatch, module, "--help") in (None, 0)
+    assert _start(monkeypatch, module, "--help") in (None, 0)
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known | {
         "--help"
@@ -143,25 +163,26 @@ def test_applications_are_found_at_all() -> None:
 def test_an_unknown_option_and_a_removed_pipeline_would_be_noticed(
     stubs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert start(monkeypatch, "pipelines/full.py", "demo", "--no-such-thing", "1") == 2
-    assert (
-        start(monkeypatch, "pipelines/compare.py", "demo", "--no-such-thing", "1") == 2
-    )
-    assert start(monkeypatch, "pipelines/collect.py", "journal", "burn") == 2
+    unknown = ("demo", "--no-such-thing", "1")
+    assert _start(monkeypatch, "coin-ray", "adapt", *unknown) == 2
+    assert _start(monkeypatch, "coin-ray", "adopt") == 2
+    assert _start(monkeypatch, "pipelines/full.py", *unknown) == 2
+    assert _start(monkeypatch, "pipelines/compare.py", *unknown) == 2
+    assert _start(monkeypatch, "pipelines/collect.py", "journal", "burn") == 2
     with pytest.raises(FileNotFoundError):
-        start(monkeypatch, "pipelines/absent.py")
+        _start(monkeypatch, "pipelines/absent.py")
 
 
 def test_commands_are_found_at_all() -> None:
     text = (
         "```bash\nexport A=1\nray job submit -- \\\n  python pipelines/full.py demo"
-        " --root r  # why\n```\n\n    python -m coin_ray.commands.capacity --json\n"
+        " --root r  # why\n```\n\n    A=1 coin-ray capacity --json\n"
     )
     assert commands(text) == [
         ("pipelines/full.py", "demo", "--root", "r"),
-        ("-m", "coin_ray.commands.capacity", "--json"),
+        ("coin-ray", "capacity", "--json"),
     ]
-    assert {page for _, page in FOUND} >= {
+    assert {page for _, page in COMMANDS} >= {
         "README.md",
         "README.zh.md",
         "docs/quickstart.zh.md",
@@ -198,7 +219,7 @@ def test_help_names_every_option_of_the_parser(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.parse(["--help"])
+        parse_run_arguments(["--help"])
     said = capsys.readouterr().out
     assert all(
         option in said

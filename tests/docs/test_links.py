@@ -23,7 +23,7 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
 
 def test_links_are_found_at_all() -> None:
     assert len(links(PAGES["docs/method.md"])) > 30
-    assert "docs/cloud.md#the-reference-wire-format" in links(PAGES["README.zh.md"])
+    assert "docs/own-data.md#without-a-gpu" in links(PAGES["README.zh.md"])
     assert links("[`f`](a.py) `[no](b)` [web](https://c)\n```\n[no](d)\n```\n") == [
         "a.py"
     ]
@@ -74,7 +74,7 @@ def test_the_chinese_readme_tells_the_same_figures_and_commands() -> None:
 
     def settings(page: str) -> list[list[str]]:
         return [
-            re.findall(r"--[\w.-]+|pipelines/\w+\.py", block)
+            re.findall(r"--[\w.-]+|pipelines/\w+\.py|coin-ray \w+", block)
             for block in re.findall(r"```bash\n(.*?)```", PAGES[page], re.S)
         ]
 

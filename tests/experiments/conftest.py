@@ -6,13 +6,13 @@ import pytest
 
 from coin_ray.config import DemoScenes, PipelineConfig, Tracking
 from coin_ray.config.presets import demo
-from coin_ray.experiments.variants import shortened
+from coin_ray.experiments.variants import shorten_training
 
 
 @pytest.fixture
 def small_demo() -> PipelineConfig:
     """The demo with few images and trainings of three and five steps."""
-    config = shortened(demo(), 0.015)
+    config = shorten_training(demo(), 0.015)
     cloud = replace(config.cloud, serve_latency=0.0, serve_faults=0.0)
     return replace(
         config,

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 from labelled_folder import CLASSES, records
 
-from coin_ray.commands.detector import Options
+from coin_ray.commands.components import parse_component_study
 from coin_ray.config import Tracking
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.detector_presets import small
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data import formats
 from coin_ray.errors import ConfigError
-from coin_ray.experiments import components
 from coin_ray.experiments.components import (
     QUICK_SCENES,
-    SETTINGS,
-    arms,
-    markdown,
-    requested,
-    study,
-    table,
+    VARIANTS,
+    ComponentStudy,
+    build_component_table,
+    build_component_trials,
+    format_component_table,
+    run_component_study,
 )
+from coin_ray.runs import runner
 
 
 def config(data: str = "/data") -> DetectorConfig:
@@ -40,11 +40,11 @@ def config(data: str = "/data") -> DetectorConfig:
 
 
 def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
-    found = arms(replace(config(), ship="heads"), [0, 1])
-    assert [(a.name, a.seed) for a in found] == [
-        (name, seed) for seed in (0, 1) for name in SETTINGS
+    found = build_component_trials(replace(config(), ship="heads"), [0, 1])
+    assert [(a.variant, a.seed) for a in found] == [
+        (name, seed) for seed in (0, 1) for name in VARIANTS
     ]
-    by_name = {a.name: a.config for a in found if a.seed == 1}
+    by_name = {a.variant: a.config for a in found if a.seed == 1}
 
     def parts(own: CoDetr) -> tuple[object, ...]:
         return (
@@ -68,32 +68,33 @@ def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
 def test_the_table_is_made_and_kept_and_a_second_time_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formats.write(records(tmp_path / "raw", 8, 1), str(tmp_path / "coco"), "coco")
-    chosen, options = (
-        arms(config(str(tmp_path / "coco")), [0]),
-        Options(str(tmp_path / "run"), dry_run=False),
+    formats.write_dataset(
+        records(tmp_path / "raw", 8, 1), str(tmp_path / "coco"), "coco"
     )
-    study(chosen, options)
+    trials = build_component_trials(config(str(tmp_path / "coco")), [0])
+    study = ComponentStudy(trials, str(tmp_path / "run"), dry_run=False)
+    run_component_study(study)
     first = (tmp_path / "run" / "components.md").read_text()
     assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == [
-        f"| {name}" for name in SETTINGS
+        f"| {name}" for name in VARIANTS
     ]
     assert set(json.loads((tmp_path / "run" / "components.json").read_text())) == set(
-        SETTINGS
+        VARIANTS
     )
 
     def never(*_: object) -> None:
         raise AssertionError("a finished arm is not trained again")
 
-    monkeypatch.setattr(components, "execute", never)
-    study(chosen, options)
+    monkeypatch.setattr(runner, "run_step", never)
+    run_component_study(study)
     assert (tmp_path / "run" / "components.md").read_text() == first
 
 
 def test_a_dry_run_says_what_is_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study(arms(config(), [3]), Options(str(tmp_path), dry_run=True))
+    trials = build_component_trials(config(), [3])
+    run_component_study(ComponentStudy(trials, str(tmp_path), dry_run=True))
     assert (
         "both, two heads, seed 3: to do images, train, evaluate"
         in capsys.readouterr().out
@@ -110,32 +111,33 @@ def test_rows_are_means_over_seeds() -> None:
             "coco_ap": None,
             "seconds_per_step": 0.2,
         }
-        for name in SETTINGS
+        for name in VARIANTS
         for seed in (0, 2)
     ]
-    row = table(found)["both"]
+    row = build_component_table(found)["both"]
     assert row["voc_ap50"] == {"mean": 0.6, "std": 0.1414, "values": [0.5, 0.7]}
     assert row["coco_ap"]["mean"] == 0.0
-    assert "| both | K=1, ATSS | 60.0 ± 14.1 | 0.0 ± 0.0 | 0.20 |" in markdown(
-        table(found)
+    assert (
+        "| both | K=1, ATSS | 60.0 ± 14.1 | 0.0 ± 0.0 | 0.20 |"
+        in format_component_table(build_component_table(found))
     )
 
 
 def test_the_command_line_takes_the_demo_s_scenes_or_labelled_images() -> None:
-    demo, _ = requested([], "ablate.py co-detr", "")
+    demo = parse_component_study([]).trials
     assert (
         len(demo),
         demo[0].config.data,
         demo[0].scenes,
         demo[0].config.fit.steps,
     ) == (15, "demo-source", None, 300)
-    quick, _ = requested(["--quick"], "ablate.py co-detr", "")
+    quick = parse_component_study(["--quick"]).trials
     assert (len(quick), quick[0].scenes, quick[0].config.fit.steps) == (
         5,
         QUICK_SCENES,
         10,
     )
-    own, options = requested(
+    study = parse_component_study(
         [
             "--data=coco:/x",
             "--classes",
@@ -145,11 +147,10 @@ def test_the_command_line_takes_the_demo_s_scenes_or_labelled_images() -> None:
             "--root",
             "/r",
             "--quick",
-        ],
-        "ablate.py co-detr",
-        "",
+        ]
     )
-    assert (own[0].seed, own[0].config.preset, own[0].config.epochs, options.root) == (
+    trial = study.trials[0]
+    assert (trial.seed, trial.config.preset, trial.config.epochs, study.root) == (
         4,
         "r50",
         0,
@@ -162,11 +163,11 @@ def test_the_command_line_takes_the_demo_s_scenes_or_labelled_images() -> None:
     [
         (
             ["--model", "d-fine", "--classes", "cat", "--data", "/x"],
-            "the table is Co-DETR's",
+            "the table is about Co-DETR",
         ),
         (["--seed", "1"], "give --seeds 0 1 2"),
     ],
 )
 def test_what_a_table_cannot_have_is_told(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        requested(arguments, "ablate.py co-detr", "")
+        parse_component_study(arguments)

@@ -18,10 +18,10 @@ from builders import (
 
 from coin_ray import storage, tables
 from coin_ray.config import Distill, Separate
-from coin_ray.data.examples import batches
+from coin_ray.data.examples import iterate_batches
 from coin_ray.errors import ConfigError
 from coin_ray.fusion.rules import RULES, dawid_skene
-from coin_ray.stages.distill import paired_opinions
+from coin_ray.stages.distill import read_paired_probabilities
 from coin_ray.training import diagnosis
 from coin_ray.training.distill import Distillation
 
@@ -64,7 +64,7 @@ def test_training_fuses_by_the_annotators_it_is_given(tmp_path: Path) -> None:
     torch.testing.assert_close(
         task.fuse(torch.zeros(40, 8), cloud, clip), annotators.posterior(cloud, clip)
     )
-    (batch,) = batches(
+    (batch,) = iterate_batches(
         examples(tmp_path),
         config.fit,
         tiny_config(),
@@ -100,17 +100,20 @@ def test_a_fair_threshold_lets_the_same_share_pass_whatever_the_rule(
 ) -> None:
     task = distillation(tiny_fit(), fusion=rule, fusion_share=share)
     fused = RULES[rule](*opinions())
-    passed = fused.max(-1).values >= task.trusted_from(fused)
+    passed = fused.max(-1).values >= task.confidence_threshold(fused)
     assert abs(int(passed.sum()) - 40 * share) <= 1
 
 
 def test_the_published_threshold_is_the_same_for_all() -> None:
     fused = RULES["average"](*opinions())
-    assert distillation(tiny_fit(), fusion_score_min=0.7).trusted_from(fused) == 0.7
     assert (
-        distillation(tiny_fit(), fusion_score_min=0.7, fusion_share=0.5).trusted_from(
-            fused[:0]
-        )
+        distillation(tiny_fit(), fusion_score_min=0.7).confidence_threshold(fused)
+        == 0.7
+    )
+    assert (
+        distillation(
+            tiny_fit(), fusion_score_min=0.7, fusion_share=0.5
+        ).confidence_threshold(fused[:0])
         == 0.7
     )
 
@@ -119,7 +122,7 @@ def test_without_consistent_knowledge_nothing_is_learned_as_ground_truth(
     tmp_path: Path,
 ) -> None:
     fit = tiny_fit(steps=1)
-    (batch,) = batches(
+    (batch,) = iterate_batches(
         examples(tmp_path), fit, tiny_config(), seed=2, first=0, rank=0, workers=1
     )
     parts = distillation(fit, burn_up=0, consistent=0.0).train_step(batch, 0)
@@ -159,11 +162,13 @@ def test_opinions_are_paired_by_kind(tmp_path: Path) -> None:
             str(tmp_path / name / "separation.parquet"),
             pa.Table.from_pylist(some, schema=tables.SEPARATION),
         )
-    cloud, clip = paired_opinions(str(tmp_path / "all"), 1)
+    cloud, clip = read_paired_probabilities(str(tmp_path / "all"), 1)
     torch.testing.assert_close(cloud[:, 0], torch.tensor([0.1, 0.2, 0.2]))
     torch.testing.assert_close(clip[:, 1], cloud[:, 0])
     assert [
         len(part)
-        for part in paired_opinions(str(tmp_path / "all"), 1, ("inconsistent",))
+        for part in read_paired_probabilities(
+            str(tmp_path / "all"), 1, ("inconsistent",)
+        )
     ] == [2, 2]
-    assert paired_opinions(str(tmp_path / "nothing"), 1)[0].shape == (0, 2)
+    assert read_paired_probabilities(str(tmp_path / "nothing"), 1)[0].shape == (0, 2)

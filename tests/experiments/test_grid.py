@@ -12,29 +12,43 @@ from typing import Any
 
 import pytest
 
-from coin_ray.commands.grid import Request, request
+from coin_ray.commands.studies import parse_study
 from coin_ray.config import PipelineConfig, Tracking
 from coin_ray.errors import ConfigError
 from coin_ray.experiments import grid
-from coin_ray.experiments.grid import Job, Report, Trial, one_by_one, waves
-from coin_ray.experiments.studies import ablation, fusion
-from coin_ray.experiments.tracked import Runs
-from coin_ray.experiments.variants import ABLATION, distilled, fusions, trials
-from coin_ray.runs.steps import Step
+from coin_ray.experiments.grid import (
+    Job,
+    OnJobEnd,
+    Trial,
+    plan_waves,
+    run_jobs_in_order,
+)
+from coin_ray.experiments.studies import StudyRequest, run_ablation, run_fusion_study
+from coin_ray.experiments.tracked import TrialRuns
+from coin_ray.experiments.variants import (
+    ABLATION,
+    build_trials,
+    change_distillation,
+    fusion_variants,
+)
+from coin_ray.runs import runner
+from coin_ray.runs.steps import Manifest, Step
 
 STEPS = ["images", "collect", "propagate", "separate", "distill", "evaluate"]
 
 
 class Pretended:
-    """Stands for ``execute``: leaves a manifest, notes what ran, and insists that
+    """Stands for ``run_step``: leaves a manifest, notes what ran, and insists that
     inputs are finished and nothing runs twice."""
 
     def __init__(self, fail: str = "") -> None:
         self.ran: list[str] = []
         self.fail = fail
 
-    def __call__(self, step: Step, config: PipelineConfig, root: str) -> dict[str, Any]:
-        assert all(i.manifest(root) is not None for i in step.inputs), (
+    def __call__(
+        self, step: Step, config: PipelineConfig, root: str, work: object
+    ) -> Manifest:
+        assert all(i.is_finished(root) for i in step.inputs), (
             f"{step.name} before its inputs"
         )
         assert step.fingerprint not in self.ran, f"{step.name} twice"
@@ -44,31 +58,30 @@ class Pretended:
         metrics = (
             {"map50": {"student": 0.4, "cloud": 0.3}} if step.name == "evaluate" else {}
         )
-        manifest = {
-            "metrics": metrics,
-            "seconds": 1.0,
-            "fingerprint": step.fingerprint,
-            "step": step.name,
-        }
+        manifest = Manifest(step.name, step.fingerprint, {}, {}, metrics, 0.0, 1.0)
         folder = Path(step.folder(root))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
         return manifest
 
 
 def run(
     chosen: Sequence[Trial], root: Path, config: PipelineConfig
 ) -> list[dict[str, Any]]:
-    return grid.run(
-        "test", chosen, str(root), one_by_one, Runs("test", config, str(root))
+    return grid.run_grid(
+        "test",
+        chosen,
+        str(root),
+        run_jobs_in_order,
+        TrialRuns("test", config, str(root)),
     )
 
 
 def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(
     small_demo: PipelineConfig, tmp_path: Path
 ) -> None:
-    chosen = trials(small_demo, ABLATION | fusions(0.5), (0, 1, 2))
-    planned = waves(chosen, str(tmp_path))
+    chosen = build_trials(small_demo, ABLATION | fusion_variants(0.5), (0, 1, 2))
+    planned = plan_waves(chosen, str(tmp_path))
     steps = [[step for job in wave for step in job.steps] for wave in planned]
     everything = Counter(step.fingerprint for wave in steps for step in wave)
     assert set(everything.values()) == {1}
@@ -97,7 +110,8 @@ def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(
 def test_equal_trials_are_run_once(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "execute", pretended := Pretended())
+    pretended = Pretended()
+    monkeypatch.setattr(runner, "run_step", pretended)
     run([Trial("a", "", small_demo), Trial("b", "", small_demo)], tmp_path, small_demo)
     assert len(pretended.ran) == len(STEPS)
 
@@ -105,11 +119,12 @@ def test_equal_trials_are_run_once(
 def test_a_finished_grid_again_does_nothing(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "execute", pretended := Pretended())
-    chosen = trials(small_demo, ABLATION, (0, 1))
+    pretended = Pretended()
+    monkeypatch.setattr(runner, "run_step", pretended)
+    chosen = build_trials(small_demo, ABLATION, (0, 1))
     first = run(chosen, tmp_path, small_demo)
     count = len(pretended.ran)
-    assert waves(chosen, str(tmp_path)) == []
+    assert plan_waves(chosen, str(tmp_path)) == []
     assert run(chosen, tmp_path, small_demo) == first
     assert len(pretended.ran) == count
     assert json.loads((tmp_path / "test.json").read_text())["trials"] == first
@@ -118,11 +133,13 @@ def test_a_finished_grid_again_does_nothing(
 def test_a_killed_grid_goes_on_where_it_was(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = trials(small_demo, ABLATION, (0, 1))
-    monkeypatch.setattr(grid, "execute", killed := Pretended(fail="separate"))
+    chosen = build_trials(small_demo, ABLATION, (0, 1))
+    killed = Pretended(fail="separate")
+    monkeypatch.setattr(runner, "run_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
         run(chosen, tmp_path, small_demo)
-    monkeypatch.setattr(grid, "execute", again := Pretended())
+    again = Pretended()
+    monkeypatch.setattr(runner, "run_step", again)
     assert len(run(chosen, tmp_path, small_demo)) == len(chosen)
     assert killed.ran
     assert not set(killed.ran) & set(again.ran)
@@ -132,12 +149,14 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setattr(grid, "execute", Pretended())
+    monkeypatch.setattr(runner, "run_step", Pretended())
     config = replace(small_demo, tracking=Tracking())
-    chosen = trials(config, {"losses": {"no private": distilled(private=0.0)}}, (0, 1))
+    chosen = build_trials(
+        config, {"losses": {"no private": change_distillation(private=0.0)}}, (0, 1)
+    )
     for _ in range(2):
         run(chosen, tmp_path, config)
-    runs = Runs("test", config, str(tmp_path))
+    runs = TrialRuns("test", config, str(tmp_path))
     found = mlflow.search_runs([runs.tracker.experiment], output_format="list")
     children = [
         r
@@ -160,8 +179,8 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
     ],
 )
 def test_command_line(arguments: str, seeds: tuple[int, ...], steps: float) -> None:
-    full = request(["demo"], "ablate.py", "").config
-    asked = request(arguments.split(), "ablate.py", "")
+    full = parse_study(["demo"], "coin-ray ablate", "").config
+    asked = parse_study(arguments.split(), "coin-ray ablate", "")
     assert asked.seeds == seeds
     assert asked.config.distill.fit.steps == round(full.distill.fit.steps * steps)
     assert asked.root.endswith("runs/demo")
@@ -180,17 +199,19 @@ def test_command_line(arguments: str, seeds: tuple[int, ...], steps: float) -> N
 )
 def test_what_a_grid_cannot_do_is_said_before_it_starts(wrong: str) -> None:
     with pytest.raises(ConfigError, match="--"):
-        request(["demo", *wrong.split()], "ablate.py", "")
+        parse_study(["demo", *wrong.split()], "coin-ray ablate", "")
 
 
 def test_a_plan_runs_nothing(
     small_demo: PipelineConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def never(jobs: Sequence[Job], root: str, report: Report) -> None:
+    def never(jobs: Sequence[Job], root: str, report: OnJobEnd) -> None:
         raise AssertionError
 
     assert (
-        ablation(Request(small_demo, str(tmp_path), (0,), 0.5, dry_run=True), never)
+        run_ablation(
+            StudyRequest(small_demo, str(tmp_path), (0,), 0.5, dry_run=True), never
+        )
         == []
     )
     assert "no private, losses, seed 0: distill, evaluate" in capsys.readouterr().out
@@ -206,20 +227,20 @@ def test_fusions_of_one_seed_under_ray_tune(
     import ray
 
     from coin_ray.experiments import studies
-    from coin_ray.experiments.tuning import under_tune
+    from coin_ray.experiments.tuning import run_jobs_with_tune
 
     few = {
         group: {name: rules[name] for name in ("average", "dawid_skene")}
-        for group, rules in fusions(0.5).items()
+        for group, rules in fusion_variants(0.5).items()
     }
-    monkeypatch.setattr(studies, "fusions", lambda share: few)
-    asked = Request(small_demo, str(tmp_path), (0,), 0.5, dry_run=False)
+    monkeypatch.setattr(studies, "fusion_variants", lambda share: few)
+    asked = StudyRequest(small_demo, str(tmp_path), (0,), 0.5, dry_run=False)
     try:
-        rows = fusion(asked, under_tune)
+        rows = run_fusion_study(asked, run_jobs_with_tune)
         stamps = {
             p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()
         }
-        assert fusion(asked, under_tune) == rows
+        assert run_fusion_study(asked, run_jobs_with_tune) == rows
     finally:
         ray.shutdown()
     assert [(row.name, row.group) for row in rows[:2]] == [
@@ -227,7 +248,7 @@ def test_fusions_of_one_seed_under_ray_tune(
         ("average", "pi = 0.7"),
     ]
     assert len(rows) == 5
-    assert all(len(row.values) == 1 for row in rows)
+    assert all(len(row.by_seed) == 1 for row in rows)
     assert {
         p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()
     } == stamps

@@ -11,11 +11,11 @@ from coin_ray.config.presets import demo, folder, thermal
 from coin_ray.experiments.variants import (
     ABLATION,
     REFERENCE,
+    build_trials,
     clip_off,
-    fusions,
+    fusion_variants,
     no_propagation,
-    shortened,
-    trials,
+    shorten_training,
 )
 from coin_ray.runs.graph import build_steps
 
@@ -77,8 +77,8 @@ def test_a_student_without_propagation_makes_as_many_steps_as_its_weights_made(
     "variant",
     [
         *ABLATION["losses"].values(),
-        *fusions(0.5)["pi = 0.7"].values(),
-        *fusions(0.5)["surest 50%"].values(),
+        *fusion_variants(0.5)["pi = 0.7"].values(),
+        *fusion_variants(0.5)["surest 50%"].values(),
     ],
 )
 def test_variants_of_distillation_share_everything_before_it(variant: object) -> None:
@@ -91,7 +91,7 @@ def test_variants_of_distillation_share_everything_before_it(variant: object) ->
 
 
 def test_every_variant_has_every_seed_and_a_run_of_its_own() -> None:
-    chosen = trials(demo(), ABLATION, (0, 1, 2))
+    chosen = build_trials(demo(), ABLATION, (0, 1, 2))
     assert Counter(trial.variant for trial in chosen) == Counter(
         dict.fromkeys([REFERENCE, *ABLATION["losses"], *ABLATION["stages"]], 3)
     )
@@ -100,7 +100,7 @@ def test_every_variant_has_every_seed_and_a_run_of_its_own() -> None:
 
 
 def test_seeds_and_variants_share_one_collection_per_labeler() -> None:
-    chosen = trials(demo(), ABLATION | fusions(0.5), (0, 1, 2))
+    chosen = build_trials(demo(), ABLATION | fusion_variants(0.5), (0, 1, 2))
     assert len({trial.steps["images"].fingerprint for trial in chosen}) == 1
     assert len({trial.steps["collect"].fingerprint for trial in chosen}) == 2
 
@@ -108,11 +108,13 @@ def test_seeds_and_variants_share_one_collection_per_labeler() -> None:
 def test_a_preset_without_clip_is_not_ablated_of_it() -> None:
     config = thermal("/assets")
     assert clip_off(config) == config
-    assert "CLIP off" not in {trial.variant for trial in trials(config, ABLATION, (0,))}
+    assert "CLIP off" not in {
+        trial.variant for trial in build_trials(config, ABLATION, (0,))
+    }
 
 
 def test_shortened_trainings_still_burn_up_before_they_end() -> None:
-    config = shortened(demo(), 0.1)
+    config = shorten_training(demo(), 0.1)
     assert config.propagate.fit.steps == round(demo().propagate.fit.steps * 0.1)
     assert (
         config.distill.prototypes_from

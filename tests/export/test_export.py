@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
 
-from coin_ray.commands.export import check_added, request
+from coin_ray.commands.export import check_added_classes, parse_export
 from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.export import equality
@@ -311,11 +311,11 @@ def test_what_counts_as_equal(
 
 
 def test_new_names_are_checked_before_anything_runs() -> None:
-    asked = request(["demo", "--add-classes", "truck, fire hydrant", "--out", "/x"])
-    assert (asked.added, asked.out) == (("truck", "fire hydrant"), "/x")
+    asked = parse_export(["demo", "--add-classes", "truck, fire hydrant", "--out", "/x"])
+    assert (asked.added_classes, asked.out) == (("truck", "fire hydrant"), "/x")
     for names in (("cat",), ("truck", "Truck"), ("background",)):
         with pytest.raises(ConfigError, match="is a class already"):
-            check_added(demo(), names)
+            check_added_classes(demo(), names)
 
 
 def test_a_name_added_by_text_leaves_the_others_boxes_and_shares_their_probability(

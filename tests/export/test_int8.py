@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coin_ray.commands.export import request, told
+from coin_ray.commands.export import format_int8_loss, parse_export
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.export.int8_loss import Int8Loss, ModelPair, int8_loss
 from coin_ray.structures import Detections
@@ -104,7 +104,7 @@ def test_the_loss_of_map50_is_of_the_annotated_images() -> None:
 def test_the_summary_tells_what_was_measured(
     loss: Int8Loss, parts: tuple[str, ...], absent: str
 ) -> None:
-    line = told(loss)
+    line = format_int8_loss(loss)
     assert all(part in line for part in parts)
     assert absent not in line
 
@@ -182,5 +182,5 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_int8_is_asked_for_on_the_command_line() -> None:
-    assert request(["demo", "--int8"]).int8
-    assert not request(["demo"]).int8
+    assert parse_export(["demo", "--int8"]).int8
+    assert not parse_export(["demo"]).int8

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, Kill, asked, assert_same_results
 
-from coin_ray.config.files import from_yaml
-from coin_ray.stages.common.validation import validation_map50
+from coin_ray.config.yaml_files import read_config
+from coin_ray.stages.common.validation import measure_validation_map50
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate")
@@ -168,8 +168,8 @@ def test_looks_at_validation_images_end_at_the_student_and_leave_only_their_curv
     (distilled,), (images,) = root.glob("steps/distill-*"), root.glob("steps/images-*")
     curve = json.loads((distilled / "validation.json").read_text())
     assert [point["step"] for point in curve] == [18, 24]
-    student = validation_map50(
-        from_yaml(str(root / "config.yaml")),
+    student = measure_validation_map50(
+        read_config(str(root / "config.yaml")),
         str(images),
         "student",
         str(distilled / "detector.pt"),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from coin_ray.models.co_detr.regional import ByRegions
-from coin_ray.predictors.student import load_exported
+from coin_ray.predictors.student import load_exported_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -86,7 +86,7 @@ def test_the_whole_pipeline_with_a_co_detr_student(tmp_path: Path) -> None:
     (curve,) = tmp_path.glob("steps/distill-*/curve.json")
     assert "inconsistent_queries" in json.loads(curve.read_text())[-1]
 
-    predictor = load_exported(
+    predictor = load_exported_student(
         str(next(tmp_path.glob("steps/export-*/model.json")).parent)
     )
     assert isinstance(predictor.detector, ByRegions)

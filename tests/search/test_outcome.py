@@ -6,14 +6,14 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from coin_ray.search.outcome import (
-    Record,
-    best,
-    importance,
-    line,
-    ordered,
+    TrialRecord,
+    best_trial,
+    format_trial,
+    setting_importance,
+    sort_trials,
     truth_correlation,
 )
-from coin_ray.search.plots import height, importance_bars, parallel_coordinates
+from coin_ray.search.plots import axis_height, importance_bars, parallel_coordinates
 from coin_ray.search.space import Choice, Real, Space
 
 SPACE: Space = {
@@ -25,13 +25,13 @@ SPACE: Space = {
 
 def record(
     number: int, score: float | None, ninths: int = 9, failure: str = "", **more: float
-) -> Record:
+) -> TrialRecord:
     settings = {
         "distill.alignment": 10.0 ** (number / 5 - 1),
         "distill.fusion": "ckg" if number % 2 else "average",
         "seedless": 0.5,
     }
-    return Record(
+    return TrialRecord(
         number,
         settings,
         ({} if score is None else {"score": score}) | more,
@@ -51,7 +51,7 @@ RECORDS = [
 
 
 def test_trials_are_ordered_by_how_far_they_came_then_by_score() -> None:
-    assert [r.number for r in ordered(RECORDS)] == [1, 0, 4, 2, 3]
+    assert [r.number for r in sort_trials(RECORDS)] == [1, 0, 4, 2, 3]
     assert [r.state for r in RECORDS] == [
         "finished",
         "finished",
@@ -62,17 +62,17 @@ def test_trials_are_ordered_by_how_far_they_came_then_by_score() -> None:
 
 
 def test_only_a_finished_trial_can_be_best() -> None:
-    assert best(RECORDS) is RECORDS[1]
-    assert best(RECORDS[2:]) is None
+    assert best_trial(RECORDS) is RECORDS[1]
+    assert best_trial(RECORDS[2:]) is None
 
 
 def test_importance_finds_the_setting_that_decides() -> None:
     rising = [record(n, 0.1 * n) for n in range(6)]
-    worth = importance(rising, SPACE)
+    worth = setting_importance(rising, SPACE)
     assert worth["distill.alignment"] == pytest.approx(1.0)
     assert worth["seedless"] == 0.0
     assert worth["distill.fusion"] < 0.2
-    assert importance(rising[:2], SPACE) == {}
+    assert setting_importance(rising[:2], SPACE) == {}
 
 
 @pytest.mark.parametrize(("trend", "expected"), [(1, 1.0), (-1, -1.0)])
@@ -89,23 +89,23 @@ def test_the_correlation_with_the_truth_is_over_finished_trials(
 
 @pytest.mark.parametrize(("value", "expected"), [(0.1, 0.0), (1.0, 0.5), (10.0, 1.0)])
 def test_a_logarithmic_axis_is_drawn_so(value: float, expected: float) -> None:
-    assert height(SPACE["distill.alignment"], value) == pytest.approx(expected)
-    assert height(SPACE["distill.fusion"], "average") == 1.0
+    assert axis_height(SPACE["distill.alignment"], value) == pytest.approx(expected)
+    assert axis_height(SPACE["distill.fusion"], "average") == 1.0
 
 
 @pytest.mark.parametrize("records", [RECORDS, RECORDS[3:4], RECORDS[:1]])
-def test_figures_are_svg_and_failed_trials_no_line(records: list[Record]) -> None:
+def test_figures_are_svg_and_failed_trials_no_line(records: list[TrialRecord]) -> None:
     drawn = parallel_coordinates("Search & find", records, SPACE)
     ET.fromstring(drawn)
     lines = {int(number) for number in re.findall(r'id="trial-(\d+)"', drawn)}
     assert lines == {r.number for r in records if not r.failure}
-    ET.fromstring(importance_bars("Search & find", importance(records, SPACE)))
+    ET.fromstring(importance_bars("Search & find", setting_importance(records, SPACE)))
 
 
 def test_a_trial_is_one_line_in_the_log() -> None:
     assert (
-        line(RECORDS[1])
+        format_trial(RECORDS[1])
         == "trial 1: score 45.0, finished, 60 s (alignment 0.158, fusion ckg, seedless"
         " 0.5)"
     )
-    assert "failed, TrainingError: loss" in line(RECORDS[3])
+    assert "failed, TrainingError: loss" in format_trial(RECORDS[3])

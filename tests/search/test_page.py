@@ -10,25 +10,26 @@ import pytest
 
 from coin_ray import storage
 from coin_ray.commands.arguments import parse_run_arguments
+from coin_ray.commands.main import main
 from coin_ray.errors import InputError
 from coin_ray.runs.graph import build_steps
 from coin_ray.runs.steps import Context
-from coin_ray.search.outcome import Record
-from coin_ray.search.page import main, write_page
+from coin_ray.search.outcome import TrialRecord
+from coin_ray.search.page import write_page
 from coin_ray.search.plan import Search
-from coin_ray.search.run import search
+from coin_ray.search.run import run_search
 from coin_ray.stages.report import list_searches
 
 Asked = Callable[..., Search]
 
 
 def host(
-    wanted: Search, told: Callable[[Record], None], *, resume: bool
-) -> list[Record]:
+    wanted: Search, told: Callable[[TrialRecord], None], *, resume: bool
+) -> list[TrialRecord]:
     """Trial n has n times lambda; the third is the best, the second was stopped, the
     last one fails. All but that left a student."""
     records = [
-        Record(
+        TrialRecord(
             n,
             {
                 "distill.alignment": 1.0 + n,
@@ -57,9 +58,9 @@ def host(
 
 @pytest.fixture
 def made(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
-    monkeypatch.setattr(Search, "prepare", lambda self: None)
+    monkeypatch.setattr(Search, "run_shared_steps", lambda self: None)
     wanted = asked()
-    search(wanted, host)
+    run_search(wanted, host)
     return wanted
 
 
@@ -87,7 +88,7 @@ def test_the_page_of_a_search_links_its_trials(
     config, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
     report = build_steps(config)["report"].folder(made.root)
     storage.write_bytes(f"{report}/report.html", b"")
-    assert main(made.folder) == 0
+    assert main(["report", made.folder]) == 0
     assert capsys.readouterr().out.strip().endswith("/search.html")
     assert [len(links) for _, links in rows(page.read_text())] == [2, 1, 0, 0]
 
@@ -98,13 +99,13 @@ def test_a_trials_report_links_its_search(made: Search) -> None:
     context = Context(config, made.root, folder, {}, {}, "report")
     assert list_searches(context) == [], "a search without a page"
     page = write_page(made.folder)
-    [found] = list_searches(context)
-    assert (found["name"], found["trial"], found["trials"]) == (
+    [search_link] = list_searches(context)
+    assert (search_link.name, search_link.trial, search_link.trials) == (
         "loss-weights-map50",
         2,
         4,
     )
-    assert (Path(folder) / found["link"]).resolve() == Path(page)
+    assert (Path(folder) / search_link.link).resolve() == Path(page)
     other, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
     object.__setattr__(other.distill, "alignment", 17.0)
     assert list_searches(Context(other, made.root, folder, {}, {}, "report")) == []
@@ -114,4 +115,4 @@ def test_a_search_without_a_finished_trial_has_no_page(made: Search) -> None:
     storage.remove(f"{made.folder}/best.yaml")
     with pytest.raises(InputError, match=r"holds no search with a finished trial"):
         write_page(made.folder)
-    assert main(made.root) == 2
+    assert main(["report", made.root]) == 2

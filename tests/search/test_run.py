@@ -10,30 +10,30 @@ from pathlib import Path
 import pytest
 
 from coin_ray.commands.arguments import parse_run_arguments
-from coin_ray.commands.search import request
+from coin_ray.commands.search import parse_search
 from coin_ray.config import DemoScenes, Tracking
 from coin_ray.config.presets import demo, folder
 from coin_ray.errors import ConfigError, TrainingError
 from coin_ray.runs.graph import build_steps
 from coin_ray.search import run
-from coin_ray.search.outcome import Record
+from coin_ray.search.outcome import TrialRecord
 from coin_ray.search.plan import Search
-from coin_ray.search.run import search
+from coin_ray.search.run import run_search
 
 Asked = Callable[..., Search]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "prepare", lambda self: None)
+    monkeypatch.setattr(Search, "run_shared_steps", lambda self: None)
 
 
 def host(
-    wanted: Search, told: Callable[[Record], None], *, resume: bool
-) -> list[Record]:
+    wanted: Search, told: Callable[[TrialRecord], None], *, resume: bool
+) -> list[TrialRecord]:
     """Trial n has n times lambda; the third is the best, the last one fails."""
     records = [
-        Record(
+        TrialRecord(
             n,
             {
                 "distill.alignment": 1.0 + n,
@@ -62,10 +62,12 @@ def host(
 def test_the_best_setting_is_a_file_that_the_pipeline_takes(
     asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    winner = search(asked(), host)
+    winner = run_search(asked(), host)
     assert winner.number == 2
     file = tmp_path / "search" / "loss-weights-map50" / "best.yaml"
-    config, options = parse_run_arguments(["--config", str(file), "--root", str(tmp_path)])
+    config, options = parse_run_arguments(
+        ["--config", str(file), "--root", str(tmp_path)]
+    )
     assert config.distill == replace(demo().distill, alignment=3.0)
     assert options.root == str(tmp_path)
     said = capsys.readouterr().out
@@ -78,7 +80,7 @@ def test_the_winners_student_is_the_one_the_pipeline_would_train(
     asked: Asked, tmp_path: Path
 ) -> None:
     wanted = asked()
-    winner = search(wanted, host)
+    winner = run_search(wanted, host)
     config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
@@ -95,15 +97,15 @@ def test_held_out_images_and_fewer_steps_make_another_student_but_the_same_teach
     for other in (asked(objective="label-free"), asked(steps_share=0.1)):
         steps = other.steps({})
         assert steps["distill"].fingerprint != own["distill"].fingerprint
-        assert {name: steps[name].fingerprint for name in other.shared} == {
-            name: own[name].fingerprint for name in other.shared
+        assert {name: steps[name].fingerprint for name in other.shared_steps} == {
+            name: own[name].fingerprint for name in other.shared_steps
         }
 
 
 def test_a_shorter_search_leaves_a_config_of_full_length(
     asked: Asked, tmp_path: Path
 ) -> None:
-    search(asked(steps_share=0.1), host)
+    run_search(asked(steps_share=0.1), host)
     config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
@@ -114,23 +116,23 @@ def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another
     asked: Asked,
 ) -> None:
     with pytest.raises(ConfigError, match="no search of this space"):
-        search(asked(), host, resume=True)
-    search(asked(), host)
+        run_search(asked(), host, resume=True)
+    run_search(asked(), host)
     with pytest.raises(ConfigError, match="add --resume"):
-        search(asked(), host)
+        run_search(asked(), host)
     with pytest.raises(ConfigError, match=r"--trials \(was 4\), --steps-share \(was 1"):
-        search(asked(trials=9, steps_share=0.5), host, resume=True)
+        run_search(asked(trials=9, steps_share=0.5), host, resume=True)
     with pytest.raises(ConfigError, match="different now: configuration"):
-        search(asked(config=replace(demo(), seed=3)), host, resume=True)
-    assert search(asked(concurrent=2), host, resume=True).number == 2
+        run_search(asked(config=replace(demo(), seed=3)), host, resume=True)
+    assert run_search(asked(concurrent=2), host, resume=True).number == 2
 
 
 def test_if_no_trial_finishes_that_is_an_error_with_the_reason(
     asked: Asked, tmp_path: Path
 ) -> None:
-    def failing(wanted: Search, told: object, *, resume: bool) -> list[Record]:
+    def failing(wanted: Search, told: object, *, resume: bool) -> list[TrialRecord]:
         return [
-            Record(
+            TrialRecord(
                 0,
                 dict.fromkeys(wanted.space, 1.0),
                 {"score": -1.0},
@@ -144,7 +146,7 @@ def test_if_no_trial_finishes_that_is_an_error_with_the_reason(
         TrainingError,
         match=r"none of the 1 trials finished\. TrainingError: loss boxes",
     ):
-        search(asked(), failing)
+        run_search(asked(), failing)
     assert (
         json.loads(
             (tmp_path / "search" / "loss-weights-map50" / "search.json").read_text()
@@ -166,13 +168,15 @@ def test_the_state_of_an_unfinished_training_is_removed(
     state.parent.mkdir(parents=True)
     state.write_bytes(b"")
 
-    def stopping(wanted: Search, told: object, *, resume: bool) -> list[Record]:
+    def stopping(wanted: Search, told: object, *, resume: bool) -> list[TrialRecord]:
         return [
-            Record(0, settings | {"distill.alignment": 1.0}, {"score": 0.1}, 9, 1.0),
-            Record(1, settings, {"score": 0.0}, 1, 1.0),
+            TrialRecord(
+                0, settings | {"distill.alignment": 1.0}, {"score": 0.1}, 9, 1.0
+            ),
+            TrialRecord(1, settings, {"score": 0.0}, 1, 1.0),
         ]
 
-    search(wanted, stopping)
+    run_search(wanted, stopping)
     assert not state.exists()
 
 
@@ -183,8 +187,8 @@ def test_trials_are_child_runs_of_one_parent_with_figures_and_files(
     wanted = asked()
     wanted = replace(wanted, config=replace(wanted.config, tracking=Tracking()))
     for resume in (False, True):
-        search(wanted, host, resume=resume)
-    runs = run.Runs("search loss-weights map50", wanted.config, str(tmp_path))
+        run_search(wanted, host, resume=resume)
+    runs = run.TrialRuns("search loss-weights map50", wanted.config, str(tmp_path))
     parent = runs.tracker.parent_run
     found = mlflow.search_runs([runs.tracker.experiment], output_format="list")
     children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parent]
@@ -217,7 +221,7 @@ def test_trials_are_child_runs_of_one_parent_with_figures_and_files(
     ],
 )
 def test_command_line(arguments: str, objective: str, trials: int) -> None:
-    found = request(arguments.split(), "search.py", "").search
+    found = parse_search(arguments.split()).search
     assert (found.objective, found.trials) == (objective, trials)
 
 
@@ -239,13 +243,13 @@ def test_command_line(arguments: str, objective: str, trials: int) -> None:
 )
 def test_what_a_search_cannot_do_is_said_before_it_starts(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong.split()[0].strip("-").split(".")[0]):
-        request(["demo", *wrong.split()], "search.py", "")
+        parse_search(["demo", *wrong.split()])
 
 
 def test_without_validation_images_and_truth_the_search_is_label_free(
     asked: Asked, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(demo(), data=DemoScenes(val=0))
-    search(asked(config=config, objective="label-free"), host)
+    run_search(asked(config=config, objective="label-free"), host)
     assert "no label is used" in capsys.readouterr().out
     assert folder().data.val is None  # type: ignore[union-attr]

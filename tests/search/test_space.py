@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.config import PipelineConfig
 from coin_ray.config.fingerprints import fingerprint
-from coin_ray.config.yaml_files import to_yaml
 from coin_ray.config.presets import PRESETS, demo, thermal
+from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.runs.graph import build_steps
-from coin_ray.search.space import SPACES, Choice, Real, apply, space_of, start, value
+from coin_ray.search.space import (
+    SPACES,
+    Choice,
+    Real,
+    apply_settings,
+    build_space,
+    get_setting,
+    preset_settings,
+)
 
 RUNNABLE = {
     name: preset
@@ -25,7 +33,7 @@ BEFORE = ("images", "collect", "propagate")
 
 
 def drawn(config: PipelineConfig, name: str) -> st.SearchStrategy[dict[str, object]]:
-    space = space_of(name, config)
+    space = build_space(name, config)
     return st.fixed_dictionaries(
         {
             key: (
@@ -50,8 +58,8 @@ def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(
 ) -> None:
     config = demo()
     chosen = data.draw(drawn(config, name))
-    made = apply(config, chosen)
-    assert {key: value(made, key) for key in chosen} == chosen
+    made = apply_settings(config, chosen)
+    assert {key: get_setting(made, key) for key in chosen} == chosen
     file = tmp_path / "best.yaml"
     file.write_text(to_yaml(made))
     read, _ = parse_run_arguments(["--config", str(file), "--root", str(tmp_path)])
@@ -66,7 +74,10 @@ def test_trials_share_all_that_comes_before_the_separation(
     name: str, data: st.DataObject
 ) -> None:
     config = demo()
-    own, varied = build_steps(config), build_steps(apply(config, data.draw(drawn(config, name))))
+    own, varied = (
+        build_steps(config),
+        build_steps(apply_settings(config, data.draw(drawn(config, name)))),
+    )
     shared = BEFORE if name == "full" else (*BEFORE, "separate")
     assert {step: varied[step].fingerprint for step in shared} == {
         step: own[step].fingerprint for step in shared
@@ -77,9 +88,9 @@ def test_trials_share_all_that_comes_before_the_separation(
 @pytest.mark.parametrize("preset", [*RUNNABLE, "thermal"])
 def test_the_presets_own_values_lie_in_every_space(name: str, preset: str) -> None:
     config = thermal("assets") if preset == "thermal" else RUNNABLE[preset]()
-    space = space_of(name, config)
-    own = start(config, space)
-    assert apply(config, own) == config
+    space = build_space(name, config)
+    own = preset_settings(config, space)
+    assert apply_settings(config, own) == config
     for key, domain in space.items():
         assert (
             own[key] in domain.values
@@ -90,7 +101,7 @@ def test_the_presets_own_values_lie_in_every_space(name: str, preset: str) -> No
 
 def test_what_is_switched_off_stays_off() -> None:
     config = demo()
-    assert "distill.private" not in space_of(
+    assert "distill.private" not in build_space(
         "full", replace(config, distill=replace(config.distill, private=0.0))
     )
 
@@ -103,7 +114,9 @@ def test_a_range_reaches_the_users_own_value() -> None:
             config.distill, fit=replace(config.distill.fit, augmentation=3.0)
         ),
     )
-    assert space_of("augment", stronger)["distill.fit.augmentation"] == Real(0.0, 3.0)
+    assert build_space("augment", stronger)["distill.fit.augmentation"] == Real(
+        0.0, 3.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,11 +127,11 @@ def test_a_search_without_effect_is_an_error(changes: dict[str, float]) -> None:
     config = demo()
     name = "fusion" if "fusion_share" in changes else "loss-weights"
     with pytest.raises(ConfigError, match=f"--space {name}"):
-        space_of(name, replace(config, distill=replace(config.distill, **changes)))  # type: ignore[arg-type]
+        build_space(name, replace(config, distill=replace(config.distill, **changes)))  # type: ignore[arg-type]
 
 
 def test_an_unknown_space_is_named_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match="loss-weights, augment, fusion, full; got 'losses'"
     ):
-        space_of("losses", demo())
+        build_space("losses", demo())

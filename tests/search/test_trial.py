@@ -14,10 +14,14 @@ from coin_ray.config.presets import demo
 from coin_ray.errors import ConfigError, TrainingError
 from coin_ray.runs.steps import Context
 from coin_ray.search import trial
-from coin_ray.search.plan import HELD_OUT, Search
-from coin_ray.search.trial import FAILED, run_trial
+from coin_ray.search.plan import HELD_OUT_SHARE, Search
+from coin_ray.search.trial import FAILED_SCORE, run_trial
+from coin_ray.stages.common.training_job import (
+    TrainingJob,
+    load_weights,
+    train_on_worker,
+)
 from coin_ray.stages.common.training_labels import is_held_out
-from coin_ray.stages.common.training_job import TrainingJob, load_weights, train_on_worker
 from coin_ray.stages.distill import export_distillation
 from coin_ray.training.loop import Curve
 
@@ -49,7 +53,7 @@ def watched(
 
     monkeypatch.setattr(trial.distill, "run", run)
     context = Context(wanted.config, wanted.root, work.folder, {}, {}, "distill")
-    trial._watched(context, wanted, report)
+    trial._distill_with_reports(context, wanted, report)
 
 
 def test_a_student_looked_at_on_the_way_is_the_same_student(
@@ -64,7 +68,7 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
             )
         }
 
-    monkeypatch.setattr(trial, "measured", measured)
+    monkeypatch.setattr(trial, "evaluate_weights", measured)
     told: list[dict[str, Any]] = []
     plain, looked = fit_into(tmp_path / "plain"), fit_into(tmp_path / "looked")
     train_on_worker(plain, lambda *_: None)
@@ -84,7 +88,7 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
 def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
     asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "measured", lambda *_: {"score": 0.0})
+    monkeypatch.setattr(trial, "evaluate_weights", lambda *_: {"score": 0.0})
     work = fit_into(tmp_path / "killed")
 
     def kill(figures: dict[str, Any]) -> None:
@@ -120,13 +124,13 @@ def test_a_trial_that_diverges_has_failed_and_says_why(
     def diverging(*_: object) -> dict[str, Any]:
         raise TrainingError("loss private_regions is not finite at step 40")
 
-    monkeypatch.setattr(trial, "_distilled", diverging)
+    monkeypatch.setattr(trial, "_distill_and_evaluate", diverging)
     told: list[dict[str, Any]] = []
     run_trial(asked(), {}, told.append)
     assert told == [
         {
             "ninths": 9,
-            "score": FAILED,
+            "score": FAILED_SCORE,
             "failure": "TrainingError: loss private_regions is not finite at step 40",
         }
     ]
@@ -134,7 +138,7 @@ def test_a_trial_that_diverges_has_failed_and_says_why(
 
 def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
     ids = [f"{n * 2654435761 % 2**32:08x}" + "0" * 56 for n in range(2000)]
-    kept = [i for i in ids if is_held_out(i, HELD_OUT)]
+    kept = [i for i in ids if is_held_out(i, HELD_OUT_SHARE)]
     assert 0.17 < len(kept) / len(ids) < 0.23
     assert not any(is_held_out(i, 0.0) for i in ids)
 
@@ -149,5 +153,5 @@ def test_missing_packages_are_named_before_anything_is_asked(
         config=replace(demo(), cloud=Cloud(serve="onnx", onnx_models=("teacher.onnx",)))
     )
     with pytest.raises(ConfigError, match="onnxruntime"):
-        search.prepare()
+        search.run_shared_steps()
     assert not list(Path(search.root).glob("steps/*"))

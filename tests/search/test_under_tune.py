@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.search.outcome import Record, best
+from coin_ray.search.outcome import TrialRecord, best_trial
 from coin_ray.search.plan import Search
 from coin_ray.search.space import Settings
-from coin_ray.search.trial import FAILED, Report
+from coin_ray.search.trial import FAILED_SCORE, Report
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ from dataclasses import asdict, replace
 from coin_ray.config import Tracking
 from coin_ray.config.presets import demo
 from coin_ray.search.plan import Search
-from coin_ray.search.tuner import under_tune
+from coin_ray.search.tuner import run_trials_with_tune
 
 root, algorithm, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
 
@@ -38,14 +38,11 @@ def work(search, settings, report):
         file.write(json.dumps(settings, sort_keys=True) + chr(10))
     report({"ninths": 9, "score": -abs(settings["distill.alignment"] - 3)})
 
-search = Search(replace(demo(), tracking=Tracking(enabled=False)), root, "fusion" if algorithm == "bohb" else "loss-weights", "map50",
-                algorithm=algorithm, trials=6, concurrent=1)
-if algorithm == "bohb":
-    def work(search, settings, report):
-        report({"ninths": 1, "score": settings["distill.fusion_score_min"]})
-        report({"ninths": 9, "score": settings["distill.fusion_score_min"]})
-records = under_tune(search, lambda record: None, resume=resume, work=work)
-open(os.path.join(root, "records.json"), "w").write(json.dumps([asdict(r) | {"state": r.state} for r in records]))
+search = Search(replace(demo(), tracking=Tracking(enabled=False)), root,
+                "loss-weights", "map50", algorithm=algorithm, trials=6, concurrent=1)
+records = run_trials_with_tune(search, lambda record: None, resume=resume, work=work)
+rows = [asdict(record) | {"state": record.state} for record in records]
+open(os.path.join(root, "records.json"), "w").write(json.dumps(rows))
 """
 
 
@@ -96,23 +93,15 @@ def test_a_killed_search_goes_on_without_repeating_what_had_finished(
     assert sum(times.values()) <= 6 + 2
 
 
-def test_bohb_is_told_of_each_look(tmp_path: Path) -> None:
-    pytest.importorskip("hpbandster")
-    assert drive(tmp_path, "bohb", "new").wait(300) == 0
-    records = json.loads((tmp_path / "records.json").read_text())
-    assert len(records) == 6
-    assert any(r["state"] == "finished" for r in records)
-
-
 def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_nothing(
     asked: Callable[..., Search],
 ) -> None:
     """Two at once, nine in all: all end, so no place is kept by a stopped one."""
     import ray
 
-    from coin_ray.search.tuner import under_tune
+    from coin_ray.search.tuner import run_trials_with_tune
 
-    bad = FAILED
+    bad = FAILED_SCORE
 
     def work(search: Search, settings: Settings, report: Report) -> None:
         score = -abs(settings["distill.alignment"] - 1)
@@ -125,9 +114,9 @@ def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_noth
         )
         report({"ninths": 9, **failed})
 
-    told: list[Record] = []
+    told: list[TrialRecord] = []
     try:
-        records = under_tune(
+        records = run_trials_with_tune(
             asked(trials=9, concurrent=2, scheduler="asha"),
             told.append,
             resume=False,
@@ -144,7 +133,7 @@ def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_noth
     assert [r.number for r in sorted(told, key=lambda r: r.number)] == list(range(9))
     stopped = [r for r in records if r.state.startswith("stopped")]
     assert stopped
-    winner = best(records)
+    winner = best_trial(records)
     assert winner is not None
     assert winner.number == 0
     assert max(r.figures["score"] for r in stopped) < winner.figures["score"]
