@@ -67,6 +67,5 @@ def test_ray_stays_in_stages_serving_and_the_hosts_of_grids_and_searches() -> No
         "coin_ray/serving/",
         "coin_ray/experiments/tuning.py",
         "coin_ray/search/tuner.py",
-        "coin_ray/search/population.py",
     )
     assert not sorted(u for u in users if not u.startswith(allowed))

@@ -110,7 +110,7 @@ def test_a_mentioned_subcommand_exists(page: str) -> None:
 def test_every_subcommand_is_documented() -> None:
     mentioned = set().union(*map(mentioned_subcommands, PAGES.values()))
     started = {words[1] for words, _ in COMMANDS if words[0] == "coin-ray"}
-    table = set(re.findall(r"`([\w-]+)`", PAGES["README.md"]))
+    table = set(re.findall(r"`(?:coin-ray )?([\w-]+)[^`\n]*`", PAGES["README.md"]))
     assert set(SUBCOMMANDS) <= mentioned | started | table
 
 
