@@ -25,7 +25,7 @@ Match = tuple[int, int]
 """(row of the cloud detection, row of the CLIP detection)"""
 
 
-def separate(
+def separate_knowledge(
     cloud: Detections,
     clip: Detections,
     config: Separate,

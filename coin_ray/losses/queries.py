@@ -27,7 +27,7 @@ def soft_focal(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matching_cost(
+def soft_matching_cost(
     logits: Tensor, boxes: Tensor, targets: Tensor, truth: Tensor
 ) -> Tensor:
     """Return the cost [Q, N] 2 focal + 5 L1 - 2 GIoU of queries (``logits`` [Q, K],

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from coin_ray import config
-from coin_ray.structures import Detections
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,11 +56,6 @@ class RpnOutputs:
     objectness: Tensor
     deltas: Tensor
     boxes: list[Tensor]
-
-
-class Detector(Protocol):
-    def predict(self, images: Images) -> list[Detections]:
-        """Return detections in the frame of each image, best first."""
 
 
 class TwoStageStudent(Protocol):

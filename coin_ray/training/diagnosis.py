@@ -39,7 +39,7 @@ def count_boxes_by_kind(separations: Sequence[Separation]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def ckg_agreement_rates(
+def inconsistent_agreement_rates(
     fused: Tensor, pairs: Pairs, confidence_threshold: float, regions: float
 ) -> dict[str, Tensor]:
     """Return the shares of inconsistent RoIs whose ``fused`` vector [R, K+1] reaches the

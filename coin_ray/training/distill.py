@@ -20,7 +20,7 @@ from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch
 from coin_ray.fusion.ckg import ConsistentKnowledge
 from coin_ray.fusion.rules import RULES, Annotators
-from coin_ray.fusion.separate import separate
+from coin_ray.fusion.separate import separate_knowledge
 from coin_ray.losses import distillation
 from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
@@ -167,7 +167,7 @@ class Distillation:
             if reviewed:
                 separation = Separation.from_labels(cloud, reviewed=True)
             else:
-                separation = separate(
+                separation = separate_knowledge(
                     cloud,
                     second,
                     self.separation,
@@ -274,7 +274,7 @@ class Distillation:
         pairs = outputs.inconsistent
         fused = self.fuse(embedded, pairs.cloud.probs, pairs.clip.probs)
         losses["ckg_gradient"] = self._ckg_gradient_loss(outputs, fused)
-        figures = diagnosis.ckg_agreement_rates(
+        figures = diagnosis.inconsistent_agreement_rates(
             fused, pairs, self.confidence_threshold(fused), totals.inconsistent
         )
         weights = self.ckg.weights(embedded, self._teacher_prototypes())

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from coin_ray.config import Detector
-from coin_ray.losses.queries import WEIGHTS, matching_cost, soft_focal
+from coin_ray.losses.queries import WEIGHTS, soft_focal, soft_matching_cost
 from coin_ray.models.co_detr.decoder import Decoded, Queries
 from coin_ray.models.co_detr.queries import group_mask
 from coin_ray.models.co_detr.rcnn import Rcnn
@@ -35,7 +35,7 @@ from coin_ray.training.student_outputs import (
     FusePairs,
     Losses,
     StudentOutputs,
-    sample_regions,
+    sample_anchors_and_regions,
 )
 from coin_ray.training.targets import RegionTargets
 
@@ -218,7 +218,9 @@ def forward_detr_student(
     """
     batch = student.prepare(images, size)
     shared, rpn = student.propose(batch)
-    regional = sample_regions(student, batch, shared, rpn, separations, generators)
+    regional = sample_anchors_and_regions(
+        student, batch, shared, rpn, separations, generators
+    )
     separations = [s.to(batch.pixels.device) for s in separations]
     objects = list_objects(separations, batch.sizes, student.num_classes)
     two_stage = student.base.two_stage(shared.memory)
@@ -298,7 +300,7 @@ def match_queries(
         for image, (start, stop) in enumerate(pairwise(objects.starts)):
             queries = usable[image].nonzero()[:, 0]
             for layer in range(len(logits)):
-                costs = matching_cost(
+                costs = soft_matching_cost(
                     logits[layer, image, queries].detach(),
                     boxes[layer, image, queries].detach(),
                     objects.targets[start:stop],

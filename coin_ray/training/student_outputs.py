@@ -172,10 +172,12 @@ def forward_student(
     """
     batch = student.prepare(images, size)
     shared, rpn = student.propose(batch)
-    return sample_regions(student, batch, shared, rpn, separations, generators)
+    return sample_anchors_and_regions(
+        student, batch, shared, rpn, separations, generators
+    )
 
 
-def sample_regions(
+def sample_anchors_and_regions(
     student: TwoStageStudent,
     batch: Images,
     shared: Any,

@@ -67,7 +67,7 @@ class SupervisedTraining:
         """
         self.optimizer.zero_grad()
         targets = [
-            training_targets(labels, ignored)
+            supervised_targets(labels, ignored)
             for labels, ignored in zip(
                 batch.detections["labels"], batch.detections["ignored"], strict=True
             )
@@ -81,7 +81,7 @@ class SupervisedTraining:
                 batch.strong[part], targets[part], batch.generators[start]
             )
             positives.update(objective.positives)
-            for name, loss in sum_by_component(objective).items():
+            for name, loss in sum_losses_by_component(objective).items():
                 previous = losses.get(name, loss.new_zeros(()))
                 losses[name] = previous + loss / self.config.accumulate
         self._update_weights(step)
@@ -158,12 +158,12 @@ class SupervisedTraining:
             self.average.load_state_dict(state["average"])
 
 
-def training_targets(labels: Detections, ignored: Detections) -> Targets:
+def supervised_targets(labels: Detections, ignored: Detections) -> Targets:
     """Convert labels to targets; their scores become weights."""
     return Targets(labels.boxes, labels.labels, labels.scores, ignored.boxes)
 
 
-def sum_by_component(objective: Objective) -> dict[str, Tensor]:
+def sum_losses_by_component(objective: Objective) -> dict[str, Tensor]:
     """Sum the losses by component: decoder, proposals, each head, each group of
     queries.
     """

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from coin_ray import boxes as box_ops
 from coin_ray.config import Separate
-from coin_ray.fusion.separate import separate
+from coin_ray.fusion.separate import separate_knowledge
 from coin_ray.fusion.vectors import CLOUD_VECTOR_FORMS, one_hot
 from coin_ray.structures import Detections, Separation
 
@@ -37,7 +37,7 @@ def _split(
     seed: int = 0,
     **changes: Any,
 ) -> Separation:
-    return separate(
+    return separate_knowledge(
         cloud,
         clip,
         replace(RULES, **changes),

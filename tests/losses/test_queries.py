@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from coin_ray.losses.queries import matching_cost, soft_focal
+from coin_ray.losses.queries import soft_focal, soft_matching_cost
 from coin_ray.models.co_detr import criterion
 
 LOGITS = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def test_certain_objects_cost_what_they_cost_elsewhere() -> None:
     labels = torch.tensor([2, 0, 0])
     expected = criterion.matching_cost(LOGITS, boxes, labels, truth)
     torch.testing.assert_close(
-        matching_cost(LOGITS, boxes, torch.eye(4)[labels], truth), expected
+        soft_matching_cost(LOGITS, boxes, torch.eye(4)[labels], truth), expected
     )
 
 
@@ -49,13 +49,13 @@ def test_an_object_of_two_names_costs_their_mean() -> None:
     targets = torch.stack(
         [torch.eye(4)[0], torch.eye(4)[1], (torch.eye(4)[0] + torch.eye(4)[1]) / 2]
     )
-    cost = matching_cost(LOGITS, boxes, targets, truth)
+    cost = soft_matching_cost(LOGITS, boxes, targets, truth)
     torch.testing.assert_close(cost[:, 2], cost[:, :2].mean(1))
 
 
 def test_a_broken_box_costs_most_instead_of_stopping_the_run() -> None:
     boxes = torch.full((7, 4), 0.3)
     boxes[2] = torch.nan
-    cost = matching_cost(LOGITS, boxes, torch.eye(4)[:1], torch.full((1, 4), 0.4))
+    cost = soft_matching_cost(LOGITS, boxes, torch.eye(4)[:1], torch.full((1, 4), 0.4))
     assert bool(torch.isfinite(cost).all())
     assert int(cost[:, 0].argmax()) == 2

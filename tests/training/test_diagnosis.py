@@ -27,7 +27,7 @@ def test_boxes_of_each_kind_are_counted_over_the_batch() -> None:
     }
 
 
-def test_ckg_agreement_rates() -> None:
+def test_inconsistent_agreement_rates() -> None:
     """The cloud labels all four boxes 0, CLIP labels them 1; the fused labels are 0, 1,
     2 and, below the threshold, 0."""
     inconsistent = separation(inconsistent=_rows(4)).inconsistent
@@ -36,7 +36,7 @@ def test_ckg_agreement_rates() -> None:
     )
     figures = {
         name: float(figure)
-        for name, figure in diagnosis.ckg_agreement_rates(
+        for name, figure in diagnosis.inconsistent_agreement_rates(
             fused, inconsistent, 0.7, len(fused)
         ).items()
     }

@@ -18,7 +18,7 @@ from coin_ray.structures import Detections
 from coin_ray.training.supervised import (
     SupervisedTraining,
     parameter_groups,
-    training_targets,
+    supervised_targets,
 )
 from tests.builders import CLASSES, examples, loss_values
 
@@ -75,7 +75,7 @@ def test_components_are_the_parts_of_the_objective(tmp_path: Path) -> None:
         )
     )
     targets = [
-        training_targets(a, b)
+        supervised_targets(a, b)
         for a, b in zip(
             batch.detections["labels"], batch.detections["ignored"], strict=True
         )

@@ -20,7 +20,7 @@ from coin_ray.models.faster_rcnn_clip.backbone import (
     new_tower,
 )
 from coin_ray.models.faster_rcnn_clip.pooling import pool_regions
-from coin_ray.models.faster_rcnn_clip.rpn import RegionProposals
+from coin_ray.models.faster_rcnn_clip.rpn import RegionProposalNetwork
 from coin_ray.models.faster_rcnn_clip.tower import Tower
 from coin_ray.structures import Detections
 
@@ -53,7 +53,7 @@ class Transformation(nn.Module):
         return x + transformed if self.residual else transformed
 
 
-class RegionHead(nn.Module):
+class EmbeddingHead(nn.Module):
     """Maps pooled features [R, C] to embeddings, class logits (cosine to class
     embeddings / tau) and class-agnostic box deltas.
     """
@@ -101,8 +101,8 @@ class ClipDetector(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.tower = tower
-        self.rpn = RegionProposals(tower.shared_channels, config)
-        self.head = RegionHead(tower.regional_channels, embedding_size, config)
+        self.rpn = RegionProposalNetwork(tower.shared_channels, config)
+        self.head = EmbeddingHead(tower.regional_channels, embedding_size, config)
         self.prompts = prompts
         self.background = nn.Parameter(
             torch.zeros(embedding_size), requires_grad=config.background == "learned"

@@ -17,7 +17,7 @@ from coin_ray.config import Detector
 from coin_ray.models.base import Images, RpnOutputs
 
 
-class RegionProposals(nn.Module):
+class RegionProposalNetwork(nn.Module):
     def __init__(self, channels: int, config: Detector) -> None:
         super().__init__()
         self.config = config
