@@ -45,14 +45,14 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 PROBLEM_STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+REQUEST_SCHEMA = DetectRequest.model_json_schema(
+    by_alias=True, ref_template="#/components/schemas/{model}"
+)
+REQUEST_DEFINITIONS = REQUEST_SCHEMA.pop("$defs")
 REQUEST_BODY = {
     "requestBody": {
         "required": True,
-        "content": {
-            "application/json": {
-                "schema": DetectRequest.model_json_schema(by_alias=True)
-            }
-        },
+        "content": {"application/json": {"schema": REQUEST_SCHEMA}},
     }
 }
 
@@ -106,6 +106,8 @@ def create_app(
     _add_detection_routes(app, service)
     _add_health_routes(app, service)
     _add_page(app)
+    # FastAPI keeps this document; references in REQUEST_SCHEMA must resolve in it
+    app.openapi()["components"]["schemas"] |= REQUEST_DEFINITIONS
     app.add_exception_handler(HttpProblem, _problem_response)
     app.add_exception_handler(HTTPException, _problem_response)
     return app

@@ -73,7 +73,9 @@ class TeacherProxy:
         InputError for a bad image, TeacherUnavailable with the kind of error.
         """
         started = time.perf_counter()
-        image = await asyncio.to_thread(render_image, image_bytes, *self._client.rendering)
+        image = await asyncio.to_thread(
+            render_image, image_bytes, *self._client.rendering
+        )
         try:
             answer = await self._client.answer(image)
         except CloudError as error:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import json
 import pickle
 import socket
 from collections.abc import Iterator
@@ -13,124 +12,110 @@ import pytest
 from fastapi import FastAPI
 
 from coin_ray.errors import ConfigError
-from coin_ray.predictors.student import write_exported
-from coin_ray.serving.local_cloud import create_app
-from coin_ray.serving.student import load_student
-from tests.builders import CLASSES, tiny_detector
-from tests.serving.test_local_cloud import call, jpeg, post
+from coin_ray.serving.server import create_app
+from coin_ray.serving.student import load_served_predictor
+from tests.builders import CLASSES
+from tests.images import jpeg
+from tests.serving.helpers import client_of, detect_request, post
 
 cloudpickle = importlib.import_module("ray.cloudpickle")
 pytest.importorskip("grpc_reflection", reason="needs the extra serve")
 serve = importlib.import_module("ray.serve")
-serve_builder = importlib.import_module(
+call_app_builder = importlib.import_module(
     "ray.serve._private.api"
 ).call_user_app_builder_with_args_if_necessary
 
-import coin_ray.serving  # noqa: E402
+import coin_ray.serving
 from coin_ray.serving.application import (
-    MARGIN,
-    Arguments,
-    asgi_app,
+    REQUESTS_MARGIN,
+    ServeSettings,
     build,
-    from_environment,
+    create_replica_app,
+    settings_from_environment,
 )
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = str(tmp_path_factory.mktemp("runs") / "harbour")
-    write_exported(tiny_detector(score_min=0.01), CLASSES, place)
-    return place
-
-
-QUESTIONS: list[Any] = [
-    call(jpeg(90), CLASSES),
-    call(jpeg(200, (60, 90)), ("cat",)),
-    call(b"text", CLASSES),
-    call(classes=("zebra",)),
+REQUESTS: list[Any] = [
+    detect_request(jpeg(90), CLASSES),
+    detect_request(jpeg(200, (60, 90)), ("cat",)),
+    detect_request(b"text", CLASSES),
+    detect_request(classes=("zebra",)),
     b"no json",
 ]
 
 
-def without_times(response: httpx.Response) -> tuple[int, dict[str, Any]]:
-    return response.status_code, {
-        k: v for k, v in response.json().items() if k != "usage"
-    }
+def _without_times(response: httpx.Response) -> tuple[int, dict[str, Any]]:
+    body = {name: part for name, part in response.json().items() if name != "usage"}
+    return response.status_code, body
 
 
-def test_a_replica_s_application_answers_like_the_local_server(folder: str) -> None:
-    twin = post(create_app(load_student(folder)), *QUESTIONS)
-    replica = post(
-        asgi_app(Arguments(serve="checkpoint", models=(folder,))), *QUESTIONS
-    )
-    assert [r.status_code for r in replica] == [200, 200, 415, 400, 400]
+def test_a_replica_s_application_answers_like_the_local_server(
+    student_folder: str,
+) -> None:
+    local = post(create_app(load_served_predictor(student_folder)), *REQUESTS)
+    settings = ServeSettings(serve="checkpoint", models=(student_folder,))
+    replica = post(create_replica_app(settings), *REQUESTS)
+    statuses = [response.status_code for response in replica]
+    assert statuses == [200, 200, 415, 400, 400]
     assert replica[0].json()["detections"]
-    assert list(map(without_times, replica)) == list(map(without_times, twin))
+    assert list(map(_without_times, replica)) == list(map(_without_times, local))
 
 
-def test_a_deployment_carries_its_settings_to_the_replica(folder: str) -> None:
-    arguments = Arguments(
-        serve="checkpoint", models=(folder,), queue_max=7, replicas=3, gpus=0.5
+def test_a_deployment_carries_its_settings_to_the_replica(student_folder: str) -> None:
+    settings = ServeSettings(
+        serve="checkpoint", models=(student_folder,), queue_max=7, replicas=3, gpus=0.5
     )
-    deployment = build(arguments)._bound_deployment
+    deployment = build(settings)._bound_deployment
     assert (deployment.name, deployment.num_replicas) == ("coin-detector", 3)
-    assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (
-        7 + MARGIN,
-        7,
-    )
+    assert deployment.max_ongoing_requests == 7 + REQUESTS_MARGIN
+    assert deployment.max_queued_requests == 7
     assert deployment.ray_actor_options["num_gpus"] == 0.5
-    kind = pickle.loads(cloudpickle.dumps(deployment.func_or_class))
+    replica_class = pickle.loads(cloudpickle.dumps(deployment.func_or_class))
 
-    async def health() -> Any:
-        replica = kind.__new__(kind)
+    async def health_of_failed_replica() -> Any:
+        replica = replica_class.__new__(replica_class)
         await replica.__init__()  # as Ray calls it
         assert isinstance(replica.app, FastAPI)
         replica.check_health()
-        replica.app.state.cloud.queue._failures = 100
+        replica.app.state.service.queue._failures = 100
         with pytest.raises(RuntimeError, match="has failed"):
             replica.check_health()
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(replica.app), base_url="http://local"
-        ) as client:
+        async with client_of(replica.app) as client:
             return (await client.get("/health")).json()
 
-    content = asyncio.run(health())
-    assert (content["model"], content["queue_max"], content["ready"]) == (
-        "harbour",
-        7,
-        False,
-    )
+    health = asyncio.run(health_of_failed_replica())
+    assert (health["model"], health["queue_max"]) == ("harbour", 7)
+    assert not health["ready"]
 
 
-def test_serve_run_s_words_are_settings() -> None:
-    application = serve_builder(
-        build,
-        {"serve": "onnx", "models": "a.onnx,b.onnx", "gpus": "1", "replicas": "4"},
-    )
-    assert application._bound_deployment.num_replicas == 4
-    assert application._bound_deployment.ray_actor_options["num_gpus"] == 1
-    with pytest.raises(
-        ConfigError, match=r"serving:build: 1 validation error for Arguments\nmodel\n"
-    ):
-        serve_builder(build, {"model": "a.onnx"})
+def test_serve_run_s_arguments_are_settings() -> None:
+    arguments = {"serve": "onnx", "models": "a.onnx,b.onnx"}
+    resources = {"gpus": "1", "replicas": "4"}
+    deployment = call_app_builder(build, arguments | resources)._bound_deployment
+    assert deployment.num_replicas == 4
+    assert deployment.ray_actor_options["num_gpus"] == 1
+    message = r"serving:build: 1 validation error for ServeSettings\nmodel\n"
+    with pytest.raises(ConfigError, match=message):
+        call_app_builder(build, {"model": "a.onnx"})
 
 
 def test_settings_come_from_the_environment() -> None:
-    given = {
+    environment = {
         "COIN_SERVE": "onnx",
         "COIN_SERVE_MODELS": "a.onnx,b.onnx",
         "COIN_SERVE_REPLICAS": "2",
         "COIN_SERVE_TOKEN_ENV": "KEY",
+        "HOME": "/",
+        "COIN": "1",
     }
-    arguments = from_environment({**given, "HOME": "/", "COIN": "1"})
-    assert arguments == Arguments(
+    expected = ServeSettings(
         serve="onnx", models=("a.onnx", "b.onnx"), replicas=2, token_env="KEY"
     )
-    assert from_environment({}) == Arguments()
+    assert settings_from_environment(environment) == expected
+    assert settings_from_environment({}) == ServeSettings()
     assert coin_ray.serving.app._bound_deployment.name == "coin-detector"
 
 
-WRONG = [
+WRONG_SETTINGS = [
     ({"COIN_SERVE": "yolo"}, "serve"),
     ({"COIN_SERVE_MODEL": "x"}, "model"),
     ({"COIN_SERVE_REPLICAS": "0"}, "replicas"),
@@ -138,38 +123,37 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("environment", "name"), WRONG)
+@pytest.mark.parametrize(("environment", "name"), WRONG_SETTINGS)
 def test_wrong_settings_are_named(environment: dict[str, str], name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"COIN_SERVE_\*: 1 validation error for Arguments\n{name}\n"
-    ):
-        from_environment(environment)
+    message = rf"COIN_SERVE_\*: 1 validation error for ServeSettings\n{name}\n"
+    with pytest.raises(ConfigError, match=message):
+        settings_from_environment(environment)
 
 
-def test_a_secret_given_by_mistake_is_not_told() -> None:
+def test_a_secret_given_by_mistake_is_not_in_the_message() -> None:
+    secret = "s3cret-0123"
+    environment = {"COIN_SERVE_TOKEN": secret, "COIN_SERVE_CPUS": secret}
     with pytest.raises(ConfigError, match="token") as caught:
-        from_environment(
-            {"COIN_SERVE_TOKEN": "s3cret-0123", "COIN_SERVE_CPUS": "s3cret-0123"}
-        )
+        settings_from_environment(environment)
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_token_that_is_not_set_is_no_open_door(
-    folder: str, monkeypatch: pytest.MonkeyPatch
+def test_without_the_token_s_variable_the_server_does_not_start(
+    student_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = Arguments(
-        serve="checkpoint", models=(folder,), token_env="DETECTOR_KEY"
+    settings = ServeSettings(
+        serve="checkpoint", models=(student_folder,), token_env="DETECTOR_KEY"
     )
     monkeypatch.delenv("DETECTOR_KEY", raising=False)
     with pytest.raises(ConfigError, match="DETECTOR_KEY"):
-        asgi_app(arguments)
+        create_replica_app(settings)
     monkeypatch.setenv("DETECTOR_KEY", "right")
-    app = asgi_app(arguments)
-    assert post(app, call())[0].status_code == 401
-    assert (
-        post(app, call(classes=CLASSES), authorization="Bearer right")[0].status_code
-        == 200
+    app = create_replica_app(settings)
+    (refused,) = post(app, detect_request())
+    (answered,) = post(
+        app, detect_request(classes=CLASSES), authorization="Bearer right"
     )
+    assert (refused.status_code, answered.status_code) == (401, 200)
 
 
 @pytest.fixture
@@ -189,16 +173,15 @@ def cluster() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_under_ray_serve_the_answers_are_those_of_the_local_server(
-    folder: str, cluster: str
+    student_folder: str, cluster: str
 ) -> None:
-    serve.run(build(Arguments(serve="checkpoint", models=(folder,), cpus=0.5)))
+    settings = ServeSettings(serve="checkpoint", models=(student_folder,), cpus=0.5)
+    serve.run(build(settings))
     with httpx.Client(base_url=cluster, timeout=60) as client:
         assert client.get("/health").json()["classes"] == list(CLASSES)
-        remote = [
-            client.post(
-                "/v1/detect", content=q if isinstance(q, bytes) else json.dumps(q)
-            )
-            for q in QUESTIONS
-        ]
-    twin = post(create_app(load_student(folder)), *QUESTIONS)
-    assert list(map(without_times, remote)) == list(map(without_times, twin))
+        remote = []
+        for body in REQUESTS:
+            sent = {"content": body} if isinstance(body, bytes) else {"json": body}
+            remote.append(client.post("/v1/detect", **sent))
+    local = post(create_app(load_served_predictor(student_folder)), *REQUESTS)
+    assert list(map(_without_times, remote)) == list(map(_without_times, local))

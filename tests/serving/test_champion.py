@@ -9,42 +9,48 @@ import httpx
 import pytest
 
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.predictors.student import write_exported
+from coin_ray.predictors.student import write_exported_student
 from coin_ray.serving import champion as champion_module
-from coin_ray.serving.application import Arguments, asgi_app
-from coin_ray.serving.champion import Champion, Registry
+from coin_ray.serving.application import ServeSettings, create_replica_app
+from coin_ray.serving.champion import ChampionFollower, StudentRegistry
 from tests.builders import CLASSES, tiny_detector
-from tests.serving.running import running
-from tests.serving.test_local_cloud import call, jpeg
+from tests.images import jpeg
+from tests.serving.helpers import detect_request, run_server
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def exports(
+    student_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, str]:
     """Two students; the second has learned other classes than the first."""
-    folder = tmp_path_factory.mktemp("exports")
-    for seed, classes in enumerate((CLASSES, ("cat", "traffic light", "ship"))):
-        write_exported(
-            tiny_detector(seed=seed, score_min=0.01), classes, str(folder / str(seed))
-        )
-    return [str(folder / "0"), str(folder / "1")]
+    folder = str(tmp_path_factory.mktemp("exports") / "second")
+    classes = ("cat", "traffic light", "ship")
+    write_exported_student(tiny_detector(seed=1, score_min=0.01), classes, folder)
+    return student_folder, folder
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One for all: MLflow takes long to make it."""
+    """One for all: MLflow takes long to create it."""
     return f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
 
 
 @pytest.fixture
-def registry(database: str, request: pytest.FixtureRequest) -> Registry:
-    """A model of the test's own."""
-    return Registry(request.node.name[:40], database)
+def registry(database: str, request: pytest.FixtureRequest) -> StudentRegistry:
+    """A registered model for this test alone."""
+    return StudentRegistry(request.node.name[:40], database)
 
 
-def test_a_registered_export_is_the_champion_and_the_next_one_takes_its_place(
-    registry: Registry, exports: list[str]
+def _champion_settings(registry: StudentRegistry, **changes: Any) -> ServeSettings:
+    return ServeSettings(
+        serve="champion", models=(registry.name,), registry=registry.uri, **changes
+    )
+
+
+def test_a_registered_export_is_the_champion_until_the_next_one(
+    registry: StudentRegistry, exports: tuple[str, str]
 ) -> None:
     assert [registry.register(folder) for folder in exports] == ["1", "2"]
     assert registry.version() == "2"
@@ -54,111 +60,94 @@ def test_a_registered_export_is_the_champion_and_the_next_one_takes_its_place(
 
 
 def test_without_a_champion_a_server_does_not_start(
-    registry: Registry, tmp_path: Path
+    registry: StudentRegistry, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"no .*@champion in the registry .*python -m coin_ray\.serving\.champion",
-    ):
-        asgi_app(
-            Arguments(serve="champion", models=(registry.name,), registry=registry.uri)
-        )
+    message = r"no .*@champion in the registry .*coin-ray serve register"
+    with pytest.raises(ConfigError, match=message):
+        create_replica_app(_champion_settings(registry))
+    without_model = ServeSettings(serve="champion", registry=registry.uri)
     with pytest.raises(ConfigError, match="models=NAME"):
-        asgi_app(Arguments(serve="champion", registry=registry.uri))
-    with pytest.raises(InputError, match="is no export"):
+        create_replica_app(without_model)
+    with pytest.raises(InputError, match="is no trained detector"):
         registry.register(str(tmp_path))
 
 
 def test_the_command_registers_an_export(
-    registry: Registry,
-    exports: list[str],
+    registry: StudentRegistry,
+    exports: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["champion", exports[0], "--name", registry.name, "--registry", registry.uri],
-    )
+    options = ["--name", registry.name, "--registry", registry.uri]
+    monkeypatch.setattr(sys, "argv", ["champion", exports[0], *options])
     assert champion_module.main() == 0
     assert capsys.readouterr().out == f"{registry.name} version 1 is the champion\n"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["champion", "absent", "--name", registry.name, "--registry", registry.uri],
-    )
+    monkeypatch.setattr(sys, "argv", ["champion", "absent", *options])
     assert champion_module.main() == 2
 
 
-def test_a_broken_version_or_a_registry_that_is_away_leaves_the_present_model(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Shaky(Registry):
-        def version(self) -> str:
-            looks.append("look")
-            if len(looks) == 1:
-                raise ConfigError("away")
-            return "2"
+class UnreliableRegistry(StudentRegistry):
+    """Unreachable at the first request, with a broken version at the next two."""
 
-        def load(self, version: str) -> Any:
-            if len(looks) < 4:
-                raise InputError("broken")
-            return "student 2"
+    requests = 0
 
-    looks: list[str] = []
+    def version(self) -> str:
+        UnreliableRegistry.requests += 1
+        if self.requests == 1:
+            raise ConfigError("unreachable")
+        return "2"
+
+    def load(self, version: str) -> Any:
+        if self.requests < 4:
+            raise InputError("broken")
+        return "student 2"
+
+
+def test_a_broken_version_or_an_unreachable_registry_keeps_the_current_model() -> None:
     swapped: list[Any] = []
-    failed: list[int] = []
+    errors: list[int] = []
 
     async def run() -> None:
-        follower = Champion(Shaky("harbour"), "1", every=0.001)
-        task = asyncio.create_task(
-            follower.follow(swapped.append, lambda: failed.append(1))
-        )
+        follower = ChampionFollower(UnreliableRegistry("harbour"), "1", every=0.001)
+        following = follower.follow(swapped.append, lambda: errors.append(1))
+        task = asyncio.create_task(following)
         while not swapped:
             await asyncio.sleep(0.001)
         assert follower.version == "2"
         task.cancel()
 
     asyncio.run(asyncio.wait_for(run(), 20))
-    assert (swapped, len(failed)) == (["student 2"], 3)
+    assert swapped == ["student 2"]
+    assert len(errors) == 3
 
 
 def test_a_swap_under_load_drops_no_request(
-    registry: Registry, exports: list[str]
+    registry: StudentRegistry, exports: tuple[str, str]
 ) -> None:
     """Clients ask about classes that both students know, without a pause, while the
     second becomes the champion."""
     registry.register(exports[0])
     first, second = f"{registry.name}/1", f"{registry.name}/2"
-    question = call(jpeg(), CLASSES[:2])
+    body = detect_request(jpeg(), CLASSES[:2])
     answers: list[tuple[int, str]] = []
 
-    async def client(http: httpx.AsyncClient) -> None:
-        while sum(model.endswith("/2") for _, model in answers) < 20:
-            response = await http.post("/v1/detect", json=question)
+    async def ask_until_swapped(http: httpx.AsyncClient) -> None:
+        while [model for _, model in answers].count(second) < 20:
+            response = await http.post("/v1/detect", json=body)
             answers.append((response.status_code, response.json().get("model", "")))
 
-    async def run(url: str) -> str:
+    async def swap_under_load(url: str) -> str:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             assert (await http.get("/health")).json()["model"] == first
-            clients = [asyncio.create_task(client(http)) for _ in range(6)]
+            clients = [asyncio.create_task(ask_until_swapped(http)) for _ in range(6)]
             while len(answers) < 20:
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(registry.register, exports[1])
             await asyncio.wait_for(asyncio.gather(*clients), 120)
             return (await http.get("/metrics")).text
 
-    with running(
-        asgi_app(
-            Arguments(
-                serve="champion",
-                models=(registry.name,),
-                registry=registry.uri,
-                every=0.2,
-            )
-        )
-    ) as url:
-        metrics = asyncio.run(run(url))
+    with run_server(create_replica_app(_champion_settings(registry, every=0.2))) as url:
+        metrics = asyncio.run(swap_under_load(url))
     assert {status for status, _ in answers} == {200}
     assert {model for _, model in answers} == {first, second}
     assert f'coin_model{{model="{second}"}} 1.0' in metrics

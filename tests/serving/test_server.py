@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import asyncio
 import importlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,46 +10,41 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from coin_ray.serving.batching import FAILURES_MAX, Found
+from coin_ray.predictors.scored_boxes import ScoredBoxes
+from coin_ray.serving.batching import FAILURES_MAX
 from coin_ray.serving.server import create_app
-from tests.serving.test_local_cloud import Brightness, call
+from tests.serving.helpers import (
+    BrightnessDetector,
+    Request,
+    detect_request,
+    post,
+    send,
+)
 
-Asked = tuple[str, str] | tuple[str, str, dict[str, Any]]
 
-
-class Broken(Brightness):
-    def detect(self, image: Image.Image, classes: Any, score_min: float) -> Found:
+class FailingDetector(BrightnessDetector):
+    def detect(self, image: Image.Image, classes: Any, score_min: float) -> ScoredBoxes:
         raise RuntimeError("no GPU")
 
 
-def ask(app: Any, *requests: Asked, **headers: str) -> list[httpx.Response]:
-    async def run() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://local", headers=headers
-        ) as client:
-            return [
-                await client.request(r[0], r[1], json=r[2] if len(r) > 2 else None)
-                for r in requests
-            ]
-
-    return asyncio.run(run())
+def _samples(exposition: str) -> dict[tuple[str, ...], float]:
+    """Return Prometheus's figures by name and label values."""
+    samples = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            labels = [sample.labels[label] for label in sorted(sample.labels)]
+            samples[(sample.name, *labels)] = sample.value
+    return samples
 
 
-def samples(text: str) -> dict[tuple[str, ...], float]:
-    families = list(text_string_to_metric_families(text))
-    return {
-        (s.name, *(s.labels[k] for k in sorted(s.labels))): s.value
-        for f in families
-        for s in f.samples
-    }
+def _statuses(responses: list[httpx.Response]) -> list[int]:
+    return [response.status_code for response in responses]
 
 
 def test_prometheus_reads_requests_batches_queue_and_model() -> None:
-    app = create_app(Brightness(), queue_max=7)
-    detect = ("POST", "/v1/detect", call())
-    *_, scraped = ask(
-        app,
+    detect: Request = ("POST", "/v1/detect", detect_request())
+    *_, scraped = send(
+        create_app(BrightnessDetector(), queue_max=7),
         detect,
         detect,
         ("POST", "/v1/detect", {}),
@@ -57,66 +52,53 @@ def test_prometheus_reads_requests_batches_queue_and_model() -> None:
         ("GET", "/metrics"),
     )
     assert scraped.headers["content-type"].startswith("text/plain")
-    found = samples(scraped.text)
-    assert found["coin_requests_total", "/v1/detect", "200"] == 2
-    assert found["coin_requests_total", "/v1/detect", "400"] == 1
-    assert found["coin_requests_total", "other", "404"] == 1
-    assert found["coin_request_seconds_count", "/v1/detect"] == 3
-    assert found["coin_batch_images_count",] == found["coin_batch_images_sum",] == 2
-    assert found["coin_model", "brightness"] == 1
-    assert (
-        found["coin_queue_waiting",],
-        found["coin_queue_max",],
-        found["coin_ready",],
-    ) == (0, 7, 1)
-    assert found["process_resident_memory_bytes",] > 0
+    samples = _samples(scraped.text)
+    assert samples["coin_requests_total", "/v1/detect", "200"] == 2
+    assert samples["coin_requests_total", "/v1/detect", "400"] == 1
+    assert samples["coin_requests_total", "other", "404"] == 1
+    assert samples["coin_request_seconds_count", "/v1/detect"] == 3
+    assert samples["coin_batch_images_count",] == 2
+    assert samples["coin_batch_images_sum",] == 2
+    assert samples["coin_model", "brightness"] == 1
+    assert samples["coin_queue_waiting",] == 0
+    assert samples["coin_queue_max",] == 7
+    assert samples["coin_ready",] == 1
+    assert samples["process_resident_memory_bytes",] > 0
 
 
-def test_paths_that_are_no_routes_do_not_make_figures_of_their_own() -> None:
-    app = create_app(Brightness())
-    before = len(
-        samples(
-            ask(app, ("GET", "/a"), ("GET", "/metrics"), ("GET", "/metrics"))[-1].text
-        )
-    )
-    after = len(
-        samples(
-            ask(app, *[("GET", f"/{i}") for i in range(30)], ("GET", "/metrics"))[
-                -1
-            ].text
-        )
-    )
-    assert before == after
+def test_paths_that_are_no_routes_count_together() -> None:
+    app = create_app(BrightnessDetector())
+    scrape: Request = ("GET", "/metrics")
+    unknown: list[Request] = [("GET", f"/{number}") for number in range(30)]
+    before = send(app, ("GET", "/a"), scrape, scrape)[-1].text
+    after = send(app, *unknown, scrape)[-1].text
+    assert len(_samples(before)) == len(_samples(after))
 
 
 def test_live_and_ready_need_no_token_and_ready_follows_the_detector() -> None:
-    app = create_app(Broken(), token="right")
-    probes: list[Asked] = [("GET", "/health/live"), ("GET", "/health/ready")]
-    assert [r.status_code for r in ask(app, *probes, ("GET", "/health"))] == [
-        200,
-        200,
-        401,
-    ]
-    broken = ask(
-        app,
-        *[("POST", "/v1/detect", call())] * FAILURES_MAX,
-        Authorization="Bearer right",
-    )
-    assert {r.status_code for r in broken} == {500}
-    live, ready = ask(app, *probes)
-    assert (live.status_code, ready.status_code) == (200, 503)
-    (health,) = ask(app, ("GET", "/health"), Authorization="Bearer right")
-    assert (health.json()["live"], health.json()["ready"], health.json()["cloud"]) == (
-        True,
-        False,
-        None,
-    )
+    app = create_app(FailingDetector(), token="right")
+    probes: list[Request] = [("GET", "/health/live"), ("GET", "/health/ready")]
+    assert _statuses(send(app, *probes, ("GET", "/health"))) == [200, 200, 401]
+    requests = [detect_request()] * FAILURES_MAX
+    failed = post(app, *requests, Authorization="Bearer right")
+    assert set(_statuses(failed)) == {500}
+    assert _statuses(send(app, *probes)) == [200, 503]
+    (response,) = send(app, ("GET", "/health"), Authorization="Bearer right")
+    health = response.json()
+    assert health["live"]
+    assert not health["ready"]
+    assert health["cloud"] is None
 
 
-def test_the_schema_names_routes_questions_and_problems() -> None:
-    (answer,) = ask(create_app(Brightness()), ("GET", "/openapi.json"))
-    paths = answer.json()["paths"]
-    assert set(paths) == {
+@pytest.fixture(scope="module")
+def openapi() -> dict[str, Any]:
+    (response,) = send(create_app(BrightnessDetector()), ("GET", "/openapi.json"))
+    document: dict[str, Any] = response.json()
+    return document
+
+
+def test_the_schema_names_routes_requests_and_problems(openapi: dict[str, Any]) -> None:
+    assert set(openapi["paths"]) == {
         "/",
         "/v1/detect",
         "/v1/cloud",
@@ -126,27 +108,46 @@ def test_the_schema_names_routes_questions_and_problems() -> None:
         "/stats",
         "/metrics",
     }
-    detect = paths["/v1/detect"]["post"]
+    detect = openapi["paths"]["/v1/detect"]["post"]
     assert set(detect["responses"]) >= {"200", "400", "401", "413", "415", "503"}
-    question = detect["requestBody"]["content"]["application/json"]["schema"]
-    assert question["required"] == ["image", "classes"]
+    body = detect["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["image", "classes"]
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """Yield every ``$ref`` below a part of a schema."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            yield schema["$ref"]
+        for part in schema.values():
+            yield from _references(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from _references(part)
+
+
+def test_references_in_the_schema_resolve(openapi: dict[str, Any]) -> None:
+    references = set(_references(openapi))
+    assert "#/components/schemas/EncodedImage" in references
+    for reference in references:
+        part: Any = openapi
+        for name in reference.removeprefix("#/").split("/"):
+            part = part[name]
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    (page,) = ask(create_app(Brightness()), ("GET", "/"))
+    (page,) = send(create_app(BrightnessDetector()), ("GET", "/"))
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert set(re.findall(r"https?://[^\"'\s<]+", page.text)) == {
-        "http://www.w3.org/2000/svg"
-    }
+    addresses = set(re.findall(r"https?://[^\"'\s<]+", page.text))
+    assert addresses == {"http://www.w3.org/2000/svg"}
     assert not re.findall(r"(?:src|@import)\s*=?\s*[\"'](?!data:)", page.text)
 
 
-def test_no_cloud_beside_is_a_404_with_what_to_do() -> None:
-    (answer,) = ask(create_app(Brightness()), ("POST", "/v1/cloud", call()))
-    assert (answer.status_code, answer.json()["title"]) == (
-        404,
-        "no cloud is configured",
-    )
+def test_without_a_teacher_proxy_the_cloud_is_a_404_with_what_to_do() -> None:
+    app = create_app(BrightnessDetector())
+    (response,) = send(app, ("POST", "/v1/cloud", detect_request()))
+    assert response.status_code == 404
+    assert response.json()["title"] == "no cloud is configured"
 
 
 def test_serve_run_s_import_path_is_the_package() -> None:

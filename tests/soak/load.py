@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from tests.serving.test_bounds import png_bomb
+from tests.images import png_bomb
 
 MIB = 2**20
 GROWTH_MIB = 32.0
