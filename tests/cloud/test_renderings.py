@@ -38,137 +38,135 @@ from coin_ray.runs.estimate import estimate_cost
 from coin_ray.runs.graph import build_steps
 from coin_ray.stages.collecting.cloud_actor import governors_for
 
-from .conftest import CLASSES
+from .conftest import CLASSES, detection_json, response_json
 
-VIEWS = st.lists(st.sampled_from(RENDERING_OPERATIONS), unique=True).map(
+RENDERINGS = st.lists(st.sampled_from(RENDERING_OPERATIONS), unique=True).map(
     lambda names: "+".join(names) or "plain"
 )
 SMALL = Capabilities(
     "small", open_vocabulary=True, per_class_scores=True, idempotent=True
 )
-ASKED = ("plain", "inverted", "mirrored+reduced")
+CONFIGURED_RENDERINGS = ("plain", "inverted", "mirrored+reduced")
+OBJECT = (6, 10, 26, 30)
 
 
-def png(pixels: np.ndarray) -> bytes:
+def _png(pixels: np.ndarray) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return sink.getvalue()
 
 
-def with_object(
-    width: int, height: int, box: tuple[int, int, int, int], background: int = 60
+def _image_with_object(
+    width: int = 60, height: int = 40, box: tuple[int, int, int, int] = OBJECT
 ) -> bytes:
-    """A grey image with a white object."""
-    pixels = np.full((height, width, 3), background, np.uint8)
-    pixels[box[1] : box[3], box[0] : box[2]] = 255
-    return png(pixels)
+    """Return a grey image with a white object."""
+    x0, y0, x1, y1 = box
+    pixels = np.full((height, width, 3), 60, np.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    return _png(pixels)
 
 
-def pixels_of(image: CanonicalImage) -> np.ndarray:
+def _pixels(image: CanonicalImage) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(image.data)).convert("RGB")).astype(int)
 
 
-def frame_of(image: CanonicalImage) -> Frame:
+def _frame(image: CanonicalImage) -> Frame:
     return Frame(
         (image.width, image.height), image.original, image.visible_size, image.mirrored
     )
 
 
-def seen(pixels: np.ndarray) -> list[int]:
-    """The box of what is much brighter or darker than the upper left corner."""
+def _visible_size(image: CanonicalImage) -> tuple[float, float]:
+    return image.visible_size or (image.width, image.height)
+
+
+def _object_box(pixels: np.ndarray) -> list[int]:
+    """Return the box of the pixels much brighter or darker than the upper left corner."""
     brightness = pixels.mean(2)
     rows, columns = np.nonzero(np.abs(brightness - brightness[0, 0]) > 70)
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-@given(VIEWS, st.integers(40, 120), st.integers(40, 120), st.data())
-def test_an_object_seen_in_a_view_is_found_where_it_is(
-    view: str, width: int, height: int, data: st.DataObject
+@given(RENDERINGS, st.integers(40, 120), st.integers(40, 120), st.data())
+def test_a_box_in_a_rendering_maps_to_the_object_in_the_original(
+    rendering: str, width: int, height: int, draws: st.DataObject
 ) -> None:
-    """The image is drawn, shown, and the object looked for in the pixels that are sent."""
-    x, y = data.draw(st.integers(4, width - 24)), data.draw(st.integers(4, height - 24))
-    box = (x, y, x + data.draw(st.integers(8, 20)), y + data.draw(st.integers(8, 20)))
-    image = render_image(with_object(width, height, box), 4096, view)
-    shown = image.visible_size or (image.width, image.height)
-    found = seen(pixels_of(image)[: int(shown[1]), : int(shown[0])])
-    assert to_original_frame([found], "xyxy", frame_of(image))[0] == pytest.approx(
-        np.array(box), abs=1.5
-    )
-    ratio = [
-        v / side for v, side in zip(found, (image.width, image.height) * 2, strict=True)
-    ]
-    assert to_original_frame([ratio], "xyxy_ratio", frame_of(image))[
-        0
-    ] == pytest.approx(np.array(box), abs=1.5)
+    """Draw an object, render the image, and search the sent pixels for the object."""
+    x = draws.draw(st.integers(4, width - 24))
+    y = draws.draw(st.integers(4, height - 24))
+    box = (x, y, x + draws.draw(st.integers(8, 20)), y + draws.draw(st.integers(8, 20)))
+    image = render_image(_image_with_object(width, height, box), 4096, rendering)
+    visible_width, visible_height = map(int, _visible_size(image))
+    sent_box = _object_box(_pixels(image)[:visible_height, :visible_width])
+    sides = (image.width, image.height) * 2
+    ratios = [edge / side for edge, side in zip(sent_box, sides, strict=True)]
+    expected = pytest.approx(np.array(box), abs=1.5)
+    assert to_original_frame([sent_box], "xyxy", _frame(image))[0] == expected
+    assert to_original_frame([ratios], "xyxy_ratio", _frame(image))[0] == expected
 
 
-@given(VIEWS, st.integers(40, 300), st.integers(40, 300), st.integers(100, 200))
-def test_no_view_is_larger_than_the_service_takes(
-    view: str, width: int, height: int, max_side: int
+@given(RENDERINGS, st.integers(40, 300), st.integers(40, 300), st.integers(100, 200))
+def test_no_rendering_is_larger_than_the_service_takes(
+    rendering: str, width: int, height: int, max_side: int
 ) -> None:
-    image = render_image(with_object(width, height, (5, 5, 20, 20)), max_side, view)
+    image_file = _image_with_object(width, height, (5, 5, 20, 20))
+    image = render_image(image_file, max_side, rendering)
     assert max(image.width, image.height) <= max_side
     assert image.original == (width, height)
-    corner = np.array([[0, 0, *(image.visible_size or (image.width, image.height))]])
-    assert to_original_frame(corner.tolist(), "xyxy", frame_of(image))[
-        0
-    ] == pytest.approx(np.array([0, 0, width, height]), abs=1e-3)
+    whole = [0, 0, *_visible_size(image)]
+    xyxy = to_original_frame([whole], "xyxy", _frame(image))[0]
+    assert xyxy == pytest.approx(np.array([0, 0, width, height]), abs=1e-3)
 
 
 def test_what_the_operations_do() -> None:
-    raw = with_object(60, 40, (6, 10, 26, 30))
-    plain, inverted = (
-        pixels_of(render_image(raw, 4096, "plain")),
-        pixels_of(render_image(raw, 4096, "inverted")),
-    )
+    image_file = _image_with_object()
+    plain = _pixels(render_image(image_file, 4096, "plain"))
+    inverted = _pixels(render_image(image_file, 4096, "inverted"))
     assert plain + inverted == pytest.approx(255, abs=3)
-    assert pixels_of(render_image(raw, 4096, "mirrored"))[:, ::-1] == pytest.approx(
-        plain, abs=4
-    )
-    reduced = render_image(raw, 4096, "reduced")
-    assert ((reduced.width, reduced.height), reduced.visible_size) == (
-        (90, 60),
-        (60, 40),
-    )
+    mirrored = _pixels(render_image(image_file, 4096, "mirrored"))
+    assert mirrored[:, ::-1] == pytest.approx(plain, abs=4)
+    reduced = render_image(image_file, 4096, "reduced")
+    assert (reduced.width, reduced.height) == (90, 60)
+    assert reduced.visible_size == (60, 40)
     # a JPEG's blocks lie across the edge
-    assert pixels_of(reduced)[:40, :60] == pytest.approx(plain, abs=12)
-    assert np.abs(pixels_of(reduced)[50:, 70:] - MARGIN).max() <= 3
+    assert _pixels(reduced)[:40, :60] == pytest.approx(plain, abs=12)
+    assert np.abs(_pixels(reduced)[50:, 70:] - MARGIN).max() <= 3
     coloured = np.zeros((40, 60, 3), np.uint8)
     coloured[:, :30, 0] = 200
-    grey = pixels_of(render_image(png(coloured), 4096, "grey"))
+    grey = _pixels(render_image(_png(coloured), 4096, "grey"))
     assert np.ptp(grey, axis=2).max() == 0
     assert grey[20, 10, 0] == pytest.approx(0.299 * 200, abs=2)
 
 
-def test_the_plain_view_is_the_image_as_ever() -> None:
-    raw = with_object(300, 200, (6, 10, 26, 30))
-    assert render_image(raw, 128, "plain") == canonical_image(raw, 128)
+def test_the_plain_rendering_is_the_canonical_image() -> None:
+    image_file = _image_with_object(300, 200)
+    assert render_image(image_file, 128, "plain") == canonical_image(image_file, 128)
 
 
 def test_a_file_made_smaller_for_a_service_keeps_its_frame() -> None:
-    raw = png(np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8))
-    image = render_image(raw, 4096, "mirrored+reduced")
-    sent = shrink_to_limits(image, replace(SMALL, max_bytes=len(image.data) // 3), 4096)
+    generator = np.random.default_rng(0)
+    image_file = _png(generator.integers(0, 255, (200, 300, 3), np.uint8))
+    image = render_image(image_file, 4096, "mirrored+reduced")
+    capabilities = replace(SMALL, max_bytes=len(image.data) // 3)
+    sent = shrink_to_limits(image, capabilities, 4096)
     assert sent.width < image.width
     assert sent.visible_size is not None
-    assert to_original_frame([[0, 0, *sent.visible_size]], "xyxy", frame_of(sent))[
-        0
-    ] == pytest.approx([0, 0, 300, 200], abs=1e-3)
+    whole = [0, 0, *sent.visible_size]
+    xyxy = to_original_frame([whole], "xyxy", _frame(sent))[0]
+    assert xyxy == pytest.approx([0, 0, 300, 200], abs=1e-3)
     assert sent.visible_size[0] * REDUCED == pytest.approx(sent.width, abs=1)
 
 
 def test_boxes_in_the_margin_are_dropped_and_those_across_it_end_at_the_image() -> None:
-    frame = frame_of(
-        render_image(with_object(60, 40, (6, 10, 26, 30)), 4096, "reduced")
-    )
-    found = to_original_frame([[70, 45, 88, 58], [40, 20, 80, 55]], "xyxy", frame)
+    frame = _frame(render_image(_image_with_object(), 4096, "reduced"))
+    boxes = to_original_frame([[70, 45, 88, 58], [40, 20, 80, 55]], "xyxy", frame)
     # thinner than a pixel: no detection
-    assert (found[0, 2:] - found[0, :2]).min() == 0
-    assert found[1].tolist() == [40, 20, 60, 40]
+    assert (boxes[0, 2:] - boxes[0, :2]).min() == 0
+    assert boxes[1].tolist() == [40, 20, 60, 40]
 
 
 @pytest.mark.parametrize(
-    ("views", "told"),
+    ("views", "message"),
     [
         ((), "at least one"),
         (("upside-down",), "mirrored, grey"),
@@ -176,147 +174,143 @@ def test_boxes_in_the_margin_are_dropped_and_those_across_it_end_at_the_image() 
         (("plain+grey",), "joined"),
     ],
 )
-def test_views_that_cannot_be(views: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_renderings_that_cannot_be(views: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Cloud(url="https://a", views=views)
 
 
 @pytest.mark.parametrize(
     "twice", [("grey+mirrored", "mirrored+grey"), ("inverted", "inverted")]
 )
-def test_the_same_view_in_other_words_is_not_paid_twice(twice: tuple[str, ...]) -> None:
+def test_the_same_rendering_in_other_words_is_not_paid_twice(
+    twice: tuple[str, ...],
+) -> None:
     with pytest.raises(ConfigError, match="once"):
         Cloud(url="https://a", views=twice)
 
 
 @pytest.mark.parametrize("mode", ["failover", "cascade"])
-def test_views_are_fused_or_the_run_does_not_begin(tmp_path: Path, mode: str) -> None:
-    config = replace(configured(tmp_path), ensemble=Ensemble(mode=mode))  # type: ignore[arg-type]
+def test_renderings_are_fused_or_the_run_does_not_begin(
+    tmp_path: Path, mode: str
+) -> None:
+    config = replace(_config(tmp_path), ensemble=Ensemble(mode=mode))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="views of a cloud are fused"):
         check_runnable(config)
 
 
-def configured(tmp_path: Path, **cloud: object) -> PipelineConfig:
-    data = replace(folder().data, images=str(tmp_path))
-    asked = Cloud(url="https://detector.example.com", views=ASKED, **cloud)  # type: ignore[arg-type]
-    return replace(folder(), classes=CLASSES, data=data, cloud=asked)
+def _config(images: Path, **settings: object) -> PipelineConfig:
+    image_settings = replace(folder().data, images=str(images))
+    cloud = Cloud(
+        url="https://detector.example.com",
+        views=CONFIGURED_RENDERINGS,
+        **settings,  # type: ignore[arg-type]
+    )
+    return replace(folder(), classes=CLASSES, data=image_settings, cloud=cloud)
 
 
-def test_each_view_counts_as_a_cloud(tmp_path: Path) -> None:
-    config = configured(tmp_path)
+def test_each_rendering_counts_as_a_cloud(tmp_path: Path) -> None:
+    config = _config(tmp_path)
     check_runnable(config)
-    assert [cloud.views for cloud in config.clouds] == [(view,) for view in ASKED]
-    assert cloud_names(config.clouds) == ("http", "http inverted", "http mirrored+reduced")
+    renderings = [cloud.views for cloud in config.clouds]
+    assert renderings == [(rendering,) for rendering in CONFIGURED_RENDERINGS]
+    names = cloud_names(config.clouds)
+    assert names == ("http", "http inverted", "http mirrored+reduced")
+
+
+def test_renderings_count_in_the_fingerprint_unless_plain(tmp_path: Path) -> None:
+    config = _config(tmp_path)
     plain = replace(config, cloud=replace(config.cloud, views=("plain",)))
-    before = replace(config, cloud=Cloud(url="https://detector.example.com"))
-    # answers paid before views were there still count
-    assert build_steps(plain)["collect"].fingerprint == build_steps(before)["collect"].fingerprint
-    assert (
-        len(
-            {
-                build_steps(c)["collect"].fingerprint
-                for c in (config, plain, replace(config, ensemble=Ensemble(iou=0.4)))
-            }
-        )
-        == 3
-    )
+    default = replace(config, cloud=Cloud(url="https://detector.example.com"))
+    other_iou = replace(config, ensemble=Ensemble(iou=0.4))
+    # answers that older versions paid for, before there were renderings, still count
+    assert _collect_fingerprint(plain) == _collect_fingerprint(default)
+    fingerprints = {_collect_fingerprint(c) for c in (config, plain, other_iou)}
+    assert len(fingerprints) == 3
 
 
-def test_views_share_one_limit_and_one_budget(tmp_path: Path) -> None:
-    config = configured(tmp_path, max_calls=5)
-    governors = governors_for(
-        config, [config.cloud.url] * 3, open_journal(str(tmp_path / "journal"))
-    )
+def _collect_fingerprint(config: PipelineConfig) -> str:
+    return build_steps(config)["collect"].fingerprint
+
+
+def test_renderings_share_one_limit_and_one_budget(tmp_path: Path) -> None:
+    config = _config(tmp_path, max_calls=5)
+    journal = open_journal(str(tmp_path / "journal"))
+    governors = governors_for(config, [config.cloud.url] * 3, journal)
     assert len(set(map(id, governors))) == 1
 
 
-def test_clouds_that_differ_in_more_than_the_view_keep_their_own_limits(
+def test_clouds_that_differ_in_more_than_the_rendering_keep_their_own_limits(
     tmp_path: Path,
 ) -> None:
-    config = configured(tmp_path, max_calls=5)
+    config = _config(tmp_path, max_calls=5)
     other = replace(config.cloud, views=("grey",), max_calls=1)
-    both = replace(config, more_clouds=(other,))
-    governors = governors_for(
-        both, [config.cloud.url] * 4, open_journal(str(tmp_path / "journal"))
-    )
+    two_clouds = replace(config, more_clouds=(other,))
+    journal = open_journal(str(tmp_path / "journal"))
+    governors = governors_for(two_clouds, [config.cloud.url] * 4, journal)
     assert [governors.index(governor) for governor in governors] == [0, 0, 0, 3]
 
 
-def white_or_black(request: httpx.Request) -> httpx.Response:
-    """A detector of dark things on light ground, which is how the object looks in the
-    inverted view only."""
+def _detect_dark_object(request: httpx.Request) -> httpx.Response:
+    """Answer as a detector of dark objects on light ground; only the inverted rendering
+    shows the object so.
+    """
     sent = base64.b64decode(json.loads(request.content)["image"]["b64"])
     pixels = np.asarray(Image.open(io.BytesIO(sent)).convert("L")).astype(int)
-    box = [int(v) for v in seen(np.repeat(pixels[:40, :60, None], 3, 2))]
-    dark = pixels[box[1] + 3, box[0] + 3] < pixels[0, 0]
-    found = [{"label": CLASSES[0], "score": 0.9, "box": box}] if dark else []
+    height, width = pixels.shape
+    box = [int(edge) for edge in _object_box(np.repeat(pixels[:40, :60, None], 3, 2))]
+    is_dark = pixels[box[1] + 3, box[0] + 3] < pixels[0, 0]
+    detections = [detection_json(CLASSES[0], 0.9, box)] if is_dark else []
     return httpx.Response(
-        200,
-        json={
-            "image": {"w": pixels.shape[1], "h": pixels.shape[0]},
-            "detections": found,
-        },
+        200, json=response_json(*detections, width=width, height=height)
     )
 
 
-def ask(config: PipelineConfig, raw: bytes, tmp_path: Path) -> Answer:
-    async def answer() -> Answer:
+def _query(config: PipelineConfig, image_file: bytes, tmp_path: Path) -> Answer:
+    async def query() -> Answer:
         journal = open_journal(str(tmp_path / "journal"))
-        governor = LocalGovernor(Governor(governor_limits(config.cloud), journal.spent()))
+        limits = governor_limits(config.cloud)
+        governor = LocalGovernor(Governor(limits, journal.spent()))
+        transport = httpx.MockTransport(_detect_dark_object)
         clients = [
             CloudClient(
-                one,
-                CLASSES,
-                one.url,
-                journal,
-                governor,
-                transport=httpx.MockTransport(white_or_black),
+                cloud, CLASSES, cloud.url, journal, governor, transport=transport
             )
-            for one in config.clouds
+            for cloud in config.clouds
         ]
         client = EnsembleClient(clients, cloud_names(config.clouds), config.ensemble)
-        return await client.answer(*render_for_clouds(client, raw))
+        return await client.answer(*render_for_clouds(client, image_file))
 
-    return asyncio.run(answer())
+    return asyncio.run(query())
 
 
-def test_what_one_view_shows_is_found(tmp_path: Path) -> None:
-    raw = with_object(60, 40, (6, 10, 26, 30))
-    first, again = (
-        ask(configured(tmp_path), raw, tmp_path),
-        ask(configured(tmp_path), raw, tmp_path),
-    )
-    assert (first.status, first.calls, again.status, again.calls) == (
-        "ok",
-        3,
-        "cached",
-        0,
-    )
+def test_an_object_that_one_rendering_shows_is_detected(tmp_path: Path) -> None:
+    image_file = _image_with_object()
+    first = _query(_config(tmp_path), image_file, tmp_path)
+    repeated = _query(_config(tmp_path), image_file, tmp_path)
+    assert (first.status, first.calls) == ("ok", 3)
+    assert (repeated.status, repeated.calls) == ("cached", 0)
     assert first.raw is not None
-    assert first.raw.boxes == pytest.approx(np.array([[6, 10, 26, 30]]), abs=1.5)
-    # one view of three saw it
+    assert first.raw.boxes == pytest.approx(np.array([OBJECT]), abs=1.5)
+    # one rendering of three showed it
     assert first.raw.class_scores[0, 0] == pytest.approx(0.3)
 
 
 def test_a_budget_ends_within_an_image_and_nothing_paid_is_lost(tmp_path: Path) -> None:
-    raw = with_object(60, 40, (6, 10, 26, 30))
+    image_file = _image_with_object()
     with pytest.raises(BudgetExhausted):
-        ask(configured(tmp_path, max_calls=2), raw, tmp_path)
+        _query(_config(tmp_path, max_calls=2), image_file, tmp_path)
     assert open_journal(str(tmp_path / "journal")).spent()[0] == 2
-    assert ask(configured(tmp_path, max_calls=3), raw, tmp_path).calls == 1
+    assert _query(_config(tmp_path, max_calls=3), image_file, tmp_path).calls == 1
 
 
-def test_an_estimate_counts_every_view(tmp_path: Path) -> None:
-    images, root = tmp_path / "images", tmp_path / "root"
+def test_an_estimate_counts_every_rendering(tmp_path: Path) -> None:
+    images = tmp_path / "images"
     images.mkdir()
     for i in range(4):
-        (images / f"{i}.png").write_bytes(with_object(60, 40, (6, 10, 26 + i, 30)))
-    config = configured(images, usd_per_call=0.5)
-    (found,) = estimate_cost(config, build_steps(config), str(root))
-    assert (found.cloud, found.images, found.views, found.calls, found.usd) == (
-        "http",
-        4,
-        3,
-        12,
-        6.0,
-    )
+        image_file = _image_with_object(box=(6, 10, 26 + i, 30))
+        (images / f"{i}.png").write_bytes(image_file)
+    config = _config(images, usd_per_call=0.5)
+    steps = build_steps(config)
+    (estimate,) = estimate_cost(config, steps, str(tmp_path / "root"))
+    assert (estimate.cloud, estimate.images, estimate.views) == ("http", 4, 3)
+    assert (estimate.calls, estimate.usd) == (12, 6.0)

@@ -113,19 +113,13 @@ def test_coordinates_are_part_of_the_question(
 
 
 @pytest.mark.parametrize(("service", "side"), [("http", 20_000), ("dino-x", 1536)])
-def test_a_server_of_one_s_own_gets_images_as_large_as_one_says(
+def test_a_local_server_gets_images_as_large_as_configured(
     service: str, side: int
 ) -> None:
-    assert (
-        longest_side(
-            _cloud_config(service, max_side=20_000),
-            adapter_for(_cloud_config(service)).capabilities,
-        )
-        == side
-    )
-    assert longest_side(
-        _cloud_config(service), adapter_for(_cloud_config(service)).capabilities
-    ) == min(4096, side)
+    capabilities = adapter_for(_cloud_config(service)).capabilities
+    large = _cloud_config(service, max_side=20_000)
+    assert longest_side(large, capabilities) == side
+    assert longest_side(_cloud_config(service), capabilities) == min(4096, side)
 
 
 def test_an_unknown_service() -> None:
@@ -181,22 +175,17 @@ def test_variables_of_tokens(
 
 
 def test_limits_of_a_service() -> None:
-    assert governor_limits(Cloud()).per_minute is None
-    assert governor_limits(Cloud()).rate == 50
-    assert governor_limits(_cloud_config("dino-x")).rate == 10
-    assert governor_limits(_cloud_config("dino-x")).per_minute == 600
-    assert (
-        governor_limits(_cloud_config("dino-x", per_minute=60.0, per_day=7)).per_minute
-        == 60
-    )
-    assert (
-        governor_limits(_cloud_config("dino-x", per_minute=60.0, per_day=7)).per_day
-        == 7
-    )
-    assert governor_limits(_cloud_config("dino-x", per_minute=6000.0)).rate == 50
-    for unusable in ({"per_minute": 0.0}, {"per_minute": -1.0}, {"per_day": 0}):
-        with pytest.raises(ConfigError, match="per_minute"):
-            Cloud(**unusable)  # type: ignore[arg-type]
+    default = governor_limits(Cloud())
+    assert (default.per_minute, default.rate) == (None, 50)
+    dino_x = governor_limits(_cloud_config("dino-x"))
+    assert (dino_x.per_minute, dino_x.rate) == (600, 10)
+    lower = governor_limits(_cloud_config("dino-x", per_minute=60.0, per_day=7))
+    assert (lower.per_minute, lower.per_day) == (60, 7)
+    higher = governor_limits(_cloud_config("dino-x", per_minute=6000.0))
+    assert higher.rate == 50
+    for name, number in (("per_minute", 0.0), ("per_minute", -1.0), ("per_day", 0)):
+        with pytest.raises(ConfigError, match=rf"{name} must be positive"):
+            Cloud(**{name: number})  # type: ignore[arg-type]
 
 
 CAPABILITIES = Capabilities(
@@ -230,9 +219,8 @@ def test_another_label_map_is_not_another_question(
     mapped_harness = build_harness(httpx.Response(200), label_map=str(file))
     assert harness.client._query.labels is None
     assert mapped_harness.client._query.labels.find(["Sedan"]) == (0, 1.0)
-    assert harness.client.key(_noise_image(64, 48)) == mapped_harness.client.key(
-        _noise_image(64, 48)
-    )
+    image = _noise_image(64, 48)
+    assert harness.client.key(image) == mapped_harness.client.key(image)
 
 
 def test_a_label_map_for_another_service(
@@ -273,9 +261,8 @@ def test_images_are_made_to_fit(
 ) -> None:
     image = _noise_image(*size)
     try:
-        sent = shrink_to_limits(
-            image, _capabilities_with(max_bytes=max_bytes, min_side=4), max_side
-        )
+        capabilities = _capabilities_with(max_bytes=max_bytes, min_side=4)
+        sent = shrink_to_limits(image, capabilities, max_side)
     except ImageRejected:
         assert size == (400, 20)
         return
@@ -327,22 +314,11 @@ def test_the_cloud_by_name_or_address(
 
 
 def test_a_service_at_another_address() -> None:
-    config = cli.parse_run_arguments(
-        (
-            *FOLDER,
-            "--cloud",
-            "hf-endpoint",
-            "--cloud.url",
-            ADDRESS,
-            "--cloud.per-minute",
-            "30",
-        )
-    )[0].cloud
-    assert (config.service, config.url, config.per_minute) == (
-        "hf-endpoint",
-        ADDRESS,
-        30,
-    )
+    arguments = [*FOLDER, "--cloud", "hf-endpoint"]
+    arguments += ["--cloud.url", ADDRESS, "--cloud.per-minute", "30"]
+    config = cli.parse_run_arguments(arguments)[0].cloud
+    assert (config.service, config.url) == ("hf-endpoint", ADDRESS)
+    assert config.per_minute == 30
 
 
 UNUSABLE_CLOUDS = [
