@@ -1,14 +1,13 @@
-"""The public-domain drawings that the demo's scenes are composed of.
+"""Load the public-domain drawings that the demo's scenes are composed of.
 
 Every drawing belongs to one *share* of the artwork, drawn once with a fixed seed by
 ``coin_ray.demo.build.drawings``:
 
 * ``source``: the cloud and CLIP were both trained on it;
 * ``target``: the drawings of the target domain. ``known_to_cloud`` and
-``known_to_clip`` say which of
-  them each teacher's training has also seen, in other scenes. The two draws are
-  independent;
-* ``unseen``: nobody was trained on it; kept for measuring the limit.
+  ``known_to_clip`` mark the drawings that each teacher was also trained on, in other
+  scenes. The two draws are independent;
+* ``unseen``: no model was trained on it; kept for measuring the limit.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Drawing:
 
 @lru_cache(maxsize=2)
 def load_drawings(path: Path = ASSETS / "drawings.parquet") -> tuple[Drawing, ...]:
-    """All drawings in the file, class drawings and clutter, in a fixed order."""
+    """Load all drawings of the file, class drawings and clutter, in a fixed order."""
     rows = pq.read_table(path).to_pylist()
     return tuple(
         Drawing(

@@ -1,3 +1,1 @@
-"""Scripts that rebuild everything in ``demo/assets``; see ``docs/demo.md``. Not needed
-to run the demo.
-"""
+"""Rebuild the files in ``demo/assets``; see ``docs/demo.md``. Not needed to run the demo."""

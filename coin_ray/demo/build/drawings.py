@@ -26,140 +26,71 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from coin_ray.demo.build.openclipart_paths import (
+    CLASS_FILES,
+    CLUTTER,
+    ENGLISH,
+    NOT_PICTURES,
+    NOT_WORDS,
+)
 from coin_ray.demo.drawings import ASSETS, CLASSES
 
 ORIGIN = Path("/usr/share/openclipart/png")
 LONG_SIDE = 96
 SHARES = {"source": 0.45, "target": 0.35, "unseen": 0.20}
-KNOWN_TO_CLOUD, KNOWN_TO_CLIP = 0.50, 0.60
+KNOWN_SHARES = {"known_to_cloud": 0.50, "known_to_clip": 0.60}
 SHIPPED_CLUTTER = 120
-
-NOT_PICTURES = re.compile(
-    r"shapes/|computer/(icons|buttons)|buttons/|recreation/games/cards|signs_and_symbols/(flags|led|map_symbols)"
-    r"|aiga-symbols|roadsigns|special/|boating_rules|sailing_|knot_|unsorted/duplicates"
+OPAQUE = 40
+"""Alpha above which a pixel counts as part of the drawing."""
+COLUMNS = (
+    "name",
+    "label",
+    "group",
+    "share",
+    "known_to_cloud",
+    "known_to_clip",
+    "words",
 )
-CLUTTER = re.compile(
-    r"(tools|office|computer|electronics|education|science|containers|signs_and_symbols"
-    r"|recreation/(music|sports|games)|geography|decorations|logos)"
-)
-CLASS_FILES = {
-    "bird": r"animals/birds/(?!contour_bat|simbolo|wing_|turkey_on|stormo|mirjam|manager)"
-    r"|animals/(emperor_penguin|new_penguin|pinguino|baby-tux|ralf_ark)"
-    r"|unsorted/(Anatra|Colombo|colombo2|Pinguino|gabbiano|papera|pennuto|struzzo|marchio_gallina)",
-    "bug": r"animals/bugs/(?!virus|lumaca|quattro|mostric)|animals/(mosquito|scorpion|punaisa)|unsorted/(ape_miele|caterpillar)",
-    "cat": r"animals/mammals/(housecats/|big_cats/|cartoon_cat)|unsorted/set_gatti",
-    "car": r"transportation/(vehicles/)?(hummers/|hummer|1989_chev|_chevrolet|4wd|blazer|old_car|redcar|skoda|sportcar"
-    r"|shelby_cobra_car|toyota|dodge|car_jamin|car\.png|bmw|formula|autos|ambulans|bus[12_]|bus\.png"
-    r"|big_truck|small_truck|old_truck|truck_|fire_engine)|unsorted/ambulanza",
-    "house": r"buildings/homes/|buildings/(house|perspectival_house|church|school_country|firestation|carnegie)"
-    r"|unsorted/(Condominio|fattoria|igloo)",
-    "flower": r"plants/(flowers/)?(?!cactus|cartoon_tree|flower-pot)(bouquet|daffodil|daisy|dream_flower|fiore|flower|full_bloom"
-    r"|funnyflower|geranium|lotas|magnolia|mazzo|mirjam|pink-rose|red_flower|sakura|simple_five|sun_flower|tulips)"
-    r"|unsorted/(rosa[12]|rose|van_gogh)",
-    "fruit": r"food/(fruit/(?!apple_juice|champignon|gumnut|juice|pie|straw_tote|tile|turkey|tree|kallisti|fruitcoll|candied)"
-    r"|(apple_|grapes|watermelon|pomodori))",
-    "person": r"people/(?!clothing|bodypart|smilies|magnifying|stickmen)[a-zA-Z_0-9.-]*(man|woman|girl|boy|businessm|worker|farmer"
-    r"|person|dancer|lady|chef|soldier|king|queen|nurse|doctor|kid|child|uomo|donna|bambin|ragazz)"
-    r"|unsorted/(ragazz|corridore|principessa|carpentiere|Traslocatore|imbianchino|donna|signorina)",
-}
-ENGLISH = {
-    "cavallo": "horse", "gatto": "cat", "gattina": "cat", "cane": "dog", "orso": "bear", "ours": "bear", "leone": "lion",
-    "tigre": "tiger", "uccello": "bird", "gabbiano": "gull", "aquila": "eagle", "acquila": "eagle", "cigno": "swan",
-    "gallo": "rooster", "farfalla": "butterfly", "coccinella": "ladybug", "zanzara": "mosquito", "formica": "ant",
-    "lucertola": "lizard", "rana": "frog", "fiore": "flower", "albero": "tree", "casa": "house", "donna": "woman",
-    "uomo": "man", "ragazza": "girl", "lampada": "lamp", "bussola": "compass", "chiave": "key", "tazza": "cup", "arbre": "tree",
-}  # fmt: skip
-NOT_WORDS = frozenset(
-    {
-        *(
-            "ganson",
-            "architetto",
-            "architett",
-            "archite",
-            "archit",
-            "arch",
-            "franc",
-            "frances",
-            "francesc",
-            "francesco",
-            "france",
-            "nicu",
-        ),
-        *(
-            "buculei",
-            "jarno",
-            "vasamaa",
-            "linda",
-            "kim",
-            "benji",
-            "park",
-            "jonathan",
-            "dietrich",
-            "gerald",
-            "jean",
-            "victor",
-            "balin",
-        ),
-        *(
-            "mateya",
-            "kurt",
-            "cagle",
-            "erich",
-            "peterm",
-            "mimooh",
-            "simple",
-            "the",
-            "with",
-            "for",
-            "and",
-            "from",
-            "free",
-            "net",
-            "clip",
-        ),
-        *("art", "svg"),
-    }
-)
-"""Authors' names and fillers in file names."""
 
 
-def words_of(name: str) -> list[str]:
-    """English nouns from the file's name and its folder, authors' names removed."""
-    folder, stem = name.rsplit("/", 2)[-2:] if name.count("/") > 1 else name.split("/")
-    stem_words = [w.lower() for w in re.split(r"[^A-Za-z]+", stem[:-4]) if len(w) > 2]
-    folder_words = [
-        w.rstrip("s")
-        for w in re.split("[/_]", folder)
-        if len(w) > 2 and w not in ("and", "unsorted")
+def words_from_name(name: str) -> list[str]:
+    """Return English nouns from the file's name and its folder, without authors'
+    names.
+    """
+    folder, file = name.split("/")[-2:]
+    file_words = [word.lower() for word in re.split(r"[^A-Za-z]+", file[:-4])]
+    file_words = [word for word in file_words if len(word) > 2]
+    file_words = [
+        ENGLISH.get(word, word) for word in file_words if word not in NOT_WORDS
     ]
-    return [ENGLISH.get(w, w) for w in stem_words if w not in NOT_WORDS][
-        :2
-    ] + folder_words
+    folder_words = [
+        word.rstrip("s")
+        for word in re.split("[/_]", folder)
+        if len(word) > 2 and word not in ("and", "unsorted")
+    ]
+    return file_words[:2] + folder_words
 
 
-def group_of(name: str) -> str:
-    """Drawings of one group are near-duplicates (numbered, black-and-white, outline)
-    and stay in one share.
+def group_from_name(name: str) -> str:
+    """Return the group of near-duplicates (numbered, black-and-white, outline) of a
+    drawing; a group stays in one share.
     """
     stem = name.rsplit("/", 1)[-1][:-4].lower()
     stem = re.sub(r"(_|\b)(bw|contour|outline|colour|color)(?=_|\b)", "", stem)
     return re.sub(r"[^a-z]", "", stem)[:14]
 
 
-def label_of(name: str) -> str | None:
-    return next(
-        (
-            label
-            for label, pattern in CLASS_FILES.items()
-            if re.match(f"({pattern})", name)
-        ),
-        None,
-    )
+def label_from_name(name: str) -> str | None:
+    """Return the class of a drawing by its path; None for clutter."""
+    for label, pattern in CLASS_FILES.items():
+        if re.match(f"({pattern})", name):
+            return label
+    return None
 
 
 def cut_out(name: str) -> Image.Image | None:
-    """The drawing cropped to its opaque part, or None if it is too small, too thin, too
-    faint or has no transparency.
+    """Crop the drawing to its opaque part; return None if it is too small, too thin,
+    too faint or has no transparency.
     """
     try:
         image: Image.Image = Image.open(ORIGIN / name)
@@ -168,49 +99,42 @@ def cut_out(name: str) -> Image.Image | None:
     if image.mode not in ("RGBA", "LA", "P"):
         return None
     image = image.convert("RGBA")
-    opaque = np.asarray(image)[..., 3] > 40
+    opaque = np.asarray(image)[..., 3] > OPAQUE
     ys, xs = np.nonzero(opaque)
     if len(ys) < 400 or opaque.all():
         return None
-    left, top, right, bottom = (
-        int(xs.min()),
-        int(ys.min()),
-        int(xs.max()) + 1,
-        int(ys.max()) + 1,
-    )
-    width, height = right - left, bottom - top
-    covered = opaque[top:bottom, left:right].mean()
-    if (
-        covered < 0.12
-        or max(width, height) / min(width, height) > 4
-        or min(width, height) < 24
-    ):
+    x1, y1 = int(xs.min()), int(ys.min())
+    x2, y2 = int(xs.max()) + 1, int(ys.max()) + 1
+    short_side, long_side = sorted((x2 - x1, y2 - y1))
+    is_faint = opaque[y1:y2, x1:x2].mean() < 0.12
+    if is_faint or long_side / short_side > 4 or short_side < 24:
         return None
-    image = image.crop((left, top, right, bottom))
+    image = image.crop((x1, y1, x2, y2))
     image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
     return image
 
 
 def usable_drawings() -> list[dict[str, Any]]:
-    names = sorted(str(p.relative_to(ORIGIN)) for p in ORIGIN.rglob("*.png"))
-    names = [n for n in names if not NOT_PICTURES.search(n)]
+    """Return a row for each usable drawing, without exact duplicates."""
+    names = sorted(str(path.relative_to(ORIGIN)) for path in ORIGIN.rglob("*.png"))
+    names = [name for name in names if not NOT_PICTURES.search(name)]
     with ProcessPoolExecutor(2) as pool:
         images = list(pool.map(cut_out, names, chunksize=16))
-    seen: set[bytes] = set()
+    thumbnails: set[bytes] = set()
     rows = []
     for name, image in zip(names, images, strict=True):
         if image is None:
             continue
         thumbnail = image.resize((24, 24)).tobytes()
-        if thumbnail in seen:
+        if thumbnail in thumbnails:
             continue
-        seen.add(thumbnail)
+        thumbnails.add(thumbnail)
         rows.append(
             {
                 "name": name,
-                "label": label_of(name),
-                "group": group_of(name),
-                "words": words_of(name),
+                "label": label_from_name(name),
+                "group": group_from_name(name),
+                "words": words_from_name(name),
                 "image": image,
             }
         )
@@ -218,7 +142,7 @@ def usable_drawings() -> list[dict[str, Any]]:
 
 
 def assign_shares(rows: list[dict[str, Any]]) -> None:
-    """Deal whole near-duplicate groups to the shares, class by class, largest group
+    """Assign whole near-duplicate groups to the shares, class by class, largest group
     first.
     """
     order = random.Random(7)
@@ -229,95 +153,94 @@ def assign_shares(rows: list[dict[str, Any]]) -> None:
                 groups[row["group"]].append(row)
         names = sorted(groups)
         order.shuffle(names)
-        wanted = {
-            share: part * sum(map(len, groups.values()))
-            for share, part in SHARES.items()
-        }
-        dealt = dict.fromkeys(SHARES, 0)
-        for name in sorted(names, key=lambda n: -len(groups[n])):
-            share = max(wanted, key=lambda s: (wanted[s] - dealt[s]) / wanted[s])
-            dealt[share] += len(groups[name])
+        names.sort(key=lambda name: -len(groups[name]))
+        total = sum(map(len, groups.values()))
+        targets = {share: part * total for share, part in SHARES.items()}
+        counts = dict.fromkeys(SHARES, 0)
+        for name in names:
+            deficits = {
+                share: (target - counts[share]) / target
+                for share, target in targets.items()
+            }
+            share = max(deficits, key=deficits.__getitem__)
+            counts[share] += len(groups[name])
             for row in groups[name]:
                 row["share"] = share
 
 
-def assign_knowledge(rows: list[dict[str, Any]]) -> None:
-    """Which target drawings each teacher has seen in training: independent draws of
+def assign_known_drawings(rows: list[dict[str, Any]]) -> None:
+    """Mark the target drawings that each teacher is trained on: independent draws of
     whole groups, class by class.
     """
     for row in rows:
         row["known_to_cloud"] = row["known_to_clip"] = row["share"] == "source"
-    for teacher, fraction, seed in (
-        ("known_to_cloud", KNOWN_TO_CLOUD, 1),
-        ("known_to_clip", KNOWN_TO_CLIP, 2),
-    ):
+    for seed, (column, fraction) in enumerate(KNOWN_SHARES.items(), start=1):
         for index, label in enumerate((None, *CLASSES)):
-            target = [r for r in rows if r["share"] == "target" and r["label"] == label]
-            groups = sorted({row["group"] for row in target})
+            drawings = [
+                row
+                for row in rows
+                if row["share"] == "target" and row["label"] == label
+            ]
+            groups = sorted({row["group"] for row in drawings})
             random.Random(1000 * seed + index).shuffle(groups)
-            known: list[dict[str, Any]] = []
+            known_count = 0
             for group in groups:
-                if len(known) < round(fraction * len(target)):
-                    known += [row for row in target if row["group"] == group]
-            for row in known:
-                row[teacher] = True
+                if known_count >= round(fraction * len(drawings)):
+                    break
+                for row in drawings:
+                    if row["group"] == group:
+                        row[column] = True
+                        known_count += 1
 
 
 def write_drawings(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    def webp(image: Image.Image) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=90, method=6)
-        return buffer.getvalue()
-
-    columns = (
-        "name",
-        "label",
-        "group",
-        "share",
-        "known_to_cloud",
-        "known_to_clip",
-        "words",
-    )
-    table = pa.Table.from_pylist(
-        [{k: r[k] for k in columns} | {"webp": webp(r["image"])} for r in rows]
-    )
+    """Write the rows as a Parquet file with WebP images."""
+    encoded_rows = [
+        {column: row[column] for column in COLUMNS} | {"webp": _encode(row["image"])}
+        for row in rows
+    ]
+    table = pa.Table.from_pylist(encoded_rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     print(f"{path}: {table.num_rows} drawings, {path.stat().st_size / 1e6:.1f} MB")
 
 
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90, method=6)
+    return buffer.getvalue()
+
+
+def shipped_drawings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Select the class drawings and a sample of the target's and the source's
+    clutter.
+    """
+    clutter = [
+        row for row in rows if row["label"] is None and CLUTTER.match(row["name"])
+    ]
+    target_clutter = [row for row in clutter if row["share"] == "target"]
+    source_clutter = [row for row in clutter if row["share"] == "source"]
+    draw = random.Random(3)
+    return [
+        *(row for row in rows if row["label"]),
+        *draw.sample(target_clutter, SHIPPED_CLUTTER),
+        *draw.sample(source_clutter, SHIPPED_CLUTTER // 2),
+    ]
+
+
 def main() -> None:
+    """Write both files and print the number of drawings of each class and share."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--everything", type=Path, required=True)
+    everything = parser.parse_args().everything
     rows = usable_drawings()
     assign_shares(rows)
-    assign_knowledge(rows)
-    clutter = [
-        r
-        for r in rows
-        if r["label"] is None and r["share"] == "target" and CLUTTER.match(r["name"])
-    ]
-    source_clutter = [
-        r
-        for r in rows
-        if r["label"] is None and r["share"] == "source" and CLUTTER.match(r["name"])
-    ]
-    draw = random.Random(3)
-    shipped = (
-        [r for r in rows if r["label"]]
-        + draw.sample(clutter, SHIPPED_CLUTTER)
-        + draw.sample(source_clutter, SHIPPED_CLUTTER // 2)
-    )
-    write_drawings(shipped, ASSETS / "drawings.parquet")
-    write_drawings(rows, parser.parse_args().everything)
+    assign_known_drawings(rows)
+    write_drawings(shipped_drawings(rows), ASSETS / "drawings.parquet")
+    write_drawings(rows, everything)
     for label in CLASSES:
-        print(
-            label,
-            {
-                s: sum(r["label"] == label and r["share"] == s for r in rows)
-                for s in SHARES
-            },
-        )
+        shares = [row["share"] for row in rows if row["label"] == label]
+        print(label, {share: shares.count(share) for share in SHARES})
 
 
 if __name__ == "__main__":
