@@ -166,27 +166,29 @@ def _list_worse_classes(summary: RunSummary) -> str:
     if not worse_classes:
         return "On no class with test objects does the student score below the cloud."
     texts = [text for _, _, text in sorted(worse_classes)]
-    more = f" and {len(texts) - MAX_CLASSES} more" if len(texts) > MAX_CLASSES else ""
-    return f"Below the cloud: {', '.join(texts[:MAX_CLASSES])}{more}."
+    unlisted = max(len(texts) - MAX_CLASSES, 0)
+    suffix = f" and {unlisted} more" if unlisted else ""
+    return f"Below the cloud: {', '.join(texts[:MAX_CLASSES])}{suffix}."
 
 
 def _describe_cost(summary: RunSummary) -> str:
-    made = finite_number(summary.calls.made)
+    call_count = finite_number(summary.calls.made)
     cost = finite_number(summary.calls.cost_usd)
-    if made is None:
+    if call_count is None:
         return ""
-    costs = [f"{made:,.0f} cloud calls"]
+    costs = [f"{call_count:,.0f} cloud calls"]
     if cost is not None:
         costs.append(format_usd(cost))
     seconds = finite_number(summary.seconds.get("total"))
     if seconds:
         costs.append(f"{format_duration(seconds)} of work")
     text = f"{', '.join(costs)}."
-    if not cost or not made:
+    if not cost or not call_count:
         return text
+    cost_of_1000 = format_usd(1000 * cost / call_count)
     return (
-        f"{text} 1,000 further images would cost {format_usd(1000 * cost / made)} at the"
-        " cloud, and nothing with the student."
+        f"{text} 1,000 further images would cost {cost_of_1000} at the cloud, and nothing"
+        " with the student."
     )
 
 

@@ -215,7 +215,7 @@ def _cost_section(summary: RunSummary) -> dict[str, object]:
 
 def _cost_rows(summary: RunSummary) -> Rows:
     """Return images, calls, cost and boxes as rows of a table; unknown ones left out."""
-    calls, kept = summary.calls, summary.kept
+    calls, box_counts = summary.calls, summary.kept
     counts: list[tuple[str, int | None]] = [
         (f"Images: {split}", count) for split, count in summary.images.items()
     ]
@@ -229,10 +229,10 @@ def _cost_rows(summary: RunSummary) -> Rows:
     rows = [(name, f"{count:,}") for name, count in counts if count is not None]
     if calls.cost_usd is not None:
         rows.append(("Cost", format_usd(calls.cost_usd)))
-    if kept is not None and kept.boxes is not None:
-        rows.append(("Boxes on training images", f"{kept.boxes:,}"))
-    if kept is not None and kept.used is not None:
-        rows.append(("of these above the threshold, used", f"{kept.used:,}"))
+    if box_counts is not None and box_counts.boxes is not None:
+        rows.append(("Boxes on training images", f"{box_counts.boxes:,}"))
+    if box_counts is not None and box_counts.used is not None:
+        rows.append(("of these above the threshold, used", f"{box_counts.used:,}"))
     return rows
 
 

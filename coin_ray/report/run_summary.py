@@ -162,8 +162,8 @@ class RunSummary:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunSummary:
         """Read the contents of a ``summary.json``; unknown keys are ignored."""
-        known = {name: v for name, v in values.items() if v is not None}
-        return _summary_adapter().validate_python(known)
+        present = {name: v for name, v in values.items() if v is not None}
+        return _summary_adapter().validate_python(present)
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of ``summary.json``, without fields that are None."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from coin_ray import config as settings
+from coin_ray import config as config_package
 from coin_ray.config import (
     IN_PACKAGE,
     Cloud,
@@ -35,62 +35,63 @@ from coin_ray.runs.graph import build_steps
 Trail = tuple[str | int, ...]
 
 
-def leaves(
-    value: Any, path: Trail = (), counts: bool = True
+def _leaves(
+    config: Any, path: Trail = (), is_identifying: bool = True
 ) -> Iterator[tuple[Trail, bool]]:
-    """(path of a leaf setting, whether it is part of the identity)."""
-    for field in dataclasses.fields(value):
-        item, inside = (
-            getattr(value, field.name),
-            counts and bool(field.metadata.get("identity", True)),
-        )
-        if dataclasses.is_dataclass(item):
-            yield from leaves(item, (*path, field.name), inside)
-        elif isinstance(item, tuple) and any(
-            dataclasses.is_dataclass(part) for part in item
-        ):
-            for number, part in enumerate(item):
-                yield from leaves(part, (*path, field.name, number), inside)
+    """Yield the path of each setting, and whether it is part of the identity."""
+    for field in dataclasses.fields(config):
+        setting = getattr(config, field.name)
+        counts = is_identifying and bool(field.metadata.get("identity", True))
+        setting_path = (*path, field.name)
+        if dataclasses.is_dataclass(setting):
+            yield from _leaves(setting, setting_path, counts)
+        elif isinstance(setting, tuple) and any(map(dataclasses.is_dataclass, setting)):
+            for number, section in enumerate(setting):
+                yield from _leaves(section, (*setting_path, number), counts)
         else:
-            yield (*path, field.name), inside
+            yield setting_path, counts
 
 
-def changed(config: PipelineConfig, path: Trail) -> PipelineConfig:
-    """The same config with one leaf different, whether or not that is a possible value."""
+def _with_another_value(config: PipelineConfig, path: Trail) -> PipelineConfig:
+    """Return the config with one other setting, whether or not it is a valid one."""
     other = copy.deepcopy(config)
     holder: Any = other
     for name in path[:-1]:
         holder = holder[name] if isinstance(name, int) else getattr(holder, name)
     last = str(path[-1])
-    object.__setattr__(holder, last, another(getattr(holder, last)))
+    object.__setattr__(holder, last, _another(getattr(holder, last)))
     return other
 
 
-def another(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return (*value[:-1], another(value[-1] if value else None))
-    return "other" if value is None or isinstance(value, (str, bool)) else value + 1
+def _another(setting: Any) -> Any:
+    if isinstance(setting, tuple):
+        return (*setting[:-1], _another(setting[-1] if setting else None))
+    if setting is None or isinstance(setting, (str, bool)):
+        return "other"
+    return setting + 1
 
 
-FIT = TrainingConfig(batch=8, milestones=(5,), factors=(0.5,), gpu=True, max_workers=2)
+TRAINING = TrainingConfig(
+    batch=8, milestones=(5,), factors=(0.5,), gpu=True, max_workers=2
+)
 FULL = [
     dataclasses.replace(
         demo(),
         data=data,
         more_clouds=(Cloud(url="https://x"),),
-        propagate=Propagate(fit=FIT),
-        distill=Distill(fit=FIT),
+        propagate=Propagate(fit=TRAINING),
+        distill=Distill(fit=TRAINING),
     )
     for data in (DemoScenes(), Folder(images="x"))
 ]
 CASES = [
     pytest.param(c, p, i, id=f"{type(c.data).__name__}-{'.'.join(map(str, p))}")
     for c in FULL
-    for p, i in leaves(c)
+    for p, i in _leaves(c)
 ]
 
 
-def step_fingerprints(config: PipelineConfig) -> list[str]:
+def _step_fingerprints(config: PipelineConfig) -> list[str]:
     return [step.fingerprint for step in build_steps(config, baselines=True).values()]
 
 
@@ -98,9 +99,9 @@ def step_fingerprints(config: PipelineConfig) -> list[str]:
 def test_identity_fields_change_fingerprints_and_others_do_not(
     config: PipelineConfig, path: Trail, counts: bool
 ) -> None:
-    other = changed(config, path)
+    other = _with_another_value(config, path)
     assert (fingerprint(config) != fingerprint(other)) == counts
-    assert (step_fingerprints(config) != step_fingerprints(other)) == counts
+    assert (_step_fingerprints(config) != _step_fingerprints(other)) == counts
 
 
 @pytest.mark.parametrize(
@@ -120,10 +121,10 @@ def test_identity_fields_change_fingerprints_and_others_do_not(
         "token_env",
     ],
 )
-def test_fields_that_say_how_something_runs(name: str) -> None:
+def test_runtime_only_fields(name: str) -> None:
     holders = [
         k
-        for k in vars(settings).values()
+        for k in vars(config_package).values()
         if dataclasses.is_dataclass(k)
         and name in {f.name for f in dataclasses.fields(k)}
     ]
@@ -172,12 +173,8 @@ def test_yaml_round_trip(
     assert fingerprint(back) == fingerprint(config)
 
 
-def plain() -> dict[str, Any]:
-    return dataclasses.asdict(demo())
-
-
 @pytest.mark.parametrize(
-    ("path", "value", "named"),
+    ("path", "setting", "message"),
     [
         (("detektor",), {}, "detektor"),
         (("distill", "fit", "stepz"), 5, "distill.fit.stepz"),
@@ -198,20 +195,20 @@ def plain() -> dict[str, Any]:
     ],
 )
 def test_wrong_settings_are_named(
-    path: tuple[str, ...], value: Any, named: str
+    path: tuple[str, ...], setting: Any, message: str
 ) -> None:
-    values = plain()
-    holder = values
+    settings = dataclasses.asdict(demo())
+    holder = settings
     for name in path[:-1]:
         holder = holder[name]
-    holder[path[-1]] = value
+    holder[path[-1]] = setting
     with pytest.raises(ConfigError, match=r"my\.yaml") as caught:
-        parse_config(values, "my.yaml")
-    assert named in str(caught.value)
+        parse_config(settings, "my.yaml")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [", "is not YAML"),
         ("- 1", "expected a mapping"),
@@ -219,11 +216,11 @@ def test_wrong_settings_are_named(
         (None, "no config file"),
     ],
 )
-def test_unreadable_files(text: str | None, said: str, tmp_path: Path) -> None:
+def test_unreadable_files(text: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_config(str(file))
 
 
@@ -241,10 +238,10 @@ def test_where_the_package_is_installed_changes_no_fingerprint(
     assert fingerprint(moved) == before
 
 
-def test_a_path_behind_the_kind_of_a_network_is_a_path_too() -> None:
-    here = f"open_clip:{settings.PACKAGE}/demo/assets/coin_tiny.json"
+def test_a_path_may_have_a_prefix() -> None:
+    here = f"open_clip:{fields.PACKAGE}/demo/assets/coin_tiny.json"
     assert (
-        relocate_paths(here, settings.PACKAGE, IN_PACKAGE)
+        relocate_paths(here, fields.PACKAGE, IN_PACKAGE)
         == f"open_clip:{IN_PACKAGE}/demo/assets/coin_tiny.json"
     )
     assert (
@@ -252,8 +249,8 @@ def test_a_path_behind_the_kind_of_a_network_is_a_path_too() -> None:
         == "open_clip:coin_ray/demo/assets/coin_tiny.json"
     )
     assert (
-        relocate_paths(f"{settings.PACKAGE}_other/x", settings.PACKAGE, IN_PACKAGE)
-        == f"{settings.PACKAGE}_other/x"
+        relocate_paths(f"{fields.PACKAGE}_other/x", fields.PACKAGE, IN_PACKAGE)
+        == f"{fields.PACKAGE}_other/x"
     )
 
 
@@ -263,9 +260,9 @@ def test_files_of_the_package_are_found_where_it_is_installed(
     """A job's code lies in another folder on each node, and in none when its file is
     read again."""
     here, there = demo(), "/tmp/ray/session/working_dir_files/_ray_pkg_1/coin_ray"
-    inside = relocate_paths(here, settings.PACKAGE, there)
+    inside = relocate_paths(here, fields.PACKAGE, there)
     assert inside != here
-    assert to_yaml(here).count(IN_PACKAGE) == str(here).count(settings.PACKAGE) > 0
+    assert to_yaml(here).count(IN_PACKAGE) == str(here).count(fields.PACKAGE) > 0
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(pipeline, "PACKAGE", there)
         sent = pickle.dumps(inside)
@@ -276,31 +273,31 @@ def test_files_of_the_package_are_found_where_it_is_installed(
     assert read_config(str(tmp_path / "best.yaml")) == here
 
 
-def test_a_setting_that_has_moved_is_read_by_its_old_name_and_makes_the_same_run() -> (
-    None
-):
+def test_a_renamed_setting_is_read_by_its_old_name_with_the_same_fingerprints() -> None:
     """Separation's form of the cloud's vectors was a setting of separation; propagation
     has never read it."""
-    values = dataclasses.asdict(demo())
-    values["separate"]["cloud_vectors"] = values["labels"].pop("cloud_vectors")
-    assert parse_config(values, "old.yaml") == demo()
-    values["separate"]["cloud_vectors"] = "one_hot"
-    moved = parse_config(values, "old.yaml")
+    settings = dataclasses.asdict(demo())
+    settings["separate"]["cloud_vectors"] = settings["labels"].pop("cloud_vectors")
+    assert parse_config(settings, "old.yaml") == demo()
+    settings["separate"]["cloud_vectors"] = "one_hot"
+    moved = parse_config(settings, "old.yaml")
     assert moved == dataclasses.replace(
         demo(), labels=dataclasses.replace(demo().labels, cloud_vectors="one_hot")
     )
-    ours, theirs = (
-        build_steps(demo(), baselines=True),
-        build_steps(moved, baselines=True),
-    )
-    same = {name for name in ours if ours[name].fingerprint == theirs[name].fingerprint}
-    assert same == {"images", "collect", "propagate", "pseudo_label", "oracle"}
+    steps = build_steps(demo(), baselines=True)
+    moved_steps = build_steps(moved, baselines=True)
+    unchanged = {
+        name
+        for name, step in steps.items()
+        if step.fingerprint == moved_steps[name].fingerprint
+    }
+    assert unchanged == {"images", "collect", "propagate", "pseudo_label", "oracle"}
 
 
-def test_settings_that_came_later_leave_what_was_made_before() -> None:
-    known = fingerprints.to_identity(demo())
-    assert "corrections" not in known
-    assert "cloud_vectors" not in known["labels"]
+def test_new_settings_do_not_change_the_fingerprints_of_earlier_versions() -> None:
+    identity = fingerprints.to_identity(demo())
+    assert "corrections" not in identity
+    assert "cloud_vectors" not in identity["labels"]
     assert fingerprints.to_identity(dataclasses.replace(demo(), corrections=("x",)))[
         "corrections"
     ] == ["x"]

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from coin_ray.config import Cloud, DemoScenes, Distill, Ensemble, Folder, check_runnable
+from coin_ray.config import Cloud, Distill, Ensemble, Folder, check_runnable
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.presets import PRESETS, with_student
 from coin_ray.errors import ConfigError
 from coin_ray.runs.graph import ORDER, build_steps
+from coin_ray.runs.steps import Step
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_preset_runs_or_says_what_it_still_needs(name: str) -> None:
+def test_a_preset_runs_or_names_the_options_it_needs(name: str) -> None:
     config = PRESETS[name]()
     assert config.preset == name
     assert (PRESETS[name].__doc__ or "").strip()
@@ -34,62 +36,60 @@ def test_a_preset_runs_or_says_what_it_still_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("baselines", [False, True])
-def test_graphs(name: str, baselines: bool) -> None:
+def test_steps_come_after_their_inputs(name: str, baselines: bool) -> None:
     steps = build_steps(PRESETS[name](), baselines=baselines)
     assert set(steps) <= set(ORDER)
     assert ("oracle" in steps) == baselines
     assert len({s.fingerprint for s in steps.values()}) == len(steps)
     assert len({s.folder("r") for s in steps.values()}) == len(steps)
-    before: set[str] = set()
+    earlier_names: set[str] = set()
     for step_name, step in steps.items():
         assert step_name == step.name
-        assert {i.name for i in step.inputs} <= before
+        assert {i.name for i in step.inputs} <= earlier_names
         assert all(steps[i.name] is i for i in step.inputs)
-        before.add(step_name)
+        earlier_names.add(step_name)
+
+
+def _same_fingerprints(
+    steps: Mapping[str, Step], other_steps: Mapping[str, Step]
+) -> set[str]:
+    """Return the names of the steps that have the same fingerprint in both."""
+    return {
+        name
+        for name, step in steps.items()
+        if step.fingerprint == other_steps[name].fingerprint
+    }
 
 
 def test_baselines_do_not_train_the_student_again() -> None:
     config = PRESETS["demo"]()
-    alone, beside = build_steps(config), build_steps(config, baselines=True)
-    assert all(
-        alone[n].fingerprint == beside[n].fingerprint
-        for n in ("images", "collect", "propagate", "separate", "distill", "export")
-    )
+    steps, with_baselines = build_steps(config), build_steps(config, baselines=True)
+    unchanged = _same_fingerprints(steps, with_baselines)
+    assert unchanged == steps.keys() - {"evaluate", "report"}
 
 
 def test_another_cloud_does_not_train_the_oracle_again() -> None:
-    """It reads the truth alone."""
+    """The oracle reads the truth only."""
     config = PRESETS["demo"]()
     other = replace(config, cloud=replace(config.cloud, views=("plain", "mirrored")))
-    ours, theirs = (
-        build_steps(config, baselines=True),
-        build_steps(other, baselines=True),
-    )
-    assert {n for n in ours if ours[n].fingerprint == theirs[n].fingerprint} == {
-        "images",
-        "oracle",
-    }
+    steps = build_steps(config, baselines=True)
+    other_steps = build_steps(other, baselines=True)
+    assert _same_fingerprints(steps, other_steps) == {"images", "oracle"}
 
 
-def test_another_student_keeps_all_before_it_and_trains_baselines_of_its_own() -> None:
+def test_another_student_keeps_the_steps_before_it_and_trains_its_own_baselines() -> (
+    None
+):
     config = PRESETS["demo"]()
     detr = with_student(config, "co-detr")
     assert with_student(config, "faster-rcnn") == config
-    ours, theirs = (
-        build_steps(config, baselines=True),
-        build_steps(detr, baselines=True),
-    )
-    assert {n for n in ours if ours[n].fingerprint == theirs[n].fingerprint} == {
-        "images",
-        "collect",
-        "propagate",
-        "separate",
-    }
+    steps = build_steps(config, baselines=True)
+    detr_steps = build_steps(detr, baselines=True)
+    shared = {"images", "collect", "propagate", "separate"}
+    assert _same_fingerprints(steps, detr_steps) == shared
     linear = replace(detr, distill=replace(detr.distill, co_detr_classes="linear"))
-    assert (
-        build_steps(linear, baselines=True)["oracle"].fingerprint
-        != theirs["oracle"].fingerprint
-    )
+    linear_steps = build_steps(linear, baselines=True)
+    assert "oracle" not in _same_fingerprints(detr_steps, linear_steps)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -118,73 +118,53 @@ def test_a_co_detr_student_may_have_the_atss_head_beside_it() -> None:
 
 def test_new_thresholds_cost_no_call() -> None:
     config = PRESETS["demo"]()
-    other = replace(
-        config, labels=replace(config.labels, score_min=0.99), data=DemoScenes()
-    )
-    same = replace(config, data=DemoScenes())
-    assert (
-        build_steps(other)["collect"].fingerprint
-        == build_steps(same)["collect"].fingerprint
-    )
-    assert (
-        build_steps(other)["propagate"].fingerprint
-        != build_steps(same)["propagate"].fingerprint
-    )
+    other = replace(config, labels=replace(config.labels, score_min=0.99))
+    unchanged = _same_fingerprints(build_steps(config), build_steps(other))
+    assert "collect" in unchanged
+    assert "propagate" not in unchanged
 
 
-def test_clip_labels_depend_on_both_sides_of_the_view() -> None:
+def test_clip_labels_depend_on_both_sides_of_the_input_size() -> None:
     config = PRESETS["demo"]()
-    other = replace(
-        config,
-        detector=replace(config.detector, long_side=config.detector.long_side + 32),
-    )
-    assert (
-        build_steps(other)["collect"].fingerprint
-        != build_steps(config)["collect"].fingerprint
-    )
+    longer = replace(config.detector, long_side=config.detector.long_side + 32)
+    other_steps = build_steps(replace(config, detector=longer))
+    assert "collect" not in _same_fingerprints(build_steps(config), other_steps)
 
 
-def test_one_cloud_is_what_it_was() -> None:
-    """Steps that were finished before there could be several clouds stay finished,
-    whatever ``ensemble`` says."""
+def test_the_identity_of_a_single_cloud_does_not_change() -> None:
+    """Steps of versions with one cloud stay finished, whatever ``ensemble`` says."""
     config = PRESETS["demo"]()
-    views = (config.detector.short_side, config.detector.long_side)
-    for same in (config, replace(config, ensemble=Ensemble("failover", (2.0,)))):
-        collect = build_steps(same)["collect"]
+    input_size = (config.detector.short_side, config.detector.long_side)
+    other = replace(config, ensemble=Ensemble("failover", (2.0,)))
+    for single_cloud in (config, other):
+        collect = build_steps(single_cloud)["collect"]
         assert collect.identity == (
             config.cloud,
             config.classes,
             config.collect,
             config.clip,
-            views,
+            input_size,
         )
 
 
-def test_the_content_of_a_label_map_counts(tmp_path: Path) -> None:
+def test_the_content_of_a_label_map_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     config = PRESETS["demo"]()
     mapped = replace(config, cloud=replace(config.cloud, label_map=str(file)))
     second = replace(
         config, more_clouds=(Cloud(service="google-vision", label_map=str(file)),)
     )
-    found = []
-    for text in (
-        None,
-        "service: http\n",
-        "service: google-vision\n",
-        "service: http\n",
-    ):
+    configs = (config, mapped, second)
+    http, google = "service: http\n", "service: google-vision\n"
+    rounds = []
+    for text in (None, http, google, http):
         if text is not None:
             file.write_text(text)
-        found.append(
-            [build_steps(c)["collect"].fingerprint for c in (config, mapped, second)]
-        )
-    assert found[1] == found[3]
-    assert [len({column[k] for column in found}) for k in range(3)] == [1, 3, 3]
-    assert (
-        build_steps(mapped)["images"].fingerprint
-        == build_steps(config)["images"].fingerprint
-    )
+        rounds.append([build_steps(c)["collect"].fingerprint for c in configs])
+    assert rounds[1] == rounds[3]
+    by_config = list(zip(*rounds, strict=True))
+    assert [len(set(fingerprints)) for fingerprints in by_config] == [1, 3, 3]
+    assert "images" in _same_fingerprints(build_steps(config), build_steps(mapped))
 
 
 SERVICES = [
@@ -197,10 +177,10 @@ SERVICES = [
 
 @pytest.mark.parametrize(("service", "url", "runnable"), SERVICES)
 @pytest.mark.parametrize("second", [False, True])
-def test_a_service_may_know_its_own_address(
+def test_a_service_may_have_a_fixed_address(
     service: str, url: str, runnable: bool, second: bool
 ) -> None:
-    """Which of them have none is known to the services (``coin_ray.cloud.services``)."""
+    """See ``coin_ray.cloud.services`` for the services without a fixed address."""
     cloud = Cloud(service=service, url=url)  # type: ignore[arg-type]
     config = replace(
         PRESETS["folder"](), data=Folder("images"), classes=("a",), cloud=cloud
@@ -228,8 +208,10 @@ UNUSABLE = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), UNUSABLE)
-def test_clouds_that_can_not_be_one(changes: dict[str, object], said: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), UNUSABLE)
+def test_clouds_that_can_not_be_combined(
+    changes: dict[str, object], message: str
+) -> None:
     config = replace(
         PRESETS["folder"](), data=Folder("images"), classes=("a",), cloud=HTTP
     )
@@ -240,7 +222,7 @@ def test_clouds_that_can_not_be_one(changes: dict[str, object], said: str) -> No
             ensemble=Ensemble("cascade", (1.0, 2.0)),
         )
     )
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_runnable(replace(config, **changes))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""One folder gives the preset ``thermal`` all it reads."""
+"""The preset ``thermal`` reads everything from one folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from coin_ray.errors import ConfigError
 from coin_ray.runs.graph import ORDER, build_steps
 from coin_ray.runs.runner import run_pipeline
 
+FIND_SPEC = "coin_ray.config.optional_dependencies.find_spec"
+
 
 def test_every_path_is_below_the_assets(tmp_path: Path) -> None:
     config, _ = parse_run_arguments(("thermal", "--assets", str(tmp_path)))
-    data = config.data
-    assert isinstance(data, Folder)
+    folder = config.data
+    assert isinstance(folder, Folder)
     paths = (
-        data.images,
-        data.test,
+        folder.images,
+        folder.test,
         config.mobilenet.text_vectors,
         *config.cloud.onnx_models,
     )
@@ -64,9 +66,7 @@ def test_assets_are_for_thermal_and_thermal_needs_them(
 def test_all_missing_packages_are_named_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "coin_ray.config.optional_dependencies.find_spec", lambda name: None
-    )
+    monkeypatch.setattr(FIND_SPEC, lambda name: None)
     config, _ = parse_run_arguments(("thermal", "--assets", str(tmp_path)))
     with pytest.raises(
         ConfigError,
@@ -79,12 +79,10 @@ def test_all_missing_packages_are_named_before_anything_is_done(
     assert not (tmp_path / "root").exists()
 
 
-def test_only_the_packages_of_steps_that_are_to_do(
+def test_only_packages_of_unfinished_steps_are_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "coin_ray.config.optional_dependencies.find_spec", lambda name: None
-    )
+    monkeypatch.setattr(FIND_SPEC, lambda name: None)
     thermal, _ = parse_run_arguments(("thermal", "--assets", "x"))
     check_installed(PRESETS["demo"](), ORDER)
     check_installed(thermal, {"evaluate", "report"})
@@ -100,13 +98,11 @@ def test_only_the_packages_of_steps_that_are_to_do(
         (Cloud(serve="onnx", onnx_models=("a.onnx",)), "onnx"),
     ],
 )
-def test_what_a_cloud_needs(
+def test_the_extra_that_a_cloud_needs_is_named(
     cloud: Cloud, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(PRESETS["demo"](), more_clouds=(cloud,))
     check_installed(config, ["collect"])  # the tests' own requirements
-    monkeypatch.setattr(
-        "coin_ray.config.optional_dependencies.find_spec", lambda name: None
-    )
+    monkeypatch.setattr(FIND_SPEC, lambda name: None)
     with pytest.raises(ConfigError, match=re.escape(f"'coin-ray[{extra}]'")):
         check_installed(config, ["collect"])
