@@ -148,7 +148,7 @@ def _add_proposals(
     graph: OnnxGraph, config: Detector, objectness: str, candidates: str
 ) -> tuple[str, str]:
     """Add the proposals of all images, image [R] and boxes [R, 4], chosen as
-    ``RegionProposals`` does.
+    ``RegionProposalNetwork`` does.
     """
     limit = config.proposals_test
     anchors = graph.op("Shape", objectness, start=1, end=2)
