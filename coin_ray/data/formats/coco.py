@@ -148,8 +148,8 @@ def _annotations_by_image(labels: _File, uri: str) -> dict[Key, list[Annotation]
             raise _unknown_id(uri, position, "category_id", box.category_id)
         if box.image_id not in annotations:
             raise _unknown_id(uri, position, "image_id", box.image_id)
-        left, top, width, height = box.bbox
-        edges = (left, top, left + width, top + height)
+        x1, y1, width, height = box.bbox
+        edges = (x1, y1, x1 + width, y1 + height)
         annotation = Annotation(edges, names[box.category_id], bool(box.iscrowd))
         annotations[box.image_id].append(annotation)
     return annotations
@@ -172,14 +172,14 @@ def write_coco(records: Sequence[ImageRecord], root: str, names: Sequence[str]) 
         image = {"id": image_id, "file_name": record.file}
         images.append(image | {"width": record.width, "height": record.height})
         rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
-        for (left, top, right, bottom), label, difficult in rows:
-            width, height = right - left, bottom - top
+        for (x1, y1, x2, y2), label, difficult in rows:
+            width, height = x2 - x1, y2 - y1
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
                     "category_id": category_ids[label],
-                    "bbox": [left, top, width, height],
+                    "bbox": [x1, y1, width, height],
                     "area": width * height,
                     "iscrowd": int(difficult),
                 }

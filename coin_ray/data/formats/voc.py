@@ -87,14 +87,14 @@ def _parse_object(node: ET.Element, where: str) -> Annotation:
     label = (node.findtext("name") or "").strip()
     if not label:
         raise InputError(f"{where}: an object without <name>")
-    left, top, right, bottom = (
+    x1, y1, x2, y2 = (
         parse_number(node.findtext(f"bndbox/{edge}"), f"{where}: <{edge}>")
         for edge in EDGES
     )
     difficult = (node.findtext("difficult") or "").strip().lower()
     if difficult not in DIFFICULT:
         raise InputError(f"{where}: <difficult> must be 0 or 1, got {difficult!r}")
-    return Annotation((left - 1, top - 1, right, bottom), label, DIFFICULT[difficult])
+    return Annotation((x1 - 1, y1 - 1, x2, y2), label, DIFFICULT[difficult])
 
 
 def write_voc(records: Sequence[ImageRecord], root: str, split: str) -> None:
@@ -117,12 +117,12 @@ def _record_xml(record: ImageRecord) -> bytes:
     _add_text(size, "height", str(record.height))
     _add_text(size, "depth", "3")
     rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
-    for (left, top, right, bottom), label, difficult in rows:
+    for (x1, y1, x2, y2), label, difficult in rows:
         node = ET.SubElement(root, "object")
         _add_text(node, "name", label)
         _add_text(node, "difficult", str(int(difficult)))
         box = ET.SubElement(node, "bndbox")
-        pixels = (left + 1, top + 1, right, bottom)
+        pixels = (x1 + 1, y1 + 1, x2, y2)
         for edge, pixel in zip(EDGES, pixels, strict=True):
             _add_text(box, edge, format_number(pixel))
     ET.indent(root)

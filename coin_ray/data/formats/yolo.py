@@ -163,18 +163,18 @@ def _parse_annotation(
             " classes from 0"
         )
     if is_polygon:
-        left, right = min(shares[::2]), max(shares[::2])
-        top, bottom = min(shares[1::2]), max(shares[1::2])
+        x1, x2 = min(shares[::2]), max(shares[::2])
+        y1, y2 = min(shares[1::2]), max(shares[1::2])
     else:
         x, y, width, height = shares[:4]
-        left, right = x - width / 2, x + width / 2
-        top, bottom = y - height / 2, y + height / 2
+        x1, x2 = x - width / 2, x + width / 2
+        y1, y2 = y - height / 2, y + height / 2
     image_width, image_height = size
     box = (
-        left * image_width,
-        top * image_height,
-        right * image_width,
-        bottom * image_height,
+        x1 * image_width,
+        y1 * image_height,
+        x2 * image_width,
+        y2 * image_height,
     )
     return Annotation(box, names[int(label)])
 
@@ -209,12 +209,12 @@ def write_yolo(
 def _label_text(record: ImageRecord, names: Sequence[str]) -> str:
     lines = []
     for box, label in zip(record.boxes.tolist(), record.labels, strict=True):
-        left, top, right, bottom = box
+        x1, y1, x2, y2 = box
         shares = (
-            (left + right) / 2 / record.width,
-            (top + bottom) / 2 / record.height,
-            (right - left) / record.width,
-            (bottom - top) / record.height,
+            (x1 + x2) / 2 / record.width,
+            (y1 + y2) / 2 / record.height,
+            (x2 - x1) / record.width,
+            (y2 - y1) / record.height,
         )
         numbers = " ".join(format_number(share) for share in shares)
         lines.append(f"{names.index(label)} {numbers}\n")

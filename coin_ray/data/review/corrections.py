@@ -45,9 +45,9 @@ def read_reviews(address: str) -> list[Review]:
 def _review_of_record(record: ImageRecord) -> Review:
     boxes = []
     rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
-    for (left, top, right, bottom), label, difficult in rows:
+    for (x1, y1, x2, y2), label, difficult in rows:
         if not difficult:
-            boxes.append(ReviewedBox((left, top, right, bottom), label))
+            boxes.append(ReviewedBox((x1, y1, x2, y2), label))
     return Review(
         hashlib.sha256(storage.read_bytes(record.uri)).hexdigest(),
         record.uri,
@@ -148,12 +148,12 @@ def _problems(
 
 
 def _box_problem(box: ReviewedBox, size: tuple[int, int]) -> str:
-    left, top, right, bottom = box.edges
+    x1, y1, x2, y2 = box.edges
     width, height = size
-    if right <= left or bottom <= top:
+    if x2 <= x1 or y2 <= y1:
         return "has no area"
-    starts_inside = min(left, top) >= -TOLERANCE
-    ends_inside = right <= width + TOLERANCE and bottom <= height + TOLERANCE
+    starts_inside = min(x1, y1) >= -TOLERANCE
+    ends_inside = x2 <= width + TOLERANCE and y2 <= height + TOLERANCE
     if not (starts_inside and ends_inside):
         return f"is not inside the image of {width} x {height}"
     return ""

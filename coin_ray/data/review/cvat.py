@@ -191,13 +191,13 @@ def _box(node: ET.Element, where: str) -> ReviewedBox:
         raise InputError(
             f"{where}: expected an upright box, got one turned by {rotation} degrees"
         )
-    left, top, right, bottom = (
+    x1, y1, x2, y2 = (
         parse_number(node.get(edge), f"{where}: {edge}") for edge in EDGES
     )
     attributes = _attributes(node)
     kind = attributes.get("kind", "")
     return ReviewedBox(
-        (left, top, right, bottom),
+        (x1, y1, x2, y2),
         node.get("label", ""),
         kind if kind in KINDS else "",
         attributes.get("teachers", ""),

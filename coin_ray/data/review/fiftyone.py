@@ -88,12 +88,12 @@ def fiftyone_sample(review: Review) -> dict[str, Any]:
 
 
 def _detection(review: Review, box: ReviewedBox) -> dict[str, Any]:
-    left, top, right, bottom = box.edges
+    x1, y1, x2, y2 = box.edges
     shares = [
-        left / review.width,
-        top / review.height,
-        (right - left) / review.width,
-        (bottom - top) / review.height,
+        x1 / review.width,
+        y1 / review.height,
+        (x2 - x1) / review.width,
+        (y2 - y1) / review.height,
     ]
     detection = {"_cls": "Detection", "label": box.label, "bounding_box": shares}
     if box.kind:
@@ -141,12 +141,12 @@ def _review(sample: _Sample, where: str) -> Review:
 
 
 def _box(detection: _Detection, width: int, height: int) -> ReviewedBox:
-    left, top, box_width, box_height = detection.bounding_box
+    x1, y1, box_width, box_height = detection.bounding_box
     edges = (
-        left * width,
-        top * height,
-        (left + box_width) * width,
-        (top + box_height) * height,
+        x1 * width,
+        y1 * height,
+        (x1 + box_width) * width,
+        (y1 + box_height) * height,
     )
     if detection.kind not in KINDS:
         return ReviewedBox(edges, detection.label)

@@ -101,12 +101,12 @@ def label_studio_task(review: Review, url: str = "{uri}") -> dict[str, Any]:
 
 def _region(number: int, review: Review, box: ReviewedBox) -> dict[str, Any]:
     width, height = review.width, review.height
-    left, top, right, bottom = box.edges
+    x1, y1, x2, y2 = box.edges
     rectangle = {
-        "x": 100 * (left / width),
-        "y": 100 * (top / height),
-        "width": 100 * ((right - left) / width),
-        "height": 100 * ((bottom - top) / height),
+        "x": 100 * (x1 / width),
+        "y": 100 * (y1 / height),
+        "width": 100 * ((x2 - x1) / width),
+        "height": 100 * ((y2 - y1) / height),
         "rotation": 0,
         "rectanglelabels": [box.label],
     }
@@ -202,12 +202,12 @@ def _box(region: _Region, size: tuple[int, int], where: str) -> ReviewedBox:
             f"{where}: expected an upright box with one label, got {rectangle}"
         )
     width, height = size
-    left, top = rectangle.x * width / 100, rectangle.y * height / 100
-    right = left + rectangle.width * width / 100
-    bottom = top + rectangle.height * height / 100
+    x1, y1 = rectangle.x * width / 100, rectangle.y * height / 100
+    x2 = x1 + rectangle.width * width / 100
+    y2 = y1 + rectangle.height * height / 100
     kind, teacher_labels = _parse_meta(region.meta.get("text"))
     [label] = rectangle.rectanglelabels
-    return ReviewedBox((left, top, right, bottom), label, kind, teacher_labels)
+    return ReviewedBox((x1, y1, x2, y2), label, kind, teacher_labels)
 
 
 def _parse_meta(text: object) -> tuple[str, str]:

@@ -325,7 +325,7 @@ def save_half_precision(model: nn.Module) -> None:
     torch.save(state, WEIGHTS)
 
 
-def parameter_groups(model: nn.Module, projection: nn.Module) -> list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module, projection: nn.Module) -> list[dict[str, Any]]:
     """Group parameters for phase 2: weight decay for the matrices of the image tower, a
     tenth of the learning rate for the text tower.
     """
@@ -350,23 +350,23 @@ def train_image_tower(
     tokenizer: open_clip.SimpleTokenizer,
     crops: Crops,
     features: Tensor,
-    unseen: Sequence[Drawing],
+    unseen_drawings: Sequence[Drawing],
     minutes: float,
 ) -> int:
     """Train phase 2 for so many minutes and return the number of steps; print the
-    accuracy on seen and ``unseen`` drawings now and then.
+    accuracy on seen and unseen ones now and then.
     """
-    seen = [drawing for drawing in crops.drawings if drawing.label]
+    seen_drawings = [drawing for drawing in crops.drawings if drawing.label]
     projection = nn.Linear(FEATURES, FEATURES)
-    optimizer = torch.optim.AdamW(parameter_groups(model, projection))
+    optimizer = torch.optim.AdamW(_parameter_groups(model, projection))
     loader = DataLoader(crops, batch_size=None, num_workers=1, prefetch_factor=4)
     start, step = time.monotonic(), 0
     for batch in loader:
-        done = (time.monotonic() - start) / 60 / minutes
-        if done >= 1:
+        progress = (time.monotonic() - start) / 60 / minutes
+        if progress >= 1:
             break
         warm_up = min(1, (step + 1) / 40)
-        decay = 0.5 + 0.5 * math.cos(math.pi * done)
+        decay = 0.5 + 0.5 * math.cos(math.pi * progress)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * 2e-3 * warm_up * decay + 1e-5
         template = TEMPLATES[step % len(TEMPLATES)]
@@ -377,10 +377,12 @@ def train_image_tower(
         optimizer.step()
         step += 1
         if step % 300 == 0:
-            seen_accuracy = zero_shot_accuracy(model, tokenizer, crops, seen)
-            unseen_accuracy = zero_shot_accuracy(model, tokenizer, crops, unseen)
+            seen_accuracy = zero_shot_accuracy(model, tokenizer, crops, seen_drawings)
+            unseen_accuracy = zero_shot_accuracy(
+                model, tokenizer, crops, unseen_drawings
+            )
             print(
-                f"step {step}, {done:.0%}, loss {loss.item():.2f}, accuracy on seen"
+                f"step {step}, {progress:.0%}, loss {loss.item():.2f}, accuracy on seen"
                 f" drawings {seen_accuracy:.3f}, on unseen {unseen_accuracy:.3f}",
                 flush=True,
             )
@@ -401,14 +403,14 @@ def main() -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=20)
     all_drawings = load_drawings(arguments.drawings)
     drawings = training_drawings(all_drawings)
-    unseen = [d for d in all_drawings if d.label and not d.known_to_clip]
+    unseen_drawings = [d for d in all_drawings if d.label and not d.known_to_clip]
     features = imagenet_features(drawings)
     train_text_tower(model, tokenizer, drawings, features)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(16.0))
     model.visual.to(memory_format=torch.channels_last)
     steps = train_image_tower(
-        model, tokenizer, Crops(drawings), features, unseen, arguments.minutes
+        model, tokenizer, Crops(drawings), features, unseen_drawings, arguments.minutes
     )
     save_half_precision(model)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB after {steps} steps")

@@ -125,11 +125,11 @@ def main() -> None:
     )
     start, step = time.monotonic(), 0
     for batch in loader:
-        done = (time.monotonic() - start) / 60 / minutes
-        if done >= 1:
+        progress = (time.monotonic() - start) / 60 / minutes
+        if progress >= 1:
             break
         warm_up = min(1, (step + 1) / 50)
-        decay = 0.5 + 0.5 * math.cos(math.pi * done)
+        decay = 0.5 + 0.5 * math.cos(math.pi * progress)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * warm_up * decay + 1e-5
         loss = demo_cloud_loss(model, batch)
@@ -139,7 +139,7 @@ def main() -> None:
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            print(f"step {step}, {done:.0%}, loss {loss.item():.3f}", flush=True)
+            print(f"step {step}, {progress:.0%}, loss {loss.item():.3f}", flush=True)
     torch.save(model.half().state_dict(), WEIGHTS)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB after {step} steps")
 
