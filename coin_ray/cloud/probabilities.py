@@ -110,11 +110,12 @@ def merge_cross_class_duplicates(
     class_scores = torch.from_numpy(raw.class_scores)
     best_scores = class_scores.amax(1)
     labels = class_scores.argmax(1)
+    overlapping = box_iou(boxes, boxes) >= iou_threshold
     clusters = list(
         greedy_clusters(
-            box_iou(boxes, boxes) >= iou_threshold,
+            overlapping,
             best_scores,
-            can_merge=lambda rows: len(labels[rows].unique()) > 1,
+            can_merge=lambda rows: bool((labels[rows] != labels[rows[0]]).any()),
         )
     )
     best_rows = [cluster.best for cluster in clusters]
@@ -189,8 +190,8 @@ def _rest_shares(prior: Prior, classes: int) -> Tensor:
     return torch.where(total > 0, shares / total.clamp_min(1e-300), background)
 
 
-def _of_class(known: Sequence[PerClass | None], label: int) -> PerClass | None:
-    return known[label] if label < len(known) else None
+def _of_class(by_class: Sequence[PerClass | None], label: int) -> PerClass | None:
+    return by_class[label] if label < len(by_class) else None
 
 
 def _share_rest(scores: Tensor, labels: Tensor, shares: Tensor) -> Tensor:

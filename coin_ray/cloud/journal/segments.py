@@ -297,21 +297,21 @@ class SegmentJournal(Journal):
         """Yield head and bytes of each answer that ``get`` returns, and of each
         quarantined body once.
         """
-        seen: set[tuple[str, str]] = set()
+        yielded: set[tuple[str, str]] = set()
         for name in self._segments():
             path = self._path(name)
             if name in self._replaced or not os.path.getsize(path):
                 continue
             with memory_mapped(path) as segment:
                 for record in scan_heads(segment, 0):
-                    if self._is_current(record, path, seen):
+                    if self._is_current(record, path, yielded):
                         yield record.head, segment[record.offset : record.end]
 
     def _is_current(
-        self, record: RecordHead, path: str, seen: set[tuple[str, str]]
+        self, record: RecordHead, path: str, yielded: set[tuple[str, str]]
     ) -> bool:
         """Return whether a record is the answer that ``get`` returns, or a quarantined
-        body that is not in ``seen``, to which it is then added.
+        body that is not in ``yielded``, to which it is then added.
         """
         head = record.head
         if head["kind"] == "answer":
@@ -319,9 +319,9 @@ class SegmentJournal(Journal):
             if location is None:
                 return False
             return (location.path, location.offset) == (path, record.offset)
-        if head["kind"] != "quarantine" or (head["key"], head["digest"]) in seen:
+        if head["kind"] != "quarantine" or (head["key"], head["digest"]) in yielded:
             return False
-        seen.add((head["key"], head["digest"]))
+        yielded.add((head["key"], head["digest"]))
         return True
 
     def _write_compacted(self, name: str, old_sizes: Mapping[str, int]) -> None:
