@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,13 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "map.yaml"
 
 
-def load(file: Path, text: str) -> LabelMap:
+def _load(file: Path, text: str) -> LabelMap:
     file.write_text(text)
     return load_label_map(str(file), CLASSES)
 
 
 def test_a_file(file: Path) -> None:
-    labels = load(file, FILE)
+    labels = _load(file, FILE)
     assert labels.names == {
         "/m/0k4j": (0, 1.0),
         "van": (0, 0.7),
@@ -59,7 +60,7 @@ def test_a_file(file: Path) -> None:
     "ending", ["", "ignore:\n", "ignore: []\n", "# only a remark\n"]
 )
 def test_the_least_a_file_needs(file: Path, ending: str) -> None:
-    labels = load(file, "service: http\nmap: {Car: car}\n" + ending)
+    labels = _load(file, "service: http\nmap: {Car: car}\n" + ending)
     assert labels == LabelMap({"car": (0, 1.0)}, service="http")
 
 
@@ -87,7 +88,7 @@ def test_the_least_a_file_needs(file: Path, ending: str) -> None:
 def test_names_are_found_whole(
     file: Path, candidates: list[str], expected: tuple[int, float] | None
 ) -> None:
-    assert load(file, FILE).find(candidates) == expected
+    assert _load(file, FILE).find(candidates) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,11 +102,11 @@ def test_names_are_found_whole(
     ],
 )
 def test_ignored(file: Path, name: str, ignored: bool) -> None:
-    assert load(file, FILE).ignores([name]) == ignored
+    assert _load(file, FILE).ignores([name]) == ignored
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("singular", "plural"),
     [
         ("car", "cars"),
         ("bus", "buses"),
@@ -117,13 +118,13 @@ def test_ignored(file: Path, name: str, ignored: bool) -> None:
         ("movie", "movies"),
     ],
 )
-def test_simple_plurals_in_both_directions(written: str, said: str) -> None:
-    assert LabelMap.of_classes([written]).find([said]) == (0, 1.0)
-    assert LabelMap.of_classes([said]).find([written]) == (0, 1.0)
+def test_simple_plurals_in_both_directions(singular: str, plural: str) -> None:
+    assert LabelMap.of_classes([singular]).find([plural]) == (0, 1.0)
+    assert LabelMap.of_classes([plural]).find([singular]) == (0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("name", "other_name"),
     [
         ("glass", "glasses"),
         ("bus", "bu"),
@@ -132,8 +133,8 @@ def test_simple_plurals_in_both_directions(written: str, said: str) -> None:
         ("bus", "bus stop"),
     ],
 )
-def test_what_is_no_plural(one: str, other: str) -> None:
-    assert LabelMap.of_classes([one]).find([other]) is None
+def test_what_is_no_plural(name: str, other_name: str) -> None:
+    assert LabelMap.of_classes([name]).find([other_name]) is None
 
 
 def test_an_exact_name_wins_over_a_plural() -> None:
@@ -148,7 +149,10 @@ PROBLEMS = [
     ("service: http\nmap: {Car: car\n", "not YAML"),
     ("service: http\n", "line 1: 'map' is missing"),
     ("map: {Car: car}\n", "'service' is missing"),
-    ("service: http\nmap: {Car: car}\nnames: {}\n", "line 3: a label map has the unknown key 'names'"),
+    (
+        "service: http\nmap: {Car: car}\nnames: {}\n",
+        "line 3: a label map has the unknown key 'names'",
+    ),
     ("service: http\nmap: {}\n", "line 2: map names nothing"),
     ("service: http\nmap:\n", "map must be a mapping; got nothing"),
     ("service: [a]\nmap: {Car: car}\n", "line 1: service must be a word; got a list"),
@@ -223,11 +227,13 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), PROBLEMS)
-def test_problems_are_named_with_their_line(file: Path, text: str, said: str) -> None:
+@pytest.mark.parametrize(("text", "message"), PROBLEMS)
+def test_problems_are_named_with_their_line(
+    file: Path, text: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(file, text)
-    assert said in str(caught.value)
+        _load(file, text)
+    assert message in str(caught.value)
     assert str(file) in str(caught.value)
 
 
@@ -255,35 +261,26 @@ NAMES = st.text(
 ).filter(lambda n: normalize_class_name(n) and n.strip())
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES, st.sampled_from(CLASSES), min_size=1, max_size=6))
-def test_whatever_a_service_calls_things_is_found_again(
-    file: Path, names: dict[str, str]
-) -> None:
-    names = {
-        name: label
-        for name, label in names.items()
-        if sum(normalize_class_name(n) == normalize_class_name(name) for n in names)
-        == 1
-    }
-    if names:
-        file.write_text(
-            yaml.safe_dump({"service": "http", "map": names}, allow_unicode=True),
-            encoding="utf-8",
-        )
-        labels = load_label_map(str(file), CLASSES)
-        assert {name: labels.find([name]) for name in names} == {
-            name: (CLASSES.index(label), 1.0) for name, label in names.items()
-        }
+def test_any_names_of_a_service_are_mapped(file: Path, names: dict[str, str]) -> None:
+    folded_counts = Counter(normalize_class_name(name) for name in names)
+    for name in list(names):
+        if folded_counts[normalize_class_name(name)] > 1:
+            del names[name]
+    if not names:
+        return
+    text = yaml.safe_dump({"service": "http", "map": names}, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
+    labels = load_label_map(str(file), CLASSES)
+    for name, label in names.items():
+        assert labels.find([name]) == (CLASSES.index(label), 1.0)
 
 
 @given(NAMES)
-def test_folding_and_forms_are_stable(name: str) -> None:
-    assert normalize_class_name(normalize_class_name(name)) == normalize_class_name(
-        name
-    )
-    found = list(class_name_variants(name))
-    assert found[0] == normalize_class_name(name)
-    assert len(set(found)) == len(found)
+def test_name_variants_are_stable(name: str) -> None:
+    folded = normalize_class_name(name)
+    assert normalize_class_name(folded) == folded
+    variants = list(class_name_variants(name))
+    assert variants[0] == folded
+    assert len(set(variants)) == len(variants)
