@@ -1,6 +1,6 @@
 """One HTTP/1.1 connection as an httpx transport: h11 over asyncio's streams.
 
-httpx's own transport costs more than half of the CPU of a call: a pool for the one
+httpx's own transport needs a quarter more CPU for a call: a pool for the one
 connection, locks and deadlines for two kinds of event loops. This one speaks HTTP/1.1
 without proxies, for one request at a time.
 """
@@ -26,118 +26,128 @@ class Http1Connection(httpx.AsyncBaseTransport):
     was lost. Errors are httpx's.
     """
 
-    def __init__(self, certificates: ssl.SSLContext | None) -> None:
-        self._certificates = certificates
+    def __init__(self, tls_context: ssl.SSLContext | None) -> None:
+        self._tls_context = tls_context
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._state = h11.Connection(h11.CLIENT)
+        self._protocol = h11.Connection(h11.CLIENT)
         self._idle_since = 0.0
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Times out after ``connect`` and after ``read`` seconds; the latter is the
-        time until the head of the answer.
+        """Send a request; return the response with its body not yet read.
+
+        Times out after ``connect`` and after ``read`` seconds; the latter is the time
+        until the head of the response.
         """
-        timeout: dict[str, float | None] = request.extensions.get("timeout", {})
-        reader, writer = await self._connected(request.url, timeout.get("connect"))
+        timeouts: dict[str, float | None] = request.extensions.get("timeout", {})
+        reader, writer = await self._connect(request.url, timeouts.get("connect"))
         try:
-            content = await request.aread()
-            head = h11.Request(
-                method=request.method,
-                target=request.url.raw_path,
-                headers=request.headers.raw,
-            )
-            sent = self._state.send(head) or b""
-            if content:
-                sent += self._state.send(h11.Data(data=content)) or b""
-            writer.write(sent + (self._state.send(h11.EndOfMessage()) or b""))
-            async with asyncio.timeout(timeout.get("read")):
+            writer.write(self._encode_request(request, await request.aread()))
+            async with asyncio.timeout(timeouts.get("read")):
                 await writer.drain()
-                response = await self._event(reader)
-                while isinstance(response, h11.InformationalResponse):
-                    response = await self._event(reader)
+                head = await self._next_event(reader)
+                while isinstance(head, h11.InformationalResponse):
+                    head = await self._next_event(reader)
         except BaseException as error:
-            self._drop()
-            raise _as_httpx(error, request) from error
-        assert isinstance(response, h11.Response)
-        body = _Body(self, reader, request, timeout.get("read"))
+            self._abort()
+            raise _convert_to_httpx(error, request) from error
+        assert isinstance(head, h11.Response)
         return httpx.Response(
-            response.status_code,
-            headers=response.headers.raw_items(),
-            stream=body,
+            head.status_code,
+            headers=head.headers.raw_items(),
+            stream=_ResponseBody(self, reader, request, timeouts.get("read")),
             request=request,
         )
 
     async def aclose(self) -> None:
         """Close the connection."""
-        self._drop()
+        self._abort()
 
-    async def body(
+    async def read_body(
         self,
         reader: asyncio.StreamReader,
         request: httpx.Request,
         seconds: float | None,
     ) -> AsyncIterator[bytes]:
-        """The parts of the answer's body, each within ``seconds``."""
+        """Yield the parts of the response's body, each within ``seconds``."""
         try:
             while True:
                 async with asyncio.timeout(seconds):
-                    event = await self._event(reader)
-                if isinstance(event, h11.Data):
-                    yield bytes(event.data)
-                else:
+                    event = await self._next_event(reader)
+                if not isinstance(event, h11.Data):
                     return
+                yield bytes(event.data)
         except (OSError, TimeoutError, h11.RemoteProtocolError) as error:
-            raise _as_httpx(error, request) from error
+            raise _convert_to_httpx(error, request) from error
 
-    def finished(self) -> None:
-        """The answer was read, or nobody wants the rest of it."""
-        whole = (
-            self._state.our_state is h11.DONE and self._state.their_state is h11.DONE
+    def finish_response(self) -> None:
+        """Keep the connection for the next request if the response was read to its end,
+        close it otherwise.
+        """
+        is_complete = (
+            self._protocol.our_state is h11.DONE
+            and self._protocol.their_state is h11.DONE
         )
-        if whole and not self._state.trailing_data[0]:
-            self._state.start_next_cycle()
+        if is_complete and not self._protocol.trailing_data[0]:
+            self._protocol.start_next_cycle()
             self._idle_since = time.monotonic()
         else:
-            self._drop()
+            self._abort()
 
-    async def _connected(
+    async def _connect(
         self, url: httpx.URL, seconds: float | None
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is not None and (
-            time.monotonic() - self._idle_since > IDLE_SECONDS
-            or not await _silent(self._streams[0])
-        ):
-            self._drop()
+        """Return the streams of the open connection if it can be used again, or of a
+        new one.
+        """
+        if self._streams is not None:
+            idle_seconds = time.monotonic() - self._idle_since
+            if idle_seconds > IDLE_SECONDS or not await _is_silent(self._streams[0]):
+                self._abort()
         if self._streams is None:
-            secure = (self._certificates or True) if url.scheme == "https" else None
-            port = url.port or (443 if secure else 80)
+            tls = (self._tls_context or True) if url.scheme == "https" else None
+            port = url.port or (443 if tls else 80)
+            host = url.raw_host.decode()
             try:
                 async with asyncio.timeout(seconds):
                     self._streams = await asyncio.open_connection(
-                        url.raw_host.decode(), port, ssl=secure, limit=2 * READ_BYTES
+                        host, port, ssl=tls, limit=2 * READ_BYTES
                     )
             except TimeoutError as error:
                 raise httpx.ConnectTimeout("no connection in time") from error
             except OSError as error:
                 raise httpx.ConnectError("no connection") from error
-            self._state = h11.Connection(h11.CLIENT)
+            self._protocol = h11.Connection(h11.CLIENT)
         return self._streams
 
-    async def _event(
+    def _encode_request(self, request: httpx.Request, body: bytes) -> bytes:
+        head = h11.Request(
+            method=request.method,
+            target=request.url.raw_path,
+            headers=request.headers.raw,
+        )
+        encoded = self._protocol.send(head) or b""
+        if body:
+            encoded += self._protocol.send(h11.Data(data=body)) or b""
+        return encoded + (self._protocol.send(h11.EndOfMessage()) or b"")
+
+    async def _next_event(
         self, reader: asyncio.StreamReader
     ) -> h11.Event | type[h11.PAUSED]:
-        while (event := self._state.next_event()) is h11.NEED_DATA:
-            self._state.receive_data(await reader.read(READ_BYTES))
+        event = self._protocol.next_event()
+        while event is h11.NEED_DATA:
+            self._protocol.receive_data(await reader.read(READ_BYTES))
+            event = self._protocol.next_event()
         if isinstance(event, h11.ConnectionClosed):
             raise h11.RemoteProtocolError("closed before an answer")
         return event  # type: ignore[return-value]
 
-    def _drop(self) -> None:
+    def _abort(self) -> None:
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
 
 
-class _Body(httpx.AsyncByteStream):
+class _ResponseBody(httpx.AsyncByteStream):
     def __init__(
         self,
         connection: Http1Connection,
@@ -145,26 +155,24 @@ class _Body(httpx.AsyncByteStream):
         request: httpx.Request,
         seconds: float | None,
     ) -> None:
-        self._connection, self._reader, self._request, self._seconds = (
-            connection,
-            reader,
-            request,
-            seconds,
-        )
+        self._connection = connection
+        self._reader = reader
+        self._request = request
+        self._seconds = seconds
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for part in self._connection.body(
+        async for part in self._connection.read_body(
             self._reader, self._request, self._seconds
         ):
             yield part
 
     async def aclose(self) -> None:
-        self._connection.finished()
+        self._connection.finish_response()
 
 
-async def _silent(reader: asyncio.StreamReader) -> bool:
-    """Whether nothing came since the last answer: neither the end of the connection nor
-    bytes, which the next request would take for its answer.
+async def _is_silent(reader: asyncio.StreamReader) -> bool:
+    """Return whether nothing came since the last response: neither the end of the
+    connection nor bytes, which would be read as the response to the next request.
     """
     try:
         async with asyncio.timeout(0):
@@ -176,8 +184,8 @@ async def _silent(reader: asyncio.StreamReader) -> bool:
     return False
 
 
-def _as_httpx(error: BaseException, request: httpx.Request) -> BaseException:
-    """httpx's error for one of the connection's; others stay what they are."""
+def _convert_to_httpx(error: BaseException, request: httpx.Request) -> BaseException:
+    """Return httpx's error for one of the connection's, or another error unchanged."""
     if isinstance(error, TimeoutError):
         return httpx.ReadTimeout("no answer in time", request=request)
     if isinstance(error, h11.LocalProtocolError):
