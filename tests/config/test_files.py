@@ -122,23 +122,17 @@ def test_identity_fields_change_fingerprints_and_others_do_not(
     ],
 )
 def test_runtime_only_fields(name: str) -> None:
-    holders = [
-        k
-        for k in vars(config_package).values()
-        if dataclasses.is_dataclass(k)
-        and name in {f.name for f in dataclasses.fields(k)}
-    ]
-    marked = {
-        k.__name__
-        for k in holders
-        for f in dataclasses.fields(k)
-        if f.name == name and not f.metadata.get("identity", True)
-    }
-    assert marked == (
-        {k.__name__ for k in holders} - {"TrainingConfig"}
-        if name == "batch"
-        else {k.__name__ for k in holders}
-    )
+    runtime_only, identifying = set(), set()
+    for config_class in vars(config_package).values():
+        if not dataclasses.is_dataclass(config_class):
+            continue
+        for field in dataclasses.fields(config_class):
+            if field.name == name:
+                is_identifying = field.metadata.get("identity", True)
+                names = identifying if is_identifying else runtime_only
+                names.add(config_class.__name__)
+    assert runtime_only
+    assert identifying == ({"TrainingConfig"} if name == "batch" else set())
 
 
 def test_equal_numbers_are_one_setting() -> None:

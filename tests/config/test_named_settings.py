@@ -84,11 +84,11 @@ def test_settings_are_found_in_texts(text: str, settings: list[str]) -> None:
 
 
 def test_the_scan_finds_settings_in_the_package() -> None:
-    named = {
+    settings = {
         s for file in FILES for text in _texts(file) for s in _named_settings(text)
     }
-    assert len(named) > 50
-    assert "cloud.max_usd" in named
+    assert len(settings) > 50
+    assert "cloud.max_usd" in settings
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -29,7 +29,7 @@ def _answers(summary: RunSummary) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "start", "span"),
+    ("low", "high", "start", "interval"),
     [
         (0.01, 0.09, "Yes: +5.0", "+1.0 to +9.0"),
         (-0.09, -0.01, "No: ", f"{MINUS}9.0 to {MINUS}1.0"),
@@ -41,12 +41,12 @@ def _answers(summary: RunSummary) -> dict[str, str]:
         ),
     ],
 )
-def test_better_only_if_the_interval_leaves_out_zero(
-    low: float, high: float, start: str, span: str
+def test_the_student_is_better_only_if_the_interval_excludes_zero(
+    low: float, high: float, start: str, interval: str
 ) -> None:
     text = _answers(_summary(low, high))["Is it better than the cloud?"]
     assert text.startswith(start)
-    assert span in text
+    assert interval in text
     assert "plain cloud labels: +2.0" in text
 
 
@@ -63,15 +63,15 @@ def test_classes_below_the_cloud_are_named_worst_first() -> None:
 
 
 def test_cost_and_belief() -> None:
-    found = _answers(_summary(0, 1))
-    assert found["What did it cost?"].startswith(
+    answers = _answers(_summary(0, 1))
+    assert answers["What did it cost?"].startswith(
         "400 cloud calls, $0.80, 1 min 30 s of work. 1,000 further images would cost"
         " $2.00 at the cloud"
     )
-    assert "1,300 annotated test images" in found["Can it be believed?"]
+    assert "1,300 annotated test images" in answers["Can it be believed?"]
 
 
-def test_a_run_that_measured_nothing_answers_nothing_about_quality() -> None:
+def test_a_run_without_accuracy_answers_no_question_about_it() -> None:
     calls = CallCounts(made=3, cost_usd=0.0)
     assert list(_answers(RunSummary(calls=calls))) == ["What did it cost?"]
     assert answer_questions(RunSummary()) == []

@@ -28,7 +28,7 @@ def test_curves_are_thinned_ordered_and_finite() -> None:
     rows = [
         *CURVES,
         ("propagate", 3, "roi_class", math.nan),
-        ("propagate", 0, "lonely", 1.0),
+        ("propagate", 0, "single point", 1.0),
         ("zoo", 0, "x", 0.0),
         ("zoo", 9, "x", 0.0),
     ]
@@ -44,7 +44,7 @@ def test_stacked_segments_fill_the_bar() -> None:
     assert [(s.start, s.width) for s in segments] == [(0, 25), (25, 0), (25, 75)]
 
 
-def test_classes_stand_in_the_order_of_what_the_student_lost() -> None:
+def test_classes_are_ordered_by_the_student_s_loss() -> None:
     per_class = {
         "cloud": [0.2, 0.4, math.nan],
         "student": [0.5, 0.31, 0.2],
@@ -79,7 +79,7 @@ def test_classes_stand_in_the_order_of_what_the_student_lost() -> None:
         (None, None, ""),
     ],
 )
-def test_a_change_is_sure_if_its_interval_leaves_out_zero(
+def test_a_change_has_a_verdict_if_its_interval_excludes_zero(
     low: float | None, high: float | None, expected: str
 ) -> None:
     assert change_verdict(low, high) == expected
@@ -120,7 +120,7 @@ def test_shares_need_every_line() -> None:
     )
 
 
-def test_diagnostics_are_told_from_losses() -> None:
+def test_diagnostics_are_separated_from_losses() -> None:
     logged = {
         "count_consistent": 3.0,
         "count_inconsistent": 1.0,
@@ -128,13 +128,13 @@ def test_diagnostics_are_told_from_losses() -> None:
         "ckg_cloud": 0.5,
         "ckg_clip": 0.25,
         "ckg_neither": 0.25,
+        "ckg_gradient": 1.0,
+        "gradient_angle": 80.0,
     }
     rows = [
-        ("distill", step, name, value)
+        ("distill", step, metric, figure)
         for step in (0, 20)
-        for name, value in (
-            logged | {"ckg_gradient": 1.0, "gradient_angle": 80.0}
-        ).items()
+        for metric, figure in logged.items()
     ]
     losses, plots = split_curves(rows)
     assert {metric for _, _, metric, _ in losses} == {"ckg_gradient"}
@@ -159,7 +159,7 @@ def test_precision_recall_is_drawn_for_methods_that_have_it() -> None:
     assert plot_precision_recall({}, ("cloud",), "car") is None
 
 
-def test_reliability_dots_grow_with_their_cases() -> None:
+def test_reliability_dots_grow_with_their_count() -> None:
     plot = plot_reliability(
         [
             {"confidence": 0.3, "right": 0.2, "count": 1},
@@ -174,7 +174,7 @@ def test_reliability_dots_grow_with_their_cases() -> None:
     assert plot.lines[0].dots == ((30.0, 80.0, 8.0), (90.0, 40.0, 12.0))
 
 
-def test_confusion_is_a_matrix_of_names_that_occur() -> None:
+def test_confusion_is_a_matrix_of_classes_that_occur() -> None:
     table = confusion_table([[3, 1, 0], [0, 0, 0], [0, 0, 0]], ["car", "dog"])
     assert table is not None
     assert (table.names, table.agreed) == (("car", "dog"), "75 %")
@@ -185,7 +185,7 @@ def test_confusion_is_a_matrix_of_names_that_occur() -> None:
     assert confusion_table([[0, 0], [0, 0]], ["car"]) is None
 
 
-def test_many_classes_list_the_most_frequent_exchanges() -> None:
+def test_with_many_classes_the_most_frequent_disagreements_are_listed() -> None:
     names = [f"class {i}" for i in range(30)]
     counts = [[0] * 31 for _ in range(31)]
     counts[4][30], counts[2][7], counts[5][5] = 9, 4, 7

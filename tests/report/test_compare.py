@@ -10,7 +10,7 @@ from coin_ray.errors import InputError
 from coin_ray.report.compare import write_comparison
 
 
-def run(
+def _write_run(
     folder: Path,
     seed: int,
     student: float,
@@ -35,16 +35,21 @@ def run(
     return str(folder)
 
 
-def page_of(roots: list[str], folder: Path) -> str:
+def _comparison(roots: list[str], folder: Path) -> str:
     return " ".join(
-        Path(write_comparison(roots, str(folder / "out" / "all.html"))).read_text().split()
+        Path(write_comparison(roots, str(folder / "out" / "all.html")))
+        .read_text()
+        .split()
     )
 
 
 def test_runs_that_differ_in_the_seed_have_a_mean_and_a_deviation(
     tmp_path: Path,
 ) -> None:
-    page = page_of([run(tmp_path / "a", 0, 0.4), run(tmp_path / "b", 1, 0.5)], tmp_path)
+    page = _comparison(
+        [_write_run(tmp_path / "a", 0, 0.4), _write_run(tmp_path / "b", 1, 0.5)],
+        tmp_path,
+    )
     for phrase in [
         "45.0 ± 7.1 mAP50 over 2 seeds",
         "35.0 to 45.0",
@@ -56,10 +61,10 @@ def test_runs_that_differ_in_the_seed_have_a_mean_and_a_deviation(
 
 
 def test_settings_that_differ_are_listed_and_no_mean_is_taken(tmp_path: Path) -> None:
-    page = page_of(
+    page = _comparison(
         [
-            run(tmp_path / "a", 0, 0.4, private=1.0, batch=8),
-            run(tmp_path / "b", 0, 0.5, private=2.0, batch=8),
+            _write_run(tmp_path / "a", 0, 0.4, private=1.0, batch=8),
+            _write_run(tmp_path / "b", 0, 0.5, private=2.0, batch=8),
         ],
         tmp_path,
     )
@@ -69,22 +74,22 @@ def test_settings_that_differ_are_listed_and_no_mean_is_taken(tmp_path: Path) ->
 
 
 def test_runs_of_other_classes_have_no_table_by_class(tmp_path: Path) -> None:
-    page = page_of(
+    page = _comparison(
         [
-            run(tmp_path / "a", 0, 0.4),
-            run(tmp_path / "b", 0, 0.5, classes=("cat", "dog")),
+            _write_run(tmp_path / "a", 0, 0.4),
+            _write_run(tmp_path / "b", 0, 0.5, classes=("cat", "dog")),
         ],
         tmp_path,
     )
     assert "By class" not in page
 
 
-def test_what_users_named_is_escaped(tmp_path: Path) -> None:
+def test_text_of_users_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)<"
-    page = page_of(
+    page = _comparison(
         [
-            run(tmp_path / evil, 0, 0.4, (evil, "car")),
-            run(tmp_path / "b", 0, 0.5, (evil, "car"), name=evil),
+            _write_run(tmp_path / evil, 0, 0.4, (evil, "car")),
+            _write_run(tmp_path / "b", 0, 0.5, (evil, "car"), name=evil),
         ],
         tmp_path,
     )
@@ -95,5 +100,6 @@ def test_what_users_named_is_escaped(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no summary\.json; run coin-ray adapt"):
         write_comparison(
-            [run(tmp_path / "a", 0, 0.4), str(tmp_path)], str(tmp_path / "all.html")
+            [_write_run(tmp_path / "a", 0, 0.4), str(tmp_path)],
+            str(tmp_path / "all.html"),
         )

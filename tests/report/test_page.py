@@ -20,8 +20,8 @@ from coin_ray.report.table import print_summary
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 
 
-class Checker(HTMLParser):
-    """Fails on tags that don't nest; collects tags, attributes and text."""
+class TagChecker(HTMLParser):
+    """Checks that tags nest, and collects tags, attributes and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Checker(HTMLParser):
             self.text += data
 
 
-def parse(page: str) -> Checker:
-    checker = Checker()
+def _parse(page: str) -> TagChecker:
+    checker = TagChecker()
     checker.feed(page)
     checker.close()
     assert checker.open == []
@@ -103,7 +103,7 @@ CURVES = [
 ]
 
 
-def full(**changes: Any) -> str:
+def _full_page(**changes: Any) -> str:
     return build_page(
         make_summary(**({"per_class": PER_CLASS} | changes)),
         CURVES,
@@ -113,9 +113,9 @@ def full(**changes: Any) -> str:
     )
 
 
-def test_shows_everything() -> None:
+def test_the_page_shows_all_figures() -> None:
     text = " ".join(
-        parse(full(map50_unknown={"cloud": 0.158, "student": 0.19})).text.split()
+        _parse(_full_page(map50_unknown={"cloud": 0.158, "student": 0.19})).text.split()
     )
     expected = (
         "scores 7.7 points above|40.5|32.8|+7.7|26 %|62.3|15.8|known to neither"
@@ -133,12 +133,12 @@ def test_shows_everything() -> None:
         assert phrase in text, phrase
 
 
-def test_opens_without_network() -> None:
-    page = full()
+def test_the_page_opens_without_network() -> None:
+    page = _full_page()
     without_images = re.sub(r"base64,[^\"]*", "", page)
     assert not re.search(r"https?:|[\"'(]//", without_images)
     assert "@import" not in page
-    for tag, attributes in parse(page).tags:
+    for tag, attributes in _parse(page).tags:
         assert tag != "link"
         assert tag != "script" or "src" not in attributes
         assert tag != "img" or (attributes["src"] or "").startswith(
@@ -146,7 +146,7 @@ def test_opens_without_network() -> None:
         )
 
 
-def test_escapes_what_users_supply() -> None:
+def test_text_of_users_is_escaped() -> None:
     evil = '"><script>alert(1)</script>'
     summary = make_summary(
         classes=[evil, "car"],
@@ -168,11 +168,11 @@ def test_escapes_what_users_supply() -> None:
         figures,
     )
     assert "<script>alert" not in page
-    assert sum(tag == "script" for tag, _ in parse(page).tags) == 1
+    assert sum(tag == "script" for tag, _ in _parse(page).tags) == 1
 
 
-def test_layers_are_switched_by_checkboxes() -> None:
-    tags = parse(full()).tags
+def test_checkboxes_switch_layers() -> None:
+    tags = _parse(_full_page()).tags
     boxes = {a["value"]: "checked" in a for tag, a in tags if tag == "input"}
     assert boxes == {"truth": True, "cloud": False, "student": True, "private": True}
     hidden = {
@@ -203,7 +203,7 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
     page = build_page(RunSummary(), [], [image], "", "")
     places = [
         (float(a["x"] or 0), float(a["y"] or 0), a["text-anchor"])
-        for tag, a in parse(page).tags
+        for tag, a in _parse(page).tags
         if tag == "text"
     ]
     assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y, _ in places)
@@ -236,13 +236,13 @@ def test_text_of_boxes_stays_inside_the_image() -> None:
         },
     ],
 )
-def test_leaves_out_what_is_missing(figures: dict[str, Any]) -> None:
-    text = parse(build_page(RunSummary.from_json(figures), [], [], "", "")).text
+def test_missing_figures_are_left_out(figures: dict[str, Any]) -> None:
+    text = _parse(build_page(RunSummary.from_json(figures), [], [], "", "")).text
     assert "What it looks like" not in text
     assert "nan" not in text.split()
 
 
-def test_a_run_without_truth_says_so() -> None:
+def test_a_run_without_truth_is_reported_as_such() -> None:
     page = build_page(
         make_summary(map50={"cloud": None, "student": None}, gap_closed=None),
         [],
@@ -255,8 +255,10 @@ def test_a_run_without_truth_says_so() -> None:
     assert "<h2>What it looks like</h2>" in page
 
 
-def test_a_worse_student_is_called_worse() -> None:
-    text = parse(full(map50={"cloud": 0.4, "student": 0.35}, gap_closed=-0.2)).text
+def test_a_worse_student_is_reported_as_worse() -> None:
+    text = _parse(
+        _full_page(map50={"cloud": 0.4, "student": 0.35}, gap_closed=-0.2)
+    ).text
     assert "scores 5.0 points below" in text
     assert f"{MINUS}5.0" in text
     assert f"{MINUS}20 %" in text
@@ -342,33 +344,35 @@ KNOWLEDGE = {
 }
 
 
-def test_how_right_each_kind_is_stands_beside_its_size(
+def test_the_accuracy_of_each_kind_is_shown_with_its_size(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
-    text = " ".join(full(knowledge=KNOWLEDGE).split())
+    text = " ".join(_full_page(knowledge=KNOWLEDGE).split())
     assert (
         "consistent 72 %; inconsistent cloud 53 %, clip 56 %, mean 65 %, neither 21 %;"
         " private 50 %." in text
     )
-    assert "which no training sees" not in full()
+    assert "which no training sees" not in _full_page()
     print_summary(make_summary(knowledge=KNOWLEDGE))
-    shown = capsys.readouterr().out
-    assert "72%" in shown
-    assert "cloud 53%, clip 56%, mean 65%, neither 21%" in shown
+    printed = capsys.readouterr().out
+    assert "72%" in printed
+    assert "cloud 53%, clip 56%, mean 65%, neither 21%" in printed
 
 
-def test_what_people_corrected_is_told_with_how_often_each_teacher_was_wrong() -> None:
+def test_corrections_are_shown_with_the_mistakes_of_each_teacher() -> None:
     cloud = {"boxes": 40, "wrong": 10, "missed": 6, "images": 5}
     clip = {"boxes": 0, "wrong": 0, "missed": 60, "images": 8}
-    found = {
+    corrections = {
         "images": 8,
         "boxes": 60,
         "empty": 1,
         "teachers": {"cloud": cloud, "clip_detector": clip},
     }
     text = " ".join(
-        parse(build_page(make_summary(corrections=found), [], [], "", "")).text.split()
+        _parse(
+            build_page(make_summary(corrections=corrections), [], [], "", "")
+        ).text.split()
     )
     assert "8 training images with 60 objects, 1 of them empty" in text
     assert all(
@@ -377,12 +381,12 @@ def test_what_people_corrected_is_told_with_how_often_each_teacher_was_wrong() -
     )
     assert (
         "Corrected by people"
-        not in parse(build_page(make_summary(), [], [], "", "")).text
+        not in _parse(build_page(make_summary(), [], [], "", "")).text
     )
 
 
 def test_a_person_s_boxes_are_a_layer_of_the_gallery() -> None:
-    shown = GalleryImage(
+    image = GalleryImage(
         picture().jpeg,
         40,
         30,
@@ -390,7 +394,7 @@ def test_a_person_s_boxes_are_a_layer_of_the_gallery() -> None:
         {"separation": [Box((1, 1, 9, 9), "bird", None, "reviewed")]},
         "train",
     )
-    page = parse(build_page(make_summary(), [], [shown], "", ""))
+    page = _parse(build_page(make_summary(), [], [image], "", ""))
     assert ("input", "reviewed") in [
-        (tag, known.get("value")) for tag, known in page.tags
+        (tag, attributes.get("value")) for tag, attributes in page.tags
     ]

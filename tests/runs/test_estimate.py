@@ -29,10 +29,8 @@ from coin_ray.runs.graph import build_steps
 from coin_ray.tables import IMAGES
 
 DAY = 86_400
-ONE, TWO = (
-    Cloud(url="https://one.example.com", usd_per_call=0.01, rate=2.0),
-    Cloud(url="https://two.example.com", usd_per_call=1.0),
-)
+ONE = Cloud(url="https://one.example.com", usd_per_call=0.01, rate=2.0)
+TWO = Cloud(url="https://two.example.com", usd_per_call=1.0)
 
 NEEDED = [
     (0, 10.0, None, 0, 0),
@@ -49,7 +47,7 @@ NEEDED = [
 
 
 @pytest.mark.parametrize(("calls", "rate", "per_day", "today", "seconds"), NEEDED)
-def test_time(
+def test_duration_within_the_daily_quota(
     calls: int, rate: float, per_day: int | None, today: int, seconds: float
 ) -> None:
     assert seconds_needed(calls, rate, per_day, today) == pytest.approx(seconds)
@@ -62,19 +60,19 @@ def test_time(
 def test_only_an_emulated_cloud_has_an_emulated_latency(
     images: list[Path], tmp_path: Path, cloud: Cloud, rate: float
 ) -> None:
-    config = configuration(tmp_path, replace(cloud, in_flight=4, serve_latency=2.0))
-    assert estimate_cost(config, build_steps(config), str(tmp_path / "root"))[
-        0
-    ].rate == pytest.approx(rate)
+    config = _configuration(tmp_path, replace(cloud, in_flight=4, serve_latency=2.0))
+    (estimate,) = _estimate(config, tmp_path / "root")
+    assert estimate.rate == pytest.approx(rate)
 
 
-def configuration(tmp_path: Path, *clouds: Cloud, mode: str = "fuse") -> PipelineConfig:
-    data = Folder(str(tmp_path / "images"))
+def _configuration(
+    tmp_path: Path, *clouds: Cloud, mode: str = "fuse"
+) -> PipelineConfig:
     ensemble = Ensemble(mode)  # type: ignore[arg-type]
     return replace(
         folder(),
         classes=("car",),
-        data=data,
+        data=Folder(str(tmp_path / "images")),
         cloud=clouds[0],
         more_clouds=clouds[1:],
         ensemble=ensemble,
@@ -90,10 +88,10 @@ def images(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def answered(
+def _collect(
     config: PipelineConfig, cloud: Cloud, root: Path, paths: list[Path]
 ) -> None:
-    """The run has listed its images, and ``cloud`` was asked about some of them."""
+    """Write the run's image table, and the answers of ``cloud`` for some images."""
 
     def reply(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json={"image": {"w": 60, "h": 40}, "detections": []})
@@ -114,10 +112,10 @@ def answered(
 
     asyncio.run(ask())
     step = build_steps(config)["images"]
-    every = sorted((root / "images").iterdir())
+    image_files = sorted((root / "images").iterdir())
     rows = [
         {"image_id": p.name, "uri": str(p), "width": 60, "height": 40, "split": "train"}
-        for p in every
+        for p in image_files
     ]
     storage.write_table(
         storage.join(step.folder(str(root)), "images.parquet"),
@@ -125,21 +123,16 @@ def answered(
     )
 
 
-def figures(config: PipelineConfig, root: Path) -> list[Estimate]:
+def _estimate(config: PipelineConfig, root: Path) -> list[Estimate]:
     return estimate_cost(config, build_steps(config), str(root))
 
 
-def test_before_anything_was_asked(tmp_path: Path, images: list[Path]) -> None:
-    (found,) = figures(configuration(tmp_path, ONE), tmp_path)
-    assert (
-        found.cloud,
-        found.images,
-        found.answered,
-        found.calls,
-        found.rate,
-        found.at_most,
-    ) == ("http", 5, 0, 5, 2.0, False)
-    assert (found.usd, found.minutes) == pytest.approx((0.05, 5 / 2 / 60))
+def test_before_any_call(tmp_path: Path, images: list[Path]) -> None:
+    (estimate,) = _estimate(_configuration(tmp_path, ONE), tmp_path)
+    assert (estimate.cloud, estimate.rate) == ("http", 2.0)
+    assert (estimate.images, estimate.answered, estimate.calls) == (5, 0, 5)
+    assert not estimate.at_most
+    assert (estimate.usd, estimate.minutes) == pytest.approx((0.05, 5 / 2 / 60))
     assert not (tmp_path / "journal").exists()
 
 
@@ -154,40 +147,42 @@ def test_before_anything_was_asked(tmp_path: Path, images: list[Path]) -> None:
 def test_limits_of_a_minute(
     tmp_path: Path, images: list[Path], settings: dict[str, Any], minutes: float
 ) -> None:
-    (found,) = figures(configuration(tmp_path, replace(ONE, **settings)), tmp_path)
-    assert found.minutes == pytest.approx(minutes)
+    (estimate,) = _estimate(
+        _configuration(tmp_path, replace(ONE, **settings)), tmp_path
+    )
+    assert estimate.minutes == pytest.approx(minutes)
 
 
 def test_today_s_calls_count(
     tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configuration(tmp_path, replace(ONE, per_day=2))
-    answered(config, config.cloud, tmp_path, images[:2])
-    (found,) = figures(config, tmp_path)
-    assert (found.answered, found.calls) == (2, 3)
-    assert found.minutes == pytest.approx((2 * DAY + 0.5) / 60)
-    print_estimate(config.cloud, found)
-    said = capsys.readouterr().out
-    assert "5 images, 2 answered already, 3 calls to make, $0.03" in said
-    assert "2.0 days at 2 calls/s" in said
-    assert "cloud.per_day = 2" in said
+    config = _configuration(tmp_path, replace(ONE, per_day=2))
+    _collect(config, config.cloud, tmp_path, images[:2])
+    (estimate,) = _estimate(config, tmp_path)
+    assert (estimate.answered, estimate.calls) == (2, 3)
+    assert estimate.minutes == pytest.approx((2 * DAY + 0.5) / 60)
+    print_estimate(config.cloud, estimate)
+    printed = capsys.readouterr().out
+    assert "5 images, 2 answered already, 3 calls to make, $0.03" in printed
+    assert "2.0 days at 2 calls/s" in printed
+    assert "cloud.per_day = 2" in printed
 
 
 def test_each_cloud_has_a_line_of_its_own(
     tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configuration(tmp_path, ONE, TWO)
-    answered(config, ONE, tmp_path, images[:2])
-    answered(config, TWO, tmp_path, images[:4])
-    found = figures(config, tmp_path)
-    assert [(f.cloud, f.answered, f.calls, f.usd, f.at_most) for f in found] == [
+    config = _configuration(tmp_path, ONE, TWO)
+    _collect(config, ONE, tmp_path, images[:2])
+    _collect(config, TWO, tmp_path, images[:4])
+    estimates = _estimate(config, tmp_path)
+    assert [(f.cloud, f.answered, f.calls, f.usd, f.at_most) for f in estimates] == [
         ("http 1", 2, 3, pytest.approx(0.03), False),
         ("http 2", 4, 1, 1.0, False),
     ]
-    cascade = figures(configuration(tmp_path, ONE, TWO, mode="cascade"), tmp_path)
+    cascade = _estimate(_configuration(tmp_path, ONE, TWO, mode="cascade"), tmp_path)
     assert [(f.calls, f.at_most) for f in cascade] == [(3, False), (1, True)]
-    over = figures(configuration(tmp_path, ONE, TWO, mode="failover"), tmp_path)
-    assert [(f.calls, f.at_most) for f in over] == [(1, False), (1, True)]
+    failover = _estimate(_configuration(tmp_path, ONE, TWO, mode="failover"), tmp_path)
+    assert [(f.calls, f.at_most) for f in failover] == [(1, False), (1, True)]
     print_estimate(TWO, cascade[1])
     assert (
         "http 2: 5 images, 4 answered already, at most 1 calls"
@@ -195,25 +190,25 @@ def test_each_cloud_has_a_line_of_its_own(
     )
 
 
-def test_files_that_are_sent_as_they_are_are_known_without_opening_them(
+def test_files_that_are_sent_unchanged_are_matched_without_opening_them(
     tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the sha256 of their bytes. Where answers are left that no file is known to,
-    the others are made ready; here none are."""
-    config = configuration(tmp_path, ONE)
+    """They match by the sha256 of their bytes. Other files are decoded only while there
+    are answers that match no file; here there are none."""
+    config = _configuration(tmp_path, ONE)
     for path in images:
         with Image.open(path) as image:
             image.save(path.with_suffix(".jpg"), subsampling=0)
         path.unlink()
     files = [path.with_suffix(".jpg") for path in images]
-    answered(config, config.cloud, tmp_path, files[:3])
-    listed = storage.join(
+    _collect(config, config.cloud, tmp_path, files[:3])
+    image_table = storage.join(
         build_steps(config)["images"].folder(str(tmp_path)), "images.parquet"
     )
-    rows = storage.read_table(listed).to_pylist()
+    rows = storage.read_table(image_table).to_pylist()
     ids = {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     storage.write_table(
-        listed,
+        image_table,
         pa.Table.from_pylist(
             [r | {"image_id": ids[r["uri"]]} for r in rows], schema=IMAGES
         ),
@@ -222,5 +217,5 @@ def test_files_that_are_sent_as_they_are_are_known_without_opening_them(
         "coin_ray.data.canonical.canonical_image",
         lambda *_: pytest.fail("an image was decoded"),
     )
-    (found,) = figures(config, tmp_path)
-    assert (found.answered, found.calls) == (3, 2)
+    (estimate,) = _estimate(config, tmp_path)
+    assert (estimate.answered, estimate.calls) == (3, 2)

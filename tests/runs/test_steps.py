@@ -24,7 +24,7 @@ Install = Callable[[Callable[[Context[PipelineConfig]], Metrics]], None]
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Makes a function the stage named "fake"."""
+    """Return a function that makes another one the stage named "fake"."""
 
     def install(run: Callable[[Context[PipelineConfig]], Metrics]) -> None:
         module = types.ModuleType("coin_ray.stages.fake")
@@ -41,16 +41,16 @@ SECOND = Step(
 
 
 def test_manifest_is_the_last_write(stage: Install, tmp_path: Path) -> None:
-    seen = []
+    manifests_during_run = []
 
     def run(context: Context[PipelineConfig]) -> Metrics:
-        seen.append(storage.list_files(str(tmp_path), "manifest.json"))
+        manifests_during_run.append(storage.list_files(str(tmp_path), "manifest.json"))
         storage.write_bytes(storage.join(context.folder, "result"), b"1")
         return {"count": 3}
 
     stage(run)
     manifest = run_step(FIRST, CONFIG, str(tmp_path))
-    assert seen == [[]]
+    assert manifests_during_run == [[]]
     assert manifest.metrics == {"count": 3}
     assert FIRST.read_manifest(str(tmp_path)) == manifest
     assert set(finished_manifests([FIRST, SECOND], str(tmp_path))) == {"first"}
@@ -77,12 +77,12 @@ def test_missing_inputs_are_named_and_nothing_runs(
 
 
 def test_a_stage_gets_its_folders_and_options(stage: Install, tmp_path: Path) -> None:
-    got = []
-    stage(lambda context: got.append(context) or {})
+    contexts = []
+    stage(lambda context: contexts.append(context) or {})
     root = str(tmp_path)
     run_step(FIRST, CONFIG, root)
     run_step(SECOND, CONFIG, root)
-    context = got[1]
+    context = contexts[1]
     assert (context.name, context.options, context.root) == (
         "second",
         {"labels": "clip"},
@@ -116,7 +116,7 @@ def test_the_stage_module_is_no_identity() -> None:
     assert replace(FIRST, stage="renamed").fingerprint == FIRST.fingerprint
 
 
-def test_a_step_keeps_its_identity_where_the_package_lies_elsewhere(
+def test_a_step_keeps_its_identity_with_another_installation_of_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here = Step(

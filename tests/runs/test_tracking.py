@@ -10,8 +10,9 @@ from coin_ray.config.presets import demo
 from coin_ray.runs.tracking import Tracker, without_password
 
 
-def uri(root: Path, **tracking: str) -> str:
-    return Tracker(replace(demo(), tracking=Tracking(**tracking)), str(root)).uri  # type: ignore[arg-type]
+def _tracking_uri(root: Path, **settings: str) -> str:
+    tracking = Tracking(**settings)  # type: ignore[arg-type]
+    return Tracker(replace(demo(), tracking=tracking), str(root)).uri
 
 
 def test_each_root_has_its_own_database_also_within_one_process(
@@ -22,24 +23,25 @@ def test_each_root_has_its_own_database_also_within_one_process(
     roots = [tmp_path / "a", tmp_path / "b"]
     for root in roots:
         root.mkdir()
-    assert [uri(root) for root in roots] == [
+    assert [_tracking_uri(root) for root in roots] == [
         f"sqlite:///{root}/mlflow.db" for root in roots
     ]
 
 
-def test_the_setting_counts_before_the_environment_and_that_before_the_root(
+def test_the_setting_has_precedence_over_the_environment_and_that_over_the_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs, ours = (f"sqlite:///{tmp_path}/{name}.db" for name in ("theirs", "ours"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
-    assert uri(tmp_path) == theirs
-    assert uri(tmp_path, uri=ours) == ours
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
-    assert uri(tmp_path) == theirs
+    from_environment = f"sqlite:///{tmp_path}/environment.db"
+    from_setting = f"sqlite:///{tmp_path}/setting.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", from_environment)
+    assert _tracking_uri(tmp_path) == from_environment
+    assert _tracking_uri(tmp_path, uri=from_setting) == from_setting
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", from_environment)
+    assert _tracking_uri(tmp_path) == from_environment
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("https://me:s3cret@host/path", "https://host/path"),
         (
@@ -54,5 +56,7 @@ def test_the_setting_counts_before_the_environment_and_that_before_the_root(
         ),
     ],
 )
-def test_no_password_of_a_tracking_server_is_told(text: str, shown: str) -> None:
-    assert without_password(text) == shown
+def test_passwords_of_a_tracking_server_are_not_printed(
+    text: str, expected: str
+) -> None:
+    assert without_password(text) == expected

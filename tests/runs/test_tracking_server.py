@@ -1,5 +1,5 @@
-"""Against a real ``mlflow server`` on a database: what a run leaves there, and a server
-that is lost on the way."""
+"""Tracking with a real ``mlflow server``: what a run writes, and a server that is lost
+during the run."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ METRICS: dict[str, dict[str, Any]] = {
 
 
 class Server:
-    """One on sqlite; ``stop`` it, or ``freeze`` it: it takes connections and says
-    nothing."""
+    """An MLflow server on SQLite.
+
+    A frozen server accepts connections and does not respond.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -106,45 +108,51 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server"))
-    yield made
-    made.stop()
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_environment_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
 
 
-def pipeline() -> dict[str, Step]:
-    made: dict[str, Step] = {}
+def _pipeline() -> dict[str, Step]:
+    steps: dict[str, Step] = {}
     for name in METRICS:
-        made[name] = Step(name, name, identity="a test's", inputs=tuple(made.values()))
-    return made
+        inputs = tuple(steps.values())
+        steps[name] = Step(name, name, identity="a test's", inputs=inputs)
+    return steps
 
 
-def config(server: Server, experiment: str, model: str | None = None) -> PipelineConfig:
+def _config(
+    server: Server, experiment: str, model: str | None = None
+) -> PipelineConfig:
     return replace(
         demo(), tracking=Tracking(uri=server.uri, experiment=experiment, model=model)
     )
 
 
 @pytest.fixture
-def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps whose work was done: they leave metrics, a curve and an export, and train
-    nothing."""
-    return stand_in(monkeypatch, lambda name: None)
+def run_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the steps that were run, by stages that train nothing."""
+    return _replace_stages(monkeypatch, lambda name: None)
 
 
-def stand_in(
+def _replace_stages(
     monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]
 ) -> list[str]:
-    done: list[str] = []
+    """Replace the stages by ones that write metrics, a curve and an export.
+
+    ``before`` is called with a step's name. Returns the names of the steps that were run.
+    """
+    run_steps: list[str] = []
 
     def work(context: Context[PipelineConfig]) -> Metrics:
         before(context.name)
-        done.append(context.name)
+        run_steps.append(context.name)
         if context.name == "images":
             storage.write_bytes(storage.join(context.folder, "images.parquet"), b"rows")
         if context.name == "distill":
@@ -160,46 +168,53 @@ def stand_in(
         "run_step",
         lambda step, config, root, _: steps.run_step(step, config, root, work),
     )
-    return done
+    return run_steps
 
 
-def children(experiment: str, parent: str) -> dict[str, list[Any]]:
-    """Runs below the parent, by stage."""
-    found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
-    mine = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent]
+def _child_runs(experiment: str, parent: str) -> dict[str, list[Any]]:
+    """Return the runs below the parent, by stage."""
+    runs = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent
+    ]
     return {
-        name: [run for run in mine if run.data.tags["stage"] == name]
+        name: [run for run in children if run.data.tags["stage"] == name]
         for name in METRICS
     }
 
 
 def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
-    server: Server, worked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    run_steps: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batches: list[int] = []
     send = mlflow.MlflowClient.log_batch
 
-    def counted(
-        self: Any, run_id: str, metrics: Any = (), *more: Any, **named: Any
+    def log_batch(
+        self: Any, run_id: str, metrics: Any = (), *args: Any, **kwargs: Any
     ) -> Any:
         batches.append(len(metrics))
-        return send(self, run_id, metrics, *more, **named)
+        return send(self, run_id, metrics, *args, **kwargs)
 
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counted)
-    used = config(server, "whole", model="harbour")
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
+    config = _config(server, "whole", model="harbour")
     for _ in range(2):  # the second time nothing is written
-        runner.run_pipeline(used, pipeline(), str(tmp_path))
-    assert worked == list(METRICS)
+        runner.run_pipeline(config, _pipeline(), str(tmp_path))
+    assert run_steps == list(METRICS)
     assert [size for size in batches if size > 100] == [500, 500, 200], (
         "a curve is written in few requests"
     )
-    parent = Tracker(used, str(tmp_path)).parent_run
-    found = children("whole", parent)
-    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
+    parent = Tracker(config, str(tmp_path)).parent_run
+    child_runs = _child_runs("whole", parent)
+    assert {name: len(runs) for name, runs in child_runs.items()} == dict.fromkeys(
         METRICS, 1
     )
-    assert all(run.info.status == "FINISHED" for runs in found.values() for run in runs)
-    (distilled,) = found["distill"]
+    assert all(
+        run.info.status == "FINISHED" for runs in child_runs.values() for run in runs
+    )
+    (distilled,) = child_runs["distill"]
     assert distilled.data.metrics["boxes"] == 7
     client = mlflow.MlflowClient()
     assert [
@@ -214,7 +229,7 @@ def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8)
     )
-    expected = load_exported_student(pipeline()["export"].folder(str(tmp_path)))(
+    expected = load_exported_student(_pipeline()["export"].folder(str(tmp_path)))(
         picture
     )  # type: ignore[operator]
     (answer,) = mlflow.pyfunc.load_model("models:/harbour@champion").predict([picture])
@@ -225,7 +240,7 @@ def test_a_run_leaves_steps_curve_data_set_and_a_registered_model(
 
 
 @pytest.mark.parametrize("fault", ["stop", "freeze"])
-def test_a_server_lost_on_the_way_stops_nothing_and_gets_what_it_missed(
+def test_a_lost_server_does_not_stop_the_run_and_gets_what_it_missed(
     fault: str,
     server: Server,
     tmp_path: Path,
@@ -238,49 +253,51 @@ def test_a_server_lost_on_the_way_stops_nothing_and_gets_what_it_missed(
             monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             getattr(server, fault)()
 
-    worked = stand_in(monkeypatch, lose)
-    used = config(server, f"lost by a {fault}")
+    run_steps = _replace_stages(monkeypatch, lose)
+    config = _config(server, f"lost by a {fault}")
     try:
-        summary = runner.run_pipeline(used, pipeline(), str(tmp_path))
-        assert worked == list(METRICS)
+        summary = runner.run_pipeline(config, _pipeline(), str(tmp_path))
+        assert run_steps == list(METRICS)
         assert summary.map50["student"] == 0.5
-        said = capsys.readouterr().out
-        assert said.count("tracking failed") == 1
-        assert "the same command writes what is missing" in said
+        printed = capsys.readouterr().out
+        assert printed.count("tracking failed") == 1
+        assert "the same command writes what is missing" in printed
     finally:
         server.thaw()
         if fault == "stop" and server.process.poll() is not None:
             server.start()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
-    assert runner.run_pipeline(used, pipeline(), str(tmp_path)) == summary
-    assert worked == list(METRICS), "no step was done again"
-    found = children(f"lost by a {fault}", Tracker(used, str(tmp_path)).parent_run)
-    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
+    assert runner.run_pipeline(config, _pipeline(), str(tmp_path)) == summary
+    assert run_steps == list(METRICS), "no step was done again"
+    child_runs = _child_runs(
+        f"lost by a {fault}", Tracker(config, str(tmp_path)).parent_run
+    )
+    assert {name: len(runs) for name, runs in child_runs.items()} == dict.fromkeys(
         METRICS, 1
-    ), "an unfinished run was gone on with"
+    ), "an incomplete run was continued"
     assert all(
-        run.info.status == "FINISHED" and "metrics.json" in artifacts(run)
-        for runs in found.values()
+        run.info.status == "FINISHED" and "metrics.json" in _artifacts(run)
+        for runs in child_runs.values()
         for run in runs
     )
     history = mlflow.MlflowClient().get_metric_history(
-        found["distill"][0].info.run_id, "loss"
+        child_runs["distill"][0].info.run_id, "loss"
     )
     assert {point.step for point in history} == set(range(1200))
     print(f"server lost ({fault}) in distill: no step and no figure lost")
 
 
-def artifacts(run: Any) -> set[str]:
+def _artifacts(run: Any) -> set[str]:
     return {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
 
 
-def test_a_server_that_is_not_there_is_told_before_anything_is_done(
-    worked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unreachable_server_is_an_error_before_any_step(
+    run_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    used = replace(demo(), tracking=Tracking(uri=f"http://127.0.0.1:{free_port()}"))
+    config = replace(demo(), tracking=Tracking(uri=f"http://127.0.0.1:{free_port()}"))
     with pytest.raises(
         ConfigError, match=r"tracking failed at http://127.0.0.1.*--tracking.no-enabled"
     ):
-        runner.run_pipeline(used, pipeline(), str(tmp_path))
-    assert worked == []
+        runner.run_pipeline(config, _pipeline(), str(tmp_path))
+    assert run_steps == []
