@@ -18,7 +18,7 @@ import torch
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.data.review.reviews import KINDS
-from coin_ray.fusion.separate import separate
+from coin_ray.fusion.separate import separate_knowledge
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.image_tables import read_images
 from coin_ray.stages.common.prediction import write_predictions
@@ -83,7 +83,7 @@ def _separate_images(
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
             outputs = look_up(image_id)
             clip = Detections.cat([outputs["clip"], outputs["clip_labels"]])
-            separation = separate(
+            separation = separate_knowledge(
                 outputs["cloud"],
                 clip,
                 config.separate,

@@ -234,8 +234,9 @@ def separate(folder: str, count: int) -> None:
 
     predicting._predict_in_process = found  # type: ignore[assignment]
     one = Separation.from_labels(Detections.empty(CLASSES), reviewed=False)
-    stage.separate = lambda *_, **__: one  # type: ignore[assignment]
-    stage.run(context_of(folder))
+    stage.separate_knowledge = lambda *_, **__: one  # type: ignore[assignment]
+    # not the folder of collect: its parts would count as finished predictions
+    stage.run(replace(context_of(folder), folder=f"{folder}/separated"))
 
 
 def propagate(folder: str, count: int) -> None:

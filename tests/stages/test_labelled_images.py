@@ -130,7 +130,7 @@ def test_source_scenes_are_the_same_each_time_and_no_split_shares_one(
     assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_without_val_images_a_tenth_of_the_training_images_is_held_out(
+def test_without_val_images_a_tenth_of_the_training_images_validates(
     tmp_path: Path,
 ) -> None:
     source_scenes.run(_context(tmp_path, SourceScenes(train=60, val=0)))
