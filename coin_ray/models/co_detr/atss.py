@@ -73,7 +73,7 @@ class Atss(nn.Module):
         scores = logits.sigmoid() * centre.sigmoid() * anchors.inside[..., None]
         return [
             without_doubles(
-                box_ops.decode(d, anchors.boxes)[:, None],
+                box_ops.decode_boxes(d, anchors.boxes)[:, None],
                 s,
                 with_background(s),
                 size,
@@ -113,7 +113,7 @@ class Atss(nn.Module):
         share = weights[image, row]
         chosen = anchors.boxes[row]
         wanted = centerness(chosen, truth)
-        found = box_ops.decode(deltas[image, row], chosen)
+        found = box_ops.decode_boxes(deltas[image, row], chosen)
         one_hot = F.one_hot(labels, self.classes + 1)[..., :-1].to(logits)
         focal = sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA) * weights[..., None]
         entropy = F.binary_cross_entropy_with_logits(

@@ -22,7 +22,7 @@ from torchvision.ops import (
 
 from coin_ray import boxes as box_ops
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.models.base import Proposed
+from coin_ray.models.base import RpnOutputs
 from coin_ray.models.co_detr.agreement import without_doubles
 from coin_ray.models.co_detr.auxiliary import Outcome, Positives, draw_balanced
 from coin_ray.models.co_detr.criterion import at_least_one
@@ -105,7 +105,7 @@ class Rcnn(nn.Module):
 def _moved(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Boxes [P, 4] by deltas [P, n, 4] -> [P, n, 4]."""
     each = deltas.shape[1]
-    moved: Tensor = box_ops.decode(
+    moved: Tensor = box_ops.decode_boxes(
         deltas.flatten(0, 1), boxes.repeat_interleave(each, 0)
     ).unflatten(0, (-1, each))
     return moved
@@ -135,11 +135,11 @@ class RegionProposals(nn.Module):
             found.boxes,
         )
 
-    def propose(self, maps: Maps) -> Proposed:
+    def propose(self, maps: Maps) -> RpnOutputs:
         """The same proposals without a loss."""
         return self._proposed(maps)[1]
 
-    def _proposed(self, maps: Maps) -> tuple[Anchors, Proposed]:
+    def _proposed(self, maps: Maps) -> tuple[Anchors, RpnOutputs]:
         hidden = [self.conv(m).relu() for m in maps.levels]
         objectness = flattened([self.objectness(h) for h in hidden], 1)[..., 0]
         deltas = flattened([self.deltas(h) for h in hidden], 4)
@@ -147,7 +147,7 @@ class RegionProposals(nn.Module):
         weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
         proposals = [
             self._filter(
-                box_ops.decode(d * weights, anchors.boxes),
+                box_ops.decode_boxes(d * weights, anchors.boxes),
                 scores.masked_fill(~inside, -torch.inf),
                 anchors.levels,
                 size,
@@ -160,7 +160,7 @@ class RegionProposals(nn.Module):
                 strict=True,
             )
         ]
-        return anchors, Proposed(anchors.boxes, objectness, deltas, proposals)
+        return anchors, RpnOutputs(anchors.boxes, objectness, deltas, proposals)
 
     def _losses(
         self,
@@ -193,7 +193,7 @@ class RegionProposals(nn.Module):
             entropy = entropy + F.binary_cross_entropy_with_logits(
                 logits, is_object, weights, reduction="sum"
             )
-            wanted = box_ops.encode(
+            wanted = box_ops.encode_boxes(
                 target.boxes[assigned[positive]], anchors.boxes[positive]
             ) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
             distance = (
@@ -377,7 +377,7 @@ class RegionHead(nn.Module):
             [t.boxes[s.objects] for s, t in zip(sampled, targets, strict=True)]
         )
         own = deltas[rows, 0 if self.agnostic else labels[rows]]
-        found = box_ops.decode(own, torch.cat([s.boxes for s in sampled])[rows])
+        found = box_ops.decode_boxes(own, torch.cat([s.boxes for s in sampled])[rows])
         count = at_least_one(torch.tensor(len(labels), device=logits.device))
         weights = torch.cat(
             [_region_weights(s, t) for s, t in zip(sampled, targets, strict=True)]

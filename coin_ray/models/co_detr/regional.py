@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.models.base import Images, Proposed, Regions
+from coin_ray.models.base import Images, RegionOutputs, RpnOutputs
 from coin_ray.models.co_detr import rcnn
 from coin_ray.models.co_detr.atss import Atss
 from coin_ray.models.co_detr.decoder import Queries
@@ -29,7 +29,7 @@ from coin_ray.models.co_detr.pyramid import Maps, Pyramid
 from coin_ray.models.co_detr.targets import Targets, normalise, pixels
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
-from coin_ray.models.faster_rcnn_clip.model import RegionHead, every_name
+from coin_ray.models.faster_rcnn_clip.model import EmbeddingHead, postprocess_detections
 from coin_ray.structures import Detections, Separation
 
 
@@ -91,7 +91,7 @@ class RegionalDetr(nn.Module):
         self.reduce = nn.Sequential(
             nn.Flatten(), nn.Linear(pooled, network.roi_width), nn.ReLU()
         )
-        self.head = RegionHead(network.roi_width, embedding_size, self.config)
+        self.head = EmbeddingHead(network.roi_width, embedding_size, self.config)
         self.queries = (
             RegionQueries(network.width) if network.positive_queries else None
         )
@@ -126,7 +126,7 @@ class RegionalDetr(nn.Module):
     ) -> Images:
         return self.base.prepare(images, at_least)
 
-    def propose(self, images: Images) -> tuple[Encoded, Proposed]:
+    def propose(self, images: Images) -> tuple[Encoded, RpnOutputs]:
         memory = self.base.encode(images)
         maps = self.pyramid(memory, images.sizes)
         return Encoded(memory, maps), self.proposals.propose(maps)
@@ -137,8 +137,8 @@ class RegionalDetr(nn.Module):
             shared.maps, boxes, self.base.config.roi_size, self.base.config.roi_sampling
         )
 
-    def describe(self, shared: Encoded, boxes: Sequence[Tensor]) -> Regions:
-        regions: Regions = self.head(
+    def describe(self, shared: Encoded, boxes: Sequence[Tensor]) -> RegionOutputs:
+        regions: RegionOutputs = self.head(
             self.reduce(self.pool(shared, boxes)), self.class_embeddings()
         )
         return regions.float()
@@ -202,7 +202,9 @@ class RegionalDetr(nn.Module):
             strict=True,
         )
         return [
-            every_name(box_ops.decode(deltas, own), vectors, size, self.config)
+            postprocess_detections(
+                box_ops.decode_boxes(deltas, own), vectors, size, self.config
+            )
             for deltas, own, vectors, size in parts
         ]
 

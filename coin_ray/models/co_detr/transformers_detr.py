@@ -144,10 +144,10 @@ def _stretched(
     """Boxes in pixels of an image of ``size`` as pixels of ``side`` (height, width)."""
     y, x = side[0] / size[0], side[1] / size[1]
     return Targets(
-        box_ops.scale(targets.boxes, x, y),
+        box_ops.scale_boxes(targets.boxes, x, y),
         targets.labels,
         targets.weights,
-        box_ops.scale(targets.left_out, x, y),
+        box_ops.scale_boxes(targets.left_out, x, y),
     )
 
 

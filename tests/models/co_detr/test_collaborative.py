@@ -14,7 +14,7 @@ from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective, shipped
 from coin_ray.models.co_detr.model import DeformableDetr, load_weights, with_background
 from coin_ray.models.co_detr.targets import Targets
-from coin_ray.training.supervised import groups
+from coin_ray.training.supervised import parameter_groups
 from models.co_detr.scenes import (
     CLASSES,
     TWO,
@@ -352,7 +352,7 @@ def test_an_image_smaller_than_a_cell_is_seen() -> None:
 
 def test_the_backbone_and_the_offsets_learn_slowly() -> None:
     model = collaborative()
-    *slow, fast = groups(model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
+    *slow, fast = parameter_groups(model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
     assert [g["lr"] for g in (*slow, fast)] == [
         pytest.approx(1e-4),
         pytest.approx(1e-4),

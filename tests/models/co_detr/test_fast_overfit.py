@@ -10,7 +10,7 @@ from coin_ray.config.co_detr import tiny
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import Artwork, compose
 from coin_ray.models.co_detr.transformers_detr import CoTrained, load_fast
-from coin_ray.training.supervised import groups
+from coin_ray.training.supervised import parameter_groups
 from models.co_detr.fast_networks import folder
 from models.co_detr.test_overfit import SIDE, ap50, small
 
@@ -24,7 +24,7 @@ def test_two_scenes_are_learned_by_heart(
     place = folder(tmp_path, model, len(CLASSES), size={"height": SIDE, "width": SIDE})
     torch.manual_seed(0)
     own = CoTrained(load_fast(place, model, CLASSES), tiny(auxiliary=("atss",)))
-    artwork = Artwork.of(load_drawings())
+    artwork = Artwork.from_drawings(load_drawings())
     images, targets = (
         list(part)
         for part in zip(
@@ -32,7 +32,9 @@ def test_two_scenes_are_learned_by_heart(
         )
     )
     optimizer = torch.optim.AdamW(
-        groups(own, TrainingConfig(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4))
+        parameter_groups(
+            own, TrainingConfig(lr=2e-3, visual_lr_factor=1.0, weight_decay=1e-4)
+        )
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], steps

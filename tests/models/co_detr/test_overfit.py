@@ -15,7 +15,7 @@ from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.models.co_detr.transformers_detr import CoTrained
 from coin_ray.tables import Truth
-from coin_ray.training.supervised import groups
+from coin_ray.training.supervised import parameter_groups
 
 SIDE, STEPS = 128, 120
 
@@ -43,7 +43,7 @@ def ap50(
 
 def test_eight_scenes_are_learned_by_heart() -> None:
     torch.manual_seed(0)
-    artwork = Artwork.of(load_drawings())
+    artwork = Artwork.from_drawings(load_drawings())
     images, targets = (
         list(part)
         for part in zip(
@@ -52,7 +52,9 @@ def test_eight_scenes_are_learned_by_heart() -> None:
     )
     model = CollaborativeDetr(TinyBackbone(), len(CLASSES), tiny(auxiliary=("atss",)))
     optimizer = torch.optim.AdamW(
-        groups(model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1, weight_decay=1e-4))
+        parameter_groups(
+            model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1, weight_decay=1e-4)
+        )
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], STEPS

@@ -11,7 +11,7 @@ from coin_ray.models.base import Images
 from coin_ray.models.co_detr.decoder import RARE
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
-from coin_ray.predictors.student import load_exported, write_exported
+from coin_ray.predictors.student import load_exported_student, write_exported_student
 from coin_ray.structures import Detections
 
 
@@ -64,8 +64,8 @@ def test_linear_classifiers_do_not_read_the_prompts() -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_exported_base_predicts_the_same_bits(named: bool, tmp_path: Path) -> None:
     detector = deployed(named)
-    size = write_exported(detector, CLASSES, str(tmp_path), tiny_config())
-    loaded = load_exported(str(tmp_path))
+    size = write_exported_student(detector, CLASSES, str(tmp_path), tiny_config())
+    loaded = load_exported_student(str(tmp_path))
     assert loaded.classes == CLASSES
     assert isinstance(loaded.detector, TextDetr)
     assert size == (tmp_path / "model.safetensors").stat().st_size
@@ -78,7 +78,7 @@ def test_exported_base_predicts_the_same_bits(named: bool, tmp_path: Path) -> No
 def test_an_export_holds_neither_text_nor_auxiliary_head(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    write_exported(deployed(), CLASSES, str(tmp_path), tiny_config())
+    write_exported_student(deployed(), CLASSES, str(tmp_path), tiny_config())
     names = set(load_file(tmp_path / "model.safetensors"))
     assert {n for n in names if n.startswith("prompts")} == {"prompts.values"}
     assert not [

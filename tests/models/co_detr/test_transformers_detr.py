@@ -18,8 +18,8 @@ from coin_ray.models.co_detr.transformers_detr import (
     open_fast,
     saved,
 )
-from coin_ray.training.ema import follow
-from coin_ray.training.supervised import groups
+from coin_ray.training.ema import ema_update
+from coin_ray.training.supervised import parameter_groups
 from models.co_detr.fast_networks import SIDE, folder
 from models.co_detr.scenes import TWO, objects, seeded
 
@@ -290,14 +290,14 @@ def test_an_average_follows_weights_of_several_names_once(
         for weight in student.parameters():
             weight.add_(1.0)
     before = {n: p.clone() for n, p in teacher.named_parameters()}
-    follow(teacher, student, 0.25)
+    ema_update(teacher, student, 0.25)
     for name, weight in teacher.named_parameters():
         torch.testing.assert_close(weight.detach(), before[name] + 0.25, msg=name)
 
 
 def test_the_backbone_learns_slowly(folders: dict[str, str]) -> None:
     own = trained(folders["d-fine"], "d-fine")
-    slow, fast = groups(own, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
+    slow, fast = parameter_groups(own, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
     assert (slow["lr"], fast["lr"]) == (pytest.approx(1e-4), 1e-3)
     names = {p: n for n, p in own.named_parameters()}
     assert {names[p] for p in slow["params"]} == {
