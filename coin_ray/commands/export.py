@@ -79,7 +79,7 @@ def parse_export(arguments: Sequence[str], description: str = "") -> ExportReque
         raise ConfigError(
             "ONNX is written of the Faster R-CNN student only. A Co-DETR's weights and"
             " description are in ROOT/steps/export-*, and"
-            " coin_ray.predictors.student.load_exported_student reads them"
+            " coin_ray.load reads them"
         )
     added_classes = tuple(export_options.add_classes)
     check_added_classes(config, added_classes)

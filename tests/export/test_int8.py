@@ -12,38 +12,36 @@ from coin_ray.errors import ConfigError, InputError
 from coin_ray.export.int8_loss import Int8Loss, ModelPair, int8_loss
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
-from tests.builders import CLASSES, Row, detections, tiny_detector
+from tests.builders import CLASSES, Row, detections
+from tests.export.conftest import Package
+from tests.images import noise_image
 
 pytest.importorskip("onnxscript", reason="needs the extra export")
 onnx = pytest.importorskip("onnx")
 
 from coin_ray.export.int8 import int8_model
-from coin_ray.export.onnx_model import onnx_model
 from coin_ray.export.package import require_extra
 from coin_ray.predictors.onnx_student import OnnxStudent
-from tests.export.pictures import picture
 
 IMAGE = Image.new("RGB", (9, 9))
 BOX = (0, 0, 10, 10)
-FOUND = (BOX, 0, 0.9)
+DETECTION = (BOX, 0, 0.9)
+BELOW_THRESHOLD = ((20, 20, 30, 30), 0, 0.29)
 
 
-def always(*rows: Row) -> Callable[[Image.Image], Detections]:
+def _always(*rows: Row) -> Callable[[Image.Image], Detections]:
     return lambda _: detections(*rows)
 
 
-def truth(label: int) -> Truth:
-    return Truth(
-        torch.tensor([BOX], dtype=torch.float32),
-        torch.tensor([label]),
-        torch.tensor([False]),
-    )
+def _truth(label: int) -> Truth:
+    box = torch.tensor([BOX], dtype=torch.float32)
+    return Truth(box, torch.tensor([label]), torch.tensor([False]))
 
 
 @pytest.mark.parametrize(
-    ("int8", "again", "difference"),
+    ("int8", "found_again", "difference"),
     [
-        ([FOUND], 1.0, 0.0),
+        ([DETECTION], 1.0, 0.0),
         ([(BOX, 0, 0.8)], 1.0, 0.1),
         ([((0, 0, 10, 9.5), 0, 0.05)], 1.0, 0.85),
         ([((0, 0, 10, 8.5), 0, 0.9)], 0.0, None),
@@ -51,37 +49,25 @@ def truth(label: int) -> Truth:
         ([], 0.0, None),
     ],
 )
-def test_what_counts_as_found_again(
-    int8: list[Row], again: float, difference: float | None
+def test_found_again_means_same_class_and_overlap(
+    int8: list[Row], found_again: float, difference: float | None
 ) -> None:
-    loss = int8_loss(
-        ModelPair(always(FOUND, ((20, 20, 30, 30), 0, 0.29)), always(*int8)), [IMAGE], [], 3
-    )
-    assert (loss.images, loss.detections, loss.found_again) == (1, 1, again)
+    pair = ModelPair(_always(DETECTION, BELOW_THRESHOLD), _always(*int8))
+    loss = int8_loss(pair, [IMAGE], [], 3)
+    assert (loss.images, loss.detections) == (1, 1)
+    assert loss.found_again == found_again
     assert loss.score_difference == pytest.approx(difference, abs=1e-4)
-    assert (
-        loss.labelled,
-        loss.map50,
-        loss.map50_int8,
-        loss.points,
-        loss.too_large,
-    ) == (0, None, None, None, False)
+    assert loss.labelled == 0
+    assert (loss.map50, loss.map50_int8, loss.points) == (None, None, None)
+    assert not loss.too_large
 
 
 def test_the_loss_of_map50_is_of_the_annotated_images() -> None:
-    loss = int8_loss(
-        ModelPair(always(FOUND), always((BOX, 1, 0.9))),
-        [],
-        [(IMAGE, truth(0)), (IMAGE, truth(0))],
-        3,
-    )
-    assert (
-        loss.labelled,
-        loss.map50,
-        loss.map50_int8,
-        loss.points,
-        loss.too_large,
-    ) == (2, 1.0, 0.0, 100.0, True)
+    pair = ModelPair(_always(DETECTION), _always((BOX, 1, 0.9)))
+    loss = int8_loss(pair, [], [(IMAGE, _truth(0)), (IMAGE, _truth(0))], 3)
+    assert loss.labelled == 2
+    assert (loss.map50, loss.map50_int8, loss.points) == (1.0, 0.0, 100.0)
+    assert loss.too_large
     assert (loss.detections, loss.found_again) == (0, None)
 
 
@@ -101,7 +87,7 @@ def test_the_loss_of_map50_is_of_the_annotated_images() -> None:
         (Int8Loss(100, 0, None, None, 0, None, None), ("nothing above .3",), "mAP50"),
     ],
 )
-def test_the_summary_tells_what_was_measured(
+def test_the_summary_has_the_measured_figures(
     loss: Int8Loss, parts: tuple[str, ...], absent: str
 ) -> None:
     line = format_int8_loss(loss)
@@ -109,68 +95,65 @@ def test_the_summary_tells_what_was_measured(
     assert absent not in line
 
 
-@pytest.fixture(scope="module")
-def model() -> onnx.ModelProto:
-    return onnx_model(tiny_detector().eval(), CLASSES)
+PRODUCTS = ("Conv", "Gemm")
+FLOAT_OPERATORS = ("NonMaxSuppression", "TopK", "Softmax", "MatMul", "Exp", "Gather")
+FLOAT_WEIGHTS = {
+    "propose.tower.visual.conv1.weight",
+    "propose.rpn.objectness.weight",
+    "propose.rpn.deltas.weight",
+    "describe.head.embed.weight",
+    "describe.head.box.weight",
+}
 
 
-def test_both_networks_compute_in_8_bits_and_what_stands_around_them_in_float(
-    model: onnx.ModelProto,
+def _producers(graph: onnx.GraphProto) -> dict[str, str]:
+    """Return the kind of node that makes each tensor."""
+    producers = {}
+    for node in graph.node:
+        producers |= dict.fromkeys(node.output, node.op_type)
+    return producers
+
+
+def test_both_networks_compute_in_8_bits_and_what_is_around_them_in_float(
+    package: Package,
 ) -> None:
-    data = int8_model(model, [picture(96, 64, seed) for seed in range(4)])
-    assert len(data) < 0.5 * model.ByteSize()
-    graph = onnx.load_from_string(data).graph
-    producers = {output: node.op_type for node in graph.node for output in node.output}
-    products = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
-    in_8_bits = {
-        n.name
-        for n in graph.node
-        if n.op_type in ("Conv", "Gemm")
-        and producers.get(n.input[1]) == "DequantizeLinear"
+    exact = onnx.load(package.folder / "model.onnx")
+    graph = onnx.load(package.folder / "model.int8.onnx").graph
+    producers = _producers(graph)
+    int8_names = {
+        node.name
+        for node in graph.node
+        if node.op_type in PRODUCTS
+        and producers.get(node.input[1]) == "DequantizeLinear"
     }
-    exact = {
-        node.input[1].split("/")[-1] for node in products if node.name not in in_8_bits
+    float_weights = {
+        node.input[1].split("/")[-1]
+        for node in exact.graph.node
+        if node.op_type in PRODUCTS and node.name not in int8_names
     }
-    assert exact == {
-        "propose.tower.visual.conv1.weight",
-        "propose.rpn.objectness.weight",
-        "propose.rpn.deltas.weight",
-        "describe.head.embed.weight",
-        "describe.head.box.weight",
-    }
-    around = [
-        n
-        for n in graph.node
-        if n.op_type
-        in (
-            "NonMaxSuppression",
-            "TopK",
-            "Softmax",
-            "MatMul",
-            "Exp",
-            "Gather",
-        )
-    ]
-    assert len(around) > 8
-    assert not [
-        n.name
-        for n in around
-        if "DequantizeLinear" in {producers.get(i) for i in n.input}
-    ]
-    student = OnnxStudent(data)
-    assert student.classes == CLASSES
-    loss = int8_loss(
-        ModelPair(OnnxStudent(model.SerializeToString()), student),
-        [picture(96, 64, seed) for seed in range(30, 38)],
-        [],
-        3,
-    )
+    assert float_weights == FLOAT_WEIGHTS
+    float_nodes = [node for node in graph.node if node.op_type in FLOAT_OPERATORS]
+    assert len(float_nodes) > 8
+    for node in float_nodes:
+        kinds = {producers.get(tensor) for tensor in node.input}
+        assert "DequantizeLinear" not in kinds, node.name
+
+
+def test_the_8_bit_file_is_smaller_and_detects_most_again(package: Package) -> None:
+    exact_bytes = (package.folder / "model.onnx").read_bytes()
+    int8_bytes = (package.folder / "model.int8.onnx").read_bytes()
+    assert len(int8_bytes) < 0.5 * len(exact_bytes)
+    exact, int8 = OnnxStudent(exact_bytes), OnnxStudent(int8_bytes)
+    assert int8.classes == CLASSES
+    images = [noise_image(96, 64, seed) for seed in range(30, 38)]
+    loss = int8_loss(ModelPair(exact, int8), images, [], 3)
     assert loss.detections > 5
     assert loss.found_again is not None
     assert loss.found_again > 0.5
 
 
-def test_without_training_images_nothing_is_quantized(model: onnx.ModelProto) -> None:
+def test_without_training_images_nothing_is_quantized(package: Package) -> None:
+    model = onnx.load(package.folder / "model.onnx")
     with pytest.raises(InputError, match="needs training images"):
         int8_model(model, [])
 
@@ -181,6 +164,6 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
         require_extra()
 
 
-def test_int8_is_asked_for_on_the_command_line() -> None:
+def test_int8_is_requested_on_the_command_line() -> None:
     assert parse_export(["demo", "--int8"]).int8
     assert not parse_export(["demo"]).int8
