@@ -72,7 +72,7 @@ TEST_NAMES: list[str] = []
 """Names of the tests of rows; a row may have several."""
 
 
-def row(name: Row) -> Callable[[Test], Test]:
+def _row(name: Row) -> Callable[[Test], Test]:
     """Run the test for every case that does not skip the row."""
 
     def decorate(test: Test) -> Test:
@@ -222,14 +222,14 @@ def _scene_image(
     return canonical_image(scene(class_indices, boxes, size), max_side)
 
 
-@row("A1")
+@_row("A1")
 def test_a1_no_objects(case: Case, secrets: pytest.MonkeyPatch) -> None:
     raw = _query_emulator(case, _scene_image([], [], (320, 240)))
     assert raw.boxes.shape == (0, 4)
     assert raw.class_scores.shape == (0, 3)
 
 
-@row("A2")
+@_row("A2")
 def test_a2_one_object(case: Case, secrets: pytest.MonkeyPatch) -> None:
     image = _scene_image([1], [(40, 30, 271, 188)], (320, 240))
     raw = _query_emulator(case, image)
@@ -238,7 +238,7 @@ def test_a2_one_object(case: Case, secrets: pytest.MonkeyPatch) -> None:
         assert _iou(raw.boxes[0], (40, 30, 271, 188)) >= 0.999
 
 
-@row("A3")
+@_row("A3")
 def test_a3_300_objects(case: Case, secrets: pytest.MonkeyPatch) -> None:
     boxes = [
         (x * 40 + 8, y * 40 + 8, x * 40 + 32, y * 40 + 32 - x % 5)
@@ -250,7 +250,7 @@ def test_a3_300_objects(case: Case, secrets: pytest.MonkeyPatch) -> None:
     _check_detections(case, _query_emulator(case, image), classes, boxes, image)
 
 
-@row("A4")
+@_row("A4")
 def test_a4_boxes_at_the_edges(case: Case, secrets: pytest.MonkeyPatch) -> None:
     boxes = [(0, 0, 90, 70), (230, 170, 320, 240), (0, 100, 320, 140)]
     image = _scene_image([0, 1, 2], boxes, (320, 240))
@@ -277,7 +277,7 @@ CLASS_LISTS: list[tuple[str, ...]] = [
 ]
 
 
-@row("A5")
+@_row("A5")
 def test_a5_class_lists(case: Case) -> None:
     for classes in (*CLASS_LISTS, *case.refused_classes):
         query = Query("default", classes, 0.05)
@@ -296,7 +296,7 @@ def test_a5_class_lists(case: Case) -> None:
             assert normalize_class_name(classes[scores.argmax()]) == expected
 
 
-@row("A6")
+@_row("A6")
 def test_a6_names(case: Case) -> None:
     assert case.label_rows
     for labels in case.label_rows:
@@ -312,7 +312,7 @@ def _check_labels(case: Case, labels: LabelCase) -> None:
         assert np.allclose(raw.class_scores.max(1), labels.scores), labels.description
 
 
-@row("A6")
+@_row("A6")
 def test_a6_weights_and_ignored_names(case: Case) -> None:
     truths = [
         Truth(case.names["car"], (10, 20, 110, 170), 0.8),
@@ -327,7 +327,7 @@ def test_a6_weights_and_ignored_names(case: Case) -> None:
         assert np.allclose(raw.class_scores, [[0, 0.4, 0]])
 
 
-@row("A7")
+@_row("A7")
 def test_a7_scores_become_distributions(case: Case) -> None:
     from coin_ray.cloud.probabilities import to_detections
 
@@ -377,7 +377,7 @@ BAD_SCORES = [
 ]
 
 
-@row("A8")
+@_row("A8")
 def test_a8_scores(case: Case) -> None:
     def response(score: Any) -> Any:
         return case.answer([Truth(case.names["bus"], (10, 20, 110, 170), score)], SIZE)
@@ -390,7 +390,7 @@ def test_a8_scores(case: Case) -> None:
             _decode(case, response(bad_score))
 
 
-@row("B1")
+@_row("B1")
 def test_b1_golden_request(case: Case) -> None:
     request = case.adapter.encode(GOLDEN_IMAGE, case.query())
     assert request == case.golden
@@ -423,7 +423,7 @@ def _failure_error(
     return caught.value
 
 
-@row("B4")
+@_row("B4")
 def test_b4_a_wrong_secret(case: Case, secrets: pytest.MonkeyPatch) -> None:
     if case.adapter.capabilities.auth is None:
         return
@@ -437,7 +437,7 @@ def test_b4_a_wrong_secret(case: Case, secrets: pytest.MonkeyPatch) -> None:
     assert not emulator.billed[case.provider]
 
 
-@row("B4")
+@_row("B4")
 def test_b4_failures(case: Case) -> None:
     _check_failures(case, [f for f in case.failures if f.row == "B4"])
 
@@ -475,7 +475,7 @@ JUNK += [
 ]
 
 
-@row("B4")
+@_row("B4")
 def test_b4_statuses_with_any_body(case: Case) -> None:
     for status, kind in STATUSES:
         for body in JUNK:
@@ -496,7 +496,7 @@ HINTS: list[tuple[dict[str, str], float | None]] = [
 ]
 
 
-@row("C1")
+@_row("C1")
 def test_c1_throttled(case: Case) -> None:
     for headers, seconds in HINTS:
         for body in JUNK:
@@ -508,12 +508,12 @@ def test_c1_throttled(case: Case) -> None:
         _check_failures(case, failures)
 
 
-@row("C4")
+@_row("C4")
 def test_c4_quota_used_up(case: Case) -> None:
     _check_failures(case, [f for f in case.failures if f.row == "C4"])
 
 
-@row("E1")
+@_row("E1")
 def test_e1_truncated_at_every_byte(case: Case) -> None:
     for response in (_three_objects(case), case.answer([], SIZE), *case.further):
         body = json.dumps(response).encode()
@@ -524,7 +524,7 @@ def test_e1_truncated_at_every_byte(case: Case) -> None:
             assert caught.value.may_have_billed
 
 
-@row("E1")
+@_row("E1")
 def test_e1_indented_answers_too(case: Case) -> None:
     body = (
         json.dumps(_three_objects(case), indent=2, ensure_ascii=False).encode() + b"\n"
@@ -537,7 +537,7 @@ def test_e1_indented_answers_too(case: Case) -> None:
             assert len(body[:length].rstrip()) < len(body.rstrip())
 
 
-@row("E2")
+@_row("E2")
 def test_e2_missing_and_extra_keys(case: Case) -> None:
     response = _three_objects(case)
     expected = _decode_detections(case, response)
@@ -556,7 +556,7 @@ def test_e2_missing_and_extra_keys(case: Case) -> None:
 WRONG_TYPES: list[Any] = [None, True, 7, "text", [], {}]
 
 
-@row("E2")
+@_row("E2")
 def test_e2_wrong_types(case: Case) -> None:
     """A value of another JSON type is a ``ProtocolError``, or changes nothing."""
     response = _three_objects(case)
@@ -582,7 +582,7 @@ def test_e2_wrong_types(case: Case) -> None:
     assert rejected >= 30
 
 
-@row("E2")
+@_row("E2")
 def test_e2_broken_answers(case: Case) -> None:
     for name, response in case.broken.items():
         with pytest.raises(ProtocolError):
@@ -602,7 +602,7 @@ ODD_BOXES: list[tuple[tuple[float, float, float, float], bool]] = [
 ]
 
 
-@row("E2")
+@_row("E2")
 def test_e2_odd_boxes(case: Case) -> None:
     """Boxes are clipped to the image, and dropped if less than a pixel remains. Corners
     in another order are accepted from services that return a polygon.
@@ -624,7 +624,7 @@ def test_e2_odd_boxes(case: Case) -> None:
             assert (errors.reshape(-1, 2, 2) <= tolerance).all()
 
 
-@row("E3")
+@_row("E3")
 def test_e3_not_an_answer(case: Case) -> None:
     valid = json.dumps(_three_objects(case)).encode()
     bodies = [
@@ -661,7 +661,7 @@ def test_e3_not_an_answer(case: Case) -> None:
             _decode(case, body)
 
 
-@row("E3")
+@_row("E3")
 def test_e3_other_encodings_and_types(case: Case) -> None:
     valid = json.dumps(_three_objects(case)).encode()
     for body in (
@@ -685,7 +685,7 @@ def test_e3_other_encodings_and_types(case: Case) -> None:
     assert isinstance(decoded, RawDetections)
 
 
-@row("E4")
+@_row("E4")
 def test_e4_errors_inside_an_answer(case: Case) -> None:
     assert case.embedded
     for response, kind in case.embedded:
@@ -694,7 +694,7 @@ def test_e4_errors_inside_an_answer(case: Case) -> None:
         assert type(caught.value) is kind, response
 
 
-@row("E5")
+@_row("E5")
 def test_e5_proved_empty(case: Case) -> None:
     raw = _decode_detections(case, case.answer([], SIZE))
     assert raw.boxes.shape == (0, 4)
@@ -711,7 +711,7 @@ LARGE: tuple[Box, ...] = (
 )
 
 
-@row("F5")
+@_row("F5")
 def test_f5_boxes_of_a_smaller_image(case: Case, secrets: pytest.MonkeyPatch) -> None:
     for max_side in (1201, 640):
         image = _scene_image([0, 1, 2, 0], LARGE, (1601, 901), max_side)
@@ -720,7 +720,7 @@ def test_f5_boxes_of_a_smaller_image(case: Case, secrets: pytest.MonkeyPatch) ->
         _check_detections(case, raw, [0, 1, 2, 0], LARGE, image, tolerance=0.5)
 
 
-@row("F5")
+@_row("F5")
 def test_f5_boxes_of_an_odd_sized_jpeg(case: Case, secrets: pytest.MonkeyPatch) -> None:
     """A JPEG that is decoded at half its size ends within the last pixel if a side is
     odd. It is downsized when it is read, or when it is sent.
@@ -737,7 +737,7 @@ def test_f5_boxes_of_an_odd_sized_jpeg(case: Case, secrets: pytest.MonkeyPatch) 
         _check_detections(case, raw, [0, 1, 2, 0], LARGE, image, tolerance=0.5)
 
 
-@row("F5")
+@_row("F5")
 def test_f5_an_image_file_that_is_too_large(
     case: Case, secrets: pytest.MonkeyPatch
 ) -> None:
@@ -753,7 +753,7 @@ def test_f5_an_image_file_that_is_too_large(
     _check_detections(case, raw, [0, 1, 2], boxes, smaller, tolerance=0.5)
 
 
-@row("F5")
+@_row("F5")
 def test_f5_each_axis_by_its_own_factor(case: Case) -> None:
     boxes = ((10.0, 20.0, 110.0, 170.0), (400.0, 200.0, 599.0, 399.0))
     car = case.names["car"]

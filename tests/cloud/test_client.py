@@ -273,7 +273,7 @@ def test_a_spent_quota_is_asked_for_once_where_another_cloud_may_answer(
     assert harness.governor.stats().in_flight == 0
 
 
-class Endless(httpx.AsyncByteStream):
+class _EndlessBody(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             yield b" " * 1000
@@ -286,7 +286,7 @@ def test_bodies_are_capped(
     harness = build_harness(ok_response())
 
     async def flood(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, stream=Endless())
+        return httpx.Response(200, stream=_EndlessBody())
 
     harness.service.handler = flood
     (answer,) = _detect(harness)

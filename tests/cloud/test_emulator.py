@@ -91,7 +91,7 @@ def _azure_request(
 
 
 @st.composite
-def scenes(
+def _random_scenes(
     draw: st.DrawFn, unit: int = 1
 ) -> tuple[tuple[int, int], list[int], list[tuple[int, int, int, int]]]:
     """Draw a grid of cells of 60 * ``unit`` pixels, with a rectangle in each."""
@@ -108,7 +108,7 @@ def scenes(
     return (60 * unit * columns + 7, 60 * unit * rows + 3), classes, boxes
 
 
-@given(scenes())
+@given(_random_scenes())
 def test_a_scene_is_read_back(given_scene: Any) -> None:
     size, classes, boxes = given_scene
     image = canonical_image(scene(classes, boxes, size), 4096)
@@ -117,7 +117,7 @@ def test_a_scene_is_read_back(given_scene: Any) -> None:
     assert np.abs(np.array([o.box for o in objects]) - boxes).max() <= 0.1
 
 
-@given(scenes(unit=2), st.floats(0.55, 0.95))
+@given(_random_scenes(unit=2), st.floats(0.55, 0.95))
 def test_a_smaller_scene_is_read_to_parts_of_a_pixel(
     given_scene: Any, scale: float
 ) -> None:

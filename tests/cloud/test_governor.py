@@ -14,11 +14,11 @@ from coin_ray.cloud.governor import (
     OPENS_MAX,
     RETRY_SHARE,
     WINDOW_MIN,
+    CallWindow,
     Governor,
     Grant,
     Limits,
     LocalGovernor,
-    CallWindow,
 )
 
 from .conftest import FakeTime

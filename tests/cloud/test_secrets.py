@@ -60,7 +60,7 @@ ECHO_MARK = "what the service saw: "
 
 
 @dataclass(frozen=True)
-class ServiceCase:
+class _ServiceCase:
     """A service, its secrets, and the replies that belong to a successful call."""
 
     case: Case
@@ -98,24 +98,24 @@ class ServiceCase:
         capabilities = self.case.adapter.capabilities
         replies: list[Reply] = []
         if capabilities.health_path is not None:
-            replies.append(WireReply(body={"status": "ok"}))
+            replies.append(_WireReply(body={"status": "ok"}))
         if capabilities.asynchronous:
-            replies.append(WireReply(body=self.case.further[0]))
+            replies.append(_WireReply(body=self.case.further[0]))
         return replies
 
     @property
-    def success(self) -> WireReply:
+    def success(self) -> _WireReply:
         truth = Truth(self.case.names["car"], (10, 10, 90, 80))
-        return WireReply(body=self.case.answer([truth], SIZE))
+        return _WireReply(body=self.case.answer([truth], SIZE))
 
 
 PICTURE = solid_image(0, *SIZE)
-SERVICE_CASES = [ServiceCase(case) for case in CASES]
+SERVICE_CASES = [_ServiceCase(case) for case in CASES]
 HTTP = next(s for s in SERVICE_CASES if s.service == "http")
 
 
 @dataclass(frozen=True)
-class WireReply:
+class _WireReply:
     """A reply on the wire. ``after``: number of its bytes that are sent before the
     connection is closed; ``hang``: it is never sent.
     """
@@ -139,12 +139,12 @@ class WireReply:
         return f"HTTP/1.1 {self.status} Reason\r\n{head}\r\n".encode() + body
 
 
-Reply = WireReply | Callable[[dict[str, str]], WireReply]
+Reply = _WireReply | Callable[[dict[str, str]], _WireReply]
 """A function is called with the request's headers."""
 
 
 @dataclass
-class WireServer:
+class _WireServer:
     """A server that replies in order over real connections and repeats its last reply."""
 
     replies: Sequence[Reply]
@@ -181,7 +181,7 @@ class WireServer:
         await reader.readexactly(int(headers.get("content-length", 0)))
         reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
         self.requests.append(headers)
-        reply = reply if isinstance(reply, WireReply) else reply(headers)
+        reply = reply if isinstance(reply, _WireReply) else reply(headers)
         if reply.hang:
             await reader.read()  # until the client gives up
             return False
@@ -258,27 +258,27 @@ async def _sleep_briefly(seconds: float) -> None:
 
 
 @dataclass
-class Observation:
+class _Observation:
     """One run: all texts it produced, by source, and what the service received."""
 
     texts: dict[str, str]
-    server: WireServer
+    server: _WireServer
     error: BaseException | None
 
 
 def _observe(
-    service_case: ServiceCase,
+    service_case: _ServiceCase,
     replies: Sequence[Reply],
     folder: Path,
     caplog: pytest.LogCaptureFixture,
     debug: bool = False,
     **settings: Any,
-) -> Observation:
+) -> _Observation:
     """Query about one image, twice at once, and collect all texts that this produces.
     ``debug``: asyncio logs more, slowly.
     """
     case = service_case.case
-    server = WireServer(replies, case.content_type)
+    server = _WireServer(replies, case.content_type)
     cloud = Cloud(
         service=service_case.service,
         token_env=service_case.token_env,
@@ -333,7 +333,7 @@ def _observe(
         "journal": journal_text(folder),
         "settings": _settings_text(cloud),
     }
-    return Observation(texts, server, error)
+    return _Observation(texts, server, error)
 
 
 @pytest.fixture(autouse=True)
@@ -352,7 +352,7 @@ def set_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def _all_secrets(service_case: ServiceCase, server: WireServer) -> list[str]:
+def _all_secrets(service_case: _ServiceCase, server: _WireServer) -> list[str]:
     """Return the secrets of the environment, and AWS's signatures derived from them."""
     secrets = list(service_case.secrets.values())
     for headers in server.requests:
@@ -361,7 +361,7 @@ def _all_secrets(service_case: ServiceCase, server: WireServer) -> list[str]:
     return secrets
 
 
-def _check_hidden(service_case: ServiceCase, observation: Observation) -> None:
+def _check_hidden(service_case: _ServiceCase, observation: _Observation) -> None:
     sent = str(observation.server.requests)
     auth = service_case.case.adapter.capabilities.auth
     if observation.server.requests and auth is not None and not auth.sigv4:
@@ -371,38 +371,38 @@ def _check_hidden(service_case: ServiceCase, observation: Observation) -> None:
     _assert_hidden(_all_secrets(service_case, observation.server), observation.texts)
 
 
-def _replies(service_case: ServiceCase) -> Iterator[tuple[str, list[Reply]]]:
+def _replies(service_case: _ServiceCase) -> Iterator[tuple[str, list[Reply]]]:
     """Yield descriptions and replies of all a service may do, errors of every kind."""
     case = service_case.case
     success = service_case.success
     first = service_case.first_replies
     yield "success", [*first, success]
-    yield "an error, then success", [*first, WireReply(500), success]
+    yield "an error, then success", [*first, _WireReply(500), success]
     for status in (302, 400, 401, 402, 404, 408, 413, 429, 500, 503):
-        reply = WireReply(status, {}, {"location": "https://elsewhere.example.com/"})
+        reply = _WireReply(status, {}, {"location": "https://elsewhere.example.com/"})
         yield f"status {status}", [*first, reply]
-    yield "status 403 at once", [WireReply(403, b"<html>")]
+    yield "status 403 at once", [_WireReply(403, b"<html>")]
     for number, failure in enumerate(case.failures):
         headers = {**failure.headers, "retry-after": "0"}
-        reply = WireReply(failure.status, failure.body, headers)
+        reply = _WireReply(failure.status, failure.body, headers)
         yield f"failure {number}", [reply]
     for number, (body, _) in enumerate(case.embedded):
-        yield f"embedded {number}", [*first, WireReply(body=body)]
+        yield f"embedded {number}", [*first, _WireReply(body=body)]
     for name, body in islice(case.broken.items(), 8):
-        yield f"broken {name}", [*first, WireReply(body=body)]
-    yield "not JSON", [*first, WireReply(body=b"{")]
-    yield "closed at once", [*first, WireReply(after=0)]
-    yield "closed in the head", [*first, WireReply(body=b"{}", after=20)]
+        yield f"broken {name}", [*first, _WireReply(body=body)]
+    yield "not JSON", [*first, _WireReply(body=b"{")]
+    yield "closed at once", [*first, _WireReply(after=0)]
+    yield "closed in the head", [*first, _WireReply(body=b"{}", after=20)]
     almost_all = len(success.encode("application/json")) - 5
     yield "closed in the body", [*first, replace(success, after=almost_all)]
-    yield "not HTTP", [*first, WireReply(headers={"Bad Header\x01": "x"})]
-    not_gzip = WireReply(body=b"not gzip", headers={"content-encoding": "gzip"})
+    yield "not HTTP", [*first, _WireReply(headers={"Bad Header\x01": "x"})]
+    not_gzip = _WireReply(body=b"not gzip", headers={"content-encoding": "gzip"})
     yield "not gzip", [*first, not_gzip]
 
 
 @pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda case: case.name)
 def test_whatever_the_service_does(
-    service_case: ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    service_case: _ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     error_names = set()
     for number, (description, replies) in enumerate(_replies(service_case)):
@@ -433,9 +433,9 @@ def test_whatever_the_service_does(
 
 @pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda case: case.name)
 def test_a_service_that_never_answers(
-    service_case: ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    service_case: _ServiceCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    replies = [*service_case.first_replies, WireReply(hang=True)]
+    replies = [*service_case.first_replies, _WireReply(hang=True)]
     observation = _observe(service_case, replies, tmp_path, caplog, deadline=0.2)
     assert "DeadlineExceeded" in observation.texts["reprs"]
     _check_hidden(service_case, observation)
@@ -446,7 +446,7 @@ def _echo_reply(status: int, encode: Callable[[str], str]) -> Reply:
     which is JSON unless the status is 500.
     """
 
-    def reply(request_headers: dict[str, str]) -> WireReply:
+    def reply(request_headers: dict[str, str]) -> _WireReply:
         unrelated = ("content-length", "host", "accept-encoding")
         texts = [
             text for name, text in request_headers.items() if name not in unrelated
@@ -467,7 +467,7 @@ def _echo_reply(status: int, encode: Callable[[str], str]) -> Reply:
             "code": 1,
         }
         headers = dict.fromkeys(names, echo)
-        return WireReply(status, echo.encode() if status == 500 else body, headers)
+        return _WireReply(status, echo.encode() if status == 500 else body, headers)
 
     return reply
 
@@ -483,7 +483,7 @@ ECHO_ENCODINGS: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("encoding", ECHO_ENCODINGS)
 @pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda case: case.name)
 def test_a_service_that_echoes_secrets(
-    service_case: ServiceCase,
+    service_case: _ServiceCase,
     encoding: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -531,7 +531,7 @@ def _raise(error: BaseException) -> Callable[..., Any]:
 @pytest.mark.parametrize("crash", CRASHES)
 @pytest.mark.parametrize("service_case", SERVICE_CASES, ids=lambda s: s.name)
 def test_crashes(
-    service_case: ServiceCase,
+    service_case: _ServiceCase,
     crash: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -563,7 +563,7 @@ def test_half_of_the_credentials(
     else:
         monkeypatch.setenv(missing, AWS[missing] + suffix)
     service_case = next(s for s in SERVICE_CASES if s.secrets is AWS)
-    observation = _observe(service_case, [WireReply()], tmp_path, caplog)
+    observation = _observe(service_case, [_WireReply()], tmp_path, caplog)
     assert isinstance(observation.error, ConfigError)
     assert missing in str(observation.error)
     _check_hidden(service_case, observation)
@@ -573,7 +573,7 @@ def test_an_unusable_token(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", HTTP.secrets["MY_TOKEN"] + "\x01")
-    observation = _observe(HTTP, [WireReply()], tmp_path, caplog)
+    observation = _observe(HTTP, [_WireReply()], tmp_path, caplog)
     assert isinstance(observation.error, ConfigError)
     _check_hidden(HTTP, observation)
 
