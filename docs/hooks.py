@@ -18,15 +18,26 @@ def on_files(files: Files, config: Any) -> Files:
     for page in [f for f in files if f.is_documentation_page()]:
         for up, name in OUTWARD.findall(page.content_string):
             place = _inside(page.src_uri, up, name)
-            if place is not None and files.get_file_from_path(f"source/{place}.txt") is None:
-                files.append(File.generated(config, f"source/{place}.txt", abs_src_path=str(ROOT / place)))
+            if (
+                place is not None
+                and files.get_file_from_path(f"source/{place}.txt") is None
+            ):
+                files.append(
+                    File.generated(
+                        config, f"source/{place}.txt", abs_src_path=str(ROOT / place)
+                    )
+                )
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     def moved(found: re.Match[str]) -> str:
         place = _inside(page.file.src_uri, *found.groups())
-        return found.group() if place is None else f"]({os.path.relpath(f'source/{place}.txt', os.path.dirname(page.file.src_uri) or '.')}"
+        return (
+            found.group()
+            if place is None
+            else f"]({os.path.relpath(f'source/{place}.txt', os.path.dirname(page.file.src_uri) or '.')}"
+        )
 
     return OUTWARD.sub(moved, markdown)
 
