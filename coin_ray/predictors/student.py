@@ -168,9 +168,8 @@ def _empty_detector(
         return ClipDetector(tower, prompts, count, size, settings, mean, std)
     co_detr = description["co_detr"]
     network = CoDetr(**tuples_from_lists(co_detr["network"]))
-    named = co_detr["named"]
     base = TextDetr(
-        tower, prompts, count, size, network, named=named, mean=mean, std=std
+        tower, prompts, count, size, network, named=co_detr["named"], mean=mean, std=std
     )
     if co_detr.get("detects") == "regions":
         return ByRegions(RegionalDetr(base, size, settings))

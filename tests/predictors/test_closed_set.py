@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def trained_folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As written by a training."""
+    """The folder that a training writes."""
     folder = tmp_path_factory.mktemp("trained")
     network_folder = tmp_path_factory.mktemp("network")
     torch.manual_seed(0)

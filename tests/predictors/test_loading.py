@@ -77,10 +77,10 @@ def test_models_registered_by_earlier_versions_are_loaded(
     file = tmp_path / "image.png"
     file.write_bytes(encode(IMAGE, "PNG"))
     sources = {"image": IMAGE, "bytes": file.read_bytes(), "path": str(file)}
-    (named,) = model.predict([sources[source]])
+    (answer,) = model.predict([sources[source]])
     detections = coin_ray.load(student)(IMAGE)
-    assert named["boxes"] == detections.boxes.tolist()
-    assert named["scores"] == detections.scores.tolist()
-    assert [CLASSES.index(name) for name in named["labels"]] == (
+    assert answer["boxes"] == detections.boxes.tolist()
+    assert answer["scores"] == detections.scores.tolist()
+    assert [CLASSES.index(name) for name in answer["labels"]] == (
         detections.labels.tolist()
     )

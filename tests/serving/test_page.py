@@ -72,8 +72,8 @@ def _run_in_page(
     """Return what ``script`` put into ``report``; the page has its own content security
     policy and comes from the server that it calls."""
     page = (files("coin_ray.serving") / "page.html").read_text(encoding="utf-8")
-    element = f"<script>{DROP.replace('SCRIPT', script)}</script></body>"
-    scripted = page.replace("</body>", element)
+    script_tag = f"<script>{DROP.replace('SCRIPT', script)}</script></body>"
+    scripted = page.replace("</body>", script_tag)
     policy = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
     app.get("/scripted")(lambda: HTMLResponse(scripted, headers=policy))
     assert BROWSER is not None

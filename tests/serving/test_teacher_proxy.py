@@ -137,8 +137,8 @@ def test_its_answers_are_deleted_when_it_is_closed(
 def test_with_the_run_s_journal_no_server_pays_again(
     detector: CountingDetector, config: PipelineConfig, tmp_path: Path
 ) -> None:
-    """What the run or an earlier server has paid for costs nothing; each server may
-    make its own number of calls beyond that."""
+    """Answers that the run or an earlier server has paid for cost nothing; each server
+    may make its own number of calls beyond that."""
     journal = str(tmp_path / "journal")
     for calls, statuses in ((1, [200, 503]), (2, [200, 200])):
         app = _app(config, calls_max=1, journal=journal)
