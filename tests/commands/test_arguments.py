@@ -40,7 +40,7 @@ def test_a_first_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         (("--classes", "person,dog"), ("person", "dog")),
         (("--classes=person,dog",), ("person", "dog")),
@@ -50,12 +50,14 @@ def test_a_first_run() -> None:
         (("--classes", "dog"), ("dog",)),
     ],
 )
-def test_classes(given: tuple[str, ...], expected: tuple[str, ...]) -> None:
+def test_classes(arguments: tuple[str, ...], expected: tuple[str, ...]) -> None:
     assert (
-        parse_run_arguments(("folder", *IMAGES, *CLOUD, *given))[0].classes == expected
+        parse_run_arguments(("folder", *IMAGES, *CLOUD, *arguments))[0].classes
+        == expected
     )
     assert (
-        parse_run_arguments(("folder", *given, *IMAGES, *CLOUD))[0].classes == expected
+        parse_run_arguments(("folder", *arguments, *IMAGES, *CLOUD))[0].classes
+        == expected
     )
 
 
@@ -83,7 +85,7 @@ def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("folder", *IMAGES, *CLOUD), "which classes"),
         (("folder", *IMAGES, *CLOUD, "--classes", ","), "which classes"),
@@ -96,8 +98,8 @@ def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() 
         (("--config", "absent.yaml"), "no config file"),
     ],
 )
-def test_what_is_missing_is_asked_for(arguments: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_is_missing_is_asked_for(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_run_arguments(arguments)
 
 
@@ -110,11 +112,11 @@ def test_impossible_classes(names: str, capsys: pytest.CaptureFixture[str]) -> N
         parse_run_arguments(("folder", *IMAGES, *CLOUD, "--classes", names))
     except (ConfigError, SystemExit) as error:
         code = error.exit_code if isinstance(error, ConfigError) else error.code
-        said = str(error) + capsys.readouterr().err
+        message = str(error) + capsys.readouterr().err
     else:
         pytest.fail("accepted")
     assert code == 2
-    assert "repeated" in said or "background" in said
+    assert "repeated" in message or "background" in message
 
 
 @pytest.mark.parametrize(
@@ -145,18 +147,18 @@ def test_short_names(equals: bool) -> None:
         "--labeler": "none",
         "--cloud": "https://c",
     }
-    given = (
+    arguments = (
         [f"{k}={v}" for k, v in pairs.items()]
         if equals
         else [part for pair in pairs.items() for part in pair]
     )
-    config = parse_run_arguments(("folder", "--classes", "a", *given))[0]
+    config = parse_run_arguments(("folder", "--classes", "a", *arguments))[0]
     assert config.data == Folder("i", "v", "t")
     assert (config.collect.labeler, config.cloud.url) == ("none", "https://c")
 
 
 def test_dotted_settings_and_options() -> None:
-    given = (
+    arguments = (
         "--root",
         "s3://b/run",
         "--until",
@@ -168,16 +170,17 @@ def test_dotted_settings_and_options() -> None:
         "--seed",
         "3",
     )
-    config, options = parse_run_arguments(("demo", *given))
+    config, options = parse_run_arguments(("demo", *arguments))
     assert (config.distill.fit.steps, config.seed) == (7, 3)
     assert options == cli.RunOptions("s3://b/run", "collect", True, True)
 
 
 @pytest.mark.parametrize(
-    "given", [("dino-x,https://b",), ("dino-x", "https://b"), ("dino-x,", "https://b")]
+    "arguments",
+    [("dino-x,https://b",), ("dino-x", "https://b"), ("dino-x,", "https://b")],
 )
 @pytest.mark.parametrize("first", [False, True])
-def test_several_clouds(given: tuple[str, ...], first: bool) -> None:
+def test_several_clouds(arguments: tuple[str, ...], first: bool) -> None:
     settings = (
         "--more-clouds.1.max-usd",
         "5",
@@ -188,11 +191,11 @@ def test_several_clouds(given: tuple[str, ...], first: bool) -> None:
         "2",
         "0.5",
     )
-    more = ("--more-clouds", *given)
+    cloud_arguments = ("--more-clouds", *arguments)
     arguments = (
-        ("folder", *more, *MINIMAL[1:], *settings)
+        ("folder", *cloud_arguments, *MINIMAL[1:], *settings)
         if first
-        else (*MINIMAL, *settings, *more)
+        else (*MINIMAL, *settings, *cloud_arguments)
     )
     config = parse_run_arguments(arguments)[0]
     assert [(c.service, c.url, c.max_usd) for c in config.clouds] == [
@@ -215,7 +218,7 @@ def test_one_more_cloud_with_an_equals_sign() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--more-clouds", "dino-y"), "neither an address"),
         (("--more-clouds", "azure-vision"), "azure-vision has no public address"),
@@ -234,9 +237,9 @@ def test_one_more_cloud_with_an_equals_sign() -> None:
     ],
 )
 def test_more_clouds_that_can_not_be_used(
-    arguments: tuple[str, ...], said: str
+    arguments: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         parse_run_arguments((*MINIMAL, *arguments))
 
 
@@ -260,9 +263,9 @@ def test_errors_of_users_are_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["adapt", "folder"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("\nConfigError: which images")
-    assert "Traceback" not in said
+    message = capsys.readouterr().err
+    assert message.startswith("\nConfigError: which images")
+    assert "Traceback" not in message
 
 
 def test_baselines_alone_need_baselines(
@@ -280,7 +283,7 @@ def test_help_is_fast_and_light() -> None:
         " end:\n    assert not end.code\nprint(json.dumps([sorted({'torch', 'ray',"
         " 'mlflow', 'open_clip'} & set(sys.modules)), time.process_time()]))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
@@ -288,7 +291,7 @@ def test_help_is_fast_and_light() -> None:
         timeout=60,
         cwd=FULL.parents[1],
     )
-    assert "--classes" in done.stdout
-    heavy, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert "--classes" in process.stdout
+    heavy, seconds = json.loads(process.stdout.splitlines()[-1])
     assert heavy == []
     assert seconds < 3

@@ -58,11 +58,11 @@ MORE_IS_NOT_LESS = ("hours", "usd_calls", "gpu_hours", "calls")
 
 
 def amounts(inputs: CapacityInputs) -> list[float]:
-    found = plan_capacity(inputs)
-    stored = found.storage
-    memory = [s.gib for s in found.stages]
+    plan = plan_capacity(inputs)
+    stored = plan.storage
+    memory = [s.gib for s in plan.stages]
     return [
-        *(getattr(found, n) for n in MORE_IS_NOT_LESS),
+        *(getattr(plan, n) for n in MORE_IS_NOT_LESS),
         stored.images_gb,
         stored.journal_gb,
         stored.tables_gb,
@@ -76,12 +76,13 @@ def amounts(inputs: CapacityInputs) -> list[float]:
 def test_more_images_take_no_less_of_anything(
     inputs: CapacityInputs, times: float
 ) -> None:
-    more = replace(inputs, images=inputs.images * times)
+    more_inputs = replace(inputs, images=inputs.images * times)
     assert all(
-        a <= b * (1 + 1e-9) for a, b in zip(amounts(inputs), amounts(more), strict=True)
+        a <= b * (1 + 1e-9)
+        for a, b in zip(amounts(inputs), amounts(more_inputs), strict=True)
     )
     assert len(plan_capacity(inputs).exceeded_limits) <= len(
-        plan_capacity(more).exceeded_limits
+        plan_capacity(more_inputs).exceeded_limits
     )
 
 
@@ -100,9 +101,11 @@ def test_a_better_limit_never_slows_a_collection(
     inputs: CapacityInputs, change: tuple[str, float]
 ) -> None:
     name, factor = change
-    value = getattr(inputs, name) * factor
+    limit_setting = getattr(inputs, name) * factor
     changed: dict[str, Any] = {
-        name: int(value) if isinstance(getattr(inputs, name), int) else value
+        name: int(limit_setting)
+        if isinstance(getattr(inputs, name), int)
+        else limit_setting
     }
     better = replace(inputs, **changed)
     assert stage(better, "collect").hours <= stage(inputs, "collect").hours * (1 + 1e-9)
@@ -142,9 +145,9 @@ def test_a_collection_is_as_fast_as_its_slowest_part(
     inputs = replace(
         FAST, rate=rate, in_flight=in_flight, latency=latency, store="disk"
     )
-    found = stage(inputs, "collect")
-    assert found.limit == limit
-    assert found.hours == pytest.approx(
+    collect = stage(inputs, "collect")
+    assert collect.limit == limit
+    assert collect.hours == pytest.approx(
         (1e5 / pace + capacity.compile_seconds(inputs)) / 3600
     )
 
@@ -156,9 +159,9 @@ def test_the_labelers_limit_where_the_network_is_large_and_the_machine_small() -
 
 
 def test_a_daily_quota_takes_days() -> None:
-    found = stage(replace(FAST, per_day=10_000, store="disk"), "collect")
-    assert found.limit == "calls per day"
-    assert found.hours == pytest.approx(9 * 24, rel=0.01)
+    collect = stage(replace(FAST, per_day=10_000, store="disk"), "collect")
+    assert collect.limit == "calls per day"
+    assert collect.hours == pytest.approx(9 * 24, rel=0.01)
     assert stage(replace(FAST, per_day=10_000_000), "collect").limit == "rate"
 
 
@@ -193,11 +196,13 @@ def test_it_agrees_with_the_estimate_of_a_dry_run(
         latency=0.1,
         store="disk",
     )
-    found = plan_capacity(inputs)
-    assert found.calls == dry.calls
-    assert found.usd_calls == pytest.approx(dry.usd)
-    asking = stage(inputs, "collect").hours * 60 - capacity.compile_seconds(inputs) / 60
-    assert asking == pytest.approx(dry.minutes)
+    plan = plan_capacity(inputs)
+    assert plan.calls == dry.calls
+    assert plan.usd_calls == pytest.approx(dry.usd)
+    query_minutes = (
+        stage(inputs, "collect").hours * 60 - capacity.compile_seconds(inputs) / 60
+    )
+    assert query_minutes == pytest.approx(dry.minutes)
 
 
 # -- constants against the code they speak of
@@ -214,7 +219,7 @@ def test_an_answer_takes_as_many_bytes_in_a_journal(
     journal = open_journal(str(tmp_path))
     count = 50
     for number in range(count):
-        found = [
+        detections = [
             {
                 "box": [round(v * 600, 2) for v in draw.random(4).tolist()],
                 "label": names[0],
@@ -223,7 +228,9 @@ def test_an_answer_takes_as_many_bytes_in_a_journal(
             }
             for _ in range(boxes)
         ]
-        body = json.dumps({"image": {"w": 640, "h": 480}, "detections": found}).encode()
+        body = json.dumps(
+            {"image": {"w": 640, "h": 480}, "detections": detections}
+        ).encode()
         key = f"{number:064x}"
         journal.attempt(key, 0.002, "0" * 12)
         journal.put(
@@ -374,10 +381,10 @@ def test_an_object_store_has_an_object_for_each_attempt_and_each_answer() -> Non
 
 
 def test_limits_are_sorted_by_images() -> None:
-    found = capacity.find_scaling_limits(CapacityInputs())
-    assert [w.images for w in found] == sorted(w.images for w in found)
-    assert len({w.name for w in found}) == len(found)
-    assert all(w.mitigation for w in found)
+    limits = capacity.find_scaling_limits(CapacityInputs())
+    assert [w.images for w in limits] == sorted(w.images for w in limits)
+    assert len({w.name for w in limits}) == len(limits)
+    assert all(w.mitigation for w in limits)
 
 
 CONSTANT = capacity.constant_bytes(CapacityInputs())
@@ -427,13 +434,17 @@ def test_a_limit_is_where_its_step_takes_as_long() -> None:
 
 def test_images_beyond_the_training_are_named() -> None:
     config = PRESETS["folder"]()
-    seen = config.distill.fit.steps * config.distill.fit.batch
-    assert plan_capacity(CapacityInputs(images=seen)).epochs == pytest.approx(1)
-    more = plan_capacity(CapacityInputs(images=2 * seen))
-    assert any("never trained on" in limit.name for limit in more.exceeded_limits)
+    images_seen = config.distill.fit.steps * config.distill.fit.batch
+    assert plan_capacity(CapacityInputs(images=images_seen)).epochs == pytest.approx(1)
+    larger_plan = plan_capacity(CapacityInputs(images=2 * images_seen))
+    assert any(
+        "never trained on" in limit.name for limit in larger_plan.exceeded_limits
+    )
     assert not any(
         "never trained on" in limit.name
-        for limit in plan_capacity(CapacityInputs(images=seen / 2)).exceeded_limits
+        for limit in plan_capacity(
+            CapacityInputs(images=images_seen / 2)
+        ).exceeded_limits
     )
 
 
@@ -465,16 +476,16 @@ def test_a_network_whose_operations_nobody_counted_is_refused() -> None:
 def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--images", "1e6", "--rate", "20", "--in-flight", "64", "--gpus", "4"]
     assert main(["capacity", *arguments]) == 0
-    said = capsys.readouterr().out
-    assert "1,000,000" in said
-    assert "what breaks first" in said
+    printed = capsys.readouterr().out
+    assert "1,000,000" in printed
+    assert "what breaks first" in printed
 
 
 def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["capacity", "--images", "1e5", "--preset", "demo", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["calls"] == 100_000
-    assert {s["name"] for s in found["stages"]} == {
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["calls"] == 100_000
+    assert {s["name"] for s in plan["stages"]} == {
         "images",
         "collect",
         "propagate",
@@ -482,8 +493,8 @@ def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
         "distill",
     }
     fields = {field.name for field in dataclasses.fields(capacity.CapacityPlan)}
-    assert set(found) == fields - {"limits"} | {"walls", "reached"}
-    assert set(found["walls"][0]) == {"name", "images", "knob"}
+    assert set(plan) == fields - {"limits"} | {"walls", "reached"}
+    assert set(plan["walls"][0]) == {"name", "images", "knob"}
     assert main(["capacity", "--scale", "--json"]) == 0
     assert [p["images"] for p in json.loads(capsys.readouterr().out)] == [
         10**n for n in range(4, 9)
@@ -513,24 +524,24 @@ def test_the_page_shows_what_the_command_says() -> None:
     inputs = parse_capacity(command.split())
     assert inputs.scale
     for power, cells in rows:
-        found = plan_capacity(replace(inputs, images=10.0 ** int(power)))
+        plan = plan_capacity(replace(inputs, images=10.0 ** int(power)))
         written = [float(cell.strip().replace(",", "")) for cell in cells.split("|")]
-        stored = found.storage
+        stored = plan.storage
         computed = [
-            found.usd_calls,
-            *(s.hours for s in found.stages),
-            found.gpu_hours,
-            found.epochs,
+            plan.usd_calls,
+            *(s.hours for s in plan.stages),
+            plan.gpu_hours,
+            plan.epochs,
             stored.images_gb,
             stored.journal_gb,
             stored.tables_gb,
-            max(s.gib for s in found.stages),
+            max(s.gib for s in plan.stages),
         ]
         assert written == pytest.approx(computed, rel=0.06)
 
 
 def test_commands_on_the_page_are_understood() -> None:
-    found = re.findall(r"^    coin-ray capacity (.*)$", SCALE_PAGE.read_text(), re.M)
-    assert len(found) >= 3
-    for command in found:
+    commands = re.findall(r"^    coin-ray capacity (.*)$", SCALE_PAGE.read_text(), re.M)
+    assert len(commands) >= 3
+    for command in commands:
         parse_capacity(command.split("#")[0].split())

@@ -42,8 +42,10 @@ def fill(root: str, *bodies: object) -> None:
     journal = open_journal(storage.join(root, "journal"))
     for i, body in enumerate(bodies):
         journal.attempt(str(i), 0.01)
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        journal.put(f"{i:064d}", AnswerRecord(data, service="google-vision", model="m"))
+        body_bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
+        journal.put(
+            f"{i:064d}", AnswerRecord(body_bytes, service="google-vision", model="m")
+        )
     journal.close()
 
 
@@ -53,7 +55,7 @@ def root(tmp_path: Path) -> str:
 
 
 def google(*names: tuple[str, str]) -> object:
-    found = [
+    objects = [
         {
             "mid": mid,
             "name": name,
@@ -62,7 +64,7 @@ def google(*names: tuple[str, str]) -> object:
         }
         for mid, name in names
     ]
-    return {"responses": [{"localizedObjectAnnotations": found} if found else {}]}
+    return {"responses": [{"localizedObjectAnnotations": objects} if objects else {}]}
 
 
 REKOGNITION = {
@@ -177,19 +179,19 @@ def test_names_are_found_in_every_service_s_answers(
     root: str, answer: object, names: dict[str, int]
 ) -> None:
     fill(root, answer)
-    seen = count_observed_names(open_run_journal(root))
-    assert {str(n): c for n, c in seen.names.items()} == names
-    assert (seen.answers, seen.unreadable) == (1, 0)
+    observed = count_observed_names(open_run_journal(root))
+    assert {str(n): c for n, c in observed.names.items()} == names
+    assert (observed.answers, observed.unreadable) == (1, 0)
 
 
 def test_aliases_and_parents_come_with_the_name(root: str) -> None:
     fill(root, REKOGNITION, google(("/m/0k4j", "Car")), b"<html>", b"[" * 100_000)
-    seen = count_observed_names(open_run_journal(root))
-    assert {n.candidates for n in seen.names} == {
+    observed = count_observed_names(open_run_journal(root))
+    assert {n.candidates for n in observed.names} == {
         ("Man", "Gentleman", "Person"),
         ("/m/0k4j", "Car"),
     }
-    assert (seen.answers, seen.unreadable) == (4, 2)
+    assert (observed.answers, observed.unreadable) == (4, 2)
 
 
 def test_tasks_are_no_answers(root: str) -> None:
@@ -202,9 +204,9 @@ def test_tasks_are_no_answers(root: str) -> None:
     ]
 
 
-def check(file: Path, text: str, *more: str) -> int:
+def check(file: Path, text: str, *arguments: str) -> int:
     file.write_text(text)
-    return main(["labels", "check", str(file), "--classes", "car, person", *more])
+    return main(["labels", "check", str(file), "--classes", "car, person", *arguments])
 
 
 def test_check_without_a_run(
@@ -236,18 +238,18 @@ def test_check_tells_which_names_the_map_does_not_know(
         REKOGNITION,
     )
     file = tmp_path / "map.yaml"
-    known = "service: x\nmap: {/m/0k4j: car, Person: person}\n"
-    assert check(file, known, "--root", root) == 1
-    said = capsys.readouterr().out
+    label_map = "service: x\nmap: {/m/0k4j: car, Person: person}\n"
+    assert check(file, label_map, "--root", root) == 1
+    printed = capsys.readouterr().out
     assert (
         "3 answers in the journal, 6 boxes, 3 of them under a name not in the map"
-        in said
+        in printed
     )
-    assert re.findall(r"^ +(\d+)  (.+)$", said, re.MULTILINE) == [
+    assert re.findall(r"^ +(\d+)  (.+)$", printed, re.MULTILINE) == [
         ("2", "Tree (/m/2)"),
         ("1", "Wheel (/m/1)"),
     ]
-    assert check(file, known + "ignore: [Trees, /m/1]\n", "--root", root) == 0
+    assert check(file, label_map + "ignore: [Trees, /m/1]\n", "--root", root) == 0
 
 
 def test_check_shows_the_most_frequent_of_many_names(
@@ -277,7 +279,7 @@ def embed(names: Sequence[str]) -> NDArray[np.float32]:
     )
 
 
-def seen(**names: int) -> ObservedNames:
+def observed(**names: int) -> ObservedNames:
     return ObservedNames(
         Counter({ObservedName(n.replace("_", " ")): c for n, c in names.items()}), 10, 0
     )
@@ -332,19 +334,19 @@ def test_a_proposal_maps_names_and_leaves_guesses_to_a_human(tmp_path: Path) -> 
 
 def test_how_an_exact_name_was_found() -> None:
     assert "  car: car  # car: exact, 2 boxes" in propose_label_map(
-        seen(car=2), CLASSES, "x"
+        observed(car=2), CLASSES, "x"
     )
 
 
 def test_a_guess_needs_a_margin() -> None:
-    both = [[0.95, 0.93], [0.95, 0.80], [0.7, 0.1]]
-    vectors = np.array(both, np.float32)
+    similarities = [[0.95, 0.93], [0.95, 0.80], [0.7, 0.1]]
+    vectors = np.array(similarities, np.float32)
 
     def similar(names: Sequence[str]) -> NDArray[np.float32]:
         return np.eye(2, dtype=np.float32) if list(names) == CLASSES else vectors
 
     text = propose_label_map(
-        seen(near_both=3, near_one=2, far=1), CLASSES, "x", similar, margin=0.05
+        observed(near_both=3, near_one=2, far=1), CLASSES, "x", similar, margin=0.05
     )
     assert (
         f"{GUESS_MARK}  near one: car  # near one: similarity 0.95, next person 0.80, 2"
@@ -380,8 +382,10 @@ def test_any_names_give_a_readable_proposal(
     assert yaml.safe_load(text.replace(GUESS_MARK, ""))["map"]
 
 
-def propose(root: str, *more: str) -> int:
-    return main(["labels", "propose", "--classes", "car,person", "--root", root, *more])
+def propose(root: str, *arguments: str) -> int:
+    return main(
+        ["labels", "propose", "--classes", "car,person", "--root", root, *arguments]
+    )
 
 
 def test_propose_writes_a_file_once(
@@ -420,19 +424,19 @@ def test_propose_asks_the_run_for_service_and_clip(
         clip=Clip("RN101", "some.pt"),
     )
     storage.write_bytes(storage.join(root, "config.yaml"), to_yaml(config).encode())
-    asked = []
+    loaded_models = []
 
     def absent(clip: Clip) -> None:
-        asked.append((clip.model, clip.pretrained))
+        loaded_models.append((clip.model, clip.pretrained))
         raise InputError("no weights here")
 
     monkeypatch.setattr(encoder, "load_clip", absent)
     assert propose(root) == 0
     assert propose(root, "--clip-model", "RN50", "--clip-pretrained", "openai") == 0
-    said = capsys.readouterr()
-    assert asked == [("RN101", "some.pt"), ("RN50", "openai")]
-    assert "no guesses by text similarity: no weights here" in said.err
-    assert "service: google-vision\n" in said.out
+    printed = capsys.readouterr()
+    assert loaded_models == [("RN101", "some.pt"), ("RN50", "openai")]
+    assert "no guesses by text similarity: no weights here" in printed.err
+    assert "service: google-vision\n" in printed.out
 
 
 @pytest.mark.parametrize("kind", ["disk", "objects"])
@@ -442,16 +446,16 @@ def test_journal(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     fill(root, google())
     spent = open_journal(storage.join(root, "journal")).spent()
     assert main(["journal", "show", "--root", root]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     numbers = {
         line.split()[0]: line.split()[1:]
-        for line in said.splitlines()
+        for line in printed.splitlines()
         if not line.startswith(" ")
     }
     assert numbers["answers"] == ["3"]
     assert numbers["attempts"] == ["4"]
     assert numbers["spent"] == ["4", "calls,", "$0.0400"]
-    assert ("3  google-vision m" in said) == (kind == "disk")
+    assert ("3  google-vision m" in printed) == (kind == "disk")
     assert main(["journal", "verify", "--root", root]) == 0
     assert "no damage; 3 answers" in capsys.readouterr().out
     assert main(["journal", "compact", "--root", root]) == 0
@@ -466,13 +470,15 @@ def test_verify_names_file_and_offset(
 ) -> None:
     fill(root, google(), google())
     (file,) = (Path(root) / "journal").glob("*.segment")
-    data = file.read_bytes()
-    place = data.index(b"\x93CRJ", 10) + 30
-    file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    segment = file.read_bytes()
+    offset = segment.index(b"\x93CRJ", 10) + 30
+    file.write_bytes(
+        segment[:offset] + bytes([segment[offset] ^ 1]) + segment[offset + 1 :]
+    )
     assert main(["journal", "verify", "--root", root]) == 1
-    said = capsys.readouterr().out
-    assert f"{file}: offset {place - 30}: " in said
-    assert "1 damaged places" in said
+    printed = capsys.readouterr().out
+    assert f"{file}: offset {offset - 30}: " in printed
+    assert "1 damaged places" in printed
 
 
 def test_a_journal_in_use_is_left_alone(
@@ -520,14 +526,14 @@ def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown"),
+    ("arguments", "expected_text"),
     [
         (["labels", "propose", "--help"], "--no-similarity"),
         (["journal", "--help"], "verify"),
         (["--help"], "--dry-run"),
     ],
 )
-def test_help_is_fast_and_light(arguments: list[str], shown: str) -> None:
+def test_help_is_fast_and_light(arguments: list[str], expected_text: str) -> None:
     code = (
         "import json, runpy, sys, time\nsys.argv ="
         f" {[str(COLLECT), *arguments]!r}\ntry:\n    runpy.run_path(sys.argv[0],"
@@ -535,7 +541,7 @@ def test_help_is_fast_and_light(arguments: list[str], shown: str) -> None:
         " end.code\nprint(json.dumps([sorted({'torch', 'ray', 'mlflow', 'open_clip'}"
         " & set(sys.modules)), time.process_time()]))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
@@ -543,14 +549,14 @@ def test_help_is_fast_and_light(arguments: list[str], shown: str) -> None:
         timeout=60,
         cwd=COLLECT.parents[1],
     )
-    assert shown in done.stdout
-    heavy, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert expected_text in process.stdout
+    heavy, seconds = json.loads(process.stdout.splitlines()[-1])
     assert heavy == []
     assert seconds < 3
 
 
 def test_presets_are_still_presets() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(COLLECT), "unheard_of"],
         capture_output=True,
         text=True,
@@ -558,5 +564,5 @@ def test_presets_are_still_presets() -> None:
         timeout=60,
         cwd=COLLECT.parents[1],
     )
-    assert done.returncode == 2
-    assert "invalid choice: 'unheard_of'" in done.stderr
+    assert process.returncode == 2
+    assert "invalid choice: 'unheard_of'" in process.stderr

@@ -55,15 +55,17 @@ def test_names_are_there_and_others_are_not() -> None:
         coin_ray.adopt  # noqa: B018
 
 
-def settled(settings: Mapping[str, Any] | None = None, **given: Any) -> PipelineConfig:
-    values = {
+def settled(
+    settings: Mapping[str, Any] | None = None, **arguments: Any
+) -> PipelineConfig:
+    defaults = {
         "images": None,
         "classes": (),
         "cloud": "",
         "test": None,
         "preset": "folder",
-    } | given
-    return build_config(**values, settings=settings or {})
+    } | arguments
+    return build_config(**defaults, settings=settings or {})
 
 
 def test_the_same_config_as_on_the_command_line(
@@ -112,7 +114,7 @@ def test_a_preset_needs_nothing_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         ({"preset": "dmeo"}, "the presets are demo, folder"),
         (
@@ -140,10 +142,10 @@ def test_a_preset_needs_nothing_more() -> None:
     ],
 )
 def test_what_can_not_be_is_said_with_what_can(
-    given: dict[str, Any], said: str
+    arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
-        settled(**given)
+    with pytest.raises(ConfigError, match=message):
+        settled(**arguments)
 
 
 @pytest.mark.parametrize("name", ["cloud.max_usd", "cloud.max-usd"])
@@ -152,7 +154,7 @@ def test_settings_have_the_names_of_the_command_line(name: str) -> None:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def runner_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the runner was told. It leaves a tiny student and a page, as finished steps
     would."""
     calls: list[Any] = []
@@ -182,14 +184,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_result_holds_student_report_and_export(
-    ran: list[Any], tmp_path: Path
+    runner_calls: list[Any], tmp_path: Path
 ) -> None:
     run = coin_ray.adapt(**MINIMAL, root=tmp_path / "run")
-    config = ran[0][0]
-    assert ran == [(config, str(tmp_path / "run"), None)]
+    config = runner_calls[0][0]
+    assert runner_calls == [(config, str(tmp_path / "run"), None)]
     assert run.summary["map50"] == {"student": 0.5}
     image = Image.effect_noise((80, 60), 90).convert("RGB")
-    found = run.student(image)
+    detections = run.student(image)
     assert run.student.classes == CLASSES
     assert (
         run.report() == f"{build_steps(config)['report'].folder(run.root)}/report.html"
@@ -200,10 +202,10 @@ def test_a_result_holds_student_report_and_export(
     )
     from coin_ray.predictors.student import load_exported_student
 
-    assert torch.equal(load_exported_student(copied)(image).boxes, found.boxes)
+    assert torch.equal(load_exported_student(copied)(image).boxes, detections.boxes)
 
 
-def test_what_was_not_made_is_said(ran: list[Any], tmp_path: Path) -> None:
+def test_what_was_not_made_is_said(runner_calls: list[Any], tmp_path: Path) -> None:
     run = coin_ray.adapt(**MINIMAL, root=tmp_path, until="collect")
     for ask in (lambda: run.student, run.report, run.export):
         with pytest.raises(
@@ -216,7 +218,7 @@ def test_what_was_not_made_is_said(ran: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 def test_the_documented_snippet_runs(
-    page: Path, ran: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, runner_calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import re
 
@@ -226,10 +228,10 @@ def test_the_documented_snippet_runs(
     assert len(blocks) >= 2
     for block in blocks:
         exec(block, {})
-    assert [until for _, _, until in ran] == [None, "plan", None]
+    assert [until for _, _, until in runner_calls] == [None, "plan", None]
     assert (tmp_path / "model" / "model.json").exists()
-    assert ran[1][0] == ran[2][0]
-    assert (ran[2][0].cloud.token_env, ran[2][0].cloud.max_usd) == (
+    assert runner_calls[1][0] == runner_calls[2][0]
+    assert (runner_calls[2][0].cloud.token_env, runner_calls[2][0].cloud.max_usd) == (
         "DETECTOR_TOKEN",
         50,
     )
@@ -239,6 +241,6 @@ def test_the_plan_of_the_demo_asks_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coin_ray.plan(preset="demo", root=tmp_path)
-    said = capsys.readouterr().out
-    assert "collect" in said
+    message = capsys.readouterr().out
+    assert "collect" in message
     assert not list(tmp_path.rglob("*.parquet"))

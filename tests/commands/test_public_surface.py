@@ -33,10 +33,10 @@ SETTINGS = ["adapt folder --settings", "detector --data demo --settings"]
 
 def _options_of(command: str) -> list[str]:
     """Return the options that the help of a command lists, sorted."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
         main(command.split())
-    option_lines = re.findall(r"^[\s│]*(-[^\n]*)$", output.getvalue(), re.M)
+    option_lines = re.findall(r"^[\s│]*(-[^\n]*)$", help_text.getvalue(), re.M)
     options: set[str] = set()
     for line in option_lines:
         names = re.split(r"\s{2,}", line)[0]

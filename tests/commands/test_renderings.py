@@ -43,12 +43,12 @@ def raw(*scores: list[float]) -> RawDetections:
 def test_sureness_by_hand() -> None:
     """Best scores .8, 0 (nothing seen) and .2; two boxes from .3 on; the image without
     an answer counts in neither."""
-    found = measure_confidence(
+    confidence = measure_confidence(
         "grey", [raw([0.8, 0.1], [0.0, 0.5]), raw(), raw([0.1, 0.2]), None]
     )
-    assert (found.rendering, found.failed) == ("grey", 1)
-    assert found.best_score == pytest.approx((0.8 + 0 + 0.2) / 3)
-    assert found.boxes == pytest.approx(2 / 3)
+    assert (confidence.rendering, confidence.failed) == ("grey", 1)
+    assert confidence.best_score == pytest.approx((0.8 + 0 + 0.2) / 3)
+    assert confidence.boxes == pytest.approx(2 / 3)
     assert measure_confidence("grey", [None, None]) == RenderingConfidence(
         "grey", 0.0, 0.0, 2
     )
@@ -70,9 +70,9 @@ def test_views_of_the_demo_are_compared_and_paid_once(
         "mirrored+reduced",
     ]
     assert main(["collect", "views", *command]) == 0
-    said = capsys.readouterr().out
-    assert "4 images in 2 renderings" in said
-    assert "--cloud.views plain" in said
+    printed = capsys.readouterr().out
+    assert "4 images in 2 renderings" in printed
+    assert "--cloud.views plain" in printed
     assert open_journal(str(tmp_path / "journal")).spent()[0] == 8
     with Image.open(io.BytesIO((tmp_path / "views.png").read_bytes())) as sheet:
         assert sheet.size == (
@@ -138,7 +138,7 @@ def test_a_budget_stops_it_and_keeps_what_was_paid(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--sample", "0"], "--sample"),
         (["--in", "sideways"], "mirrored, grey"),
@@ -146,13 +146,16 @@ def test_a_budget_stops_it_and_keeps_what_was_paid(
     ],
 )
 def test_what_cannot_be_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     assert (
         main(["collect", "views", *FIRST_LINES, "--root", str(tmp_path), *arguments])
         == 2
     )
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_it_would_cost(

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> str:
     """A run of two classes whose step separate is finished: image n has n disputed
     boxes of three."""
     config: PipelineConfig = replace(demo(), classes=("cat", "dog"))
-    place = str(tmp_path / "run")
+    run_root = str(tmp_path / "run")
     steps = build_steps(config)
     rows, separated = [], []
     for n in range(3):
@@ -62,18 +62,18 @@ def root(tmp_path: Path) -> str:
             }
             | names
         )
-    storage.write_bytes(storage.join(place, "config.yaml"), to_yaml(config).encode())
+    storage.write_bytes(storage.join(run_root, "config.yaml"), to_yaml(config).encode())
     storage.write_table(
-        storage.join(steps["images"].folder(place), "images.parquet"),
+        storage.join(steps["images"].folder(run_root), "images.parquet"),
         pa.Table.from_pylist(rows, schema=tables.IMAGES),
     )
-    folder = steps["separate"].folder(place)
+    folder = steps["separate"].folder(run_root)
     storage.write_table(
         storage.join(folder, "separation.parquet"),
         pa.Table.from_pylist(separated, schema=tables.SEPARATION),
     )
     storage.write_json(storage.join(folder, "manifest.json"), {})
-    return place
+    return run_root
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -96,10 +96,10 @@ def test_the_images_in_most_dispute_go_out_first(
         )
         == 0
     )
-    found = corrections.read_reviews(
+    reviews = corrections.read_reviews(
         str(tmp_path / "out" / ("" if tool == "fiftyone" else FILES[tool]))
     )
-    assert [(r.image_id, len(r.boxes), r.reviewed) for r in found] == [
+    assert [(r.image_id, len(r.boxes), r.reviewed) for r in reviews] == [
         ("2", 3, False),
         ("1", 3, False),
     ]
@@ -142,9 +142,9 @@ def test_what_has_been_reviewed_does_not_go_out_again(
     """Not even an image in which a person saw nothing."""
     out = str(tmp_path / "out")
     main(["review", "out", "cvat", "--root", root, "--out", out])
-    found = cvat.read_cvat(f"{out}/annotations.xml")
+    reviews = cvat.read_cvat(f"{out}/annotations.xml")
     (tmp_path / "done.xml").write_bytes(
-        cvat.cvat_xml([replace(found[0], reviewed=True, boxes=())])
+        cvat.cvat_xml([replace(reviews[0], reviewed=True, boxes=())])
     )
     before, config = (
         build_steps(read_config(f"{root}/config.yaml")),
@@ -159,8 +159,10 @@ def test_what_has_been_reviewed_does_not_go_out_again(
         storage.join(steps["corrections"].folder(root), "corrections.parquet"), table
     )
     for name in ("separation.parquet", "manifest.json"):
-        data = storage.read_bytes(storage.join(before["separate"].folder(root), name))
-        storage.write_bytes(storage.join(steps["separate"].folder(root), name), data)
+        content = storage.read_bytes(
+            storage.join(before["separate"].folder(root), name)
+        )
+        storage.write_bytes(storage.join(steps["separate"].folder(root), name), content)
     assert main(["review", "out", "cvat", "--root", root, "--out", out]) == 0
     assert [r.image_id for r in cvat.read_cvat(f"{out}/annotations.xml")] == ["1", "0"]
 

@@ -19,9 +19,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 
 def fenced(text: str, *languages: str) -> list[str]:
-    return [
-        content for language, content in FENCE.findall(text) if language in languages
-    ]
+    return [block for language, block in FENCE.findall(text) if language in languages]
 
 
 def prose(text: str) -> str:
@@ -64,12 +62,14 @@ def _command_words(line: str) -> Iterator[tuple[str, ...]]:
 
 def served(text: str) -> list[tuple[dict[str, str], str, dict[str, str]]]:
     """(variables, import path, words) of every ``serve run`` of an application of ours."""
-    found = re.findall(
+    matches = re.findall(
         r"^ *((?:[A-Z_]+=\S+ )*)serve run (coin_ray\.[\w.:]+)((?: \w+=\S+)*)",
         text,
         re.M,
     )
-    return [(_pairs(before), target, _pairs(words)) for before, target, words in found]
+    return [
+        (_pairs(before), target, _pairs(words)) for before, target, words in matches
+    ]
 
 
 def _pairs(words: str) -> dict[str, str]:
@@ -78,14 +78,14 @@ def _pairs(words: str) -> dict[str, str]:
 
 def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings; the site generator checks its own."""
-    found: list[str] = []
+    names: list[str] = []
     for heading in re.findall(r"^#{1,6} (.+)$", FENCE.sub("", text), re.M):
         plain = (
             re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
         )
         name = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
-        found.append(name if name not in found else f"{name}-{found.count(name)}")
-    return set(found)
+        names.append(name if name not in names else f"{name}-{names.count(name)}")
+    return set(names)
 
 
 def links(text: str) -> list[str]:

@@ -128,8 +128,8 @@ def test_a_documented_module_has_the_options(
         assert all(option in source for option in arguments if option.startswith("--"))
         return
     assert _start(monkeypatch, module, "--help") in (None, 0)
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known | {
+    options = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= options | {
         "--help"
     }, page
 
@@ -195,14 +195,14 @@ def test_make_has_what_the_docs_tell_it_to_make() -> None:
     targets = set(
         re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
     )
-    told = {
+    documented_targets = {
         t
         for text in PAGES.values()
         for block in fenced(text, "bash")
         for t in re.findall(r"^make ([\w-]+)", block, re.M)
     }
-    assert told
-    assert told <= targets
+    assert documented_targets
+    assert documented_targets <= targets
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_help_names_every_option_of_the_parser(
 ) -> None:
     with pytest.raises(SystemExit):
         parse_run_arguments(["--help"])
-    said = capsys.readouterr().out
+    help_text = capsys.readouterr().out
     assert all(
-        option in said
+        option in help_text
         for option in (
             "--root",
             "--until",
@@ -232,4 +232,4 @@ def test_help_names_every_option_of_the_parser(
             "--settings",
         )
     )
-    assert argparse.SUPPRESS not in said
+    assert argparse.SUPPRESS not in help_text

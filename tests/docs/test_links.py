@@ -12,8 +12,12 @@ from pages import PAGES, REPOSITORY, anchors, links
 def test_every_relative_link_leads_somewhere(page: str) -> None:
     missing = []
     for link in links(PAGES[page]):
-        place, _, anchor = link.partition("#")
-        target = (REPOSITORY / page).parent / place if place else REPOSITORY / page
+        linked_file, _, anchor = link.partition("#")
+        target = (
+            (REPOSITORY / page).parent / linked_file
+            if linked_file
+            else REPOSITORY / page
+        )
         if not target.exists() or (
             anchor and anchor not in anchors(target.read_text(encoding="utf-8"))
         ):
@@ -35,11 +39,11 @@ def test_links_are_found_at_all() -> None:
 
 
 def test_every_page_is_on_the_site() -> None:
-    entries = re.findall(
+    site_pages = re.findall(
         r"[\w./-]+\.md",
         yaml.safe_dump(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]),
     )
-    assert sorted(entries) == sorted(
+    assert sorted(site_pages) == sorted(
         p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")
     )
 
@@ -47,11 +51,11 @@ def test_every_page_is_on_the_site() -> None:
 def test_functions_beside_equations_exist() -> None:
     """Each `name` that links to a source file is defined there."""
     for page in ("docs/equations.md", "docs/method.md"):
-        named = re.findall(
+        linked_names = re.findall(
             r"\[((?:`[\w.]+`(?:, )?)+)\]\((\.\./coin_ray/[^)]+\.py)\)", PAGES[page]
         )
-        assert len(named) > 10
-        for names, file in named:
+        assert len(linked_names) > 10
+        for names, file in linked_names:
             source = ((REPOSITORY / page).parent / file).resolve().read_text()
             for name in re.findall(r"`([\w.]+)`", names):
                 assert (

@@ -40,27 +40,27 @@ def config(data: str = "/data") -> DetectorConfig:
 
 
 def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
-    found = build_component_trials(replace(config(), ship="heads"), [0, 1])
-    assert [(a.variant, a.seed) for a in found] == [
+    trials = build_component_trials(replace(config(), ship="heads"), [0, 1])
+    assert [(a.variant, a.seed) for a in trials] == [
         (name, seed) for seed in (0, 1) for name in VARIANTS
     ]
-    by_name = {a.variant: a.config for a in found if a.seed == 1}
+    by_name = {a.variant: a.config for a in trials if a.seed == 1}
 
-    def parts(own: CoDetr) -> tuple[object, ...]:
+    def parts(co_detr: CoDetr) -> tuple[object, ...]:
         return (
-            own.auxiliary,
-            bool(own.auxiliary) and own.auxiliary_losses,
-            bool(own.auxiliary) and own.positive_queries,
+            co_detr.auxiliary,
+            bool(co_detr.auxiliary) and co_detr.auxiliary_losses,
+            bool(co_detr.auxiliary) and co_detr.positive_queries,
         )
 
-    assert {name: parts(own.co_detr) for name, own in by_name.items()} == {
+    assert {name: parts(changed.co_detr) for name, changed in by_name.items()} == {
         "none": ((), False, False),
         "heads": (("atss",), True, False),
         "queries": (("atss",), False, True),
         "both": (("atss",), True, True),
         "both, two heads": (("rcnn", "atss"), True, True),
     }
-    assert {replace(own, co_detr=CoDetr()) for own in by_name.values()} == {
+    assert {replace(changed, co_detr=CoDetr()) for changed in by_name.values()} == {
         replace(config(), co_detr=CoDetr(), seed=1)
     }
 
@@ -103,7 +103,7 @@ def test_a_dry_run_says_what_is_to_do(
 
 
 def test_rows_are_means_over_seeds() -> None:
-    found = [
+    all_figures = [
         {
             "arm": name,
             "seed": seed,
@@ -114,12 +114,12 @@ def test_rows_are_means_over_seeds() -> None:
         for name in VARIANTS
         for seed in (0, 2)
     ]
-    row = build_component_table(found)["both"]
+    row = build_component_table(all_figures)["both"]
     assert row["voc_ap50"] == {"mean": 0.6, "std": 0.1414, "values": [0.5, 0.7]}
     assert row["coco_ap"]["mean"] == 0.0
     assert (
         "| both | K=1, ATSS | 60.0 ± 14.1 | 0.0 ± 0.0 | 0.20 |"
-        in format_component_table(build_component_table(found))
+        in format_component_table(build_component_table(all_figures))
     )
 
 

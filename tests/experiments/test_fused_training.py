@@ -30,8 +30,8 @@ SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
 
 def opinions(rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
-    made = (2 * torch.randn(2, rows, 4, generator=draw)).softmax(-1)
-    return made[0], made[1]
+    probabilities = (2 * torch.randn(2, rows, 4, generator=draw)).softmax(-1)
+    return probabilities[0], probabilities[1]
 
 
 @pytest.mark.parametrize("rule", list(RULES))
@@ -77,11 +77,13 @@ def test_training_fuses_by_the_annotators_it_is_given(tmp_path: Path) -> None:
     assert bool(torch.isfinite(parts["inconsistent"]))
 
 
-@pytest.mark.parametrize(("fusion", "given"), [("dawid_skene", False), ("ckg", True)])
+@pytest.mark.parametrize(
+    ("fusion", "with_annotators"), [("dawid_skene", False), ("ckg", True)]
+)
 def test_annotators_without_their_fusion_and_the_other_way_round_are_an_error(
-    fusion: str, given: bool
+    fusion: str, with_annotators: bool
 ) -> None:
-    annotators = dawid_skene(*opinions()) if given else None
+    annotators = dawid_skene(*opinions()) if with_annotators else None
     with pytest.raises(ValueError, match="dawid_skene"):
         Distillation(
             tiny_detector(),
@@ -127,7 +129,7 @@ def test_without_consistent_knowledge_nothing_is_learned_as_ground_truth(
     )
     parts = distillation(fit, burn_up=0, consistent=0.0).train_step(batch, 0)
     assert {
-        name for name, value in parts.items() if float(value.detach()) == 0
+        name for name, loss in parts.items() if float(loss.detach()) == 0
     } - diagnosis.NAMES == SUPERVISED
 
 

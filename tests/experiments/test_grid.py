@@ -66,11 +66,11 @@ class Pretended:
 
 
 def run(
-    chosen: Sequence[Trial], root: Path, config: PipelineConfig
+    trials: Sequence[Trial], root: Path, config: PipelineConfig
 ) -> list[dict[str, Any]]:
     return grid.run_grid(
         "test",
-        chosen,
+        trials,
         str(root),
         run_jobs_in_order,
         TrialRuns("test", config, str(root)),
@@ -80,13 +80,13 @@ def run(
 def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(
     small_demo: PipelineConfig, tmp_path: Path
 ) -> None:
-    chosen = build_trials(small_demo, ABLATION | fusion_variants(0.5), (0, 1, 2))
-    planned = plan_waves(chosen, str(tmp_path))
+    trials = build_trials(small_demo, ABLATION | fusion_variants(0.5), (0, 1, 2))
+    planned = plan_waves(trials, str(tmp_path))
     steps = [[step for job in wave for step in job.steps] for wave in planned]
     everything = Counter(step.fingerprint for wave in steps for step in wave)
     assert set(everything.values()) == {1}
     assert set(everything) == {
-        step.fingerprint for trial in chosen for step in trial.steps.values()
+        step.fingerprint for trial in trials for step in trial.steps.values()
     }
     assert [sorted({step.name for step in wave}) for wave in steps[:4]] == [
         ["images"],
@@ -98,9 +98,9 @@ def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(
     earlier: set[str] = set()
     for wave in planned:
         for job in wave:
-            own = {step.fingerprint for step in job.steps}
+            fingerprints = {step.fingerprint for step in job.steps}
             assert all(
-                i.fingerprint in earlier | own
+                i.fingerprint in earlier | fingerprints
                 for step in job.steps
                 for i in step.inputs
             )
@@ -121,11 +121,11 @@ def test_a_finished_grid_again_does_nothing(
 ) -> None:
     pretended = Pretended()
     monkeypatch.setattr(runner, "run_step", pretended)
-    chosen = build_trials(small_demo, ABLATION, (0, 1))
-    first = run(chosen, tmp_path, small_demo)
+    trials = build_trials(small_demo, ABLATION, (0, 1))
+    first = run(trials, tmp_path, small_demo)
     count = len(pretended.ran)
-    assert plan_waves(chosen, str(tmp_path)) == []
-    assert run(chosen, tmp_path, small_demo) == first
+    assert plan_waves(trials, str(tmp_path)) == []
+    assert run(trials, tmp_path, small_demo) == first
     assert len(pretended.ran) == count
     assert json.loads((tmp_path / "test.json").read_text())["trials"] == first
 
@@ -133,16 +133,16 @@ def test_a_finished_grid_again_does_nothing(
 def test_a_killed_grid_goes_on_where_it_was(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = build_trials(small_demo, ABLATION, (0, 1))
+    trials = build_trials(small_demo, ABLATION, (0, 1))
     killed = Pretended(fail="separate")
     monkeypatch.setattr(runner, "run_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        run(chosen, tmp_path, small_demo)
-    again = Pretended()
-    monkeypatch.setattr(runner, "run_step", again)
-    assert len(run(chosen, tmp_path, small_demo)) == len(chosen)
+        run(trials, tmp_path, small_demo)
+    second = Pretended()
+    monkeypatch.setattr(runner, "run_step", second)
+    assert len(run(trials, tmp_path, small_demo)) == len(trials)
     assert killed.ran
-    assert not set(killed.ran) & set(again.ran)
+    assert not set(killed.ran) & set(second.ran)
 
 
 def test_each_trial_is_one_child_run_however_often_the_grid_runs(
@@ -151,20 +151,20 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setattr(runner, "run_step", Pretended())
     config = replace(small_demo, tracking=Tracking())
-    chosen = build_trials(
+    trials = build_trials(
         config, {"losses": {"no private": change_distillation(private=0.0)}}, (0, 1)
     )
     for _ in range(2):
-        run(chosen, tmp_path, config)
+        run(trials, tmp_path, config)
     runs = TrialRuns("test", config, str(tmp_path))
-    found = mlflow.search_runs([runs.tracker.experiment], output_format="list")
+    child_runs = mlflow.search_runs([runs.tracker.experiment], output_format="list")
     children = [
         r
-        for r in found
+        for r in child_runs
         if r.data.tags.get("mlflow.parentRunId") == runs.tracker.parent_run
     ]
     assert sorted(r.info.run_name for r in children) == sorted(
-        trial.title for trial in chosen
+        trial.title for trial in trials
     )
     assert all(r.data.metrics["map50.student"] == 0.4 for r in children)
 
@@ -180,10 +180,10 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
 )
 def test_command_line(arguments: str, seeds: tuple[int, ...], steps: float) -> None:
     full = parse_study(["demo"], "coin-ray ablate", "").config
-    asked = parse_study(arguments.split(), "coin-ray ablate", "")
-    assert asked.seeds == seeds
-    assert asked.config.distill.fit.steps == round(full.distill.fit.steps * steps)
-    assert asked.root.endswith("runs/demo")
+    request = parse_study(arguments.split(), "coin-ray ablate", "")
+    assert request.seeds == seeds
+    assert request.config.distill.fit.steps == round(full.distill.fit.steps * steps)
+    assert request.root.endswith("runs/demo")
 
 
 @pytest.mark.parametrize(
@@ -234,13 +234,13 @@ def test_fusions_of_one_seed_under_ray_tune(
         for group, rules in fusion_variants(0.5).items()
     }
     monkeypatch.setattr(studies, "fusion_variants", lambda share: few)
-    asked = StudyRequest(small_demo, str(tmp_path), (0,), 0.5, dry_run=False)
+    request = StudyRequest(small_demo, str(tmp_path), (0,), 0.5, dry_run=False)
     try:
-        rows = run_fusion_study(asked, run_jobs_with_tune)
+        rows = run_fusion_study(request, run_jobs_with_tune)
         stamps = {
             p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/*/*") if p.is_file()
         }
-        assert run_fusion_study(asked, run_jobs_with_tune) == rows
+        assert run_fusion_study(request, run_jobs_with_tune) == rows
     finally:
         ray.shutdown()
     assert [(row.name, row.group) for row in rows[:2]] == [

@@ -15,13 +15,17 @@ from coin_ray.experiments.outcome import (
 
 
 def record(
-    variant: str, seed: int, student: float | None, group: str = "", **more: Any
+    variant: str,
+    seed: int,
+    student: float | None,
+    group: str = "",
+    **other_methods: Any,
 ) -> dict[str, Any]:
     return {
         "variant": variant,
         "group": group,
         "seed": seed,
-        "map50": {"student": student, **more},
+        "map50": {"student": student, **other_methods},
         "gap_closed": None,
     }
 

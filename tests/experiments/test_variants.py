@@ -22,14 +22,14 @@ from coin_ray.runs.graph import build_steps
 SHARED_BY_DISTILL_VARIANTS = ("images", "collect", "propagate", "separate")
 
 
-def differences(ours: object, theirs: object, at: str = "") -> set[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
+def differences(settings: object, others: object, at: str = "") -> set[str]:
+    if isinstance(settings, dict) and isinstance(others, dict):
         return {
             d
-            for key in ours
-            for d in differences(ours[key], theirs[key], f"{at}.{key}".strip("."))
+            for key in settings
+            for d in differences(settings[key], others[key], f"{at}.{key}".strip("."))
         }
-    return set() if ours == theirs else {at}
+    return set() if settings == others else {at}
 
 
 @pytest.mark.parametrize(
@@ -83,26 +83,26 @@ def test_a_student_without_propagation_makes_as_many_steps_as_its_weights_made(
 )
 def test_variants_of_distillation_share_everything_before_it(variant: object) -> None:
     config = demo()
-    ours, theirs = build_steps(variant(config)), build_steps(config)  # type: ignore[operator]
+    changed_steps, preset_steps = build_steps(variant(config)), build_steps(config)  # type: ignore[operator]
     assert all(
-        ours[step].fingerprint == theirs[step].fingerprint
+        changed_steps[step].fingerprint == preset_steps[step].fingerprint
         for step in SHARED_BY_DISTILL_VARIANTS
     )
 
 
 def test_every_variant_has_every_seed_and_a_run_of_its_own() -> None:
-    chosen = build_trials(demo(), ABLATION, (0, 1, 2))
-    assert Counter(trial.variant for trial in chosen) == Counter(
+    trials = build_trials(demo(), ABLATION, (0, 1, 2))
+    assert Counter(trial.variant for trial in trials) == Counter(
         dict.fromkeys([REFERENCE, *ABLATION["losses"], *ABLATION["stages"]], 3)
     )
-    assert len({trial.steps["distill"].fingerprint for trial in chosen}) == len(chosen)
-    assert len({trial.title for trial in chosen}) == len(chosen)
+    assert len({trial.steps["distill"].fingerprint for trial in trials}) == len(trials)
+    assert len({trial.title for trial in trials}) == len(trials)
 
 
 def test_seeds_and_variants_share_one_collection_per_labeler() -> None:
-    chosen = build_trials(demo(), ABLATION | fusion_variants(0.5), (0, 1, 2))
-    assert len({trial.steps["images"].fingerprint for trial in chosen}) == 1
-    assert len({trial.steps["collect"].fingerprint for trial in chosen}) == 2
+    trials = build_trials(demo(), ABLATION | fusion_variants(0.5), (0, 1, 2))
+    assert len({trial.steps["images"].fingerprint for trial in trials}) == 1
+    assert len({trial.steps["collect"].fingerprint for trial in trials}) == 2
 
 
 def test_a_preset_without_clip_is_not_ablated_of_it() -> None:

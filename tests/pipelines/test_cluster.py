@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def cluster() -> Iterator[Cluster]:
     """The head has no CPU, as in cluster.yaml: all work is done on the node that
     joined."""
-    with cluster_of(2) as made:
-        yield made
+    with cluster_of(2) as temporary_cluster:
+        yield temporary_cluster
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_a_search_as_a_job_shares_the_steps_of_the_run(
     assert {"best.yaml", "search.json", "parallel.svg", "importance.svg"} <= {
         file.name for file in folder.iterdir()
     }
-    found = json.loads((folder / "search.json").read_text())
-    assert len(found["trials"]) == 3
-    assert any(trial["state"] == "finished" for trial in found["trials"])
+    search_results = json.loads((folder / "search.json").read_text())
+    assert len(search_results["trials"]) == 3
+    assert any(trial["state"] == "finished" for trial in search_results["trials"])
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), (
         "no step of the run was made again"
     )

@@ -55,7 +55,7 @@ def run(script: str, *arguments: str) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [sys.executable, f"pipelines/{script}", *arguments]
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=REPOSITORY,
         env=environment,
@@ -64,7 +64,7 @@ def run(script: str, *arguments: str) -> None:
         timeout=590,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
 
 def corrected(review: Review) -> Review:
@@ -91,9 +91,9 @@ def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
         "--most",
         str(REVIEWED),
     )
-    given = cvat.read_cvat(str(tmp_path / "out" / "annotations.xml"))
+    reviews = cvat.read_cvat(str(tmp_path / "out" / "annotations.xml"))
     (tmp_path / "back.xml").write_bytes(
-        cvat.cvat_xml([corrected(review) for review in given])
+        cvat.cvat_xml([corrected(review) for review in reviews])
     )
     run(
         "full.py",
@@ -117,16 +117,20 @@ def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
         assert len(list(root.glob(f"steps/{step}-*/manifest.json"))) == times, step
     (table,) = root.glob("steps/corrections-*/corrections.parquet")
     assert set(pq.read_table(table)["image_id"].to_pylist()) == {
-        review.image_id for review in given
+        review.image_id for review in reviews
     }
     after = json.loads((root / "summary.json").read_text())
     assert after["map50"]["cloud"] == before["map50"]["cloud"], (
         "measured on the same test images"
     )
     assert after["map50"]["student"] != before["map50"]["student"]
-    told = after["corrections"]
-    assert (told["images"], told["boxes"], told["empty"]) == (REVIEWED, REVIEWED, 0)
-    assert told["teachers"]["cloud"]["missed"] > 0
+    counts = after["corrections"]
+    assert (counts["images"], counts["boxes"], counts["empty"]) == (
+        REVIEWED,
+        REVIEWED,
+        0,
+    )
+    assert counts["teachers"]["cloud"]["missed"] > 0
     pages = sorted(
         root.glob("steps/report-*/report.html"), key=lambda page: page.stat().st_mtime
     )

@@ -22,7 +22,7 @@ KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate"
 LOOKING = ("--distill.fit.validate-every", "16")
 
 
-def command(root: Path, *more: str) -> list[str]:
+def command(root: Path, *arguments: str) -> list[str]:
     return [
         sys.executable,
         "pipelines/full.py",
@@ -30,7 +30,7 @@ def command(root: Path, *more: str) -> list[str]:
         "--root",
         str(root),
         *SMALL,
-        *more,
+        *arguments,
     ]
 
 
@@ -42,9 +42,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def finish(root: Path, *more: str) -> dict[str, object]:
-    done = subprocess.run(
-        command(root, *more),
+def finish(root: Path, *arguments: str) -> dict[str, object]:
+    process = subprocess.run(
+        command(root, *arguments),
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
@@ -52,7 +52,7 @@ def finish(root: Path, *more: str) -> dict[str, object]:
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     summary: dict[str, object] = json.loads((root / "summary.json").read_text())
     return summary
 

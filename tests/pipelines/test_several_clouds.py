@@ -47,7 +47,7 @@ def second_cloud() -> Iterator[str]:
     server.communicate()
 
 
-def collected(root: Path, *given: str) -> tuple[dict[str, Any], int]:
+def collected(root: Path, *arguments: str) -> tuple[dict[str, Any], int]:
     """The step's metrics, and how many images have an answer."""
     size = (
         "--data.train",
@@ -73,9 +73,9 @@ def collected(root: Path, *given: str) -> tuple[dict[str, Any], int]:
         "--root",
         str(root),
         *size,
-        *given,
+        *arguments,
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=REPOSITORY,
         env=environment,
@@ -84,7 +84,7 @@ def collected(root: Path, *given: str) -> tuple[dict[str, Any], int]:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     (folder,) = set(root.glob("steps/collect-*")) - before
     metrics: dict[str, Any] = json.loads((folder / "manifest.json").read_text())[
         "metrics"

@@ -63,7 +63,7 @@ def test_the_whole_pipeline_with_a_co_detr_student(tmp_path: Path) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=REPOSITORY,
         env=environment,
@@ -72,7 +72,7 @@ def test_the_whole_pipeline_with_a_co_detr_student(tmp_path: Path) -> None:
         timeout=590,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"clip_detector", "student", "pseudo_label", "oracle"} <= set(

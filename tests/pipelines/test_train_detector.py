@@ -16,7 +16,7 @@ from coin_ray.commands.detector import (
 )
 from coin_ray.config import Tracking
 from coin_ray.config.co_detr import tiny
-from coin_ray.config.detector_presets import REAL_TIME_PRESETS, DETECTOR_PRESETS, small
+from coin_ray.config.detector_presets import DETECTOR_PRESETS, REAL_TIME_PRESETS, small
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data import formats
 from coin_ray.errors import CoinError, ConfigError, InputError
@@ -51,14 +51,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def config(data: str, val: str = "", steps: int = 4, **changes: Any) -> DetectorConfig:
     fit = replace(small().fit, steps=steps, batch=2, warmup=0, checkpoint_every=2)
-    values = {
+    defaults = {
         "classes": CLASSES,
         "short_side": 48,
         "long_side": 64,
         "tracking": Tracking(enabled=False),
         "fit": fit,
     } | changes
-    return replace(small(), data=data, val=val, **values)
+    return replace(small(), data=data, val=val, **defaults)
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "yolo", "kitti", "bdd100k"])
@@ -78,12 +78,12 @@ def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
     settings = config(
         f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True)
     )
-    found = train_detector(settings, DetectorOptions(str(tmp_path), dry_run=False))
-    figures = found["evaluate"]["val"]
+    summary = train_detector(settings, DetectorOptions(str(tmp_path), dry_run=False))
+    figures = summary["evaluate"]["val"]
     assert figures["images"] == 4
     assert all(0 <= figures[name] <= 1 for name in ("voc_ap50", "coco_ap50", "coco_ap"))
     assert set(figures["voc_ap50_by_class"]) == set(CLASSES)
-    assert found["train"]["boxes"] == 12
+    assert summary["train"]["boxes"] == 12
     assert open_predictor(str(tmp_path / "co_detr.pt")).classes == CLASSES
     assert json.loads((tmp_path / "summary.json").read_text())["model"] == str(
         tmp_path / "co_detr.pt"
@@ -105,10 +105,10 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
 ) -> None:
     settings = config(folders["coco"], folders["coco val"], steps=5)
     train_detector(settings, DetectorOptions(str(tmp_path / "whole"), dry_run=False))
-    original, made = SupervisedTraining.train_step, []
+    original, trained_steps = SupervisedTraining.train_step, []
 
     def dying(self: SupervisedTraining, batch: Any, step: int) -> Any:
-        made.append(step)
+        trained_steps.append(step)
         if step == 3:
             raise KeyboardInterrupt
         return original(self, batch, step)
@@ -121,18 +121,21 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
     monkeypatch.setattr(
         SupervisedTraining,
         "train_step",
-        lambda self, batch, step: (made.append(step), original(self, batch, step))[1],
+        lambda self, batch, step: (
+            trained_steps.append(step),
+            original(self, batch, step),
+        )[1],
     )
     train_detector(settings, DetectorOptions(str(tmp_path / "killed"), dry_run=False))
-    assert made == [0, 1, 2, 3, 2, 3, 4]
+    assert trained_steps == [0, 1, 2, 3, 2, 3, 4]
     whole, killed = (
         torch.load(tmp_path / name / "co_detr.pt", weights_only=True)["weights"]
         for name in ("whole", "killed")
     )
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
-    made.clear()
+    trained_steps.clear()
     train_detector(settings, DetectorOptions(str(tmp_path / "killed"), dry_run=False))
-    assert not made, "a finished run trains nothing"
+    assert not trained_steps, "a finished run trains nothing"
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(
@@ -142,9 +145,9 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
         config(folders["voc"], folders["voc val"]),
         DetectorOptions(str(tmp_path / "run"), dry_run=True),
     )
-    told = capsys.readouterr().out
-    assert "train: 8 annotated images; boxes: cat 8, dog 4" in told
-    assert "training: 4 steps of 2 images, 1.0 epochs, heads: atss" in told
+    printed = capsys.readouterr().out
+    assert "train: 8 annotated images; boxes: cat 8, dog 4" in printed
+    assert "training: 4 steps of 2 images, 1.0 epochs, heads: atss" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -186,20 +189,21 @@ def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_f
     settings = config(
         folders["coco"], folders["coco val"], model=model, network=network, average=0.9
     )
-    found = train_detector(
+    figures = train_detector(
         settings, DetectorOptions(str(tmp_path / "run"), dry_run=False)
     )
-    assert 0 <= found["evaluate"]["val"]["coco_ap"] <= 1
+    assert 0 <= figures["evaluate"]["val"]["coco_ap"] <= 1
     (curve,) = (tmp_path / "run").glob("steps/train-*/curve.json")
     assert {"decoder", "atss"} <= set(json.loads(curve.read_text())[-1])
-    place = tmp_path / "run" / model
+    network_folder = tmp_path / "run" / model
     assert (
-        f"--cloud.serve transformers --cloud.model {place}" in capsys.readouterr().out
+        f"--cloud.serve transformers --cloud.model {network_folder}"
+        in capsys.readouterr().out
     )
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} == {
-        file.name for file in place.iterdir()
+        file.name for file in network_folder.iterdir()
     }
-    served = load_transformers(str(place))
+    served = load_transformers(str(network_folder))
     assert served.classes == CLASSES
     boxes, scores = served.detect(Image.new("RGB", (64, 48)), ("dog",), 0.0)
     assert len(boxes) == len(scores) > 0
@@ -221,7 +225,9 @@ def test_what_cannot_be_trained_on_is_told_before_anything_is_written(
         r"has no .* for 'test'": config(f"{folders['voc']}#test"),
         r"of another network": config(
             folders["coco"],
-            backbone=replace(DETECTOR_PRESETS["r50"]().backbone, weights=_weights(tmp_path)),
+            backbone=replace(
+                DETECTOR_PRESETS["r50"]().backbone, weights=_weights(tmp_path)
+            ),
         ),
     }
     for message, settings in cases.items():
@@ -238,7 +244,7 @@ def _weights(folder: Path) -> str:
 
 
 def test_the_command_line_reads_names_and_settings() -> None:
-    found, options = parse_detector_arguments(
+    parsed_config, options = parse_detector_arguments(
         [
             "--model",
             "co-detr",
@@ -253,9 +259,17 @@ def test_the_command_line_reads_names_and_settings() -> None:
             "--drops",
         ]
     )
-    assert found.classes == ("person", "traffic light")
-    assert (found.preset, found.backbone.name, found.epochs) == ("r50", "resnet50", 3)
-    assert found.pipeline.data.images == "/data#train"  # type: ignore[union-attr]
+    assert parsed_config.classes == ("person", "traffic light")
+    assert (
+        parsed_config.preset,
+        parsed_config.backbone.name,
+        parsed_config.epochs,
+    ) == (
+        "r50",
+        "resnet50",
+        3,
+    )
+    assert parsed_config.pipeline.data.images == "/data#train"  # type: ignore[union-attr]
     assert options == DetectorOptions("/runs/a", dry_run=False)
     demo, _ = parse_detector_arguments(
         [
@@ -305,7 +319,7 @@ def test_impossible_settings_are_told(arguments: list[str], message: str) -> Non
         ({"model": "d-fine"}, "--model d-fine needs --network"),
         (
             {"model": "d-fine", "network": "a/b", "ship": "heads"},
-            "ships transformers' own folder",
+            "saves transformers' own folder",
         ),
         (
             {"model": "d-fine", "network": "a/b", "co_detr": tiny()},
@@ -338,7 +352,7 @@ def test_presets_are_named_by_their_key(name: str) -> None:
 
 
 def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
-    found, options = parse_detector_arguments(
+    parsed_config, options = parse_detector_arguments(
         [
             "--model",
             "d-fine",
@@ -351,9 +365,9 @@ def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
         ]
     )
     assert (
-        found.model,
-        found.network,
-        found.co_detr.auxiliary,
+        parsed_config.model,
+        parsed_config.network,
+        parsed_config.co_detr.auxiliary,
         options.root[-11:],
     ) == ("d-fine", "/nets/a", ("atss",), "runs/d-fine")
     alone, _ = parse_detector_arguments(
@@ -378,6 +392,7 @@ def test_what_is_shipped_and_which_network_is_trained_identify_a_training() -> N
         replace(plain, model="d-fine", network="a/c"),
     ]
     prints = {
-        build_detector_steps(own)["train"].fingerprint for own in (plain, *others)
+        build_detector_steps(changed)["train"].fingerprint
+        for changed in (plain, *others)
     }
     assert len(prints) == 4

@@ -13,7 +13,7 @@ from coin_ray.search.plan import Search
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Callable[..., Search]:
+def make_search(tmp_path: Path) -> Callable[..., Search]:
     """A search of the demo's loss weights below ``tmp_path``, nothing tracked; changes
     by name."""
 
@@ -21,12 +21,12 @@ def asked(tmp_path: Path) -> Callable[..., Search]:
         config = replace(
             changes.pop("config", demo()), tracking=Tracking(enabled=False)
         )
-        values: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "space_name": "loss-weights",
             "objective": "map50",
             "algorithm": "random",
             "trials": 4,
         }
-        return Search(config, str(tmp_path), **(values | changes))
+        return Search(config, str(tmp_path), **(defaults | changes))
 
     return make

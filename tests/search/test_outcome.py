@@ -24,7 +24,11 @@ SPACE: Space = {
 
 
 def record(
-    number: int, score: float | None, ninths: int = 9, failure: str = "", **more: float
+    number: int,
+    score: float | None,
+    ninths: int = 9,
+    failure: str = "",
+    **figures: float,
 ) -> TrialRecord:
     settings = {
         "distill.alignment": 10.0 ** (number / 5 - 1),
@@ -34,7 +38,7 @@ def record(
     return TrialRecord(
         number,
         settings,
-        ({} if score is None else {"score": score}) | more,
+        ({} if score is None else {"score": score}) | figures,
         ninths,
         60.0,
         failure,
@@ -87,9 +91,9 @@ def test_the_correlation_with_the_truth_is_over_finished_trials(
     assert truth_correlation(records[:2]) is None
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.1, 0.0), (1.0, 0.5), (10.0, 1.0)])
-def test_a_logarithmic_axis_is_drawn_so(value: float, expected: float) -> None:
-    assert axis_height(SPACE["distill.alignment"], value) == pytest.approx(expected)
+@pytest.mark.parametrize(("setting", "expected"), [(0.1, 0.0), (1.0, 0.5), (10.0, 1.0)])
+def test_a_logarithmic_axis_is_drawn_so(setting: float, expected: float) -> None:
+    assert axis_height(SPACE["distill.alignment"], setting) == pytest.approx(expected)
     assert axis_height(SPACE["distill.fusion"], "average") == 1.0
 
 

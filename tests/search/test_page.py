@@ -20,11 +20,11 @@ from coin_ray.search.plan import Search
 from coin_ray.search.run import run_search
 from coin_ray.stages.report import list_searches
 
-Asked = Callable[..., Search]
+MakeSearch = Callable[..., Search]
 
 
-def host(
-    wanted: Search, told: Callable[[TrialRecord], None], *, resume: bool
+def run_made_up_trials(
+    search: Search, on_trial_end: Callable[[TrialRecord], None], *, resume: bool
 ) -> list[TrialRecord]:
     """Trial n has n times lambda; the third is the best, the second was stopped, the
     last one fails. All but that left a student."""
@@ -48,7 +48,7 @@ def host(
     for record in records[:1] + records[2:3]:
         storage.write_json(
             storage.join(
-                wanted.steps(record.settings)["distill"].folder(wanted.root),
+                search.steps(record.settings)["distill"].folder(search.root),
                 "manifest.json",
             ),
             {},
@@ -57,14 +57,16 @@ def host(
 
 
 @pytest.fixture
-def made(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
+def finished_search(
+    make_search: MakeSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Search:
     monkeypatch.setattr(Search, "run_shared_steps", lambda self: None)
-    wanted = asked()
-    run_search(wanted, host)
-    return wanted
+    search = make_search()
+    run_search(search, run_made_up_trials)
+    return search
 
 
-def rows(page: str) -> list[tuple[str, list[str]]]:
+def read_rows(page: str) -> list[tuple[str, list[str]]]:
     """(trial, links) of each row."""
     body = page.partition("<tbody>")[2].partition("</tbody>")[0]
     return [
@@ -77,28 +79,28 @@ def rows(page: str) -> list[tuple[str, list[str]]]:
 
 
 def test_the_page_of_a_search_links_its_trials(
-    made: Search, capsys: pytest.CaptureFixture[str]
+    finished_search: Search, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = Path(write_page(made.folder))
-    found = rows(page.read_text())
-    assert [trial for trial, _ in found] == ["2", "0 (preset)", "1", "3"]
-    assert [len(links) for _, links in found] == [1, 1, 0, 0]
-    assert all((page.parent / link).is_file() for _, links in found for link in links)
+    page = Path(write_page(finished_search.folder))
+    rows = read_rows(page.read_text())
+    assert [trial for trial, _ in rows] == ["2", "0 (preset)", "1", "3"]
+    assert [len(links) for _, links in rows] == [1, 1, 0, 0]
+    assert all((page.parent / link).is_file() for _, links in rows for link in links)
     assert "TrainingError" not in page.read_text(), "the state says that it failed"
-    config, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
-    report = build_steps(config)["report"].folder(made.root)
+    config, _ = parse_run_arguments(["--config", f"{finished_search.folder}/best.yaml"])
+    report = build_steps(config)["report"].folder(finished_search.root)
     storage.write_bytes(f"{report}/report.html", b"")
-    assert main(["report", made.folder]) == 0
+    assert main(["report", finished_search.folder]) == 0
     assert capsys.readouterr().out.strip().endswith("/search.html")
-    assert [len(links) for _, links in rows(page.read_text())] == [2, 1, 0, 0]
+    assert [len(links) for _, links in read_rows(page.read_text())] == [2, 1, 0, 0]
 
 
-def test_a_trials_report_links_its_search(made: Search) -> None:
-    config, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
-    folder = build_steps(config)["report"].folder(made.root)
-    context = Context(config, made.root, folder, {}, {}, "report")
+def test_a_trials_report_links_its_search(finished_search: Search) -> None:
+    config, _ = parse_run_arguments(["--config", f"{finished_search.folder}/best.yaml"])
+    folder = build_steps(config)["report"].folder(finished_search.root)
+    context = Context(config, finished_search.root, folder, {}, {}, "report")
     assert list_searches(context) == [], "a search without a page"
-    page = write_page(made.folder)
+    page = write_page(finished_search.folder)
     [search_link] = list_searches(context)
     assert (search_link.name, search_link.trial, search_link.trials) == (
         "loss-weights-map50",
@@ -106,13 +108,16 @@ def test_a_trials_report_links_its_search(made: Search) -> None:
         4,
     )
     assert (Path(folder) / search_link.link).resolve() == Path(page)
-    other, _ = parse_run_arguments(["--config", f"{made.folder}/best.yaml"])
+    other, _ = parse_run_arguments(["--config", f"{finished_search.folder}/best.yaml"])
     object.__setattr__(other.distill, "alignment", 17.0)
-    assert list_searches(Context(other, made.root, folder, {}, {}, "report")) == []
+    assert (
+        list_searches(Context(other, finished_search.root, folder, {}, {}, "report"))
+        == []
+    )
 
 
-def test_a_search_without_a_finished_trial_has_no_page(made: Search) -> None:
-    storage.remove(f"{made.folder}/best.yaml")
+def test_a_search_without_a_finished_trial_has_no_page(finished_search: Search) -> None:
+    storage.remove(f"{finished_search.folder}/best.yaml")
     with pytest.raises(InputError, match=r"holds no search with a finished trial"):
-        write_page(made.folder)
-    assert main(["report", made.root]) == 2
+        write_page(finished_search.folder)
+    assert main(["report", finished_search.root]) == 2

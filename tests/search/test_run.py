@@ -20,7 +20,7 @@ from coin_ray.search.outcome import TrialRecord
 from coin_ray.search.plan import Search
 from coin_ray.search.run import run_search
 
-Asked = Callable[..., Search]
+MakeSearch = Callable[..., Search]
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def _nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Search, "run_shared_steps", lambda self: None)
 
 
-def host(
-    wanted: Search, told: Callable[[TrialRecord], None], *, resume: bool
+def run_made_up_trials(
+    search: Search, on_trial_end: Callable[[TrialRecord], None], *, resume: bool
 ) -> list[TrialRecord]:
     """Trial n has n times lambda; the third is the best, the last one fails."""
     records = [
@@ -55,14 +55,14 @@ def host(
         )
     ]
     for record in records:
-        told(record)
+        on_trial_end(record)
     return records
 
 
 def test_the_best_setting_is_a_file_that_the_pipeline_takes(
-    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_search: MakeSearch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    winner = run_search(asked(), host)
+    winner = run_search(make_search(), run_made_up_trials)
     assert winner.number == 2
     file = tmp_path / "search" / "loss-weights-map50" / "best.yaml"
     config, options = parse_run_arguments(
@@ -70,42 +70,42 @@ def test_the_best_setting_is_a_file_that_the_pipeline_takes(
     )
     assert config.distill == replace(demo().distill, alignment=3.0)
     assert options.root == str(tmp_path)
-    said = capsys.readouterr().out
-    assert "+10.0 points over the preset" in said
-    assert f"--config {file} --root {tmp_path}" in said
-    assert "failed, TrainingError: loss private is not finite" in said
+    printed = capsys.readouterr().out
+    assert "+10.0 points over the preset" in printed
+    assert f"--config {file} --root {tmp_path}" in printed
+    assert "failed, TrainingError: loss private is not finite" in printed
 
 
 def test_the_winners_student_is_the_one_the_pipeline_would_train(
-    asked: Asked, tmp_path: Path
+    make_search: MakeSearch, tmp_path: Path
 ) -> None:
-    wanted = asked()
-    winner = run_search(wanted, host)
+    search = make_search()
+    winner = run_search(search, run_made_up_trials)
     config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
     assert (
         build_steps(config)["distill"].fingerprint
-        == wanted.steps(winner.settings)["distill"].fingerprint
+        == search.steps(winner.settings)["distill"].fingerprint
     )
 
 
 def test_held_out_images_and_fewer_steps_make_another_student_but_the_same_teachers(
-    asked: Asked,
+    make_search: MakeSearch,
 ) -> None:
-    own = build_steps(demo())
-    for other in (asked(objective="label-free"), asked(steps_share=0.1)):
+    preset_steps = build_steps(demo())
+    for other in (make_search(objective="label-free"), make_search(steps_share=0.1)):
         steps = other.steps({})
-        assert steps["distill"].fingerprint != own["distill"].fingerprint
+        assert steps["distill"].fingerprint != preset_steps["distill"].fingerprint
         assert {name: steps[name].fingerprint for name in other.shared_steps} == {
-            name: own[name].fingerprint for name in other.shared_steps
+            name: preset_steps[name].fingerprint for name in other.shared_steps
         }
 
 
 def test_a_shorter_search_leaves_a_config_of_full_length(
-    asked: Asked, tmp_path: Path
+    make_search: MakeSearch, tmp_path: Path
 ) -> None:
-    run_search(asked(steps_share=0.1), host)
+    run_search(make_search(steps_share=0.1), run_made_up_trials)
     config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
@@ -113,28 +113,37 @@ def test_a_shorter_search_leaves_a_config_of_full_length(
 
 
 def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another(
-    asked: Asked,
+    make_search: MakeSearch,
 ) -> None:
     with pytest.raises(ConfigError, match="no search of this space"):
-        run_search(asked(), host, resume=True)
-    run_search(asked(), host)
+        run_search(make_search(), run_made_up_trials, resume=True)
+    run_search(make_search(), run_made_up_trials)
     with pytest.raises(ConfigError, match="add --resume"):
-        run_search(asked(), host)
+        run_search(make_search(), run_made_up_trials)
     with pytest.raises(ConfigError, match=r"--trials \(was 4\), --steps-share \(was 1"):
-        run_search(asked(trials=9, steps_share=0.5), host, resume=True)
+        run_search(
+            make_search(trials=9, steps_share=0.5), run_made_up_trials, resume=True
+        )
     with pytest.raises(ConfigError, match="different now: configuration"):
-        run_search(asked(config=replace(demo(), seed=3)), host, resume=True)
-    assert run_search(asked(concurrent=2), host, resume=True).number == 2
+        run_search(
+            make_search(config=replace(demo(), seed=3)), run_made_up_trials, resume=True
+        )
+    assert (
+        run_search(make_search(concurrent=2), run_made_up_trials, resume=True).number
+        == 2
+    )
 
 
 def test_if_no_trial_finishes_that_is_an_error_with_the_reason(
-    asked: Asked, tmp_path: Path
+    make_search: MakeSearch, tmp_path: Path
 ) -> None:
-    def failing(wanted: Search, told: object, *, resume: bool) -> list[TrialRecord]:
+    def failing(
+        search: Search, on_trial_end: object, *, resume: bool
+    ) -> list[TrialRecord]:
         return [
             TrialRecord(
                 0,
-                dict.fromkeys(wanted.space, 1.0),
+                dict.fromkeys(search.space, 1.0),
                 {"score": -1.0},
                 9,
                 1.0,
@@ -146,7 +155,7 @@ def test_if_no_trial_finishes_that_is_an_error_with_the_reason(
         TrainingError,
         match=r"none of the 1 trials finished\. TrainingError: loss boxes",
     ):
-        run_search(asked(), failing)
+        run_search(make_search(), failing)
     assert (
         json.loads(
             (tmp_path / "search" / "loss-weights-map50" / "search.json").read_text()
@@ -156,19 +165,21 @@ def test_if_no_trial_finishes_that_is_an_error_with_the_reason(
 
 
 def test_the_state_of_an_unfinished_training_is_removed(
-    asked: Asked, tmp_path: Path
+    make_search: MakeSearch, tmp_path: Path
 ) -> None:
-    wanted = asked()
+    search = make_search()
     settings = {
         "distill.alignment": 2.0,
         "distill.inconsistent": 1.0,
         "distill.private": 2.0,
     }
-    state = Path(wanted.steps(settings)["distill"].folder(str(tmp_path))) / "state.pt"
+    state = Path(search.steps(settings)["distill"].folder(str(tmp_path))) / "state.pt"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"")
 
-    def stopping(wanted: Search, told: object, *, resume: bool) -> list[TrialRecord]:
+    def stopping(
+        search: Search, on_trial_end: object, *, resume: bool
+    ) -> list[TrialRecord]:
         return [
             TrialRecord(
                 0, settings | {"distill.alignment": 1.0}, {"score": 0.1}, 9, 1.0
@@ -176,22 +187,24 @@ def test_the_state_of_an_unfinished_training_is_removed(
             TrialRecord(1, settings, {"score": 0.0}, 1, 1.0),
         ]
 
-    run_search(wanted, stopping)
+    run_search(search, stopping)
     assert not state.exists()
 
 
 def test_trials_are_child_runs_of_one_parent_with_figures_and_files(
-    asked: Asked, tmp_path: Path
+    make_search: MakeSearch, tmp_path: Path
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
-    wanted = asked()
-    wanted = replace(wanted, config=replace(wanted.config, tracking=Tracking()))
+    search = make_search()
+    search = replace(search, config=replace(search.config, tracking=Tracking()))
     for resume in (False, True):
-        run_search(wanted, host, resume=resume)
-    runs = run.TrialRuns("search loss-weights map50", wanted.config, str(tmp_path))
+        run_search(search, run_made_up_trials, resume=resume)
+    runs = run.TrialRuns("search loss-weights map50", search.config, str(tmp_path))
     parent = runs.tracker.parent_run
-    found = mlflow.search_runs([runs.tracker.experiment], output_format="list")
-    children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parent]
+    child_runs = mlflow.search_runs([runs.tracker.experiment], output_format="list")
+    children = [
+        r for r in child_runs if r.data.tags.get("mlflow.parentRunId") == parent
+    ]
     assert sorted(r.data.metrics["score"] for r in children) == [-1.0, 0.4, 0.42, 0.5]
     assert {float(r.data.params["distill.alignment"]) for r in children} == {
         1.0,
@@ -221,8 +234,8 @@ def test_trials_are_child_runs_of_one_parent_with_figures_and_files(
     ],
 )
 def test_command_line(arguments: str, objective: str, trials: int) -> None:
-    found = parse_search(arguments.split()).search
-    assert (found.objective, found.trials) == (objective, trials)
+    search = parse_search(arguments.split()).search
+    assert (search.objective, search.trials) == (objective, trials)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +260,9 @@ def test_what_a_search_cannot_do_is_said_before_it_starts(wrong: str) -> None:
 
 
 def test_without_validation_images_and_truth_the_search_is_label_free(
-    asked: Asked, capsys: pytest.CaptureFixture[str]
+    make_search: MakeSearch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(demo(), data=DemoScenes(val=0))
-    run_search(asked(config=config, objective="label-free"), host)
+    run_search(make_search(config=config, objective="label-free"), run_made_up_trials)
     assert "no label is used" in capsys.readouterr().out
     assert folder().data.val is None  # type: ignore[union-attr]

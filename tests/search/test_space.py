@@ -52,35 +52,35 @@ def drawn(config: PipelineConfig, name: str) -> st.SearchStrategy[dict[str, obje
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     deadline=None,
 )
-@given(data=st.data())
+@given(drawing=st.data())
 def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(
-    name: str, tmp_path: Path, data: st.DataObject
+    name: str, tmp_path: Path, drawing: st.DataObject
 ) -> None:
     config = demo()
-    chosen = data.draw(drawn(config, name))
-    made = apply_settings(config, chosen)
-    assert {key: get_setting(made, key) for key in chosen} == chosen
+    settings_drawn = drawing.draw(drawn(config, name))
+    changed = apply_settings(config, settings_drawn)
+    assert {key: get_setting(changed, key) for key in settings_drawn} == settings_drawn
     file = tmp_path / "best.yaml"
-    file.write_text(to_yaml(made))
+    file.write_text(to_yaml(changed))
     read, _ = parse_run_arguments(["--config", str(file), "--root", str(tmp_path)])
-    assert read == made
-    assert fingerprint(read) == fingerprint(made)
+    assert read == changed
+    assert fingerprint(read) == fingerprint(changed)
 
 
 @pytest.mark.parametrize("name", list(SPACES))
 @settings(max_examples=10, deadline=None)
-@given(data=st.data())
+@given(drawing=st.data())
 def test_trials_share_all_that_comes_before_the_separation(
-    name: str, data: st.DataObject
+    name: str, drawing: st.DataObject
 ) -> None:
     config = demo()
-    own, varied = (
+    preset_steps, varied = (
         build_steps(config),
-        build_steps(apply_settings(config, data.draw(drawn(config, name)))),
+        build_steps(apply_settings(config, drawing.draw(drawn(config, name)))),
     )
     shared = BEFORE if name == "full" else (*BEFORE, "separate")
     assert {step: varied[step].fingerprint for step in shared} == {
-        step: own[step].fingerprint for step in shared
+        step: preset_steps[step].fingerprint for step in shared
     }
 
 
@@ -89,13 +89,13 @@ def test_trials_share_all_that_comes_before_the_separation(
 def test_the_presets_own_values_lie_in_every_space(name: str, preset: str) -> None:
     config = thermal("assets") if preset == "thermal" else RUNNABLE[preset]()
     space = build_space(name, config)
-    own = preset_settings(config, space)
-    assert apply_settings(config, own) == config
+    preset = preset_settings(config, space)
+    assert apply_settings(config, preset) == config
     for key, domain in space.items():
         assert (
-            own[key] in domain.values
+            preset[key] in domain.values
             if isinstance(domain, Choice)
-            else domain.low <= own[key] <= domain.high
+            else domain.low <= preset[key] <= domain.high
         ), key
 
 

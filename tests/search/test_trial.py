@@ -28,7 +28,7 @@ from coin_ray.training.loop import Curve
 FIT = tiny_fit(steps=9, checkpoint_every=100)
 
 
-def fit_into(folder: Path) -> TrainingJob:
+def make_job(folder: Path) -> TrainingJob:
     folder.mkdir()
     return TrainingJob(
         "distill",
@@ -42,9 +42,9 @@ def fit_into(folder: Path) -> TrainingJob:
     )
 
 
-def watched(
+def train_and_report(
     work: TrainingJob,
-    wanted: Search,
+    search: Search,
     report: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -52,14 +52,14 @@ def watched(
         return {"last": fit(work)[-1]}
 
     monkeypatch.setattr(trial.distill, "run", run)
-    context = Context(wanted.config, wanted.root, work.folder, {}, {}, "distill")
-    trial._distill_with_reports(context, wanted, report)
+    context = Context(search.config, search.root, work.folder, {}, {}, "distill")
+    trial._distill_with_reports(context, search, report)
 
 
 def test_a_student_looked_at_on_the_way_is_the_same_student(
-    asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_search: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(search: Search, weights: dict[str, str]) -> dict[str, float]:
+    def sum_weights(search: Search, weights: dict[str, str]) -> dict[str, float]:
         assert set(weights) == {"student", "teacher"}
         return {
             "score": (
@@ -68,39 +68,42 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
             )
         }
 
-    monkeypatch.setattr(trial, "evaluate_weights", measured)
-    told: list[dict[str, Any]] = []
-    plain, looked = fit_into(tmp_path / "plain"), fit_into(tmp_path / "looked")
-    train_on_worker(plain, lambda *_: None)
-    watched(looked, asked(), told.append, monkeypatch)
-    assert [t["ninths"] for t in told] == [1, 3]
-    assert told[0]["score"] != told[1]["score"]
+    monkeypatch.setattr(trial, "evaluate_weights", sum_weights)
+    reports: list[dict[str, Any]] = []
+    plain_job, reported_job = (
+        make_job(tmp_path / "plain"),
+        make_job(tmp_path / "looked"),
+    )
+    train_on_worker(plain_job, lambda *_: None)
+    train_and_report(reported_job, make_search(), reports.append, monkeypatch)
+    assert [t["ninths"] for t in reports] == [1, 3]
+    assert reports[0]["score"] != reports[1]["score"]
     for name in ("detector.pt", "teacher.pt"):
         torch.testing.assert_close(
-            load_weights(f"{plain.folder}/{name}"),
-            load_weights(f"{looked.folder}/{name}"),
+            load_weights(f"{plain_job.folder}/{name}"),
+            load_weights(f"{reported_job.folder}/{name}"),
             rtol=0,
             atol=0,
         )
-    assert not list(Path(looked.folder).rglob("student.pt"))
+    assert not list(Path(reported_job.folder).rglob("student.pt"))
 
 
 def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
-    asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_search: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "evaluate_weights", lambda *_: {"score": 0.0})
-    work = fit_into(tmp_path / "killed")
+    work = make_job(tmp_path / "killed")
 
     def kill(figures: dict[str, Any]) -> None:
         if figures["ninths"] == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        watched(work, asked(), kill, monkeypatch)
-    told: list[dict[str, Any]] = []
-    watched(work, asked(), told.append, monkeypatch)
-    assert told == []
-    undisturbed = fit_into(tmp_path / "undisturbed")
+        train_and_report(work, make_search(), kill, monkeypatch)
+    reports: list[dict[str, Any]] = []
+    train_and_report(work, make_search(), reports.append, monkeypatch)
+    assert reports == []
+    undisturbed = make_job(tmp_path / "undisturbed")
     train_on_worker(undisturbed, lambda *_: None)
     torch.testing.assert_close(
         load_weights(f"{work.folder}/detector.pt"),
@@ -111,23 +114,28 @@ def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
 
 
 def test_without_a_scheduler_nothing_is_looked_at_on_the_way(
-    asked: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_search: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[dict[str, Any]] = []
-    watched(fit_into(tmp_path / "a"), asked(scheduler="none"), told.append, monkeypatch)
-    assert told == []
+    reports: list[dict[str, Any]] = []
+    train_and_report(
+        make_job(tmp_path / "a"),
+        make_search(scheduler="none"),
+        reports.append,
+        monkeypatch,
+    )
+    assert reports == []
 
 
 def test_a_trial_that_diverges_has_failed_and_says_why(
-    asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+    make_search: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverging(*_: object) -> dict[str, Any]:
         raise TrainingError("loss private_regions is not finite at step 40")
 
     monkeypatch.setattr(trial, "_distill_and_evaluate", diverging)
-    told: list[dict[str, Any]] = []
-    run_trial(asked(), {}, told.append)
-    assert told == [
+    reports: list[dict[str, Any]] = []
+    run_trial(make_search(), {}, reports.append)
+    assert reports == [
         {
             "ninths": 9,
             "score": FAILED_SCORE,
@@ -138,18 +146,18 @@ def test_a_trial_that_diverges_has_failed_and_says_why(
 
 def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:
     ids = [f"{n * 2654435761 % 2**32:08x}" + "0" * 56 for n in range(2000)]
-    kept = [i for i in ids if is_held_out(i, HELD_OUT_SHARE)]
-    assert 0.17 < len(kept) / len(ids) < 0.23
+    held_out_ids = [i for i in ids if is_held_out(i, HELD_OUT_SHARE)]
+    assert 0.17 < len(held_out_ids) / len(ids) < 0.23
     assert not any(is_held_out(i, 0.0) for i in ids)
 
 
 def test_missing_packages_are_named_before_anything_is_asked(
-    asked: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+    make_search: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "coin_ray.config.optional_dependencies.find_spec", lambda name: None
     )
-    search = asked(
+    search = make_search(
         config=replace(demo(), cloud=Cloud(serve="onnx", onnx_models=("teacher.onnx",)))
     )
     with pytest.raises(ConfigError, match="onnxruntime"):

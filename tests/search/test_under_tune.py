@@ -94,7 +94,7 @@ def test_a_killed_search_goes_on_without_repeating_what_had_finished(
 
 
 def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_nothing(
-    asked: Callable[..., Search],
+    make_search: Callable[..., Search],
 ) -> None:
     """Two at once, nine in all: all end, so no place is kept by a stopped one."""
     import ray
@@ -114,11 +114,11 @@ def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_noth
         )
         report({"ninths": 9, **failed})
 
-    told: list[TrialRecord] = []
+    ended_trials: list[TrialRecord] = []
     try:
         records = run_trials_with_tune(
-            asked(trials=9, concurrent=2, scheduler="asha"),
-            told.append,
+            make_search(trials=9, concurrent=2, scheduler="asha"),
+            ended_trials.append,
             resume=False,
             work=work,
         )
@@ -129,8 +129,10 @@ def test_asha_stops_bad_trials_and_frees_their_place_and_a_failed_one_stops_noth
             time.sleep(0.5)  # the last actors end after the search has returned
     finally:
         ray.shutdown()
-    assert len(records) == len(told) == 9
-    assert [r.number for r in sorted(told, key=lambda r: r.number)] == list(range(9))
+    assert len(records) == len(ended_trials) == 9
+    assert [r.number for r in sorted(ended_trials, key=lambda r: r.number)] == list(
+        range(9)
+    )
     stopped = [r for r in records if r.state.startswith("stopped")]
     assert stopped
     winner = best_trial(records)
