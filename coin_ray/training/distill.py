@@ -31,6 +31,7 @@ from coin_ray.parallel import all_gather_rows, all_reduce_gradients
 from coin_ray.structures import Detections, Pairs, Separation
 from coin_ray.training import diagnosis
 from coin_ray.training.ema import ema_update
+from coin_ray.training.loop import StateDict
 from coin_ray.training.schedule import (
     make_optimizer,
     mixed_precision,
@@ -374,10 +375,10 @@ class Distillation:
                 part.to(device)
         return self
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

@@ -17,6 +17,9 @@ from coin_ray.parallel import all_sum, worker_count, worker_rank
 
 LOG_EVERY = 20
 
+StateDict = dict[str, Any]
+"""Networks, optimizers and random generators of a training, as a checkpoint holds them."""
+
 
 class TrainingTask(Protocol):
     """A method to train: propagation, distillation, a baseline."""
@@ -29,19 +32,19 @@ class TrainingTask(Protocol):
     def to(self, device: torch.device) -> TrainingTask:
         """Move all networks to ``device``; batches stay on the CPU."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> StateDict: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: StateDict) -> None: ...
 
 
 class TrainingHost(Protocol):
     """The environment of the loop: a Ray Train worker, a Tune trial, a test."""
 
-    def resume(self) -> dict[str, Any] | None:
+    def resume(self) -> StateDict | None:
         """Return the last checkpoint, or None."""
 
     def report(
-        self, step: int, metrics: Mapping[str, float], checkpoint: dict[str, Any] | None
+        self, step: int, metrics: Mapping[str, float], checkpoint: StateDict | None
     ) -> None:
         """Accept the metrics of a step. All workers call it at the same steps."""
 

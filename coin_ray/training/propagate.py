@@ -6,8 +6,6 @@ Plain pseudo-labels and the oracle are the same training with other labels.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +18,7 @@ from coin_ray.models.co_detr.regional import RegionalDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.prototypes import Prototypes
 from coin_ray.structures import Separation
+from coin_ray.training.loop import StateDict
 from coin_ray.training.schedule import make_optimizer, mixed_precision, optimizer_step
 from coin_ray.training.student_outputs import (
     StudentForward,
@@ -97,14 +96,14 @@ class Propagation:
         self.prototypes.to(device)
         return self
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {
             "detector": self.detector.state_dict(),
             "prototypes": self.prototypes.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.detector.load_state_dict(state["detector"])
         self.prototypes.load_state_dict(state["prototypes"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -8,7 +8,6 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from coin_ray.models.co_detr.transformers_detr import CoTrained
 from coin_ray.parallel import all_sum, worker_rank
 from coin_ray.structures import Detections
 from coin_ray.training.ema import ema_update
+from coin_ray.training.loop import StateDict
 from coin_ray.training.schedule import (
     apply_gradients,
     mixed_precision,
@@ -141,7 +141,7 @@ class SupervisedTraining:
             self.average.to(device)
         return self
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         average = {} if self.average is None else self.average.state_dict()
         return {
             "model": self.model.state_dict(),
@@ -150,7 +150,7 @@ class SupervisedTraining:
             "seen": dict(self.positive_counts),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.positive_counts = Counter(state["seen"])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from coin_ray.cloud.adapters.parsing import (
+    JsonObject,
     ParsedBox,
     error_object,
     expect_list,
@@ -142,7 +143,7 @@ def _poll_request(task_id: str) -> PreparedRequest:
     return PreparedRequest(f"/v2/task_status/{task_id}", method="GET")
 
 
-def _parse_boxes(task: dict[str, Any]) -> list[ParsedBox]:
+def _parse_boxes(task: JsonObject) -> list[ParsedBox]:
     task_result = expect_object(task.get("result"), "data.result")
     nodes = expect_list(task_result.get("objects"), "data.result.objects")
     return [_parse_box(node, f"objects[{i}]") for i, node in enumerate(nodes)]
@@ -164,14 +165,14 @@ def _raise_task_failed(reason: str) -> NoReturn:
     raise Transient(message, may_have_billed=True)
 
 
-def _message(response: dict[str, Any]) -> str:
+def _message(response: JsonObject) -> str:
     errors = response.get("errors")
     error_texts = errors if isinstance(errors, list) else []
     return sanitize_text(response.get("msg"), *error_texts)
 
 
 def _error_from_message(
-    response: dict[str, Any], headers: Mapping[str, str]
+    response: JsonObject, headers: Mapping[str, str]
 ) -> CloudError | None:
     """Choose the error by the words of the message: the service does not document its
     codes.
@@ -188,9 +189,7 @@ def _error_from_message(
     return ImageRejected(message) if BAD_IMAGE.search(text) else None
 
 
-def _raise_response_error(
-    response: dict[str, Any], headers: Mapping[str, str]
-) -> NoReturn:
+def _raise_response_error(response: JsonObject, headers: Mapping[str, str]) -> NoReturn:
     error = _error_from_message(response, headers)
     if error is None:
         code = sanitize_text(str(response["code"]))

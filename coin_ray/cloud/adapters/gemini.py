@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from coin_ray.cloud.adapters.google_vision import parse_retry_delay
 from coin_ray.cloud.adapters.parsing import (
+    JsonObject,
     error_object,
     expect_list,
     expect_object,
@@ -168,7 +169,7 @@ class GeminiAdapter:
         return error_for_status(status, headers, text, delay_seconds)
 
 
-def _sampling_settings(model: str) -> dict[str, Any]:
+def _sampling_settings(model: str) -> JsonObject:
     """Return settings that keep thinking short, since it is paid for. Each generation of
     models rejects the settings of the others.
     """
@@ -188,7 +189,7 @@ def _refusal_error(reason: Any, key: str) -> Refused:
     )
 
 
-def _answer_text(candidate: dict[str, Any]) -> str:
+def _answer_text(candidate: JsonObject) -> str:
     """Return the answer's parts, concatenated, without the model's thoughts."""
     answer = expect_object(candidate.get("content"), "content")
     nodes = expect_list(answer.get("parts"), "parts")
@@ -200,14 +201,14 @@ def _answer_text(candidate: dict[str, Any]) -> str:
     )
 
 
-def _error_details(error: dict[str, Any]) -> list[dict[str, Any]]:
+def _error_details(error: JsonObject) -> list[JsonObject]:
     details = error.get("details")
     if not isinstance(details, list):
         return []
     return [detail for detail in details if isinstance(detail, dict)]
 
 
-def _violated_quotas(details: list[dict[str, Any]]) -> list[str]:
+def _violated_quotas(details: list[JsonObject]) -> list[str]:
     """Return the names of the quotas that a google.rpc.QuotaFailure lists."""
     names = []
     for detail in details:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
+    JsonObject,
     ParsedBox,
     error_object,
     expect_list,
@@ -168,7 +169,7 @@ def _parse_box(node: Any, field: str) -> ParsedBox:
     return ParsedBox((min(x), min(y), max(x), max(y)), names, score)
 
 
-def _image_error(error: dict[str, Any]) -> CloudError:
+def _image_error(error: JsonObject) -> CloudError:
     code = error.get("code")
     error_class = ERROR_BY_RPC_CODE.get(code) if isinstance(code, int) else None
     text = sanitize_text(error.get("message"))

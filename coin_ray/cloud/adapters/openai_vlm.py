@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from coin_ray.cloud.adapters.parsing import (
+    JsonObject,
     error_object,
     expect_list,
     expect_object,
@@ -166,7 +167,7 @@ class OpenAiVlmAdapter:
             return _bad_request_error(message, detail)
         return error_for_status(status, headers, detail)
 
-    def _check_no_error(self, part: dict[str, Any]) -> None:
+    def _check_no_error(self, part: JsonObject) -> None:
         if part.get("error") is None:
             return
         error = expect_object(part["error"], "error")

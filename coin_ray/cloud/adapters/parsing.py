@@ -30,6 +30,9 @@ BoxFormat = Literal[
 """Pixels of the image sent, ratios of its sides (``_ratio``), or thousandths of them
 (``_1000``)."""
 
+JsonObject = dict[str, Any]
+"""A parsed JSON object, whose members have not been checked."""
+
 
 def raise_malformed(reason: str) -> NoReturn:
     """Raise ``ProtocolError`` for a response that is not in the service's format."""
@@ -66,7 +69,7 @@ def load_json(
         )
 
 
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     json_object = dict(pairs)
     if len(json_object) != len(pairs):
         raise_malformed("a key appears twice in one object")
@@ -77,7 +80,7 @@ def _reject_constant(constant: str) -> NoReturn:
     raise_malformed(f"{constant} is not a number")
 
 
-def expect_object(node: Any, field: str) -> dict[str, Any]:
+def expect_object(node: Any, field: str) -> JsonObject:
     """Return ``node`` if it is a JSON object. Raises ``ProtocolError`` naming ``field``,
     as all ``expect_...`` functions do.
     """
@@ -241,7 +244,7 @@ def sanitize_text(*parts: Any) -> str:
     return printable[:DETAIL_LENGTH]
 
 
-def error_object(body: bytes, *keys: str) -> dict[str, Any]:
+def error_object(body: bytes, *keys: str) -> JsonObject:
     """Return the JSON object of an error body, or the object nested in it under
     ``keys``; empty if there is none.
     """

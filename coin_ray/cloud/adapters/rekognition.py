@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
+    JsonObject,
     ParsedBox,
     error_object,
     expect_list,
@@ -190,7 +191,7 @@ def _parse_label(node: Any, field: str) -> _Label:
     )
 
 
-def _parse_names(label: dict[str, Any], key: str, field: str) -> tuple[str, ...]:
+def _parse_names(label: JsonObject, key: str, field: str) -> tuple[str, ...]:
     nodes = expect_list(label.get(key, []), f"{field}.{key}")
     objects = [expect_object(node, f"{field}.{key}") for node in nodes]
     return tuple(

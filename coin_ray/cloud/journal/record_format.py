@@ -35,10 +35,14 @@ ANSWER_FIELDS = (
 """Fields of ``AnswerRecord`` that the JSON head holds."""
 
 
+HeadFields = dict[str, Any]
+"""The JSON head of a record: kind, key, digest and others by kind."""
+
+
 class ParsedRecord(NamedTuple):
     """One record; ``packed_body``: compressed; ``end``: offset after the record."""
 
-    head: dict[str, Any]
+    head: HeadFields
     packed_body: bytes
     end: int
 
@@ -46,7 +50,7 @@ class ParsedRecord(NamedTuple):
 class RecordHead(NamedTuple):
     """The JSON head of a record, with the offsets of its first byte and after its last."""
 
-    head: dict[str, Any]
+    head: HeadFields
     offset: int
     end: int
 
@@ -56,7 +60,7 @@ def body_digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()[:16]
 
 
-def answer_head(key: str, record: AnswerRecord) -> dict[str, Any]:
+def answer_head(key: str, record: AnswerRecord) -> HeadFields:
     """Return the JSON head of an answer."""
     fields = {
         name: text_or_number
@@ -68,7 +72,7 @@ def answer_head(key: str, record: AnswerRecord) -> dict[str, Any]:
     return {"kind": "answer", "key": key, "digest": digest, **fields}
 
 
-def quarantine_head(key: str, body: bytes, reason: str) -> dict[str, Any]:
+def quarantine_head(key: str, body: bytes, reason: str) -> HeadFields:
     """Return the JSON head of a body that is kept, but no longer an answer."""
     return {
         "kind": "quarantine",
@@ -78,7 +82,7 @@ def quarantine_head(key: str, body: bytes, reason: str) -> dict[str, Any]:
     }
 
 
-def encode_record(head: dict[str, Any], body: bytes) -> bytes:
+def encode_record(head: HeadFields, body: bytes) -> bytes:
     """Return a whole record."""
     packed_head = json.dumps(head, separators=(",", ":")).encode()
     packed_body = zlib.compress(body, 1)

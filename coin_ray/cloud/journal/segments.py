@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from coin_ray.cloud.journal.base import (
     AnswerRecord,
@@ -33,6 +33,7 @@ from coin_ray.cloud.journal.index import (
 )
 from coin_ray.cloud.journal.keys import TASK
 from coin_ray.cloud.journal.record_format import (
+    HeadFields,
     RecordHead,
     answer_head,
     decode_answer,
@@ -217,7 +218,7 @@ class SegmentJournal(Journal):
         return self._readers[path]
 
     def _append(
-        self, head: dict[str, Any], body: bytes = b"", *, durable: bool = False
+        self, head: HeadFields, body: bytes = b"", *, durable: bool = False
     ) -> None:
         """Append a record with one ``write``: a killed process leaves a whole record or
         a torn last one. A ``durable`` record also survives a power cut.
@@ -281,7 +282,7 @@ class SegmentJournal(Journal):
                 self._index_record(record.head, path, record.offset)
                 self._read_up_to[name] = record.end
 
-    def _index_record(self, head: dict[str, Any], path: str, offset: int) -> None:
+    def _index_record(self, head: HeadFields, path: str, offset: int) -> None:
         kind = head["kind"]
         if kind == "answer":
             self._answers.add(head["key"], head["digest"], path, offset)
@@ -293,7 +294,7 @@ class SegmentJournal(Journal):
             self._counted_sums.add(head["id"])
             self._ledger.add_compacted(head)
 
-    def _current_records(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+    def _current_records(self) -> Iterator[tuple[HeadFields, bytes]]:
         """Yield head and bytes of each answer that ``get`` returns, and of each
         quarantined body once.
         """
