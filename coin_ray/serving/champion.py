@@ -6,10 +6,8 @@ python -m coin_ray.serving.champion runs/demo/export --name coin-student --regis
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from coin_ray import storage
-from coin_ray.errors import CoinError, ConfigError, InputError
+from coin_ray.errors import ConfigError, InputError
 from coin_ray.serving.detectors import ServedDetector
 from coin_ray.serving.student import PredictorAdapter, load_served_predictor
 
@@ -172,33 +170,3 @@ class ChampionFollower:
         swap(await asyncio.to_thread(self._registry.load, version))
         self.version, self._last_error = version, ""
         logger.info("serving version %s of %s", version, self._registry.name)
-
-
-def main() -> int:
-    """Register the export named on the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="coin_ray.serving.champion",
-        description="Register an export and make it the champion.",
-    )
-    parser.add_argument("folder", help="written by coin-ray export, as ROOT/export")
-    parser.add_argument("--name", default=MODEL_NAME, help="the registered model")
-    parser.add_argument(
-        "--registry",
-        default="",
-        help="MLflow's tracking URI (default: MLFLOW_TRACKING_URI)",
-    )
-    parser.add_argument("--alias", default=ALIAS)
-    arguments = parser.parse_args()
-    try:
-        version = register(
-            arguments.folder, arguments.name, arguments.registry, arguments.alias
-        )
-    except CoinError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{arguments.name} version {version} is the {arguments.alias}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

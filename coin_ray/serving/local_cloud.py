@@ -156,9 +156,7 @@ def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="coin_ray.serving.local_cloud", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="coin-ray serve", description=__doc__)
     parser.add_argument("--serve", choices=get_args(ServeKind), default="demo")
     parser.add_argument(
         "--models",

@@ -86,20 +86,12 @@ def create_app(
         detector, injection, limits, token, call_log, teacher_proxy
     )
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        follower: asyncio.Task[None] | None = None
-        if champion is not None:
-            on_error = service.metrics.registry_errors.inc
-            follower = asyncio.create_task(champion.follow(service.swap, on_error))
-        yield
-        if follower is not None:
-            follower.cancel()
-        if teacher_proxy is not None:
-            await teacher_proxy.aclose()
-
     app = FastAPI(
-        title="coin_ray", version="1", lifespan=lifespan, docs_url=None, redoc_url=None
+        title="coin_ray",
+        version="1",
+        lifespan=lambda _: _run_in_background(service, champion, teacher_proxy),
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     app.add_middleware(RequestMetricsMiddleware, metrics=service.metrics)
@@ -111,6 +103,24 @@ def create_app(
     app.add_exception_handler(HttpProblem, _problem_response)
     app.add_exception_handler(HTTPException, _problem_response)
     return app
+
+
+@asynccontextmanager
+async def _run_in_background(
+    service: DetectionService,
+    champion: ChampionFollower | None,
+    teacher_proxy: TeacherProxy | None,
+) -> AsyncIterator[None]:
+    """Follow the champion while the server runs; close the teacher proxy at its end."""
+    follower: asyncio.Task[None] | None = None
+    if champion is not None:
+        on_error = service.metrics.registry_errors.inc
+        follower = asyncio.create_task(champion.follow(service.swap, on_error))
+    yield
+    if follower is not None:
+        follower.cancel()
+    if teacher_proxy is not None:
+        await teacher_proxy.aclose()
 
 
 def _add_detection_routes(app: FastAPI, service: DetectionService) -> None:
