@@ -1,4 +1,4 @@
-"""Small things that many tests need."""
+"""Build small models, configs, detections and images for tests."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.backbone import new_embeddings, new_tower
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.structures import Detections, Pairs, Separation
+from coin_ray.tables import Truth
 from coin_ray.training.distill import Distillation
 from coin_ray.training.propagate import Propagation
 from coin_ray.training.queries import forward_detr_student
@@ -30,8 +31,8 @@ Row = tuple[Sequence[float], int, float]
 
 
 def detections(*rows: Row, classes: int = 3) -> Detections:
-    """Of (box, label, score); what the score leaves is spread over the other classes
-    and background."""
+    """Build detections of (box, label, score); the other classes and background share
+    the remaining probability."""
     if not rows:
         return Detections.empty(classes)
     probs = torch.tensor(
@@ -45,6 +46,19 @@ def detections(*rows: Row, classes: int = 3) -> Detections:
         torch.tensor([score for _, _, score in rows]),
         torch.tensor([label for _, label, _ in rows]),
         probs,
+    )
+
+
+def truth(
+    *rows: tuple[Sequence[float], int] | tuple[Sequence[float], int, bool],
+) -> Truth:
+    """Build annotations of (box, label) or (box, label, difficult)."""
+    boxes = [list(row[0]) for row in rows]
+    difficult = [len(row) > 2 and row[2] for row in rows]
+    return Truth(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([row[1] for row in rows], dtype=torch.int64),
+        torch.tensor(difficult, dtype=torch.bool),
     )
 
 
@@ -119,7 +133,7 @@ def calibrate(visual: torch.nn.Module) -> None:
 
 
 def tiny_config(**changes: Any) -> Detector:
-    values: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "short_side": 64,
         "long_side": 96,
         "roi_size": 4,
@@ -137,7 +151,7 @@ def tiny_config(**changes: Any) -> Detector:
         "score_min": 0.05,
         "detections": 20,
     }
-    return Detector(**(values | changes))
+    return Detector(**(fields | changes))
 
 
 TEMPLATES = Clip(templates=("a photo of a {}.", "a drawing of a {}."))
@@ -163,7 +177,7 @@ def tiny_embeddings() -> Tensor:
 
 
 def tiny_fit(**changes: Any) -> TrainingConfig:
-    values: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "steps": 6,
         "batch": 2,
         "optimizer": "adamw",
@@ -175,7 +189,7 @@ def tiny_fit(**changes: Any) -> TrainingConfig:
         "augmentation": 0.5,
         "checkpoint_every": 3,
     }
-    return TrainingConfig(**(values | changes))
+    return TrainingConfig(**(fields | changes))
 
 
 def propagation(fit: TrainingConfig, **changes: Any) -> Propagation:
@@ -196,7 +210,7 @@ def propagation(fit: TrainingConfig, **changes: Any) -> Propagation:
 
 def distillation(fit: TrainingConfig, **changes: Any) -> Distillation:
     """Every loss is active: any overlap matches, and every fused vector is trusted."""
-    values = {
+    fields = {
         "alignment": 1.0,
         "inconsistent": 1.0,
         "private": 1.0,
@@ -212,7 +226,7 @@ def distillation(fit: TrainingConfig, **changes: Any) -> Distillation:
         student,
         teacher,
         tiny_embeddings(),
-        Distill(fit=fit, **(values | changes)),
+        Distill(fit=fit, **(fields | changes)),
         rules,
     )
 
@@ -220,7 +234,7 @@ def distillation(fit: TrainingConfig, **changes: Any) -> Distillation:
 def tiny_network(**changes: Any) -> CoDetr:
     """Two layers of decoder and one of encoder, few queries, and the auxiliary head
     COIN needs."""
-    values: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "width": 32,
         "levels": 3,
         "feedforward": 32,
@@ -237,7 +251,7 @@ def tiny_network(**changes: Any) -> CoDetr:
         "roi_boxes": "agnostic",
         "detections": 20,
     }
-    return tiny(**(values | changes))
+    return tiny(**(fields | changes))
 
 
 def tiny_co_detr(
@@ -270,8 +284,8 @@ def tiny_co_detr(
 def detr_distillation(
     fit: TrainingConfig, *, named: bool = True, **changes: Any
 ) -> Distillation:
-    """As ``distillation``, with a Co-DETR student."""
-    values = {
+    """Build ``distillation`` with a Co-DETR student."""
+    fields = {
         "alignment": 1.0,
         "inconsistent": 1.0,
         "private": 1.0,
@@ -286,7 +300,7 @@ def detr_distillation(
         tiny_co_detr(seed=0, named=named),
     )
     rules = Separate(iou_min=0.2, clip_score_min=0.05, fused_boxes="always")
-    config = Distill(fit=fit, student="co-detr", **(values | changes))
+    config = Distill(fit=fit, student="co-detr", **(fields | changes))
     return Distillation(
         student,
         teacher,
@@ -312,23 +326,23 @@ SIZES = ((96, 64), (64, 80), (72, 72), (64, 96), (90, 60))
 
 
 def examples(folder: Path) -> list[Example]:
-    """Five images of different sizes with coloured blocks, and two opinions on the
-    blocks: equal, different, and lonely ones."""
+    """Five images of different sizes with coloured blocks, and two teachers' boxes of the
+    blocks: equal, different, and unmatched ones."""
     draw = np.random.default_rng(7)
-    made = []
+    all_examples = []
     for number, (width, height) in enumerate(SIZES):
         pixels = draw.integers(60, 190, (height, width, 3), np.uint8)
         boxes = [(4, 4, 30, 28), (34, 8, 58, 34), (6, 34, 32, 58), (36, 36, 58, 58)]
-        for (left, top, right, bottom), colour in zip(
+        for (x1, y1, x2, y2), colour in zip(
             boxes, draw.integers(0, 255, (4, 3)), strict=True
         ):
-            pixels[top:bottom, left:right] = colour
+            pixels[y1:y2, x1:x2] = colour
         uri = folder / f"{number}.png"
         Image.fromarray(pixels).save(uri)
         moved = [(a + 2.0, b + 1.0, c, d - 1.0) for a, b, c, d in boxes]
         cloud = detections((boxes[0], 0, 0.9), (boxes[1], 1, 0.8), (boxes[2], 2, 0.7))
         clip = detections((moved[0], 0, 0.6), (moved[1], 2, 0.5), (moved[3], 1, 0.4))
-        made.append(
+        all_examples.append(
             Example(
                 str(number),
                 str(uri),
@@ -340,7 +354,7 @@ def examples(folder: Path) -> list[Example]:
                 },
             )
         )
-    return made
+    return all_examples
 
 
 def training_batches(folder: Path, fit: TrainingConfig) -> list[Batch]:
@@ -352,6 +366,6 @@ def training_batches(folder: Path, fit: TrainingConfig) -> list[Batch]:
 
 
 def sorted_rows(boxes: Tensor, *columns: Tensor) -> list[tuple[float, ...]]:
-    """Rows as a sorted list, to compare as sets."""
+    """Return the rows as a sorted list, to compare as sets."""
     table = torch.cat([boxes.double(), *(c.double()[:, None] for c in columns)], 1)
     return sorted(tuple(row) for row in table.tolist())

@@ -11,8 +11,8 @@ from torch import Tensor
 from coin_ray import boxes as box_ops
 
 
-def rows(*values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def rows(*boxes: list[float]) -> Tensor:
+    return torch.tensor(boxes, dtype=torch.float64)
 
 
 sides = st.integers(1, 300)
@@ -21,19 +21,23 @@ box_lists = st.lists(
     min_size=1,
     max_size=6,
 ).map(
-    lambda found: torch.tensor(
-        [[x, y, x + w, y + h] for x, y, w, h in found], dtype=torch.float64
+    lambda rows: torch.tensor(
+        [[x, y, x + w, y + h] for x, y, w, h in rows], dtype=torch.float64
     )
 )
 
 
 def test_mirror() -> None:
-    assert box_ops.mirror_boxes(rows([10, 5, 30, 25]), 100).tolist() == [[70, 5, 90, 25]]
+    assert box_ops.mirror_boxes(rows([10, 5, 30, 25]), 100).tolist() == [
+        [70, 5, 90, 25]
+    ]
 
 
 @given(box_lists)
 def test_mirror_twice_is_nothing(boxes: Tensor) -> None:
-    assert torch.equal(box_ops.mirror_boxes(box_ops.mirror_boxes(boxes, 640), 640), boxes)
+    assert torch.equal(
+        box_ops.mirror_boxes(box_ops.mirror_boxes(boxes, 640), 640), boxes
+    )
 
 
 def test_scale() -> None:
@@ -82,10 +86,10 @@ def test_growth_is_limited() -> None:
 
 def test_no_boxes() -> None:
     none = torch.zeros(0, 4)
-    for result in (
+    for boxes in (
         box_ops.mirror_boxes(none, 9),
         box_ops.scale_boxes(none, 2, 2),
         box_ops.encode_boxes(none, none),
         box_ops.decode_boxes(none, none),
     ):
-        assert result.shape == (0, 4)
+        assert boxes.shape == (0, 4)

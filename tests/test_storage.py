@@ -22,33 +22,32 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_bytes_and_json(root: str) -> None:
-    place = storage.join(root, "a", "b.json")
-    assert not storage.exists(place)
-    storage.write_json(place, {"x": [1, 2]})
-    assert storage.exists(place)
-    assert storage.read_json(place) == {"x": [1, 2]}
-    storage.write_bytes(place, b"new")
-    assert storage.read_bytes(place) == b"new"
-    storage.remove(place)
-    storage.remove(place)
-    assert not storage.exists(place)
+    uri = storage.join(root, "a", "b.json")
+    assert not storage.exists(uri)
+    storage.write_json(uri, {"x": [1, 2]})
+    assert storage.exists(uri)
+    assert storage.read_json(uri) == {"x": [1, 2]}
+    storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"new"
+    storage.remove(uri)
+    storage.remove(uri)
+    assert not storage.exists(uri)
 
 
 def test_list_files(root: str) -> None:
     assert storage.list_files(root) == []
     for name in ("b.txt", "deep/er/a.txt", "c.json"):
         storage.write_bytes(storage.join(root, name), name.encode())
-    found = storage.list_files(root, ".txt")
-    assert [storage.read_bytes(f) for f in found] == [b"b.txt", b"deep/er/a.txt"]
+    files = storage.list_files(root, ".txt")
+    assert [storage.read_bytes(f) for f in files] == [b"b.txt", b"deep/er/a.txt"]
     assert len(storage.list_files(root)) == 3
 
 
 def test_digest_is_that_of_the_whole_file(root: str) -> None:
-    content = bytes(range(256)) * 5000
-    storage.write_bytes(storage.join(root, "a.bin"), content)
+    raw = bytes(range(256)) * 5000
+    storage.write_bytes(storage.join(root, "a.bin"), raw)
     assert (
-        storage.sha256(storage.join(root, "a.bin"))
-        == hashlib.sha256(content).hexdigest()
+        storage.sha256(storage.join(root, "a.bin")) == hashlib.sha256(raw).hexdigest()
     )
 
 
@@ -69,16 +68,16 @@ def test_tables_in_parts(root: str) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    place = tmp_path / "file"
-    storage.write_bytes(str(place), b"old")
+    uri = tmp_path / "file"
+    storage.write_bytes(str(uri), b"old")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, broken, fail)
     with pytest.raises(OSError, match="No space"):
-        storage.write_bytes(str(place), b"new")
-    assert place.read_bytes() == b"old"
+        storage.write_bytes(str(uri), b"new")
+    assert uri.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -141,25 +140,25 @@ def test_rows_that_are_large_are_written_before_a_group_is_full(
 
 
 def test_a_table_whose_rows_break_off_leaves_the_old_one(root: str) -> None:
-    place = storage.join(root, "rows.parquet")
-    storage.write_table(place, pa.table({"n": [1]}))
+    uri = storage.join(root, "rows.parquet")
+    storage.write_table(uri, pa.table({"n": [1]}))
 
     def broken_off() -> None:
-        with storage.table_writer(place, pa.schema([("n", pa.int64())])) as writer:
+        with storage.table_writer(uri, pa.schema([("n", pa.int64())])) as writer:
             writer.write(pa.table({"n": [2]}))
             raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
         broken_off()
-    assert storage.read_table(place)["n"].to_pylist() == [1]
+    assert storage.read_table(uri)["n"].to_pylist() == [1]
     assert len(storage.list_files(root)) == 1
 
 
 def test_a_table_is_read_in_blocks(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "BLOCK_ROWS", 4)
-    place = storage.join(root, "rows.parquet")
-    storage.write_table(place, pa.table({"n": range(10), "other": range(10)}))
-    blocks = list(storage.stream_table(place, ["n"]))
+    uri = storage.join(root, "rows.parquet")
+    storage.write_table(uri, pa.table({"n": range(10), "other": range(10)}))
+    blocks = list(storage.stream_table(uri, ["n"]))
     assert [block["n"].to_pylist() for block in blocks] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],

@@ -36,29 +36,29 @@ def test_wrong_shapes_are_refused_and_shown(field: str, wrong: torch.Tensor) -> 
 
 
 def test_index_by_mask_rows_and_slice() -> None:
-    found = detections(
+    three = detections(
         ([0, 0, 1, 1], 0, 0.9), ([0, 0, 2, 2], 1, 0.8), ([0, 0, 3, 3], 2, 0.7)
     )
-    assert found[found.scores > 0.75].labels.tolist() == [0, 1]
-    assert found[torch.tensor([2, 0])].labels.tolist() == [2, 0]
-    assert found[1:].boxes.tolist() == [[0, 0, 2, 2], [0, 0, 3, 3]]
-    assert found.num_classes == 3
+    assert three[three.scores > 0.75].labels.tolist() == [0, 1]
+    assert three[torch.tensor([2, 0])].labels.tolist() == [2, 0]
+    assert three[1:].boxes.tolist() == [[0, 0, 2, 2], [0, 0, 3, 3]]
+    assert three.num_classes == 3
 
 
 def test_empty_and_cat() -> None:
-    none, one = Detections.empty(3), detections(([0, 0, 1, 1], 1, 0.9))
-    assert (len(none), none.num_classes, none.labels.dtype) == (0, 3, torch.int64)
-    joined = Detections.cat([none, one, one])
+    empty, single = Detections.empty(3), detections(([0, 0, 1, 1], 1, 0.9))
+    assert (len(empty), empty.num_classes, empty.labels.dtype) == (0, 3, torch.int64)
+    joined = Detections.cat([empty, single, single])
     assert joined.labels.tolist() == [1, 1]
     assert joined.probs.shape == (2, 4)
     assert len(Pairs.empty(3)) == 0
 
 
 def test_with_boxes_keeps_the_rest() -> None:
-    one = detections(([0, 0, 1, 1], 1, 0.9))
-    moved = one.with_boxes(one.boxes + 5)
+    single = detections(([0, 0, 1, 1], 1, 0.9))
+    moved = single.with_boxes(single.boxes + 5)
     assert moved.boxes.tolist() == [[5, 5, 6, 6]]
-    assert moved.probs is one.probs
+    assert moved.probs is single.probs
 
 
 def test_pairs_are_indexed_together() -> None:

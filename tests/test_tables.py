@@ -12,15 +12,15 @@ from coin_ray import storage, tables
 from coin_ray.structures import Detections
 from coin_ray.tables import (
     Provenance,
+    detections_by_image,
     detections_row,
     detections_table,
-    detections_by_image,
 )
 
 FOUND = detections(([0.1, 0.2, 1 / 3, 7.7], 0, 0.9), ([1, 2, 3.3, 4], 2, 0.3))
 
 
-def same(a: Detections, b: Detections) -> bool:
+def _is_same(a: Detections, b: Detections) -> bool:
     return all(
         torch.equal(getattr(a, n), getattr(b, n))
         for n in ("boxes", "scores", "labels", "probs")
@@ -36,12 +36,12 @@ def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
     storage.write_table(uri, detections_table(rows))
     back = detections_by_image(storage.read_table(uri), 3)
     assert list(back) == ["a", "none"]
-    assert same(back["a"], FOUND)
-    assert same(back["none"], Detections.empty(3))
+    assert _is_same(back["a"], FOUND)
+    assert _is_same(back["none"], Detections.empty(3))
 
 
 @pytest.mark.parametrize(
-    ("status", "kept"),
+    ("status", "is_read"),
     [
         ("ok", True),
         ("cached", True),
@@ -50,9 +50,9 @@ def test_round_trip_through_a_file_is_exact(tmp_path: Path) -> None:
         ("skipped_budget", False),
     ],
 )
-def test_only_answered_images_are_read(status: str, kept: bool) -> None:
+def test_only_answered_images_are_read(status: str, is_read: bool) -> None:
     table = detections_table([detections_row("a", FOUND, Provenance("cloud", status))])
-    assert ("a" in detections_by_image(table, 3)) == kept
+    assert ("a" in detections_by_image(table, 3)) == is_read
 
 
 def test_a_table_of_no_images() -> None:
@@ -82,18 +82,18 @@ def test_provenance_is_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "stored"),
+    ("prob_source", "stored"),
     [
         (None, ["native", "native"]),
         (("grouped", "label_prior"), ["grouped", "label_prior"]),
     ],
 )
 def test_the_source_of_probabilities_is_stored(
-    given: tuple[str, ...] | None, stored: list[str]
+    prob_source: tuple[str, ...] | None, stored: list[str]
 ) -> None:
-    assert detections_table([detections_row("a", FOUND, Provenance("cloud"), given)])[
-        "prob_source"
-    ].to_pylist() == [stored]
+    assert detections_table(
+        [detections_row("a", FOUND, Provenance("cloud"), prob_source)]
+    )["prob_source"].to_pylist() == [stored]
 
 
 def test_truth(tmp_path: Path) -> None:
@@ -121,11 +121,13 @@ def test_rows_become_a_table_whatever_their_number(
     monkeypatch.setattr(tables, "BLOCK_ROWS", 3)
     schema = pa.schema([("n", pa.int64())])
     for count in (0, 2, 3, 7):
-        rows, made = tables.TableBuilder(schema), [{"n": n} for n in range(count)]
-        for row in made:
-            rows.append(row)
-            assert len(rows.pending_rows) < 3
-        assert rows.table().to_pylist() == made
-        assert [block.num_rows for block in tables.iterate_tables(made, schema)] == [3] * (
-            count // 3
-        ) + [count % 3] * bool(count % 3)
+        rows = [{"n": n} for n in range(count)]
+        builder = tables.TableBuilder(schema)
+        for row in rows:
+            builder.append(row)
+            assert len(builder.pending_rows) < 3
+        assert builder.table().to_pylist() == rows
+        blocks = tables.iterate_tables(rows, schema)
+        last_block = [count % 3] if count % 3 else []
+        expected_counts = [3] * (count // 3) + last_block
+        assert [block.num_rows for block in blocks] == expected_counts

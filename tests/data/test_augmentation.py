@@ -48,26 +48,26 @@ def test_an_image_that_fits_is_not_touched() -> None:
 @pytest.mark.parametrize("short_side", [60, 120, 30])
 def test_boxes_follow_resize_and_mirror(mirrored: bool, short_side: int) -> None:
     """The box around the white block stays around the white block."""
-    view = resize_to_fit(IMAGE, short_side, 1000)
-    view = mirror_image(view) if mirrored else view
-    found = transform_detections(
+    resized = resize_to_fit(IMAGE, short_side, 1000)
+    resized = mirror_image(resized) if mirrored else resized
+    moved = transform_detections(
         detections(([30, 20, 60, 40], 1, 0.9)),
         (120, 60),
-        (view.shape[2], view.shape[1]),
+        (resized.shape[2], resized.shape[1]),
         mirrored,
     )
-    left, top, right, bottom = (int(x) for x in found.boxes[0].round())
-    inside = view[:, top:bottom, left:right]
+    x1, y1, x2, y2 = (int(x) for x in moved.boxes[0].round())
+    inside = resized[:, y1:y2, x1:x2]
     assert int(inside.min()) > 100
-    assert int((view > 127).sum()) == pytest.approx(inside.numel(), rel=0.15)
-    assert found.labels.tolist() == [1]
+    assert int((resized > 127).sum()) == pytest.approx(inside.numel(), rel=0.15)
+    assert moved.labels.tolist() == [1]
 
 
 def test_boxes_by_hand() -> None:
-    found = transform_detections(
+    moved = transform_detections(
         detections(([30, 20, 60, 40], 1, 0.9)), (120, 60), (60, 90), True
     )
-    assert found.boxes.tolist() == [[30, 30, 45, 60]]
+    assert moved.boxes.tolist() == [[30, 30, 45, 60]]
 
 
 def test_strong_view_keeps_shape_and_type_and_is_a_function_of_the_draw() -> None:

@@ -20,7 +20,7 @@ from coin_ray.data.formats import Annotation, ImageRecord, write_dataset
 GOOD = (Annotation((0, 0, 40, 30), "traffic light"), Annotation((2, 3, 12.5, 9), "bus"))
 
 
-def photo(path: Path, seed: int) -> str:
+def _write_photo(path: Path, seed: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(
         np.random.default_rng(seed).integers(0, 255, (30, 40, 3), np.uint8)
@@ -28,10 +28,14 @@ def photo(path: Path, seed: int) -> str:
     return str(path)
 
 
-def split(folder: Path, name: str, *more: Annotation, seed: int = 0) -> Path:
-    """Two good images in VOC format; ``more`` boxes in the second."""
-    boxes: tuple[Sequence[Annotation], ...] = (GOOD, (*GOOD, *more))
-    uris = [photo(folder / "source" / f"{name}{n}.png", seed + n) for n in range(2)]
+def _write_split(
+    folder: Path, name: str, *extra_boxes: Annotation, seed: int = 0
+) -> Path:
+    """Two good images in VOC format; ``extra_boxes`` in the second."""
+    boxes: tuple[Sequence[Annotation], ...] = (GOOD, (*GOOD, *extra_boxes))
+    uris = [
+        _write_photo(folder / "source" / f"{name}{n}.png", seed + n) for n in range(2)
+    ]
     records = [
         ImageRecord.from_annotations(f"{name}{n}.png", uri, (40, 30), boxes[n])
         for n, uri in enumerate(uris)
@@ -40,77 +44,85 @@ def split(folder: Path, name: str, *more: Annotation, seed: int = 0) -> Path:
     return folder / name
 
 
-def cut(train: Path) -> None:
+def _truncate_image(train: Path) -> None:
     file = train / "JPEGImages" / "train0.png"
     file.write_bytes(file.read_bytes()[:900])
 
 
-def no_image(train: Path) -> None:
+def _replace_image_by_text(train: Path) -> None:
     (train / "JPEGImages" / "train0.png").write_text("text")
 
 
-def gone(train: Path) -> None:
+def _delete_image(train: Path) -> None:
     (train / "JPEGImages" / "train0.png").unlink()
 
 
-def copied(train: Path) -> None:
+def _copy_image(train: Path) -> None:
     (train / "JPEGImages" / "again.png").write_bytes(
         (train / "JPEGImages" / "train0.png").read_bytes()
     )
 
 
-def leaked(train: Path) -> None:
+def _copy_image_from_val(train: Path) -> None:
     (train / "JPEGImages" / "train0.png").write_bytes(
         (train.parent / "val" / "JPEGImages" / "val1.png").read_bytes()
     )
 
 
-def resized(train: Path) -> None:
+def _resize_image(train: Path) -> None:
     path = train / "JPEGImages" / "train0.png"
     with Image.open(path) as image:
         bigger = image.resize((80, 60))
     bigger.save(path)
 
 
-def torn_label(train: Path) -> None:
+def _truncate_label(train: Path) -> None:
     (train / "Annotations" / "train0.xml").write_text("<annotation>\n<object>")
 
 
-def kinds(*places: Path, classes: Sequence[str] = ()) -> Counter[str]:
+def _fault_kinds(*folders: Path, classes: Sequence[str] = ()) -> Counter[str]:
     return Counter(
-        fault.kind for fault in check_datasets([str(p) for p in places], classes)
+        fault.kind for fault in check_datasets([str(p) for p in folders], classes)
     )
 
 
 def test_good_folders_have_no_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = [split(tmp_path, "train"), split(tmp_path, "val", seed=10)]
-    assert kinds(*places, classes=("bus", "traffic light")) == {}
-    assert check([*map(str, places), "--classes", "bus, traffic light"]) == 0
+    folders = [_write_split(tmp_path, "train"), _write_split(tmp_path, "val", seed=10)]
+    assert _fault_kinds(*folders, classes=("bus", "traffic light")) == {}
+    assert check([*map(str, folders), "--classes", "bus, traffic light"]) == 0
     assert "nothing wrong found in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("damage", "kind", "example"),
     [
-        (cut, "broken image", "train0.png: the image file is damaged"),
-        (no_image, "broken image", "train0.png: the file is not an image"),
+        (_truncate_image, "broken image", "train0.png: the image file is damaged"),
         (
-            gone,
+            _replace_image_by_text,
+            "broken image",
+            "train0.png: the file is not an image",
+        ),
+        (
+            _delete_image,
             "image missing",
             "JPEGImages/train0 is labelled or listed, but not there",
         ),
-        (copied, "same image twice", "train0.png is "),
-        (leaked, "same image in two splits", "val1.png is "),
-        (resized, "size differs", "train0.png is 80 x 60, its labels say 40 x 30"),
-        (torn_label, "can't be read", "train0.xml:2: not XML"),
+        (_copy_image, "same image twice", "train0.png is "),
+        (_copy_image_from_val, "same image in two splits", "val1.png is "),
+        (
+            _resize_image,
+            "size differs",
+            "train0.png is 80 x 60, its labels say 40 x 30",
+        ),
+        (_truncate_label, "can't be read", "train0.xml:2: not XML"),
     ],
 )
 def test_a_damaged_file_is_found(
     tmp_path: Path, damage: Callable[[Path], None], kind: str, example: str
 ) -> None:
-    train, val = split(tmp_path, "train"), split(tmp_path, "val", seed=10)
+    train, val = _write_split(tmp_path, "train"), _write_split(tmp_path, "val", seed=10)
     damage(train)
     [fault] = check_datasets([str(train), str(val)])
     assert fault.kind == kind
@@ -135,7 +147,7 @@ def test_a_damaged_file_is_found(
 def test_a_bad_box_is_found(
     tmp_path: Path, box: Sequence[float], kind: str | None
 ) -> None:
-    assert kinds(split(tmp_path, "train", Annotation(box, "bus"))) == (
+    assert _fault_kinds(_write_split(tmp_path, "train", Annotation(box, "bus"))) == (
         {kind: 1} if kind else {}
     )
 
@@ -147,14 +159,14 @@ def test_a_bad_box_is_found(
 def test_names_that_differ_only_in_case_or_plural_are_found(
     tmp_path: Path, other: str
 ) -> None:
-    assert kinds(split(tmp_path, "train", Annotation((5, 5, 9, 9), other))) == {
-        "names differ only in case or plural": 1
-    }
+    assert _fault_kinds(
+        _write_split(tmp_path, "train", Annotation((5, 5, 9, 9), other))
+    ) == {"names differ only in case or plural": 1}
 
 
 def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> None:
     [variant, absent] = check_datasets(
-        [str(split(tmp_path, "train"))], ["Bus", "traffic light", "dog"]
+        [str(_write_split(tmp_path, "train"))], ["Bus", "traffic light", "dog"]
     )
     assert (variant.kind, variant.example) == (
         "names differ only in case or plural",
@@ -167,7 +179,7 @@ def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("name", "other", "same"),
     [
         ("bus", "Buses", True),
         ("house", "houses", True),
@@ -181,30 +193,33 @@ def test_asked_names_are_compared_with_those_of_the_labels(tmp_path: Path) -> No
         ("traffic light", "traffic sign", False),
     ],
 )
-def test_plurals(one: str, other: str, same: bool) -> None:
-    assert is_same_class_name(one, other) is is_same_class_name(other, one) is same
+def test_plurals(name: str, other: str, same: bool) -> None:
+    assert is_same_class_name(name, other) is is_same_class_name(other, name) is same
 
 
 def test_one_image_in_two_lists_of_a_folder_is_found(tmp_path: Path) -> None:
-    train = split(tmp_path, "train")
+    train = _write_split(tmp_path, "train")
     (train / "ImageSets" / "Main" / "val.txt").write_text("train1\n")
     faults = check_datasets([f"{train}#train", f"{train}#val"])
     assert [f.kind for f in faults] == ["same image in two splits"]
 
 
 def test_images_without_labels_are_checked_too(tmp_path: Path) -> None:
-    photo(tmp_path / "plain" / "[b]1.png", 1)
-    photo(tmp_path / "plain" / "2.png", 1)
-    assert kinds(tmp_path / "plain", classes=("dog",)) == {"same image twice": 1}
+    _write_photo(tmp_path / "plain" / "[b]1.png", 1)
+    _write_photo(tmp_path / "plain" / "2.png", 1)
+    assert _fault_kinds(tmp_path / "plain", classes=("dog",)) == {"same image twice": 1}
     (tmp_path / "none").mkdir()
-    assert kinds(tmp_path / "none") == {"no images": 1}
+    assert _fault_kinds(tmp_path / "none") == {"no images": 1}
 
 
 def test_the_command_counts_faults_and_shows_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = [Annotation((n, 5, n, 9), "[red]") for n in range(5)]
-    assert check([str(split(tmp_path, "train", *bad)), str(tmp_path / "nowhere")]) == 1
+    assert (
+        check([str(_write_split(tmp_path, "train", *bad)), str(tmp_path / "nowhere")])
+        == 1
+    )
     out = "".join(capsys.readouterr().out.replace("│", " ").split())
     assert "emptybox5" in out
     assert "[red]" in out
@@ -213,11 +228,11 @@ def test_the_command_counts_faults_and_shows_examples(
 
 
 def test_an_image_that_labels_list_twice_is_found(tmp_path: Path) -> None:
-    photo(tmp_path / "images" / "a.png", 1)
+    _write_photo(tmp_path / "images" / "a.png", 1)
     images = [
         {"id": n, "file_name": "a.png", "width": 40, "height": 30} for n in (1, 2)
     ]
     (tmp_path / "annotations.json").write_text(
         json.dumps({"images": images, "annotations": [], "categories": []})
     )
-    assert kinds(tmp_path) == {"same image twice": 1}
+    assert _fault_kinds(tmp_path) == {"same image twice": 1}

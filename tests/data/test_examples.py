@@ -12,7 +12,7 @@ from coin_ray.data.examples import Batch, ImageCache, iterate_batches
 FIT, DETECTOR = tiny_fit(steps=4, batch=4), tiny_config()
 
 
-def load(
+def _load_batches(
     folder: Path, *, first: int = 0, rank: int = 0, workers: int = 1, seed: int = 3
 ) -> list[Batch]:
     return list(
@@ -28,40 +28,42 @@ def load(
     )
 
 
-def assert_same(a: Batch, b: Batch, places: list[int]) -> None:
-    """Batch ``a`` holds what batch ``b`` has at ``places``."""
+def _assert_same(a: Batch, b: Batch, positions: list[int]) -> None:
+    """Batch ``a`` holds what batch ``b`` has at ``positions``."""
     for name in ("weak", "strong"):
         assert all(
             torch.equal(x, getattr(b, name)[p])
-            for x, p in zip(getattr(a, name), places, strict=True)
+            for x, p in zip(getattr(a, name), positions, strict=True)
         )
-    for name, found in a.detections.items():
+    for name, detections in a.detections.items():
         assert all(
             torch.equal(x.boxes, b.detections[name][p].boxes)
-            for x, p in zip(found, places, strict=True)
+            for x, p in zip(detections, positions, strict=True)
         )
-    for generator, place in zip(a.generators, places, strict=True):
-        assert torch.equal(generator.get_state(), b.generators[place].get_state())
+    for generator, position in zip(a.generators, positions, strict=True):
+        assert torch.equal(generator.get_state(), b.generators[position].get_state())
 
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_see_together_what_one_sees(tmp_path: Path, workers: int) -> None:
-    alone = load(tmp_path)
+    alone = _load_batches(tmp_path)
     for rank in range(workers):
-        for ours, all_of_it in zip(
-            load(tmp_path, rank=rank, workers=workers), alone, strict=True
+        for part, whole in zip(
+            _load_batches(tmp_path, rank=rank, workers=workers), alone, strict=True
         ):
-            assert_same(ours, all_of_it, list(range(rank, FIT.batch, workers)))
+            _assert_same(part, whole, list(range(rank, FIT.batch, workers)))
 
 
 def test_a_resumed_run_sees_the_same(tmp_path: Path) -> None:
-    for resumed, whole in zip(load(tmp_path, first=2), load(tmp_path)[2:], strict=True):
-        assert_same(resumed, whole, list(range(FIT.batch)))
+    for resumed, whole in zip(
+        _load_batches(tmp_path, first=2), _load_batches(tmp_path)[2:], strict=True
+    ):
+        _assert_same(resumed, whole, list(range(FIT.batch)))
 
 
 def test_steps_and_seeds_differ(tmp_path: Path) -> None:
-    found, other = load(tmp_path), load(tmp_path, seed=4)
-    states = [g.get_state() for b in [*found, *other] for g in b.generators]
+    batches, other_batches = _load_batches(tmp_path), _load_batches(tmp_path, seed=4)
+    states = [g.get_state() for b in [*batches, *other_batches] for g in b.generators]
     assert len({s.numpy().tobytes() for s in states}) == len(states)
 
 
@@ -69,7 +71,7 @@ def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
     """The first cloud box begins at (4, 4) of the original: after a mirror it ends 4
     original pixels before the right edge."""
     mirrored = 0
-    for batch in load(tmp_path):
+    for batch in _load_batches(tmp_path):
         for weak, strong, cloud in zip(
             batch.weak, batch.strong, batch.detections["cloud"], strict=True
         ):
@@ -78,11 +80,11 @@ def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
             assert min(height, width) <= DETECTOR.short_side
             assert max(height, width) <= DETECTOR.long_side
             originals = [s for s in SIZES if abs(s[0] / s[1] - width / height) < 0.02]
-            left, right = float(cloud.boxes[0, 0]), float(cloud.boxes[0, 2])
+            x1, x2 = float(cloud.boxes[0, 0]), float(cloud.boxes[0, 2])
             factors = [width / s[0] for s in originals]
-            plain = any(abs(left - 4 * f) < 1e-3 for f in factors)
-            assert plain or any(abs(width - right - 4 * f) < 1e-3 for f in factors)
-            mirrored += not plain
+            unmirrored = any(abs(x1 - 4 * f) < 1e-3 for f in factors)
+            assert unmirrored or any(abs(width - x2 - 4 * f) < 1e-3 for f in factors)
+            mirrored += not unmirrored
     assert 0 < mirrored < 16
 
 

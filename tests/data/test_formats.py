@@ -29,29 +29,27 @@ FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k")
 RENAMED = ("bike", "motor", "pedestrian")
 
 
-def jpeg(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
+def _write_jpeg(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (90, 120, 60)).save(path)
     return path
 
 
-def put(folder: Path, files: Mapping[str, Any]) -> str:
+def _write_files(folder: Path, files: Mapping[str, Any]) -> str:
     """Text, JSON, or (None) a JPEG of 40 x 30 at each path."""
-    for name, content in files.items():
+    for name, body in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            jpeg(path)
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
+        if body is None:
+            _write_jpeg(path)
+        elif isinstance(body, bytes):
+            path.write_bytes(body)
         else:
-            path.write_text(
-                content if isinstance(content, str) else json.dumps(content)
-            )
+            path.write_text(body if isinstance(body, str) else json.dumps(body))
     return str(folder)
 
 
-def rows(record: ImageRecord) -> list[tuple[list[float], str, bool]]:
+def _annotation_rows(record: ImageRecord) -> list[tuple[list[float], str, bool]]:
     return list(
         zip(
             record.boxes.tolist(), record.labels, record.difficult.tolist(), strict=True
@@ -59,8 +57,8 @@ def rows(record: ImageRecord) -> list[tuple[list[float], str, bool]]:
     )
 
 
-def found(dataset: Dataset) -> dict[str, list[tuple[list[float], str, bool]]]:
-    return {r.file: rows(r) for r in dataset.records}
+def _rows_by_file(dataset: Dataset) -> dict[str, list[tuple[list[float], str, bool]]]:
+    return {r.file: _annotation_rows(r) for r in dataset.records}
 
 
 # What is written reads back the same
@@ -110,38 +108,40 @@ def annotated(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(data=st.data())
+@given(draw_data=st.data())
 def test_reading_what_was_written_gives_the_same_records(
-    tmp_path: Path, format: str, data: st.DataObject
+    tmp_path: Path, format: str, draw_data: st.DataObject
 ) -> None:
     folder = tmp_path / uuid.uuid4().hex
     records = [
         ImageRecord.from_annotations(
-            file, str(jpeg(folder / "from" / file, size)), size, boxes
+            file, str(_write_jpeg(folder / "from" / file, size)), size, boxes
         )
-        for file, size, boxes in data.draw(annotated(format), "images")
+        for file, size, boxes in draw_data.draw(annotated(format), "images")
     ]
     if not records:
         return
     write_dataset(records, str(folder / "to"), format, split="val")
-    for place in (folder / "to", f"{folder / 'to'}#val")[
+    for address in (folder / "to", f"{folder / 'to'}#val")[
         : 1 if format == "coco" else 2
     ]:
-        back = read_dataset(str(place))
+        back = read_dataset(str(address))
         assert (back.format, back.missing) == (format, ())
-        again = {r.file: r for r in back.records}
-        assert again.keys() == {r.file for r in records}
+        read_records = {r.file: r for r in back.records}
+        assert read_records.keys() == {r.file for r in records}
         for record in records:
-            other = again[record.file]
-            assert (other.width, other.height, other.annotated) == (
+            read_record = read_records[record.file]
+            assert (read_record.width, read_record.height, read_record.annotated) == (
                 record.width,
                 record.height,
                 True,
             )
-            assert other.labels == record.labels
-            assert other.difficult.tolist() == record.difficult.tolist()
-            np.testing.assert_allclose(other.boxes, record.boxes, atol=1e-9, rtol=0)
-            assert Path(other.uri).read_bytes() == Path(record.uri).read_bytes()
+            assert read_record.labels == record.labels
+            assert read_record.difficult.tolist() == record.difficult.tolist()
+            np.testing.assert_allclose(
+                read_record.boxes, record.boxes, atol=1e-9, rtol=0
+            )
+            assert Path(read_record.uri).read_bytes() == Path(record.uri).read_bytes()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -152,35 +152,35 @@ def test_what_was_read_can_be_written_as_every_other_format(
     first = [
         ImageRecord.from_annotations(
             "a.jpg",
-            str(jpeg(tmp_path / "a.jpg")),
+            str(_write_jpeg(tmp_path / "a.jpg")),
             size,
             [Annotation((1, 2, 11.5, 7), "cat"), Annotation((0, 0, 40, 30), "dog")],
         )
     ]
-    place = tmp_path / "0"
-    write_dataset(first, str(place), format)
+    folder = tmp_path / "0"
+    write_dataset(first, str(folder), format)
     for step, other in enumerate(FORMATS, start=1):
-        dataset = read_dataset(str(place))
-        place = tmp_path / str(step)
-        write_dataset(dataset.records, str(place), other, names=dataset.names)
-    [last] = read_dataset(str(place)).records
+        dataset = read_dataset(str(folder))
+        folder = tmp_path / str(step)
+        write_dataset(dataset.records, str(folder), other, names=dataset.names)
+    [last] = read_dataset(str(folder)).records
     np.testing.assert_allclose(last.boxes, first[0].boxes, atol=1e-9)
     assert last.labels == ("cat", "dog")
 
 
 @pytest.mark.parametrize("format", ["voc", "yolo", "kitti"])
 def test_images_nobody_annotated_stay_so(tmp_path: Path, format: str) -> None:
-    one, two = (
+    annotated, unannotated = (
         ImageRecord.from_annotations(
             f"{n}.jpg",
-            str(jpeg(tmp_path / f"{n}.jpg")),
+            str(_write_jpeg(tmp_path / f"{n}.jpg")),
             (40, 30),
             [],
             annotated=n == "seen",
         )
         for n in ("seen", "unseen")
     )
-    write_dataset([one, two], str(tmp_path / "to"), format, names=["cat"])
+    write_dataset([annotated, unannotated], str(tmp_path / "to"), format, names=["cat"])
     assert {
         r.file: r.annotated for r in read_dataset(str(tmp_path / "to")).records
     } == {
@@ -193,7 +193,7 @@ def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
     for split in ("train", "val"):
         record = ImageRecord.from_annotations(
             f"{split}.jpg",
-            str(jpeg(tmp_path / f"{split}.jpg")),
+            str(_write_jpeg(tmp_path / f"{split}.jpg")),
             (40, 30),
             [Annotation((0, 0, 4, 4), "dog")],
         )
@@ -213,14 +213,14 @@ def test_a_place_may_be_a_uri(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
     record = ImageRecord.from_annotations(
         "a.jpg",
-        str(jpeg(tmp_path / "a.jpg")),
+        str(_write_jpeg(tmp_path / "a.jpg")),
         (40, 30),
         [Annotation((1, 2, 3, 4), "cat", True)],
     )
     for format in ("coco", "voc", "bdd100k"):
         write_dataset([record], f"{root}/{format}", format)
         [back] = read_dataset(f"{root}/{format}").records
-        assert rows(back) == [([1, 2, 3, 4], "cat", True)]
+        assert _annotation_rows(back) == [([1, 2, 3, 4], "cat", True)]
         with fsspec.open(back.uri) as stream:
             assert stream.read() == (tmp_path / "a.jpg").read_bytes()
 
@@ -259,7 +259,7 @@ def test_what_a_format_cannot_hold_is_an_error(
     boxes: list[Annotation],
     message: str,
 ) -> None:
-    source = str(jpeg(tmp_path / "source.jpg"))
+    source = str(_write_jpeg(tmp_path / "source.jpg"))
     with pytest.raises(InputError, match=message):
         write_dataset(
             [
@@ -275,7 +275,7 @@ def test_what_a_format_cannot_hold_is_an_error(
 def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
     record = ImageRecord.from_annotations(
         "a.jpg",
-        str(jpeg(tmp_path / "a.jpg")),
+        str(_write_jpeg(tmp_path / "a.jpg")),
         (40, 30),
         [TWO, Annotation((0, 0, 4, 4), "traffic light")],
     )
@@ -284,7 +284,7 @@ def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
         ("kitti", "traffic_light"),
     ):
         write_dataset([record], str(tmp_path / format), format, drop_difficult=True)
-        assert found(read_dataset(str(tmp_path / format))) == {
+        assert _rows_by_file(read_dataset(str(tmp_path / format))) == {
             "a.jpg": [([0, 0, 4, 4], label, False)]
         }
 
@@ -300,7 +300,7 @@ def test_what_is_no_name_is_no_label(label: str) -> None:
 # Published layouts
 
 
-def voc_object(
+def _voc_object(
     name: str, box: tuple[Any, ...] = (1, 1, 40, 30), extra: str = ""
 ) -> str:
     sides = "".join(
@@ -310,7 +310,7 @@ def voc_object(
     return f"<object><name>{name}</name>{extra}\n<bndbox>{sides}</bndbox></object>\n"
 
 
-def voc_xml(
+def _voc_xml(
     *objects: str,
     size: str = "<size><width>40</width><height>30</height><depth>3</depth></size>",
 ) -> str:
@@ -322,19 +322,19 @@ BOX2D = {"x1": 1.5, "y1": 2, "x2": 11, "y2": 7}
 
 
 def test_voc_corners_name_the_first_and_the_last_pixel_from_1(tmp_path: Path) -> None:
-    whole = voc_object("dog", extra="<difficult>1</difficult>")
-    person = voc_object(
+    whole = _voc_object("dog", extra="<difficult>1</difficult>")
+    person = _voc_object(
         "person",
         (5, 6, 5, 6),
         "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>",
     )
     dataset = read_dataset(
-        put(
+        _write_files(
             tmp_path,
-            {"JPEGImages/1.jpg": None, "Annotations/1.xml": voc_xml(whole, person)},
+            {"JPEGImages/1.jpg": None, "Annotations/1.xml": _voc_xml(whole, person)},
         )
     )
-    assert found(dataset) == {
+    assert _rows_by_file(dataset) == {
         "1.jpg": [([0, 0, 40, 30], "dog", True), ([4, 5, 5, 6], "person", False)]
     }
     assert dataset.names == ("dog", "person")
@@ -342,29 +342,29 @@ def test_voc_corners_name_the_first_and_the_last_pixel_from_1(tmp_path: Path) ->
 
 def test_voc_splits_are_image_lists(tmp_path: Path) -> None:
     files: dict[str, Any] = {f"JPEGImages/{n}.jpg": None for n in "123"}
-    files |= {f"Annotations/{n}.xml": voc_xml(voc_object("dog")) for n in "124"}
+    files |= {f"Annotations/{n}.xml": _voc_xml(_voc_object("dog")) for n in "124"}
     files |= {
         "ImageSets/Main/val.txt": "2\n4\n\n",
         "ImageSets/Main/dog_val.txt": "1 -1\n2  1\n3  0\n",
     }
-    place = put(tmp_path, files)
-    assert [r.file for r in read_dataset(f"{place}#val").records] == ["2.jpg"]
-    assert read_dataset(f"{place}#val").missing == ("JPEGImages/4",)
-    assert [r.file for r in read_dataset(f"{place}#dog_val").records] == [
+    folder = _write_files(tmp_path, files)
+    assert [r.file for r in read_dataset(f"{folder}#val").records] == ["2.jpg"]
+    assert read_dataset(f"{folder}#val").missing == ("JPEGImages/4",)
+    assert [r.file for r in read_dataset(f"{folder}#dog_val").records] == [
         "2.jpg",
         "3.jpg",
     ]
-    assert {r.file: r.annotated for r in read_dataset(place).records} == {
+    assert {r.file: r.annotated for r in read_dataset(folder).records} == {
         "1.jpg": True,
         "2.jpg": True,
         "3.jpg": False,
     }
     with pytest.raises(InputError, match="for 'test'; it has dog_val, val"):
-        read_dataset(f"{place}#test")
+        read_dataset(f"{folder}#test")
 
 
-def coco_json(**changes: Any) -> dict[str, Any]:
-    content: dict[str, Any] = {
+def _coco_json(**changes: Any) -> dict[str, Any]:
+    labels: dict[str, Any] = {
         "images": [{"id": 7, "file_name": "1.jpg", "width": 40, "height": 30}],
         "annotations": [
             {
@@ -377,24 +377,24 @@ def coco_json(**changes: Any) -> dict[str, Any]:
         ],
         "categories": [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}],
     }
-    return content | changes
+    return labels | changes
 
 
 @pytest.mark.parametrize(
     ("files", "split"),
     [
-        ({"annotations.json": coco_json(), "images/1.jpg": None}, ""),
-        ({"_annotations.coco.json": coco_json(), "1.jpg": None}, ""),
+        ({"annotations.json": _coco_json(), "images/1.jpg": None}, ""),
+        ({"_annotations.coco.json": _coco_json(), "1.jpg": None}, ""),
         (
             {
-                "annotations.json": b"\xef\xbb\xbf" + json.dumps(coco_json()).encode(),
+                "annotations.json": b"\xef\xbb\xbf" + json.dumps(_coco_json()).encode(),
                 "images/1.jpg": None,
             },
             "",
         ),
         (
             {
-                "annotations/instances_val2017.json": coco_json(),
+                "annotations/instances_val2017.json": _coco_json(),
                 "val2017/1.jpg": None,
                 "train2017/1.jpg": None,
             },
@@ -402,7 +402,7 @@ def coco_json(**changes: Any) -> dict[str, Any]:
         ),
         (
             {
-                "annotations/instances_val2017.json": coco_json(),
+                "annotations/instances_val2017.json": _coco_json(),
                 "annotations/captions_val2017.json": "[]",
                 "images/val2017/1.jpg": None,
             },
@@ -413,25 +413,25 @@ def coco_json(**changes: Any) -> dict[str, Any]:
 def test_coco_in_its_usual_places(
     tmp_path: Path, files: dict[str, Any], split: str
 ) -> None:
-    dataset = read_dataset(put(tmp_path, files) + split)
-    assert found(dataset) == {"1.jpg": [([1, 2, 11, 7], "dog", True)]}
+    dataset = read_dataset(_write_files(tmp_path, files) + split)
+    assert _rows_by_file(dataset) == {"1.jpg": [([1, 2, 11, 7], "dog", True)]}
     assert dataset.names == ("dog", "person")
 
 
 def test_several_coco_files_need_a_choice(tmp_path: Path) -> None:
-    place = put(
+    folder = _write_files(
         tmp_path,
-        {f"annotations/instances_{s}.json": coco_json() for s in ("train", "val")},
+        {f"annotations/instances_{s}.json": _coco_json() for s in ("train", "val")},
     )
     with pytest.raises(InputError, match=r"say which: .*#train or .*#val"):
-        read_dataset(place)
+        read_dataset(folder)
 
 
 def test_images_a_coco_file_does_not_list_have_no_objects(tmp_path: Path) -> None:
     dataset = read_dataset(
-        put(tmp_path, {"annotations.json": coco_json(), "images/2.jpg": None})
+        _write_files(tmp_path, {"annotations.json": _coco_json(), "images/2.jpg": None})
     )
-    assert found(dataset) == {"2.jpg": []}
+    assert _rows_by_file(dataset) == {"2.jpg": []}
     assert dataset.missing == ("1.jpg",)
 
 
@@ -475,7 +475,7 @@ def test_yolo_in_its_usual_places(
     }
     if "images/a" in yaml:
         files["images/a/2.jpg"] = None
-    records = read_dataset(f"{put(tmp_path, files)}#train").records
+    records = read_dataset(f"{_write_files(tmp_path, files)}#train").records
     boxes = next(r for r in records if r.uri.endswith("1.jpg"))
     np.testing.assert_allclose(
         boxes.boxes, [[0, 0, 40, 30], [8, 12, 12, 18], [0, 0, 20, 15]]
@@ -493,9 +493,9 @@ def test_kitti_with_regions_to_ignore_and_a_list(tmp_path: Path, base: str) -> N
         f"{base}label_2/000001.txt": f"{KITTI_LINE}\n{ignored}\n",
         "ImageSets/train_car.txt": "000001\n",
     }
-    for place in (put(tmp_path, files), f"{tmp_path}#train_car"):
-        [record] = read_dataset(place).records
-        assert rows(record) == [
+    for folder in (_write_files(tmp_path, files), f"{tmp_path}#train_car"):
+        [record] = read_dataset(folder).records
+        assert _annotation_rows(record) == [
             ([1, 2.5, 11, 7], "Car", False),
             ([503.89, 169.71, 590.61, 190.13], "DontCare", True),
         ]
@@ -523,67 +523,82 @@ def test_bdd100k_of_both_releases(tmp_path: Path, layout: str) -> None:
         {"name": "n.jpg", "attributes": {"timeofday": "night"}, "labels": [crowd]},
         {"name": "gone.jpg"},
     ]
-    content = {"frames": frames, "config": {}} if layout == "frames" else frames
+    labels = {"frames": frames, "config": {}} if layout == "frames" else frames
     path = "labels/det_20/det_val.json" if layout == "frames" else layout
     images = {
         "images/100k/val/d.jpg": None,
         "images/100k/val/n.jpg": None,
         "images/100k/train/d.jpg": None,
     }
-    place = put(tmp_path, {path: content} | images)
-    dataset = read_dataset(f"{place}#val")
+    folder = _write_files(tmp_path, {path: labels} | images)
+    dataset = read_dataset(f"{folder}#val")
     box = [1.5, 2, 11, 7]
-    assert found(dataset) == {
+    assert _rows_by_file(dataset) == {
         "d.jpg": [(box, "bicycle", False)],
         "n.jpg": [(box, "person", True)],
     }
     assert dataset.missing == ("gone.jpg",)
-    assert [r.file for r in read_dataset(f"{place}#val_daytime").records] == ["d.jpg"]
+    assert [r.file for r in read_dataset(f"{folder}#val_daytime").records] == ["d.jpg"]
 
 
-def square(
-    label: str, left: int, top: int, right: int, bottom: int, **extra: Any
+def _polygon_square(
+    label: str, x1: int, y1: int, x2: int, y2: int, **extra: Any
 ) -> dict[str, Any]:
-    """Filled with its border, as polygons are drawn: the last column is ``right``."""
+    """Filled with its border, as polygons are drawn: the last column is ``x2``."""
     return {
         "label": label,
-        "polygon": [[left, top], [right, top], [right, bottom], [left, bottom]],
+        "polygon": [[x1, y1], [x2, y1], [x2, y2], [x1, y2]],
         **extra,
     }
 
 
-def city(*objects: dict[str, Any]) -> dict[str, Any]:
+def _cityscapes_json(*objects: dict[str, Any]) -> dict[str, Any]:
     return {"imgWidth": 40, "imgHeight": 30, "objects": list(objects)}
 
 
 @pytest.mark.parametrize(
     ("objects", "expected"),
     [
-        ([square("car", 2, 3, 9, 9)], [([2, 3, 10, 10], "car", False)]),
+        ([_polygon_square("car", 2, 3, 9, 9)], [([2, 3, 10, 10], "car", False)]),
         (
-            [square("car", 2, 3, 9, 9), square("pole", 6, 0, 12, 29)],
+            [_polygon_square("car", 2, 3, 9, 9), _polygon_square("pole", 6, 0, 12, 29)],
             [([2, 3, 6, 10], "car", False)],
         ),
         (
-            [square("pole", 6, 0, 12, 29), square("car", 2, 3, 9, 9)],
+            [_polygon_square("pole", 6, 0, 12, 29), _polygon_square("car", 2, 3, 9, 9)],
             [([2, 3, 10, 10], "car", False)],
         ),
         (
-            [square("car", 2, 3, 9, 9), square("bus", 0, 0, 20, 20)],
+            [_polygon_square("car", 2, 3, 9, 9), _polygon_square("bus", 0, 0, 20, 20)],
             [([0, 0, 21, 21], "bus", False)],
         ),
         (
-            [square("car", 2, 3, 9, 9), square("pole", 6, 0, 12, 29, deleted=1)],
+            [
+                _polygon_square("car", 2, 3, 9, 9),
+                _polygon_square("pole", 6, 0, 12, 29, deleted=1),
+            ],
             [([2, 3, 10, 10], "car", False)],
         ),
         (
-            [square("car", 2, 3, 9, 9), square("license plate", 2, 3, 9, 9)],
+            [
+                _polygon_square("car", 2, 3, 9, 9),
+                _polygon_square("license plate", 2, 3, 9, 9),
+            ],
             [([2, 3, 10, 10], "car", False)],
         ),
-        ([square("persongroup", -5, 3, 60, 9)], [([0, 3, 40, 10], "person", True)]),
-        ([square("road", 0, 0, 39, 29), square("polegroup", 0, 0, 5, 5)], []),
-        ([square("car", 50, 3, 60, 9)], []),
-        ([square("car", -9, -9, -2, -2)], []),
+        (
+            [_polygon_square("persongroup", -5, 3, 60, 9)],
+            [([0, 3, 40, 10], "person", True)],
+        ),
+        (
+            [
+                _polygon_square("road", 0, 0, 39, 29),
+                _polygon_square("polegroup", 0, 0, 5, 5),
+            ],
+            [],
+        ),
+        ([_polygon_square("car", 50, 3, 60, 9)], []),
+        ([_polygon_square("car", -9, -9, -2, -2)], []),
     ],
 )
 def test_cityscapes_boxes_hold_the_visible_pixels(
@@ -591,11 +606,11 @@ def test_cityscapes_boxes_hold_the_visible_pixels(
 ) -> None:
     name = "aachen/aachen_000000_000019"
     files = {
-        f"gtFine/val/{name}_gtFine_polygons.json": city(*objects),
+        f"gtFine/val/{name}_gtFine_polygons.json": _cityscapes_json(*objects),
         f"leftImg8bit/val/{name}_leftImg8bit.png": None,
     }
     files |= {f"gtFine/val/{name}_gtFine_instanceIds.png": None}
-    assert found(read_dataset(put(tmp_path, files))) == {
+    assert _rows_by_file(read_dataset(_write_files(tmp_path, files))) == {
         f"val/{name}_leftImg8bit.png": expected
     }
 
@@ -603,7 +618,9 @@ def test_cityscapes_boxes_hold_the_visible_pixels(
 def test_foggy_cityscapes_is_a_split(tmp_path: Path) -> None:
     names = {split: f"{split}/aachen/aachen_{split}" for split in ("train", "val")}
     files: dict[str, Any] = {
-        f"gtFine/{name}_gtFine_polygons.json": city(square("car", 2, 3, 9, 9))
+        f"gtFine/{name}_gtFine_polygons.json": _cityscapes_json(
+            _polygon_square("car", 2, 3, 9, 9)
+        )
         for name in names.values()
     }
     files |= {
@@ -611,19 +628,19 @@ def test_foggy_cityscapes_is_a_split(tmp_path: Path) -> None:
         for n in names.values()
         for beta in ("0.005", "0.02")
     }
-    place = put(tmp_path, files)
-    assert [r.file for r in read_dataset(f"{place}#val_foggy_0.02").records] == [
+    folder = _write_files(tmp_path, files)
+    assert [r.file for r in read_dataset(f"{folder}#val_foggy_0.02").records] == [
         "val/aachen/aachen_val_leftImg8bit_foggy_beta_0.02.png"
     ]
     with pytest.raises(
         InputError, match="no leftImg8bit images for the 1 label files of val"
     ):
-        read_dataset(f"{place}#val")
+        read_dataset(f"{folder}#val")
 
 
 def test_a_plain_folder_has_images_nobody_annotated(tmp_path: Path) -> None:
     dataset = read_dataset(
-        put(
+        _write_files(
             tmp_path / "a#b",
             {
                 "x/1.JPG": None,
@@ -640,22 +657,24 @@ def test_a_plain_folder_has_images_nobody_annotated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("address", "message"),
     [
         ("nowhere", "no such folder"),
         ("nowhere#val", "no such folder"),
         ("#val", "no split 'val'"),
     ],
 )
-def test_a_place_that_is_not_there(tmp_path: Path, place: str, message: str) -> None:
+def test_a_place_that_is_not_there(tmp_path: Path, address: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_dataset(f"{tmp_path}/{place}" if place != "#val" else f"{tmp_path}#val")
+        read_dataset(
+            f"{tmp_path}/{address}" if address != "#val" else f"{tmp_path}#val"
+        )
 
 
 def test_a_turned_photo_is_measured_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    put(
+    _write_files(
         tmp_path,
         {
             "data.yaml": "names: [cat]\ntrain: images",
@@ -698,32 +717,32 @@ CITY = {"leftImg8bit/val/a_leftImg8bit.png": None}
         ),
         (VOC | {"Annotations/1.xml": BOMB}, r"1\.xml:3: entity declarations"),
         (
-            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog"), voc_object(" "))},
+            VOC | {"Annotations/1.xml": _voc_xml(_voc_object("dog"), _voc_object(" "))},
             r"1\.xml:5: an object without <name>",
         ),
         (
-            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", (1, "x", 3, 4)))},
+            VOC | {"Annotations/1.xml": _voc_xml(_voc_object("dog", (1, "x", 3, 4)))},
             r"1\.xml:3: <ymin>: expected a number, got 'x'",
         ),
         (
-            VOC | {"Annotations/1.xml": voc_xml(voc_object("dog", (1, 2, 3, "inf")))},
+            VOC | {"Annotations/1.xml": _voc_xml(_voc_object("dog", (1, 2, 3, "inf")))},
             r"1\.xml:3: <ymax>: expected a number, got 'inf'",
         ),
         (
-            VOC | {"Annotations/1.xml": voc_xml("<object><name>a</name></object>")},
+            VOC | {"Annotations/1.xml": _voc_xml("<object><name>a</name></object>")},
             r"1\.xml:3: <xmin>: expected a number, got None",
         ),
         (
             VOC
             | {
-                "Annotations/1.xml": voc_xml(
-                    voc_object("dog", extra="<difficult>2</difficult>")
+                "Annotations/1.xml": _voc_xml(
+                    _voc_object("dog", extra="<difficult>2</difficult>")
                 )
             },
             r"1\.xml:3: <difficult> must be 0 or 1",
         ),
         (
-            VOC | {"Annotations/1.xml": voc_xml(size="<size><width>w</width></size>")},
+            VOC | {"Annotations/1.xml": _voc_xml(size="<size><width>w</width></size>")},
             r"1\.xml: size: expected a number, got 'w'",
         ),
         (
@@ -737,18 +756,18 @@ CITY = {"leftImg8bit/val/a_leftImg8bit.png": None}
         ),
         (
             {
-                "annotations.json": coco_json(
+                "annotations.json": _coco_json(
                     annotations=[{"image_id": 7, "category_id": 18, "bbox": [1, 2, 3]}]
                 )
             },
             r"annotations\.0\.bbox\.3",
         ),
         (
-            {"annotations.json": coco_json(categories=[])},
+            {"annotations.json": _coco_json(categories=[])},
             r"annotations\.0\.category_id 18 is not in the file",
         ),
         (
-            {"annotations.json": coco_json(images=[])},
+            {"annotations.json": _coco_json(images=[])},
             r"annotations\.0\.image_id 7 is not in the file",
         ),
         (
@@ -827,7 +846,7 @@ CITY = {"leftImg8bit/val/a_leftImg8bit.png": None}
         (
             CITY
             | {
-                "gtFine/val/a_gtFine_polygons.json": city(
+                "gtFine/val/a_gtFine_polygons.json": _cityscapes_json(
                     {"label": "car", "polygon": [[1, 2]]}
                 )
             },
@@ -839,4 +858,4 @@ def test_a_broken_file_is_named(
     tmp_path: Path, files: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
-        read_dataset(put(tmp_path, files))
+        read_dataset(_write_files(tmp_path, files))

@@ -18,7 +18,7 @@ from coin_ray.data import inspect
 from coin_ray.data.inspect import Inspection
 
 
-def inspect_or_die(uri: str) -> Inspection:
+def _inspect_or_die(uri: str) -> Inspection:
     """Stand in for ``inspect_image``: some names end their process, or never end."""
     name = os.path.basename(uri)
     if "crash" in name:
@@ -31,7 +31,7 @@ def inspect_or_die(uri: str) -> Inspection:
 
 @pytest.fixture
 def _deadly_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "inspect_image", inspect_or_die)
+    monkeypatch.setattr(inspect, "inspect_image", _inspect_or_die)
 
 
 def _write_image(path: Path) -> str:

@@ -12,26 +12,28 @@ from coin_ray.data.order import BatchOrder
 SIZES = (st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
 
 
-def rows(step: int, count: int, batch: int, seed: int) -> list[int]:
+def _rows_of_step(step: int, count: int, batch: int, seed: int) -> list[int]:
     return BatchOrder(count, batch, seed).rows_of_step(step)
 
 
 @settings(max_examples=50, deadline=None)
 @given(*SIZES, st.one_of(st.none(), st.lists(st.booleans(), min_size=12, max_size=12)))
 def test_every_epoch_holds_each_image_once(
-    count: int, batch: int, seed: int, kinds: list[bool] | None
+    count: int, batch: int, seed: int, wide: list[bool] | None
 ) -> None:
     epochs = 4
     order = BatchOrder(
-        count, batch, seed, None if kinds is None else np.array(kinds[:count])
+        count, batch, seed, None if wide is None else np.array(wide[:count])
     )
-    seen = [
+    drawn_rows = [
         row
         for step in range(-(-epochs * count // batch))
         for row in order.rows_of_step(step)
     ]
     for epoch in range(epochs):
-        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+        assert sorted(drawn_rows[epoch * count : (epoch + 1) * count]) == list(
+            range(count)
+        )
 
 
 def test_an_order_is_that_of_numpy_by_seed_and_epoch() -> None:
@@ -41,7 +43,9 @@ def test_an_order_is_that_of_numpy_by_seed_and_epoch() -> None:
         int(np.random.default_rng([7, 1, p // 5]).permutation(5)[p % 5])
         for p in range(24)
     ]
-    assert [row for step in range(6) for row in rows(step, 5, 4, 7)] == expected
+    assert [
+        row for step in range(6) for row in _rows_of_step(step, 5, 4, 7)
+    ] == expected
 
 
 @pytest.mark.parametrize("wide", [None, np.arange(40) % 3 == 0])
@@ -68,14 +72,16 @@ def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:
-    orders = [tuple(rows(0, 20, 20, seed)) for seed in range(3)] + [
-        tuple(rows(1, 20, 20, 0))
+    orders = [tuple(_rows_of_step(0, 20, 20, seed)) for seed in range(3)] + [
+        tuple(_rows_of_step(1, 20, 20, 0))
     ]
     assert len(set(orders)) == 4
 
 
 def test_batch_size_does_not_change_the_order() -> None:
-    assert rows(0, 9, 6, 5) == rows(0, 9, 3, 5) + rows(1, 9, 3, 5)
+    assert _rows_of_step(0, 9, 6, 5) == _rows_of_step(0, 9, 3, 5) + _rows_of_step(
+        1, 9, 3, 5
+    )
 
 
 @settings(max_examples=50, deadline=None)

@@ -33,7 +33,7 @@ CLOUD = [[0.9, 0.05, 0.05], [0.75, 0.25, 0.0], [0.0, 0.4, 0.6]]
 CLIP = [[0.8, 0.1, 0.1], [0.125, 0.625, 0.25], [0.0, 0.0, 0.0]]
 
 
-def images(folder: Path) -> list[dict[str, Any]]:
+def _image_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for name in ("agreed", "a/disputed", "unseen", "empty", "corrected"):
         path = folder / f"{name}.jpg"
@@ -51,59 +51,61 @@ def images(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def separation() -> list[dict[str, Any]]:
-    kinds = ["consistent", "inconsistent", "private"]
-    names = {"cloud_labels": [0, 0, 1], "clip_labels": [0, 1, tables.NO_LABEL]}
-    whole = {
+def _separation_rows() -> list[dict[str, Any]]:
+    box_kinds = ["consistent", "inconsistent", "private"]
+    labels = {"cloud_labels": [0, 0, 1], "clip_labels": [0, 1, tables.NO_LABEL]}
+    disagreeing = {
         "image_id": "a/disputed",
         "boxes": BOXES,
-        "kind": kinds,
+        "kind": box_kinds,
         "cloud_probs": CLOUD,
         "clip_probs": CLIP,
-    } | names
-    agreed = {
-        name: values if isinstance(values, str) else values[:1]
-        for name, values in whole.items()
+    } | labels
+    agreeing = {
+        name: column if isinstance(column, str) else column[:1]
+        for name, column in disagreeing.items()
     } | {"image_id": "agreed"}
-    corrected = agreed | {"image_id": "corrected", "kind": ["reviewed"]}
+    corrected = agreeing | {"image_id": "corrected", "kind": ["reviewed"]}
     empty = {
-        name: values if isinstance(values, str) else []
-        for name, values in whole.items()
+        name: column if isinstance(column, str) else []
+        for name, column in disagreeing.items()
     } | {"image_id": "empty"}
-    return [whole, agreed, empty, corrected]
+    return [disagreeing, agreeing, empty, corrected]
 
 
-def made(folder: Path, most: int | None = None) -> list[Review]:
-    separated = str(folder / "separation.parquet")
+def _select_reviews(folder: Path, limit: int | None = None) -> list[Review]:
+    uri = str(folder / "separation.parquet")
     storage.write_table(
-        separated, pa.Table.from_pylist(separation(), schema=tables.SEPARATION)
+        uri, pa.Table.from_pylist(_separation_rows(), schema=tables.SEPARATION)
     )
-    found, total = reviews_by_disagreement(
-        pa.Table.from_pylist(images(folder), schema=tables.IMAGES),
-        separated,
+    reviews, total = reviews_by_disagreement(
+        pa.Table.from_pylist(_image_rows(folder), schema=tables.IMAGES),
+        uri,
         CLASSES,
-        most,
+        limit,
     )
     assert total == 3
-    return found
+    return reviews
 
 
 def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_not_at_all(
     tmp_path: Path,
 ) -> None:
-    found = made(tmp_path)
-    assert [(r.image_id, r.name, r.disagreement) for r in found] == [
+    reviews = _select_reviews(tmp_path)
+    assert [(r.image_id, r.name, r.disagreement) for r in reviews] == [
         ("a/disputed", "a/disputed.jpg", 0.6667),
         ("agreed", "agreed.jpg", 0),
         ("empty", "empty.jpg", 0),
     ]
-    assert made(tmp_path, 2) == found[:2]
-    assert found[0].counts == {"consistent": 1, "inconsistent": 1, "private": 1}
-    assert not any(r.reviewed for r in found)
+    assert _select_reviews(tmp_path, 2) == reviews[:2]
+    assert reviews[0].counts == {"consistent": 1, "inconsistent": 1, "private": 1}
+    assert not any(r.reviewed for r in reviews)
 
 
 def test_a_box_says_its_kind_and_what_each_teacher_says(tmp_path: Path) -> None:
-    assert [(b.label, b.kind, b.teacher_labels) for b in made(tmp_path)[0].boxes] == [
+    assert [
+        (b.label, b.kind, b.teacher_labels) for b in _select_reviews(tmp_path)[0].boxes
+    ] == [
         ("cat", "consistent", "cloud cat 0.90, CLIP cat 0.80"),
         ("cat", "inconsistent", f"cloud cat 0.75, CLIP {CLASSES[1]} 0.62"),
         (CLASSES[1], "private", f"{CLASSES[1]} 0.40"),
@@ -115,27 +117,27 @@ def test_a_box_says_its_kind_and_what_each_teacher_says(tmp_path: Path) -> None:
 Writer = Callable[[Sequence[Review], Path], list[Review]]
 
 
-def through_label_studio(found: Sequence[Review], folder: Path) -> list[Review]:
-    label_studio.write_label_studio(found, str(folder), CLASSES)
+def _pass_through_label_studio(reviews: Sequence[Review], folder: Path) -> list[Review]:
+    label_studio.write_label_studio(reviews, str(folder), CLASSES)
     return label_studio.read_label_studio(str(folder / "tasks.json"))
 
 
-def through_cvat(found: Sequence[Review], folder: Path) -> list[Review]:
-    (folder / "x.xml").write_bytes(cvat.cvat_xml(found))
+def _pass_through_cvat(reviews: Sequence[Review], folder: Path) -> list[Review]:
+    (folder / "x.xml").write_bytes(cvat.cvat_xml(reviews))
     return cvat.read_cvat(str(folder / "x.xml"))
 
 
-def through_fiftyone(found: Sequence[Review], folder: Path) -> list[Review]:
+def _pass_through_fiftyone(reviews: Sequence[Review], folder: Path) -> list[Review]:
     (folder / "samples.json").write_text(
-        json.dumps({"samples": [fiftyone.fiftyone_sample(r) for r in found]})
+        json.dumps({"samples": [fiftyone.fiftyone_sample(r) for r in reviews]})
     )
     return fiftyone.read_fiftyone(str(folder))
 
 
 TOOLS = {
-    "label studio": through_label_studio,
-    "cvat": through_cvat,
-    "fiftyone": through_fiftyone,
+    "label studio": _pass_through_label_studio,
+    "cvat": _pass_through_cvat,
+    "fiftyone": _pass_through_fiftyone,
 }
 names = (
     st.text(
@@ -147,11 +149,16 @@ names = (
     .filter(bool)
 )
 edges = st.tuples(*[st.floats(0, 3000, allow_subnormal=False)] * 4)
-told = st.one_of(
+kinds_and_labels = st.one_of(
     st.tuples(st.just(""), st.just("")), st.tuples(st.sampled_from(KINDS), names)
 )
 boxes = st.builds(
-    lambda place, label, said: ReviewedBox(place, label, *said), edges, names, told
+    lambda box_edges, label, kind_and_labels: ReviewedBox(
+        box_edges, label, *kind_and_labels
+    ),
+    edges,
+    names,
+    kinds_and_labels,
 )
 review = st.builds(
     Review,
@@ -167,31 +174,33 @@ review = st.builds(
 
 @pytest.mark.parametrize("tool", TOOLS)
 @settings(max_examples=60, deadline=None)
-@given(found=st.lists(review, min_size=1, max_size=3))
+@given(reviews=st.lists(review, min_size=1, max_size=3))
 def test_what_goes_out_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, tool: str, found: list[Review]
+    tmp_path_factory: pytest.TempPathFactory, tool: str, reviews: list[Review]
 ) -> None:
-    back = TOOLS[tool](found, tmp_path_factory.mktemp("x"))
-    assert [replace(r, boxes=()) for r in back] == [replace(r, boxes=()) for r in found]
-    for ours, theirs in zip(back, found, strict=True):
-        assert [replace(b, edges=(0, 0, 0, 0)) for b in ours.boxes] == [
-            replace(b, edges=(0, 0, 0, 0)) for b in theirs.boxes
+    read_reviews = TOOLS[tool](reviews, tmp_path_factory.mktemp("x"))
+    assert [replace(r, boxes=()) for r in read_reviews] == [
+        replace(r, boxes=()) for r in reviews
+    ]
+    for read_review, written_review in zip(read_reviews, reviews, strict=True):
+        assert [replace(b, edges=(0, 0, 0, 0)) for b in read_review.boxes] == [
+            replace(b, edges=(0, 0, 0, 0)) for b in written_review.boxes
         ]
-        for box, other in zip(ours.boxes, theirs.boxes, strict=True):
+        for box, other in zip(read_review.boxes, written_review.boxes, strict=True):
             assert box.edges == pytest.approx(other.edges, abs=1e-9)
 
 
 def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
-    found = made(tmp_path / "in")
-    cvat.write_cvat(found, str(tmp_path / "cvat"), CLASSES)
-    fiftyone.write_fiftyone(found, str(tmp_path / "fiftyone"))
+    reviews = _select_reviews(tmp_path / "in")
+    cvat.write_cvat(reviews, str(tmp_path / "cvat"), CLASSES)
+    fiftyone.write_fiftyone(reviews, str(tmp_path / "fiftyone"))
     for folder in (tmp_path / "cvat" / "images", tmp_path / "fiftyone" / "data"):
         assert (folder / "a" / "disputed.jpg").read_bytes() == (
             tmp_path / "in" / "a" / "disputed.jpg"
         ).read_bytes()
-    assert cvat.read_cvat(str(tmp_path / "cvat" / "annotations.xml")) == found
+    assert cvat.read_cvat(str(tmp_path / "cvat" / "annotations.xml")) == reviews
     assert [r.image_id for r in fiftyone.read_fiftyone(str(tmp_path / "fiftyone"))] == [
-        r.image_id for r in found
+        r.image_id for r in reviews
     ]
 
 
@@ -201,24 +210,24 @@ def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
 def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
     first, second, _ = (
         label_studio.label_studio_task(r, "/data/local-files/?d={uri}")
-        for r in made(tmp_path)
+        for r in _select_reviews(tmp_path)
     )
     assert [t["predictions"][0]["score"] for t in (first, second)] == [
         pytest.approx(1 / 3, abs=1e-4),
         1,
     ]
-    known = {
+    expected_fields = {
         "image": f"/data/local-files/?d={tmp_path}/a/disputed.jpg",
         "disagreement": 0.6667,
         "inconsistent": 1,
         "private": 1,
     }
-    assert known.items() <= first["data"].items()
+    assert expected_fields.items() <= first["data"].items()
     region = first["predictions"][0]["result"][1]
     assert region["meta"]["text"] == [
         f"inconsistent: cloud cat 0.75, CLIP {CLASSES[1]} 0.62"
     ]
-    value = {
+    expected_rectangle = {
         "x": 2.5,
         "y": pytest.approx(20 / 3),
         "width": 25,
@@ -226,21 +235,21 @@ def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
         "rotation": 0,
         "rectanglelabels": ["cat"],
     }
-    assert region["value"] == value
+    assert region["value"] == expected_rectangle
     assert (region["original_width"], region["original_height"]) == (40, 30)
 
 
-def tasks(folder: Path) -> list[dict[str, Any]]:
-    return [label_studio.label_studio_task(r) for r in made(folder)]
+def _label_studio_tasks(folder: Path) -> list[dict[str, Any]]:
+    return [label_studio.label_studio_task(r) for r in _select_reviews(folder)]
 
 
-def export(folder: Path, content: Any) -> str:
-    (folder / "export.json").write_text(json.dumps(content))
+def _write_export(folder: Path, tasks_json: Any) -> str:
+    (folder / "export.json").write_text(json.dumps(tasks_json))
     return str(folder / "export.json")
 
 
-def annotated(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """As a person took it, with the prediction that Label Studio exports as a number."""
+def _annotate(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return the task after a review, with its prediction as a number, as exported."""
     return task | {
         "predictions": [7],
         "annotations": [
@@ -253,19 +262,19 @@ def annotated(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_only_finished_tasks_count_as_reviewed_and_the_last_word_counts(
     tmp_path: Path,
 ) -> None:
-    first, second, third = tasks(tmp_path)
+    first, second, third = _label_studio_tasks(tmp_path)
     late = {"result": [], "updated_at": "2026-02-01T00:00:00Z"}
     early = {
         "result": first["predictions"][0]["result"],
         "updated_at": "2026-01-01T00:00:00Z",
     }
-    content = [
+    exported_tasks = [
         first | {"annotations": [late, early]},
-        annotated(second, was_cancelled=True),
+        _annotate(second, was_cancelled=True),
         third | {"annotations": []},
     ]
-    found = label_studio.read_label_studio(export(tmp_path, content))
-    assert [(r.image_id, r.reviewed, len(r.boxes)) for r in found] == [
+    reviews = label_studio.read_label_studio(_write_export(tmp_path, exported_tasks))
+    assert [(r.image_id, r.reviewed, len(r.boxes)) for r in reviews] == [
         ("a/disputed", True, 0),
         ("agreed", False, 0),
         ("empty", False, 0),
@@ -286,10 +295,13 @@ def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(
             "rectanglelabels": ["cat"],
         },
     }
-    [found] = label_studio.read_label_studio(
-        export(tmp_path, [annotated(tasks(tmp_path)[0], result=[choice, drawn])])
+    [review_of_task] = label_studio.read_label_studio(
+        _write_export(
+            tmp_path,
+            [_annotate(_label_studio_tasks(tmp_path)[0], result=[choice, drawn])],
+        )
     )
-    assert found.boxes == (ReviewedBox((0, 0, 20, 30), "cat"),)
+    assert review_of_task.boxes == (ReviewedBox((0, 0, 20, 30), "cat"),)
 
 
 @pytest.mark.parametrize(
@@ -298,16 +310,16 @@ def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(
 def test_what_is_no_box_of_label_studio_is_an_error(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    content = [annotated(tasks(tmp_path)[0])]
-    content[0]["annotations"][0]["result"][0]["value"].update(change)
+    exported_tasks = [_annotate(_label_studio_tasks(tmp_path)[0])]
+    exported_tasks[0]["annotations"][0]["result"][0]["value"].update(change)
     with pytest.raises(
         InputError, match="task 0: expected an upright box with one label"
     ):
-        label_studio.read_label_studio(export(tmp_path, content))
+        label_studio.read_label_studio(_write_export(tmp_path, exported_tasks))
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("exported", "message"),
     [
         ({}, "is not a JSON export of Label Studio"),
         (
@@ -330,10 +342,10 @@ def test_what_is_no_box_of_label_studio_is_an_error(
     ],
 )
 def test_an_export_of_something_else_is_an_error(
-    tmp_path: Path, content: Any, message: str
+    tmp_path: Path, exported: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        label_studio.read_label_studio(export(tmp_path, content))
+        label_studio.read_label_studio(_write_export(tmp_path, exported))
 
 
 def test_the_labelling_setup_names_the_classes() -> None:
@@ -345,7 +357,8 @@ def test_the_labelling_setup_names_the_classes() -> None:
 
 XML = """<annotations><version>1.1</version><meta><task><name>x</name></task></meta>
 <image id="0" name="a.jpg" width="40" height="30">
-<tag label="review" source="manual"><attribute name="image_id">abc</attribute><attribute name="reviewed">{done}</attribute></tag>
+<tag label="review" source="manual"><attribute name="image_id">abc</attribute>
+<attribute name="reviewed">{reviewed}</attribute></tag>
 {shapes}
 </image><image id="1" name="other.jpg" width="4" height="3"/></annotations>"""
 BOX = (
@@ -355,20 +368,20 @@ BOX = (
 )
 
 
-def cvat_xml(folder: Path, shapes: str = "", done: str = "true") -> str:
-    (folder / "a.xml").write_text(XML.format(shapes=shapes, done=done))
+def _write_cvat_xml(folder: Path, shapes: str = "", reviewed: str = "true") -> str:
+    (folder / "a.xml").write_text(XML.format(shapes=shapes, reviewed=reviewed))
     return str(folder / "a.xml")
 
 
 def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
     """Images that were added to the task by hand, without our tag, are left out."""
-    place = cvat_xml(
+    export_path = _write_cvat_xml(
         tmp_path,
         BOX.format(kind="by hand", more='rotation="0.0"')
         + BOX.format(kind="private", more=""),
     )
     with zipfile.ZipFile(tmp_path / "job.zip", "w") as archive:
-        archive.write(place, "annotations.xml")
+        archive.write(export_path, "annotations.xml")
     expected = Review(
         "abc",
         "",
@@ -382,27 +395,31 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
         reviewed=True,
     )
     assert (
-        cvat.read_cvat(place) == cvat.read_cvat(str(tmp_path / "job.zip")) == [expected]
+        cvat.read_cvat(export_path)
+        == cvat.read_cvat(str(tmp_path / "job.zip"))
+        == [expected]
     )
-    assert not cvat.read_cvat(cvat_xml(tmp_path, done="false"))[0].reviewed
+    assert not cvat.read_cvat(_write_cvat_xml(tmp_path, reviewed="false"))[0].reviewed
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("xml", "message"),
     [
         (
             XML.format(
-                done="true", shapes=BOX.format(kind="x", more='rotation="12.5"')
+                reviewed="true", shapes=BOX.format(kind="x", more='rotation="12.5"')
             ),
-            r"x\.xml:4: expected an upright box, .* 12\.5 degrees",
+            r"x\.xml:5: expected an upright box, .* 12\.5 degrees",
         ),
         (
-            XML.format(done="true", shapes='<polygon label="cat" points="1,2;3,4"/>'),
-            r"x\.xml:4: expected boxes, got a polygon of 'cat'",
+            XML.format(
+                reviewed="true", shapes='<polygon label="cat" points="1,2;3,4"/>'
+            ),
+            r"x\.xml:5: expected boxes, got a polygon of 'cat'",
         ),
         (
-            XML.format(done="true", shapes='<box label="cat" xtl="a"/>'),
-            r"x\.xml:4: xtl: expected a number, got 'a'",
+            XML.format(reviewed="true", shapes='<box label="cat" xtl="a"/>'),
+            r"x\.xml:5: xtl: expected a number, got 'a'",
         ),
         (
             "<annotations><image/></annotations>",
@@ -413,9 +430,9 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
     ],
 )
 def test_what_can_not_be_read_of_cvat_is_named(
-    tmp_path: Path, content: str, message: str
+    tmp_path: Path, xml: str, message: str
 ) -> None:
-    (tmp_path / "x.xml").write_text(content)
+    (tmp_path / "x.xml").write_text(xml)
     with pytest.raises(InputError, match=message):
         cvat.read_cvat(str(tmp_path / "x.xml"))
 
@@ -428,16 +445,18 @@ def test_an_archive_of_another_format_is_an_error(tmp_path: Path) -> None:
 
 
 def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
-    found = made(tmp_path)
-    known = {
+    reviews = _select_reviews(tmp_path)
+    declared = {
         label["name"]: {a["name"]: a for a in label["attributes"]}
         for label in cvat.cvat_labels(CLASSES)
     }
-    root = ET.fromstring(cvat.cvat_xml(found))
+    root = ET.fromstring(cvat.cvat_xml(reviews))
     for node in (*root.iter("box"), *root.iter("tag")):
         for attribute in node.iterfind("attribute"):
-            told = known[node.get("label", "")][attribute.get("name", "")]
-            assert told["input_type"] == "text" or attribute.text in told["values"] + [
+            declaration = declared[node.get("label", "")][attribute.get("name", "")]
+            assert declaration["input_type"] == "text" or attribute.text in declaration[
+                "values"
+            ] + [
                 "true",
                 "false",
             ]
@@ -449,7 +468,7 @@ def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
 
 
 def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
-    """As FiftyOneDataset writes it: ids, dates, and null where nothing is."""
+    """FiftyOneDataset writes ids, dates, and null for missing fields."""
     box = {
         "_id": {"$oid": "6"},
         "_cls": "Detection",
@@ -459,27 +478,29 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
         "bounding_box": [0.25, 0, 0.5, 1],
         "mask": None,
     }
-    own = {
+    foreign_fields = {
         "_id": {"$oid": "5"},
         "metadata": None,
         "created_at": {"$date": "2026-01-01T00:00:00Z"},
         "_media_type": "image",
     }
-    known = {
+    sample_fields = {
         "filepath": "data/a.jpg",
         "image_id": "abc",
         "pixels_wide": 40,
         "pixels_high": 30,
         "tags": ["reviewed", "night"],
     }
-    empty = known | {"image_id": "def", "tags": [], "ground_truth": None}
-    content = {
+    empty = sample_fields | {"image_id": "def", "tags": [], "ground_truth": None}
+    dataset = {
         "samples": [
-            own | known | {"ground_truth": {"_cls": "Detections", "detections": [box]}},
+            foreign_fields
+            | sample_fields
+            | {"ground_truth": {"_cls": "Detections", "detections": [box]}},
             empty,
         ]
     }
-    (tmp_path / "samples.json").write_text(json.dumps(content))
+    (tmp_path / "samples.json").write_text(json.dumps(dataset))
     first, second = fiftyone.read_fiftyone(str(tmp_path))
     assert (first.image_id, first.reviewed, first.boxes) == (
         "abc",
@@ -490,7 +511,7 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("dataset", "message"),
     [
         ({"samples": [{"filepath": "a.jpg"}]}, "samples.0.image_id: Field required"),
         (
@@ -500,8 +521,8 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_a_fiftyone_dataset_of_someone_else_is_an_error(
-    tmp_path: Path, content: Any, message: str
+    tmp_path: Path, dataset: Any, message: str
 ) -> None:
-    (tmp_path / "samples.json").write_text(json.dumps(content))
+    (tmp_path / "samples.json").write_text(json.dumps(dataset))
     with pytest.raises(InputError, match=message):
         fiftyone.read_fiftyone(str(tmp_path))

@@ -25,11 +25,13 @@ from coin_ray.tables import (
 NAMES = ("cloud", "clip", "labels")
 
 
-def opinions(found: dict[str, DetectionsTable], image_id: str) -> dict[str, Detections]:
-    return {name: table[image_id] for name, table in found.items()}
+def _lookup_detections(
+    tables_by_name: dict[str, DetectionsTable], image_id: str
+) -> dict[str, Detections]:
+    return {name: table[image_id] for name, table in tables_by_name.items()}
 
 
-def from_tables(folder: Path, source: list[Example]) -> TableExamples:
+def _examples_from_tables(folder: Path, source: list[Example]) -> TableExamples:
     """The same examples, read from Parquet. Rows of the opinions are in another order
     than those of the images."""
     sizes = [(96, 64) if e.wide else (64, 96) for e in source]
@@ -52,23 +54,25 @@ def from_tables(folder: Path, source: list[Example]) -> TableExamples:
             for e in reversed(source)
         ]
         storage.write_table(str(folder / f"{name}.parquet"), detections_table(written))
-    found = {
+    tables_by_name = {
         name: open_detections(str(folder / f"{name}.parquet"), len(CLASSES))
         for name in NAMES
     }
     return TableExamples(
-        str(folder / "images.parquet"), np.arange(len(source)), partial(opinions, found)
+        str(folder / "images.parquet"),
+        np.arange(len(source)),
+        partial(_lookup_detections, tables_by_name),
     )
 
 
-def in_memory(folder: Path) -> list[Example]:
+def _examples_in_memory(folder: Path) -> list[Example]:
     return [
         Example(e.image_id, e.uri, {n: e.detections[n] for n in NAMES})
         for e in examples(folder)
     ]
 
 
-def equal(a: Detections, b: Detections) -> bool:
+def _is_equal(a: Detections, b: Detections) -> bool:
     return all(
         torch.equal(getattr(a, n), getattr(b, n))
         and getattr(a, n).dtype == getattr(b, n).dtype
@@ -91,36 +95,47 @@ def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_batches_are_those_of_examples_in_memory(
     tmp_path: Path, limit: int, send: Callable[[TableExamples], TableExamples]
 ) -> None:
-    source = in_memory(tmp_path)
-    given = (tiny_fit(steps=4, batch=4), tiny_config())
-    read = iterate_batches(
-        send(from_tables(tmp_path, source)), *given, seed=3, first=0, rank=0, workers=1
+    source = _examples_in_memory(tmp_path)
+    configs = (tiny_fit(steps=4, batch=4), tiny_config())
+    batches = iterate_batches(
+        send(_examples_from_tables(tmp_path, source)),
+        *configs,
+        seed=3,
+        first=0,
+        rank=0,
+        workers=1,
     )
-    for ours, expected in zip(
-        read,
-        iterate_batches(source, *given, seed=3, first=0, rank=0, workers=1),
+    for batch, expected in zip(
+        batches,
+        iterate_batches(source, *configs, seed=3, first=0, rank=0, workers=1),
         strict=True,
     ):
         assert all(
-            torch.equal(a, b) for a, b in zip(ours.strong, expected.strong, strict=True)
+            torch.equal(a, b)
+            for a, b in zip(batch.strong, expected.strong, strict=True)
         )
         for name in NAMES:
             assert all(
-                equal(a, b)
+                _is_equal(a, b)
                 for a, b in zip(
-                    ours.detections[name], expected.detections[name], strict=True
+                    batch.detections[name], expected.detections[name], strict=True
                 )
             )
 
 
 def test_sent_by_reference(tmp_path: Path) -> None:
-    """What goes to a worker does not grow with the answers: 4 bytes a row of the index,
+    """Pickles for a worker do not grow with the tables: 4 bytes a row of the index,
     and addresses."""
-    assert len(pickle.dumps(from_tables(tmp_path, in_memory(tmp_path)))) < 2000
+    assert (
+        len(
+            pickle.dumps(_examples_from_tables(tmp_path, _examples_in_memory(tmp_path)))
+        )
+        < 2000
+    )
 
 
 def test_slices_and_ends(tmp_path: Path) -> None:
-    read = from_tables(tmp_path, in_memory(tmp_path))
+    read = _examples_from_tables(tmp_path, _examples_in_memory(tmp_path))
     assert [e.image_id for e in read[1:4]] == ["1", "2", "3"]
     assert read[-1].image_id == "4"
     with pytest.raises(IndexError):
@@ -130,23 +145,23 @@ def test_slices_and_ends(tmp_path: Path) -> None:
 def test_orientation(tmp_path: Path) -> None:
     source = [
         Example(e.image_id, e.uri, e.detections, wide=n % 2 == 0)
-        for n, e in enumerate(in_memory(tmp_path))
+        for n, e in enumerate(_examples_in_memory(tmp_path))
     ]
     expected = [True, False, True, False, True]
     assert (
         wide_images(source).tolist()
-        == wide_images(from_tables(tmp_path, source)).tolist()
+        == wide_images(_examples_from_tables(tmp_path, source)).tolist()
         == expected
     )
-    assert [e.wide for e in from_tables(tmp_path, source)] == expected
+    assert [e.wide for e in _examples_from_tables(tmp_path, source)] == expected
 
 
 def test_a_step_of_grouped_images_has_one_orientation(tmp_path: Path) -> None:
     source = [
         Example(str(n), e.uri, e.detections, wide=n % 2 == 0)
-        for n, e in enumerate(in_memory(tmp_path)[:1] * 8)
+        for n, e in enumerate(_examples_in_memory(tmp_path)[:1] * 8)
     ]
-    seen = iterate_batches(
+    batches = iterate_batches(
         source,
         tiny_fit(steps=2, batch=4, group_aspects=True),
         tiny_config(),
@@ -155,7 +170,7 @@ def test_a_step_of_grouped_images_has_one_orientation(tmp_path: Path) -> None:
         rank=0,
         workers=1,
     )
-    assert len(list(seen)) == 2
+    assert len(list(batches)) == 2
 
 
 class TestLookup:

@@ -17,7 +17,7 @@ GRID = torch.tensor(
 )
 
 
-def grid_case(
+def _draw_grid_case(
     seed: int, images: int = 40, num_classes: int = 3
 ) -> tuple[dict[str, Detections], dict[str, Truth]]:
     """Truth boxes that don't touch, so that VOC and COCO match alike; no equal scores."""
@@ -40,7 +40,7 @@ def grid_case(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ap50_agrees_with_voc(seed: int) -> None:
-    case = grid_case(seed)
+    case = _draw_grid_case(seed)
     # 101 recall points against all points: a grid of .01 in recall
     np.testing.assert_allclose(
         coco_average_precision(*case, 3).ap50,
@@ -91,17 +91,17 @@ def test_nothing_found(predictions: dict[str, Detections]) -> None:
 
 def test_difficult_is_not_required_and_does_no_harm() -> None:
     labels, difficult = torch.zeros(9, dtype=torch.int64), torch.arange(9) >= 5
-    found = Detections(
+    predictions = Detections(
         GRID, torch.linspace(0.1, 0.9, 9), labels, torch.full((9, 2), 0.5)
     )
     assert coco_average_precision(
-        {"a": found}, {"a": Truth(GRID, labels, difficult)}, 1
+        {"a": predictions}, {"a": Truth(GRID, labels, difficult)}, 1
     ).ap50[0] == pytest.approx(1)
     assert coco_average_precision(
-        {"a": found[:5]}, {"a": Truth(GRID, labels, difficult)}, 1
+        {"a": predictions[:5]}, {"a": Truth(GRID, labels, difficult)}, 1
     ).ap50[0] == pytest.approx(1)
 
 
 def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    coco_average_precision(*grid_case(0, images=2), 3)
+    coco_average_precision(*_draw_grid_case(0, images=2), 3)
     assert capfd.readouterr() == ("", "")

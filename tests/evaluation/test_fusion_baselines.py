@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coin_ray.evaluation.fusion_baselines import (
-    relabel_with_clip,
     expand_to_all_classes,
     pseudo_label_quality,
+    relabel_with_clip,
     static_fusion,
 )
 from coin_ray.structures import Detections
@@ -17,7 +17,7 @@ from coin_ray.tables import Truth
 BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
 
 
-def cloud(probs: list[list[float]], scores: list[float]) -> Detections:
+def _cloud(probs: list[list[float]], scores: list[float]) -> Detections:
     vectors = torch.tensor(probs)
     return Detections(
         BOXES[: len(probs)], torch.tensor(scores), vectors[:, :-1].argmax(1), vectors
@@ -25,49 +25,49 @@ def cloud(probs: list[list[float]], scores: list[float]) -> Detections:
 
 
 def test_clip_labelled_takes_the_best_foreground_class() -> None:
-    found = relabel_with_clip(
-        cloud([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]], [0.8, 0.5]),
+    fused = relabel_with_clip(
+        _cloud([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]], [0.8, 0.5]),
         torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.1, 0.6]]),
     )
     # background won the second box; its best foreground class is kept
-    assert found.labels.tolist() == [1, 0]
-    assert found.scores.tolist() == pytest.approx([0.8 * 0.7, 0.5 * 0.3])
-    assert torch.equal(found.boxes, BOXES)
+    assert fused.labels.tolist() == [1, 0]
+    assert fused.scores.tolist() == pytest.approx([0.8 * 0.7, 0.5 * 0.3])
+    assert torch.equal(fused.boxes, BOXES)
 
 
 def test_static_fusion_with_background_mass() -> None:
     # foreground-conditional: cloud (.75, .25), CLIP (.2, .8); mean (.475, .525);
     # objectness 1 - .2
-    found = static_fusion(
-        cloud([[0.6, 0.2, 0.2]], [0.6]), torch.tensor([[0.1, 0.4, 0.5]])
+    fused = static_fusion(
+        _cloud([[0.6, 0.2, 0.2]], [0.6]), torch.tensor([[0.1, 0.4, 0.5]])
     )
-    assert found.labels.tolist() == [1]
-    assert found.scores.tolist() == pytest.approx([0.8 * 0.525])
-    assert found.probs[0].tolist() == pytest.approx([0.8 * 0.475, 0.8 * 0.525, 0.2])
+    assert fused.labels.tolist() == [1]
+    assert fused.scores.tolist() == pytest.approx([0.8 * 0.525])
+    assert fused.probs[0].tolist() == pytest.approx([0.8 * 0.475, 0.8 * 0.525, 0.2])
 
 
 def test_static_fusion_without_background_mass_takes_the_cloud_score() -> None:
-    found = static_fusion(
-        cloud([[0.9, 0.1, 0.0]], [0.4]), torch.tensor([[0.5, 0.5, 0.0]])
+    fused = static_fusion(
+        _cloud([[0.9, 0.1, 0.0]], [0.4]), torch.tensor([[0.5, 0.5, 0.0]])
     )
-    assert found.scores.tolist() == pytest.approx([0.4 * 0.7])
-    assert found.probs[0].tolist() == pytest.approx([0.28, 0.12, 0.6])
+    assert fused.scores.tolist() == pytest.approx([0.4 * 0.7])
+    assert fused.probs[0].tolist() == pytest.approx([0.28, 0.12, 0.6])
 
 
 def test_static_fusion_where_clip_sees_only_background() -> None:
-    found = static_fusion(
-        cloud([[0.8, 0.0, 0.2]], [0.8]), torch.tensor([[0.0, 0.0, 1.0]])
+    fused = static_fusion(
+        _cloud([[0.8, 0.0, 0.2]], [0.8]), torch.tensor([[0.0, 0.0, 1.0]])
     )
-    assert found.probs[0].tolist() == pytest.approx([0.8 * 0.75, 0.8 * 0.25, 0.2])
+    assert fused.probs[0].tolist() == pytest.approx([0.8 * 0.75, 0.8 * 0.25, 0.2])
 
 
 def test_probs_are_distributions_whatever_comes_in() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        mine, other = (
+        cloud_probs, clip_probs = (
             torch.rand(2, 5, generator=generator).pow(8).softmax(1) for _ in range(2)
         )
-        fused = static_fusion(cloud(mine.tolist(), [0.3, 0.9]), other)
+        fused = static_fusion(_cloud(cloud_probs.tolist(), [0.3, 0.9]), clip_probs)
         assert fused.probs.sum(1).tolist() == pytest.approx([1, 1])
         assert ((fused.scores >= 0) & (fused.scores <= 1)).all()
         assert torch.equal(fused.probs[:, :-1].argmax(1), fused.labels)
@@ -112,14 +112,14 @@ def test_pseudo_label_quality() -> None:
 def test_quality_of_nothing_is_nan() -> None:
     quality = pseudo_label_quality({}, {})
     assert all(
-        math.isnan(value)
-        for value in (quality.precision, quality.recall, quality.label_accuracy)
+        math.isnan(share)
+        for share in (quality.precision, quality.recall, quality.label_accuracy)
     )
 
 
 def test_every_class_reports_each_name_a_box_may_have() -> None:
     probs = torch.tensor([[0.6, 0.3, 0.0, 0.1]])
-    found = expand_to_all_classes(
+    expanded = expand_to_all_classes(
         Detections(
             torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
             torch.tensor([0.8]),
@@ -127,7 +127,7 @@ def test_every_class_reports_each_name_a_box_may_have() -> None:
             probs,
         )
     )
-    assert found.labels.tolist() == [0, 1]
-    assert found.scores.tolist() == pytest.approx([0.8, 0.4])
-    assert torch.equal(found.boxes, torch.tensor([[0.0, 0.0, 4.0, 4.0]] * 2))
+    assert expanded.labels.tolist() == [0, 1]
+    assert expanded.scores.tolist() == pytest.approx([0.8, 0.4])
+    assert torch.equal(expanded.boxes, torch.tensor([[0.0, 0.0, 4.0, 4.0]] * 2))
     assert len(expand_to_all_classes(Detections.empty(3))) == 0

@@ -10,9 +10,9 @@ from scipy.stats import spearmanr
 
 from coin_ray.evaluation.label_free import (
     CONFIDENT_SCORE,
-    miscalibration,
     confident_detections,
     label_free_score,
+    miscalibration,
 )
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.structures import Detections
@@ -23,7 +23,7 @@ QUALITIES = (1.0, 0.85, 0.7, 0.5, 0.3, 0.1)
 PLACES = [(10.0 + 60 * n, 10.0, 50.0 + 60 * n, 60.0) for n in range(4)]
 
 
-def world(seed: int = 0) -> tuple[dict[str, Truth], dict[str, Truth]]:
+def _simulate_teachers(seed: int = 0) -> tuple[dict[str, Truth], dict[str, Truth]]:
     """Truth, and what two teachers together make of it: they are sure of three of four
     objects, now and then wrongly, of one they are not."""
     draw = np.random.default_rng(seed)
@@ -35,34 +35,37 @@ def world(seed: int = 0) -> tuple[dict[str, Truth], dict[str, Truth]]:
             torch.tensor(labels),
             torch.zeros(len(PLACES), dtype=torch.bool),
         )
-        said = [
+        teacher_labels = [
             int(label) if draw.random() < 0.9 else int(draw.integers(CLASSES))
             for label in labels
         ]
-        scores = [*draw.uniform(CONFIDENT_SCORE, 1, 3), draw.uniform(0, CONFIDENT_SCORE)]
+        scores = [
+            *draw.uniform(CONFIDENT_SCORE, 1, 3),
+            draw.uniform(0, CONFIDENT_SCORE),
+        ]
         rows = [
-            (place, label, float(score))
-            for place, label, score in zip(PLACES, said, scores, strict=True)
+            (box, label, float(score))
+            for box, label, score in zip(PLACES, teacher_labels, scores, strict=True)
         ]
         expected[str(number)] = confident_detections(detections(*rows, classes=CLASSES))
     return truth, expected
 
 
-def student(
+def _simulate_student(
     truth: dict[str, Truth], quality: float, seed: int = 1
 ) -> dict[str, Detections]:
     """Finds and names rightly a ``quality`` of the objects, and is as sure as that;
     else a wrong name or nothing, and boxes of nothing."""
     draw = np.random.default_rng(seed)
-    found = {}
+    predictions = {}
     for image, annotated in truth.items():
         rows = []
-        for place, label in zip(PLACES, annotated.labels.tolist(), strict=True):
+        for box, label in zip(PLACES, annotated.labels.tolist(), strict=True):
             if draw.random() < quality:
-                rows.append((place, label, float(draw.uniform(0.7, 1.0))))
+                rows.append((box, label, float(draw.uniform(0.7, 1.0))))
             elif draw.random() < 0.5:
                 rows.append(
-                    (place, int((label + 1) % CLASSES), float(draw.uniform(0.3, 0.9)))
+                    (box, int((label + 1) % CLASSES), float(draw.uniform(0.3, 0.9)))
                 )
         if draw.random() > quality:
             rows.append(
@@ -72,37 +75,42 @@ def student(
                     float(draw.uniform(0.3, 0.9)),
                 )
             )
-        found[image] = detections(*rows, classes=CLASSES)
-    return found
+        predictions[image] = detections(*rows, classes=CLASSES)
+    return predictions
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
-    truth, expected = world(seed)
-    judged, true = [], []
+    truth, expected = _simulate_teachers(seed)
+    scores, mean_aps = [], []
     for quality in QUALITIES:
-        found = student(truth, quality, seed + 1)
-        judged.append(
-            label_free_score(found, student(truth, quality, seed + 100), expected, CLASSES)[
-                "score"
-            ]
+        predictions = _simulate_student(truth, quality, seed + 1)
+        scores.append(
+            label_free_score(
+                predictions,
+                _simulate_student(truth, quality, seed + 100),
+                expected,
+                CLASSES,
+            )["score"]
         )
-        true.append(average_precision(found, truth, CLASSES).map)
-    assert spearmanr(judged, true).statistic == pytest.approx(1.0)
-    assert all(0 <= score <= 1 for score in judged)
+        mean_aps.append(average_precision(predictions, truth, CLASSES).map)
+    assert spearmanr(scores, mean_aps).statistic == pytest.approx(1.0)
+    assert all(0 <= score <= 1 for score in scores)
 
 
 def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None:
     """Under another name it is wrong."""
     expected = {
         "a": confident_detections(
-            detections((PLACES[1], 1, CONFIDENT_SCORE - 0.01), (PLACES[0], 0, CONFIDENT_SCORE))
+            detections(
+                (PLACES[1], 1, CONFIDENT_SCORE - 0.01), (PLACES[0], 0, CONFIDENT_SCORE)
+            )
         )
     }
     right = (PLACES[0], 0, 0.8)
     alone, with_it, renamed = (
-        label_free_score({"a": detections(right, *more)}, {}, expected, CLASSES)
-        for more in ((), ((PLACES[1], 1, 0.9),), ((PLACES[1], 0, 0.9),))
+        label_free_score({"a": detections(right, *extra_boxes)}, {}, expected, CLASSES)
+        for extra_boxes in ((), ((PLACES[1], 1, 0.9),), ((PLACES[1], 0, 0.9),))
     )
     assert with_it == alone
     assert alone["agreement"] == 1
@@ -112,11 +120,11 @@ def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None
 
 
 def test_a_student_that_differs_from_its_teacher_is_worth_less() -> None:
-    truth, expected = world()
-    found = student(truth, 0.8)
+    truth, expected = _simulate_teachers()
+    predictions = _simulate_student(truth, 0.8)
     same, other = (
-        label_free_score(found, teacher, expected, CLASSES)
-        for teacher in (found, student(truth, 0.2, seed=9))
+        label_free_score(predictions, teacher, expected, CLASSES)
+        for teacher in (predictions, _simulate_student(truth, 0.2, seed=9))
     )
     assert same["disagreement"] < 0.05 < other["disagreement"]
     assert same["agreement"] == other["agreement"]
@@ -135,18 +143,23 @@ def test_calibration_error_is_the_gap_between_score_and_share_confirmed(
         )
         for n in range(8)
     }
-    found = {
+    predictions = {
         str(n): detections((PLACES[0] if n < 8 * share else PLACES[2], 0, score))
         for n in range(8)
     }
-    assert miscalibration(found, truth) == pytest.approx(error, abs=1e-6)
+    assert miscalibration(predictions, truth) == pytest.approx(error, abs=1e-6)
 
 
 def test_a_student_that_sees_nothing_is_the_worst() -> None:
-    truth, expected = world()
+    truth, expected = _simulate_teachers()
     empty = {image: Detections.empty(CLASSES) for image in truth}
     worst = min(
-        label_free_score(student(truth, q), student(truth, q, 7), expected, CLASSES)["score"]
+        label_free_score(
+            _simulate_student(truth, q),
+            _simulate_student(truth, q, 7),
+            expected,
+            CLASSES,
+        )["score"]
         for q in QUALITIES
     )
     assert label_free_score(empty, empty, expected, CLASSES)["score"] < worst

@@ -13,7 +13,7 @@ UNSURE = [0.35, 0.05, 0.6]
 ON_CAR, ON_DOG, NOWHERE = [0.0, 0, 20, 20], [40.0, 40, 60, 60], [80.0, 0, 99, 20]
 
 
-def truth() -> dict[str, Truth]:
+def _truth() -> dict[str, Truth]:
     return {
         "a": Truth(
             torch.tensor([ON_CAR, ON_DOG]),
@@ -23,61 +23,63 @@ def truth() -> dict[str, Truth]:
     }
 
 
-def name(vector: list[float]) -> int:
-    """What the box is called: the best entry, but for UNSURE, which is called a car all
+def _label(vector: list[float]) -> int:
+    """Return the label of the box: the best entry, but UNSURE is a car all
     the same."""
     return 0 if vector == UNSURE else vector.index(max(vector))
 
 
-def row(
+def _separation_row(
     *boxes: tuple[str, list[float], list[float], list[float]], image_id: str = "a"
 ) -> dict[str, Any]:
-    kinds, places, cloud, clip = ([b[i] for b in boxes] for i in range(4))
+    kinds, box_edges, cloud, clip = ([b[i] for b in boxes] for i in range(4))
     names = {
-        "cloud_labels": [name(v) for v in cloud],
-        "clip_labels": [name(v) for v in clip],
+        "cloud_labels": [_label(v) for v in cloud],
+        "clip_labels": [_label(v) for v in clip],
     }
     return {
         "image_id": image_id,
         "kind": kinds,
-        "boxes": places,
+        "boxes": box_edges,
         "cloud_probs": cloud,
         "clip_probs": clip,
     } | names
 
 
 def test_consistent_and_private_boxes_are_right_or_wrong() -> None:
-    found = separation_accuracy(
+    shares = separation_accuracy(
         [
-            row(("consistent", ON_CAR, CAR, CAR), ("consistent", ON_DOG, CAR, CAR)),
-            row(
+            _separation_row(
+                ("consistent", ON_CAR, CAR, CAR), ("consistent", ON_DOG, CAR, CAR)
+            ),
+            _separation_row(
                 ("private", NOWHERE, DOG, [0.0] * 3),
                 ("private", ON_DOG, DOG, [0.0] * 3),
                 ("private", NOWHERE, NOTHING, [0.0] * 3),
             ),
         ],
-        truth(),
+        _truth(),
     )
-    assert found == {
+    assert shares == {
         "consistent": {"right": 0.5},
         "private": {"right": pytest.approx(2 / 3, abs=1e-4)},
     }
 
 
 def test_of_disputed_boxes_it_tells_who_was_right() -> None:
-    found = separation_accuracy(
+    shares = separation_accuracy(
         [
-            row(
+            _separation_row(
                 ("inconsistent", ON_CAR, [0.9, 0.1, 0.0], DOG),
                 ("inconsistent", NOWHERE, CAR, [0.05, 0.05, 0.9]),
                 ("inconsistent", NOWHERE, CAR, DOG),
                 ("inconsistent", ON_DOG, [0.6, 0.4, 0.0], [0.0, 0.5, 0.5]),
             )
         ],
-        truth(),
+        _truth(),
     )
     # means: car, background, car or dog (not background), dog
-    assert found == {
+    assert shares == {
         "inconsistent": {"cloud": 0.25, "clip": 0.5, "mean": 0.75, "neither": 0.25}
     }
 
@@ -85,7 +87,11 @@ def test_of_disputed_boxes_it_tells_who_was_right() -> None:
 def test_images_without_truth_and_without_boxes_do_not_count() -> None:
     assert (
         separation_accuracy(
-            [row(("consistent", ON_CAR, CAR, CAR), image_id="unknown"), row()], truth()
+            [
+                _separation_row(("consistent", ON_CAR, CAR, CAR), image_id="unknown"),
+                _separation_row(),
+            ],
+            _truth(),
         )
         == {}
     )
@@ -99,33 +105,33 @@ def test_a_box_on_an_image_without_objects_is_background() -> None:
             torch.zeros(0, dtype=torch.bool),
         )
     }
-    found = separation_accuracy(
+    shares = separation_accuracy(
         [
-            row(
+            _separation_row(
                 ("consistent", ON_CAR, CAR, CAR),
                 ("consistent", ON_CAR, NOTHING, NOTHING),
             )
         ],
         nothing,
     )
-    assert found == {"consistent": {"right": 0.5}}
+    assert shares == {"consistent": {"right": 0.5}}
 
 
 def test_an_unsure_teacher_is_right_when_its_name_is() -> None:
     """The best entry of a vector with a score below a half is often background;
     training teaches the name."""
-    found = separation_accuracy(
+    shares = separation_accuracy(
         [
-            row(
+            _separation_row(
                 ("consistent", ON_CAR, UNSURE, UNSURE),
                 ("private", ON_CAR, UNSURE, [0.0] * 3),
                 ("inconsistent", ON_CAR, UNSURE, DOG),
             )
         ],
-        truth(),
+        _truth(),
     )
-    assert found["consistent"] == found["private"] == {"right": 1.0}
-    assert found["inconsistent"] == {
+    assert shares["consistent"] == shares["private"] == {"right": 1.0}
+    assert shares["inconsistent"] == {
         "cloud": 1.0,
         "clip": 0.0,
         "mean": 0.0,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from coin_ray.evaluation.teacher_agreement import teacher_confusion, ckg_agreement_rates
+from coin_ray.evaluation.teacher_agreement import ckg_agreement_rates, teacher_confusion
 from coin_ray.tables import NO_LABEL, SEPARATION
 
 CAR, DOG, NOTHING = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]
@@ -34,8 +34,8 @@ def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
     )
     fused = torch.tensor([DOG, CAR, CAR, DOG, CAR])
     # the first box is not disputed
-    found = ckg_agreement_rates(cloud, clip, fused, torch.tensor([0, 0, 1, 1, 1]))
-    assert found == {
+    rates = ckg_agreement_rates(cloud, clip, fused, torch.tensor([0, 0, 1, 1, 1]))
+    assert rates == {
         "cloud": {"share": 0.5, "right": 0.5},
         "clip": {"share": 0.25, "right": 1.0},
         "neither": {"share": 0.25, "right": 0.0},
@@ -43,13 +43,13 @@ def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
 
 
 def test_a_side_never_taken_is_neither_right_nor_wrong() -> None:
-    one = torch.tensor([CAR])
-    assert ckg_agreement_rates(one, torch.tensor([DOG]), one, torch.tensor([0])) == {
+    car = torch.tensor([CAR])
+    assert ckg_agreement_rates(car, torch.tensor([DOG]), car, torch.tensor([0])) == {
         "cloud": {"share": 1.0, "right": 1.0},
         "clip": {"share": 0.0},
         "neither": {"share": 0.0},
     }
-    assert ckg_agreement_rates(one, one, one, torch.tensor([0])) == {}
+    assert ckg_agreement_rates(car, car, car, torch.tensor([0])) == {}
     assert (
         ckg_agreement_rates(
             torch.zeros(0, 1),

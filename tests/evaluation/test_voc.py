@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from builders import truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ C: Box = (40, 40, 50, 50)
 OFF: Box = (60, 60, 70, 70)
 
 
-def detections(*rows: tuple[Box, float, int], num_classes: int = 2) -> Detections:
+def _detections(*rows: tuple[Box, float, int], num_classes: int = 2) -> Detections:
     boxes, scores, labels = ([r[i] for r in rows] for i in range(3))
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -32,16 +33,10 @@ def detections(*rows: tuple[Box, float, int], num_classes: int = 2) -> Detection
     )
 
 
-def truth(*rows: tuple[Box, int] | tuple[Box, int, bool]) -> Truth:
-    return Truth(
-        torch.tensor([r[0] for r in rows], dtype=torch.float32).reshape(-1, 4),
-        torch.tensor([r[1] for r in rows], dtype=torch.int64),
-        torch.tensor([len(r) > 2 and r[2] for r in rows], dtype=torch.bool),
-    )
-
-
-def one_image(found: Detections, annotated: Truth, **options: bool) -> VocReport:
-    return average_precision({"a": found}, {"a": annotated}, 2, **options)
+def _evaluate_image(
+    predictions: Detections, annotated: Truth, **options: bool
+) -> VocReport:
+    return average_precision({"a": predictions}, {"a": annotated}, 2, **options)
 
 
 # name, detections, truth, AP of class 0
@@ -88,23 +83,23 @@ TABLE = [
 
 
 @pytest.mark.parametrize(
-    ("found", "annotated", "expected"),
+    ("predictions", "annotated", "expected"),
     [row[1:] for row in TABLE],
     ids=[row[0] for row in TABLE],
 )
 def test_hand_computed(
-    found: list[tuple[Box, float, int]],
+    predictions: list[tuple[Box, float, int]],
     annotated: list[tuple[Box, int]],
     expected: float,
 ) -> None:
-    assert one_image(detections(*found), truth(*annotated)).ap[0] == pytest.approx(
-        expected
-    )
+    assert _evaluate_image(_detections(*predictions), truth(*annotated)).ap[
+        0
+    ] == pytest.approx(expected)
 
 
 def test_a_class_without_truth_is_nan_and_not_in_the_mean() -> None:
-    report = one_image(
-        detections((A, 0.9, 0), (B, 0.9, 1)), truth((A, 0), (B, 1, True))
+    report = _evaluate_image(
+        _detections((A, 0.9, 0), (B, 0.9, 1)), truth((A, 0), (B, 1, True))
     )
     assert math.isnan(report.ap[1])
     assert report.map == 1.0
@@ -113,14 +108,14 @@ def test_a_class_without_truth_is_nan_and_not_in_the_mean() -> None:
 
 def test_no_truth_at_all() -> None:
     assert math.isnan(average_precision({}, {}, 3).map)
-    assert math.isnan(one_image(detections((A, 0.9, 0)), truth()).map)
+    assert math.isnan(_evaluate_image(_detections((A, 0.9, 0)), truth()).map)
 
 
 def test_plus_one_changes_the_overlap() -> None:
     # 10 x 5 in 10 x 10 is .5; as inclusive pixels it is 11 x 6 in 11 x 11 = .545
-    found, annotated = detections(((0, 0, 10, 5), 0.9, 0)), truth((A, 0))
-    assert one_image(found, annotated).ap[0] == 0
-    assert one_image(found, annotated, plus_one=True).ap[0] == 1
+    predictions, annotated = _detections(((0, 0, 10, 5), 0.9, 0)), truth((A, 0))
+    assert _evaluate_image(predictions, annotated).ap[0] == 0
+    assert _evaluate_image(predictions, annotated, plus_one=True).ap[0] == 1
 
 
 def test_one_class_ranks_by_score_although_its_vectors_are_all_alike() -> None:
@@ -149,29 +144,32 @@ def test_one_class_ranks_by_score_although_its_vectors_are_all_alike() -> None:
 
 def test_images_without_predictions_count_and_others_do_not() -> None:
     annotated = {"a": truth((A, 0)), "b": truth((A, 0)), "empty": truth()}
-    found = {"a": detections((A, 0.5, 0)), "elsewhere": detections((A, 0.9, 0))}
-    assert average_precision(found, annotated, 2).ap[0] == pytest.approx(0.5)
+    predictions = {"a": _detections((A, 0.5, 0)), "elsewhere": _detections((A, 0.9, 0))}
+    assert average_precision(predictions, annotated, 2).ap[0] == pytest.approx(0.5)
 
 
 def test_detections_on_empty_images_are_wrong() -> None:
     annotated = {"a": truth((A, 0)), "empty": truth()}
-    found = {"a": detections((A, 0.5, 0)), "empty": detections((A, 0.9, 0))}
-    assert average_precision(found, annotated, 2).ap[0] == pytest.approx(0.5)
+    predictions = {"a": _detections((A, 0.5, 0)), "empty": _detections((A, 0.9, 0))}
+    assert average_precision(predictions, annotated, 2).ap[0] == pytest.approx(0.5)
 
 
 def test_equal_scores_are_ordered_by_image_id() -> None:
     annotated = {"a": truth((A, 0)), "b": truth()}
-    found = {"b": detections((A, 0.5, 0)), "a": detections((A, 0.5, 0))}
-    assert average_precision(found, annotated, 2).ap[0] == 1.0
+    predictions = {"b": _detections((A, 0.5, 0)), "a": _detections((A, 0.5, 0))}
+    assert average_precision(predictions, annotated, 2).ap[0] == 1.0
     renamed = {"b": annotated["a"], "a": annotated["b"]}
     assert (
-        average_precision({"b": found["a"], "a": found["b"]}, renamed, 2).ap[0] == 0.5
+        average_precision(
+            {"b": predictions["a"], "a": predictions["b"]}, renamed, 2
+        ).ap[0]
+        == 0.5
     )
 
 
 def test_curve_points() -> None:
-    curve = one_image(
-        detections((A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)), truth((A, 0), (B, 0))
+    curve = _evaluate_image(
+        _detections((A, 0.9, 0), (OFF, 0.8, 0), (B, 0.7, 0)), truth((A, 0), (B, 0))
     ).curves[0]
     assert curve.precision == pytest.approx([1, 1 / 2, 2 / 3])
     assert curve.recall == pytest.approx([1 / 2, 1 / 2, 1])
@@ -182,8 +180,8 @@ def test_iou_of_empty_boxes_is_zero() -> None:
     assert pairwise_iou(point, point).tolist() == [[0.0]]
 
 
-def random_case(
-    seed: int, images: int, objects: int, found: int, num_classes: int = 3
+def _draw_random_case(
+    seed: int, images: int, objects: int, detection_count: int, num_classes: int = 3
 ) -> tuple[dict[str, Detections], dict[str, Truth]]:
     """Truth at random; detections are jittered truth and noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -197,16 +195,16 @@ def random_case(
         boxes = torch.cat([corner, corner + size], 1)
         labels = torch.randint(num_classes, (objects,), generator=generator)
         annotated[f"{image:04d}"] = Truth(boxes, labels, uniform(objects) < 0.1)
-        pick = torch.randint(objects, (found,), generator=generator)
-        noisy = boxes[pick] + (uniform(found, 4) - 0.5) * 16
+        pick = torch.randint(objects, (detection_count,), generator=generator)
+        noisy = boxes[pick] + (uniform(detection_count, 4) - 0.5) * 16
         guess = torch.where(
-            uniform(found) < 0.7,
+            uniform(detection_count) < 0.7,
             labels[pick],
-            torch.randint(num_classes, (found,), generator=generator),
+            torch.randint(num_classes, (detection_count,), generator=generator),
         )
-        probs = torch.full((found, num_classes + 1), 1 / (num_classes + 1))
+        probs = torch.full((detection_count, num_classes + 1), 1 / (num_classes + 1))
         predictions[f"{image:04d}"] = Detections(
-            noisy, uniform(found).mul(20).round() / 20, guess, probs
+            noisy, uniform(detection_count).mul(20).round() / 20, guess, probs
         )
     return predictions, annotated
 
@@ -214,15 +212,15 @@ def random_case(
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_ap_lies_in_0_to_1(seed: int) -> None:
-    report = average_precision(*random_case(seed, 3, 4, 8), 3)
-    known = report.ap[~np.isnan(report.ap)]
-    assert ((known >= 0) & (known <= 1)).all()
+    report = average_precision(*_draw_random_case(seed, 3, 4, 8), 3)
+    defined = report.ap[~np.isnan(report.ap)]
+    assert ((defined >= 0) & (defined <= 1)).all()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_the_order_of_images_and_boxes_does_not_matter(seed: int) -> None:
-    predictions, annotated = random_case(seed, 3, 4, 8)
+    predictions, annotated = _draw_random_case(seed, 3, 4, 8)
     names = list(annotated)
     random.Random(seed).shuffle(names)
     shuffled = {n: predictions[n][torch.randperm(len(predictions[n]))] for n in names}
@@ -243,17 +241,17 @@ def test_the_order_of_images_and_boxes_does_not_matter(seed: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 2))
 def test_a_weaker_false_positive_never_raises_ap(seed: int, label: int) -> None:
-    predictions, annotated = random_case(seed, 2, 4, 6)
+    predictions, annotated = _draw_random_case(seed, 2, 4, 6)
     before = average_precision(predictions, annotated, 3).ap
-    wrong = detections(((500, 500, 510, 510), -1.0, label), num_classes=3)
+    wrong = _detections(((500, 500, 510, 510), -1.0, label), num_classes=3)
     predictions["0000"] = Detections.cat([predictions["0000"], wrong])
     after = average_precision(predictions, annotated, 3).ap
-    known = ~np.isnan(before)
-    assert (after[known] <= before[known]).all()
+    defined = ~np.isnan(before)
+    assert (after[defined] <= before[defined]).all()
 
 
 def test_300_images_of_100_detections_take_less_than_a_second() -> None:
-    predictions, annotated = random_case(0, 300, 5, 100)
+    predictions, annotated = _draw_random_case(0, 300, 5, 100)
     average_precision(predictions, annotated, 3)
     start = time.process_time()
     average_precision(predictions, annotated, 3)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from labelled_folder import CLASSES, records
+from labelled_folder import CLASSES, write_image_records
 
 from coin_ray.commands.components import parse_component_study
 from coin_ray.config import Tracking
@@ -26,7 +26,7 @@ from coin_ray.experiments.components import (
 from coin_ray.runs import runner
 
 
-def config(data: str = "/data") -> DetectorConfig:
+def _config(data: str = "/data") -> DetectorConfig:
     fit = replace(small().fit, steps=1, batch=2, warmup=0)
     return replace(
         small(),
@@ -40,7 +40,7 @@ def config(data: str = "/data") -> DetectorConfig:
 
 
 def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
-    trials = build_component_trials(replace(config(), ship="heads"), [0, 1])
+    trials = build_component_trials(replace(_config(), ship="heads"), [0, 1])
     assert [(a.variant, a.seed) for a in trials] == [
         (name, seed) for seed in (0, 1) for name in VARIANTS
     ]
@@ -61,7 +61,7 @@ def test_arms_differ_in_heads_and_their_two_parts_and_in_nothing_else() -> None:
         "both, two heads": (("rcnn", "atss"), True, True),
     }
     assert {replace(changed, co_detr=CoDetr()) for changed in by_name.values()} == {
-        replace(config(), co_detr=CoDetr(), seed=1)
+        replace(_config(), co_detr=CoDetr(), seed=1)
     }
 
 
@@ -69,9 +69,9 @@ def test_the_table_is_made_and_kept_and_a_second_time_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formats.write_dataset(
-        records(tmp_path / "raw", 8, 1), str(tmp_path / "coco"), "coco"
+        write_image_records(tmp_path / "raw", 8, 1), str(tmp_path / "coco"), "coco"
     )
-    trials = build_component_trials(config(str(tmp_path / "coco")), [0])
+    trials = build_component_trials(_config(str(tmp_path / "coco")), [0])
     study = ComponentStudy(trials, str(tmp_path / "run"), dry_run=False)
     run_component_study(study)
     first = (tmp_path / "run" / "components.md").read_text()
@@ -93,7 +93,7 @@ def test_the_table_is_made_and_kept_and_a_second_time_costs_nothing(
 def test_a_dry_run_says_what_is_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trials = build_component_trials(config(), [3])
+    trials = build_component_trials(_config(), [3])
     run_component_study(ComponentStudy(trials, str(tmp_path), dry_run=True))
     assert (
         "both, two heads, seed 3: to do images, train, evaluate"

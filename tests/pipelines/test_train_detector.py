@@ -25,7 +25,7 @@ from coin_ray.predictors.loading import open_predictor
 from coin_ray.runs.detector_graph import build_detector_steps
 from coin_ray.stages.common.detector_checks import check_labelled_images
 from coin_ray.training.supervised import SupervisedTraining
-from tests.labelled_folder import CLASSES, records
+from tests.labelled_folder import CLASSES, write_image_records
 from tests.models.co_detr.fast_networks import folder as fast_folder
 
 
@@ -34,8 +34,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same images in every format that can be written."""
     root = tmp_path_factory.mktemp("data")
     train_records, val_records = (
-        records(root / "raw", 8, 1),
-        records(root / "raw", 4, 2),
+        write_image_records(root / "raw", 8, 1),
+        write_image_records(root / "raw", 4, 2),
     )
     places = {}
     for name in ("coco", "voc", "yolo", "kitti", "bdd100k"):
@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return places
 
 
-def config(data: str, val: str = "", steps: int = 4, **changes: Any) -> DetectorConfig:
+def _config(data: str, val: str = "", steps: int = 4, **changes: Any) -> DetectorConfig:
     fit = replace(small().fit, steps=steps, batch=2, warmup=0, checkpoint_every=2)
     defaults = {
         "classes": CLASSES,
@@ -66,7 +66,7 @@ def test_every_format_is_checked_before_training(
     name: str, folders: dict[str, str]
 ) -> None:
     counts = check_labelled_images(
-        config(f"{name}:{folders[name]}", folders[f"{name} val"])
+        _config(f"{name}:{folders[name]}", folders[f"{name} val"])
     )
     assert counts["train"] == {"images": 8, "cat": 8, "dog": 4}
     assert counts["val"] == {"images": 4, "cat": 4, "dog": 2}
@@ -75,7 +75,7 @@ def test_every_format_is_checked_before_training(
 def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
     folders: dict[str, str], tmp_path: Path
 ) -> None:
-    settings = config(
+    settings = _config(
         f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True)
     )
     summary = train_detector(settings, DetectorOptions(str(tmp_path), dry_run=False))
@@ -103,7 +103,7 @@ def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
 def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_weights(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(folders["coco"], folders["coco val"], steps=5)
+    settings = _config(folders["coco"], folders["coco val"], steps=5)
     train_detector(settings, DetectorOptions(str(tmp_path / "whole"), dry_run=False))
     original, trained_steps = SupervisedTraining.train_step, []
 
@@ -142,7 +142,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_detector(
-        config(folders["voc"], folders["voc val"]),
+        _config(folders["voc"], folders["voc val"]),
         DetectorOptions(str(tmp_path / "run"), dry_run=True),
     )
     printed = capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
 def test_heads_that_are_shipped_are_evaluated_each_and_all_together(
     ship: Any, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    settings = config(
+    settings = _config(
         folders["coco"],
         folders["coco val"],
         steps=2,
@@ -186,7 +186,7 @@ def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_f
     from coin_ray.predictors.transformers_detectors import load_transformers
 
     network = fast_folder(tmp_path / "before", model, classes=5)
-    settings = config(
+    settings = _config(
         folders["coco"], folders["coco val"], model=model, network=network, average=0.9
     )
     figures = train_detector(
@@ -213,17 +213,17 @@ def test_what_cannot_be_trained_on_is_told_before_anything_is_written(
     folders: dict[str, str], tmp_path: Path
 ) -> None:
     cases: dict[str, DetectorConfig] = {
-        r"no box of zebra in 8 annotated images; its classes are cat, dog": config(
+        r"no box of zebra in 8 annotated images; its classes are cat, dog": _config(
             folders["coco"], classes=("cat", "zebra")
         ),
-        r"no box of cat, dog in 0 annotated images": config(folders["plain"]),
-        r"the folder is in the format voc, not coco": config(f"coco:{folders['voc']}"),
-        r"--val .*: no box of cat, dog in 0 annotated images": config(
+        r"no box of cat, dog in 0 annotated images": _config(folders["plain"]),
+        r"the folder is in the format voc, not coco": _config(f"coco:{folders['voc']}"),
+        r"--val .*: no box of cat, dog in 0 annotated images": _config(
             folders["coco"], folders["plain"]
         ),
-        r"no such folder": config("/nowhere"),
-        r"has no .* for 'test'": config(f"{folders['voc']}#test"),
-        r"of another network": config(
+        r"no such folder": _config("/nowhere"),
+        r"has no .* for 'test'": _config(f"{folders['voc']}#test"),
+        r"of another network": _config(
             folders["coco"],
             backbone=replace(
                 DETECTOR_PRESETS["r50"]().backbone, weights=_weights(tmp_path)
@@ -385,7 +385,7 @@ def test_a_fast_detector_is_chosen_by_its_model_and_its_network() -> None:
 
 
 def test_what_is_shipped_and_which_network_is_trained_identify_a_training() -> None:
-    plain = config("/data")
+    plain = _config("/data")
     others = [
         replace(plain, ship="heads"),
         replace(plain, model="d-fine", network="a/b"),
