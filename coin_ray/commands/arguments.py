@@ -100,7 +100,7 @@ def parse_run_arguments(
             preset = with_student(preset, options.student)
         if options.settings:
             setting_arguments = ["--help"]
-        config = _apply_settings(preset, setting_arguments)
+        config = _apply_settings(preset, setting_arguments, program)
     check_config(config)
     root = absolute_uri(options.root or join("runs", config.preset))
     return config, RunOptions(root, options.until, options.dry_run, options.baselines)
@@ -235,7 +235,9 @@ def _build_preset(
     return PRESETS[name]() if assets is None else thermal(absolute_uri(assets))
 
 
-def _apply_settings(preset: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
+def _apply_settings(
+    preset: PipelineConfig, arguments: Sequence[str], program: str
+) -> PipelineConfig:
     """Return the preset with the settings that the arguments name."""
     import tyro
 
@@ -245,7 +247,7 @@ def _apply_settings(preset: PipelineConfig, arguments: Sequence[str]) -> Pipelin
     arguments = _expand_cloud(split_class_names(arguments))
     return tyro.cli(
         PipelineConfig,
-        prog=preset.preset,
+        prog=f"{program} {preset.preset}",
         default=preset,
         args=[_expand_option(argument) for argument in arguments],
         config=(tyro.conf.AvoidSubcommands,),

@@ -219,7 +219,9 @@ def load_student(
     )
     folder = steps["distill"].folder(request.options.root)
     detector.load_state_dict(load_weights(storage.join(folder, WEIGHTS)))
-    return TrainedStudent(detector.eval(), classes, request.added_classes, config, summary)
+    return TrainedStudent(
+        detector.eval(), classes, request.added_classes, config, summary
+    )
 
 
 def read_compared_images(step: Step, root: str) -> list[Image]:

@@ -1,7 +1,5 @@
 """The student that MLflow's registry calls the champion: registered by hand or by
-``python -m coin_ray.serving.champion``, followed by servers.
-
-python -m coin_ray.serving.champion runs/demo/export --name coin-student --registry sqlite:///runs/demo/mlflow.db
+``coin-ray serve register``, followed by servers.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ CLOUD = ("--cloud", "https://detector.example.com")
 MINIMAL = ("folder", *IMAGES, "--classes", "person,dog", *CLOUD)
 
 
-def exit_code(*arguments: str) -> int:
+def _exit_code(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
         parse_run_arguments(arguments)
     assert isinstance(caught.value.code, int)
@@ -79,7 +79,7 @@ def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() 
         config.distill.co_detr.width,
     ) == ("co-detr", 50, 32)
     assert config.distill.co_detr.queries < 100
-    assert exit_code("demo", "--student", "yolo") == 2
+    assert _exit_code("demo", "--student", "yolo") == 2
     with pytest.raises(ConfigError, match="remove --student"):
         parse_run_arguments(("--config", "x.yaml", "--student", "co-detr"))
 
@@ -130,11 +130,11 @@ def test_impossible_classes(names: str, capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_unknown_settings_exit_with_2(arguments: tuple[str, ...]) -> None:
-    assert exit_code(*arguments) == 2
+    assert _exit_code(*arguments) == 2
 
 
 def test_an_unknown_key_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    exit_code(*MINIMAL, "--distill.fit.stepz", "5")
+    _exit_code(*MINIMAL, "--distill.fit.stepz", "5")
     assert "distill.fit.stepz" in capsys.readouterr().err
 
 
@@ -245,7 +245,7 @@ def test_more_clouds_that_can_not_be_used(
 
 def test_settings_of_a_cloud_that_was_not_named() -> None:
     assert (
-        exit_code(*MINIMAL, "--more-clouds", "dino-x", "--more-clouds.1.max-usd", "5")
+        _exit_code(*MINIMAL, "--more-clouds", "dino-x", "--more-clouds.1.max-usd", "5")
         == 2
     )
 

@@ -34,7 +34,7 @@ from coin_ray.stages.collecting.parts import PART_SCHEMA
 SCALE_PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
-def stage(inputs: CapacityInputs, name: str) -> capacity.StageCapacity:
+def _stage(inputs: CapacityInputs, name: str) -> capacity.StageCapacity:
     return next(s for s in plan_capacity(inputs).stages if s.name == name)
 
 
@@ -57,7 +57,7 @@ INPUTS = st.builds(
 MORE_IS_NOT_LESS = ("hours", "usd_calls", "gpu_hours", "calls")
 
 
-def amounts(inputs: CapacityInputs) -> list[float]:
+def _amounts(inputs: CapacityInputs) -> list[float]:
     plan = plan_capacity(inputs)
     stored = plan.storage
     memory = [s.gib for s in plan.stages]
@@ -79,7 +79,7 @@ def test_more_images_take_no_less_of_anything(
     more_inputs = replace(inputs, images=inputs.images * times)
     assert all(
         a <= b * (1 + 1e-9)
-        for a, b in zip(amounts(inputs), amounts(more_inputs), strict=True)
+        for a, b in zip(_amounts(inputs), _amounts(more_inputs), strict=True)
     )
     assert len(plan_capacity(inputs).exceeded_limits) <= len(
         plan_capacity(more_inputs).exceeded_limits
@@ -108,7 +108,9 @@ def test_a_better_limit_never_slows_a_collection(
         else limit_setting
     }
     better = replace(inputs, **changed)
-    assert stage(better, "collect").hours <= stage(inputs, "collect").hours * (1 + 1e-9)
+    assert _stage(better, "collect").hours <= _stage(inputs, "collect").hours * (
+        1 + 1e-9
+    )
 
 
 @given(INPUTS)
@@ -116,7 +118,7 @@ def test_a_better_limit_never_slows_a_collection(
 def test_one_more_gpu_never_slows_a_training(inputs: CapacityInputs) -> None:
     inputs = replace(inputs, gpus=max(inputs.gpus, 1))
     for name in ("propagate", "distill"):
-        assert stage(replace(inputs, gpus=inputs.gpus + 1), name).hours <= stage(
+        assert _stage(replace(inputs, gpus=inputs.gpus + 1), name).hours <= _stage(
             inputs, name
         ).hours * (1 + 1e-9)
 
@@ -145,7 +147,7 @@ def test_a_collection_is_as_fast_as_its_slowest_part(
     inputs = replace(
         FAST, rate=rate, in_flight=in_flight, latency=latency, store="disk"
     )
-    collect = stage(inputs, "collect")
+    collect = _stage(inputs, "collect")
     assert collect.limit == limit
     assert collect.hours == pytest.approx(
         (1e5 / pace + capacity.compile_seconds(inputs)) / 3600
@@ -154,15 +156,15 @@ def test_a_collection_is_as_fast_as_its_slowest_part(
 
 def test_the_labelers_limit_where_the_network_is_large_and_the_machine_small() -> None:
     inputs = CapacityInputs(rate=1000.0, in_flight=1000, latency=0.1, gpus=0, cpus=4)
-    assert stage(inputs, "collect").limit == "labelers"
-    assert stage(replace(inputs, cpus=4000), "collect").limit == "cloud actor"
+    assert _stage(inputs, "collect").limit == "labelers"
+    assert _stage(replace(inputs, cpus=4000), "collect").limit == "cloud actor"
 
 
 def test_a_daily_quota_takes_days() -> None:
-    collect = stage(replace(FAST, per_day=10_000, store="disk"), "collect")
+    collect = _stage(replace(FAST, per_day=10_000, store="disk"), "collect")
     assert collect.limit == "calls per day"
     assert collect.hours == pytest.approx(9 * 24, rel=0.01)
-    assert stage(replace(FAST, per_day=10_000_000), "collect").limit == "rate"
+    assert _stage(replace(FAST, per_day=10_000_000), "collect").limit == "rate"
 
 
 @pytest.mark.parametrize("per_day", [None, 15])
@@ -200,7 +202,7 @@ def test_it_agrees_with_the_estimate_of_a_dry_run(
     assert plan.calls == dry.calls
     assert plan.usd_calls == pytest.approx(dry.usd)
     query_minutes = (
-        stage(inputs, "collect").hours * 60 - capacity.compile_seconds(inputs) / 60
+        _stage(inputs, "collect").hours * 60 - capacity.compile_seconds(inputs) / 60
     )
     assert query_minutes == pytest.approx(dry.minutes)
 
@@ -334,10 +336,10 @@ def test_what_was_measured_on_the_demo_comes_out_for_the_demo() -> None:
     assert capacity.label_seconds(inputs) == pytest.approx(0.047, rel=0.25)
     assert capacity.label_seconds(inputs, "roi") == pytest.approx(0.018, rel=0.25)
     config = inputs.config
-    assert stage(
+    assert _stage(
         inputs, "propagate"
     ).hours * 3600 / config.propagate.fit.steps == pytest.approx(0.25, rel=0.3)
-    assert stage(
+    assert _stage(
         inputs, "distill"
     ).hours * 3600 / config.distill.fit.steps == pytest.approx(0.33, rel=0.4)
 
@@ -359,8 +361,8 @@ def test_a_batch_is_shared_among_as_many_gpus_as_divide_it(
 
 def test_a_gpu_that_waits_is_paid_too() -> None:
     slow = CapacityInputs(rate=1.0, gpus=1, usd_per_gpu_hour=2.0)
-    assert stage(slow, "collect").gpu_hours == pytest.approx(
-        stage(slow, "collect").hours
+    assert _stage(slow, "collect").gpu_hours == pytest.approx(
+        _stage(slow, "collect").hours
     )
     assert plan_capacity(slow).usd_gpus == pytest.approx(
         2 * plan_capacity(slow).gpu_hours
@@ -429,7 +431,7 @@ def test_a_limit_is_where_its_step_takes_as_long() -> None:
         )
         there = replace(inputs, images=limit.images)
         reading = capacity.compile_seconds(there) / 3600 if name == "collect" else 0.0
-        assert stage(there, name).hours - reading == pytest.approx(72, rel=0.01)
+        assert _stage(there, name).hours - reading == pytest.approx(72, rel=0.01)
 
 
 def test_images_beyond_the_training_are_named() -> None:

@@ -38,7 +38,7 @@ COLLECT = Path(__file__).parents[2] / "pipelines" / "collect.py"
 CLASSES = ["car", "person"]
 
 
-def fill(root: str, *bodies: object) -> None:
+def _fill(root: str, *bodies: object) -> None:
     journal = open_journal(storage.join(root, "journal"))
     for i, body in enumerate(bodies):
         journal.attempt(str(i), 0.01)
@@ -54,7 +54,7 @@ def root(tmp_path: Path) -> str:
     return str(tmp_path / "run")
 
 
-def google(*names: tuple[str, str]) -> object:
+def _google(*names: tuple[str, str]) -> object:
     objects = [
         {
             "mid": mid,
@@ -111,8 +111,8 @@ ANSWERS = [
         {"car": 1},
     ),
     ({"code": 0, "data": {"task_uuid": "1-2"}}, {}),
-    (google(("/m/0k4j", "Car"), ("/m/0k4j", "Car")), {"Car (/m/0k4j)": 2}),
-    (google(), {}),
+    (_google(("/m/0k4j", "Car"), ("/m/0k4j", "Car")), {"Car (/m/0k4j)": 2}),
+    (_google(), {}),
     (REKOGNITION, {"Man": 2}),
     (
         {
@@ -178,14 +178,14 @@ ANSWERS = [
 def test_names_are_found_in_every_service_s_answers(
     root: str, answer: object, names: dict[str, int]
 ) -> None:
-    fill(root, answer)
+    _fill(root, answer)
     observed = count_observed_names(open_run_journal(root))
     assert {str(n): c for n, c in observed.names.items()} == names
     assert (observed.answers, observed.unreadable) == (1, 0)
 
 
 def test_aliases_and_parents_come_with_the_name(root: str) -> None:
-    fill(root, REKOGNITION, google(("/m/0k4j", "Car")), b"<html>", b"[" * 100_000)
+    _fill(root, REKOGNITION, _google(("/m/0k4j", "Car")), b"<html>", b"[" * 100_000)
     observed = count_observed_names(open_run_journal(root))
     assert {n.candidates for n in observed.names} == {
         ("Man", "Gentleman", "Person"),
@@ -195,9 +195,9 @@ def test_aliases_and_parents_come_with_the_name(root: str) -> None:
 
 
 def test_tasks_are_no_answers(root: str) -> None:
-    fill(root, google(("/m/0k4j", "Car")))
+    _fill(root, _google(("/m/0k4j", "Car")))
     open_journal(storage.join(root, "journal")).put(
-        "1.task", AnswerRecord(json.dumps(google(("/m/1", "Task"))).encode())
+        "1.task", AnswerRecord(json.dumps(_google(("/m/1", "Task"))).encode())
     )
     assert [str(n) for n in count_observed_names(open_run_journal(root)).names] == [
         "Car (/m/0k4j)"
@@ -231,10 +231,10 @@ def test_check_without_a_run(
 def test_check_tells_which_names_the_map_does_not_know(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(
+    _fill(
         root,
-        google(("/m/0k4j", "Car"), ("/m/1", "Wheel"), ("/m/2", "Tree")),
-        google(("/m/2", "Tree")),
+        _google(("/m/0k4j", "Car"), ("/m/1", "Wheel"), ("/m/2", "Tree")),
+        _google(("/m/2", "Tree")),
         REKOGNITION,
     )
     file = tmp_path / "map.yaml"
@@ -255,7 +255,7 @@ def test_check_tells_which_names_the_map_does_not_know(
 def test_check_shows_the_most_frequent_of_many_names(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(root, google(*((f"/m/{i}", f"Thing {i}") for i in range(50))))
+    _fill(root, _google(*((f"/m/{i}", f"Thing {i}") for i in range(50))))
     assert (
         check(
             tmp_path / "map.yaml",
@@ -268,7 +268,7 @@ def test_check_shows_the_most_frequent_of_many_names(
     assert "and 10 more names" in capsys.readouterr().out
 
 
-def embed(names: Sequence[str]) -> NDArray[np.float32]:
+def _embed(names: Sequence[str]) -> NDArray[np.float32]:
     """Similar: what begins alike."""
     vectors = np.array(
         [[name.lower().startswith(c) + 0.01 for c in "cpw"] for name in names],
@@ -298,7 +298,7 @@ def test_a_proposal_maps_names_and_leaves_guesses_to_a_human(tmp_path: Path) -> 
         }
     )
     text = propose_label_map(
-        ObservedNames(names, 10, 0), CLASSES, "google-vision", embed
+        ObservedNames(names, 10, 0), CLASSES, "google-vision", _embed
     )
     file = tmp_path / "map.yaml"
     file.write_text(text)
@@ -382,7 +382,7 @@ def test_any_names_give_a_readable_proposal(
     assert yaml.safe_load(text.replace(GUESS_MARK, ""))["map"]
 
 
-def propose(root: str, *arguments: str) -> int:
+def _propose(root: str, *arguments: str) -> int:
     return main(
         ["labels", "propose", "--classes", "car,person", "--root", root, *arguments]
     )
@@ -391,20 +391,20 @@ def propose(root: str, *arguments: str) -> int:
 def test_propose_writes_a_file_once(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(root, google(("/m/0k4j", "Car")))
+    _fill(root, _google(("/m/0k4j", "Car")))
     out = tmp_path / "new" / "map.yaml"
     assert (
-        propose(
+        _propose(
             root, "--no-similarity", "--out", str(out), "--service", "google-vision"
         )
         == 0
     )
     assert load_label_map(str(out), CLASSES).service == "google-vision"
     before = out.read_bytes()
-    assert propose(root, "--no-similarity", "--out", str(out)) == 2
+    assert _propose(root, "--no-similarity", "--out", str(out)) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert out.read_bytes() == before
-    assert propose(root, "--no-similarity") == 0
+    assert _propose(root, "--no-similarity") == 0
     assert "service: http\n" in capsys.readouterr().out
 
 
@@ -415,7 +415,7 @@ def test_propose_asks_the_run_for_service_and_clip(
 
     from coin_ray.clip import encoder
 
-    fill(root, google(("/m/0k4j", "Car"), ("/m/1", "Tree")))
+    _fill(root, _google(("/m/0k4j", "Car"), ("/m/1", "Tree")))
     config = folder()
     config = replace(
         config,
@@ -431,8 +431,8 @@ def test_propose_asks_the_run_for_service_and_clip(
         raise InputError("no weights here")
 
     monkeypatch.setattr(encoder, "load_clip", absent)
-    assert propose(root) == 0
-    assert propose(root, "--clip-model", "RN50", "--clip-pretrained", "openai") == 0
+    assert _propose(root) == 0
+    assert _propose(root, "--clip-model", "RN50", "--clip-pretrained", "openai") == 0
     printed = capsys.readouterr()
     assert loaded_models == [("RN101", "some.pt"), ("RN50", "openai")]
     assert "no guesses by text similarity: no weights here" in printed.err
@@ -442,8 +442,8 @@ def test_propose_asks_the_run_for_service_and_clip(
 @pytest.mark.parametrize("kind", ["disk", "objects"])
 def test_journal(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(tmp_path) if kind == "disk" else f"memory://{uuid.uuid4().hex}"
-    fill(root, google(), google(), google())
-    fill(root, google())
+    _fill(root, _google(), _google(), _google())
+    _fill(root, _google())
     spent = open_journal(storage.join(root, "journal")).spent()
     assert main(["journal", "show", "--root", root]) == 0
     printed = capsys.readouterr().out
@@ -468,7 +468,7 @@ def test_journal(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_verify_names_file_and_offset(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(root, google(), google())
+    _fill(root, _google(), _google())
     (file,) = (Path(root) / "journal").glob("*.segment")
     segment = file.read_bytes()
     offset = segment.index(b"\x93CRJ", 10) + 30
@@ -484,7 +484,7 @@ def test_verify_names_file_and_offset(
 def test_a_journal_in_use_is_left_alone(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(root, google())
+    _fill(root, _google())
     held = open_journal(storage.join(root, "journal"))
     assert main(["journal", "compact", "--root", root]) == 2
     assert "in use" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_names_are_there_and_others_are_not() -> None:
         coin_ray.adopt  # noqa: B018
 
 
-def settled(
+def _settled(
     settings: Mapping[str, Any] | None = None, **arguments: Any
 ) -> PipelineConfig:
     defaults = {
@@ -101,14 +101,14 @@ def test_the_same_config_as_on_the_command_line(
         "distill.fit.milestones": (10, 20, 30),
     }
     assert (
-        settled(settings, **MINIMAL | {"cloud": "dino-x", "test": "labelled"})
+        _settled(settings, **MINIMAL | {"cloud": "dino-x", "test": "labelled"})
         == parse_run_arguments(words)[0]
     )
 
 
 def test_a_preset_needs_nothing_more() -> None:
-    assert settled(preset="demo") == PRESETS["demo"]()
-    assert settled(preset="demo", images="photos").data == Folder(
+    assert _settled(preset="demo") == PRESETS["demo"]()
+    assert _settled(preset="demo", images="photos").data == Folder(
         str(Path("photos").absolute())
     )
 
@@ -145,7 +145,7 @@ def test_what_can_not_be_is_said_with_what_can(
     arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        settled(**arguments)
+        _settled(**arguments)
 
 
 @pytest.mark.parametrize("name", ["cloud.max_usd", "cloud.max-usd"])

@@ -44,7 +44,7 @@ def _options_of(command: str) -> list[str]:
     return sorted(options)
 
 
-def describe_cli() -> str:
+def _describe_cli() -> str:
     """Return one line for each option of each command."""
     commands = [
         f"{command} --help"
@@ -58,7 +58,7 @@ def describe_cli() -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe_api() -> str:
+def _describe_api() -> str:
     """Return the signature of every public name of the package and its methods."""
     lines = []
     for name in sorted(coin_ray.__all__):
@@ -78,14 +78,14 @@ def test_every_option_of_the_command_line_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert describe_cli().splitlines() == CLI_FILE.read_text().splitlines()
+    assert _describe_cli().splitlines() == CLI_FILE.read_text().splitlines()
 
 
 def test_the_python_api_stays() -> None:
-    assert describe_api().splitlines() == API_FILE.read_text().splitlines()
+    assert _describe_api().splitlines() == API_FILE.read_text().splitlines()
 
 
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "200"
-    CLI_FILE.write_text(describe_cli())
-    API_FILE.write_text(describe_api())
+    CLI_FILE.write_text(_describe_cli())
+    API_FILE.write_text(_describe_api())

@@ -35,7 +35,7 @@ FIRST_LINES = (
 )
 
 
-def raw(*scores: list[float]) -> RawDetections:
+def _raw(*scores: list[float]) -> RawDetections:
     boxes = np.tile(np.array([[0, 0, 10, 10]], np.float32), (len(scores), 1))
     return RawDetections(boxes, np.array(scores, np.float32).reshape(-1, 2), "label")
 
@@ -44,7 +44,7 @@ def test_sureness_by_hand() -> None:
     """Best scores .8, 0 (nothing seen) and .2; two boxes from .3 on; the image without
     an answer counts in neither."""
     confidence = measure_confidence(
-        "grey", [raw([0.8, 0.1], [0.0, 0.5]), raw(), raw([0.1, 0.2]), None]
+        "grey", [_raw([0.8, 0.1], [0.0, 0.5]), _raw(), _raw([0.1, 0.2]), None]
     )
     assert (confidence.rendering, confidence.failed) == ("grey", 1)
     assert confidence.best_score == pytest.approx((0.8 + 0 + 0.2) / 3)

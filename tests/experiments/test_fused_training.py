@@ -28,7 +28,7 @@ from coin_ray.training.distill import Distillation
 SUPERVISED = {"anchor_objectness", "anchor_boxes", "consistent", "boxes"}
 
 
-def opinions(rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+def _opinions(rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
     probabilities = (2 * torch.randn(2, rows, 4, generator=draw)).softmax(-1)
     return probabilities[0], probabilities[1]
@@ -36,7 +36,7 @@ def opinions(rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_training_fuses_by_the_named_rule(rule: str) -> None:
-    cloud, clip = opinions()
+    cloud, clip = _opinions()
     torch.testing.assert_close(
         distillation(tiny_fit(), fusion=rule).fuse(torch.zeros(40, 8), cloud, clip),
         RULES[rule](cloud, clip),
@@ -44,7 +44,7 @@ def test_training_fuses_by_the_named_rule(rule: str) -> None:
 
 
 def test_training_fuses_by_the_annotators_it_is_given(tmp_path: Path) -> None:
-    cloud, clip = opinions()
+    cloud, clip = _opinions()
     annotators = dawid_skene(cloud, clip)
     config = Distill(
         fit=tiny_fit(steps=1),
@@ -83,7 +83,7 @@ def test_training_fuses_by_the_annotators_it_is_given(tmp_path: Path) -> None:
 def test_annotators_without_their_fusion_and_the_other_way_round_are_an_error(
     fusion: str, with_annotators: bool
 ) -> None:
-    annotators = dawid_skene(*opinions()) if with_annotators else None
+    annotators = dawid_skene(*_opinions()) if with_annotators else None
     with pytest.raises(ValueError, match="dawid_skene"):
         Distillation(
             tiny_detector(),
@@ -101,13 +101,13 @@ def test_a_fair_threshold_lets_the_same_share_pass_whatever_the_rule(
     rule: str, share: float
 ) -> None:
     task = distillation(tiny_fit(), fusion=rule, fusion_share=share)
-    fused = RULES[rule](*opinions())
+    fused = RULES[rule](*_opinions())
     passed = fused.max(-1).values >= task.confidence_threshold(fused)
     assert abs(int(passed.sum()) - 40 * share) <= 1
 
 
 def test_the_published_threshold_is_the_same_for_all() -> None:
-    fused = RULES["average"](*opinions())
+    fused = RULES["average"](*_opinions())
     assert (
         distillation(tiny_fit(), fusion_score_min=0.7).confidence_threshold(fused)
         == 0.7

@@ -37,7 +37,7 @@ from coin_ray.runs.steps import Manifest, Step
 STEPS = ["images", "collect", "propagate", "separate", "distill", "evaluate"]
 
 
-class Pretended:
+class _Pretended:
     """Stands for ``run_step``: leaves a manifest, notes what ran, and insists that
     inputs are finished and nothing runs twice."""
 
@@ -65,7 +65,7 @@ class Pretended:
         return manifest
 
 
-def run(
+def _run(
     trials: Sequence[Trial], root: Path, config: PipelineConfig
 ) -> list[dict[str, Any]]:
     return grid.run_grid(
@@ -110,22 +110,22 @@ def test_what_trials_share_comes_first_and_no_step_is_in_two_jobs(
 def test_equal_trials_are_run_once(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretended = Pretended()
+    pretended = _Pretended()
     monkeypatch.setattr(runner, "run_step", pretended)
-    run([Trial("a", "", small_demo), Trial("b", "", small_demo)], tmp_path, small_demo)
+    _run([Trial("a", "", small_demo), Trial("b", "", small_demo)], tmp_path, small_demo)
     assert len(pretended.ran) == len(STEPS)
 
 
 def test_a_finished_grid_again_does_nothing(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretended = Pretended()
+    pretended = _Pretended()
     monkeypatch.setattr(runner, "run_step", pretended)
     trials = build_trials(small_demo, ABLATION, (0, 1))
-    first = run(trials, tmp_path, small_demo)
+    first = _run(trials, tmp_path, small_demo)
     count = len(pretended.ran)
     assert plan_waves(trials, str(tmp_path)) == []
-    assert run(trials, tmp_path, small_demo) == first
+    assert _run(trials, tmp_path, small_demo) == first
     assert len(pretended.ran) == count
     assert json.loads((tmp_path / "test.json").read_text())["trials"] == first
 
@@ -134,13 +134,13 @@ def test_a_killed_grid_goes_on_where_it_was(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials = build_trials(small_demo, ABLATION, (0, 1))
-    killed = Pretended(fail="separate")
+    killed = _Pretended(fail="separate")
     monkeypatch.setattr(runner, "run_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        run(trials, tmp_path, small_demo)
-    second = Pretended()
+        _run(trials, tmp_path, small_demo)
+    second = _Pretended()
     monkeypatch.setattr(runner, "run_step", second)
-    assert len(run(trials, tmp_path, small_demo)) == len(trials)
+    assert len(_run(trials, tmp_path, small_demo)) == len(trials)
     assert killed.ran
     assert not set(killed.ran) & set(second.ran)
 
@@ -149,13 +149,13 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
     small_demo: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setattr(runner, "run_step", Pretended())
+    monkeypatch.setattr(runner, "run_step", _Pretended())
     config = replace(small_demo, tracking=Tracking())
     trials = build_trials(
         config, {"losses": {"no private": change_distillation(private=0.0)}}, (0, 1)
     )
     for _ in range(2):
-        run(trials, tmp_path, config)
+        _run(trials, tmp_path, config)
     runs = TrialRuns("test", config, str(tmp_path))
     child_runs = mlflow.search_runs([runs.tracker.experiment], output_format="list")
     children = [

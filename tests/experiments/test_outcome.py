@@ -14,7 +14,7 @@ from coin_ray.experiments.outcome import (
 )
 
 
-def record(
+def _record(
     variant: str,
     seed: int,
     student: float | None,
@@ -31,10 +31,10 @@ def record(
 
 
 RECORDS = [
-    record("COIN", 0, 0.46),
-    record("COIN", 1, 0.48),
-    record("average", 0, 0.40, "pi"),
-    record("average", 1, 0.44, "pi"),
+    _record("COIN", 0, 0.46),
+    _record("COIN", 1, 0.48),
+    _record("average", 0, 0.40, "pi"),
+    _record("average", 1, 0.44, "pi"),
 ]
 
 
@@ -54,13 +54,13 @@ def test_standard_deviation_is_the_sample_s() -> None:
 
 def test_one_seed_has_no_deviation_and_none_has_no_value() -> None:
     assert StudyRow("COIN", "", (0.4,)).text == "40.0"
-    assert variant_rows([record("COIN", 0, None)])[0].text == "\u2013"
+    assert variant_rows([_record("COIN", 0, None)])[0].text == "\u2013"
 
 
 def test_what_no_seed_changes_counts_once() -> None:
     rows = method_rows(
         [
-            record("COIN", seed, 0.4 + seed / 100, cloud=0.3)
+            _record("COIN", seed, 0.4 + seed / 100, cloud=0.3)
             | {"gap_closed": 0.2 + seed / 10}
             for seed in range(3)
         ]
@@ -83,7 +83,7 @@ def test_markdown_compares_with_the_first_row() -> None:
 def test_a_share_is_compared_with_no_map50_and_groups_are_shown_only_where_there_are_any() -> (
     None
 ):
-    rows = method_rows([record("COIN", 0, 0.4, cloud=0.3) | {"gap_closed": 0.25}])
+    rows = method_rows([_record("COIN", 0, 0.4, cloud=0.3) | {"gap_closed": 0.25}])
     header, _, cloud, student, gap = format_markdown(rows).splitlines()
     assert header == "|  | mAP50 | vs Cloud detector | by seed | note |"
     assert cloud.startswith("| Cloud detector | 30.0 |  | 30.0 |")

@@ -22,12 +22,12 @@ from coin_ray.runs.graph import build_steps
 SHARED_BY_DISTILL_VARIANTS = ("images", "collect", "propagate", "separate")
 
 
-def differences(settings: object, others: object, at: str = "") -> set[str]:
+def _differences(settings: object, others: object, at: str = "") -> set[str]:
     if isinstance(settings, dict) and isinstance(others, dict):
         return {
             d
             for key in settings
-            for d in differences(settings[key], others[key], f"{at}.{key}".strip("."))
+            for d in _differences(settings[key], others[key], f"{at}.{key}".strip("."))
         }
     return set() if settings == others else {at}
 
@@ -53,7 +53,7 @@ def test_a_variant_changes_only_what_it_is_named_after(
 ) -> None:
     config = demo()
     assert (
-        differences(to_identity(ABLATION[group][name](config)), to_identity(config))
+        _differences(to_identity(ABLATION[group][name](config)), to_identity(config))
         == changed
     )
 

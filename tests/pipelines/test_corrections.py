@@ -48,7 +48,7 @@ SMALL = [
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, *arguments: str) -> None:
+def _run(script: str, *arguments: str) -> None:
     environment = {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -67,7 +67,7 @@ def run(script: str, *arguments: str) -> None:
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
 
-def corrected(review: Review) -> Review:
+def _corrected(review: Review) -> Review:
     """What a person hands back: one box, of a class that nobody said there, around the
     middle."""
     width, height = review.width, review.height
@@ -77,10 +77,10 @@ def corrected(review: Review) -> Review:
 
 def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    run("full.py", "demo", "--root", str(root), *SMALL)
+    _run("full.py", "demo", "--root", str(root), *SMALL)
     calls, before = asked(root), json.loads((root / "summary.json").read_text())
 
-    run(
+    _run(
         "review.py",
         "out",
         "cvat",
@@ -93,9 +93,9 @@ def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
     )
     reviews = cvat.read_cvat(str(tmp_path / "out" / "annotations.xml"))
     (tmp_path / "back.xml").write_bytes(
-        cvat.cvat_xml([corrected(review) for review in reviews])
+        cvat.cvat_xml([_corrected(review) for review in reviews])
     )
-    run(
+    _run(
         "full.py",
         "demo",
         "--root",

@@ -22,7 +22,7 @@ KILLED_IN = ("images", "collect", "propagate", "separate", "distill", "evaluate"
 LOOKING = ("--distill.fit.validate-every", "16")
 
 
-def command(root: Path, *arguments: str) -> list[str]:
+def _command(root: Path, *arguments: str) -> list[str]:
     return [
         sys.executable,
         "pipelines/full.py",
@@ -34,7 +34,7 @@ def command(root: Path, *arguments: str) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     return {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -42,11 +42,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def finish(root: Path, *arguments: str) -> dict[str, object]:
+def _finish(root: Path, *arguments: str) -> dict[str, object]:
     process = subprocess.run(
-        command(root, *arguments),
+        _command(root, *arguments),
         cwd=REPOSITORY,
-        env=environment(),
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=600,
@@ -57,7 +57,7 @@ def finish(root: Path, *arguments: str) -> dict[str, object]:
     return summary
 
 
-def started(root: Path, stage: str) -> bool:
+def _started(root: Path, stage: str) -> bool:
     """Whether ``stage`` has begun to leave something behind, so that a kill hits the
     middle of its work."""
     traces = {
@@ -71,16 +71,16 @@ def started(root: Path, stage: str) -> bool:
     return any(list(root.glob(pattern)) for pattern in traces[stage])
 
 
-def kill_in(root: Path, stage: str) -> Kill:
+def _kill_in(root: Path, stage: str) -> Kill:
     process = subprocess.Popen(
-        command(root, *LOOKING),
+        _command(root, *LOOKING),
         cwd=REPOSITORY,
-        env=environment(),
+        env=_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     give_up_at = time.monotonic() + 300
-    while not started(root, stage):
+    while not _started(root, stage):
         assert process.poll() is None, (
             f"the run ended before it could be killed in {stage}"
         )
@@ -96,7 +96,7 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, object]]:
     root = tmp_path_factory.mktemp("undisturbed")
-    return root, finish(root)
+    return root, _finish(root)
 
 
 def test_a_finished_run_again_is_a_quick_no_op(
@@ -105,7 +105,7 @@ def test_a_finished_run_again_is_a_quick_no_op(
     root, before = undisturbed
     stamps = {p: p.stat().st_mtime_ns for p in root.glob("steps/*/*") if p.is_file()}
     start = time.monotonic()
-    assert finish(root) == before
+    assert _finish(root) == before
     assert {
         p: p.stat().st_mtime_ns for p in root.glob("steps/*/*") if p.is_file()
     } == stamps
@@ -141,8 +141,8 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Kill
     """Killed in every stage while it looks at validation images beside the training,
     and finished."""
     root = tmp_path_factory.mktemp("disturbed")
-    kills = [kill_in(root, stage) for stage in KILLED_IN]
-    finish(root, *LOOKING)
+    kills = [_kill_in(root, stage) for stage in KILLED_IN]
+    _finish(root, *LOOKING)
     return root, kills
 
 

@@ -47,7 +47,7 @@ def second_cloud() -> Iterator[str]:
     server.communicate()
 
 
-def collected(root: Path, *arguments: str) -> tuple[dict[str, Any], int]:
+def _collected(root: Path, *arguments: str) -> tuple[dict[str, Any], int]:
     """The step's metrics, and how many images have an answer."""
     size = (
         "--data.train",
@@ -99,13 +99,13 @@ def test_a_second_cloud_of_another_process_gives_second_opinions_and_is_fused(
     tmp_path: Path, second_cloud: str
 ) -> None:
     count = TRAIN + TEST
-    cascade, answered = collected(
+    cascade, answered = _collected(
         tmp_path, "--more-clouds", second_cloud, "--ensemble.mode", "cascade"
     )
     assert answered == count
     assert cascade["answered_by"]["http 1"] == count
     assert 0 < cascade["answered_by"]["http 2"] == cascade["second_opinions"] <= count
-    fuse, _ = collected(
+    fuse, _ = _collected(
         tmp_path, "--more-clouds", second_cloud, "--ensemble.mode", "fuse"
     )
     assert fuse["answered_by"] == {"http 1": count, "http 2": count}

@@ -23,7 +23,7 @@ SPACE: Space = {
 }
 
 
-def record(
+def _record(
     number: int,
     score: float | None,
     ninths: int = 9,
@@ -46,11 +46,11 @@ def record(
 
 
 RECORDS = [
-    record(0, 0.40),
-    record(1, 0.45),
-    record(2, 0.60, ninths=1),
-    record(3, -1.0, failure="TrainingError: loss"),
-    record(4, 0.2, ninths=3),
+    _record(0, 0.40),
+    _record(1, 0.45),
+    _record(2, 0.60, ninths=1),
+    _record(3, -1.0, failure="TrainingError: loss"),
+    _record(4, 0.2, ninths=3),
 ]
 
 
@@ -71,7 +71,7 @@ def test_only_a_finished_trial_can_be_best() -> None:
 
 
 def test_importance_finds_the_setting_that_decides() -> None:
-    rising = [record(n, 0.1 * n) for n in range(6)]
+    rising = [_record(n, 0.1 * n) for n in range(6)]
     worth = setting_importance(rising, SPACE)
     assert worth["distill.alignment"] == pytest.approx(1.0)
     assert worth["seedless"] == 0.0
@@ -83,8 +83,8 @@ def test_importance_finds_the_setting_that_decides() -> None:
 def test_the_correlation_with_the_truth_is_over_finished_trials(
     trend: int, expected: float
 ) -> None:
-    records = [record(n, 0.1 * n, validation=0.5 + trend * 0.02 * n) for n in range(5)]
-    assert truth_correlation([*records, record(9, 0.9, ninths=1, validation=0.0)]) == (
+    records = [_record(n, 0.1 * n, validation=0.5 + trend * 0.02 * n) for n in range(5)]
+    assert truth_correlation([*records, _record(9, 0.9, ninths=1, validation=0.0)]) == (
         pytest.approx(expected),
         5,
     )

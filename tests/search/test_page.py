@@ -23,7 +23,7 @@ from coin_ray.stages.report import list_searches
 MakeSearch = Callable[..., Search]
 
 
-def run_made_up_trials(
+def _run_made_up_trials(
     search: Search, on_trial_end: Callable[[TrialRecord], None], *, resume: bool
 ) -> list[TrialRecord]:
     """Trial n has n times lambda; the third is the best, the second was stopped, the
@@ -62,11 +62,11 @@ def finished_search(
 ) -> Search:
     monkeypatch.setattr(Search, "run_shared_steps", lambda self: None)
     search = make_search()
-    run_search(search, run_made_up_trials)
+    run_search(search, _run_made_up_trials)
     return search
 
 
-def read_rows(page: str) -> list[tuple[str, list[str]]]:
+def _read_rows(page: str) -> list[tuple[str, list[str]]]:
     """(trial, links) of each row."""
     body = page.partition("<tbody>")[2].partition("</tbody>")[0]
     return [
@@ -82,7 +82,7 @@ def test_the_page_of_a_search_links_its_trials(
     finished_search: Search, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = Path(write_page(finished_search.folder))
-    rows = read_rows(page.read_text())
+    rows = _read_rows(page.read_text())
     assert [trial for trial, _ in rows] == ["2", "0 (preset)", "1", "3"]
     assert [len(links) for _, links in rows] == [1, 1, 0, 0]
     assert all((page.parent / link).is_file() for _, links in rows for link in links)
@@ -92,7 +92,7 @@ def test_the_page_of_a_search_links_its_trials(
     storage.write_bytes(f"{report}/report.html", b"")
     assert main(["report", finished_search.folder]) == 0
     assert capsys.readouterr().out.strip().endswith("/search.html")
-    assert [len(links) for _, links in read_rows(page.read_text())] == [2, 1, 0, 0]
+    assert [len(links) for _, links in _read_rows(page.read_text())] == [2, 1, 0, 0]
 
 
 def test_a_trials_report_links_its_search(finished_search: Search) -> None:

@@ -28,7 +28,7 @@ def _nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Search, "run_shared_steps", lambda self: None)
 
 
-def run_made_up_trials(
+def _run_made_up_trials(
     search: Search, on_trial_end: Callable[[TrialRecord], None], *, resume: bool
 ) -> list[TrialRecord]:
     """Trial n has n times lambda; the third is the best, the last one fails."""
@@ -62,7 +62,7 @@ def run_made_up_trials(
 def test_the_best_setting_is_a_file_that_the_pipeline_takes(
     make_search: MakeSearch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    winner = run_search(make_search(), run_made_up_trials)
+    winner = run_search(make_search(), _run_made_up_trials)
     assert winner.number == 2
     file = tmp_path / "search" / "loss-weights-map50" / "best.yaml"
     config, options = parse_run_arguments(
@@ -80,7 +80,7 @@ def test_the_winners_student_is_the_one_the_pipeline_would_train(
     make_search: MakeSearch, tmp_path: Path
 ) -> None:
     search = make_search()
-    winner = run_search(search, run_made_up_trials)
+    winner = run_search(search, _run_made_up_trials)
     config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
@@ -105,7 +105,7 @@ def test_held_out_images_and_fewer_steps_make_another_student_but_the_same_teach
 def test_a_shorter_search_leaves_a_config_of_full_length(
     make_search: MakeSearch, tmp_path: Path
 ) -> None:
-    run_search(make_search(steps_share=0.1), run_made_up_trials)
+    run_search(make_search(steps_share=0.1), _run_made_up_trials)
     config, _ = parse_run_arguments(
         ["--config", str(tmp_path / "search" / "loss-weights-map50" / "best.yaml")]
     )
@@ -116,20 +116,22 @@ def test_a_search_is_not_begun_twice_and_not_resumed_without_one_or_with_another
     make_search: MakeSearch,
 ) -> None:
     with pytest.raises(ConfigError, match="no search of this space"):
-        run_search(make_search(), run_made_up_trials, resume=True)
-    run_search(make_search(), run_made_up_trials)
+        run_search(make_search(), _run_made_up_trials, resume=True)
+    run_search(make_search(), _run_made_up_trials)
     with pytest.raises(ConfigError, match="add --resume"):
-        run_search(make_search(), run_made_up_trials)
+        run_search(make_search(), _run_made_up_trials)
     with pytest.raises(ConfigError, match=r"--trials \(was 4\), --steps-share \(was 1"):
         run_search(
-            make_search(trials=9, steps_share=0.5), run_made_up_trials, resume=True
+            make_search(trials=9, steps_share=0.5), _run_made_up_trials, resume=True
         )
     with pytest.raises(ConfigError, match="different now: configuration"):
         run_search(
-            make_search(config=replace(demo(), seed=3)), run_made_up_trials, resume=True
+            make_search(config=replace(demo(), seed=3)),
+            _run_made_up_trials,
+            resume=True,
         )
     assert (
-        run_search(make_search(concurrent=2), run_made_up_trials, resume=True).number
+        run_search(make_search(concurrent=2), _run_made_up_trials, resume=True).number
         == 2
     )
 
@@ -198,7 +200,7 @@ def test_trials_are_child_runs_of_one_parent_with_figures_and_files(
     search = make_search()
     search = replace(search, config=replace(search.config, tracking=Tracking()))
     for resume in (False, True):
-        run_search(search, run_made_up_trials, resume=resume)
+        run_search(search, _run_made_up_trials, resume=resume)
     runs = run.TrialRuns("search loss-weights map50", search.config, str(tmp_path))
     parent = runs.tracker.parent_run
     child_runs = mlflow.search_runs([runs.tracker.experiment], output_format="list")
@@ -263,6 +265,6 @@ def test_without_validation_images_and_truth_the_search_is_label_free(
     make_search: MakeSearch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(demo(), data=DemoScenes(val=0))
-    run_search(make_search(config=config, objective="label-free"), run_made_up_trials)
+    run_search(make_search(config=config, objective="label-free"), _run_made_up_trials)
     assert "no label is used" in capsys.readouterr().out
     assert folder().data.val is None  # type: ignore[union-attr]

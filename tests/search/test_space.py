@@ -32,7 +32,7 @@ RUNNABLE = {
 BEFORE = ("images", "collect", "propagate")
 
 
-def drawn(config: PipelineConfig, name: str) -> st.SearchStrategy[dict[str, object]]:
+def _drawn(config: PipelineConfig, name: str) -> st.SearchStrategy[dict[str, object]]:
     space = build_space(name, config)
     return st.fixed_dictionaries(
         {
@@ -57,7 +57,7 @@ def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(
     name: str, tmp_path: Path, drawing: st.DataObject
 ) -> None:
     config = demo()
-    settings_drawn = drawing.draw(drawn(config, name))
+    settings_drawn = drawing.draw(_drawn(config, name))
     changed = apply_settings(config, settings_drawn)
     assert {key: get_setting(changed, key) for key in settings_drawn} == settings_drawn
     file = tmp_path / "best.yaml"
@@ -76,7 +76,7 @@ def test_trials_share_all_that_comes_before_the_separation(
     config = demo()
     preset_steps, varied = (
         build_steps(config),
-        build_steps(apply_settings(config, drawing.draw(drawn(config, name)))),
+        build_steps(apply_settings(config, drawing.draw(_drawn(config, name)))),
     )
     shared = BEFORE if name == "full" else (*BEFORE, "separate")
     assert {step: varied[step].fingerprint for step in shared} == {

@@ -28,7 +28,7 @@ from coin_ray.training.loop import Curve
 FIT = tiny_fit(steps=9, checkpoint_every=100)
 
 
-def make_job(folder: Path) -> TrainingJob:
+def _make_job(folder: Path) -> TrainingJob:
     folder.mkdir()
     return TrainingJob(
         "distill",
@@ -42,7 +42,7 @@ def make_job(folder: Path) -> TrainingJob:
     )
 
 
-def train_and_report(
+def _train_and_report(
     work: TrainingJob,
     search: Search,
     report: Callable[[dict[str, Any]], None],
@@ -71,11 +71,11 @@ def test_a_student_looked_at_on_the_way_is_the_same_student(
     monkeypatch.setattr(trial, "evaluate_weights", sum_weights)
     reports: list[dict[str, Any]] = []
     plain_job, reported_job = (
-        make_job(tmp_path / "plain"),
-        make_job(tmp_path / "looked"),
+        _make_job(tmp_path / "plain"),
+        _make_job(tmp_path / "looked"),
     )
     train_on_worker(plain_job, lambda *_: None)
-    train_and_report(reported_job, make_search(), reports.append, monkeypatch)
+    _train_and_report(reported_job, make_search(), reports.append, monkeypatch)
     assert [t["ninths"] for t in reports] == [1, 3]
     assert reports[0]["score"] != reports[1]["score"]
     for name in ("detector.pt", "teacher.pt"):
@@ -92,18 +92,18 @@ def test_a_trial_killed_on_the_way_goes_on_from_its_last_ninth(
     make_search: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "evaluate_weights", lambda *_: {"score": 0.0})
-    work = make_job(tmp_path / "killed")
+    work = _make_job(tmp_path / "killed")
 
     def kill(figures: dict[str, Any]) -> None:
         if figures["ninths"] == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_and_report(work, make_search(), kill, monkeypatch)
+        _train_and_report(work, make_search(), kill, monkeypatch)
     reports: list[dict[str, Any]] = []
-    train_and_report(work, make_search(), reports.append, monkeypatch)
+    _train_and_report(work, make_search(), reports.append, monkeypatch)
     assert reports == []
-    undisturbed = make_job(tmp_path / "undisturbed")
+    undisturbed = _make_job(tmp_path / "undisturbed")
     train_on_worker(undisturbed, lambda *_: None)
     torch.testing.assert_close(
         load_weights(f"{work.folder}/detector.pt"),
@@ -117,8 +117,8 @@ def test_without_a_scheduler_nothing_is_looked_at_on_the_way(
     make_search: Callable[..., Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: list[dict[str, Any]] = []
-    train_and_report(
-        make_job(tmp_path / "a"),
+    _train_and_report(
+        _make_job(tmp_path / "a"),
         make_search(scheduler="none"),
         reports.append,
         monkeypatch,

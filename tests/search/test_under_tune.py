@@ -46,7 +46,7 @@ open(os.path.join(root, "records.json"), "w").write(json.dumps(rows))
 """
 
 
-def drive(root: Path, algorithm: str, mode: str) -> subprocess.Popen[bytes]:
+def _drive(root: Path, algorithm: str, mode: str) -> subprocess.Popen[bytes]:
     script = root / "drive.py"
     script.write_text(DRIVER)
     environment = {
@@ -59,7 +59,7 @@ def drive(root: Path, algorithm: str, mode: str) -> subprocess.Popen[bytes]:
     )
 
 
-def ran(root: Path) -> list[str]:
+def _ran(root: Path) -> list[str]:
     file = root / "ran"
     return file.read_text().splitlines() if file.exists() else []
 
@@ -70,16 +70,16 @@ def test_a_killed_search_goes_on_without_repeating_what_had_finished(
 ) -> None:
     if algorithm == "optuna":
         pytest.importorskip("optuna")
-    process = drive(tmp_path, algorithm, "new")
+    process = _drive(tmp_path, algorithm, "new")
     give_up_at = time.monotonic() + 300
-    while len(ran(tmp_path)) < 4:
+    while len(_ran(tmp_path)) < 4:
         assert process.poll() is None, "the search ended before it could be killed"
         assert time.monotonic() < give_up_at
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = ran(tmp_path)[:2]
-    assert drive(tmp_path, algorithm, "resume").wait(300) == 0
+    finished = _ran(tmp_path)[:2]
+    assert _drive(tmp_path, algorithm, "resume").wait(300) == 0
     records = json.loads((tmp_path / "records.json").read_text())
     assert [r["state"] for r in records] == ["finished"] * 6
     assert len({json.dumps(r["settings"], sort_keys=True) for r in records}) == 6
@@ -88,7 +88,7 @@ def test_a_killed_search_goes_on_without_repeating_what_had_finished(
         "distill.inconsistent": 1.0,
         "distill.private": 2.0,
     }
-    times = Counter(ran(tmp_path))
+    times = Counter(_ran(tmp_path))
     assert [times[settings] for settings in finished] == [1, 1]
     assert sum(times.values()) <= 6 + 2
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from coin_ray.commands.main import main
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.predictors.student import write_exported_student
-from coin_ray.serving import champion as champion_module
 from coin_ray.serving.application import ServeSettings, create_replica_app
 from coin_ray.serving.champion import ChampionFollower, StudentRegistry
 from tests.builders import CLASSES, tiny_detector
@@ -75,15 +74,12 @@ def test_without_a_champion_a_server_does_not_start(
 def test_the_command_registers_an_export(
     registry: StudentRegistry,
     exports: tuple[str, str],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--name", registry.name, "--registry", registry.uri]
-    monkeypatch.setattr(sys, "argv", ["champion", exports[0], *options])
-    assert champion_module.main() == 0
+    assert main(["serve", "register", exports[0], *options]) == 0
     assert capsys.readouterr().out == f"{registry.name} version 1 is the champion\n"
-    monkeypatch.setattr(sys, "argv", ["champion", "absent", *options])
-    assert champion_module.main() == 2
+    assert main(["serve", "register", "absent", *options]) == 2
 
 
 class UnreliableRegistry(StudentRegistry):
