@@ -42,6 +42,7 @@ from coin_ray.cloud.services import (
     longest_side,
     token_variable,
 )
+from coin_ray.cloud.session import ServiceSession
 from coin_ray.cloud.task_polling import TaskPoller
 from coin_ray.cloud.timing import Sleep, Timing
 from coin_ray.config import Cloud
@@ -86,11 +87,7 @@ class CloudClient:
         uniform: Callable[[float, float], float] = random.uniform,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        if len(config.views) > 1:
-            raise ValueError(
-                "a client sends one rendering, got cloud.views"
-                f" {' '.join(config.views)}; PipelineConfig.clouds has a cloud for each"
-            )
+        _check_one_rendering(config)
         self._config = config
         self._adapter = adapter or adapter_for(config)
         self._capabilities = self._adapter.capabilities
@@ -122,7 +119,7 @@ class CloudClient:
         self._admission = CallAdmission(
             config, governor, self._connections, self._timing
         )
-        self._poller = TaskPoller(
+        session = ServiceSession(
             config,
             self._adapter,
             self._connections,
@@ -130,17 +127,8 @@ class CloudClient:
             self._admission,
             self._timing,
         )
-        self._engine = RetryEngine(
-            config,
-            self._adapter,
-            self._connections,
-            journal,
-            self._account,
-            self._replies,
-            self._admission,
-            self._poller,
-            self._timing,
-        )
+        self._poller = TaskPoller(session)
+        self._engine = RetryEngine(session, self._poller, journal, self._account)
 
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
@@ -301,6 +289,14 @@ class CloudClient:
             latency_ms=call.latency_ms,
             cost_usd=call.calls * self._config.usd_per_call,
             calls=call.calls,
+        )
+
+
+def _check_one_rendering(config: Cloud) -> None:
+    if len(config.views) > 1:
+        raise ValueError(
+            f"a client sends one rendering, got cloud.views {' '.join(config.views)};"
+            " PipelineConfig.clouds has a cloud for each"
         )
 
 

@@ -8,15 +8,11 @@ import asyncio
 from collections.abc import Callable
 
 from coin_ray.cloud.call import Call
-from coin_ray.cloud.call_admission import CallAdmission
 from coin_ray.cloud.governor import Outcome
-from coin_ray.cloud.http.connections import Connections
 from coin_ray.cloud.journal.base import Journal
-from coin_ray.cloud.protocol import Adapter, Pending, PreparedRequest, RawDetections
-from coin_ray.cloud.responses import ReplyJournal
+from coin_ray.cloud.protocol import Pending, PreparedRequest, RawDetections
+from coin_ray.cloud.session import ServiceSession
 from coin_ray.cloud.task_polling import TaskPoller, limit_poll_wait, may_retry
-from coin_ray.cloud.timing import Timing
-from coin_ray.config import Cloud
 from coin_ray.errors import (
     CloudError,
     DeadlineExceeded,
@@ -32,25 +28,20 @@ class RetryEngine:
 
     def __init__(
         self,
-        config: Cloud,
-        adapter: Adapter,
-        connections: Connections,
+        session: ServiceSession,
+        poller: TaskPoller,
         journal: Journal,
         account: str,
-        replies: ReplyJournal,
-        admission: CallAdmission,
-        poller: TaskPoller,
-        timing: Timing,
     ) -> None:
-        self._config = config
-        self._adapter = adapter
-        self._connections = connections
+        self._config = session.config
+        self._adapter = session.adapter
+        self._connections = session.connections
+        self._replies = session.replies
+        self._admission = session.admission
+        self._timing = session.timing
+        self._poller = poller
         self._journal = journal
         self._account = account
-        self._replies = replies
-        self._admission = admission
-        self._poller = poller
-        self._timing = timing
 
     async def send_until_answered(
         self, call: Call, request: PreparedRequest

@@ -10,12 +10,8 @@ import asyncio
 from dataclasses import replace
 
 from coin_ray.cloud.call import Call, TaskLost
-from coin_ray.cloud.call_admission import CallAdmission
-from coin_ray.cloud.http.connections import Connections
-from coin_ray.cloud.protocol import Adapter, Pending, RawDetections
-from coin_ray.cloud.responses import ReplyJournal
-from coin_ray.cloud.timing import Timing
-from coin_ray.config import Cloud
+from coin_ray.cloud.protocol import Pending, RawDetections
+from coin_ray.cloud.session import ServiceSession
 from coin_ray.errors import BadRequest, CloudError, DeadlineExceeded, ProtocolError
 
 POLL_MIN, POLL_CAP, POLL_GROWTH = 0.25, 10.0, 1.5
@@ -30,21 +26,13 @@ class TaskPoller:
     own.
     """
 
-    def __init__(
-        self,
-        config: Cloud,
-        adapter: Adapter,
-        connections: Connections,
-        replies: ReplyJournal,
-        admission: CallAdmission,
-        timing: Timing,
-    ) -> None:
-        self._config = config
-        self._adapter = adapter
-        self._connections = connections
-        self._replies = replies
-        self._admission = admission
-        self._timing = timing
+    def __init__(self, session: ServiceSession) -> None:
+        self._config = session.config
+        self._adapter = session.adapter
+        self._connections = session.connections
+        self._replies = session.replies
+        self._admission = session.admission
+        self._timing = session.timing
 
     async def resume_task(self, call: Call) -> RawDetections | None:
         """Return the result of a task that an earlier run did not wait for; None if the
