@@ -266,6 +266,32 @@ class _Observation:
     error: BaseException | None
 
 
+async def _query_twice(
+    case: Case, cloud: Cloud, url: str, folder: Path, objects: list[Any]
+) -> None:
+    """Query about one image, twice at once; append all objects in use to ``objects``."""
+    journal = open_journal(str(folder / "journal"))
+    client = CloudClient(
+        cloud,
+        CLASSES,
+        url,
+        journal,
+        LocalGovernor(Governor(governor_limits(cloud), journal.spent())),
+        case.adapter,
+        sleep=_sleep_briefly,
+        uniform=lambda low, high: low,
+    )
+    client._query = client._replies._query = case.query()
+    objects.extend([client, case.adapter, case.adapter.capabilities, vars(client)])
+    try:
+        await client.check()
+        objects.append(case.adapter.encode(PICTURE, client._query))
+        answers = [client.answer(PICTURE), client.answer(PICTURE)]
+        objects.extend(await asyncio.gather(*answers))
+    finally:
+        await client.aclose()
+
+
 def _observe(
     service_case: _ServiceCase,
     replies: Sequence[Reply],
@@ -298,29 +324,7 @@ def _observe(
 
     async def run() -> None:
         async with server.address() as url:
-            journal = open_journal(str(folder / "journal"))
-            governor = LocalGovernor(Governor(governor_limits(cloud), journal.spent()))
-            client = CloudClient(
-                cloud,
-                CLASSES,
-                url,
-                journal,
-                governor,
-                case.adapter,
-                sleep=_sleep_briefly,
-                uniform=lambda low, high: low,
-            )
-            client._query = client._replies._query = case.query()
-            objects.extend(
-                [client, case.adapter, case.adapter.capabilities, vars(client)]
-            )
-            try:
-                await client.check()
-                objects.append(case.adapter.encode(PICTURE, client._query))
-                answers = [client.answer(PICTURE), client.answer(PICTURE)]
-                objects.extend(await asyncio.gather(*answers))
-            finally:
-                await client.aclose()
+            await _query_twice(case, cloud, url, folder, objects)
 
     try:
         asyncio.run(run(), debug=debug)
