@@ -19,14 +19,14 @@ export, report. Finished steps are skipped, so the same command resumes a run.
 """
 
 
-def adapt(arguments: Sequence[str]) -> None:
+def adapt_command(arguments: Sequence[str]) -> None:
     """Run the pipeline; with ``--dry-run`` print its plan."""
     run_or_plan(*parse_run_arguments(arguments, "coin-ray adapt", DESCRIPTION))
 
 
-def plan(arguments: Sequence[str]) -> None:
+def plan_command(arguments: Sequence[str]) -> None:
     """Print the steps, calls, cost and time of ``adapt`` with the same arguments."""
-    adapt([*arguments, "--dry-run"])
+    adapt_command([*arguments, "--dry-run"])
 
 
 def run_or_plan(

@@ -18,7 +18,7 @@ fault.
 
 def check(arguments: Sequence[str]) -> int:
     """Print the faults of the folders; return 1 if there are any."""
-    options = build_parser().parse_args(arguments)
+    options = build_check_parser().parse_args(arguments)
     from rich.console import Console
 
     from coin_ray.data.check import check_datasets, faults_table
@@ -33,7 +33,7 @@ def check(arguments: Sequence[str]) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_check_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="coin-ray check",

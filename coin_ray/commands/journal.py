@@ -23,12 +23,12 @@ Show, verify or compact the journal of the cloud's answers. Makes no call.
 
 def journal(arguments: Sequence[str]) -> int:
     """Run one of the tools; return 1 if ``verify`` finds damage."""
-    options = build_parser().parse_args(arguments)
+    options = build_journal_parser().parse_args(arguments)
     tool: Callable[[Journal], int] = options.tool
     return tool(open_run_journal(options.root))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_journal_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="coin-ray journal",

@@ -31,12 +31,12 @@ DEFAULT_MARGIN = 0.05
 
 def labels(arguments: Sequence[str]) -> int:
     """Run one of the tools; return 1 if ``check`` finds something to mend."""
-    options = build_parser().parse_args(arguments)
+    options = build_labels_parser().parse_args(arguments)
     tool: Callable[[argparse.Namespace], int] = options.tool
     return tool(options)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_labels_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="coin-ray labels",

@@ -33,8 +33,8 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "adapt": Subcommand("adapt", "adapt", "run the whole adaptation"),
-    "plan": Subcommand("adapt", "plan", "print steps, calls, cost and time"),
+    "adapt": Subcommand("adapt", "adapt_command", "run the whole adaptation"),
+    "plan": Subcommand("adapt", "plan_command", "print steps, calls, cost and time"),
     "collect": Subcommand(
         "steps",
         "collect",

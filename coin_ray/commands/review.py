@@ -25,12 +25,12 @@ TOOLS = ("label-studio", "cvat", "fiftyone")
 
 def review(arguments: Sequence[str]) -> None:
     """Run one direction and print what was written."""
-    options = build_parser().parse_args(arguments)
+    options = build_review_parser().parse_args(arguments)
     direction: Callable[[argparse.Namespace], str] = options.direction
     print(direction(options))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_review_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from coin_ray.data.formats import IMAGE_FOLDERS
 

@@ -173,8 +173,8 @@ def test_a_daily_quota_takes_days() -> None:
 def test_it_agrees_with_the_estimate_of_a_dry_run(
     tmp_path: Path, rate: float, per_day: int | None, views: tuple[str, ...]
 ) -> None:
-    """Where both speak of the same: calls, cost and the time that the service's limits
-    take."""
+    """Both estimate the same calls, cost and time within
+    the service's limits."""
     (tmp_path / "images").mkdir()
     for number in range(40):
         (tmp_path / "images" / f"{number}.jpg").touch()

@@ -155,7 +155,7 @@ def test_settings_have_the_names_of_the_command_line(name: str) -> None:
 
 @pytest.fixture
 def runner_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the runner was told. It leaves a tiny student and a page, as finished steps
+    """Record the runner's arguments, and write a tiny student and a page as finished steps
     would."""
     calls: list[Any] = []
 

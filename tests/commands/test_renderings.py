@@ -40,7 +40,7 @@ def _raw(*scores: list[float]) -> RawDetections:
     return RawDetections(boxes, np.array(scores, np.float32).reshape(-1, 2), "label")
 
 
-def test_sureness_by_hand() -> None:
+def test_confidence_by_hand() -> None:
     """Best scores .8, 0 (nothing seen) and .2; two boxes from .3 on; the image without
     an answer counts in neither."""
     confidence = measure_confidence(
@@ -54,10 +54,10 @@ def test_sureness_by_hand() -> None:
     )
 
 
-def test_views_of_the_demo_are_compared_and_paid_once(
+def test_renderings_of_the_demo_are_compared_and_paid_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Over the local cloud: a table with the surest first, a picture, and nothing to
+    """Over the local cloud: a table with the most confident first, a picture, and nothing to
     pay the second time."""
     command = [
         *FIRST_LINES,

@@ -29,8 +29,8 @@ FILES = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> str:
-    """A run of two classes whose step separate is finished: image n has n disputed
-    boxes of three."""
+    """A run of two classes whose step separate is finished: image n has n boxes of
+    three on which the teachers disagree."""
     config: PipelineConfig = replace(demo(), classes=("cat", "dog"))
     run_root = str(tmp_path / "run")
     steps = build_steps(config)
@@ -77,7 +77,7 @@ def root(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_the_images_in_most_dispute_go_out_first(
+def test_the_images_with_the_highest_disagreement_go_out_first(
     tool: str, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (

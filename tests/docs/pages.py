@@ -77,7 +77,7 @@ def _pairs(words: str) -> dict[str, str]:
 
 
 def anchors(text: str) -> set[str]:
-    """As GitHub makes them of headings; the site generator checks its own."""
+    """Return the anchors that GitHub makes of headings; the site generator checks its own."""
     names: list[str] = []
     for heading in re.findall(r"^#{1,6} (.+)$", FENCE.sub("", text), re.M):
         plain = (

@@ -68,7 +68,7 @@ def _run(script: str, *arguments: str) -> None:
 
 
 def _corrected(review: Review) -> Review:
-    """What a person hands back: one box, of a class that nobody said there, around the
+    """Return what a person hands back: one box, of a class that nobody said there, around the
     middle."""
     width, height = review.width, review.height
     box = ReviewedBox((width / 4, height / 4, width / 2, height / 2), DEMO_CLASSES[-1])
