@@ -27,7 +27,7 @@ IMAGE[:, 20:40, 30:60] = 255
         ((15, 20), (30, 40)),
     ],
 )
-def test_fit(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_resize_to_fit(size: tuple[int, int], expected: tuple[int, int]) -> None:
     """Short side 30, long side at most 50 (60 in the first two)."""
     long_side = 60 if max(size) == 120 else 50
     assert (
@@ -70,7 +70,9 @@ def test_boxes_by_hand() -> None:
     assert moved.boxes.tolist() == [[30, 30, 45, 60]]
 
 
-def test_strong_view_keeps_shape_and_type_and_is_a_function_of_the_draw() -> None:
+def test_strong_augmentation_keeps_shape_and_type_and_is_a_function_of_the_draw() -> (
+    None
+):
     image = torch.randint(
         0,
         256,

@@ -67,7 +67,7 @@ def test_steps_and_seeds_differ(tmp_path: Path) -> None:
     assert len({s.numpy().tobytes() for s in states}) == len(states)
 
 
-def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
+def test_augmented_images_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
     """The first cloud box begins at (4, 4) of the original: after a mirror it ends 4
     original pixels before the right edge."""
     mirrored = 0
@@ -88,7 +88,7 @@ def test_views_have_one_geometry_and_boxes_follow(tmp_path: Path) -> None:
     assert 0 < mirrored < 16
 
 
-def test_without_augmentation_both_views_are_the_same(tmp_path: Path) -> None:
+def test_without_augmentation_both_images_are_the_same(tmp_path: Path) -> None:
     fit = replace(FIT, augmentation=0.0)
     for batch in iterate_batches(
         examples(tmp_path), fit, DETECTOR, seed=0, first=0, rank=0, workers=1

@@ -209,7 +209,7 @@ def test_two_splits_of_yolo_share_one_data_yaml(tmp_path: Path) -> None:
         write_dataset([record], str(tmp_path / "to"), "yolo", "test", names=["dog"])
 
 
-def test_a_place_may_be_a_uri(tmp_path: Path) -> None:
+def test_a_folder_may_be_a_uri(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
     record = ImageRecord.from_annotations(
         "a.jpg",
@@ -290,7 +290,7 @@ def test_difficult_boxes_can_be_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["", " cat", "cat ", "two\nlines", "\x00"])
-def test_what_is_no_name_is_no_label(label: str) -> None:
+def test_an_invalid_class_name_is_an_error(label: str) -> None:
     with pytest.raises(InputError, match="one line of printable characters"):
         ImageRecord.from_annotations(
             "a.jpg", "a.jpg", (40, 30), [Annotation((0, 0, 4, 4), label)]
@@ -664,7 +664,9 @@ def test_a_plain_folder_has_images_nobody_annotated(tmp_path: Path) -> None:
         ("#val", "no split 'val'"),
     ],
 )
-def test_a_place_that_is_not_there(tmp_path: Path, address: str, message: str) -> None:
+def test_a_missing_folder_or_split_is_an_error(
+    tmp_path: Path, address: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         read_dataset(
             f"{tmp_path}/{address}" if address != "#val" else f"{tmp_path}#val"

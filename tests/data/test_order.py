@@ -36,7 +36,7 @@ def test_every_epoch_holds_each_image_once(
         )
 
 
-def test_an_order_is_that_of_numpy_by_seed_and_epoch() -> None:
+def test_the_order_is_that_of_numpy_by_seed_and_epoch() -> None:
     """The order that runs of earlier versions have seen: golden losses and resumed runs
     depend on it."""
     expected = [

@@ -88,7 +88,7 @@ def _select_reviews(folder: Path, limit: int | None = None) -> list[Review]:
     return reviews
 
 
-def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_not_at_all(
+def test_images_with_most_disagreement_come_first_and_corrected_ones_not_at_all(
     tmp_path: Path,
 ) -> None:
     reviews = _select_reviews(tmp_path)
@@ -102,7 +102,7 @@ def test_what_the_teachers_dispute_comes_first_and_what_people_have_corrected_no
     assert not any(r.reviewed for r in reviews)
 
 
-def test_a_box_says_its_kind_and_what_each_teacher_says(tmp_path: Path) -> None:
+def test_a_box_has_its_kind_and_the_label_of_each_teacher(tmp_path: Path) -> None:
     assert [
         (b.label, b.kind, b.teacher_labels) for b in _select_reviews(tmp_path)[0].boxes
     ] == [
@@ -175,7 +175,7 @@ review = st.builds(
 @pytest.mark.parametrize("tool", TOOLS)
 @settings(max_examples=60, deadline=None)
 @given(reviews=st.lists(review, min_size=1, max_size=3))
-def test_what_goes_out_comes_back(
+def test_exported_reviews_are_read_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, tool: str, reviews: list[Review]
 ) -> None:
     read_reviews = TOOLS[tool](reviews, tmp_path_factory.mktemp("x"))
@@ -207,7 +207,7 @@ def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
 # Label Studio
 
 
-def test_a_task_can_be_sorted_by_what_is_disputed(tmp_path: Path) -> None:
+def test_tasks_can_be_sorted_by_disagreement(tmp_path: Path) -> None:
     first, second, _ = (
         label_studio.label_studio_task(r, "/data/local-files/?d={uri}")
         for r in _select_reviews(tmp_path)
@@ -259,7 +259,7 @@ def _annotate(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_only_finished_tasks_count_as_reviewed_and_the_last_word_counts(
+def test_only_finished_tasks_count_as_reviewed_and_the_last_annotation_counts(
     tmp_path: Path,
 ) -> None:
     first, second, third = _label_studio_tasks(tmp_path)
@@ -444,7 +444,7 @@ def test_an_archive_of_another_format_is_an_error(tmp_path: Path) -> None:
         cvat.read_cvat(str(tmp_path / "job.zip"))
 
 
-def test_cvat_is_told_the_fields_before_it_gets_them(tmp_path: Path) -> None:
+def test_cvat_labels_declare_every_attribute(tmp_path: Path) -> None:
     reviews = _select_reviews(tmp_path)
     declared = {
         label["name"]: {a["name"]: a for a in label["attributes"]}

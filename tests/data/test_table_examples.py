@@ -32,7 +32,7 @@ def _lookup_detections(
 
 
 def _examples_from_tables(folder: Path, source: list[Example]) -> TableExamples:
-    """The same examples, read from Parquet. Rows of the opinions are in another order
+    """Return the same examples, read from Parquet. Rows of the detections are in another order
     than those of the images."""
     sizes = [(96, 64) if e.wide else (64, 96) for e in source]
     rows = [
@@ -123,7 +123,7 @@ def test_batches_are_those_of_examples_in_memory(
             )
 
 
-def test_sent_by_reference(tmp_path: Path) -> None:
+def test_examples_are_pickled_by_reference(tmp_path: Path) -> None:
     """Pickles for a worker do not grow with the tables: 4 bytes a row of the index,
     and addresses."""
     assert (

@@ -24,7 +24,7 @@ def _cloud(probs: list[list[float]], scores: list[float]) -> Detections:
     )
 
 
-def test_clip_labelled_takes_the_best_foreground_class() -> None:
+def test_relabel_with_clip_takes_the_best_foreground_class() -> None:
     fused = relabel_with_clip(
         _cloud([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]], [0.8, 0.5]),
         torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.1, 0.6]]),
@@ -117,7 +117,7 @@ def test_quality_of_nothing_is_nan() -> None:
     )
 
 
-def test_every_class_reports_each_name_a_box_may_have() -> None:
+def test_expand_to_all_classes_reports_each_label_a_box_may_have() -> None:
     probs = torch.tensor([[0.6, 0.3, 0.0, 0.1]])
     expanded = expand_to_all_classes(
         Detections(

@@ -80,7 +80,7 @@ def _simulate_student(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
+def test_students_are_ranked_as_by_the_truth(seed: int) -> None:
     truth, expected = _simulate_teachers(seed)
     scores, mean_aps = [], []
     for quality in QUALITIES:
@@ -98,7 +98,7 @@ def test_students_are_sorted_as_the_truth_sorts_them(seed: int) -> None:
     assert all(0 <= score <= 1 for score in scores)
 
 
-def test_what_is_not_sure_is_neither_required_nor_wrong_under_its_name() -> None:
+def test_uncertain_boxes_are_neither_required_nor_wrong_under_their_label() -> None:
     """Under another name it is wrong."""
     expected = {
         "a": confident_detections(
@@ -134,7 +134,7 @@ def test_a_student_that_differs_from_its_teacher_is_worth_less() -> None:
 @pytest.mark.parametrize(
     ("score", "share", "error"), [(0.75, 0.75, 0.0), (0.95, 0.5, 0.45), (0.1, 0.5, 0.4)]
 )
-def test_calibration_error_is_the_gap_between_score_and_share_confirmed(
+def test_miscalibration_is_the_gap_between_score_and_share_confirmed(
     score: float, share: float, error: float
 ) -> None:
     truth = {
@@ -150,7 +150,7 @@ def test_calibration_error_is_the_gap_between_score_and_share_confirmed(
     assert miscalibration(predictions, truth) == pytest.approx(error, abs=1e-6)
 
 
-def test_a_student_that_sees_nothing_is_the_worst() -> None:
+def test_a_student_that_detects_nothing_is_the_worst() -> None:
     truth, expected = _simulate_teachers()
     empty = {image: Detections.empty(CLASSES) for image in truth}
     worst = min(

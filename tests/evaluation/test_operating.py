@@ -49,7 +49,7 @@ def test_a_method_that_is_never_right_has_no_threshold(
     assert best_f1([_matched_detections(rows, [1])]) is None
 
 
-def test_tally_and_losses_count_by_image() -> None:
+def test_counts_and_regressions_by_image() -> None:
     baseline, strict = (
         count_by_image([CAT, DOG], 0.45),
         count_by_image([CAT, DOG], 0.85),

@@ -66,7 +66,7 @@ def test_consistent_and_private_boxes_are_right_or_wrong() -> None:
     }
 
 
-def test_of_disputed_boxes_it_tells_who_was_right() -> None:
+def test_each_teacher_is_scored_on_inconsistent_boxes() -> None:
     shares = separation_accuracy(
         [
             _separation_row(
@@ -117,7 +117,7 @@ def test_a_box_on_an_image_without_objects_is_background() -> None:
     assert shares == {"consistent": {"right": 0.5}}
 
 
-def test_an_unsure_teacher_is_right_when_its_name_is() -> None:
+def test_an_unsure_teacher_is_right_when_its_label_is() -> None:
     """The best entry of a vector with a score below a half is often background;
     training teaches the name."""
     shares = separation_accuracy(

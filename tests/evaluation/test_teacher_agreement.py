@@ -11,7 +11,7 @@ UNSURE = [0.35, 0.05, 0.6]
 """Of a box that is called a car and may well be nothing."""
 
 
-def test_confusion_counts_boxes_that_both_saw_by_both_names() -> None:
+def test_confusion_counts_boxes_of_both_teachers_by_both_labels() -> None:
     row = {
         "image_id": "a",
         "boxes": [[0.0] * 4] * 4,
@@ -27,13 +27,13 @@ def test_confusion_counts_boxes_that_both_saw_by_both_names() -> None:
     assert counts.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0]]
 
 
-def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
+def test_agreement_rates_of_ckg_with_each_teacher_and_how_often_it_is_right() -> None:
     cloud, clip = (
         torch.tensor([UNSURE, CAR, UNSURE, CAR, DOG]),
         torch.tensor([CAR, DOG, DOG, DOG, NOTHING]),
     )
     fused = torch.tensor([DOG, CAR, CAR, DOG, CAR])
-    # the first box is not disputed
+    # on the first box the teachers agree
     rates = ckg_agreement_rates(cloud, clip, fused, torch.tensor([0, 0, 1, 1, 1]))
     assert rates == {
         "cloud": {"share": 0.5, "right": 0.5},
@@ -42,7 +42,7 @@ def test_sides_tell_whom_the_fusion_follows_and_whether_it_is_right() -> None:
     }
 
 
-def test_a_side_never_taken_is_neither_right_nor_wrong() -> None:
+def test_a_label_never_taken_is_neither_right_nor_wrong() -> None:
     car = torch.tensor([CAR])
     assert ckg_agreement_rates(car, torch.tensor([DOG]), car, torch.tensor([0])) == {
         "cloud": {"share": 1.0, "right": 1.0},

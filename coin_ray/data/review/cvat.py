@@ -1,7 +1,7 @@
 """CVAT: "CVAT for images 1.1", annotations and their attributes in one XML file.
 
 A box has the attributes ``kind`` and ``teachers``. A tag ``review`` on each image
-carries its id, counts of the kinds and the disagreement; whoever has looked at an image
+carries its id, counts of the kinds and the disagreement; whoever has reviewed an image
 ticks its ``reviewed``.
 """
 

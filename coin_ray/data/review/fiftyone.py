@@ -3,7 +3,7 @@ reads it; FiftyOneDataset exports are read too.
 
 Each box has the fields ``kind`` and ``teachers``, each image counts of the kinds and
 the disagreement, to sort and filter by. Boxes are left, top, width, height in shares of
-the image. Whoever has looked at an image gives it the tag ``reviewed``.
+the image. Whoever has reviewed an image gives it the tag ``reviewed``.
 """
 
 from __future__ import annotations
