@@ -17,6 +17,17 @@ from coin_ray.config.labels import Collect, Labels
 from coin_ray.config.models import Clip, Detector, MobileNet
 from coin_ray.config.training import Distill, Evaluate, Propagate, Separate
 
+IDENTIFYING_SETTINGS = (
+    "service",
+    "url",
+    "serve",
+    "onnx_models",
+    "model",
+    "region",
+    "coordinates",
+    "views",
+)
+"""Settings of a cloud that tell it apart from other clouds of a run."""
 MAX_CLASS_NAME = 200
 """Characters of a class name."""
 
@@ -144,10 +155,7 @@ def _check_ensemble(config: PipelineConfig) -> None:
     ensemble = config.ensemble
     cloud_count = len(config.clouds)
     different_clouds = {
-        (
-            *(cloud.service, cloud.url, cloud.serve, cloud.onnx_models),
-            *(cloud.model, cloud.region, cloud.coordinates, cloud.views),
-        )
+        tuple(getattr(cloud, name) for name in IDENTIFYING_SETTINGS)
         for cloud in config.clouds
     }
     require(

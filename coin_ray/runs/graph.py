@@ -74,27 +74,18 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
             options={"labels": "truth"},
         )
         baseline_steps = (pseudo_label, oracle)
-    evaluate = Step(
-        "evaluate",
-        "evaluate",
-        identities.evaluation,
-        (images, collect, separate, propagate, distill, *baseline_steps),
-    )
+    evaluated = (images, collect, separate, propagate, distill, *baseline_steps)
+    evaluate = Step("evaluate", "evaluate", identities.evaluation, evaluated)
     export = Step("export", "export", identities.export, (distill,))
     report = Step(
         "report",
         "report",
         config.preset,
-        (
-            *(images, collect, separate, propagate, distill, *baseline_steps),
-            *(evaluate, export, *corrections),
-        ),
+        (*evaluated, evaluate, export, *corrections),
         version=2,
     )
-    steps = (
-        *(images, *corrections, collect, propagate, separate, distill),
-        *(*baseline_steps, evaluate, export, report),
-    )
+    steps = [images, *corrections, collect, propagate, separate, distill]
+    steps += [*baseline_steps, evaluate, export, report]
     return {step.name: step for step in steps}
 
 
@@ -120,10 +111,13 @@ class _Identities:
     """The configs that each step's results depend on."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        detector_size = (config.detector.short_side, config.detector.long_side)
+        input_size = (config.detector.short_side, config.detector.long_side)
         detector = (
-            *(config.clip, config.mobilenet, config.detector),
-            *(config.classes, config.seed),
+            config.clip,
+            config.mobilenet,
+            config.detector,
+            config.classes,
+            config.seed,
         )
         # "cloud_vectors" is a setting of labels that separation reads, not propagation
         labels = to_identity(config.labels)
@@ -143,8 +137,11 @@ class _Identities:
             deployed_head = config.distill.co_detr_detects
 
         self.collection = (
-            *(config.cloud, config.classes, config.collect, config.clip),
-            detector_size,
+            config.cloud,
+            config.classes,
+            config.collect,
+            config.clip,
+            input_size,
             *_other_clouds(config),
         )
         self.propagation = (detector, labels, config.propagate)

@@ -147,7 +147,7 @@ def run_step(
     if unfinished:
         raise StepError(
             f"step {step.name} needs finished {', '.join(unfinished)} below {root}; run"
-            f" coin-ray adapt, or coin-ray {unfinished[0]} first"
+            f" coin-ray adapt with the same settings and --until {unfinished[-1]} first"
         )
     if work is None:
         work = importlib.import_module(f"coin_ray.stages.{step.stage}").run

@@ -71,7 +71,7 @@ def test_missing_inputs_are_named_and_nothing_runs(
 ) -> None:
     stage(lambda context: pytest.fail("ran"))
     with pytest.raises(
-        StepError, match=r"second needs finished first .*coin-ray first"
+        StepError, match=r"second needs finished first .*coin-ray adapt .*--until first"
     ):
         run_step(SECOND, CONFIG, str(tmp_path))
 
