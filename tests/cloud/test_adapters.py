@@ -6,10 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from typing import Any, TypeVar, get_args
 
 import httpx
@@ -65,30 +63,20 @@ POLLS_MAX = 5
 Box = tuple[int, int, int, int]
 Test = TypeVar("Test", bound=Callable[..., None])
 
-SKIP_REASONS: dict[tuple[Row, str], str | None] = {}
-"""By row and case; None for those that run."""
-RAN: set[tuple[Row, str]] = set()
-TEST_NAMES: list[str] = []
-"""Names of the tests of rows; a row may have several."""
+ROW_ATTRIBUTE = "conformance_row"
 
 
 def _row(name: Row) -> Callable[[Test], Test]:
-    """Run the test for every case that does not skip the row."""
+    """Parametrize the test of a row with every case; skip those that give a reason."""
 
     def decorate(test: Test) -> Test:
-        @wraps(test)
-        def recorded(case: Case, **fixtures: Any) -> None:
-            RAN.add((name, case.name))
-            test(case, **fixtures)
-
-        TEST_NAMES.append(test.__name__)
         parameters = []
         for case in CASES:
             reason = case.skips.get(name)
-            SKIP_REASONS[name, case.name] = reason
             marks = [pytest.mark.skip(reason)] if reason is not None else []
             parameters.append(pytest.param(case, id=case.name, marks=marks))
-        return pytest.mark.parametrize("case", parameters)(recorded)  # type: ignore[no-any-return]
+        setattr(test, ROW_ATTRIBUTE, name)
+        return pytest.mark.parametrize("case", parameters)(test)  # type: ignore[no-any-return]
 
     return decorate
 
@@ -822,35 +810,62 @@ def _iou(first: NDArray[np.float32], second_box: Sequence[float]) -> float:
     return float(overlap / (areas - overlap))
 
 
-def test_the_table(
-    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every row runs for every adapter, or names the reason why not. Prints the counts."""
-    rows = get_args(Row)
-    assert {name for name, _ in SKIP_REASONS} == set(rows)
-    assert len(SKIP_REASONS) == len(rows) * len(CASES)
-    skipped = {}
-    for key, reason in SKIP_REASONS.items():
-        if reason is not None:
-            assert len(reason) > 20
-            skipped[key] = reason
-    collected = [
-        test
-        for test in request.session.items
-        if getattr(test, "originalname", "") in TEST_NAMES
-        and test.path == request.node.path
+def _conformance_tests() -> list[tuple[Row, Callable[..., None]]]:
+    """Return the tests of rows that pytest collects from this module, with their rows.
+
+    The module's names are read, not what ``_row`` was applied to: a test that another
+    one of the same name has replaced, or that pytest does not collect, is not there.
+    """
+    return [
+        (getattr(test, ROW_ATTRIBUTE), test)
+        for name, test in globals().items()
+        if name.startswith("test_") and hasattr(test, ROW_ATTRIBUTE)
     ]
-    all_collected = len(collected) == len(TEST_NAMES) * len(CASES)
-    # a worker of pytest-xdist runs only its share of the collected tests
-    if all_collected and "PYTEST_XDIST_WORKER" not in os.environ:
-        assert set(SKIP_REASONS) - RAN == set(skipped)
+
+
+def _skip_reasons(test: Any) -> dict[str, str | None]:
+    """Return the reason for which a test skips a case, None if it runs, by case name."""
+    (parametrization,) = (
+        mark for mark in test.pytestmark if mark.name == "parametrize"
+    )
+    assert {mark.name for mark in test.pytestmark} == {"parametrize"}
+    reasons: dict[str, str | None] = {}
+    for parameters in parametrization.args[1]:
+        (case,) = parameters.values
+        reasons[case.name] = None
+        for mark in parameters.marks:
+            assert mark.name == "skip"
+            reasons[case.name] = mark.args[0]
+    return reasons
+
+
+def test_every_row_runs_for_every_adapter_or_says_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The parametrized tests are compared with the table, so that the outcome does not
+    depend on which worker of pytest-xdist runs which test. Prints the counts.
+    """
+    rows = get_args(Row)
+    tests = _conformance_tests()
+    assert {name for name, _ in tests} == set(rows)
+    for name, test in tests:
+        expected = {case.name: case.skips.get(name) for case in CASES}
+        assert _skip_reasons(test) == expected, test.__name__
+    skipped = {
+        (name, case.name): reason
+        for case in CASES
+        for name, reason in case.skips.items()
+    }
+    assert {name for name, _ in skipped} <= set(rows)
+    assert all(len(reason) > 20 for reason in skipped.values())
+    count = len(rows) * len(CASES)
     with capsys.disabled():
         print(
-            f"\nadapters x rows: {len(RAN)} of {len(SKIP_REASONS)} run,"
+            f"\nadapters x rows: {count - len(skipped)} of {count} run,"
             f" {len(skipped)} skipped"
         )
-        for (name, case), reason in sorted(skipped.items()):
-            print(f"  {name} {case}: {reason}")
+        for (name, case_name), reason in sorted(skipped.items()):
+            print(f"  {name} {case_name}: {reason}")
 
 
 def test_adapters_have_no_state() -> None:
