@@ -268,7 +268,7 @@ def tiny_co_detr(
         len(CLASSES),
         clip.embedding_size,
         network or tiny_network(),
-        named=named,
+        has_text_classes=named,
         mean=clip.mean,
         std=clip.std,
     )

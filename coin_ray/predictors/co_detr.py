@@ -22,15 +22,15 @@ from coin_ray.config.co_detr import Backbone, CoDetr
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.errors import InputError
-from coin_ray.models.co_detr.agreement import agreed
+from coin_ray.models.co_detr.agreement import average_head_confidences
 from coin_ray.models.co_detr.collaborative import (
     AGREEMENT,
+    BASE_PREFIX,
     DECODER,
-    SHIPPED,
     CollaborativeDetr,
 )
-from coin_ray.models.co_detr.model import DeformableDetr, load_weights
-from coin_ray.models.co_detr.towers import describe, rebuild
+from coin_ray.models.co_detr.model import DeformableDetr, load_detector_weights
+from coin_ray.models.co_detr.towers import describe_backbone, rebuild_backbone
 from coin_ray.predictors.saved_settings import tuples_from_lists
 from coin_ray.structures import Detections
 
@@ -91,13 +91,13 @@ class CoDetrPredictor:
         prepared = self.detector.prepare(resized)
         by_head = {
             head: _scale_to_images(predicted, images, resized)
-            for head, predicted in self.collaborative.opinions(prepared).items()
+            for head, predicted in self.collaborative.predict_by_head(prepared).items()
         }
         decoder, *auxiliary = by_head.values()
         agreement = []
         for index, detections in enumerate(decoder):
             others = [head[index] for head in auxiliary]
-            agreement.append(agreed(detections, others))
+            agreement.append(average_head_confidences(detections, others))
         return by_head | {AGREEMENT: agreement}
 
     def _resize(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -138,7 +138,7 @@ def pack_co_detr(model: CollaborativeDetr, config: DetectorConfig) -> dict[str, 
         "long_side": config.long_side,
         "co_detr": dataclasses.asdict(config.co_detr),
         "backbone": dataclasses.asdict(config.backbone),
-        "tower": describe(detector.backbone),
+        "tower": describe_backbone(detector.backbone),
         "weights": _on_cpu(detector.state_dict()),
         "heads": _on_cpu(heads),
         "reported": AGREEMENT if config.ship == "agreement" else DECODER,
@@ -156,16 +156,16 @@ def load_co_detr(uri: str) -> CoDetrPredictor:
     checkpoint = _read_checkpoint(uri)
     classes = tuple(checkpoint["classes"])
     config = CoDetr(**tuples_from_lists(checkpoint["co_detr"]))
-    tower = rebuild(Backbone(**checkpoint["backbone"]), checkpoint["tower"])
+    tower = rebuild_backbone(Backbone(**checkpoint["backbone"]), checkpoint["tower"])
     sides = checkpoint["short_side"], checkpoint["long_side"]
     if not checkpoint.get("heads"):
         detector = DeformableDetr(tower, len(classes), config)
-        load_weights(detector, checkpoint["weights"])
+        load_detector_weights(detector, checkpoint["weights"])
         return CoDetrPredictor(classes, detector.eval(), *sides)
     without_training_parts = replace(config, positive_queries=False, denoising=0)
     collaborative = CollaborativeDetr(tower, len(classes), without_training_parts)
-    weights = {f"{SHIPPED}{name}": w for name, w in checkpoint["weights"].items()}
-    load_weights(collaborative, weights | checkpoint["heads"])
+    weights = {f"{BASE_PREFIX}{name}": w for name, w in checkpoint["weights"].items()}
+    load_detector_weights(collaborative, weights | checkpoint["heads"])
     detector = collaborative.eval().base
     reported = checkpoint["reported"]
     return CoDetrPredictor(classes, detector, *sides, collaborative, reported)

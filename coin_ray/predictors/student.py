@@ -23,7 +23,7 @@ from coin_ray.config import Detector
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.errors import InputError
-from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
+from coin_ray.models.co_detr.regional import DetrWithRegionHead, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
@@ -33,7 +33,7 @@ from coin_ray.structures import Detections
 
 FORMAT = 1
 STUDENT_FILES = ("model.json", "model.safetensors")
-StudentDetector = ClipDetector | TextDetr | ByRegions
+StudentDetector = ClipDetector | TextDetr | DetrWithRegionHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def write_exported_student(
 def _exported_weights(detector: StudentDetector) -> tuple[dict[str, Tensor], int]:
     """Return the weights with the class embeddings computed, and the embedding size."""
     network: ClipDetector | TextDetr | RegionalDetr
-    if isinstance(detector, ByRegions):
+    if isinstance(detector, DetrWithRegionHead):
         network, prompts = detector.student, "base.prompts."
     else:
         network, prompts = detector, "prompts."
@@ -106,8 +106,10 @@ def _exported_weights(detector: StudentDetector) -> tuple[dict[str, Tensor], int
 def _describe_network(
     detector: StudentDetector, settings: Detector
 ) -> dict[str, object]:
-    by_regions = isinstance(detector, ByRegions)
-    base = detector.student.base if isinstance(detector, ByRegions) else detector
+    by_regions = isinstance(detector, DetrWithRegionHead)
+    base = (
+        detector.student.base if isinstance(detector, DetrWithRegionHead) else detector
+    )
     visual: dict[str, int | list[int]] = {}
     if isinstance(base.tower, ClipTower):
         visual = visual_shape(base.tower.visual)
@@ -117,7 +119,7 @@ def _describe_network(
     }
     if isinstance(base, TextDetr):
         description["co_detr"] = {
-            "named": base.named,
+            "named": base.has_text_classes,
             "network": dataclasses.asdict(base.config),
             "detects": "regions" if by_regions else "decoder",
         }
@@ -144,7 +146,7 @@ def load_exported_student(folder: str) -> StudentPredictor:
     fields = tuples_from_lists(description["detector"]) | {"background": "prompt"}
     settings = Detector(**fields)
     detector = _empty_detector(description, settings)
-    network = detector.student if isinstance(detector, ByRegions) else detector
+    network = detector.student if isinstance(detector, DetrWithRegionHead) else detector
     weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if unexpected or [name for name in missing if name != "background"]:
@@ -169,10 +171,17 @@ def _empty_detector(
     co_detr = description["co_detr"]
     network = CoDetr(**tuples_from_lists(co_detr["network"]))
     base = TextDetr(
-        tower, prompts, count, size, network, named=co_detr["named"], mean=mean, std=std
+        tower,
+        prompts,
+        count,
+        size,
+        network,
+        has_text_classes=co_detr["named"],
+        mean=mean,
+        std=std,
     )
     if co_detr.get("detects") == "regions":
-        return ByRegions(RegionalDetr(base, size, settings))
+        return DetrWithRegionHead(RegionalDetr(base, size, settings))
     return base
 
 

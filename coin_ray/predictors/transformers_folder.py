@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from coin_ray import storage
-from coin_ray.models.co_detr.transformers_detr import FastDetector, open_fast
+from coin_ray.models.co_detr.transformers_detr import (
+    TransformersDetr,
+    open_transformers_detr,
+)
 from coin_ray.structures import Detections
 
 TRANSFORMERS_FOLDER = "network"
@@ -19,7 +22,7 @@ TRANSFORMERS_FOLDER = "network"
 
 @dataclass(frozen=True, eq=False)
 class TransformersPredictor:
-    detector: FastDetector
+    detector: TransformersDetr
 
     def to(self, device: torch.device) -> TransformersPredictor:
         """Move the weights to ``device``."""
@@ -44,7 +47,7 @@ def load_transformers_predictor(
     with tempfile.TemporaryDirectory() as local_folder:
         for name, file_bytes in read_files(folder).items():
             (Path(local_folder) / name).write_bytes(file_bytes)
-        detector = open_fast(local_folder, model, detections_max)
+        detector = open_transformers_detr(local_folder, model, detections_max)
         return TransformersPredictor(detector.eval())
 
 

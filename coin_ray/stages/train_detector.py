@@ -10,7 +10,11 @@ from coin_ray.config import Detector, TrainingConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.towers import build_backbone, pixel_statistics
-from coin_ray.models.co_detr.transformers_detr import CoTrained, load_fast, saved
+from coin_ray.models.co_detr.transformers_detr import (
+    CollaborativeTransformersDetr,
+    load_transformers_detr,
+    pack_transformers_detr,
+)
 from coin_ray.predictors.co_detr import CO_DETR_FILE, pack_co_detr
 from coin_ray.predictors.transformers_folder import TRANSFORMERS_FOLDER
 from coin_ray.runs.steps import Context, Metrics
@@ -80,22 +84,22 @@ def new_co_detr(config: DetectorConfig) -> CollaborativeDetr:
     )
 
 
-def new_transformers_detr(config: DetectorConfig) -> CoTrained:
+def new_transformers_detr(config: DetectorConfig) -> CollaborativeTransformersDetr:
     """Return an RT-DETRv2 or D-FINE with its weights. Layers whose shape depends on the
     classes, and the auxiliary head, are drawn from the seed.
     """
     torch.manual_seed(config.seed)
-    detector = load_fast(
+    detector = load_transformers_detr(
         config.network, config.model, config.classes, config.co_detr.detections
     )
-    return CoTrained(detector, config.co_detr)
+    return CollaborativeTransformersDetr(detector, config.co_detr)
 
 
 def export_detector(config: DetectorConfig, task: TrainingTask) -> WeightFiles:
     """Return the files of the trained detector by name."""
     assert isinstance(task, SupervisedTraining)
-    if isinstance(task.final_model, CoTrained):
-        files = saved(task.final_model.base)
+    if isinstance(task.final_model, CollaborativeTransformersDetr):
+        files = pack_transformers_detr(task.final_model.base)
         return {
             f"{TRANSFORMERS_FOLDER}/{name}": content for name, content in files.items()
         }

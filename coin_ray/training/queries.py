@@ -24,10 +24,10 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from coin_ray.config import Detector
 from coin_ray.losses.queries import WEIGHTS, soft_focal, soft_matching_cost
-from coin_ray.models.co_detr.decoder import Decoded, Queries
+from coin_ray.models.co_detr.decoder import DecoderOutputs, Queries
 from coin_ray.models.co_detr.queries import group_mask
 from coin_ray.models.co_detr.rcnn import Rcnn
-from coin_ray.models.co_detr.regional import Encoded, RegionalDetr
+from coin_ray.models.co_detr.regional import EncodedImages, RegionalDetr
 from coin_ray.models.co_detr.targets import normalise
 from coin_ray.parallel import all_sum
 from coin_ray.structures import Pairs, Separation
@@ -229,11 +229,13 @@ def forward_detr_student(
     )
     decoded = decode(student, shared, two_stage.queries, replayed)
     main_count = two_stage.queries.content.shape[1]
-    main = decoded.columns(0, main_count)
+    main = decoded.select_queries(0, main_count)
     replayed_outputs = None
     if replayed is not None:
         query_count = decoded.logits.shape[2]
-        replayed_outputs = replayed.outputs(decoded.columns(main_count, query_count))
+        replayed_outputs = replayed.outputs(
+            decoded.select_queries(main_count, query_count)
+        )
     with torch.no_grad():
         boxes = [s.inconsistent.boxes for s in separations]
         embeddings = student.describe(shared, boxes).embedded
@@ -323,14 +325,14 @@ class ReplayedQueries:
     rows: Tensor
     is_real: Tensor
 
-    def outputs(self, decoded: Decoded) -> QueryOutputs:
+    def outputs(self, decoded: DecoderOutputs) -> QueryOutputs:
         rows = self.rows.expand(len(decoded.logits), -1, -1)
         return QueryOutputs(decoded.logits, decoded.boxes, rows, self.is_real)
 
 
 def make_replayed_queries(
     student: RegionalDetr,
-    shared: Encoded,
+    shared: EncodedImages,
     targets: Sequence[RegionTargets],
     separations: Sequence[Separation],
     objects: Objects,
@@ -357,10 +359,10 @@ def make_replayed_queries(
 
 def decode(
     student: RegionalDetr,
-    shared: Encoded,
+    shared: EncodedImages,
     main: Queries,
     replayed: ReplayedQueries | None,
-) -> Decoded:
+) -> DecoderOutputs:
     """Decode both groups in one pass, masked from each other."""
     if replayed is None:
         return student.base.decode(main, shared.memory)

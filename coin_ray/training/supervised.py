@@ -17,7 +17,7 @@ from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data.examples import Batch
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective
 from coin_ray.models.co_detr.targets import Targets
-from coin_ray.models.co_detr.transformers_detr import CoTrained
+from coin_ray.models.co_detr.transformers_detr import CollaborativeTransformersDetr
 from coin_ray.parallel import all_sum, worker_rank
 from coin_ray.structures import Detections
 from coin_ray.training.ema import ema_update
@@ -31,7 +31,7 @@ from coin_ray.training.schedule import (
 
 logger = logging.getLogger(__name__)
 OBJECTS = "objects"
-Model = CollaborativeDetr | CoTrained
+Model = CollaborativeDetr | CollaborativeTransformersDetr
 
 
 class SupervisedTraining:

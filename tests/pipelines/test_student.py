@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coin_ray.models.co_detr.regional import ByRegions
+from coin_ray.models.co_detr.regional import DetrWithRegionHead
 from coin_ray.predictors.student import load_exported_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,6 +89,6 @@ def test_the_whole_pipeline_with_a_co_detr_student(tmp_path: Path) -> None:
     predictor = load_exported_student(
         str(next(tmp_path.glob("steps/export-*/model.json")).parent)
     )
-    assert isinstance(predictor.detector, ByRegions)
+    assert isinstance(predictor.detector, DetrWithRegionHead)
     pixels = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
     assert predictor(Image.fromarray(pixels)).num_classes == len(predictor.classes) == 8

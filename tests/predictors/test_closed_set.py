@@ -9,14 +9,17 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray.errors import InputError
-from coin_ray.models.co_detr.transformers_detr import load_fast, saved
+from coin_ray.models.co_detr.transformers_detr import (
+    load_transformers_detr,
+    pack_transformers_detr,
+)
 from coin_ray.predictors.transformers_detectors import (
     TransformersDetector,
     load_transformers,
 )
 from coin_ray.serving.detectors import BatchDetector
 from tests.images import noise_image
-from tests.models.co_detr.fast_networks import folder as save_network
+from tests.models.co_detr.fast_networks import save_network
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -37,7 +40,8 @@ def trained_folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     network_folder = tmp_path_factory.mktemp("network")
     torch.manual_seed(0)
     network = save_network(network_folder, model, classes=2)
-    for name, file_bytes in saved(load_fast(network, model, CLASSES)).items():
+    detector = load_transformers_detr(network, model, CLASSES)
+    for name, file_bytes in pack_transformers_detr(detector).items():
         (folder / name).write_bytes(file_bytes)
     return folder
 
@@ -61,7 +65,7 @@ def test_it_answers_what_the_model_itself_predicts(
     detector: TransformersDetector, trained_folder: Path, model: str
 ) -> None:
     boxes, scores = detector.detect(IMAGE, CLASSES, 0.0)
-    network = load_fast(str(trained_folder), model, CLASSES).eval()
+    network = load_transformers_detr(str(trained_folder), model, CLASSES).eval()
     predicted = network.predict(network.prepare([pil_to_tensor(IMAGE)]))[0]
     best = predicted[:1]
     overlaps = box_iou(torch.from_numpy(boxes), best.boxes)[:, 0]

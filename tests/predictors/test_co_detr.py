@@ -148,7 +148,7 @@ def test_other_files_are_refused_with_the_reason(file: str, tmp_path: Path) -> N
         str(text): "can't be read",
         str(other): "holds no Co-DETR",
         old: "has format 0, this version reads 1",
-        fewer: r"classify.0.bias should be \[2\] and is \[3\].*Give the classes",
+        fewer: r"classify.0.bias of shape \[2\], got \[3\].*Give the classes",
     }
     for path, message in messages.items():
         with pytest.raises(InputError, match=message):

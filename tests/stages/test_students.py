@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray.config import Cloud, DemoScenes, Distill, PipelineConfig
-from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr
+from coin_ray.models.co_detr.regional import DetrWithRegionHead, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.predictors.student import load_exported_student, write_exported_student
@@ -110,7 +110,7 @@ def test_a_student_may_be_deployed_with_its_auxiliary_head(tmp_path: Path) -> No
     loaded = load_trained_detector(
         "student", str(tmp_path / "detector.pt"), CLIP, config
     )
-    assert isinstance(loaded, ByRegions)
+    assert isinstance(loaded, DetrWithRegionHead)
     image = Image.fromarray(
         torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8).numpy()
     )

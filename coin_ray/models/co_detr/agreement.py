@@ -1,4 +1,6 @@
-"""What auxiliary heads find by themselves, and how much they agree with the decoder."""
+"""Suppression within an auxiliary head's detections, and confidences averaged over the
+decoder and the auxiliary heads.
+"""
 
 from __future__ import annotations
 
@@ -13,59 +15,78 @@ from torchvision.ops import (
     remove_small_boxes,
 )
 
-from coin_ray.models.co_detr.model import with_background
+from coin_ray.models.co_detr.model import append_background
 from coin_ray.models.co_detr.targets import Size
 from coin_ray.structures import Detections
 
 CANDIDATES = 1000
-"""(box, class) pairs of an image that are compared in suppression."""
+"""(box, class) pairs of an image that enter suppression."""
+SMALLEST_BOX = 1e-3
+"""Boxes with a side below this many pixels are dropped."""
 
 
 @torch.no_grad()
-def without_doubles(
-    boxes: Tensor, scores: Tensor, vectors: Tensor, size: Size, iou: float, limit: int
+def deduplicate_detections(
+    boxes: Tensor, scores: Tensor, probs: Tensor, size: Size, iou: float, limit: int
 ) -> Detections:
-    """The best ``limit`` of (box, class) pairs by ``scores`` [N, K], of those that
-    overlap by ``iou`` in one class only the best.
+    """Return the best ``limit`` (box, class) pairs by ``scores`` [N, K] after
+    class-wise NMS at ``iou``.
 
-    ``boxes`` [N, 1 or K, 4] xyxy pixels, ``vectors`` [N, K+1]; boxes are cut at the
-    border of an image of ``size`` (height, width).
+    ``boxes`` [N, 1 or K, 4] xyxy pixels, ``probs`` [N, K+1]; boxes are clipped to an
+    image of ``size`` (height, width).
     """
-    flat = scores.flatten()
-    best, chosen = flat.topk(min(CANDIDATES, len(flat)))
-    row, label = chosen // scores.shape[1], chosen % scores.shape[1]
-    placed = clip_boxes_to_image(boxes[row, label if boxes.shape[1] > 1 else 0], size)
-    kept = remove_small_boxes(placed, 1e-3)
-    kept = kept[best[kept] > 0]
-    kept = kept[batched_nms(placed[kept], best[kept], label[kept], iou)][:limit]
-    return Detections(placed[kept], best[kept], label[kept], vectors[row[kept]])
+    flat_scores = scores.flatten()
+    count = min(CANDIDATES, len(flat_scores))
+    pair_scores, pairs = flat_scores.topk(count)
+    rows, labels = pairs // scores.shape[1], pairs % scores.shape[1]
+    box_columns = labels if boxes.shape[1] > 1 else 0
+    clipped = clip_boxes_to_image(boxes[rows, box_columns], size)
+    selected = remove_small_boxes(clipped, SMALLEST_BOX)
+    selected = selected[pair_scores[selected] > 0]
+    selected = selected[
+        batched_nms(clipped[selected], pair_scores[selected], labels[selected], iou)
+    ]
+    selected = selected[:limit]
+    return Detections(
+        clipped[selected],
+        pair_scores[selected],
+        labels[selected],
+        probs[rows[selected]],
+    )
 
 
 @torch.no_grad()
-def support(boxes: Tensor, found: Detections) -> Tensor:
-    """[N, K] in 0..1: how much one head says that class k is at each of ``boxes`` [N,
-    4].
+def class_agreement(boxes: Tensor, detections: Detections) -> Tensor:
+    """Return [N, K] in 0..1: how far one head's ``detections`` confirm class k at each
+    of ``boxes`` [N, 4].
 
-    The best IoU x class probability over the head's detections: 1 for the same box and
-    a certain name, 0 where it sees nothing of the class.
+    It is the best IoU x class probability over the detections: 1 for the same box and a
+    certain class, 0 where the head detects nothing of the class.
     """
-    if not len(found):
-        return boxes.new_zeros(len(boxes), found.num_classes)
-    overlaps = box_iou(boxes, found.boxes)
-    best: Tensor = (overlaps[:, :, None] * found.probs[None, :, :-1]).amax(1)
-    return best
+    if not len(detections):
+        return boxes.new_zeros(len(boxes), detections.num_classes)
+    overlaps = box_iou(boxes, detections.boxes)
+    class_probs = detections.probs[:, :-1]
+    agreement: Tensor = (overlaps[:, :, None] * class_probs[None]).amax(1)
+    return agreement
 
 
 @torch.no_grad()
-def agreed(found: Detections, others: Sequence[Detections]) -> Detections:
-    """``found`` by one head with confidences that all share, best first: same boxes and
-    names.
+def average_head_confidences(
+    detections: Detections, other_heads: Sequence[Detections]
+) -> Detections:
+    """Return the same boxes and labels with confidences averaged over all heads, best
+    first.
 
-    The confidence in a class is the mean of ``found``'s own probability and of the
-    ``support`` of each of ``others``.
+    The confidence in a class is the mean of the detection's own probability and of its
+    ``class_agreement`` with each of ``other_heads``.
     """
-    opinions = [found.probs[:, :-1], *(support(found.boxes, other) for other in others)]
-    shared = torch.stack(opinions).mean(0)
-    scores = shared.gather(1, found.labels[:, None])[:, 0]
+    confidences = [detections.probs[:, :-1]]
+    confidences += [class_agreement(detections.boxes, head) for head in other_heads]
+    mean = torch.stack(confidences).mean(0)
+    scores = mean.gather(1, detections.labels[:, None])[:, 0]
     order = scores.argsort(descending=True, stable=True)
-    return Detections(found.boxes, scores, found.labels, with_background(shared))[order]
+    averaged = Detections(
+        detections.boxes, scores, detections.labels, append_background(mean)
+    )
+    return averaged[order]

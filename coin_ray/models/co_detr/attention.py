@@ -1,4 +1,4 @@
-"""Attention over a few sampled places of several maps (Deformable DETR, arXiv
+"""Attention over a few sampled locations of several maps (Deformable DETR, arXiv
 2010.04159, eq. 3), and plain self-attention with a mask.
 """
 
@@ -15,7 +15,9 @@ Shapes = Sequence[tuple[int, int]]
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at ``points`` places per head and level around its reference."""
+    """Each query attends to ``points`` locations per head and level around its
+    reference.
+    """
 
     def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
@@ -24,12 +26,12 @@ class DeformableAttention(nn.Module):
         self.weights = nn.Linear(width, heads * levels * points)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        self.reset()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """As published: heads look in ``heads`` directions, point p at p + 1 cells, all
-        with the same weight.
+    def reset_parameters(self) -> None:
+        """Initialise as published: heads start in ``heads`` directions, point p at a
+        distance of p + 1 cells, all with the same weight.
         """
         for layer in (self.offsets, self.weights):
             nn.init.zeros_(layer.weight)
@@ -54,82 +56,78 @@ class DeformableAttention(nn.Module):
         shapes: Shapes,
         padding: Tensor,
     ) -> Tensor:
-        """[B, Q, d] for ``queries`` [B, Q, d].
+        """Return [B, Q, d] for ``queries`` [B, Q, d].
 
         ``references`` [B, Q, L, 2] are points in 0..1 of each map, [B, Q, L, 4] boxes
-        (cxcywh), whose half sides then scale the offsets. ``tokens`` [B, S, d]: maps of
-        ``shapes`` (height, width) behind one another; those in ``padding`` [B, S] count
-        as zeros.
+        (cxcywh), whose half sides then scale the offsets. ``tokens`` [B, S, d]:
+        concatenated maps of ``shapes`` (height, width); those in ``padding`` [B, S]
+        count as zeros.
         """
         batch, count, _ = queries.shape
         offsets = self.offsets(queries).view(
             batch, count, self.heads, self.levels, self.points, 2
         )
-        weights = (
-            self.weights(queries)
-            .view(batch, count, self.heads, -1)
-            .softmax(-1)
-            .unflatten(-1, (self.levels, self.points))
+        head_logits = self.weights(queries).view(batch, count, self.heads, -1)
+        weights = head_logits.softmax(-1).unflatten(-1, (self.levels, self.points))
+        features = self.value(tokens).masked_fill(padding[..., None], 0.0)
+        locations = sampling_locations(references, offsets, shapes)
+        attended: Tensor = self.output(
+            sample_maps(features, shapes, locations, weights)
         )
-        values = self.value(tokens).masked_fill(padding[..., None], 0.0)
-        places = sampling_places(references, offsets, shapes)
-        attended: Tensor = self.output(sample(values, shapes, places, weights))
         return attended
 
 
-def sampling_places(references: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
-    """Places [B, Q, heads, L, points, 2], x and y in 0..1 of each map: ``offsets`` are
-    cells around points, or half sides around boxes.
+def sampling_locations(references: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
+    """Return locations [B, Q, heads, L, points, 2], x and y in 0..1 of each map:
+    ``offsets`` are cells around points, or half sides around boxes.
     """
     centres = references[:, :, None, :, None, :2]
     if references.shape[-1] == 2:
-        return (
-            centres + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
-        )
-    return (
-        centres
-        + offsets / offsets.shape[-2] * references[:, :, None, :, None, 2:] * 0.5
-    )
+        map_sizes = offsets.new_tensor([(width, height) for height, width in shapes])
+        return centres + offsets / map_sizes[:, None]
+    sides = references[:, :, None, :, None, 2:]
+    points = offsets.shape[-2]
+    return centres + offsets / points * sides * 0.5
 
 
-def sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum [B, Q, d] of bilinear samples of ``values`` [B, S, d] at ``places``
-    with ``weights`` [B, Q, heads, L, points]; zero outside.
+def sample_maps(
+    features: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Return weighted sums [B, Q, d] of bilinear samples of ``features`` [B, S, d] at
+    ``locations`` with ``weights`` [B, Q, heads, L, points]; zero outside.
 
-    It is done in the precision of ``places``: half precision would miss the cells.
+    It is done in the precision of ``locations``: half precision would miss the cells.
     """
-    batch, count, heads = places.shape[:3]
-    maps = (
-        values.to(places.dtype)
-        .unflatten(-1, (heads, -1))
-        .permute(0, 2, 3, 1)
-        .flatten(0, 1)
-        .split([h * w for h, w in shapes], -1)
-    )
-    grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)
-    shares = weights.to(places.dtype).transpose(1, 2).flatten(0, 1)
-    total = places.new_zeros(())
+    batch, count, heads = locations.shape[:3]
+    per_head = features.to(locations.dtype).unflatten(-1, (heads, -1))
+    per_head = per_head.permute(0, 2, 3, 1).flatten(0, 1)
+    maps = per_head.split([height * width for height, width in shapes], -1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
+    head_weights = weights.to(locations.dtype).transpose(1, 2).flatten(0, 1)
+    total = locations.new_zeros(())
     for level, shape in enumerate(shapes):
-        found = F.grid_sample(
+        samples = F.grid_sample(
             maps[level].unflatten(-1, shape).contiguous(),
             grids[:, :, level].contiguous(),
             align_corners=False,
         )
-        total = total + torch.einsum("bdqp,bqp->bdq", found, shares[:, :, level])
+        level_weights = head_weights[:, :, level]
+        total = total + torch.einsum("bdqp,bqp->bdq", samples, level_weights)
     return total.reshape(batch, -1, count).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among queries; positions count for who attends to whom, not
-    for what is passed on.
+    """Multi-head attention among queries; positions enter queries and keys, but not
+    values.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.output = (
-            nn.Linear(width, width) for _ in range(4)
-        )
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
         for layer in (self.query, self.key, self.value, self.output):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -137,19 +135,23 @@ class SelfAttention(nn.Module):
     def forward(
         self, content: Tensor, positions: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """[B, Q, d]. ``mask`` [B, Q, Q] bool: row may attend to column; every row needs
-        one True.
+        """Return [B, Q, d]. ``mask`` [B, Q, Q] bool: row may attend to column; every
+        row needs one True.
         """
-        placed = content + positions
-        inputs = ((self.query, placed), (self.key, placed), (self.value, content))
-        query, key, value = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, x in inputs
+        with_positions = content + positions
+        attended = F.scaled_dot_product_attention(
+            self._split_heads(self.query(with_positions)),
+            self._split_heads(self.key(with_positions)),
+            self._split_heads(self.value(content)),
+            attn_mask=None if mask is None else mask[:, None],
         )
-        allowed = None if mask is None else mask[:, None]
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        attended: Tensor = self.output(found.transpose(1, 2).flatten(2))
-        return attended
+        projected: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return projected
+
+    def _split_heads(self, features: Tensor) -> Tensor:
+        """Reshape [B, Q, d] to [B, heads, Q, d / heads]."""
+        per_head: Tensor = features.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return per_head
 
 
 class FeedForward(nn.Sequential):

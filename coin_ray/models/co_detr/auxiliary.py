@@ -1,4 +1,4 @@
-"""What every auxiliary head gives: its losses, and the positives of its one-to-many
+"""Outputs that all auxiliary heads share: losses, and the positives of a one-to-many
 assignment.
 """
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Positives:
-    """Of one image: ``boxes`` [P, 4] that were assigned (anchors or proposals) and the
-    objects' ``truth`` [P, 4] (xyxy pixels), ``labels`` [P], ``features`` [P, d] of the
-    pyramid there, and the objects' ``weights`` [P].
+    """Positives of one image: ``boxes`` [P, 4] that were assigned (anchors or
+    proposals) and their objects' ``truth`` [P, 4] (xyxy pixels), ``labels`` [P],
+    ``features`` [P, d] of the pyramid there, and the objects' ``weights`` [P].
     """
 
     boxes: Tensor
@@ -37,29 +37,31 @@ class Positives:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """``losses``: plain, without any weight. ``positives``: one per image."""
+class HeadOutputs:
+    """``losses``: unweighted. ``positives``: one per image."""
 
     losses: dict[str, Tensor]
     positives: list[Positives]
 
 
-def draw(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """At most ``count`` of ``rows`` [N], at random."""
+def sample_rows(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Sample at most ``count`` of ``rows`` [N] at random."""
     if len(rows) <= count:
         return rows
-    return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
+    order = torch.randperm(len(rows), generator=generator)
+    return rows[order[:count].to(rows.device)]
 
 
-def draw_balanced(
+def sample_balanced(
     positive: Tensor,
     negative: Tensor,
     count: int,
     share: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """``count`` rows, at most ``share`` of them from ``positive`` [P], the rest from
-    ``negative`` [N].
+    """Sample ``count`` rows, at most ``share`` of them from ``positive`` [P], the
+    others from ``negative`` [N].
     """
-    positive = draw(positive, int(count * share), generator)
-    return positive, draw(negative, count - len(positive), generator)
+    positive = sample_rows(positive, int(count * share), generator)
+    negative = sample_rows(negative, count - len(positive), generator)
+    return positive, negative

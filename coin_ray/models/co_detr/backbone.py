@@ -1,5 +1,5 @@
-"""Visual towers: modules with ``channels`` that give one map for each of the strides 8,
-16, 32.
+"""A small backbone. Every backbone is a module with ``channels`` whose forward gives one
+map for each of the strides 8, 16, 32.
 """
 
 from __future__ import annotations
@@ -16,16 +16,12 @@ class TinyBackbone(nn.Module):
         super().__init__()
         self.channels = channels
         first, second, third = channels
-        self.stages = nn.ModuleList(
-            [
-                nn.Sequential(_block(3, 16), _block(16, 32), _block(32, first)),
-                _block(first, second),
-                _block(second, third),
-            ]
-        )
+        stride_8 = nn.Sequential(_block(3, 16), _block(16, 32), _block(32, first))
+        stride_16, stride_32 = _block(first, second), _block(second, third)
+        self.stages = nn.ModuleList([stride_8, stride_16, stride_32])
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] -> [B, C, H/8, W/8], [B, C', H/16, W/16], [B, C'', H/32, W/32]."""
+        """Map [B, 3, H, W] to maps [B, C, H/s, W/s] of the strides s = 8, 16, 32."""
         maps = [pixels]
         for stage in self.stages:
             maps.append(stage(maps[-1]))

@@ -18,17 +18,17 @@ from coin_ray.models.co_detr.attention import (
     SelfAttention,
 )
 from coin_ray.models.co_detr.encoder import Memory
-from coin_ray.models.co_detr.positions import logit
+from coin_ray.models.co_detr.positions import inverse_sigmoid
 
-NewClassifier = Callable[[int, int], nn.Module]
-RARE = -math.log(99)
-"""Bias of class logits at the start: every score is 0.01."""
+ClassifierFactory = Callable[[int, int], nn.Module]
+PRIOR_LOGIT = -math.log(99)
+"""Initial bias of class logits: every score starts at 0.01."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Queries:
-    """What the decoder starts from: ``content`` and ``positions`` [B, Q, d],
-    ``references`` [B, Q, 4].
+    """Inputs of the decoder: ``content`` and ``positions`` [B, Q, d], ``references``
+    [B, Q, 4].
     """
 
     content: Tensor
@@ -37,26 +37,28 @@ class Queries:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
-    """Of every layer: class ``logits`` [L, B, Q, C] and ``boxes`` [L, B, Q, 4]."""
+class DecoderOutputs:
+    """Class ``logits`` [L, B, Q, C] and ``boxes`` [L, B, Q, 4] of every layer."""
 
     logits: Tensor
     boxes: Tensor
 
-    def columns(self, start: int, stop: int) -> Decoded:
-        """Only queries ``start`` to ``stop``."""
-        return Decoded(self.logits[:, :, start:stop], self.boxes[:, :, start:stop])
+    def select_queries(self, start: int, stop: int) -> DecoderOutputs:
+        """Select the outputs of queries ``start`` to ``stop``."""
+        return DecoderOutputs(
+            self.logits[:, :, start:stop], self.boxes[:, :, start:stop]
+        )
 
 
-def linear_classifier(width: int, classes: int) -> nn.Module:
-    """[..., width] -> [..., classes] logits that start at a score of 0.01."""
+def new_linear_classifier(width: int, classes: int) -> nn.Module:
+    """Make a layer [..., width] -> [..., classes] whose scores start at 0.01."""
     layer = nn.Linear(width, classes)
-    nn.init.constant_(layer.bias, RARE)
+    nn.init.constant_(layer.bias, PRIOR_LOGIT)
     return layer
 
 
-def box_branch(width: int) -> nn.Module:
-    """Three-layer MLP [..., width] -> [..., 4], zero at the start."""
+def new_box_branch(width: int) -> nn.Module:
+    """Make a three-layer MLP [..., width] -> [..., 4] that starts at zero."""
     layers = nn.Sequential(
         nn.Linear(width, width),
         nn.ReLU(),
@@ -89,17 +91,19 @@ class DecoderLayer(nn.Module):
         memory: Memory,
         mask: Tensor | None,
     ) -> Tensor:
-        content = self.self_attention_norm(
-            content + self.self_attention(content, positions, mask)
-        )
-        seen = self.attention(
+        """Return the content [B, Q, d] after self-attention, attention to the maps and
+        the feed-forward network. ``references`` [B, Q, L, 4].
+        """
+        attended = self.self_attention(content, positions, mask)
+        content = self.self_attention_norm(content + attended)
+        attended = self.attention(
             content + positions,
             references,
             memory.tokens,
             memory.shapes,
             memory.padding,
         )
-        content = self.attention_norm(content + seen)
+        content = self.attention_norm(content + attended)
         decoded: Tensor = self.feedforward_norm(content + self.feedforward(content))
         return decoded
 
@@ -113,43 +117,38 @@ class Decoder(nn.Module):
         self,
         config: CoDetr,
         classes: int,
-        new_classifier: NewClassifier = linear_classifier,
+        new_classifier: ClassifierFactory = new_linear_classifier,
     ) -> None:
         super().__init__()
         self.look_forward_twice = config.look_forward_twice
-        self.layers = nn.ModuleList(
-            [DecoderLayer(config) for _ in range(config.decoder_layers)]
-        )
+        count = config.decoder_layers
+        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(count)])
         self.classify = nn.ModuleList(
-            [
-                new_classifier(config.width, classes)
-                for _ in range(config.decoder_layers)
-            ]
+            [new_classifier(config.width, classes) for _ in range(count)]
         )
         self.regress = nn.ModuleList(
-            [box_branch(config.width) for _ in range(config.decoder_layers)]
+            [new_box_branch(config.width) for _ in range(count)]
         )
 
     def forward(
         self, queries: Queries, memory: Memory, mask: Tensor | None = None
-    ) -> Decoded:
-        """``mask`` [B, Q, Q] bool: row may attend to column. References that enter a
-        layer carry no gradient.
+    ) -> DecoderOutputs:
+        """Decode ``queries``; ``mask`` [B, Q, Q] bool: row may attend to column.
+        References that enter a layer carry no gradient.
         """
         content, references = queries.content, queries.references.detach()
-        before = references
-        valid = torch.cat([memory.valid, memory.valid], -1)[:, None]
+        previous = references
+        ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]
         logits, boxes = [], []
         for layer, classify, regress in zip(
             self.layers, self.classify, self.regress, strict=True
         ):
-            content = layer(
-                content, queries.positions, references[:, :, None] * valid, memory, mask
-            )
+            level_references = references[:, :, None] * ratios
+            content = layer(content, queries.positions, level_references, memory, mask)
             delta = regress(content).float()
             logits.append(classify(content).float())
-            boxes.append((delta + logit(before)).sigmoid())
-            refined = (delta + logit(references)).sigmoid()
+            boxes.append((delta + inverse_sigmoid(previous)).sigmoid())
+            refined = (delta + inverse_sigmoid(references)).sigmoid()
             references = refined.detach()
-            before = refined if self.look_forward_twice else references
-        return Decoded(torch.stack(logits), torch.stack(boxes))
+            previous = refined if self.look_forward_twice else references
+        return DecoderOutputs(torch.stack(logits), torch.stack(boxes))

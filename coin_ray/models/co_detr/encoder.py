@@ -1,4 +1,4 @@
-"""Deformable encoder: every cell of every level attends to places around it on all
+"""Deformable encoder: every cell of every level attends to locations around it on all
 levels.
 """
 
@@ -20,19 +20,19 @@ FIRST_STRIDE = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory:
-    """Levels behind one another: ``tokens`` [B, S, d], ``shapes`` (height, width) of
-    each level, ``padding`` [B, S] bool, ``valid`` [B, L, 2]: share of each level's
-    width and height that is image.
+    """The encoder's outputs, levels concatenated: ``tokens`` [B, S, d], ``shapes``
+    (height, width) of each level, ``padding`` [B, S] bool, ``valid_ratios`` [B, L, 2]:
+    share of each level's width and height that is image.
     """
 
     tokens: Tensor
     shapes: tuple[tuple[int, int], ...]
     padding: Tensor
-    valid: Tensor
+    valid_ratios: Tensor
 
     def maps(self) -> list[Tensor]:
-        """[B, d, H, W] of each level."""
-        parts = self.tokens.split([h * w for h, w in self.shapes], 1)
+        """Split the tokens into the maps [B, d, H, W] of the levels."""
+        parts = self.tokens.split([height * width for height, width in self.shapes], 1)
         return [
             part.transpose(1, 2).unflatten(2, shape)
             for part, shape in zip(parts, self.shapes, strict=True)
@@ -57,10 +57,9 @@ class EncoderLayer(nn.Module):
         shapes: Shapes,
         padding: Tensor,
     ) -> Tensor:
-        tokens = self.attention_norm(
-            tokens
-            + self.attention(tokens + positions, references, tokens, shapes, padding)
-        )
+        queries = tokens + positions
+        attended = self.attention(queries, references, tokens, shapes, padding)
+        tokens = self.attention_norm(tokens + attended)
         encoded: Tensor = self.feedforward_norm(tokens + self.feedforward(tokens))
         return encoded
 
@@ -80,82 +79,79 @@ class Encoder(nn.Module):
         """Encode ``maps`` [B, d, H, W], strides 8, 16, ...; ``sizes``: (height, width)
         in pixels of each image inside the padding.
         """
+        device = maps[0].device
         shapes = tuple((int(m.shape[2]), int(m.shape[3])) for m in maps)
-        paddings = padding_masks(shapes, sizes, maps[0].device)
-        width = maps[0].shape[1]
-        placed = [
-            map_positions(p, width) + e
-            for p, e in zip(paddings, self.level_embeddings, strict=True)
-        ]
-        positions = torch.cat([p.flatten(1, 2) for p in placed], 1)
+        masks = padding_masks(shapes, sizes, device)
+        padding = torch.cat([mask.flatten(1) for mask in masks], 1)
+        ratios = valid_ratios(shapes, sizes, device)
+        positions = self._positions(masks)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
-        padding, valid = (
-            torch.cat([p.flatten(1) for p in paddings], 1),
-            valid_shares(shapes, sizes, maps[0].device),
-        )
-        references = cell_centres(shapes, valid)
-        per_level = references[:, :, None] * valid[:, None]
+        level_references = cell_centres(shapes, ratios)[:, :, None] * ratios[:, None]
         for layer in self.layers:
+            inputs = (tokens, positions, level_references, shapes, padding)
             if self.checkpoint_layers and torch.is_grad_enabled():
-                tokens = checkpoint(
-                    layer,
-                    tokens,
-                    positions,
-                    per_level,
-                    shapes,
-                    padding,
-                    use_reentrant=False,
-                )
+                tokens = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                tokens = layer(tokens, positions, per_level, shapes, padding)
-        return Memory(tokens, shapes, padding, valid)
+                tokens = layer(*inputs)
+        return Memory(tokens, shapes, padding, ratios)
+
+    def _positions(self, masks: Sequence[Tensor]) -> Tensor:
+        """Return the encodings [B, S, d] of the cells and of their levels."""
+        width = self.level_embeddings.shape[1]
+        encodings = [
+            map_positions(mask, width) + embedding
+            for mask, embedding in zip(masks, self.level_embeddings, strict=True)
+        ]
+        return torch.cat([encoding.flatten(1, 2) for encoding in encodings], 1)
 
 
-def strides(levels: int) -> list[int]:
-    """Pixels per cell of each level."""
+def level_strides(levels: int) -> list[int]:
+    """Return the pixels per cell of each level."""
     return [FIRST_STRIDE * 2**level for level in range(levels)]
 
 
 def padding_masks(
     shapes: Shapes, sizes: Sequence[tuple[int, int]], device: torch.device
 ) -> list[Tensor]:
-    """[B, H, W] bool per level: cells that start outside their image."""
+    """Return [B, H, W] bool per level: cells that start outside their image."""
     limits = torch.tensor(sizes, device=device).view(-1, 2, 1, 1)
     masks = []
-    for (height, width), stride in zip(shapes, strides(len(shapes)), strict=True):
+    for (height, width), stride in zip(shapes, level_strides(len(shapes)), strict=True):
         rows = torch.arange(height, device=device)[:, None] * stride >= limits[:, 0]
         columns = torch.arange(width, device=device) * stride >= limits[:, 1]
         masks.append(rows | columns)
     return masks
 
 
-def valid_shares(
+def valid_ratios(
     shapes: Shapes, sizes: Sequence[tuple[int, int]], device: torch.device
 ) -> Tensor:
-    """[B, L, 2]: share of the width and of the height of each level that is image, in
-    pixels rather than whole cells.
+    """Return [B, L, 2]: share of the width and of the height of each level that is
+    image, in pixels rather than whole cells.
 
-    So a place in the image is the same place on every level. Published: whole cells,
+    So a point of the image is the same point on every level. Published: whole cells,
     which differ where images are small.
     """
-    held = [
+    map_sizes = [
         (width * stride, height * stride)
-        for (height, width), stride in zip(shapes, strides(len(shapes)), strict=True)
+        for (height, width), stride in zip(
+            shapes, level_strides(len(shapes)), strict=True
+        )
     ]
-    own = torch.tensor(
+    image_sizes = torch.tensor(
         [(width, height) for height, width in sizes], dtype=torch.float32, device=device
     )
-    return own[:, None] / own.new_tensor(held)
+    return image_sizes[:, None] / image_sizes.new_tensor(map_sizes)
 
 
-def cell_centres(shapes: Shapes, valid: Tensor) -> Tensor:
-    """[B, S, 2]: x, y of every cell's centre, 0..1 over the image (beyond 1 in the
-    padding).
+def cell_centres(shapes: Shapes, ratios: Tensor) -> Tensor:
+    """Return [B, S, 2]: x, y of every cell's centre, 0..1 over the image (beyond 1 in
+    the padding), for the ``valid_ratios`` of the batch.
     """
     centres = []
     for level, (height, width) in enumerate(shapes):
-        y = (torch.arange(height, device=valid.device) + 0.5) / height
-        x = (torch.arange(width, device=valid.device) + 0.5) / width
+        y = (torch.arange(height, device=ratios.device) + 0.5) / height
+        x = (torch.arange(width, device=ratios.device) + 0.5) / width
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-        centres.append(grid[None] / valid[:, level, None])
+        centres.append(grid[None] / ratios[:, level, None])
     return torch.cat(centres, 1)

@@ -1,5 +1,5 @@
-"""The detector that is shipped: Deformable DETR, two-stage, with box refinement. It
-knows nothing of auxiliary heads.
+"""The detector that is exported: Deformable DETR, two-stage, with box refinement. It
+does not depend on auxiliary heads.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from coin_ray.config.co_detr import CoDetr
 from coin_ray.errors import InputError
 from coin_ray.models.base import Images
 from coin_ray.models.co_detr.decoder import (
-    Decoded,
+    ClassifierFactory,
     Decoder,
-    NewClassifier,
+    DecoderOutputs,
     Queries,
-    linear_classifier,
+    new_linear_classifier,
 )
 from coin_ray.models.co_detr.encoder import Encoder, Memory
 from coin_ray.models.co_detr.neck import Neck
-from coin_ray.models.co_detr.targets import Size, pixels
+from coin_ray.models.co_detr.targets import Size, denormalise
 from coin_ray.models.co_detr.two_stage import TwoStage
 from coin_ray.structures import Detections
 
@@ -45,7 +45,7 @@ class DeformableDetr(nn.Module):
         backbone: nn.Module,
         classes: int,
         config: CoDetr,
-        new_classifier: NewClassifier = linear_classifier,
+        new_classifier: ClassifierFactory = new_linear_classifier,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -60,101 +60,106 @@ class DeformableDetr(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def prepare(self, images: Sequence[Tensor], at_least: Size = (0, 0)) -> Images:
-        """uint8 images [3, H, W] of any sizes -> one normalised batch, padded to a
-        multiple of 32 that holds all and ``at_least`` (H, W).
+        """Normalise uint8 images [3, H, W] of any sizes into one batch, padded to a
+        multiple of 32 that holds all of them and ``at_least`` (H, W).
         """
-        height, width = (
-            -(-max(at_least[side], *(i.shape[side + 1] for i in images)) // PADDED_TO)
-            * PADDED_TO
-            for side in (0, 1)
-        )
+        sizes = tuple((int(i.shape[1]), int(i.shape[2])) for i in images)
+        height = _round_up(max(at_least[0], *(size[0] for size in sizes)))
+        width = _round_up(max(at_least[1], *(size[1] for size in sizes)))
         batch = self.mean.new_zeros(len(images), 3, height, width)
-        for row, image in zip(batch, images, strict=True):
-            row[:, : image.shape[1], : image.shape[2]] = (
-                image.to(self.mean.device).float() / 255 - self.mean
-            ) / self.std
-        return Images(batch, tuple((int(i.shape[1]), int(i.shape[2])) for i in images))
+        for padded, image in zip(batch, images, strict=True):
+            scaled = image.to(self.mean.device).float() / 255
+            normalised = (scaled - self.mean) / self.std
+            padded[:, : image.shape[1], : image.shape[2]] = normalised
+        return Images(batch, sizes)
 
     def encode(self, images: Images) -> Memory:
-        memory: Memory = self.encoder(
-            self.neck(self.backbone(images.pixels)), images.sizes
-        )
+        maps = self.neck(self.backbone(images.pixels))
+        memory: Memory = self.encoder(maps, images.sizes)
         return memory
 
     def decode(
         self, queries: Queries, memory: Memory, mask: Tensor | None = None
-    ) -> Decoded:
-        decoded: Decoded = self.decoder(queries, memory, mask)
+    ) -> DecoderOutputs:
+        decoded: DecoderOutputs = self.decoder(queries, memory, mask)
         return decoded
 
-    def forward(self, images: Images) -> Decoded:
+    def forward(self, images: Images) -> DecoderOutputs:
         memory = self.encode(images)
         return self.decode(self.two_stage(memory).queries, memory)
 
     @torch.no_grad()
     def predict(self, images: Images) -> list[Detections]:
-        """Of the last layer, the best (query, class) pairs; no suppression. One query
-        may stand for several classes.
+        """Return the best (query, class) pairs of the last layer, without suppression.
+        One query may give detections of several classes.
         """
-        return self.detections(self.encode(images), images.sizes)
+        return self.predict_from_memory(self.encode(images), images.sizes)
 
     @torch.no_grad()
-    def detections(self, memory: Memory, sizes: Sequence[Size]) -> list[Detections]:
-        """``predict`` of what the encoder made of the images."""
+    def predict_from_memory(
+        self, memory: Memory, sizes: Sequence[Size]
+    ) -> list[Detections]:
+        """Return what ``predict`` does, for images that are already encoded."""
         decoded = self.decode(self.two_stage(memory).queries, memory)
-        scores, limit, least = (
-            decoded.logits[-1].sigmoid(),
-            self.config.detections,
-            self.config.score_min,
-        )
+        scores = decoded.logits[-1].sigmoid()
+        limit, score_min = self.config.detections, self.config.score_min
         return [
-            best_pairs(s, b, size, limit, least)
-            for s, b, size in zip(scores, decoded.boxes[-1], sizes, strict=True)
+            top_detections(image_scores, image_boxes, size, limit, score_min)
+            for image_scores, image_boxes, size in zip(
+                scores, decoded.boxes[-1], sizes, strict=True
+            )
         ]
 
 
-def best_pairs(
-    scores: Tensor, boxes: Tensor, size: Size, limit: int, least: float
+def _round_up(pixels: int) -> int:
+    return -(-pixels // PADDED_TO) * PADDED_TO
+
+
+def top_detections(
+    scores: Tensor, boxes: Tensor, size: Size, limit: int, score_min: float
 ) -> Detections:
-    """The best ``limit`` (query, class) pairs above ``least``: ``scores`` [Q, K],
-    ``boxes`` [Q, 4] (cxcywh in 0..1).
+    """Return the best ``limit`` (query, class) pairs above ``score_min``: ``scores``
+    [Q, K], ``boxes`` [Q, 4] (cxcywh in 0..1).
     """
-    flat = scores.flatten()
-    best, chosen = flat.topk(min(limit, len(flat)))
-    chosen = chosen[best > least]
-    query, label = chosen // scores.shape[1], chosen % scores.shape[1]
+    flat_scores = scores.flatten()
+    best_scores, pairs = flat_scores.topk(min(limit, len(flat_scores)))
+    pairs = pairs[best_scores > score_min]
+    queries, labels = pairs // scores.shape[1], pairs % scores.shape[1]
     return Detections(
-        pixels(boxes[query], size), flat[chosen], label, with_background(scores[query])
+        denormalise(boxes[queries], size),
+        flat_scores[pairs],
+        labels,
+        append_background(scores[queries]),
     )
 
 
-def with_background(scores: Tensor) -> Tensor:
-    """Independent scores [N, K] as class vectors [N, K+1] whose rows sum to 1:
-    background takes what the classes leave.
+def append_background(scores: Tensor) -> Tensor:
+    """Return independent scores [N, K] as class probabilities [N, K+1] whose rows sum
+    to 1: background has what the classes leave.
     """
     total = scores.sum(1, keepdim=True)
-    return torch.cat([scores / total.clamp(min=1), (1 - total).clamp(min=0)], 1)
+    classes = scores / total.clamp(min=1)
+    background = (1 - total).clamp(min=0)
+    return torch.cat([classes, background], 1)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set every weight of ``model``. Raises InputError that names what doesn't fit, as
-    with a checkpoint of other classes.
+def load_detector_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Set every weight of ``model``. Raises InputError that names the first mismatch,
+    as with a checkpoint of other classes.
     """
-    own, given = (
-        {name: list(value.shape) for name, value in side.items()}
-        for side in (model.state_dict(), weights)
+    expected = {name: list(w.shape) for name, w in model.state_dict().items()}
+    actual = {name: list(w.shape) for name, w in weights.items()}
+    mismatches = sorted(
+        name
+        for name in expected.keys() | actual.keys()
+        if expected.get(name) != actual.get(name)
     )
-    wrong = sorted(
-        name for name in own.keys() | given.keys() if own.get(name) != given.get(name)
-    )
-    if wrong:
-        name, others = (
-            wrong[0],
-            (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""),
-        )
+    if mismatches:
+        name = mismatches[0]
+        others = f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else ""
         raise InputError(
-            f"weights don't fit this detector: {name} should be"
-            f" {own.get(name, 'absent')} and is {given.get(name, 'absent')}{others}."
+            f"the weights do not match this detector: expected {name} of shape"
+            f" {expected.get(name, 'absent')}, got {actual.get(name, 'absent')}{others}."
             " Give the classes and the settings they were trained with"
         )
     model.load_state_dict(weights)

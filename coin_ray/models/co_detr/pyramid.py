@@ -1,5 +1,5 @@
-"""What auxiliary heads look at: the encoder's levels as maps, one more below them, and
-the anchors on them.
+"""Inputs of the auxiliary heads: the encoder's levels as maps, a coarser one after them,
+and the anchors on them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coin_ray.models.co_detr.encoder import Memory, padding_masks, strides
+from coin_ray.models.co_detr.encoder import Memory, level_strides, padding_masks
 from coin_ray.models.co_detr.neck import group_norm
 from coin_ray.models.co_detr.targets import Size
 
@@ -30,23 +30,23 @@ class Maps:
         return [(int(m.shape[2]), int(m.shape[3])) for m in self.levels]
 
     def tokens(self) -> Tensor:
-        """[B, S, d] of all levels, cell by cell."""
+        """Return the cells [B, S, d] of all levels, concatenated."""
         return torch.cat([m.flatten(2).transpose(1, 2) for m in self.levels], 1)
 
 
 class Pyramid(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.down = one_below(width)
+        self.down = new_downsampling(width)
 
     def forward(self, memory: Memory, sizes: tuple[Size, ...]) -> Maps:
         levels = memory.maps()
         levels.append(self.down(levels[-1]))
-        return Maps(levels, strides(len(levels)), sizes)
+        return Maps(levels, level_strides(len(levels)), sizes)
 
 
-def one_below(width: int) -> nn.Sequential:
-    """A map of half the size."""
+def new_downsampling(width: int) -> nn.Sequential:
+    """Make layers that map [B, d, H, W] to [B, d, H/2, W/2]."""
     return nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), group_norm(width))
 
 
@@ -61,69 +61,61 @@ class Anchors:
     inside: Tensor
 
 
-def square(stride: int) -> Tensor:
-    """[1, 4]: the anchor of ATSS around the origin, 8 cells wide."""
+def atss_anchor(stride: int) -> Tensor:
+    """Return [1, 4]: the square anchor of ATSS around the origin, 8 cells wide."""
     return torch.tensor([[-4.0, -4.0, 4.0, 4.0]]) * stride
 
 
-def nine(stride: int) -> Tensor:
-    """[9, 4]: the anchors of the RPN around the origin, 4 cells wide times 1, 2^1/3,
-    2^2/3; height / width 0.5, 1, 2.
+def rpn_anchors(stride: int) -> Tensor:
+    """Return [9, 4]: the anchors of the RPN around the origin, 4 cells wide times 1,
+    2^1/3, 2^2/3; height / width 0.5, 1, 2.
     """
     sides = 4 * stride * 2 ** (torch.arange(3) / 3)
     ratios = torch.tensor([0.5, 1.0, 2.0]).sqrt()
-    half = (
-        torch.stack(
-            [(sides / ratios[:, None]).flatten(), (sides * ratios[:, None]).flatten()],
-            1,
-        )
-        / 2
-    )
+    widths = (sides / ratios[:, None]).flatten()
+    heights = (sides * ratios[:, None]).flatten()
+    half = torch.stack([widths, heights], 1) / 2
     return torch.cat([-half, half], 1)
 
 
-def lay_out(maps: Maps, around_origin: Sequence[Tensor]) -> Anchors:
-    """Anchors [n, 4] of each level, moved to every cell: cell i lies at i * stride, its
-    corner. Strides are fixed, whatever the image's size.
+def place_anchors(maps: Maps, level_anchors: Sequence[Tensor]) -> Anchors:
+    """Move the anchors [n, 4] of each level, given around the origin, to every cell:
+    cell i lies at i * stride, its corner. Strides are fixed, whatever the image's size.
     """
     device = maps.levels[0].device
     boxes = [
-        _on_cells(own.to(device), shape, stride)
-        for own, shape, stride in zip(
-            around_origin, maps.shapes, maps.strides, strict=True
+        _place_on_cells(anchors.to(device), shape, stride)
+        for anchors, shape, stride in zip(
+            level_anchors, maps.shapes, maps.strides, strict=True
         )
     ]
-    levels = torch.cat(
-        [torch.full((len(b),), level, device=device) for level, b in enumerate(boxes)]
-    )
-    outside = padding_masks(maps.shapes, maps.sizes, device)
-    inside = torch.cat(
-        [
-            (~p).flatten(1).repeat_interleave(len(own), 1)
-            for p, own in zip(outside, around_origin, strict=True)
-        ],
-        1,
-    )
-    return Anchors(torch.cat(boxes), levels, inside)
-
-
-def _on_cells(around_origin: Tensor, shape: Size, stride: int) -> Tensor:
-    height, width = shape
-    y, x = (
-        torch.arange(height, device=around_origin.device) * stride,
-        torch.arange(width, device=around_origin.device) * stride,
-    )
-    corners = (
-        torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1).repeat(1, 2)
-    )
-    return (corners[:, None] + around_origin).flatten(0, 1)
-
-
-def flattened(levels: Sequence[Tensor], values: int) -> Tensor:
-    """Outputs [B, n * values, H, W] of each level -> [B, A, values] float32, in the
-    order of ``lay_out``.
-    """
-    parts = [
-        m.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, values)) for m in levels
+    levels = [
+        torch.full((len(level_boxes),), level, device=device)
+        for level, level_boxes in enumerate(boxes)
     ]
-    return torch.cat(parts, 1).float()
+    masks = padding_masks(maps.shapes, maps.sizes, device)
+    inside = [
+        (~mask).flatten(1).repeat_interleave(len(anchors), 1)
+        for mask, anchors in zip(masks, level_anchors, strict=True)
+    ]
+    return Anchors(torch.cat(boxes), torch.cat(levels), torch.cat(inside, 1))
+
+
+def _place_on_cells(anchors: Tensor, shape: Size, stride: int) -> Tensor:
+    height, width = shape
+    y = torch.arange(height, device=anchors.device) * stride
+    x = torch.arange(width, device=anchors.device) * stride
+    cells = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    corners = cells.repeat(1, 2)
+    return (corners[:, None] + anchors).flatten(0, 1)
+
+
+def flatten_levels(levels: Sequence[Tensor], channels: int) -> Tensor:
+    """Flatten outputs [B, n * channels, H, W] of each level to [B, A, channels]
+    float32, in the order of ``place_anchors``.
+    """
+    rows = []
+    for outputs in levels:
+        cells = outputs.permute(0, 2, 3, 1).flatten(1)
+        rows.append(cells.unflatten(1, (-1, channels)))
+    return torch.cat(rows, 1).float()

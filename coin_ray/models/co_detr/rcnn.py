@@ -1,5 +1,5 @@
 """Faster R-CNN as an auxiliary head: region proposals on all levels of the pyramid, and
-two layers on what is pooled there.
+a second stage of two layers on the features pooled there.
 """
 
 from __future__ import annotations
@@ -23,17 +23,23 @@ from torchvision.ops import (
 from coin_ray import boxes as box_ops
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.models.base import RpnOutputs
-from coin_ray.models.co_detr.agreement import without_doubles
-from coin_ray.models.co_detr.auxiliary import Outcome, Positives, draw_balanced
-from coin_ray.models.co_detr.criterion import at_least_one
-from coin_ray.models.co_detr.pyramid import Anchors, Maps, flattened, lay_out, nine
-from coin_ray.models.co_detr.targets import Size, Targets, covered
+from coin_ray.models.co_detr.agreement import deduplicate_detections
+from coin_ray.models.co_detr.auxiliary import HeadOutputs, Positives, sample_balanced
+from coin_ray.models.co_detr.criterion import count_over_workers
+from coin_ray.models.co_detr.pyramid import (
+    Anchors,
+    Maps,
+    flatten_levels,
+    place_anchors,
+    rpn_anchors,
+)
+from coin_ray.models.co_detr.targets import Size, Targets, is_covered
 from coin_ray.structures import Detections
 
 POSITIVE, NEGATIVE, LOW_QUALITY = 0.7, 0.3, 0.3
-"""Overlaps from and below which an anchor is an object or background, and from which an
-object's best anchor stands for it."""
-REGION_POSITIVE = SUPPRESSED = 0.5
+"""An anchor is an object from the first overlap on and background below the second; an
+object's best anchor is assigned to it from the third on."""
+REGION_POSITIVE = NMS_IOU = 0.5
 UNUSED, BACKGROUND = -2, -1
 
 
@@ -44,7 +50,7 @@ class Rcnn(nn.Module):
         "class": 1.0,
         "giou": 10.0,
     }
-    """Of each loss among the head's own."""
+    """Weight of each loss in the sum of this head's losses."""
 
     def __init__(self, config: CoDetr, classes: int) -> None:
         super().__init__()
@@ -57,32 +63,28 @@ class Rcnn(nn.Module):
         maps: Maps,
         targets: Sequence[Targets],
         generator: torch.Generator | None = None,
-    ) -> Outcome:
+    ) -> HeadOutputs:
+        """Return the losses and the positive proposals of a batch; ``generator`` draws
+        the sampled anchors and regions.
+        """
         losses, proposals = self.proposals(maps, targets, generator)
-        sampled = [
-            sample_regions(p, t, self.config, generator)
-            for p, t in zip(proposals, targets, strict=True)
+        regions = [
+            sample_regions(boxes, image_targets, self.config, generator)
+            for boxes, image_targets in zip(proposals, targets, strict=True)
         ]
-        pooled = pool(
-            maps,
-            [s.boxes for s in sampled],
-            self.config.roi_size,
-            self.config.roi_sampling,
-        )
-        losses = losses | self.regions.losses(pooled, sampled, targets)
-        return Outcome(losses, _positives(pooled, sampled, targets))
+        pooled = self._pool(maps, [image_regions.boxes for image_regions in regions])
+        losses = losses | self.regions.losses(pooled, regions, targets)
+        return HeadOutputs(losses, _positives(pooled, regions, targets))
 
     @torch.no_grad()
     def predict(self, maps: Maps) -> list[Detections]:
-        """What the head finds by itself: proposals, named and moved by the second
-        stage.
+        """Return this head's own detections: proposals, classified and refined by the
+        second stage.
         """
         proposals = self.proposals.propose(maps).boxes
         counts = [len(boxes) for boxes in proposals]
-        logits, deltas = self.regions(
-            pool(maps, proposals, self.config.roi_size, self.config.roi_sampling)
-        )
-        found = zip(
+        logits, deltas = self.regions(self._pool(maps, proposals))
+        per_image = zip(
             proposals,
             logits.softmax(1).split(counts),
             deltas.split(counts),
@@ -90,25 +92,28 @@ class Rcnn(nn.Module):
             strict=True,
         )
         return [
-            without_doubles(
-                _moved(boxes, own),
-                vectors[:, :-1],
-                vectors,
+            deduplicate_detections(
+                _decode_all(boxes, image_deltas),
+                probs[:, :-1],
+                probs,
                 size,
-                SUPPRESSED,
+                NMS_IOU,
                 self.config.detections,
             )
-            for boxes, vectors, own, size in found
+            for boxes, probs, image_deltas, size in per_image
         ]
 
+    def _pool(self, maps: Maps, boxes: Sequence[Tensor]) -> Tensor:
+        return pool_levels(maps, boxes, self.config.roi_size, self.config.roi_sampling)
 
-def _moved(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes [P, 4] by deltas [P, n, 4] -> [P, n, 4]."""
-    each = deltas.shape[1]
-    moved: Tensor = box_ops.decode_boxes(
-        deltas.flatten(0, 1), boxes.repeat_interleave(each, 0)
-    ).unflatten(0, (-1, each))
-    return moved
+
+def _decode_all(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Decode deltas [P, n, 4] of boxes [P, 4] to boxes [P, n, 4]."""
+    columns = deltas.shape[1]
+    repeated = boxes.repeat_interleave(columns, 0)
+    decoded = box_ops.decode_boxes(deltas.flatten(0, 1), repeated)
+    per_box: Tensor = decoded.unflatten(0, (-1, columns))
+    return per_box
 
 
 class RegionProposals(nn.Module):
@@ -128,38 +133,33 @@ class RegionProposals(nn.Module):
         targets: Sequence[Targets],
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Losses, and proposals [P, 4] (xyxy pixels, no gradient) of each image."""
-        anchors, found = self._proposed(maps)
-        return (
-            self._losses(anchors, found.objectness, found.deltas, targets, generator),
-            found.boxes,
+        """Return the losses, and proposals [P, 4] (xyxy pixels, no gradient) of each
+        image.
+        """
+        anchors, outputs = self._predict(maps)
+        losses = self._losses(
+            anchors, outputs.objectness, outputs.deltas, targets, generator
         )
+        return losses, outputs.boxes
 
     def propose(self, maps: Maps) -> RpnOutputs:
-        """The same proposals without a loss."""
-        return self._proposed(maps)[1]
+        """Return the same proposals without a loss."""
+        return self._predict(maps)[1]
 
-    def _proposed(self, maps: Maps) -> tuple[Anchors, RpnOutputs]:
+    def _predict(self, maps: Maps) -> tuple[Anchors, RpnOutputs]:
         hidden = [self.conv(m).relu() for m in maps.levels]
-        objectness = flattened([self.objectness(h) for h in hidden], 1)[..., 0]
-        deltas = flattened([self.deltas(h) for h in hidden], 4)
-        anchors = lay_out(maps, [nine(s) for s in maps.strides])
-        weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
-        proposals = [
-            self._filter(
-                box_ops.decode_boxes(d * weights, anchors.boxes),
-                scores.masked_fill(~inside, -torch.inf),
-                anchors.levels,
-                size,
-            )
-            for d, scores, inside, size in zip(
-                deltas.detach(),
-                objectness.detach(),
-                anchors.inside,
-                maps.sizes,
-                strict=True,
-            )
-        ]
+        objectness = flatten_levels([self.objectness(h) for h in hidden], 1)[..., 0]
+        deltas = flatten_levels([self.deltas(h) for h in hidden], 4)
+        anchors = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
+        # decode_boxes divides by these; this head's deltas are not scaled
+        delta_weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
+        proposals = []
+        for image, size in enumerate(maps.sizes):
+            image_deltas = deltas[image].detach() * delta_weights
+            outside = ~anchors.inside[image]
+            boxes = box_ops.decode_boxes(image_deltas, anchors.boxes)
+            scores = objectness[image].detach().masked_fill(outside, -torch.inf)
+            proposals.append(self._filter(boxes, scores, anchors.levels, size))
         return anchors, RpnOutputs(anchors.boxes, objectness, deltas, proposals)
 
     def _losses(
@@ -170,106 +170,96 @@ class RegionProposals(nn.Module):
         targets: Sequence[Targets],
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
-        entropy, distance, count = objectness.new_zeros(()), objectness.new_zeros(()), 0
-        for image, (inside, target) in enumerate(
-            zip(anchors.inside, targets, strict=True)
-        ):
-            assigned = assign_anchors(
-                anchors.boxes, inside, target.boxes, target.left_out
+        entropy, distance = objectness.new_zeros(()), objectness.new_zeros(())
+        count = 0
+        delta_weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
+        for image, target in enumerate(targets):
+            objects = assign_anchors(
+                anchors.boxes, anchors.inside[image], target.boxes, target.ignored_boxes
             )
-            groups = (
-                (assigned >= 0).nonzero()[:, 0],
-                (assigned == BACKGROUND).nonzero()[:, 0],
-            )
-            positive, negative = draw_balanced(
-                *groups, self.config.rpn_samples, 0.5, generator
+            positive, negative = sample_balanced(
+                (objects >= 0).nonzero()[:, 0],
+                (objects == BACKGROUND).nonzero()[:, 0],
+                self.config.rpn_samples,
+                0.5,
+                generator,
             )
             logits = objectness[image, torch.cat([positive, negative])]
-            is_object = (
-                torch.arange(len(logits), device=logits.device) < len(positive)
-            ).to(logits)
-            share = target.certainty[assigned[positive]]
-            weights = torch.cat([share, torch.ones_like(negative, dtype=share.dtype)])
+            rows = torch.arange(len(logits), device=logits.device)
+            is_object = (rows < len(positive)).to(logits)
+            matched = objects[positive]
+            positive_weights = target.object_weights[matched]
+            negative_weights = torch.ones_like(negative, dtype=positive_weights.dtype)
+            weights = torch.cat([positive_weights, negative_weights])
             entropy = entropy + F.binary_cross_entropy_with_logits(
                 logits, is_object, weights, reduction="sum"
             )
-            wanted = box_ops.encode_boxes(
-                target.boxes[assigned[positive]], anchors.boxes[positive]
-            ) / deltas.new_tensor(box_ops.DELTA_WEIGHTS)
-            distance = (
-                distance
-                + ((deltas[image, positive] - wanted).abs() * share[:, None]).sum()
+            scaled_deltas = box_ops.encode_boxes(
+                target.boxes[matched], anchors.boxes[positive]
             )
+            errors = (deltas[image, positive] - scaled_deltas / delta_weights).abs()
+            distance = distance + (errors * positive_weights[:, None]).sum()
             count += len(logits)
-        total = at_least_one(torch.tensor(count, device=objectness.device))
+        total = count_over_workers(torch.tensor(count, device=objectness.device))
         return {"proposal_class": entropy / total, "proposal_l1": distance / total}
 
     def _filter(
         self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Size
     ) -> Tensor:
-        """The best of each level, without near doubles in it; then the best of all
-        levels.
+        """Return the best boxes of each level after NMS within it; of these the best
+        of all levels.
         """
         best = []
         for level in range(int(levels[-1]) + 1):
-            rows = (levels == level).nonzero()[:, 0]
-            best.append(
-                rows[
-                    scores[rows]
-                    .topk(min(self.config.proposals_per_level, len(rows)))
-                    .indices
-                ]
-            )
+            level_rows = (levels == level).nonzero()[:, 0]
+            count = min(self.config.proposals_per_level, len(level_rows))
+            best.append(level_rows[scores[level_rows].topk(count).indices])
         rows = torch.cat(best)
         rows = rows[scores[rows].isfinite()]
-        boxes, scores, levels = (
-            clip_boxes_to_image(boxes[rows], size),
-            scores[rows],
-            levels[rows],
-        )
+        boxes = clip_boxes_to_image(boxes[rows], size)
+        scores, levels = scores[rows], levels[rows]
         large = remove_small_boxes(boxes, 1e-3)
-        kept = large[
-            batched_nms(boxes[large], scores[large], levels[large], self.config.rpn_nms)
-        ]
-        return boxes[kept[: self.config.proposals]]
+        order = batched_nms(
+            boxes[large], scores[large], levels[large], self.config.rpn_nms
+        )
+        return boxes[large[order][: self.config.proposals]]
 
 
 @torch.no_grad()
 def assign_anchors(
     anchors: Tensor, inside: Tensor, boxes: Tensor, ignored: Tensor
 ) -> Tensor:
-    """[A]: the object each anchor stands for, BACKGROUND, or UNUSED (in between, in an
-    ``ignored`` region, or not ``inside``).
+    """Return [A]: the object assigned to each anchor, BACKGROUND, or UNUSED (in
+    between, in an ``ignored`` region, or not ``inside``).
     """
+    is_ignored = is_covered(anchors, ignored)
     if not len(boxes):
-        return torch.where(inside & ~covered(anchors, ignored), BACKGROUND, UNUSED)
+        return torch.where(inside & ~is_ignored, BACKGROUND, UNUSED)
     overlaps = box_iou(boxes, anchors).masked_fill(~inside, -1.0)
-    best, owner = overlaps.max(0)
-    assigned = torch.where(
-        best >= POSITIVE, owner, torch.where(best < NEGATIVE, BACKGROUND, UNUSED)
-    )
+    best, best_object = overlaps.max(0)
+    below = torch.where(best < NEGATIVE, BACKGROUND, UNUSED)
+    objects = torch.where(best >= POSITIVE, best_object, below)
     highest = overlaps.max(1, keepdim=True).values
-    own = torch.where(
-        (overlaps == highest) & (highest >= LOW_QUALITY),
-        torch.arange(len(boxes), device=boxes.device)[:, None],
-        UNUSED,
-    )
-    last = own.max(0).values
-    assigned = torch.where(last >= 0, last, assigned)
-    assigned = torch.where(
-        (assigned == BACKGROUND) & covered(anchors, ignored), UNUSED, assigned
-    )
-    return torch.where(inside, assigned, UNUSED)
+    is_best_anchor = (overlaps == highest) & (highest >= LOW_QUALITY)
+    numbers = torch.arange(len(boxes), device=boxes.device)[:, None]
+    last_object = torch.where(is_best_anchor, numbers, UNUSED).max(0).values
+    objects = torch.where(last_object >= 0, last_object, objects)
+    objects = torch.where((objects == BACKGROUND) & is_ignored, UNUSED, objects)
+    return torch.where(inside, objects, UNUSED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sampled:
-    """Of one image: proposals ``boxes`` [R, 4], those that stand for objects first, and
-    ``objects`` [P]: which object each of these stands for.
+class SampledRegions:
+    """Sampled proposals ``boxes`` [R, 4] of one image, those on objects first, and
+    ``objects`` [P]: the object of each of these.
     """
 
     boxes: Tensor
     objects: Tensor
+
+    @property
+    def background_count(self) -> int:
+        return len(self.boxes) - len(self.objects)
 
 
 @torch.no_grad()
@@ -278,66 +268,73 @@ def sample_regions(
     targets: Targets,
     config: CoDetr,
     generator: torch.Generator | None,
-) -> Sampled:
-    """Proposals and the objects themselves: objects where they overlap one by half,
-    background elsewhere.
+) -> SampledRegions:
+    """Sample among proposals and the objects' own boxes: positive where they overlap an
+    object by half, background elsewhere.
     """
     boxes = torch.cat([targets.boxes, proposals])
-    if not len(targets.boxes):
-        best, owner = (
-            boxes.new_zeros(len(boxes)),
-            torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device),
-        )
+    if len(targets.boxes):
+        best, best_object = box_iou(targets.boxes, boxes).max(0)
     else:
-        best, owner = box_iou(targets.boxes, boxes).max(0)
-    background = (best < REGION_POSITIVE) & ~covered(boxes, targets.left_out)
-    groups = (best >= REGION_POSITIVE).nonzero()[:, 0], background.nonzero()[:, 0]
-    positive, negative = draw_balanced(
-        *groups, config.roi_samples, config.roi_positive, generator
+        best = boxes.new_zeros(len(boxes))
+        best_object = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    is_ignored = is_covered(boxes, targets.ignored_boxes)
+    is_background = (best < REGION_POSITIVE) & ~is_ignored
+    positive, negative = sample_balanced(
+        (best >= REGION_POSITIVE).nonzero()[:, 0],
+        is_background.nonzero()[:, 0],
+        config.roi_samples,
+        config.roi_positive,
+        generator,
     )
-    return Sampled(boxes[torch.cat([positive, negative])], owner[positive])
+    return SampledRegions(boxes[torch.cat([positive, negative])], best_object[positive])
 
 
-def pool(maps: Maps, boxes: Sequence[Tensor], side: int, sampling: int) -> Tensor:
-    """RoI features [R, d, side, side] of boxes [N, 4] per image, behind one another;
-    the coarsest map is left out.
+def pool_levels(
+    maps: Maps, boxes: Sequence[Tensor], side: int, sampling: int
+) -> Tensor:
+    """Pool RoI features [R, d, side, side] of boxes [N, 4] per image, concatenated; the
+    coarsest map is not used.
 
     A box is pooled from the level on which it is 14 to 28 cells wide (FPN, arXiv
     1612.03144, eq. 1).
     """
-    image = torch.cat(
-        [torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)]
-    )
-    rois = torch.cat([image[:, None].float(), torch.cat(list(boxes))], 1)
-    usable = len(maps.levels) - 1
-    level = pooling_level(rois[:, 1:], maps.strides[0], usable)
-    parts, rows = [], []
-    for number in range(usable):
-        own = (level == number).nonzero()[:, 0]
-        rows.append(own)
-        features = maps.levels[number].float()
-        parts.append(
+    images = [
+        torch.full((len(image_boxes),), image, device=image_boxes.device)
+        for image, image_boxes in enumerate(boxes)
+    ]
+    image_column = torch.cat(images)[:, None].float()
+    rois = torch.cat([image_column, torch.cat(list(boxes))], 1)
+    level_count = len(maps.levels) - 1
+    levels = pooling_level(rois[:, 1:], maps.strides[0], level_count)
+    pooled_levels, rows = [], []
+    for level in range(level_count):
+        level_rows = (levels == level).nonzero()[:, 0]
+        rows.append(level_rows)
+        pooled_levels.append(
             roi_align(
-                features,
-                rois[own],
+                maps.levels[level].float(),
+                rois[level_rows],
                 side,
-                1 / maps.strides[number],
+                1 / maps.strides[level],
                 sampling or -1,
                 aligned=True,
             )
         )
-    pooled: Tensor = torch.cat(parts)[torch.cat(rows).argsort()]
+    pooled: Tensor = torch.cat(pooled_levels)[torch.cat(rows).argsort()]
     return pooled
 
 
 def pooling_level(boxes: Tensor, first_stride: int, levels: int) -> Tensor:
-    """[R]: floor(log2(sqrt(area) / (14 * first stride))), held in 0..levels - 1."""
+    """Return [R]: floor(log2(sqrt(area) / (14 * first stride))), clamped to 0..levels -
+    1.
+    """
     side = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-6).sqrt()
     return (side / (14 * first_stride)).log2().floor().clamp(0, levels - 1).long()
 
 
 class RegionHead(nn.Module):
-    """Pooled features -> class logits [R, C+1], background last, and box deltas."""
+    """Maps pooled features to class logits [R, C+1], background last, and box deltas."""
 
     def __init__(self, config: CoDetr, classes: int) -> None:
         super().__init__()
@@ -356,66 +353,63 @@ class RegionHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [R, C+1] and deltas [R, C or 1, 4]."""
+        """Return logits [R, C+1] and deltas [R, C or 1, 4]."""
         hidden = self.layers(pooled.flatten(1))
-        return self.classify(hidden).float(), self.regress(hidden).float().unflatten(
-            1, (-1, 4)
-        )
+        deltas = self.regress(hidden).float().unflatten(1, (-1, 4))
+        return self.classify(hidden).float(), deltas
 
     def losses(
-        self, pooled: Tensor, sampled: Sequence[Sampled], targets: Sequence[Targets]
+        self,
+        pooled: Tensor,
+        regions: Sequence[SampledRegions],
+        targets: Sequence[Targets],
     ) -> dict[str, Tensor]:
+        """Return ``class`` and ``giou``, unweighted, over all sampled regions."""
         logits, deltas = self(pooled)
+        pairs = list(zip(regions, targets, strict=True))
         labels = torch.cat(
-            [
-                _region_labels(s, t.labels, self.classes)
-                for s, t in zip(sampled, targets, strict=True)
-            ]
+            [_region_labels(r, t.labels, self.classes) for r, t in pairs]
         )
+        weights = torch.cat([_region_weights(r, t) for r, t in pairs])
+        truth = torch.cat([t.boxes[r.objects] for r, t in pairs])
+        boxes = torch.cat([r.boxes for r in regions])
         rows = (labels < self.classes).nonzero()[:, 0]
-        truth = torch.cat(
-            [t.boxes[s.objects] for s, t in zip(sampled, targets, strict=True)]
-        )
-        own = deltas[rows, 0 if self.agnostic else labels[rows]]
-        found = box_ops.decode_boxes(own, torch.cat([s.boxes for s in sampled])[rows])
-        count = at_least_one(torch.tensor(len(labels), device=logits.device))
-        weights = torch.cat(
-            [_region_weights(s, t) for s, t in zip(sampled, targets, strict=True)]
-        )
+        columns = 0 if self.agnostic else labels[rows]
+        predicted = box_ops.decode_boxes(deltas[rows, columns], boxes[rows])
+        count = count_over_workers(torch.tensor(len(labels), device=logits.device))
+        entropy = F.cross_entropy(logits, labels, reduction="none")
+        giou = generalized_box_iou_loss(predicted, truth)
         return {
-            "class": (
-                (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-                / count
-            ),
-            "giou": (
-                (generalized_box_iou_loss(found, truth) * weights[rows]).sum() / count
-            ),
+            "class": (entropy * weights).sum() / count,
+            "giou": (giou * weights[rows]).sum() / count,
         }
 
 
-def _region_labels(sampled: Sampled, labels: Tensor, background: int) -> Tensor:
-    rest = labels.new_full((len(sampled.boxes) - len(sampled.objects),), background)
-    return torch.cat([labels[sampled.objects], rest])
+def _region_labels(regions: SampledRegions, labels: Tensor, background: int) -> Tensor:
+    background_labels = labels.new_full((regions.background_count,), background)
+    return torch.cat([labels[regions.objects], background_labels])
 
 
-def _region_weights(sampled: Sampled, targets: Targets) -> Tensor:
-    rest = torch.ones(
-        len(sampled.boxes) - len(sampled.objects), device=sampled.boxes.device
-    )
-    return torch.cat([targets.certainty[sampled.objects], rest])
+def _region_weights(regions: SampledRegions, targets: Targets) -> Tensor:
+    ones = torch.ones(regions.background_count, device=regions.boxes.device)
+    return torch.cat([targets.object_weights[regions.objects], ones])
 
 
 def _positives(
-    pooled: Tensor, sampled: Sequence[Sampled], targets: Sequence[Targets]
+    pooled: Tensor, regions: Sequence[SampledRegions], targets: Sequence[Targets]
 ) -> list[Positives]:
-    means = pooled.mean((2, 3)).split([len(s.boxes) for s in sampled])
-    return [
-        Positives(
-            s.boxes[: len(s.objects)],
-            t.boxes[s.objects],
-            t.labels[s.objects],
-            features[: len(s.objects)],
-            t.certainty[s.objects],
+    means = pooled.mean((2, 3)).split([len(r.boxes) for r in regions])
+    positives = []
+    for image_regions, target, features in zip(regions, targets, means, strict=True):
+        objects = image_regions.objects
+        count = len(objects)
+        positives.append(
+            Positives(
+                image_regions.boxes[:count],
+                target.boxes[objects],
+                target.labels[objects],
+                features[:count],
+                target.object_weights[objects],
+            )
         )
-        for s, t, features in zip(sampled, targets, means, strict=True)
-    ]
+    return positives

@@ -1,4 +1,4 @@
-"""Objects a batch should find."""
+"""Ground truth of a batch: objects, their weights and ignored regions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from coin_ray.errors import InputError
 
 Size = tuple[int, int]
-COVERED = 0.5
+COVERED_SHARE = 0.5
 """Share of a box in an ignored region from which it is not background."""
 
 
@@ -31,80 +31,84 @@ class Targets:
     ignored: Tensor | None = None
 
     @property
-    def certainty(self) -> Tensor:
+    def object_weights(self) -> Tensor:
         """[N] ``weights``, ones if there are none."""
-        return (
-            torch.ones_like(self.labels, dtype=torch.float32)
-            if self.weights is None
-            else self.weights
-        )
+        if self.weights is None:
+            return torch.ones_like(self.labels, dtype=torch.float32)
+        return self.weights
 
     @property
-    def left_out(self) -> Tensor:
-        """[M, 4] ``ignored``."""
+    def ignored_boxes(self) -> Tensor:
+        """[M, 4] ``ignored``, M = 0 if there are none."""
         return self.boxes.new_zeros(0, 4) if self.ignored is None else self.ignored
 
     def to(self, device: torch.device) -> Targets:
-        weights, ignored = (
-            None if t is None else t.to(device) for t in (self.weights, self.ignored)
+        return Targets(
+            self.boxes.to(device),
+            self.labels.to(device),
+            None if self.weights is None else self.weights.to(device),
+            None if self.ignored is None else self.ignored.to(device),
         )
-        return Targets(self.boxes.to(device), self.labels.to(device), weights, ignored)
 
-    def normalised(self, size: Size) -> Tensor:
-        """Boxes [N, 4] as cxcywh in 0..1 of an image of ``size`` (height, width)."""
+    def normalised_boxes(self, size: Size) -> Tensor:
+        """Return boxes [N, 4] as cxcywh in 0..1 of an image of ``size`` (height,
+        width).
+        """
         return normalise(self.boxes, size)
 
 
 @torch.no_grad()
-def covered(boxes: Tensor, regions: Tensor) -> Tensor:
-    """[N] bool: at least half of the box [N, 4] lies in one of ``regions`` [M, 4]
-    (xyxy).
+def is_covered(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Return [N] bool: at least half of the box [N, 4] lies in one of ``regions``
+    [M, 4] (xyxy).
     """
     if not len(regions):
         return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    sides = torch.minimum(boxes[:, None, 2:], regions[:, 2:]) - torch.maximum(
-        boxes[:, None, :2], regions[:, :2]
-    )
+    right_bottom = torch.minimum(boxes[:, None, 2:], regions[:, 2:])
+    left_top = torch.maximum(boxes[:, None, :2], regions[:, :2])
+    intersection = (right_bottom - left_top).clamp(min=0).prod(-1)
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
-    return (
-        sides.clamp(min=0).prod(-1) >= COVERED * area[:, None].clamp(min=1e-12)
-    ).any(1)
+    needed = COVERED_SHARE * area[:, None].clamp(min=1e-12)
+    return (intersection >= needed).any(1)
 
 
 def normalise(boxes: Tensor, size: Size) -> Tensor:
-    """xyxy pixels [N, 4] -> cxcywh in 0..1 of an image of ``size`` (height, width)."""
+    """Convert xyxy pixels [N, 4] to cxcywh in 0..1 of an image of ``size`` (height,
+    width).
+    """
     height, width = size
     centred: Tensor = box_convert(boxes.float(), "xyxy", "cxcywh")
     return centred / centred.new_tensor([width, height, width, height])
 
 
-def pixels(boxes: Tensor, size: Size) -> Tensor:
-    """cxcywh in 0..1 [N, 4] -> xyxy pixels inside an image of ``size`` (height, width)."""
+def denormalise(boxes: Tensor, size: Size) -> Tensor:
+    """Convert cxcywh in 0..1 [N, 4] to xyxy pixels inside an image of ``size`` (height,
+    width).
+    """
     height, width = size
-    corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor(
-        [width, height, width, height]
-    )
+    scale = boxes.new_tensor([width, height, width, height])
+    corners = box_convert(boxes, "cxcywh", "xyxy") * scale
     clipped: Tensor = clip_boxes_to_image(corners, size)
     return clipped
 
 
-def checked(
+def validate_targets(
     targets: Sequence[Targets], sizes: Sequence[Size], classes: int
 ) -> list[Targets]:
-    """``targets`` with boxes cut at the border of their image. Raises InputError for
-    what no loss can be made of.
+    """Return ``targets`` with boxes clipped to their image. Raises InputError for
+    targets that no loss can be computed from.
     """
     if len(targets) != len(sizes):
         raise InputError(
             f"expected targets for each of the {len(sizes)} images; got {len(targets)}"
         )
     return [
-        _checked(t, size, classes, image)
-        for image, (t, size) in enumerate(zip(targets, sizes, strict=True))
+        _validate_image(image_targets, size, classes, image)
+        for image, (image_targets, size) in enumerate(zip(targets, sizes, strict=True))
     ]
 
 
-def _checked(targets: Targets, size: Size, classes: int, image: int) -> Targets:
+def _validate_image(targets: Targets, size: Size, classes: int, image: int) -> Targets:
     labels = targets.labels
     if targets.boxes.shape != (len(labels), 4):
         raise InputError(
@@ -118,27 +122,23 @@ def _checked(targets: Targets, size: Size, classes: int, image: int) -> Targets:
             " the classes the annotations were made with"
         )
     boxes = clip_boxes_to_image(targets.boxes.float(), size)
-    good = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    if not bool(good.all()):
-        bad = targets.boxes[~good][0].tolist()
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    if not bool(has_area.all()):
+        empty_box = targets.boxes[~has_area][0].tolist()
         raise InputError(
-            f"image {image} of the batch: box {bad} has no area inside the image"
+            f"image {image} of the batch: box {empty_box} has no area inside the image"
             f" (height {size[0]}, width {size[1]}). Boxes are xyxy pixels; remove empty"
             " ones from the annotations"
         )
-    return Targets(
-        boxes,
-        labels,
-        _weights(targets, image),
-        clip_boxes_to_image(targets.left_out.float(), size),
-    )
+    weights = _validate_weights(targets, image)
+    ignored = clip_boxes_to_image(targets.ignored_boxes.float(), size)
+    return Targets(boxes, labels, weights, ignored)
 
 
-def _weights(targets: Targets, image: int) -> Tensor:
-    weights = targets.certainty.float()
-    if weights.shape != targets.labels.shape or not bool(
-        (weights.isfinite() & (weights >= 0)).all()
-    ):
+def _validate_weights(targets: Targets, image: int) -> Tensor:
+    weights = targets.object_weights.float()
+    is_valid = weights.isfinite() & (weights >= 0)
+    if weights.shape != targets.labels.shape or not bool(is_valid.all()):
         raise InputError(
             f"image {image} of the batch: expected a finite weight of at least 0 for"
             f" each of {len(targets.labels)} objects; got {weights.tolist()}"

@@ -1,5 +1,5 @@
-"""Visual towers by name: each a module with ``channels`` that gives one map for each of
-the strides 8, 16, 32.
+"""Backbones by name: each a module with ``channels`` that gives one map for each of the
+strides 8, 16, 32.
 """
 
 from __future__ import annotations
@@ -33,48 +33,52 @@ from coin_ray.errors import InputError
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.model import IMAGENET_MEAN, IMAGENET_STD
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+TORCHVISION_NAMES = [
+    name
+    for name in list_models(module=torchvision.models)
+    if name.startswith(("resne", "wide_resnet", "swin_")) and "v2" not in name
+]
 
 
 def build_backbone(config: Backbone, *, weights: bool = True) -> nn.Module:
-    """The tower with its first weights; without ``weights`` random ones, to be loaded.
-    Raises InputError with the names there are.
+    """Build the backbone with its pretrained weights, or without ``weights`` with
+    random ones, to be loaded. Raises InputError with the available names.
     """
     kind, colon, name = config.name.partition(":")
+    pretrained = config.weights if weights else ""
     if config.name == "tiny":
         return TinyBackbone()
     if colon and kind == "transformers":
-        return TransformersBackbone(name, config.weights if weights else "")
+        return TransformersBackbone(name, pretrained)
     if colon and kind == "open_clip":
-        return ClipResNet(
-            _clip_visual(name, config.weights if weights else ""), config.frozen_stages
-        )
-    if config.name not in NAMES:
+        return ClipResNet(_clip_visual(name, pretrained), config.frozen_stages)
+    if config.name not in TORCHVISION_NAMES:
         raise InputError(
-            f"backbone.name: no {config.name!r}; there are tiny, {', '.join(NAMES)},"
-            " open_clip:NAME and transformers:NAME"
+            f"backbone.name: unknown backbone {config.name!r}; expected tiny,"
+            f" {', '.join(TORCHVISION_NAMES)}, open_clip:NAME or transformers:NAME"
         )
     if config.name.startswith("swin"):
-        return Swin(
-            get_model(config.name), _torchvision_weights(config) if weights else {}
-        )
-    return ResidualNet(
-        get_model(config.name, norm_layer=FrozenBatchNorm2d),
-        _torchvision_weights(config) if weights else {},
-        config.frozen_stages,
-    )
+        swin = get_model(config.name)
+        return Swin(swin, _torchvision_weights(config) if weights else {})
+    resnet = get_model(config.name, norm_layer=FrozenBatchNorm2d)
+    resnet_weights = _torchvision_weights(config) if weights else {}
+    return ResidualNet(resnet, resnet_weights, config.frozen_stages)
 
 
-def pixel_statistics(config: Backbone) -> Statistics:
-    """Mean and deviation of RGB in 0..1 that the tower's weights were trained with."""
+def pixel_statistics(config: Backbone) -> PixelStatistics:
+    """Return mean and deviation of RGB in 0..1 that the backbone's weights were trained
+    with.
+    """
     if config.name.startswith("open_clip:"):
         return tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)
     return IMAGENET_MEAN, IMAGENET_STD
 
 
-def describe(backbone: nn.Module) -> dict[str, Any]:
-    """What beside the settings ``rebuild`` needs, as plain data: shapes that the name
-    alone doesn't tell where its files are absent.
+def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
+    """Return what ``rebuild_backbone`` needs beside the settings, as plain data: the
+    shapes, where the name alone does not give them without its files.
     """
     if isinstance(backbone, ClipResNet):
         return backbone.shape
@@ -83,41 +87,40 @@ def describe(backbone: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def rebuild(config: Backbone, description: Mapping[str, Any]) -> nn.Module:
-    """A tower of the same shape without any file of its own, its weights still to be
-    loaded.
+def rebuild_backbone(config: Backbone, description: Mapping[str, Any]) -> nn.Module:
+    """Build a backbone of the same shape without any file of its own; its weights are
+    still to be loaded.
     """
     if config.name.startswith("open_clip:"):
-        return ClipResNet(
-            ModifiedResNet(output_dim=1, heads=1, **description), config.frozen_stages
-        )
+        visual = ModifiedResNet(output_dim=1, heads=1, **description)
+        return ClipResNet(visual, config.frozen_stages)
     if config.name.startswith("transformers:"):
         return TransformersBackbone("", "", description)
     return build_backbone(config, weights=False)
 
 
 class ResidualNet(nn.Module):
-    """torchvision's ResNet; statistics of batch norms stay as they are, and so do the
-    stem and the first ``frozen_stages``.
+    """torchvision's ResNet; batch norm statistics, the stem and the first
+    ``frozen_stages`` are not trained.
     """
 
     def __init__(
         self, network: ResNet, weights: Mapping[str, Tensor], frozen_stages: int
     ) -> None:
         super().__init__()
-        _load(network, weights, ("fc.",))
+        _load_pretrained(network, weights, ("fc.",))
         self.stem = nn.Sequential(
             network.conv1, network.bn1, network.relu, network.maxpool
         )
         self.stages = nn.ModuleList(
             [network.layer1, network.layer2, network.layer3, network.layer4]
         )
-        last = [_channels(stage) for stage in self.stages]
-        self.channels = tuple(last[1:])
+        stage_channels = [_channels(stage) for stage in self.stages]
+        self.channels = tuple(stage_channels[1:])
         _freeze([self.stem, *self.stages], frozen_stages)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        return _last_three(self.stem(pixels), self.stages)
+        return _last_three_maps(self.stem(pixels), self.stages)
 
 
 class ClipResNet(nn.Module):
@@ -130,26 +133,18 @@ class ClipResNet(nn.Module):
         self.visual = visual
         visual.attnpool = nn.Identity()
         self.norms = [m for m in visual.modules() if isinstance(m, nn.BatchNorm2d)]
-        stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+        stages = self._stages()
         self.channels = tuple(int(stage[-1].conv3.out_channels) for stage in stages[1:])
-        side = (
-            visual.image_size
-            if isinstance(visual.image_size, int)
-            else visual.image_size[0]
-        )
+        size = visual.image_size
         self.shape = {
-            "layers": [len(s) for s in stages],
+            "layers": [len(stage) for stage in stages],
             "width": int(visual.conv3.out_channels),
-            "image_size": int(side),
+            "image_size": int(size if isinstance(size, int) else size[0]),
         }
         visual.requires_grad_(True)
-        stem = nn.ModuleList(
-            [
-                getattr(visual, f"{kind}{i}")
-                for kind in ("conv", "bn")
-                for i in (1, 2, 3)
-            ]
-        )
+        convolutions = [visual.conv1, visual.conv2, visual.conv3]
+        norms = [visual.bn1, visual.bn2, visual.bn3]
+        stem = nn.ModuleList(convolutions + norms)
         _freeze([stem, *stages], frozen_stages)
         self.train()
 
@@ -160,37 +155,36 @@ class ClipResNet(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        stages = [
-            self.visual.layer1,
-            self.visual.layer2,
-            self.visual.layer3,
-            self.visual.layer4,
-        ]
-        return _last_three(self.visual.stem(pixels), stages)
+        return _last_three_maps(self.visual.stem(pixels), self._stages())
+
+    def _stages(self) -> list[Any]:
+        visual = self.visual
+        return [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
 
 
 class Swin(nn.Module):
-    """torchvision's Swin, with a layer norm on each map that is given out, as for
+    """torchvision's Swin, with a layer norm on each map that is returned, as for
     detection.
     """
 
     def __init__(self, network: SwinTransformer, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        _load(network, weights, ("head.",))
+        _load_pretrained(network, weights, ("head.",))
         self.features = network.features
         width = int(network.features[0][0].out_channels)
         self.channels = (2 * width, 4 * width, 8 * width)
         self.norms = nn.ModuleList([nn.LayerNorm(c) for c in self.channels])
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        maps, found = pixels, []
+        features = pixels
+        stage_maps = []
         for number, block in enumerate(self.features):
-            maps = block(maps)
+            features = block(features)
             if number in (3, 5, 7):
-                found.append(maps)
+                stage_maps.append(features)
         return [
             norm(m).permute(0, 3, 1, 2)
-            for norm, m in zip(self.norms, found, strict=True)
+            for norm, m in zip(self.norms, stage_maps, strict=True)
         ]
 
 
@@ -208,24 +202,21 @@ class TransformersBackbone(nn.Module):
             )
         except ImportError as error:
             raise InputError(
-                "backbone.name transformers:... needs that package: pip install"
-                " 'coin-ray[teachers]'"
+                "backbone.name transformers:... needs the package transformers: pip"
+                " install 'coin-ray[teachers]'"
             ) from error
         stages = ["stage2", "stage3", "stage4"]
         try:
             if description is not None:
-                self.network = AutoBackbone.from_config(
-                    AutoConfig.for_model(**description)
-                )
+                config = AutoConfig.for_model(**description)
+                self.network = AutoBackbone.from_config(config)
             elif weights:
-                own = AutoConfig.from_pretrained(weights, out_features=stages)
-                self.network = MODEL_FOR_BACKBONE_MAPPING[type(own)].from_pretrained(
-                    weights, config=own
-                )
+                config = AutoConfig.from_pretrained(weights, out_features=stages)
+                model_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+                self.network = model_class.from_pretrained(weights, config=config)
             else:
-                self.network = AutoBackbone.from_config(
-                    AutoConfig.from_pretrained(name, out_features=stages)
-                )
+                config = AutoConfig.from_pretrained(name, out_features=stages)
+                self.network = AutoBackbone.from_config(config)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"backbone transformers:{name}: {str(error)[:300]}. Offline? Give a"
@@ -237,20 +228,14 @@ class TransformersBackbone(nn.Module):
         return list(self.network(pixels).feature_maps)
 
 
-NAMES = [
-    n
-    for n in list_models(module=torchvision.models)
-    if n.startswith(("resne", "wide_resnet", "swin_")) and "v2" not in n
-]
-
-
 def _torchvision_weights(config: Backbone) -> Mapping[str, Tensor]:
+    """Download or read ``backbone.weights``; no weights if the setting is empty."""
     if not config.weights:
         return {}
-    known = get_model_weights(config.name).__members__
-    if config.weights in known:
+    published = get_model_weights(config.name).__members__
+    if config.weights in published:
         try:
-            found: Mapping[str, Tensor] = known[config.weights].get_state_dict(
+            weights: Mapping[str, Tensor] = published[config.weights].get_state_dict(
                 progress=False, check_hash=True
             )
         except (URLError, OSError) as error:
@@ -258,54 +243,56 @@ def _torchvision_weights(config: Backbone) -> Mapping[str, Tensor]:
                 f"backbone.weights {config.weights} could not be downloaded ({error})."
                 " Offline? Give --backbone.weights the path of a file"
             ) from error
-        return found
+        return weights
     if not storage.exists(config.weights):
         raise InputError(
             f"backbone.weights: no such file {config.weights}; give a file or one of"
-            f" torchvision's {', '.join(known)}"
+            f" torchvision's {', '.join(published)}"
         )
+    return _read_weights(config.weights)
+
+
+def _read_weights(uri: str) -> Mapping[str, Tensor]:
+    file = io.BytesIO(storage.read_bytes(uri))
     try:
-        content: Any = torch.load(
-            io.BytesIO(storage.read_bytes(config.weights)),
-            map_location="cpu",
-            weights_only=True,
-        )
+        state_dict: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(
-            f"backbone.weights {config.weights} can't be read: {str(error)[:200]}"
+            f"backbone.weights {uri} can't be read: {str(error)[:200]}"
         ) from error
-    if not isinstance(content, dict):
+    if not isinstance(state_dict, dict):
         raise InputError(
-            f"backbone.weights {config.weights}: expected weights by name, got"
-            f" {type(content).__name__}"
+            f"backbone.weights {uri}: expected weights by name, got"
+            f" {type(state_dict).__name__}"
         )
-    return content
+    return state_dict
 
 
-def _load(
+def _load_pretrained(
     network: nn.Module, weights: Mapping[str, Tensor], unused: tuple[str, ...]
 ) -> None:
-    """Raises InputError for weights of another network; a classifier in them isn't
-    needed.
+    """Load ``weights``, if any, except those whose names start with ``unused`` (the
+    classifier's). Raises InputError for weights of another network.
     """
     if not weights:
         return
-    own = {
-        name: value.shape
-        for name, value in network.state_dict().items()
+    shapes = {
+        name: tensor.shape
+        for name, tensor in network.state_dict().items()
         if not name.startswith(unused)
     }
-    wrong = [
+    mismatches = [
         name
-        for name, shape in own.items()
+        for name, shape in shapes.items()
         if name not in weights or weights[name].shape != shape
     ]
-    if wrong:
+    if mismatches:
         raise InputError(
-            f"backbone.weights are of another network: {len(wrong)} of {len(own)}"
-            f" tensors are missing or differ, as {wrong[0]}"
+            f"backbone.weights are of another network: {len(mismatches)} of"
+            f" {len(shapes)} tensors are missing or have another shape, for example"
+            f" {mismatches[0]}"
         )
-    network.load_state_dict({name: weights[name] for name in own}, strict=False)
+    network.load_state_dict({name: weights[name] for name in shapes}, strict=False)
 
 
 def _freeze(parts: Sequence[nn.Module], stages: int) -> None:
@@ -313,8 +300,8 @@ def _freeze(parts: Sequence[nn.Module], stages: int) -> None:
         part.requires_grad_(False)
 
 
-def _last_three(first: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
-    maps = [first]
+def _last_three_maps(stem: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
+    maps = [stem]
     for stage in stages:
         maps.append(stage(maps[-1]))
     return maps[-3:]

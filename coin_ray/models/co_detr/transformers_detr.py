@@ -1,5 +1,5 @@
 """transformers' RT-DETRv2 and D-FINE, trained with the ATSS head on the maps of their
-encoder. What is shipped is their plain model.
+encoder. Their plain model is exported.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.base import Images
 from coin_ray.models.co_detr.atss import Atss
 from coin_ray.models.co_detr.collaborative import Objective
-from coin_ray.models.co_detr.model import best_pairs
-from coin_ray.models.co_detr.pyramid import Maps, one_below
-from coin_ray.models.co_detr.targets import Targets, checked
+from coin_ray.models.co_detr.model import top_detections
+from coin_ray.models.co_detr.pyramid import Maps, new_downsampling
+from coin_ray.models.co_detr.targets import Targets, validate_targets
 from coin_ray.parallel import worker_count
 from coin_ray.structures import Detections
 
-KINDS = {"rt-detr-v2": "rt_detr_v2", "d-fine": "d_fine"}
-"""What transformers calls them."""
+MODEL_TYPES = {"rt-detr-v2": "rt_detr_v2", "d-fine": "d_fine"}
+"""transformers' ``model_type`` of each ``--model``."""
 CELL = 32
 ATSS = "atss"
 
 
-class FastDetector(nn.Module):
+class TransformersDetr(nn.Module):
     """``network``: transformers' model for object detection; ``processor``: its image
     processor, which stretches images to one size.
     """
@@ -47,45 +47,45 @@ class FastDetector(nn.Module):
         return tuple(names[number] for number in sorted(names))
 
     def prepare(self, images: Sequence[Tensor]) -> Images:
-        """uint8 images [3, H, W] of any sizes -> one batch, all stretched to one size;
-        ``sizes`` are those before.
+        """Stretch uint8 images [3, H, W] of any sizes to one size and make them one
+        batch; ``sizes`` are those before.
         """
-        made = self.processor(
+        features = self.processor(
             images=list(images), return_tensors="pt", input_data_format="channels_first"
         )
-        return Images(
-            made["pixel_values"].to(self.network.device),
-            tuple((int(i.shape[1]), int(i.shape[2])) for i in images),
-        )
+        pixels = features["pixel_values"].to(self.network.device)
+        return Images(pixels, tuple((int(i.shape[1]), int(i.shape[2])) for i in images))
 
     @torch.no_grad()
     def predict(self, images: Images) -> list[Detections]:
-        """The best (query, class) pairs in the frame of each image before it was
+        """Return the best (query, class) pairs in the frame of each image before it was
         stretched.
         """
-        seen = self.network(pixel_values=images.pixels)
-        scores, boxes = seen.logits.float().sigmoid(), seen.pred_boxes.float()
+        predicted = self.network(pixel_values=images.pixels)
+        scores = predicted.logits.float().sigmoid()
+        boxes = predicted.pred_boxes.float()
         return [
-            best_pairs(s, b, size, self.limit, 0.0)
-            for s, b, size in zip(scores, boxes, images.sizes, strict=True)
+            top_detections(image_scores, image_boxes, size, self.limit, 0.0)
+            for image_scores, image_boxes, size in zip(
+                scores, boxes, images.sizes, strict=True
+            )
         ]
 
 
-class CoTrained(nn.Module):
-    """``base`` is the detector; the head beside it is left behind after training."""
+class CollaborativeTransformersDetr(nn.Module):
+    """``base`` is the detector; the head beside it is dropped after training."""
 
-    def __init__(self, base: FastDetector, config: CoDetr) -> None:
+    def __init__(self, base: TransformersDetr, config: CoDetr) -> None:
         super().__init__()
-        self.base, own = base, base.network.config
-        self.strides = [*own.feat_strides, 2 * own.feat_strides[-1]]
-        self.weight = config.auxiliary_weight * own.decoder_layers
-        self.down = one_below(own.encoder_hidden_dim) if config.auxiliary else None
-        shape = replace(config, width=own.encoder_hidden_dim)
-        self.heads = nn.ModuleDict(
-            {ATSS: Atss(shape, len(base.classes), len(self.strides))}
-            if config.auxiliary
-            else {}
-        )
+        self.base, network = base, base.network.config
+        width = network.encoder_hidden_dim
+        self.strides = [*network.feat_strides, 2 * network.feat_strides[-1]]
+        self.weight = config.auxiliary_weight * network.decoder_layers
+        self.down = new_downsampling(width) if config.auxiliary else None
+        self.heads = nn.ModuleDict()
+        if config.auxiliary:
+            head_config = replace(config, width=width)
+            self.heads[ATSS] = Atss(head_config, len(base.classes), len(self.strides))
 
     def predict(self, images: Images) -> list[Detections]:
         return self.base.predict(images)
@@ -96,103 +96,97 @@ class CoTrained(nn.Module):
         targets: Sequence[Targets],
         generator: torch.Generator | None = None,
     ) -> Objective:
-        """The detector's own losses, and layers * lambda 2 * ATSS (arXiv 2211.12860,
-        eq. 6). Raises InputError as CollaborativeDetr does.
+        """Return the detector's own losses, and layers * lambda 2 * ATSS (arXiv
+        2211.12860, eq. 6). Raises InputError as CollaborativeDetr does.
 
-        The detector's own losses are transformers': they count each worker's objects by
-        themselves, know no weights and no ignored regions.
+        The detector's own losses are transformers': they divide by each worker's own
+        number of objects and ignore weights and ignored regions.
         """
-        targets = [
-            t.to(images.pixels.device)
-            for t in checked(targets, images.sizes, len(self.base.classes))
-        ]
-        _check_weights(targets)
+        valid_targets = validate_targets(targets, images.sizes, len(self.base.classes))
+        targets = [t.to(images.pixels.device) for t in valid_targets]
+        _require_weights_of_one(targets)
         labels = [
-            {"class_labels": t.labels, "boxes": t.normalised(size)}
+            {"class_labels": t.labels, "boxes": t.normalised_boxes(size)}
             for t, size in zip(targets, images.sizes, strict=True)
         ]
-        seen = self.base.network(pixel_values=images.pixels, labels=labels)
+        predicted = self.base.network(pixel_values=images.pixels, labels=labels)
         losses = {
-            f"decoder_{name}": value / worker_count()
-            for name, value in seen.loss_dict.items()
+            f"decoder_{name}": loss / worker_count()
+            for name, loss in predicted.loss_dict.items()
         }
         if self.down is None:
             return Objective(losses, {})
-        levels = list(seen.encoder_last_hidden_state)
-        side = int(images.pixels.shape[2]), int(images.pixels.shape[3])
-        maps = Maps(
-            [*levels, self.down(levels[-1])], self.strides, (side,) * len(targets)
-        )
-        found = self.heads[ATSS](
-            maps,
-            [
-                _stretched(t, size, side)
-                for t, size in zip(targets, images.sizes, strict=True)
-            ],
-            generator,
-        )
-        losses |= {
-            f"{ATSS}_{part}": self.weight * Atss.weights[part] * value
-            for part, value in found.losses.items()
-        }
-        return Objective(losses, {ATSS: sum(len(p) for p in found.positives)})
+        levels = list(predicted.encoder_last_hidden_state)
+        levels.append(self.down(levels[-1]))
+        input_size = int(images.pixels.shape[2]), int(images.pixels.shape[3])
+        maps = Maps(levels, self.strides, (input_size,) * len(targets))
+        stretched = [
+            _stretch(t, size, input_size)
+            for t, size in zip(targets, images.sizes, strict=True)
+        ]
+        outputs = self.heads[ATSS](maps, stretched, generator)
+        for part, loss in outputs.losses.items():
+            losses[f"{ATSS}_{part}"] = self.weight * Atss.weights[part] * loss
+        return Objective(losses, {ATSS: sum(len(p) for p in outputs.positives)})
 
 
-def _stretched(
-    targets: Targets, size: tuple[int, int], side: tuple[int, int]
+def _stretch(
+    targets: Targets, size: tuple[int, int], input_size: tuple[int, int]
 ) -> Targets:
-    """Boxes in pixels of an image of ``size`` as pixels of ``side`` (height, width)."""
-    y, x = side[0] / size[0], side[1] / size[1]
+    """Scale boxes in an image of ``size`` to ``input_size`` (height, width)."""
+    y, x = input_size[0] / size[0], input_size[1] / size[1]
     return Targets(
         box_ops.scale_boxes(targets.boxes, x, y),
         targets.labels,
         targets.weights,
-        box_ops.scale_boxes(targets.left_out, x, y),
+        box_ops.scale_boxes(targets.ignored_boxes, x, y),
     )
 
 
-def _check_weights(targets: Sequence[Targets]) -> None:
-    if any(bool((t.certainty != 1).any()) for t in targets):
+def _require_weights_of_one(targets: Sequence[Targets]) -> None:
+    if any(bool((t.object_weights != 1).any()) for t in targets):
         raise InputError(
-            "the losses of RT-DETRv2 and D-FINE know no weights of objects: give all 1,"
-            " or train a Co-DETR"
+            "the losses of RT-DETRv2 and D-FINE do not support weights of objects: give"
+            " weights of 1, or train a Co-DETR"
         )
 
 
-def load_fast(
+def load_transformers_detr(
     name: str, model: str, classes: Sequence[str], detections: int = 100
-) -> FastDetector:
-    """A detector by its name on the hub or its folder; classifiers of other classes are
-    drawn anew.
+) -> TransformersDetr:
+    """Load a detector by its name on the hub or its folder; classifiers of other
+    classes are initialised anew.
 
     Raises ConfigError without transformers and for another kind of model, InputError if
-    it can't be had.
+    it can't be loaded.
     """
     transformers = _transformers(model)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(_unavailable(name, error)) from None
-    if config.model_type != KINDS[model]:
+        raise InputError(_unavailable_message(name, error)) from None
+    if config.model_type != MODEL_TYPES[model]:
         raise ConfigError(
             f"--network {name} is a {config.model_type} model; --model {model} trains"
-            f" {KINDS[model]} models"
+            f" {MODEL_TYPES[model]} models"
         )
     config.id2label = dict(enumerate(classes))
     config.label2id = {label: number for number, label in config.id2label.items()}
-    return _opened(
+    return _load_pretrained_detr(
         transformers, name, detections, config=config, ignore_mismatched_sizes=True
     )
 
 
-def open_fast(folder: str, model: str, detections: int = 100) -> FastDetector:
-    """As ``saved`` wrote it into a local folder."""
-    return _opened(_transformers(model), folder, detections)
+def open_transformers_detr(
+    folder: str, model: str, detections: int = 100
+) -> TransformersDetr:
+    """Open a local folder of the files that ``pack_transformers_detr`` returns."""
+    return _load_pretrained_detr(_transformers(model), folder, detections)
 
 
-def saved(detector: FastDetector) -> dict[str, bytes]:
-    """The files of transformers' own folder: ``save_pretrained`` of the model and of
-    its image processor.
+def pack_transformers_detr(detector: TransformersDetr) -> dict[str, bytes]:
+    """Return the files of transformers' own folder: ``save_pretrained`` of the model
+    and of its image processor.
     """
     with tempfile.TemporaryDirectory() as folder:
         detector.network.save_pretrained(folder)
@@ -200,30 +194,25 @@ def saved(detector: FastDetector) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-def _opened(
+def _load_pretrained_detr(
     transformers: Any, name: str, detections: int, **options: Any
-) -> FastDetector:
+) -> TransformersDetr:
+    model_class = transformers.AutoModelForObjectDetection
     try:
-        network = transformers.AutoModelForObjectDetection.from_pretrained(
-            name, **options
-        )
+        network = model_class.from_pretrained(name, **options)
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(_unavailable(name, error)) from None
-    size, padded = dict(processor.size), bool(processor.do_pad)
-    if (
-        padded
-        or not processor.do_resize
-        or not all(
-            size.get(side) and size[side] % CELL == 0 for side in ("height", "width")
-        )
-    ):
+        raise InputError(_unavailable_message(name, error)) from None
+    size, pads = dict(processor.size), bool(processor.do_pad)
+    sides = [size.get("height"), size.get("width")]
+    has_fixed_size = all(side and side % CELL == 0 for side in sides)
+    if pads or not processor.do_resize or not has_fixed_size:
         raise InputError(
             f"{name}: the image processor must stretch images to one height and width,"
             f" multiples of {CELL}; got size {size}, do_resize {processor.do_resize},"
-            f" do_pad {padded}. Change preprocessor_config.json"
+            f" do_pad {pads}. Change preprocessor_config.json"
         )
-    return FastDetector(network.float(), processor, detections)
+    return TransformersDetr(network.float(), processor, detections)
 
 
 def _transformers(model: str) -> Any:
@@ -236,7 +225,7 @@ def _transformers(model: str) -> Any:
     return transformers
 
 
-def _unavailable(name: str, error: Exception) -> str:
+def _unavailable_message(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0][:200]
     if os.path.isdir(name):
         return (

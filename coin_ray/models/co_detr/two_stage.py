@@ -11,19 +11,25 @@ from torch import Tensor, nn
 
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.models.co_detr.attention import Shapes
-from coin_ray.models.co_detr.decoder import Queries, box_branch, linear_classifier
+from coin_ray.models.co_detr.decoder import (
+    Queries,
+    new_box_branch,
+    new_linear_classifier,
+)
 from coin_ray.models.co_detr.encoder import Memory, cell_centres
-from coin_ray.models.co_detr.positions import box_positions, logit
+from coin_ray.models.co_detr.positions import box_positions, inverse_sigmoid
 
-SMALLEST = 0.05
+FIRST_LEVEL_SIDE = 0.05
 """Side of a proposal on the first level, as a share of the image; it doubles with each
 level."""
+BORDER = 0.01
+"""Priors whose centre or side is within this share of 0 or 1 are not used."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Proposals:
-    """Of every token: ``objectness`` [B, S, 1] logits, ``boxes`` [B, S, 4] (cxcywh in
-    0..1), ``usable`` [B, S] bool; and the queries made of them.
+    """Proposals of all tokens: ``objectness`` [B, S, 1] logits, ``boxes`` [B, S, 4]
+    (cxcywh in 0..1), ``usable`` [B, S] bool; and the queries made of the best.
     """
 
     objectness: Tensor
@@ -33,22 +39,19 @@ class Proposals:
 
 
 class BoxEmbedding(nn.Module):
-    """Boxes [..., 4] -> two vectors [..., d]: a position and a content."""
+    """Maps boxes [..., 4] to two vectors [..., d]: a position and a content."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.project, self.norm = (
-            nn.Linear(2 * width, 2 * width),
-            nn.LayerNorm(2 * width),
-        )
+        self.project = nn.Linear(2 * width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
     def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        position, content = self.norm(
-            self.project(box_positions(boxes, self.width))
-        ).chunk(2, -1)
+        embedding = self.norm(self.project(box_positions(boxes, self.width)))
+        position, content = embedding.chunk(2, -1)
         return position, content
 
 
@@ -58,14 +61,12 @@ class TwoStage(nn.Module):
     def __init__(self, config: CoDetr) -> None:
         super().__init__()
         self.queries, self.mixed_selection = config.queries, config.mixed_selection
-        self.project, self.norm = (
-            nn.Linear(config.width, config.width),
-            nn.LayerNorm(config.width),
-        )
+        self.project = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
-        self.classify = linear_classifier(config.width, 1)
-        self.regress = box_branch(config.width)
+        self.classify = new_linear_classifier(config.width, 1)
+        self.regress = new_box_branch(config.width)
         self.embedding = BoxEmbedding(config.width)
         self.content = (
             nn.Parameter(torch.randn(config.queries, config.width))
@@ -74,40 +75,39 @@ class TwoStage(nn.Module):
         )
 
     def forward(self, memory: Memory) -> Proposals:
-        """The best ``queries`` usable tokens (all, if there are fewer) become queries;
+        """Make the best ``queries`` usable tokens (all, if there are fewer) queries;
         their boxes carry no gradient.
         """
-        priors, usable = prior_boxes(memory.shapes, memory.valid, memory.padding)
-        tokens = self.norm(
-            self.project(memory.tokens.masked_fill(~usable[..., None], 0.0))
-        )
+        priors, usable = prior_boxes(memory.shapes, memory.valid_ratios, memory.padding)
+        usable_tokens = memory.tokens.masked_fill(~usable[..., None], 0.0)
+        tokens = self.norm(self.project(usable_tokens))
         objectness = self.classify(tokens).float()
-        boxes = (self.regress(tokens).float() + logit(priors)).sigmoid()
+        boxes = (self.regress(tokens).float() + inverse_sigmoid(priors)).sigmoid()
         scores = objectness[..., 0].detach().masked_fill(~usable, -torch.inf)
-        chosen = scores.topk(min(self.queries, scores.shape[1]), 1).indices
-        references = boxes.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
-        return Proposals(objectness, boxes, usable, self.start(references))
+        best = scores.topk(min(self.queries, scores.shape[1]), 1).indices
+        references = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
+        return Proposals(objectness, boxes, usable, self.queries_at(references))
 
-    def start(self, references: Tensor) -> Queries:
-        """Queries at ``references`` [B, Q, 4]."""
+    def queries_at(self, references: Tensor) -> Queries:
+        """Make queries at ``references`` [B, Q, 4]."""
+        batch, count, _ = references.shape
         position, content = self.embedding(references)
         if self.content is not None:
-            content = self.content[: references.shape[1]].expand(
-                len(references), -1, -1
-            )
+            content = self.content[:count].expand(batch, -1, -1)
         return Queries(content, position, references)
 
 
 def prior_boxes(
-    shapes: Shapes, valid: Tensor, padding: Tensor
+    shapes: Shapes, ratios: Tensor, padding: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [B, S, 4] (cxcywh in 0..1) that proposals start from, and which of them [B,
-    S] are not padding or at the very border.
+    """Return the boxes [B, S, 4] (cxcywh in 0..1) that proposals start from, and which
+    of them [B, S] are usable: neither padding nor at the very border.
     """
     sides = [
-        torch.full((height * width, 2), SMALLEST * 2**level)
+        torch.full((height * width, 2), FIRST_LEVEL_SIDE * 2**level)
         for level, (height, width) in enumerate(shapes)
     ]
-    side = torch.cat(sides).to(valid)[None].expand(len(valid), -1, -1)
-    boxes = torch.cat([cell_centres(shapes, valid), side], -1)
-    return boxes, ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding
+    batch_sides = torch.cat(sides).to(ratios)[None].expand(len(ratios), -1, -1)
+    boxes = torch.cat([cell_centres(shapes, ratios), batch_sides], -1)
+    is_off_border = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
+    return boxes, is_off_border & ~padding

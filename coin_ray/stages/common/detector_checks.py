@@ -49,9 +49,9 @@ def check_network(config: DetectorConfig) -> None:
 
         build_backbone(config.backbone)
     else:
-        from coin_ray.models.co_detr.transformers_detr import load_fast
+        from coin_ray.models.co_detr.transformers_detr import load_transformers_detr
 
-        load_fast(config.network, config.model, config.classes)
+        load_transformers_detr(config.network, config.model, config.classes)
     if config.fit.gpu and config.fit.workers == 1 and not torch.cuda.is_available():
         from coin_ray.stages.common.cluster import on_cluster
 
@@ -66,7 +66,9 @@ def _read_in_format(location: str) -> Dataset:
     """Read ``FORMAT:FOLDER`` or ``FOLDER``. Raise InputError for another format."""
     dataset = read_dataset(dataset_folder(location))
     expected_format = location.partition(":")[0]
-    names_format = expected_format in LABEL_FORMATS and dataset_folder(location) != location
+    names_format = (
+        expected_format in LABEL_FORMATS and dataset_folder(location) != location
+    )
     if names_format and dataset.format != expected_format:
         raise InputError(
             f"--data {location}: the folder is in the format {dataset.format}, not"

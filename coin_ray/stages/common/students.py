@@ -7,9 +7,13 @@ from __future__ import annotations
 import torch
 
 from coin_ray.config import PipelineConfig
-from coin_ray.models.co_detr.collaborative import shipped
-from coin_ray.models.co_detr.model import load_weights as load_base
-from coin_ray.models.co_detr.regional import ByRegions, RegionalDetr, started_from
+from coin_ray.models.co_detr.collaborative import base_state_dict
+from coin_ray.models.co_detr.model import load_detector_weights
+from coin_ray.models.co_detr.regional import (
+    DetrWithRegionHead,
+    RegionalDetr,
+    load_clip_detector_weights,
+)
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.backbone import (
     Backbone,
@@ -23,7 +27,7 @@ from coin_ray.training.queries import forward_detr_student
 from coin_ray.training.student_outputs import StudentForward, forward_student
 
 CLIP_DETECTOR = "clip_detector"
-DeployedDetector = ClipDetector | TextDetr | ByRegions
+DeployedDetector = ClipDetector | TextDetr | DetrWithRegionHead
 
 
 def new_clip_detector(
@@ -54,7 +58,7 @@ def new_detr(backbone: Backbone, config: PipelineConfig, *, seed: int) -> TextDe
         len(config.classes),
         backbone.embedding_size,
         config.distill.co_detr,
-        named=config.distill.co_detr_classes == "text",
+        has_text_classes=config.distill.co_detr_classes == "text",
         mean=backbone.mean,
         std=backbone.std,
     )
@@ -67,7 +71,7 @@ def student_from_clip_detector(
     one, or of another network the tower and the prompts.
     """
     if isinstance(student, RegionalDetr):
-        return started_from(student, weights)
+        return load_clip_detector_weights(student, weights)
     student.load_state_dict(weights)
     return student
 
@@ -94,7 +98,7 @@ def load_trained_detector(
         student = new_student(backbone, config, seed=config.seed)
         student.load_state_dict(weights)
         assert isinstance(student, RegionalDetr)
-        return ByRegions(student).eval()
+        return DetrWithRegionHead(student).eval()
     detr = new_detr(backbone, config, seed=config.seed)
-    load_base(detr, shipped(weights))
+    load_detector_weights(detr, base_state_dict(weights))
     return detr.eval()

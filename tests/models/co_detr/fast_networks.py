@@ -10,7 +10,7 @@ import torch
 SIDE = 96
 
 
-def network(model: str, classes: int) -> Any:
+def new_network(model: str, classes: int) -> Any:
     import transformers
 
     sizes = {
@@ -62,11 +62,11 @@ def network(model: str, classes: int) -> Any:
     return transformers.DFineForObjectDetection(config)
 
 
-def folder(place: Path, model: str, classes: int, **processing: Any) -> str:
+def save_network(place: Path, model: str, classes: int, **processing: Any) -> str:
     """A model's own folder, as on the hub."""
     import transformers
 
-    network(model, classes).save_pretrained(place)
+    new_network(model, classes).save_pretrained(place)
     transformers.RTDetrImageProcessor(
         **{"size": {"height": SIDE, "width": SIDE}, **processing}
     ).save_pretrained(place)

@@ -24,7 +24,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch(
+def noise_batch(
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)),
     padded: tuple[int, int] = (64, 96),
     seed: int = 0,
@@ -37,22 +37,25 @@ def batch(
     return Images(pixels, sizes)
 
 
-def objects(*rows: tuple[float, float, float, float, int]) -> Targets:
+def make_targets(*rows: tuple[float, float, float, float, int]) -> Targets:
     boxes = torch.tensor([row[:4] for row in rows]).reshape(-1, 4)
     return Targets(boxes, torch.tensor([row[4] for row in rows], dtype=torch.int64))
 
 
-TWO = [objects((4, 6, 40, 44, 0), (50, 10, 90, 60, 2)), objects((10, 10, 60, 40, 1))]
+TWO_IMAGES = [
+    make_targets((4, 6, 40, 44, 0), (50, 10, 90, 60, 2)),
+    make_targets((10, 10, 60, 40, 1)),
+]
 
 
-def detr(config: CoDetr | None = None, seed: int = 0) -> DeformableDetr:
+def new_detr(config: CoDetr | None = None, seed: int = 0) -> DeformableDetr:
     torch.manual_seed(seed)
-    return stirred(
+    return fill_zero_weights(
         DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny())
     )
 
 
-def stirred(model: M) -> M:
+def fill_zero_weights(model: M) -> M:
     """Weights that start at zero get values, so that nothing is switched off."""
     draw = seeded()
     with torch.no_grad():
@@ -70,7 +73,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=seeded(seed))
 
 
-def seen(
+def noise_maps(
     maps: int = 3,
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)),
     width: int = 64,
@@ -84,8 +87,8 @@ def seen(
     )
 
 
-def collaborative(config: CoDetr | None = None, seed: int = 0) -> CollaborativeDetr:
+def new_collaborative(config: CoDetr | None = None, seed: int = 0) -> CollaborativeDetr:
     torch.manual_seed(seed)
-    return stirred(
+    return fill_zero_weights(
         CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny())
     )

@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coin_ray.config.co_detr import tiny
-from coin_ray.models.co_detr.agreement import agreed, support, without_doubles
+from coin_ray.models.co_detr.agreement import (
+    average_head_confidences,
+    class_agreement,
+    deduplicate_detections,
+)
 from coin_ray.models.co_detr.atss import Atss
 from coin_ray.models.co_detr.rcnn import Rcnn
 from coin_ray.structures import Detections
-from models.co_detr.scenes import CLASSES, batch, collaborative, seen, stirred
+from models.co_detr.scenes import (
+    CLASSES,
+    fill_zero_weights,
+    new_collaborative,
+    noise_batch,
+    noise_maps,
+)
 
 FIELDS = ("boxes", "scores", "labels", "probs")
 HERE, ELSEWHERE = (10, 10, 50, 50), (60, 60, 90, 90)
@@ -49,7 +59,11 @@ ANY, FOUND = (
 
 
 def confidence(*others: Row) -> float:
-    return float(agreed(detections((HERE, 0, 0.8)), [detections(*others)]).scores)
+    return float(
+        average_head_confidences(
+            detections((HERE, 0, 0.8)), [detections(*others)]
+        ).scores
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,7 @@ def test_a_confidence_is_the_mean_of_what_the_heads_say_of_box_and_name(
 def test_boxes_and_names_stay_and_confidences_are_probabilities(
     own: Detections, others: list[Detections]
 ) -> None:
-    shared = agreed(own, others)
+    shared = average_head_confidences(own, others)
     assert bool(((shared.scores >= 0) & (shared.scores <= 1 + 1e-6)).all())
     assert shared.scores.tolist() == sorted(shared.scores.tolist(), reverse=True)
     torch.testing.assert_close(shared.probs.sum(1), torch.ones(len(own)))
@@ -102,7 +116,8 @@ def test_the_order_of_heads_and_of_their_detections_changes_nothing(
 ) -> None:
     backwards = one[torch.arange(len(one)).flip(0)]
     torch.testing.assert_close(
-        agreed(own, [one, other]).scores, agreed(own, [other, backwards]).scores
+        average_head_confidences(own, [one, other]).scores,
+        average_head_confidences(own, [other, backwards]).scores,
     )
 
 
@@ -112,8 +127,8 @@ def test_more_detections_of_a_head_never_take_support_away(
     own: Detections, one: Detections, more: Detections
 ) -> None:
     before, after = (
-        support(own.boxes, one),
-        support(own.boxes, Detections.cat([one, more])),
+        class_agreement(own.boxes, one),
+        class_agreement(own.boxes, Detections.cat([one, more])),
     )
     assert bool((after >= before).all())
     assert bool((after <= 1).all())
@@ -124,10 +139,13 @@ def test_more_detections_of_a_head_never_take_support_away(
 def test_a_head_gives_its_own_detections_at_least_their_probabilities(
     own: Detections,
 ) -> None:
-    assert bool((support(own.boxes, own) >= own.probs[:, :-1] - 1e-6).all())
+    assert bool((class_agreement(own.boxes, own) >= own.probs[:, :-1] - 1e-6).all())
     best_first = own.scores.argsort(descending=True, stable=True)
     torch.testing.assert_close(
-        agreed(own, []).probs, own.probs[best_first], atol=1e-6, rtol=0
+        average_head_confidences(own, []).probs,
+        own.probs[best_first],
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -137,31 +155,36 @@ def test_of_doubles_in_a_class_only_the_best_is_kept() -> None:
     ).float()[:, None]
     scores = torch.tensor([[0.5, 0.4], [0.9, 0.0], [0.3, 0.0], [0.8, 0.0]])
     vectors = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
-    kept = without_doubles(boxes, scores, vectors, (64, 64), iou=0.5, limit=10)
+    kept = deduplicate_detections(boxes, scores, vectors, (64, 64), iou=0.5, limit=10)
     assert kept.labels.tolist() == [0, 1, 0]
     torch.testing.assert_close(kept.scores, torch.tensor([0.9, 0.4, 0.3]))
     assert torch.equal(kept.probs, vectors[[1, 0, 2]])
-    assert len(without_doubles(boxes, scores, vectors, (64, 64), iou=0.5, limit=2)) == 2
+    assert (
+        len(deduplicate_detections(boxes, scores, vectors, (64, 64), iou=0.5, limit=2))
+        == 2
+    )
 
 
 def test_the_decoder_s_opinion_is_the_shipped_detector_s_bit_for_bit() -> None:
-    model = collaborative().eval()
-    opinions = model.opinions(batch())
+    model = new_collaborative().eval()
+    opinions = model.predict_by_head(noise_batch())
     assert list(opinions) == ["decoder", "rcnn", "atss"]
     assert all(
         same(a, b)
-        for a, b in zip(opinions["decoder"], model.base.predict(batch()), strict=True)
+        for a, b in zip(
+            opinions["decoder"], model.base.predict(noise_batch()), strict=True
+        )
     )
-    assert list(collaborative(tiny(auxiliary=())).eval().opinions(batch())) == [
-        "decoder"
-    ]
+    assert list(
+        new_collaborative(tiny(auxiliary=())).eval().predict_by_head(noise_batch())
+    ) == ["decoder"]
 
 
 def with_objects(name: str, roi_boxes: str = "per_class") -> tuple[Any, Tensor]:
     """A head and the image each of its detections should lie in."""
     torch.manual_seed(0)
     config = tiny(roi_boxes=roi_boxes, detections=7)
-    return stirred(
+    return fill_zero_weights(
         Atss(config, CLASSES) if name == "atss" else Rcnn(config, CLASSES)
     ), torch.tensor([[96.0, 64.0], [70.0, 50.0]])
 
@@ -174,7 +197,7 @@ def test_a_head_s_own_detections_lie_in_their_image_best_first(
     name: str, roi_boxes: str
 ) -> None:
     head, corners = with_objects(name, roi_boxes)
-    for own, corner in zip(head.predict(seen(5)), corners, strict=True):
+    for own, corner in zip(head.predict(noise_maps(5)), corners, strict=True):
         assert len(own) == 7
         assert own.num_classes == CLASSES
         assert bool(
@@ -188,21 +211,23 @@ def test_a_head_s_own_detections_lie_in_their_image_best_first(
 
 def test_what_a_trained_head_says_of_the_objects_it_was_trained_on() -> None:
     """Both heads, on fixed maps of two objects, find both with their names."""
-    from models.co_detr.scenes import TWO, seeded
+    from models.co_detr.scenes import TWO_IMAGES, seeded
 
-    maps = seen(5)
+    maps = noise_maps(5)
     for name in ("atss", "rcnn"):
         head, _ = with_objects(name)
         optimizer, draw = torch.optim.AdamW(head.parameters(), 2e-3), seeded()
         for _ in range(80):
             optimizer.zero_grad()
-            losses = head(maps, TWO, draw).losses
+            losses = head(maps, TWO_IMAGES, draw).losses
             torch.stack(
                 [head.weights[part] * value for part, value in losses.items()]
             ).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        for target, own in zip(TWO, head.predict(maps), strict=True):
-            named = support(target.boxes, own).gather(1, target.labels[:, None])
-            others = support(target.boxes, own).scatter(1, target.labels[:, None], 0.0)
+        for target, own in zip(TWO_IMAGES, head.predict(maps), strict=True):
+            named = class_agreement(target.boxes, own).gather(1, target.labels[:, None])
+            others = class_agreement(target.boxes, own).scatter(
+                1, target.labels[:, None], 0.0
+            )
             assert float(named.min()) > 2 * float(others.max()), name
             assert float(named.min()) > 0.2, name

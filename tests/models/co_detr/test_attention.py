@@ -10,8 +10,8 @@ from torch import Tensor
 from coin_ray.models.co_detr.attention import (
     DeformableAttention,
     SelfAttention,
-    sample,
-    sampling_places,
+    sample_maps,
+    sampling_locations,
 )
 from models.co_detr.scenes import SHAPES, rand, randn
 
@@ -63,7 +63,10 @@ def test_sampling_equals_loops_over_queries_heads_levels_and_points() -> None:
         x, y = places[b, q, h, level, p].tolist()
         expected[b, q, h] += weights[b, q, h, level, p] * bilinear(own, x, y)
     torch.testing.assert_close(
-        sample(values, SHAPES, places, weights), expected.flatten(2), atol=1e-12, rtol=0
+        sample_maps(values, SHAPES, places, weights),
+        expected.flatten(2),
+        atol=1e-12,
+        rtol=0,
     )
 
 
@@ -73,8 +76,8 @@ def test_offsets_are_cells_around_points_and_half_sides_around_boxes() -> None:
     points = torch.full((1, 1, len(SHAPES), 2), 0.5)
     boxes = torch.cat([points, torch.tensor([0.4, 0.2]).expand_as(points)], -1)
     around_points, around_boxes = (
-        sampling_places(points, offsets, SHAPES),
-        sampling_places(boxes, offsets, SHAPES),
+        sampling_locations(points, offsets, SHAPES),
+        sampling_locations(boxes, offsets, SHAPES),
     )
     for level, (height, width) in enumerate(SHAPES):
         torch.testing.assert_close(

@@ -11,17 +11,25 @@ from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import CoDetr, tiny
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.co_detr.backbone import TinyBackbone
-from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective, shipped
-from coin_ray.models.co_detr.model import DeformableDetr, load_weights, with_background
+from coin_ray.models.co_detr.collaborative import (
+    CollaborativeDetr,
+    Objective,
+    base_state_dict,
+)
+from coin_ray.models.co_detr.model import (
+    DeformableDetr,
+    append_background,
+    load_detector_weights,
+)
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.training.supervised import parameter_groups
 from models.co_detr.scenes import (
     CLASSES,
-    TWO,
-    batch,
-    collaborative,
-    detr,
-    objects,
+    TWO_IMAGES,
+    make_targets,
+    new_collaborative,
+    new_detr,
+    noise_batch,
     seeded,
 )
 
@@ -35,11 +43,13 @@ HEAD_LOSSES = {
     "atss_giou",
     "atss_centerness",
 }
-EMPTY = [objects(), objects()]
+EMPTY = [make_targets(), make_targets()]
 
 
-def objective(targets: list[Targets] = TWO, **changes: Any) -> Objective:
-    return collaborative(tiny(**changes)).objective(batch(), targets, seeded())
+def objective(targets: list[Targets] = TWO_IMAGES, **changes: Any) -> Objective:
+    return new_collaborative(tiny(**changes)).objective(
+        noise_batch(), targets, seeded()
+    )
 
 
 def layers(name: str, count: int = 2) -> set[str]:
@@ -83,14 +93,14 @@ def test_every_part_of_the_objective_has_a_name(
 
 def test_final_weights_of_the_heads_are_the_published_ones() -> None:
     """Six layers, lambda 2 = 2, against the plain losses of the heads."""
-    model, images = collaborative(tiny(decoder_layers=6)), batch()
-    found = model.objective(images, TWO, seeded())
+    model, images = new_collaborative(tiny(decoder_layers=6)), noise_batch()
+    found = model.objective(images, TWO_IMAGES, seeded())
     maps = model.pyramid(model.base.encode(images), images.sizes)  # type: ignore[misc]
     draw = seeded()
     plain = {
         f"{name}_{part}": value
         for name, head in model.heads.items()
-        for part, value in head(maps, TWO, draw).losses.items()
+        for part, value in head(maps, TWO_IMAGES, draw).losses.items()
     }
     table = dict.fromkeys(HEAD_LOSSES, 12.0) | {"rcnn_giou": 120.0, "atss_giou": 24.0}
     for name, factor in table.items():
@@ -132,18 +142,19 @@ def gradients(model: nn.Module, found: Objective) -> dict[str, bool]:
 
 
 def test_every_weight_learns_also_where_one_image_has_no_object() -> None:
-    model = collaborative()
+    model = new_collaborative()
     assert all(
         gradients(
-            model, model.objective(batch(), [TWO[0], objects()], seeded())
+            model,
+            model.objective(noise_batch(), [TWO_IMAGES[0], make_targets()], seeded()),
         ).values()
     )
 
 
 @pytest.mark.parametrize("name", ["rcnn", "atss"])
 def test_an_auxiliary_head_trains_the_encoder_and_the_backbone(name: str) -> None:
-    model = collaborative()
-    losses = model.objective(batch(), TWO, seeded()).losses
+    model = new_collaborative()
+    losses = model.objective(noise_batch(), TWO_IMAGES, seeded()).losses
     torch.stack(
         [
             v
@@ -163,10 +174,13 @@ def test_an_auxiliary_head_trains_the_encoder_and_the_backbone(name: str) -> Non
 
 EXTREMES = {
     "no object": EMPTY,
-    "one pixel": [objects((10, 10, 11, 11, 0)), objects((3, 3, 3.2, 3.2, 1))],
-    "whole image": [objects((0, 0, 96, 64, 0)), objects((-9, -9, 200, 200, 1))],
+    "one pixel": [make_targets((10, 10, 11, 11, 0)), make_targets((3, 3, 3.2, 3.2, 1))],
+    "whole image": [
+        make_targets((0, 0, 96, 64, 0)),
+        make_targets((-9, -9, 200, 200, 1)),
+    ],
     "eighty objects": [
-        objects(
+        make_targets(
             *(
                 (
                     i % 10 * 9.0,
@@ -178,19 +192,19 @@ EXTREMES = {
                 for i in range(80)
             )
         ),
-        objects(),
+        make_targets(),
     ],
     "the same object twice": [
-        objects((5, 5, 40, 40, 0), (5, 5, 40, 40, 0)),
-        objects((5, 5, 40, 40, 0), (5, 5, 40, 40, 1)),
+        make_targets((5, 5, 40, 40, 0), (5, 5, 40, 40, 0)),
+        make_targets((5, 5, 40, 40, 0), (5, 5, 40, 40, 1)),
     ],
 }
 
 
 @pytest.mark.parametrize("targets", EXTREMES.values(), ids=EXTREMES.keys())
 def test_losses_and_gradients_are_finite(targets: list[Targets]) -> None:
-    model = collaborative()
-    found = model.objective(batch(), targets, seeded())
+    model = new_collaborative()
+    found = model.objective(noise_batch(), targets, seeded())
     assert bool(torch.isfinite(found.total))
     assert float(found.total.detach()) > 0
     gradients(model, found)
@@ -199,13 +213,13 @@ def test_losses_and_gradients_are_finite(targets: list[Targets]) -> None:
 def test_losses_are_single_precision_and_finite_where_the_network_runs_in_half() -> (
     None
 ):
-    model = collaborative()
+    model = new_collaborative()
     with torch.autocast("cpu", torch.bfloat16):
-        found = model.objective(batch(), TWO, seeded())
+        found = model.objective(noise_batch(), TWO_IMAGES, seeded())
     assert {v.dtype for v in found.losses.values()} == {torch.float32}
     assert bool(torch.isfinite(found.total))
     gradients(model, found)
-    exact = collaborative().objective(batch(), TWO, seeded()).losses
+    exact = new_collaborative().objective(noise_batch(), TWO_IMAGES, seeded()).losses
     assert float(found.losses["proposals_class"].detach()) == pytest.approx(
         float(exact["proposals_class"].detach()), rel=0.05
     )
@@ -226,15 +240,17 @@ def test_positives_of_each_head_are_counted() -> None:
 
 
 def test_the_base_alone_is_shipped() -> None:
-    model = collaborative().eval()
-    everything, kept = model.state_dict(), shipped(model.state_dict())
+    model = new_collaborative().eval()
+    everything, kept = model.state_dict(), base_state_dict(model.state_dict())
     alone = DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, model.config).eval()
-    load_weights(alone, kept)
+    load_detector_weights(alone, kept)
     assert 0 < len(kept) < len(everything)
     assert all(
         torch.equal(everything[f"base.{name}"], value) for name, value in kept.items()
     )
-    for whole, part in zip(model.predict(batch()), alone.predict(batch()), strict=True):
+    for whole, part in zip(
+        model.predict(noise_batch()), alone.predict(noise_batch()), strict=True
+    ):
         assert all(
             torch.equal(getattr(whole, name), getattr(part, name))
             for name in ("boxes", "scores", "labels", "probs")
@@ -246,19 +262,19 @@ def test_weights_of_another_detector_are_refused() -> None:
     with pytest.raises(
         InputError,
         match=(
-            r"decoder.classify.0.bias should be \[3\] and is \[5\] \(and 3 more\).*Give"
-            r" the classes"
+            r"expected decoder.classify.0.bias of shape \[3\], got \[5\] \(and 3"
+            r" more\).*Give the classes"
         ),
     ):
-        load_weights(detr(), other.state_dict())
-    with pytest.raises(InputError, match="and is absent"):
-        load_weights(detr(), collaborative().state_dict())
+        load_detector_weights(new_detr(), other.state_dict())
+    with pytest.raises(InputError, match="got absent"):
+        load_detector_weights(new_detr(), new_collaborative().state_dict())
 
 
 def test_heads_that_nothing_uses_are_not_built() -> None:
     for model in (
-        collaborative(tiny(auxiliary=())),
-        collaborative(tiny(auxiliary_losses=False, positive_queries=False)),
+        new_collaborative(tiny(auxiliary=())),
+        new_collaborative(tiny(auxiliary_losses=False, positive_queries=False)),
     ):
         assert all(name.startswith("base.") for name in model.state_dict())
 
@@ -266,12 +282,12 @@ def test_heads_that_nothing_uses_are_not_built() -> None:
 @pytest.mark.parametrize("label", [-1, CLASSES])
 def test_labels_of_other_classes_are_refused(label: int) -> None:
     with pytest.raises(InputError, match="labels must lie in"):
-        objective([objects((1, 1, 20, 20, label)), objects()])
+        objective([make_targets((1, 1, 20, 20, label)), make_targets()])
 
 
 def test_detections_lie_in_their_image_best_first() -> None:
     for found, (height, width) in zip(
-        detr().eval().predict(batch()), batch().sizes, strict=True
+        new_detr().eval().predict(noise_batch()), noise_batch().sizes, strict=True
     ):
         assert 0 < len(found) <= 100
         assert found.num_classes == CLASSES
@@ -284,16 +300,16 @@ def test_detections_lie_in_their_image_best_first() -> None:
 
 
 def test_only_the_best_and_only_above_the_threshold_are_detected() -> None:
-    every = detr(tiny(detections=1000)).eval().predict(batch())[0]
+    every = new_detr(tiny(detections=1000)).eval().predict(noise_batch())[0]
     assert len(every) == 30 * CLASSES
     limit = float(every.scores[20])
-    few = detr(tiny(score_min=limit)).eval().predict(batch())[0]
+    few = new_detr(tiny(score_min=limit)).eval().predict(noise_batch())[0]
     assert len(few) == int((every.scores > limit).sum())
-    assert len(detr(tiny(detections=7)).eval().predict(batch())[0]) == 7
+    assert len(new_detr(tiny(detections=7)).eval().predict(noise_batch())[0]) == 7
 
 
 def test_background_takes_what_the_classes_leave() -> None:
-    vectors = with_background(torch.tensor([[0.2, 0.3], [0.9, 0.9]]))
+    vectors = append_background(torch.tensor([[0.2, 0.3], [0.9, 0.9]]))
     torch.testing.assert_close(
         vectors, torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]])
     )
@@ -316,12 +332,12 @@ def test_the_classifier_can_be_replaced() -> None:
         TinyBackbone((16, 16, 32)), CLASSES, tiny(auxiliary=("atss",)), Named
     )
     assert all(isinstance(layer, Named) for layer in model.base.decoder.classify)
-    assert all(gradients(model, model.objective(batch(), TWO)).values())
-    assert model.eval().predict(batch())[0].num_classes == CLASSES
+    assert all(gradients(model, model.objective(noise_batch(), TWO_IMAGES)).values())
+    assert model.eval().predict(noise_batch())[0].num_classes == CLASSES
 
 
 def test_images_are_padded_to_a_multiple_that_holds_all() -> None:
-    images = detr().prepare(
+    images = new_detr().prepare(
         [
             torch.full((3, 40, 70), 255, dtype=torch.uint8),
             torch.zeros(3, 64, 33, dtype=torch.uint8),
@@ -334,7 +350,7 @@ def test_images_are_padded_to_a_multiple_that_holds_all() -> None:
 
 
 def test_an_image_smaller_than_a_cell_is_seen() -> None:
-    model = collaborative()
+    model = new_collaborative()
     images = model.base.prepare(
         [
             torch.zeros(3, 1, 1, dtype=torch.uint8),
@@ -342,7 +358,9 @@ def test_an_image_smaller_than_a_cell_is_seen() -> None:
         ]
     )
     found = model.objective(
-        images, [objects((0, 0, 1, 1, 0)), objects((0, 0, 300, 5, 1))], seeded()
+        images,
+        [make_targets((0, 0, 1, 1, 0)), make_targets((0, 0, 300, 5, 1))],
+        seeded(),
     )
     gradients(model, found)
     assert all(
@@ -351,7 +369,7 @@ def test_an_image_smaller_than_a_cell_is_seen() -> None:
 
 
 def test_the_backbone_and_the_offsets_learn_slowly() -> None:
-    model = collaborative()
+    model = new_collaborative()
     *slow, fast = parameter_groups(model, TrainingConfig(lr=1e-3, visual_lr_factor=0.1))
     assert [g["lr"] for g in (*slow, fast)] == [
         pytest.approx(1e-4),

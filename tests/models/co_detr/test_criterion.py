@@ -10,13 +10,18 @@ from torch import Tensor
 
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.criterion import (
-    Assigned,
-    hungarian,
+    QueryTargets,
+    match_hungarian,
     matching_cost,
     set_losses,
 )
-from coin_ray.models.co_detr.targets import Targets, checked, normalise, pixels
-from models.co_detr.scenes import objects, rand, randn
+from coin_ray.models.co_detr.targets import (
+    Targets,
+    denormalise,
+    normalise,
+    validate_targets,
+)
+from models.co_detr.scenes import make_targets, rand, randn
 
 
 def boxes(*shape: int, seed: int = 0) -> Tensor:
@@ -40,7 +45,7 @@ def test_the_assignment_costs_no_more_than_any_other(
         torch.arange(truth) % 3,
     )
     wanted = boxes(truth, seed=seed + 7)
-    assigned = hungarian(logits, found, [labels], [wanted])
+    assigned = match_hungarian(logits, found, [labels], [wanted])
     costs = matching_cost(logits[0], found[0], labels, wanted)
     pairs = min(count, truth)
     rows, columns = range(count), range(truth)
@@ -75,7 +80,7 @@ def test_losses_are_written_out() -> None:
     0.2 of 0.3 * 0.2, which is also the hull."""
     found = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
     truth = torch.tensor([[[0.4, 0.5, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]]])
-    assigned = Assigned(
+    assigned = QueryTargets(
         torch.tensor([[0, 1]]), truth, torch.ones(1, 2, dtype=torch.bool)
     )
     losses = set_losses(torch.zeros(1, 2, 1), found, assigned)
@@ -92,7 +97,7 @@ def test_queries_that_do_not_count_have_no_loss_and_no_gradient() -> None:
     losses = set_losses(
         logits,
         found,
-        Assigned(torch.tensor([[0, 1, 2, 3]]), boxes(1, 4, seed=5), counts),
+        QueryTargets(torch.tensor([[0, 1, 2, 3]]), boxes(1, 4, seed=5), counts),
     )
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
@@ -106,7 +111,7 @@ def test_queries_that_do_not_count_have_no_loss_and_no_gradient() -> None:
 
 def test_only_usable_queries_are_assigned() -> None:
     usable = torch.tensor([[False, True, True, False]])
-    assigned = hungarian(
+    assigned = match_hungarian(
         randn(1, 4, 3), boxes(1, 4), [torch.tensor([1])], [boxes(1, seed=4)], usable
     )
     assert (assigned.classes < 3).sum() == 1
@@ -120,8 +125,8 @@ def test_the_order_of_objects_does_not_matter() -> None:
         torch.tensor([0, 2, 1]),
         boxes(3, seed=4),
     )
-    first = hungarian(logits, found, [labels], [truth])
-    second = hungarian(logits, found, [labels.flip(0)], [truth.flip(0)])
+    first = match_hungarian(logits, found, [labels], [truth])
+    second = match_hungarian(logits, found, [labels.flip(0)], [truth.flip(0)])
     assert torch.equal(first.classes, second.classes)
     assert torch.equal(first.boxes, second.boxes)
 
@@ -130,7 +135,7 @@ def test_no_object_leaves_only_the_class_loss() -> None:
     losses = set_losses(
         randn(2, 4, 3),
         boxes(2, 4),
-        hungarian(
+        match_hungarian(
             randn(2, 4, 3),
             boxes(2, 4),
             [torch.zeros(0).long()] * 2,
@@ -144,13 +149,13 @@ def test_no_object_leaves_only_the_class_loss() -> None:
 def test_pixels_undo_normalise_inside_the_image() -> None:
     given_boxes = torch.tensor([[10.0, 5, 60, 45], [0, 0, 80, 50]])
     torch.testing.assert_close(
-        pixels(normalise(given_boxes, (50, 80)), (50, 80)), given_boxes
+        denormalise(normalise(given_boxes, (50, 80)), (50, 80)), given_boxes
     )
     assert normalise(given_boxes, (50, 80))[1].tolist() == [0.5, 0.5, 1.0, 1.0]
 
 
 def test_boxes_are_cut_at_the_border() -> None:
-    (found,) = checked([objects((-5, -5, 30, 90, 0))], [(50, 80)], 1)
+    (found,) = validate_targets([make_targets((-5, -5, 30, 90, 0))], [(50, 80)], 1)
     assert found.boxes.tolist() == [[0, 0, 30, 50]]
 
 
@@ -158,13 +163,13 @@ def test_boxes_are_cut_at_the_border() -> None:
     ("targets", "message"),
     [
         (
-            [objects((1, 1, 9, 9, 3))],
+            [make_targets((1, 1, 9, 9, 3))],
             r"labels must lie in 0\.\.2 for 3 classes; got 3\.\.3",
         ),
-        ([objects((1, 1, 9, 9, -1))], r"got -1\.\.-1"),
-        ([objects((5, 5, 5, 9, 0))], "no area inside the image"),
-        ([objects((90, 5, 99, 9, 0))], "no area inside the image"),
-        ([objects((float("nan"), 5, 99, 9, 0))], "no area inside the image"),
+        ([make_targets((1, 1, 9, 9, -1))], r"got -1\.\.-1"),
+        ([make_targets((5, 5, 5, 9, 0))], "no area inside the image"),
+        ([make_targets((90, 5, 99, 9, 0))], "no area inside the image"),
+        ([make_targets((float("nan"), 5, 99, 9, 0))], "no area inside the image"),
         (
             [Targets(torch.zeros(2, 4), torch.zeros(1).long())],
             r"expected boxes \[1, 4\]",
@@ -174,4 +179,4 @@ def test_boxes_are_cut_at_the_border() -> None:
 )
 def test_impossible_targets_are_told(targets: list[Targets], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        checked(targets, [(50, 80)], 3)
+        validate_targets(targets, [(50, 80)], 3)

@@ -16,17 +16,17 @@ from coin_ray.config.co_detr import tiny
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.denoising import Denoising
-from coin_ray.models.co_detr.queries import joined
+from coin_ray.models.co_detr.queries import concatenate_queries
 from coin_ray.models.co_detr.rcnn import UNUSED, assign_anchors, sample_regions
-from coin_ray.models.co_detr.targets import Targets, covered
+from coin_ray.models.co_detr.targets import Targets, is_covered
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
 from models.co_detr.scenes import (
     CLASSES,
-    TWO,
-    batch,
-    collaborative,
-    detr,
-    objects,
+    TWO_IMAGES,
+    make_targets,
+    new_collaborative,
+    new_detr,
+    noise_batch,
     rand,
     seeded,
 )
@@ -37,22 +37,24 @@ SIZES = ((64, 96), (50, 70))
 def losses(model: CollaborativeDetr, targets: list[Targets]) -> dict[str, float]:
     return {
         name: float(v.detach())
-        for name, v in model.objective(batch(), targets, seeded()).losses.items()
+        for name, v in model.objective(noise_batch(), targets, seeded()).losses.items()
     }
 
 
 def weighted(weight: float) -> list[Targets]:
-    return [replace(t, weights=torch.full((len(t.labels),), weight)) for t in TWO]
+    return [
+        replace(t, weights=torch.full((len(t.labels),), weight)) for t in TWO_IMAGES
+    ]
 
 
 def test_weights_of_one_change_nothing() -> None:
-    model = collaborative(tiny(denoising=4))
-    assert losses(model, weighted(1.0)) == losses(model, TWO)
+    model = new_collaborative(tiny(denoising=4))
+    assert losses(model, weighted(1.0)) == losses(model, TWO_IMAGES)
 
 
 def test_every_box_loss_is_in_proportion_to_its_objects_weights() -> None:
-    model = collaborative(tiny(denoising=4))
-    whole, half = losses(model, TWO), losses(model, weighted(0.5))
+    model = new_collaborative(tiny(denoising=4))
+    whole, half = losses(model, TWO_IMAGES), losses(model, weighted(0.5))
     boxes = [name for name in whole if name.endswith(("l1", "giou", "centerness"))]
     assert len(boxes) == 22
     for name in boxes:
@@ -62,8 +64,8 @@ def test_every_box_loss_is_in_proportion_to_its_objects_weights() -> None:
 
 
 def test_objects_of_weight_zero_teach_no_weight_of_a_box_branch() -> None:
-    model = collaborative()
-    model.objective(batch(), weighted(0.0), seeded()).total.backward()  # type: ignore[no-untyped-call]
+    model = new_collaborative()
+    model.objective(noise_batch(), weighted(0.0), seeded()).total.backward()  # type: ignore[no-untyped-call]
     for branch in (*model.base.decoder.regress, model.base.two_stage.regress):
         assert all(
             p.grad is None or not bool(p.grad.any()) for p in branch.parameters()
@@ -74,8 +76,8 @@ EVERYWHERE = torch.tensor([[0.0, 0, 96, 64]])
 
 
 def test_without_objects_an_ignored_image_has_no_loss_at_all() -> None:
-    empty = [replace(objects(), ignored=EVERYWHERE) for _ in range(2)]
-    found = losses(collaborative(tiny(denoising=4)), empty)
+    empty = [replace(make_targets(), ignored=EVERYWHERE) for _ in range(2)]
+    found = losses(new_collaborative(tiny(denoising=4)), empty)
     # anchors stand out
     inside = {
         name: value
@@ -85,15 +87,17 @@ def test_without_objects_an_ignored_image_has_no_loss_at_all() -> None:
     assert set(inside.values()) == {0.0}
     assert (
         found["atss_class"]
-        < losses(collaborative(tiny(denoising=4)), [objects(), objects()])["atss_class"]
+        < losses(
+            new_collaborative(tiny(denoising=4)), [make_targets(), make_targets()]
+        )["atss_class"]
     )
 
 
 def test_ignored_regions_leave_the_objects_to_be_learned() -> None:
-    model = collaborative()
+    model = new_collaborative()
     plain, ignored = (
-        losses(model, TWO),
-        losses(model, [replace(t, ignored=EVERYWHERE) for t in TWO]),
+        losses(model, TWO_IMAGES),
+        losses(model, [replace(t, ignored=EVERYWHERE) for t in TWO_IMAGES]),
     )
     assert all(
         0 < ignored[name] < plain[name]
@@ -125,7 +129,7 @@ def test_covered_boxes_have_half_their_area_in_one_region(
             max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
         )
 
-    assert covered(boxes, regions).tolist() == [
+    assert is_covered(boxes, regions).tolist() == [
         any(share(b, r) >= 0.5 for r in regions) for b in boxes
     ]
 
@@ -161,7 +165,9 @@ def test_impossible_weights_are_told(weights: Tensor) -> None:
     with pytest.raises(
         InputError, match="expected a finite weight of at least 0 for each of 2 objects"
     ):
-        collaborative().objective(batch(), [replace(TWO[0], weights=weights), TWO[1]])
+        new_collaborative().objective(
+            noise_batch(), [replace(TWO_IMAGES[0], weights=weights), TWO_IMAGES[1]]
+        )
 
 
 def denoising(**changes: Any) -> Denoising:
@@ -175,26 +181,26 @@ def embedding() -> BoxEmbedding:
 
 
 def test_each_part_holds_every_object_near_and_far() -> None:
-    group = denoising(denoising_labels=0.0)(TWO, SIZES, embedding(), seeded())
+    group = denoising(denoising_labels=0.0)(TWO_IMAGES, SIZES, embedding(), seeded())
     assert group.parts == 3
-    assert group.assigned.classes[0].tolist() == [0, 2, CLASSES, CLASSES] * 3
-    assert group.assigned.counts[0].tolist() == [True] * 12
-    assert group.assigned.counts[1].tolist() == [True, False] * 6
-    truth = TWO[0].normalised(SIZES[0])
-    torch.testing.assert_close(group.assigned.boxes[0], truth.repeat(6, 1))
+    assert group.targets.classes[0].tolist() == [0, 2, CLASSES, CLASSES] * 3
+    assert group.targets.has_loss[0].tolist() == [True] * 12
+    assert group.targets.has_loss[1].tolist() == [True, False] * 6
+    truth = TWO_IMAGES[0].normalised_boxes(SIZES[0])
+    torch.testing.assert_close(group.targets.boxes[0], truth.repeat(6, 1))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_corners_move_by_less_than_half_a_side_or_by_one_to_two(seed: int) -> None:
     # far from the border, where corners are held
-    middle = [objects((40, 28, 48, 36, 0), (50, 30, 54, 34, 1))]
+    middle = [make_targets((40, 28, 48, 36, 0), (50, 30, 54, 34, 1))]
     moved = (
         denoising()(middle, SIZES[:1], embedding(), seeded(seed))
         .queries.references[0]
         .view(3, 2, 2, 4)
     )
-    truth = middle[0].normalised(SIZES[0])
+    truth = middle[0].normalised_boxes(SIZES[0])
     near, far = (moved[:, kind] for kind in (0, 1))
 
     def corners(boxes: Tensor) -> Tensor:
@@ -209,16 +215,16 @@ def test_corners_move_by_less_than_half_a_side_or_by_one_to_two(seed: int) -> No
 
 def test_half_of_the_share_of_labels_is_drawn_anew() -> None:
     module = denoising(denoising_labels=1.0)
-    renamed = module._renamed(torch.zeros(1, 9000, dtype=torch.int64), seeded())
+    renamed = module._add_label_noise(torch.zeros(1, 9000, dtype=torch.int64), seeded())
     assert float((renamed != 0).float().mean()) == pytest.approx(
         0.5 * (CLASSES - 1) / CLASSES, abs=0.02
     )
 
 
 def test_denoising_queries_are_unseen_by_all_others_and_see_only_their_part() -> None:
-    main = detr().two_stage.start(rand(2, 5, 4) * 0.5 + 0.2)
-    group = denoising()(TWO, SIZES, embedding(), seeded())
-    mask = joined(main, [group])[1]
+    main = new_detr().two_stage.queries_at(rand(2, 5, 4) * 0.5 + 0.2)
+    group = denoising()(TWO_IMAGES, SIZES, embedding(), seeded())
+    mask = concatenate_queries(main, [group])[1]
     assert mask is not None
     assert not bool(mask[:, :5, 5:].any())
     assert not bool(mask[:, 5:, :5].any())
@@ -228,11 +234,11 @@ def test_denoising_queries_are_unseen_by_all_others_and_see_only_their_part() ->
 
 def test_denoising_changes_no_other_loss_and_nothing_of_what_is_shipped() -> None:
     plain, noisy = (
-        collaborative(tiny(auxiliary=())),
-        collaborative(tiny(auxiliary=(), denoising=6)),
+        new_collaborative(tiny(auxiliary=())),
+        new_collaborative(tiny(auxiliary=(), denoising=6)),
     )
     noisy.load_state_dict(plain.state_dict(), strict=False)
-    before, after = losses(plain, TWO), losses(noisy, TWO)
+    before, after = losses(plain, TWO_IMAGES), losses(noisy, TWO_IMAGES)
     for name, value in before.items():
         assert after[name] == pytest.approx(value, rel=1e-5), name
     assert set(after) - set(before) == {
@@ -246,35 +252,37 @@ def test_denoising_changes_no_other_loss_and_nothing_of_what_is_shipped() -> Non
 
 
 def test_a_batch_without_objects_has_no_denoising_query() -> None:
-    group = denoising()([objects(), objects()], SIZES, embedding(), seeded())
+    group = denoising()([make_targets(), make_targets()], SIZES, embedding(), seeded())
     assert group.queries.content.shape == (2, 0, 64)
-    found = losses(collaborative(tiny(denoising=6)), [objects(), objects()])
+    found = losses(
+        new_collaborative(tiny(denoising=6)), [make_targets(), make_targets()]
+    )
     assert {value for name, value in found.items() if name.startswith("denoising")} == {
         0.0
     }
 
 
 def test_eighty_objects_make_one_part() -> None:
-    crowd = objects(
+    crowd = make_targets(
         *(
             (i % 10 * 9.0, i // 10 * 7.0, i % 10 * 9 + 8.0, i // 10 * 7 + 6.0, i % 3)
             for i in range(80)
         )
     )
-    model = collaborative(tiny(denoising=6))
-    found = model.objective(batch(), [crowd, objects()], seeded())
+    model = new_collaborative(tiny(denoising=6))
+    found = model.objective(noise_batch(), [crowd, make_targets()], seeded())
     assert bool(torch.isfinite(found.total))
     assert model.denoising is not None
     assert model.denoising(
-        [crowd, objects()], SIZES, embedding(), seeded()
+        [crowd, make_targets()], SIZES, embedding(), seeded()
     ).queries.content.shape == (2, 160, 64)
 
 
 def test_checkpointed_layers_give_the_same_losses_and_gradients() -> None:
-    kept, again = collaborative(), collaborative(tiny(checkpoint_layers=True))
+    kept, again = new_collaborative(), new_collaborative(tiny(checkpoint_layers=True))
     found = []
     for model in (kept, again):
-        total = model.objective(batch(), TWO, seeded()).total
+        total = model.objective(noise_batch(), TWO_IMAGES, seeded()).total
         total.backward()  # type: ignore[no-untyped-call]
         found.append(
             (

@@ -9,10 +9,13 @@ from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import tiny
 from coin_ray.demo.drawings import CLASSES, load_drawings
 from coin_ray.demo.scenes import Artwork, compose
-from coin_ray.models.co_detr.transformers_detr import CoTrained, load_fast
+from coin_ray.models.co_detr.transformers_detr import (
+    CollaborativeTransformersDetr,
+    load_transformers_detr,
+)
 from coin_ray.training.supervised import parameter_groups
-from models.co_detr.fast_networks import folder
-from models.co_detr.test_overfit import SIDE, ap50, small
+from models.co_detr.fast_networks import save_network
+from models.co_detr.test_overfit import SIDE, ap50, shrink_scene
 
 pytest.importorskip("transformers")
 
@@ -21,14 +24,19 @@ pytest.importorskip("transformers")
 def test_two_scenes_are_learned_by_heart(
     model: str, steps: int, tmp_path: Path
 ) -> None:
-    place = folder(tmp_path, model, len(CLASSES), size={"height": SIDE, "width": SIDE})
+    place = save_network(
+        tmp_path, model, len(CLASSES), size={"height": SIDE, "width": SIDE}
+    )
     torch.manual_seed(0)
-    own = CoTrained(load_fast(place, model, CLASSES), tiny(auxiliary=("atss",)))
+    own = CollaborativeTransformersDetr(
+        load_transformers_detr(place, model, CLASSES), tiny(auxiliary=("atss",))
+    )
     artwork = Artwork.from_drawings(load_drawings())
     images, targets = (
         list(part)
         for part in zip(
-            *(small(compose(artwork, "source", seed)) for seed in range(2)), strict=True
+            *(shrink_scene(compose(artwork, "source", seed)) for seed in range(2)),
+            strict=True,
         )
     )
     optimizer = torch.optim.AdamW(

@@ -13,14 +13,14 @@ from coin_ray.evaluation.voc import average_precision
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.targets import Targets
-from coin_ray.models.co_detr.transformers_detr import CoTrained
+from coin_ray.models.co_detr.transformers_detr import CollaborativeTransformersDetr
 from coin_ray.tables import Truth
 from coin_ray.training.supervised import parameter_groups
 
 SIDE, STEPS = 128, 120
 
 
-def small(scene: Scene) -> tuple[Tensor, Targets]:
+def shrink_scene(scene: Scene) -> tuple[Tensor, Targets]:
     image = scene.image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(image, np.uint8).copy()).permute(2, 0, 1)
     return pixels, Targets(
@@ -29,7 +29,9 @@ def small(scene: Scene) -> tuple[Tensor, Targets]:
 
 
 def ap50(
-    model: CollaborativeDetr | CoTrained, images: list[Tensor], targets: list[Targets]
+    model: CollaborativeDetr | CollaborativeTransformersDetr,
+    images: list[Tensor],
+    targets: list[Targets],
 ) -> float:
     found = model.eval().predict(model.base.prepare(images))
     truth = {
@@ -47,7 +49,8 @@ def test_eight_scenes_are_learned_by_heart() -> None:
     images, targets = (
         list(part)
         for part in zip(
-            *(small(compose(artwork, "source", seed)) for seed in range(8)), strict=True
+            *(shrink_scene(compose(artwork, "source", seed)) for seed in range(8)),
+            strict=True,
         )
     )
     model = CollaborativeDetr(TinyBackbone(), len(CLASSES), tiny(auxiliary=("atss",)))

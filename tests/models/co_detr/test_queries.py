@@ -7,8 +7,13 @@ from coin_ray.config.co_detr import tiny
 from coin_ray.models.co_detr.auxiliary import Positives
 from coin_ray.models.co_detr.decoder import Decoder, Queries
 from coin_ray.models.co_detr.encoder import Memory
-from coin_ray.models.co_detr.queries import Group, PositiveQueries, group_mask, joined
-from models.co_detr.scenes import CLASSES, rand, randn, seeded, stirred
+from coin_ray.models.co_detr.queries import (
+    PositiveQueries,
+    QueryGroup,
+    concatenate_queries,
+    group_mask,
+)
+from models.co_detr.scenes import CLASSES, fill_zero_weights, rand, randn, seeded
 
 SIZES = ((64, 96), (50, 70))
 CONFIG = tiny(width=16, heads=4, levels=3, feedforward=24, queries=6, max_positives=5)
@@ -28,7 +33,7 @@ def positives(count: int, seed: int = 0) -> Positives:
 
 def make(seed: int = 0) -> PositiveQueries:
     torch.manual_seed(seed)
-    return stirred(PositiveQueries(CONFIG, CLASSES))
+    return fill_zero_weights(PositiveQueries(CONFIG, CLASSES))
 
 
 def main() -> Queries:
@@ -52,21 +57,21 @@ def memory() -> Memory:
 
 def decode(queries: Queries, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    decoded = stirred(Decoder(CONFIG, CLASSES))(queries, memory(), mask)
+    decoded = fill_zero_weights(Decoder(CONFIG, CLASSES))(queries, memory(), mask)
     return decoded.logits, decoded.boxes
 
 
 def test_queries_know_their_object_and_start_at_their_box() -> None:
     own = positives(3)
     group = make()([own, positives(0)], SIZES)
-    assert group.assigned.classes.tolist() == [[0, 1, 2], [CLASSES] * 3]
-    assert group.assigned.counts.tolist() == [[True] * 3, [False] * 3]
+    assert group.targets.classes.tolist() == [[0, 1, 2], [CLASSES] * 3]
+    assert group.targets.has_loss.tolist() == [[True] * 3, [False] * 3]
     scale = torch.tensor([96, 64, 96, 64])
     torch.testing.assert_close(
         group.queries.references[0, :, :2], (own.boxes[:, :2] + 5) / scale[:2]
     )
     torch.testing.assert_close(
-        group.assigned.boxes[0, :, 2:], torch.full((3, 2), 10.0) / scale[2:]
+        group.targets.boxes[0, :, 2:], torch.full((3, 2), 10.0) / scale[2:]
     )
 
 
@@ -106,7 +111,7 @@ def test_features_are_not_detached() -> None:
 def test_groups_without_any_positive_are_empty() -> None:
     group = make()([positives(0), positives(0)], SIZES)
     assert group.queries.content.shape == (2, 0, 16)
-    queries, mask = joined(main(), [group])
+    queries, mask = concatenate_queries(main(), [group])
     assert all(bool(torch.isfinite(part).all()) for part in decode(queries, mask))
 
 
@@ -124,7 +129,7 @@ def test_a_query_sees_the_real_queries_of_its_group_and_itself() -> None:
     ]
 
 
-def groups() -> tuple[Group, Group]:
+def groups() -> tuple[QueryGroup, QueryGroup]:
     return make(0)([positives(4), positives(2)], SIZES), make(1)(
         [positives(1, 3), positives(3, 4)], SIZES
     )
@@ -132,13 +137,13 @@ def groups() -> tuple[Group, Group]:
 
 def test_groups_decoded_together_equal_groups_decoded_alone() -> None:
     first, second = groups()
-    queries, mask = joined(main(), [first, second])
+    queries, mask = concatenate_queries(main(), [first, second])
     together = decode(queries, mask)
     alone = [decode(main(), None)]
     alone += [
         decode(
             g.queries,
-            group_mask(torch.zeros(2, 0, dtype=torch.bool), [g.assigned.counts]),
+            group_mask(torch.zeros(2, 0, dtype=torch.bool), [g.targets.has_loss]),
         )
         for g in (first, second)
     ]
@@ -150,7 +155,7 @@ def test_groups_decoded_together_equal_groups_decoded_alone() -> None:
 
 def test_what_a_group_holds_does_not_reach_the_others() -> None:
     first, second = groups()
-    queries, mask = joined(main(), [first, second])
+    queries, mask = concatenate_queries(main(), [first, second])
     content = queries.content.clone()
     content[:, 6:10] += 10
     before, after = (
@@ -168,7 +173,7 @@ def test_what_a_group_holds_does_not_reach_the_others() -> None:
 def test_padded_queries_are_seen_by_none() -> None:
     """The second image has two real queries of four in the first group."""
     first, _ = groups()
-    queries, mask = joined(main(), [first])
+    queries, mask = concatenate_queries(main(), [first])
     content = queries.content.clone()
     content[1, 8:10] += 10
     before, after = (
@@ -181,4 +186,4 @@ def test_padded_queries_are_seen_by_none() -> None:
 
 def test_the_base_alone_needs_no_mask() -> None:
     queries = main()
-    assert joined(queries, []) == (queries, None)
+    assert concatenate_queries(queries, []) == (queries, None)

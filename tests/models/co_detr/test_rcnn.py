@@ -6,22 +6,30 @@ from torch import Tensor
 from torchvision.ops import box_iou, roi_align
 
 from coin_ray.config.co_detr import tiny
-from coin_ray.models.co_detr.pyramid import lay_out, nine
+from coin_ray.models.co_detr.pyramid import place_anchors, rpn_anchors
 from coin_ray.models.co_detr.rcnn import (
     BACKGROUND,
     UNUSED,
     Rcnn,
     assign_anchors,
-    pool,
+    pool_levels,
     pooling_level,
     sample_regions,
 )
-from models.co_detr.scenes import CLASSES, TWO, objects, rand, seeded, seen, stirred
+from models.co_detr.scenes import (
+    CLASSES,
+    TWO_IMAGES,
+    fill_zero_weights,
+    make_targets,
+    noise_maps,
+    rand,
+    seeded,
+)
 
 
 def head(**changes: object) -> Rcnn:
     torch.manual_seed(0)
-    return stirred(Rcnn(tiny(**changes), CLASSES))
+    return fill_zero_weights(Rcnn(tiny(**changes), CLASSES))
 
 
 def some_boxes(count: int, seed: int = 0) -> Tensor:
@@ -30,9 +38,9 @@ def some_boxes(count: int, seed: int = 0) -> Tensor:
 
 
 def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> None:
-    maps = seen(5)
+    maps = noise_maps(5)
     laid, boxes = (
-        lay_out(maps, [nine(s) for s in maps.strides]),
+        place_anchors(maps, [rpn_anchors(s) for s in maps.strides]),
         torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]]),
     )
     assigned = assign_anchors(laid.boxes, laid.inside[0], boxes, torch.zeros(0, 4))
@@ -46,8 +54,8 @@ def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> 
 
 
 def test_an_object_that_no_anchor_resembles_gets_none() -> None:
-    maps = seen(5)
-    laid = lay_out(maps, [nine(s) for s in maps.strides])
+    maps = noise_maps(5)
+    laid = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
     assert not bool(
         (
             assign_anchors(
@@ -62,8 +70,8 @@ def test_an_object_that_no_anchor_resembles_gets_none() -> None:
 
 
 def test_anchors_on_padding_are_unused() -> None:
-    maps = seen(5)
-    laid = lay_out(maps, [nine(s) for s in maps.strides])
+    maps = noise_maps(5)
+    laid = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
     for boxes in (torch.tensor([[30.0, 6, 68, 44]]), torch.zeros(0, 4)):
         assigned = assign_anchors(laid.boxes, laid.inside[1], boxes, torch.zeros(0, 4))
         assert bool((assigned[~laid.inside[1]] == UNUSED).all())
@@ -71,10 +79,10 @@ def test_anchors_on_padding_are_unused() -> None:
 
 
 def test_proposals_lie_in_their_image_and_carry_no_gradient() -> None:
-    maps = seen(5)
+    maps = noise_maps(5)
     for level in maps.levels:
         level.requires_grad_()
-    _, proposals = head().proposals(maps, TWO, seeded())
+    _, proposals = head().proposals(maps, TWO_IMAGES, seeded())
     for boxes, (height, width) in zip(proposals, maps.sizes, strict=True):
         assert 0 < len(boxes) <= 100
         assert not boxes.requires_grad
@@ -85,7 +93,7 @@ def test_proposals_lie_in_their_image_and_carry_no_gradient() -> None:
 
 
 def test_objects_themselves_are_among_the_sampled_regions() -> None:
-    config, target = tiny(roi_samples=20, roi_positive=0.5), TWO[0]
+    config, target = tiny(roi_samples=20, roi_positive=0.5), TWO_IMAGES[0]
     sampled = sample_regions(some_boxes(50), target, config, seeded())
     assert len(sampled.boxes) == 20
     assert 2 <= len(sampled.objects) <= 10
@@ -99,7 +107,8 @@ def test_objects_themselves_are_among_the_sampled_regions() -> None:
 def test_sampling_repeats_with_its_generator() -> None:
     config, proposals = tiny(roi_samples=10), some_boxes(50)
     first, again, other = (
-        sample_regions(proposals, TWO[0], config, seeded(s)).boxes for s in (3, 3, 4)
+        sample_regions(proposals, TWO_IMAGES[0], config, seeded(s)).boxes
+        for s in (3, 3, 4)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -126,12 +135,12 @@ def test_large_boxes_are_pooled_from_coarse_levels(side: float, level: int) -> N
 
 
 def test_pooling_keeps_the_order_of_boxes() -> None:
-    maps = seen(5)
+    maps = noise_maps(5)
     boxes = [
         torch.tensor([[0.0, 0, 900, 900], [3, 3, 20, 30], [0, 0, 300, 300]]),
         torch.tensor([[5.0, 5, 50, 50]]),
     ]
-    pooled = pool(maps, boxes, 7, 2)
+    pooled = pool_levels(maps, boxes, 7, 2)
     for row, (image, box, level) in enumerate(
         [
             (0, boxes[0][0], 3),
@@ -152,7 +161,12 @@ def test_pooling_keeps_the_order_of_boxes() -> None:
 
 
 def test_no_box_at_all_pools_to_nothing() -> None:
-    assert pool(seen(5), [torch.zeros(0, 4)] * 2, 7, 2).shape == (0, 64, 7, 7)
+    assert pool_levels(noise_maps(5), [torch.zeros(0, 4)] * 2, 7, 2).shape == (
+        0,
+        64,
+        7,
+        7,
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,10 +175,10 @@ def test_no_box_at_all_pools_to_nothing() -> None:
 def test_box_deltas_are_of_the_regions_class_or_of_all(
     boxes: str, columns: int
 ) -> None:
-    module, maps = head(roi_boxes=boxes), seen(5)
+    module, maps = head(roi_boxes=boxes), noise_maps(5)
     logits, deltas = module.regions(torch.rand(6, 64, 5, 5))
     assert (logits.shape, deltas.shape) == ((6, CLASSES + 1), (6, columns, 4))
-    only = [objects((4, 6, 40, 44, 1))] * 2
+    only = [make_targets((4, 6, 40, 44, 1))] * 2
     module(maps, only, seeded()).losses["giou"].backward()
     gradient = module.regions.regress.weight.grad
     assert gradient is not None
@@ -174,20 +188,22 @@ def test_box_deltas_are_of_the_regions_class_or_of_all(
 
 
 def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
-    maps = seen(5)
+    maps = noise_maps(5)
     for positives, target in zip(
-        head()(maps, TWO, seeded()).positives, TWO, strict=True
+        head()(maps, TWO_IMAGES, seeded()).positives, TWO_IMAGES, strict=True
     ):
         assert len(positives) >= len(target.boxes)
         own = box_iou(positives.boxes, positives.truth).diagonal()
         assert bool((own >= 0.5).all())
-    image, positives = 1, head()(maps, TWO, seeded()).positives[1]
+    image, positives = 1, head()(maps, TWO_IMAGES, seeded()).positives[1]
     boxes = [positives.boxes if i == image else torch.zeros(0, 4) for i in range(2)]
-    torch.testing.assert_close(positives.features, pool(maps, boxes, 5, 1).mean((2, 3)))
+    torch.testing.assert_close(
+        positives.features, pool_levels(maps, boxes, 5, 1).mean((2, 3))
+    )
 
 
 def test_samples_without_objects_are_all_background() -> None:
-    outcome = head()(seen(5), [objects(), objects()], seeded())
+    outcome = head()(noise_maps(5), [make_targets(), make_targets()], seeded())
     assert [len(p) for p in outcome.positives] == [0, 0]
     assert (outcome.losses["giou"].item(), outcome.losses["proposal_l1"].item()) == (
         0.0,

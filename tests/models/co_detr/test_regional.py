@@ -6,8 +6,12 @@ from builders import CLASSES, tiny_co_detr, tiny_config, tiny_detector, tiny_net
 from torch import Tensor
 
 from coin_ray.models.base import Images
-from coin_ray.models.co_detr.collaborative import shipped
-from coin_ray.models.co_detr.regional import RegionalDetr, sampling, started_from
+from coin_ray.models.co_detr.collaborative import base_state_dict
+from coin_ray.models.co_detr.regional import (
+    RegionalDetr,
+    load_clip_detector_weights,
+    with_network_sampling,
+)
 
 BOXES = [torch.tensor([[4.0, 4, 30, 28], [20, 10, 90, 60]]), torch.zeros(0, 4)]
 
@@ -75,7 +79,7 @@ def test_a_student_takes_tower_prompts_and_background_of_the_clip_detector() -> 
     with torch.no_grad():
         for parameter in detector.parameters():
             parameter.add_(0.01)
-    student = started_from(tiny_co_detr(), detector.state_dict())
+    student = load_clip_detector_weights(tiny_co_detr(), detector.state_dict())
     images = batch(student)
     torch.testing.assert_close(
         student.base.backbone(images.pixels)[1], detector.tower.shared(images.pixels)
@@ -86,7 +90,7 @@ def test_a_student_takes_tower_prompts_and_background_of_the_clip_detector() -> 
 def test_the_base_alone_predicts_what_the_student_does() -> None:
     student = tiny_co_detr(seed=1).eval()
     alone = tiny_co_detr(seed=2).base.eval()
-    alone.load_state_dict(shipped(student.state_dict()))
+    alone.load_state_dict(base_state_dict(student.state_dict()))
     for ours, theirs in zip(
         student.predict(batch(student)), alone.predict(batch(student)), strict=True
     ):
@@ -97,7 +101,7 @@ def test_the_base_alone_predicts_what_the_student_does() -> None:
 
 def test_rois_are_sampled_as_the_network_says_and_seen_as_the_detector_does() -> None:
     network = tiny_network(rpn_samples=7, roi_samples=9, roi_positive=0.25)
-    own = sampling(tiny_config(temperature=0.2), network)
+    own = with_network_sampling(tiny_config(temperature=0.2), network)
     assert (
         own.rpn_batch,
         own.roi_batch,

@@ -8,7 +8,7 @@ from builders import CLASSES, tiny_co_detr, tiny_config
 from torch import Tensor
 
 from coin_ray.models.base import Images
-from coin_ray.models.co_detr.decoder import RARE
+from coin_ray.models.co_detr.decoder import PRIOR_LOGIT
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.predictors.student import load_exported_student, write_exported_student
@@ -50,7 +50,7 @@ def test_a_query_scores_highest_for_the_name_it_lies_on() -> None:
     assert float(log_scale.exp().detach()) == pytest.approx(10)
     logits = detector(batch(detector)).logits
     names = detector.class_embeddings()[:-1]
-    assert float(logits.max()) <= 10 + RARE + 0.2
+    assert float(logits.max()) <= 10 + PRIOR_LOGIT + 0.2
     assert logits.shape[-1] == len(names) == len(CLASSES)
 
 

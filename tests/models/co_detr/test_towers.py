@@ -14,11 +14,11 @@ from coin_ray.errors import InputError
 from coin_ray.models.co_detr.model import DeformableDetr
 from coin_ray.models.co_detr.towers import (
     build_backbone,
-    describe,
+    describe_backbone,
     pixel_statistics,
-    rebuild,
+    rebuild_backbone,
 )
-from models.co_detr.scenes import batch, randn
+from models.co_detr.scenes import noise_batch, randn
 
 CLIP = Backbone(f"open_clip:{ASSETS / 'coin_tiny.json'}", str(ASSETS / "coin_tiny.pt"))
 
@@ -58,18 +58,18 @@ def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_fi
             (c, 64 // s, 96 // s)
             for c, s in zip(tower.channels, (8, 16, 32), strict=True)
         ]  # type: ignore[arg-type]
-        again = rebuild(
+        again = rebuild_backbone(
             Backbone(
                 config.name.partition(":")[0] + ":absent"
                 if ":" in config.name
                 else name
             ),
-            describe(tower),
+            describe_backbone(tower),
         ).eval()
         again.load_state_dict(tower.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(maps, again(pixels), strict=True))
     model = DeformableDetr(tower, 3, tiny())
-    assert len(model(batch()).logits) == 2
+    assert len(model(noise_batch()).logits) == 2
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_pixels_are_normalised_as_the_weights_were_trained() -> None:
         (
             Backbone("resnet51"),
             (
-                "no 'resnet51'; there are tiny, resnet101.*open_clip:NAME and"
-                " transformers:NAME"
+                "unknown backbone 'resnet51'; expected tiny, resnet101.*open_clip:NAME"
+                " or transformers:NAME"
             ),
         ),
         (

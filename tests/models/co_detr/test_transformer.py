@@ -15,12 +15,19 @@ from coin_ray.models.co_detr.encoder import (
     Memory,
     cell_centres,
     padding_masks,
-    valid_shares,
+    valid_ratios,
 )
 from coin_ray.models.co_detr.neck import Neck
 from coin_ray.models.co_detr.positions import box_positions, map_positions
 from coin_ray.models.co_detr.two_stage import TwoStage, prior_boxes
-from models.co_detr.scenes import CLASSES, batch, detr, rand, randn, stirred
+from models.co_detr.scenes import (
+    CLASSES,
+    fill_zero_weights,
+    new_detr,
+    noise_batch,
+    rand,
+    randn,
+)
 
 SMALL = tiny(width=16, heads=4, levels=3, feedforward=24, queries=6)
 SIZES = ((64, 96), (50, 70))
@@ -41,12 +48,12 @@ def maps(width: int = 16, seed: int = 0) -> list[Tensor]:
 
 def encoder() -> Encoder:
     torch.manual_seed(0)
-    return stirred(Encoder(SMALL))
+    return fill_zero_weights(Encoder(SMALL))
 
 
 def decoder(config: CoDetr = SMALL) -> Decoder:
     torch.manual_seed(1)
-    return stirred(Decoder(config, CLASSES))
+    return fill_zero_weights(Decoder(config, CLASSES))
 
 
 def memory() -> Memory:
@@ -142,7 +149,7 @@ def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
         spatial_position_embeddings=positions,
         spatial_shapes=torch.tensor(SHAPES),
         spatial_shapes_list=list(SHAPES),
-        valid_ratios=encoded.valid,
+        valid_ratios=encoded.valid_ratios,
     ).last_hidden_state
     assert bool(encoded.padding.any())
     torch.testing.assert_close(encoded.tokens, expected, atol=1e-5, rtol=0)
@@ -177,7 +184,7 @@ def test_the_decoder_equals_transformers_with_the_same_weights() -> None:
         reference_points=start.references,
         spatial_shapes=torch.tensor(SHAPES),
         spatial_shapes_list=list(SHAPES),
-        valid_ratios=seen.valid,
+        valid_ratios=seen.valid_ratios,
     )
     decoded = ours(start, seen)
     torch.testing.assert_close(
@@ -223,7 +230,7 @@ def test_cells_are_padding_from_where_their_image_ends() -> None:
 
 
 def test_a_place_in_an_image_is_the_same_pixel_on_every_level() -> None:
-    valid = valid_shares(SHAPES, SIZES, torch.device("cpu"))
+    valid = valid_ratios(SHAPES, SIZES, torch.device("cpu"))
     for level, (height, width) in enumerate(SHAPES):
         stride = 8 * 2**level
         right_bottom = valid[:, level] * torch.tensor([width * stride, height * stride])
@@ -262,7 +269,7 @@ def test_the_neck_halves_maps_level_by_level() -> None:
 
 def test_queries_are_the_best_usable_tokens() -> None:
     torch.manual_seed(2)
-    stage, seen = stirred(TwoStage(SMALL)), memory()
+    stage, seen = fill_zero_weights(TwoStage(SMALL)), memory()
     proposals = stage(seen)
     for image in range(2):
         usable = proposals.usable[image]
@@ -275,7 +282,7 @@ def test_queries_are_the_best_usable_tokens() -> None:
 
 
 def test_fewer_tokens_than_queries_are_all_taken() -> None:
-    stage = stirred(TwoStage(replace(SMALL, queries=500)))
+    stage = fill_zero_weights(TwoStage(replace(SMALL, queries=500)))
     assert stage(memory()).queries.content.shape == (
         2,
         sum(h * w for h, w in SHAPES),
@@ -290,8 +297,8 @@ def test_with_mixed_selection_the_content_does_not_depend_on_the_proposals(
     torch.manual_seed(2)
     stage = TwoStage(replace(SMALL, mixed_selection=mixed))
     first, second = (
-        stage.start(queries(seed=1).references),
-        stage.start(queries(seed=5).references),
+        stage.queries_at(queries(seed=1).references),
+        stage.queries_at(queries(seed=5).references),
     )
     assert torch.equal(first.content, second.content) is mixed
     assert not torch.equal(first.positions, second.positions)
@@ -355,15 +362,15 @@ def test_groups_of_queries_do_not_see_each_other_behind_a_mask() -> None:
     module, seen = decoder(), memory()
     decoded = module(together, seen, mask)
     for part, alone in (
-        (decoded.columns(0, 6), module(start, seen)),
-        (decoded.columns(6, 12), module(other, seen)),
+        (decoded.select_queries(0, 6), module(start, seen)),
+        (decoded.select_queries(6, 12), module(other, seen)),
     ):
         torch.testing.assert_close(part.boxes, alone.boxes, atol=1e-6, rtol=0)
         torch.testing.assert_close(part.logits, alone.logits, atol=1e-6, rtol=1e-6)
 
 
 def test_the_order_of_images_does_not_matter() -> None:
-    model, images = detr().eval(), batch(((64, 96), (64, 96)))
+    model, images = new_detr().eval(), noise_batch(((64, 96), (64, 96)))
     forward = model(images)
     images.pixels.copy_(images.pixels.flip(0))
     backward = model(images)

@@ -13,15 +13,15 @@ from coin_ray.config.co_detr import tiny
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.co_detr.targets import Targets
 from coin_ray.models.co_detr.transformers_detr import (
-    CoTrained,
-    load_fast,
-    open_fast,
-    saved,
+    CollaborativeTransformersDetr,
+    load_transformers_detr,
+    open_transformers_detr,
+    pack_transformers_detr,
 )
 from coin_ray.training.ema import ema_update
 from coin_ray.training.supervised import parameter_groups
-from models.co_detr.fast_networks import SIDE, folder
-from models.co_detr.scenes import TWO, objects, seeded
+from models.co_detr.fast_networks import SIDE, save_network
+from models.co_detr.scenes import TWO_IMAGES, make_targets, seeded
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -34,7 +34,7 @@ SIZES = ((64, 96), (50, 70))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
-        model: folder(tmp_path_factory.mktemp(model), model, classes=5)
+        model: save_network(tmp_path_factory.mktemp(model), model, classes=5)
         for model in MODELS
     }
 
@@ -46,14 +46,15 @@ def images(sizes: tuple[tuple[int, int], ...] = SIZES) -> list[Tensor]:
     ]
 
 
-def trained(place: str, model: str, **changes: Any) -> CoTrained:
+def trained(place: str, model: str, **changes: Any) -> CollaborativeTransformersDetr:
     torch.manual_seed(0)
-    return CoTrained(
-        load_fast(place, model, NAMES), tiny(**{"auxiliary": ("atss",), **changes})
+    return CollaborativeTransformersDetr(
+        load_transformers_detr(place, model, NAMES),
+        tiny(**{"auxiliary": ("atss",), **changes}),
     )
 
 
-def gradients(model: CoTrained, total: Tensor) -> set[str]:
+def gradients(model: CollaborativeTransformersDetr, total: Tensor) -> set[str]:
     model.zero_grad()
     total.backward()  # type: ignore[no-untyped-call]
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -66,7 +67,7 @@ def test_the_head_trains_the_encoder_and_the_backbone_and_nothing_behind_them(
     model: str, folders: dict[str, str]
 ) -> None:
     own = trained(folders[model], model).train()
-    found = own.objective(own.base.prepare(images()), TWO, seeded())
+    found = own.objective(own.base.prepare(images()), TWO_IMAGES, seeded())
     heads = torch.stack(
         [v for name, v in found.losses.items() if name.startswith("atss")]
     )
@@ -90,13 +91,13 @@ def test_its_own_losses_are_transformers_own(
     own = trained(folders[model], model).train()
     batch = own.base.prepare(images())
     labels = [
-        {"class_labels": t.labels, "boxes": t.normalised(size)}
-        for t, size in zip(TWO, batch.sizes, strict=True)
+        {"class_labels": t.labels, "boxes": t.normalised_boxes(size)}
+        for t, size in zip(TWO_IMAGES, batch.sizes, strict=True)
     ]
     torch.manual_seed(0)
     expected = own.base.network(pixel_values=batch.pixels, labels=labels).loss
     torch.manual_seed(0)
-    found = own.objective(batch, TWO).losses
+    found = own.objective(batch, TWO_IMAGES).losses
     torch.testing.assert_close(
         torch.stack([v for n, v in found.items() if n.startswith("decoder")]).sum(),
         expected,
@@ -105,15 +106,15 @@ def test_its_own_losses_are_transformers_own(
 
 
 EXTREMES = {
-    "no object": [objects(), objects()],
-    "one empty image": [TWO[0], objects()],
-    "one pixel": [objects((10, 10, 11, 11, 0)), objects((3, 3, 3.2, 3.2, 1))],
+    "no object": [make_targets(), make_targets()],
+    "one empty image": [TWO_IMAGES[0], make_targets()],
+    "one pixel": [make_targets((10, 10, 11, 11, 0)), make_targets((3, 3, 3.2, 3.2, 1))],
     "whole image and beyond": [
-        objects((0, 0, 96, 64, 0)),
-        objects((-9, -9, 200, 200, 1)),
+        make_targets((0, 0, 96, 64, 0)),
+        make_targets((-9, -9, 200, 200, 1)),
     ],
     "eighty objects": [
-        objects(
+        make_targets(
             *(
                 (
                     i % 10 * 9.0,
@@ -125,7 +126,7 @@ EXTREMES = {
                 for i in range(80)
             )
         ),
-        objects(),
+        make_targets(),
     ],
 }
 
@@ -148,7 +149,7 @@ def test_losses_and_gradients_are_finite_in_half_precision(
 ) -> None:
     own = trained(folders[model], model).train()
     with torch.autocast("cpu", torch.bfloat16):
-        found = own.objective(own.base.prepare(images()), TWO, seeded())
+        found = own.objective(own.base.prepare(images()), TWO_IMAGES, seeded())
     assert all(bool(torch.isfinite(v)) for v in found.losses.values())
     assert all(
         v.dtype == torch.float32
@@ -163,11 +164,11 @@ def test_boxes_outside_the_image_and_labels_of_other_classes_are_refused(
 ) -> None:
     own = trained(folders["rt-detr-v2"], "rt-detr-v2")
     for bad, message in (
-        (objects((120, 5, 140, 9, 0)), "no area inside the image"),
-        (objects((1, 1, 9, 9, 3)), "labels must lie in 0..2"),
+        (make_targets((120, 5, 140, 9, 0)), "no area inside the image"),
+        (make_targets((1, 1, 9, 9, 3)), "labels must lie in 0..2"),
     ):
         with pytest.raises(InputError, match=message):
-            own.objective(own.base.prepare(images()), [bad, TWO[1]])
+            own.objective(own.base.prepare(images()), [bad, TWO_IMAGES[1]])
 
 
 def test_objects_are_where_they_are_in_the_stretched_image(
@@ -184,18 +185,24 @@ def test_objects_are_where_they_are_in_the_stretched_image(
             or type(head).forward(head, maps, targets, draw)
         ),
     )
-    crowd = Targets(TWO[1].boxes, TWO[1].labels, None, torch.tensor([[0.0, 0, 35, 25]]))
-    own.objective(own.base.prepare(images()), [TWO[0], crowd], seeded())
+    crowd = Targets(
+        TWO_IMAGES[1].boxes,
+        TWO_IMAGES[1].labels,
+        None,
+        torch.tensor([[0.0, 0, 35, 25]]),
+    )
+    own.objective(own.base.prepare(images()), [TWO_IMAGES[0], crowd], seeded())
     ((maps, (first, second)),) = asked
     assert maps.strides == [8, 16, 32, 64]
     assert maps.sizes == ((SIDE, SIDE),) * 2
     torch.testing.assert_close(
-        first.boxes, TWO[0].boxes * torch.tensor([1, 1.5, 1, 1.5])
+        first.boxes, TWO_IMAGES[0].boxes * torch.tensor([1, 1.5, 1, 1.5])
     )
     torch.testing.assert_close(
-        second.boxes, TWO[1].boxes * torch.tensor([96 / 70, 96 / 50, 96 / 70, 96 / 50])
+        second.boxes,
+        TWO_IMAGES[1].boxes * torch.tensor([96 / 70, 96 / 50, 96 / 70, 96 / 50]),
     )
-    torch.testing.assert_close(second.left_out, torch.tensor([[0.0, 0, 48, 48]]))
+    torch.testing.assert_close(second.ignored_boxes, torch.tensor([[0.0, 0, 48, 48]]))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -204,9 +211,11 @@ def test_what_is_shipped_is_transformers_plain_model_with_the_same_outputs(
 ) -> None:
     own = trained(folders[model], model)
     optimizer = torch.optim.AdamW(own.parameters(), 1e-3)
-    own.train().objective(own.base.prepare(images()), TWO, seeded()).total.backward()  # type: ignore[no-untyped-call]
+    own.train().objective(
+        own.base.prepare(images()), TWO_IMAGES, seeded()
+    ).total.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    for name, data in saved(own.eval().base).items():
+    for name, data in pack_transformers_detr(own.eval().base).items():
         (tmp_path / name).write_bytes(data)
     plain = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
@@ -221,7 +230,7 @@ def test_what_is_shipped_is_transformers_plain_model_with_the_same_outputs(
         )
     assert torch.equal(theirs.logits, ours.logits)
     assert torch.equal(theirs.pred_boxes, ours.pred_boxes)
-    again = open_fast(str(tmp_path), model).eval()
+    again = open_transformers_detr(str(tmp_path), model).eval()
     assert again.classes == NAMES
     for one, other in zip(again.predict(batch), own.predict(batch), strict=True):
         assert all(
@@ -248,7 +257,7 @@ def test_detections_lie_in_the_frame_of_the_image_that_was_given(
 
 def test_without_the_head_it_is_trained_as_it_is(folders: dict[str, str]) -> None:
     own = trained(folders["rt-detr-v2"], "rt-detr-v2", auxiliary=()).train()
-    found = own.objective(own.base.prepare(images()), TWO)
+    found = own.objective(own.base.prepare(images()), TWO_IMAGES)
     assert all(name.startswith("decoder_") for name in found.losses)
     assert found.positives == {}
     assert all(name.startswith("base.") for name, _ in own.named_parameters())
@@ -257,10 +266,10 @@ def test_without_the_head_it_is_trained_as_it_is(folders: dict[str, str]) -> Non
 def test_the_classes_its_weights_know_keep_them_and_others_are_drawn_anew(
     folders: dict[str, str], tmp_path: Path
 ) -> None:
-    place = folder(tmp_path / "three", "rt-detr-v2", classes=3)
+    place = save_network(tmp_path / "three", "rt-detr-v2", classes=3)
     weights = {
         n: (
-            load_fast(p, "rt-detr-v2", NAMES).network.state_dict()[
+            load_transformers_detr(p, "rt-detr-v2", NAMES).network.state_dict()[
                 "class_embed.0.weight"
             ]
         )
@@ -270,7 +279,7 @@ def test_the_classes_its_weights_know_keep_them_and_others_are_drawn_anew(
         place
     ).state_dict()["class_embed.0.weight"]
     assert torch.equal(weights["same"], original)
-    other = load_fast(folders["rt-detr-v2"], "rt-detr-v2", NAMES).network
+    other = load_transformers_detr(folders["rt-detr-v2"], "rt-detr-v2", NAMES).network
     assert tuple(other.state_dict()["class_embed.0.weight"].shape) == (3, 32)
     five = transformers.AutoModelForObjectDetection.from_pretrained(
         folders["rt-detr-v2"]
@@ -307,9 +316,11 @@ def test_the_backbone_learns_slowly(folders: dict[str, str]) -> None:
 
 def test_weights_of_objects_are_refused(folders: dict[str, str]) -> None:
     own = trained(folders["d-fine"], "d-fine")
-    doubtful = Targets(TWO[0].boxes, TWO[0].labels, torch.tensor([0.5, 1.0]))
-    with pytest.raises(InputError, match="know no weights of objects"):
-        own.objective(own.base.prepare(images()), [doubtful, TWO[1]])
+    doubtful = Targets(
+        TWO_IMAGES[0].boxes, TWO_IMAGES[0].labels, torch.tensor([0.5, 1.0])
+    )
+    with pytest.raises(InputError, match="do not support weights of objects"):
+        own.objective(own.base.prepare(images()), [doubtful, TWO_IMAGES[1]])
 
 
 def test_what_cannot_be_loaded_is_told(folders: dict[str, str], tmp_path: Path) -> None:
@@ -317,9 +328,9 @@ def test_what_cannot_be_loaded_is_told(folders: dict[str, str], tmp_path: Path) 
         ConfigError,
         match="is a d_fine model; --model rt-detr-v2 trains rt_detr_v2 models",
     ):
-        load_fast(folders["d-fine"], "rt-detr-v2", NAMES)
+        load_transformers_detr(folders["d-fine"], "rt-detr-v2", NAMES)
     with pytest.raises(InputError, match="is no model folder of transformers"):
-        load_fast(str(tmp_path), "d-fine", NAMES)
+        load_transformers_detr(str(tmp_path), "d-fine", NAMES)
     with pytest.raises(
         InputError,
         match=(
@@ -327,14 +338,16 @@ def test_what_cannot_be_loaded_is_told(folders: dict[str, str], tmp_path: Path) 
             r" .*100"
         ),
     ):
-        load_fast(
-            folder(tmp_path / "odd", "d-fine", 3, size={"height": 100, "width": 96}),
+        load_transformers_detr(
+            save_network(
+                tmp_path / "odd", "d-fine", 3, size={"height": 100, "width": 96}
+            ),
             "d-fine",
             NAMES,
         )
     (tmp_path / "odd" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="is no model folder of transformers"):
-        load_fast(str(tmp_path / "odd"), "d-fine", NAMES)
+        load_transformers_detr(str(tmp_path / "odd"), "d-fine", NAMES)
 
 
 def test_offline_the_error_names_the_folder_to_give(
@@ -345,4 +358,4 @@ def test_offline_the_error_names_the_folder_to_give(
         InputError,
         match=r"could not be downloaded \(.*Offline\? Give a folder: --network FOLDER",
     ):
-        load_fast("nobody/no-such-detector", "d-fine", NAMES)
+        load_transformers_detr("nobody/no-such-detector", "d-fine", NAMES)
