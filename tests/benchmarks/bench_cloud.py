@@ -1,9 +1,9 @@
-"""How fast, how big and how forgetful collection is: ``python
+"""Measure throughput, memory and resumption of the collect stage: ``python
 tests/benchmarks/bench_cloud.py [--only NAME]``, or ``make bench-cloud``.
 
-Everything runs against an emulator of one's own in another process
-(``tests/cloud/counting_server.py``), end to end through ``pipelines/collect.py``: Ray
-Data, governor, journal. Prints a table, and all figures as one line of JSON last.
+Every run goes through ``pipelines/collect.py`` (Ray Data, governor, journal) and queries
+an emulator in another process (``tests/cloud/counting_server.py``). Prints a table, and
+all figures as one line of JSON last.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIP = REPOSITORY / "coin_ray" / "demo" / "assets" / "coin_tiny"
 CLASSES = "car,bus,dog"
-GROUPS = {
+GROUP_OF_TITLE = {
     "CloudActor": "cloud actor",
     "LabelerActor": "labeler actor",
     "raylet": "raylet",
 }
-"""What a process's title holds, and what it is called here; others below the driver are
-"other Ray"."""
-OURS = ("driver", "cloud actor", "labeler actor")
+"""Name of a group of processes by a part of their title; other descendants of the driver
+are "other Ray"."""
+COLLECTION_GROUPS = ("driver", "cloud actor", "labeler actor")
 SAMPLE_SECONDS, MEMORY_EVERY = 0.5, 4
 
 
 @dataclass
 class Sizes:
-    """What the figures are taken over."""
+    """Sizes and latencies of the measured runs."""
 
     images: int = 4000
     side: int = 350
@@ -63,10 +63,20 @@ class Sizes:
     autodistill: str = sys.executable
 
 
+SMOKE_SIZES: dict[str, Any] = {
+    "images": 60,
+    "sequential": 4,
+    "few": 20,
+    "many": 40,
+    "answers": 200,
+    "latency": 0.1,
+}
+
+
 @dataclass
 class Usage:
-    """CPU seconds and memory of a run's processes, by group. ``cpu``: at each time;
-    ``pss`` and ``anon``: peak bytes of each group."""
+    """CPU seconds and memory of a run's processes, by group. ``cpu``: CPU seconds so far at
+    each of ``times``; ``pss`` and ``anon``: peak bytes of each group."""
 
     times: list[float] = field(default_factory=list)
     cpu: list[Counter[str]] = field(default_factory=list)
@@ -76,7 +86,7 @@ class Usage:
     """Peak of the sum of PSS over the driver and the actors, at one time."""
 
     def cpu_between(self, start: float, end: float) -> dict[str, float]:
-        """Cores in use on average, by group."""
+        """Return the mean number of cores in use, by group."""
         first, last = (
             min(bisect_left(self.times, t), len(self.times) - 1) for t in (start, end)
         )
@@ -88,19 +98,18 @@ class Usage:
 
 
 @dataclass
-class Run:
+class CollectRun:
     seconds: float
     calls: int
     rate: float
     """Answers per second between 10 % and 90 % of them, by the emulator's clock."""
     cores: dict[str, float]
-    """In use in that time."""
+    """Mean number of cores in use in that time, by group."""
     usage: Usage
-    output: str
 
 
-class Server:
-    """The emulator; its ``process`` is measured with the others."""
+class EmulatorProcess:
+    """The emulated cloud in a process, whose CPU time is measured with the others'."""
 
     def __init__(self, size: tuple[int, int], latency: float) -> None:
         command = [
@@ -132,48 +141,47 @@ class Server:
 
 
 @contextmanager
-def server(size: tuple[int, int], latency: float) -> Iterator[Server]:
-    running = Server(size, latency)
+def start_emulator(size: tuple[int, int], latency: float) -> Iterator[EmulatorProcess]:
+    emulator = EmulatorProcess(size, latency)
     try:
-        yield running
+        yield emulator
     finally:
-        running.close()
+        emulator.close()
 
 
 def image_size(side: int) -> tuple[int, int]:
     return side, side * 3 // 4
 
 
-def write_images(folder: Path, count: int, side: int) -> None:
-    """JPEG files that differ, with as much detail as photos: soft noise, and the file's
+def write_noise_images(folder: Path, count: int, side: int) -> None:
+    """Write distinct JPEG files with as much detail as photos: soft noise, and the file's
     number as blocks."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     size = image_size(side)
-    grounds = [
-        Image.fromarray(
-            draw.integers(0, 255, (side // 8, side // 8, 3), np.uint8)
-        ).resize(size, Image.Resampling.BICUBIC)
-        for _ in range(8)
-    ]
+    backgrounds = []
+    for _ in range(8):
+        noise = draw.integers(0, 255, (side // 8, side // 8, 3), np.uint8)
+        blurred = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+        backgrounds.append(blurred)
     for number in range(count):
-        image = grounds[number % 8].copy()
+        image = backgrounds[number % 8].copy()
         bits = bytes(255 * (number >> bit & 1) for bit in range(20))
-        image.paste(
-            Image.frombytes("L", (5, 4), bits).resize(
-                (side // 2, side // 3), Image.Resampling.NEAREST
-            ),
-            (4, 4),
+        block_size = (side // 2, side // 3)
+        blocks = Image.frombytes("L", (5, 4), bits).resize(
+            block_size, Image.Resampling.NEAREST
         )
-        sink = io.BytesIO()
-        image.save(sink, "JPEG", quality=88)
-        (folder / f"{number:06d}.jpg").write_bytes(sink.getvalue())
-    os.sync()  # or the journal would wait for these files to reach the disk
+        image.paste(blocks, (4, 4))
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=88)
+        (folder / f"{number:06d}.jpg").write_bytes(encoded.getvalue())
+    os.sync()  # otherwise the journal would wait for these files to reach the disk
 
 
-def arguments(images: Path, root: Path, url: str, in_flight: int) -> list[str]:
-    """Of ``pipelines/collect.py``: no CLIP labeler, no limit but the calls under way."""
-    given = [
+def collect_arguments(images: Path, root: Path, url: str, in_flight: int) -> list[str]:
+    """Return arguments of ``pipelines/collect.py`` without a CLIP labeler, and with no limit
+    but the number of calls in flight."""
+    options = [
         "folder",
         "--images",
         str(images),
@@ -186,72 +194,75 @@ def arguments(images: Path, root: Path, url: str, in_flight: int) -> list[str]:
         "--root",
         str(root),
     ]
-    given += [
+    options += [
         "--cloud.in-flight",
         str(in_flight),
         "--cloud.rate",
         "100000",
         "--tracking.no-enabled",
     ]
-    return [*given, "--clip.model", f"{CLIP}.json", "--clip.pretrained", f"{CLIP}.pt"]
+    return [*options, "--clip.model", f"{CLIP}.json", "--clip.pretrained", f"{CLIP}.pt"]
 
 
-def collect(
-    images: Path, root: Path, running: Server, in_flight: int, *more: str
-) -> Run:
-    """One run of the pipeline up to the answers, watched from outside."""
-    before = len(running.get("/stats")["times"])
+def run_collect(
+    images: Path, root: Path, emulator: EmulatorProcess, in_flight: int, *options: str
+) -> CollectRun:
+    """Run the pipeline up to the collect stage and sample its processes."""
+    calls_before = len(emulator.get("/stats")["times"])
     command = [
         sys.executable,
         "pipelines/collect.py",
-        *arguments(images, root, running.url, in_flight),
-        *more,
+        *collect_arguments(images, root, emulator.url, in_flight),
+        *options,
     ]
-    begin = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, text=True
         )
-        usage = watch(process, running.process.pid)
+        usage = sample_usage(process, emulator.process.pid)
         log.seek(0)
-        output = log.read()
+        log_text = log.read()
     if process.returncode:
-        raise RuntimeError(output[-3000:])
-    seconds = time.monotonic() - begin
-    times = running.get("/stats")["times"][before:]
+        raise RuntimeError(log_text[-3000:])
+    seconds = time.monotonic() - start
+    times = emulator.get("/stats")["times"][calls_before:]
     if len(times) < 10:
-        return Run(seconds, len(times), 0.0, {}, usage, output)
-    start, end = times[len(times) // 10], times[len(times) * 9 // 10]
-    rate = (len(times) * 9 // 10 - len(times) // 10) / max(end - start, 1e-9)
-    return Run(seconds, len(times), rate, usage.cpu_between(start, end), usage, output)
+        return CollectRun(seconds, len(times), 0.0, {}, usage)
+    first, last = len(times) // 10, len(times) * 9 // 10
+    rate = (last - first) / max(times[last] - times[first], 1e-9)
+    cores = usage.cpu_between(times[first], times[last])
+    return CollectRun(seconds, len(times), rate, cores, usage)
 
 
-def watch(process: subprocess.Popen[str], emulator: int) -> Usage:
-    """Sample the process, all below it and the emulator until it ends."""
+def sample_usage(process: subprocess.Popen[str], emulator: int) -> Usage:
+    """Sample the process, its descendants and the emulator until the process ends."""
     usage, ended = Usage(), threading.Event()
 
     def sample() -> None:
         number = 0
-        seen: dict[int, tuple[str, float]] = {}
+        process_times: dict[int, tuple[str, float]] = {}
         while not ended.wait(SAMPLE_SECONDS):
-            memory = Counter[str]()
-            for pid, name in groups(process.pid, emulator):
+            memory_by_group = Counter[str]()
+            for pid, name in process_groups(process.pid, emulator):
                 try:
                     times = psutil.Process(pid).cpu_times()
-                    seen[pid] = (name, times.user + times.system)
+                    process_times[pid] = (name, times.user + times.system)
                     if number % MEMORY_EVERY == 0:
-                        pss, anon = pss_of(pid)
-                        memory[name] += pss
+                        pss, anon = read_pss(pid)
+                        memory_by_group[name] += pss
                         usage.anon[name] = max(usage.anon[name], anon)
                 except (psutil.Error, OSError):
                     continue
             cpu = Counter[str]()
-            for name, seconds in seen.values():
+            for name, seconds in process_times.values():
                 cpu[name] += seconds  # type: ignore[assignment]
             usage.times.append(time.monotonic())
             usage.cpu.append(cpu)
-            usage.together = max(usage.together, sum(memory[name] for name in OURS))
-            for name, size in memory.items():
+            usage.together = max(
+                usage.together, sum(memory_by_group[name] for name in COLLECTION_GROUPS)
+            )
+            for name, size in memory_by_group.items():
                 usage.pss[name] = max(usage.pss[name], size)
             number += 1
 
@@ -263,8 +274,8 @@ def watch(process: subprocess.Popen[str], emulator: int) -> Usage:
     return usage
 
 
-def groups(driver: int, emulator: int) -> Iterator[tuple[int, str]]:
-    """The processes of a run, and what each is."""
+def process_groups(driver: int, emulator: int) -> Iterator[tuple[int, str]]:
+    """Yield the process id and the group of each process of a run."""
     yield driver, "driver"
     yield emulator, "emulator"
     try:
@@ -276,28 +287,27 @@ def groups(driver: int, emulator: int) -> Iterator[tuple[int, str]]:
             title = " ".join(child.cmdline()) or child.name()
         except psutil.Error:
             continue
-        yield (
-            child.pid,
-            next((name for part, name in GROUPS.items() if part in title), "other Ray"),
-        )
+        names = [name for part, name in GROUP_OF_TITLE.items() if part in title]
+        yield child.pid, names[0] if names else "other Ray"
 
 
-def pss_of(pid: int) -> tuple[int, int]:
-    """Proportional set size, and its part that is not shared memory or files, in bytes."""
-    found = {}
+def read_pss(pid: int) -> tuple[int, int]:
+    """Return the proportional set size in bytes, and its part that is neither shared memory
+    nor mapped files."""
+    sizes = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-        name, value = line.split()[:2]
-        found[name] = int(value) * 1024
-    return found["Pss:"], found["Pss_Anon:"]
+        name, kibibytes = line.split()[:2]
+        sizes[name] = int(kibibytes) * 1024
+    return sizes["Pss:"], sizes["Pss_Anon:"]
 
 
-def throughput(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Images per second in steady state, as a share of the least of the rate and
-    in_flight / latency."""
+def measure_throughput(sizes: Sizes, work: Path) -> dict[str, Any]:
+    """Measure images per second in steady state, and their share of the bound: the smaller
+    of the rate limit and in_flight / latency."""
     images = work / "images"
-    write_images(images, sizes.images, sizes.side)
-    with server(image_size(sizes.side), sizes.latency) as running:
-        run = collect(images, work / "root", running, sizes.in_flight)
+    write_noise_images(images, sizes.images, sizes.side)
+    with start_emulator(image_size(sizes.side), sizes.latency) as emulator:
+        run = run_collect(images, work / "root", emulator, sizes.in_flight)
     bound = sizes.in_flight / sizes.latency
     return {
         "images": sizes.images,
@@ -310,16 +320,16 @@ def throughput(sizes: Sizes, work: Path) -> dict[str, Any]:
     }
 
 
-def ceiling(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Images per second where the CPU is the limit, what it is spent on, and how fast a
-    full journal is replayed."""
+def measure_ceiling(sizes: Sizes, work: Path) -> dict[str, Any]:
+    """Measure images per second where the CPU is the limit, the CPU time of each group, and
+    how fast a complete journal is replayed."""
     images = work / "images"
-    write_images(images, sizes.images, sizes.side)
-    with server(image_size(sizes.side), sizes.fast_latency) as running:
-        run = collect(images, work / "root", running, sizes.in_flight)
+    write_noise_images(images, sizes.images, sizes.side)
+    with start_emulator(image_size(sizes.side), sizes.fast_latency) as emulator:
+        run = run_collect(images, work / "root", emulator, sizes.in_flight)
         for step in (work / "root" / "steps").glob("collect-*"):
             shutil.rmtree(step)
-        again = collect(images, work / "root", running, sizes.in_flight)
+        replay = run_collect(images, work / "root", emulator, sizes.in_flight)
     total = sum(v for k, v in run.cores.items())
     return {
         "images": sizes.images,
@@ -332,29 +342,29 @@ def ceiling(sizes: Sizes, work: Path) -> dict[str, Any]:
             else {}
         ),
         "cores_in_all": round(total, 2),
-        "replay_seconds": round(again.seconds, 1),
-        "replay_calls": again.calls,
+        "replay_seconds": round(replay.seconds, 1),
+        "replay_calls": replay.calls,
     }
 
 
-def sequential(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Images per second of one blocking call after the other."""
+def measure_sequential(sizes: Sizes, work: Path) -> dict[str, Any]:
+    """Measure images per second of one blocking call after the other."""
     images = work / "images"
-    write_images(images, sizes.sequential, sizes.side)
-    with server(image_size(sizes.side), sizes.latency) as running:
+    write_noise_images(images, sizes.sequential, sizes.side)
+    with start_emulator(image_size(sizes.side), sizes.latency) as emulator:
         script = str(Path(__file__).with_name("one_by_one.py"))
         command = [
             sizes.autodistill,
             script,
-            running.url,
+            emulator.url,
             str(images),
             str(work / "out"),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-        times = running.get("/stats")["times"]
-    if done.stdout.strip().endswith("plain loop"):
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+        if completed.returncode:
+            raise RuntimeError(completed.stderr[-3000:])
+        times = emulator.get("/stats")["times"]
+    if completed.stdout.strip().endswith("plain loop"):
         print(
             "no autodistill: python -m venv V; V/bin/pip install autodistill; then"
             " --autodistill V/bin/python",
@@ -364,19 +374,19 @@ def sequential(sizes: Sizes, work: Path) -> dict[str, Any]:
     return {
         "images": len(times),
         "images_per_second": round(rate, 3),
-        "loop": done.stdout.strip().splitlines()[-1],
+        "loop": completed.stdout.strip().splitlines()[-1],
     }
 
 
-def memory(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Peak memory of the driver and the actors for few and for many images."""
-    found: dict[str, Any] = {}
+def measure_memory(sizes: Sizes, work: Path) -> dict[str, Any]:
+    """Measure peak memory of the driver and the actors for few and for many images."""
+    figures: dict[str, Any] = {}
     peaks = {}
     for count in (sizes.few, sizes.many):
         images = work / f"images{count}"
-        write_images(images, count, 224)
-        with server(image_size(224), 0.005) as running:
-            run = collect(images, work / f"root{count}", running, sizes.in_flight)
+        write_noise_images(images, count, 224)
+        with start_emulator(image_size(224), 0.005) as emulator:
+            run = run_collect(images, work / f"root{count}", emulator, sizes.in_flight)
         shutil.rmtree(images)
         usage = run.usage
         peaks[count] = usage.together
@@ -387,59 +397,59 @@ def memory(sizes: Sizes, work: Path) -> dict[str, Any]:
             }
             for name in usage.pss
         }
-        found[str(count)] = {
+        figures[str(count)] = {
             "driver_and_actors_mib": round(usage.together / 2**20),
             "seconds": round(run.seconds, 1),
             "mib": megabytes,
         }
-    return found | {"growth": round(peaks[sizes.many] / max(peaks[sizes.few], 1), 3)}
+    return figures | {"growth": round(peaks[sizes.many] / max(peaks[sizes.few], 1), 3)}
 
 
-def finished(sizes: Sizes, work: Path) -> dict[str, Any]:
-    """Seconds until a finished set is known to be finished: by its step, and by its
-    journal alone."""
+def measure_finished(sizes: Sizes, work: Path) -> dict[str, Any]:
+    """Measure seconds until a finished run is recognised: by its step, and by its journal
+    alone."""
     images, root = work / "images", work / "root"
-    write_images(images, sizes.answers, 32)
-    with server(image_size(32), 0.0) as running:
-        given = arguments(images, root, running.url, sizes.in_flight)
-        begin = time.monotonic()
-        fill(given, images, running.url)
-        filled = time.monotonic() - begin
-        whole = timed(given)
+    write_noise_images(images, sizes.answers, 32)
+    with start_emulator(image_size(32), 0.0) as emulator:
+        options = collect_arguments(images, root, emulator.url, sizes.in_flight)
+        start = time.monotonic()
+        write_finished_run(options, images, emulator.url)
+        fill_seconds = time.monotonic() - start
+        step_run = time_collect(options)
         for step in (root / "steps").glob("collect-*"):
             shutil.rmtree(step)
-        estimate = timed([*given, "--dry-run"])
-        calls = running.get("/count")
+        journal_run = time_collect([*options, "--dry-run"])
+        calls = emulator.get("/count")
     answered = next(
-        line for line in estimate[1].splitlines() if "answered already" in line
+        line for line in journal_run[1].splitlines() if "answered already" in line
     ).strip()
     return {
         "answers": sizes.answers,
-        "step_seconds": round(whole[0], 2),
-        "journal_seconds": round(estimate[0], 2),
+        "step_seconds": round(step_run[0], 2),
+        "journal_seconds": round(journal_run[0], 2),
         "journal_says": answered,
         "calls": calls,
-        "preparing_seconds": round(filled, 1),
+        "preparing_seconds": round(fill_seconds, 1),
     }
 
 
-def timed(given: Sequence[str]) -> tuple[float, str]:
-    begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "pipelines/collect.py", *given],
+def time_collect(options: Sequence[str]) -> tuple[float, str]:
+    start = time.monotonic()
+    completed = subprocess.run(
+        [sys.executable, "pipelines/collect.py", *options],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return time.monotonic() - begin, done.stdout
+    if completed.returncode:
+        raise RuntimeError(completed.stderr[-3000:])
+    return time.monotonic() - start, completed.stdout
 
 
-def fill(given: Sequence[str], images: Path, url: str) -> None:
-    """What a finished run leaves behind, made without running it: the images' step, a
-    journal with every answer, the manifests."""
+def write_finished_run(options: Sequence[str], images: Path, url: str) -> None:
+    """Write the files of a finished run without running it: the images step, a journal with
+    every answer, and the manifests."""
     from concurrent.futures import ThreadPoolExecutor
 
     from coin_ray import storage
@@ -453,10 +463,10 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
     from coin_ray.runs.graph import build_steps
     from coin_ray.runs.steps import run_step
 
-    config, options = parse_run_arguments(given)
+    config, run_options = parse_run_arguments(options)
     steps = build_steps(config)
-    run_step(steps["images"], config, options.root)
-    journal = SegmentJournal(storage.join(options.root, "journal"))
+    run_step(steps["images"], config, run_options.root)
+    journal = SegmentJournal(storage.join(run_options.root, "journal"))
     client = CloudClient(
         config.cloud,
         config.classes,
@@ -491,7 +501,7 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
             "cost_usd": 0.0,
         }
     }
-    storage.make_folder(step.folder(options.root))
+    storage.make_folder(step.folder(run_options.root))
     manifest = {
         "step": step.name,
         "fingerprint": step.fingerprint,
@@ -499,92 +509,80 @@ def fill(given: Sequence[str], images: Path, url: str) -> None:
         "seconds": 1.0,
     }
     storage.write_json(
-        storage.join(step.folder(options.root), "manifest.json"), manifest
+        storage.join(step.folder(run_options.root), "manifest.json"), manifest
     )
 
 
 FIGURES: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
-    "throughput": throughput,
-    "ceiling": ceiling,
-    "sequential": sequential,
-    "memory": memory,
-    "finished": finished,
+    "throughput": measure_throughput,
+    "ceiling": measure_ceiling,
+    "sequential": measure_sequential,
+    "memory": measure_memory,
+    "finished": measure_finished,
 }
 
 
-def goals(found: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """What, measured, wanted, and whether it is reached; of what was measured."""
-    rows = []
-    if "throughput" in found:
-        share = found["throughput"]["share_of_bound"]
-        rate, bound = (
-            found["throughput"]["images_per_second"],
-            found["throughput"]["bound"],
-        )
-        rows.append(
-            (
-                "images/s of min(rate, in_flight / latency)",
-                f"{rate:.1f} of {bound:.0f}: {share:.3f}",
-                ">= 0.95",
-                share >= 0.95,
-            )
-        )
-    if "throughput" in found and "sequential" in found:
-        ratio = (
-            found["throughput"]["images_per_second"]
-            / found["sequential"]["images_per_second"]
-        )
-        found["sequential"]["times_slower"] = round(ratio, 1)
-        rows.append(
-            (
-                f"times faster than one by one ({found['sequential']['loop']})",
-                f"{ratio:.1f}",
-                ">= 40",
-                ratio >= 40,
-            )
-        )
-    if "ceiling" in found:
-        rows.append(
-            (
-                "images/s where the CPU is the limit",
-                f"{found['ceiling']['images_per_second']:.1f}",
-                "",
-                True,
-            )
-        )
-    if "memory" in found:
-        growth = found["memory"]["growth"]
-        rows.append(
-            (
-                "memory for ten times the images",
-                f"x {growth:.3f}",
-                "<= 1.1",
-                growth <= 1.1,
-            )
-        )
-    if "finished" in found:
-        for name, what in (
-            ("step_seconds", "finished step"),
-            ("journal_seconds", "journal alone, --dry-run"),
-        ):
-            seconds = found["finished"][name]
-            rows.append(
-                (
-                    f"s until {found['finished']['answers']} answers are known: {what}",
-                    f"{seconds:.2f}",
-                    "<= 10",
-                    seconds <= 10,
-                )
-            )
-        rows.append(
-            (
-                "calls made for them",
-                str(found["finished"]["calls"]),
-                "0",
-                found["finished"]["calls"] == 0,
-            )
-        )
-    return rows
+Goal = tuple[str, str, str, bool]
+"""Description, measurement, goal, and whether it is reached."""
+
+
+def _throughput_goals(figures: dict[str, Any]) -> list[Goal]:
+    rate, bound = figures["images_per_second"], figures["bound"]
+    share = figures["share_of_bound"]
+    measurement = f"{rate:.1f} of {bound:.0f}: {share:.3f}"
+    description = "images/s of min(rate, in_flight / latency)"
+    return [(description, measurement, ">= 0.95", share >= 0.95)]
+
+
+def _sequential_goals(
+    throughput: dict[str, Any], sequential: dict[str, Any]
+) -> list[Goal]:
+    """Compare with one blocking call after the other; add ``times_slower`` to its figures."""
+    ratio = throughput["images_per_second"] / sequential["images_per_second"]
+    sequential["times_slower"] = round(ratio, 1)
+    description = f"times faster than one by one ({sequential['loop']})"
+    return [(description, f"{ratio:.1f}", ">= 40", ratio >= 40)]
+
+
+def _ceiling_goals(figures: dict[str, Any]) -> list[Goal]:
+    rate = f"{figures['images_per_second']:.1f}"
+    return [("images/s where the CPU is the limit", rate, "", True)]
+
+
+def _memory_goals(figures: dict[str, Any]) -> list[Goal]:
+    growth = figures["growth"]
+    description = "memory for ten times the images"
+    return [(description, f"x {growth:.3f}", "<= 1.1", growth <= 1.1)]
+
+
+def _finished_goals(figures: dict[str, Any]) -> list[Goal]:
+    goals = []
+    for name, source in (
+        ("step_seconds", "finished step"),
+        ("journal_seconds", "journal alone, --dry-run"),
+    ):
+        seconds = figures[name]
+        description = f"s until {figures['answers']} answers are known: {source}"
+        goals.append((description, f"{seconds:.2f}", "<= 10", seconds <= 10))
+    calls = figures["calls"]
+    goals.append(("calls made for them", str(calls), "0", calls == 0))
+    return goals
+
+
+def compare_with_goals(figures: dict[str, Any]) -> list[Goal]:
+    """Return the goals of the figures that were measured."""
+    goals: list[Goal] = []
+    if "throughput" in figures:
+        goals += _throughput_goals(figures["throughput"])
+    if "throughput" in figures and "sequential" in figures:
+        goals += _sequential_goals(figures["throughput"], figures["sequential"])
+    if "ceiling" in figures:
+        goals += _ceiling_goals(figures["ceiling"])
+    if "memory" in figures:
+        goals += _memory_goals(figures["memory"])
+    if "finished" in figures:
+        goals += _finished_goals(figures["finished"])
+    return goals
 
 
 def main() -> int:
@@ -601,44 +599,30 @@ def main() -> int:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="tiny sizes: does it run? The figures then mean nothing",
+        help="use tiny sizes to test that the benchmark runs; the figures mean nothing",
     )
-    for name, value in asdict(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
-    given = vars(parser.parse_args())
-    only, smoke = given.pop("only"), given.pop("smoke")
-    small = (
-        {
-            "images": 60,
-            "sequential": 4,
-            "few": 20,
-            "many": 40,
-            "answers": 200,
-            "latency": 0.1,
-        }
-        if smoke
-        else {}
-    )
-    sizes = Sizes(
-        **(small | {name: value for name, value in given.items() if value is not None})
-    )
-    found: dict[str, Any] = {}
-    for name in only:
+    for name, default in asdict(Sizes()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
+    arguments = vars(parser.parse_args())
+    names, smoke = arguments.pop("only"), arguments.pop("smoke")
+    overrides = {name: size for name, size in arguments.items() if size is not None}
+    sizes = Sizes(**((SMOKE_SIZES if smoke else {}) | overrides))
+    figures: dict[str, Any] = {}
+    for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="bench_cloud_") as work:
-            found[name] = FIGURES[name](sizes, Path(work))
-        print(json.dumps(found[name]), file=sys.stderr, flush=True)
-    rows = goals(found)
-    for what, measured, wanted, reached in rows:
-        print(
-            f"{what:<60} {measured:>24}  {wanted:<8} {'' if reached else 'MISSED'}".rstrip()
-        )
-    found["machine"] = {
+            figures[name] = FIGURES[name](sizes, Path(work))
+        print(json.dumps(figures[name]), file=sys.stderr, flush=True)
+    goals = compare_with_goals(figures)
+    for description, measurement, goal, is_reached in goals:
+        missed = "" if is_reached else "MISSED"
+        print(f"{description:<60} {measurement:>24}  {goal:<8} {missed}".rstrip())
+    figures["machine"] = {
         "cpus": os.cpu_count(),
         "load_average": [round(v, 1) for v in os.getloadavg()],
     }
-    print(json.dumps(found))
-    return 0 if all(row[3] for row in rows) else 1
+    print(json.dumps(figures))
+    return 0 if all(is_reached for *_, is_reached in goals) else 1
 
 
 if __name__ == "__main__":
