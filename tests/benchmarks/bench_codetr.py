@@ -1,15 +1,17 @@
-"""What Co-DETR's auxiliary heads and positive queries are worth, and what they cost:
+"""Measure the accuracy and the cost of Co-DETR's auxiliary heads and positive queries:
 ``make bench-codetr``.
 
-    make bench-codetr                             # seeds 0 1 2; writes
-    docs/results/co-detr.md make bench-codetr ARGS="--quick"              # two minutes:
-    few steps, one seed; writes nothing into docs/results make bench-codetr ARGS="--only
-    speed"         # only the ratios of times, or only the table: --only table
+    # seeds 0 1 2; writes docs/results/co-detr.md
+    make bench-codetr
+    # two minutes: few steps, one seed; writes nothing into docs/results
+    make bench-codetr ARGS="--quick"
+    # only the ratios of times; --only table: only the table
+    make bench-codetr ARGS="--only speed"
 
 The table: the tiny preset on the demo's labelled source scenes, the same number of
 steps for every arm, AP50 on held-out scenes. Finished arms are kept in --root, and a
-killed arm goes on from its last checkpoint by the same command. Prints the tables and,
-last, one line of JSON.
+killed arm resumes from its last checkpoint with the same command. Prints the tables
+and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -64,10 +66,12 @@ LIMITS = {
     "step K=2": 1.8,
     "inference": 1.0,
 }
-"""What the ratios of times should not exceed."""
+"""Upper bounds of the ratios of times."""
 
 
-def chosen(seeds: Sequence[int], *, quick: bool) -> tuple[ComponentTrial, ...]:
+def build_demo_trials(
+    seeds: Sequence[int], *, quick: bool
+) -> tuple[ComponentTrial, ...]:
     config = replace(
         small(), data=DEMO_SOURCE, classes=CLASSES, tracking=Tracking(enabled=False)
     )
@@ -77,17 +81,17 @@ def chosen(seeds: Sequence[int], *, quick: bool) -> tuple[ComponentTrial, ...]:
     return build_component_trials(config, seeds, QUICK_SCENES if quick else SCENES)
 
 
-def ratio(
-    one: Callable[[], object], other: Callable[[], object], seconds: float
+def time_ratio(
+    first: Callable[[], object], second: Callable[[], object], seconds: float
 ) -> float:
-    """Median of time(one) / time(other), measured in turn, in CPU time of this process,
-    which a busy machine disturbs less."""
+    """Return the median of time(first) / time(second), measured in turn, in CPU time of
+    this process, which a busy machine disturbs less."""
     ratios: list[float] = []
-    for work in (one, other, one, other):
+    for work in (first, second, first, second):
         work()
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(ratios) < 5:
-        ratios.append(_seconds(one) / _seconds(other))
+        ratios.append(_seconds(first) / _seconds(second))
     return round(median(ratios), 3)
 
 
@@ -97,42 +101,46 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def against_transformers(seconds: float) -> dict[str, Any]:
-    """Attention and an encoder layer (forward and backward) beside Deformable DETR's of
-    transformers with the same weights, in turn."""
+def compare_with_transformers(seconds: float) -> dict[str, Any]:
+    """Time attention and an encoder layer (forward and backward) in turn with those of
+    Deformable DETR in transformers, with the same weights."""
     from transformers import DeformableDetrConfig
     from transformers.models.deformable_detr import modeling_deformable_detr as hf
 
     torch.manual_seed(0)
     config, shapes = CoDetr(feedforward=1024), ((32, 32), (16, 16), (8, 8), (4, 4))
-    theirs_config = DeformableDetrConfig(
-        d_model=256, encoder_attention_heads=8, encoder_ffn_dim=1024, num_feature_levels=4, disable_custom_kernels=True, dropout=0.0,
-        activation_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
-    ours, theirs = EncoderLayer(config), hf.DeformableDetrEncoderLayer(theirs_config)
-    copy_layer(ours, theirs)
+    transformers_config = DeformableDetrConfig(
+        d_model=256,
+        encoder_attention_heads=8,
+        encoder_ffn_dim=1024,
+        num_feature_levels=4,
+        disable_custom_kernels=True,
+        dropout=0.0,
+        activation_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    layer = EncoderLayer(config)
+    transformers_layer = hf.DeformableDetrEncoderLayer(transformers_config)
+    copy_layer(layer, transformers_layer)
     count = sum(h * w for h, w in shapes)
-    tokens, positions, padding = (
-        torch.randn(2, count, 256),
-        torch.randn(2, count, 256),
-        torch.zeros(2, count, dtype=torch.bool),
-    )
-    references = (
-        cell_centres(shapes, torch.ones(2, 4, 2))[:, :, None]
-        .expand(-1, -1, 4, -1)
-        .contiguous()
-    )
+    tokens, positions = torch.randn(2, count, 256), torch.randn(2, count, 256)
+    padding = torch.zeros(2, count, dtype=torch.bool)
+    centres = cell_centres(shapes, torch.ones(2, 4, 2))
+    references = centres[:, :, None].expand(-1, -1, 4, -1).contiguous()
     levels = {
         "spatial_shapes": torch.tensor(shapes),
         "spatial_shapes_list": list(shapes),
         "level_start_index": None,
     }
 
-    def our_attention(leaf: Tensor) -> Tensor:
-        return ours.attention(leaf + positions, references, leaf, shapes, padding)  # type: ignore[no-any-return]
+    def attention(leaf: Tensor) -> Tensor:
+        attended: Tensor = layer.attention(
+            leaf + positions, references, leaf, shapes, padding
+        )
+        return attended
 
-    def their_attention(leaf: Tensor) -> Tensor:
-        found = theirs.self_attn(
+    def transformers_attention(leaf: Tensor) -> Tensor:
+        layer_outputs = transformers_layer.self_attn(
             leaf,
             attention_mask=~padding,
             encoder_hidden_states=leaf,
@@ -140,71 +148,81 @@ def against_transformers(seconds: float) -> dict[str, Any]:
             reference_points=references,
             **levels,
         )
-        return found[0]  # type: ignore[no-any-return]
+        return layer_outputs[0]  # type: ignore[no-any-return]
 
-    def our_layer(leaf: Tensor) -> Tensor:
-        return ours(leaf, positions, references, shapes, padding)  # type: ignore[no-any-return]
+    def encoder(leaf: Tensor) -> Tensor:
+        encoded: Tensor = layer(leaf, positions, references, shapes, padding)
+        return encoded
 
-    def their_layer(leaf: Tensor) -> Tensor:
-        found = theirs(
+    def transformers_encoder(leaf: Tensor) -> Tensor:
+        layer_outputs = transformers_layer(
             leaf,
             attention_mask=~padding,
             spatial_position_embeddings=positions,
             reference_points=references,
             **levels,
         )
-        return found if isinstance(found, Tensor) else found[0]
+        return layer_outputs if isinstance(layer_outputs, Tensor) else layer_outputs[0]
 
-    result: dict[str, Any] = {}
-    for name, own, other in (
-        ("attention", our_attention, their_attention),
-        ("encoder", our_layer, their_layer),
+    figures: dict[str, Any] = {}
+    for name, run_layer, run_transformers in (
+        ("attention", attention, transformers_attention),
+        ("encoder", encoder, transformers_encoder),
     ):
-        difference = float((own(tokens) - other(tokens)).detach().abs().max())
-        result[name] = {
-            "ratio": ratio(_learning(own, tokens), _learning(other, tokens), seconds),
-            "difference": difference,
-        }
-        if difference > 1e-5:
-            raise SystemExit(f"{name}: differs from transformers by {difference}")
-    return result
+        difference = run_layer(tokens) - run_transformers(tokens)
+        largest_difference = float(difference.detach().abs().max())
+        ratio = time_ratio(
+            _forward_and_backward(run_layer, tokens),
+            _forward_and_backward(run_transformers, tokens),
+            seconds,
+        )
+        figures[name] = {"ratio": ratio, "difference": largest_difference}
+        if largest_difference > 1e-5:
+            raise SystemExit(
+                f"{name}: differs from transformers by {largest_difference}"
+            )
+    return figures
 
 
-def copy_layer(ours: EncoderLayer, theirs: nn.Module) -> None:
-    """Our weights into an encoder layer of transformers; sampling offsets made wild
-    first, so that places differ between cells."""
-    for layer in (ours.attention.offsets, ours.attention.weights):
-        nn.init.normal_(layer.weight, std=0.02)
-    copy_attention(ours.attention, theirs.self_attn)  # type: ignore[arg-type]
+def copy_layer(layer: EncoderLayer, transformers_layer: nn.Module) -> None:
+    """Copy the weights into an encoder layer of transformers, after drawing random sampling
+    offsets so that the sampled places differ between cells."""
+    for linear_layer in (layer.attention.offsets, layer.attention.weights):
+        nn.init.normal_(linear_layer.weight, std=0.02)
+    copy_attention(layer.attention, transformers_layer.self_attn)  # type: ignore[arg-type]
     parts = {
-        "self_attn_layer_norm": ours.attention_norm,
-        "final_layer_norm": ours.feedforward_norm,
+        "self_attn_layer_norm": layer.attention_norm,
+        "final_layer_norm": layer.feedforward_norm,
     }
-    for name, own in parts.items():
-        theirs.get_submodule(name).load_state_dict(own.state_dict())
-    linear = [
-        m
-        for name, m in theirs.named_modules()
-        if isinstance(m, nn.Linear) and "self_attn" not in name
+    for name, source in parts.items():
+        transformers_layer.get_submodule(name).load_state_dict(source.state_dict())
+    transformers_linear = [
+        module
+        for name, module in transformers_layer.named_modules()
+        if isinstance(module, nn.Linear) and "self_attn" not in name
     ]
-    for other, own in zip(
-        linear, (ours.feedforward[0], ours.feedforward[2]), strict=True
-    ):
-        other.load_state_dict(own.state_dict())
+    linear = (layer.feedforward[0], layer.feedforward[2])
+    for copy, source in zip(transformers_linear, linear, strict=True):
+        copy.load_state_dict(source.state_dict())
 
 
-def copy_attention(ours: DeformableAttention, theirs: nn.Module) -> None:
+def copy_attention(
+    attention: DeformableAttention, transformers_attention: nn.Module
+) -> None:
     names = {
         "sampling_offsets": "offsets",
         "attention_weights": "weights",
         "value_proj": "value",
         "output_proj": "output",
     }
-    for name, own in names.items():
-        theirs.get_submodule(name).load_state_dict(ours.get_submodule(own).state_dict())
+    for name, module_name in names.items():
+        weights = attention.get_submodule(module_name).state_dict()
+        transformers_attention.get_submodule(name).load_state_dict(weights)
 
 
-def _learning(work: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], None]:
+def _forward_and_backward(
+    work: Callable[[Tensor], Tensor], tokens: Tensor
+) -> Callable[[], None]:
     def once() -> None:
         leaf = tokens.clone().requires_grad_()
         work(leaf).square().mean().backward()  # type: ignore[no-untyped-call]
@@ -212,21 +230,19 @@ def _learning(work: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], 
     return once
 
 
-def costs(seconds: float) -> dict[str, Any]:
-    """A training step with one and two heads, and inference, beside those of the base:
-    the tiny preset, a batch of 8 scenes."""
+def compare_with_base(seconds: float) -> dict[str, Any]:
+    """Time a training step with one and with two heads, and inference, against the base
+    model: the tiny preset, a batch of 8 scenes."""
     base = replace(small(), classes=CLASSES)
     models = {
-        name: new_co_detr(
-            replace(base, co_detr=VARIANTS[arm].change(base.co_detr))
-        )
+        name: new_co_detr(replace(base, co_detr=VARIANTS[arm].change(base.co_detr)))
         for name, arm in (
             ("base", "none"),
             ("step K=1", "both"),
             ("step K=2", "both, two heads"),
         )
     }
-    images, targets = batch(base)
+    images, targets = build_demo_batch(base)
 
     def step(name: str) -> Callable[[], None]:
         model = models[name].train()
@@ -241,30 +257,30 @@ def costs(seconds: float) -> dict[str, Any]:
 
         return once
 
-    plain = step("base")
-    found: dict[str, Any] = {
-        name: {"ratio": ratio(step(name), plain, seconds)}
+    base_step = step("base")
+    figures: dict[str, Any] = {
+        name: {"ratio": time_ratio(step(name), base_step, seconds)}
         for name in ("step K=1", "step K=2")
     }
     prepared = models["base"].base.prepare(images)
     for model in models.values():
         model.eval()
-    found["inference"] = {
-        "ratio": ratio(
+    figures["inference"] = {
+        "ratio": time_ratio(
             lambda: models["step K=2"].predict(prepared),
             lambda: models["base"].predict(prepared),
             seconds,
         ),
         "same operations": (
-            operations(models["step K=2"], prepared)
-            == operations(models["base"], prepared)
+            tensor_operations(models["step K=2"], prepared)
+            == tensor_operations(models["base"], prepared)
         ),
     }
-    return found
+    return figures
 
 
-def operations(model: Any, images: Any) -> list[str]:
-    """Names of all tensor operations of one prediction, in order."""
+def tensor_operations(model: Any, images: Any) -> list[str]:
+    """Return the names of all tensor operations of one prediction, in order."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU]
     ) as recorded:
@@ -276,55 +292,61 @@ def operations(model: Any, images: Any) -> list[str]:
     ]
 
 
-def batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
+def build_demo_batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
     artwork = Artwork.from_drawings([d for d in load_drawings() if d.known_to_cloud])
     scenes = [
         compose(artwork, "source", seed, (2, 5)) for seed in range(config.fit.batch)
     ]
     side = config.short_side
-    images = [resize_to_fit(pil_to_tensor(s.image), side, config.long_side) for s in scenes]
+    images = [
+        resize_to_fit(pil_to_tensor(s.image), side, config.long_side) for s in scenes
+    ]
     return images, [
         Targets(torch.from_numpy(s.boxes) * side / SIZE, torch.from_numpy(s.labels))
         for s in scenes
     ]
 
 
-def markdown(rows: dict[str, dict[str, Any]], speed: dict[str, Any]) -> str:
+def format_tables(rows: dict[str, dict[str, Any]], speed: dict[str, Any]) -> str:
     parts = []
     if rows:
         parts.append(components.format_component_table(rows))
     if speed:
         parts += ["| time of | ratio | at most | |", "|---|---|---|---|"]
         for name, figures in speed.items():
-            rest = ", ".join(
-                f"{key} {value:.1g}" if isinstance(value, float) else f"{key}: {value}"
-                for key, value in figures.items()
+            details = ", ".join(
+                f"{key} {figure:.1g}"
+                if isinstance(figure, float)
+                else f"{key}: {figure}"
+                for key, figure in figures.items()
                 if key != "ratio"
             )
             parts.append(
-                f"| {name} | {figures['ratio']:.2f} | {LIMITS[name]:.2f} | {rest} |"
+                f"| {name} | {figures['ratio']:.2f} | {LIMITS[name]:.2f} | {details} |"
             )
         parts.append("")
     return "\n".join(parts)
 
 
-def page(
+def format_page(
     rows: dict[str, dict[str, Any]],
     speed: dict[str, Any],
     command: str,
     seeds: Sequence[int],
 ) -> str:
-    made = ", ".join(f"{name} {number}" for name, number in package_versions().items())
+    versions = ", ".join(
+        f"{name} {number}" for name, number in package_versions().items()
+    )
     return "\n".join(
         [
             "# Co-DETR: measured results\n",
             (
                 "The tiny preset, trained on the demo's labelled source scenes, AP on"
-                " held-out plain ones (docs/co-detr.md). Attention and encoder beside"
-                " Deformable DETR's modules of transformers, forward and backward, the"
-                " same weights; steps beside the base's.\n"
+                " held-out plain ones (docs/co-detr.md). Attention and encoder are"
+                " compared with Deformable DETR's modules in transformers, forward and"
+                " backward, with the same weights; steps with the base model's.\n"
             ),
-            markdown(rows, speed),
+            format_tables(rows, speed),
             "## How it was made\n",
             f"    {command}\n",
             (
@@ -333,7 +355,7 @@ def page(
                 f" {SCENES.val} held out; AP in points, mean ± sample standard"
                 " deviation over seeds; times are CPU times in one thread, medians of"
                 f" ratios taken in turn. {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()}"
-                f" CPU cores, {platform.machine()}, {made}.\n"
+                f" CPU cores, {platform.machine()}, {versions}.\n"
             ),
         ]
     )
@@ -352,34 +374,37 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--quick", action="store_true", help="does it run? The figures mean nothing"
+        "--quick",
+        action="store_true",
+        help="use few steps to test that the benchmark runs; the figures mean nothing",
     )
     parser.add_argument(
         "--only",
         choices=("table", "speed"),
-        help="one half; nothing is written into docs/results",
+        help="run only this part, and write nothing into docs/results",
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    seeds = asked.seeds[:1] if asked.quick else asked.seeds
+    seeds = options.seeds[:1] if options.quick else options.seeds
     rows: dict[str, dict[str, Any]] = {}
-    if asked.only != "speed":
+    if options.only != "speed":
         rows = components.run_component_trials(
-            chosen(seeds, quick=asked.quick), storage.absolute_uri(asked.root)
+            build_demo_trials(seeds, quick=options.quick),
+            storage.absolute_uri(options.root),
         )
-    seconds = 2.0 if asked.quick else 20.0
-    speed = (
-        {} if asked.only == "table" else against_transformers(seconds) | costs(seconds)
-    )
-    print(markdown(rows, speed))
-    if not asked.quick and asked.only is None:
+    seconds = 2.0 if options.quick else 20.0
+    speed = {}
+    if options.only != "table":
+        speed = compare_with_transformers(seconds) | compare_with_base(seconds)
+    print(format_tables(rows, speed))
+    if not options.quick and options.only is None:
         command = (
             f'make bench-codetr ARGS="{shlex.join(arguments)}"'
             if arguments
             else "make bench-codetr"
         )
-        PAGE.write_text(page(rows, speed, command, seeds))
+        PAGE.write_text(format_page(rows, speed, command, seeds))
     print(json.dumps({"table": rows, "speed": speed}))
     return 0
 
