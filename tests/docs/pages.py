@@ -45,7 +45,7 @@ def commands(text: str) -> list[tuple[str, ...]]:
 
 def mentioned_subcommands(text: str) -> set[str]:
     """The subcommands of ``coin-ray`` in spans of code."""
-    return set(re.findall(r"`coin-ray ([\w-]+)[^`\n]*`", FENCE.sub("", text)))
+    return set(re.findall(r"`coin-ray ([a-z][\w-]*)[^`\n]*`", FENCE.sub("", text)))
 
 
 def _command_words(line: str) -> Iterator[tuple[str, ...]]:
