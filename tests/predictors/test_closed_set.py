@@ -19,7 +19,7 @@ from coin_ray.predictors.transformers_detectors import (
 )
 from coin_ray.serving.detectors import BatchDetector
 from tests.images import noise_image
-from tests.models.co_detr.fast_networks import save_network
+from tests.models.co_detr.transformers_networks import save_network
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
