@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pebble import ProcessFuture, ProcessPool
 from PIL import Image
 
 from coin_ray.data import inspect
@@ -73,6 +76,39 @@ def test_many_images_that_crash_at_once_lose_no_other(tmp_path: Path) -> None:
     inspections = list(inspect.inspect_images(uris, len(uris)))
     assert [isinstance(row, dict) for row in inspections] == [u == good for u in uris]
     assert all("exit code -11" in row for row in inspections if isinstance(row, str))
+
+
+def test_files_of_a_broken_pool_are_submitted_to_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule, broken_uris = ProcessPool.schedule, list[str]()
+
+    def break_twice(pool: ProcessPool, function: Any, uris: Any, **options: Any) -> Any:
+        if uris[0].endswith("3.png") and len(broken_uris) < 2:
+            broken_uris.append(uris[0])
+            future = ProcessFuture[Inspection]()
+            future.set_exception(BrokenProcessPool("All workers expired"))
+            return future
+        return schedule(pool, function, uris, **options)
+
+    monkeypatch.setattr(ProcessPool, "schedule", break_twice)
+    uris = [_write_image(tmp_path / f"{n}.png") for n in range(6)]
+    inspections = list(inspect.inspect_images(uris, len(uris)))
+    assert len(broken_uris) == 2
+    assert [row["uri"] for row in inspections if isinstance(row, dict)] == uris
+
+
+def test_a_pool_that_breaks_each_time_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def schedule(*_: Any, **__: Any) -> Any:
+        future = ProcessFuture[Inspection]()
+        future.set_exception(BrokenProcessPool("All workers expired"))
+        return future
+
+    monkeypatch.setattr(ProcessPool, "schedule", schedule)
+    with pytest.raises(BrokenProcessPool):
+        list(inspect.inspect_images([_write_image(tmp_path / "a.png")], 1))
 
 
 def test_few_files_are_asked_for_ahead_of_their_turn(tmp_path: Path) -> None:
