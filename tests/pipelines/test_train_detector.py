@@ -26,7 +26,7 @@ from coin_ray.runs.detector_graph import build_detector_steps
 from coin_ray.stages.common.detector_checks import check_labelled_images
 from coin_ray.training.supervised import SupervisedTraining
 from tests.labelled_folder import CLASSES, write_image_records
-from tests.models.co_detr.fast_networks import save_network as fast_folder
+from tests.models.co_detr.transformers_networks import save_network as fast_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Small things that tests of Co-DETR share."""
+"""Small models, images, targets and feature maps that tests of Co-DETR share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.model import DeformableDetr
 from coin_ray.models.co_detr.pyramid import Maps
 from coin_ray.models.co_detr.targets import Targets
+from coin_ray.structures import Detections
 
 M = TypeVar("M", bound=torch.nn.Module)
 SHAPES = ((6, 8), (3, 4), (2, 2))
 CLASSES = 3
+DETECTION_FIELDS = ("boxes", "scores", "labels", "probs")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -29,17 +31,28 @@ def noise_batch(
     padded: tuple[int, int] = (64, 96),
     seed: int = 0,
 ) -> Images:
-    """Noise inside each image, zeros in the padding."""
+    """Return noise inside each image, zeros in the padding."""
     pixels = torch.zeros(len(sizes), 3, *padded)
-    draw = seeded(seed)
-    for row, (height, width) in zip(pixels, sizes, strict=True):
-        row[:, :height, :width] = torch.randn(3, height, width, generator=draw)
+    generator = seeded(seed)
+    for image, (height, width) in zip(pixels, sizes, strict=True):
+        noise = torch.randn(3, height, width, generator=generator)
+        image[:, :height, :width] = noise
     return Images(pixels, sizes)
 
 
 def make_targets(*rows: tuple[float, float, float, float, int]) -> Targets:
+    """Make the targets of one image of rows (x1, y1, x2, y2, label)."""
     boxes = torch.tensor([row[:4] for row in rows]).reshape(-1, 4)
     return Targets(boxes, torch.tensor([row[4] for row in rows], dtype=torch.int64))
+
+
+def make_crowd() -> Targets:
+    """Make eighty objects of 8 x 6 pixels in rows of ten."""
+    rows = []
+    for number in range(80):
+        x, y = number % 10 * 9, number // 10 * 7
+        rows.append((float(x), float(y), x + 8.0, y + 6.0, number % 3))
+    return make_targets(*rows)
 
 
 TWO_IMAGES = [
@@ -55,14 +68,36 @@ def new_detr(config: CoDetr | None = None, seed: int = 0) -> DeformableDetr:
     )
 
 
+def new_collaborative(config: CoDetr | None = None, seed: int = 0) -> CollaborativeDetr:
+    torch.manual_seed(seed)
+    return fill_zero_weights(
+        CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny())
+    )
+
+
 def fill_zero_weights(model: M) -> M:
-    """Weights that start at zero get values, so that nothing is switched off."""
-    draw = seeded()
+    """Draw the weights that start at zero, so that nothing is switched off."""
+    generator = seeded()
     with torch.no_grad():
         for weight in model.parameters():
             if not bool(weight.any()):
-                weight.normal_(std=0.1, generator=draw)
+                weight.normal_(std=0.1, generator=generator)
     return model
+
+
+def objective_losses(
+    model: CollaborativeDetr, targets: list[Targets]
+) -> dict[str, float]:
+    objective = model.objective(noise_batch(), targets, seeded())
+    return {name: float(loss.detach()) for name, loss in objective.losses.items()}
+
+
+def have_same_fields(first: Detections, second: Detections) -> bool:
+    """Compare all fields of two images' detections bit for bit."""
+    return all(
+        torch.equal(getattr(first, field), getattr(second, field))
+        for field in DETECTION_FIELDS
+    )
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -78,17 +113,10 @@ def noise_maps(
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (50, 70)),
     width: int = 64,
 ) -> Maps:
-    """A pyramid of noise under images of 64 x 96 pixels."""
+    """Return a pyramid of noise under images of 64 x 96 pixels."""
     sides = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)][:maps]
     return Maps(
         [randn(len(sizes), width, *side, seed=i) for i, side in enumerate(sides)],
         [8 * 2**i for i in range(maps)],
         sizes,
-    )
-
-
-def new_collaborative(config: CoDetr | None = None, seed: int = 0) -> CollaborativeDetr:
-    torch.manual_seed(seed)
-    return fill_zero_weights(
-        CollaborativeDetr(TinyBackbone((16, 16, 32)), CLASSES, config or tiny())
     )

@@ -22,30 +22,26 @@ from coin_ray.structures import Detections
 from models.co_detr.scenes import (
     CLASSES,
     fill_zero_weights,
+    have_same_fields,
     new_collaborative,
     noise_batch,
     noise_maps,
 )
 
-FIELDS = ("boxes", "scores", "labels", "probs")
 HERE, ELSEWHERE = (10, 10, 50, 50), (60, 60, 90, 90)
 
 
-def same(one: Detections, other: Detections) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
-
-
-def some(seed: int, count: int) -> Detections:
+def _random_detections(seed: int, count: int) -> Detections:
     """Boxes that often overlap, some the same."""
-    draw = Random(seed)
+    random = Random(seed)
     rows: list[Row] = []
     for _ in range(count):
-        x, y = draw.randrange(0, 60, 4), draw.randrange(0, 60, 4)
+        x, y = random.randrange(0, 60, 4), random.randrange(0, 60, 4)
         rows.append(
             (
-                (x, y, x + draw.randrange(1, 41), y + draw.randrange(1, 41)),
-                draw.randrange(3),
-                draw.uniform(0.01, 1.0),
+                (x, y, x + random.randrange(1, 41), y + random.randrange(1, 41)),
+                random.randrange(3),
+                random.uniform(0.01, 1.0),
             )
         )
     return detections(*rows)
@@ -53,12 +49,12 @@ def some(seed: int, count: int) -> Detections:
 
 SEEDS = st.integers(0, 10_000)
 ANY, FOUND = (
-    st.builds(some, SEEDS, st.integers(0, 6)),
-    st.builds(some, SEEDS, st.integers(1, 6)),
+    st.builds(_random_detections, SEEDS, st.integers(0, 6)),
+    st.builds(_random_detections, SEEDS, st.integers(1, 6)),
 )
 
 
-def confidence(*others: Row) -> float:
+def _averaged_confidence(*others: Row) -> float:
     return float(
         average_head_confidences(
             detections((HERE, 0, 0.8)), [detections(*others)]
@@ -87,48 +83,48 @@ def confidence(*others: Row) -> float:
         "the best counts",
     ],
 )
-def test_a_confidence_is_the_mean_of_what_the_heads_say_of_box_and_name(
+def test_a_confidence_is_the_mean_over_heads_for_box_and_class(
     others: list[Row], expected: float
 ) -> None:
-    assert confidence(*others) == pytest.approx(expected, abs=1e-6)
+    assert _averaged_confidence(*others) == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
 @given(ANY, st.lists(ANY, max_size=3))
-def test_boxes_and_names_stay_and_confidences_are_probabilities(
-    own: Detections, others: list[Detections]
+def test_boxes_and_labels_stay_and_confidences_are_probabilities(
+    detected: Detections, others: list[Detections]
 ) -> None:
-    shared = average_head_confidences(own, others)
-    assert bool(((shared.scores >= 0) & (shared.scores <= 1 + 1e-6)).all())
-    assert shared.scores.tolist() == sorted(shared.scores.tolist(), reverse=True)
-    torch.testing.assert_close(shared.probs.sum(1), torch.ones(len(own)))
+    averaged = average_head_confidences(detected, others)
+    assert bool(((averaged.scores >= 0) & (averaged.scores <= 1 + 1e-6)).all())
+    assert averaged.scores.tolist() == sorted(averaged.scores.tolist(), reverse=True)
+    torch.testing.assert_close(averaged.probs.sum(1), torch.ones(len(detected)))
 
-    def rows(d: Detections) -> list[list[float]]:
+    def boxes_and_labels(d: Detections) -> list[list[float]]:
         return sorted(torch.cat([d.boxes, d.labels[:, None]], 1).tolist())
 
-    assert rows(shared) == rows(own)
+    assert boxes_and_labels(averaged) == boxes_and_labels(detected)
 
 
 @settings(max_examples=40, deadline=None)
 @given(FOUND, ANY, ANY)
 def test_the_order_of_heads_and_of_their_detections_changes_nothing(
-    own: Detections, one: Detections, other: Detections
+    detected: Detections, first_head: Detections, second_head: Detections
 ) -> None:
-    backwards = one[torch.arange(len(one)).flip(0)]
+    reversed_head = first_head[torch.arange(len(first_head)).flip(0)]
     torch.testing.assert_close(
-        average_head_confidences(own, [one, other]).scores,
-        average_head_confidences(own, [other, backwards]).scores,
+        average_head_confidences(detected, [first_head, second_head]).scores,
+        average_head_confidences(detected, [second_head, reversed_head]).scores,
     )
 
 
 @settings(max_examples=40, deadline=None)
 @given(FOUND, ANY, ANY)
-def test_more_detections_of_a_head_never_take_support_away(
-    own: Detections, one: Detections, more: Detections
+def test_more_detections_of_a_head_never_lower_the_agreement(
+    detected: Detections, head: Detections, additional: Detections
 ) -> None:
     before, after = (
-        class_agreement(own.boxes, one),
-        class_agreement(own.boxes, Detections.cat([one, more])),
+        class_agreement(detected.boxes, head),
+        class_agreement(detected.boxes, Detections.cat([head, additional])),
     )
     assert bool((after >= before).all())
     assert bool((after <= 1).all())
@@ -137,42 +133,48 @@ def test_more_detections_of_a_head_never_take_support_away(
 @settings(max_examples=40, deadline=None)
 @given(FOUND)
 def test_a_head_gives_its_own_detections_at_least_their_probabilities(
-    own: Detections,
+    detected: Detections,
 ) -> None:
-    assert bool((class_agreement(own.boxes, own) >= own.probs[:, :-1] - 1e-6).all())
-    best_first = own.scores.argsort(descending=True, stable=True)
+    assert bool(
+        (
+            class_agreement(detected.boxes, detected) >= detected.probs[:, :-1] - 1e-6
+        ).all()
+    )
+    best_first = detected.scores.argsort(descending=True, stable=True)
     torch.testing.assert_close(
-        average_head_confidences(own, []).probs,
-        own.probs[best_first],
+        average_head_confidences(detected, []).probs,
+        detected.probs[best_first],
         atol=1e-6,
         rtol=0,
     )
 
 
-def test_of_doubles_in_a_class_only_the_best_is_kept() -> None:
+def test_only_the_best_of_duplicates_in_a_class_is_kept() -> None:
     boxes = torch.tensor(
         [[0, 0, 20, 20], [1, 0, 21, 20], [40, 40, 60, 60], [70, 70, 90, 90]]
     ).float()[:, None]
     scores = torch.tensor([[0.5, 0.4], [0.9, 0.0], [0.3, 0.0], [0.8, 0.0]])
-    vectors = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
-    kept = deduplicate_detections(boxes, scores, vectors, (64, 64), iou=0.5, limit=10)
-    assert kept.labels.tolist() == [0, 1, 0]
-    torch.testing.assert_close(kept.scores, torch.tensor([0.9, 0.4, 0.3]))
-    assert torch.equal(kept.probs, vectors[[1, 0, 2]])
+    probs = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
+    deduplicated = deduplicate_detections(
+        boxes, scores, probs, (64, 64), iou=0.5, limit=10
+    )
+    assert deduplicated.labels.tolist() == [0, 1, 0]
+    torch.testing.assert_close(deduplicated.scores, torch.tensor([0.9, 0.4, 0.3]))
+    assert torch.equal(deduplicated.probs, probs[[1, 0, 2]])
     assert (
-        len(deduplicate_detections(boxes, scores, vectors, (64, 64), iou=0.5, limit=2))
+        len(deduplicate_detections(boxes, scores, probs, (64, 64), iou=0.5, limit=2))
         == 2
     )
 
 
-def test_the_decoder_s_opinion_is_the_shipped_detector_s_bit_for_bit() -> None:
+def test_the_decoders_detections_are_the_base_detectors_bit_for_bit() -> None:
     model = new_collaborative().eval()
-    opinions = model.predict_by_head(noise_batch())
-    assert list(opinions) == ["decoder", "rcnn", "atss"]
+    by_head = model.predict_by_head(noise_batch())
+    assert list(by_head) == ["decoder", "rcnn", "atss"]
     assert all(
-        same(a, b)
+        have_same_fields(a, b)
         for a, b in zip(
-            opinions["decoder"], model.base.predict(noise_batch()), strict=True
+            by_head["decoder"], model.base.predict(noise_batch()), strict=True
         )
     )
     assert list(
@@ -180,7 +182,9 @@ def test_the_decoder_s_opinion_is_the_shipped_detector_s_bit_for_bit() -> None:
     ) == ["decoder"]
 
 
-def with_objects(name: str, roi_boxes: str = "per_class") -> tuple[Any, Tensor]:
+def _new_head_and_corners(
+    name: str, roi_boxes: str = "per_class"
+) -> tuple[Any, Tensor]:
     """A head and the image each of its detections should lie in."""
     torch.manual_seed(0)
     config = tiny(roi_boxes=roi_boxes, detections=7)
@@ -193,41 +197,45 @@ def with_objects(name: str, roi_boxes: str = "per_class") -> tuple[Any, Tensor]:
     ("name", "roi_boxes"),
     [("atss", "per_class"), ("rcnn", "per_class"), ("rcnn", "agnostic")],
 )
-def test_a_head_s_own_detections_lie_in_their_image_best_first(
+def test_a_heads_own_detections_lie_in_their_image_best_first(
     name: str, roi_boxes: str
 ) -> None:
-    head, corners = with_objects(name, roi_boxes)
-    for own, corner in zip(head.predict(noise_maps(5)), corners, strict=True):
-        assert len(own) == 7
-        assert own.num_classes == CLASSES
+    head, corners = _new_head_and_corners(name, roi_boxes)
+    for detected, corner in zip(head.predict(noise_maps(5)), corners, strict=True):
+        assert len(detected) == 7
+        assert detected.num_classes == CLASSES
         assert bool(
-            (own.boxes >= 0).all()
-            and (own.boxes[:, 2:] <= corner).all()
-            and (own.boxes[:, 2:] > own.boxes[:, :2]).all()
+            (detected.boxes >= 0).all()
+            and (detected.boxes[:, 2:] <= corner).all()
+            and (detected.boxes[:, 2:] > detected.boxes[:, :2]).all()
         )
-        assert own.scores.tolist() == sorted(own.scores.tolist(), reverse=True)
-        torch.testing.assert_close(own.probs.sum(1), torch.ones(7))
+        assert detected.scores.tolist() == sorted(
+            detected.scores.tolist(), reverse=True
+        )
+        torch.testing.assert_close(detected.probs.sum(1), torch.ones(7))
 
 
-def test_what_a_trained_head_says_of_the_objects_it_was_trained_on() -> None:
+def test_a_trained_head_detects_the_objects_it_was_trained_on() -> None:
     """Both heads, on fixed maps of two objects, find both with their names."""
     from models.co_detr.scenes import TWO_IMAGES, seeded
 
     maps = noise_maps(5)
     for name in ("atss", "rcnn"):
-        head, _ = with_objects(name)
-        optimizer, draw = torch.optim.AdamW(head.parameters(), 2e-3), seeded()
+        head, _ = _new_head_and_corners(name)
+        optimizer, generator = torch.optim.AdamW(head.parameters(), 2e-3), seeded()
         for _ in range(80):
             optimizer.zero_grad()
-            losses = head(maps, TWO_IMAGES, draw).losses
+            losses = head(maps, TWO_IMAGES, generator).losses
             torch.stack(
-                [head.weights[part] * value for part, value in losses.items()]
+                [head.weights[part] * loss for part, loss in losses.items()]
             ).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        for target, own in zip(TWO_IMAGES, head.predict(maps), strict=True):
-            named = class_agreement(target.boxes, own).gather(1, target.labels[:, None])
-            others = class_agreement(target.boxes, own).scatter(
+        for target, detected in zip(TWO_IMAGES, head.predict(maps), strict=True):
+            labelled = class_agreement(target.boxes, detected).gather(
+                1, target.labels[:, None]
+            )
+            others = class_agreement(target.boxes, detected).scatter(
                 1, target.labels[:, None], 0.0
             )
-            assert float(named.min()) > 2 * float(others.max()), name
-            assert float(named.min()) > 0.2, name
+            assert float(labelled.min()) > 2 * float(others.max()), name
+            assert float(labelled.min()) > 0.2, name

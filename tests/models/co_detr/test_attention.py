@@ -18,7 +18,9 @@ from models.co_detr.scenes import SHAPES, rand, randn
 TOKENS = sum(h * w for h, w in SHAPES)
 
 
-def attention(width: int = 16, heads: int = 4, points: int = 3) -> DeformableAttention:
+def _new_attention(
+    width: int = 16, heads: int = 4, points: int = 3
+) -> DeformableAttention:
     torch.manual_seed(0)
     module = DeformableAttention(width, heads, len(SHAPES), points)
     for layer in (module.offsets, module.weights):
@@ -26,7 +28,7 @@ def attention(width: int = 16, heads: int = 4, points: int = 3) -> DeformableAtt
     return module
 
 
-def pixel(grid: Tensor, row: int, column: int) -> Tensor:
+def _pixel_or_zero(grid: Tensor, row: int, column: int) -> Tensor:
     """Zero outside."""
     height, width = grid.shape[:2]
     return (
@@ -36,34 +38,42 @@ def pixel(grid: Tensor, row: int, column: int) -> Tensor:
     )
 
 
-def bilinear(grid: Tensor, x: float, y: float) -> Tensor:
+def _bilinear_sample(grid: Tensor, x: float, y: float) -> Tensor:
     """Value at x, y in 0..1 of a map [H, W, D] whose cells have their centres at (i +
     0.5) / W."""
     column, row = x * grid.shape[1] - 0.5, y * grid.shape[0] - 0.5
-    left, top = math.floor(column), math.floor(row)
+    left_column, top_row = math.floor(column), math.floor(row)
     total = torch.zeros_like(grid[0, 0])
-    for r, c in itertools.product((top, top + 1), (left, left + 1)):
-        total = total + (1 - abs(row - r)) * (1 - abs(column - c)) * pixel(grid, r, c)
+    for r, c in itertools.product(
+        (top_row, top_row + 1), (left_column, left_column + 1)
+    ):
+        total = total + (1 - abs(row - r)) * (1 - abs(column - c)) * _pixel_or_zero(
+            grid, r, c
+        )
     return total
 
 
 def test_sampling_equals_loops_over_queries_heads_levels_and_points() -> None:
     batch, queries, heads, points, depth = 2, 5, 2, 3, 4
-    values = randn(batch, TOKENS, heads * depth).double()
-    places = (rand(batch, queries, heads, len(SHAPES), points, 2) * 1.4 - 0.2).double()
+    features = randn(batch, TOKENS, heads * depth).double()
+    locations = (
+        rand(batch, queries, heads, len(SHAPES), points, 2) * 1.4 - 0.2
+    ).double()
     weights = rand(batch, queries, heads, len(SHAPES), points, seed=1).double()
     expected = torch.zeros(batch, queries, heads, depth, dtype=torch.float64)
     starts = [0, *itertools.accumulate(h * w for h, w in SHAPES)]
     for b, q, h, level, p in itertools.product(
         *(range(n) for n in (batch, queries, heads, len(SHAPES), points))
     ):
-        own = values[b, starts[level] : starts[level + 1]].view(
+        head_map = features[b, starts[level] : starts[level + 1]].view(
             *SHAPES[level], heads, depth
         )[:, :, h]
-        x, y = places[b, q, h, level, p].tolist()
-        expected[b, q, h] += weights[b, q, h, level, p] * bilinear(own, x, y)
+        x, y = locations[b, q, h, level, p].tolist()
+        expected[b, q, h] += weights[b, q, h, level, p] * _bilinear_sample(
+            head_map, x, y
+        )
     torch.testing.assert_close(
-        sample_maps(values, SHAPES, places, weights),
+        sample_maps(features, SHAPES, locations, weights),
         expected.flatten(2),
         atol=1e-12,
         rtol=0,
@@ -92,7 +102,7 @@ def test_offsets_are_cells_around_points_and_half_sides_around_boxes() -> None:
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_gradients_are_right_in_double_precision(coordinates: int) -> None:
-    module = attention(width=8, heads=2, points=2).double()
+    module = _new_attention(width=8, heads=2, points=2).double()
     queries, tokens = (
         randn(1, 3, 8).double().requires_grad_(),
         randn(1, TOKENS, 8, seed=1).double().requires_grad_(),
@@ -109,14 +119,17 @@ def test_gradients_are_right_in_double_precision(coordinates: int) -> None:
 
 
 def test_padded_tokens_are_never_seen() -> None:
-    module = attention()
+    module = _new_attention()
     queries, references = randn(2, 7, 16), rand(2, 7, len(SHAPES), 2)
     tokens, padding = randn(2, TOKENS, 16, seed=1), rand(2, TOKENS, seed=2) < 0.4
-    other = torch.where(padding[..., None], torch.tensor(1e3), tokens)
-    seen = module(queries, references, tokens, SHAPES, padding)
-    assert torch.equal(seen, module(queries, references, other, SHAPES, padding))
+    other_tokens = torch.where(padding[..., None], torch.tensor(1e3), tokens)
+    attended = module(queries, references, tokens, SHAPES, padding)
+    assert torch.equal(
+        attended, module(queries, references, other_tokens, SHAPES, padding)
+    )
     assert not torch.equal(
-        seen, module(queries, references, other, SHAPES, torch.zeros_like(padding))
+        attended,
+        module(queries, references, other_tokens, SHAPES, torch.zeros_like(padding)),
     )
 
 
@@ -138,8 +151,8 @@ def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -
     config = pytest.importorskip("transformers").DeformableDetrConfig(
         d_model=16, num_feature_levels=len(SHAPES), disable_custom_kernels=True
     )
-    ours, theirs = (
-        attention(),
+    attention, reference = (
+        _new_attention(),
         hf.DeformableDetrMultiscaleDeformableAttention(config, num_heads=4, n_points=3),
     )
     names = {
@@ -148,11 +161,13 @@ def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -
         "value_proj": "value",
         "output_proj": "output",
     }
-    for name, own in names.items():
-        getattr(theirs, name).load_state_dict(getattr(ours, own).state_dict())
+    for reference_name, layer_name in names.items():
+        getattr(reference, reference_name).load_state_dict(
+            getattr(attention, layer_name).state_dict()
+        )
     queries, references = randn(2, 7, 16), rand(2, 7, len(SHAPES), coordinates)
     tokens, padding = randn(2, TOKENS, 16, seed=1), rand(2, TOKENS, seed=2) < 0.3
-    expected, _ = theirs(
+    expected, _ = reference(
         queries,
         attention_mask=~padding,
         encoder_hidden_states=tokens,
@@ -162,30 +177,38 @@ def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -
         level_start_index=None,
     )
     torch.testing.assert_close(
-        ours(queries, references, tokens, SHAPES, padding), expected, atol=1e-5, rtol=0
+        attention(queries, references, tokens, SHAPES, padding),
+        expected,
+        atol=1e-5,
+        rtol=0,
     )
 
 
 def test_self_attention_equals_torch_with_the_same_weights() -> None:
     torch.manual_seed(0)
-    ours, theirs = (
+    attention, reference = (
         SelfAttention(16, 4),
         torch.nn.MultiheadAttention(16, 4, batch_first=True),
     )
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(
-            torch.cat([layer.weight for layer in (ours.query, ours.key, ours.value)])
+        reference.in_proj_weight.copy_(
+            torch.cat(
+                [
+                    layer.weight
+                    for layer in (attention.query, attention.key, attention.value)
+                ]
+            )
         )
-        theirs.in_proj_bias.zero_()
-        theirs.out_proj.load_state_dict(ours.output.state_dict())
+        reference.in_proj_bias.zero_()
+        reference.out_proj.load_state_dict(attention.output.state_dict())
     content, positions = randn(2, 6, 16), randn(2, 6, 16, seed=1)
     mask = (rand(2, 6, 6, seed=2) < 0.5) | torch.eye(6, dtype=torch.bool)
-    expected, _ = theirs(
+    expected, _ = reference(
         content + positions,
         content + positions,
         content,
         attn_mask=~mask.repeat_interleave(4, 0),
     )
     torch.testing.assert_close(
-        ours(content, positions, mask), expected, atol=1e-6, rtol=0
+        attention(content, positions, mask), expected, atol=1e-6, rtol=0
     )

@@ -46,17 +46,17 @@ HEAD_LOSSES = {
 EMPTY = [make_targets(), make_targets()]
 
 
-def objective(targets: list[Targets] = TWO_IMAGES, **changes: Any) -> Objective:
+def _objective(targets: list[Targets] = TWO_IMAGES, **changes: Any) -> Objective:
     return new_collaborative(tiny(**changes)).objective(
         noise_batch(), targets, seeded()
     )
 
 
-def layers(name: str, count: int = 2) -> set[str]:
+def _layer_losses(name: str, count: int = 2) -> set[str]:
     return {f"{name}_{layer}_{part}" for layer in range(count) for part in PARTS}
 
 
-BASE = layers("decoder") | {f"proposals_{part}" for part in PARTS}
+BASE = _layer_losses("decoder") | {f"proposals_{part}" for part in PARTS}
 
 
 @pytest.mark.parametrize(
@@ -67,45 +67,53 @@ BASE = layers("decoder") | {f"proposals_{part}" for part in PARTS}
         ({"positive_queries": False}, BASE | HEAD_LOSSES),
         (
             {"auxiliary_losses": False},
-            BASE | layers("rcnn_queries") | layers("atss_queries"),
+            BASE | _layer_losses("rcnn_queries") | _layer_losses("atss_queries"),
         ),
-        ({}, BASE | HEAD_LOSSES | layers("rcnn_queries") | layers("atss_queries")),
+        (
+            {},
+            BASE
+            | HEAD_LOSSES
+            | _layer_losses("rcnn_queries")
+            | _layer_losses("atss_queries"),
+        ),
         (
             {"auxiliary": ("atss",)},
             BASE
             | {n for n in HEAD_LOSSES if n.startswith("atss")}
-            | layers("atss_queries"),
+            | _layer_losses("atss_queries"),
         ),
         (
             {"decoder_layers": 1, "auxiliary": ()},
-            layers("decoder", 1) | {f"proposals_{part}" for part in PARTS},
+            _layer_losses("decoder", 1) | {f"proposals_{part}" for part in PARTS},
         ),
     ],
 )
 def test_every_part_of_the_objective_has_a_name(
     changes: dict[str, Any], expected: set[str]
 ) -> None:
-    found = objective(**changes)
-    assert set(found.losses) == expected
-    assert all(float(v.detach()) > 0 for v in found.losses.values())
-    torch.testing.assert_close(found.total, torch.stack([*found.losses.values()]).sum())
+    objective = _objective(**changes)
+    assert set(objective.losses) == expected
+    assert all(float(v.detach()) > 0 for v in objective.losses.values())
+    torch.testing.assert_close(
+        objective.total, torch.stack([*objective.losses.values()]).sum()
+    )
 
 
 def test_final_weights_of_the_heads_are_the_published_ones() -> None:
     """Six layers, lambda 2 = 2, against the plain losses of the heads."""
     model, images = new_collaborative(tiny(decoder_layers=6)), noise_batch()
-    found = model.objective(images, TWO_IMAGES, seeded())
+    objective = model.objective(images, TWO_IMAGES, seeded())
     maps = model.pyramid(model.base.encode(images), images.sizes)  # type: ignore[misc]
-    draw = seeded()
+    generator = seeded()
     plain = {
-        f"{name}_{part}": value
+        f"{name}_{part}": loss
         for name, head in model.heads.items()
-        for part, value in head(maps, TWO_IMAGES, draw).losses.items()
+        for part, loss in head(maps, TWO_IMAGES, generator).losses.items()
     }
     table = dict.fromkeys(HEAD_LOSSES, 12.0) | {"rcnn_giou": 120.0, "atss_giou": 24.0}
     for name, factor in table.items():
         torch.testing.assert_close(
-            found.losses[name], factor * plain[name], rtol=1e-5, atol=1e-7
+            objective.losses[name], factor * plain[name], rtol=1e-5, atol=1e-7
         )
 
 
@@ -113,29 +121,29 @@ def test_final_weights_of_the_heads_are_the_published_ones() -> None:
     ("name", "changed"),
     [
         ("auxiliary_weight", HEAD_LOSSES),
-        ("query_weight", layers("rcnn_queries") | layers("atss_queries")),
+        ("query_weight", _layer_losses("rcnn_queries") | _layer_losses("atss_queries")),
     ],
 )
 def test_doubling_a_weight_doubles_its_parts_and_nothing_else(
     name: str, changed: set[str]
 ) -> None:
-    before, after = objective(**{name: 1.0}).losses, objective(**{name: 2.0}).losses
-    for part, value in before.items():
+    before, after = _objective(**{name: 1.0}).losses, _objective(**{name: 2.0}).losses
+    for part, loss in before.items():
         torch.testing.assert_close(
-            after[part], 2 * value if part in changed else value, rtol=1e-5, atol=1e-7
+            after[part], 2 * loss if part in changed else loss, rtol=1e-5, atol=1e-7
         )
 
 
 def test_the_main_losses_are_the_same_with_and_without_positive_queries() -> None:
-    with_queries, without = objective(), objective(positive_queries=False)
+    with_queries, without = _objective(), _objective(positive_queries=False)
     for part in BASE:
         torch.testing.assert_close(
             with_queries.losses[part], without.losses[part], atol=1e-6, rtol=1e-6
         )
 
 
-def gradients(model: nn.Module, found: Objective) -> dict[str, bool]:
-    found.total.backward()  # type: ignore[no-untyped-call]
+def _finite_gradients(model: nn.Module, objective: Objective) -> dict[str, bool]:
+    objective.total.backward()  # type: ignore[no-untyped-call]
     for name, weight in model.named_parameters():
         assert weight.grad is None or bool(torch.isfinite(weight.grad).all()), name
     return {name: weight.grad is not None for name, weight in model.named_parameters()}
@@ -144,7 +152,7 @@ def gradients(model: nn.Module, found: Objective) -> dict[str, bool]:
 def test_every_weight_learns_also_where_one_image_has_no_object() -> None:
     model = new_collaborative()
     assert all(
-        gradients(
+        _finite_gradients(
             model,
             model.objective(noise_batch(), [TWO_IMAGES[0], make_targets()], seeded()),
         ).values()
@@ -204,10 +212,10 @@ EXTREMES = {
 @pytest.mark.parametrize("targets", EXTREMES.values(), ids=EXTREMES.keys())
 def test_losses_and_gradients_are_finite(targets: list[Targets]) -> None:
     model = new_collaborative()
-    found = model.objective(noise_batch(), targets, seeded())
-    assert bool(torch.isfinite(found.total))
-    assert float(found.total.detach()) > 0
-    gradients(model, found)
+    objective = model.objective(noise_batch(), targets, seeded())
+    assert bool(torch.isfinite(objective.total))
+    assert float(objective.total.detach()) > 0
+    _finite_gradients(model, objective)
 
 
 def test_losses_are_single_precision_and_finite_where_the_network_runs_in_half() -> (
@@ -215,38 +223,39 @@ def test_losses_are_single_precision_and_finite_where_the_network_runs_in_half()
 ):
     model = new_collaborative()
     with torch.autocast("cpu", torch.bfloat16):
-        found = model.objective(noise_batch(), TWO_IMAGES, seeded())
-    assert {v.dtype for v in found.losses.values()} == {torch.float32}
-    assert bool(torch.isfinite(found.total))
-    gradients(model, found)
+        objective = model.objective(noise_batch(), TWO_IMAGES, seeded())
+    assert {v.dtype for v in objective.losses.values()} == {torch.float32}
+    assert bool(torch.isfinite(objective.total))
+    _finite_gradients(model, objective)
     exact = new_collaborative().objective(noise_batch(), TWO_IMAGES, seeded()).losses
-    assert float(found.losses["proposals_class"].detach()) == pytest.approx(
+    assert float(objective.losses["proposals_class"].detach()) == pytest.approx(
         float(exact["proposals_class"].detach()), rel=0.05
     )
 
 
 def test_without_objects_box_losses_are_zero_and_class_losses_are_not() -> None:
-    found = objective(EMPTY)
-    assert found.positives == {"rcnn": 0, "atss": 0}
-    for name, value in found.losses.items():
+    objective = _objective(EMPTY)
+    assert objective.positives == {"rcnn": 0, "atss": 0}
+    for name, loss in objective.losses.items():
         expects_boxes = "queries" in name or name.endswith(("l1", "giou", "centerness"))
-        assert (float(value.detach()) == 0.0) is expects_boxes, name
+        assert (float(loss.detach()) == 0.0) is expects_boxes, name
 
 
 def test_positives_of_each_head_are_counted() -> None:
-    found = objective()
-    assert found.positives["rcnn"] >= 3
-    assert found.positives["atss"] >= 3
+    objective = _objective()
+    assert objective.positives["rcnn"] >= 3
+    assert objective.positives["atss"] >= 3
 
 
-def test_the_base_alone_is_shipped() -> None:
+def test_only_the_base_is_exported() -> None:
     model = new_collaborative().eval()
-    everything, kept = model.state_dict(), base_state_dict(model.state_dict())
+    all_weights, base_weights = model.state_dict(), base_state_dict(model.state_dict())
     alone = DeformableDetr(TinyBackbone((16, 16, 32)), CLASSES, model.config).eval()
-    load_detector_weights(alone, kept)
-    assert 0 < len(kept) < len(everything)
+    load_detector_weights(alone, base_weights)
+    assert 0 < len(base_weights) < len(all_weights)
     assert all(
-        torch.equal(everything[f"base.{name}"], value) for name, value in kept.items()
+        torch.equal(all_weights[f"base.{name}"], tensor)
+        for name, tensor in base_weights.items()
     )
     for whole, part in zip(
         model.predict(noise_batch()), alone.predict(noise_batch()), strict=True
@@ -282,29 +291,31 @@ def test_heads_that_nothing_uses_are_not_built() -> None:
 @pytest.mark.parametrize("label", [-1, CLASSES])
 def test_labels_of_other_classes_are_refused(label: int) -> None:
     with pytest.raises(InputError, match="labels must lie in"):
-        objective([make_targets((1, 1, 20, 20, label)), make_targets()])
+        _objective([make_targets((1, 1, 20, 20, label)), make_targets()])
 
 
 def test_detections_lie_in_their_image_best_first() -> None:
-    for found, (height, width) in zip(
+    for detections, (height, width) in zip(
         new_detr().eval().predict(noise_batch()), noise_batch().sizes, strict=True
     ):
-        assert 0 < len(found) <= 100
-        assert found.num_classes == CLASSES
+        assert 0 < len(detections) <= 100
+        assert detections.num_classes == CLASSES
         assert bool(
-            (found.boxes >= 0).all()
-            and (found.boxes[:, 2:] <= torch.tensor([width, height])).all()
+            (detections.boxes >= 0).all()
+            and (detections.boxes[:, 2:] <= torch.tensor([width, height])).all()
         )
-        assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
-        torch.testing.assert_close(found.probs.sum(1), torch.ones(len(found)))
+        assert detections.scores.tolist() == sorted(
+            detections.scores.tolist(), reverse=True
+        )
+        torch.testing.assert_close(detections.probs.sum(1), torch.ones(len(detections)))
 
 
 def test_only_the_best_and_only_above_the_threshold_are_detected() -> None:
-    every = new_detr(tiny(detections=1000)).eval().predict(noise_batch())[0]
-    assert len(every) == 30 * CLASSES
-    limit = float(every.scores[20])
+    all_pairs = new_detr(tiny(detections=1000)).eval().predict(noise_batch())[0]
+    assert len(all_pairs) == 30 * CLASSES
+    limit = float(all_pairs.scores[20])
     few = new_detr(tiny(score_min=limit)).eval().predict(noise_batch())[0]
-    assert len(few) == int((every.scores > limit).sum())
+    assert len(few) == int((all_pairs.scores > limit).sum())
     assert len(new_detr(tiny(detections=7)).eval().predict(noise_batch())[0]) == 7
 
 
@@ -315,7 +326,7 @@ def test_background_takes_what_the_classes_leave() -> None:
     )
 
 
-class Named(nn.Module):
+class _VectorClassifier(nn.Module):
     """A classifier by vectors, as class names give them."""
 
     def __init__(self, width: int, classes: int) -> None:
@@ -329,10 +340,17 @@ class Named(nn.Module):
 def test_the_classifier_can_be_replaced() -> None:
     torch.manual_seed(0)
     model = CollaborativeDetr(
-        TinyBackbone((16, 16, 32)), CLASSES, tiny(auxiliary=("atss",)), Named
+        TinyBackbone((16, 16, 32)),
+        CLASSES,
+        tiny(auxiliary=("atss",)),
+        _VectorClassifier,
     )
-    assert all(isinstance(layer, Named) for layer in model.base.decoder.classify)
-    assert all(gradients(model, model.objective(noise_batch(), TWO_IMAGES)).values())
+    assert all(
+        isinstance(layer, _VectorClassifier) for layer in model.base.decoder.classify
+    )
+    assert all(
+        _finite_gradients(model, model.objective(noise_batch(), TWO_IMAGES)).values()
+    )
     assert model.eval().predict(noise_batch())[0].num_classes == CLASSES
 
 
@@ -357,12 +375,12 @@ def test_an_image_smaller_than_a_cell_is_seen() -> None:
             torch.zeros(3, 5, 300, dtype=torch.uint8),
         ]
     )
-    found = model.objective(
+    objective = model.objective(
         images,
         [make_targets((0, 0, 1, 1, 0)), make_targets((0, 0, 300, 5, 1))],
         seeded(),
     )
-    gradients(model, found)
+    _finite_gradients(model, objective)
     assert all(
         bool(torch.isfinite(d.boxes).all()) for d in model.eval().predict(images)
     )
@@ -398,6 +416,8 @@ def test_the_backbone_and_the_offsets_learn_slowly() -> None:
         ({"roi_positive": 1.5}, r"roi_positive must lie in 0\.\.1"),
     ],
 )
-def test_impossible_settings_are_told(changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_reported(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(CoDetr(), **changes)

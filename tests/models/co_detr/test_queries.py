@@ -19,7 +19,7 @@ SIZES = ((64, 96), (50, 70))
 CONFIG = tiny(width=16, heads=4, levels=3, feedforward=24, queries=6, max_positives=5)
 
 
-def positives(count: int, seed: int = 0) -> Positives:
+def _new_positives(count: int, seed: int = 0) -> Positives:
     corner = rand(count, 2, seed=seed) * 40
     boxes = torch.cat([corner, corner + 10], 1)
     return Positives(
@@ -31,12 +31,12 @@ def positives(count: int, seed: int = 0) -> Positives:
     )
 
 
-def make(seed: int = 0) -> PositiveQueries:
+def _new_positive_queries(seed: int = 0) -> PositiveQueries:
     torch.manual_seed(seed)
     return fill_zero_weights(PositiveQueries(CONFIG, CLASSES))
 
 
-def main() -> Queries:
+def _main_queries() -> Queries:
     return Queries(
         randn(2, 6, 16, seed=5),
         randn(2, 6, 16, seed=6),
@@ -44,7 +44,7 @@ def main() -> Queries:
     )
 
 
-def memory() -> Memory:
+def _new_memory() -> Memory:
     shapes = ((8, 12), (4, 6), (2, 3))
     count = sum(h * w for h, w in shapes)
     return Memory(
@@ -55,20 +55,20 @@ def memory() -> Memory:
     )
 
 
-def decode(queries: Queries, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _decode(queries: Queries, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    decoded = fill_zero_weights(Decoder(CONFIG, CLASSES))(queries, memory(), mask)
+    decoded = fill_zero_weights(Decoder(CONFIG, CLASSES))(queries, _new_memory(), mask)
     return decoded.logits, decoded.boxes
 
 
-def test_queries_know_their_object_and_start_at_their_box() -> None:
-    own = positives(3)
-    group = make()([own, positives(0)], SIZES)
+def test_queries_have_their_objects_targets_and_start_at_their_box() -> None:
+    positives = _new_positives(3)
+    group = _new_positive_queries()([positives, _new_positives(0)], SIZES)
     assert group.targets.classes.tolist() == [[0, 1, 2], [CLASSES] * 3]
     assert group.targets.has_loss.tolist() == [[True] * 3, [False] * 3]
     scale = torch.tensor([96, 64, 96, 64])
     torch.testing.assert_close(
-        group.queries.references[0, :, :2], (own.boxes[:, :2] + 5) / scale[:2]
+        group.queries.references[0, :, :2], (positives.boxes[:, :2] + 5) / scale[:2]
     )
     torch.testing.assert_close(
         group.targets.boxes[0, :, 2:], torch.full((3, 2), 10.0) / scale[2:]
@@ -76,43 +76,58 @@ def test_queries_know_their_object_and_start_at_their_box() -> None:
 
 
 def test_more_positives_than_the_limit_are_drawn_at_random() -> None:
-    own = positives(9)
-    first, again, other = (
-        make()([own, positives(2)], SIZES, seeded(s)).queries.references
+    positives = _new_positives(9)
+    first, repeated, other = (
+        _new_positive_queries()(
+            [positives, _new_positives(2)], SIZES, seeded(s)
+        ).queries.references
         for s in (0, 0, 1)
     )
     assert first.shape == (2, 5, 4)
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, other)
 
 
-def test_the_box_and_what_lies_there_both_make_the_content_and_only_the_box_makes_the_position() -> (
-    None
-):
-    own = positives(3)
+def test_content_depends_on_box_and_features_and_position_on_the_box_alone() -> None:
+    positives = _new_positives(3)
     features = Positives(
-        own.boxes, own.truth, own.labels, own.features + 1, own.weights
+        positives.boxes,
+        positives.truth,
+        positives.labels,
+        positives.features + 1,
+        positives.weights,
     )
-    boxes = Positives(own.boxes + 5, own.truth, own.labels, own.features, own.weights)
-    plain, fed, moved = (make()([p, p], SIZES).queries for p in (own, features, boxes))
-    assert torch.equal(plain.positions, fed.positions)
-    assert not torch.equal(plain.positions, moved.positions)
-    assert not torch.equal(plain.content, moved.content)
+    boxes = Positives(
+        positives.boxes + 5,
+        positives.truth,
+        positives.labels,
+        positives.features,
+        positives.weights,
+    )
+    plain, with_other_features, with_other_boxes = (
+        _new_positive_queries()([p, p], SIZES).queries
+        for p in (positives, features, boxes)
+    )
+    assert torch.equal(plain.positions, with_other_features.positions)
+    assert not torch.equal(plain.positions, with_other_boxes.positions)
+    assert not torch.equal(plain.content, with_other_boxes.content)
 
 
 def test_features_are_not_detached() -> None:
-    own = positives(3)
-    own.features.requires_grad_()
-    make()([own, own], SIZES).queries.content.square().sum().backward()  # type: ignore[no-untyped-call]
-    assert own.features.grad is not None
-    assert bool(own.features.grad.any())
+    positives = _new_positives(3)
+    positives.features.requires_grad_()
+    _new_positive_queries()(
+        [positives, positives], SIZES
+    ).queries.content.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert positives.features.grad is not None
+    assert bool(positives.features.grad.any())
 
 
 def test_groups_without_any_positive_are_empty() -> None:
-    group = make()([positives(0), positives(0)], SIZES)
+    group = _new_positive_queries()([_new_positives(0), _new_positives(0)], SIZES)
     assert group.queries.content.shape == (2, 0, 16)
-    queries, mask = concatenate_queries(main(), [group])
-    assert all(bool(torch.isfinite(part).all()) for part in decode(queries, mask))
+    queries, mask = concatenate_queries(_main_queries(), [group])
+    assert all(bool(torch.isfinite(part).all()) for part in _decode(queries, mask))
 
 
 def test_a_query_sees_the_real_queries_of_its_group_and_itself() -> None:
@@ -129,19 +144,19 @@ def test_a_query_sees_the_real_queries_of_its_group_and_itself() -> None:
     ]
 
 
-def groups() -> tuple[QueryGroup, QueryGroup]:
-    return make(0)([positives(4), positives(2)], SIZES), make(1)(
-        [positives(1, 3), positives(3, 4)], SIZES
-    )
+def _two_groups() -> tuple[QueryGroup, QueryGroup]:
+    return _new_positive_queries(0)(
+        [_new_positives(4), _new_positives(2)], SIZES
+    ), _new_positive_queries(1)([_new_positives(1, 3), _new_positives(3, 4)], SIZES)
 
 
 def test_groups_decoded_together_equal_groups_decoded_alone() -> None:
-    first, second = groups()
-    queries, mask = concatenate_queries(main(), [first, second])
-    together = decode(queries, mask)
-    alone = [decode(main(), None)]
+    first, second = _two_groups()
+    queries, mask = concatenate_queries(_main_queries(), [first, second])
+    together = _decode(queries, mask)
+    alone = [_decode(_main_queries(), None)]
     alone += [
-        decode(
+        _decode(
             g.queries,
             group_mask(torch.zeros(2, 0, dtype=torch.bool), [g.targets.has_loss]),
         )
@@ -153,14 +168,14 @@ def test_groups_decoded_together_equal_groups_decoded_alone() -> None:
         torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_what_a_group_holds_does_not_reach_the_others() -> None:
-    first, second = groups()
-    queries, mask = concatenate_queries(main(), [first, second])
+def test_the_content_of_a_group_does_not_reach_the_others() -> None:
+    first, second = _two_groups()
+    queries, mask = concatenate_queries(_main_queries(), [first, second])
     content = queries.content.clone()
     content[:, 6:10] += 10
     before, after = (
-        decode(queries, mask),
-        decode(Queries(content, queries.positions, queries.references), mask),
+        _decode(queries, mask),
+        _decode(Queries(content, queries.positions, queries.references), mask),
     )
     for a, b in zip(before, after, strict=True):
         others = [i for i in range(a.shape[2]) if not 6 <= i < 10]
@@ -170,20 +185,20 @@ def test_what_a_group_holds_does_not_reach_the_others() -> None:
         assert not torch.allclose(a[:, :, 6:10], b[:, :, 6:10], atol=1e-3)
 
 
-def test_padded_queries_are_seen_by_none() -> None:
+def test_no_query_attends_to_padded_queries() -> None:
     """The second image has two real queries of four in the first group."""
-    first, _ = groups()
-    queries, mask = concatenate_queries(main(), [first])
+    first, _ = _two_groups()
+    queries, mask = concatenate_queries(_main_queries(), [first])
     content = queries.content.clone()
     content[1, 8:10] += 10
     before, after = (
-        decode(queries, mask),
-        decode(Queries(content, queries.positions, queries.references), mask),
+        _decode(queries, mask),
+        _decode(Queries(content, queries.positions, queries.references), mask),
     )
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a[:, 1, :8], b[:, 1, :8], atol=1e-6, rtol=1e-6)
 
 
 def test_the_base_alone_needs_no_mask() -> None:
-    queries = main()
+    queries = _main_queries()
     assert concatenate_queries(queries, []) == (queries, None)

@@ -27,24 +27,26 @@ from models.co_detr.scenes import (
 )
 
 
-def head(**changes: object) -> Rcnn:
+def _new_head(**changes: object) -> Rcnn:
     torch.manual_seed(0)
     return fill_zero_weights(Rcnn(tiny(**changes), CLASSES))
 
 
-def some_boxes(count: int, seed: int = 0) -> Tensor:
+def _random_boxes(count: int, seed: int = 0) -> Tensor:
     corner = rand(count, 2, seed=seed) * 40
     return torch.cat([corner, corner + rand(count, 2, seed=seed + 1) * 20 + 4], 1)
 
 
 def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> None:
     maps = noise_maps(5)
-    laid, boxes = (
+    anchors, boxes = (
         place_anchors(maps, [rpn_anchors(s) for s in maps.strides]),
         torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]]),
     )
-    assigned = assign_anchors(laid.boxes, laid.inside[0], boxes, torch.zeros(0, 4))
-    overlaps = box_iou(boxes, laid.boxes)
+    assigned = assign_anchors(
+        anchors.boxes, anchors.inside[0], boxes, torch.zeros(0, 4)
+    )
+    overlaps = box_iou(boxes, anchors.boxes)
     assert set(assigned[assigned >= 0].tolist()) == {0, 1}
     for number in range(2):
         assert int(assigned[overlaps[number].argmax()]) == number
@@ -55,12 +57,12 @@ def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> 
 
 def test_an_object_that_no_anchor_resembles_gets_none() -> None:
     maps = noise_maps(5)
-    laid = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
+    anchors = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
     assert not bool(
         (
             assign_anchors(
-                laid.boxes,
-                laid.inside[0],
+                anchors.boxes,
+                anchors.inside[0],
                 torch.tensor([[3.0, 3, 5, 5]]),
                 torch.zeros(0, 4),
             )
@@ -71,10 +73,12 @@ def test_an_object_that_no_anchor_resembles_gets_none() -> None:
 
 def test_anchors_on_padding_are_unused() -> None:
     maps = noise_maps(5)
-    laid = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
+    anchors = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
     for boxes in (torch.tensor([[30.0, 6, 68, 44]]), torch.zeros(0, 4)):
-        assigned = assign_anchors(laid.boxes, laid.inside[1], boxes, torch.zeros(0, 4))
-        assert bool((assigned[~laid.inside[1]] == UNUSED).all())
+        assigned = assign_anchors(
+            anchors.boxes, anchors.inside[1], boxes, torch.zeros(0, 4)
+        )
+        assert bool((assigned[~anchors.inside[1]] == UNUSED).all())
         assert bool((assigned == BACKGROUND).any())
 
 
@@ -82,7 +86,7 @@ def test_proposals_lie_in_their_image_and_carry_no_gradient() -> None:
     maps = noise_maps(5)
     for level in maps.levels:
         level.requires_grad_()
-    _, proposals = head().proposals(maps, TWO_IMAGES, seeded())
+    _, proposals = _new_head().proposals(maps, TWO_IMAGES, seeded())
     for boxes, (height, width) in zip(proposals, maps.sizes, strict=True):
         assert 0 < len(boxes) <= 100
         assert not boxes.requires_grad
@@ -94,7 +98,7 @@ def test_proposals_lie_in_their_image_and_carry_no_gradient() -> None:
 
 def test_objects_themselves_are_among_the_sampled_regions() -> None:
     config, target = tiny(roi_samples=20, roi_positive=0.5), TWO_IMAGES[0]
-    sampled = sample_regions(some_boxes(50), target, config, seeded())
+    sampled = sample_regions(_random_boxes(50), target, config, seeded())
     assert len(sampled.boxes) == 20
     assert 2 <= len(sampled.objects) <= 10
     overlaps = box_iou(target.boxes, sampled.boxes)
@@ -105,12 +109,12 @@ def test_objects_themselves_are_among_the_sampled_regions() -> None:
 
 
 def test_sampling_repeats_with_its_generator() -> None:
-    config, proposals = tiny(roi_samples=10), some_boxes(50)
-    first, again, other = (
+    config, proposals = tiny(roi_samples=10), _random_boxes(50)
+    first, repeated, other = (
         sample_regions(proposals, TWO_IMAGES[0], config, seeded(s)).boxes
         for s in (3, 3, 4)
     )
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, other)
 
 
@@ -175,7 +179,7 @@ def test_no_box_at_all_pools_to_nothing() -> None:
 def test_box_deltas_are_of_the_regions_class_or_of_all(
     boxes: str, columns: int
 ) -> None:
-    module, maps = head(roi_boxes=boxes), noise_maps(5)
+    module, maps = _new_head(roi_boxes=boxes), noise_maps(5)
     logits, deltas = module.regions(torch.rand(6, 64, 5, 5))
     assert (logits.shape, deltas.shape) == ((6, CLASSES + 1), (6, columns, 4))
     only = [make_targets((4, 6, 40, 44, 1))] * 2
@@ -190,12 +194,12 @@ def test_box_deltas_are_of_the_regions_class_or_of_all(
 def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
     maps = noise_maps(5)
     for positives, target in zip(
-        head()(maps, TWO_IMAGES, seeded()).positives, TWO_IMAGES, strict=True
+        _new_head()(maps, TWO_IMAGES, seeded()).positives, TWO_IMAGES, strict=True
     ):
         assert len(positives) >= len(target.boxes)
-        own = box_iou(positives.boxes, positives.truth).diagonal()
-        assert bool((own >= 0.5).all())
-    image, positives = 1, head()(maps, TWO_IMAGES, seeded()).positives[1]
+        overlaps = box_iou(positives.boxes, positives.truth).diagonal()
+        assert bool((overlaps >= 0.5).all())
+    image, positives = 1, _new_head()(maps, TWO_IMAGES, seeded()).positives[1]
     boxes = [positives.boxes if i == image else torch.zeros(0, 4) for i in range(2)]
     torch.testing.assert_close(
         positives.features, pool_levels(maps, boxes, 5, 1).mean((2, 3))
@@ -203,10 +207,15 @@ def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
 
 
 def test_samples_without_objects_are_all_background() -> None:
-    outcome = head()(noise_maps(5), [make_targets(), make_targets()], seeded())
-    assert [len(p) for p in outcome.positives] == [0, 0]
-    assert (outcome.losses["giou"].item(), outcome.losses["proposal_l1"].item()) == (
+    head_outputs = _new_head()(
+        noise_maps(5), [make_targets(), make_targets()], seeded()
+    )
+    assert [len(p) for p in head_outputs.positives] == [0, 0]
+    assert (
+        head_outputs.losses["giou"].item(),
+        head_outputs.losses["proposal_l1"].item(),
+    ) == (
         0.0,
         0.0,
     )
-    assert outcome.losses["class"].item() > 0
+    assert head_outputs.losses["class"].item() > 0

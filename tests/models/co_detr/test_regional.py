@@ -16,24 +16,24 @@ from coin_ray.models.co_detr.regional import (
 BOXES = [torch.tensor([[4.0, 4, 30, 28], [20, 10, 90, 60]]), torch.zeros(0, 4)]
 
 
-def batch(student: RegionalDetr) -> Images:
-    draw = torch.Generator().manual_seed(0)
+def _prepare_images(student: RegionalDetr) -> Images:
+    generator = torch.Generator().manual_seed(0)
     return student.prepare(
         [
-            torch.randint(0, 255, (3, *size), dtype=torch.uint8, generator=draw)
+            torch.randint(0, 255, (3, *size), dtype=torch.uint8, generator=generator)
             for size in ((64, 96), (60, 64))
         ]
     )
 
 
-def described(student: RegionalDetr, boxes: list[Tensor]) -> Tensor:
-    shared, _ = student.propose(batch(student))
+def _region_logits(student: RegionalDetr, boxes: list[Tensor]) -> Tensor:
+    shared, _ = student.propose(_prepare_images(student))
     return student.describe(shared, boxes).logits
 
 
 def test_any_box_is_described_as_the_clip_detector_does() -> None:
     student = tiny_co_detr()
-    shared, proposed = student.propose(batch(student))
+    shared, proposed = student.propose(_prepare_images(student))
     regions = student.describe(shared, BOXES)
     assert regions.logits.shape == (2, len(CLASSES) + 1)
     assert regions.pooled.shape == (2, student.base.config.roi_width)
@@ -47,20 +47,22 @@ def test_any_box_is_described_as_the_clip_detector_does() -> None:
         len(CLASSES) + 1,
     )
     assert proposed.objectness.shape == (2, len(proposed.anchors))
-    assert all(0 < len(own) <= 24 for own in proposed.boxes)
-    for own, (height, width) in zip(proposed.boxes, batch(student).sizes, strict=True):
-        assert float(own.min()) >= 0
-        assert float(own[:, 2].max()) <= width
-        assert float(own[:, 3].max()) <= height
+    assert all(0 < len(image_boxes) <= 24 for image_boxes in proposed.boxes)
+    for image_boxes, (height, width) in zip(
+        proposed.boxes, _prepare_images(student).sizes, strict=True
+    ):
+        assert float(image_boxes.min()) >= 0
+        assert float(image_boxes[:, 2].max()) <= width
+        assert float(image_boxes[:, 3].max()) <= height
 
 
 def test_a_description_depends_on_its_own_box_and_image_alone() -> None:
     student = tiny_co_detr().eval()
-    both = described(student, BOXES)
+    logits = _region_logits(student, BOXES)
     torch.testing.assert_close(
-        described(student, [BOXES[0][1:], BOXES[0]])[:1], both[1:]
+        _region_logits(student, [BOXES[0][1:], BOXES[0]])[:1], logits[1:]
     )
-    assert not torch.allclose(described(student, [BOXES[1], BOXES[0]]), both)
+    assert not torch.allclose(_region_logits(student, [BOXES[1], BOXES[0]]), logits)
 
 
 @pytest.mark.parametrize("background", ["learned", "prompt"])
@@ -69,9 +71,9 @@ def test_the_background_may_be_learned_beside_the_prompts(background: str) -> No
     assert student.background.requires_grad == (background == "learned")
     with torch.no_grad():
         student.background.add_(0.3)
-    ours, prompts = student.class_embeddings(), student.base.class_embeddings()
-    assert torch.equal(ours[:-1], prompts[:-1])
-    assert torch.equal(ours[-1], prompts[-1]) == (background == "prompt")
+    embeddings, prompts = student.class_embeddings(), student.base.class_embeddings()
+    assert torch.equal(embeddings[:-1], prompts[:-1])
+    assert torch.equal(embeddings[-1], prompts[-1]) == (background == "prompt")
 
 
 def test_a_student_takes_tower_prompts_and_background_of_the_clip_detector() -> None:
@@ -80,7 +82,7 @@ def test_a_student_takes_tower_prompts_and_background_of_the_clip_detector() -> 
         for parameter in detector.parameters():
             parameter.add_(0.01)
     student = load_clip_detector_weights(tiny_co_detr(), detector.state_dict())
-    images = batch(student)
+    images = _prepare_images(student)
     torch.testing.assert_close(
         student.base.backbone(images.pixels)[1], detector.tower.shared(images.pixels)
     )
@@ -91,30 +93,32 @@ def test_the_base_alone_predicts_what_the_student_does() -> None:
     student = tiny_co_detr(seed=1).eval()
     alone = tiny_co_detr(seed=2).base.eval()
     alone.load_state_dict(base_state_dict(student.state_dict()))
-    for ours, theirs in zip(
-        student.predict(batch(student)), alone.predict(batch(student)), strict=True
+    for student_detections, base_detections in zip(
+        student.predict(_prepare_images(student)),
+        alone.predict(_prepare_images(student)),
+        strict=True,
     ):
-        assert len(ours) > 0
-        assert torch.equal(ours.boxes, theirs.boxes)
-        assert torch.equal(ours.probs, theirs.probs)
+        assert len(student_detections) > 0
+        assert torch.equal(student_detections.boxes, base_detections.boxes)
+        assert torch.equal(student_detections.probs, base_detections.probs)
 
 
-def test_rois_are_sampled_as_the_network_says_and_seen_as_the_detector_does() -> None:
+def test_sampling_is_the_networks_and_other_settings_the_detectors() -> None:
     network = tiny_network(rpn_samples=7, roi_samples=9, roi_positive=0.25)
-    own = with_network_sampling(tiny_config(temperature=0.2), network)
+    detector = with_network_sampling(tiny_config(temperature=0.2), network)
     assert (
-        own.rpn_batch,
-        own.roi_batch,
-        own.roi_positive,
-        own.temperature,
-        own.box_loss,
+        detector.rpn_batch,
+        detector.roi_batch,
+        detector.roi_positive,
+        detector.temperature,
+        detector.box_loss,
     ) == (7, 9, 0.25, 0.2, "giou")
 
 
 def test_no_box_at_all_makes_no_query() -> None:
     student = tiny_co_detr()
-    shared, _ = student.propose(batch(student))
-    made = student.region_queries(shared, [BOXES[1], BOXES[1]])
-    assert made is not None
-    assert made[0].content.shape == (2, 0, student.base.config.width)
-    assert made[1].shape == (2, 0)
+    shared, _ = student.propose(_prepare_images(student))
+    region_queries = student.region_queries(shared, [BOXES[1], BOXES[1]])
+    assert region_queries is not None
+    assert region_queries[0].content.shape == (2, 0, student.base.config.width)
+    assert region_queries[1].shape == (2, 0)

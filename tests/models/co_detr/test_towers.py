@@ -23,7 +23,7 @@ from models.co_detr.scenes import noise_batch, randn
 CLIP = Backbone(f"open_clip:{ASSETS / 'coin_tiny.json'}", str(ASSETS / "coin_tiny.pt"))
 
 
-def transformers_folder(place: Path) -> Backbone:
+def _save_swin(folder: Path) -> Backbone:
     """A Swin of random weights, as the hub would hold it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -34,8 +34,8 @@ def transformers_folder(place: Path) -> Backbone:
         window_size=2,
         image_size=32,
     )
-    transformers.SwinModel(config).save_pretrained(place)
-    return Backbone(f"transformers:{place}", str(place))
+    transformers.SwinModel(config).save_pretrained(folder)
+    return Backbone(f"transformers:{folder}", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,7 @@ def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_fi
     name: str, tmp_path: Path
 ) -> None:
     config = {"clip": CLIP}.get(name) or (
-        transformers_folder(tmp_path / "swin")
-        if name == "transformers"
-        else Backbone(name)
+        _save_swin(tmp_path / "swin") if name == "transformers" else Backbone(name)
     )
     torch.manual_seed(0)
     tower = build_backbone(config).eval()
@@ -58,7 +56,7 @@ def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_fi
             (c, 64 // s, 96 // s)
             for c, s in zip(tower.channels, (8, 16, 32), strict=True)
         ]  # type: ignore[arg-type]
-        again = rebuild_backbone(
+        rebuilt = rebuild_backbone(
             Backbone(
                 config.name.partition(":")[0] + ":absent"
                 if ":" in config.name
@@ -66,8 +64,10 @@ def test_every_tower_gives_maps_of_strides_8_16_32_and_is_rebuilt_without_its_fi
             ),
             describe_backbone(tower),
         ).eval()
-        again.load_state_dict(tower.state_dict())
-        assert all(torch.equal(a, b) for a, b in zip(maps, again(pixels), strict=True))
+        rebuilt.load_state_dict(tower.state_dict())
+        assert all(
+            torch.equal(a, b) for a, b in zip(maps, rebuilt(pixels), strict=True)
+        )
     model = DeformableDetr(tower, 3, tiny())
     assert len(model(noise_batch()).logits) == 2
 
@@ -133,7 +133,7 @@ def test_pixels_are_normalised_as_the_weights_were_trained() -> None:
         (Backbone("transformers:/nowhere", "/nowhere"), "Offline"),
     ],
 )
-def test_towers_that_cannot_be_had_are_told(config: Backbone, message: str) -> None:
+def test_unavailable_towers_are_reported(config: Backbone, message: str) -> None:
     if config.name.startswith("transformers"):
         pytest.importorskip("transformers")
     with pytest.raises(InputError, match=message):
@@ -146,7 +146,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         build_backbone(Backbone("resnet50", str(tmp_path / "weights.pt")))
 
 
-def test_weights_that_cannot_be_read_or_downloaded_are_told(
+def test_unreadable_or_unavailable_weights_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.pt").write_text("no weights")

@@ -40,29 +40,29 @@ ATTENTION = {
 }
 
 
-def maps(width: int = 16, seed: int = 0) -> list[Tensor]:
+def _random_maps(width: int = 16, seed: int = 0) -> list[Tensor]:
     return [
         randn(2, width, *shape, seed=seed + level) for level, shape in enumerate(SHAPES)
     ]
 
 
-def encoder() -> Encoder:
+def _new_encoder() -> Encoder:
     torch.manual_seed(0)
     return fill_zero_weights(Encoder(SMALL))
 
 
-def decoder(config: CoDetr = SMALL) -> Decoder:
+def _new_decoder(config: CoDetr = SMALL) -> Decoder:
     torch.manual_seed(1)
     return fill_zero_weights(Decoder(config, CLASSES))
 
 
-def memory() -> Memory:
+def _encode_maps() -> Memory:
     with torch.no_grad():
-        encoded: Memory = encoder()(maps(), SIZES)
+        encoded: Memory = _new_encoder()(_random_maps(), SIZES)
     return encoded
 
 
-def queries(count: int = 6, seed: int = 0) -> Queries:
+def _random_queries(count: int = 6, seed: int = 0) -> Queries:
     boxes = torch.cat(
         [rand(2, count, 2, seed=seed), rand(2, count, 2, seed=seed + 1) * 0.4 + 0.1], -1
     )
@@ -71,7 +71,7 @@ def queries(count: int = 6, seed: int = 0) -> Queries:
     )
 
 
-def oracle() -> Any:
+def _transformers_reference() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.DeformableDetrConfig(
         d_model=16,
@@ -95,15 +95,15 @@ def oracle() -> Any:
     )
 
 
-def copy_into(theirs: Any, pairs: dict[str, nn.Module]) -> None:
-    for name, own in pairs.items():
-        theirs.get_submodule(name).load_state_dict(own.state_dict())
+def _copy_weights(reference: Any, pairs: dict[str, nn.Module]) -> None:
+    for name, module in pairs.items():
+        reference.get_submodule(name).load_state_dict(module.state_dict())
 
 
-def common(layer: Any, attention: str) -> dict[str, nn.Module]:
+def _shared_layers(layer: Any, attention: str) -> dict[str, nn.Module]:
     pairs = {
-        f"{attention}.{name}": getattr(layer.attention, own)
-        for own, name in ATTENTION.items()
+        f"{attention}.{name}": getattr(layer.attention, layer_name)
+        for layer_name, name in ATTENTION.items()
     }
     norms = {
         f"{attention}_layer_norm": layer.attention_norm,
@@ -120,31 +120,40 @@ def common(layer: Any, attention: str) -> dict[str, nn.Module]:
 
 
 def test_positions_equal_transformers() -> None:
-    modeling, _ = oracle()
+    modeling, _ = _transformers_reference()
     (padding,) = padding_masks(SHAPES[:1], SIZES, torch.device("cpu"))
-    theirs = modeling.DeformableDetrSinePositionEmbedding(8, normalize=True)
-    expected = theirs(torch.Size((2, 16, *SHAPES[0])), "cpu", torch.float32, ~padding)
+    reference = modeling.DeformableDetrSinePositionEmbedding(8, normalize=True)
+    expected = reference(
+        torch.Size((2, 16, *SHAPES[0])), "cpu", torch.float32, ~padding
+    )
     torch.testing.assert_close(
         map_positions(padding, 16), expected.permute(0, 2, 3, 1), atol=1e-5, rtol=0
     )
 
 
 def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
-    modeling, config = oracle()
-    ours, theirs = encoder().eval(), modeling.DeformableDetrEncoder(config).eval()
-    for own, layer in zip(ours.layers, theirs.layers, strict=True):
-        copy_into(layer, common(own, "self_attn"))
-    encoded = ours(maps(), SIZES)
+    modeling, config = _transformers_reference()
+    encoder, reference = (
+        _new_encoder().eval(),
+        modeling.DeformableDetrEncoder(config).eval(),
+    )
+    for encoder_layer, reference_layer in zip(
+        encoder.layers, reference.layers, strict=True
+    ):
+        _copy_weights(reference_layer, _shared_layers(encoder_layer, "self_attn"))
+    encoded = encoder(_random_maps(), SIZES)
     paddings = padding_masks(SHAPES, SIZES, torch.device("cpu"))
     positions = torch.cat(
         [
             (map_positions(p, 16) + e).flatten(1, 2)
-            for p, e in zip(paddings, ours.level_embeddings, strict=True)
+            for p, e in zip(paddings, encoder.level_embeddings, strict=True)
         ],
         1,
     )
-    expected = theirs(
-        inputs_embeds=torch.cat([m.flatten(2).transpose(1, 2) for m in maps()], 1),
+    expected = reference(
+        inputs_embeds=torch.cat(
+            [m.flatten(2).transpose(1, 2) for m in _random_maps()], 1
+        ),
         attention_mask=~encoded.padding,
         spatial_position_embeddings=positions,
         spatial_shapes=torch.tensor(SHAPES),
@@ -156,40 +165,45 @@ def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
 
 
 def test_the_decoder_equals_transformers_with_the_same_weights() -> None:
-    modeling, config = oracle()
-    ours, theirs, seen, start = (
-        decoder().eval(),
+    modeling, config = _transformers_reference()
+    decoder, reference, memory, queries = (
+        _new_decoder().eval(),
         modeling.DeformableDetrDecoder(config).eval(),
-        memory(),
-        queries(),
+        _encode_maps(),
+        _random_queries(),
     )
-    for own, layer in zip(ours.layers, theirs.layers, strict=True):
-        attention = own.self_attention
-        own_attention = {
+    for decoder_layer, reference_layer in zip(
+        decoder.layers, reference.layers, strict=True
+    ):
+        attention = decoder_layer.self_attention
+        attention_layers = {
             "q_proj": attention.query,
             "k_proj": attention.key,
             "v_proj": attention.value,
             "o_proj": attention.output,
         }
-        pairs = common(own, "encoder_attn") | {
-            f"self_attn.{name}": module for name, module in own_attention.items()
+        pairs = _shared_layers(decoder_layer, "encoder_attn") | {
+            f"self_attn.{name}": module for name, module in attention_layers.items()
         }
-        copy_into(layer, pairs | {"self_attn_layer_norm": own.self_attention_norm})
-    theirs.bbox_embed = ours.regress
-    found = theirs(
-        inputs_embeds=start.content,
-        encoder_hidden_states=seen.tokens,
-        encoder_attention_mask=~seen.padding,
-        object_queries_position_embeddings=start.positions,
-        reference_points=start.references,
+        _copy_weights(
+            reference_layer,
+            pairs | {"self_attn_layer_norm": decoder_layer.self_attention_norm},
+        )
+    reference.bbox_embed = decoder.regress
+    expected = reference(
+        inputs_embeds=queries.content,
+        encoder_hidden_states=memory.tokens,
+        encoder_attention_mask=~memory.padding,
+        object_queries_position_embeddings=queries.positions,
+        reference_points=queries.references,
         spatial_shapes=torch.tensor(SHAPES),
         spatial_shapes_list=list(SHAPES),
-        valid_ratios=seen.valid_ratios,
+        valid_ratios=memory.valid_ratios,
     )
-    decoded = ours(start, seen)
+    decoded = decoder(queries, memory)
     torch.testing.assert_close(
         decoded.boxes,
-        found.intermediate_reference_points.transpose(0, 1),
+        expected.intermediate_reference_points.transpose(0, 1),
         atol=1e-5,
         rtol=0,
     )
@@ -197,24 +211,29 @@ def test_the_decoder_equals_transformers_with_the_same_weights() -> None:
         [
             classify(h)
             for classify, h in zip(
-                ours.classify, found.intermediate_hidden_states.unbind(1), strict=True
+                decoder.classify,
+                expected.intermediate_hidden_states.unbind(1),
+                strict=True,
             )
         ]
     )
     torch.testing.assert_close(decoded.logits, logits, atol=1e-5, rtol=0)
 
 
-def test_what_lies_in_the_padding_changes_nothing_outside_it() -> None:
+def test_the_padding_does_not_change_other_tokens() -> None:
     """A second batch whose maps differ in padded cells only."""
     paddings = padding_masks(SHAPES, SIZES, torch.device("cpu"))
     other = [
         torch.where(p[:, None], torch.tensor(50.0), m)
-        for p, m in zip(paddings, maps(), strict=True)
+        for p, m in zip(paddings, _random_maps(), strict=True)
     ]
-    first, second = encoder()(maps(), SIZES), encoder()(other, SIZES)
+    first, second = _new_encoder()(_random_maps(), SIZES), _new_encoder()(other, SIZES)
     assert torch.equal(first.tokens[~first.padding], second.tokens[~second.padding])
     assert not torch.equal(first.tokens, second.tokens)
-    a, b = decoder()(queries(), first), decoder()(queries(), second)
+    a, b = (
+        _new_decoder()(_random_queries(), first),
+        _new_decoder()(_random_queries(), second),
+    )
     assert torch.equal(a.boxes, b.boxes)
     assert torch.equal(a.logits, b.logits)
 
@@ -258,32 +277,32 @@ def test_box_positions_tell_their_four_coordinates_apart() -> None:
 
 def test_the_neck_halves_maps_level_by_level() -> None:
     neck = Neck((8, 12, 16), 32, 5)
-    given = [
+    backbone_maps = [
         randn(1, c, side, side)
         for c, side in zip((8, 12, 16), (20, 10, 5), strict=True)
     ]
-    assert [tuple(m.shape[1:]) for m in neck(given)] == [
+    assert [tuple(m.shape[1:]) for m in neck(backbone_maps)] == [
         (32, s, s) for s in (20, 10, 5, 3, 2)
     ]
 
 
 def test_queries_are_the_best_usable_tokens() -> None:
     torch.manual_seed(2)
-    stage, seen = fill_zero_weights(TwoStage(SMALL)), memory()
-    proposals = stage(seen)
+    stage, memory = fill_zero_weights(TwoStage(SMALL)), _encode_maps()
+    proposals = stage(memory)
     for image in range(2):
         usable = proposals.usable[image]
         best = proposals.objectness[image, usable, 0].topk(SMALL.queries).indices
         assert torch.equal(
             proposals.queries.references[image], proposals.boxes[image, usable][best]
         )
-    assert not bool((proposals.usable & seen.padding).any())
+    assert not bool((proposals.usable & memory.padding).any())
     assert not proposals.queries.references.requires_grad
 
 
 def test_fewer_tokens_than_queries_are_all_taken() -> None:
     stage = fill_zero_weights(TwoStage(replace(SMALL, queries=500)))
-    assert stage(memory()).queries.content.shape == (
+    assert stage(_encode_maps()).queries.content.shape == (
         2,
         sum(h * w for h, w in SHAPES),
         16,
@@ -297,8 +316,8 @@ def test_with_mixed_selection_the_content_does_not_depend_on_the_proposals(
     torch.manual_seed(2)
     stage = TwoStage(replace(SMALL, mixed_selection=mixed))
     first, second = (
-        stage.queries_at(queries(seed=1).references),
-        stage.queries_at(queries(seed=5).references),
+        stage.queries_at(_random_queries(seed=1).references),
+        stage.queries_at(_random_queries(seed=5).references),
     )
     assert torch.equal(first.content, second.content) is mixed
     assert not torch.equal(first.positions, second.positions)
@@ -320,28 +339,30 @@ def test_priors_grow_with_the_level_and_stay_off_the_border() -> None:
 def test_a_layers_boxes_train_the_branch_before_only_when_looking_forward_twice(
     twice: bool,
 ) -> None:
-    module = decoder(replace(SMALL, look_forward_twice=twice))
-    boxes = module(queries(), memory()).boxes
+    module = _new_decoder(replace(SMALL, look_forward_twice=twice))
+    boxes = module(_random_queries(), _encode_maps()).boxes
     boxes[1].sum().backward()
     before = module.regress[0][4].bias.grad  # type: ignore[index, union-attr]
     assert (before is not None and bool(before.any())) is twice
 
 
 def test_looking_forward_twice_changes_gradients_and_no_value() -> None:
-    once, twice = (
-        decoder(replace(SMALL, look_forward_twice=value)) for value in (False, True)
-    )
-    assert torch.equal(
-        once(queries(), memory()).boxes, twice(queries(), memory()).boxes
-    )
+    once = _new_decoder(replace(SMALL, look_forward_twice=False))
+    twice = _new_decoder(replace(SMALL, look_forward_twice=True))
+    boxes_once = once(_random_queries(), _encode_maps()).boxes
+    boxes_twice = twice(_random_queries(), _encode_maps()).boxes
+    assert torch.equal(boxes_once, boxes_twice)
 
 
 def test_the_order_of_queries_does_not_matter() -> None:
-    start, order = queries(), torch.tensor([3, 1, 5, 0, 2, 4])
+    start, order = _random_queries(), torch.tensor([3, 1, 5, 0, 2, 4])
     shuffled = Queries(
         start.content[:, order], start.positions[:, order], start.references[:, order]
     )
-    first, second = decoder()(start, memory()), decoder()(shuffled, memory())
+    first, second = (
+        _new_decoder()(start, _encode_maps()),
+        _new_decoder()(shuffled, _encode_maps()),
+    )
     torch.testing.assert_close(
         first.boxes[:, :, order], second.boxes, atol=1e-6, rtol=0
     )
@@ -351,19 +372,19 @@ def test_the_order_of_queries_does_not_matter() -> None:
 
 
 def test_groups_of_queries_do_not_see_each_other_behind_a_mask() -> None:
-    start, other = queries(seed=0), queries(seed=9)
+    first, second = _random_queries(seed=0), _random_queries(seed=9)
     together = Queries(
         *(
-            torch.cat([getattr(q, name) for q in (start, other)], 1)
+            torch.cat([getattr(q, name) for q in (first, second)], 1)
             for name in ("content", "positions", "references")
         )
     )
     mask = torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).bool().expand(2, -1, -1)
-    module, seen = decoder(), memory()
-    decoded = module(together, seen, mask)
+    module, memory = _new_decoder(), _encode_maps()
+    decoded = module(together, memory, mask)
     for part, alone in (
-        (decoded.select_queries(0, 6), module(start, seen)),
-        (decoded.select_queries(6, 12), module(other, seen)),
+        (decoded.select_queries(0, 6), module(first, memory)),
+        (decoded.select_queries(6, 12), module(second, memory)),
     ):
         torch.testing.assert_close(part.boxes, alone.boxes, atol=1e-6, rtol=0)
         torch.testing.assert_close(part.logits, alone.logits, atol=1e-6, rtol=1e-6)

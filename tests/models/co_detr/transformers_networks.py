@@ -28,7 +28,7 @@ def new_network(model: str, classes: int) -> Any:
         "num_labels": classes,
     }
     lists = {"encoder_in_channels": [32, 48, 64], "decoder_in_channels": [32, 32, 32]}
-    outputs = ["stage2", "stage3", "stage4"]
+    stage_names = ["stage2", "stage3", "stage4"]
     torch.manual_seed(0)
     if model == "rt-detr-v2":
         shape = {
@@ -37,7 +37,7 @@ def new_network(model: str, classes: int) -> Any:
             "depths": [1, 1, 1, 1],
             "layer_type": "basic",
         }
-        resnet = transformers.RTDetrResNetConfig(**shape, out_features=outputs)
+        resnet = transformers.RTDetrResNetConfig(**shape, out_features=stage_names)
         config = transformers.RTDetrV2Config(
             backbone_config=resnet, freeze_backbone_batch_norms=False, **sizes, **lists
         )
@@ -54,7 +54,7 @@ def new_network(model: str, classes: int) -> Any:
         **stages,
         stage_num_blocks=[1] * 4,
         stage_numb_of_layers=[1] * 4,
-        out_features=outputs,
+        out_features=stage_names,
     )
     config = transformers.DFineConfig(
         backbone_config=hgnet, freeze_backbone_batch_norms=False, **sizes, **lists
@@ -62,12 +62,12 @@ def new_network(model: str, classes: int) -> Any:
     return transformers.DFineForObjectDetection(config)
 
 
-def save_network(place: Path, model: str, classes: int, **processing: Any) -> str:
+def save_network(folder: Path, model: str, classes: int, **processing: Any) -> str:
     """A model's own folder, as on the hub."""
     import transformers
 
-    new_network(model, classes).save_pretrained(place)
+    new_network(model, classes).save_pretrained(folder)
     transformers.RTDetrImageProcessor(
         **{"size": {"height": SIDE, "width": SIDE}, **processing}
-    ).save_pretrained(place)
-    return str(place)
+    ).save_pretrained(folder)
+    return str(folder)
