@@ -202,8 +202,8 @@ def copy_layer(layer: EncoderLayer, transformers_layer: nn.Module) -> None:
         if isinstance(module, nn.Linear) and "self_attn" not in name
     ]
     linear = (layer.feedforward[0], layer.feedforward[2])
-    for copy, source in zip(transformers_linear, linear, strict=True):
-        copy.load_state_dict(source.state_dict())
+    for copy, original in zip(transformers_linear, linear, strict=True):
+        copy.load_state_dict(original.state_dict())
 
 
 def copy_attention(

@@ -1,15 +1,17 @@
-"""What COIN reaches and what its parts are worth: ``make bench-coin`` or ``python
+"""Measure the accuracy of COIN and of its parts: ``make bench-coin`` or ``python
 tests/benchmarks/bench_coin.py``.
 
-    make bench-coin                               # the demo, seeds 0 1 2 (baselines: 0
-    to 4) make bench-coin ARGS="--assets DIR"           # the demo, thermal, and thermal
-    with the cloud asked in the plain view only make bench-coin ARGS="--quick"
+    # the demo, seeds 0 1 2 (baselines: 0 to 4)
+    make bench-coin
+    # the demo, thermal, and thermal with plain renderings for the cloud only
+    make bench-coin ARGS="--assets DIR"
     # a tenth of the steps, two seeds; writes nothing into docs/results
+    make bench-coin ARGS="--quick"
 
 Three studies per preset (baselines, ablation, fusion; of thermal-plain only the
 baselines) on one root each, so that they share images, answers and teachers. A killed
-run goes on by the same command. Prints the tables, writes them as Markdown with figures
-and the versions that made them, and prints all figures as one line of JSON last. Other
+run resumes with the same command. Prints the tables, writes them as Markdown with
+figures and package versions, and prints all figures as one line of JSON last. Other
 options are those of pipelines/ablate.py (--seeds, --steps-share, --share, settings by
 dotted name).
 """
@@ -39,29 +41,33 @@ from coin_ray.runs.summary import PACKAGES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDIES: dict[str, tuple[str, studies.Study]] = {
-    "baselines": ("COIN beside its teachers and baselines", studies.baselines),
-    "ablation": ("What each loss and each stage is worth", studies.ablation),
-    "fusion": ("What supervises inconsistent boxes", studies.fusion),
+    "baselines": ("COIN beside its teachers and baselines", studies.run_baselines),
+    "ablation": ("What each loss and each stage is worth", studies.run_ablation),
+    "fusion": ("What supervises inconsistent boxes", studies.run_fusion_study),
 }
 
-PLAIN_VIEW = "thermal-plain"
+PLAIN_RENDERING = "thermal-plain"
 SEEDS, BASELINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
-"""Of all studies, and of the baselines of demo and thermal, unless ``--seeds`` or
-``--quick`` chooses others."""
+"""Seeds of all studies, and of the baselines of demo and thermal, without ``--seeds`` and
+``--quick``."""
 
 
-def studies_of(preset: str) -> list[str]:
-    return ["baselines"] if preset == PLAIN_VIEW else list(STUDIES)
+def study_names(preset: str) -> list[str]:
+    return ["baselines"] if preset == PLAIN_RENDERING else list(STUDIES)
 
 
-def asked_of(study: str, preset: str, asked: StudyRequest) -> StudyRequest:
-    five = study == "baselines" and preset != PLAIN_VIEW and tuple(asked.seeds) == SEEDS
-    return replace(asked, seeds=BASELINE_SEEDS) if five else asked
+def with_seeds(study: str, preset: str, request: StudyRequest) -> StudyRequest:
+    has_default_seeds = tuple(request.seeds) == SEEDS
+    if study == "baselines" and preset != PLAIN_RENDERING and has_default_seeds:
+        return replace(request, seeds=BASELINE_SEEDS)
+    return request
 
 
-def requests(arguments: Sequence[str]) -> tuple[dict[str, StudyRequest], Path | None]:
-    """A request by preset, and where the results go (None: only the roots). Raises
-    ConfigError."""
+def parse_requests(
+    arguments: Sequence[str],
+) -> tuple[dict[str, StudyRequest], Path | None]:
+    """Return a request for each preset, and the folder of the pages (None: write no pages).
+    Raises ConfigError."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,63 +93,67 @@ def requests(arguments: Sequence[str]) -> tuple[dict[str, StudyRequest], Path | 
             " --steps-share)"
         ),
     )
-    known, rest = parser.parse_known_args(list(arguments))
-    thermal = ["thermal", "--assets", str(known.assets)]
-    photos = (
-        {"thermal": thermal, PLAIN_VIEW: [*thermal, "--cloud.views", "plain"]}
-        if known.assets
-        else {}
+    benchmark_options, study_arguments = parser.parse_known_args(list(arguments))
+    presets = {"demo": ["demo"]}
+    if benchmark_options.assets:
+        presets["thermal"] = ["thermal", "--assets", str(benchmark_options.assets)]
+        presets[PLAIN_RENDERING] = [*presets["thermal"], "--cloud.views", "plain"]
+    requests_by_preset = {}
+    for name, preset_arguments in presets.items():
+        root = f"{benchmark_options.root}/{name}"
+        arguments_of_study = [*preset_arguments, "--root", root, *study_arguments]
+        requests_by_preset[name] = parse_study(arguments_of_study, "bench_coin.py", "")
+    is_shortened = any(
+        argument.startswith(("--quick", "--steps-share"))
+        for argument in study_arguments
     )
-    presets = {"demo": ["demo"], **photos}
-    asked = {
-        name: parse_study(
-            [*first, "--root", f"{known.root}/{name}", *rest], "bench_coin.py", ""
-        )
-        for name, first in presets.items()
-    }
-    real = not any(
-        argument.startswith(("--quick", "--steps-share")) for argument in rest
-    )
-    return asked, known.out or (REPOSITORY / "docs" / "results" if real else None)
+    default_out = None if is_shortened else REPOSITORY / "docs" / "results"
+    return requests_by_preset, benchmark_options.out or default_out
 
 
-def measure(
-    preset: str, asked: StudyRequest, host: RunJobs, out: Path | None, command: str
+def run_studies(
+    preset: str, request: StudyRequest, host: RunJobs, out: Path | None, command: str
 ) -> dict[str, list[StudyRow]]:
-    """The studies one after the other; what is found so far is written after each."""
-    found: dict[str, list[StudyRow]] = {}
-    for name in studies_of(preset):
-        found[name] = STUDIES[name][1](asked_of(name, preset, asked), host)
-        if out is not None and not asked.dry_run:
-            write(out, preset, asked, found, command)
-    return found
+    """Run the studies one after the other, and write the page after each."""
+    rows_by_study: dict[str, list[StudyRow]] = {}
+    for name in study_names(preset):
+        rows_by_study[name] = STUDIES[name][1](with_seeds(name, preset, request), host)
+        if out is not None and not request.dry_run:
+            write_page(out, preset, request, rows_by_study, command)
+    return rows_by_study
 
 
-def figures(rows: Sequence[StudyRow]) -> dict[str, Any]:
-    """Mean, deviation and values of each row, as shares."""
-    return {
-        ", ".join(part for part in (row.name, row.group) if part): {
+def summarize_rows(rows: Sequence[StudyRow]) -> dict[str, Any]:
+    """Return mean, deviation and values of each row, as shares."""
+    figures = {}
+    for row in rows:
+        name = f"{row.name}, {row.group}" if row.group else row.name
+        figures[name] = {
             "mean": None if row.mean is None else round(row.mean, 4),
             "std": None if row.std is None else round(row.std, 4),
-            "values": list(row.values),
+            "values": list(row.by_seed),
         }
-        for row in rows
-    }
+    return figures
 
 
-def numbers(seeds: Sequence[int]) -> str:
+def join_numbers(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def page(preset: str, asked: StudyRequest, found: dict[str, list[StudyRow]], command: str) -> str:
-    """Markdown with all tables, figures beside it, and what made them."""
+def format_page(
+    preset: str,
+    request: StudyRequest,
+    rows_by_study: dict[str, list[StudyRow]],
+    command: str,
+) -> str:
+    """Return Markdown with all tables, links to their figures, and how they were made."""
     parts = [f"# {preset}: measured results\n"]
-    for name in studies_of(preset):
+    for name in study_names(preset):
         title = STUDIES[name][0]
-        if name in found:
+        if name in rows_by_study:
             parts += [
                 f"## {title}\n",
-                format_markdown(found[name]),
+                format_markdown(rows_by_study[name]),
                 f"![{title}]({preset}-{name}.svg)\n",
             ]
         else:
@@ -153,11 +163,11 @@ def page(preset: str, asked: StudyRequest, found: dict[str, list[StudyRow]], com
         "## How it was made\n",
         f"    {command}\n",
         (
-            f"Seeds {numbers(asked.seeds)} (baselines:"
-            f" {numbers(asked_of('baselines', preset, asked).seeds)}); mAP50 in points,"
+            f"Seeds {join_numbers(request.seeds)} (baselines:"
+            f" {join_numbers(with_seeds('baselines', preset, request).seeds)}); mAP50 in points,"
             " mean ± sample standard deviation over seeds; last checkpoint,"
-            f" {asked.config.propagate.fit.steps} steps of propagation and"
-            f" {asked.config.distill.fit.steps} of distillation."
+            f" {request.config.propagate.fit.steps} steps of propagation and"
+            f" {request.config.distill.fit.steps} of distillation."
             f" {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python"
             f" {platform.python_version()}, {packages}.\n"
         ),
@@ -165,14 +175,20 @@ def page(preset: str, asked: StudyRequest, found: dict[str, list[StudyRow]], com
     return "\n".join(parts)
 
 
-def write(
-    out: Path, preset: str, asked: StudyRequest, found: dict[str, list[StudyRow]], command: str
+def write_page(
+    out: Path,
+    preset: str,
+    request: StudyRequest,
+    rows_by_study: dict[str, list[StudyRow]],
+    command: str,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{preset}.md").write_text(page(preset, asked, found, command))
-    for name in found:
+    (out / f"{preset}.md").write_text(
+        format_page(preset, request, rows_by_study, command)
+    )
+    for name in rows_by_study:
         (out / f"{preset}-{name}.svg").write_bytes(
-            (Path(asked.root) / f"{name}.svg").read_bytes()
+            (Path(request.root) / f"{name}.svg").read_bytes()
         )
 
 
@@ -180,29 +196,26 @@ def main(arguments: Sequence[str]) -> int:
     from coin_ray.experiments.tuning import run_jobs_with_tune
 
     try:
-        asked, out = requests(arguments)
+        requests_by_preset, out = parse_requests(arguments)
         command = (
             f'make bench-coin ARGS="{shlex.join(arguments)}"'
             if arguments
             else "make bench-coin"
         )
-        found = {
-            preset: measure(preset, one, run_jobs_with_tune, out, command)
-            for preset, one in asked.items()
+        rows_by_preset = {
+            preset: run_studies(preset, request, run_jobs_with_tune, out, command)
+            for preset, request in requests_by_preset.items()
         }
     except CoinError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    if any(one.dry_run for one in asked.values()):
+    if any(request.dry_run for request in requests_by_preset.values()):
         return 0
-    print(
-        json.dumps(
-            {
-                preset: {name: figures(part) for name, part in rows.items()}
-                for preset, rows in found.items()
-            }
-        )
-    )
+    figures = {
+        preset: {name: summarize_rows(rows) for name, rows in rows_by_study.items()}
+        for preset, rows_by_study in rows_by_preset.items()
+    }
+    print(json.dumps(figures))
     return 0
 
 
