@@ -32,7 +32,7 @@ class Cloud:
 
     service: ServiceName = "http"
     """The wire format; ``http`` is the reference format, for a server of your own
-    (docs/cloud.md)."""
+    (docs/cloud-services.md)."""
     url: str = ""
     """Address of the API, for example https://detector.example.com. Empty: start the
     local server named by ``serve``."""
@@ -66,7 +66,7 @@ class Cloud:
     setting is required."""
     label_map: str | None = None
     """YAML file that maps the service's names to the classes, for services with names
-    of their own (docs/cloud.md)."""
+    of their own (docs/label-maps.md)."""
     score_min: float = 0.05
     """Lowest score requested from the service. Kept low: thresholds are applied later,
     without further calls."""

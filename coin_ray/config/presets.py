@@ -194,8 +194,8 @@ def with_student(config: PipelineConfig, student: StudentKind) -> PipelineConfig
 def demo() -> PipelineConfig:
     """Return the demo: embedded target domain, cloud and CLIP.
 
-    It takes minutes on two cores and downloads nothing. docs/demo.md lists the settings
-    that differ from the published ones, with their effects.
+    It takes minutes on two cores and downloads nothing. docs/demo-trials.md lists the
+    settings that differ from the published ones, with their effects.
     """
     return PipelineConfig(
         preset="demo",

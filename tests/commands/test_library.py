@@ -237,6 +237,22 @@ def test_the_documented_snippet_runs(
     )
 
 
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_snippet_of_the_readme_runs(
+    page: str, runner_calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert [until for _, _, until in runner_calls] == ["plan", None]
+    assert names["detect"].classes == CLASSES
+    assert (tmp_path / "model" / "model.json").exists()
+
+
 def test_the_plan_of_the_demo_asks_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
