@@ -32,7 +32,7 @@ HERE, ELSEWHERE = (10, 10, 50, 50), (60, 60, 90, 90)
 
 
 def _random_detections(seed: int, count: int) -> Detections:
-    """Boxes that often overlap, some the same."""
+    """Return boxes that often overlap, some the same."""
     random = Random(seed)
     rows: list[Row] = []
     for _ in range(count):
@@ -48,10 +48,8 @@ def _random_detections(seed: int, count: int) -> Detections:
 
 
 SEEDS = st.integers(0, 10_000)
-ANY, FOUND = (
-    st.builds(_random_detections, SEEDS, st.integers(0, 6)),
-    st.builds(_random_detections, SEEDS, st.integers(1, 6)),
-)
+ANY = st.builds(_random_detections, SEEDS, st.integers(0, 6))
+FOUND = st.builds(_random_detections, SEEDS, st.integers(1, 6))
 
 
 def _averaged_confidence(*others: Row) -> float:
@@ -75,10 +73,10 @@ def _averaged_confidence(*others: Row) -> float:
     ],
     ids=[
         "same",
-        "surer",
+        "higher confidence",
         "nothing",
         "elsewhere",
-        "another name",
+        "another class",
         "half the box",
         "the best counts",
     ],
@@ -122,10 +120,8 @@ def test_the_order_of_heads_and_of_their_detections_changes_nothing(
 def test_more_detections_of_a_head_never_lower_the_agreement(
     detected: Detections, head: Detections, additional: Detections
 ) -> None:
-    before, after = (
-        class_agreement(detected.boxes, head),
-        class_agreement(detected.boxes, Detections.cat([head, additional])),
-    )
+    before = class_agreement(detected.boxes, head)
+    after = class_agreement(detected.boxes, Detections.cat([head, additional]))
     assert bool((after >= before).all())
     assert bool((after <= 1).all())
 

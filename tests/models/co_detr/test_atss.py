@@ -41,10 +41,8 @@ def _assigned_objects(boxes: Tensor, side: int = 128) -> Tensor:
 
 
 def _random_boxes(count: int, seed: int, side: int = 128) -> Tensor:
-    corner, size = (
-        rand(count, 2, seed=seed) * side * 0.6,
-        rand(count, 2, seed=seed + 1) * side * 0.35 + 4,
-    )
+    corner = rand(count, 2, seed=seed) * side * 0.6
+    size = rand(count, 2, seed=seed + 1) * side * 0.35 + 4
     return torch.cat([corner, corner + size], 1)
 
 
@@ -57,24 +55,18 @@ def test_centres_of_positives_lie_in_their_object(seed: int, count: int) -> None
     boxes = _random_boxes(count, seed)
     objects_of_anchors = _assigned_objects(boxes)
     rows = objects_of_anchors != NO_OBJECT
-    centres = (
-        _square_anchors().boxes[rows, :2] + _square_anchors().boxes[rows, 2:]
-    ) / 2
-    assert bool(
-        (
-            (centres > boxes[objects_of_anchors[rows], :2])
-            & (centres < boxes[objects_of_anchors[rows], 2:])
-        ).all()
-    )
+    positive_anchors = _square_anchors().boxes[rows]
+    centres = (positive_anchors[:, :2] + positive_anchors[:, 2:]) / 2
+    objects = boxes[objects_of_anchors[rows]]
+    is_inside = (centres > objects[:, :2]) & (centres < objects[:, 2:])
+    assert bool(is_inside.all())
 
 
 @settings(max_examples=25, deadline=None)
 @many
 def test_permuting_objects_permutes_the_assignment(seed: int, count: int) -> None:
-    boxes, order = (
-        _random_boxes(count, seed),
-        torch.randperm(count, generator=torch.Generator().manual_seed(seed)),
-    )
+    boxes = _random_boxes(count, seed)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     first, second = _assigned_objects(boxes), _assigned_objects(boxes[order])
     assert torch.equal(first != NO_OBJECT, second != NO_OBJECT)
     assert torch.equal(
@@ -86,25 +78,19 @@ def test_permuting_objects_permutes_the_assignment(seed: int, count: int) -> Non
 @many
 def test_the_assignment_equals_loops(seed: int, count: int) -> None:
     anchors, boxes = _square_anchors(64, 3), _random_boxes(count, seed, 64)
-    owner, best = (
-        [NO_OBJECT] * len(anchors.boxes),
-        [-1.0] * len(anchors.boxes),
-    )
+    owner = [NO_OBJECT] * len(anchors.boxes)
+    best = [-1.0] * len(anchors.boxes)
+    centres = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
     for number, box in enumerate(boxes):
         candidates: list[int] = []
         for level in range(3):
             rows = [i for i in range(len(owner)) if int(anchors.levels[i]) == level]
             centre = (box[:2] + box[2:]) / 2
-            near = sorted(
-                rows,
-                key=lambda i: float(
-                    ((anchors.boxes[i, :2] + anchors.boxes[i, 2:]) / 2 - centre).norm()
-                ),
-            )
-            candidates += near[:9]
+            distances = {i: float((centres[i] - centre).norm()) for i in rows}
+            candidates += sorted(rows, key=distances.__getitem__)[:9]
         iou = box_iou(box[None], anchors.boxes[candidates])[0]
         for row, overlap in zip(candidates, iou, strict=True):
-            x, y = ((anchors.boxes[row, :2] + anchors.boxes[row, 2:]) / 2).tolist()
+            x, y = centres[row].tolist()
             inside = box[0] < x < box[2] and box[1] < y < box[3]
             if overlap >= iou.mean() + iou.std() and inside and overlap > best[row]:
                 owner[row], best[row] = number, float(overlap)
@@ -122,9 +108,8 @@ def test_an_object_gets_several_anchors_of_about_its_size() -> None:
         torch.tensor([[20.0, 20, 90, 90], [64, 64, 128, 128]])
     )
     levels = _square_anchors().levels
-    assert [int((objects_of_anchors == n).sum()) for n in range(2)] == pytest.approx(
-        [9, 9], abs=5
-    )
+    counts = [int((objects_of_anchors == number).sum()) for number in range(2)]
+    assert counts == pytest.approx([9, 9], abs=5)
     assert set(levels[objects_of_anchors != NO_OBJECT].tolist()) <= {0, 1}
 
 
@@ -216,12 +201,10 @@ def test_anchors_on_padding_have_no_loss() -> None:
 
 def test_positives_carry_the_token_of_their_anchor() -> None:
     maps = noise_maps(5)
-    outputs_of_head = _new_head()(maps, TWO_IMAGES)
-    anchors, tokens = (
-        place_anchors(maps, [atss_anchor(s) for s in maps.strides]),
-        maps.tokens(),
-    )
-    for image, positives in enumerate(outputs_of_head.positives):
+    head_outputs = _new_head()(maps, TWO_IMAGES)
+    anchors = place_anchors(maps, [atss_anchor(s) for s in maps.strides])
+    tokens = maps.tokens()
+    for image, positives in enumerate(head_outputs.positives):
         assert len(positives) > 0
         for box, feature in zip(positives.boxes, positives.features, strict=True):
             rows = (anchors.boxes == box).all(1).nonzero()[:, 0]
@@ -231,10 +214,8 @@ def test_positives_carry_the_token_of_their_anchor() -> None:
 def test_an_image_without_objects_leaves_the_others_box_losses_alone() -> None:
     head, maps = _new_head(), noise_maps(5)
     first = Maps([m[:1] for m in maps.levels], maps.strides, maps.sizes[:1])
-    alone, together = (
-        head(first, TWO_IMAGES[:1]).losses,
-        head(maps, [TWO_IMAGES[0], make_targets()]).losses,
-    )
+    alone = head(first, TWO_IMAGES[:1]).losses
+    together = head(maps, [TWO_IMAGES[0], make_targets()]).losses
     positives = len(head(first, TWO_IMAGES[:1]).positives[0])
     torch.testing.assert_close(together["giou"], alone["giou"])
     torch.testing.assert_close(

@@ -29,7 +29,7 @@ def _new_attention(
 
 
 def _pixel_or_zero(grid: Tensor, row: int, column: int) -> Tensor:
-    """Zero outside."""
+    """Return the cell, zeros outside the map."""
     height, width = grid.shape[:2]
     return (
         grid[row, column]
@@ -39,7 +39,7 @@ def _pixel_or_zero(grid: Tensor, row: int, column: int) -> Tensor:
 
 
 def _bilinear_sample(grid: Tensor, x: float, y: float) -> Tensor:
-    """Value at x, y in 0..1 of a map [H, W, D] whose cells have their centres at (i +
+    """Return the sample at x, y in 0..1 of a map [H, W, D] whose cells have their centres at (i +
     0.5) / W."""
     column, row = x * grid.shape[1] - 0.5, y * grid.shape[0] - 0.5
     left_column, top_row = math.floor(column), math.floor(row)
@@ -85,10 +85,8 @@ def test_offsets_are_cells_around_points_and_half_sides_around_boxes() -> None:
     offsets[..., 0], offsets[..., 1] = 1.0, -2.0
     points = torch.full((1, 1, len(SHAPES), 2), 0.5)
     boxes = torch.cat([points, torch.tensor([0.4, 0.2]).expand_as(points)], -1)
-    around_points, around_boxes = (
-        sampling_locations(points, offsets, SHAPES),
-        sampling_locations(boxes, offsets, SHAPES),
-    )
+    around_points = sampling_locations(points, offsets, SHAPES)
+    around_boxes = sampling_locations(boxes, offsets, SHAPES)
     for level, (height, width) in enumerate(SHAPES):
         torch.testing.assert_close(
             around_points[0, 0, 0, level, 0],
@@ -103,10 +101,8 @@ def test_offsets_are_cells_around_points_and_half_sides_around_boxes() -> None:
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_gradients_are_right_in_double_precision(coordinates: int) -> None:
     module = _new_attention(width=8, heads=2, points=2).double()
-    queries, tokens = (
-        randn(1, 3, 8).double().requires_grad_(),
-        randn(1, TOKENS, 8, seed=1).double().requires_grad_(),
-    )
+    queries = randn(1, 3, 8).double().requires_grad_()
+    tokens = randn(1, TOKENS, 8, seed=1).double().requires_grad_()
     references = (
         (rand(1, 3, len(SHAPES), coordinates, seed=2) * 0.6 + 0.2)
         .double()
@@ -151,9 +147,9 @@ def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -
     config = pytest.importorskip("transformers").DeformableDetrConfig(
         d_model=16, num_feature_levels=len(SHAPES), disable_custom_kernels=True
     )
-    attention, reference = (
-        _new_attention(),
-        hf.DeformableDetrMultiscaleDeformableAttention(config, num_heads=4, n_points=3),
+    attention = _new_attention()
+    reference = hf.DeformableDetrMultiscaleDeformableAttention(
+        config, num_heads=4, n_points=3
     )
     names = {
         "sampling_offsets": "offsets",
@@ -186,10 +182,8 @@ def test_attention_equals_transformers_with_the_same_weights(coordinates: int) -
 
 def test_self_attention_equals_torch_with_the_same_weights() -> None:
     torch.manual_seed(0)
-    attention, reference = (
-        SelfAttention(16, 4),
-        torch.nn.MultiheadAttention(16, 4, batch_first=True),
-    )
+    attention = SelfAttention(16, 4)
+    reference = torch.nn.MultiheadAttention(16, 4, batch_first=True)
     with torch.no_grad():
         reference.in_proj_weight.copy_(
             torch.cat(

@@ -39,11 +39,9 @@ def _random_boxes(*shape: int, seed: int = 0) -> Tensor:
 def test_the_assignment_costs_no_more_than_any_other(
     seed: int, count: int, truth: int
 ) -> None:
-    logits, predicted, labels = (
-        randn(1, count, 3, seed=seed),
-        _random_boxes(1, count, seed=seed),
-        torch.arange(truth) % 3,
-    )
+    logits = randn(1, count, 3, seed=seed)
+    predicted = _random_boxes(1, count, seed=seed)
+    labels = torch.arange(truth) % 3
     truth_boxes = _random_boxes(truth, seed=seed + 7)
     query_targets = match_hungarian(logits, predicted, [labels], [truth_boxes])
     costs = matching_cost(logits[0], predicted[0], labels, truth_boxes)
@@ -70,10 +68,8 @@ def test_the_assignment_costs_no_more_than_any_other(
 def test_the_cost_is_written_out_for_one_pair() -> None:
     """Logit 0 at the label: focal cost 0.25 * 0.25 * ln 2 - 0.75 * 0.25 * ln 2; L1 0.4;
     GIoU of disjoint halves of one square: 0 - 0."""
-    predicted, truth = (
-        torch.tensor([[0.25, 0.5, 0.5, 1.0]]),
-        torch.tensor([[0.75, 0.5, 0.5, 1.0]]),
-    )
+    predicted = torch.tensor([[0.25, 0.5, 0.5, 1.0]])
+    truth = torch.tensor([[0.75, 0.5, 0.5, 1.0]])
     cost = matching_cost(torch.zeros(1, 2), predicted, torch.tensor([1]), truth)
     focal = (0.25 - 0.75) * 0.25 * 0.693147
     assert float(cost) == pytest.approx(2 * focal + 5 * 0.5 - 2 * 0.0, abs=1e-5)
@@ -96,10 +92,8 @@ def test_losses_are_written_out() -> None:
 
 
 def test_masked_queries_have_no_loss_and_no_gradient() -> None:
-    logits, predicted = (
-        randn(1, 4, 3).requires_grad_(),
-        _random_boxes(1, 4).requires_grad_(),
-    )
+    logits = randn(1, 4, 3).requires_grad_()
+    predicted = _random_boxes(1, 4).requires_grad_()
     has_loss = torch.tensor([[True, False, True, False]])
     losses = set_losses(
         logits,
@@ -132,12 +126,10 @@ def test_only_usable_queries_are_assigned() -> None:
 
 
 def test_the_order_of_objects_does_not_matter() -> None:
-    logits, predicted, labels, truth = (
-        randn(1, 8, 3),
-        _random_boxes(1, 8),
-        torch.tensor([0, 2, 1]),
-        _random_boxes(3, seed=4),
-    )
+    logits = randn(1, 8, 3)
+    predicted = _random_boxes(1, 8)
+    labels = torch.tensor([0, 2, 1])
+    truth = _random_boxes(3, seed=4)
     first = match_hungarian(logits, predicted, [labels], [truth])
     second = match_hungarian(logits, predicted, [labels.flip(0)], [truth.flip(0)])
     assert torch.equal(first.classes, second.classes)

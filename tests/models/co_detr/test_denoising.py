@@ -55,15 +55,12 @@ def test_each_part_holds_every_object_near_and_far() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_corners_move_by_less_than_half_a_side_or_by_one_to_two(seed: int) -> None:
-    # far from the border, where corners are held
+    # far from the border, where corners are clamped
     middle = [make_targets((40, 28, 48, 36, 0), (50, 30, 54, 34, 1))]
-    moved = (
-        _new_denoising()(middle, SIZES[:1], _new_embedding(), seeded(seed))
-        .queries.references[0]
-        .view(3, 2, 2, 4)
-    )
+    group = _new_denoising()(middle, SIZES[:1], _new_embedding(), seeded(seed))
+    moved = group.queries.references[0].view(3, 2, 2, 4)
     truth = middle[0].normalised_boxes(SIZES[0])
-    near, far = (moved[:, kind] for kind in (0, 1))
+    near, far = moved[:, 0], moved[:, 1]
 
     def corners(boxes: Tensor) -> Tensor:
         half = boxes[..., 2:] / 2
@@ -97,15 +94,11 @@ def test_denoising_queries_are_unseen_by_all_others_and_see_only_their_part() ->
 
 
 def test_denoising_changes_no_other_loss_and_no_exported_weight() -> None:
-    plain, noisy = (
-        new_collaborative(tiny(auxiliary=())),
-        new_collaborative(tiny(auxiliary=(), denoising=6)),
-    )
+    plain = new_collaborative(tiny(auxiliary=()))
+    noisy = new_collaborative(tiny(auxiliary=(), denoising=6))
     noisy.load_state_dict(plain.state_dict(), strict=False)
-    before, after = (
-        objective_losses(plain, TWO_IMAGES),
-        objective_losses(noisy, TWO_IMAGES),
-    )
+    before = objective_losses(plain, TWO_IMAGES)
+    after = objective_losses(noisy, TWO_IMAGES)
     for name, loss in before.items():
         assert after[name] == pytest.approx(loss, rel=1e-5), name
     assert set(after) - set(before) == {
@@ -126,9 +119,10 @@ def test_a_batch_without_objects_has_no_denoising_query() -> None:
     losses = objective_losses(
         new_collaborative(tiny(denoising=6)), [make_targets(), make_targets()]
     )
-    assert {loss for name, loss in losses.items() if name.startswith("denoising")} == {
-        0.0
+    denoising_losses = {
+        loss for name, loss in losses.items() if name.startswith("denoising")
     }
+    assert denoising_losses == {0.0}
 
 
 def test_eighty_objects_make_one_part() -> None:
@@ -137,6 +131,6 @@ def test_eighty_objects_make_one_part() -> None:
     objective = model.objective(noise_batch(), [crowd, make_targets()], seeded())
     assert bool(torch.isfinite(objective.total))
     assert model.denoising is not None
-    assert model.denoising(
-        [crowd, make_targets()], SIZES, _new_embedding(), seeded()
-    ).queries.content.shape == (2, 160, 64)
+    targets = [crowd, make_targets()]
+    group = model.denoising(targets, SIZES, _new_embedding(), seeded())
+    assert group.queries.content.shape == (2, 160, 64)

@@ -173,10 +173,8 @@ def test_the_content_of_a_group_does_not_reach_the_others() -> None:
     queries, mask = concatenate_queries(_main_queries(), [first, second])
     content = queries.content.clone()
     content[:, 6:10] += 10
-    before, after = (
-        _decode(queries, mask),
-        _decode(Queries(content, queries.positions, queries.references), mask),
-    )
+    before = _decode(queries, mask)
+    after = _decode(Queries(content, queries.positions, queries.references), mask)
     for a, b in zip(before, after, strict=True):
         others = [i for i in range(a.shape[2]) if not 6 <= i < 10]
         torch.testing.assert_close(
@@ -191,10 +189,8 @@ def test_no_query_attends_to_padded_queries() -> None:
     queries, mask = concatenate_queries(_main_queries(), [first])
     content = queries.content.clone()
     content[1, 8:10] += 10
-    before, after = (
-        _decode(queries, mask),
-        _decode(Queries(content, queries.positions, queries.references), mask),
-    )
+    before = _decode(queries, mask)
+    after = _decode(Queries(content, queries.positions, queries.references), mask)
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a[:, 1, :8], b[:, 1, :8], atol=1e-6, rtol=1e-6)
 

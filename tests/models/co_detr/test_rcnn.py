@@ -39,10 +39,8 @@ def _random_boxes(count: int, seed: int = 0) -> Tensor:
 
 def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> None:
     maps = noise_maps(5)
-    anchors, boxes = (
-        place_anchors(maps, [rpn_anchors(s) for s in maps.strides]),
-        torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]]),
-    )
+    anchors = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
+    boxes = torch.tensor([[4.0, 6, 40, 44], [50, 10, 90, 60]])
     assigned = assign_anchors(
         anchors.boxes, anchors.inside[0], boxes, torch.zeros(0, 4)
     )
@@ -58,17 +56,11 @@ def test_anchors_stand_for_what_they_overlap_most_and_every_object_has_one() -> 
 def test_an_object_that_no_anchor_resembles_gets_none() -> None:
     maps = noise_maps(5)
     anchors = place_anchors(maps, [rpn_anchors(s) for s in maps.strides])
-    assert not bool(
-        (
-            assign_anchors(
-                anchors.boxes,
-                anchors.inside[0],
-                torch.tensor([[3.0, 3, 5, 5]]),
-                torch.zeros(0, 4),
-            )
-            >= 0
-        ).any()
+    tiny_box = torch.tensor([[3.0, 3, 5, 5]])
+    assigned = assign_anchors(
+        anchors.boxes, anchors.inside[0], tiny_box, torch.zeros(0, 4)
     )
+    assert not bool((assigned >= 0).any())
 
 
 def test_anchors_on_padding_are_unused() -> None:
@@ -133,9 +125,8 @@ def test_sampling_repeats_with_its_generator() -> None:
     ],
 )
 def test_large_boxes_are_pooled_from_coarse_levels(side: float, level: int) -> None:
-    assert pooling_level(
-        torch.tensor([[7.0, 9, 7 + side, 9 + side]]), 8, 4
-    ).tolist() == [level]
+    box = torch.tensor([[7.0, 9, 7 + side, 9 + side]])
+    assert pooling_level(box, 8, 4).tolist() == [level]
 
 
 def test_pooling_keeps_the_order_of_boxes() -> None:
@@ -165,12 +156,8 @@ def test_pooling_keeps_the_order_of_boxes() -> None:
 
 
 def test_no_box_at_all_pools_to_nothing() -> None:
-    assert pool_levels(noise_maps(5), [torch.zeros(0, 4)] * 2, 7, 2).shape == (
-        0,
-        64,
-        7,
-        7,
-    )
+    pooled = pool_levels(noise_maps(5), [torch.zeros(0, 4)] * 2, 7, 2)
+    assert pooled.shape == (0, 64, 7, 7)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +180,13 @@ def test_box_deltas_are_of_the_regions_class_or_of_all(
 
 def test_positives_are_proposals_on_objects_with_their_mean_feature() -> None:
     maps = noise_maps(5)
-    for positives, target in zip(
-        _new_head()(maps, TWO_IMAGES, seeded()).positives, TWO_IMAGES, strict=True
-    ):
+    head_outputs = _new_head()(maps, TWO_IMAGES, seeded())
+    for positives, target in zip(head_outputs.positives, TWO_IMAGES, strict=True):
         assert len(positives) >= len(target.boxes)
         overlaps = box_iou(positives.boxes, positives.truth).diagonal()
         assert bool((overlaps >= 0.5).all())
-    image, positives = 1, _new_head()(maps, TWO_IMAGES, seeded()).positives[1]
-    boxes = [positives.boxes if i == image else torch.zeros(0, 4) for i in range(2)]
+    positives = head_outputs.positives[1]
+    boxes = [torch.zeros(0, 4), positives.boxes]
     torch.testing.assert_close(
         positives.features, pool_levels(maps, boxes, 5, 1).mean((2, 3))
     )
@@ -211,11 +197,6 @@ def test_samples_without_objects_are_all_background() -> None:
         noise_maps(5), [make_targets(), make_targets()], seeded()
     )
     assert [len(p) for p in head_outputs.positives] == [0, 0]
-    assert (
-        head_outputs.losses["giou"].item(),
-        head_outputs.losses["proposal_l1"].item(),
-    ) == (
-        0.0,
-        0.0,
-    )
+    assert head_outputs.losses["giou"].item() == 0.0
+    assert head_outputs.losses["proposal_l1"].item() == 0.0
     assert head_outputs.losses["class"].item() > 0

@@ -24,7 +24,7 @@ CLIP = Backbone(f"open_clip:{ASSETS / 'coin_tiny.json'}", str(ASSETS / "coin_tin
 
 
 def _save_swin(folder: Path) -> Backbone:
-    """A Swin of random weights, as the hub would hold it."""
+    """Save a Swin of random weights in a folder, as on the hub."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.SwinConfig(

@@ -133,10 +133,8 @@ def test_positions_equal_transformers() -> None:
 
 def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
     modeling, config = _transformers_reference()
-    encoder, reference = (
-        _new_encoder().eval(),
-        modeling.DeformableDetrEncoder(config).eval(),
-    )
+    encoder = _new_encoder().eval()
+    reference = modeling.DeformableDetrEncoder(config).eval()
     for encoder_layer, reference_layer in zip(
         encoder.layers, reference.layers, strict=True
     ):
@@ -166,12 +164,10 @@ def test_the_encoder_equals_transformers_with_the_same_weights() -> None:
 
 def test_the_decoder_equals_transformers_with_the_same_weights() -> None:
     modeling, config = _transformers_reference()
-    decoder, reference, memory, queries = (
-        _new_decoder().eval(),
-        modeling.DeformableDetrDecoder(config).eval(),
-        _encode_maps(),
-        _random_queries(),
-    )
+    decoder = _new_decoder().eval()
+    reference = modeling.DeformableDetrDecoder(config).eval()
+    memory = _encode_maps()
+    queries = _random_queries()
     for decoder_layer, reference_layer in zip(
         decoder.layers, reference.layers, strict=True
     ):
@@ -230,10 +226,8 @@ def test_the_padding_does_not_change_other_tokens() -> None:
     first, second = _new_encoder()(_random_maps(), SIZES), _new_encoder()(other, SIZES)
     assert torch.equal(first.tokens[~first.padding], second.tokens[~second.padding])
     assert not torch.equal(first.tokens, second.tokens)
-    a, b = (
-        _new_decoder()(_random_queries(), first),
-        _new_decoder()(_random_queries(), second),
-    )
+    a = _new_decoder()(_random_queries(), first)
+    b = _new_decoder()(_random_queries(), second)
     assert torch.equal(a.boxes, b.boxes)
     assert torch.equal(a.logits, b.logits)
 
@@ -315,10 +309,8 @@ def test_with_mixed_selection_the_content_does_not_depend_on_the_proposals(
 ) -> None:
     torch.manual_seed(2)
     stage = TwoStage(replace(SMALL, mixed_selection=mixed))
-    first, second = (
-        stage.queries_at(_random_queries(seed=1).references),
-        stage.queries_at(_random_queries(seed=5).references),
-    )
+    first = stage.queries_at(_random_queries(seed=1).references)
+    second = stage.queries_at(_random_queries(seed=5).references)
     assert torch.equal(first.content, second.content) is mixed
     assert not torch.equal(first.positions, second.positions)
 
@@ -359,10 +351,8 @@ def test_the_order_of_queries_does_not_matter() -> None:
     shuffled = Queries(
         start.content[:, order], start.positions[:, order], start.references[:, order]
     )
-    first, second = (
-        _new_decoder()(start, _encode_maps()),
-        _new_decoder()(shuffled, _encode_maps()),
-    )
+    first = _new_decoder()(start, _encode_maps())
+    second = _new_decoder()(shuffled, _encode_maps())
     torch.testing.assert_close(
         first.boxes[:, :, order], second.boxes, atol=1e-6, rtol=0
     )

@@ -229,10 +229,8 @@ def test_the_exported_model_is_transformers_plain_model_with_the_same_outputs(
     batch = detector.base.prepare(_random_images())
     assert torch.equal(pixels, batch.pixels)
     with torch.no_grad():
-        expected, actual = (
-            plain(pixel_values=pixels),
-            detector.base.network(pixel_values=batch.pixels),
-        )
+        expected = plain(pixel_values=pixels)
+        actual = detector.base.network(pixel_values=batch.pixels)
     assert torch.equal(expected.logits, actual.logits)
     assert torch.equal(expected.pred_boxes, actual.pred_boxes)
     opened = open_transformers_detr(str(tmp_path), model).eval()

@@ -63,7 +63,7 @@ def new_network(model: str, classes: int) -> Any:
 
 
 def save_network(folder: Path, model: str, classes: int, **processing: Any) -> str:
-    """A model's own folder, as on the hub."""
+    """Save a model and its image processor in a folder, as on the hub."""
     import transformers
 
     new_network(model, classes).save_pretrained(folder)
