@@ -1,13 +1,15 @@
-"""What training data costs: ``python tests/benchmarks/bench_data.py [--sizes 1000
-10000] [--steps N] [--memory 1000 10000]``, or ``make bench-data``.
+"""Measure what feeding training data costs: ``python tests/benchmarks/bench_data.py
+[--sizes 1000 10000] [--steps N] [--memory 1000 10000]``, or ``make bench-data``.
 
-First the demo's training, fed from tables and files against the same from memory, in
-turns: the ratio of their CPU seconds. Then memory and seconds by the number of images
-(22 boxes of 8 classes, three opinions, a batch of 8), tables on the disk against
-tensors in memory. Then what each step holds in the memory of the job's own process, by
-the number of images (``--memory 1000 10000 100000``). Prints tables, and all figures as
-JSON last. The defaults take some minutes; 100000 and 1000000 images as --sizes much
-longer.
+1. The demo's training, fed from tables and files against the same from memory, in
+   turns: the ratio of their CPU seconds.
+2. Memory and seconds by the number of images (22 boxes of 8 classes, detections of three
+   sources, a batch of 8), tables on disk against tensors in memory.
+3. Memory that each step holds in the job's own process, by the number of images
+   (``--memory 1000 10000 100000``).
+
+Prints tables, and all figures as JSON last. The defaults take some minutes; 100000 and
+1000000 images as --sizes much longer.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import driver_memory
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from coin_ray.data.examples import Example, TableExamples
+    from coin_ray.structures import Detections
+    from coin_ray.tables import DetectionsTable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BOXES, CLASSES, BATCH, BLOCK = 22, 8, 8, 20_000
@@ -41,26 +49,26 @@ HELD_UP_TO = 100_000
 # -- synthetic tables
 
 
-def lists(values: np.ndarray, counts: int) -> pa.ListArray:
-    offsets = np.arange(0, len(values) + 1, counts, dtype=np.int32)
+def nested_lists(array: np.ndarray, counts: int) -> pa.ListArray:
+    offsets = np.arange(0, len(array) + 1, counts, dtype=np.int32)
     return pa.ListArray.from_arrays(
-        offsets, values if isinstance(values, pa.Array) else pa.array(values)
+        offsets, array if isinstance(array, pa.Array) else pa.array(array)
     )
 
 
-def opinions(ids: Sequence[str], draw: np.random.Generator) -> pa.Table:
+def random_detections(ids: Sequence[str], draw: np.random.Generator) -> pa.Table:
     n = len(ids) * BOXES
     boxes = pa.FixedSizeListArray.from_arrays(
         pa.array(draw.random(4 * n, np.float32)), 4
     )
     scores, labels = draw.random(n, np.float32), draw.integers(0, CLASSES, n)
-    probs = lists(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1)
+    probs = nested_lists(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1)
     columns = [
         pa.array(ids),
-        lists(boxes, BOXES),
-        lists(scores, BOXES),
-        lists(labels, BOXES),
-        lists(probs, BOXES),
+        nested_lists(boxes, BOXES),
+        nested_lists(scores, BOXES),
+        nested_lists(labels, BOXES),
+        nested_lists(probs, BOXES),
         pa.repeat("ok", len(ids)),
     ]
     return pa.table(
@@ -75,15 +83,15 @@ def write_tables(folder: Path, count: int, uris: Sequence[str]) -> None:
             hashlib.sha256(str(i).encode()).hexdigest()
             for i in range(start, min(start + BLOCK, count))
         ]
-        places = [uris[i % len(uris)] for i in range(len(ids))]
+        image_uris = [uris[i % len(uris)] for i in range(len(ids))]
         size = pa.array(np.full(len(ids), 192, np.int32))
         images = pa.table(
-            [pa.array(ids), pa.array(places), size, size],
+            [pa.array(ids), pa.array(image_uris), size, size],
             names=["image_id", "uri", "width", "height"],
         )
         for name, table in [
             ("images", images),
-            *((name, opinions(ids, draw)) for name in NAMES),
+            *((name, random_detections(ids, draw)) for name in NAMES),
         ]:
             if name not in writers:
                 writers[name] = pq.ParquetWriter(
@@ -97,45 +105,47 @@ def write_tables(folder: Path, count: int, uris: Sequence[str]) -> None:
 # -- one size, in a process of its own
 
 
-def known(found: dict[str, object], image_id: str) -> dict[str, object]:
-    return {name: table[image_id] for name, table in found.items()}  # type: ignore[index]
+def image_detections(
+    tables: Mapping[str, DetectionsTable], image_id: str
+) -> dict[str, Detections]:
+    return {name: table[image_id] for name, table in tables.items()}
 
 
-def table_examples(folder: Path, count: int) -> object:
+def open_table_examples(folder: Path, count: int) -> TableExamples:
     from coin_ray.data.examples import TableExamples
     from coin_ray.tables import open_detections
 
-    found = {
+    tables = {
         name: open_detections(str(folder / f"{name}.parquet"), CLASSES)
         for name in NAMES
     }
-    return TableExamples(
-        str(folder / "images.parquet"), np.arange(count), partial(known, found)
-    )
+    look_up = partial(image_detections, tables)
+    return TableExamples(str(folder / "images.parquet"), np.arange(count), look_up)
 
 
-def measure_size(folder: Path, count: int, held: bool) -> dict[str, float]:
+def measure_size(folder: Path, count: int, in_memory: bool) -> dict[str, float]:
     from coin_ray.data.order import BatchOrder
 
-    # what importing and opening cost once is not the images'
-    first = table_examples(folder, min(count, 10))
-    list(first[:2])  # type: ignore[index]
+    # importing and opening have a first cost that is not the images'
+    first = open_table_examples(folder, min(count, 10))
+    list(first[:2])
     del first
-    before, start = driver_memory.own_bytes(), time.process_time()
-    examples = table_examples(folder, count)
-    if held:
-        examples = list(examples)  # type: ignore[call-overload]
-    opened, bytes_held = time.process_time() - start, driver_memory.own_bytes() - before
+    bytes_before, start = driver_memory.own_bytes(), time.process_time()
+    examples: Sequence[Example] = open_table_examples(folder, count)
+    if in_memory:
+        examples = list(examples)
+    open_seconds = time.process_time() - start
+    bytes_held = driver_memory.own_bytes() - bytes_before
     order = BatchOrder(count, BATCH, 0)
     order.rows_of_step(0)
     steps, start = 200, time.process_time()
     for step in range(1, steps + 1):
         for row in order.rows_of_step(step % max(1, count // BATCH)):
-            examples[row].detections  # type: ignore[index]  # noqa: B018
+            examples[row].detections  # noqa: B018
     seconds = (time.process_time() - start) / steps
     return {
         "bytes per image": bytes_held / count,
-        "seconds to open": opened,
+        "seconds to open": open_seconds,
         "ms per batch": 1000 * seconds,
     }
 
@@ -144,13 +154,14 @@ def measure_size(folder: Path, count: int, held: bool) -> dict[str, float]:
 
 
 FILES, CACHED, MEMORY = "tables and files", "tables, images kept", "memory"
-"""A first epoch; a later one, or a small set; a loader that has everything in memory,
-images decoded."""
+"""Names of what feeds the training: the first epoch; a later one, or a small set; a
+loader that has everything in memory, images decoded."""
 
 
-def demo_seconds(folder: Path, steps: int, seconds: float) -> dict[str, float]:
-    """CPU seconds of a step of propagation by what feeds it, in turns, for so many
-    ``seconds`` at most but at least two rounds."""
+def measure_demo(folder: Path, steps: int, seconds: float) -> dict[str, float]:
+    """Return the CPU seconds of a step of propagation by what feeds it. The feeds take
+    turns for at most so many ``seconds``, but for at least two rounds.
+    """
     import torch
 
     from coin_ray.config.presets import PRESETS
@@ -161,84 +172,82 @@ def demo_seconds(folder: Path, steps: int, seconds: float) -> dict[str, float]:
     config = PRESETS["demo"]()
     fit = replace(config.propagate.fit, steps=steps)
     task = build_propagation(config, config.propagate, "clip")
-    from_tables = table_examples(folder, DEMO_IMAGES)
+    from_tables = open_table_examples(folder, DEMO_IMAGES)
     labels = [
         data.Example(e.image_id, e.uri, {"labels": e.detections["cloud"]})
         for e in from_tables
-    ]  # type: ignore[attr-defined]
-    from_tables.lookup_labels = only_labels(from_tables.lookup_labels)  # type: ignore[attr-defined]
-    kept, new_cache = data.ImageCache(), data.ImageCache
-    for example in labels:
-        kept[example.uri]
-    feeds = [
-        (FILES, from_tables, new_cache),
-        (CACHED, from_tables, lambda: kept),
-        (MEMORY, labels, lambda: kept),
     ]
-    found: dict[str, list[float]] = {name: [] for name, _, _ in feeds}
+    from_tables.lookup_labels = with_cloud_labels_only(from_tables.lookup_labels)
+    warm_cache, new_cache = data.ImageCache(), data.ImageCache
+    for example in labels:
+        warm_cache[example.uri]
+    feeds: list[tuple[str, Sequence[Example], Callable[[], data.ImageCache]]] = [
+        (FILES, from_tables, new_cache),
+        (CACHED, from_tables, lambda: warm_cache),
+        (MEMORY, labels, lambda: warm_cache),
+    ]
+
+    def step_seconds(source: Sequence[Example], seed: int) -> float:
+        batches = data.iterate_batches(
+            source, fit, config.detector, seed=seed, first=0, rank=0, workers=1
+        )
+        start = time.process_time()
+        for step, batch in enumerate(batches):
+            task.train_step(batch, step)
+        return (time.process_time() - start) / steps
+
+    seconds_by_feed: dict[str, list[float]] = {name: [] for name, _, _ in feeds}
     give_up_at = time.monotonic() + seconds
-    for round_ in range(-1, ROUNDS):  # the first one warms up and does not count
-        for name, source, cache in feeds[round_ % 3 :] + feeds[: round_ % 3]:
+    for round_number in range(-1, ROUNDS):  # the first one warms up and does not count
+        turn = round_number % len(feeds)
+        for name, source, cache in feeds[turn:] + feeds[:turn]:
             data.ImageCache = cache  # type: ignore[misc,assignment]
-            load = data.iterate_batches(
-                source,
-                fit,
-                config.detector,
-                seed=max(round_, 0),
-                first=0,
-                rank=0,
-                workers=1,
-            )  # type: ignore[arg-type]
-            taken = (
-                timed(
-                    lambda load=load: [
-                        task.train_step(b, s) for s, b in enumerate(load)
-                    ]
-                )
-                / steps
-            )  # type: ignore[misc]
-            if round_ >= 0:
-                found[name].append(taken)
-        if round_ >= 0:
-            print(
-                f"round {round_ + 1}: "
-                + "  ".join(
-                    f"{name} {values[-1]:.4f}" for name, values in found.items()
-                ),
-                flush=True,
-            )
-        if round_ >= 1 and time.monotonic() > give_up_at:
+            measured_seconds = step_seconds(source, max(round_number, 0))
+            if round_number >= 0:
+                seconds_by_feed[name].append(measured_seconds)
+        if round_number >= 0:
+            _print_round(round_number, seconds_by_feed)
+        if round_number >= 1 and time.monotonic() > give_up_at:
             break
     data.ImageCache = new_cache  # type: ignore[misc]
+    return _summarize_demo(seconds_by_feed)
+
+
+def _print_round(round_number: int, seconds_by_feed: dict[str, list[float]]) -> None:
+    last_seconds = [
+        f"{name} {round_seconds[-1]:.4f}"
+        for name, round_seconds in seconds_by_feed.items()
+    ]
+    print(f"round {round_number + 1}: " + "  ".join(last_seconds), flush=True)
+
+
+def _summarize_demo(seconds_by_feed: dict[str, list[float]]) -> dict[str, float]:
+    medians = {
+        name: float(np.median(round_seconds))
+        for name, round_seconds in seconds_by_feed.items()
+    }
     ratios = {
-        f"{name} / {MEMORY}": ratio(found[name], found[MEMORY])
+        f"{name} / {MEMORY}": median_ratio(
+            seconds_by_feed[name], seconds_by_feed[MEMORY]
+        )
         for name in (FILES, CACHED)
     }
-    return (
-        {name: float(np.median(values)) for name, values in found.items()}
-        | ratios
-        | {"rounds": len(found[MEMORY])}
-    )
+    return medians | ratios | {"rounds": len(seconds_by_feed[MEMORY])}
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median of the rounds' own ratios: what is slow for a while is slow for both."""
-    return float(np.median(np.divide(ours, theirs)))
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median over the rounds of the ratio within each: a slow moment slows down
+    both."""
+    return float(np.median(np.divide(numerators, denominators)))
 
 
-def only_labels(
-    know: Callable[[str], dict[str, object]],
-) -> Callable[[str], dict[str, object]]:
-    return lambda image_id: {"labels": know(image_id)["cloud"]}
+def with_cloud_labels_only(
+    lookup: Callable[[str], Mapping[str, Detections]],
+) -> Callable[[str], dict[str, Detections]]:
+    return lambda image_id: {"labels": lookup(image_id)["cloud"]}
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def write_images(folder: Path) -> list[str]:
+def write_demo_images(folder: Path) -> list[str]:
     from PIL import Image
 
     draw, uris = np.random.default_rng(1), []
@@ -249,32 +258,35 @@ def write_images(folder: Path) -> list[str]:
     return uris
 
 
-def sizes_measured(sizes: Sequence[int], folder: Path) -> Iterator[dict[str, object]]:
+def measure_sizes(sizes: Sequence[int], folder: Path) -> Iterator[dict[str, object]]:
+    """Yield a row for each size, tables and tensors; each is measured in a new process."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for count in sizes:
         write_tables(folder, count, ["a.jpg"])
-        for held in (False, True):
-            if held and count > HELD_UP_TO:
+        for in_memory in (False, True):
+            if in_memory and count > HELD_UP_TO:
                 continue
-            command = [
-                sys.executable,
-                __file__,
-                "--inside",
-                str(folder),
-                str(count),
-                str(int(held)),
-            ]
-            done = subprocess.run(
-                command,
+            command = [sys.executable, __file__, "--inside", str(folder), str(count)]
+            completed = subprocess.run(
+                [*command, str(int(in_memory))],
                 capture_output=True,
                 text=True,
                 check=True,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                env=environment,
             )
             yield {
                 "images": count,
-                "held": "memory" if held else "tables",
-                **json.loads(done.stdout),
+                "held": "memory" if in_memory else "tables",
+                **json.loads(completed.stdout),
             }
+
+
+def _print_row(row: Mapping[str, object]) -> None:
+    cells = [
+        f"{name} {figure:.4g}" if isinstance(figure, float) else f"{name} {figure}"
+        for name, figure in row.items()
+    ]
+    print("  ".join(cells), flush=True)
 
 
 def main() -> None:
@@ -303,39 +315,28 @@ def main() -> None:
         help="images for which the steps' memory is measured",
     )
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.inside:
-        print(
-            json.dumps(
-                measure_size(
-                    Path(given.inside[0]), int(given.inside[1]), given.inside[2] == "1"
-                )
-            )
-        )
+    options = parser.parse_args()
+    if options.inside:
+        folder, count, in_memory = options.inside
+        print(json.dumps(measure_size(Path(folder), int(count), in_memory == "1")))
         return
-    found: dict[str, object] = {}
-    with tempfile.TemporaryDirectory(prefix="bench_data-") as place:
-        if given.steps:
-            write_tables(Path(place), DEMO_IMAGES, write_images(Path(place)))
-            found["demo"] = demo = demo_seconds(Path(place), given.steps, given.seconds)
-            print(
-                "demo, CPU seconds per step: "
-                + "  ".join(f"{k} {v:.4g}" for k, v in demo.items()),
-                flush=True,
-            )
-        found["sizes"] = rows = []
-        for row in sizes_measured(given.sizes, Path(place)):
+    figures: dict[str, object] = {}
+    with tempfile.TemporaryDirectory(prefix="bench_data-") as name:
+        folder = Path(name)
+        if options.steps:
+            write_tables(folder, DEMO_IMAGES, write_demo_images(folder))
+            demo_figures = measure_demo(folder, options.steps, options.seconds)
+            figures["demo"] = demo_figures
+            cells = [f"{name} {figure:.4g}" for name, figure in demo_figures.items()]
+            print("demo, CPU seconds per step: " + "  ".join(cells), flush=True)
+        rows = []
+        for row in measure_sizes(options.sizes, folder):
             rows.append(row)
-            print(
-                "  ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                    for k, v in row.items()
-                ),
-                flush=True,
-            )
-    if given.memory:
-        found["memory"] = driver_memory.show(given.memory)
-    print(json.dumps(found))
+            _print_row(row)
+        figures["sizes"] = rows
+    if options.memory:
+        figures["memory"] = driver_memory.measure_and_print(options.memory)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""What COIN's own parts cost on one CPU core: ``make bench-training``.
+"""Measure the CPU time of COIN's own parts on one core: ``make bench-training``.
 
-    make bench-training                           # five minutes make bench-training
-    ARGS="--seconds 10"       # each comparison for so long; less is less sure
+    # five minutes
+    make bench-training
+    # seconds of each comparison; fewer are less exact
+    make bench-training ARGS="--seconds 10"
 
-1. CLIP's opinion of boxes: RoI features of the whole image against open_clip on one
-crop a box, boxes a second (RN50, 20 boxes in an image
-   of 960 x 720 pixels, random weights: time does not depend on them), by the length of
-   the image's shorter side.
+1. CLIP's labels of boxes: RoI features of the whole image against open_clip on one crop
+   per box, in boxes per second (RN50, 20 boxes in an image of 960 x 720 pixels, random
+   weights: time does not depend on them), by the length of the image's shorter side.
 2. A distillation step of the demo with CKG and gradient alignment against the same step
-with the mean of both opinions.
-3. How often the text encoder runs in training steps and in evaluation of a detector
-with learned prompts.
+   with the mean of both teachers.
+3. The number of runs of the text encoder in training steps and in evaluation of a
+   detector with learned prompts.
 
 Both sides of a ratio take turns and are measured in CPU time of this process, which a
 busy machine disturbs less; the ratio is the median. Prints a table and, last, the
@@ -24,7 +25,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -49,32 +51,24 @@ from coin_ray.training.propagate import Propagation
 
 BOXES, HEIGHT, WIDTH = 20, 720, 960
 SHORT_SIDES = (600, 384, 256)
-"""Of the whole image, for RoI features; 600 is published."""
+"""Lengths of the whole image's shorter side, for RoI features; 600 is published."""
 AT_LEAST = {"RoI labels, short side 600": 5.0}
 AT_MOST = {"step with CKG": 1.15}
 Work = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """CPU time of ``one`` / that of ``other``: median over turns."""
-
-    one: float
-    other: float
-
-    @property
-    def value(self) -> float:
-        return round(self.one / self.other, 3)
-
-
-def in_turn(one: Work, other: Work, seconds: float) -> Ratio:
-    """Median CPU seconds of both, at least five turns each after one to warm up."""
-    one(), other()
-    taken: list[tuple[float, float]] = []
+def time_in_turn(first: Work, second: Work, seconds: float) -> float:
+    """Return the median CPU seconds of the first over those of the second, from at least
+    five turns each after one to warm up."""
+    first()
+    second()
+    turns: list[tuple[float, float]] = []
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(taken) < 5:
-        taken.append((cpu_seconds(one), cpu_seconds(other)))
-    return Ratio(median(a for a, _ in taken), median(b for _, b in taken))
+    while time.monotonic() < end or len(turns) < 5:
+        turns.append((cpu_seconds(first), cpu_seconds(second)))
+    first_median = median(first_seconds for first_seconds, _ in turns)
+    second_median = median(second_seconds for _, second_seconds in turns)
+    return round(first_median / second_median, 3)
 
 
 def cpu_seconds(work: Work) -> float:
@@ -83,8 +77,8 @@ def cpu_seconds(work: Work) -> float:
     return time.process_time() - start
 
 
-def labelling(seconds: float) -> dict[str, float]:
-    """Boxes a second of RoI features / of crops, by short side."""
+def compare_labelling(seconds: float) -> dict[str, float]:
+    """Return boxes per second of RoI features over those of crops, by short side."""
     torch.manual_seed(0)
     network = (
         open_clip.create_model("RN50", pretrained=None).eval().requires_grad_(False)
@@ -100,16 +94,16 @@ def labelling(seconds: float) -> dict[str, float]:
     corners = torch.rand(BOXES, 2) * torch.tensor([WIDTH / 2, HEIGHT / 2])
     boxes = torch.cat([corners, corners + torch.tensor([WIDTH / 4, HEIGHT / 4])], 1)
     crops = CropLabeler(clip, classes, config)
-    found = {}
+    figures = {}
     for side in SHORT_SIDES:
         regions = RoiLabeler(clip, classes, config, side, 10_000)
-        found[f"RoI labels, short side {side}"] = in_turn(
-            lambda: crops(image, boxes), lambda r=regions: r(image, boxes), seconds
-        ).value  # type: ignore[misc]
-    return found
+        figures[f"RoI labels, short side {side}"] = time_in_turn(
+            partial(crops, image, boxes), partial(regions, image, boxes), seconds
+        )
+    return figures
 
 
-def distillation(config: PipelineConfig, changed: Distill) -> Distillation:
+def build_distillation(config: PipelineConfig, changed: Distill) -> Distillation:
     backbone = load_backbone(config)
     student, teacher = (
         new_student(backbone, config, seed=1),
@@ -124,10 +118,10 @@ def distillation(config: PipelineConfig, changed: Distill) -> Distillation:
     )
 
 
-def demo_batch(config: PipelineConfig, step: int) -> Batch:
-    """Scenes of the demo; both teachers see the true boxes, CLIP names every second one
-    otherwise."""
-    artwork = Artwork.of(load_drawings())
+def build_demo_batch(config: PipelineConfig, step: int) -> Batch:
+    """Return a batch of demo scenes; both teachers have the true boxes, and CLIP gives every
+    second one another label."""
+    artwork = Artwork.from_drawings(load_drawings())
     scenes = [
         compose(artwork, "target", step * 100 + i, (3, 4))
         for i in range(config.distill.fit.batch)
@@ -138,9 +132,11 @@ def demo_batch(config: PipelineConfig, step: int) -> Batch:
         for scene in scenes
     ]
     classes = len(config.classes)
-    cloud = [opinion(boxes, labels, classes) for boxes, labels in truth]
+    cloud = [score_true_boxes(boxes, labels, classes) for boxes, labels in truth]
     clip = [
-        opinion(boxes, (labels + torch.arange(len(labels)) % 2) % classes, classes)
+        score_true_boxes(
+            boxes, (labels + torch.arange(len(labels)) % 2) % classes, classes
+        )
         for boxes, labels in truth
     ]
     none = [Detections.empty(classes) for _ in truth]
@@ -154,7 +150,7 @@ def demo_batch(config: PipelineConfig, step: int) -> Batch:
     )
 
 
-def opinion(
+def score_true_boxes(
     boxes: Tensor, labels: Tensor, classes: int, score: float = 0.7
 ) -> Detections:
     probs = torch.full((len(labels), classes + 1), (1 - score) / classes).scatter(
@@ -163,31 +159,31 @@ def opinion(
     return Detections(boxes, torch.full((len(labels),), score), labels, probs)
 
 
-def distilling(seconds: float) -> dict[str, float]:
-    """Time of a step with CKG and its gradient alignment / with the mean of both
-    opinions, before the teacher follows and after."""
+def compare_distillation_steps(seconds: float) -> dict[str, float]:
+    """Return the time of a step with CKG and gradient alignment over that with the mean of
+    both teachers, before and after the end of burn-up."""
     config = demo()
-    batch = demo_batch(config, 0)
-    found = {}
+    batch = build_demo_batch(config, 0)
+    figures = {}
     for name, burn_up in (
         ("step with CKG", 1000),
         ("step with CKG, teacher follows", 0),
     ):
         settings = replace(config.distill, burn_up=burn_up)
         full, plain = (
-            distillation(config, settings),
-            distillation(config, replace(settings, fusion="average")),
+            build_distillation(config, settings),
+            build_distillation(config, replace(settings, fusion="average")),
         )
-        found[name] = in_turn(
-            lambda f=full: f.train_step(batch, 1),
-            lambda p=plain: p.train_step(batch, 1),
+        figures[name] = time_in_turn(
+            partial(full.train_step, batch, 1),
+            partial(plain.train_step, batch, 1),
             seconds,
-        ).value  # type: ignore[misc]
-    return found
+        )
+    return figures
 
 
-class Counted:
-    """How often a module's forward ran."""
+class ForwardCounter:
+    """Counts how often a module's forward runs."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.calls = 0
@@ -197,34 +193,34 @@ class Counted:
         self.calls += 1
 
 
-def text_encoder_runs(steps: int = 3, images: int = 6) -> dict[str, float]:
-    """Runs of the text encoder for each training step, and for several evaluated
+def count_text_encoder_runs(steps: int = 3, images: int = 6) -> dict[str, float]:
+    """Count runs of the text encoder for each training step, and for several evaluated
     batches together."""
     config = demo()
-    backbone, batch = load_backbone(config), demo_batch(config, 0)
+    backbone, batch = load_backbone(config), build_demo_batch(config, 0)
     detector = new_clip_detector(backbone, config, seed=0)
     assert isinstance(detector, ClipDetector)
-    encoded = Counted(detector.prompts)
+    encoder_calls = ForwardCounter(detector.prompts)
     task = Propagation(
         detector, starting_embeddings(backbone, config), config.propagate
     )
     for step in range(steps):
         task.train_step(batch, step)
-    trained, encoded.calls = encoded.calls, 0
+    training_runs, encoder_calls.calls = encoder_calls.calls, 0
     detector.eval()
     for image in batch.weak[:images]:
         detector.predict(detector.prepare([image]))
     return {
-        "text encoder runs a training step": trained / steps,
-        f"text encoder runs, {images} evaluated images": float(encoded.calls),
+        "text encoder runs a training step": training_runs / steps,
+        f"text encoder runs, {images} evaluated images": float(encoder_calls.calls),
     }
 
 
-def verdict(name: str, value: float) -> str:
+def compare_with_bound(name: str, figure: float) -> str:
     if name in AT_LEAST:
-        return f">= {AT_LEAST[name]}: {'yes' if value >= AT_LEAST[name] else 'NO'}"
+        return f">= {AT_LEAST[name]}: {'yes' if figure >= AT_LEAST[name] else 'NO'}"
     if name in AT_MOST:
-        return f"<= {AT_MOST[name]}: {'yes' if value <= AT_MOST[name] else 'NO'}"
+        return f"<= {AT_MOST[name]}: {'yes' if figure <= AT_MOST[name] else 'NO'}"
     return ""
 
 
@@ -239,19 +235,19 @@ def main(arguments: Sequence[str]) -> int:
         nargs="+",
         default=("labels", "steps", "text"),
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found: dict[str, float] = {}
-    if "labels" in asked.only:
-        found |= labelling(asked.seconds)
-    if "steps" in asked.only:
-        found |= distilling(asked.seconds)
-    if "text" in asked.only:
-        found |= text_encoder_runs()
-    print("| | ratio or count | wanted |\n|---|---|---|")
-    for name, value in found.items():
-        print(f"| {name} | {value:g} | {verdict(name, value)} |")
-    print(json.dumps(found))
+    figures: dict[str, float] = {}
+    if "labels" in options.only:
+        figures |= compare_labelling(options.seconds)
+    if "steps" in options.only:
+        figures |= compare_distillation_steps(options.seconds)
+    if "text" in options.only:
+        figures |= count_text_encoder_runs()
+    print("| | ratio or count | goal |\n|---|---|---|")
+    for name, figure in figures.items():
+        print(f"| {name} | {figure:g} | {compare_with_bound(name, figure)} |")
+    print(json.dumps(figures))
     return 0
 
 

@@ -1,10 +1,10 @@
-"""What the steps of a run hold in the memory of the job's own process, by the number of
-images: the ``--memory`` part of ``bench_data.py``.
+"""Measure the memory that the steps of a run hold in the job's own process, by the number
+of images: the ``--memory`` part of ``bench_data.py``.
 
-Synthetic tables: 22 boxes of 8 classes an image, parts of 32 images. Networks are left
-out: what they find is made up, and the separation of an image is a constant. Each step
-runs in a process of its own; what counts is the most of its own memory (not what is
-mapped from files) above what a run of 100 images needed.
+Synthetic tables: 22 boxes of 8 classes an image, parts of 32 images. No network runs:
+predictions are random, and the separation of an image is a constant. Each step runs in a
+new process; the figure is the peak of its anonymous memory (without pages mapped from
+files) above that of a run of 100 images.
 """
 
 from __future__ import annotations
@@ -32,76 +32,72 @@ WARM = 100
 
 
 def own_bytes() -> int:
-    """Memory that is this process's own; what is mapped from files can be dropped at
-    any time."""
+    """Return the anonymous memory of this process: pages mapped from files can be dropped
+    at any time."""
     status = Path("/proc/self/status").read_text()
-    return (
-        int(
-            next(
-                line.split()[1]
-                for line in status.splitlines()
-                if line.startswith("RssAnon")
-            )
-        )
-        * 1024
-    )
+    (line,) = [line for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
 
 
 class Peak:
-    """The most memory while a block runs, looked at every few milliseconds."""
+    """Record the peak of ``own_bytes`` while a block runs, sampled every few milliseconds."""
 
     def __enter__(self) -> Peak:
-        self.most, self.done = own_bytes(), threading.Event()
-        self.thread = threading.Thread(target=self._look)
+        self.peak_bytes = own_bytes()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._sample)
         self.thread.start()
         return self
 
-    def _look(self) -> None:
-        while not self.done.wait(0.005):
-            self.most = max(self.most, own_bytes())
+    def _sample(self) -> None:
+        while not self.ended.wait(0.005):
+            self.peak_bytes = max(self.peak_bytes, own_bytes())
 
     def __exit__(self, *_: object) -> None:
-        self.done.set()
+        self.ended.set()
         self.thread.join()
 
 
 # -- synthetic tables
 
 
-def name_of(number: int) -> str:
+def image_id_of(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
-def nested(values: Any, counts: int) -> pa.ListArray:
+def nested_lists(array: Any, counts: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(
-        np.arange(0, len(values) + 1, counts, dtype=np.int32), pa.array(values)
+        np.arange(0, len(array) + 1, counts, dtype=np.int32), pa.array(array)
     )
 
 
-def rows(first: int, count: int, schema: pa.Schema, source: str) -> pa.Table:
-    """Random rows with the columns of ``DETECTIONS``, of parts or of ``SEPARATION``."""
+def random_rows(first: int, count: int, schema: pa.Schema, source: str) -> pa.Table:
+    """Return random rows with the columns of ``DETECTIONS``, of parts or of
+    ``SEPARATION``."""
     draw, n = np.random.default_rng(first), count * BOXES
     vectors = [
-        nested(nested(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1), BOXES)
+        nested_lists(
+            nested_lists(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1), BOXES
+        )
         for _ in range(2)
     ]
     columns = {
-        "image_id": pa.array([name_of(i) for i in range(first, first + count)]),
-        "boxes": nested(
+        "image_id": pa.array([image_id_of(i) for i in range(first, first + count)]),
+        "boxes": nested_lists(
             pa.FixedSizeListArray.from_arrays(
                 pa.array(draw.random(4 * n, np.float32)), 4
             ),
             BOXES,
         ),
-        "scores": nested(draw.random(n, np.float32), BOXES),
-        "labels": nested(draw.integers(0, CLASSES, n), BOXES),
+        "scores": nested_lists(draw.random(n, np.float32), BOXES),
+        "labels": nested_lists(draw.integers(0, CLASSES, n), BOXES),
         "probs": vectors[0],
-        "cloud_labels": nested(draw.integers(0, CLASSES, n), BOXES),
-        "clip_labels": nested(draw.integers(0, CLASSES, n), BOXES),
+        "cloud_labels": nested_lists(draw.integers(0, CLASSES, n), BOXES),
+        "clip_labels": nested_lists(draw.integers(0, CLASSES, n), BOXES),
         "clip_probs": vectors[1],
         "cloud_probs": vectors[0],
-        "prob_source": nested(["native"] * n, BOXES),
-        "kind": nested(["consistent", "private"] * (n // 2), BOXES),
+        "prob_source": nested_lists(["native"] * n, BOXES),
+        "kind": nested_lists(["consistent", "private"] * (n // 2), BOXES),
         "source": pa.repeat(source, count),
         "status": pa.repeat("ok", count),
         "calls": pa.repeat(1, count),
@@ -111,11 +107,11 @@ def rows(first: int, count: int, schema: pa.Schema, source: str) -> pa.Table:
     return pa.table({f.name: (columns | nulls)[f.name].cast(f.type) for f in schema})
 
 
-def image_rows(count: int) -> Iterator[dict[str, Any]]:
+def numbered_image_rows(count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         uri = f"s3://bucket/photos/of/a/user/{number:08d}.jpg"
         yield {
-            "image_id": name_of(number),
+            "image_id": image_id_of(number),
             "uri": uri,
             "width": 1200,
             "height": 900,
@@ -124,7 +120,8 @@ def image_rows(count: int) -> Iterator[dict[str, Any]]:
 
 
 def write_inputs(folder: str, count: int) -> None:
-    """What the steps read: images, parts, and what collect and separate make of them."""
+    """Write the tables that the steps read: images, parts, and the tables of collect and
+    separate."""
     from coin_ray import storage, tables
     from coin_ray.stages.collecting import parts
 
@@ -132,16 +129,18 @@ def write_inputs(folder: str, count: int) -> None:
     with storage.table_writer(
         storage.join(images, "images.parquet"), tables.IMAGES
     ) as writer:
-        for block in tables.iterate_tables(image_rows(count), tables.IMAGES):
+        for block in tables.iterate_tables(numbered_image_rows(count), tables.IMAGES):
             writer.write(block)
     storage.write_table(
         storage.join(images, "annotations.parquet"), tables.ANNOTATIONS.empty_table()
     )
     order = np.random.default_rng(0).permutation(-(-count // PART))
-    for place, part in enumerate(order.tolist()):
-        table = rows(PART * part, min(PART, count - PART * part), parts.PART_SCHEMA, "cloud")
+    for position, part in enumerate(order.tolist()):
+        table = random_rows(
+            PART * part, min(PART, count - PART * part), parts.PART_SCHEMA, "cloud"
+        )
         storage.write_table(
-            storage.join(folder, "collect", "parts", f"{place:08d}.parquet"), table
+            storage.join(folder, "collect", "parts", f"{position:08d}.parquet"), table
         )
     finished = {
         "collect/cloud": "cloud",
@@ -156,14 +155,16 @@ def write_inputs(folder: str, count: int) -> None:
         ) as writer:
             for start in range(0, count, storage.BLOCK_ROWS):
                 writer.write(
-                    rows(start, min(storage.BLOCK_ROWS, count - start), schema, source)
+                    random_rows(
+                        start, min(storage.BLOCK_ROWS, count - start), schema, source
+                    )
                 )
 
 
 # -- the steps
 
 
-def context_of(folder: str) -> Any:
+def build_context(folder: str) -> Any:
     from coin_ray.config.presets import demo
     from coin_ray.runs.steps import Context
 
@@ -181,165 +182,170 @@ def context_of(folder: str) -> Any:
     )
 
 
-def images(folder: str, count: int) -> None:
-    """Files looked at one by one; what is found in them is made up."""
+def run_images(folder: str, count: int) -> None:
+    """Run the images stage with a fixed inspection of each file."""
     from coin_ray.config import Folder
     from coin_ray.data.formats import Dataset, ImageRecord
-    from coin_ray.stages import images as stage
+    from coin_ray.stages import images as images_stage
 
-    listed = Dataset(
-        "plain",
-        tuple(
-            ImageRecord.from_annotations(r["uri"], r["uri"], (0, 0), (), annotated=False)
-            for r in image_rows(count)
-        ),
-    )
-    found = (
+    records = []
+    for row in numbered_image_rows(count):
+        record = ImageRecord.from_annotations(
+            row["uri"], row["uri"], (0, 0), (), annotated=False
+        )
+        records.append(record)
+    dataset = Dataset("plain", tuple(records))
+    inspected = (
         {name: row[name] for name in ("image_id", "uri", "width", "height")}
-        for row in image_rows(count)
+        for row in numbered_image_rows(count)
     )
-    context = context_of(folder)
-    stage.formats = type("formats", (), {"read_dataset": lambda *_: listed})  # type: ignore[assignment]
-    stage.inspect_images = lambda *_: found  # type: ignore[assignment]
-    stage.run(
+    context = build_context(folder)
+    formats = type("formats", (), {"read_dataset": lambda *_: dataset})
+    images_stage.formats = formats  # type: ignore[assignment,attr-defined]
+    images_stage.inspect_images = lambda *_: inspected  # type: ignore[attr-defined]
+    images_stage.run(
         replace(context, config=replace(context.config, data=Folder("somewhere")))
     )
 
 
-def collect(folder: str, count: int) -> None:
+def merge_parts(folder: str, count: int) -> None:
     from coin_ray import storage
-    from coin_ray.stages import collect as stage
+    from coin_ray.stages import collect as collect_stage
 
     (Path(folder) / "out").mkdir(exist_ok=True)
     if not (Path(folder) / "out" / "parts").exists():
         (Path(folder) / "out" / "parts").symlink_to(Path(folder) / "collect" / "parts")
-    listed = storage.read_table(f"{folder}/images/images.parquet")
-    stage._merge(context_of(folder), stage._first_rows(listed)["image_id"])
+    image_table = storage.read_table(f"{folder}/images/images.parquet")
+    first_rows = collect_stage._first_rows(image_table)
+    collect_stage._merge(build_context(folder), first_rows)
 
 
-def separate(folder: str, count: int) -> None:
+def run_separate(folder: str, count: int) -> None:
     from coin_ray import tables
-    from coin_ray.stages import separate as stage
-    from coin_ray.stages.common import prediction as predicting
+    from coin_ray.stages import separate as separate_stage
+    from coin_ray.stages.common import prediction as prediction
     from coin_ray.structures import Detections, Separation
 
-    def found(_: object, given: pa.Table, __: object) -> Iterator[pa.Table]:
-        for start in range(0, len(given), predicting.BLOCK):
-            yield rows(
+    def predict_blocks(
+        _: object, image_table: pa.Table, __: object
+    ) -> Iterator[pa.Table]:
+        for start in range(0, len(image_table), prediction.BLOCK):
+            yield random_rows(
                 start,
-                min(predicting.BLOCK, len(given) - start),
+                min(prediction.BLOCK, len(image_table) - start),
                 tables.DETECTIONS,
                 "clip_detector",
             )
 
-    predicting._predict_in_process = found  # type: ignore[assignment]
-    one = Separation.from_labels(Detections.empty(CLASSES), reviewed=False)
-    stage.separate_knowledge = lambda *_, **__: one  # type: ignore[assignment]
+    prediction._predict_in_process = predict_blocks  # type: ignore[assignment]
+    separation = Separation.from_labels(Detections.empty(CLASSES), reviewed=False)
+    separate_stage.separate_knowledge = lambda *_, **__: separation  # type: ignore[attr-defined]
     # not the folder of collect: its parts would count as finished predictions
-    stage.run(replace(context_of(folder), folder=f"{folder}/separated"))
+    separate_stage.run(replace(build_context(folder), folder=f"{folder}/separated"))
 
 
-def propagate(folder: str, count: int) -> None:
+def open_propagation_labels(folder: str, count: int) -> None:
     from coin_ray.stages.common.training_labels import (
         build_training_examples,
         count_labels,
         open_training_labels,
     )
 
-    context = context_of(folder)
+    context = build_context(folder)
     examples = build_training_examples(
-        context.inputs["images"], open_training_labels("clip", context.inputs, context.config)
+        context.inputs["images"],
+        open_training_labels("clip", context.inputs, context.config),
     )
     count_labels("clip", context.inputs, context.config)
     assert len(examples) == count
 
 
-def report(folder: str, count: int) -> None:
-    """With evaluate, as far as both look at training images."""
+def read_for_report(folder: str, count: int) -> None:
+    """Run the parts of report and evaluate that read training images."""
     from coin_ray.stages import evaluate
-    from coin_ray.stages import report as stage
-    from coin_ray.stages.reporting import measurements as measures
+    from coin_ray.stages import report as report_stage
+    from coin_ray.stages.reporting import measurements as measurements
     from coin_ray.stages.reporting import pictures
 
-    context = context_of(folder)
+    context = build_context(folder)
     evaluate._measure_separation(context)
-    stage._count_kept(context)
-    measures.count_teacher_confusion(context)
-    measures.read_test_annotations(context)
+    report_stage._count_kept(context)
+    measurements.count_teacher_confusion(context)
+    measurements.read_test_annotations(context)
     pictures._select_training_images(context, 24)
 
 
 STEPS: dict[str, Callable[[str, int], None]] = {
-    "images": images,
-    "collect": collect,
-    "propagate": propagate,
-    "separate": separate,
-    "report": report,
+    "images": run_images,
+    "collect": merge_parts,
+    "propagate": open_propagation_labels,
+    "separate": run_separate,
+    "report": read_for_report,
 }
 
 
-def inside(step: str, warm: str, folder: str, count: int) -> dict[str, float]:
-    """Of one step, in this process."""
+def measure_step(step: str, warm: str, folder: str, count: int) -> dict[str, float]:
+    """Measure peak memory and CPU seconds of one step in this process."""
     with contextlib.redirect_stdout(sys.stderr):
         STEPS[step](warm, WARM)
         pa.default_memory_pool().release_unused()
         before, start = own_bytes(), time.process_time()
         with Peak() as peak:
             STEPS[step](folder, count)
-    return {"bytes": peak.most - before, "seconds": time.process_time() - start}
+    return {"bytes": peak.peak_bytes - before, "seconds": time.process_time() - start}
 
 
-def measured(sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """By size and step: MiB above what 100 images take, and CPU seconds."""
-    with tempfile.TemporaryDirectory(prefix="bench_memory-") as place:
+def measure_steps(sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield a row by size and step: MiB above those of 100 images, and CPU seconds."""
+    with tempfile.TemporaryDirectory(prefix="bench_memory-") as folder:
         for count in (WARM, *sizes):
-            write_inputs(f"{place}/{count}", count)
+            write_inputs(f"{folder}/{count}", count)
         for count in sizes:
             for step in STEPS:
                 command = [
                     sys.executable,
                     __file__,
                     step,
-                    f"{place}/{WARM}",
-                    f"{place}/{count}",
+                    f"{folder}/{WARM}",
+                    f"{folder}/{count}",
                     str(count),
                 ]
                 paths = os.pathsep.join(
                     [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
                 )
-                done = subprocess.run(
+                completed = subprocess.run(
                     command,
                     stdout=subprocess.PIPE,
                     text=True,
                     check=True,
                     env={**os.environ, "PYTHONPATH": paths},
                 )
-                found = json.loads(done.stdout)
+                measurement = json.loads(completed.stdout)
                 yield {
                     "images": count,
                     "step": step,
-                    "MiB": found["bytes"] / 2**20,
-                    "CPU s": found["seconds"],
+                    "MiB": measurement["bytes"] / 2**20,
+                    "CPU s": measurement["seconds"],
                 }
 
 
-def summary(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Bytes an image of each step, between the two largest sizes."""
-    sizes = sorted({row["images"] for row in found})[-2:]
-    mib = {(row["step"], row["images"]): row["MiB"] for row in found}
-    apart = max(sizes[-1] - sizes[0], 1)
+def bytes_per_image(measurements: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the bytes per image of each step, between the two largest sizes."""
+    sizes = sorted({row["images"] for row in measurements})[-2:]
+    mib = {(row["step"], row["images"]): row["MiB"] for row in measurements}
+    more_images = max(sizes[-1] - sizes[0], 1)
     return {
-        step: round((mib[step, sizes[-1]] - mib[step, sizes[0]]) * 2**20 / apart)
+        step: round((mib[step, sizes[-1]] - mib[step, sizes[0]]) * 2**20 / more_images)
         for step in STEPS
     }
 
 
-def show(sizes: Sequence[int]) -> dict[str, Any]:
-    """Measures, prints a table, and returns all figures."""
-    found = []
+def measure_and_print(sizes: Sequence[int]) -> dict[str, Any]:
+    """Measure all steps, print a table, and return all figures."""
+    measurements = []
     print(f"{'images':>9} {'step':<10} {'MiB':>8} {'CPU s':>8}")
-    for row in measured(sizes):
-        found.append(row)
+    for row in measure_steps(sizes):
+        measurements.append(row)
         print(
             f"{row['images']:>9,} {row['step']:<10} {row['MiB']:>8.1f}"
             f" {row['CPU s']:>8.1f}",
@@ -347,11 +353,17 @@ def show(sizes: Sequence[int]) -> dict[str, Any]:
         )
     print(
         "bytes an image: "
-        + "  ".join(f"{step} {number}" for step, number in summary(found).items()),
+        + "  ".join(
+            f"{step} {number}" for step, number in bytes_per_image(measurements).items()
+        ),
         flush=True,
     )
-    return {"rows": found, "bytes per image": summary(found)}
+    return {"rows": measurements, "bytes per image": bytes_per_image(measurements)}
 
 
 if __name__ == "__main__":
-    print(json.dumps(inside(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+    print(
+        json.dumps(
+            measure_step(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        )
+    )
