@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TypeVar
 
 from coin_ray import storage
+from coin_ray.data.file_kinds import IMAGE_SUFFIXES, is_hidden
 from coin_ray.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHOWN_PATHS = 3
 
 T = TypeVar("T")
@@ -28,8 +28,8 @@ class DatasetFolder:
 
     @classmethod
     def open(cls, address: str) -> DatasetFolder:
-        """List the files of ``FOLDER`` or ``FOLDER#SPLIT``. Raises InputError if there
-        is no such folder.
+        """List the files of ``FOLDER`` or ``FOLDER#SPLIT``, without hidden ones and
+        previews. Raises InputError if there is no such folder.
         """
         address = storage.absolute_uri(address)
         root, mark, split = address.rpartition("#")
@@ -41,7 +41,8 @@ class DatasetFolder:
         bare_root = _without_scheme(root)
         start = len(bare_root) + 1 if bare_root else 0
         uris = {_without_scheme(uri)[start:]: uri for uri in storage.list_files(root)}
-        return cls(root, split, uris)
+        visible = {path: uri for path, uri in uris.items() if not is_hidden(path)}
+        return cls(root, split, visible)
 
     def list_paths(self, folder: str, *suffixes: str) -> list[str]:
         """List the paths below ``folder`` ("": all) that end in one of ``suffixes``

@@ -71,11 +71,12 @@ def reviews_digest(address: str) -> str:
     except (OSError, InputError):
         return ""
     digest = hashlib.sha256(folder.split.encode())
-    size_by_name = storage.file_sizes(folder.root)
-    sizes = [size_by_name[name] for name in sorted(size_by_name)]
-    for (path, uri), size in zip(sorted(folder.uris.items()), sizes, strict=True):
+    sizes = storage.file_sizes(folder.root)
+    size_by_path = {name.strip("/"): size for name, size in sizes.items()}
+    for path, uri in sorted(folder.uris.items()):
         is_image = path.lower().endswith(IMAGE_SUFFIXES)
-        version = str(size) if is_image else storage.sha256(uri)
+        bare_uri = uri.rpartition("://")[2].strip("/")
+        version = str(size_by_path[bare_uri]) if is_image else storage.sha256(uri)
         digest.update(f"{path}\0{version}\0".encode())
     return digest.hexdigest()[:DIGEST_LENGTH]
 
