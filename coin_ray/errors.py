@@ -4,13 +4,14 @@
     ├── ConfigError    a setting is unknown, impossible or contradicts another          exit 2
     ├── InputError     images, annotations or checkpoints that can't be used            exit 2
     ├── StepError      an earlier stage is not finished, or a file it wrote is damaged  exit 2
+    ├── RootInUse      another run holds the root                                       exit 2
     ├── TrainingError  a loss is no longer finite; names the part                       exit 1
     └── CloudError     a call to the detection API
         ├── stops the run:    AuthError, CloudUnreachable                               exit 4
         │                     QuotaExhausted, BudgetExhausted                           exit 5
         │                     BadRequest                                                exit 1
         ├── is retried:       Throttled, Transient, DeadlineExceeded
-        └── marks the image:  ImageRejected, ProtocolError, Refused
+        └── marks the image:  ImageRejected, ProtocolError (UnusableBoxes), Refused
 
 A message states what was expected, the actual value, and what to do. It never contains
 a secret or image bytes.
@@ -36,6 +37,10 @@ class InputError(CoinError, ValueError):
 
 
 class StepError(CoinError, RuntimeError):
+    exit_code = 2
+
+
+class RootInUse(CoinError, RuntimeError):
     exit_code = 2
 
 
@@ -105,6 +110,12 @@ class ImageRejected(CloudError):
 class ProtocolError(CloudError):
     """The response could not be parsed. It is quarantined, never read as "no
     objects".
+    """
+
+
+class UnusableBoxes(ProtocolError):
+    """The response is whole, but its boxes are in another unit, outside the image or of
+    other names. Asking again would give the same.
     """
 
 

@@ -153,6 +153,18 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     return sorted(p for p in paths if p.endswith(suffix))
 
 
+def list_folders(uri: str) -> list[str]:
+    """List the folders directly below ``uri``, sorted; an absent folder has none."""
+    filesystem, path = _filesystem(uri)
+    if not filesystem.exists(path):
+        return []
+    entries = filesystem.ls(path, detail=True)
+    paths = [entry["name"] for entry in entries if entry["type"] == "directory"]
+    if "://" in uri:
+        paths = [filesystem.unstrip_protocol(p) for p in paths]
+    return sorted(p.rstrip("/") for p in paths)
+
+
 def file_sizes(uri: str) -> dict[str, int]:
     """Return the bytes of each file below ``uri``, recursively; an absent folder has
     none.

@@ -45,7 +45,9 @@ def run_or_plan(
         raise ConfigError(
             f"step {until} is part of the run only with --{required_option}"
         )
+    # a command that only reads the collection leaves its failed images alone
+    ask_failed = only in (None, "collect")
     if options.dry_run:
-        print_plan(config, steps, options.root, until)
+        print_plan(config, steps, options.root, until, ask_failed=ask_failed)
     else:
-        run_pipeline(config, steps, options.root, until)
+        run_pipeline(config, steps, options.root, until, ask_failed=ask_failed)

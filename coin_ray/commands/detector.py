@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
@@ -159,6 +160,7 @@ def train_detector(config: DetectorConfig, options: DetectorOptions) -> dict[str
         build_detector_steps,
         run_missing_detector_steps,
     )
+    from coin_ray.runs.lease import hold_root
     from coin_ray.runs.runner import open_tracker
     from coin_ray.stages.common.detector_checks import (
         check_labelled_images,
@@ -172,13 +174,16 @@ def train_detector(config: DetectorConfig, options: DetectorOptions) -> dict[str
         _print_plan(config, steps, root, counts)
     if options.dry_run:
         return {}
-    if not all(step.is_finished(root) for step in steps.values()):
-        storage.write_bytes(storage.join(root, "config.yaml"), to_yaml(config).encode())
-    tracker = open_tracker(steps.values(), config, root)
-    manifests = run_missing_detector_steps(steps, config, root, tracker=tracker)
-    if tracker is not None:
-        tracker.log_summary(_summary_figures(manifests["evaluate"].metrics), None)
-    return _write_summary(config, steps["train"].folder(root), manifests, root)
+    with ExitStack() as holding:
+        if not all(step.is_finished(root) for step in steps.values()):
+            holding.enter_context(hold_root(root))
+            config_file = storage.join(root, "config.yaml")
+            storage.write_bytes(config_file, to_yaml(config).encode())
+        tracker = open_tracker(steps.values(), config, root)
+        manifests = run_missing_detector_steps(steps, config, root, tracker=tracker)
+        if tracker is not None:
+            tracker.log_summary(_summary_figures(manifests["evaluate"].metrics), None)
+        return _write_summary(config, steps["train"].folder(root), manifests, root)
 
 
 def _print_plan(

@@ -165,7 +165,7 @@ def _run_steps(config: PipelineConfig, steps: Mapping[str, Step], root: str) -> 
 
     selected = select_steps(steps, "export").values()
     if not all(step.is_finished(root) for step in selected):
-        run_pipeline(config, steps, root, "export")
+        run_pipeline(config, steps, root, "export", ask_failed=False)
         return
     tracker = open_tracker(selected, config, root)
     run_missing_steps(selected, config, root, tracker=tracker)

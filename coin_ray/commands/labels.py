@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from coin_ray import storage
 from coin_ray.commands.arguments import parse_names
-from coin_ray.commands.journal import open_run_journal
+from coin_ray.commands.journal import open_run_journal, read_run_config
 from coin_ray.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def propose_map(options: argparse.Namespace) -> int:
             f"{options.out} exists and is not overwritten; give --out another name"
         )
     observed = count_observed_names(open_run_journal(options.root))
-    config = _read_run_config(options.root)
+    config = read_run_config(options.root)
     service = options.service or (config.cloud.service if config else "http")
     embed = None if options.no_similarity else _load_text_encoder(options, config)
     text = propose_label_map(observed, options.classes, service, embed, options.margin)
@@ -171,13 +171,6 @@ def propose_map(options: argparse.Namespace) -> int:
     else:
         print(text, end="")
     return 0
-
-
-def _read_run_config(root: str) -> PipelineConfig | None:
-    from coin_ray.config.yaml_files import read_config
-
-    uri = storage.join(storage.absolute_uri(root), "config.yaml")
-    return read_config(uri) if storage.exists(uri) else None
 
 
 def _load_text_encoder(

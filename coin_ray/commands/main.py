@@ -63,7 +63,9 @@ SUBCOMMANDS = {
         "review", "review", "send labels to a review tool and read them back"
     ),
     "labels": Subcommand("labels", "labels", "check or propose a label map"),
-    "journal": Subcommand("journal", "journal", "show, verify or compact a journal"),
+    "journal": Subcommand(
+        "journal", "journal", "show, verify or compact a journal, drop an answer"
+    ),
     "check": Subcommand("check", "check", "check annotated images for faults"),
     "serve": Subcommand(
         "serve", "serve", "serve a detector; serve register: add it to MLflow"

@@ -17,7 +17,7 @@ class Collect:
     (slower and more accurate), or no CLIP at all."""
     crop_context: float = 1.2
     """labeler crop: side of the crop / side of the box; a little context helps CLIP
-    (docs/demo.md)."""
+    (docs/demo-trials.md)."""
     fuse_iou: float = 0.6
     """Cloud boxes of one class with a higher IoU are merged, weighted by score."""
     batch: int = runtime_only(32)
@@ -27,6 +27,9 @@ class Collect:
     batch_seconds: float = runtime_only(3600.0)
     """Seconds for one batch after which a labeler counts as hanging and exits; 0:
     never."""
+    retry_refused: bool = runtime_only(False)
+    """Ask again also about images that the service refused. Other failed images are
+    always asked again by the same command."""
     stalled_after: float = runtime_only(90_000.0)
     """Seconds without any progress after which the collection exits; a quota may take a
     day to renew. 0: never."""

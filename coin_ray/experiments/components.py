@@ -16,6 +16,7 @@ from coin_ray.runs.detector_graph import (
     build_detector_steps,
     run_missing_detector_steps,
 )
+from coin_ray.runs.lease import hold_root
 from coin_ray.runs.steps import Step
 from coin_ray.stages.common.detector_checks import check_labelled_images, check_network
 
@@ -123,11 +124,12 @@ def run_component_study(study: ComponentStudy) -> None:
     config = study.trials[0].config
     check_labelled_images(config)
     check_network(config)
-    table = run_component_trials(study.trials, study.root)
-    text = format_component_table(table)
-    print(text)
-    storage.write_json(storage.join(study.root, "components.json"), table)
-    storage.write_bytes(storage.join(study.root, "components.md"), text.encode())
+    with hold_root(study.root):
+        table = run_component_trials(study.trials, study.root)
+        text = format_component_table(table)
+        print(text)
+        storage.write_json(storage.join(study.root, "components.json"), table)
+        storage.write_bytes(storage.join(study.root, "components.md"), text.encode())
 
 
 def run_component_trials(trials: Sequence[ComponentTrial], root: str) -> ComponentTable:

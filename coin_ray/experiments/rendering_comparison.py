@@ -29,6 +29,7 @@ from coin_ray.config import PLAIN_RENDERING, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage, decode_sent
 from coin_ray.errors import CloudError, InputError
 from coin_ray.runs.graph import build_steps
+from coin_ray.runs.lease import hold_root
 from coin_ray.runs.runner import open_tracker, run_missing_steps
 from coin_ray.serving.launch import start_services
 from coin_ray.stages.collecting.cloud_actor import governors_for, journal_uri
@@ -91,6 +92,11 @@ def compare_renderings(config: PipelineConfig, root: str, sample_size: int) -> N
     """Query the cloud about ``sample_size`` training images in ``config.cloud.views``;
     print the confidence in each, and write ROOT/views.png.
     """
+    with hold_root(root):
+        _compare_renderings(config, root, sample_size)
+
+
+def _compare_renderings(config: PipelineConfig, root: str, sample_size: int) -> None:
     step = build_steps(config)["images"]
     run_missing_steps([step], config, root, tracker=open_tracker([step], config, root))
     rows = read_image_rows(step.folder(root), "train")

@@ -21,6 +21,7 @@ from coin_ray.experiments.outcome import (
 )
 from coin_ray.experiments.tracked import TrialRuns
 from coin_ray.experiments.variants import ABLATION, build_trials, fusion_variants
+from coin_ray.runs.lease import hold_root
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,15 @@ def _run_study(
     if request.dry_run:
         _print_waves(trials, root)
         return []
-    runs = TrialRuns(name, request.config, root)
-    rows = build_rows(run_grid(name, trials, root, run_jobs, runs))
-    heading = f"{title}: {request.config.preset}"
-    print_rows(heading, rows)
-    table = format_markdown(rows)
-    storage.write_bytes(storage.join(root, f"{name}.md"), table.encode())
-    figure = draw_rows(heading, rows)
-    storage.write_bytes(storage.join(root, f"{name}.svg"), figure.encode())
+    with hold_root(root):
+        runs = TrialRuns(name, request.config, root)
+        rows = build_rows(run_grid(name, trials, root, run_jobs, runs))
+        heading = f"{title}: {request.config.preset}"
+        print_rows(heading, rows)
+        table = format_markdown(rows)
+        storage.write_bytes(storage.join(root, f"{name}.md"), table.encode())
+        figure = draw_rows(heading, rows)
+        storage.write_bytes(storage.join(root, f"{name}.svg"), figure.encode())
     return rows
 
 

@@ -14,10 +14,15 @@ from coin_ray.runs.steps import Step
 from coin_ray.serving.launch import EMULATED_CLOUDS
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from coin_ray.cloud.client import CloudClient
+    from coin_ray.cloud.journal.base import Journal
 
 SECONDS_PER_DAY = 86_400
 MINUTES_PER_DAY = 1440
+SAMPLED_IMAGES = 32
+"""Images that are rendered to see whether the journal has answers about them."""
 LOCAL_URL = "http://127.0.0.1"
 """Address of a local server that has not been started yet."""
 
@@ -172,6 +177,7 @@ def _count_recent_calls(config: PipelineConfig, root: str) -> list[int]:
     for cloud in config.services:
         account = account_name(cloud, _endpoint(cloud), adapter_for(cloud))
         counts.append(len(journal.call_starts(account, yesterday)))
+    journal.close()
     return counts
 
 
@@ -214,7 +220,68 @@ def _answered_images(
                 if key in answered_keys:
                     images.add(uri)
             unmatched_keys -= set(keys)
+    journal.close()
     return answered_images
+
+
+def print_other_answers(config: PipelineConfig, images: pa.Table, root: str) -> None:
+    """Print a line if the journal has answers, and none of them is about these images
+    with these settings: they would all be asked, and paid, again.
+
+    ``images``: columns ``image_id`` and ``uri``.
+    """
+    from coin_ray.cloud.journal.keys import TASK
+    from coin_ray.cloud.journal.opening import open_journal
+
+    journal_folder = storage.join(root, "journal")
+    if not storage.exists(journal_folder):
+        return
+    journal = open_journal(journal_folder)
+    journal_keys: Sequence[str] = journal.keys()
+    keys = {key for key in journal_keys if not key.endswith(TASK)}
+    is_for_others = bool(keys) and not _has_answer(config, images, journal, keys)
+    journal.close()
+    if is_for_others:
+        print(
+            f"collect: the {len(keys)} answers on record are for other settings (address,"
+            " classes, model, score_min or renderings) and do not count: every image"
+            " is asked",
+            flush=True,
+        )
+
+
+def recorded_keys(
+    config: PipelineConfig, image_id: str, uri: str, journal: Journal
+) -> list[str]:
+    """Return the keys of the journal's answers about an image with these settings, one
+    at most for each cloud and rendering.
+    """
+    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    unchanged = [
+        client.key_of_unchanged_file(image_id)
+        for client in clients
+        if client.rendering[1] == PLAIN_RENDERING
+    ]
+    keys = dict.fromkeys([*unchanged, *_rendered_keys(uri, clients)])
+    answered = set(journal.keys())
+    return [key for key in keys if key in answered]
+
+
+def _has_answer(
+    config: PipelineConfig, images: pa.Table, journal: Any, keys: set[str]
+) -> bool:
+    """Return whether one of the keys belongs to one of the images. Only the first are
+    rendered, since they are asked about first.
+    """
+    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    for client in clients:
+        if client.rendering[1] == PLAIN_RENDERING and any(
+            client.key_of_unchanged_file(image_id.as_py()) in keys
+            for image_id in images["image_id"]
+        ):
+            return True
+    first_uris = images["uri"].slice(0, SAMPLED_IMAGES).to_pylist()
+    return any(not keys.isdisjoint(_rendered_keys(uri, clients)) for uri in first_uris)
 
 
 def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> CloudClient:

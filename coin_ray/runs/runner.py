@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+)
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
@@ -12,7 +17,16 @@ from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.report.run_summary import RunSummary
 from coin_ray.report.table import print_summary
-from coin_ray.runs.steps import Manifest, Stage, Step, finished_manifests, run_step
+from coin_ray.runs.failed_images import count_failed_images
+from coin_ray.runs.lease import hold_root
+from coin_ray.runs.steps import (
+    Manifest,
+    Stage,
+    Step,
+    reopen_step,
+    restore_step,
+    run_step,
+)
 from coin_ray.runs.summary import build_summary
 from coin_ray.runs.tracking import ChildRun, RunConfig, Tracker
 
@@ -22,25 +36,72 @@ def run_pipeline(
     steps: Mapping[str, Step],
     root: str,
     until: str | None = None,
+    *,
+    ask_failed: bool = True,
 ) -> RunSummary:
     """Run the steps up to and including ``until`` and return the summary.
 
-    The summary is also printed and written to ROOT/summary.json.
+    The summary is also printed and written to ROOT/summary.json. With ``ask_failed`` a
+    finished collection asks again about the images that failed; if one of them is
+    answered now, the steps that read the collection are run again.
+
+    Raises RootInUse if another run works below the root. A run with nothing to do does
+    not need the root for itself.
     """
     selected = select_steps(steps, until)
-    missing = {name for name, step in selected.items() if not step.is_finished(root)}
-    if missing:
-        check_installed(config, missing)
-        config_file = storage.join(root, "config.yaml")
-        storage.write_bytes(config_file, to_yaml(config).encode())
-    tracker = open_tracker(selected.values(), config, root)
-    manifests = run_missing_steps(selected.values(), config, root, tracker=tracker)
-    summary = build_summary(config, manifests)
-    if tracker is not None:
-        _log_results(tracker, config, selected, summary, root)
-    storage.write_json(storage.join(root, "summary.json"), summary.to_json())
+    with ExitStack() as holding:
+        if _has_work(selected, config, root, ask_failed):
+            holding.enter_context(hold_root(root))
+        failed = 0
+        if ask_failed:
+            failed = count_failed_images(selected.get("collect"), config, root)
+        missing = _unfinished_steps(selected, root)
+        if missing or failed:
+            check_installed(config, missing | ({"collect"} if failed else set()))
+            config_file = storage.join(root, "config.yaml")
+            storage.write_bytes(config_file, to_yaml(config).encode())
+        if failed:
+            holding.enter_context(_reopened(selected["collect"], root, failed))
+        tracker = open_tracker(selected.values(), config, root)
+        manifests = run_missing_steps(selected.values(), config, root, tracker=tracker)
+        summary = build_summary(config, manifests)
+        if tracker is not None:
+            _log_results(tracker, config, selected, summary, root)
+        storage.write_json(storage.join(root, "summary.json"), summary.to_json())
     print_summary(summary)
     return summary
+
+
+def _has_work(
+    steps: Mapping[str, Step], config: PipelineConfig, root: str, ask_failed: bool
+) -> bool:
+    """Return whether a run would do more than print what is finished."""
+    if _unfinished_steps(steps, root) or _tracking_is_needed(
+        steps.values(), config, root
+    ):
+        return True
+    return ask_failed and count_failed_images(steps.get("collect"), config, root) > 0
+
+
+def _unfinished_steps(steps: Mapping[str, Step], root: str) -> set[str]:
+    return {name for name, step in steps.items() if not step.is_finished(root)}
+
+
+@contextmanager
+def _reopened(collect: Step, root: str, failed: int) -> Iterator[None]:
+    """Reopen a finished collection. If the block raises before the collection has ended
+    again, it stays finished as it was.
+    """
+    manifest = collect.read_manifest(root)
+    assert manifest is not None
+    folder = collect.folder(root)
+    print(f"collect: {failed} images failed before and are asked again", flush=True)
+    reopen_step(folder, manifest)
+    try:
+        yield
+    except BaseException:
+        restore_step(folder)
+        raise
 
 
 def run_missing_steps(
@@ -60,17 +121,20 @@ def run_missing_steps(
     own ``run`` and ``step_configs`` replaces ``config``.
     """
     steps = list(steps)
-    manifests = finished_manifests(steps, root)
-    all_finished = len(manifests) == len(steps)
+    all_finished = all(step.is_finished(root) for step in steps)
     stages = work or {}
     configs = step_configs or {}
+    manifests: dict[str, Manifest] = {}
     for step in steps:
-        if step.name in manifests:
+        # read here: a step may have removed the results of later ones
+        finished = step.read_manifest(root)
+        if finished is not None:
+            manifests[step.name] = finished
             if progress and not all_finished:
                 print(f"{step.name}: finished before", flush=True)
             if tracker is not None and _has_pending_metrics(tracker, step, root):
                 with _child_run(tracker, step, steps, manifests, root) as child_run:
-                    child_run.log(manifests[step.name].metrics, step.folder(root))
+                    child_run.log(finished.metrics, step.folder(root))
             continue
         if progress:
             print(f"{step.name}: started", flush=True)
@@ -83,7 +147,7 @@ def run_missing_steps(
         if progress:
             seconds = time.monotonic() - start
             print(f"{step.name}: finished in {seconds:.0f} s", flush=True)
-    return {step.name: manifests[step.name] for step in steps}
+    return manifests
 
 
 def select_steps(steps: Mapping[str, Step], until: str | None) -> dict[str, Step]:
@@ -107,13 +171,16 @@ def open_tracker(steps: Iterable[Step], config: RunConfig, root: str) -> Tracker
     There is if a step is not finished, if a lost server missed metrics of a finished
     one, or if the student is to be registered as a model.
     """
+    return Tracker(config, root) if _tracking_is_needed(steps, config, root) else None
+
+
+def _tracking_is_needed(steps: Iterable[Step], config: RunConfig, root: str) -> bool:
     if not config.tracking.enabled:
-        return None
-    needed = config.tracking.model is not None or any(
+        return False
+    return config.tracking.model is not None or any(
         not step.is_finished(root) or storage.exists(_pending_file(step, root))
         for step in steps
     )
-    return Tracker(config, root) if needed else None
 
 
 def print_plan(
@@ -121,14 +188,25 @@ def print_plan(
     steps: Mapping[str, Step],
     root: str,
     until: str | None = None,
+    *,
+    ask_failed: bool = True,
 ) -> None:
-    """Print which steps a run would do, and the calls and cost, without doing any."""
+    """Print which steps a run would do, and the calls and cost, without doing any.
+
+    ``ask_failed``: as for ``run_pipeline``.
+    """
     selected = select_steps(steps, until)
     for name, step in selected.items():
         state = "finished" if step.is_finished(root) else "to do"
         print(f"{name:<13} {state:<9} {step.folder(root)}")
     collect = selected.get("collect")
-    if collect is None or collect.is_finished(root):
+    failed = count_failed_images(collect, config, root) if ask_failed else 0
+    if failed:
+        print(
+            f"collect: {failed} images failed and are asked again; if one is answered,"
+            " the later steps are run again"
+        )
+    if collect is None or (collect.is_finished(root) and not failed):
         return
     from coin_ray.runs.estimate import estimate_cost, print_estimate
 

@@ -24,6 +24,10 @@ Metrics = dict[str, Any]
 """What a stage measured: JSON values by name, recorded in its step's manifest."""
 
 MANIFEST_FILE = "manifest.json"
+REOPENED_FILE = "reopened.json"
+"""The former manifest of a step that was finished and is run again."""
+INPUTS_FILE = "inputs.json"
+"""Fingerprints of the inputs by name, written when a step begins."""
 
 
 @dataclass(frozen=True)
@@ -154,19 +158,93 @@ def run_step(
     assert work is not None
     folder = step.folder(root)
     storage.make_folder(folder)
+    inputs = {upstream.name: upstream.fingerprint for upstream in step.inputs}
+    storage.write_json(storage.join(folder, INPUTS_FILE), inputs)
     started = time.time()
     metrics = work(make_context(step, config, root))
     manifest = Manifest(
         step=step.name,
         fingerprint=step.fingerprint,
-        inputs={upstream.name: upstream.fingerprint for upstream in step.inputs},
+        inputs=inputs,
         identity=to_identity(step.identity),
         metrics=metrics,
         started=started,
         seconds=round(time.time() - started, 3),
     )
     storage.write_json(storage.join(folder, MANIFEST_FILE), manifest.to_json())
+    storage.remove(storage.join(folder, REOPENED_FILE))
     return manifest
+
+
+def reopen_step(folder: str, manifest: Manifest) -> None:
+    """Make a finished step unfinished, so that it is run again; its files stay.
+
+    ``manifest`` is kept as the former one, which ``read_reopened`` returns until the
+    step is finished again.
+    """
+    storage.write_json(storage.join(folder, REOPENED_FILE), manifest.to_json())
+    storage.remove(storage.join(folder, MANIFEST_FILE))
+
+
+def restore_step(folder: str) -> None:
+    """Make a reopened step finished as it was before; without effect on others."""
+    manifest = read_reopened(folder)
+    if manifest is None:
+        return
+    if not storage.exists(storage.join(folder, MANIFEST_FILE)):
+        storage.write_json(storage.join(folder, MANIFEST_FILE), manifest.to_json())
+    storage.remove(storage.join(folder, REOPENED_FILE))
+
+
+def read_reopened(folder: str) -> Manifest | None:
+    """Return the former manifest of a reopened step; None of any other step."""
+    uri = storage.join(folder, REOPENED_FILE)
+    return Manifest.from_json(storage.read_json(uri)) if storage.exists(uri) else None
+
+
+def remove_readers(root: str, folder: str) -> list[str]:
+    """Remove the results of all steps below ``root`` that were made, or begun, from the
+    results in a step's folder, directly or through other steps, whichever run made
+    them. Return their names, sorted.
+    """
+    inputs_by_folder = {
+        other: _read_inputs(other)
+        for other in storage.list_folders(storage.join(root, "steps"))
+    }
+    readers: list[str] = []
+    pending = [folder.rstrip("/").rpartition("/")[2]]
+    while pending:
+        source = pending.pop()
+        for other, inputs in inputs_by_folder.items():
+            if source in inputs and other not in readers:
+                readers.append(other)
+                pending.append(other.rpartition("/")[2])
+    for reader in readers:
+        _remove_results(reader)
+    return sorted({reader.rpartition("/")[2].rpartition("-")[0] for reader in readers})
+
+
+def _read_inputs(folder: str) -> set[str]:
+    """Return the names of the folders of a step's inputs; none if it never began."""
+    for name in (MANIFEST_FILE, INPUTS_FILE):
+        uri = storage.join(folder, name)
+        if storage.exists(uri):
+            record = storage.read_json(uri)
+            inputs = record["inputs"] if name == MANIFEST_FILE else record
+            return {f"{name}-{fingerprint}" for name, fingerprint in inputs.items()}
+    return set()
+
+
+def _remove_results(folder: str) -> None:
+    """Remove all files of a step, last those that name its inputs: if this process is
+    killed before, the next one finds the step again.
+    """
+    named_last = [storage.join(folder, name) for name in (MANIFEST_FILE, INPUTS_FILE)]
+    for uri in storage.list_files(folder):
+        if uri not in named_last:
+            storage.remove(uri)
+    for uri in named_last:
+        storage.remove(uri)
 
 
 def finished_manifests(steps: Iterable[Step], root: str) -> dict[str, Manifest]:

@@ -8,6 +8,7 @@ from coin_ray import storage
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError, TrainingError
 from coin_ray.experiments.tracked import TrialRuns
+from coin_ray.runs.lease import hold_root
 from coin_ray.runs.runner import print_plan
 from coin_ray.search.outcome import (
     TrialRecord,
@@ -40,8 +41,13 @@ def run_search(
     into its folder. Return the best trial.
 
     Raise ConfigError if ``resume`` does not fit the search in the folder, TrainingError
-    if no trial finished.
+    if no trial finished, RootInUse if another run works below the root.
     """
+    with hold_root(search.root):
+        return _run_trials(search, run_trials, resume)
+
+
+def _run_trials(search: Search, run_trials: RunTrials, resume: bool) -> TrialRecord:
     _check_earlier_search(search, resume)
     print(
         f"search: {len(search.space)} settings ({search.space_name}), {search.trials}"
@@ -66,7 +72,7 @@ def print_search_plan(search: Search) -> None:
     """Print what a search would do, and what its shared steps would ask and pay,
     without doing it.
     """
-    print_plan(search.config, search.shared_steps, search.root)
+    print_plan(search.config, search.shared_steps, search.root, ask_failed=False)
     steps = search.trial_config({}).distill.fit.steps
     early_stops = ", fewer where ASHA stops them" if search.scheduler == "asha" else ""
     print(

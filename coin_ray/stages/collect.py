@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,9 +27,12 @@ from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import PipelineConfig
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
-from coin_ray.runs.steps import Context, Metrics
+from coin_ray.runs.estimate import print_other_answers
+from coin_ray.runs.failed_images import failed_count
+from coin_ray.runs.steps import Context, Metrics, read_reopened, remove_readers
 from coin_ray.serving.launch import start_services
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
+from coin_ray.stages.collecting.failures import FailureReasons
 from coin_ray.stages.collecting.labeler_actor import LabelerActor
 from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
 from coin_ray.stages.common.cluster import (
@@ -40,6 +44,8 @@ from coin_ray.stages.common.cluster import (
 from coin_ray.stages.common.progress import show_progress
 from coin_ray.stages.common.watchdog import Watchdog
 
+EARLIER_WORKERS_SECONDS = 30.0
+POLL_SECONDS = 0.2
 BATCHES_IN_FLIGHT = 8
 """Batches that the cloud actor works on at once."""
 
@@ -50,6 +56,10 @@ def run(context: Context[PipelineConfig]) -> Metrics:
 
     A cascade goes over the images twice: the second time only over those in which CLIP
     contradicts the first cloud.
+
+    A collection that was finished before asks again about the images that failed. If
+    fewer fail now, the results of the steps that read it are removed. Raises CloudError
+    if more than ``cloud.max_error_share`` of the images failed.
     """
     config = context.config
     images = storage.read_table(
@@ -67,7 +77,10 @@ def run(context: Context[PipelineConfig]) -> Metrics:
             _parts_folder(context.folder, second=True),
             second=True,
         )
-    return _merge(context, images["image_id"])
+    metrics = _merge(context, images["image_id"])
+    _check_error_share(context, images)
+    _remove_outdated_readers(context, metrics)
+    return metrics
 
 
 def _first_rows(images: pa.Table) -> pa.Table:
@@ -92,15 +105,23 @@ def _collect(
     parts_folder: str,
     second: bool = False,
 ) -> None:
-    """Ask about the images that have no final answer in the parts; about failed ones a
-    resumed run asks again.
+    """Ask about the images that have no final answer in the parts. Failed ones are asked
+    again; refused ones only with ``collect.retry_refused``.
     """
     config = context.config
-    answered_ids = CollectedParts(parts_folder).answered_ids
-    answered = pc.is_in(images["image_id"], value_set=answered_ids)
-    remaining = images.filter(pc.invert(answered))
+    parts = CollectedParts(parts_folder)
+    settled_ids = parts.answered_ids
+    if not config.collect.retry_refused:
+        settled_ids = pa.chunked_array(
+            [*settled_ids.chunks, *parts.refused_ids.chunks], pa.string()
+        )
+    settled = pc.is_in(images["image_id"], value_set=settled_ids)
+    remaining = images.filter(pc.invert(settled))
     if not remaining.num_rows:
         return
+    _wait_for_earlier_workers(context.root)
+    if not parts.files:
+        print_other_answers(config, remaining, context.root)
     with ExitStack() as services, ThreadPoolExecutor(1) as pool:
         starting = pool.submit(start_services, config.clouds, context.root, services)
         ensure_ray()
@@ -113,10 +134,25 @@ def _collect(
         with Watchdog("collect", config.collect.stalled_after) as watchdog:
             _show_collected(
                 _label_answers(answers, config, parts_folder),
+                images,
                 images.num_rows - remaining.num_rows,
-                images.num_rows,
                 watchdog,
             )
+
+
+def _wait_for_earlier_workers(root: str) -> None:
+    """Wait until the workers of a killed run have ended: they may still store answers,
+    which need not be paid again.
+    """
+    journal = open_journal(journal_uri(root))
+    give_up_at = time.monotonic() + EARLIER_WORKERS_SECONDS
+    is_announced = False
+    while journal.has_other_users() and time.monotonic() < give_up_at:
+        if not is_announced:
+            print("collect: waiting for the workers of an earlier run", flush=True)
+            is_announced = True
+        time.sleep(POLL_SECONDS)
+    journal.close()
 
 
 def _ask(
@@ -170,30 +206,45 @@ def _label_answers(
 
 
 def _show_collected(
-    batches: Iterator[pa.Table], count: int, total: int, watchdog: Watchdog
+    batches: Iterator[pa.Table], images: pa.Table, count: int, watchdog: Watchdog
 ) -> None:
     """Consume the labelers' batches, show progress, and raise the error that stopped a
-    worker. ``count``: images that were answered before.
+    worker, with the commonest reason of failed images. ``count``: those of ``images``
+    that were answered before.
     """
-    failed = 0
+    failures = FailureReasons()
     calls = 0
     usd = 0.0
     stop_error: str | None = None
-    with show_progress("collect", total) as progress:
-        for batch in _raise_disk_errors(batches):
-            watchdog.notify_progress()
-            for row in batch.to_pylist():
-                if row["status"] == STOPPED:
-                    stop_error = stop_error or row["error"]
-                    continue
-                count += 1
-                failed += row["status"] == "error"
-                calls += row["calls"]
-                usd += row["cost_usd"]
-            progress.update(count, f"{calls} calls, {failed} failed, ${usd:.2f}")
+    try:
+        with show_progress("collect", images.num_rows) as progress:
+            for batch in _raise_disk_errors(batches):
+                watchdog.notify_progress()
+                for row in batch.to_pylist():
+                    if row["status"] == STOPPED:
+                        stop_error = stop_error or row["error"]
+                        continue
+                    count += 1
+                    if row["status"] == "error":
+                        failures.add(row["image_id"], row["error"])
+                    calls += row["calls"]
+                    usd += row["cost_usd"]
+                progress.update(
+                    count, f"{calls} calls, {failures.total} failed, ${usd:.2f}"
+                )
+    except BaseException:
+        _print_failures(failures, images, count)
+        raise
     if stop_error is not None:
+        _print_failures(failures, images, count)
         error = json.loads(stop_error)
         raise getattr(errors, error["type"])(error["message"])
+
+
+def _print_failures(failures: FailureReasons, images: pa.Table, count: int) -> None:
+    """Print the commonest reason of the failed images, if any of ``count`` failed."""
+    if failures.total:
+        print(f"collect: {failures.describe(images, count)}", flush=True)
 
 
 def _raise_disk_errors(batches: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -220,6 +271,7 @@ def _check_services(config: PipelineConfig, urls: Sequence[str], root: str) -> N
             await client.check()
         finally:
             await client.aclose()
+            journal.close()
 
     asyncio.run(check())
 
@@ -280,3 +332,40 @@ def _merge(
         metrics["answered_by"] = counts.answered_by
         metrics["second_opinions"] = second_opinions
     return metrics
+
+
+def _check_error_share(context: Context[PipelineConfig], images: pa.Table) -> None:
+    """Print the commonest reason of the failed images. Raise CloudError if they are more
+    than ``cloud.max_error_share`` of all, however few those are.
+    """
+    config = context.config
+    failures = FailureReasons.read(storage.join(context.folder, "cloud.parquet"))
+    if failures.total <= config.cloud.max_error_share * images.num_rows:
+        _print_failures(failures, images, images.num_rows)
+        return
+    raise errors.CloudError(
+        f"{failures.describe(images, images.num_rows)}. At most"
+        f" cloud.max_error_share={config.cloud.max_error_share:g} of them may fail."
+        " Remove the cause and run the same command again: it asks about failed images"
+        " only (about refused ones with --collect.retry-refused), and answers so far"
+        " are kept"
+    )
+
+
+def _remove_outdated_readers(
+    context: Context[PipelineConfig], metrics: Metrics
+) -> None:
+    """Remove the results that were made from this collection when more of its images had
+    failed than now; the runner makes them again.
+    """
+    former = read_reopened(context.folder)
+    if former is None:
+        return
+    answered = failed_count(former) - metrics["calls"]["failed"]
+    if answered <= 0:
+        return
+    outdated = remove_readers(context.root, context.folder)
+    again = f"; made again: {', '.join(outdated)}" if outdated else ""
+    print(
+        f"collect: {answered} images that failed have an answer now{again}", flush=True
+    )

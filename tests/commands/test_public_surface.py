@@ -23,7 +23,7 @@ TOOLS = {
     "ablate": ["ablate", "ablate co-detr"],
     "review": ["review out", "review back"],
     "labels": ["labels check", "labels propose"],
-    "journal": ["journal show", "journal verify", "journal compact"],
+    "journal": ["journal show", "journal verify", "journal compact", "journal drop"],
     "serve": ["serve", "serve register"],
 }
 """Subcommands that have several sets of options."""

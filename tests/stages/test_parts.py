@@ -248,7 +248,7 @@ def test_only_the_parts_of_one_block_are_in_memory_at_once(
         if columns is None:
             parts_read.append(len(uris))
         else:
-            assert set(columns) == {"image_id", "status", "calls", "cost_usd"}
+            assert set(columns) == {"image_id", "status", "calls", "cost_usd", "error"}
         return read_tables(uris, columns)
 
     monkeypatch.setattr(storage, "read_tables", count_parts)

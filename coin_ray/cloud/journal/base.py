@@ -91,6 +91,18 @@ class Journal(ABC):
         """Keep the body for inspection, and never return it as an answer again."""
 
     @abstractmethod
+    def drop(self, key: str) -> None:
+        """Never return the key's present answers again, so that it is asked again; a
+        later answer counts, also an equal one. What was spent stays spent.
+        """
+
+    def has_other_users(self) -> bool:
+        """Return whether another process has the journal open, as far as that can be
+        told.
+        """
+        return False
+
+    @abstractmethod
     def spent(self, account: str | None = None) -> tuple[int, float]:
         """Return calls and USD that were billed or may have been, of all writers known
         so far.

@@ -44,6 +44,11 @@ class AnswerIndex:
             previous = previous.previous
         self.latest[key] = AnswerLocation(path, offset, digest, previous)
 
+    def drop(self, key: str) -> None:
+        """Forget all answers so far; an equal one that follows counts again."""
+        self.latest.pop(key, None)
+        self.quarantined = {pair for pair in self.quarantined if pair[0] != key}
+
     def locate(self, key: str) -> AnswerLocation | None:
         """Return the location of the latest answer that was not quarantined."""
         location = self.latest.get(key)

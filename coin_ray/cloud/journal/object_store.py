@@ -84,6 +84,17 @@ class ObjectJournal(Journal):
         with self._lock:
             self._answers.quarantined.add((key, digest))
 
+    def drop(self, key: str) -> None:
+        """Move the key's answers to ``dropped``, where nothing reads them."""
+        objects = self._list_answers("answers") + self._list_answers("quarantine")
+        for name, uri in objects:
+            if name[1] == key:
+                dropped = storage.join(self._uri, "dropped", _object_name(uri))
+                storage.write_bytes(dropped, storage.read_bytes(uri))
+                storage.remove(uri)
+        with self._lock:
+            self._answers.drop(key)
+
     def spent(self, account: str | None = None) -> tuple[int, float]:
         with self._lock:
             return calls_and_usd(_read_ledger(self._spending_names).total(account))

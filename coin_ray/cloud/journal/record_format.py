@@ -21,7 +21,7 @@ from coin_ray.cloud.journal.base import AnswerRecord, JournalDamage
 MAGIC = b"\x93CRJ"
 HEADER = struct.Struct("<4sIII")
 """Magic, length of the JSON head, length of the compressed body, CRC32 of both."""
-RECORD_KINDS = ("answer", "quarantine", "attempt", "refund", "compacted")
+RECORD_KINDS = ("answer", "quarantine", "attempt", "refund", "drop", "compacted")
 KINDS_WITH_BODY = ("answer", "quarantine")
 ANSWER_FIELDS = (
     "content_type",

@@ -115,6 +115,21 @@ class SegmentJournal(Journal):
     def quarantine(self, key: str, body: bytes, reason: str) -> None:
         self._append(quarantine_head(key, body, reason), body, durable=True)
 
+    def drop(self, key: str) -> None:
+        """Note the drop after all answers so far; ``compact`` removes their bytes."""
+        self._append({"kind": "drop", "key": key, "time": time.time()}, durable=True)
+
+    def has_other_users(self) -> bool:
+        with self._lock:
+            if self._folder_lock is None:
+                return False
+            try:
+                fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            fcntl.flock(self._folder_lock, fcntl.LOCK_SH)
+            return False
+
     def spent(self, account: str | None = None) -> tuple[int, float]:
         with self._lock:
             return calls_and_usd(self._ledger.total(account))
@@ -288,6 +303,8 @@ class SegmentJournal(Journal):
             self._answers.add(head["key"], head["digest"], path, offset)
         elif kind == "quarantine":
             self._answers.quarantined.add((head["key"], head["digest"]))
+        elif kind == "drop":
+            self._answers.drop(head["key"])
         elif kind in ("attempt", "refund"):
             self._ledger.add_record(head)
         elif kind == "compacted" and head["id"] not in self._counted_sums:
@@ -320,9 +337,12 @@ class SegmentJournal(Journal):
             if location is None:
                 return False
             return (location.path, location.offset) == (path, record.offset)
-        if head["kind"] != "quarantine" or (head["key"], head["digest"]) in yielded:
+        if head["kind"] != "quarantine":
             return False
-        yielded.add((head["key"], head["digest"]))
+        body = (head["key"], head["digest"])
+        if body in yielded or body not in self._answers.quarantined:
+            return False
+        yielded.add(body)
         return True
 
     def _write_compacted(self, name: str, old_sizes: Mapping[str, int]) -> None:

@@ -19,6 +19,7 @@ from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.cloud.detections import vectors_column
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.runs.failed_images import LABELER_DEATH
 from coin_ray.stages.collecting.attempts import Attempts
 from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, STOPPED
 from coin_ray.stages.collecting.parts import PART_SCHEMA
@@ -71,7 +72,7 @@ class LabelerActor:
                 if deaths >= MAX_DEATHS:
                     answer = _as_error(
                         answer,
-                        f"the process that labelled it has died {deaths} times with it",
+                        f"{LABELER_DEATH} {deaths} times with it",
                     )
                 rows.append(self._label(answer))
         return pa.concat_tables(rows)

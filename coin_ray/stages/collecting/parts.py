@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coin_ray import storage, tables
 from coin_ray.errors import StepError
+from coin_ray.runs.failed_images import is_final
 
 PART_SCHEMA = (
     tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS))
@@ -24,7 +25,10 @@ PART_SCHEMA = (
     .append(pa.field("teachers", pa.list_(pa.string())))
 )
 INDEX_SCHEMA = pa.schema(
-    [PART_SCHEMA.field(name) for name in ("image_id", "status", "calls", "cost_usd")]
+    [
+        PART_SCHEMA.field(name)
+        for name in ("image_id", "status", "calls", "cost_usd", "error")
+    ]
 )
 """Columns that are in memory for all rows."""
 ANSWERED = pa.array(["ok", "cached", "empty"])
@@ -82,6 +86,16 @@ class CollectedParts:
     def answered_ids(self) -> pa.ChunkedArray:
         """Ids of the images that have a final answer."""
         return self.index["image_id"].filter(pa.array(~self.failed))
+
+    @property
+    def refused_ids(self) -> pa.ChunkedArray:
+        """Ids of the images that failed in a way that asking again would not change."""
+        rows = [
+            int(row)
+            for row in np.flatnonzero(self.failed)
+            if is_final(self.index["error"][int(row)].as_py() or "")
+        ]
+        return self.index["image_id"].take(pa.array(rows, pa.int64()))
 
     @property
     def image_ids(self) -> pa.Array:
