@@ -1,54 +1,35 @@
 """Read image files in one way, so that every model and every service sees the same
 upright pixels.
 
-Images are upright by EXIF, first frame, 8-bit sRGB, transparency on white. ``decode_rgb`` gives
-those pixels in full size, ``canonical_image`` the bytes to send: without metadata and
-no longer than the service wants.
+``coin_ray.data.pixels`` says which pixels. ``decode_rgb`` gives them in full size,
+``canonical_image`` the bytes to send: without metadata and no longer than the service
+wants.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from coin_ray.data.pixels import (
+    BROKEN_FILE,
+    FORMATS,
+    IntensityRange,
+    orientation,
+    own_range,
+    upright_rgb,
+)
 from coin_ray.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""Formats that are opened. Pillow knows more, some of which start other programs."""
 PIXELS_MAX = 178_956_970
 SIDE_MIN = 8
 JPEG_QUALITY = 95
 """High enough that the loss makes no difference to a detector."""
-ORIENTATION_TAG = 0x0112
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-BROKEN_FILE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    ZeroDivisionError,
-)
-"""What Pillow's readers raise for damaged files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +52,12 @@ class CanonicalImage:
     """The image is sent left to right."""
 
 
-def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
+def canonical_image(
+    raw: bytes, max_side: int, intensity_range: IntensityRange | None = None
+) -> CanonicalImage:
     """Return the file's image with a longer side of at most ``max_side`` pixels. Raises
-    ``InputError`` if the file is not a usable image.
+    ``InputError`` if the file is not a usable image. ``intensity_range``: of a run's
+    deep grey images.
 
     A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new
     JPEG.
@@ -89,18 +73,32 @@ def canonical_image(raw: bytes, max_side: int) -> CanonicalImage:
             image.load()
             return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
         size = _limit_size(original, max_side)
-        pixels = _upright_rgb(image, size)
+        pixels = upright_rgb(image, intensity_range, size)
     return CanonicalImage(
         encode_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw)
     )
 
 
-def decode_rgb(raw: bytes) -> Image.Image:
+def decode_rgb(
+    raw: bytes, intensity_range: IntensityRange | None = None
+) -> Image.Image:
     """Return the file's image upright, in full size, as 8-bit RGB. Raises
-    ``InputError`` if the file is not a usable image.
+    ``InputError`` if the file is not a usable image. ``intensity_range``: of a run's
+    deep grey images; None: each image's own.
     """
     with _readable(raw) as image:
-        return _upright_rgb(image)
+        return upright_rgb(image, intensity_range)
+
+
+def upright_size_and_range(
+    raw: bytes,
+) -> tuple[tuple[int, int], IntensityRange | None]:
+    """Decode the whole file and return its upright (width, height), and the own range
+    of a deep grey image. Raises ``InputError`` if the file is not a usable image.
+    """
+    with _readable(raw) as image:
+        size = upright_rgb(image).size
+        return size, own_range(image)
 
 
 def decode_sent(image: CanonicalImage) -> Image.Image:
@@ -134,7 +132,8 @@ def _readable(raw: bytes) -> Iterator[Image.Image]:
         raise InputError(f"the image has more than {PIXELS_MAX:,} pixels") from None
     except UnidentifiedImageError:
         raise InputError(
-            f"the file is not an image in one of the formats {', '.join(FORMATS)}"
+            f"the file is not an image in one of the formats {', '.join(FORMATS)};"
+            " convert it to one of them, for example PNG"
         ) from None
     except BROKEN_FILE as error:
         raise InputError(f"the image file is damaged or truncated: {error}") from None
@@ -153,105 +152,14 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation 1..8; damaged EXIF data counts as upright."""
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except BROKEN_FILE:
-        return 1
-    is_valid = isinstance(orientation, int) and 1 <= orientation <= 8
-    return orientation if is_valid else 1
-
-
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    return (image.height, image.width) if _orientation(image) >= 5 else image.size
+    return (image.height, image.width) if orientation(image) >= 5 else image.size
 
 
 def _limit_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     width, height = size
     scale = min(1.0, max_side / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _decode_smaller(
-    image: Image.Image, size: tuple[int, int]
-) -> tuple[float, float, float, float] | None:
-    """Let the JPEG decoder skip detail that a resize to the stored ``size`` would throw
-    away: a panorama then needs little memory.
-
-    Returns the box that holds the whole image: an odd side ends within the last pixel
-    of the smaller one. None: all of it.
-    """
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return None
-    mode_and_box = image.draft(None, size)
-    return None if mode_and_box is None else mode_and_box[1]
-
-
-def _upright_rgb(
-    image: Image.Image, size: tuple[int, int] | None = None
-) -> Image.Image:
-    """Decode the image upright, in ``size`` (of the upright image; None: full size). It
-    is resized as stored, in the frame of the decoder's box, then turned.
-    """
-    orientation = _orientation(image)
-    stored_size = size
-    if size is not None and orientation >= 5:
-        stored_size = size[1], size[0]
-    box = None if stored_size is None else _decode_smaller(image, stored_size)
-    image.load()
-    opaque = _without_alpha(_eight_bit(image))
-    rgb = _convert_to_srgb(opaque, image.info.get("icc_profile"))
-    if stored_size is not None and rgb.size != stored_size:
-        rgb = rgb.resize(stored_size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    turn = ORIENTATIONS.get(_orientation(image))
-    return rgb.transpose(turn) if turn is not None else rgb
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Convert to 8 bits. 16-bit grey is divided by 256; 32-bit integers and floats have
-    no defined white, so their own range is stretched.
-    """
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint16) >> 8
-        return Image.fromarray(grey.astype(np.uint8))
-    if image.mode not in ("I", "F"):
-        return image
-    pixels = np.nan_to_num(np.asarray(image, np.float64))
-    pixels -= pixels.min()
-    scale = 255 / max(float(pixels.max()), 1e-12)
-    return Image.fromarray(np.round(pixels * scale).astype(np.uint8))
-
-
-def _without_alpha(image: Image.Image) -> Image.Image:
-    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
-        return image
-    if not image.has_transparency_data:
-        return image.convert("L" if image.mode == "1" else "RGB")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
-
-
-def _convert_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert to 8-bit RGB in sRGB, without metadata; a damaged profile, or one for
-    another mode, is ignored.
-    """
-    if profile:
-        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            image = _apply_profile(image, profile)
-    rgb = image.convert("RGB").copy()
-    rgb.info = {}
-    return rgb
-
-
-def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if ImageCms.getProfileDescription(source).startswith("sRGB"):
-        return image
-    target = ImageCms.createProfile("sRGB")
-    converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    return converted or image
 
 
 def _is_plain_jpeg(image: Image.Image, raw: bytes) -> bool:

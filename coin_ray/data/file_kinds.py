@@ -5,12 +5,12 @@ from __future__ import annotations
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"),
     *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif"),
 )
-"""Endings of image files that can be decoded: ``canonical.FORMATS``."""
+"""Endings of image files that can be decoded: ``pixels.FORMATS``."""
 OTHER_IMAGE_SUFFIXES = (
-    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jxr", ".svg", ".eps", ".psd"),
+    *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".eps", ".psd"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".ico", ".icns", ".tga", ".pcx", ".exr", ".hdr", ".dds", ".sgi", ".xcf"),
     *(".dcm", ".fits", ".seq", ".fff"),

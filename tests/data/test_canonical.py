@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from coin_ray.data import canonical
+from coin_ray.data import canonical, pixels
 from coin_ray.data.canonical import canonical_image, decode_rgb
 from coin_ray.errors import InputError
 
@@ -230,7 +230,7 @@ def _turn_box(
     """Return a box of the stored image, seen upright."""
     mask = Image.new("L", STORED, 0)
     mask.paste(255, box)
-    turn = canonical.ORIENTATIONS.get(orientation)
+    turn = pixels.ORIENTATIONS.get(orientation)
     bounds = (mask.transpose(turn) if turn is not None else mask).getbbox()
     assert bounds is not None
     return bounds
