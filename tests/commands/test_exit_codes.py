@@ -173,6 +173,7 @@ def test_a_process_whose_output_does_not_fit_the_disk(
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_a_process_that_ctrl_c_stops(tmp_path: Path) -> None:
     ready_file = tmp_path / "ready"
     process = _start("serve", "--ready-file", str(ready_file))

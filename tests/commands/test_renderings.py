@@ -54,6 +54,7 @@ def test_confidence_by_hand() -> None:
     )
 
 
+@pytest.mark.slow
 def test_renderings_of_the_demo_are_compared_and_paid_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_renderings_of_the_demo_are_compared_and_paid_once(
     assert open_journal(str(tmp_path / "journal")).spent()[0] == 8
 
 
+@pytest.mark.slow
 def test_a_file_that_is_gone_has_no_answer_and_the_others_are_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_panorama_is_shown_too(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_budget_stops_it_and_keeps_what_was_paid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

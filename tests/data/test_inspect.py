@@ -70,6 +70,7 @@ def test_an_image_that_crashes_or_stops_its_process_is_rejected_and_the_others_a
 
 
 @pytest.mark.usefixtures("_deadly_names")
+@pytest.mark.slow
 def test_many_images_that_crash_at_once_lose_no_other(tmp_path: Path) -> None:
     good = _write_image(tmp_path / "good.png")
     uris = [good if n % 3 == 0 else str(tmp_path / f"crash{n}.png") for n in range(24)]

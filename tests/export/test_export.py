@@ -75,6 +75,7 @@ def test_a_batch_gives_each_image_its_own_answer(
         {"roi_size": 5, "short_side": 600, "long_side": 640, "proposals_test": 120},
     ],
 )
+@pytest.mark.slow
 def test_equal_with_any_way_of_pooling_and_with_live_norms(
     changes: dict[str, Any],
 ) -> None:

@@ -28,6 +28,7 @@ def test_each_root_has_its_own_database_also_within_one_process(
     ]
 
 
+@pytest.mark.slow
 def test_the_setting_has_precedence_over_the_environment_and_that_over_the_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

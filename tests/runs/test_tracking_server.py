@@ -30,7 +30,7 @@ from coin_ray.runs.steps import Context, Metrics, Step
 from coin_ray.runs.tracking import Tracker
 
 mlflow = pytest.importorskip("mlflow")
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CURVE = [{"step": float(i), "loss": 1 / (i + 1)} for i in range(1200)]
 METRICS: dict[str, dict[str, Any]] = {

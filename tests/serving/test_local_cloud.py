@@ -204,6 +204,7 @@ with local_cloud(Cloud(serve="demo"), sys.argv[1]) as url:
 
 
 @needs_weights
+@pytest.mark.slow
 def test_the_server_ends_with_a_killed_parent(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True

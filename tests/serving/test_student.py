@@ -90,6 +90,7 @@ def test_a_model_must_be_named(serve: str) -> None:
     assert Cloud(serve=serve, model="here").model == "here"  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_starts_a_server_for_its_checkpoint(
     student_folder: str, tmp_path: Path
 ) -> None:

@@ -1,8 +1,8 @@
-"""A server under minutes of mixed good and bad requests: no answer but 2xx, 4xx and
-503, and flat memory. ``make soak``.
+"""Check that a server under minutes of valid and invalid requests answers only with 2xx,
+4xx and 503, and that its memory stays flat: ``make soak``.
 
-``COIN_SOAK_SECONDS``: 600 unless told. ``COIN_SOAK_SERVER``: ``ray`` (Ray Serve, what
-``serve run`` starts) unless told ``alone``.
+``COIN_SOAK_SECONDS``: 600 by default. ``COIN_SOAK_SERVER``: ``ray`` (the default: Ray
+Serve, as ``serve run`` starts it) or ``alone``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,9 +22,10 @@ import psutil
 import pytest
 import torch
 
-from coin_ray.predictors.student import write_exported
+from coin_ray.predictors.student import write_exported_student
 from tests.builders import CLASSES, tiny_detector
-from tests.soak.load import Load, Seen, tree_mib
+from tests.clusters import free_port
+from tests.soak.load import Load, LoadRecord, process_tree_mib
 
 UNDER_RAY = os.environ.get("COIN_SOAK_SERVER", "ray") == "ray"
 SECONDS = float(os.environ.get("COIN_SOAK_SECONDS", "600"))
@@ -33,38 +33,24 @@ QUEUE_MAX = 6
 CLIENTS = 10
 START_SECONDS = 900.0
 WARM_UP_MIB = 400.0
-"""What libraries and the allocator take while images of every size come for the first
-time."""
+"""Memory that libraries and the allocator take for the first images of every size."""
 REPOSITORY = Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @contextmanager
-def server(tmp_path: Path, *, ray: bool) -> Iterator[tuple[str, psutil.Process]]:
-    """The URL and the first process of a server with a student, by itself or under Ray
-    Serve."""
+def _start_server(tmp_path: Path, *, ray: bool) -> Iterator[tuple[str, psutil.Process]]:
+    """Start a server with a student, alone or under Ray Serve; yield its URL and its first
+    process."""
     export, port = str(tmp_path / "student"), free_port()
-    write_exported(tiny_detector(score_min=0.01), CLASSES, export)
-    alone = [
-        "-m",
-        "coin_ray.serving.local_cloud",
-        "--serve",
-        "checkpoint",
-        "--models",
-        export,
-        "--port",
-        str(port),
-    ]
-    command = (
-        ["-m", "tests.soak.host", export, str(port), str(QUEUE_MAX)]
-        if ray
-        else [*alone, "--queue-max", str(QUEUE_MAX), "--pixels-max", "50000000"]
-    )
+    write_exported_student(tiny_detector(score_min=0.01), CLASSES, export)
+    if ray:
+        command = ["-m", "tests.soak.host", export, str(port), str(QUEUE_MAX)]
+    else:
+        command = [
+            *("-m", "coin_ray.serving.local_cloud", "--serve", "checkpoint"),
+            *("--models", export, "--port", str(port)),
+            *("--queue-max", str(QUEUE_MAX), "--pixels-max", "50000000"),
+        ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(
@@ -76,7 +62,7 @@ def server(tmp_path: Path, *, ray: bool) -> Iterator[tuple[str, psutil.Process]]
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(url, process, tmp_path / "server.log")
+        _wait_until_ready(url, process, tmp_path / "server.log")
         yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
@@ -86,7 +72,7 @@ def server(tmp_path: Path, *, ray: bool) -> Iterator[tuple[str, psutil.Process]]
             process.kill()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     give_up_at = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < give_up_at:
         try:
@@ -98,37 +84,37 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def loaded(tmp_path: Path, seconds: float, *, ray: bool) -> Seen:
+def _record_load(tmp_path: Path, seconds: float, *, ray: bool) -> LoadRecord:
     torch.set_num_threads(1)
-    with server(tmp_path, ray=ray) as (url, process):
-        seen = asyncio.run(
-            Load(url, CLASSES, CLIENTS).run(seconds, lambda: tree_mib(process))
+    with _start_server(tmp_path, ray=ray) as (url, process):
+        record = asyncio.run(
+            Load(url, CLASSES, CLIENTS).run(seconds, lambda: process_tree_mib(process))
         )
         assert process.is_running()
         assert httpx.get(f"{url}/health/ready").status_code == 200
-    return seen
+    return record
 
 
-def check(seen: Seen) -> None:
-    assert seen.bad_statuses() == []
-    assert not seen.failed
-    found = seen.answers
-    assert found["good", 200] > 0
-    assert {s for kind, s in found if kind in ("text as image", "half an image")} <= {
-        415,
-        503,
-    }
-    assert {s for kind, s in found if kind == "image bomb"} <= {413, 503}
+def _check_record(record: LoadRecord) -> None:
+    assert record.bad_statuses() == []
+    assert not record.failed
+    assert record.answers["good", 200] > 0
+    undecodable = ("text as image", "half an image")
+    statuses = {status for kind, status in record.answers if kind in undecodable}
+    assert statuses <= {415, 503}
+    statuses = {status for kind, status in record.answers if kind == "image bomb"}
+    assert statuses <= {413, 503}
 
 
+@pytest.mark.slow
 def test_fifteen_seconds_of_mixed_requests_get_2xx_4xx_or_503_in_bounded_memory(
     tmp_path: Path,
 ) -> None:
-    seen = loaded(tmp_path, 15.0, ray=False)
-    check(seen)
-    before, most = seen.memory[0][1], max(m for _, m in seen.memory)
-    assert most - before < WARM_UP_MIB, (
-        "one image bomb alone would take 192 MiB, a body that is kept 1 MiB"
+    record = _record_load(tmp_path, 15.0, ray=False)
+    _check_record(record)
+    memory = [mib for _, mib in record.memory]
+    assert max(memory) - memory[0] < WARM_UP_MIB, (
+        "a decoded image bomb would take 192 MiB, a leaked request body 1 MiB"
     )
 
 
@@ -139,19 +125,21 @@ def test_minutes_of_mixed_requests_get_2xx_4xx_or_503_and_memory_stays_flat(
 ) -> None:
     if UNDER_RAY:
         pytest.importorskip("grpc_reflection", reason="needs the extra serve")
-    seen = loaded(tmp_path, SECONDS, ray=UNDER_RAY)
+    record = _record_load(tmp_path, SECONDS, ray=UNDER_RAY)
     with capsys.disabled():
-        print(
-            f"\n{seen.table()}\n{json.dumps({'server': 'ray' if UNDER_RAY else 'alone', **seen.as_json()})}"
-        )
-    check(seen)
-    assert seen.flat(), seen.growth()
+        server = "ray" if UNDER_RAY else "alone"
+        figures = json.dumps({"server": server, **record.as_json()})
+        print(f"\n{record.table()}\n{figures}")
+    _check_record(record)
+    assert record.is_flat(), record.growth()
 
 
 def test_growing_memory_and_a_500_would_be_noticed() -> None:
-    seen = Seen(memory=[(float(t), 1000.0 + t) for t in range(200)])
-    assert not seen.flat()
-    assert Seen(memory=[(float(t), 1000.0 + t % 40) for t in range(200)]).flat()
-    seen.answers["good", 500] += 1
-    seen.answers["good", 503] += 1
-    assert seen.bad_statuses() == [("good", 500)]
+    record = LoadRecord(memory=[(float(t), 1000.0 + t) for t in range(200)])
+    assert not record.is_flat()
+    assert LoadRecord(
+        memory=[(float(t), 1000.0 + t % 40) for t in range(200)]
+    ).is_flat()
+    record.answers["good", 500] += 1
+    record.answers["good", 503] += 1
+    assert record.bad_statuses() == [("good", 500)]

@@ -55,6 +55,7 @@ for _ in range(4):  # a process each, that need not load the libraries anew
 @pytest.mark.parametrize(
     ("fault", "exit_code"), [("crash", 9), ("hang", STALLED_EXIT_CODE)]
 )
+@pytest.mark.slow
 def test_an_image_that_costs_labelers_is_given_up_after_three_and_the_others_are_kept(
     tmp_path: Path, fault: str, exit_code: int
 ) -> None:

@@ -24,6 +24,8 @@ from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.stages.train_detector import build_supervised_task
 from coin_ray.structures import Detections
 
+pytestmark = pytest.mark.slow
+
 FIT = replace(
     small().fit,
     steps=3,

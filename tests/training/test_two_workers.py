@@ -23,6 +23,8 @@ from coin_ray.parallel import all_sum, worker_count, worker_rank
 from coin_ray.training import diagnosis
 from coin_ray.training.distill import Distillation
 
+pytestmark = pytest.mark.slow
+
 EVEN = tiny_fit(steps=3, batch=4, optimizer="sgd", lr=0.01, warmup=0)
 """Plain SGD: Adam divides small gradients by themselves, so that rounding would decide
 their sign."""
