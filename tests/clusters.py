@@ -1,5 +1,5 @@
-"""A Ray cluster of several nodes on this machine: each one a ``ray start`` of its own,
-to be killed whole and to be replaced."""
+"""Start a Ray cluster of several nodes on this machine. Each node is a ``ray start`` that
+can be killed with all its processes, and replaced."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXCLUDED = [".venv", "runs", ".git", "build", "dist"]
-NOT_YET = (
+STARTING_MESSAGES = (
     "Failed to connect",
     "No available agent",
     "Connection refused",
     "Couldn't connect",
 )
-"""What the job server says while it starts."""
-SLOW = {
+"""Messages of the job server while it starts."""
+PATIENT_TIMEOUTS = {
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
 }
-"""A busy machine starts processes slowly; that is no fault."""
+"""Timeouts for a busy machine, which starts processes slowly."""
 
 
 def free_port() -> int:
-    """Below the range that Linux hands out by itself, and beside Ray's own
+    """Return a free port below the range that Linux assigns by itself, and outside Ray's
     10002..19999."""
     while True:
         port = 20_000 + int.from_bytes(os.urandom(2)) % 12_000
@@ -50,29 +50,29 @@ def free_port() -> int:
             return port
 
 
-def environment() -> dict[str, str]:
-    """Of a node or a client: this checkout, this Python, nothing asked of the network."""
+def quiet_environment() -> dict[str, str]:
+    """Return the environment of a node or a client: this Python first on the path, and no
+    telemetry."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
     }
-    return (
-        {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        | quiet
-        | {"PATH": path}
-    )
+    inherited = dict(os.environ)
+    inherited.pop("RAY_ADDRESS", None)
+    return inherited | quiet | {"PATH": path}
 
 
 class Cluster:
-    """The head has no CPUs of its own unless told otherwise; ``add`` starts further
-    nodes. ``more``: variables of all its processes."""
+    """A head with ``head_cpus`` CPUs; ``add`` starts further nodes. ``variables``:
+    environment variables of all its processes."""
 
     def __init__(
-        self, head_cpus: int = 0, more: dict[str, str] | None = None, *options: str
+        self, head_cpus: int = 0, variables: dict[str, str] | None = None, *options: str
     ) -> None:
-        self.more, self.options, self.head_cpus = more or {}, options, head_cpus
+        self.variables = variables or {}
+        self.options, self.head_cpus = options, head_cpus
         self.port, self.dashboard = free_port(), free_port()
         # short: Ray's sockets lie below it, and a socket's name has 107 bytes
         self.folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
@@ -84,7 +84,7 @@ class Cluster:
             raise
 
     def start_head(self) -> None:
-        """The head, also again after it was killed; it remembers nothing."""
+        """Start the head, or start it again after it was killed; it has no persistent state."""
         ports = [
             f"--port={self.port}",
             f"--dashboard-port={self.dashboard}",
@@ -97,46 +97,46 @@ class Cluster:
             *ports,
         ]
         self.head = self._start(self.head_cpus, *head, *self.options)
-        self.jobs_at = f"http://127.0.0.1:{self.dashboard}"
-        self._until_reachable()
+        self.job_server_url = f"http://127.0.0.1:{self.dashboard}"
+        self._wait_until_reachable()
 
     def add(self, cpus: int, *options: str) -> subprocess.Popen[bytes]:
-        """A node that joins the head's cluster."""
+        """Start a node that joins the head's cluster."""
         node = self._start(cpus, f"--address=127.0.0.1:{self.port}", *options)
         self.nodes.append(node)
         return node
 
     def _start(self, cpus: int, *options: str) -> subprocess.Popen[bytes]:
         ray = str(Path(sys.executable).parent / "ray")
-        place = tempfile.mkdtemp(prefix="n", dir=self.folder)
+        node_folder = tempfile.mkdtemp(prefix="n", dir=self.folder)
         command = [
             ray,
             "start",
             "--block",
             f"--num-cpus={cpus}",
             "--disable-usage-stats",
-            f"--temp-dir={place}",
+            f"--temp-dir={node_folder}",
         ]
         command += [f"--dashboard-agent-listen-port={free_port()}", *options]
-        surroundings = environment() | SLOW | self.more
-        log = (Path(place) / "start.log").open("wb")
+        variables = quiet_environment() | PATIENT_TIMEOUTS | self.variables
+        log = (Path(node_folder) / "start.log").open("wb")
         return subprocess.Popen(
-            command, env=surroundings, stdout=log, stderr=log, start_new_session=True
+            command, env=variables, stdout=log, stderr=log, start_new_session=True
         )
 
-    def _until_reachable(self) -> None:
-        """The job server takes some seconds."""
+    def _wait_until_reachable(self) -> None:
+        """Wait until the job server answers, which takes some seconds."""
         give_up_at = time.monotonic() + 300
         while True:
-            done = self.client("job", "list")
-            if done.returncode == 0:
+            completed = self.client("job", "list")
+            if completed.returncode == 0:
                 return
-            assert time.monotonic() < give_up_at, done.stdout + done.stderr
-            assert self.head.poll() is None, f"the head has ended: {self.said()}"
+            assert time.monotonic() < give_up_at, completed.stdout + completed.stderr
+            assert self.head.poll() is None, f"the head has ended: {self.printed()}"
             time.sleep(1)
 
     def said(self) -> str:
-        """The ends of what the nodes printed."""
+        """Return the end of each node's output."""
         return "\n".join(
             log.read_text(errors="replace")[-2000:]
             for log in Path(self.folder).glob("n*/start.log")
@@ -146,11 +146,11 @@ class Cluster:
         self, *arguments: str, timeout: float = 560
     ) -> subprocess.CompletedProcess[str]:
         ray = str(Path(sys.executable).parent / "ray")
-        where = environment() | {"RAY_ADDRESS": self.jobs_at}
+        variables = quiet_environment() | {"RAY_ADDRESS": self.job_server_url}
         return subprocess.run(
             [ray, *arguments],
             cwd=REPOSITORY,
-            env=where,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -158,44 +158,45 @@ class Cluster:
         )
 
     def submit(
-        self, name: str, entry: list[str], variables: dict[str, str] | None = None
+        self, name: str, entrypoint: list[str], variables: dict[str, str] | None = None
     ) -> None:
-        """Submit a program of the checkout as a job of that name; it runs by itself."""
-        surroundings = {
+        """Submit a program of the checkout as a job of that name, without waiting for it."""
+        runtime_env = {
             "excludes": EXCLUDED,
             "env_vars": (
                 {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-                | SLOW
+                | PATIENT_TIMEOUTS
                 | (variables or {})
             ),
         }
-        job = [
+        options = [
             "--submission-id",
             name,
             "--no-wait",
             "--working-dir",
             str(REPOSITORY),
             "--runtime-env-json",
-            json.dumps(surroundings),
+            json.dumps(runtime_env),
         ]
         for _ in range(30):
-            done = self.client("job", "submit", *job, "--", *entry)
-            if done.returncode == 0:
+            completed = self.client("job", "submit", *options, "--", *entrypoint)
+            if completed.returncode == 0:
                 return
-            assert any(reason in done.stdout + done.stderr for reason in NOT_YET), (
-                done.stdout + done.stderr
+            output_text = completed.stdout + completed.stderr
+            assert any(message in output_text for message in STARTING_MESSAGES), (
+                output_text
             )
             time.sleep(2)
 
     def status(self, name: str) -> str:
-        """PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED or, of a head that does not
-        answer, an empty word.
+        """Return PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED or, if the head does not
+        answer, an empty string.
 
-        Asked over HTTP, as ``ray job status`` would: that takes seconds of a core to
+        Sends the HTTP request of ``ray job status``, which takes seconds of a core to
         start.
         """
         try:
-            answer = httpx.get(f"{self.jobs_at}/api/jobs/{name}", timeout=60)
+            answer = httpx.get(f"{self.job_server_url}/api/jobs/{name}", timeout=60)
         except httpx.TransportError:
             return ""
         return str(answer.json()["status"]) if answer.status_code == 200 else ""
@@ -204,7 +205,7 @@ class Cluster:
         return self.client("job", "logs", name).stdout
 
     def wait(self, name: str, seconds: float = 1800) -> str:
-        """Until the job has ended; returns its log. Fails if it did not succeed."""
+        """Wait until the job has ended, and return its log. Fails if the job failed."""
         give_up_at = time.monotonic() + seconds
         while (state := self.status(name)) not in ("SUCCEEDED", "FAILED", "STOPPED"):
             assert time.monotonic() < give_up_at, (
@@ -216,13 +217,13 @@ class Cluster:
         return log
 
     def workers(self, word: str) -> list[psutil.Process]:
-        """Worker processes of all nodes whose title holds ``word``, as Ray writes it:
-        ``ray::NAME``."""
+        """Return the worker processes of all nodes whose title contains ``word``; Ray's titles
+        are ``ray::NAME``."""
         return [
             p
             for node in [self.head, *self.nodes]
-            for p in _family(node)
-            if word in _title(p)
+            for p in _node_processes(node)
+            if word in _process_title(p)
         ]
 
     def __enter__(self) -> Cluster:
@@ -242,19 +243,17 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _family(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """All processes of a node: what a job starts may leave the session, but not the
-    tree."""
+def _node_processes(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the process tree of a node: processes of a job may leave the session, but not
+    the tree."""
     try:
-        return [
-            psutil.Process(node.pid),
-            *psutil.Process(node.pid).children(recursive=True),
-        ]
+        process = psutil.Process(node.pid)
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
 
-def _title(process: psutil.Process) -> str:
+def _process_title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -262,8 +261,8 @@ def _title(process: psutil.Process) -> str:
 
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
-    """As a machine that loses its power: every process at once."""
-    for process in _family(node):
+    """Kill every process of a node at once, as a power failure does."""
+    for process in _node_processes(node):
         try:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
@@ -271,21 +270,22 @@ def kill_node(node: subprocess.Popen[bytes]) -> None:
     node.wait(timeout=60)
 
 
-def until(happened: Callable[[], bool], what: str, seconds: float = 1200) -> None:
+def wait_until(
+    has_happened: Callable[[], bool], event: str, seconds: float = 1200
+) -> None:
+    """Wait until the condition is true; fail after so many seconds."""
     give_up_at = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < give_up_at, (
-            f"waited {seconds:.0f} s in vain for: {what}"
-        )
+    while not has_happened():
+        assert time.monotonic() < give_up_at, f"waited {seconds:.0f} s for {event}"
         time.sleep(0.05)
 
 
 @contextmanager
-def cluster_of(
-    *cpus: int, head_cpus: int = 0, more: dict[str, str] | None = None
+def start_cluster(
+    *cpus: int, head_cpus: int = 0, variables: dict[str, str] | None = None
 ) -> Iterator[Cluster]:
-    """A head and one node for each number."""
-    with Cluster(head_cpus, more) as cluster:
+    """Start a head, and one node with each of these numbers of CPUs."""
+    with Cluster(head_cpus, variables) as cluster:
         for count in cpus:
             cluster.add(count)
         yield cluster

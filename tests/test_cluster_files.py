@@ -1,5 +1,5 @@
-"""What the cluster files promise, without a cluster: schemas, versions, resources,
-memory, secrets, and the commands in the docs."""
+"""Check the cluster files without a cluster: schemas, versions, resources, memory, secrets,
+and the commands in the docs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ray.dashboard.modules.job.cli import logs, submit
 from ray.scripts.scripts import cli as ray_cli
 
 from coin_ray.commands.arguments import parse_run_arguments
-from coin_ray.config import Collect, TrainingConfig, PipelineConfig
+from coin_ray.config import Collect, PipelineConfig, TrainingConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.stages import collect
 from coin_ray.stages.common import prediction as predicting
@@ -43,25 +43,25 @@ RAY_RANGE = SpecifierSet(
 )
 
 
-def text(name: str) -> str:
+def _read_text(name: str) -> str:
     return (TOP / name).read_text()
 
 
-def load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(text(name))
-    return content
+def _read_yaml(name: str) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load(_read_text(name))
+    return fields
 
 
-def cluster_of(name: str) -> dict[str, Any]:
-    """The RayCluster spec of a Kubernetes file."""
-    spec: dict[str, Any] = load(name)["spec"]
-    found: dict[str, Any] = spec.get("rayClusterSpec", spec)
-    return found
+def _ray_cluster_spec(name: str) -> dict[str, Any]:
+    """Return the RayCluster spec of a Kubernetes file."""
+    spec: dict[str, Any] = _read_yaml(name)["spec"]
+    cluster_spec: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    return cluster_spec
 
 
-def commands(name: str) -> list[str]:
-    """Everything that a launched node is told."""
-    content = load(name)
+def _node_commands(name: str) -> list[str]:
+    """Return all commands that a launched node runs."""
+    fields = _read_yaml(name)
     kinds = (
         "initialization",
         "setup",
@@ -70,18 +70,18 @@ def commands(name: str) -> list[str]:
         "head_start_ray",
         "worker_start_ray",
     )
-    return [c for kind in kinds for c in content.get(f"{kind}_commands", [])]
+    return [c for kind in kinds for c in fields.get(f"{kind}_commands", [])]
 
 
-def check_launcher(content: dict[str, Any]) -> None:
-    """As ``ray up`` does: defaults filled in, then Ray's schema and its rules on node
-    types."""
-    validate_config(prepare_config(copy.deepcopy(content)))
+def _validate_like_ray_up(fields: dict[str, Any]) -> None:
+    """Validate as ``ray up`` does: fill in defaults, then check Ray's schema and its rules
+    on node types."""
+    validate_config(prepare_config(copy.deepcopy(fields)))
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_ray_s_own_check_accepts_the_cluster(name: str) -> None:
-    check_launcher(load(name))
+    _validate_like_ray_up(_read_yaml(name))
 
 
 WRONG = [
@@ -97,43 +97,43 @@ def test_ray_s_own_check_refuses_a_wrong_cluster(
     change: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        check_launcher(load("cluster.yaml") | change)
+        _validate_like_ray_up(_read_yaml("cluster.yaml") | change)
 
 
 @pytest.mark.parametrize("name", TYPED)
 def test_every_node_type_can_be_reached(name: str) -> None:
-    content = load(name)
-    types, head = content["available_node_types"], content["head_node_type"]
+    fields = _read_yaml(name)
+    types, head = fields["available_node_types"], fields["head_node_type"]
     assert head in types
     workers = {k: v for k, v in types.items() if k != head}
     assert all(
         0 <= v["min_workers"] <= v["max_workers"] and v["max_workers"] >= 1
         for v in workers.values()
     )
-    assert sum(v["min_workers"] for v in workers.values()) <= content["max_workers"]
-    assert content["max_workers"] >= sum(v["max_workers"] for v in workers.values()), (
+    assert sum(v["min_workers"] for v in workers.values()) <= fields["max_workers"]
+    assert fields["max_workers"] >= sum(v["max_workers"] for v in workers.values()), (
         "a full type must not keep another one out"
     )
     assert all("role" in v["labels"] for v in types.values())
     assert len({v["labels"]["role"] for v in types.values()}) == len(types)
 
 
-def ray_versions(name: str) -> list[str]:
-    return re.findall(r"rayproject/ray:(\d+\.\d+\.\d+)-py311", text(name)) + re.findall(
-        r'rayVersion: "(.+)"', text(name)
-    )
+def _ray_versions(name: str) -> list[str]:
+    return re.findall(
+        r"rayproject/ray:(\d+\.\d+\.\d+)-py311", _read_text(name)
+    ) + re.findall(r'rayVersion: "(.+)"', _read_text(name))
 
 
 @pytest.mark.parametrize("name", [*TYPED, *KUBERNETES, "Dockerfile"])
 def test_ray_is_pinned_within_the_range_of_the_package(name: str) -> None:
-    found = ray_versions(name)
-    assert found
-    assert all(Version(v) in RAY_RANGE for v in found)
+    versions = _ray_versions(name)
+    assert versions
+    assert all(Version(v) in RAY_RANGE for v in versions)
     assert (
-        len({v for n in (*TYPED, *KUBERNETES, "Dockerfile") for v in ray_versions(n)})
+        len({v for n in (*TYPED, *KUBERNETES, "Dockerfile") for v in _ray_versions(n)})
         == 1
     )
-    assert ":latest" not in text(name)
+    assert ":latest" not in _read_text(name)
     assert Version("3.11") in SpecifierSet(PROJECT["requires-python"])
 
 
@@ -141,40 +141,42 @@ def test_ray_is_pinned_within_the_range_of_the_package(name: str) -> None:
 def test_nodes_install_the_wheel_that_is_mounted(name: str) -> None:
     wheel = re.search(
         r'"([^"]*)/coin_ray-([\d.]+)-py3-none-any\.whl\[([\w,]+)\]"',
-        "\n".join(load(name)["setup_commands"]),
+        "\n".join(_read_yaml(name)["setup_commands"]),
     )
     assert wheel is not None
     folder, version, extras = wheel.groups()
     assert version == PROJECT["version"]
     assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
     assert "s3" in extras.split(",")
-    assert load(name)["file_mounts"][folder.replace("$HOME", "~")] == "dist"
+    assert _read_yaml(name)["file_mounts"][folder.replace("$HOME", "~")] == "dist"
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_only_holders_of_the_token_reach_a_launched_cluster(name: str) -> None:
-    content = load(name)
-    (mounted,) = [
-        place for place in content["file_mounts"] if place.endswith("/.ray/auth_token")
+    fields = _read_yaml(name)
+    (token_path,) = [
+        path for path in fields["file_mounts"] if path.endswith("/.ray/auth_token")
     ]
-    assert content["file_mounts"][mounted] == "~/.ray/auth_token"
-    everywhere = any(
+    assert fields["file_mounts"][token_path] == "~/.ray/auth_token"
+    set_for_all_commands = any(
         "RAY_AUTH_MODE=token" in option
-        for option in content.get("docker", {}).get("run_options", [])
+        for option in fields.get("docker", {}).get("run_options", [])
     )
-    starts = [c for c in commands(name) if "ray start" in c]
+    starts = [c for c in _node_commands(name) if "ray start" in c]
     assert len(starts) == 2
-    assert all(everywhere or "RAY_AUTH_MODE=token ray start" in c for c in starts)
+    assert all(
+        set_for_all_commands or "RAY_AUTH_MODE=token ray start" in c for c in starts
+    )
     assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert "0.0.0.0" not in text(name)
+    assert "0.0.0.0" not in _read_text(name)
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_only_holders_of_the_token_reach_a_cluster_on_kubernetes(name: str) -> None:
-    assert cluster_of(name)["authOptions"] == {"mode": "token"}
+    assert _ray_cluster_spec(name)["authOptions"] == {"mode": "token"}
 
 
-def bytes_of(size: str) -> float:
+def _parse_bytes(size: str) -> float:
     number, unit = re.fullmatch(r"(\d+)(g|Gi|)", size).groups()  # type: ignore[union-attr]
     return float(int(number) * (2**30 if unit else 1))
 
@@ -183,16 +185,16 @@ def bytes_of(size: str) -> float:
 def test_shared_memory_holds_the_object_store(name: str) -> None:
     (shared,) = [
         o.partition("=")[2]
-        for o in load(name)["docker"]["run_options"]
+        for o in _read_yaml(name)["docker"]["run_options"]
         if o.startswith("--shm-size")
     ]
-    stores = re.findall(r"--object-store-memory=(\d+)", " ".join(commands(name)))
+    stores = re.findall(r"--object-store-memory=(\d+)", " ".join(_node_commands(name)))
     assert len(stores) == 2
-    assert all(bytes_of(shared) >= 1.1 * bytes_of(store) for store in stores)
+    assert all(_parse_bytes(shared) >= 1.1 * _parse_bytes(store) for store in stores)
 
 
-def groups(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    cluster = cluster_of(name)
+def _pod_groups(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    cluster = _ray_cluster_spec(name)
     yield "head", cluster["headGroupSpec"]
     for group in cluster["workerGroupSpecs"]:
         yield group["groupName"], group
@@ -200,18 +202,18 @@ def groups(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_kubernetes_resources_are_well_formed(name: str) -> None:
-    """The required fields of KubeRay's v1 resources, and what they are to be."""
-    content = load(name)
-    assert content["apiVersion"] == "ray.io/v1"
+    """Check the required fields of KubeRay's v1 resources and their values."""
+    fields = _read_yaml(name)
+    assert fields["apiVersion"] == "ray.io/v1"
     assert (
-        content["kind"]
+        fields["kind"]
         == {"deploy/raycluster.yaml": "RayCluster", "deploy/rayjob.yaml": "RayJob"}[
             name
         ]
     )
-    assert len({"name", "generateName"} & set(content["metadata"])) == 1
-    assert cluster_of(name)["enableInTreeAutoscaling"] is True
-    for group_name, group in groups(name):
+    assert len({"name", "generateName"} & set(fields["metadata"])) == 1
+    assert _ray_cluster_spec(name)["enableInTreeAutoscaling"] is True
+    for group_name, group in _pod_groups(name):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert group_name == "head" or {
@@ -233,21 +235,25 @@ def test_kubernetes_resources_are_well_formed(name: str) -> None:
         assert container["volumeMounts"] == [
             {"name": volume["name"], "mountPath": "/dev/shm"}
         ]
-        shared = bytes_of(volume["emptyDir"]["sizeLimit"])
-        store = bytes_of(group["rayStartParams"]["object-store-memory"])
+        shared = _parse_bytes(volume["emptyDir"]["sizeLimit"])
+        store = _parse_bytes(group["rayStartParams"]["object-store-memory"])
         assert (
-            1.1 * store <= shared < bytes_of(container["resources"]["limits"]["memory"])
+            1.1 * store
+            <= shared
+            < _parse_bytes(container["resources"]["limits"]["memory"])
         )
 
 
 def test_the_job_runs_on_the_cluster_of_the_other_file() -> None:
-    assert cluster_of("deploy/rayjob.yaml") == cluster_of("deploy/raycluster.yaml")
+    assert _ray_cluster_spec("deploy/rayjob.yaml") == _ray_cluster_spec(
+        "deploy/raycluster.yaml"
+    )
 
 
 def test_the_job_starts_the_pipeline_of_the_image() -> None:
-    spec = load("deploy/rayjob.yaml")["spec"]
+    spec = _read_yaml("deploy/rayjob.yaml")["spec"]
     program, script, *arguments = shlex.split(spec["entrypoint"])
-    assert (program, script) == ("python", f"{workdir()}/pipelines/full.py")
+    assert (program, script) == ("python", f"{_image_workdir()}/pipelines/full.py")
     config, options = parse_run_arguments(arguments)
     assert options.root.startswith("s3://")
     assert config.cloud.max_usd is not None
@@ -263,62 +269,68 @@ def test_the_job_starts_the_pipeline_of_the_image() -> None:
 Resources = Mapping[str, float]
 
 
-def node_types(name: str) -> list[Resources]:
+def _node_resources(name: str) -> list[Resources]:
     if name in KUBERNETES:
         return [
             {
                 "CPU": float(group["rayStartParams"].get("num-cpus", limits["cpu"])),
                 "GPU": float(limits.get("nvidia.com/gpu", 0)),
             }
-            for _, group in groups(name)
+            for _, group in _pod_groups(name)
             for limits in [
                 group["template"]["spec"]["containers"][0]["resources"]["limits"]
             ]
         ]
-    return [node["resources"] for node in load(name)["available_node_types"].values()]
+    return [
+        node["resources"] for node in _read_yaml(name)["available_node_types"].values()
+    ]
 
 
-def holds(node: Resources, asked: Resources) -> bool:
-    return all(node.get(kind, 0) >= amount for kind, amount in asked.items())
+def _holds(node: Resources, request: Resources) -> bool:
+    return all(node.get(kind, 0) >= amount for kind, amount in request.items())
 
 
-class Recorder:
-    """Stands for a dataset and remembers what its actors ask for."""
+class _RecordingDataset:
+    """Stands in for a dataset and records the resources that its actors request."""
 
     def __init__(self) -> None:
-        self.asked: list[Resources] = []
+        self.requests: list[Resources] = []
 
     def map_batches(
-        self, _: object, *, num_cpus: float, num_gpus: float = 0, **more: object
-    ) -> Recorder:
-        self.asked.append({"CPU": num_cpus, "GPU": num_gpus})
+        self, _: object, *, num_cpus: float, num_gpus: float = 0, **options: object
+    ) -> _RecordingDataset:
+        self.requests.append({"CPU": num_cpus, "GPU": num_gpus})
         return self
 
     def iter_batches(self, **_: object) -> Iterator[pa.Table]:
         return iter(())
 
 
-def asked_by_stages(
+def _requests_of_stages(
     monkeypatch: pytest.MonkeyPatch, config: PipelineConfig, cpus: int, largest: int
 ) -> dict[str, Resources]:
-    """What collect, the fits and predictions would ask of a cluster that has ``cpus``
-    at that moment, ``largest`` of them on one node."""
-    recorder = Recorder()
+    """Return the resources that collect, training and predictions request of a cluster that
+    has ``cpus`` at that moment, ``largest`` of them on one node."""
+    dataset = _RecordingDataset()
     for module in (collect, fitting, predicting):
         monkeypatch.setattr(module, "cluster_cpus", lambda: cpus, raising=False)
         monkeypatch.setattr(module, "largest_node_cpus", lambda: largest, raising=False)
         monkeypatch.setattr(module, "on_cluster", lambda: True, raising=False)
         monkeypatch.setattr(module, "ensure_ray", lambda: None, raising=False)
-    monkeypatch.setattr(ray.data, "from_arrow", lambda _, **__: recorder)
-    list(collect._label_answers(recorder, config, "parts"))  # type: ignore[arg-type]
-    list(predicting._predict_on_cluster({"student": "x"}, pa.table({"uri": ["a"]}), config))
-    labeler, predictor = recorder.asked
+    monkeypatch.setattr(ray.data, "from_arrow", lambda _, **__: dataset)
+    list(collect._label_answers(dataset, config, "parts"))  # type: ignore[arg-type]
+    list(
+        predicting._predict_on_cluster(
+            {"student": "x"}, pa.table({"uri": ["a"]}), config
+        )
+    )
+    labeler, predictor = dataset.requests
     fit = fitting._scaling_config(config.distill.fit).resources_per_worker
     assert fit is not None
     return {"labeler": labeler, "fit": fit, "predictor": predictor}
 
 
-def on_gpus(labeler_gpus: float) -> PipelineConfig:
+def _config_on_gpus(labeler_gpus: float) -> PipelineConfig:
     preset = PRESETS["folder"]()
     fit = TrainingConfig(gpu=True)
     return replace(
@@ -334,28 +346,28 @@ def on_gpus(labeler_gpus: float) -> PipelineConfig:
 def test_some_node_type_has_what_the_stages_ask_for(
     monkeypatch: pytest.MonkeyPatch, name: str, labeler_gpus: float
 ) -> None:
-    """While one node that trains is there, as after propagation with one worker."""
-    nodes = node_types(name)
+    """The cluster has one node that trains, as after propagation with one worker."""
+    nodes = _node_resources(name)
     (train,) = [n for n in nodes if n.get("GPU")]
-    asked = asked_by_stages(
-        monkeypatch, on_gpus(labeler_gpus), int(train["CPU"]), int(train["CPU"])
+    requests = _requests_of_stages(
+        monkeypatch, _config_on_gpus(labeler_gpus), int(train["CPU"]), int(train["CPU"])
     )
     assert not [
         step
-        for step, wanted in asked.items()
-        if not any(holds(n, wanted) for n in nodes)
+        for step, request in requests.items()
+        if not any(_holds(n, request) for n in nodes)
     ]
 
 
 @pytest.mark.parametrize(
-    "training", [on_gpus(1.0), PRESETS["folder"]()], ids=["gpus", "cpus"]
+    "training", [_config_on_gpus(1.0), PRESETS["folder"]()], ids=["gpus", "cpus"]
 )
 @pytest.mark.parametrize("name", [*TYPED, *KUBERNETES])
 def test_some_node_type_has_what_the_stages_ask_for_while_other_nodes_are_there(
     monkeypatch: pytest.MonkeyPatch, name: str, training: PipelineConfig
 ) -> None:
-    nodes = node_types(name)
-    asked = asked_by_stages(
+    nodes = _node_resources(name)
+    requests = _requests_of_stages(
         monkeypatch,
         training,
         int(2 * sum(n["CPU"] for n in nodes)),
@@ -363,20 +375,23 @@ def test_some_node_type_has_what_the_stages_ask_for_while_other_nodes_are_there(
     )
     assert not [
         step
-        for step, wanted in asked.items()
-        if not any(holds(n, wanted) for n in nodes)
+        for step, request in requests.items()
+        if not any(_holds(n, request) for n in nodes)
     ]
 
 
 def test_too_small_a_node_is_noticed() -> None:
-    assert holds({"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 0.5})
-    assert not holds({"CPU": 8}, {"CPU": 1, "GPU": 1})
-    assert not holds({"CPU": 0}, {"CPU": 1})
+    assert _holds({"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 0.5})
+    assert not _holds({"CPU": 8}, {"CPU": 1, "GPU": 1})
+    assert not _holds({"CPU": 0}, {"CPU": 1})
 
 
 # -- secrets
 
-SECRET_NAME = r"[\w.-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|credential)[\w.-]*"
+SECRET_NAME = (
+    r"[\w.-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|credential)"
+    r"[\w.-]*"
+)
 SECRET_VALUES = (
     re.compile(r"AKIA[0-9A-Z]{16}"),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
@@ -391,19 +406,19 @@ SECRET_VALUES = (
 NO_VALUES = ("--cloud.token-env", "SecretId", "secret=coin-ray-detector-token")
 
 
-def secret_values(content: str) -> list[str]:
-    """What looks like the value of a secret, not the name of one."""
+def _find_secret_values(file_text: str) -> list[str]:
+    """Return the parts of a text that look like the value of a secret, not its name."""
     return [
         m.group()
         for pattern in SECRET_VALUES
-        for m in pattern.finditer(content)
+        for m in pattern.finditer(file_text)
         if not any(n in m.group() for n in NO_VALUES)
     ]
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, *KUBERNETES, *PLAIN])
 def test_no_file_holds_the_value_of_a_secret(name: str) -> None:
-    assert secret_values(text(name)) == []
+    assert _find_secret_values(_read_text(name)) == []
 
 
 PLANTED = [
@@ -418,12 +433,12 @@ PLANTED = [
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_the_value_of_a_secret_is_noticed(planted: str) -> None:
-    assert secret_values(text("cluster.yaml") + planted + "\n")
+    assert _find_secret_values(_read_text("cluster.yaml") + planted + "\n")
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_pods_get_secrets_by_name(name: str) -> None:
-    for _, group in groups(name):
+    for _, group in _pod_groups(name):
         (container,) = group["template"]["spec"]["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": "coin-ray-secrets"}}]
         assert "env" not in container
@@ -432,8 +447,8 @@ def test_pods_get_secrets_by_name(name: str) -> None:
 # -- the image
 
 
-def instructions() -> list[tuple[str, str]]:
-    joined = re.sub(r"\\\n\s*", " ", text("Dockerfile"))
+def _image_instructions() -> list[tuple[str, str]]:
+    joined = re.sub(r"\\\n\s*", " ", _read_text("Dockerfile"))
     lines = [
         line
         for line in joined.splitlines()
@@ -442,30 +457,35 @@ def instructions() -> list[tuple[str, str]]:
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
 
 
-def workdir() -> str:
-    return next(value for kind, value in instructions() if kind == "WORKDIR")
+def _image_workdir() -> str:
+    return next(
+        argument for kind, argument in _image_instructions() if kind == "WORKDIR"
+    )
 
 
-def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a top-level path out: the last rule that matches
-    counts."""
-    kept = True
-    for rule in (line.strip() for line in text(".dockerignore").splitlines()):
+def _is_ignored(path: str) -> bool:
+    """Whether .dockerignore excludes a top-level path: the last rule that matches counts."""
+    is_included = True
+    for rule in (line.strip() for line in _read_text(".dockerignore").splitlines()):
         if (
             rule
             and not rule.startswith("#")
             and fnmatch.fnmatch(path, rule.lstrip("!"))
         ):
-            kept = rule.startswith("!")
-    return not kept
+            is_included = rule.startswith("!")
+    return not is_included
 
 
 def test_the_image_is_of_a_plain_user_and_a_pinned_base() -> None:
-    kinds = [kind for kind, _ in instructions()]
+    kinds = [kind for kind, _ in _image_instructions()]
     assert set(kinds) <= {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER"}
     assert kinds[0] == "FROM"
-    assert re.fullmatch(r"[\w/.-]+:\d+\.\d+\.\d+[\w.-]*", dict(instructions())["FROM"])
-    assert [value for kind, value in instructions() if kind == "USER"][-1] not in (
+    assert re.fullmatch(
+        r"[\w/.-]+:\d+\.\d+\.\d+[\w.-]*", dict(_image_instructions())["FROM"]
+    )
+    assert [argument for kind, argument in _image_instructions() if kind == "USER"][
+        -1
+    ] not in (
         "root",
         "0",
     )
@@ -474,15 +494,15 @@ def test_the_image_is_of_a_plain_user_and_a_pinned_base() -> None:
 def test_the_image_gets_all_it_copies_and_nothing_else() -> None:
     copied = [
         p
-        for kind, value in instructions()
+        for kind, argument in _image_instructions()
         if kind == "COPY"
-        for p in value.split()[:-1]
+        for p in argument.split()[:-1]
         if not p.startswith("--")
     ]
     assert {"pyproject.toml", "coin_ray", "pipelines"} <= set(copied)
-    assert all((TOP / path).exists() and not ignored(path) for path in copied)
+    assert all((TOP / path).exists() and not _is_ignored(path) for path in copied)
     assert all(
-        ignored(path)
+        _is_ignored(path)
         for path in (".env", ".git", ".venv", "runs", "dist", "mlflow.db", "tests")
     )
     assert PROJECT["readme"] in copied
@@ -490,9 +510,9 @@ def test_the_image_gets_all_it_copies_and_nothing_else() -> None:
 
 def test_the_image_installs_extras_that_exist() -> None:
     (install,) = [
-        value
-        for kind, value in instructions()
-        if kind == "RUN" and value.startswith("pip install")
+        argument
+        for kind, argument in _image_instructions()
+        if kind == "RUN" and argument.startswith("pip install")
     ]
     extras = re.search(r'"\.\[([\w,]+)\]"', install)
     assert extras is not None
@@ -502,9 +522,9 @@ def test_the_image_installs_extras_that_exist() -> None:
 # -- the docs
 
 
-def documented(name: str, start: str) -> list[list[str]]:
-    """Commands in a document's code blocks that contain ``start``, as words."""
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text(name), re.S)
+def _documented_commands(name: str, start: str) -> list[list[str]]:
+    """Return the commands in a document's code blocks that contain ``start``, as words."""
+    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", _read_text(name), re.S)
     lines = [
         line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()
     ]
@@ -518,7 +538,7 @@ def documented(name: str, start: str) -> list[list[str]]:
 def test_documented_pipelines_are_understood() -> None:
     runs = [
         words[words.index("pipelines/full.py") + 1 :]
-        for words in documented("docs/cluster.md", "python pipelines/full.py")
+        for words in _documented_commands("docs/cluster.md", "python pipelines/full.py")
     ]
     assert len(runs) >= 4
     for arguments in runs:
@@ -527,30 +547,31 @@ def test_documented_pipelines_are_understood() -> None:
         assert "://" in options.root
 
 
-def calls_of_ray(name: str, *command: str) -> list[list[str]]:
-    """Arguments of each documented ``ray COMMAND``, up to what is the shell's."""
-    wanted = ["ray", *command]
-    found = []
-    for words in documented(name, " ".join(wanted)):
-        if words[: len(wanted)] != wanted and not words[0].startswith("RAY_"):
+def _documented_ray_arguments(name: str, *command: str) -> list[list[str]]:
+    """Return the arguments of each documented ``ray COMMAND``, up to a redirection or pipe
+    of the shell."""
+    ray_command = ["ray", *command]
+    calls = []
+    for words in _documented_commands(name, " ".join(ray_command)):
+        if words[: len(ray_command)] != ray_command and not words[0].startswith("RAY_"):
             continue  # inside another command's quotes
-        rest = words[words.index("ray") + len(wanted) :]
+        arguments = words[words.index("ray") + len(ray_command) :]
         end = next(
-            (n for n, word in enumerate(rest) if word in (">", "|", ";", "&&")),
-            len(rest),
+            (n for n, word in enumerate(arguments) if word in (">", "|", ";", "&&")),
+            len(arguments),
         )
-        found.append(rest[:end])
-    return found
+        calls.append(arguments[:end])
+    return calls
 
 
 def test_documented_jobs_have_options_that_exist() -> None:
-    jobs = calls_of_ray("docs/cluster.md", "job", "submit")
+    jobs = _documented_ray_arguments("docs/cluster.md", "job", "submit")
     assert len(jobs) >= 4
     for arguments in jobs:
         context = submit.make_context("submit", arguments)
         assert context.params["working_dir"] == "."
         assert context.params["entrypoint"][:2] == ("python", "pipelines/full.py")
-    (follow,) = calls_of_ray("docs/cluster.md", "job", "logs")
+    (follow,) = _documented_ray_arguments("docs/cluster.md", "job", "logs")
     assert logs.make_context("logs", follow).params["follow"] is True
 
 
@@ -570,7 +591,7 @@ LAUNCHER = [
 def test_documented_launcher_commands_have_options_that_exist(
     command: str, times: int
 ) -> None:
-    calls = calls_of_ray("docs/cluster.md", command)
+    calls = _documented_ray_arguments("docs/cluster.md", command)
     assert len(calls) == times
     for arguments in calls:
         context = ray_cli.commands[command].make_context(command, arguments)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import Cluster, cluster_of
+from clusters import Cluster, start_cluster
 from small_runs import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def cluster() -> Iterator[Cluster]:
     """The head has no CPU, as in cluster.yaml: all work is done on the node that
     joined."""
-    with cluster_of(2) as temporary_cluster:
+    with start_cluster(2) as temporary_cluster:
         yield temporary_cluster
 
 

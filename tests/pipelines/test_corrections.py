@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from small_runs import asked
+from small_runs import count_calls_by_image
 
 from coin_ray.config.data import DEMO_CLASSES
 from coin_ray.data.review import cvat
@@ -78,7 +78,8 @@ def _corrected(review: Review) -> Review:
 def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
     root = tmp_path / "run"
     _run("full.py", "demo", "--root", str(root), *SMALL)
-    calls, before = asked(root), json.loads((root / "summary.json").read_text())
+    calls = count_calls_by_image(root)
+    before = json.loads((root / "summary.json").read_text())
 
     _run(
         "review.py",
@@ -105,7 +106,7 @@ def test_a_run_goes_on_with_what_people_have_corrected(tmp_path: Path) -> None:
         *SMALL,
     )
 
-    assert asked(root) == calls, "no call is paid twice"
+    assert count_calls_by_image(root) == calls, "no call is paid twice"
     for step, times in {
         "images": 1,
         "collect": 1,

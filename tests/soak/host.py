@@ -1,5 +1,5 @@
-"""python tests/soak/host.py EXPORT PORT QUEUE: the server under Ray Serve, on a Ray of
-its own, until it is told to end."""
+"""Run the server under Ray Serve on a new Ray instance until SIGTERM: ``python
+tests/soak/host.py EXPORT PORT QUEUE``."""
 
 from __future__ import annotations
 

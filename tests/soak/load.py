@@ -1,5 +1,5 @@
-"""Bounded mixed load on a detection server, good requests and bad ones, and what its
-processes' memory does meanwhile."""
+"""Send a bounded load of valid and invalid requests to a detection server, and record the
+memory of its processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import random
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,14 +25,14 @@ from tests.images import png_bomb
 MIB = 2**20
 GROWTH_MIB = 32.0
 GROWTH_SHARE = 0.05
-"""Memory is flat if the median of its last third is at most so much above that of its
-first third: the larger of both, after a fifth to warm up."""
+"""Memory is flat if the median of its last third exceeds that of its first third by at
+most the larger of both, after a warm-up of a fifth of the time."""
 PAUSE = 0.002
 OTHER_SECONDS = 1.0
 
 
 @dataclass
-class Seen:
+class LoadRecord:
     """Answers by (kind of request, status), seconds of good answers, MiB of the
     server's processes by time."""
 
@@ -43,7 +42,7 @@ class Seen:
     memory: list[tuple[float, float]] = field(default_factory=list)
 
     def bad_statuses(self) -> list[tuple[str, int]]:
-        """Neither 2xx, 4xx nor 503."""
+        """Return the answers that are neither 2xx, 4xx nor 503."""
         return sorted(
             k
             for k in self.answers
@@ -51,20 +50,16 @@ class Seen:
         )
 
     def growth(self) -> dict[str, float]:
-        """MiB: medians of the first and the last third after the warm-up, allowed
+        """Return MiB: medians of the first and the last third after the warm-up, allowed
         growth, slope per hour (least squares)."""
         start, end = self.memory[0][0], self.memory[-1][0]
-        kept = [(t, m) for t, m in self.memory if t >= start + (end - start) / 5]
-        third = max(1, len(kept) // 3)
-        before, after = (
-            statistics.median(m for _, m in part)
-            for part in (kept[:third], kept[-third:])
+        warm = np.array(
+            [sample for sample in self.memory if sample[0] >= start + (end - start) / 5]
         )
-        slope = (
-            np.polyfit([t for t, _ in kept], [m for _, m in kept], 1)[0] * 3600
-            if len(kept) > 2
-            else 0.0
-        )
+        times, mib = warm[:, 0], warm[:, 1]
+        third = max(1, len(mib) // 3)
+        before, after = float(np.median(mib[:third])), float(np.median(mib[-third:]))
+        slope = np.polyfit(times, mib, 1)[0] * 3600 if len(mib) > 2 else 0.0
         return {
             "before_mib": round(before, 1),
             "after_mib": round(after, 1),
@@ -72,22 +67,17 @@ class Seen:
             "slope_mib_per_hour": round(float(slope), 1),
         }
 
-    def flat(self) -> bool:
-        found = self.growth()
-        return found["after_mib"] - found["before_mib"] <= found["allowed_mib"]
+    def is_flat(self) -> bool:
+        growth = self.growth()
+        return growth["after_mib"] - growth["before_mib"] <= growth["allowed_mib"]
 
     def as_json(self) -> dict[str, Any]:
-        good = sorted(self.seconds)
-        shares = (
-            {
-                f"p{p}_ms": round(
-                    1000 * good[min(len(good) - 1, len(good) * p // 100)], 1
-                )
-                for p in (50, 95, 99)
-            }
-            if good
-            else {}
-        )
+        percentiles = {}
+        if self.seconds:
+            good = sorted(self.seconds)
+            for percent in (50, 95, 99):
+                position = min(len(good) - 1, len(good) * percent // 100)
+                percentiles[f"p{percent}_ms"] = round(1000 * good[position], 1)
         statuses = Counter[int]()
         for (_, status), count in self.answers.items():
             statuses[status] += count
@@ -96,21 +86,23 @@ class Seen:
             "requests": self.answers.total(),
             "statuses": {str(k): statuses[k] for k in sorted(statuses)},
             "failed": dict(self.failed),
-            **shares,
+            **percentiles,
             **self.growth(),
         }
 
     def table(self) -> str:
-        kinds = sorted({kind for kind, _ in self.answers})
-        rows = [
-            f"| {kind} |"
-            f" {', '.join(f'{s}: {n}' for (k, s), n in sorted(self.answers.items()) if k == kind)} |"
-            for kind in kinds
-        ]
-        return "\n".join(["| request | answers by status |", "|---|---|", *rows])
+        lines = ["| request | answers by status |", "|---|---|"]
+        for kind in sorted({kind for kind, _ in self.answers}):
+            counts = [
+                f"{status}: {count}"
+                for (kind_of_count, status), count in sorted(self.answers.items())
+                if kind_of_count == kind
+            ]
+            lines.append(f"| {kind} | {', '.join(counts)} |")
+        return "\n".join(lines)
 
 
-def photo(seed: int) -> bytes:
+def encoded_photo(seed: int) -> bytes:
     draw = np.random.default_rng(seed)
     size = (int(draw.integers(60, 900)), int(draw.integers(60, 700)))
     image = Image.fromarray(draw.integers(0, 255, (6, 8, 3), np.uint8)).resize(size)
@@ -119,7 +111,7 @@ def photo(seed: int) -> bytes:
     return sink.getvalue()
 
 
-def question(image: bytes, classes: Sequence[str], **changes: Any) -> bytes:
+def detect_request(image: bytes, classes: Sequence[str], **changes: Any) -> bytes:
     return json.dumps(
         {
             "image": {"b64": base64.b64encode(image).decode()},
@@ -130,8 +122,8 @@ def question(image: bytes, classes: Sequence[str], **changes: Any) -> bytes:
     ).encode()
 
 
-def bad_questions(classes: Sequence[str]) -> list[tuple[str, bytes]]:
-    whole = photo(0)
+def invalid_requests(classes: Sequence[str]) -> list[tuple[str, bytes]]:
+    whole = encoded_photo(0)
     return [
         ("no json", b"\x00no json"),
         ("nested deep", b'{"image":' + b"[" * 50_000),
@@ -140,47 +132,52 @@ def bad_questions(classes: Sequence[str]) -> list[tuple[str, bytes]]:
             "no base64",
             json.dumps({"image": {"b64": "%%%"}, "classes": list(classes)}).encode(),
         ),
-        ("text as image", question(b"text", classes)),
-        ("half an image", question(whole[: len(whole) // 2], classes)),
-        ("image bomb", question(png_bomb(8000), classes)),
-        ("unknown class", question(whole, ["zebra", *classes])),
-        ("threshold", question(whole, classes, threshold=7)),
+        ("text as image", detect_request(b"text", classes)),
+        ("half an image", detect_request(whole[: len(whole) // 2], classes)),
+        ("image bomb", detect_request(png_bomb(8000), classes)),
+        ("unknown class", detect_request(whole, ["zebra", *classes])),
+        ("threshold", detect_request(whole, classes, threshold=7)),
         ("a megabyte of zeros", bytes(MIB)),
     ]
 
 
 class Load:
-    """``clients`` ask ``url`` until the time is over, each its next request when the
-    one before is answered."""
+    """``clients`` send requests to ``url`` until the time is over, each its next one when
+    the previous one is answered."""
 
     def __init__(self, url: str, classes: Sequence[str], clients: int) -> None:
-        self.seen = Seen()
+        self.record = LoadRecord()
         self._url, self._clients = url, clients
-        good = [("good", question(photo(seed), classes)) for seed in range(24)]
-        self._questions = itertools.cycle(
+        good = [
+            ("good", detect_request(encoded_photo(seed), classes)) for seed in range(24)
+        ]
+        self._requests = itertools.cycle(
             random.Random(0).sample(
-                [*good * 2, *bad_questions(classes)], len(good) * 2 + 10
+                [*good * 2, *invalid_requests(classes)], len(good) * 2 + 10
             )
         )
         self._end = 0.0
 
-    async def run(self, seconds: float, memory: Callable[[], float]) -> Seen:
+    async def run(self, seconds: float, memory: Callable[[], float]) -> LoadRecord:
         self._end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=self._clients + 4)
         async with httpx.AsyncClient(
             base_url=self._url, timeout=60, limits=limits
         ) as http:
-            tasks = [self._asking(http) for _ in range(self._clients)]
+            tasks = [self._send_requests(http) for _ in range(self._clients)]
             await asyncio.gather(
-                *tasks, self._others(http), self._leaving(), self._watching(memory)
+                *tasks,
+                self._send_other_routes(http),
+                self._disconnect_early(),
+                self._sample_memory(memory),
             )
-        return self.seen
+        return self.record
 
-    async def _asking(self, http: httpx.AsyncClient) -> None:
+    async def _send_requests(self, http: httpx.AsyncClient) -> None:
         while time.monotonic() < self._end:
-            kind, body = next(self._questions)
+            kind, body = next(self._requests)
             started = time.monotonic()
-            status = await self._noted(
+            status = await self._record_status(
                 kind,
                 http.post(
                     "/v1/detect",
@@ -189,11 +186,12 @@ class Load:
                 ),
             )
             if kind == "good" and status == 200:
-                self.seen.seconds.append(time.monotonic() - started)
+                self.record.seconds.append(time.monotonic() - started)
             await asyncio.sleep(0.1 if status == 503 else PAUSE)
 
-    async def _others(self, http: httpx.AsyncClient) -> None:
-        """Once a second every other route, a path and a method that are none."""
+    async def _send_other_routes(self, http: httpx.AsyncClient) -> None:
+        """Request every other route, and a path and a method that do not exist, once a
+        second."""
         while time.monotonic() < self._end:
             for path in (
                 "/",
@@ -204,12 +202,12 @@ class Load:
                 "/openapi.json",
                 "/no/such",
             ):
-                await self._noted(path, http.get(path))
-            await self._noted("DELETE", http.delete("/v1/detect"))
+                await self._record_status(path, http.get(path))
+            await self._record_status("DELETE", http.delete("/v1/detect"))
             await asyncio.sleep(OTHER_SECONDS)
 
-    async def _leaving(self) -> None:
-        """Twice a second a client that goes away in the middle of its request."""
+    async def _disconnect_early(self) -> None:
+        """Disconnect in the middle of a request twice a second."""
         host, _, port = self._url.removeprefix("http://").partition(":")
         while time.monotonic() < self._end:
             _, writer = await asyncio.open_connection(host, int(port))
@@ -222,27 +220,29 @@ class Load:
             writer.close()
             await asyncio.sleep(0.4)
 
-    async def _watching(self, memory: Callable[[], float]) -> None:
+    async def _sample_memory(self, memory: Callable[[], float]) -> None:
         while time.monotonic() < self._end:
-            self.seen.memory.append((time.monotonic(), await asyncio.to_thread(memory)))
+            self.record.memory.append(
+                (time.monotonic(), await asyncio.to_thread(memory))
+            )
             await asyncio.sleep(1.0)
 
-    async def _noted(self, kind: str, request: Any) -> int:
+    async def _record_status(self, kind: str, request: Any) -> int:
         try:
             status: int = (await request).status_code
         except httpx.HTTPError as error:
-            self.seen.failed[f"{kind}: {type(error).__name__}"] += 1
+            self.record.failed[f"{kind}: {type(error).__name__}"] += 1
             return 0
-        self.seen.answers[kind, status] += 1
+        self.record.answers[kind, status] += 1
         return status
 
 
-def tree_mib(process: psutil.Process) -> float:
-    """Resident memory of a process and all below it."""
+def process_tree_mib(process: psutil.Process) -> float:
+    """Return the resident memory of a process and its descendants."""
     total = 0
-    for one in [process, *process.children(recursive=True)]:
+    for member in [process, *process.children(recursive=True)]:
         try:
-            total += one.memory_info().rss
+            total += member.memory_info().rss
         except psutil.NoSuchProcess:
             continue
     return total / MIB

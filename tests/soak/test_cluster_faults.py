@@ -1,7 +1,7 @@
-"""A run on a cluster of several nodes whose workers, nodes and head are killed: the
-same tables and weights, no call paid twice.
+"""Check that a run on a cluster whose workers, nodes and head are killed has the same
+tables and weights as an undisturbed one, and that no call is paid twice.
 
-Each test says what was killed and what was lost.
+Each test prints what was killed and what was lost.
 """
 
 from __future__ import annotations
@@ -11,49 +11,52 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from clusters import Cluster, cluster_of, kill_node, until
-from small_runs import SMALL, Kill, asked, assert_same_results
+from clusters import Cluster, kill_node, start_cluster, wait_until
+from small_runs import SMALL, Kill, assert_same_results, count_calls_by_image
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 STORE = 78_643_200
-"""Bytes; Ray's least."""
+"""Bytes of the object store: Ray's minimum."""
 HOLDER = """
 import time, numpy, ray
 @ray.remote(num_cpus=0, resources={"store": 1})
 def hold(flag):
-    kept = [ray.get(ray.put(numpy.ones(10_000_000, numpy.uint8))) for _ in range(9)]
+    references = [ray.get(ray.put(numpy.ones(10_000_000, numpy.uint8))) for _ in range(9)]
     open(flag, "w").close()
     time.sleep(7200)
 ray.init()
 ray.get(hold.remote(FLAG))
 """
-"""Takes more of a node's object store than there is, and lets go of nothing: what is in
-use is not spilled."""
+"""Source of a job that fills a node's object store and holds all objects: objects in use
+are not spilled."""
 EVERY = ["--propagate.fit.checkpoint-every", "4", "--distill.fit.checkpoint-every", "4"]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """The head has no CPU, so that all work is done where it can be killed."""
-    with cluster_of(2, more={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}) as made:
-        yield made
+    with start_cluster(
+        2, variables={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
+    ) as temporary_cluster:
+        yield temporary_cluster
 
 
 @pytest.fixture(scope="module")
 def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs."""
     root = tmp_path_factory.mktemp("undisturbed")
-    submit(cluster, "undisturbed", root)
+    _submit_run(cluster, "undisturbed", root)
     cluster.wait("undisturbed")
     return root
 
 
-def submit(cluster: Cluster, name: str, root: Path) -> None:
+def _submit_run(cluster: Cluster, name: str, root: Path) -> None:
     variables = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
     cluster.submit(
         name,
@@ -62,8 +65,8 @@ def submit(cluster: Cluster, name: str, root: Path) -> None:
     )
 
 
-def up_to(step: str, reference: Path, root: Path) -> Path:
-    """A run in which all before ``step`` is finished."""
+def _copy_steps_before(step: str, reference: Path, root: Path) -> Path:
+    """Copy the finished steps before ``step`` of the reference into a new root."""
     order = ("images", "collect", "propagate", "separate", "distill")
     for name in order[: order.index(step)]:
         (folder,) = reference.glob(f"steps/{name}-*")
@@ -72,53 +75,58 @@ def up_to(step: str, reference: Path, root: Path) -> Path:
     return root
 
 
-def saved(root: Path, step: str) -> int:
-    """Steps of training in the last state on the disk, 0 if there is none."""
+def _last_saved_step(root: Path, step: str) -> int:
+    """Return the training step of the last checkpoint on disk, 0 if there is none."""
     for state in root.glob(f"steps/{step}-*/state.pt"):
         try:
             return int(torch.load(state, map_location="cpu", weights_only=True)["step"])
-        except FileNotFoundError:  # finished meanwhile
+        except FileNotFoundError:  # the stage has finished
             break
     return 0
 
 
-def finished(root: Path, step: str) -> bool:
+def _is_finished(root: Path, step: str) -> bool:
     return any(root.glob(f"steps/{step}-*/manifest.json"))
 
 
-def kill(process: psutil.Process, what: str) -> str:
+def _has_saved_or_finished(root: Path, step: str, last: int) -> bool:
+    return _last_saved_step(root, step) > last or _is_finished(root, step)
+
+
+def _kill(process: psutil.Process, description: str) -> str:
     process.send_signal(signal.SIGKILL)
-    return what
+    return description
 
 
 def test_workers_killed_in_collect(
     cluster: Cluster, reference: Path, tmp_path: Path
 ) -> None:
-    submit(cluster, "collect", tmp_path)
+    _submit_run(cluster, "collect", tmp_path)
     killed: list[str] = []
     calls = tmp_path / "local_cloud" / "calls.jsonl"
-    until(
+    wait_until(
         lambda: calls.exists() and len(calls.read_text().splitlines()) >= 5,
         "five calls",
     )  # small sets are asked before a part is written
     killed += [
-        kill(process, "CloudActor") for process in cluster.workers("CloudActor")[:1]
+        _kill(process, "CloudActor") for process in cluster.workers("CloudActor")[:1]
     ]
-    at = Kill.now(tmp_path)
-    until(
+    kill = Kill.now(tmp_path)
+    wait_until(
         lambda: len(list(tmp_path.glob("steps/collect-*/parts/*.parquet"))) >= 3,
         "three parts",
     )
     killed += [
-        kill(process, "LabelerActor") for process in cluster.workers("LabelerActor")[:1]
+        _kill(process, "LabelerActor")
+        for process in cluster.workers("LabelerActor")[:1]
     ]
     cluster.wait("collect")
     assert_same_results(tmp_path, reference)
-    assert set(asked(tmp_path)) == set(asked(reference))
-    repeated = at.repeated(tmp_path)
+    assert set(count_calls_by_image(tmp_path)) == set(count_calls_by_image(reference))
+    repeated = kill.repeated(tmp_path)
     print(
         f"killed in collect: {', '.join(killed)}; lost: nothing; {len(repeated)} calls"
-        f" of {sum(asked(tmp_path).values())} made again"
+        f" of {sum(count_calls_by_image(tmp_path).values())} made again"
     )
     assert "CloudActor" in killed
 
@@ -126,21 +134,19 @@ def test_workers_killed_in_collect(
 def test_a_worker_killed_after_every_saved_state(
     cluster: Cluster, reference: Path, tmp_path: Path
 ) -> None:
-    root, killed = up_to("propagate", reference, tmp_path), list[str]()
-    submit(cluster, "epochs", root)
+    root = _copy_steps_before("propagate", reference, tmp_path)
+    killed: list[str] = []
+    _submit_run(cluster, "epochs", root)
     for step in ("propagate", "distill"):
         last = 0
-        while not finished(root, step):
-            until(
-                lambda step=step, last=last: (
-                    saved(root, step) > last or finished(root, step)
-                ),
-                f"a state of {step}",
-            )  # type: ignore[misc]
-            last = max(last, saved(root, step))
-            if not finished(root, step):
+        while not _is_finished(root, step):
+            wait_until(
+                partial(_has_saved_or_finished, root, step, last), f"a state of {step}"
+            )
+            last = max(last, _last_saved_step(root, step))
+            if not _is_finished(root, step):
                 killed += [
-                    kill(process, f"{step} at step {last}")
+                    _kill(process, f"{step} at step {last}")
                     for process in cluster.workers("RayTrainWorker")
                 ]
     cluster.wait("epochs")
@@ -152,9 +158,9 @@ def test_a_worker_killed_after_every_saved_state(
 def test_a_worker_that_hangs_is_replaced(
     cluster: Cluster, reference: Path, tmp_path: Path
 ) -> None:
-    root = up_to("distill", reference, tmp_path)
-    submit(cluster, "hang", root)
-    until(lambda: saved(root, "distill") > 0, "a state of distill")
+    root = _copy_steps_before("distill", reference, tmp_path)
+    _submit_run(cluster, "hang", root)
+    wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
     (worker,) = cluster.workers("RayTrainWorker")
     os.kill(worker.pid, signal.SIGSTOP)
     cluster.wait("hang")
@@ -165,9 +171,9 @@ def test_a_worker_that_hangs_is_replaced(
 def test_a_node_removed_and_another_added(
     cluster: Cluster, reference: Path, tmp_path: Path
 ) -> None:
-    root = up_to("distill", reference, tmp_path)
-    submit(cluster, "node", root)
-    until(lambda: saved(root, "distill") > 0, "a state of distill")
+    root = _copy_steps_before("distill", reference, tmp_path)
+    _submit_run(cluster, "node", root)
+    wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
     kill_node(cluster.nodes.pop())
     cluster.add(2)
     cluster.wait("node")
@@ -176,15 +182,15 @@ def test_a_node_removed_and_another_added(
 
 
 def test_the_head_restarted(cluster: Cluster, reference: Path, tmp_path: Path) -> None:
-    root = up_to("distill", reference, tmp_path)
-    submit(cluster, "before", root)
-    until(lambda: saved(root, "distill") > 0, "a state of distill")
+    root = _copy_steps_before("distill", reference, tmp_path)
+    _submit_run(cluster, "before", root)
+    wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
     for node in [*cluster.nodes, cluster.head]:
         kill_node(node)
     cluster.nodes.clear()
     cluster.start_head()
     cluster.add(2)
-    submit(cluster, "after", root)
+    _submit_run(cluster, "after", root)
     cluster.wait("after")
     assert_same_results(root, reference)
     print(
@@ -194,15 +200,15 @@ def test_the_head_restarted(cluster: Cluster, reference: Path, tmp_path: Path) -
 
 
 def test_an_object_store_that_is_full(reference: Path, tmp_path: Path) -> None:
-    """Ray puts what has no room there on the disk. Its node has one CPU, too: nothing
-    may hold it that waits for another."""
+    """Ray spills objects that do not fit to disk. The node has one CPU, which no task may
+    hold while it waits for another task."""
     flag, program, root = tmp_path / "full", tmp_path / "holder.py", tmp_path / "run"
     program.write_text(HOLDER.replace("FLAG", repr(str(flag))))
-    with cluster_of() as small:
+    with start_cluster() as small:
         small.add(1, f"--object-store-memory={STORE}", '--resources={"store": 1}')
         small.submit("holder", ["python", str(program)])
-        until(flag.exists, "a full object store")
-        submit(small, "full", root)
+        wait_until(flag.exists, "a full object store")
+        _submit_run(small, "full", root)
         small.wait("full")
         assert small.status("holder") == "RUNNING", "the store was full all the time"
     assert_same_results(root, reference)
@@ -215,36 +221,27 @@ def test_an_object_store_that_is_full(reference: Path, tmp_path: Path) -> None:
 def test_fewer_workers_go_on_when_a_node_is_gone(
     reference: Path, tmp_path: Path
 ) -> None:
-    """Between one and two workers; another number of them rounds otherwise, so only the
-    losses are compared."""
-    root = up_to("distill", reference, tmp_path)
-    entry = [
-        "python",
-        "pipelines/full.py",
-        "demo",
-        "--root",
-        str(root),
-        *SMALL,
-        *EVERY,
-        "--distill.fit.max-workers",
-        "2",
-    ]
-    with cluster_of(1, 1) as elastic:
+    """Train with two workers, then one. Another number of workers rounds otherwise, so only
+    the losses are compared."""
+    root = _copy_steps_before("distill", reference, tmp_path)
+    program = ["python", "pipelines/full.py", "demo", "--root", str(root)]
+    entrypoint = [*program, *SMALL, *EVERY, "--distill.fit.max-workers", "2"]
+    with start_cluster(1, 1) as elastic:
         # Ray sees late that the node is gone
         elastic.submit(
-            "elastic", entry, {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
+            "elastic", entrypoint, {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
         )
-        until(lambda: saved(root, "distill") > 0, "a state of distill")
+        wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
         kill_node(elastic.nodes.pop())
         log = elastic.wait("elastic")
     assert "worker group of size 2" in log
     assert "worker group of size 1" in log
-    ours, theirs = (
-        json.loads(next(r.glob("steps/distill-*/curve.json")).read_text())
-        for r in (root, reference)
+    losses, reference_losses = (
+        json.loads(next(folder.glob("steps/distill-*/curve.json")).read_text())
+        for folder in (root, reference)
     )
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-3, abs=1e-3)
-    assert ours[-1] == pytest.approx(theirs[-1], rel=0.2, abs=0.05)
+    assert losses[0] == pytest.approx(reference_losses[0], rel=1e-3, abs=1e-3)
+    assert losses[-1] == pytest.approx(reference_losses[-1], rel=0.2, abs=0.05)
     print(
         "killed: one node of two, and its worker; lost: nothing, the other one went on"
     )

@@ -1,5 +1,5 @@
-"""A disk that fills up in the middle of a run: a clear end, and the same command goes
-on when there is room."""
+"""Check that a run whose disk fills up ends with a clear message, and that the same
+command resumes it when there is space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import REPOSITORY, environment
+from clusters import REPOSITORY, quiet_environment
 from small_runs import SMALL, assert_same_results
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
@@ -17,35 +17,22 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own; needs root."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
-    )
-    if made.returncode:
+    """A file system of 1 MB, mounted for the test; needs root."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount_point)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a small file system here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
-def run(root: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "pipelines/full.py",
-        "demo",
-        "--root",
-        str(root),
-        *SMALL,
-        "--tracking.no-enabled",
-    ]
-    variables = environment() | {"OMP_NUM_THREADS": "1"}
+def _run_demo(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "pipelines/full.py", "demo", "--root", str(root)]
     return subprocess.run(
-        command,
+        [*command, *SMALL, "--tracking.no-enabled"],
         cwd=REPOSITORY,
-        env=variables,
+        env=quiet_environment() | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=3000,
@@ -57,19 +44,19 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     disk: Path, tmp_path: Path
 ) -> None:
     reference = tmp_path / "reference"
-    assert run(reference).returncode == 0
+    assert _run_demo(reference).returncode == 0
     stops = []
     for size in (1, 4, 8, 12, 16, 500):
         subprocess.run(["mount", "-o", f"remount,size={size}m", str(disk)], check=True)
-        done = run(disk / "root")
-        if done.returncode == 0:
+        completed = _run_demo(disk / "root")
+        if completed.returncode == 0:
             break
-        assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-3000:]
-        assert "no space left on the device" in done.stderr
-        stops.append(
-            f"{size} MB:"
-            f" {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else 'at the start'}"
+        assert completed.returncode == 3, (
+            completed.stdout[-2000:] + completed.stderr[-3000:]
         )
+        assert "no space left on the device" in completed.stderr
+        lines = completed.stdout.strip().splitlines() or ["at the start"]
+        stops.append(f"{size} MB: {lines[-1]}")
     assert stops
     assert_same_results(disk / "root", reference)
     print(f"disk full {len(stops)} times ({'; '.join(stops)}); lost: nothing")
