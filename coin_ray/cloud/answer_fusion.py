@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coin_ray.cloud.label_map import ASSUMED_PRECISION, Prior
-from coin_ray.cloud.protocol import RawDetections, ScoreKind
+from coin_ray.cloud.protocol import NO_COUNTS, RawDetections, ScoreKind
 
 WEIGHT_MIN = 1e-9
 """Weight of a box with score 0, so that a cluster of such boxes has a mean."""
@@ -54,6 +54,7 @@ def fuse_answers(
         fused_scores[best_first],
         _worst_score_kind(answers),
         tuple(name for a in answers for name in a.unmapped),
+        sum((a.counts for a in answers), NO_COUNTS),
     )
 
 

@@ -37,6 +37,12 @@ class Call:
     attempts: int = 0
     calls: int = 0
     latency_ms: float = 0.0
+    stops_before: int = 0
+    """How many errors had stopped the run when this call began (``FirstCall``)."""
+    refused_fields: frozenset[str] = frozenset()
+    """Fields that the service has refused and that its request was encoded without."""
+    last_error: str = ""
+    """What the service said when an attempt or a poll failed."""
 
     @property
     def frame(self) -> Frame:
@@ -58,6 +64,8 @@ class Call:
     def deadline_message(self, deadline: float) -> str:
         """Return the message for a call that had no answer in ``deadline`` seconds."""
         text = f"no answer within cloud.deadline={deadline:g} s in {self.attempts} attempts"
+        if self.last_error:
+            text += f"; the last failed: {self.last_error}"
         if self.task is None:
             return text
         return (

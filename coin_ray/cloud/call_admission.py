@@ -5,11 +5,11 @@ for, and the errors of a service that can't be called.
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 from coin_ray.cloud.call import Call
 from coin_ray.cloud.governor import AsyncGovernor, Grant
 from coin_ray.cloud.http.connections import Connections, NotConnected
-from coin_ray.cloud.protocol import RETRY_AFTER_MAX
 from coin_ray.cloud.timing import BACKOFF_BASE, Timing
 from coin_ray.config import Cloud
 from coin_ray.errors import (
@@ -37,6 +37,8 @@ class CallAdmission:
         self._timing = timing
         self.quota_message = ""
         """What the service said when it refused a call for its quota."""
+        self.last_error = ""
+        """What the service said when a call last failed."""
 
     async def acquire_lease(self, call: Call, failure: CloudError | None = None) -> int:
         """Return a lease once its wait is over; ``failure``: the error after which this
@@ -71,9 +73,10 @@ class CallAdmission:
 
     def _raise_refusal(self, grant: Grant, failure: CloudError | None) -> None:
         if grant.refusal == "budget":
+            last = f"; the last call failed: {failure}" if failure is not None else ""
             raise BudgetExhausted(
-                f"{grant.reason}; raise the limit and run again, answers so far are"
-                " kept"
+                f"{grant.reason}; raise the limit and run again, answers that could be"
+                f" read are kept{last}"
             )
         if grant.refusal == "unreachable":
             raise self.unreachable(grant.reason)
@@ -91,9 +94,31 @@ class CallAdmission:
         """
         if not isinstance(error, Throttled) or error.retry_after is None:
             return None
-        seconds = min(max(error.retry_after, 0.0), RETRY_AFTER_MAX)
+        seconds = max(error.retry_after, 0.0)
         await self.governor.pause(seconds)
         return seconds + self._timing.uniform(0, BACKOFF_BASE)
+
+    def raise_if_wait_is_too_long(self, error: CloudError) -> None:
+        """Raise ``QuotaExhausted``, with the time to come back, if the service asks to
+        wait longer than an image may take: no image could be answered before that.
+        """
+        if not isinstance(error, Throttled) or error.retry_after is None:
+            return
+        if error.retry_after <= self._config.deadline:
+            return
+        try:
+            moment = self._timing.wall_clock() + error.retry_after
+            resume = datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        except (ValueError, OverflowError, OSError):
+            resume = "a date beyond the calendar"
+        message = (
+            f"the service asks to wait {error.retry_after:g} s, until {resume}, longer"
+            f" than cloud.deadline={self._config.deadline:g} s: run the same command"
+            " again then, answers so far are kept, or raise cloud.deadline to wait; it"
+            f" said: {error}"
+        )
+        self.quota_message = message
+        raise QuotaExhausted(message)
 
     def final_error(self, error: CloudError) -> CloudError:
         """Return the error to raise when ``error`` is not retried any more: a service
@@ -104,8 +129,10 @@ class CallAdmission:
         return error
 
     def unreachable(self, reason: str = "") -> CloudUnreachable:
-        """Return the error for a service that can't be reached."""
-        detail = f" ({reason})" if reason else ""
+        """Return the error for a service that can't be reached, with what it said last."""
+        said = f"it last said: {self.last_error}" if self.last_error else ""
+        details = "; ".join(text for text in (reason, said) if text)
+        detail = f" ({details})" if details else ""
         return CloudUnreachable(
             f"the detection API at {self._connections.host} can't be reached{detail}."
             " Check cloud.url, that the service runs, and proxies and certificates; then"

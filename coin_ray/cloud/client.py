@@ -53,6 +53,7 @@ from coin_ray.errors import (
     CloudUnreachable,
     ImageRejected,
     QuotaExhausted,
+    UnusableBoxes,
 )
 
 HEALTH_ATTEMPTS = 3
@@ -196,12 +197,14 @@ class CloudClient:
         Without ``wait_for_breaker`` a service whose breaker is open counts as
         unreachable.
         """
+        stops_before = len(self._engine.first_call.stop_errors)
         try:
             call = await asyncio.to_thread(
                 self._replies.start_call, image, wait_for_breaker
             )
         except ImageRejected as error:
             return Answer("error", None, error=_describe_error(error))
+        call.stops_before = stops_before
         lock = self._locks.setdefault(call.key, asyncio.Lock())
         async with lock:
             return await self._answer_call(call)
@@ -212,7 +215,7 @@ class CloudClient:
             raw = await asyncio.to_thread(
                 lambda: self._replies.find_recorded(self._replies.start_call(image))
             )
-        except ImageRejected:
+        except (ImageRejected, UnusableBoxes):
             return None
         return None if raw is None else Answer("cached", raw)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from email.utils import parsedate_to_datetime
 from typing import Literal, Protocol
 
@@ -27,7 +27,6 @@ from coin_ray.errors import (
     Transient,
 )
 
-RETRY_AFTER_MAX = 120.0
 ScoreKind = Literal["per_class", "label", "self_reported", "none"]
 """``per_class``: each class was scored; ``label``: one score for the box's one label;
 ``self_reported``: a number that a language model wrote; ``none``: the service gives no
@@ -83,6 +82,8 @@ class Query:
     score_min: float
     labels: LabelMap | None = None
     """None: the service answers in the names of the classes."""
+    refused_fields: frozenset[str] = frozenset()
+    """Optional fields of a request that the service has refused: they are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +124,73 @@ class Frame:
     mirrored: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class BoxCounts:
+    """Counts of boxes in answers that are not used as the service wrote them."""
+
+    swapped: int = 0
+    """Used, but their corners were the other way round."""
+    thin: int = 0
+    """Dropped: less than one pixel is left in the image."""
+    outside: int = 0
+    """Dropped: nothing of them lies in the image."""
+    surplus: int = 0
+    """Dropped: an answer may have so many boxes, the best ones are kept."""
+    unmapped: int = 0
+    """Dropped: their name is no class, and the label map lacks it."""
+    ignored: int = 0
+    """Dropped: the label map ignores their name."""
+
+    def __add__(self, other: BoxCounts) -> BoxCounts:
+        totals = {
+            f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)
+        }
+        return BoxCounts(**totals)
+
+    @property
+    def dropped(self) -> int:
+        """Return how many boxes were dropped for a reason that the label map does not
+        give.
+        """
+        return self.thin + self.outside + self.surplus + self.unmapped
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts that are not 0, by name."""
+        return {name: count for name, count in asdict(self).items() if count}
+
+    def describe(self) -> str:
+        """Return the counts that are not 0 in words; empty if there are none."""
+        return ", ".join(
+            f"{count} {COUNT_WORDS[name]}" for name, count in self.as_dict().items()
+        )
+
+
+COUNT_WORDS: Mapping[str, str] = {
+    "swapped": "with corners the other way round (put right)",
+    "thin": "thinner than a pixel (dropped)",
+    "outside": "outside the image (dropped)",
+    "surplus": "beyond the limit for one image (dropped)",
+    "unmapped": "of other names (dropped)",
+    "ignored": "of names that the label map ignores (dropped)",
+}
+NO_COUNTS = BoxCounts()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RawDetections:
     """The service's detections in one image, best first.
 
     boxes [N, 4] float32 xyxy pixels of the upright original, clipped to it;
     class_scores [N, K] float32, independent scores in 0..1. ``unmapped``: names of
-    further boxes that are none of the classes.
+    further boxes that are none of the classes. ``counts``: boxes of the answer that are
+    missing here or were put right.
     """
 
     boxes: NDArray[np.float32]
     class_scores: NDArray[np.float32]
     score_kind: ScoreKind
     unmapped: tuple[str, ...] = ()
+    counts: BoxCounts = NO_COUNTS
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -164,6 +219,16 @@ class Adapter(Protocol):
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
         """Return the error that any other status stands for."""
+
+
+class FieldRefused(BadRequest):
+    """The service refuses a request for one optional field, which can be left out.
+    ``field``: its name.
+    """
+
+    def __init__(self, message: str, field_name: str) -> None:
+        super().__init__(message)
+        self.field = field_name
 
 
 ERRORS_BY_STATUS: dict[int, type[CloudError]] = {
@@ -207,7 +272,7 @@ def error_for_status(
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a Retry-After header asks to wait, 0..120, or None
+    """Return the seconds that a Retry-After header asks to wait, at least 0, or None
     without a usable one. Dates count from the service's own clock.
     """
     header = headers.get("retry-after", "").strip()
@@ -217,7 +282,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = _seconds_until(header, headers.get("date", ""))
     if not math.isfinite(seconds):
         return None
-    return min(max(seconds, 0.0), RETRY_AFTER_MAX)
+    return max(seconds, 0.0)
 
 
 def _seconds_until(date: str, service_date: str) -> float:

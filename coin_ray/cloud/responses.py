@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 from coin_ray.cloud.call import Call, TaskLost
 from coin_ray.cloud.http.connections import Reply
@@ -29,6 +30,7 @@ from coin_ray.errors import (
     ImageRejected,
     ProtocolError,
     Throttled,
+    UnusableBoxes,
 )
 
 
@@ -80,12 +82,25 @@ class ReplyJournal:
         return Call(key, sent, self._config.deadline, wait_for_breaker)
 
     def encode_request(self, call: Call) -> PreparedRequest:
-        """Return the request for the image."""
-        return self._adapter.encode(call.image, self._query)
+        """Return the request for the image, without the fields that were refused."""
+        query = self._query
+        call.refused_fields = query.refused_fields
+        return self._adapter.encode(call.image, query)
+
+    @property
+    def refused_fields(self) -> frozenset[str]:
+        """Return the fields that the service has refused in this run."""
+        return self._query.refused_fields
+
+    def leave_out_field(self, field_name: str) -> None:
+        """Leave a field that the service refuses out of all further requests."""
+        refused_fields = self._query.refused_fields | {field_name}
+        self._query = replace(self._query, refused_fields=refused_fields)
 
     def find_recorded(self, call: Call) -> RawDetections | None:
         """Return the answer in the journal. A task there that has no answer yet is
-        noted in ``call``.
+        noted in ``call``. Raises ``UnusableBoxes`` for an answer that is not asked for
+        again, as it would be the same.
         """
         for key in (call.key, _task_key(call.key)):
             record = self._journal.get(key)
@@ -94,6 +109,8 @@ class ReplyJournal:
             headers = {"content-type": record.content_type}
             try:
                 decoded = self._decode(call, key, record.body, headers)
+            except UnusableBoxes:
+                raise
             except CloudError:
                 continue
             if not isinstance(decoded, Pending):
@@ -131,6 +148,9 @@ class ReplyJournal:
             decoded = self._adapter.decode(
                 reply.headers, reply.body, self._query, call.frame
             )
+        except UnusableBoxes:
+            self._journal.put(call.key, self._record(call, reply))
+            raise
         except ProtocolError as error:
             self._journal.quarantine(call.key, reply.body, str(error))
             raise
@@ -170,7 +190,8 @@ class ReplyJournal:
         self, call: Call, key: str, body: bytes, headers: Mapping[str, str]
     ) -> RawDetections | Pending:
         """Decode a 2xx body in the journal; an error in it is quarantined, so that it
-        is never read as an answer again.
+        is never read as an answer again. A whole answer with unusable boxes stays: it can
+        be read by another label map.
         """
         try:
             decoded = self._adapter.decode(headers, body, self._query, call.frame)
@@ -180,6 +201,8 @@ class ReplyJournal:
                     may_have_billed=True,
                 )
             return decoded
+        except UnusableBoxes:
+            raise
         except CloudError as error:
             self._journal.quarantine(key, body, str(error))
             raise

@@ -5,15 +5,23 @@ the retries of all workers run out.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from coin_ray.cloud.call import Call
+from coin_ray.cloud.first_call import FirstCall
 from coin_ray.cloud.governor import Outcome
 from coin_ray.cloud.journal.base import Journal
-from coin_ray.cloud.protocol import Pending, PreparedRequest, RawDetections
+from coin_ray.cloud.protocol import (
+    FieldRefused,
+    Pending,
+    PreparedRequest,
+    RawDetections,
+)
 from coin_ray.cloud.session import ServiceSession
 from coin_ray.cloud.task_polling import TaskPoller, limit_poll_wait, may_retry
 from coin_ray.errors import (
+    BadRequest,
     CloudError,
     DeadlineExceeded,
     ProtocolError,
@@ -21,6 +29,8 @@ from coin_ray.errors import (
     Throttled,
     Transient,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class RetryEngine:
@@ -42,6 +52,7 @@ class RetryEngine:
         self._poller = poller
         self._journal = journal
         self._account = account
+        self.first_call = FirstCall()
 
     async def send_until_answered(
         self, call: Call, request: PreparedRequest
@@ -50,10 +61,22 @@ class RetryEngine:
         which begins with the first lease: with many images, waiting for that is
         queueing.
         """
-        lease = await self._admission.acquire_lease(call)
-        return await asyncio.wait_for(
-            self._retry(call, request, lease), call.seconds_left
-        )
+        async with self.first_call.turn(call.stops_before):
+            request = await self._without_refused_fields(call, request)
+            lease = await self._admission.acquire_lease(call)
+            return await asyncio.wait_for(
+                self._retry(call, request, lease), call.seconds_left
+            )
+
+    async def _without_refused_fields(
+        self, call: Call, request: PreparedRequest
+    ) -> PreparedRequest:
+        """Return the request without the fields that the service has refused since it was
+        encoded.
+        """
+        if call.refused_fields == self._replies.refused_fields:
+            return request
+        return await asyncio.to_thread(self._replies.encode_request, call)
 
     async def _retry(
         self, call: Call, request: PreparedRequest, lease: int
@@ -63,7 +86,16 @@ class RetryEngine:
         while True:
             try:
                 return await self._attempt(call, request, lease)
+            except FieldRefused as error:
+                if error.field in call.refused_fields:
+                    raise BadRequest(str(error)) from None
+                self._leave_out_field(error)
+                request = await asyncio.to_thread(self._replies.encode_request, call)
+                call.attempts -= 1
+                failure: CloudError | None = None
             except CloudError as error:
+                call.last_error = self._admission.last_error = str(error)
+                self._admission.raise_if_wait_is_too_long(error)
                 malformed += isinstance(error, ProtocolError)
                 if call.task is not None or not may_retry(error, malformed):
                     raise
@@ -72,6 +104,19 @@ class RetryEngine:
                 await self._back_off(error, call)
                 failure = error
             lease = await self._admission.acquire_lease(call, failure)
+
+    def _leave_out_field(self, error: FieldRefused) -> None:
+        """Leave out the field that the service refused, in this run's further requests
+        too.
+        """
+        if error.field not in self._replies.refused_fields:
+            self._replies.leave_out_field(error.field)
+            logger.warning(
+                "the service refuses the field %r of a request, it is left out from now"
+                " on: %s",
+                error.field,
+                error,
+            )
 
     async def _back_off(self, error: CloudError, call: Call) -> None:
         """Wait a random time, or as long as the service asked all workers to wait."""
@@ -104,6 +149,7 @@ class RetryEngine:
         try:
             await self._note_attempt(call)
             reply = await self._exchange(call, request, lease)
+            self.first_call.mark_answered()
             if isinstance(reply, Pending):
                 wait = limit_poll_wait(reply.seconds)
                 detections = await self._poller.poll_until_done(call, wait)
@@ -114,6 +160,8 @@ class RetryEngine:
         except CloudError as error:
             billed = error.may_have_billed or reply is not None
             outcome = _call_outcome(error)
+            if outcome == "answered" and not error.stops_run:
+                self.first_call.mark_answered()
             if isinstance(error, QuotaExhausted):
                 # before the lease goes to an image that waits for it
                 self._admission.quota_message = str(error)

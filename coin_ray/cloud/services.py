@@ -93,13 +93,13 @@ def _openai_vlm(cloud: Cloud) -> Adapter:
         )
     from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
 
-    return OpenAiVlmAdapter(cloud.coordinates)
+    return OpenAiVlmAdapter(cloud.coordinates, cloud.max_tokens)
 
 
-def _gemini(_: Cloud) -> Adapter:
+def _gemini(cloud: Cloud) -> Adapter:
     from coin_ray.cloud.adapters.gemini import GeminiAdapter
 
-    return GeminiAdapter()
+    return GeminiAdapter(cloud.max_tokens)
 
 
 SERVICES: dict[str, ServiceSpec] = {

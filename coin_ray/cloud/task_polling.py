@@ -12,7 +12,13 @@ from dataclasses import replace
 from coin_ray.cloud.call import Call, TaskLost
 from coin_ray.cloud.protocol import Pending, RawDetections
 from coin_ray.cloud.session import ServiceSession
-from coin_ray.errors import BadRequest, CloudError, DeadlineExceeded, ProtocolError
+from coin_ray.errors import (
+    BadRequest,
+    CloudError,
+    DeadlineExceeded,
+    ProtocolError,
+    UnusableBoxes,
+)
 
 POLL_MIN, POLL_CAP, POLL_GROWTH = 0.25, 10.0, 1.5
 """Least and longest seconds between polls, and the factor by which they grow."""
@@ -73,6 +79,8 @@ class TaskPoller:
             try:
                 reply = await self._poll(call)
             except CloudError as error:
+                call.last_error = self._admission.last_error = str(error)
+                self._admission.raise_if_wait_is_too_long(error)
                 failures += 1
                 malformed += isinstance(error, ProtocolError)
                 if call.task is None or not may_retry(error, malformed):
@@ -115,6 +123,8 @@ def limit_poll_wait(seconds: float) -> float:
 
 def may_retry(error: CloudError, malformed: int) -> bool:
     """Return whether to repeat a call; ``malformed``: how many of its replies could not
-    be read, of which only the first is repeated.
+    be read, of which only the first is repeated. A whole one would be the same.
     """
+    if isinstance(error, UnusableBoxes):
+        return False
     return error.retryable or (isinstance(error, ProtocolError) and malformed == 1)

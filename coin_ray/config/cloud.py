@@ -25,6 +25,9 @@ ServiceName = Literal[
     "gemini",
 ]
 
+LANGUAGE_MODELS = ("openai-vlm", "gemini")
+"""Services that answer with a text."""
+
 
 @dataclass(frozen=True)
 class Cloud:
@@ -64,6 +67,9 @@ class Cloud:
     coordinates: Literal["unknown", "xyxy_1000", "yxyx_1000", "xyxy_pixels"] = "unknown"
     """openai-vlm: how the model writes boxes. Models with the same API differ, so this
     setting is required."""
+    max_tokens: int | None = runtime_only(None)
+    """openai-vlm, gemini: tokens that an answer may have. None: the service's default,
+    which may be too few for many boxes."""
     label_map: str | None = None
     """YAML file that maps the service's names to the classes, for services with names
     of their own (docs/label-maps.md)."""
@@ -123,6 +129,13 @@ class Cloud:
                 limit is None or limit > 0,
                 f"cloud.{setting} must be positive, or left out; got {limit}",
             )
+        is_language_model = self.service in LANGUAGE_MODELS
+        require(
+            self.max_tokens is None or (self.max_tokens > 0 and is_language_model),
+            "cloud.max_tokens must be positive, or left out, and only"
+            f" {' and '.join(LANGUAGE_MODELS)} have it; got {self.max_tokens} for"
+            f" cloud.service {self.service}",
+        )
         require(
             self.attempts >= 1,
             f"cloud.attempts must be at least 1; got {self.attempts}",

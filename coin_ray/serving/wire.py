@@ -24,6 +24,7 @@ CLASSES_MAX = 4096
 CLASS_NAME_MAX = 1000
 REASON_MAX = 300
 REASONS_MAX = 3
+FROM_URL_ALPHABET = str.maketrans("-_", "+/")
 PROBLEM_JSON = "application/problem+json"
 NOT_REFERENCE_FORMAT = "the request is not in the reference format"
 
@@ -170,9 +171,9 @@ def parse_request(body: bytes, key: str, pixels_max: int) -> ParsedRequest:
         detail = "the scores of both could not be told apart"
         raise HttpProblem(400, "a class name is given twice", detail)
     try:
-        image_bytes = base64.b64decode(call.image.b64, validate=True)
+        image_bytes = decode_base64(call.image.b64)
         width, height = stored_size(image_bytes)
-    except (binascii.Error, ValueError, InputError) as error:
+    except (ValueError, InputError) as error:
         raise unusable_image(error) from None
     if width * height > pixels_max:
         raise HttpProblem(
@@ -189,6 +190,28 @@ def parse_request(body: bytes, key: str, pixels_max: int) -> ParsedRequest:
         call.threshold,
         key,
     )
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 as people send it: also in lines, as a ``data:`` URL, or in the
+    alphabet for URLs. Raises ``InputError`` naming what does not belong there.
+    """
+    header, comma, data = text.partition(",")
+    if header.lstrip()[:5].lower() == "data:" and comma:
+        if not header.rstrip().lower().endswith(";base64"):
+            raise InputError(
+                "image.b64 is a data: URL without ;base64, expected base64 of an image"
+                " file"
+            )
+        text = data
+    compact = "".join(text.split()).translate(FROM_URL_ALPHABET)
+    try:
+        return base64.b64decode(compact, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(
+            "image.b64 is not base64 of an image file: expected A-Z a-z 0-9 + / and = at"
+            f" the end, blanks and line breaks are allowed ({error})"
+        ) from None
 
 
 def unusable_image(error: Exception) -> HttpProblem:
@@ -233,7 +256,7 @@ def image_id_of_request(body: bytes) -> str:
     """Return the sha256 of the image in a request, or an empty string."""
     try:
         encoded = DetectRequest.model_validate_json(body).image.b64
-        return hashlib.sha256(base64.b64decode(encoded)).hexdigest()
+        return hashlib.sha256(decode_base64(encoded)).hexdigest()
     except ValueError:
         return ""
 

@@ -479,7 +479,7 @@ HINTS: list[tuple[dict[str, str], float | None]] = [
     ({}, None),
     ({"retry-after": "0"}, 0),
     ({"retry-after": "-5"}, 0),
-    ({"retry-after": "99999"}, 120),
+    ({"retry-after": "99999"}, 99_999),
     ({"retry-after": "abc"}, None),
 ]
 

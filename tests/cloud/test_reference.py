@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.label_map import LabelMap
-from coin_ray.cloud.protocol import Frame, Query, RawDetections, retry_after
+from coin_ray.cloud.protocol import (
+    BoxCounts,
+    Frame,
+    Query,
+    RawDetections,
+    retry_after,
+)
 from coin_ray.errors import (
     AuthError,
     BadRequest,
@@ -93,14 +99,15 @@ def test_proved_empty() -> None:
 def test_boxes_in_the_original_frame() -> None:
     raw = _decode(
         response_json(
-            detection_json(box=(-5, 0, 30, 1e9)),
+            detection_json(box=(-5, 0, 30, 45), score=0.9),
             detection_json(box=(10, 10, 10.05, 20)),
             detection_json(box=(9, 9, 3, 3)),
+            detection_json(box=(61, 9, 65, 12)),
         ),
-        Frame((60, 40), (601, 397)),
+        Frame((60, 40), (600, 400)),
     )
-    assert len(raw) == 1
-    assert np.allclose(raw.boxes, [[0, 0, 300.5, 397]])
+    assert np.allclose(raw.boxes, [[0, 0, 300, 400], [30, 30, 90, 90]])
+    assert raw.counts == BoxCounts(swapped=1, thin=1, outside=1)
 
 
 OWN_NAMES = LabelMap(
@@ -302,7 +309,7 @@ HINTS = [
     ({"retry-after": "1.5"}, 1.5),
     ({"retry-after": "0"}, 0),
     ({"retry-after": "-5"}, 0),
-    ({"retry-after": "99999"}, 120),
+    ({"retry-after": "99999"}, 99_999),
     ({"retry-after": "abc"}, None),
     ({"retry-after": "nan"}, None),
     ({"retry-after": "Wed, 99 Oct"}, None),

@@ -205,11 +205,13 @@ def test_calls_under_way_while_the_clock_is_corrected(
 ) -> None:
     calls, old_dates = 8, 0
     harness = build_harness(
-        adapter=_aws_adapter(), wall_clock=lambda: THEN, in_flight=calls
+        ok_response(), adapter=_aws_adapter(), wall_clock=lambda: THEN, in_flight=calls
     )
 
     async def run() -> list[Any]:
         all_sent = asyncio.Event()
+        # the first call goes alone
+        await harness.client.answer(solid_image(calls))
 
         async def serve(request: httpx.Request) -> httpx.Response:
             nonlocal old_dates

@@ -28,7 +28,6 @@ from coin_ray.cloud.adapters.parsing import (
     sanitize_text,
 )
 from coin_ray.cloud.protocol import (
-    RETRY_AFTER_MAX,
     Auth,
     Capabilities,
     Frame,
@@ -128,5 +127,5 @@ def _retry_seconds(headers: Mapping[str, str], detail: str) -> float | None:
     seconds = retry_after(headers)
     hint = WAIT.search(detail)
     if seconds is None and hint:
-        return min(float(hint[1]), RETRY_AFTER_MAX)
+        return float(hint[1])
     return seconds

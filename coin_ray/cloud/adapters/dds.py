@@ -119,7 +119,9 @@ class DdsAdapter:
             expect_text(task["status"], "data.status") if "status" in task else None
         )
         if status == "success":
-            return map_detections(_parse_boxes(task), "xyxy", query, frame, "label")
+            return map_detections(
+                _parse_boxes(task), "xyxy", query, frame, "label", expects_names=True
+            )
         if status == "failed":
             _raise_task_failed(sanitize_text(task.get("error")))
         if status not in ("waiting", "running", None):

@@ -30,6 +30,7 @@ from coin_ray.cloud.adapters.prompts import YXYX_1000
 from coin_ray.cloud.protocol import (
     Auth,
     Capabilities,
+    FieldRefused,
     Frame,
     PreparedRequest,
     Query,
@@ -76,12 +77,22 @@ USED_UP = re.compile(r"credits? (is|are) depleted", re.IGNORECASE)
 BAD_KEY = re.compile(
     r"api key (not valid|not found|expired)|API_KEY_INVALID", re.IGNORECASE
 )
+OPTIONAL_FIELDS = {
+    "thinkingConfig": re.compile(
+        r"thinking[ _]?(config|level|budget)|thinking is not", re.I
+    ),
+    "temperature": re.compile(r"\btemperature\b", re.I),
+}
+"""Fields of a request that a generation of models may refuse, and the words of it."""
 BAD_IMAGE = re.compile(r"\bimages?\b|payload size", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class GeminiAdapter:
     """Gemini behind Google's Generative Language API."""
+
+    max_tokens: int | None = None
+    """Tokens that an answer may have, thoughts included; None: the service's default."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -111,6 +122,10 @@ class GeminiAdapter:
             "responseSchema": SCHEMA,
             **_sampling_settings(model),
         }
+        if self.max_tokens is not None:
+            generation_config["maxOutputTokens"] = self.max_tokens
+        for refused_field in query.refused_fields:
+            generation_config.pop(refused_field, None)
         body = {
             "contents": [{"role": "user", "parts": parts}],
             "generationConfig": generation_config,
@@ -136,7 +151,9 @@ class GeminiAdapter:
         if reason in BLOCKED_REASONS:
             raise _refusal_error(reason, "finishReason")
         if reason != "STOP":
-            hint = ": cut off" if reason == "MAX_TOKENS" else ""
+            hint = ""
+            if reason == "MAX_TOKENS":
+                hint = ": cut off; raise cloud.max_tokens, or ask for fewer classes"
             raise_malformed(
                 f"finishReason is {sanitize_text(reason)[:60]!r}, not STOP{hint}"
             )
@@ -164,6 +181,10 @@ class GeminiAdapter:
         reasons = sanitize_text(text, *(detail.get("reason") for detail in details))
         if status == 400 and BAD_KEY.search(reasons):
             return AuthError(message)
+        if status == 400:
+            for field, pattern in OPTIONAL_FIELDS.items():
+                if pattern.search(text):
+                    return FieldRefused(message, field)
         if status == 400 and BAD_IMAGE.search(text):
             return ImageRejected(message)
         return error_for_status(status, headers, text, delay_seconds)

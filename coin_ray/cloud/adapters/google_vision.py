@@ -30,7 +30,6 @@ from coin_ray.cloud.adapters.parsing import (
     sanitize_text,
 )
 from coin_ray.cloud.protocol import (
-    RETRY_AFTER_MAX,
     Auth,
     Capabilities,
     Frame,
@@ -182,13 +181,13 @@ def _image_error(error: JsonObject) -> CloudError:
 
 
 def parse_retry_delay(details: Any) -> float | None:
-    """Return the seconds that a google.rpc.RetryInfo in an error's details asks to wait,
-    at most 120.
+    """Return the seconds that a google.rpc.RetryInfo in an error's details asks to
+    wait.
     """
     for detail in details if isinstance(details, list) else ():
         if not isinstance(detail, dict):
             continue
         match = SECONDS.fullmatch(str(detail.get("retryDelay")))
         if match:
-            return min(float(match[1]), RETRY_AFTER_MAX)
+            return float(match[1])
     return None

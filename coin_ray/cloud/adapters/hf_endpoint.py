@@ -34,7 +34,6 @@ from coin_ray.cloud.adapters.parsing import (
 )
 from coin_ray.cloud.adapters.prompts import check_class_names
 from coin_ray.cloud.protocol import (
-    RETRY_AFTER_MAX,
     Capabilities,
     Frame,
     PreparedRequest,
@@ -88,7 +87,10 @@ class HfEndpointAdapter:
         """
         nodes = expect_list(load_json(headers, body), "the response")
         boxes = [_parse_box(node, f"element {i}") for i, node in enumerate(nodes)]
-        return _merge_equal_boxes(map_detections(boxes, "xyxy", query, frame, "label"))
+        raw = map_detections(
+            boxes, "xyxy", query, frame, "label", expects_names=True, limit=None
+        )
+        return _merge_equal_boxes(raw)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
@@ -125,12 +127,12 @@ def _merge_equal_boxes(raw: RawDetections) -> RawDetections:
     boxes, rows = np.unique(raw.boxes, axis=0, return_inverse=True)
     scores = np.zeros((len(boxes), raw.class_scores.shape[1]), np.float32)
     np.maximum.at(scores, rows.reshape(-1), raw.class_scores)
-    return sort_detections(boxes, scores, raw.score_kind, raw.unmapped)
+    return sort_detections(boxes, scores, raw.score_kind, raw.unmapped, raw.counts)
 
 
 def _parse_seconds(estimated_time: Any) -> float | None:
-    """Return how long a model that is loading asks to wait, at most 120 seconds."""
+    """Return how long a model that is loading asks to wait."""
     is_number = isinstance(estimated_time, (int, float))
     if isinstance(estimated_time, bool) or not is_number or not estimated_time >= 0:
         return None
-    return float(min(estimated_time, RETRY_AFTER_MAX))
+    return float(estimated_time)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,8 +41,8 @@ from coin_ray.cloud.adapters.prompts import (
     BoxNotation,
 )
 from coin_ray.cloud.protocol import (
-    RETRY_AFTER_MAX,
     Capabilities,
+    FieldRefused,
     Frame,
     PreparedRequest,
     Query,
@@ -85,6 +85,60 @@ NO_IMAGE_SUPPORT = re.compile(
 )
 """The model or its server takes no images at all."""
 BAD_IMAGE = re.compile(r"image|context.length|input tokens", re.IGNORECASE)
+OPTIONAL_FIELDS = ("temperature", "max_tokens", "max_completion_tokens")
+"""Fields of a request that some models refuse."""
+TOKENS_KEYS = ("max_tokens", "max_completion_tokens")
+UNSUPPORTED_CODES = ("unsupported_parameter", "unsupported_value", "unknown_parameter")
+UNSUPPORTED = re.compile(
+    r"not support|unsupported|does not accept|not (permitted|allowed|accepted)|unknown"
+    r"|unrecogni[sz]ed|unexpected|extra|deprecated|only the default|only be set|fixed"
+    r"|strictly positive|cannot be (set|specified)",
+    re.IGNORECASE,
+)
+REASON_KEYS = ("finish_reason", "native_finish_reason", "stop_reason", "done_reason")
+FINISHED_REASONS = (
+    "stop",
+    "eos",
+    "eos_token",
+    "stop_sequence",
+    "end_turn",
+    "end_of_text",
+    "end",
+    "complete",
+    "completed",
+    "finished",
+)
+CUT_OFF_REASONS = (
+    "length",
+    "max_tokens",
+    "max_length",
+    "max_output_tokens",
+    "max_new_tokens",
+    "max_completion_tokens",
+    "model_length",
+    "model_context_window_exceeded",
+    "token_limit",
+    "incomplete",
+)
+REFUSED_REASONS = (
+    "content_filter",
+    "content_filtered",
+    "refusal",
+    "safety",
+    "recitation",
+    "blocklist",
+    "prohibited_content",
+    "spii",
+    "image_safety",
+    "guardrail_intervened",
+)
+"""Values of a finish_reason, in lower case: OpenAI, Anthropic, Gemini, Mistral, Hugging
+Face, Cohere and Bedrock."""
+TEXT_PARTS, THOUGHT_PARTS = (
+    ("text", "output_text"),
+    ("thinking", "reasoning", "redacted_thinking"),
+)
+"""Values of ``type`` of a message's parts."""
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 
 
@@ -95,6 +149,8 @@ class OpenAiVlmAdapter:
     """
 
     coordinates: Coordinates
+    max_tokens: int | None = None
+    """Tokens that an answer may have; None: the server's default."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -121,9 +177,30 @@ class OpenAiVlmAdapter:
         body = {
             **({} if query.model == "default" else {"model": query.model}),
             "messages": [{"role": "user", "content": message_parts}],
-            "temperature": 0,
+            **self._optional_fields(query.refused_fields),
         }
         return PreparedRequest("/chat/completions", json.dumps(body).encode())
+
+    def _optional_fields(self, refused_fields: frozenset[str]) -> JsonObject:
+        """Return the fields that some models refuse, without those that were refused.
+        The number of tokens has an old and a new name.
+        """
+        optional_fields: JsonObject = {"temperature": 0}
+        if self.max_tokens is not None:
+            tokens_key = next(
+                (key for key in TOKENS_KEYS if key not in refused_fields), None
+            )
+            if tokens_key is None:
+                raise BadRequest(
+                    f"the service refuses {' and '.join(TOKENS_KEYS)}: leave"
+                    " cloud.max_tokens out"
+                )
+            optional_fields[tokens_key] = self.max_tokens
+        return {
+            key: setting
+            for key, setting in optional_fields.items()
+            if key not in refused_fields
+        }
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
@@ -139,8 +216,8 @@ class OpenAiVlmAdapter:
         choice = expect_object(choices[0], "choices[0]")
         self._check_no_error(choice)
         message = expect_object(choice.get("message"), "message")
-        _check_finished(choice.get("finish_reason"), message.get("refusal"))
-        text = expect_text(message.get("content"), "message.content")
+        _check_finished(choice, message.get("refusal"))
+        text = _content_text(message.get("content"))
         return BOX_NOTATIONS[self.coordinates].parse_detections(text, query, frame)
 
     def classify_error(
@@ -164,6 +241,9 @@ class OpenAiVlmAdapter:
         if status in (400, 403, 422) and UNSAFE.search(detail):
             return Refused(message)
         if status in (400, 422):
+            refused_field = find_refused_field(body, OPTIONAL_FIELDS)
+            if refused_field is not None:
+                return FieldRefused(message, refused_field)
             return _bad_request_error(message, detail)
         return error_for_status(status, headers, detail)
 
@@ -178,19 +258,77 @@ class OpenAiVlmAdapter:
         raise self.classify_error(code, {}, json.dumps({"error": error}).encode())
 
 
-def _check_finished(finish_reason: Any, refusal: Any) -> None:
+def _check_finished(choice: JsonObject, refusal: Any) -> None:
+    """Raise unless the model ended its answer by itself. Servers name the reason in words
+    of their own, gateways add the one of the server behind them.
+    """
+    reasons = [choice.get(key) for key in REASON_KEYS]
+    names = [reason.lower() for reason in reasons if isinstance(reason, str)]
     has_refusal_text = isinstance(refusal, str) and refusal
-    if finish_reason == "content_filter" or has_refusal_text:
-        text = sanitize_text(refusal) or "content_filter"
+    if has_refusal_text or any(name in REFUSED_REASONS for name in names):
+        text = sanitize_text(refusal) or sanitize_text(*reasons)
         raise Refused(f"the model refused: {text}", may_have_billed=True)
-    if finish_reason == "length":
+    cut_off = [name for name in names if name in CUT_OFF_REASONS]
+    if cut_off:
         raise_malformed(
-            "finish_reason is 'length', not stop: cut off at the server's limit of"
-            " tokens; raise it, or ask for fewer classes"
+            f"finish_reason is {cut_off[0]!r}, not stop: cut off at the server's limit of"
+            " tokens; raise it by cloud.max_tokens, or ask for fewer classes"
         )
-    if finish_reason != "stop":
-        reason = sanitize_text(finish_reason)[:60]
+    reason = sanitize_text(choice.get("finish_reason"))[:60]
+    if reason.lower() not in FINISHED_REASONS:
         raise_malformed(f"finish_reason is {reason!r}, not stop")
+
+
+def _content_text(content: Any) -> str:
+    """Return the text of a message's content: a string, or a list of parts, of which
+    those that hold the model's thoughts are left out.
+    """
+    if isinstance(content, str):
+        return content
+    texts = []
+    for number, node in enumerate(expect_list(content, "message.content")):
+        part = expect_object(node, f"content[{number}]")
+        kind = expect_text(part.get("type"), f"content[{number}].type")
+        if kind == "refusal":
+            text = sanitize_text(part.get("refusal"))
+            raise Refused(f"the model refused: {text}", may_have_billed=True)
+        if kind in TEXT_PARTS:
+            texts.append(expect_text(part.get("text"), f"content[{number}].text"))
+        elif kind not in THOUGHT_PARTS:
+            raise_malformed(f"content[{number}] is a {sanitize_text(kind)[:40]!r} part")
+    if not texts:
+        raise_malformed("message.content has no text")
+    return "".join(texts)
+
+
+def find_refused_field(body: bytes, names: Sequence[str]) -> str | None:
+    """Return which of these fields of a request an error body refuses, if any."""
+    response = error_object(body)
+    error = response.get("error", response)
+    if not isinstance(error, dict):
+        error = {"message": error}
+    if error.get("param") in names and error.get("code") in UNSUPPORTED_CODES:
+        return str(error["param"])
+    for text in _error_texts(error):
+        named = [name for name in names if re.search(rf"\b{name}\b", text)]
+        if named and UNSUPPORTED.search(text):
+            # the field that may replace it is named after it
+            return min(named, key=text.index)
+    return None
+
+
+def _error_texts(error: JsonObject) -> list[str]:
+    """Return the texts of an error: its message, or one for each of its details."""
+    texts = [sanitize_text(error.get("message"))]
+    details = error.get("detail")
+    for detail in details if isinstance(details, list) else [details]:
+        if isinstance(detail, dict):
+            location = detail.get("loc")
+            path = location if isinstance(location, list) else []
+            texts.append(sanitize_text(*path, detail.get("msg")))
+        else:
+            texts.append(sanitize_text(detail))
+    return texts
 
 
 def _error_codes_and_text(body: bytes) -> tuple[str, str]:
@@ -226,7 +364,7 @@ def _retry_seconds(headers: Mapping[str, str]) -> float | None:
         seconds = _parse_duration(headers.get(f"x-ratelimit-reset-{limit}", ""))
         if remaining == "0" and seconds is not None:
             reset_seconds.append(seconds)
-    return min(max(reset_seconds), RETRY_AFTER_MAX) if reset_seconds else None
+    return max(reset_seconds) if reset_seconds else None
 
 
 def _parse_duration(text: str) -> float | None:

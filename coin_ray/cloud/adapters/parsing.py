@@ -16,10 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coin_ray.cloud.label_map import LabelMap
-from coin_ray.cloud.protocol import Frame, Query, RawDetections, ScoreKind
-from coin_ray.errors import ProtocolError
+from coin_ray.cloud.protocol import (
+    NO_COUNTS,
+    BoxCounts,
+    Frame,
+    Query,
+    RawDetections,
+    ScoreKind,
+)
+from coin_ray.errors import ProtocolError, UnusableBoxes
 
 BOX_SIDE_MIN = 1.0
+BOXES_MAX = 1000
+"""Boxes of one answer that are used, the best ones: time and memory of what follows grow
+with their square."""
+OVERSHOOT_MAX = 0.2
+"""Boxes may reach a little beyond the image. A coordinate further out, as a share of the
+side, is in another unit."""
+RATIO_OVERSHOOT_MAX = 1.0
+"""The same for ratios, which services do not clip; percent and pixels lie far beyond."""
+PERCENT = 100.0
+NAMES_SHOWN = 5
 SCORE_TOLERANCE = 1e-4
 DETAIL_LENGTH = 200
 QUOTED_DATA = re.compile(r"[A-Za-z0-9+/=_-]{100,}")
@@ -29,6 +46,17 @@ BoxFormat = Literal[
 ]
 """Pixels of the image sent, ratios of its sides (``_ratio``), or thousandths of them
 (``_1000``)."""
+PIXELS, SHARES = "pixels of the image", "shares of the image's sides, 0 to 1"
+THOUSANDTHS = "thousandths of the image's sides, 0 to 1000"
+UNIT_NAMES: Mapping[BoxFormat, str] = {
+    "xyxy": PIXELS,
+    "xywh": PIXELS,
+    "cxcywh": PIXELS,
+    "ltwh_ratio": SHARES,
+    "xyxy_ratio": SHARES,
+    "yxyx_1000": THOUSANDTHS,
+    "xyxy_1000": THOUSANDTHS,
+}
 
 JsonObject = dict[str, Any]
 """A parsed JSON object, whose members have not been checked."""
@@ -58,8 +86,8 @@ def load_json(
     try:
         return json.loads(
             body,
-            object_pairs_hook=_reject_duplicate_keys,
-            parse_constant=_reject_constant,
+            object_pairs_hook=reject_duplicate_keys,
+            parse_constant=reject_constant,
         )
     except RecursionError:
         raise_malformed("nested too deeply")
@@ -69,14 +97,18 @@ def load_json(
         )
 
 
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """Return the JSON object of these members. Raises ``ProtocolError`` if a key is there
+    twice.
+    """
     json_object = dict(pairs)
     if len(json_object) != len(pairs):
         raise_malformed("a key appears twice in one object")
     return json_object
 
 
-def _reject_constant(constant: str) -> NoReturn:
+def reject_constant(constant: str) -> NoReturn:
+    """Raise ``ProtocolError`` for NaN and Infinity, which are no JSON."""
     raise_malformed(f"{constant} is not a number")
 
 
@@ -166,30 +198,218 @@ def map_detections(
     query: Query,
     frame: Frame,
     kind: ScoreKind,
+    *,
+    expects_names: bool = False,
+    limit: int | None = BOXES_MAX,
 ) -> RawDetections:
     """Map boxes with one label each to the classes of the query.
 
-    Names that the label map lacks are reported in ``unmapped``; boxes thinner than one
-    pixel are dropped.
+    Names that the label map lacks are reported in ``unmapped``. ``expects_names``: the
+    service was asked for the classes by name, so that an answer of only other names is
+    an error. ``limit``: as in ``sort_detections``. Raises ``UnusableBoxes`` if the boxes
+    are in another unit, or if none of them can be used.
     """
     labels = query.labels or LabelMap.of_classes(query.classes)
     boxes: list[Sequence[float]] = []
-    rows: list[NDArray[np.float32]] = []
+    columns: list[int] = []
+    scores: list[float] = []
     unmapped: list[str] = []
+    ignored = 0
     for parsed in parsed_boxes:
         match = labels.find(parsed.names)
         if match is not None:
             column, weight = match
-            row = np.zeros(len(query.classes), np.float32)
-            row[column] = parsed.score * weight
             boxes.append(parsed.box)
-            rows.append(row)
+            columns.append(column)
+            scores.append(parsed.score * weight)
         elif parsed.names and not labels.ignores(parsed.names):
             unmapped.append(parsed.names[0])
-    scores = np.array(rows, np.float32).reshape(len(rows), len(query.classes))
-    return sort_detections(
-        to_original_frame(boxes, box_format, frame), scores, kind, tuple(unmapped)
+        else:
+            ignored += 1
+    check_box_units(
+        [parsed.box for parsed in parsed_boxes],
+        box_format,
+        frame,
+        whole_numbers=kind == "none",
     )
+    if expects_names and unmapped and not boxes:
+        raise_unmapped(unmapped, query.classes)
+    placed = PlacedBoxes.convert(boxes, box_format, frame)
+    rows, counts = placed.select_best(np.array(scores, np.float32), limit)
+    class_scores = np.zeros((len(rows), len(query.classes)), np.float32)
+    class_scores[np.arange(len(rows)), np.array(columns, np.int64)[rows]] = np.array(
+        scores, np.float32
+    )[rows]
+    counts += BoxCounts(unmapped=len(unmapped), ignored=ignored)
+    return RawDetections(
+        placed.boxes[rows], class_scores, kind, tuple(unmapped), counts
+    )
+
+
+def raise_unmapped(names: Sequence[str], classes: Sequence[str]) -> NoReturn:
+    """Raise ``UnusableBoxes`` for an answer whose boxes all have other names than the
+    classes.
+    """
+    first_names = ", ".join(repr(name) for name in sorted(set(names))[:NAMES_SHOWN])
+    raise UnusableBoxes(
+        f"the answer has {len(names)} boxes and none of a class: expected names like"
+        f" {sanitize_text(', '.join(classes))[:60]}, got"
+        f" {sanitize_text(first_names)[:80]}; map or ignore these names by a"
+        " cloud.label_map",
+        may_have_billed=True,
+    )
+
+
+def check_box_units(
+    boxes: Sequence[Sequence[float]],
+    box_format: BoxFormat,
+    frame: Frame,
+    *,
+    whole_numbers: bool = False,
+) -> None:
+    """Raise ``UnusableBoxes`` if boxes [N, 4] are certainly not in the unit of their
+    format: all within 0..1, percent, or far outside the image.
+
+    ``whole_numbers``: whether the service was asked for such coordinates, so that
+    decimals up to 100 are percent.
+    """
+    if not len(boxes):
+        return
+    corners = _corners(boxes, box_format)
+    unit, sides = UNIT_NAMES[box_format], _sides(box_format, frame)
+    largest = float(np.abs(corners).max())
+    if sides.min() > 2 and largest <= 1 + OVERSHOOT_MAX:
+        _raise_other_unit(f"all coordinates lie within 0..{largest:g}", unit)
+    has_decimals = bool((corners != np.round(corners)).any())
+    could_be_percent = largest <= PERCENT < sides.min() / 2
+    if whole_numbers and has_decimals and could_be_percent:
+        _raise_other_unit(
+            f"all coordinates lie within 0..{largest:g} and have decimals, like percent",
+            unit,
+        )
+    overshoot = RATIO_OVERSHOOT_MAX if box_format.endswith("ratio") else OVERSHOOT_MAX
+    outside = (corners < -overshoot * sides) | (corners > (1 + overshoot) * sides)
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        _raise_other_unit(
+            f"box {row} has {corners[row, column]:g}, far outside 0..{sides[column]:g}",
+            unit,
+        )
+
+
+def _raise_other_unit(reason: str, unit: str) -> NoReturn:
+    raise UnusableBoxes(
+        f"the boxes are in another unit: {reason}: are these coordinates {unit}?",
+        may_have_billed=True,
+    )
+
+
+def _sides(box_format: BoxFormat, frame: Frame) -> NDArray[np.float64]:
+    """Return the coordinates [4] of the image's lower right corner, twice, in the unit
+    of the format.
+    """
+    if box_format.endswith("ratio"):
+        return np.ones(4)
+    if box_format.endswith("1000"):
+        return np.full(4, 1000.0)
+    return np.array(frame.sent * 2, np.float64)
+
+
+def _corners(
+    boxes: Sequence[Sequence[float]], box_format: BoxFormat
+) -> NDArray[np.float64]:
+    """Return boxes [N, 4] as x0, y0, x1, y1 in the unit of their format."""
+    corners = np.asarray(boxes, np.float64).reshape(-1, 4)
+    if box_format.startswith("yxyx"):
+        corners = corners[:, [1, 0, 3, 2]]
+    if box_format.endswith("wh") or box_format.startswith("ltwh"):
+        corners = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], 1)
+    if box_format.startswith("cxcy"):
+        half = (corners[:, 2:] - corners[:, :2]) / 2
+        corners = corners - np.concatenate([half, half], 1)
+    return corners
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedBoxes:
+    """A service's boxes in the frame of the original.
+
+    ``boxes`` [N, 4] float32: xyxy pixels of the upright original, clipped to it;
+    ``swapped``, ``thin``, ``outside``, ``in_margin`` [N] bool: corners were the other
+    way round; less than one pixel is left; nothing lies in the image; nothing lies in
+    the image but it does in the margin that a rendering added.
+    """
+
+    boxes: NDArray[np.float32]
+    swapped: NDArray[np.bool_]
+    thin: NDArray[np.bool_]
+    outside: NDArray[np.bool_]
+    in_margin: NDArray[np.bool_]
+
+    @classmethod
+    def convert(
+        cls, boxes: Sequence[Sequence[float]], box_format: BoxFormat, frame: Frame
+    ) -> PlacedBoxes:
+        """Convert boxes [N, 4]; each axis is scaled by its own factor."""
+        corners = _corners(boxes, box_format)
+        sent = np.array(frame.sent * 2, np.float64)
+        if box_format.endswith("ratio"):
+            corners = corners * sent
+        if box_format.endswith("1000"):
+            corners = corners / 1000 * sent
+        swapped = (corners[:, 2:] - corners[:, :2]).min(1) < 0
+        upper_left = np.minimum(corners[:, :2], corners[:, 2:])
+        lower_right = np.maximum(corners[:, :2], corners[:, 2:])
+        visible_size = frame.visible_size or frame.sent
+        outside = _lies_outside(upper_left, lower_right, visible_size)
+        outside_sent = _lies_outside(upper_left, lower_right, frame.sent)
+        xyxy = np.concatenate([upper_left, lower_right], 1)
+        if frame.mirrored:
+            x0, y0, x1, y1 = xyxy.T
+            xyxy = np.stack([visible_size[0] - x1, y0, visible_size[0] - x0, y1], 1)
+        visible = np.array(visible_size * 2, np.float64)
+        original = np.array(frame.original * 2, np.float64)
+        placed = (np.clip(xyxy, 0, visible) * (original / visible)).astype(np.float32)
+        sizes = placed[:, 2:] - placed[:, :2]
+        thin = np.logical_and(sizes.min(1) < BOX_SIDE_MIN, ~outside)
+        in_margin = np.logical_and(outside, ~outside_sent)
+        return cls(placed, swapped, thin, outside, in_margin)
+
+    def select_best(
+        self, scores: NDArray[np.float32], limit: int | None = BOXES_MAX
+    ) -> tuple[NDArray[np.int64], BoxCounts]:
+        """Return the rows of the boxes to use, best score [N] first, at most ``limit``,
+        and the counts of the others. Raises ``UnusableBoxes`` if there are boxes and
+        none of them can be used.
+        """
+        usable = np.flatnonzero(~(self.thin | self.outside))
+        order = usable[np.argsort(-scores[usable], kind="stable")]
+        rows = order[:limit]
+        counts = BoxCounts(
+            swapped=int(self.swapped[rows].sum()),
+            thin=int(self.thin.sum()),
+            outside=int(self.outside.sum()),
+            surplus=len(order) - len(rows),
+        )
+        if len(self.boxes) and not len(rows) and not self.in_margin.any():
+            raise UnusableBoxes(
+                f"none of the answer's {len(self.boxes)} boxes can be used: expected"
+                f" boxes of at least {BOX_SIDE_MIN:g} pixel in the image, got"
+                f" {counts.describe()}",
+                may_have_billed=True,
+            )
+        return rows, counts
+
+
+def _lies_outside(
+    upper_left: NDArray[np.float64],
+    lower_right: NDArray[np.float64],
+    size: tuple[float, float],
+) -> NDArray[np.bool_]:
+    """Return for corners [N, 2] whether nothing of the box lies in 0..size."""
+    beyond_edge = np.logical_or(lower_right <= 0, upper_left >= size)
+    outside: NDArray[np.bool_] = beyond_edge.max(1, initial=False)
+    return outside
 
 
 def sort_detections(
@@ -197,13 +417,15 @@ def sort_detections(
     scores: NDArray[np.float32],
     kind: ScoreKind,
     unmapped: tuple[str, ...] = (),
+    counts: BoxCounts = NO_COUNTS,
 ) -> RawDetections:
-    """Drop boxes thinner than one pixel and sort the others by score, best first."""
-    wide_enough = (boxes[:, 2:] - boxes[:, :2] >= BOX_SIDE_MIN).all(1)
-    rows = np.nonzero(wide_enough)[0]
-    best_scores = scores[rows].max(1, initial=0.0)
-    order = rows[np.argsort(-best_scores, kind="stable")]
-    return RawDetections(boxes[order], scores[order], kind, unmapped)
+    """Sort usable boxes [N, 4] by their best score of [N, K], best first, and keep the
+    first ``BOXES_MAX``.
+    """
+    order = np.argsort(-scores.max(1, initial=0.0), kind="stable")
+    rows = order[:BOXES_MAX]
+    counts += BoxCounts(surplus=len(order) - len(rows))
+    return RawDetections(boxes[rows], scores[rows], kind, unmapped, counts)
 
 
 def to_original_frame(
@@ -212,26 +434,7 @@ def to_original_frame(
     """Convert boxes [N, 4] to xyxy pixels of the original, clipped to it; each axis is
     scaled by its own factor.
     """
-    xyxy = np.asarray(boxes, np.float64).reshape(-1, 4)
-    width, height = frame.sent
-    if box_format.startswith("yxyx"):
-        xyxy = xyxy[:, [1, 0, 3, 2]]
-    if box_format.endswith("wh") or box_format.startswith("ltwh"):
-        xyxy = np.concatenate([xyxy[:, :2], xyxy[:, :2] + xyxy[:, 2:]], 1)
-    if box_format.startswith("cxcy"):
-        half = (xyxy[:, 2:] - xyxy[:, :2]) / 2
-        xyxy = xyxy - np.concatenate([half, half], 1)
-    if box_format.endswith("ratio"):
-        xyxy = xyxy * [width, height, width, height]
-    if box_format.endswith("1000"):
-        xyxy = xyxy / 1000 * [width, height, width, height]
-    visible_size = frame.visible_size or frame.sent
-    if frame.mirrored:
-        x0, y0, x1, y1 = xyxy.T
-        xyxy = np.stack([visible_size[0] - x1, y0, visible_size[0] - x0, y1], 1)
-    visible = np.array(visible_size * 2, np.float64)
-    original = np.array(frame.original * 2, np.float64)
-    return (np.clip(xyxy, 0, visible) * (original / visible)).astype(np.float32)
+    return PlacedBoxes.convert(boxes, box_format, frame).boxes
 
 
 def sanitize_text(*parts: Any) -> str:

@@ -1,41 +1,31 @@
-"""Prompts for services that accept any class names, and strict parsing of the text that
-a language model answers with.
+"""Prompts for services that accept any class names, and the boxes in the text that a
+language model answers with.
 
-A model is asked for a JSON list ``[{"bbox_2d": [...], "label": ...}]``. Only such a list
-in full, with or without a code fence around it, is accepted. A list that was cut off is
-never repaired: the boxes it lacks would count as "no objects".
+A model is asked for a JSON list ``[{"bbox_2d": [...], "label": ...}]``.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 
 from coin_ray.class_names import normalize_class_name
+from coin_ray.cloud.adapters.model_text import BOX_KEYS, read_box_objects
 from coin_ray.cloud.adapters.parsing import (
     BoxFormat,
+    JsonObject,
     ParsedBox,
-    expect_list,
     expect_numbers,
-    expect_object,
     expect_text,
-    load_json,
     map_detections,
     raise_malformed,
     sanitize_text,
 )
 from coin_ray.cloud.protocol import Frame, Query, RawDetections
-from coin_ray.errors import BadRequest, Refused
+from coin_ray.errors import BadRequest
 
-OVERSHOOT_MAX = 0.2
-"""Models write boxes that reach a little beyond the image. A coordinate further out, as
-a share of the range, is in another unit."""
-FENCE = "```"
-REFUSAL = re.compile(
-    r"\s*(i\Wm sorry|i am sorry|sorry\b|i can(not|\Wt)\b|i( am|\Wm) (unable|not able))",
-    re.IGNORECASE,
-)
+LABEL_KEYS = ("label", "class", "category", "name", "class_name", "description")
+"""Keys of a box's label, that of the prompt first."""
 
 
 def check_class_names(classes: tuple[str, ...], separators: str = "") -> None:
@@ -92,34 +82,51 @@ class BoxNotation:
         )
 
     def parse_detections(self, text: str, query: Query, frame: Frame) -> RawDetections:
-        """Parse the boxes in a model's whole text, without scores.
+        """Parse the boxes in a model's text, without scores.
 
-        Raises ``Refused`` if the model declines, and ``ProtocolError`` for any text that
-        is not a list of boxes.
+        Raises ``Refused`` if the model declines, ``UnusableBoxes`` for boxes in another
+        unit, and ``ProtocolError`` for any text in which one whole list of boxes is not
+        certain.
         """
-        if REFUSAL.match(text):
-            raise Refused(
-                f"the model refused: {sanitize_text(text)}", may_have_billed=True
-            )
-        nodes = expect_list(load_json({}, _remove_fence(text)), "the model's text")
         boxes = [
-            self._parse_box(node, f"element {i}", frame) for i, node in enumerate(nodes)
+            parsed_box
+            for number, json_object in enumerate(read_box_objects(text))
+            for parsed_box in self._parse_boxes(json_object, f"element {number}")
         ]
-        return map_detections(boxes, self.box_format, query, frame, "none")
+        return map_detections(
+            boxes, self.box_format, query, frame, "none", expects_names=True
+        )
 
-    def _parse_box(self, node: object, field: str, frame: Frame) -> ParsedBox:
-        json_object = expect_object(node, field)
-        box = expect_numbers(json_object.get(self.key), 4, f"{field}.{self.key}")
-        in_pixels = self.box_format == "xyxy"
-        sides = frame.sent * 2 if in_pixels else (1000,) * 4
-        for coordinate, side in zip(box, sides, strict=True):
-            if not -OVERSHOOT_MAX * side <= coordinate <= (1 + OVERSHOOT_MAX) * side:
-                raise_malformed(
-                    f"{field}.{self.key} has {coordinate:g}, far outside 0..{side}: are"
-                    f" these coordinates {self.unit}?"
-                )
-        label = expect_text(json_object.get("label"), f"{field}.label")
-        return ParsedBox(box, [label], 1.0)
+    def _parse_boxes(self, json_object: JsonObject, field: str) -> list[ParsedBox]:
+        """Return the box of an element, or its boxes if it has a list of them. The box is
+        expected under ``key``; models that were asked for it use others.
+        """
+        key = self.key if self.key in json_object else _only_box_key(json_object, field)
+        node = json_object[key]
+        is_list_of_boxes = isinstance(node, list) and len(node) > 0
+        if is_list_of_boxes:
+            is_list_of_boxes = all(isinstance(child, list) for child in node)
+        boxes = node if is_list_of_boxes else [node]
+        label = expect_text(_label(json_object), f"{field}.label")
+        return [
+            ParsedBox(expect_numbers(box, 4, f"{field}.{key}"), [label], 1.0)
+            for box in boxes
+        ]
+
+
+def _only_box_key(json_object: JsonObject, field: str) -> str:
+    keys = [key for key in BOX_KEYS if key in json_object]
+    if len(keys) != 1:
+        raise_malformed(f"{field} has {len(keys)} boxes, expected one")
+    return keys[0]
+
+
+def _label(json_object: JsonObject) -> object:
+    """Return the label of an element under the first of ``LABEL_KEYS`` that it has."""
+    for key in LABEL_KEYS:
+        if key in json_object:
+            return json_object[key]
+    return None
 
 
 XYXY_1000 = BoxNotation(
@@ -135,14 +142,3 @@ YXYX_1000 = BoxNotation(
     "thousandths of the image's height and width, 0 to 1000",
 )
 XYXY_PIXELS = BoxNotation("bbox_2d", "[x1, y1, x2, y2]", "xyxy", "pixels of the image")
-
-
-def _remove_fence(text: str) -> str:
-    text = text.strip()
-    is_fenced = text.startswith(FENCE) and text.endswith(FENCE)
-    if not is_fenced or len(text) < 2 * len(FENCE):
-        return text
-    fenced_text = text[len(FENCE) : -len(FENCE)]
-    if fenced_text[:4].lower() == "json":
-        return fenced_text[4:]
-    return fenced_text

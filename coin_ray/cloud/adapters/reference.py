@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coin_ray.cloud.adapters.parsing import (
+    PlacedBoxes,
+    check_box_units,
     check_sent_size,
     error_object,
     expect_list,
@@ -32,11 +33,10 @@ from coin_ray.cloud.adapters.parsing import (
     load_json,
     raise_malformed,
     sanitize_text,
-    sort_detections,
-    to_original_frame,
 )
 from coin_ray.cloud.label_map import LabelMap
 from coin_ray.cloud.protocol import (
+    BoxCounts,
     Capabilities,
     Frame,
     PreparedRequest,
@@ -89,9 +89,7 @@ class ReferenceAdapter:
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
     ) -> RawDetections:
-        """Parse a response; boxes thinner than one pixel are dropped. Raises
-        ``ProtocolError`` naming the field and the reason.
-        """
+        """Parse a response. Raises ``ProtocolError`` naming the field and the reason."""
         response = expect_object(load_json(headers, body), "the response")
         image = expect_object(response.get("image"), "image")
         check_sent_size(image.get("w"), image.get("h"), frame)
@@ -100,15 +98,22 @@ class ReferenceAdapter:
             _parse_box(node, f"detections[{i}]") for i, node in enumerate(nodes)
         ]
         find_class = _class_lookup(query)
+        check_box_units([box.box for box in all_boxes], "xyxy", frame)
         mapped_boxes = [box for box in all_boxes if find_class(box.label) is not None]
-        num_classes = len(query.classes)
-        rows = [_class_scores(box, find_class, num_classes) for box in mapped_boxes]
-        scores = np.array(rows, np.float32).reshape(len(rows), num_classes)
-        xyxy = to_original_frame([box.box for box in mapped_boxes], "xyxy", frame)
+        class_scores = [_class_scores(box, find_class) for box in mapped_boxes]
+        placed = PlacedBoxes.convert([box.box for box in mapped_boxes], "xyxy", frame)
+        best_scores = [max(by_class.values()) for by_class in class_scores]
+        rows, counts = placed.select_best(np.array(best_scores, np.float32))
+        scores = np.zeros((len(rows), len(query.classes)), np.float32)
+        for number, row in enumerate(rows.tolist()):
+            for column, score in class_scores[row].items():
+                scores[number, column] = score
         all_per_class = all(box.per_class for box in all_boxes)
         kind: ScoreKind = "per_class" if all_per_class else "label"
         unmapped = _unmapped_labels(all_boxes, query.labels)
-        return sort_detections(xyxy, scores, kind, unmapped)
+        num_ignored = len(all_boxes) - len(mapped_boxes) - len(unmapped)
+        counts += BoxCounts(unmapped=len(unmapped), ignored=num_ignored)
+        return RawDetections(placed.boxes[rows], scores, kind, unmapped, counts)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
@@ -163,17 +168,15 @@ def _class_lookup(query: Query) -> ClassLookup:
     return find_queried_class
 
 
-def _class_scores(
-    box: _ScoredBox, find_class: ClassLookup, num_classes: int
-) -> NDArray[np.float32]:
-    """Return scores [K]: for each class the best of the names that mean it."""
-    row = np.zeros(num_classes, np.float32)
+def _class_scores(box: _ScoredBox, find_class: ClassLookup) -> dict[int, float]:
+    """Return scores by class index: for each the best of the names that mean it."""
+    scores: dict[int, float] = {}
     for name, score in box.scores.items():
         match = find_class(name)
         if match is not None:
             column, weight = match
-            row[column] = max(row[column], weight * score)
-    return row
+            scores[column] = max(scores.get(column, 0.0), weight * score)
+    return scores
 
 
 def _unmapped_labels(

@@ -172,9 +172,6 @@ class _Label:
     ancestors: tuple[str, ...]
     instances: tuple[_Instance, ...]
 
-    def descends_from(self, other: _Label) -> bool:
-        return other.names[0] in self.ancestors
-
 
 def _parse_label(node: Any, field: str) -> _Label:
     json_object = expect_object(node, field)
@@ -230,22 +227,31 @@ def _deduplicate_instances(
             same_box.setdefault(rounded, []).append((label, parsed_box))
     unique_boxes = []
     for group in same_box.values():
-        for label, parsed_box in group:
-            if not any(_is_better_label(other, label, label_map) for other, _ in group):
-                unique_boxes.append(parsed_box)
+        worse_names = _worse_names([label for label, _ in group], label_map)
+        unique_boxes += [
+            parsed_box
+            for label, parsed_box in group
+            if label.names[0] not in worse_names
+        ]
     return unique_boxes
 
 
-def _is_better_label(label: _Label, other: _Label, label_map: LabelMap) -> bool:
-    """Return whether ``label`` names an object that has both labels better than
-    ``other``.
+def _worse_names(labels: list[_Label], label_map: LabelMap) -> set[str]:
+    """Return the names of labels of one box that another of its labels is better than.
+
+    Of a label and its ancestor that is the one which the map has, else the label.
     """
-    if not (label.descends_from(other) or other.descends_from(label)):
-        return False
-    in_map = _is_in_map(label, label_map)
-    if in_map != _is_in_map(other, label_map):
-        return in_map
-    return label.descends_from(other)
+    by_name = {label.names[0]: label for label in labels}
+    worse_names = set()
+    for name, label in by_name.items():
+        for ancestor in label.ancestors:
+            if ancestor not in by_name or ancestor == name:
+                continue
+            only_ancestor_in_map = _is_in_map(
+                by_name[ancestor], label_map
+            ) and not _is_in_map(label, label_map)
+            worse_names.add(name if only_ancestor_in_map else ancestor)
+    return worse_names
 
 
 def _is_in_map(label: _Label, label_map: LabelMap) -> bool:

@@ -80,7 +80,9 @@ class RoboflowAdapter:
         check_sent_size(size.get("width"), size.get("height"), frame)
         nodes = expect_list(response.get("predictions"), "predictions")
         boxes = [_parse_box(node, f"predictions[{i}]") for i, node in enumerate(nodes)]
-        return map_detections(boxes, "cxcywh", query, frame, "label")
+        return map_detections(
+            boxes, "cxcywh", query, frame, "label", expects_names=True
+        )
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
