@@ -84,7 +84,7 @@ def test_growth_is_limited() -> None:
     assert float(grown[3] - grown[1]) == pytest.approx(16)
 
 
-def test_no_boxes() -> None:
+def test_no_boxes_overlap_nothing() -> None:
     none = torch.zeros(0, 4)
     for boxes in (
         box_ops.mirror_boxes(none, 9),

@@ -242,7 +242,7 @@ def compare_with_base(seconds: float) -> dict[str, Any]:
             ("step K=2", "both, two heads"),
         )
     }
-    images, targets = build_demo_batch(base)
+    images, targets = build_source_batch(base)
 
     def step(name: str) -> Callable[[], None]:
         model = models[name].train()
@@ -292,7 +292,7 @@ def tensor_operations(model: Any, images: Any) -> list[str]:
     ]
 
 
-def build_demo_batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
+def build_source_batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
     artwork = Artwork.from_drawings([d for d in load_drawings() if d.known_to_cloud])
     scenes = [
         compose(artwork, "source", seed, (2, 5)) for seed in range(config.fit.batch)
@@ -328,7 +328,7 @@ def format_tables(rows: dict[str, dict[str, Any]], speed: dict[str, Any]) -> str
     return "\n".join(parts)
 
 
-def format_page(
+def format_results_page(
     rows: dict[str, dict[str, Any]],
     speed: dict[str, Any],
     command: str,
@@ -404,7 +404,7 @@ def main(arguments: Sequence[str]) -> int:
             if arguments
             else "make bench-codetr"
         )
-        PAGE.write_text(format_page(rows, speed, command, seeds))
+        PAGE.write_text(format_results_page(rows, speed, command, seeds))
     print(json.dumps({"table": rows, "speed": speed}))
     return 0
 

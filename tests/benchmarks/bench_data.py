@@ -49,26 +49,21 @@ HELD_UP_TO = 100_000
 # -- synthetic tables
 
 
-def nested_lists(array: np.ndarray, counts: int) -> pa.ListArray:
-    offsets = np.arange(0, len(array) + 1, counts, dtype=np.int32)
-    return pa.ListArray.from_arrays(
-        offsets, array if isinstance(array, pa.Array) else pa.array(array)
-    )
-
-
 def random_detections(ids: Sequence[str], draw: np.random.Generator) -> pa.Table:
     n = len(ids) * BOXES
     boxes = pa.FixedSizeListArray.from_arrays(
         pa.array(draw.random(4 * n, np.float32)), 4
     )
     scores, labels = draw.random(n, np.float32), draw.integers(0, CLASSES, n)
-    probs = nested_lists(draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1)
+    probs = driver_memory.nested_lists(
+        draw.random(n * (CLASSES + 1), np.float32), CLASSES + 1
+    )
     columns = [
         pa.array(ids),
-        nested_lists(boxes, BOXES),
-        nested_lists(scores, BOXES),
-        nested_lists(labels, BOXES),
-        nested_lists(probs, BOXES),
+        driver_memory.nested_lists(boxes, BOXES),
+        driver_memory.nested_lists(scores, BOXES),
+        driver_memory.nested_lists(labels, BOXES),
+        driver_memory.nested_lists(probs, BOXES),
         pa.repeat("ok", len(ids)),
     ]
     return pa.table(

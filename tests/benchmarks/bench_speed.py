@@ -145,7 +145,7 @@ class Times:
         return lower, statistics.median(ratios), upper
 
 
-def time_in_turn(
+def time_methods(
     predictors: dict[str, Predict],
     images: Sequence[Image.Image],
     rounds: int,
@@ -205,7 +205,7 @@ def time_cloud(
     detect: dict[str, Predict] = {
         "teacher": lambda image: teacher.detect(image, classes, 0.05)
     }
-    detector_seconds = time_in_turn(detect, images, calls).medians()["teacher"]
+    detector_seconds = time_methods(detect, images, calls).medians()["teacher"]
     name = f"one call to its API (emulated latency {config.serve_latency} s, loopback)"
     return {
         "the demo's cloud detector alone": detector_seconds,
@@ -238,7 +238,7 @@ def main() -> int:
     if options.gdino_rounds:
         predictors[DINO] = grounding_dino()
         rounds_of_few[DINO] = options.gdino_rounds
-    times = time_in_turn(predictors, images, options.rounds, rounds_of_few)
+    times = time_methods(predictors, images, options.rounds, rounds_of_few)
     medians = times.medians()
     _print_milliseconds("one core, one image", medians)
     ratios = {

@@ -157,7 +157,10 @@ def test_other_errors_are_no_full_disk() -> None:
 
 def _start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "coin_ray.commands.main", *arguments]
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command, text=True, stderr=subprocess.PIPE, **options
+    )  # type: ignore[call-overload]
+    return process
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -440,7 +440,9 @@ def test_propose_asks_the_run_for_service_and_clip(
 
 
 @pytest.mark.parametrize("kind", ["disk", "objects"])
-def test_journal(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_journal_commands(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = str(tmp_path) if kind == "disk" else f"memory://{uuid.uuid4().hex}"
     _fill(root, _google(), _google(), _google())
     _fill(root, _google())
@@ -533,7 +535,9 @@ def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
         (["--help"], "--dry-run"),
     ],
 )
-def test_help_is_fast_and_light(arguments: list[str], expected_text: str) -> None:
+def test_help_of_labels_is_fast_and_light(
+    arguments: list[str], expected_text: str
+) -> None:
     code = (
         "import json, runpy, sys, time\nsys.argv ="
         f" {[str(COLLECT), *arguments]!r}\ntry:\n    runpy.run_path(sys.argv[0],"

@@ -159,10 +159,12 @@ def test_what_has_been_reviewed_does_not_go_out_again(
         storage.join(steps["corrections"].folder(root), "corrections.parquet"), table
     )
     for name in ("separation.parquet", "manifest.json"):
-        content = storage.read_bytes(
+        file_bytes = storage.read_bytes(
             storage.join(before["separate"].folder(root), name)
         )
-        storage.write_bytes(storage.join(steps["separate"].folder(root), name), content)
+        storage.write_bytes(
+            storage.join(steps["separate"].folder(root), name), file_bytes
+        )
     assert main(["review", "out", "cvat", "--root", root, "--out", out]) == 0
     assert [r.image_id for r in cvat.read_cvat(f"{out}/annotations.xml")] == ["1", "0"]
 

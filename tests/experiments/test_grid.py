@@ -178,7 +178,9 @@ def test_each_trial_is_one_child_run_however_often_the_grid_runs(
         ("--steps-share 0.5 demo --data.train 20", (0, 1, 2), 0.5),
     ],
 )
-def test_command_line(arguments: str, seeds: tuple[int, ...], steps: float) -> None:
+def test_command_line_of_a_study(
+    arguments: str, seeds: tuple[int, ...], steps: float
+) -> None:
     full = parse_study(["demo"], "coin-ray ablate", "").config
     request = parse_study(arguments.split(), "coin-ray ablate", "")
     assert request.seeds == seeds

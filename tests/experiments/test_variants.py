@@ -83,7 +83,8 @@ def test_a_student_without_propagation_makes_as_many_steps_as_its_weights_made(
 )
 def test_variants_of_distillation_share_everything_before_it(variant: object) -> None:
     config = demo()
-    changed_steps, preset_steps = build_steps(variant(config)), build_steps(config)  # type: ignore[operator]
+    changed_steps = build_steps(variant(config))  # type: ignore[operator]
+    preset_steps = build_steps(config)
     assert all(
         changed_steps[step].fingerprint == preset_steps[step].fingerprint
         for step in SHARED_BY_DISTILL_VARIANTS

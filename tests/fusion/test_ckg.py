@@ -87,7 +87,7 @@ def test_weights_are_those_of_forward() -> None:
     )
 
 
-def test_rows_are_probabilities() -> None:
+def test_ckg_rows_are_probabilities() -> None:
     fused = _network()(*_inputs(50))
     torch.testing.assert_close(fused.sum(-1), torch.ones(50, dtype=torch.float64))
     assert bool((fused > 0).all())

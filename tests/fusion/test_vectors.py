@@ -56,7 +56,7 @@ def test_forms_by_hand(
         ("one_hot", [1, 1]),
     ],
 )
-def test_one_class(form: str, scores: list[float]) -> None:
+def test_vectors_of_one_class(form: str, scores: list[float]) -> None:
     """The published conversion of Grounding DINO makes every score 1; as collected, or
     as GLIP, scores keep their order."""
     converted = CLOUD_VECTOR_FORMS[form](
@@ -72,6 +72,6 @@ def test_one_class(form: str, scores: list[float]) -> None:
 
 @pytest.mark.parametrize("form", sorted(CLOUD_VECTOR_FORMS))
 @pytest.mark.parametrize("classes", [1, 3])
-def test_no_boxes(form: str, classes: int) -> None:
+def test_images_without_boxes_have_empty_vectors(form: str, classes: int) -> None:
     converted = CLOUD_VECTOR_FORMS[form](Detections.empty(classes))
     assert (len(converted), converted.num_classes) == (0, classes)

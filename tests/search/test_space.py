@@ -126,8 +126,9 @@ def test_a_range_reaches_the_users_own_value() -> None:
 def test_a_search_without_effect_is_an_error(changes: dict[str, float]) -> None:
     config = demo()
     name = "fusion" if "fusion_share" in changes else "loss-weights"
+    distill = replace(config.distill, **changes)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"--space {name}"):
-        build_space(name, replace(config, distill=replace(config.distill, **changes)))  # type: ignore[arg-type]
+        build_space(name, replace(config, distill=distill))
 
 
 def test_an_unknown_space_is_named_with_the_known_ones() -> None:

@@ -78,8 +78,8 @@ def send(app: FastAPI, *requests: Request, **headers: str) -> list[httpx.Respons
 async def _send_one(
     client: httpx.AsyncClient, method: str, path: str, body: Any = None
 ) -> httpx.Response:
-    content = body if body is None or isinstance(body, bytes) else json.dumps(body)
-    return await client.request(method, path, content=content)
+    encoded = body if body is None or isinstance(body, bytes) else json.dumps(body)
+    return await client.request(method, path, content=encoded)
 
 
 def post(app: FastAPI, *bodies: Any, **headers: str) -> list[httpx.Response]:

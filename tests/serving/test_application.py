@@ -124,7 +124,7 @@ WRONG_SETTINGS = [
 
 
 @pytest.mark.parametrize(("environment", "name"), WRONG_SETTINGS)
-def test_wrong_settings_are_named(environment: dict[str, str], name: str) -> None:
+def test_wrong_serve_settings_are_named(environment: dict[str, str], name: str) -> None:
     message = rf"COIN_SERVE_\*: 1 validation error for ServeSettings\n{name}\n"
     with pytest.raises(ConfigError, match=message):
         settings_from_environment(environment)

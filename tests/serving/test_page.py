@@ -134,7 +134,9 @@ def test_without_a_cloud_there_is_one_side_and_a_bad_file_is_reported(
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_is_wider_than_the_screen(width: int, tmp_path: Path) -> None:
+def test_nothing_on_the_page_is_wider_than_the_screen(
+    width: int, tmp_path: Path
+) -> None:
     find_wide = f"""
     document.body.style.width = "{width}px";
     const end = document.body.getBoundingClientRect().right + 1;

@@ -111,7 +111,7 @@ def encoded_photo(seed: int) -> bytes:
     return sink.getvalue()
 
 
-def detect_request(image: bytes, classes: Sequence[str], **changes: Any) -> bytes:
+def encode_request(image: bytes, classes: Sequence[str], **changes: Any) -> bytes:
     return json.dumps(
         {
             "image": {"b64": base64.b64encode(image).decode()},
@@ -132,11 +132,11 @@ def invalid_requests(classes: Sequence[str]) -> list[tuple[str, bytes]]:
             "no base64",
             json.dumps({"image": {"b64": "%%%"}, "classes": list(classes)}).encode(),
         ),
-        ("text as image", detect_request(b"text", classes)),
-        ("half an image", detect_request(whole[: len(whole) // 2], classes)),
-        ("image bomb", detect_request(png_bomb(8000), classes)),
-        ("unknown class", detect_request(whole, ["zebra", *classes])),
-        ("threshold", detect_request(whole, classes, threshold=7)),
+        ("text as image", encode_request(b"text", classes)),
+        ("half an image", encode_request(whole[: len(whole) // 2], classes)),
+        ("image bomb", encode_request(png_bomb(8000), classes)),
+        ("unknown class", encode_request(whole, ["zebra", *classes])),
+        ("threshold", encode_request(whole, classes, threshold=7)),
         ("a megabyte of zeros", bytes(MIB)),
     ]
 
@@ -149,7 +149,7 @@ class Load:
         self.record = LoadRecord()
         self._url, self._clients = url, clients
         good = [
-            ("good", detect_request(encoded_photo(seed), classes)) for seed in range(24)
+            ("good", encode_request(encoded_photo(seed), classes)) for seed in range(24)
         ]
         self._requests = itertools.cycle(
             random.Random(0).sample(

@@ -357,7 +357,7 @@ def reviewed(tmp_path_factory: pytest.TempPathFactory) -> Context:
 def test_propagation_learns_what_people_say(
     reviewed: Context, cloud: Detections, labeler: str, source: Any
 ) -> None:
-    """That holds where the cloud failed too; the other images keep their labels."""
+    """Reviewed labels replace a failed cloud answer too; the other images keep theirs."""
     folder, config = Path(reviewed.root), reviewed.config
     _write_teacher_tables(folder, cloud, cloud)
     config = replace(config, collect=replace(config.collect, labeler=labeler))

@@ -140,10 +140,12 @@ def test_outputs_of_both_teachers(
         storage.join(folders["collect"], "clip_detector.parquet"), 3
     )
     look_up = make_teacher_lookup(cloud, clip, folders["collect"], config)
-    outputs = look_up("a")
-    assert torch.equal(outputs["cloud"].probs, CLOUD["a"].probs[:1])
-    assert torch.equal(outputs["clip"].boxes, CLIP["a"].boxes)
-    assert outputs["clip_labels"].labels.tolist() == ([1] if with_clip_labels else [])
+    teacher_outputs = look_up("a")
+    assert torch.equal(teacher_outputs["cloud"].probs, CLOUD["a"].probs[:1])
+    assert torch.equal(teacher_outputs["clip"].boxes, CLIP["a"].boxes)
+    assert teacher_outputs["clip_labels"].labels.tolist() == (
+        [1] if with_clip_labels else []
+    )
     assert all(len(teacher_output) == 0 for teacher_output in look_up("b").values())
 
 
@@ -164,7 +166,11 @@ def test_labels_are_counted_as_they_are_used(
         storage.write_table(
             str(Path(folders["collect"]) / f"{name}.parquet"), detections_table(rows)
         )
-    labels = Labels(score_min=0.3, clip_background=keep, clip_score_min=clip_score_min)  # type: ignore[arg-type]
+    labels = Labels(
+        score_min=0.3,
+        clip_background=keep,  # type: ignore[arg-type]
+        clip_score_min=clip_score_min,
+    )
     config = replace(_config(), labels=labels)
     examples = build_training_examples(
         folders["images"], open_training_labels("clip", folders, config)
