@@ -24,6 +24,7 @@ from coin_ray.cloud.protocol import RawDetections
 from coin_ray.cloud.renderings import render_image
 from coin_ray.config import PLAIN_RENDERING, Cloud, Ensemble, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.errors import (
     BudgetExhausted,
     CloudError,
@@ -260,14 +261,19 @@ def create_client(
     return EnsembleClient(clients, cloud_names(config.clouds), config.ensemble)
 
 
-def render_for_clouds(client: Client, image_file: bytes) -> list[CanonicalImage]:
+def render_for_clouds(
+    client: Client, image_file: bytes, intensity_range: IntensityRange | None = None
+) -> list[CanonicalImage]:
     """Return a file's image as each cloud gets it if it is asked alone, so that its
-    answers are found again whichever others are asked. Raises ``InputError``.
+    answers are found again whichever others are asked. ``intensity_range``: of a run's
+    deep grey images. Raises ``InputError``.
     """
     clients = client.clients if isinstance(client, EnsembleClient) else (client,)
     renderings = [member.rendering for member in clients]
     images = {
-        (max_side, rendering): render_image(image_file, max_side, rendering)
+        (max_side, rendering): render_image(
+            image_file, max_side, rendering, intensity_range
+        )
         for max_side, rendering in set(renderings)
     }
     return [images[rendering] for rendering in renderings]

@@ -20,6 +20,7 @@ from coin_ray.data.canonical import (
     decode_sent,
     encode_jpeg,
 )
+from coin_ray.data.pixels import IntensityRange
 
 REDUCED = 1.5
 """Side of the canvas / side of the image in its upper left corner, for ``reduced``:
@@ -28,16 +29,22 @@ MARGIN = (114, 114, 114)
 """Colour of the rest of the canvas; detectors that pad are trained with it."""
 
 
-def render_image(image_file: bytes, max_side: int, rendering: str) -> CanonicalImage:
+def render_image(
+    image_file: bytes,
+    max_side: int,
+    rendering: str,
+    intensity_range: IntensityRange | None = None,
+) -> CanonicalImage:
     """Return a rendering of the file's image whose longer side has at most ``max_side``
-    pixels. Raises ``InputError`` for what is not a usable image.
+    pixels. ``intensity_range``: of a run's deep grey images. Raises ``InputError`` for
+    what is not a usable image.
     """
     if rendering == PLAIN_RENDERING:
-        return canonical_image(image_file, max_side)
+        return canonical_image(image_file, max_side, intensity_range)
     operations = rendering.split("+")
     if "reduced" in operations:
         max_side = max(1, int(max_side / REDUCED))
-    image = canonical_image(image_file, max_side)
+    image = canonical_image(image_file, max_side, intensity_range)
     pixels = decode_sent(image)
     for operation in RENDERING_OPERATIONS:
         if operation in operations:

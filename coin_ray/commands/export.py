@@ -125,13 +125,17 @@ def export_student(request: ExportRequest) -> None:
     require_extra()
     _run_steps(config, steps, options.root)
     student = load_student(request, steps, _read_summary(options.root))
-    images = read_compared_images(steps["images"], options.root)
+    images = read_compared_images(
+        steps["images"], options.root, student.config.intensity_range
+    )
     print(
         f"comparing the exported files with the model on {len(images)} images",
         flush=True,
     )
     int8_images = (
-        read_int8_images(steps["images"], options.root) if request.int8 else None
+        read_int8_images(steps["images"], options.root, student.config.intensity_range)
+        if request.int8
+        else None
     )
     with warnings.catch_warnings():
         # PyTorch's exporters warn about each other.
@@ -209,10 +213,12 @@ def load_student(
     from coin_ray.export.package import TrainedStudent
     from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
     from coin_ray.models.faster_rcnn_clip.model import build_detector
+    from coin_ray.runs.steps import with_found_range
     from coin_ray.stages.common.training_job import load_weights
     from coin_ray.stages.propagate import WEIGHTS
 
-    config = request.config
+    images_folder = steps["images"].folder(request.options.root)
+    config = with_found_range(request.config, images_folder)
     classes = (*config.classes, *request.added_classes)
     detector = build_detector(
         load_backbone(config), classes, config.detector, seed=config.seed
@@ -224,7 +230,9 @@ def load_student(
     )
 
 
-def read_compared_images(step: Step, root: str) -> list[Image]:
+def read_compared_images(
+    step: Step, root: str, intensity_range: tuple[float, float] | None = None
+) -> list[Image]:
     """Return the first hundred images: test images first, then validation and training
     images.
     """
@@ -236,10 +244,12 @@ def read_compared_images(step: Step, root: str) -> list[Image]:
         read_images(step.folder(root), split) for split in ("test", "val", "train")
     )
     uris = images["uri"].slice(0, COMPARED_IMAGES).to_pylist()
-    return [_read_image(uri) for uri in uris]
+    return [_read_image(uri, intensity_range) for uri in uris]
 
 
-def read_int8_images(step: Step, root: str) -> Int8Images:
+def read_int8_images(
+    step: Step, root: str, intensity_range: tuple[float, float] | None = None
+) -> Int8Images:
     """Return training images spread over the whole list, and the first annotated test
     images; each is decoded when it is used.
     """
@@ -258,15 +268,15 @@ def read_int8_images(step: Step, root: str) -> Int8Images:
     is_annotated = pc.is_in(test_images["image_id"], value_set=annotations.ids)
     labelled = test_images.filter(is_annotated).slice(0, LABELLED_IMAGES)
     return Int8Images(
-        (_read_image(uri) for uri in calibration_uris),
+        (_read_image(uri, intensity_range) for uri in calibration_uris),
         (
-            (_read_image(row["uri"]), annotations[row["image_id"]])
+            (_read_image(row["uri"], intensity_range), annotations[row["image_id"]])
             for row in labelled.to_pylist()
         ),
     )
 
 
-def _read_image(uri: str) -> Image:
+def _read_image(uri: str, intensity_range: tuple[float, float] | None) -> Image:
     from coin_ray.data.canonical import decode_rgb
 
-    return decode_rgb(storage.read_bytes(uri))
+    return decode_rgb(storage.read_bytes(uri), intensity_range)

@@ -179,8 +179,12 @@ def find_answer(
     Raises InputError if there is no such answer, or several.
     """
     from coin_ray.runs.estimate import recorded_keys
+    from coin_ray.runs.graph import build_steps
+    from coin_ray.runs.steps import with_found_range
 
     config = read_run_config(root)
+    if config is not None:
+        config = with_found_range(config, build_steps(config)["images"].folder(root))
     images = _read_run_images(root)
     if journal.get(name) is not None:
         if config is not None:

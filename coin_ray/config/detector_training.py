@@ -15,8 +15,8 @@ from coin_ray.config import (
     runtime_only,
 )
 from coin_ray.config.co_detr import Backbone, CoDetr
-from coin_ray.config.data import DEMO_CLASSES
-from coin_ray.config.fields import require
+from coin_ray.config.data import DEMO_CLASSES, check_intensity_range
+from coin_ray.config.fields import new_field, require
 
 DEMO, DEMO_SOURCE = "demo", "demo-source"
 DetectorModel = Literal["co-detr", "rt-detr-v2", "d-fine"]
@@ -82,6 +82,9 @@ class DetectorConfig:
     """
     short_side: int = 800
     long_side: int = 1333
+    intensity_range: Literal["auto"] | tuple[float, float] = new_field("auto")
+    """Values of grey images with more than 8 bits that become black and white. auto:
+    found in the training images."""
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
     seed: int = 0
     evaluate_batch: int = runtime_only(8)
@@ -89,6 +92,7 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         self._check_batch()
+        check_intensity_range("intensity_range", self.intensity_range)
         require(0 <= self.average < 1, f"average must lie in 0..1; got {self.average}")
         require(
             self.epochs >= 0,
@@ -170,12 +174,30 @@ class DetectorConfig:
         )
 
     @property
+    def found_intensity_range(self) -> tuple[float, float] | None:
+        """Return the range of deep grey images that is set, or that the images step has
+        found; None: each image's own.
+        """
+        return None if self.intensity_range == "auto" else self.intensity_range
+
+    def with_intensity_range(self, found: tuple[float, float]) -> DetectorConfig:
+        """Return the config for stages that read images, with the range that the images
+        step has found.
+        """
+        return replace(self, intensity_range=found)
+
+    @property
     def pipeline(self) -> PipelineConfig:
         """Return the config of the stage that reads images."""
         data: DemoScenes | Folder = DemoScenes()
         if self.data not in (DEMO, DEMO_SOURCE):
             val, test = dataset_folder(self.val), dataset_folder(self.test)
-            data = Folder(dataset_folder(self.data), val or None, test or None)
+            data = Folder(
+                dataset_folder(self.data),
+                val or None,
+                test or None,
+                intensity_range=self.intensity_range,
+            )
         return PipelineConfig(
             self.preset,
             self.classes,

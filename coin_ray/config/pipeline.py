@@ -113,6 +113,22 @@ class PipelineConfig:
         )
 
     @property
+    def intensity_range(self) -> tuple[float, float] | None:
+        """Return the range of deep grey images that is set, or that the images step has
+        found (``with_intensity_range``); None: each image's own.
+        """
+        if isinstance(self.data, DemoScenes) or self.data.intensity_range == "auto":
+            return None
+        return self.data.intensity_range
+
+    def with_intensity_range(self, found: tuple[float, float]) -> PipelineConfig:
+        """Return the config for stages that read images, with the range found."""
+        if isinstance(self.data, DemoScenes):
+            return self
+        data = dataclasses.replace(self.data, intensity_range=found)
+        return dataclasses.replace(self, data=data)
+
+    @property
     def services(self) -> tuple[Cloud, ...]:
         """Return all services that are called, ``cloud`` first."""
         return (self.cloud, *self.more_clouds)

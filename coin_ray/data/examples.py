@@ -29,6 +29,7 @@ from coin_ray.data.augmentation import (
 )
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.order import BatchOrder
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.storage import open_table, read_bytes
 from coin_ray.structures import Detections
 
@@ -49,6 +50,8 @@ class Example:
     """At least as wide as high."""
     reviewed: bool = False
     """The detections are from a person, not from the teachers."""
+    intensity_range: IntensityRange | None = None
+    """Of a run's deep grey images."""
 
 
 LabelLookup = Callable[[str], Mapping[str, Detections]]
@@ -62,6 +65,7 @@ class TableExamples(Sequence[Example]):
     ``uri``: an images table; ``rows`` [N]: its rows to use; ``lookup_labels`` is called
     at each access; ``reviewed``: ids of images that a person has labelled. Pickles by
     reference if those two do: other processes open the same tables.
+    ``intensity_range``: of the run's deep grey images.
     """
 
     def __init__(
@@ -70,14 +74,16 @@ class TableExamples(Sequence[Example]):
         rows: NDArray[np.int64],
         lookup_labels: LabelLookup,
         reviewed: Container[str] = (),
+        intensity_range: IntensityRange | None = None,
     ) -> None:
         self.uri, self.rows = uri, rows
+        self.intensity_range = intensity_range
         self.lookup_labels, self.reviewed = lookup_labels, reviewed
         self.images = open_table(uri, ("image_id", "uri", "width", "height"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self.uri, self.rows, self.lookup_labels, self.reviewed)
-        return TableExamples, arguments
+        tables = (self.uri, self.rows, self.lookup_labels, self.reviewed)
+        return TableExamples, (*tables, self.intensity_range)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,7 +102,8 @@ class TableExamples(Sequence[Example]):
         )
         detections = self.lookup_labels(image_id)
         reviewed = image_id in self.reviewed
-        return Example(image_id, uri, detections, width >= height, reviewed)
+        wide = width >= height
+        return Example(image_id, uri, detections, wide, reviewed, self.intensity_range)
 
     @property
     def wide(self) -> NDArray[np.bool_]:
@@ -126,17 +133,19 @@ class Batch:
 
 class ImageCache:
     """Decoded images of the set, kept while they fit into ``limit`` bytes. The first
-    images stay: an epoch reads each image once.
+    images stay: an epoch reads each image once. ``intensity_range``: of deep grey
+    images.
     """
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.free_bytes, self.images = limit, dict[str, Tensor]()
+        self.intensity_range: IntensityRange | None = None
 
     def __getitem__(self, uri: str) -> Tensor:
         """Return the image, uint8 [3, H, W], upright."""
         image = self.images.get(uri)
         if image is None:
-            image = pil_to_tensor(decode_rgb(read_bytes(uri)))
+            image = pil_to_tensor(decode_rgb(read_bytes(uri), self.intensity_range))
             if image.numel() <= self.free_bytes:
                 self.free_bytes -= image.numel()
                 self.images[uri] = image
@@ -157,6 +166,8 @@ def iterate_batches(
     one is loaded while the last one trains.
     """
     cache = ImageCache()
+    if examples:
+        cache.intensity_range = _intensity_range(examples)
     wide = wide_images(examples) if config.group_aspects else None
     order = BatchOrder(len(examples), config.batch, seed, wide)
 
@@ -176,6 +187,13 @@ def iterate_batches(
             if step + 1 < config.steps:
                 pending = pool.submit(load, step + 1)
             yield batch
+
+
+def _intensity_range(examples: Sequence[Example]) -> IntensityRange | None:
+    """Return the range of all examples: a run has one."""
+    if isinstance(examples, TableExamples):
+        return examples.intensity_range
+    return examples[0].intensity_range
 
 
 def wide_images(examples: Sequence[Example]) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from coin_ray import storage
-from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.canonical import upright_size_and_range
 from coin_ray.errors import InputError
 
 MAX_PROCESSES = 4
@@ -27,9 +27,10 @@ MAX_RESTARTS = 3
 """New pools for one file before the run ends."""
 TIMEOUT_SECONDS = 120.0
 """For one file, reading included."""
+INTENSITY = "intensity"
 Inspection = dict[str, Any] | str
-"""``image_id``, ``uri``, ``width`` and ``height`` (upright), or the reason why the
-image can't be used."""
+"""``image_id``, ``uri``, ``width`` and ``height`` (upright), and ``intensity``, the own
+range, of a deep grey image; or the reason why the image can't be used."""
 
 
 def inspect_images(
@@ -59,11 +60,12 @@ def inspect_image(uri: str) -> Inspection:
     except OSError as error:
         raise OSError(f"{uri}: {error}") from None
     try:
-        width, height = decode_rgb(raw).size
+        (width, height), own_range = upright_size_and_range(raw)
     except InputError as error:
         return str(error)
     image_id = hashlib.sha256(raw).hexdigest()
-    return {"image_id": image_id, "uri": uri, "width": width, "height": height}
+    row = {"image_id": image_id, "uri": uri, "width": width, "height": height}
+    return row if own_range is None else row | {INTENSITY: own_range}
 
 
 class _Inspector:

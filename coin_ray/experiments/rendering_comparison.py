@@ -31,6 +31,7 @@ from coin_ray.errors import CloudError, InputError
 from coin_ray.runs.graph import build_steps
 from coin_ray.runs.lease import hold_root
 from coin_ray.runs.runner import open_tracker, run_missing_steps
+from coin_ray.runs.steps import with_found_range
 from coin_ray.serving.launch import start_services
 from coin_ray.stages.collecting.cloud_actor import governors_for, journal_uri
 from coin_ray.stages.common.image_tables import read_image_rows
@@ -100,6 +101,7 @@ def _compare_renderings(config: PipelineConfig, root: str, sample_size: int) -> 
     step = build_steps(config)["images"]
     run_missing_steps([step], config, root, tracker=open_tracker([step], config, root))
     rows = read_image_rows(step.folder(root), "train")
+    config = with_found_range(config, step.folder(root))
     count = min(sample_size, len(rows))
     uris = [str(rows[n * len(rows) // count]["uri"]) for n in range(count)]
     answers = asyncio.run(_query(config, uris, root))
@@ -131,7 +133,7 @@ async def _query(
             for cloud, url, governor in zip(config.clouds, urls, governors, strict=True)
         ]
         slots = asyncio.Semaphore(2 * config.cloud.in_flight)
-        queries = _Queries(slots, progress)
+        queries = _Queries(slots, progress, config.intensity_range)
         try:
             await clients[0].check()
             answers = await asyncio.gather(
@@ -156,6 +158,7 @@ class _Queries:
 
     slots: asyncio.Semaphore
     progress: ProgressBar
+    intensity_range: tuple[float, float] | None
     answered: int = 0
     stopped_by: CloudError | None = None
 
@@ -164,7 +167,9 @@ class _Queries:
             if self.stopped_by is not None:
                 return None
             try:
-                image = await asyncio.to_thread(_read_rendering, uri, *client.rendering)
+                image = await asyncio.to_thread(
+                    _read_rendering, uri, *client.rendering, self.intensity_range
+                )
                 answer = await client.answer(image)
             except (InputError, FileNotFoundError):
                 return None
@@ -176,8 +181,14 @@ class _Queries:
         return answer
 
 
-def _read_rendering(uri: str, max_side: int, rendering: str) -> CanonicalImage:
-    return render_image(storage.read_bytes(uri), max_side, rendering)
+def _read_rendering(
+    uri: str,
+    max_side: int,
+    rendering: str,
+    intensity_range: tuple[float, float] | None,
+) -> CanonicalImage:
+    file = storage.read_bytes(uri)
+    return render_image(file, max_side, rendering, intensity_range)
 
 
 def _draw_sample(
@@ -212,7 +223,9 @@ def draw_contact_sheet(
     for row, uri in enumerate(uris):
         image_file = storage.read_bytes(uri)
         for column, rendering in enumerate(renderings):
-            image = render_image(image_file, SHEET_SIDE, rendering)
+            image = render_image(
+                image_file, SHEET_SIDE, rendering, config.intensity_range
+            )
             pixels = _draw_detections(image, answers[row][column], config.classes)
             sheet.paste(pixels, (column * pitch, SHEET_GAP + row * pitch))
     png = io.BytesIO()

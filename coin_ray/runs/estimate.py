@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from coin_ray import storage
 from coin_ray.config import PLAIN_RENDERING, Cloud, DemoScenes, PipelineConfig
-from coin_ray.runs.steps import Step
+from coin_ray.runs.steps import Step, with_found_range
 from coin_ray.serving.launch import EMULATED_CLOUDS
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ def _answered_images(
 
     answered_images: list[set[str]] = [set() for _ in config.clouds]
     journal_folder = storage.join(root, "journal")
+    config = with_found_range(config, steps["images"].folder(root))
     image_table = storage.join(steps["images"].folder(root), "images.parquet")
     if not storage.exists(journal_folder) or not storage.exists(image_table):
         return answered_images
@@ -215,7 +216,7 @@ def _answered_images(
     for row in asked_rows:
         uri = row["uri"]
         if unmatched_keys and any(uri not in images for images in answered_images):
-            keys = _rendered_keys(uri, clients)
+            keys = _rendered_keys(uri, clients, config.intensity_range)
             for key, images in zip(keys, answered_images, strict=False):
                 if key in answered_keys:
                     images.add(uri)
@@ -262,7 +263,8 @@ def recorded_keys(
         for client in clients
         if client.rendering[1] == PLAIN_RENDERING
     ]
-    keys = dict.fromkeys([*unchanged, *_rendered_keys(uri, clients)])
+    rendered = _rendered_keys(uri, clients, config.intensity_range)
+    keys = dict.fromkeys([*unchanged, *rendered])
     answered = set(journal.keys())
     return [key for key in keys if key in answered]
 
@@ -281,7 +283,10 @@ def _has_answer(
         ):
             return True
     first_uris = images["uri"].slice(0, SAMPLED_IMAGES).to_pylist()
-    return any(not keys.isdisjoint(_rendered_keys(uri, clients)) for uri in first_uris)
+    return any(
+        not keys.isdisjoint(_rendered_keys(uri, clients, config.intensity_range))
+        for uri in first_uris
+    )
 
 
 def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> CloudClient:
@@ -294,14 +299,23 @@ def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> Cloud
     return CloudClient(cloud, config.classes, _endpoint(cloud), journal, governor)
 
 
-def _rendered_keys(uri: str, clients: Sequence[CloudClient]) -> list[str]:
+def _rendered_keys(
+    uri: str,
+    clients: Sequence[CloudClient],
+    intensity_range: tuple[float, float] | None,
+) -> list[str]:
     """Return the journal key of an image for each cloud; none if it can not be read."""
     from coin_ray.cloud.renderings import render_image
     from coin_ray.errors import InputError
 
     try:
         file = storage.read_bytes(uri)
-        return [client.key(render_image(file, *client.rendering)) for client in clients]
+        images = [
+            render_image(file, *client.rendering, intensity_range) for client in clients
+        ]
+        return [
+            client.key(image) for client, image in zip(clients, images, strict=True)
+        ]
     except (InputError, FileNotFoundError):
         return []
 

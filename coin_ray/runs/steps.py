@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
@@ -134,9 +134,26 @@ Stage = Callable[[Context[Any]], Metrics]
 def make_context(step: Step, config: ConfigT, root: str) -> Context[ConfigT]:
     """Return the arguments of a step's stage."""
     input_folders = {upstream.name: upstream.folder(root) for upstream in step.inputs}
+    if "images" in input_folders:
+        config = with_found_range(config, input_folders["images"])
     return Context(
         config, root, step.folder(root), input_folders, step.options, step.name
     )
+
+
+def with_found_range(config: ConfigT, images_folder: str) -> ConfigT:
+    """Return the config with the intensity range that the finished images step in this
+    folder has found: every stage that reads images sees the same pixels.
+    """
+    if not storage.exists(storage.join(images_folder, MANIFEST_FILE)):
+        return config
+    intensity = read_manifest(images_folder).metrics.get("intensity") or {}
+    found = intensity.get("range")
+    if found is None or not hasattr(config, "with_intensity_range"):
+        return config
+    low, high = found
+    resolved: ConfigT = config.with_intensity_range((low, high))
+    return resolved
 
 
 def run_step(
@@ -202,10 +219,12 @@ def read_reopened(folder: str) -> Manifest | None:
     return Manifest.from_json(storage.read_json(uri)) if storage.exists(uri) else None
 
 
-def remove_readers(root: str, folder: str) -> list[str]:
+def remove_readers(root: str, folder: str, keep: Sequence[str] = ()) -> list[str]:
     """Remove the results of all steps below ``root`` that were made, or begun, from the
     results in a step's folder, directly or through other steps, whichever run made
     them. Return their names, sorted.
+
+    ``keep``: names of folders inside a step's folder that stay.
     """
     inputs_by_folder = {
         other: _read_inputs(other)
@@ -220,7 +239,7 @@ def remove_readers(root: str, folder: str) -> list[str]:
                 readers.append(other)
                 pending.append(other.rpartition("/")[2])
     for reader in readers:
-        _remove_results(reader)
+        _remove_results(reader, keep)
     return sorted({reader.rpartition("/")[2].rpartition("-")[0] for reader in readers})
 
 
@@ -235,13 +254,14 @@ def _read_inputs(folder: str) -> set[str]:
     return set()
 
 
-def _remove_results(folder: str) -> None:
-    """Remove all files of a step, last those that name its inputs: if this process is
-    killed before, the next one finds the step again.
+def _remove_results(folder: str, keep: Sequence[str]) -> None:
+    """Remove all files of a step but those in the folders ``keep``, last those that name
+    its inputs: if this process is killed before, the next one finds the step again.
     """
     named_last = [storage.join(folder, name) for name in (MANIFEST_FILE, INPUTS_FILE)]
+    kept_folders = tuple(f"{storage.join(folder, name)}/" for name in keep)
     for uri in storage.list_files(folder):
-        if uri not in named_last:
+        if uri not in named_last and not uri.startswith(kept_folders):
             storage.remove(uri)
     for uri in named_last:
         storage.remove(uri)

@@ -18,7 +18,7 @@ from coin_ray.errors import CoinError
 from coin_ray.evaluation.label_free import label_free_score
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.runs.runner import run_missing_steps
-from coin_ray.runs.steps import Context, Metrics
+from coin_ray.runs.steps import Context, Metrics, with_found_range
 from coin_ray.search.plan import PARTS, RUNGS, Search
 from coin_ray.search.space import Settings
 from coin_ray.stages import distill
@@ -163,10 +163,13 @@ def _predict(
     """Return each detector's detections on those images of a split that are in
     ``image_ids``.
     """
-    images = read_images(search.shared_steps["images"].folder(search.root), split)
+    images_folder = search.shared_steps["images"].folder(search.root)
+    images = read_images(images_folder, split)
     is_requested = [image in image_ids for image in images["image_id"].to_pylist()]
     images = images.filter(pa.array(is_requested, pa.bool_()))
-    batches = predict_images(weights, images, search.config)
+    batches = predict_images(
+        weights, images, with_found_range(search.config, images_folder)
+    )
     detections = pa.concat_tables([tables.DETECTIONS.empty_table(), *batches])
     class_count = len(search.config.classes)
     return {

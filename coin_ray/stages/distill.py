@@ -61,7 +61,7 @@ def run(
     held_out_share = context.options.get("held_out", 0.0)
     if held_out_share:
         labels = _without_held_out(labels, held_out_share)
-    examples = build_training_examples(images_folder, labels)
+    examples = build_training_examples(images_folder, labels, config.intensity_range)
     clip_detector_uri = storage.join(context.inputs["propagate"], WEIGHTS)
     annotators = fit_annotators(context.inputs["separate"], config)
     validation = plan_validation(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coin_ray import storage, tables
 from coin_ray.config.detector_training import DetectorConfig
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.evaluation.coco import coco_average_precision
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.models.co_detr.collaborative import DECODER
@@ -49,7 +50,9 @@ def run(context: Context[DetectorConfig]) -> Metrics:
         images = read_labelled_images(context.inputs["images"], split)
         if not images.rows:
             continue
-        predictions = predict_labelled_images(predictor, images, config.evaluate_batch)
+        predictions = predict_labelled_images(
+            predictor, images, config.evaluate_batch, config.found_intensity_range
+        )
         uri = storage.join(context.folder, "predictions", f"{split}.parquet")
         _write_predictions(uri, predictions[reported_head], config.model)
         by_head = {
@@ -82,16 +85,19 @@ def load_predictor(folder: str, config: DetectorConfig) -> Predictor:
 
 
 def predict_labelled_images(
-    predictor: Predictor, images: LabelledImages, batch_size: int
+    predictor: Predictor,
+    images: LabelledImages,
+    batch_size: int,
+    intensity_range: IntensityRange | None = None,
 ) -> dict[str, dict[str, Detections]]:
     """Return detections by head and image id; a detector without auxiliary heads has
-    the decoder's alone.
+    the decoder's alone. ``intensity_range``: of deep grey images.
     """
     predictions: dict[str, dict[str, Detections]] = {}
     with show_progress("evaluate", len(images.rows)) as progress:
         for start in range(0, len(images.rows), batch_size):
             batch = images.rows[start : start + batch_size]
-            originals = [read_image(row["uri"]) for row in batch]
+            originals = [read_image(row["uri"], intensity_range) for row in batch]
             for head, detections in _predict_by_head(predictor, originals).items():
                 by_image = predictions.setdefault(head, {})
                 for row, in_image in zip(batch, detections, strict=True):

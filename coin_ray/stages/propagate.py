@@ -42,7 +42,7 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     source: LabelSource = context.options["labels"]
     propagate = config.propagate if source == "clip" else baseline_training(config)
     labels = open_training_labels(source, context.inputs, config)
-    examples = build_training_examples(images_folder, labels)
+    examples = build_training_examples(images_folder, labels, config.intensity_range)
     validation = plan_validation(
         config,
         images_folder,

@@ -37,7 +37,9 @@ def run(context: Context[DetectorConfig]) -> Metrics:
     """
     config = context.config
     images = read_labelled_images(context.inputs["images"], "train")
-    examples = build_labelled_examples(images, config.classes)
+    examples = build_labelled_examples(
+        images, config.classes, config.found_intensity_range
+    )
     training = config.training_over(len(examples))
     steps_per_epoch = max(1, len(examples) // training.batch)
     job = TrainingJob(

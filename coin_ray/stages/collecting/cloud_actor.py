@@ -22,6 +22,7 @@ from coin_ray.cloud.ensemble import EnsembleClient, create_client, render_for_cl
 from coin_ray.cloud.governor import DAY, Governor, LocalGovernor
 from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.cloud.protocol import RawDetections
 from coin_ray.cloud.services import adapter_for
 from coin_ray.config import Cloud, PipelineConfig, with_plain_rendering
 from coin_ray.data.canonical import CanonicalImage
@@ -32,8 +33,11 @@ STOPPED = "stopped"
 """The status of an image that was not asked about because an error ends the run."""
 ANSWER_SCHEMA = pa.schema(
     [field for field in PART_SCHEMA if field.name != "clip_probs"]
-).append(pa.field("bytes", pa.binary()))
-"""Rows of a part before CLIP has labelled them, with the image's file."""
+)
+ANSWER_SCHEMA = ANSWER_SCHEMA.append(pa.field("bytes", pa.binary()))
+ANSWER_SCHEMA = ANSWER_SCHEMA.append(pa.field("box_counts", pa.string()))
+"""Rows of a part before CLIP has labelled them, with the image's file and, as JSON, the
+counts of boxes that are not used as the service wrote them (``BoxCounts``)."""
 ERROR_CHECK_FROM = 50
 """Answers from which on the share of errors may end the run."""
 THREADS = 32
@@ -117,6 +121,8 @@ class CloudActor:
                 if self.stop_error is not None:
                     return _stopped_image(image_id, self.stop_error)
                 file, renderings = await asyncio.to_thread(self._read, uri)
+                if self.stop_error is not None:
+                    return _stopped_image(image_id, self.stop_error)
                 answer = await self.ask(*renderings)
         except (InputError, FileNotFoundError) as error:
             answer = Answer("error", None, error=f"{type(error).__name__}: {error}")
@@ -137,7 +143,7 @@ class CloudActor:
         gets it.
         """
         file = storage.read_bytes(uri)
-        renderings = render_for_clouds(self.client, file)
+        renderings = render_for_clouds(self.client, file, self.config.intensity_range)
         return (b"" if self.config.collect.labeler == "none" else file), renderings
 
     def _too_many_failures(self) -> bool:
@@ -182,8 +188,18 @@ def answer_table(
         # the clouds that answered; empty where there is only one
         "teachers": [list(answer.teachers) for answer in answers],
         "bytes": [image.file for image in images],
+        "box_counts": [_box_counts_json(raw) for raw in raw_answers],
     }
     return pa.table(columns, schema=ANSWER_SCHEMA)
+
+
+def _box_counts_json(raw: RawDetections | None) -> str | None:
+    """Return the counts of an answer as JSON; None if all its boxes are used as they
+    came.
+    """
+    if raw is None or not raw.counts.as_dict():
+        return None
+    return json.dumps(raw.counts.as_dict())
 
 
 def _source(clouds: Sequence[str]) -> str:

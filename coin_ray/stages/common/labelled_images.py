@@ -12,6 +12,7 @@ import torch
 
 from coin_ray import storage
 from coin_ray.data.examples import Example
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.errors import InputError
 from coin_ray.stages.common.image_tables import ImageRow, open_annotations
 from coin_ray.structures import Detections
@@ -63,10 +64,13 @@ def is_validation_image(image_id: str) -> bool:
 
 
 def build_labelled_examples(
-    images: LabelledImages, classes: Sequence[str]
+    images: LabelledImages,
+    classes: Sequence[str],
+    intensity_range: IntensityRange | None = None,
 ) -> list[Example]:
     """Return examples with ``labels`` of score 1 and ``ignored``, the difficult boxes.
     Boxes without an area inside their image are left out with a warning.
+    ``intensity_range``: of deep grey images.
 
     Raises InputError where nothing could be learned.
     """
@@ -87,7 +91,14 @@ def build_labelled_examples(
             "labels": _as_detections(boxes, truth, required, len(classes)),
             "ignored": _as_detections(boxes, truth, ignored, len(classes)),
         }
-        examples.append(Example(row["image_id"], row["uri"], detections))
+        examples.append(
+            Example(
+                row["image_id"],
+                row["uri"],
+                detections,
+                intensity_range=intensity_range,
+            )
+        )
     if empty_boxes:
         logger.warning(
             "%d boxes have no area inside their image and are left out, the first"

@@ -20,6 +20,7 @@ from coin_ray import storage, tables
 from coin_ray.config import Detector, PipelineConfig
 from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
@@ -195,7 +196,8 @@ class DetectorGroup:
         image_rows = images.to_pylist()
         for start in range(0, len(image_rows), BATCH):
             batch = image_rows[start : start + BATCH]
-            originals = [read_image(row["uri"]) for row in batch]
+            intensity_range = self.config.intensity_range
+            originals = [read_image(row["uri"], intensity_range) for row in batch]
             for name, detector in self.detectors.items():
                 detections = predict(detector, originals, self.config.detector)
                 rows += [
@@ -205,9 +207,12 @@ class DetectorGroup:
         return tables.detections_table(rows)
 
 
-def read_image(uri: str) -> torch.Tensor:
-    """Return an image as uint8 [3, H, W], upright."""
-    image: torch.Tensor = pil_to_tensor(decode_rgb(storage.read_bytes(uri)))
+def read_image(uri: str, intensity_range: IntensityRange | None) -> torch.Tensor:
+    """Return an image as uint8 [3, H, W], upright. ``intensity_range``: of a run's deep
+    grey images.
+    """
+    pixels = decode_rgb(storage.read_bytes(uri), intensity_range)
+    image: torch.Tensor = pil_to_tensor(pixels)
     return image
 
 

@@ -128,15 +128,19 @@ def _look_up_corrected(
 
 
 def build_training_examples(
-    images_folder: str, labels: TrainingLabels
+    images_folder: str,
+    labels: TrainingLabels,
+    intensity_range: tuple[float, float] | None = None,
 ) -> TableExamples:
-    """Return the training images that have labels, as examples."""
+    """Return the training images that have labels, as examples. ``intensity_range``: of
+    deep grey images.
+    """
     uri = storage.join(images_folder, "images.parquet")
     images = storage.open_table(uri, ("image_id", "split"))
     in_training = pc.equal(images["split"], "train")
     labelled = pc.is_in(images["image_id"], value_set=labels.image_ids)
     rows = np.flatnonzero(pc.and_(in_training, labelled).to_numpy())
-    return TableExamples(uri, rows, labels.lookup, labels.reviewed)
+    return TableExamples(uri, rows, labels.lookup, labels.reviewed, intensity_range)
 
 
 def count_labels(

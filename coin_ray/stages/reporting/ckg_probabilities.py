@@ -112,7 +112,7 @@ class _TrainedFusion:
         confident = cloud.scores >= self.config.labels.score_min
         if not confident.any():
             return cloud.probs[confident]
-        original = read_image(uri)
+        original = read_image(uri, self.config.intensity_range)
         detector = self.config.detector
         resized = resize_to_fit(original, detector.short_side, detector.long_side)
         boxes = box_ops.scale_boxes(

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.evaluation.operating import ImageCounts, regression_by_image
 from coin_ray.report.gallery import Box, GalleryImage
 from coin_ray.runs.steps import Context
@@ -187,7 +188,7 @@ def _gallery_image(
         layers["truth"] = _truth_boxes(truth, config)
     if image.group == "train":
         layers["separation"] = _separation_boxes(separation[image_id], config)
-    jpeg, width, height = _read_thumbnail(uri)
+    jpeg, width, height = _read_thumbnail(uri, config.intensity_range)
     return GalleryImage(
         jpeg,
         width,
@@ -306,11 +307,13 @@ def _box(
     return Box((x1, y1, x2, y2), label, score, kind)
 
 
-def _read_thumbnail(uri: str) -> tuple[bytes, int, int]:
+def _read_thumbnail(
+    uri: str, intensity_range: IntensityRange | None
+) -> tuple[bytes, int, int]:
     """Return a JPEG of at most ``LONG_SIDE`` pixels, and width and height of the
     original, in which boxes are drawn.
     """
-    image = decode_rgb(storage.read_bytes(uri))
+    image = decode_rgb(storage.read_bytes(uri), intensity_range)
     width, height = image.size
     image.thumbnail((LONG_SIDE, LONG_SIDE))
     encoded = io.BytesIO()
