@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.data.order import BatchOrder
@@ -16,7 +16,6 @@ def _rows_of_step(step: int, count: int, batch: int, seed: int) -> list[int]:
     return BatchOrder(count, batch, seed).rows_of_step(step)
 
 
-@settings(max_examples=50, deadline=None)
 @given(*SIZES, st.one_of(st.none(), st.lists(st.booleans(), min_size=12, max_size=12)))
 def test_every_epoch_holds_each_image_once(
     count: int, batch: int, seed: int, wide: list[bool] | None
@@ -84,7 +83,6 @@ def test_batch_size_does_not_change_the_order() -> None:
     )
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(0, 3), st.integers(0, 1000))
 def test_grouped_steps_see_one_kind(
     count: int, batch: int, seed: int, draw: int

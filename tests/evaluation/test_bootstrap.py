@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.evaluation.bootstrap import (
@@ -54,7 +54,6 @@ def _scenes(draw: st.DrawFn) -> tuple[dict[str, Detections], dict[str, Truth]]:
     return predictions, annotated
 
 
-@settings(max_examples=60, deadline=None)
 @given(_scenes(), st.lists(st.integers(0, 2), min_size=3, max_size=3))
 def test_a_draw_scores_as_copies_of_its_images_would(
     scene: tuple[dict[str, Detections], dict[str, Truth]], counts: list[int]

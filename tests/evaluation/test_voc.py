@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import truth
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray.evaluation.fusion_baselines import expand_to_all_classes
@@ -209,7 +209,6 @@ def _draw_random_case(
     return predictions, annotated
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_ap_lies_in_0_to_1(seed: int) -> None:
     report = average_precision(*_draw_random_case(seed, 3, 4, 8), 3)
@@ -217,7 +216,6 @@ def test_ap_lies_in_0_to_1(seed: int) -> None:
     assert ((defined >= 0) & (defined <= 1)).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_the_order_of_images_and_boxes_does_not_matter(seed: int) -> None:
     predictions, annotated = _draw_random_case(seed, 3, 4, 8)
@@ -238,7 +236,6 @@ def test_the_order_of_images_and_boxes_does_not_matter(seed: int) -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 2))
 def test_a_weaker_false_positive_never_raises_ap(seed: int, label: int) -> None:
     predictions, annotated = _draw_random_case(seed, 2, 4, 6)

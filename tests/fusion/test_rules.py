@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +18,6 @@ from coin_ray.fusion.rules import (
 )
 
 CLASSES = 4
-quickly = settings(deadline=None, max_examples=40)
 
 
 def _opinions(
@@ -73,7 +72,6 @@ def _fused(rule: str, cloud: Tensor, clip: Tensor) -> Tensor:
 
 
 @rules
-@quickly
 @given(seed=st.integers(0, 10_000), rows=st.integers(0, 6), sharpness=st.floats(0, 30))
 def test_fused_rows_are_probabilities(
     rule: str, seed: int, rows: int, sharpness: float
@@ -85,7 +83,6 @@ def test_fused_rows_are_probabilities(
 
 
 @rules
-@quickly
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(CLASSES)))
 def test_no_class_is_special(rule: str, seed: int, order: list[int]) -> None:
     cloud, clip = _opinions(seed, 5)
@@ -98,14 +95,12 @@ def test_no_class_is_special(rule: str, seed: int, order: list[int]) -> None:
 
 
 @pytest.mark.parametrize("rule", [average, score_weighted, product])
-@quickly
 @given(seed=st.integers(0, 10_000))
 def test_neither_teacher_is_special(rule: object, seed: int) -> None:
     cloud, clip = _opinions(seed, 5)
     torch.testing.assert_close(rule(cloud, clip), rule(clip, cloud))  # type: ignore[operator]
 
 
-@quickly
 @given(seed=st.integers(0, 10_000))
 def test_the_surer_teacher_counts_more(seed: int) -> None:
     cloud, clip = _opinions(seed, 20)
@@ -121,7 +116,6 @@ def test_the_surer_teacher_counts_more(seed: int) -> None:
     )
 
 
-@quickly
 @given(seed=st.integers(0, 10_000))
 def test_product_is_surer_where_both_agree(seed: int) -> None:
     cloud, clip = _opinions(seed, 20)

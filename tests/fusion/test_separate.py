@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import Row, detections, sorted_rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coin_ray import boxes as box_ops
@@ -286,7 +286,6 @@ def _as_sets(parts: Separation) -> list[list[tuple[float, ...]]]:
     return sets
 
 
-@settings(max_examples=40, deadline=None)
 @given(_rows(6), _rows(8), st.booleans())
 def test_same_seed_same_separation(
     cloud: list[Row], clip: list[Row], fuse: bool
@@ -298,7 +297,6 @@ def test_same_seed_same_separation(
     assert first == second
 
 
-@settings(max_examples=60, deadline=None)
 @given(_rows(6), _rows(8).map(_one_class_per_box), st.randoms(use_true_random=False))
 def test_order_of_results_does_not_matter(
     cloud: list[Row], clip: list[Row], draw: Any
@@ -314,7 +312,6 @@ def test_order_of_results_does_not_matter(
         )
 
 
-@settings(max_examples=40, deadline=None)
 @given(_rows(6), _rows(8))
 def test_mirrored_images_separate_alike(cloud: list[Row], clip: list[Row]) -> None:
     cloud_detections, clip_detections = detections(*cloud), detections(*clip)
@@ -334,7 +331,6 @@ def test_mirrored_images_separate_alike(cloud: list[Row], clip: list[Row]) -> No
     assert _as_sets(back) == _as_sets(plain)
 
 
-@settings(max_examples=40, deadline=None)
 @given(_rows(6), _rows(8), st.booleans())
 def test_kinds_keep_their_promise(
     cloud: list[Row], clip: list[Row], fuse: bool
@@ -352,7 +348,6 @@ def test_kinds_keep_their_promise(
     assert len(boxes) == len(set(boxes))
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     _rows(6),
     _rows(8).map(_one_class_per_box),

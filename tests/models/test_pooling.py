@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -60,7 +60,6 @@ def test_on_the_edge_itself_either_side_is_right() -> None:
     assert float(pooled[1]) in (0.0, 1.0)
 
 
-@settings(max_examples=200, deadline=None)
 @given(_case())
 def test_the_product_is_roi_align(
     given_case: tuple[Tensor, list[Tensor], int, int],

@@ -48,9 +48,7 @@ def _drawn(config: PipelineConfig, name: str) -> st.SearchStrategy[dict[str, obj
 
 @pytest.mark.parametrize("name", list(SPACES))
 @settings(
-    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-    deadline=None,
 )
 @given(drawing=st.data())
 def test_whatever_is_drawn_is_a_config_that_the_pipeline_takes_back(

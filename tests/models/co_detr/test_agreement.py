@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from builders import Row, detections
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -87,7 +87,6 @@ def test_a_confidence_is_the_mean_over_heads_for_box_and_class(
     assert _averaged_confidence(*others) == pytest.approx(expected, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(ANY, st.lists(ANY, max_size=3))
 def test_boxes_and_labels_stay_and_confidences_are_probabilities(
     detected: Detections, others: list[Detections]
@@ -103,7 +102,6 @@ def test_boxes_and_labels_stay_and_confidences_are_probabilities(
     assert boxes_and_labels(averaged) == boxes_and_labels(detected)
 
 
-@settings(max_examples=40, deadline=None)
 @given(FOUND, ANY, ANY)
 def test_the_order_of_heads_and_of_their_detections_changes_nothing(
     detected: Detections, first_head: Detections, second_head: Detections
@@ -115,7 +113,6 @@ def test_the_order_of_heads_and_of_their_detections_changes_nothing(
     )
 
 
-@settings(max_examples=40, deadline=None)
 @given(FOUND, ANY, ANY)
 def test_more_detections_of_a_head_never_lower_the_agreement(
     detected: Detections, head: Detections, additional: Detections
@@ -126,7 +123,6 @@ def test_more_detections_of_a_head_never_lower_the_agreement(
     assert bool((after <= 1).all())
 
 
-@settings(max_examples=40, deadline=None)
 @given(FOUND)
 def test_a_head_gives_its_own_detections_at_least_their_probabilities(
     detected: Detections,

@@ -49,7 +49,6 @@ def _random_boxes(count: int, seed: int, side: int = 128) -> Tensor:
 many = given(st.integers(0, 10_000), st.integers(1, 6))
 
 
-@settings(max_examples=25, deadline=None)
 @many
 def test_centres_of_positives_lie_in_their_object(seed: int, count: int) -> None:
     boxes = _random_boxes(count, seed)
@@ -62,7 +61,6 @@ def test_centres_of_positives_lie_in_their_object(seed: int, count: int) -> None
     assert bool(is_inside.all())
 
 
-@settings(max_examples=25, deadline=None)
 @many
 def test_permuting_objects_permutes_the_assignment(seed: int, count: int) -> None:
     boxes = _random_boxes(count, seed)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -34,7 +34,6 @@ def _random_boxes(*shape: int, seed: int = 0) -> Tensor:
     )
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(0, 4))
 def test_the_assignment_costs_no_more_than_any_other(
     seed: int, count: int, truth: int

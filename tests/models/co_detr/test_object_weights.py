@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -96,7 +96,6 @@ def test_ignored_regions_leave_the_objects_to_be_learned() -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 3))
 def test_covered_boxes_have_half_their_area_in_one_region(
     seed: int, count: int
