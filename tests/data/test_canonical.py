@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
@@ -206,7 +206,6 @@ def test_profile_is_applied() -> None:
     )
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     width=st.integers(8, 90), height=st.integers(8, 90), max_side=st.integers(8, 100)
 )
@@ -346,7 +345,6 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-@settings(max_examples=150, deadline=None)
 @given(
     offset=st.integers(0, 10_000),
     noise=st.binary(min_size=1, max_size=8),

@@ -235,4 +235,6 @@ def test_an_image_that_labels_list_twice_is_found(tmp_path: Path) -> None:
     (tmp_path / "annotations.json").write_text(
         json.dumps({"images": images, "annotations": [], "categories": []})
     )
-    assert _fault_kinds(tmp_path) == {"same image twice": 1}
+    [fault] = check_datasets([str(tmp_path)])
+    assert fault.kind == "can't be read"
+    assert "lists the image images/a.png twice" in fault.example

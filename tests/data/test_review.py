@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -173,7 +173,6 @@ review = st.builds(
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@settings(max_examples=60, deadline=None)
 @given(reviews=st.lists(review, min_size=1, max_size=3))
 def test_exported_reviews_are_read_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, tool: str, reviews: list[Review]

@@ -8,26 +8,31 @@ understood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from coin_ray import storage
-from coin_ray.data.formats.bdd100k import is_bdd100k, read_bdd100k, write_bdd100k
+from coin_ray.data.file_kinds import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from coin_ray.data.formats.bdd100k import bdd100k_files, is_bdd100k, read_bdd100k
 from coin_ray.data.formats.cityscapes import is_cityscapes, read_cityscapes
-from coin_ray.data.formats.coco import is_coco, read_coco, write_coco
-from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder, strip_suffix
-from coin_ray.data.formats.kitti import IGNORED, is_kitti, read_kitti, write_kitti
+from coin_ray.data.formats.coco import coco_files, is_coco, read_coco
+from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
+from coin_ray.data.formats.kitti import IGNORED, is_kitti, kitti_files, read_kitti
 from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
     ImageRecord,
+    LeftOut,
+    UnreadFile,
     check_class_name,
     collect_class_names,
+    describe_dataset,
 )
-from coin_ray.data.formats.voc import is_voc, read_voc, write_voc
-from coin_ray.data.formats.yolo import is_yolo, read_yolo, write_yolo
+from coin_ray.data.formats.unread import find_unread_files
+from coin_ray.data.formats.voc import is_voc, read_voc, voc_files
+from coin_ray.data.formats.yolo import is_yolo, read_yolo, yolo_files
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
@@ -37,6 +42,9 @@ __all__ = [
     "Annotation",
     "Dataset",
     "ImageRecord",
+    "LeftOut",
+    "UnreadFile",
+    "describe_dataset",
     "list_image_files",
     "read_dataset",
     "write_dataset",
@@ -55,7 +63,7 @@ READERS: tuple[
 )
 """Test and reader of each format; the first format whose test holds is read."""
 IMAGE_FOLDERS = {
-    "coco": "images",
+    "coco": "images/{split}",
     "voc": "JPEGImages",
     "yolo": "images/{split}",
     "kitti": "training/image_2",
@@ -72,6 +80,22 @@ def read_dataset(address: str) -> Dataset:
     naming file and line.
     """
     folder = DatasetFolder.open(address)
+    dataset = _read_folder(folder)
+    reason = "an image of this kind can't be decoded"
+    taken = {record.uri for record in dataset.records}
+    undecodable = tuple(
+        LeftOut(folder.uris[path], reason)
+        for path in folder.list_paths("", *OTHER_IMAGE_SUFFIXES)
+        if folder.uris[path] not in taken
+    )
+    return replace(
+        dataset,
+        left_out=dataset.left_out + undecodable,
+        unread_files=find_unread_files(folder),
+    )
+
+
+def _read_folder(folder: DatasetFolder) -> Dataset:
     for is_format, read_format in READERS:
         if is_format(folder):
             return read_format(folder)
@@ -84,7 +108,7 @@ def read_dataset(address: str) -> Dataset:
         ImageRecord.from_annotations(
             path, folder.uris[path], (0, 0), [], annotated=False
         )
-        for path in folder.list_paths("", *IMAGE_SUFFIXES)
+        for path in folder.list_images()
     ]
     return Dataset("folder", tuple(records))
 
@@ -107,7 +131,8 @@ def write_dataset(
 
     ``names``: class names in the order that numbers them; other labels of the records
     follow. YOLO and KITTI can't mark a box as difficult: such boxes are an InputError,
-    or are left out with ``drop_difficult``.
+    or are left out with ``drop_difficult``. A second split is added to a folder; raises
+    InputError rather than replace a label file or another image.
     """
     if format not in IMAGE_FOLDERS:
         raise InputError(
@@ -121,18 +146,52 @@ def write_dataset(
         check_class_name(name, "names")
     _check_files(records, with_suffix=format in ("coco", "bdd100k"))
     _check_flags(records, format)
+    files = _label_files(records, folder, format, split, names)
     image_folder = storage.join(folder, IMAGE_FOLDERS[format].format(split=split))
+    _check_nothing_replaced(records, folder, image_folder, files)
     map_in_threads(lambda record: _copy_image(record, image_folder), records)
+    for path, content in files.items():
+        storage.write_bytes(storage.join(folder, path), content)
+
+
+def _label_files(
+    records: Sequence[ImageRecord],
+    folder: str,
+    format: str,  # noqa: A002
+    split: str,
+    names: Sequence[str],
+) -> dict[str, bytes]:
+    """Return the content of each label file by its path."""
     if format == "coco":
-        write_coco(records, folder, names)
-    elif format == "voc":
-        write_voc(records, folder, split)
-    elif format == "yolo":
-        write_yolo(records, folder, split, names)
-    elif format == "kitti":
-        write_kitti(records, folder, split, names)
-    else:
-        write_bdd100k(records, folder, split)
+        return coco_files(records, split, names)
+    if format == "voc":
+        return voc_files(records, split)
+    if format == "yolo":
+        return yolo_files(records, folder, split, names)
+    if format == "kitti":
+        return kitti_files(records, split, names)
+    return bdd100k_files(records, split)
+
+
+def _check_nothing_replaced(
+    records: Sequence[ImageRecord],
+    folder: str,
+    image_folder: str,
+    files: Iterable[str],
+) -> None:
+    existing = set(storage.list_files(folder))
+    label_uris = [storage.join(folder, path) for path in files if path != "data.yaml"]
+    image_uris = [
+        storage.join(image_folder, record.file)
+        for record in records
+        if record.uri != storage.join(image_folder, record.file)
+    ]
+    replaced = [uri for uri in (*label_uris, *image_uris) if uri in existing]
+    if replaced:
+        raise InputError(
+            f"{replaced[0]} is there already ({len(replaced)} files in all): write to"
+            " another folder, or as another split"
+        )
 
 
 def _without_difficult(record: ImageRecord) -> ImageRecord:

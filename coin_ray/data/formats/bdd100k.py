@@ -4,11 +4,15 @@
 Split ``SPLIT_daytime`` keeps the images whose ``timeofday`` is that word. ``box2d`` is
 taken as edges, as its decimals are: Scalabel's own conversion to COCO makes boxes a
 pixel wider and higher. Crowds count as difficult. Names of the two releases are read as
-one: bike, motor and pedestrian are bicycle, motorcycle and person.
+one: bike, motor and pedestrian are bicycle, motorcycle and person. As the detection
+benchmark does, van and caravan are read as car; other person, other vehicle and trailer
+as person, car and truck, all of them difficult. A file for each image is read too:
+``labels/SPLIT/NAME.json``.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,19 +20,36 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from coin_ray import storage
 from coin_ray.data.formats.folder import DatasetFolder
-from coin_ray.data.formats.parsing import image_size, read_validated_json
+from coin_ray.data.formats.parsing import (
+    image_size,
+    read_head,
+    read_validated_json,
+)
 from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
     ImageRecord,
+    LeftOut,
     collect_class_names,
 )
 from coin_ray.data.threads import map_in_threads
+from coin_ray.errors import InputError
 
 LABEL_PREFIXES = ("det_", "bdd100k_labels_images_")
-NAME_OF_ALIAS = {"bike": "bicycle", "motor": "motorcycle", "pedestrian": "person"}
+NAME_OF_ALIAS = {
+    "bike": "bicycle",
+    "motor": "motorcycle",
+    "pedestrian": "person",
+    "van": "car",
+    "caravan": "car",
+}
+NAME_OF_IGNORED = {
+    "other person": "person",
+    "other vehicle": "car",
+    "trailer": "truck",
+}
+"""Classes that the benchmark neither requires nor punishes (bdd100k's det.toml)."""
 TIMES = ("daytime", "night", "dawn/dusk")
 
 
@@ -59,6 +80,19 @@ class _Frames:
     frames: list[_Frame] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Objects:
+    objects: list[_Label]
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageFile:
+    name: str
+    frames: list[_Objects]
+    attributes: dict[str, Any] | None = None
+
+
+IMAGE_FILE = TypeAdapter(_ImageFile)
 FRAME_LIST = TypeAdapter(list[_Frame])
 FRAMES = TypeAdapter(_Frames)
 FORMAT = "BDD100K json"
@@ -69,15 +103,29 @@ def is_bdd100k(folder: DatasetFolder) -> bool:
     return bool(_labels_by_split(folder))
 
 
-def _labels_by_split(folder: DatasetFolder) -> dict[str, str]:
-    paths_by_split: dict[str, str] = {}
+def _labels_by_split(folder: DatasetFolder) -> dict[str, list[str]]:
+    """Return the label files by split: one file, or a file for each image."""
+    paths_by_split: dict[str, list[str]] = {}
     for path in folder.list_paths("", ".json"):
         if "/" in path and not path.startswith("labels/"):
             continue
         name = path.rpartition("/")[2].removesuffix(".json")
         for prefix in LABEL_PREFIXES:
             if name.startswith(prefix):
-                paths_by_split[name.removeprefix(prefix)] = path
+                paths_by_split[name.removeprefix(prefix)] = [path]
+    return paths_by_split or _image_files_by_split(folder)
+
+
+def _image_files_by_split(folder: DatasetFolder) -> dict[str, list[str]]:
+    paths_by_folder: dict[str, list[str]] = {}
+    for path in folder.list_paths("labels", ".json"):
+        paths_by_folder.setdefault(path.rpartition("/")[0], []).append(path)
+    paths_by_split: dict[str, list[str]] = {}
+    for label_folder, paths in paths_by_folder.items():
+        head = read_head(folder.uris[paths[0]])
+        if b'"frames"' in head and b'"objects"' in head:
+            split = label_folder.rpartition("/")[2]
+            paths_by_split.setdefault(split, []).extend(paths)
     return paths_by_split
 
 
@@ -91,40 +139,87 @@ def read_bdd100k(folder: DatasetFolder) -> Dataset:
     if time not in TIMES:
         split, time = folder.split, ""
     paths_by_split = _labels_by_split(folder)
-    label_paths = replace(folder, split=split).select_split(
-        paths_by_split, "det_*.json or bdd100k_labels_images_*.json"
+    select = replace(folder, split=split).select_split
+    select(paths_by_split, "det_*.json or bdd100k_labels_images_*.json")
+    selected = {split: paths_by_split[split]} if split else paths_by_split
+    for path in folder.list_paths("", ".json"):
+        if path.rpartition("/")[2].startswith(LABEL_PREFIXES):
+            folder.read_paths.add(path)
+    folder.read_paths.update(
+        path for paths in paths_by_split.values() for path in paths
     )
-    frames: list[_Frame] = []
-    for path in label_paths:
-        frames += _read_frames(folder.uris[path])
-    if time:
-        frames = [frame for frame in frames if _time_of_day(frame) == time]
-    splits = [split] if split else list(paths_by_split)
-    image_folders = [f"images/100k/{name}" for name in splits]
-    path_by_name = {
-        frame.name: folder.find_image(frame.name, *image_folders) for frame in frames
-    }
+    datasets = [
+        _read_split(folder, name, paths, time) for name, paths in selected.items()
+    ]
+    records = tuple(record for dataset in datasets for record in dataset.records)
+    return Dataset(
+        "bdd100k",
+        records,
+        collect_class_names(records),
+        tuple(name for dataset in datasets for name in dataset.missing),
+        tuple(image for dataset in datasets for image in dataset.left_out),
+    )
 
-    def read_record(frame: _Frame) -> ImageRecord | None:
-        path = path_by_name[frame.name]
+
+def _read_split(
+    folder: DatasetFolder, split: str, label_paths: Sequence[str], time: str
+) -> Dataset:
+    uris = [folder.uris[path] for path in label_paths]
+    frames = [
+        frame for frames in map_in_threads(_read_frames, uris) for frame in frames
+    ]
+    image_folder = f"images/100k/{split}"
+    path_of_frame: list[str | None] = []
+    name_of_path: dict[str, str] = {}
+    for frame in frames:
+        path = folder.find_image(frame.name, image_folder, split=split)
+        path_of_frame.append(path)
+        if path in name_of_path:
+            raise InputError(
+                f"{uris[0]}: the image {path} is listed twice, as {name_of_path[path]}"
+                f" and as {frame.name}"
+            )
+        if path is not None:
+            name_of_path[path] = frame.name
+    pairs = [
+        (frame, path)
+        for frame, path in zip(frames, path_of_frame, strict=True)
+        if not time or _time_of_day(frame) == time
+    ]
+
+    def read_record(pair: tuple[_Frame, str | None]) -> ImageRecord | None:
+        frame, path = pair
         if path is None:
             return None
-        uri = folder.uris[path]
-        return ImageRecord.from_annotations(
-            frame.name, uri, image_size(uri), _annotations(frame)
-        )
+        uri, annotations = folder.uris[path], _annotations(frame)
+        file = path.removeprefix(f"{image_folder}/")
+        return ImageRecord.from_annotations(file, uri, image_size(uri), annotations)
 
-    optional_records = map_in_threads(read_record, frames)
-    records = tuple(record for record in optional_records if record is not None)
-    missing = tuple(name for name, path in path_by_name.items() if path is None)
-    return Dataset("bdd100k", records, collect_class_names(records), missing)
+    optional_records = map_in_threads(read_record, pairs)
+    return Dataset(
+        "bdd100k",
+        tuple(record for record in optional_records if record is not None),
+        missing=tuple(frame.name for frame, path in pairs if path is None),
+        left_out=tuple(
+            LeftOut(folder.uris[path], f"not in the labels of {split}")
+            for path in folder.list_images(image_folder)
+            if path not in name_of_path
+        ),
+    )
 
 
 def _read_frames(uri: str) -> list[_Frame]:
-    """Read a file of either release: an object with frames, or a list of them."""
-    if storage.read_bytes(uri).lstrip()[:1] == b"{":
+    """Read a file of either release: an object with frames, a list of them, or the file
+    of one image.
+    """
+    head = read_head(uri).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head[:1] != b"{":
+        return read_validated_json(FRAME_LIST, uri, FORMAT)
+    if b'"objects"' not in head:
         return read_validated_json(FRAMES, uri, FORMAT).frames
-    return read_validated_json(FRAME_LIST, uri, FORMAT)
+    image = read_validated_json(IMAGE_FILE, uri, FORMAT)
+    labels = [label for frame in image.frames for label in frame.objects]
+    return [_Frame(image.name, labels, image.attributes)]
 
 
 def _time_of_day(frame: _Frame) -> Any:
@@ -139,21 +234,31 @@ def _annotations(frame: _Frame) -> list[Annotation]:
             continue
         box = (label.box2d.x1, label.box2d.y1, label.box2d.x2, label.box2d.y2)
         category = label.category.strip()
-        name = NAME_OF_ALIAS.get(category, category)
+        is_ignored = category in NAME_OF_IGNORED
+        name = (NAME_OF_ALIAS | NAME_OF_IGNORED).get(category, category)
         crowd = bool((label.attributes or {}).get("crowd", False))
-        annotations.append(Annotation(box, name, crowd))
+        annotations.append(Annotation(box, name, crowd or is_ignored))
     return annotations
 
 
-def write_bdd100k(records: Sequence[ImageRecord], root: str, split: str) -> None:
-    """Write the label file of the split, without images that are not annotated."""
+def bdd100k_files(records: Sequence[ImageRecord], split: str) -> dict[str, bytes]:
+    """Return the label file of the split, without images that are not annotated. Raises
+    InputError for class names that are read as others.
+    """
+    aliases = NAME_OF_ALIAS | NAME_OF_IGNORED
+    for record in records:
+        for label in record.labels:
+            if label in aliases:
+                raise InputError(
+                    f"{record.file}: BDD100K reads the class {label!r} as"
+                    f" {aliases[label]!r}; rename it or write another format"
+                )
     frames = [
         {"name": record.file, "labels": _labels(record)}
         for record in records
         if record.annotated
     ]
-    uri = storage.join(root, "labels/det_20", f"det_{split}.json")
-    storage.write_bytes(uri, json.dumps(frames).encode())
+    return {f"labels/det_20/det_{split}.json": json.dumps(frames).encode()}
 
 
 def _labels(record: ImageRecord) -> list[dict[str, Any]]:

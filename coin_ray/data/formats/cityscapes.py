@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import TypeAdapter
 
-from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder
+from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
 from coin_ray.data.formats.parsing import read_validated_json
 from coin_ray.data.formats.record import (
     Annotation,
@@ -73,6 +73,12 @@ def read_cityscapes(folder: DatasetFolder) -> Dataset:
     splits: dict[str, list[str]] = {}
     for path in folder.list_paths("gtFine", LABEL_SUFFIX.lower()):
         splits.setdefault(path.split("/")[1], []).append(path)
+    folder.read_paths.update(folder.list_paths("gtFine"))
+    if not splits:
+        raise InputError(
+            f"{folder.root}/gtFine has no *{LABEL_SUFFIX}: boxes are read from polygons,"
+            " not from instance images"
+        )
     label_paths: list[str] = []
     for paths in replace(folder, split=split).select_split(splits, "gtFine folder"):
         label_paths += paths
@@ -102,7 +108,8 @@ def _images_by_scene(folder: DatasetFolder, beta: str) -> dict[str, list[str]]:
     image_folder = "leftImg8bit_foggy" if beta else "leftImg8bit"
     suffix = f"_leftImg8bit_foggy_beta_{beta}" if beta else "_leftImg8bit"
     images: dict[str, list[str]] = {}
-    for name, path in folder.paths_by_stem(image_folder, *IMAGE_SUFFIXES).items():
+    for path in folder.list_images(image_folder):
+        name = strip_suffix(path.removeprefix(f"{image_folder}/"))
         if name.endswith(suffix):
             images.setdefault(name.removesuffix(suffix), []).append(path)
     return images

@@ -1,169 +1,467 @@
-"""COCO detection: ``annotations.json`` beside ``images/``, ``_annotations.coco.json``
-among the images, or ``annotations/instances_SPLIT.json``.
+"""COCO detection: one JSON file among or beside its images, or one for each split.
 
-Boxes are (left, top, width, height) from 0. Crowds count as difficult.
+Boxes are (left, top, width, height) from 0. Crowds and ignored boxes count as
+difficult. An image that the file does not list is not annotated.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
+import numpy as np
 
-from coin_ray import storage
-from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder
-from coin_ray.data.formats.parsing import image_size, read_validated_json
+from coin_ray.data.formats.folder import (
+    DatasetFolder,
+    split_of_folder,
+    strip_suffix,
+)
+from coin_ray.data.formats.json_stream import iterate_json
+from coin_ray.data.formats.parsing import image_size, read_head
 from coin_ray.data.formats.record import (
-    Annotation,
     Dataset,
     ImageRecord,
+    LeftOut,
     collect_class_names,
 )
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 Key = int | str
-SINGLE_FILES = ("annotations.json", "_annotations.coco.json")
+SINGLE_FILES = (
+    "annotations.json",
+    "_annotations.coco.json",
+    "labels.json",
+    "result.json",
+    "coco.json",
+    "instances.json",
+    "instances_default.json",
+)
+"""Files that hold all labels of the folder they are in, as tools name them."""
+OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
+LISTS = frozenset(("images", "annotations", "categories"))
+WRITTEN_BY = "coin_ray: every listed image is annotated"
+"""The description in files that ``coco_files`` makes."""
+DESCRIPTION = "COCO json"
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    id: Key
-    file_name: str
-    width: int | None = None
-    height: int | None = None
+@dataclass
+class _Labels:
+    """The columns of a file. ``edges``: left, top, width, height of each annotation."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Box:
-    image_id: Key
-    category_id: Key
-    bbox: tuple[float, float, float, float]
-    iscrowd: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Category:
-    id: Key
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    images: list[_Image]
-    annotations: list[_Box]
-    categories: list[_Category]
-
-
-FILE = TypeAdapter(_File)
+    images: list[tuple[Key, str, int, int]] = field(default_factory=list)
+    names: dict[Key, str] = field(default_factory=dict)
+    image_ids: list[Key] = field(default_factory=list)
+    category_ids: list[Key] = field(default_factory=list)
+    edges: array[float] = field(default_factory=lambda: array("d"))
+    difficult: bytearray = field(default_factory=bytearray)
+    without_box: int = 0
+    repeated_ids: int = 0
+    has_annotations: bool = False
 
 
 def is_coco(folder: DatasetFolder) -> bool:
     """Tell whether the folder is in the COCO format."""
-    has_single_file = any(name in folder.uris for name in SINGLE_FILES)
-    return has_single_file or bool(_labels_by_split(folder))
+    return bool(_find_labels(folder))
 
 
-def _labels_by_split(folder: DatasetFolder) -> dict[str, str]:
-    stems = folder.paths_by_stem("annotations", ".json")
-    paths_by_split = {stem: path for stem, path in stems.items() if "/" not in stem}
+def _find_labels(folder: DatasetFolder) -> dict[str, str]:
+    """Return the label files by split: "" for that of the whole folder."""
+    root_files = [path for path in folder.list_paths("", ".json") if "/" not in path]
+    single_files = [name for name in SINGLE_FILES if name in root_files]
+    single_files = [name for name in single_files if looks_like_coco(folder, name)]
+    if not single_files and not folder.first_folder("annotations"):
+        single_files = [name for name in root_files if looks_like_coco(folder, name)]
+    if len(single_files) == 1:
+        return {"": single_files[0]}
+    if single_files:
+        return {strip_suffix(name): name for name in single_files}
+    return _split_files(folder) or _files_in_split_folders(folder)
+
+
+def _split_files(folder: DatasetFolder) -> dict[str, str]:
+    """Return the label files of ``annotations/`` by split."""
+    paths_by_split = {
+        strip_suffix(path.removeprefix("annotations/")): path
+        for path in folder.list_paths("annotations", ".json")
+        if path.count("/") == 1
+    }
     instances = {
         stem.removeprefix("instances_"): path
         for stem, path in paths_by_split.items()
         if stem.startswith("instances_")
     }
-    return instances or paths_by_split
+    if instances:
+        folder.read_paths.update(paths_by_split.values())
+        return instances
+    return {
+        stem: path
+        for stem, path in paths_by_split.items()
+        if looks_like_coco(folder, path)
+    }
+
+
+def _files_in_split_folders(folder: DatasetFolder) -> dict[str, str]:
+    """Return the label files of ``train/_annotations.coco.json`` and the like."""
+    paths_by_split: dict[str, str] = {}
+    for path in folder.list_paths("", *(f"/{name}" for name in SINGLE_FILES)):
+        split, _, name = path.rpartition("/")
+        if name in SINGLE_FILES and looks_like_coco(folder, path):
+            if split in paths_by_split:
+                raise InputError(
+                    f"{folder.root}/{split} has two label files, {name} and"
+                    f" {paths_by_split[split]}; leave one"
+                )
+            paths_by_split[split] = path
+    return paths_by_split
+
+
+def looks_like_coco(folder: DatasetFolder, path: str) -> bool:
+    """Tell from its first keys whether a JSON file is in the COCO format. A file of a
+    COCO name whose start does not tell is taken for one.
+    """
+    head = read_head(folder.uris[path])
+    if path.rpartition("/")[2] in ("annotations.json", "_annotations.coco.json"):
+        return True
+    has_images = b'"images"' in head or b'"file_name"' in head
+    has_labels = any(
+        key in head
+        for key in (b'"annotations"', b'"categories"', b'"image_id"', b'"licenses"')
+    )
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and has_images and has_labels
 
 
 def read_coco(folder: DatasetFolder) -> Dataset:
-    """Read a COCO folder. Images that a single file does not list count as without
-    objects. Raises InputError naming file and entry.
+    """Read a COCO folder. Raises InputError naming file and entry."""
+    paths_by_split = _find_labels(folder)
+    folder.read_paths.update(paths_by_split.values())
+    if "" in paths_by_split:
+        path = paths_by_split[""]
+        if folder.split and folder.split != strip_suffix(path):
+            raise InputError(
+                f"{folder.root} has no split {folder.split!r}: {path} holds the labels"
+                " of the whole folder"
+            )
+        return _read_labels(folder, path, "")
+    selected = _select_files(folder, paths_by_split)
+    datasets = [_read_labels(folder, path, split) for split, path in selected.items()]
+    if len(datasets) == 1:
+        return datasets[0]
+    names = dict.fromkeys(name for dataset in datasets for name in dataset.names)
+    return Dataset(
+        "coco",
+        tuple(record for dataset in datasets for record in dataset.records),
+        tuple(names),
+        tuple(name for dataset in datasets for name in dataset.missing),
+        tuple(image for dataset in datasets for image in dataset.left_out),
+        notes=tuple(note for dataset in datasets for note in dataset.notes),
+    )
+
+
+def _select_files(
+    folder: DatasetFolder, paths_by_split: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the file of the folder's split; without a split the only file, or all
+    files if each is in the folder of its images.
     """
-    single_file = next((name for name in SINGLE_FILES if name in folder.uris), None)
-    if single_file is not None and not folder.split:
-        return _read_labels(folder, single_file, "images", include_unlisted=True)
-    paths_by_split = _labels_by_split(folder)
-    paths = folder.select_split(paths_by_split, "annotations/instances_*.json")
-    if len(paths) != 1:
+    split = folder.split
+    if split and split not in paths_by_split:
+        expected = split_of_folder(split)
+        same = [
+            s for s in paths_by_split if expected and split_of_folder(s) == expected
+        ]
+        split = same[0] if len(same) == 1 else split
+    if split and split not in paths_by_split:
+        folder.select_split(paths_by_split, "annotations/instances_*.json")
+    if split:
+        return {split: paths_by_split[split]}
+    in_own_folder = all(
+        path.rpartition("/")[0] == name for name, path in paths_by_split.items()
+    )
+    if len(paths_by_split) > 1 and not in_own_folder:
         splits = " or ".join(f"{folder.root}#{name}" for name in sorted(paths_by_split))
         raise InputError(
             f"{folder.root} has several annotation files; say which: {splits}"
         )
-    [path] = paths
-    split = next(name for name, other in paths_by_split.items() if other == path)
-    return _read_labels(folder, path, split, include_unlisted=False)
+    return dict(paths_by_split)
 
 
-def _read_labels(
-    folder: DatasetFolder, path: str, image_folder: str, include_unlisted: bool
-) -> Dataset:
+def _read_labels(folder: DatasetFolder, path: str, split: str) -> Dataset:
     uri = folder.uris[path]
-    labels = read_validated_json(FILE, uri, "COCO json")
-    annotations = _annotations_by_image(labels, uri)
-    folders = (image_folder, f"images/{image_folder}", "images", "")
-    paths = {
-        image.id: folder.find_image(image.file_name, *folders)
-        for image in labels.images
-    }
+    labels = _read_columns(uri)
+    own_folder = path.rpartition("/")[0]
+    if own_folder in ("annotations", ""):
+        own_folder = ""
+    image_folders = _image_folders(own_folder, split)
+    path_of_image = _find_images(folder, labels, image_folders, split, uri)
+    is_annotated = labels.has_annotations
+    records = list(_make_records(folder, labels, path_of_image, is_annotated, uri))
+    unlisted = _unlisted_images(folder, own_folder, split, path_of_image)
+    left_out: tuple[LeftOut, ...] = ()
+    if split == "" or own_folder:
+        records += map_in_threads(
+            lambda path: _read_unlisted(folder, path, own_folder), unlisted
+        )
+    else:
+        reason = f"not listed in {path}"
+        left_out = tuple(LeftOut(folder.uris[path], reason) for path in unlisted)
+    missing = tuple(
+        name
+        for (_, name, _, _), image in zip(labels.images, path_of_image, strict=True)
+        if image is None
+    )
+    names = collect_class_names(records, list(dict.fromkeys(labels.names.values())))
+    notes = _notes(labels, path)
+    return Dataset("coco", tuple(records), names, missing, left_out, notes=notes)
 
-    def read_record(image: _Image) -> ImageRecord | None:
-        image_path = paths[image.id]
-        if image_path is None:
-            return None
-        image_uri = folder.uris[image_path]
-        if image.width and image.height:
-            size = image.width, image.height
-        else:
-            size = image_size(image_uri)
-        return ImageRecord.from_annotations(
-            image.file_name, image_uri, size, annotations[image.id]
+
+def _image_folders(own_folder: str, split: str) -> tuple[str, ...]:
+    if own_folder:
+        return own_folder, f"{own_folder}/images", f"{own_folder}/data"
+    if split:
+        return split, f"images/{split}", f"{split}/images", "images", "data", ""
+    return "images", "data", ""
+
+
+def _notes(labels: _Labels, path: str) -> tuple[str, ...]:
+    notes = []
+    if not labels.has_annotations:
+        notes.append(f"{path} holds no annotation, so none of its images is annotated")
+    if labels.without_box:
+        count = labels.without_box
+        notes.append(f"{path}: {count} annotations have neither box nor polygon")
+    if labels.repeated_ids:
+        count = labels.repeated_ids
+        notes.append(
+            f"{path}: {count} annotations have the id of another; all are read"
+        )
+    return tuple(notes)
+
+
+def _read_columns(uri: str) -> _Labels:
+    labels = _Labels()
+    found_lists = set()
+    written_by_us = WRITTEN_BY.encode() in read_head(uri)
+    image_ids: set[Key] = set()
+    annotation_ids: set[Any] = set()
+    for key, position, entry in iterate_json(uri, DESCRIPTION, LISTS):
+        if position < 0:
+            found_lists.add(key)
+            continue
+        try:
+            if key == "annotations":
+                _add_annotation(labels, entry, annotation_ids)
+            elif key == "images":
+                _add_image(labels, entry, image_ids)
+            else:
+                _add_category(labels, entry)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise InputError(
+                f"{uri} is not {DESCRIPTION}: {key}.{position}: {reason}"
+            ) from None
+    required = ("images", "categories") if "image_info" in uri else sorted(LISTS)
+    absent = [f"{key}: Field required" for key in required if key not in found_lists]
+    if absent:
+        raise InputError(f"{uri} is not {DESCRIPTION}: {'; '.join(absent)}")
+    labels.has_annotations = bool(labels.image_ids) or written_by_us
+    return labels
+
+
+def _add_image(labels: _Labels, entry: Any, earlier_ids: set[Key]) -> None:
+    key, name = entry["id"], entry["file_name"]
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"file_name: expected a text, got {name!r}")
+    _check_new_key(key, earlier_ids)
+    earlier_ids.add(key)
+    sides = (int(entry.get("width") or 0), int(entry.get("height") or 0))
+    labels.images.append((key, name, *sides))
+
+
+def _add_category(labels: _Labels, entry: Any) -> None:
+    key, name = entry["id"], entry["name"]
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected a text, got {name!r}")
+    _check_new_key(key, labels.names)
+    labels.names[key] = name.strip()
+
+
+def _check_new_key(key: Any, earlier: Iterable[Key]) -> None:
+    if not isinstance(key, (int, str)) or isinstance(key, bool):
+        raise ValueError(f"id: expected a number or a text, got {key!r}")
+    if key in earlier:  # type: ignore[operator]
+        raise ValueError(f"id {key!r} is in the file twice; give each entry its own id")
+
+
+def _add_annotation(labels: _Labels, entry: Any, earlier_ids: set[Any]) -> None:
+    image_id, category_id = entry["image_id"], entry["category_id"]
+    key = entry.get("id")
+    if key is not None:
+        labels.repeated_ids += key in earlier_ids
+        earlier_ids.add(key)
+    box = entry.get("bbox") or _outer_box(entry.get("segmentation"))
+    if not box:
+        labels.without_box += 1
+        return
+    if not isinstance(box, list) or len(box) != 4:
+        raise ValueError(f"bbox: expected four numbers, got {box!r}")
+    labels.edges.extend(box)
+    labels.image_ids.append(image_id)
+    labels.category_ids.append(category_id)
+    labels.difficult.append(bool(entry.get("iscrowd") or entry.get("ignore")))
+
+
+def _outer_box(segmentation: Any) -> list[float]:
+    """Return (left, top, width, height) around polygons; empty without a polygon."""
+    if not segmentation:
+        return []
+    if not isinstance(segmentation, list):
+        raise ValueError("bbox: a run-length mask needs a bbox beside it, got none")
+    polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    x = [number for polygon in polygons for number in polygon[::2]]
+    y = [number for polygon in polygons for number in polygon[1::2]]
+    if not x or not y:
+        return []
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
+def _find_images(
+    folder: DatasetFolder,
+    labels: _Labels,
+    image_folders: Sequence[str],
+    split: str,
+    uri: str,
+) -> list[str | None]:
+    """Return the path of each listed image; None where there is none. Raises InputError
+    if two entries are one image.
+    """
+    paths: list[str | None] = []
+    name_of_path: dict[str, str] = {}
+    for _, name, _, _ in labels.images:
+        path = folder.find_image(name, *image_folders, split=split)
+        paths.append(path)
+        if path is None:
+            continue
+        if path in name_of_path:
+            raise InputError(
+                f"{uri} lists the image {path} twice, as {name_of_path[path]} and as"
+                f" {name}; an image has one entry with all its boxes"
+            )
+        name_of_path[path] = name
+    return paths
+
+
+def _make_records(
+    folder: DatasetFolder,
+    labels: _Labels,
+    path_of_image: Sequence[str | None],
+    is_annotated: bool,
+    uri: str,
+) -> Iterator[ImageRecord]:
+    order, bounds, name_rows = _sort_by_image(labels, uri)
+    edges = np.frombuffer(labels.edges, np.float64).reshape(-1, 4)
+    boxes = edges[order]
+    boxes[:, 2:] += boxes[:, :2]
+    difficult = np.frombuffer(labels.difficult, np.bool_)[order]
+    names = list(labels.names.values())
+    label_rows = [names[row] for row in name_rows[order].tolist()]
+    sizes = _image_sizes(folder, labels, path_of_image)
+    for row, (_, name, _, _) in enumerate(labels.images):
+        path = path_of_image[row]
+        if path is None:
+            continue
+        first, end = bounds[row], bounds[row + 1]
+        width, height = sizes[row]
+        yield ImageRecord(
+            name,
+            folder.uris[path],
+            width,
+            height,
+            boxes[first:end],
+            tuple(label_rows[first:end]),
+            difficult[first:end],
+            is_annotated,
         )
 
-    optional_records = map_in_threads(read_record, labels.images)
-    records = [record for record in optional_records if record is not None]
-    if include_unlisted:
-        image_paths = set(folder.list_paths("", *IMAGE_SUFFIXES))
-        unlisted = sorted(image_paths - set(paths.values()))
-        records += map_in_threads(lambda path: _read_unlisted(folder, path), unlisted)
-    names = [category.name.strip() for category in labels.categories]
-    missing = tuple(
-        image.file_name for image in labels.images if paths[image.id] is None
-    )
-    return Dataset("coco", tuple(records), collect_class_names(records, names), missing)
+
+def _sort_by_image(labels: _Labels, uri: str) -> tuple[Any, list[int], Any]:
+    """Return the order of annotations by image, where each image's begin in it, and the
+    row of the category of each annotation.
+    """
+    rows = []
+    for field_name, ids, known in (
+        ("image_id", labels.image_ids, [image[0] for image in labels.images]),
+        ("category_id", labels.category_ids, list(labels.names)),
+    ):
+        row_of_key = {key: row for row, key in enumerate(known)}
+        try:
+            rows.append(
+                np.fromiter(map(row_of_key.__getitem__, ids), np.int64, len(ids))
+            )
+        except (KeyError, TypeError):
+            bad = next(n for n, key in enumerate(ids) if not _is_known(key, row_of_key))
+            raise InputError(
+                f"{uri} is not {DESCRIPTION}: annotations.{bad}.{field_name}"
+                f" {ids[bad]!r} is not in the file"
+            ) from None
+    order = np.argsort(rows[0], kind="stable")
+    counts = np.bincount(rows[0], minlength=len(labels.images))
+    bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    return order, bounds, rows[1]
 
 
-def _read_unlisted(folder: DatasetFolder, path: str) -> ImageRecord:
-    uri, file = folder.uris[path], path.removeprefix("images/")
-    return ImageRecord.from_annotations(file, uri, image_size(uri), [])
+def _is_known(key: Any, rows: Mapping[Key, int]) -> bool:
+    return isinstance(key, (int, str)) and key in rows
 
 
-def _annotations_by_image(labels: _File, uri: str) -> dict[Key, list[Annotation]]:
-    names = {category.id: category.name.strip() for category in labels.categories}
-    annotations: dict[Key, list[Annotation]] = {image.id: [] for image in labels.images}
-    for position, box in enumerate(labels.annotations):
-        if box.category_id not in names:
-            raise _unknown_id(uri, position, "category_id", box.category_id)
-        if box.image_id not in annotations:
-            raise _unknown_id(uri, position, "image_id", box.image_id)
-        x1, y1, width, height = box.bbox
-        edges = (x1, y1, x1 + width, y1 + height)
-        annotation = Annotation(edges, names[box.category_id], bool(box.iscrowd))
-        annotations[box.image_id].append(annotation)
-    return annotations
+def _image_sizes(
+    folder: DatasetFolder, labels: _Labels, path_of_image: Sequence[str | None]
+) -> list[tuple[int, int]]:
+    """Return the size of each image as the file says, else from the image's header."""
+    sizes = [(width, height) for _, _, width, height in labels.images]
+    unknown = [
+        (row, path)
+        for row, path in enumerate(path_of_image)
+        if path is not None and not all(sizes[row])
+    ]
+    read_sizes = map_in_threads(lambda item: image_size(folder.uris[item[1]]), unknown)
+    for (row, _), size in zip(unknown, read_sizes, strict=True):
+        sizes[row] = size
+    return sizes
 
 
-def _unknown_id(uri: str, position: int, field: str, key: Key) -> InputError:
-    return InputError(
-        f"{uri} is not COCO json: annotations.{position}.{field} {key!r} is not in the"
-        " file"
-    )
+def _unlisted_images(
+    folder: DatasetFolder,
+    own_folder: str,
+    split: str,
+    path_of_image: Sequence[str | None],
+) -> list[str]:
+    """List the images that belong to the file by their folder and are not listed."""
+    listed = set(path_of_image)
+    if own_folder or not split:
+        paths = folder.list_images(own_folder)
+    else:
+        image_folders = (split, f"images/{split}", f"{split}/images")
+        image_folder = folder.first_folder(*image_folders)
+        paths = folder.list_images(image_folder) if image_folder else []
+    return [path for path in paths if path not in listed]
 
 
-def write_coco(records: Sequence[ImageRecord], root: str, names: Sequence[str]) -> None:
-    """Write one ``annotations.json``, without images that are not annotated."""
+def _read_unlisted(folder: DatasetFolder, path: str, own_folder: str) -> ImageRecord:
+    uri = folder.uris[path]
+    file = path.removeprefix(f"{own_folder}/" if own_folder else "images/")
+    return ImageRecord.from_annotations(file, uri, image_size(uri), [], annotated=False)
+
+
+def coco_files(
+    records: Sequence[ImageRecord], split: str, names: Sequence[str]
+) -> dict[str, bytes]:
+    """Return ``annotations/instances_SPLIT.json``, without images that are not
+    annotated.
+    """
     category_ids = {name: number for number, name in enumerate(names, start=1)}
     annotated = [record for record in records if record.annotated]
     images: list[dict[str, Any]] = []
@@ -184,7 +482,10 @@ def write_coco(records: Sequence[ImageRecord], root: str, names: Sequence[str]) 
                     "iscrowd": int(difficult),
                 }
             )
-    categories = [{"id": number, "name": name} for name, number in category_ids.items()]
-    labels = {"images": images, "annotations": annotations, "categories": categories}
-    uri = storage.join(root, "annotations.json")
-    storage.write_bytes(uri, json.dumps(labels).encode())
+    labels = {
+        "info": {"description": WRITTEN_BY},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": n, "name": name} for name, n in category_ids.items()],
+    }
+    return {f"annotations/instances_{split}.json": json.dumps(labels).encode()}

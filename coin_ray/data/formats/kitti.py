@@ -1,5 +1,5 @@
-"""KITTI object detection: ``training/image_2/*.png`` and ``training/label_2/*.txt``;
-lists, if any, in ``ImageSets/*.txt``.
+"""KITTI object detection: ``image_2/*.png`` and ``label_2/*.txt`` side by side in any
+folder; lists, if any, in ``ImageSets/*.txt``.
 
 A line has 15 fields: type, truncated, occluded, alpha, left, top, right, bottom, then
 seven of the 3D box. Boxes are pixels from 0 and are taken as they stand. ``DontCare``
@@ -8,10 +8,11 @@ regions count as difficult.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from coin_ray import storage
-from coin_ray.data.formats.folder import IMAGE_SUFFIXES, DatasetFolder, strip_suffix
+from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
 from coin_ray.data.formats.parsing import format_number, image_size, parse_number
 from coin_ray.data.formats.record import (
     Annotation,
@@ -23,46 +24,75 @@ from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 IGNORED = "DontCare"
-LABEL_FOLDERS = ("training/label_2", "label_2")
+LABEL_FOLDER = "label_2"
+NUMBER_COUNT = 14
 LINE = "{type} -1 -1 -10 {box} -1 -1 -1 -1000 -1000 -1000 -10\n"
 """A written line, with KITTI's own values for what a 2D box does not say."""
 
 
 def is_kitti(folder: DatasetFolder) -> bool:
     """Tell whether the folder is in the KITTI format."""
-    return bool(folder.first_folder(*LABEL_FOLDERS))
+    return bool(_label_folders(folder))
+
+
+def _label_folders(folder: DatasetFolder) -> list[str]:
+    """List the folders ``label_2`` that hold labels."""
+    folders = []
+    for path in folder.list_paths("", ".txt"):
+        before, separator, _ = f"/{path}".rpartition(f"/{LABEL_FOLDER}/")
+        if separator:
+            folders.append(f"{before}/{LABEL_FOLDER}".lstrip("/"))
+    return list(dict.fromkeys(folders))
 
 
 def read_kitti(folder: DatasetFolder) -> Dataset:
     """Read a KITTI folder. Images without a text file are not annotated. Raises
     InputError naming file and line.
     """
-    label_folder = folder.first_folder(*LABEL_FOLDERS)
-    image_folder = label_folder.removesuffix("label_2") + "image_2"
-    images = folder.paths_by_stem(image_folder, *IMAGE_SUFFIXES)
-    labels = folder.paths_by_stem(label_folder, ".txt")
-    names = sorted(images.keys() | labels.keys())
-    if folder.split:
-        lists = folder.paths_by_stem("ImageSets", ".txt")
-        paths = folder.select_split(lists, "list ImageSets/*.txt")
-        names = [
-            name for path in paths for name in folder.read_image_list(path, images)
-        ]
-        names = list(dict.fromkeys(names))
+    label_folders = _label_folders(folder)
+    if len(label_folders) == 1:
+        datasets = [_read_folder(folder, label_folders[0])]
+    else:
+        by_split = {
+            path.removesuffix(LABEL_FOLDER).strip("/"): path for path in label_folders
+        }
+        selected = folder.select_split(by_split, f"folder of {LABEL_FOLDER}")
+        whole = replace(folder, split="")
+        datasets = [_read_folder(whole, path) for path in selected]
+    folder.read_paths.update(
+        path for name in label_folders for path in folder.list_paths(name, ".txt")
+    )
+    records = tuple(record for dataset in datasets for record in dataset.records)
+    missing = tuple(name for dataset in datasets for name in dataset.missing)
+    return Dataset("kitti", records, collect_class_names(records), missing)
 
-    def read_record(name: str) -> ImageRecord:
-        file = images[name].removeprefix(f"{image_folder}/")
-        uri = folder.uris[images[name]]
-        annotated = name in labels
-        annotations = _read_annotations(folder, labels[name]) if annotated else []
+
+def _read_folder(folder: DatasetFolder, label_folder: str) -> Dataset:
+    base = label_folder.removesuffix(LABEL_FOLDER)
+    image_folder = f"{base}image_2"
+    images = folder.list_images(image_folder)
+    labels = {
+        f"{image_folder}{strip_suffix(path.removeprefix(label_folder))}": path
+        for path in folder.list_paths(label_folder, ".txt")
+    }
+    label_of_image, unmatched = folder.match_labels(images, labels)
+    lists = folder.list_paths("ImageSets", ".txt")
+    if folder.split and not lists and folder.split == base.strip("/"):
+        folder = replace(folder, split="")
+    listed, missing = folder.select_listed("ImageSets", images, image_folder)
+    if not folder.split:
+        missing += unmatched
+
+    def read_record(path: str) -> ImageRecord:
+        uri, label = folder.uris[path], label_of_image.get(path)
+        annotations = _read_annotations(folder, label) if label is not None else []
+        file = path.removeprefix(f"{image_folder}/")
         return ImageRecord.from_annotations(
-            file, uri, image_size(uri), annotations, annotated
+            file, uri, image_size(uri), annotations, label is not None
         )
 
-    present = [name for name in names if name in images]
-    missing = tuple(f"{image_folder}/{name}" for name in names if name not in images)
-    records = tuple(map_in_threads(read_record, present))
-    return Dataset("kitti", records, collect_class_names(records), missing)
+    records = tuple(map_in_threads(read_record, listed))
+    return Dataset("kitti", records, (), tuple(missing))
 
 
 def _read_annotations(folder: DatasetFolder, path: str) -> list[Annotation]:
@@ -75,20 +105,53 @@ def _read_annotations(folder: DatasetFolder, path: str) -> list[Annotation]:
 
 
 def _parse_annotation(fields: list[str], where: str) -> Annotation:
-    if len(fields) not in (15, 16):
+    """Read a line whose class name may hold blanks: the fields after it are numbers."""
+    name_length = 1
+    while name_length < len(fields) and not _is_number(fields[name_length]):
+        name_length += 1
+    numbers = fields[name_length:]
+    if len(numbers) not in (NUMBER_COUNT, NUMBER_COUNT + 1):
         raise InputError(
-            f"{where}: expected the 15 fields of KITTI, or 16 with a score; got"
-            f" {len(fields)}"
+            f"{where}: expected a class name and the {NUMBER_COUNT} numbers of KITTI, or"
+            f" {NUMBER_COUNT + 1} with a score; got {len(numbers)} after"
+            f" {' '.join(fields[:name_length])!r}"
         )
-    box = [parse_number(field, where) for field in fields[4:8]]
-    label = fields[0]
+    if len(numbers) > NUMBER_COUNT and _may_begin_in_name(numbers):
+        raise InputError(
+            f"{where}: {numbers[0]!r} may be part of the class name or the first of 15"
+            " numbers with a score; write class names without blanks"
+        )
+    box = [parse_number(number, where) for number in numbers][3:7]
+    label = " ".join(fields[:name_length])
     return Annotation(box, label, label == IGNORED)
 
 
-def write_kitti(
-    records: Sequence[ImageRecord], root: str, split: str, names: Sequence[str]
-) -> None:
-    """Write one text file per annotated image and the image list of the split. Blanks
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _may_begin_in_name(numbers: Sequence[str]) -> bool:
+    """Tell whether a class name like "type 2" fits 15 numbers as well as a score: then
+    truncation, occlusion and box, one field later, are valid too.
+    """
+    if not numbers[0].isdigit():
+        return False
+    truncated, occluded, _, left, top, right, bottom = map(float, numbers[1:8])
+    return (
+        -1 <= truncated <= 1
+        and occluded in (-1, 0, 1, 2, 3)
+        and left < right
+        and top < bottom
+    )
+
+
+def kitti_files(
+    records: Sequence[ImageRecord], split: str, names: Sequence[str]
+) -> dict[str, bytes]:
+    """Return one text file per annotated image and the image list of the split. Blanks
     in names become underscores.
 
     Raises InputError if that makes two names one.
@@ -98,14 +161,21 @@ def write_kitti(
             "KITTI has no blanks in class names, and without them two of these are"
             f" one: {', '.join(names)}"
         )
-    for record in records:
-        if record.annotated:
-            path = f"{strip_suffix(record.file)}.txt"
-            uri = storage.join(root, "training/label_2", path)
-            storage.write_bytes(uri, _label_text(record).encode())
+    for name in names:
+        if _is_number(name):
+            raise InputError(
+                f"KITTI can't hold the class name {name!r}: it is a number"
+            )
+    files = {
+        f"training/label_2/{strip_suffix(record.file)}.txt": _label_text(
+            record
+        ).encode()
+        for record in records
+        if record.annotated
+    }
     image_list = "".join(f"{strip_suffix(record.file)}\n" for record in records)
-    uri = storage.join(root, "ImageSets", f"{split}.txt")
-    storage.write_bytes(uri, image_list.encode())
+    files[f"ImageSets/{split}.txt"] = image_list.encode()
+    return files
 
 
 def _label_text(record: ImageRecord) -> str:

@@ -13,12 +13,13 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from coin_ray import storage
-from coin_ray.data.canonical import BROKEN_FILE, FORMATS, ORIENTATION_TAG
+from coin_ray.data.pixels import BROKEN_FILE, FORMATS, orientation
 from coin_ray.errors import InputError
 
-SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations in which width and height are exchanged."""
+SIDEWAYS = 5
+"""From this EXIF orientation on width and height are exchanged."""
 SHOWN_PROBLEMS = 3
+HEAD_BYTES = 1 << 16
 
 T = TypeVar("T")
 
@@ -56,6 +57,12 @@ def read_validated_json(kind: TypeAdapter[T], uri: str, description: str) -> T:
         raise InputError(f"{uri} is not {description}: {'; '.join(problems)}") from None
 
 
+def read_head(uri: str) -> bytes:
+    """Read the first bytes of a file, enough to tell its layout."""
+    with fsspec.open(uri, "rb") as stream:
+        return bytes(stream.read(HEAD_BYTES))
+
+
 def image_size(uri: str) -> tuple[int, int]:
     """Read the upright (width, height) from the file's header; (0, 0) if it has none."""
     try:
@@ -63,7 +70,7 @@ def image_size(uri: str) -> tuple[int, int]:
             fsspec.open(uri, "rb") as stream,
             Image.open(stream, formats=FORMATS) as image,
         ):
-            if image.getexif().get(ORIENTATION_TAG, 1) in SIDEWAYS:
+            if orientation(image) >= SIDEWAYS:
                 return image.height, image.width
             return image.width, image.height
     except (*BROKEN_FILE, Image.DecompressionBombError):

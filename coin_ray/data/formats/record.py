@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class ImageRecord:
                 f" {self.boxes.tolist()}"
             )
             raise InputError(message[:MESSAGE_LENGTH])
-        for label in self.labels:
+        for label in set(self.labels):
             check_class_name(label, self.file)
 
     @classmethod
@@ -86,16 +87,59 @@ class ImageRecord:
         )
 
 
+class LeftOut(NamedTuple):
+    """An image file that is not among the records, by its URI, and why."""
+
+    uri: str
+    reason: str
+
+
+class UnreadFile(NamedTuple):
+    """A file that looks like labels and that no reader took, by its URI, and the layout
+    it looks like.
+    """
+
+    uri: str
+    layout: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
     """The images of a folder. ``names``: class names in the format's order.
-    ``missing``: image paths that are listed or labelled but do not exist.
+    ``missing``: images that are listed, or label files, whose image does not exist.
+    ``left_out``: image files that are not among the records. ``unread_files``: files
+    that look like labels and were not read. ``notes``: how the labels were understood.
     """
 
     format: str
     records: tuple[ImageRecord, ...]
     names: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    unread_files: tuple[UnreadFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def describe_dataset(dataset: Dataset) -> str:
+    """Return one line of counts: format, images, annotated, without objects, boxes,
+    classes, and what was left out, missing or not read.
+    """
+    annotated = [record for record in dataset.records if record.annotated]
+    box_counts = [len(record.labels) for record in annotated]
+    classes = {label for record in annotated for label in record.labels}
+    parts = [
+        f"format {dataset.format}: {len(dataset.records)} images",
+        f"{len(annotated)} annotated",
+        f"{box_counts.count(0)} of them without objects",
+        f"{sum(box_counts)} boxes of {len(classes)} classes",
+    ]
+    reasons = Counter(image.reason for image in dataset.left_out)
+    parts += [f"{count} left out ({reason})" for reason, count in reasons.items()]
+    if dataset.missing:
+        parts.append(f"{len(dataset.missing)} labelled or listed images not found")
+    layouts = Counter(file.layout for file in dataset.unread_files)
+    parts += [f"{count} files not read ({kind})" for kind, count in layouts.items()]
+    return "; ".join([", ".join(parts), *dataset.notes])
 
 
 def check_class_name(name: str, where: str) -> None:
