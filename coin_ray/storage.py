@@ -25,6 +25,8 @@ ROW_GROUP = 1 << 14
 ``MAX_BYTES_IN_MEMORY`` bytes."""
 BLOCK_ROWS = 1 << 10
 """Rows of a table that are Python objects at the same time."""
+VERSION_FIELDS = ("size", "mtime", "LastModified", "updated", "created_at", "ETag")
+"""What file systems call the size, the time of change and the version of a file."""
 READ_THREADS = 16
 """Files of a folder that are read at once: on an object store reading is mostly
 waiting."""
@@ -174,6 +176,21 @@ def file_sizes(uri: str) -> dict[str, int]:
         return {}
     files = filesystem.find(path, detail=True)
     return {name: int(file_info["size"]) for name, file_info in files.items()}
+
+
+def file_versions(uri: str) -> dict[str, str]:
+    """Return, by the URI of each file below ``uri``, a text that changes with its size
+    and its time of change; an absent folder has none.
+    """
+    filesystem, path = _filesystem(uri)
+    if not filesystem.exists(path):
+        return {}
+    versions = {}
+    for name, file_info in filesystem.find(path, detail=True).items():
+        file_uri = filesystem.unstrip_protocol(name) if "://" in uri else name
+        fields = [file_info.get(field) for field in VERSION_FIELDS]
+        versions[file_uri] = " ".join(str(value) for value in fields if value)
+    return versions
 
 
 def read_json(uri: str) -> Any:

@@ -17,6 +17,7 @@ from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.experiments.tracked import TrialRuns
+from coin_ray.runs.changed_images import reopen_if_changed
 from coin_ray.runs.graph import build_steps
 from coin_ray.runs.runner import run_missing_steps, select_steps
 from coin_ray.runs.steps import Step, finished_manifests
@@ -118,6 +119,7 @@ def run_grid(
     """Run what is not finished and return one result per trial; they are also in
     ROOT/NAME.json with the versions that made them.
     """
+    _read_changed_images(trials, root)
     waves = plan_waves(trials, root)
     job_count, finished_count = sum(len(wave) for wave in waves), 0
     trials_by_title = {trial.title: trial for trial in trials}
@@ -145,6 +147,17 @@ def run_grid(
         {"grid": name, "trials": results, "versions": versions},
     )
     return results
+
+
+def _read_changed_images(trials: Sequence[Trial], root: str) -> None:
+    """Read images again whose files have changed: trials that are finished may not be
+    finished any more.
+    """
+    for trial in trials:
+        images = trial.steps["images"]
+        if images.is_finished(root):
+            reopen_if_changed([images], root)
+            run_missing_steps([images], trial.config, root, progress=False)
 
 
 def read_trial_result(trial: Trial, root: str) -> TrialResult:

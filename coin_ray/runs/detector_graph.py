@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coin_ray.config.detector_training import DEMO_SOURCE, DetectorConfig, SourceScenes
+from coin_ray.runs.changed_images import reopen_if_changed
 from coin_ray.runs.runner import run_missing_steps
 from coin_ray.runs.steps import Manifest, Step
 from coin_ray.runs.tracking import Tracker
@@ -43,6 +44,7 @@ def run_missing_detector_steps(
 
     See ``run_missing_steps``. The stage that reads images takes a pipeline's config.
     """
+    reopen_if_changed(steps.values(), root)
     return run_missing_steps(
         steps.values(),
         config,

@@ -17,6 +17,11 @@ from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.report.run_summary import RunSummary
 from coin_ray.report.table import print_summary
+from coin_ray.runs.changed_images import (
+    find_changes,
+    keep_listing,
+    reopened_images,
+)
 from coin_ray.runs.failed_images import count_failed_images
 from coin_ray.runs.lease import hold_root
 from coin_ray.runs.steps import (
@@ -43,15 +48,22 @@ def run_pipeline(
 
     The summary is also printed and written to ROOT/summary.json. With ``ask_failed`` a
     finished collection asks again about the images that failed; if one of them is
-    answered now, the steps that read the collection are run again.
+    answered now, the steps that read the collection are run again. If files of the
+    images are new, gone or changed, the images are read again; if that makes other
+    images or labels of them, all steps that read them are run again.
 
     Raises RootInUse if another run works below the root. A run with nothing to do does
     not need the root for itself.
     """
     selected = select_steps(steps, until)
+    images = selected.get("images")
+    changes = find_changes(images, root)
     with ExitStack() as holding:
-        if _has_work(selected, config, root, ask_failed):
+        if changes or _has_work(selected, config, root, ask_failed):
             holding.enter_context(hold_root(root))
+        keep_listing(images, root)
+        if changes and images is not None:
+            holding.enter_context(reopened_images(images, root, changes))
         failed = 0
         if ask_failed:
             failed = count_failed_images(selected.get("collect"), config, root)
@@ -199,6 +211,11 @@ def print_plan(
     for name, step in selected.items():
         state = "finished" if step.is_finished(root) else "to do"
         print(f"{name:<13} {state:<9} {step.folder(root)}")
+    if changes := find_changes(selected.get("images"), root):
+        print(
+            f"images: since they were read: {changes.describe()}; they are read again,"
+            " and the steps after them are made again"
+        )
     collect = selected.get("collect")
     failed = count_failed_images(collect, config, root) if ask_failed else 0
     if failed:

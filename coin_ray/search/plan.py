@@ -13,6 +13,7 @@ from coin_ray.errors import ConfigError, InputError
 from coin_ray.evaluation.label_free import CONFIDENT_SCORE, confident_detections
 from coin_ray.experiments.variants import shorten_training
 from coin_ray.runs.graph import build_steps
+from coin_ray.runs.changed_images import reopen_if_changed
 from coin_ray.runs.runner import run_missing_steps, select_steps
 from coin_ray.runs.steps import Step
 from coin_ray.search.requirements import has_validation_images
@@ -143,6 +144,7 @@ class Search:
         Raise ConfigError if they or the trials need packages that are missing,
         InputError if their results leave nothing to judge trials by.
         """
+        reopen_if_changed(self.shared_steps.values(), self.root)
         missing_steps = [
             step
             for step in self.shared_steps.values()

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,40 +18,38 @@ from coin_ray.cloud.label_map import LabelMap
 from coin_ray.config import DemoScenes, Folder, PipelineConfig
 from coin_ray.data import formats
 from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, ImageRecord
+from coin_ray.data.formats.record import UnreadFile
 from coin_ray.data.inspect import Inspection, inspect_images
+from coin_ray.data.intensity import describe_intensity
+from coin_ray.data.listing import addresses_by_split, list_versions, write_listing
 from coin_ray.errors import InputError
-from coin_ray.runs.steps import Context, Metrics
+from coin_ray.runs.steps import Context, Metrics, remove_readers
 from coin_ray.stages.common.progress import show_progress
+from coin_ray.stages.reading.folder_images import (
+    REJECTED,
+    SAME_IMAGE,
+    AnnotationRow,
+    FolderImages,
+    RejectedImage,
+)
+from coin_ray.stages.reading.place_report import (
+    check_complete,
+    check_left_out,
+    describe_left_out,
+    print_dataset,
+    print_other_classes,
+    print_repairs,
+)
 from coin_ray.tables import TableBuilder
 
 if TYPE_CHECKING:
     from coin_ray.demo.scenes import Scene
 
-SAME_IMAGE = "same image as one in"
-"""How the reason begins for an image that is in an earlier split too."""
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
+COLLECTED_FOLDERS = ("parts", "second_opinions")
+"""Folders of a collection's answers, by image, which stay when images change."""
 REPORTED_REASONS = 20
 """Rejected images that the metrics name, at most."""
-REJECTED = pa.schema(
-    [("uri", pa.string()), ("split", pa.string()), ("reason", pa.string())]
-)
-
-
-class RejectedImage(TypedDict):
-    """One row of ``REJECTED``."""
-
-    uri: str
-    split: str
-    reason: str
-
-
-class AnnotationRow(TypedDict):
-    """One row of ``tables.ANNOTATIONS``."""
-
-    image_id: str
-    boxes: list[list[float]]
-    labels: list[int]
-    difficult: list[bool]
 
 
 def run(context: Context[PipelineConfig]) -> Metrics:
@@ -137,88 +136,90 @@ def _scene_annotations(
 
 
 def _write_folder(context: Context[PipelineConfig], data: Folder) -> Metrics:
-    images = FolderImages(data.same_images)
-    for split, folder in (
-        ("train", data.images),
-        ("val", data.val),
-        ("test", data.test),
-    ):
-        if folder is None:
-            continue
-        dataset = formats.read_dataset(folder)
-        class_indexes = _class_indexes(dataset, context.config.classes, folder)
+    # before anything is read: what changes meanwhile is noticed by the next run
+    versions = _list_versions(data, context.root)
+    datasets: dict[str, Dataset] = {}
+    class_indexes: dict[str, dict[str, int]] = {}
+    for split, address in addresses_by_split(data).items():
+        dataset = formats.read_dataset(address)
+        print_dataset(split, address, dataset)
+        check_complete(dataset, address)
+        datasets[split] = dataset
+        class_indexes[split] = _class_indexes(dataset, context.config.classes, address)
+    unread = {split: dataset.unread_files for split, dataset in datasets.items()}
+    images = FolderImages(data.same_images, data.intensity_range)
+    repairs: Counter[str] = Counter()
+    totals: dict[str, int] = {}
+    for split in addresses_by_split(data):
+        dataset = datasets.pop(split)
         for record, inspection in _inspect_records(dataset.records, split):
-            images.add(record, inspection, split, class_indexes)
+            images.add(record, inspection, split)
+        for image in dataset.left_out:
+            images.reject(image.uri, split, image.reason)
+        split_repairs = images.annotate(split, class_indexes[split])
+        repairs += split_repairs
+        print_other_classes(split, dataset, class_indexes[split])
+        print_repairs(split, split_repairs)
+        totals[split] = len(dataset.records) + len(dataset.left_out)
     image_table = images.rows.table()
     annotations = images.annotation_table()
-    _check_usable(image_table, annotations, images.rejected, data)
+    _check_usable(image_table, annotations, images.rejected, data, unread)
+    _check_left_out(images.rejected, totals, data)
+    _remove_outdated_readers(context, image_table, annotations)
     _write_tables(context.folder, image_table, annotations, images.rejected)
-    return _metrics(image_table, images.rejected, images.duplicates)
+    if versions is not None:
+        write_listing(context.folder, versions)
+    metrics = _metrics(image_table, images.rejected, images.duplicates)
+    metrics |= images.intensity.metrics()
+    if line := describe_intensity(metrics):
+        print(f"images: {line}", flush=True)
+    if repairs:
+        metrics["repairs"] = dict(repairs)
+    return metrics
 
 
-class FolderImages:
-    """The images that are read from a user's folders, each in its first split.
-
-    ``same_images``: a training image may be a test image too; then its annotations are
-    those of the test set.
+def _list_versions(data: Folder, root: str) -> dict[str, str] | None:
+    """Return the sizes and times of the files that are read; None if they can't be
+    listed, which the reader will explain.
     """
+    try:
+        return list_versions(data, root)
+    except OSError:
+        return None
 
-    def __init__(self, same_images: bool) -> None:
-        self.same_images = same_images
-        self.rows = TableBuilder(tables.IMAGES)
-        self.annotations = TableBuilder(tables.ANNOTATIONS)
-        self.annotated_ids: set[str] = set()
-        self.test_annotations: dict[str, AnnotationRow] = {}
-        """Annotations by a test set of images that have others by then."""
-        self.rejected: list[RejectedImage] = []
-        self.split_by_id: dict[str, str] = {}
-        self.duplicates = 0
 
-    def add(
-        self,
-        record: ImageRecord,
-        inspection: Inspection,
-        split: str,
-        class_indexes: Mapping[str, int],
-    ) -> None:
-        """Add an image, or record why it is rejected."""
-        if isinstance(inspection, str):
-            self._reject(record, split, inspection)
-            return
-        image_id: str = inspection["image_id"]
-        earlier_split = self.split_by_id.get(image_id)
-        allowed_twice = self.same_images and (earlier_split, split) == ("train", "test")
-        if earlier_split is not None and not allowed_twice:
-            self.duplicates += 1
-            if earlier_split != split:
-                self._reject(record, split, f"{SAME_IMAGE} {earlier_split}")
-            return
-        self.split_by_id[image_id] = split
-        self.rows.append(inspection | {"split": split})
-        if record.annotated:
-            self._annotate(_annotation_row(image_id, record, class_indexes))
+def _remove_outdated_readers(
+    context: Context[PipelineConfig], images: pa.Table, annotations: pa.Table
+) -> None:
+    """Remove the results of the steps that read other images or annotations from this
+    step's folder, if it was finished before; the runner makes them again.
 
-    def _reject(self, record: ImageRecord, split: str, reason: str) -> None:
-        self.rejected.append({"uri": record.uri, "split": split, "reason": reason})
+    A collection keeps its answers, which belong to single images.
+    """
+    if not storage.exists(storage.join(context.folder, "images.parquet")):
+        return
+    for name, table in (("images", images), ("annotations", annotations)):
+        uri = storage.join(context.folder, f"{name}.parquet")
+        if not storage.exists(uri) or not storage.read_table(uri).equals(table):
+            break
+    else:
+        print("images: the images and labels are the same as before", flush=True)
+        return
+    outdated = remove_readers(context.root, context.folder, keep=COLLECTED_FOLDERS)
+    if outdated:
+        print(f"images: made again: {', '.join(outdated)}", flush=True)
 
-    def _annotate(self, row: AnnotationRow) -> None:
-        image_id = row["image_id"]
-        if image_id in self.annotated_ids:
-            self.test_annotations[image_id] = row
-        else:
-            self.annotations.append(row)
-            self.annotated_ids.add(image_id)
 
-    def annotation_table(self) -> pa.Table:
-        """Return the annotations, one row for each annotated image."""
-        annotations = self.annotations.table()
-        if not self.test_annotations:
-            return annotations
-        rows = [
-            self.test_annotations.get(row["image_id"], row)
-            for row in annotations.to_pylist()
-        ]
-        return pa.Table.from_pylist(rows, schema=tables.ANNOTATIONS)
+def _check_left_out(
+    rejected: Sequence[RejectedImage], totals: Mapping[str, int], data: Folder
+) -> None:
+    """Print which images of each folder are left out. Raises InputError if they are too
+    many of its images.
+    """
+    for split, address in addresses_by_split(data).items():
+        images = [image for image in rejected if image["split"] == split]
+        setting = f"--{'images' if split == 'train' else split} {address}"
+        check_left_out(setting, images, totals[split], data.max_left_out_share)
 
 
 def _inspect_records(
@@ -255,29 +256,15 @@ def _class_indexes(
     return {name: match[0] for name, match in matches.items() if match is not None}
 
 
-def _annotation_row(
-    image_id: str, record: ImageRecord, class_indexes: Mapping[str, int]
-) -> AnnotationRow:
-    """Return the record's boxes of the run's classes."""
-    numbers = [
-        number for number, name in enumerate(record.labels) if name in class_indexes
-    ]
-    return {
-        "image_id": image_id,
-        "boxes": record.boxes[numbers].tolist(),
-        "labels": [class_indexes[record.labels[number]] for number in numbers],
-        "difficult": record.difficult[numbers].tolist(),
-    }
-
-
 def _check_usable(
     images: pa.Table,
     annotations: pa.Table,
     rejected: Sequence[RejectedImage],
     data: Folder,
+    unread: Mapping[str, Sequence[UnreadFile]],
 ) -> None:
     """Raise InputError without a training image, or if a given val or test folder has no
-    annotated image.
+    annotated image. ``unread``: by split, files that look like labels.
     """
     if not pc.any(pc.equal(images["split"], "train")).as_py():
         raise InputError(
@@ -299,10 +286,21 @@ def _check_usable(
                 " are in an earlier split too, and an image has one (--data.same-images"
                 " lets test images be training images)"
             )
+        left_out = [image for image in rejected if image["split"] == split]
+        reasons = f"; left out: {describe_left_out(left_out)}" if left_out else ""
         raise InputError(
             f"data.{split} {folder}: no annotated image; expected annotations in the"
             f" format {formats.READABLE} (docs/formats.md)"
+            f"{_describe_unread(unread[split])}{reasons}"
         )
+
+
+def _describe_unread(files: Sequence[UnreadFile]) -> str:
+    """Return the end of a message: an example of the label files that were not read."""
+    if not files:
+        return ""
+    uri, layout = files[0]
+    return f"; {len(files)} files were not read, as {uri}, which looks like {layout}"
 
 
 def _write_tables(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from coin_ray.data.formats import Annotation, ImageRecord
 from coin_ray.data.truth import clean_boxes, clean_labels, first_of_each_box
@@ -93,8 +93,6 @@ def test_boxes_turn_with_the_pixels(tmp_path: Path, orientation: int) -> None:
     turned_uri = str(tmp_path / "turned.png")
     stored.save(turned_uri, exif=exif)
     with Image.open(turned_uri) as image:
-        from PIL import ImageOps
-
         upright = ImageOps.exif_transpose(image)
     # an image on its side shows that the folder's labels are as stored
     proof = _record(_write_image(tmp_path, "proof.jpg", 6), (100, 40), (0, 0, 50, 10))
@@ -132,7 +130,7 @@ def test_boxes_of_a_resized_copy_are_scaled(
         [_record(uri, labelled, (10, 4, 20, 12))], [actual]
     )
     expected = np.array([10, 4, 20, 12]) * factor
-    assert np.abs(result.boxes[0] - expected).max() < 0.2
+    assert np.abs(result.boxes[0] - expected).max() < 0.5
     assert repairs == {"resized": 1}
 
 

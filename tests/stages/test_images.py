@@ -113,7 +113,8 @@ def test_bad_files_are_recorded_with_a_reason_and_duplicates_counted(
     (tmp_path / "in" / "cut.jpg").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "in" / "empty.png").touch()
     _write_picture(tmp_path / "in" / "pixel.png", (1, 1))
-    context = _context(tmp_path, Folder(images=str(tmp_path / "in")))
+    folder = Folder(images=str(tmp_path / "in"), max_left_out_share=0.8)
+    context = _context(tmp_path, folder)
     metrics = images.run(context)
     assert metrics["count"]["train"] == 1
     assert metrics["duplicates"] == 1
@@ -271,11 +272,7 @@ def test_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_images_that_nobody_annotated_are_no_test(tmp_path: Path) -> None:
-    _write_labelled(
-        tmp_path / "from", tmp_path / "test", "voc", split="test", annotated=False
-    )
-    (tmp_path / "test" / "Annotations").mkdir()
-    (tmp_path / "test" / "Annotations" / "none.xml").write_text("<annotation/>")
+    _write_picture(tmp_path / "test" / "plain.jpg")
     _write_picture(tmp_path / "in" / "train.jpg")
     with pytest.raises(
         InputError,

@@ -1,0 +1,1 @@
+"""What the images stage reads from a user's folders."""
