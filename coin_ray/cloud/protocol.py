@@ -148,11 +148,11 @@ class BoxCounts:
         return BoxCounts(**totals)
 
     @property
-    def dropped(self) -> int:
-        """Return how many boxes were dropped for a reason that the label map does not
-        give.
+    def changed(self) -> int:
+        """Return how many boxes were dropped, unless the label map says so, or put
+        right.
         """
-        return self.thin + self.outside + self.surplus + self.unmapped
+        return self.swapped + self.thin + self.outside + self.surplus + self.unmapped
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts that are not 0, by name."""

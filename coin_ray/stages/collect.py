@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -25,6 +25,7 @@ from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.ensemble import clip_contradicts, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.cloud.protocol import NO_COUNTS, BoxCounts
 from coin_ray.config import PipelineConfig
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.runs.estimate import print_other_answers
@@ -78,6 +79,8 @@ def run(context: Context[PipelineConfig]) -> Metrics:
             second=True,
         )
     metrics = _merge(context, images["image_id"])
+    if "box_counts" in metrics:
+        _print_box_counts(_all_parts(context).box_counts, images)
     _check_error_share(context, images)
     _remove_outdated_readers(context, metrics)
     return metrics
@@ -110,13 +113,7 @@ def _collect(
     """
     config = context.config
     parts = CollectedParts(parts_folder)
-    settled_ids = parts.answered_ids
-    if not config.collect.retry_refused:
-        settled_ids = pa.chunked_array(
-            [*settled_ids.chunks, *parts.refused_ids.chunks], pa.string()
-        )
-    settled = pc.is_in(images["image_id"], value_set=settled_ids)
-    remaining = images.filter(pc.invert(settled))
+    remaining = _remaining_images(images, parts, config.collect.retry_refused)
     if not remaining.num_rows:
         return
     _wait_for_earlier_workers(context.root)
@@ -138,6 +135,19 @@ def _collect(
                 images.num_rows - remaining.num_rows,
                 watchdog,
             )
+
+
+def _remaining_images(
+    images: pa.Table, parts: CollectedParts, retry_refused: bool
+) -> pa.Table:
+    """Return the images that are to be asked about."""
+    settled_ids = parts.answered_ids
+    if not retry_refused:
+        settled_ids = pa.chunked_array(
+            [*settled_ids.chunks, *parts.refused_ids.chunks], pa.string()
+        )
+    settled = pc.is_in(images["image_id"], value_set=settled_ids)
+    return images.filter(pc.invert(settled))
 
 
 def _wait_for_earlier_workers(root: str) -> None:
@@ -303,6 +313,14 @@ def _is_contradicted(config: PipelineConfig, block: pa.Table, row: int) -> bool:
     )
 
 
+def _all_parts(context: Context[PipelineConfig]) -> CollectedParts:
+    """Return the parts of the collection, second opinions first."""
+    folders = [_parts_folder(context.folder)]
+    if _is_cascade(context.config):
+        folders.insert(0, _parts_folder(context.folder, second=True))
+    return CollectedParts(*folders)
+
+
 def _merge(
     context: Context[PipelineConfig], image_ids: pa.Array | pa.ChunkedArray
 ) -> Metrics:
@@ -310,14 +328,13 @@ def _merge(
     opinion replaces the first.
     """
     config = context.config
-    folders = [_parts_folder(context.folder)]
     second_opinions = 0
     if _is_cascade(config):
         second_folder = _parts_folder(context.folder, second=True)
         second_opinions = len(CollectedParts(second_folder).image_ids)
-        folders.insert(0, second_folder)
+    parts = _all_parts(context)
     counts = merge_parts(
-        CollectedParts(*folders),
+        parts,
         image_ids,
         context.folder,
         len(config.classes) if config.collect.labeler != "none" else None,
@@ -331,7 +348,27 @@ def _merge(
     if len(config.clouds) > 1:
         metrics["answered_by"] = counts.answered_by
         metrics["second_opinions"] = second_opinions
+    if parts.box_counts:
+        box_totals = sum(parts.box_counts.values(), NO_COUNTS)
+        metrics["box_counts"] = box_totals.as_dict()
     return metrics
+
+
+def _print_box_counts(box_counts: Mapping[str, BoxCounts], images: pa.Table) -> None:
+    """Print how many boxes of the answers were dropped or put right, with the image that
+    has most of them.
+    """
+    most = max(box_counts, key=lambda image_id: box_counts[image_id].changed)
+    if not box_counts[most].changed:
+        return
+    row = pc.index(images["image_id"], most).as_py()
+    image = images["uri"][row].as_py() if row >= 0 else most
+    totals = sum(box_counts.values(), NO_COUNTS)
+    print(
+        f"collect: boxes in {len(box_counts)} answers are not used as they came:"
+        f" {totals.describe()}; most in {image}: {box_counts[most].describe()}",
+        flush=True,
+    )
 
 
 def _check_error_share(context: Context[PipelineConfig], images: pa.Table) -> None:

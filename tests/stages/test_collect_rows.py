@@ -15,12 +15,12 @@ from coin_ray import storage, tables
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.detections import AnswerConverter
 from coin_ray.cloud.probabilities import to_detections
-from coin_ray.cloud.protocol import RawDetections, ScoreKind
+from coin_ray.cloud.protocol import BoxCounts, RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.fusion.box_clusters import merge_duplicates
 from coin_ray.runs.steps import Context
-from coin_ray.stages.collect import _merge
+from coin_ray.stages.collect import _merge, _print_box_counts
 from coin_ray.stages.collecting.cloud_actor import (
     ANSWER_SCHEMA,
     STOPPED,
@@ -182,6 +182,32 @@ def test_images_that_were_not_asked_about_are_in_no_part(tmp_path: Path) -> None
     parts = storage.read_table(_parts_folder(tmp_path))
     assert parts.schema == PART_SCHEMA
     assert parts["image_id"].to_pylist() == ["a"]
+
+
+def test_boxes_that_are_not_used_as_they_came_are_counted_by_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config()
+    counted = _answer("label", (LEFT, [0.9, 0, 0]))
+    assert counted.raw is not None
+    counts = BoxCounts(swapped=1, outside=3)
+    counted = replace(counted, raw=replace(counted.raw, counts=counts))
+    images = [
+        AnsweredImage("a", b"", counted),
+        AnsweredImage("b", b"", _answer("label", (LEFT, [0.9, 0, 0]))),
+        AnsweredImage("c", b"", Answer("error", None, error="Refused: no")),
+    ]
+    labeler = LabelerActor(config, _parts_folder(tmp_path))
+    labeler(answer_table(images, AnswerConverter(config)))
+    labeler(_answer_batch(config, "d", counted))
+    parts = CollectedParts(_parts_folder(tmp_path))
+    assert parts.box_counts == {"a": counts, "d": counts}
+    metrics = _merge(_context(tmp_path, config), pa.array(list("abcd")))
+    assert metrics["box_counts"] == {"swapped": 2, "outside": 6}
+    image_table = pa.table({"image_id": list("abcd"), "uri": list("ABCD")})
+    _print_box_counts(parts.box_counts, image_table)
+    printed = capsys.readouterr().out
+    assert "2 with corners the other way round (put right), 6 outside" in printed
 
 
 def test_parts_of_an_older_version_are_still_read(tmp_path: Path) -> None:

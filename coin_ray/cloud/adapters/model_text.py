@@ -109,9 +109,10 @@ def read_box_objects(text: str) -> list[JsonObject]:
     if any(not boxes for boxes in lists):
         _check_only_empty_list(answer, json_values)
         return []
+    _check_ending(answer, json_values[-1])
     if all(boxes == lists[0] for boxes in lists):
         return lists[0]
-    if not _are_json_lines(answer, json_values):
+    if not _are_adjacent(answer, json_values):
         raise_malformed(
             f"the model's text has {len(lists)} lists with words between them, expected"
             " one"
@@ -259,13 +260,17 @@ def _begins_paragraph(text: str) -> bool:
     return not words or words.startswith(FENCE) or gap.count("\n") >= 2
 
 
-def _are_json_lines(text: str, json_values: Sequence[JsonValue]) -> bool:
-    """Return whether there is nothing but separators between the values and nothing of a
-    list after them.
+def _check_ending(text: str, json_value: JsonValue) -> None:
+    """Raise ``ProtocolError`` if a list goes on, or ends, after the last value."""
+    if text[json_value.end :].lstrip().startswith((",", ";", "]", "}")):
+        raise_malformed("the model's list has no beginning, or no end: cut off")
+
+
+def _are_adjacent(text: str, json_values: Sequence[JsonValue]) -> bool:
+    """Return whether there is nothing but separators between the values, as in JSON
+    lines.
     """
     ends = [json_value.end for json_value in json_values]
     starts = [json_value.start for json_value in json_values]
     gaps = [text[end:start] for end, start in zip(ends, starts[1:], strict=False)]
-    remainder = text[ends[-1] :].lstrip()
-    are_adjacent = all(SEPARATOR.fullmatch(gap) for gap in gaps)
-    return are_adjacent and not remainder.startswith((",", ";", "]"))
+    return all(SEPARATOR.fullmatch(gap) for gap in gaps)

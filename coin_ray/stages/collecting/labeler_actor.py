@@ -22,7 +22,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.runs.failed_images import LABELER_DEATH
 from coin_ray.stages.collecting.attempts import Attempts
 from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, STOPPED
-from coin_ray.stages.collecting.parts import PART_SCHEMA
+from coin_ray.stages.collecting.parts import PART_SCHEMA, box_counts_metadata
 from coin_ray.stages.common.cluster import count_torch_threads
 from coin_ray.stages.common.watchdog import Watchdog
 
@@ -59,7 +59,8 @@ class LabelerActor:
         ):
             label = self._label_one_by_one if deaths else self._label
             uri = storage.join(self.parts_folder, f"{uuid.uuid4().hex}.parquet")
-            storage.write_table(uri, label(answers))
+            part = label(answers).replace_schema_metadata(box_counts_metadata(answers))
+            storage.write_table(uri, part)
 
     def _label_one_by_one(self, answers: pa.Table) -> pa.Table:
         """Label a batch that killed a labeler: an image that does so again is recorded
@@ -94,7 +95,8 @@ class LabelerActor:
         """Return CLIP's probabilities [N, K+1] of the boxes [N, 4]; none without CLIP."""
         if self.labeler is None or not len(boxes):
             return torch.zeros(0, len(self.config.classes) + 1)
-        return self.labeler(pil_to_tensor(decode_rgb(file)), boxes)
+        pixels = decode_rgb(file, self.config.intensity_range)
+        return self.labeler(pil_to_tensor(pixels), boxes)
 
 
 def _split_boxes(column: pa.ChunkedArray) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ them, a block of rows at a time.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from coin_ray import storage, tables
+from coin_ray.cloud.protocol import BoxCounts
 from coin_ray.errors import StepError
 from coin_ray.runs.failed_images import is_final
 
@@ -34,6 +36,8 @@ INDEX_SCHEMA = pa.schema(
 ANSWERED = pa.array(["ok", "cached", "empty"])
 MERGE_BLOCK_ROWS = 4 * storage.BLOCK_ROWS
 """Rows that are put in order at once."""
+BOX_COUNTS = "box_counts"
+"""Key of a part's metadata: the counts of boxes by image id, as JSON (``BoxCounts``)."""
 MAX_ERRORS = 10
 """Different errors that the metrics name."""
 
@@ -74,6 +78,8 @@ class CollectedParts:
         ]
         part_indexes = storage.read_tables(self.files, INDEX_SCHEMA.names)
         part_sizes = [part.num_rows for part in part_indexes]
+        self.box_counts = _read_box_counts(part_indexes)
+        """By image id, for images with boxes that are not used as they came."""
         self.part_ends: NDArray[np.int64] = np.array(part_sizes, np.int64).cumsum()
         self.part_sizes = np.array(part_sizes, np.int64)
         self.index = pa.concat_tables(
@@ -144,6 +150,27 @@ class CollectedParts:
         shifts = (read_ends - self.part_ends[part_numbers])[read_number]
         table = concatenated.select(PART_SCHEMA.names).combine_chunks()
         return table.take(rows + shifts).cast(PART_SCHEMA)
+
+
+def box_counts_metadata(answers: pa.Table) -> dict[str, str]:
+    """Return the metadata of a part with the column ``box_counts`` by image id."""
+    counts = {
+        row["image_id"]: json.loads(row["box_counts"])
+        for row in answers.select(["image_id", "box_counts"]).to_pylist()
+        if row["box_counts"] is not None
+    }
+    return {BOX_COUNTS: json.dumps(counts)} if counts else {}
+
+
+def _read_box_counts(parts: Sequence[pa.Table]) -> dict[str, BoxCounts]:
+    """Return the counts by image id; of several for an image the first."""
+    box_counts: dict[str, BoxCounts] = {}
+    for part in parts:
+        metadata = part.schema.metadata or {}
+        by_image = json.loads(metadata.get(BOX_COUNTS.encode(), b"{}"))
+        for image_id, counts in by_image.items():
+            box_counts.setdefault(image_id, BoxCounts(**counts))
+    return box_counts
 
 
 def merge_parts(
