@@ -152,7 +152,7 @@ def export_student(request: ExportRequest) -> None:
     int8_file = f"{INT8_FILE} " if request.int8 else ""
     print(
         f"{request.out}: model.onnx {int8_file}model.pt model.safetensors model.json"
-        " detect.py README.md"
+        " detect.py pixels.py README.md"
     )
 
 

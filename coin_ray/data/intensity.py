@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from coin_ray import storage
 from coin_ray.data.pixels import IntensityRange
 
 OUTLYING_SHARE = 0.01
@@ -82,6 +83,23 @@ def earlier_range(
         return setting
     low, high = found
     return low, high
+
+
+def found_range(root: str, identity: object) -> IntensityRange | None:
+    """Return the range that a finished images step below ``root`` has found for the
+    data settings with this ``identity`` (``config.fingerprints.to_identity``).
+    """
+    for folder in storage.list_folders(storage.join(root, "steps")):
+        uri = storage.join(folder, "manifest.json")
+        is_images = folder.rpartition("/")[2].startswith("images-")
+        if not is_images or not storage.exists(uri):
+            continue
+        manifest = storage.read_json(uri)
+        found = (manifest["metrics"].get("intensity") or {}).get("range")
+        if found is not None and manifest["identity"] == identity:
+            low, high = found
+            return low, high
+    return None
 
 
 def describe_intensity(metrics: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ range says which values become 0 and 255.
 
 import io
 import struct
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 
@@ -107,6 +108,27 @@ def own_range(image: Image.Image) -> IntensityRange | None:
     return low, high
 
 
+def model_input(image: Image.Image, metadata: Mapping[str, str]) -> NDArray[np.uint8]:
+    """Return the input ``images`` [1, H, W, 3] of an exported ONNX model for an opened
+    image. ``metadata``: the model's, which may hold the range it was trained on.
+    """
+    intensity_range = parse_range(metadata.get("intensity_range", ""))
+    return np.asarray(upright_rgb(image, intensity_range))[None]
+
+
+def format_range(intensity_range: IntensityRange) -> str:
+    """Return the range as text, for a model's metadata; ``parse_range`` reads it."""
+    return " ".join(map(repr, map(float, intensity_range)))
+
+
+def parse_range(text: str) -> IntensityRange | None:
+    """Return the range in a model's metadata; None for an empty text."""
+    if not text:
+        return None
+    low, high = map(float, text.split())
+    return low, high
+
+
 def _eight_bit(
     image: Image.Image, intensity_range: IntensityRange | None
 ) -> Image.Image:
@@ -170,7 +192,7 @@ def _convert_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if not ImageCms.getProfileDescription(source).startswith("sRGB"):
                 image = _apply_profile(image, source)
-    rgb = image.convert("RGB").copy()
+    rgb = image.convert("RGB")
     rgb.info = {}
     return rgb
 

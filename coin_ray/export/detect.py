@@ -3,17 +3,19 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 from onnxruntime import InferenceSession
-from PIL import Image, ImageOps
+from PIL import Image
+
+from coin_ray.data.pixels import model_input
 
 
 def detect(
     session: InferenceSession, image: Image.Image, score_min: float = 0.3
 ) -> list[tuple[str, float, list[float]]]:
-    """Return (class, score, [x0, y0, x1, y1] in pixels) of each object, best first."""
-    classes = session.get_modelmeta().custom_metadata_map["classes"].split("\n")
-    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    """Return (class, score, [x0, y0, x1, y1] in upright pixels), best first."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    classes = metadata["classes"].split("\n")
+    pixels = model_input(image, metadata)
     boxes, scores, labels, _, _ = session.run(None, {"images": pixels})
     rows = zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
     return [(classes[k], score, box) for k, score, box in rows if score >= score_min]

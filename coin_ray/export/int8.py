@@ -20,6 +20,7 @@ from onnxruntime.quantization import (
 )
 from PIL import Image
 
+from coin_ray.data.pixels import upright_rgb
 from coin_ray.errors import InputError
 
 Pixels = NDArray[np.uint8]
@@ -45,7 +46,7 @@ def int8_model(model: ModelProto, images: Iterable[Image.Image]) -> bytes:
     ``images``: training images; the mean range of their activations fixes the scales.
     Raises InputError if there are none.
     """
-    pixels = (np.asarray(image.convert("RGB"))[None] for image in images)
+    pixels = (np.asarray(upright_rgb(image))[None] for image in images)
     first_image = next(pixels, None)
     if first_image is None:
         raise InputError(

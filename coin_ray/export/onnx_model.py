@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 from coin_ray.config import Detector
+from coin_ray.data.pixels import IntensityRange, format_range
 from coin_ray.export.conv_before_roialign import (
     HALVED,
     DescribeAfterConv,
@@ -41,12 +42,16 @@ SIDE_MAX = 256
 """Longest side of the network's input, in units of ``PAD``."""
 
 
-def onnx_model(detector: ClipDetector, classes: Sequence[str]) -> ModelProto:
+def onnx_model(
+    detector: ClipDetector,
+    classes: Sequence[str],
+    intensity_range: IntensityRange | None = None,
+) -> ModelProto:
     """Return the model: ``images`` [B, H, W, 3] uint8 RGB -> ``boxes`` [N, 4],
     ``scores`` [N], ``labels`` [N], ``image`` [N] in 0..B-1, ``probs`` [N, K+1].
 
     Rows are sorted by score over the whole batch. The class names are in the metadata,
-    separated by newlines.
+    separated by newlines, and the range of deep grey images that it was trained on.
     """
     config = detector.config
     graph = OnnxGraph()
@@ -71,6 +76,8 @@ def onnx_model(detector: ClipDetector, classes: Sequence[str]) -> ModelProto:
         _output_infos(detections, len(classes)),
     )
     metadata = {"classes": "\n".join(classes), "score_min": str(config.score_min)}
+    if intensity_range is not None:
+        metadata["intensity_range"] = format_range(intensity_range)
     helper.set_model_props(model, metadata)
     return model
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from coin_ray import storage
 from coin_ray.config import Cloud, PipelineConfig
+from coin_ray.data.pixels import IntensityRange, upright_rgb
 from coin_ray.errors import ConfigError
 from coin_ray.export.equality import (
     ExportComparison,
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 INT8_FILE = "model.int8.onnx"
+PIXELS_FILE = "pixels.py"
+"""Turns image files into pixels as training does; ``detect.py`` imports it."""
+PIXELS_IMPORT = "from coin_ray.data.pixels import"
+IMPORT_BESIDE = "sys.path.insert(0, str(Path(__file__).parent))\nfrom pixels import"
+OnnxExporter = Callable[
+    [ClipDetector, Sequence[str], IntensityRange | None], "ModelProto"
+]
 INSTALL_EXPORT = "pip install 'coin-ray[export]'"
 
 
@@ -88,18 +96,21 @@ def write_package(
     export_to_onnx = _onnx_exporter()
     storage.make_folder(folder)
     _remove_earlier(folder)
-    write_exported_student(student.detector.eval(), student.classes, folder)
-    onnx_model = export_to_onnx(student.detector, student.classes)
+    intensity_range = student.config.intensity_range
+    detector = student.detector.eval()
+    write_exported_student(
+        detector, student.classes, folder, intensity_range=intensity_range
+    )
+    onnx_model = export_to_onnx(detector, student.classes, intensity_range)
     onnx_bytes = onnx_model.SerializeToString()
     storage.write_bytes(storage.join(folder, "model.onnx"), onnx_bytes)
-    script = _write_torchscript(student.detector, folder)
-    example = (files("coin_ray.export") / "detect.py").read_bytes()
-    storage.write_bytes(storage.join(folder, "detect.py"), example)
-    settings = student.detector.config
-    model = StudentPredictor(student.classes, student.detector, settings)
+    script = _write_torchscript(detector, folder)
+    _write_example(folder)
+    settings = detector.config
+    model = StudentPredictor(student.classes, detector, settings, intensity_range)
     exported: dict[str, Predict] = {
         "model.onnx": OnnxStudent(onnx_bytes),
-        "model.pt": _TorchScriptPredictor(script),
+        "model.pt": _TorchScriptPredictor(script, intensity_range),
     }
     equality = {
         name: compare_predictions(model, predictor, images, settings.score_min)
@@ -114,6 +125,16 @@ def write_package(
     card = render_card(student, measurements)
     storage.write_bytes(storage.join(folder, CARD), card.encode())
     return measurements
+
+
+def _write_example(folder: str) -> None:
+    """Write ``detect.py``, and the module of this package that it needs beside it."""
+    example = (files("coin_ray.export") / "detect.py").read_text(encoding="utf-8")
+    assert PIXELS_IMPORT in example, f"detect.py does not hold {PIXELS_IMPORT!r}"
+    alone = example.replace(PIXELS_IMPORT, IMPORT_BESIDE)
+    storage.write_bytes(storage.join(folder, "detect.py"), alone.encode())
+    pixels = (files("coin_ray.data") / PIXELS_FILE).read_bytes()
+    storage.write_bytes(storage.join(folder, PIXELS_FILE), pixels)
 
 
 def _remove_earlier(folder: str) -> None:
@@ -161,7 +182,7 @@ def require_extra() -> None:
     _onnx_exporter()
 
 
-def _onnx_exporter() -> Callable[[ClipDetector, Sequence[str]], ModelProto]:
+def _onnx_exporter() -> OnnxExporter:
     try:
         import onnxruntime.quantization  # noqa: F401
         import onnxscript  # noqa: F401
@@ -178,10 +199,12 @@ def _onnx_exporter() -> Callable[[ClipDetector, Sequence[str]], ModelProto]:
 @dataclass(frozen=True, eq=False)
 class _TorchScriptPredictor:
     module: torch.jit.ScriptModule
+    intensity_range: IntensityRange | None
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Detections:
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        upright = upright_rgb(image, self.intensity_range)
+        pixels = torch.from_numpy(np.array(upright))
         return Detections(*self.module(pixels))
 
 
@@ -215,6 +238,7 @@ def render_card(student: TrainedStudent, measurements: ExportMeasurements) -> st
         short=settings.short_side,
         long=settings.long_side,
         detections=settings.detections,
+        intensity_range=config.intensity_range,
     )
 
 

@@ -21,6 +21,7 @@ from coin_ray import storage
 from coin_ray.config.co_detr import Backbone, CoDetr
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data.augmentation import resize_to_fit
+from coin_ray.data.pixels import IntensityRange, upright_rgb
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.agreement import average_head_confidences
 from coin_ray.models.co_detr.collaborative import (
@@ -45,7 +46,7 @@ class CoDetrPredictor:
     auxiliary heads, if the file holds them.
 
     ``reported``: which confidences are returned, the decoder's or those that all heads
-    agree on.
+    agree on. ``intensity_range``: of the deep grey images that it was trained on.
     """
 
     classes: tuple[str, ...]
@@ -54,6 +55,7 @@ class CoDetrPredictor:
     long_side: int
     collaborative: CollaborativeDetr | None = None
     reported: str = DECODER
+    intensity_range: IntensityRange | None = None
 
     def to(self, device: torch.device) -> CoDetrPredictor:
         """Move the weights to ``device``."""
@@ -61,8 +63,9 @@ class CoDetrPredictor:
         return self
 
     def __call__(self, image: Image.Image) -> Detections:
-        """Return the detections in pixels of ``image``, best first."""
-        return self.predict_batch([pil_to_tensor(image.convert("RGB"))])[0]
+        """Return the detections in pixels of the upright ``image``, best first."""
+        pixels = pil_to_tensor(upright_rgb(image, self.intensity_range))
+        return self.predict_batch([pixels])[0]
 
     @torch.no_grad()
     def predict_batch(self, images: Sequence[Tensor]) -> list[Detections]:
@@ -130,7 +133,7 @@ def pack_co_detr(model: CollaborativeDetr, config: DetectorConfig) -> dict[str, 
             for name, weight in model.state_dict().items()
             if name.startswith(("pyramid.", "heads."))
         }
-    return {
+    content = {
         "format": FORMAT,
         "kind": "co-detr",
         "classes": list(config.classes),
@@ -143,6 +146,9 @@ def pack_co_detr(model: CollaborativeDetr, config: DetectorConfig) -> dict[str, 
         "heads": _on_cpu(heads),
         "reported": AGREEMENT if config.ship == "agreement" else DECODER,
     }
+    if config.found_intensity_range is not None:
+        content["intensity_range"] = list(config.found_intensity_range)
+    return content
 
 
 def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,17 +164,25 @@ def load_co_detr(uri: str) -> CoDetrPredictor:
     config = CoDetr(**tuples_from_lists(checkpoint["co_detr"]))
     tower = rebuild_backbone(Backbone(**checkpoint["backbone"]), checkpoint["tower"])
     sides = checkpoint["short_side"], checkpoint["long_side"]
+    intensity_range = None
+    if checkpoint.get("intensity_range") is not None:
+        low, high = checkpoint["intensity_range"]
+        intensity_range = low, high
     if not checkpoint.get("heads"):
         detector = DeformableDetr(tower, len(classes), config)
         load_detector_weights(detector, checkpoint["weights"])
-        return CoDetrPredictor(classes, detector.eval(), *sides)
+        return CoDetrPredictor(
+            classes, detector.eval(), *sides, intensity_range=intensity_range
+        )
     without_training_parts = replace(config, positive_queries=False, denoising=0)
     collaborative = CollaborativeDetr(tower, len(classes), without_training_parts)
     weights = {f"{BASE_PREFIX}{name}": w for name, w in checkpoint["weights"].items()}
     load_detector_weights(collaborative, weights | checkpoint["heads"])
     detector = collaborative.eval().base
     reported = checkpoint["reported"]
-    return CoDetrPredictor(classes, detector, *sides, collaborative, reported)
+    return CoDetrPredictor(
+        classes, detector, *sides, collaborative, reported, intensity_range
+    )
 
 
 def _read_checkpoint(uri: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TypedDict
 from PIL import Image
 
 from coin_ray.data.canonical import decode_rgb
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.predictors.predictor import Predictor
 from coin_ray.predictors.student import load_exported_student
 from coin_ray.storage import read_bytes
@@ -40,7 +41,8 @@ class MlflowModel:
         return [self._detect(image) for image in images]
 
     def _detect(self, source: ImageSource) -> NamedDetections:
-        detections = self.predictor(_as_image(source))
+        image = _as_image(source, self.predictor.intensity_range)
+        detections = self.predictor(image)
         labels = detections.labels.tolist()
         return {
             "boxes": detections.boxes.tolist(),
@@ -49,10 +51,13 @@ class MlflowModel:
         }
 
 
-def _as_image(source: ImageSource) -> Image.Image:
+def _as_image(
+    source: ImageSource, intensity_range: IntensityRange | None
+) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
-    return decode_rgb(source if isinstance(source, bytes) else read_bytes(source))
+    raw = source if isinstance(source, bytes) else read_bytes(source)
+    return decode_rgb(raw, intensity_range)
 
 
 def _load_pyfunc(path: str) -> MlflowModel:

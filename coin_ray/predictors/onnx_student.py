@@ -4,10 +4,10 @@ Needs the extra ``onnx``.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from PIL import Image
 
+from coin_ray.data.pixels import model_input, parse_range
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.structures import Detections
 
@@ -47,12 +47,13 @@ class OnnxStudent:
                 f" {OUTPUT_NAMES} and the class names in its metadata; this one has"
                 f" outputs {names}"
             )
-        self._session = session
+        self._session, self._metadata = session, metadata
         self.classes: tuple[str, ...] = tuple(metadata["classes"].split("\n"))
+        self.intensity_range = parse_range(metadata.get("intensity_range", ""))
 
     def __call__(self, image: Image.Image) -> Detections:
-        """Return the detections in pixels of ``image``, best first."""
-        pixels = np.asarray(image.convert("RGB"))[None]
+        """Return the detections in pixels of the upright ``image``, best first."""
+        pixels = model_input(image, self._metadata)
         arrays = self._session.run(OUTPUT_NAMES, {"images": pixels})
         boxes, scores, labels, _, probs = map(torch.from_numpy, arrays)
         return Detections(boxes, scores, labels, probs)

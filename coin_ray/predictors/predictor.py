@@ -6,6 +6,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.structures import Detections
 
 
@@ -15,5 +16,13 @@ class Predictor(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
 
+    @property
+    def intensity_range(self) -> IntensityRange | None:
+        """The range in which it was trained on deep grey images; None: on 8-bit ones."""
+
     def __call__(self, image: Image.Image) -> Detections:
-        """Return the detections in pixels of ``image``, best first."""
+        """Return the detections in pixels of the upright ``image``, best first.
+
+        ``image`` is of any kind that Pillow opens; the detector sees the pixels that
+        training saw (``coin_ray.data.pixels``).
+        """

@@ -22,6 +22,7 @@ from coin_ray import storage
 from coin_ray.config import Detector
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.data.augmentation import resize_to_fit
+from coin_ray.data.pixels import IntensityRange, upright_rgb
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.regional import DetrWithRegionHead, RegionalDetr
 from coin_ray.models.co_detr.text import TextDetr
@@ -38,19 +39,20 @@ StudentDetector = ClipDetector | TextDetr | DetrWithRegionHead
 
 @dataclass(frozen=True, eq=False)
 class StudentPredictor:
-    """A ``StudentPredictor`` with a student; ``settings`` hold the input sizes it was trained
-    on.
+    """A ``Predictor`` with a student; ``settings`` hold the input sizes it was trained
+    on, ``intensity_range`` is that of the deep grey images it was trained on.
     """
 
     classes: tuple[str, ...]
     detector: StudentDetector
     settings: Detector
+    intensity_range: IntensityRange | None = None
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Detections:
-        """Return the detections in pixels of ``image``, best first."""
+        """Return the detections in pixels of the upright ``image``, best first."""
         settings = self.settings
-        pixels = pil_to_tensor(image.convert("RGB"))
+        pixels = pil_to_tensor(upright_rgb(image, self.intensity_range))
         resized = resize_to_fit(pixels, settings.short_side, settings.long_side)
         detections = self.detector.predict(self.detector.prepare([resized]))[0]
         x_factor = pixels.shape[2] / resized.shape[2]
@@ -64,10 +66,12 @@ def write_exported_student(
     classes: Sequence[str],
     folder: str,
     settings: Detector | None = None,
+    intensity_range: IntensityRange | None = None,
 ) -> int:
     """Write both files below ``folder`` (a URI); return the size of the weights in bytes.
 
     ``settings``: the run's, with the input sizes; a ClipDetector has its own.
+    ``intensity_range``: of the run's deep grey images.
     """
     settings = detector.config if isinstance(detector, ClipDetector) else settings
     assert settings is not None, (
@@ -80,6 +84,8 @@ def write_exported_student(
         "embedding_size": embedding_size,
         **_describe_network(detector, settings),
     }
+    if intensity_range is not None:
+        description["intensity_range"] = list(intensity_range)
     file_bytes = save(weights)
     storage.write_bytes(storage.join(folder, "model.safetensors"), file_bytes)
     storage.write_json(storage.join(folder, "model.json"), description)
@@ -154,7 +160,12 @@ def load_exported_student(folder: str) -> StudentPredictor:
             f"{folder}: weights and model.json do not belong together (missing"
             f" {missing[:3]}, unexpected {unexpected[:3]})"
         )
-    return StudentPredictor(tuple(description["classes"]), detector.eval(), settings)
+    intensity_range = None
+    if description.get("intensity_range") is not None:
+        low, high = description["intensity_range"]
+        intensity_range = low, high
+    classes = tuple(description["classes"])
+    return StudentPredictor(classes, detector.eval(), settings, intensity_range)
 
 
 def _empty_detector(

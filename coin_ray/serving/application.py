@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
 from coin_ray import storage
+from coin_ray.config.fingerprints import to_identity
 from coin_ray.config.yaml_files import read_config
+from coin_ray.data.intensity import found_range
 from coin_ray.errors import ConfigError
 from coin_ray.serving.batching import BATCH_WAIT
 from coin_ray.serving.champion import (
@@ -125,7 +127,11 @@ def _teacher_proxy(settings: ServeSettings) -> TeacherProxy:
     config_uri = storage.absolute_uri(settings.cloud)
     root = config_uri.rpartition("/")[0]
     journal = storage.join(root, "journal")
-    return TeacherProxy(read_config(config_uri), settings.cloud_calls, journal)
+    config = read_config(config_uri)
+    intensity_range = found_range(root, to_identity(config.data))
+    if intensity_range is not None:
+        config = config.with_intensity_range(intensity_range)
+    return TeacherProxy(config, settings.cloud_calls, journal)
 
 
 def _single_name(models: tuple[str, ...]) -> str:

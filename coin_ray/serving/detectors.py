@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.predictors.scored_boxes import ScoredBoxes
 
 
@@ -43,3 +44,11 @@ class BatchDetector(ServedDetector, Protocol):
         self, images: Sequence[Image.Image], classes: Sequence[str], score_min: float
     ) -> list[ScoredBoxes]:
         """Return what ``detect`` returns for each image, in less time."""
+
+
+def intensity_range_of(detector: ServedDetector) -> IntensityRange | None:
+    """Return the range in which the detector was trained on deep grey images; None for
+    the others, as all teachers are.
+    """
+    intensity_range: IntensityRange | None = getattr(detector, "intensity_range", None)
+    return intensity_range

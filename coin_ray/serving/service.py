@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from coin_ray.data.canonical import PIXELS_MAX, decode_rgb
+from coin_ray.data.pixels import IntensityRange
 from coin_ray.errors import InputError
 from coin_ray.serving.admission import (
     BODY_BYTES_MAX,
@@ -32,7 +33,11 @@ from coin_ray.serving.admission import (
     RequestBody,
 )
 from coin_ray.serving.batching import BATCH_WAIT, BatchQueue
-from coin_ray.serving.detectors import BatchDetector, ServedDetector
+from coin_ray.serving.detectors import (
+    BatchDetector,
+    ServedDetector,
+    intensity_range_of,
+)
 from coin_ray.serving.fault_injection import (
     CallStatistics,
     Fault,
@@ -265,7 +270,7 @@ class DetectionService:
     ) -> DetectResponseJson:
         started = time.perf_counter()
         image = await asyncio.get_running_loop().run_in_executor(
-            self._decoders, _decode, parsed.image_bytes
+            self._decoders, _decode, parsed.image_bytes, intensity_range_of(detector)
         )
         try:
             boxes, scores = await self.queue.detect(
@@ -295,9 +300,9 @@ def _check_same_site(request: Request) -> None:
         )
 
 
-def _decode(image_bytes: bytes) -> Image.Image:
+def _decode(image_bytes: bytes, intensity_range: IntensityRange | None) -> Image.Image:
     try:
-        return decode_rgb(image_bytes)
+        return decode_rgb(image_bytes, intensity_range)
     except InputError as error:
         raise unusable_image(error) from None
 

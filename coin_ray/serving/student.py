@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from PIL import Image
 
+from coin_ray.data.pixels import IntensityRange, upright_rgb
 from coin_ray.errors import InputError
 from coin_ray.predictors.loading import open_predictor
 from coin_ray.predictors.predictor import Predictor
@@ -30,6 +31,10 @@ class PredictorAdapter:
     def classes(self) -> Sequence[str]:
         return self.predictor.classes
 
+    @property
+    def intensity_range(self) -> IntensityRange | None:
+        return self.predictor.intensity_range
+
     def check(self, classes: Sequence[str]) -> None:
         """Raise InputError for a class that the detector has not learned, with those it
         has.
@@ -44,9 +49,10 @@ class PredictorAdapter:
     def detect(
         self, image: Image.Image, classes: Sequence[str], score_min: float
     ) -> ScoredBoxes:
-        """Return boxes [N, 4] xyxy pixels and probabilities [N, len(classes)], best
-        first; a box that has several classes is returned once.
+        """Return boxes [N, 4] xyxy pixels of the upright image and probabilities [N,
+        len(classes)], best first; a box that has several classes is returned once.
         """
+        image = upright_rgb(image, self.intensity_range)
         detections = self.predictor(image)
         columns = [self.classes.index(name) for name in classes]
         scores = detections.probs[:, columns].numpy()

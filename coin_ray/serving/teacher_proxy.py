@@ -49,6 +49,7 @@ class TeacherProxy:
         check_clouds([cloud], config.classes)
         self.name = cloud.service if cloud.serve == "none" else f"local {cloud.serve}"
         self._classes = config.classes
+        self._intensity_range = config.intensity_range
         self._resources = ExitStack()
         folder = Path(
             self._resources.enter_context(
@@ -74,7 +75,10 @@ class TeacherProxy:
         """
         started = time.perf_counter()
         image = await asyncio.to_thread(
-            render_image, image_bytes, *self._client.rendering
+            render_image,
+            image_bytes,
+            *self._client.rendering,
+            self._intensity_range,
         )
         try:
             answer = await self._client.answer(image)

@@ -21,7 +21,11 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     weights = storage.join(context.inputs["distill"], WEIGHTS)
     student = load_trained_detector("student", weights, load_backbone(config), config)
     size = write_exported_student(
-        student, config.classes, context.folder, config.detector
+        student,
+        config.classes,
+        context.folder,
+        config.detector,
+        config.intensity_range,
     )
     parameters = sum(parameter.numel() for parameter in student.parameters())
     return {"bytes": size, "parameters": parameters}
