@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 from coin_ray import storage, tables
 from coin_ray.runs.failed_images import failed_count
 from coin_ray.runs.steps import Manifest, read_manifest, read_reopened, reopen_step
-from coin_ray.stages.collecting.parts import CollectedParts
+from coin_ray.stages.collecting.parts import BOX_COUNTS, CollectedParts
 
 DROPPED = "the answer was dropped, to be asked again"
 """Error of such an image in the parts."""
@@ -57,9 +58,20 @@ def _drop_rows(parts_folder: str, image_id: str) -> bool:
             _as_dropped(row) if dropped else row
             for row, dropped in zip(rows, is_dropped, strict=True)
         ]
-        storage.write_table(file, pa.Table.from_pylist(new_rows, schema=part.schema))
+        schema = part.schema.with_metadata(_without_image(part.schema, image_id))
+        storage.write_table(file, pa.Table.from_pylist(new_rows, schema=schema))
         is_changed = True
     return is_changed
+
+
+def _without_image(schema: pa.Schema, image_id: str) -> dict[str, str] | None:
+    """Return a part's metadata without the counts of the image's boxes."""
+    metadata = schema.metadata or {}
+    if BOX_COUNTS.encode() not in metadata:
+        return None
+    counts = json.loads(metadata[BOX_COUNTS.encode()])
+    counts.pop(image_id, None)
+    return {BOX_COUNTS: json.dumps(counts)}
 
 
 def _as_dropped(row: dict[str, Any]) -> dict[str, Any]:
