@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coin_ray import storage
 from coin_ray.errors import InputError, StepError
 
 if TYPE_CHECKING:
+    from coin_ray.data.formats import ImageRecord
     from coin_ray.data.review.reviews import Review
 
 DESCRIPTION = """\
@@ -18,9 +19,10 @@ first, and read them back as a data set. Corrections outrank every teacher: coin
 adapt --corrections.
 
     coin-ray review out label-studio|cvat|fiftyone --root ROOT --out FOLDER [--most N]
-    coin-ray review back EXPORT --out FOLDER [--format coco]
+    coin-ray review back EXPORT --out FOLDER [--format coco] [--root ROOT]
 """
 TOOLS = ("label-studio", "cvat", "fiftyone")
+SHA256_DIGITS = 64
 
 
 def review(arguments: Sequence[str]) -> None:
@@ -67,6 +69,13 @@ def build_review_parser() -> argparse.ArgumentParser:
     )
     back.add_argument("export", help="what the tool exported")
     back.add_argument("--format", default="coco", choices=sorted(IMAGE_FOLDERS))
+    back.add_argument(
+        "--root",
+        help=(
+            "the run that the images are of: its classes number the labels, and only its"
+            " training images are accepted"
+        ),
+    )
     back.set_defaults(direction=import_reviews)
     for direction in (out, back):
         direction.add_argument("--out", required=True, metavar="FOLDER")
@@ -130,19 +139,84 @@ def _select_reviews(
 
 
 def import_reviews(options: argparse.Namespace) -> str:
-    """Write the reviewed images of an export as a data set; return what was written."""
-    from coin_ray.data.formats import write_dataset
-    from coin_ray.data.review.corrections import read_reviews
+    """Write the reviewed images of an export as a data set; return what was written.
 
-    records = [
-        review.image_record()
-        for review in read_reviews(options.export)
-        if review.reviewed
-    ]
-    if not records:
-        raise InputError(
-            f"{options.export}: no image in it is marked as reviewed (docs/own-data.md"
-            " says how)"
-        )
-    write_dataset(records, options.out, options.format)
+    They pass the checks that ``--corrections`` makes: with ``--root`` against the run,
+    else against the image files.
+    """
+    from coin_ray.data.formats import write_dataset
+    from coin_ray.data.review.corrections import correction_rows, read_reviews
+    from coin_ray.stages.corrections import class_indexes
+
+    reviews = [review for review in read_reviews(options.export) if review.reviewed]
+    if options.root:
+        images, classes = _run_images(storage.absolute_uri(options.root))
+        indexes = class_indexes(reviews, classes)
+    else:
+        images = _images_of_files(reviews)
+        labels = {box.label for review in reviews for box in review.boxes}
+        classes = tuple(sorted(labels))
+        indexes = {name: index for index, name in enumerate(classes)}
+    rows = correction_rows(reviews, images, indexes, options.export)
+    review_by_id = {review.image_id: review for review in reviews}
+    records = [_record(review_by_id[row["image_id"]], row, classes) for row in rows]
+    used_names = {label for record in records for label in record.labels}
+    names = (
+        classes if options.root else [name for name in classes if name in used_names]
+    )
+    write_dataset(records, options.out, options.format, names=names)
     return f"{len(records)} reviewed images: {storage.absolute_uri(options.out)}"
+
+
+def _run_images(root: str) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    """Return the images of the run by id, and its classes."""
+    from coin_ray.config.yaml_files import read_config
+    from coin_ray.runs.graph import build_steps
+
+    config = read_config(storage.join(root, "config.yaml"))
+    step = build_steps(config)["images"]
+    if not step.is_finished(root):
+        raise StepError(
+            f"the step images below {root} is not finished: without --root the labels"
+            " are checked against the image files"
+        )
+    table = storage.read_table(storage.join(step.folder(root), "images.parquet"))
+    # of several rows of an image the first counts, as in the step corrections
+    return {row["image_id"]: row for row in reversed(table.to_pylist())}, config.classes
+
+
+def _images_of_files(reviews: Sequence[Review]) -> dict[str, dict[str, Any]]:
+    """Return rows with the sizes of the image files, by id. Raises InputError for a
+    file that is missing, no image, or not the one that was reviewed.
+    """
+    from coin_ray.data.threads import map_in_threads
+
+    usable = [review for review in reviews if review.image_id and not review.problems]
+    return dict(map_in_threads(_image_of_file, usable))
+
+
+def _image_of_file(review: Review) -> tuple[str, dict[str, Any]]:
+    from coin_ray.data.formats.parsing import image_size
+
+    if not review.uri or not storage.exists(review.uri):
+        raise InputError(f"{review.name}: there is no image {review.uri or 'URI'} now")
+    is_digest = len(review.image_id) == SHA256_DIGITS
+    if is_digest and storage.sha256(review.uri) != review.image_id:
+        raise InputError(
+            f"{review.name}: the file {review.uri} is no longer the one that was"
+            " reviewed: expected the bytes that coin-ray review out sent"
+        )
+    width, height = image_size(review.uri)
+    if min(width, height) < 1:
+        raise InputError(f"{review.name}: {review.uri} is no image that can be read")
+    return review.image_id, {"width": width, "height": height, "split": "train"}
+
+
+def _record(review: Review, row: dict[str, Any], classes: Sequence[str]) -> ImageRecord:
+    """Return the image with its checked boxes and the run's names of the classes."""
+    from coin_ray.data.formats import Annotation, ImageRecord
+
+    objects = zip(row["boxes"], row["labels"], strict=True)
+    annotations = [Annotation(box, classes[label]) for box, label in objects]
+    size = review.width, review.height
+    return ImageRecord.from_annotations(review.name, review.uri, size, annotations)

@@ -21,7 +21,9 @@ CORRECTIONS_FILE = "corrections.parquet"
 
 
 def run(context: Context[PipelineConfig]) -> Metrics:
-    """Write ``corrections.parquet``: certain detections of the reviewed images. Raises
+    """Write ``corrections.parquet``: certain detections of the reviewed images.
+
+    Images with a region that can't be used are left out, printed and counted. Raises
     InputError for corrections that do not fit the run.
     """
     config = context.config
@@ -36,10 +38,11 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     rows_by_id: dict[str, ImageRow] = {
         row["image_id"]: row for row in reversed(images.to_pylist())
     }
-    class_indexes = _class_indexes(reviews, config.classes)
+    indexes = class_indexes(reviews, config.classes)
     corrected = corrections.correction_rows(
-        reviews, rows_by_id, class_indexes, ", ".join(sources)
+        reviews, rows_by_id, indexes, ", ".join(sources)
     )
+    left_out = sum(review.reviewed for review in reviews) - len(corrected)
     rows = [
         detections_row(
             row["image_id"],
@@ -54,10 +57,11 @@ def run(context: Context[PipelineConfig]) -> Metrics:
         "images": len(corrected),
         "boxes": sum(len(row["boxes"]) for row in corrected),
         "empty": sum(not row["boxes"] for row in corrected),
+        **({"left_out": left_out} if left_out else {}),
     }
 
 
-def _class_indexes(reviews: Iterable[Review], classes: Sequence[str]) -> dict[str, int]:
+def class_indexes(reviews: Iterable[Review], classes: Sequence[str]) -> dict[str, int]:
     """Return the index of the class by each label that people wrote, as far as it names
     a class.
     """

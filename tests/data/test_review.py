@@ -149,6 +149,7 @@ names = (
     .filter(bool)
 )
 edges = st.tuples(*[st.floats(0, 3000, allow_subnormal=False)] * 4)
+file_names = names.map("{}.jpg".format)
 kinds_and_labels = st.one_of(
     st.tuples(st.just(""), st.just("")), st.tuples(st.sampled_from(KINDS), names)
 )
@@ -161,10 +162,9 @@ boxes = st.builds(
     kinds_and_labels,
 )
 review = st.builds(
-    Review,
+    lambda name, **fields: Review(uri=f"s3://bucket/{name}", name=name, **fields),
+    name=file_names,
     image_id=names,
-    uri=names.map("s3://bucket/{}.jpg".format),
-    name=names.map("{}.jpg".format),
     width=st.integers(8, 3000),
     height=st.integers(8, 3000),
     boxes=st.lists(boxes, max_size=4).map(tuple),
@@ -178,6 +178,8 @@ def test_exported_reviews_are_read_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, tool: str, reviews: list[Review]
 ) -> None:
     read_reviews = TOOLS[tool](reviews, tmp_path_factory.mktemp("x"))
+    if tool == "cvat":
+        reviews = sorted(reviews, key=lambda review: review.name)
     assert [replace(r, boxes=()) for r in read_reviews] == [
         replace(r, boxes=()) for r in reviews
     ]
@@ -197,7 +199,9 @@ def test_images_go_along_to_cvat_and_fiftyone(tmp_path: Path) -> None:
         assert (folder / "a" / "disputed.jpg").read_bytes() == (
             tmp_path / "in" / "a" / "disputed.jpg"
         ).read_bytes()
-    assert cvat.read_cvat(str(tmp_path / "cvat" / "annotations.xml")) == reviews
+    assert cvat.read_cvat(str(tmp_path / "cvat" / "annotations.xml")) == sorted(
+        reviews, key=lambda review: review.name
+    )
     assert [r.image_id for r in fiftyone.read_fiftyone(str(tmp_path / "fiftyone"))] == [
         r.image_id for r in reviews
     ]
@@ -303,18 +307,161 @@ def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(
     assert review_of_task.boxes == (ReviewedBox((0, 0, 20, 30), "cat"),)
 
 
+PLACE = {"x": 25, "y": 0, "width": 50, "height": 100}
+NOT_A_BOX = "task 0: expected an upright box with one label"
+
+
 @pytest.mark.parametrize(
-    "change", [{"rotation": 30}, {"rectanglelabels": []}, {"width": None}]
+    ("result", "message"),
+    [
+        ([{"type": "rectanglelabels", "value": PLACE}], NOT_A_BOX),
+        ([{"type": "rectangle", "value": PLACE}], NOT_A_BOX),
+        ([{"type": "rectanglelabels", "value": None}], NOT_A_BOX),
+        (
+            [{"type": "labels", "value": PLACE | {"labels": ["cat", "dog"]}}],
+            NOT_A_BOX,
+        ),
+        (
+            [{"type": "labels", "value": PLACE | {"labels": ["cat"], "x": None}}],
+            NOT_A_BOX,
+        ),
+        (
+            [
+                {"type": "rectangle", "id": "a", "value": PLACE},
+                {"type": "labels", "id": "a", "value": {"labels": ["cat"]}},
+                {"type": "labels", "id": "a", "value": {"labels": ["dog"]}},
+            ],
+            NOT_A_BOX,
+        ),
+        (
+            [{"type": "polygonlabels", "value": {"points": [], "labels": ["cat"]}}],
+            "got polygonlabels",
+        ),
+        (
+            [{"type": "brushlabels", "value": {"rle": [], "brushlabels": ["cat"]}}],
+            "got brushlabels",
+        ),
+        (
+            [
+                {
+                    "type": "rectanglelabels",
+                    "value": PLACE | {"rectanglelabels": ["cat"], "rotation": 30},
+                }
+            ],
+            "one turned by 30 degrees",
+        ),
+        (
+            [
+                {
+                    "type": "rectanglelabels",
+                    "image_rotation": 90,
+                    "value": PLACE | {"rectanglelabels": ["cat"]},
+                }
+            ],
+            "the image was turned by 90 degrees",
+        ),
+        (
+            [
+                {
+                    "type": "rectanglelabels",
+                    "original_width": 300,
+                    "original_height": 400,
+                    "value": PLACE | {"rectanglelabels": ["cat"]},
+                }
+            ],
+            "drawn on an image of 300 x 400",
+        ),
+    ],
 )
-def test_what_is_no_box_of_label_studio_is_an_error(
-    tmp_path: Path, change: dict[str, Any]
+def test_what_is_no_box_of_label_studio_is_a_problem_of_its_image(
+    tmp_path: Path, result: list[dict[str, Any]], message: str
 ) -> None:
-    exported_tasks = [_annotate(_label_studio_tasks(tmp_path)[0])]
-    exported_tasks[0]["annotations"][0]["result"][0]["value"].update(change)
-    with pytest.raises(
-        InputError, match="task 0: expected an upright box with one label"
-    ):
-        label_studio.read_label_studio(_write_export(tmp_path, exported_tasks))
+    first, second, third = _label_studio_tasks(tmp_path)
+    exported_tasks = [
+        _annotate(first, result=result),
+        _annotate(second),
+        third | {"annotations": [], "predictions": [{"result": result}]},
+    ]
+    reviews = label_studio.read_label_studio(_write_export(tmp_path, exported_tasks))
+    assert [review.reviewed for review in reviews] == [True, True, False]
+    [problem] = reviews[0].problems
+    assert message in problem
+    assert (len(reviews[1].boxes), reviews[1].problems) == (1, ())
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [{"type": "labels", "value": PLACE | {"labels": ["cat"]}}],
+        [{"type": "rectanglelabels", "value": PLACE | {"rectanglelabels": ["cat"]}}],
+        [
+            {"type": "rectangle", "id": "a", "value": PLACE},
+            {"type": "labels", "id": "a", "value": PLACE | {"labels": ["cat"]}},
+            {"type": "choices", "id": "a", "value": PLACE | {"choices": ["blurred"]}},
+        ],
+        [
+            {
+                "type": "rectanglelabels",
+                "original_width": 4000,
+                "original_height": 3000,
+                "value": PLACE | {"rectanglelabels": ["cat"], "rotation": 360},
+            },
+            {"type": "relation", "from_id": "a", "to_id": "b"},
+        ],
+    ],
+)
+def test_every_setup_of_label_studio_gives_the_box(
+    tmp_path: Path, result: list[dict[str, Any]]
+) -> None:
+    task = _annotate(_label_studio_tasks(tmp_path)[0], result=result)
+    [review_of_task] = label_studio.read_label_studio(_write_export(tmp_path, [task]))
+    assert review_of_task.boxes == (ReviewedBox((10, 0, 30, 30), "cat"),)
+    assert (review_of_task.problems, review_of_task.changes) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("rotation", "edges"),
+    [
+        (-0.1, (10, 4.965, 30.017, 15)),
+        (359.9, (10, 4.965, 30.017, 15)),
+        (90, (0, 5, 10, 25)),
+    ],
+)
+def test_a_turned_box_becomes_the_upright_one_around_it_and_that_is_told(
+    tmp_path: Path, rotation: float, edges: tuple[float, ...]
+) -> None:
+    """Label Studio turns clockwise about the first corner, in pixels."""
+    value = {"x": 25, "y": 100 / 6, "width": 50, "height": 100 / 3}
+    turned = value | {"rectanglelabels": ["cat"], "rotation": rotation}
+    result = [{"type": "rectanglelabels", "value": turned}]
+    task = _annotate(_label_studio_tasks(tmp_path)[0], result=result)
+    [review_of_task] = label_studio.read_label_studio(_write_export(tmp_path, [task]))
+    assert review_of_task.boxes[0].edges == pytest.approx(edges, abs=1e-2)
+    [change] = review_of_task.changes
+    assert f"turned by {rotation:g} degrees" in change
+
+
+def test_foreign_tasks_are_problems_if_somebody_submitted_them(tmp_path: Path) -> None:
+    first, *_ = _label_studio_tasks(tmp_path)
+    foreign = {"data": {"image": "x"}}
+    exported_tasks = [first, foreign, foreign | {"annotations": [{"result": []}]}]
+    reviews = label_studio.read_label_studio(_write_export(tmp_path, exported_tasks))
+    assert [review.reviewed for review in reviews] == [False, True]
+    assert "task 2 has no data.uri" in reviews[1].problems[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "address"),
+    [
+        ("{uri}", "s3://b/a #1&2 50%+.jpg"),
+        ("/data/?d={uri}", "/data/?d=s3://b/a%20%231%262%2050%25%2B.jpg"),
+        ("http://h/files/{uri}", "http://h/files/s3://b/a%20%231%262%2050%25%2B.jpg"),
+    ],
+)
+def test_an_address_inside_another_one_is_quoted(pattern: str, address: str) -> None:
+    review_of_image = Review("x", "s3://b/a #1&2 50%+.jpg", "a.jpg", 4, 3)
+    task = label_studio.label_studio_task(review_of_image, pattern)
+    assert task["data"]["image"] == address
 
 
 @pytest.mark.parametrize(
@@ -405,22 +552,6 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
     ("xml", "message"),
     [
         (
-            XML.format(
-                reviewed="true", shapes=BOX.format(kind="x", more='rotation="12.5"')
-            ),
-            r"x\.xml:5: expected an upright box, .* 12\.5 degrees",
-        ),
-        (
-            XML.format(
-                reviewed="true", shapes='<polygon label="cat" points="1,2;3,4"/>'
-            ),
-            r"x\.xml:5: expected boxes, got a polygon of 'cat'",
-        ),
-        (
-            XML.format(reviewed="true", shapes='<box label="cat" xtl="a"/>'),
-            r"x\.xml:5: xtl: expected a number, got 'a'",
-        ),
-        (
             "<annotations><image/></annotations>",
             "no image has the tag 'review' with its image_id",
         ),
@@ -428,11 +559,84 @@ def test_an_export_of_cvat_as_it_comes(tmp_path: Path) -> None:
         ("<annotations>", "not XML"),
     ],
 )
-def test_what_can_not_be_read_of_cvat_is_named(
+def test_a_file_that_is_no_review_of_cvat_is_an_error(
     tmp_path: Path, xml: str, message: str
 ) -> None:
     (tmp_path / "x.xml").write_text(xml)
     with pytest.raises(InputError, match=message):
+        cvat.read_cvat(str(tmp_path / "x.xml"))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (
+            BOX.format(kind="x", more='rotation="12.5"'),
+            "a.xml:5: expected an upright box, got one turned by 12.5 degrees",
+        ),
+        (
+            '<polygon label="cat" points="1,2;3,4"/>',
+            "a.xml:5: expected boxes, got a polygon of 'cat'",
+        ),
+        ('<mask label="cat"/>', "a.xml:5: expected boxes, got a mask of 'cat'"),
+        (
+            '<box label="cat" xtl="a"/>',
+            "a.xml:5: xtl: expected a number, got 'a'",
+        ),
+    ],
+)
+def test_an_odd_shape_of_cvat_is_a_problem_of_its_image(
+    tmp_path: Path, shapes: str, message: str
+) -> None:
+    export = _write_cvat_xml(tmp_path, shapes)
+    [review_of_image] = cvat.read_cvat(export)
+    assert len(review_of_image.problems) == 1
+    assert message in review_of_image.problems[0]
+    export = _write_cvat_xml(tmp_path, shapes, reviewed="false")
+    assert not cvat.read_cvat(export)[0].reviewed
+
+
+def test_a_box_of_cvat_turns_about_its_centre(tmp_path: Path) -> None:
+    export = _write_cvat_xml(tmp_path, BOX.format(kind="", more='rotation="90"'))
+    [review_of_image] = cvat.read_cvat(export)
+    assert review_of_image.boxes[0].edges == pytest.approx((3.5, -0.5, 8.5, 9.5))
+    assert "turned by 90 degrees" in review_of_image.changes[0]
+
+
+def test_images_of_cvat_are_in_the_order_of_its_frames(tmp_path: Path) -> None:
+    """CVAT takes an image's id for the frame's number where it does not know the name."""
+    reviews = [Review("x", "", name, 4, 3) for name in ("b.jpg", "a/c.jpg", "B.jpg")]
+    root = ET.fromstring(cvat.cvat_xml(reviews, CLASSES))
+    assert [(i.get("id"), i.get("name")) for i in root.iter("image")] == [
+        ("0", "B.jpg"),
+        ("1", "a/c.jpg"),
+        ("2", "b.jpg"),
+    ]
+    labels = root.findall("meta/task/labels/label")
+    assert [label.findtext("name") for label in labels] == ["review", *CLASSES]
+    assert root.findtext("meta/task/size") == "3"
+
+
+@pytest.mark.parametrize(
+    ("name", "uri", "reviewed", "fits"),
+    [
+        ("a.jpg", "/x/a.jpg", True, True),
+        ("images/a.jpg", "s3://b/x/a.jpg", True, True),
+        ("u\u0308.jpg", "/x/\u00fc.jpg", True, True),
+        ("b.jpg", "/x/a.jpg", True, False),
+        ("b.jpg", "/x/a.jpg", False, True),
+    ],
+)
+def test_a_name_that_contradicts_the_uri_is_an_error(
+    tmp_path: Path, name: str, uri: str, reviewed: bool, fits: bool
+) -> None:
+    """CVAT has then put the labels on another image of the same size."""
+    review_of_image = Review("x", uri, name, 4, 3, reviewed=reviewed)
+    (tmp_path / "x.xml").write_bytes(cvat.cvat_xml([review_of_image]))
+    if fits:
+        assert cvat.read_cvat(str(tmp_path / "x.xml")) == [review_of_image]
+        return
+    with pytest.raises(InputError, match=r"the image b\.jpg carries the review of"):
         cvat.read_cvat(str(tmp_path / "x.xml"))
 
 
@@ -507,6 +711,27 @@ def test_a_fiftyone_export_with_fields_of_its_own(tmp_path: Path) -> None:
         (ReviewedBox((10, 0, 30, 30), "cat"),),
     )
     assert (second.reviewed, second.boxes) == (False, ())
+
+
+def test_odd_samples_of_fiftyone_cost_themselves_only(tmp_path: Path) -> None:
+    sound = {
+        "image_id": "a",
+        "pixels_wide": 40,
+        "pixels_high": 30,
+        "tags": ["reviewed"],
+    }
+    box = {"label": "cat", "bounding_box": [0, 0, 0.5, 1]}
+    odd = {"label": "cat", "bounding_box": [0, 0, None, 1]}
+    samples = [
+        sound | {"ground_truth": {"detections": [box]}},
+        sound | {"ground_truth": {"detections": [box, odd]}},
+        {"filepath": "other.jpg", "tags": ["reviewed"]},
+        {"filepath": "other.jpg"},
+    ]
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    reviews = fiftyone.read_fiftyone(str(tmp_path))
+    assert [len(review.problems) for review in reviews] == [0, 1, 1]
+    assert "samples.1.detections.1.bounding_box.2" in reviews[1].problems[0]
 
 
 @pytest.mark.parametrize(

@@ -222,32 +222,101 @@ def test_boxes_are_cut_at_the_border_and_difficult_ones_of_a_folder_are_left_out
             "both.png has a 'dog', which is no class of this run",
         ),
         (
-            {"boxes": (ReviewedBox((4, 4, 66, 28), "cat"),)},
+            {"boxes": (ReviewedBox((4.0, 4.0, 70.0, 28.0), "cat"),)},
             (
-                r"the box cat \[4\.0, 4\.0, 66\.0, 28\.0\] is not inside the image of"
+                r"the box cat \[4\.0, 4\.0, 70\.0, 28\.0\] is not inside the image of"
                 r" 64 x 48"
             ),
         ),
         (
-            {"boxes": (ReviewedBox((-3, 4, 6, 28), "cat"),)},
+            {"boxes": (ReviewedBox((-4, 4, 6, 28), "cat"),)},
             "is not inside the image of 64 x 48",
         ),
         ({"boxes": (ReviewedBox((4, 4, 4, 28), "cat"),)}, "has no area"),
-        ({"boxes": (ReviewedBox((4, 28, 9, 4), "cat"),)}, "has no area"),
+        ({"boxes": (ReviewedBox((-2, 4, 0, 28), "cat"),)}, "has no area"),
+        ({"problems": ("a polygon",)}, "both.png: a polygon; 1 of 1 reviewed images"),
         ({"width": 63}, "both.png is 64 x 48, its corrections are for 63 x 48"),
         ({"reviewed": False}, "no image in it is marked as reviewed"),
     ],
 )
 def test_bad_corrections_are_an_error_that_names_the_image(
-    changes: dict[str, Any], message: str, tmp_path: Path
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = _label_studio_file(
-        [replace(_review(tmp_path, "both", [ReviewedBox(BOX, "cat")]), **changes)],
-        tmp_path / "out",
-    )
+    review = replace(_review(tmp_path, "both", [ReviewedBox(BOX, "cat")]), **changes)
+    file = _label_studio_file([review], tmp_path / "out")
+    step = _context(tmp_path, file)
+    monkeypatch.setattr(corrections.corrections, "read_reviews", lambda _: [review])
     with pytest.raises(InputError, match=f"corrections .*tasks.json: .*{message}"):
-        corrections.run(_context(tmp_path, file))
+        corrections.run(step)
     assert not (tmp_path / "corrections").exists()
+
+
+FULL = (0.0, 0.0, 64.0, 48.0)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "edges", "message"),
+    [
+        ([(-2, -1.5, 66, 50)], [FULL], "was cut at the border"),
+        ([(-0.5, 0, 64.9, 48)], [FULL], ""),
+        ([(30, 28, 4, 4)], [BOX], "had its edges the other way round"),
+        ([BOX, BOX], [BOX], "is there twice and counts once"),
+        ([BOX, OTHER], [BOX, OTHER], ""),
+    ],
+)
+def test_boxes_are_put_right_and_that_is_printed(
+    boxes: list[tuple[float, float, float, float]],
+    edges: list[tuple[float, ...]],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    review = _review(tmp_path, "both", [ReviewedBox(box, "cat") for box in boxes])
+    step = _context(tmp_path, _cvat_file([review], tmp_path / "out"))
+    metrics = corrections.run(step)
+    assert metrics == {"images": 1, "boxes": len(edges), "empty": 0}
+    [corrected] = open_corrections(step.inputs, step.config).values()
+    assert [tuple(box) for box in corrected.boxes.tolist()] == edges
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (ReviewedBox((4, 4, 4, 28), "cat"), "has no area"),
+        (ReviewedBox((4, 4, 90, 28), "cat"), "is not inside the image of 64 x 48"),
+        (ReviewedBox(BOX, "dog"), "has a 'dog', which is no class"),
+        (ReviewedBox((float("nan"), 4, 9, 28), "cat"), "not a finite number"),
+    ],
+)
+def test_an_odd_region_costs_its_image_and_no_other(
+    box: ReviewedBox,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The image is not taken for an empty one: the teachers' labels hold there."""
+    reviews = [_review(tmp_path, "both", [ReviewedBox(BOX, "cat"), box])]
+    reviews.append(_review(tmp_path, "none", []))
+    monkeypatch.setattr(corrections.corrections, "read_reviews", lambda _: reviews)
+    step = _context(tmp_path, "export.json")
+    assert corrections.run(step) == {
+        "images": 1,
+        "boxes": 0,
+        "empty": 1,
+        "left_out": 1,
+    }
+    assert list(open_corrections(step.inputs, step.config)) == [
+        _image_id(tmp_path, "none")
+    ]
+    printed = capsys.readouterr().out
+    assert "1 of 2 reviewed images are left out" in printed
+    assert "both.png" in printed
+    assert message in printed
 
 
 def test_later_rounds_are_further_files(tmp_path: Path) -> None:
@@ -283,7 +352,7 @@ def test_all_faults_are_reported_at_once_up_to_a_few(tmp_path: Path) -> None:
         InputError,
         match=(
             r"held\.png is a test image .*; both\.png is in it twice; .*'x2'.*; and 6"
-            r" more"
+            r" more$"
         ),
     ):
         corrections.run(

@@ -5,22 +5,30 @@ as a labelled folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.data.formats import IMAGE_SUFFIXES, ImageRecord, read_dataset
+from coin_ray.data.formats import IMAGE_SUFFIXES, read_dataset
 from coin_ray.data.formats.folder import DatasetFolder
+from coin_ray.data.formats.parsing import image_size
 from coin_ray.data.review.cvat import read_cvat
 from coin_ray.data.review.fiftyone import is_fiftyone, read_fiftyone
 from coin_ray.data.review.label_studio import read_label_studio
 from coin_ray.data.review.reviews import Review, ReviewedBox
 from coin_ray.data.threads import map_in_threads
+from coin_ray.data.truth import REPAIRS, CleanedRecord, check_complete, clean_labels
 from coin_ray.errors import InputError
 
 FILE_READERS = {".json": read_label_studio, ".xml": read_cvat, ".zip": read_cvat}
-TOLERANCE = 1.0
-"""Pixels a box may lie outside its image: tools round."""
+ROUNDING = 1.0
+"""Pixels a box may lie outside its image without a word: tools round."""
+OUTSIDE_SHARE = 0.05
+"""Share of the image's side up to which a box that lies outside is cut at the border."""
+MOST_LEFT_OUT = 0.5
+"""Share of the reviewed images that may be left out for odd regions."""
 SHOWN_PROBLEMS = 5
 DIGEST_LENGTH = 16
 
@@ -38,12 +46,26 @@ def read_reviews(address: str) -> list[Review]:
         return reader(address)
     if is_fiftyone(address):
         return read_fiftyone(address)
-    records = [record for record in read_dataset(address).records if record.annotated]
-    return map_in_threads(_review_of_record, records)
+    return _read_labelled_folder(address)
 
 
-def _review_of_record(record: ImageRecord) -> Review:
-    boxes = []
+def _read_labelled_folder(address: str) -> list[Review]:
+    """Return the annotated images of a folder, with their labels cleaned as a run cleans
+    those it is measured by.
+    """
+    dataset = read_dataset(address)
+    check_complete(dataset, address)
+    records = [record for record in dataset.records if record.annotated]
+    sizes = map_in_threads(image_size, [record.uri for record in records])
+    readable = [all(size) for size in sizes]
+    cleaned = clean_labels(
+        list(compress(records, readable)), list(compress(sizes, readable))
+    )
+    return map_in_threads(_review_of_record, cleaned)
+
+
+def _review_of_record(cleaned: CleanedRecord) -> Review:
+    record, boxes = cleaned.record, []
     rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
     for (x1, y1, x2, y2), label, difficult in rows:
         if not difficult:
@@ -56,6 +78,9 @@ def _review_of_record(record: ImageRecord) -> Review:
         record.height,
         tuple(boxes),
         reviewed=True,
+        changes=tuple(
+            f"{count} {REPAIRS[repair]}" for repair, count in cleaned.repairs.items()
+        ),
     )
 
 
@@ -86,41 +111,80 @@ def correction_rows(
     images: Mapping[str, Mapping[str, Any]],
     indexes: Mapping[str, int],
     source: str,
+    tell: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
     """Return rows ``image_id``, ``boxes`` (within the image), ``labels`` of the
     reviewed images.
 
     ``images``: rows of ``tables.IMAGES`` by id. ``indexes``: number of the class by
-    name. ``source``: name of the corrections in messages. Raises InputError naming the
-    reviews that do not fit the run.
+    name. ``source``: name of the corrections in messages. An image with a region that
+    can't be used is left out; such images, and boxes that were put right, are passed
+    to ``tell``. Raises InputError naming the reviews that do not fit the run, and if
+    more than ``MOST_LEFT_OUT`` of the reviewed images are left out.
     """
     rows: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
+    left_out: list[str] = []
+    misfits: list[str] = []
+    changes: list[str] = []
+    ids: set[str] = set()
+    reviewed_count = left_out_count = 0
     for review in reviews:
         if not review.reviewed:
             continue
-        review_problems = _problems(review, images.get(review.image_id), indexes)
-        if review.image_id in rows:
-            review_problems.append(f"{review.name} is in it twice")
-        problems += review_problems
-        if not review_problems:
-            rows[review.image_id] = _row(review, indexes)
-    if problems:
-        listed = "; ".join(problems[:SHOWN_PROBLEMS])
-        hidden_count = len(problems) - SHOWN_PROBLEMS
-        suffix = f"; and {hidden_count} more" if hidden_count > 0 else ""
-        raise InputError(f"corrections {source}: {listed}{suffix}")
+        reviewed_count += 1
+        problems = [f"{review.name}: {problem}" for problem in review.problems]
+        if review.image_id:
+            review_misfits = _misfits(review, images.get(review.image_id))
+            if review.image_id in ids:
+                review_misfits.append(f"{review.name} is in it twice")
+            ids.add(review.image_id)
+            misfits += review_misfits
+            if not review_misfits:
+                problems += _box_problems(review, indexes)
+        if problems:
+            left_out_count += 1
+            left_out += problems
+        elif review.image_id in images:
+            row, row_changes = _row(review, indexes)
+            rows[review.image_id] = row
+            changes += [f"{review.name}: {change}" for change in review.changes]
+            changes += row_changes
+    is_too_much = left_out_count > MOST_LEFT_OUT * reviewed_count
+    if misfits or is_too_much:
+        raise InputError(
+            f"corrections {source}: {_first_few([*misfits, *left_out])}"
+            + (
+                f"; {left_out_count} of {reviewed_count} reviewed images can't be used"
+                if is_too_much and not misfits
+                else ""
+            )
+        )
     if not rows:
         raise InputError(
             f"corrections {source}: no image in it is marked as reviewed"
             " (docs/own-data.md says how)"
         )
+    if left_out:
+        tell(
+            f"corrections {source}: {left_out_count} of {reviewed_count} reviewed images"
+            f" are left out, the teachers' labels hold there: {_first_few(left_out)}"
+        )
+    if changes:
+        tell(
+            f"corrections {source}: {len(changes)} boxes were put right:"
+            f" {_first_few(changes)}"
+        )
     return list(rows.values())
 
 
-def _problems(
-    review: Review, image: Mapping[str, Any] | None, indexes: Mapping[str, int]
-) -> list[str]:
+def _first_few(messages: Sequence[str]) -> str:
+    listed = "; ".join(messages[:SHOWN_PROBLEMS])
+    hidden_count = len(messages) - SHOWN_PROBLEMS
+    return f"{listed}; and {hidden_count} more" if hidden_count > 0 else listed
+
+
+def _misfits(review: Review, image: Mapping[str, Any] | None) -> list[str]:
+    """Return why a review does not belong to the run, whatever its boxes are."""
     if image is None:
         return [
             f"{review.name} is no image of this run: expected one of its training"
@@ -132,41 +196,79 @@ def _problems(
             " images can be corrected"
         ]
     size = image["width"], image["height"]
-    if (review.width, review.height) != size:
+    if min(review.width, review.height) > 0 and (review.width, review.height) != size:
         return [
             f"{review.name} is {size[0]} x {size[1]}, its corrections are for"
             f" {review.width} x {review.height}"
         ]
+    return []
+
+
+def _box_problems(review: Review, indexes: Mapping[str, int]) -> list[str]:
     problems = [
         f"{review.name} has a {name!r}, which is no class of this run"
         for name in sorted({box.label for box in review.boxes} - indexes.keys())
     ]
     for box in review.boxes:
-        if problem := _box_problem(box, size):
-            edges = [round(edge, 1) for edge in box.edges]
-            problems.append(f"{review.name}: the box {box.label} {edges} {problem}")
+        if problem := _box_problem(box, (review.width, review.height)):
+            problems.append(f"{review.name}: {_describe(box)} {problem}")
     return problems
 
 
+def _describe(box: ReviewedBox) -> str:
+    return f"the box {box.label} {[round(edge, 1) for edge in box.edges]}"
+
+
 def _box_problem(box: ReviewedBox, size: tuple[int, int]) -> str:
-    x1, y1, x2, y2 = box.edges
-    width, height = size
+    """Return why a box can't be used; empty if it can."""
+    if not all(math.isfinite(edge) for edge in box.edges):
+        return "has an edge that is not a finite number"
+    edges = _order_edges(box.edges)
+    overhang = _overhang(edges, size)
+    limits = [max(ROUNDING, OUTSIDE_SHARE * side) for side in size]
+    if overhang[0] > limits[0] or overhang[1] > limits[1]:
+        return f"is not inside the image of {size[0]} x {size[1]}"
+    x1, y1, x2, y2 = _clip_edges(edges, size)
     if x2 <= x1 or y2 <= y1:
         return "has no area"
-    starts_inside = min(x1, y1) >= -TOLERANCE
-    ends_inside = x2 <= width + TOLERANCE and y2 <= height + TOLERANCE
-    if not (starts_inside and ends_inside):
-        return f"is not inside the image of {width} x {height}"
     return ""
 
 
-def _row(review: Review, indexes: Mapping[str, int]) -> dict[str, Any]:
+def _order_edges(edges: Sequence[float]) -> list[float]:
+    x1, y1, x2, y2 = edges
+    return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+
+
+def _overhang(edges: Sequence[float], size: tuple[int, int]) -> tuple[float, float]:
+    """Return the pixels that ordered edges lie outside the image, in x and y."""
+    x1, y1, x2, y2 = edges
+    return max(-x1, x2 - size[0], 0.0), max(-y1, y2 - size[1], 0.0)
+
+
+def _row(
+    review: Review, indexes: Mapping[str, int]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the row of a review whose boxes can be used, and what was put right."""
     size = review.width, review.height
-    return {
+    changes: list[str] = []
+    objects: dict[tuple[tuple[float, ...], int], None] = {}
+    for box in review.boxes:
+        edges = _order_edges(box.edges)
+        description = f"{review.name}: {_describe(box)}"
+        if edges != list(box.edges):
+            changes.append(f"{description} had its edges the other way round")
+        if max(_overhang(edges, size)) > ROUNDING:
+            changes.append(f"{description} was cut at the border of the image")
+        key = tuple(_clip_edges(edges, size)), indexes[box.label]
+        if key in objects:
+            changes.append(f"{description} is there twice and counts once")
+        objects[key] = None
+    row = {
         "image_id": review.image_id,
-        "boxes": [_clip_edges(box.edges, size) for box in review.boxes],
-        "labels": [indexes[box.label] for box in review.boxes],
+        "boxes": [list(edges) for edges, _ in objects],
+        "labels": [label for _, label in objects],
     }
+    return row, changes
 
 
 def _clip_edges(edges: Sequence[float], size: tuple[int, int]) -> list[float]:

@@ -8,6 +8,7 @@ ticks its ``reviewed``.
 from __future__ import annotations
 
 import io
+import unicodedata
 import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from coin_ray import storage
 from coin_ray.data.formats.parsing import format_number, parse_number
 from coin_ray.data.formats.xml import parse_xml
+from coin_ray.data.review.regions import make_upright, read_regions
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
@@ -43,7 +45,7 @@ def write_cvat(reviews: Sequence[Review], folder: str, classes: Sequence[str]) -
 
     map_in_threads(copy_image, reviews)
     storage.write_json(storage.join(folder, "labels.json"), cvat_labels(classes))
-    storage.write_bytes(storage.join(folder, FILE), cvat_xml(reviews))
+    storage.write_bytes(storage.join(folder, FILE), cvat_xml(reviews, classes))
 
 
 def cvat_labels(classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -75,14 +77,45 @@ def _attribute(
     }
 
 
-def cvat_xml(reviews: Sequence[Review]) -> bytes:
-    """Return the reviews as the content of ``annotations.xml``."""
+def cvat_xml(reviews: Sequence[Review], classes: Sequence[str] = ()) -> bytes:
+    """Return the reviews as the content of ``annotations.xml``.
+
+    Images are sorted by name, as CVAT sorts the frames of a task: where CVAT does not
+    know a name it takes the image's ``id`` for the number of the frame. ``classes``
+    are listed in the head; other labels of the boxes follow.
+    """
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
-    for number, review in enumerate(reviews):
+    box_labels = {box.label for review in reviews for box in review.boxes}
+    labels = [*classes, *sorted(box_labels.difference(classes))]
+    _add_head(root, len(reviews), labels)
+    for number, review in enumerate(sorted(reviews, key=lambda review: review.name)):
         _add_image(root, number, review)
     ET.indent(root)
     return bytes(ET.tostring(root, "utf-8", xml_declaration=True))
+
+
+def _add_head(root: ET.Element, image_count: int, classes: Sequence[str]) -> None:
+    """Add ``<meta>``, without which CVAT and datumaro refuse the file in a project."""
+    task = ET.SubElement(ET.SubElement(root, "meta"), "task")
+    ET.SubElement(task, "name").text = "coin_ray review"
+    ET.SubElement(task, "size").text = str(image_count)
+    ET.SubElement(task, "mode").text = "annotation"
+    ET.SubElement(task, "start_frame").text = "0"
+    ET.SubElement(task, "stop_frame").text = str(max(image_count - 1, 0))
+    labels = ET.SubElement(task, "labels")
+    for description in cvat_labels(classes):
+        label = ET.SubElement(labels, "label")
+        ET.SubElement(label, "name").text = description["name"]
+        ET.SubElement(label, "type").text = description["type"]
+        attributes = ET.SubElement(label, "attributes")
+        for attribute in description["attributes"]:
+            node = ET.SubElement(attributes, "attribute")
+            ET.SubElement(node, "name").text = attribute["name"]
+            ET.SubElement(node, "mutable").text = str(attribute["mutable"])
+            ET.SubElement(node, "input_type").text = attribute["input_type"]
+            ET.SubElement(node, "default_value").text = attribute["default_value"]
+            ET.SubElement(node, "values").text = "\n".join(attribute["values"])
 
 
 def _add_image(root: ET.Element, number: int, review: Review) -> None:
@@ -122,13 +155,14 @@ def read_cvat(uri: str) -> list[Review]:
     """Read an export as it comes (.zip) or its ``annotations.xml``; images without the
     tag of ``write_cvat`` are left out.
 
-    Raises InputError naming the line of a shape that is not an upright box, and if no
-    image has the tag.
+    A shape of a reviewed image that is not an upright box is a problem of that image.
+    Raises InputError if no image has the tag, and if a reviewed image's name is not
+    that of its ``uri``: then CVAT has put the labels on other images.
     """
     root, lines = parse_xml(_read_xml(uri), uri, "annotations")
     optional_reviews = [_review(image, uri, lines) for image in root.iterfind("image")]
     reviews = [review for review in optional_reviews if review is not None]
-    if not reviews:
+    if not any(review.image_id for review in reviews):
         raise InputError(
             f"{uri}: no image has the tag {TAG!r} with its image_id: only what coin_ray"
             " wrote for CVAT can be read back"
@@ -152,31 +186,63 @@ def _review(image: ET.Element, uri: str, lines: dict[ET.Element, int]) -> Review
     tag = _review_tag(image)
     if tag is None:
         return None
-    for shape in SHAPES:
-        for node in image.iterfind(shape):
-            raise InputError(
-                f"{uri}:{lines[node]}: expected boxes, got a {shape} of"
-                f" {node.get('label')!r}"
-            )
     where = f"{uri}:{lines[image]}"
-    width = int(parse_number(image.get("width"), f"{where}: width"))
-    height = int(parse_number(image.get("height"), f"{where}: height"))
+    name, image_uri = image.get("name", ""), tag.get("uri", "")
+    reviewed = tag.get("reviewed") == "true"
+    if reviewed:
+        _check_name(name, image_uri, where)
+    problems = []
+    if not tag.get("image_id"):
+        problems.append(
+            f"{where}: {name} has no image_id in its tag {TAG!r}: only images that"
+            " coin_ray wrote can be read back"
+        )
+    width = height = 0
+    try:
+        width = int(parse_number(image.get("width"), f"{where}: width"))
+        height = int(parse_number(image.get("height"), f"{where}: height"))
+    except InputError as error:
+        problems.append(str(error))
+    shapes = [node for node in image if node.tag == "box" or node.tag in SHAPES]
+    regions = read_regions(shapes, lambda node: _box(node, f"{uri}:{lines[node]}"))
     return Review(
-        tag["image_id"],
-        tag.get("uri", ""),
-        image.get("name", ""),
+        tag.get("image_id", ""),
+        image_uri,
+        name,
         width,
         height,
-        tuple(_box(node, f"{uri}:{lines[node]}") for node in image.iterfind("box")),
-        tag.get("reviewed") == "true",
+        regions.boxes,
+        reviewed,
+        (*problems, *regions.problems),
+        regions.changes,
     )
 
 
+def _check_name(name: str, uri: str, where: str) -> None:
+    """Raise InputError if the last parts of an image's name and of its URI differ."""
+    names = [
+        unicodedata.normalize("NFC", path.replace("\\", "/").rpartition("/")[2])
+        for path in (name, uri)
+    ]
+    if uri and names[0] != names[1]:
+        raise InputError(
+            f"{where}: the image {name} carries the review of {uri}, so CVAT has put the"
+            " labels on other images: make the task of the folder images/ that"
+            " coin_ray wrote, with names unchanged, and upload annotations.xml again"
+        )
+
+
 def _review_tag(image: ET.Element) -> dict[str, str] | None:
-    """Return the attributes of the image's review tag; None if it has none."""
-    for tag in image.iterfind("tag"):
-        attributes = _attributes(tag)
-        if tag.get("label") == TAG and attributes.get("image_id"):
+    """Return the attributes of the image's review tag; None if there is none that has
+    an image id or is ticked.
+    """
+    tags = [tag for tag in image.iterfind("tag") if tag.get("label") == TAG]
+    candidates = [_attributes(tag) for tag in tags]
+    for attributes in candidates:
+        if attributes.get("image_id"):
+            return attributes
+    for attributes in candidates:
+        if attributes.get("reviewed") == "true":
             return attributes
     return None
 
@@ -185,20 +251,28 @@ def _attributes(node: ET.Element) -> dict[str, str]:
     return {a.get("name", ""): a.text or "" for a in node.iterfind("attribute")}
 
 
-def _box(node: ET.Element, where: str) -> ReviewedBox:
-    rotation = node.get("rotation", "0")
-    if parse_number(rotation, f"{where}: rotation") % 360:
+def _box(node: ET.Element, where: str) -> tuple[ReviewedBox, str]:
+    """Read a shape; return the box and what was changed."""
+    if node.tag != "box":
         raise InputError(
-            f"{where}: expected an upright box, got one turned by {rotation} degrees"
+            f"{where}: expected boxes, got a {node.tag} of {node.get('label')!r}"
         )
     x1, y1, x2, y2 = (
         parse_number(node.get(edge), f"{where}: {edge}") for edge in EDGES
     )
+    degrees = parse_number(node.get("rotation", "0"), f"{where}: rotation")
+    try:
+        edges, change = make_upright(
+            (x1, y1, x2, y2), degrees, ((x1 + x2) / 2, (y1 + y2) / 2)
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     attributes = _attributes(node)
     kind = attributes.get("kind", "")
-    return ReviewedBox(
-        (x1, y1, x2, y2),
+    box = ReviewedBox(
+        edges,
         node.get("label", ""),
         kind if kind in KINDS else "",
         attributes.get("teachers", ""),
     )
+    return box, change and f"{where}: {change}"

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from coin_ray import storage
 from coin_ray.data.formats.parsing import read_validated_json
+from coin_ray.data.review.regions import read_regions, validate_entry
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
@@ -35,7 +36,7 @@ class _Detection:
 
 @dataclass(frozen=True, slots=True)
 class _Detections:
-    detections: list[_Detection] = field(default_factory=list)
+    detections: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,17 @@ class _Sample:
     pixels_high: int
     uri: str = ""
     name: str = ""
-    tags: list[str] = field(default_factory=list)
     ground_truth: _Detections | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    samples: list[_Sample]
+    samples: list[dict[str, Any]]
 
 
 FOLDER = TypeAdapter(_File)
+SAMPLE = TypeAdapter(_Sample)
+DETECTION = TypeAdapter(_Detection)
 
 
 def write_fiftyone(reviews: Sequence[Review], folder: str) -> None:
@@ -107,36 +109,61 @@ def is_fiftyone(folder: str) -> bool:
 
 
 def read_fiftyone(folder: str) -> list[Review]:
-    """Read a folder that FiftyOne exported from samples of ``write_fiftyone``. Raises
-    InputError naming the sample that can't be read.
+    """Read a folder that FiftyOne exported from samples of ``write_fiftyone``.
+
+    A detection of a reviewed sample that can't be read is a problem of that image.
+    Samples that nobody reviewed and that can't be read are left out. Raises InputError
+    if there is no sample that ``write_fiftyone`` wrote.
     """
     uri = storage.join(folder, FILE)
     description = "a FiftyOne dataset that coin_ray wrote"
     export: _File = read_validated_json(FOLDER, uri, description)
-    return [
-        _review(sample, f"{uri}: samples.{number}")
-        for number, sample in enumerate(export.samples)
-    ]
+    reviews, problems = [], []
+    for number, sample in enumerate(export.samples):
+        where = f"{uri}: samples.{number}"
+        tags = sample.get("tags")
+        reviewed = isinstance(tags, list) and TAG in tags
+        try:
+            reviews.append(_review(sample, reviewed, where))
+        except InputError as error:
+            problems.append(str(error))
+            if reviewed:
+                name = str(sample.get("name") or f"samples.{number}")
+                reviews.append(
+                    Review("", "", name, 0, 0, reviewed=True, problems=(str(error),))
+                )
+    if problems and not any(review.image_id for review in reviews):
+        raise InputError(problems[0])
+    return reviews
 
 
-def _review(sample: _Sample, where: str) -> Review:
+def _review(entry: dict[str, Any], reviewed: bool, where: str) -> Review:
+    sample = validate_entry(SAMPLE, entry, where)
     width, height = sample.pixels_wide, sample.pixels_high
     if min(width, height) < 1:
         raise InputError(
             f"{where}: an image needs pixels_wide and pixels_high; got {width} x"
             f" {height}"
         )
-    detections = []
+    detections: list[dict[str, Any]] = []
     if sample.ground_truth is not None:
         detections = sample.ground_truth.detections
+
+    def read_detection(numbered: tuple[int, dict[str, Any]]) -> tuple[ReviewedBox, str]:
+        number, entry = numbered
+        detection = validate_entry(DETECTION, entry, f"{where}.detections.{number}")
+        return _box(detection, width, height), ""
+
+    regions = read_regions(enumerate(detections), read_detection)
     return Review(
         sample.image_id,
         sample.uri,
         sample.name,
         width,
         height,
-        tuple(_box(detection, width, height) for detection in detections),
-        TAG in sample.tags,
+        regions.boxes,
+        reviewed,
+        regions.problems,
     )
 
 

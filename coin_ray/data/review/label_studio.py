@@ -8,62 +8,37 @@ the kinds, and can be sorted and filtered by them.
 from __future__ import annotations
 
 import json
+import math
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from coin_ray import storage
 from coin_ray.data.formats.parsing import image_size, read_validated_json
+from coin_ray.data.review.regions import make_upright, read_regions
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
 
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    x: float
-    y: float
-    width: float
-    height: float
-    rectanglelabels: list[str]
-    rotation: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Region:
-    type: str = ""
-    value: Annotated[_Value | dict[str, Any], Field(union_mode="left_to_right")] = (
-        field(default_factory=dict)
-    )
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    result: list[_Region]
-    was_cancelled: bool = False
-    updated_at: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    data: dict[str, Any]
-    annotations: list[_Result] = field(default_factory=list)
-    predictions: list[Annotated[_Result | int, Field(union_mode="left_to_right")]] = (
-        field(default_factory=list)
-    )
-
-
-EXPORT = TypeAdapter(list[_Task])
+EXPORT = TypeAdapter(list[dict[str, Any]])
+BOX_PARTS = ("x", "y", "width", "height")
+PLACES = {*BOX_PARTS, "points", "vertices", "rle", "radiusX", "radiusY"}
+"""Entries of a region's value that place it in the image."""
+LABELS = ("rectanglelabels", "labels")
+"""Entries that hold the labels of a box: of <RectangleLabels>, and of <Labels> with
+<Rectangle>."""
+SHAPE_TOLERANCE = 0.02
+"""Relative difference of two aspect ratios that rounding explains."""
 
 
 def write_label_studio(
     reviews: Sequence[Review], folder: str, classes: Sequence[str], url: str = "{uri}"
 ) -> None:
     """Write ``tasks.json`` to import and ``labels.xml``, the labelling setup. ``url``:
-    address of an image for Label Studio, made from its ``{uri}``.
+    address of an image for Label Studio, made from its ``{uri}``, which is quoted
+    unless the address begins with it.
     """
     tasks = [label_studio_task(review, url) for review in reviews]
     text = json.dumps(tasks, indent=1)
@@ -84,7 +59,7 @@ def label_studio_task(review: Review, url: str = "{uri}") -> dict[str, Any]:
         "name": review.name,
         "width": review.width,
         "height": review.height,
-        "image": url.replace("{uri}", review.uri),
+        "image": _image_address(review.uri, url),
         "disagreement": review.disagreement,
         **review.counts,
     }
@@ -97,6 +72,14 @@ def label_studio_task(review: Review, url: str = "{uri}") -> dict[str, Any]:
         "result": regions,
     }
     return {"data": task_fields, "predictions": [prediction]}
+
+
+def _image_address(uri: str, url: str) -> str:
+    """Put the URI into the pattern of an address: quoted inside another address, as it
+    is where it is the address itself.
+    """
+    is_whole_address = url.startswith("{uri}")
+    return url.replace("{uri}", uri if is_whole_address else quote(uri, safe="/:"))
 
 
 def _region(number: int, review: Review, box: ReviewedBox) -> dict[str, Any]:
@@ -129,7 +112,8 @@ def labelling_setup(classes: Sequence[str]) -> str:
     """Return the XML for Label Studio's "Labeling Interface"."""
     root = ET.Element("View")
     ET.SubElement(root, "Image", name="image", value="$image", zoom="true")
-    labels = ET.SubElement(root, "RectangleLabels", name="label", toName="image")
+    attributes = {"name": "label", "toName": "image", "canRotate": "false"}
+    labels = ET.SubElement(root, "RectangleLabels", attributes)
     for name in classes:
         ET.SubElement(labels, "Label", value=name)
     ET.indent(root)
@@ -140,24 +124,52 @@ def read_label_studio(uri: str) -> list[Review]:
     """Read a JSON export. A task is reviewed if it has an annotation that was not
     skipped; of several annotations the one updated last counts.
 
-    Raises InputError naming the task for a region that is not an upright box, and for
-    tasks that were not written by ``write_label_studio``.
+    A region of a reviewed task that is not an upright box with one label is a problem
+    of that image. Tasks that nobody reviewed and that can't be read are left out.
+    Raises InputError if there is no task that ``write_label_studio`` wrote.
     """
-    tasks: list[_Task] = read_validated_json(
-        EXPORT, uri, "a JSON export of Label Studio"
-    )
-    return [_review(task, f"{uri}: task {number}") for number, task in enumerate(tasks)]
+    tasks = read_validated_json(EXPORT, uri, "a JSON export of Label Studio")
+    reviews, problems = [], []
+    for number, task in enumerate(tasks):
+        where = f"{uri}: task {number}"
+        annotations = _submitted_annotations(task)
+        try:
+            reviews.append(_review(task, annotations, where))
+        except InputError as error:
+            problems.append(str(error))
+            if annotations:
+                name = f"task {number}"
+                reviews.append(
+                    Review("", "", name, 0, 0, reviewed=True, problems=(str(error),))
+                )
+    if problems and not any(review.image_id for review in reviews):
+        raise InputError(problems[0])
+    return reviews
 
 
-def _review(task: _Task, where: str) -> Review:
-    uri, image_id = task.data.get("uri"), task.data.get("image_id")
-    if not isinstance(uri, str) or not isinstance(image_id, str):
+def _submitted_annotations(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    annotations = task.get("annotations") or []
+    if not isinstance(annotations, list):
+        return []
+    return [
+        a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")
+    ]
+
+
+def _review(
+    task: Mapping[str, Any], annotations: Sequence[dict[str, Any]], where: str
+) -> Review:
+    task_fields = task.get("data")
+    if not isinstance(task_fields, dict):
+        task_fields = {}
+    uri, image_id = task_fields.get("uri"), task_fields.get("image_id")
+    if not isinstance(uri, str) or not isinstance(image_id, str) or not image_id:
         raise InputError(
             f"{where} has no data.uri and data.image_id: only tasks that coin_ray wrote"
             " can be read back"
         )
-    width, height = task.data.get("width"), task.data.get("height")
-    if not {"width", "height"} <= task.data.keys():
+    width, height = task_fields.get("width"), task_fields.get("height")
+    if not {"width", "height"} <= task_fields.keys():
         width, height = image_size(uri)
     if (
         not isinstance(width, int)
@@ -165,49 +177,150 @@ def _review(task: _Task, where: str) -> Review:
         or min(width, height) < 1
     ):
         raise InputError(f"{where}: {uri} is no image that can be read")
-    annotations = [a for a in task.annotations if not a.was_cancelled]
-    boxes = [
-        _box(region, (width, height), where)
-        for region in _final_regions(task, annotations)
-        if region.type == "rectanglelabels"
-    ]
+    regions = read_regions(
+        _group_by_id(_final_regions(task, annotations, where)),
+        lambda parts: _box(parts, (width, height), where),
+    )
     return Review(
         image_id,
         uri,
-        str(task.data.get("name") or uri.rpartition("/")[2]),
+        str(task_fields.get("name") or uri.rpartition("/")[2]),
         width,
         height,
-        tuple(boxes),
+        regions.boxes,
         bool(annotations),
+        regions.problems,
+        regions.changes,
     )
 
 
-def _final_regions(task: _Task, annotations: Sequence[_Result]) -> list[_Region]:
+def _final_regions(
+    task: Mapping[str, Any], annotations: Sequence[dict[str, Any]], where: str
+) -> list[dict[str, Any]]:
     """Return the regions of the annotation updated last, or of the last prediction."""
     if annotations:
-        return max(annotations, key=lambda annotation: annotation.updated_at).result
+        final = max(annotations, key=lambda a: str(a.get("updated_at") or ""))
+        regions = final.get("result")
+        if not isinstance(regions, list) or not all(
+            isinstance(region, dict) for region in regions
+        ):
+            raise InputError(
+                f"{where}: expected an annotation with a list of regions as its"
+                f" 'result', got {str(regions)[:100]}"
+            )
+        return regions
     # Label Studio exports some predictions as a number
-    predictions = [p for p in task.predictions if isinstance(p, _Result)]
-    return predictions[-1].result if predictions else []
+    predictions = task.get("predictions") or []
+    results = [p.get("result") for p in predictions if isinstance(p, dict)]
+    regions = results[-1] if results else []
+    if not isinstance(regions, list):
+        return []
+    return [region for region in regions if isinstance(region, dict)]
 
 
-def _box(region: _Region, size: tuple[int, int], where: str) -> ReviewedBox:
-    rectangle = region.value
-    if (
-        isinstance(rectangle, dict)
-        or len(rectangle.rectanglelabels) != 1
-        or rectangle.rotation % 360
-    ):
+def _group_by_id(regions: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the placed regions, each with its parts: Label Studio exports a place, its
+    label and its attributes as entries of one id. Entries without a place are left out.
+    """
+    parts_by_id: dict[object, list[dict[str, Any]]] = {}
+    for number, region in enumerate(regions):
+        key = str(region["id"]) if region.get("id") else number
+        parts_by_id.setdefault(key, []).append(region)
+    return [
+        parts
+        for parts in parts_by_id.values()
+        if any(_is_placed(region) for region in parts)
+    ]
+
+
+def _is_placed(region: Mapping[str, Any]) -> bool:
+    """Tell whether an entry lies somewhere in the image; a rectangle always does."""
+    value = region.get("value")
+    if str(region.get("type")).startswith("rectangle"):
+        return True
+    return isinstance(value, dict) and bool(PLACES & value.keys())
+
+
+def _box(
+    parts: Sequence[Mapping[str, Any]], size: tuple[int, int], where: str
+) -> tuple[ReviewedBox, str]:
+    """Read the entries of one region; return the box and what was changed."""
+    placed = [region for region in parts if _is_placed(region)]
+    value = placed[0].get("value")
+    labels = _labels_of(parts)
+    if not isinstance(value, dict) or not _is_box(value) or len(labels) != 1:
         raise InputError(
-            f"{where}: expected an upright box with one label, got {rectangle}"
+            f"{where}: expected an upright box with one label, got"
+            f" {placed[0].get('type')} {str(value)[:200]}"
         )
+    _check_frame(placed[0], size, where)
     width, height = size
-    x1, y1 = rectangle.x * width / 100, rectangle.y * height / 100
-    x2 = x1 + rectangle.width * width / 100
-    y2 = y1 + rectangle.height * height / 100
-    kind, teacher_labels = _parse_meta(region.meta.get("text"))
-    [label] = rectangle.rectanglelabels
-    return ReviewedBox((x1, y1, x2, y2), label, kind, teacher_labels)
+    x1, y1 = value["x"] * width / 100, value["y"] * height / 100
+    x2 = x1 + value["width"] * width / 100
+    y2 = y1 + value["height"] * height / 100
+    try:
+        edges, change = make_upright(
+            (x1, y1, x2, y2), value.get("rotation") or 0.0, (x1, y1)
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    kind, teacher_labels = _parse_meta(_meta_text(parts))
+    box = ReviewedBox(edges, labels[0], kind, teacher_labels)
+    return box, change and f"{where}: {change}"
+
+
+def _labels_of(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the different labels of a region's entries."""
+    labels: list[str] = []
+    for region in parts:
+        value = region.get("value")
+        for name in LABELS:
+            listed = value.get(name) if isinstance(value, dict) else None
+            if isinstance(listed, list):
+                labels += [str(label) for label in listed]
+    return list(dict.fromkeys(labels))
+
+
+def _is_box(value: Mapping[str, Any]) -> bool:
+    if (PLACES - set(BOX_PARTS)) & value.keys():
+        return False
+    numbers = [value.get(part) for part in BOX_PARTS] + [value.get("rotation") or 0]
+    return all(
+        isinstance(number, (int, float)) and math.isfinite(number) for number in numbers
+    )
+
+
+def _check_frame(region: Mapping[str, Any], size: tuple[int, int], where: str) -> None:
+    """Raise InputError for a region that was drawn on a turned image, or on one of
+    another shape: its percentages are of that one.
+    """
+    turn = region.get("image_rotation") or 0
+    if turn:
+        raise InputError(
+            f"{where}: the image was turned by {turn} degrees in Label Studio: turn it"
+            " back and draw its boxes upright"
+        )
+    width, height = region.get("original_width"), region.get("original_height")
+    if not isinstance(width, (int, float)) or not isinstance(height, (int, float)):
+        return
+    if min(width, height) <= 0:
+        return
+    ratio = (width / height) / (size[0] / size[1])
+    # a small copy of the image has rounded sides
+    tolerance = SHAPE_TOLERANCE + 1 / min(width, height)
+    if abs(ratio - 1) > tolerance:
+        raise InputError(
+            f"{where}: the box was drawn on an image of {width} x {height}, the run's is"
+            f" {size[0]} x {size[1]}: is the URL that of another or a turned image?"
+        )
+
+
+def _meta_text(parts: Sequence[Mapping[str, Any]]) -> object:
+    for region in parts:
+        meta = region.get("meta")
+        if isinstance(meta, dict) and meta.get("text"):
+            return meta["text"]
+    return None
 
 
 def _parse_meta(text: object) -> tuple[str, str]:

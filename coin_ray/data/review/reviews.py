@@ -40,6 +40,9 @@ class ReviewedBox:
 class Review:
     """One image. ``name``: the path of its file among the reviewed ones; ``reviewed``:
     a person says that the boxes are right and complete.
+
+    ``problems``: why its labels can't be used, as a polygon among the boxes.
+    ``changes``: what the reader put right, as a box that was slightly turned.
     """
 
     image_id: str
@@ -49,6 +52,8 @@ class Review:
     height: int
     boxes: tuple[ReviewedBox, ...] = ()
     reviewed: bool = False
+    problems: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -63,7 +68,7 @@ class Review:
         return round(1 - self.counts["consistent"] / total, DIGITS) if total else 0.0
 
     def image_record(self) -> ImageRecord:
-        """Convert the review to an image of a data set."""
+        """Convert the review to an image of a data set; ``problems`` don't matter."""
         annotations = [Annotation(box.edges, box.label) for box in self.boxes]
         size = self.width, self.height
         return ImageRecord.from_annotations(self.name, self.uri, size, annotations)
