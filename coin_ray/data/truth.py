@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coin_ray.data import pixels
-from coin_ray.data.formats import ImageRecord
+from coin_ray.data.formats import Dataset, ImageRecord
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
@@ -49,12 +49,36 @@ SIDEWAYS = 5
 """The EXIF orientations from here on exchange width and height."""
 
 
+def check_complete(dataset: Dataset, address: str) -> None:
+    """Raise InputError if labels name images that are not there: a labelled image may
+    not become one that nobody labelled.
+    """
+    missing = dataset.missing
+    if not missing:
+        return
+    dots = ", ..." if len(missing) > SHOWN_PROBLEMS else ""
+    raise InputError(
+        f"{address}: {len(missing)} labelled or listed images are not there:"
+        f" {', '.join(missing[:SHOWN_PROBLEMS])}{dots}. Add the images or remove their"
+        " labels; images alone can be read from their own folder"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CleanedRecord:
+    """A record in the frame of its image, with usable boxes only; ``repairs`` counts what
+    was put right in it, by the names of ``REPAIRS``.
+    """
+
+    record: ImageRecord
+    repairs: Counter[str]
+
+
 def clean_labels(
     records: Sequence[ImageRecord], sizes: Sequence[Size]
-) -> tuple[list[ImageRecord], Counter[str]]:
+) -> list[CleanedRecord]:
     """Return the annotated records of one folder with their boxes in the frame of the
-    upright images, whose ``sizes`` these are, and cleaned; and counts of what was put
-    right.
+    upright images, whose ``sizes`` these are, and cleaned.
 
     Raises InputError if labels do not fit their image, or if they are shares of the
     image's sides instead of pixels.
@@ -65,7 +89,6 @@ def clean_labels(
             " reaches beyond 1: multiply them by the width and height of their image"
         )
     orientations, as_stored = _find_stored_frames(records, sizes)
-    repairs: Counter[str] = Counter()
     cleaned_records = []
     for record, size, orientation, is_stored in zip(
         records, sizes, orientations, as_stored, strict=True
@@ -74,9 +97,8 @@ def clean_labels(
             record, size, orientation, as_stored=is_stored
         )
         cleaned, box_repairs = clean_record(fitted, size)
-        repairs += frame_repairs + box_repairs
-        cleaned_records.append(cleaned)
-    return cleaned_records, repairs
+        cleaned_records.append(CleanedRecord(cleaned, frame_repairs + box_repairs))
+    return cleaned_records
 
 
 def _find_stored_frames(

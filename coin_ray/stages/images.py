@@ -22,6 +22,7 @@ from coin_ray.data.formats.record import UnreadFile
 from coin_ray.data.inspect import Inspection, inspect_images
 from coin_ray.data.intensity import describe_intensity
 from coin_ray.data.listing import addresses_by_split, list_versions, write_listing
+from coin_ray.data.truth import check_complete
 from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context, Metrics, remove_readers
 from coin_ray.stages.common.progress import show_progress
@@ -33,7 +34,6 @@ from coin_ray.stages.reading.folder_images import (
     RejectedImage,
 )
 from coin_ray.stages.reading.place_report import (
-    check_complete,
     check_left_out,
     describe_left_out,
     print_dataset,

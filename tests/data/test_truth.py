@@ -97,10 +97,12 @@ def test_boxes_turn_with_the_pixels(tmp_path: Path, orientation: int) -> None:
     # an image on its side shows that the folder's labels are as stored
     proof = _record(_write_image(tmp_path, "proof.jpg", 6), (100, 40), (0, 0, 50, 10))
     record = _record(turned_uri, stored.size, (60, 5, 80, 25))
-    [result, _], repairs = clean_labels([record, proof], [upright.size, (40, 100)])
+    results = clean_labels([record, proof], [upright.size, (40, 100)])
+    result = results[0].record
     assert tuple(result.boxes[0]) == upright.getbbox()
     assert (result.width, result.height) == upright.size
-    assert repairs["turned"] == (1 if orientation == 1 else 2)
+    assert results[0].repairs == ({} if orientation == 1 else {"turned": 1})
+    assert results[1].repairs == {"turned": 1}
 
 
 def test_upright_labels_of_turned_photos_stay(tmp_path: Path) -> None:
@@ -110,12 +112,12 @@ def test_upright_labels_of_turned_photos_stay(tmp_path: Path) -> None:
         _record(uri, (40, 100), (15, 60, 35, 80)),
         _record(half, (100, 40), (60, 10, 80, 30)),
     ]
-    results, repairs = clean_labels(records, [(40, 100), (50, 20)])
-    assert [result.boxes.tolist() for result in results] == [
+    results = clean_labels(records, [(40, 100), (50, 20)])
+    assert [result.record.boxes.tolist() for result in results] == [
         [[15, 60, 35, 80]],
         [[30, 5, 40, 15]],
     ]
-    assert repairs == {"resized": 1}
+    assert [result.repairs for result in results] == [{}, {"resized": 1}]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +128,10 @@ def test_boxes_of_a_resized_copy_are_scaled(
     tmp_path: Path, labelled: tuple[int, int], actual: tuple[int, int], factor: float
 ) -> None:
     uri = _write_image(tmp_path, "a.jpg", size=actual)
-    [result], repairs = clean_labels(
-        [_record(uri, labelled, (10, 4, 20, 12))], [actual]
-    )
+    [result] = clean_labels([_record(uri, labelled, (10, 4, 20, 12))], [actual])
     expected = np.array([10, 4, 20, 12]) * factor
-    assert np.abs(result.boxes[0] - expected).max() < 0.5
-    assert repairs == {"resized": 1}
+    assert np.abs(result.record.boxes[0] - expected).max() < 0.5
+    assert result.repairs == {"resized": 1}
 
 
 def test_labels_of_another_image_are_an_error(tmp_path: Path) -> None:
@@ -148,9 +148,10 @@ def test_shares_instead_of_pixels_are_an_error() -> None:
 
 
 def test_right_labels_stay_as_they_are() -> None:
-    boxes = np.random.default_rng(0).uniform(0, 1, (50, 2, 2)) * (WIDTH, HEIGHT)
-    edges = np.sort(boxes, axis=1).reshape(-1, 4)
-    record = _record("a.jpg", (WIDTH, HEIGHT), *map(tuple, edges.tolist()))
-    [result], repairs = clean_labels([record], [(WIDTH, HEIGHT)])
-    assert (result.boxes == edges).all()
-    assert not repairs
+    corners = np.random.default_rng(0).uniform(0, 1, (50, 2, 2)) * (WIDTH, HEIGHT)
+    edges = np.sort(corners, axis=1).reshape(-1, 4)
+    boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in edges.tolist()]
+    record = _record("a.jpg", (WIDTH, HEIGHT), *boxes)
+    [result] = clean_labels([record], [(WIDTH, HEIGHT)])
+    assert (result.record.boxes == edges).all()
+    assert not result.repairs

@@ -163,7 +163,7 @@ def test_coco_truth_of_the_asked_classes_by_name(tmp_path: Path) -> None:
 def test_truth_without_any_asked_class_is_an_error(tmp_path: Path) -> None:
     _write_picture(tmp_path / "in" / "train.jpg")
     _write_picture(tmp_path / "test" / "images" / "one.jpg")
-    _write_coco(tmp_path / "test", {"one.jpg": []}, names=("cat",))
+    _write_coco(tmp_path / "test", {"one.jpg": [([1, 2, 3, 4], 0)]}, names=("cat",))
     with pytest.raises(
         InputError, match="none of the classes person, traffic light; it has cat"
     ):

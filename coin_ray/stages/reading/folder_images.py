@@ -128,16 +128,20 @@ class FolderImages:
         labelled, self.labelled = self.labelled, {}
         records = [record for record, _ in labelled.values()]
         sizes = [size for _, size in labelled.values()]
-        cleaned, repairs = clean_labels(records, sizes)
-        for image_id, record, result in zip(labelled, records, cleaned, strict=True):
-            if len(result.boxes) == 0 and not record.difficult.all():
+        repairs: Counter[str] = Counter()
+        cleaned_records = clean_labels(records, sizes)
+        for image_id, record, cleaned in zip(
+            labelled, records, cleaned_records, strict=True
+        ):
+            repairs += cleaned.repairs
+            if len(cleaned.record.boxes) == 0 and not record.difficult.all():
                 reason = (
                     f"none of its {len(record.boxes)} boxes lies in the image and has"
                     " an area: its labels are not used"
                 )
                 self.reject(record.uri, split, reason)
                 continue
-            row = _annotation_row(image_id, result, class_indexes, repairs)
+            row = _annotation_row(image_id, cleaned.record, class_indexes, repairs)
             self._annotate(row)
         return repairs
 

@@ -14,21 +14,6 @@ SHOWN_NAMES = 3
 SHOWN_REASONS = 5
 
 
-def check_complete(dataset: Dataset, address: str) -> None:
-    """Raise InputError if labels name images that are not there: a labelled image may
-    not become one that nobody labelled.
-    """
-    missing = dataset.missing
-    if not missing:
-        return
-    dots = ", ..." if len(missing) > SHOWN_NAMES else ""
-    raise InputError(
-        f"{address}: {len(missing)} labelled or listed images are not there:"
-        f" {', '.join(missing[:SHOWN_NAMES])}{dots}. Add the images or remove their"
-        " labels; images alone can be read from their own folder"
-    )
-
-
 def print_dataset(split: str, address: str, dataset: Dataset) -> None:
     """Print one line of counts of a folder, as it was read."""
     print(f"images: {split} {address}: {describe_dataset(dataset)}", flush=True)
