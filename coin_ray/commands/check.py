@@ -11,25 +11,29 @@ from coin_ray.commands.arguments import parse_names
 
 DESCRIPTION = """\
 Check annotated images for faults. Each DIR is a split, in any format of docs/formats.md,
-also as FOLDER#SPLIT; several are compared with each other. Exit code 1 if there is a
-fault.
+also as FOLDER#SPLIT; several are compared with each other. Prints what was read of each,
+then the faults. Exit code 1 if there is a fault.
 """
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Print the faults of the folders; return 1 if there are any."""
+    """Print what was read and the faults of the folders; return 1 if there are any."""
     options = build_check_parser().parse_args(arguments)
     from rich.console import Console
 
     from coin_ray.data.check import check_datasets, faults_table
 
-    faults = check_datasets(options.folders, options.classes)
     console = Console()
+
+    def print_line(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False)
+
+    faults = check_datasets(options.folders, options.classes, print_line)
     if faults:
         console.print(faults_table(faults), markup=False)
         return 1
     no_faults = f"nothing wrong found in {', '.join(options.folders)}"
-    console.print(no_faults, soft_wrap=True, markup=False)
+    print_line(no_faults)
     return 0
 
 

@@ -1,12 +1,19 @@
 """Find faults of annotated images before money or hours are spent: broken files, wrong
-boxes, duplicates and class names that do not match.
+boxes, duplicates, class names that do not match, and labels that no reader took.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +23,14 @@ from rich.table import Table
 
 from coin_ray import storage
 from coin_ray.class_names import is_same_class_name
-from coin_ray.data.canonical import decode_rgb
-from coin_ray.data.formats import Dataset, ImageRecord, read_dataset
+from coin_ray.data.canonical import upright_size_and_range
+from coin_ray.data.formats import (
+    UNDECODABLE,
+    Dataset,
+    ImageRecord,
+    describe_dataset,
+    read_dataset,
+)
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
@@ -49,13 +62,15 @@ class DecodedRecord:
 
 
 def check_datasets(
-    addresses: Sequence[str], classes: Sequence[str] = ()
+    addresses: Sequence[str],
+    classes: Sequence[str] = (),
+    describe: Callable[[str], None] = lambda _: None,
 ) -> list[Fault]:
     """Return every fault of the splits (``FOLDER`` or ``FOLDER#SPLIT``), each alone and
     all together; decodes every image.
 
     Of labels that can't be read, only the first file of a folder is named. ``classes``:
-    names that will be asked for.
+    names that will be asked for. ``describe`` is called with a line about each split.
     """
     datasets: dict[str, Dataset] = {}
     faults = []
@@ -64,6 +79,8 @@ def check_datasets(
             datasets[address] = read_dataset(address)
         except InputError as error:
             faults.append(Fault("can't be read", str(error)))
+        else:
+            describe(f"{address}: {describe_dataset(datasets[address])}")
     decoded = {
         address: map_in_threads(_decode, dataset.records)
         for address, dataset in datasets.items()
@@ -78,7 +95,7 @@ def check_datasets(
 def _decode(record: ImageRecord) -> DecodedRecord:
     raw = storage.read_bytes(record.uri)
     try:
-        size = decode_rgb(raw).size
+        size, _ = upright_size_and_range(raw)
     except InputError as error:
         return DecodedRecord(record, error=str(error))
     return DecodedRecord(record, hashlib.sha256(raw).hexdigest(), size)
@@ -92,47 +109,79 @@ def _split_faults(
     for name in dataset.missing:
         message = f"{address}: {name} is labelled or listed, but not there"
         yield Fault("image missing", message)
+    for file in dataset.unread_files:
+        yield Fault("labels not read", f"{file.uri} looks like {file.layout}")
+    for left_out in dataset.left_out:
+        if left_out.reason == UNDECODABLE:
+            yield Fault("image not read", f"{left_out.uri}: {left_out.reason}")
     for image in decoded:
         if image.error:
             yield Fault("broken image", f"{image.record.uri}: {image.error}")
-        elif image.record.annotated:
-            yield from _box_faults(image.record, image.size)
+    usable = [image for image in decoded if image.record.annotated and not image.error]
+    records = [image.record for image in usable]
+    yield from label_faults(records, [image.size for image in usable])
 
 
-def _box_faults(record: ImageRecord, size: tuple[int, int]) -> Iterator[Fault]:
-    width, height = size
-    if (record.width, record.height) != size:
-        yield Fault(
-            "size differs",
-            f"{record.uri} is {width} x {height}, its labels say {record.width} x"
-            f" {record.height}",
-        )
-    left, top, right, bottom = record.boxes.T
+def label_faults(
+    records: Sequence[ImageRecord], sizes: Sequence[tuple[int, int]]
+) -> Iterator[Fault]:
+    """Find faults of boxes, and labels of another size than the images, whose upright
+    ``sizes`` these are.
+    """
+    for record, (width, height) in zip(records, sizes, strict=True):
+        if (record.width, record.height) != (width, height):
+            yield Fault(
+                "size differs",
+                f"{record.uri} is {width} x {height}, its labels say {record.width} x"
+                f" {record.height}",
+            )
+    if not records:
+        return
+    boxes = np.concatenate([record.boxes for record in records])
+    counts = [len(record.labels) for record in records]
+    record_rows = np.repeat(np.arange(len(records)), counts)
+    box_sizes = np.tile(np.asarray(sizes, np.float64)[record_rows], 2)
+    left, top, right, bottom = boxes.T
     is_reversed = (right < left) | (bottom < top)
     is_empty = ((right == left) | (bottom == top)) & ~is_reversed
-    excess = np.maximum(record.boxes - np.tile(size, 2), -record.boxes)
+    excess = np.maximum(boxes - box_sizes, -boxes)
     is_outside = excess.max(1, initial=-np.inf) > TOLERANCE
     boxes_by_kind = {
         "reversed box": is_reversed,
         "empty box": is_empty,
         "box outside its image": is_outside & ~is_reversed,
-        "same box twice": _is_repeated(record),
+        "same box twice": _is_repeated(records, record_rows, boxes),
     }
+    first_rows = np.cumsum([0, *counts])
     for kind, mask in boxes_by_kind.items():
         for row in np.flatnonzero(mask):
-            box = [round(edge, 1) for edge in record.boxes[row].tolist()]
-            message = f"{record.uri}: {record.labels[row]} {box} of {width} x {height}"
-            yield Fault(kind, message)
+            record_row = record_rows[row]
+            record, (width, height) = records[record_row], sizes[record_row]
+            label = record.labels[row - first_rows[record_row]]
+            box = [round(edge, 1) for edge in boxes[row].tolist()]
+            yield Fault(kind, f"{record.uri}: {label} {box} of {width} x {height}")
 
 
-def _is_repeated(record: ImageRecord) -> NDArray[np.bool_]:
-    """Mark boxes [N] that equal an earlier box with the same label."""
-    earlier: set[tuple[object, ...]] = set()
-    marks = []
-    for labelled_box in zip(record.labels, *record.boxes.T.tolist(), strict=True):
-        marks.append(labelled_box in earlier)
-        earlier.add(labelled_box)
-    return np.asarray(marks, np.bool_)
+def _is_repeated(
+    records: Sequence[ImageRecord],
+    record_rows: NDArray[np.int64],
+    boxes: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Mark boxes [N] that equal an earlier box of the record with the same label."""
+    marks = np.zeros(len(boxes), np.bool_)
+    keys = np.column_stack([record_rows, boxes])
+    order = np.lexsort(keys.T[::-1])
+    is_same_box = (keys[order][1:] == keys[order][:-1]).all(1)
+    candidate_rows = np.unique(record_rows[order][1:][is_same_box])
+    first_rows = np.searchsorted(record_rows, candidate_rows)
+    for record_row, first_row in zip(candidate_rows, first_rows, strict=True):
+        record = records[record_row]
+        earlier: set[tuple[object, ...]] = set()
+        labelled_boxes = zip(record.labels, *record.boxes.T.tolist(), strict=True)
+        for row, labelled_box in enumerate(labelled_boxes, start=first_row):
+            marks[row] = labelled_box in earlier
+            earlier.add(labelled_box)
+    return marks
 
 
 def _duplicates(decoded: Mapping[str, Sequence[DecodedRecord]]) -> Iterator[Fault]:

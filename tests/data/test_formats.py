@@ -99,11 +99,13 @@ def annotated(
         flags = st.just(False) if format in ("yolo", "kitti") else st.booleans()
         corners = st.tuples(edges, edges, edges, edges)
         if format == "yolo":  # holds shares of the image only
-            corners = corners.map(
-                lambda box: (
-                    *(min(max(edge, 0), side) for edge, side in zip(box, size * 2)),
-                )
-            ).map(lambda b: (*np.sort([b[::2], b[1::2]], 1).T.ravel().tolist(),))
+            x, y = (
+                st.tuples(sides, sides).map(sorted)
+                for sides in (st.integers(0, size[0]), st.integers(0, size[1]))
+            )
+            corners = st.tuples(x, y).map(
+                lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1][1])
+            )
         box = st.builds(Annotation, corners, names, flags)
         images.append((file, size, draw(st.lists(box, max_size=4))))
     return images

@@ -39,6 +39,7 @@ from coin_ray.errors import InputError
 __all__ = [
     "IMAGE_SUFFIXES",
     "READABLE",
+    "UNDECODABLE",
     "Annotation",
     "Dataset",
     "ImageRecord",
@@ -50,6 +51,8 @@ __all__ = [
     "write_dataset",
 ]
 
+UNDECODABLE = "an image of this kind can't be decoded"
+"""Why files of ``OTHER_IMAGE_SUFFIXES`` are left out."""
 READABLE = "COCO, VOC, YOLO, KITTI, BDD100K or Cityscapes"
 READERS: tuple[
     tuple[Callable[[DatasetFolder], bool], Callable[[DatasetFolder], Dataset]], ...
@@ -81,10 +84,9 @@ def read_dataset(address: str) -> Dataset:
     """
     folder = DatasetFolder.open(address)
     dataset = _read_folder(folder)
-    reason = "an image of this kind can't be decoded"
     taken = {record.uri for record in dataset.records}
     undecodable = tuple(
-        LeftOut(folder.uris[path], reason)
+        LeftOut(folder.uris[path], UNDECODABLE)
         for path in folder.list_paths("", *OTHER_IMAGE_SUFFIXES)
         if folder.uris[path] not in taken
     )

@@ -232,7 +232,7 @@ def _parse_object(node: ET.Element, where: str, first_pixel: int) -> Annotation:
 def voc_files(records: Sequence[ImageRecord], split: str) -> dict[str, bytes]:
     """Return one XML file per annotated image and the image list of the split."""
     files = {
-        f"Annotations/{strip_suffix(record.file)}.xml": _record_xml(record)
+        f"Annotations/{strip_suffix(record.file)}.xml": voc_xml(record)
         for record in records
         if record.annotated
     }
@@ -241,7 +241,8 @@ def voc_files(records: Sequence[ImageRecord], split: str) -> dict[str, bytes]:
     return files
 
 
-def _record_xml(record: ImageRecord) -> bytes:
+def voc_xml(record: ImageRecord) -> bytes:
+    """Return the XML file of an image."""
     root = ET.Element("annotation")
     _add_text(root, "filename", record.file)
     _add_text(ET.SubElement(root, "source"), "annotation", OWN_SOURCE)

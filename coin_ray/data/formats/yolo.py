@@ -447,7 +447,7 @@ def yolo_files(
             f"{uri} has the split {split!r} already; write to another folder or split"
         )
     files = {
-        _label_path(f"images/{split}/{record.file}"): _label_text(
+        _label_path(f"images/{split}/{record.file}"): yolo_text(
             record, names
         ).encode()
         for record in records
@@ -458,7 +458,10 @@ def yolo_files(
     return {**files, "data.yaml": text.encode()}
 
 
-def _label_text(record: ImageRecord, names: Sequence[str]) -> str:
+def yolo_text(record: ImageRecord, names: Sequence[str]) -> str:
+    """Return the lines of an image's text file. Raises InputError for a box whose
+    centre or size is beyond the image.
+    """
     lines = []
     for box, label in zip(record.boxes.tolist(), record.labels, strict=True):
         x1, y1, x2, y2 = box
