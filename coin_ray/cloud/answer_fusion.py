@@ -33,6 +33,15 @@ def fuse_answers(
     """
     if len(answers) == 1:
         return answers[0]
+    return fuse_with_members(answers, reliability, iou_threshold)[0]
+
+
+def fuse_with_members(
+    answers: Sequence[RawDetections], reliability: Sequence[float], iou_threshold: float
+) -> tuple[RawDetections, NDArray[np.int64]]:
+    """Fuse as ``fuse_answers``; return also, for each fused box and answer [M, A], the
+    row of the answer's box in it, or -1.
+    """
     order = sorted(
         range(len(answers)),
         key=lambda i: (reliability[i], *_content_key(answers[i])),
@@ -49,13 +58,18 @@ def fuse_answers(
         [shares[clouds[rows]] @ class_scores[rows] for rows in clusters], np.float32
     ).reshape(len(clusters), class_scores.shape[1])
     best_first = np.argsort(-fused_scores.max(1, initial=0), kind="stable")
-    return RawDetections(
+    row_in_answer = np.concatenate([np.arange(len(a)) for a in answers])
+    members = np.full((len(clusters), len(answers)), -1, np.int64)
+    for number, rows in enumerate(clusters):
+        members[number, np.take(order, clouds[rows])] = row_in_answer[rows]
+    fused = RawDetections(
         fused_boxes[best_first],
         fused_scores[best_first],
         _worst_score_kind(answers),
         tuple(name for a in answers for name in a.unmapped),
         sum((a.counts for a in answers), NO_COUNTS),
     )
+    return fused, members[best_first]
 
 
 def score_labels(raw: RawDetections, prior: Prior) -> RawDetections:

@@ -20,6 +20,7 @@ import httpx
 
 from coin_ray.cloud.accounts import account_name, answer_endpoint
 from coin_ray.cloud.answer import Answer, AnswerStatus
+from coin_ray.cloud.box_extent import BoxExtent
 from coin_ray.cloud.call import Call
 from coin_ray.cloud.call_admission import CallAdmission
 from coin_ray.cloud.governor import AsyncGovernor
@@ -99,6 +100,7 @@ class CloudClient:
         self._skip_unreachable = skip_unreachable
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._timing = Timing(sleep, clock, uniform, wall_clock)
+        self._extent = BoxExtent()
 
         self._signer = signer_for(
             self._capabilities.auth, token_variable(config), config.region, wall_clock
@@ -234,8 +236,10 @@ class CloudClient:
         try:
             recorded = await asyncio.to_thread(self._find_recorded_or_encode, call)
             if isinstance(recorded, RawDetections):
+                self._check_extent(recorded, call)
                 return Answer("cached", recorded)
             detections = await self._ask_service(call, recorded)
+            self._check_extent(detections, call)
         except (BudgetExhausted, QuotaExhausted) as error:
             if not self._skip_over_budget:
                 raise
@@ -253,6 +257,13 @@ class CloudClient:
             return self._add_costs(call, answer)
         status = "ok" if len(detections) else "empty"
         return self._add_costs(call, Answer(status, detections))
+
+    def _check_extent(self, detections: RawDetections, call: Call) -> None:
+        """Check the unit of a language model's boxes by all its answers; the services
+        that give scores are no models that may write another one.
+        """
+        if detections.score_kind == "none":
+            self._extent.add(detections, call.frame)
 
     def _find_recorded_or_encode(
         self, call: Call

@@ -1134,6 +1134,18 @@ def test_a_label_map_reads_a_paid_answer_of_other_names(
     assert mapped.service.requests == []
 
 
+def test_whole_percent_of_a_model_stops_the_run(
+    build_harness: HarnessBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    boxes = [[20, 30, 60, 70], [40, 10, 90, 100]]
+    text = json.dumps([{"bbox_2d": box, "label": "car"} for box in boxes])
+    reply = httpx.Response(200, json=completion(text))
+    harness = build_harness(reply, service="openai-vlm", coordinates="xyxy_1000")
+    with pytest.raises(BadRequest, match=r"upper left 10%.*cloud\.coordinates"):
+        _detect(harness, *range(40))
+
+
 def _refusing_server(*fields: str) -> Callable[[httpx.Request], httpx.Response]:
     """Return a model that refuses these fields of a request."""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from coin_ray.demo import detector as demo_detector
 from coin_ray.errors import CloudUnreachable
 from coin_ray.serving.launch import local_cloud
 from coin_ray.serving.server import create_app
+from coin_ray.serving.wire import decode_base64
 from tests.images import jpeg
 from tests.serving.helpers import BrightnessDetector, detect_request, post, run_server
 
@@ -47,6 +49,34 @@ def test_answers_have_the_reference_format() -> None:
     assert detection["label"] == "bright"
     assert detection["score"] == pytest.approx(200 / 255, abs=1e-3)
     assert detection["score"] == detection["scores"]["bright"]
+
+
+FILE = jpeg(size=(40, 20))
+BASE64 = base64.b64encode(FILE).decode()
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        base64.encodebytes(FILE).decode(),
+        BASE64.replace("A", "A\r\n"),
+        f"data:image/jpeg;base64,{BASE64}",
+        base64.urlsafe_b64encode(FILE).decode(),
+    ],
+    ids=["lines", "other lines", "a data URL", "the alphabet for URLs"],
+)
+def test_base64_as_people_send_it(encoded: str) -> None:
+    assert decode_base64(encoded) == FILE
+    body = {**REQUEST, "image": {"b64": encoded}}
+    assert post(create_app(BrightnessDetector()), body)[0].status_code == 200
+
+
+@pytest.mark.parametrize("encoded", ["%%%", BASE64[:-1] + "é", "data:image/jpeg,AAAA"])
+def test_what_is_no_base64_is_refused_with_the_reason(encoded: str) -> None:
+    body = {**REQUEST, "image": {"b64": encoded}}
+    (response,) = post(create_app(BrightnessDetector()), body)
+    assert response.status_code == 415
+    assert "base64" in response.json()["detail"]
 
 
 REFUSED = [
