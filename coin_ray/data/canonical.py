@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from coin_ray.data.pixels import (
     BROKEN_FILE,
     FORMATS,
     IntensityRange,
+    is_deep_colour,
     orientation,
     own_range,
     upright_rgb,
@@ -28,6 +30,8 @@ from coin_ray.errors import InputError
 
 PIXELS_MAX = 178_956_970
 SIDE_MIN = 8
+DARK_LEVEL = 64
+"""16-bit colours below this level in their upper 8 bits are of 14 bits or fewer."""
 JPEG_QUALITY = 95
 """High enough that the loss makes no difference to a detector."""
 
@@ -94,11 +98,20 @@ def upright_size_and_range(
     raw: bytes,
 ) -> tuple[tuple[int, int], IntensityRange | None]:
     """Decode the whole file and return its upright (width, height), and the own range
-    of a deep grey image. Raises ``InputError`` if the file is not a usable image.
+    of a deep grey image. Raises ``InputError`` if the file is not a usable image, or
+    holds 16-bit colours of which the decoder loses nearly all levels.
     """
     with _readable(raw) as image:
-        size = upright_rgb(image).size
-        return size, own_range(image)
+        deep_colour = is_deep_colour(image)
+        pixels = upright_rgb(image)
+        highest = int(np.asarray(pixels).max())
+        if deep_colour and highest < DARK_LEVEL:
+            raise InputError(
+                "the image has 16-bit colours, none of which exceeds"
+                f" {256 * highest + 255} of 65535: it would be nearly black, with"
+                f" {highest + 1} levels; stretch its values and store it with 8 bits"
+            )
+        return pixels.size, own_range(image)
 
 
 def decode_sent(image: CanonicalImage) -> Image.Image:

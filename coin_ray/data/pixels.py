@@ -91,6 +91,15 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
+def is_deep_colour(image: Image.Image) -> bool:
+    """Tell whether an opened file, not yet decoded, holds colours of 16 bits. Pillow
+    decodes only the upper 8 bits of each.
+    """
+    is_colour = image.mode in ("RGB", "RGBA", "RGBX", "CMYK")
+    tiles = getattr(image, "tile", ())
+    return is_colour and any(";16" in str(tile[3]) for tile in tiles)
+
+
 def own_range(image: Image.Image) -> IntensityRange | None:
     """Return the range of a deep grey image's values without a thousandth of the pixels
     at either end; None for other images. A constant image has a range of length 0.
@@ -171,9 +180,6 @@ def _transparent(image: Image.Image, pixels: NDArray[np.generic]) -> NDArray[np.
 def _without_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
         return image
-    if image.mode == "LAB":
-        lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-        return _apply_profile(image, lab)
     if not image.has_transparency_data:
         return image.convert("L" if image.mode == "1" else "RGB")
     if image.mode == "La":

@@ -20,11 +20,11 @@ from coin_ray.data import formats
 from coin_ray.data.formats import IMAGE_SUFFIXES, Dataset, ImageRecord
 from coin_ray.data.formats.record import UnreadFile
 from coin_ray.data.inspect import Inspection, inspect_images
-from coin_ray.data.intensity import describe_intensity
+from coin_ray.data.intensity import describe_intensity, earlier_range
 from coin_ray.data.listing import addresses_by_split, list_versions, write_listing
 from coin_ray.data.truth import check_complete
 from coin_ray.errors import InputError
-from coin_ray.runs.steps import Context, Metrics, remove_readers
+from coin_ray.runs.steps import Context, Metrics, read_reopened, remove_readers
 from coin_ray.stages.common.progress import show_progress
 from coin_ray.stages.reading.folder_images import (
     REJECTED,
@@ -147,7 +147,10 @@ def _write_folder(context: Context[PipelineConfig], data: Folder) -> Metrics:
         datasets[split] = dataset
         class_indexes[split] = _class_indexes(dataset, context.config.classes, address)
     unread = {split: dataset.unread_files for split, dataset in datasets.items()}
-    images = FolderImages(data.same_images, data.intensity_range)
+    former = read_reopened(context.folder)
+    former_metrics = {} if former is None else former.metrics
+    intensity_range = earlier_range(former_metrics, data.intensity_range)
+    images = FolderImages(data.same_images, intensity_range)
     repairs: Counter[str] = Counter()
     totals: dict[str, int] = {}
     for split in addresses_by_split(data):
