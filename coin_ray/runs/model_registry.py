@@ -10,6 +10,7 @@ from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import Tracking
+from coin_ray.config.mlflow_names import mlflow_name
 
 LOADER = "coin_ray.predictors.mlflow_model"
 """Module with which MLflow loads a registered student."""
@@ -40,6 +41,8 @@ def register_model_version(
     import mlflow
 
     assert tracking.model is not None
+    model = mlflow_name(tracking.model, "model")
+    alias = mlflow_name(tracking.alias, "alias")
     os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
         for name in MODEL_FILES:
@@ -49,12 +52,13 @@ def register_model_version(
             name="student",
             loader_module=LOADER,
             data_path=folder,
-            registered_model_name=tracking.model,
+            registered_model_name=model,
             pip_requirements=["coin-ray"],
         )
         if figures:
-            mlflow.log_metrics(dict(figures), model_id=logged_model.model_id)
+            legal_figures = {mlflow_name(n): number for n, number in figures.items()}
+            mlflow.log_metrics(legal_figures, model_id=logged_model.model_id)
     version = str(logged_model.registered_model_version)
     client = mlflow.MlflowClient()
-    client.set_registered_model_alias(tracking.model, tracking.alias, version)
+    client.set_registered_model_alias(model, alias, version)
     return version

@@ -2,7 +2,7 @@
 
 Only the driver writes; it makes the database and the experiment before any worker
 starts. A run does not stop when the server is lost: metrics that it did not get are
-written when it is back.
+written when it is back. Names are written as ``config.mlflow_names`` says.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from coin_ray import storage
 from coin_ray.config import Tracking
 from coin_ray.config.dotted_names import flatten, flatten_config
 from coin_ray.config.fingerprints import fingerprint
+from coin_ray.config.mlflow_names import mlflow_name
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError
 from coin_ray.runs.model_registry import image_dataset, register_model_version
@@ -29,11 +30,26 @@ REQUEST_LIMITS = {
 }
 """About a minute for a request that the server does not answer; MLflow's own default is
 many minutes."""
+REFUSALS = frozenset(
+    {
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "MALFORMED_REQUEST",
+        "RESOURCE_ALREADY_EXISTS",
+        "RESOURCE_DOES_NOT_EXIST",
+        "RESOURCE_CONFLICT",
+        "INVALID_STATE",
+    }
+)
+"""MLflow's codes for a request that it does not accept, from a server that is there."""
 MAX_BATCH = 500
 """Curve points that are sent in one request."""
 _default_uris: set[str] = set()
 """Addresses that trackers of this process set. MLflow leaves them in the environment,
 where the next run must not take them for the user's choice."""
+
+
+T = TypeVar("T")
 
 
 class RunConfig(Protocol):
@@ -70,10 +86,12 @@ class Tracker:
         try:
             self._connect()
         except mlflow_errors() as error:
+            advice = "Start the server, give another one by --tracking.uri,"
+            if _is_refusal(error):
+                advice = "The server is there and refuses this: change the setting,"
             raise ConfigError(
                 f"tracking failed at {without_password(self.uri)}: {_first_line(error)}."
-                " Start the server, give another one by --tracking.uri, or turn tracking"
-                " off by --tracking.no-enabled"
+                f" {advice} or turn tracking off by --tracking.no-enabled"
             ) from error
 
     def _connect(self) -> None:
@@ -119,22 +137,30 @@ class Tracker:
             return str(storage.read_json(record_file)["run_id"])
         run_name = f"{self.config.preset}-{self.config.seed}"
         with mlflow.start_run(experiment_id=self.experiment, run_name=run_name) as run:
-            mlflow.log_params(flatten_config(self.config))
+            mlflow.log_params(_legal_names(flatten_config(self.config)))
             mlflow.log_text(to_yaml(self.config), "config.yaml")
         run_id = str(run.info.run_id)
         storage.write_json(record_file, {"run_id": run_id})
         return run_id
 
     def attempt(self, write: Callable[[], object]) -> bool:
-        """Call ``write``; return whether the server was reached.
+        """Call ``write``; return whether the server took it.
 
-        The first failure is printed, and nothing is tried after it.
+        A failure is printed. After one that is no refusal of this very request nothing
+        is tried any more.
         """
         if not self.enabled or self.lost:
             return False
         try:
             write()
         except mlflow_errors() as error:
+            if _is_refusal(error):
+                print(
+                    f"MLflow refused what was written: {_first_line(error)}\n"
+                    "the run and its tracking continue without it",
+                    flush=True,
+                )
+                return False
             self.lost = True
             print(
                 f"tracking failed at {without_password(self.uri)}: {_first_line(error)}\n"
@@ -179,7 +205,7 @@ class Tracker:
             import mlflow
 
             with mlflow.start_run(run_id=self.parent_run):
-                mlflow.log_metrics(dict(figures))
+                mlflow.log_metrics(_legal_names(figures))
                 if page and "://" not in page:
                     mlflow.log_artifact(page)
 
@@ -249,7 +275,7 @@ class ChildRun:
         if self.pending_file:
             uri = without_password(self.tracker.uri)
             storage.write_json(self.pending_file, {"run_id": self.run_id, "uri": uri})
-        mlflow.log_params(flatten_config(parameters))
+        mlflow.log_params(_legal_names(flatten_config(parameters)))
         if images_digest and images_table:
             dataset = image_dataset(images_table, images_digest)
             mlflow.log_input(dataset, context=name)
@@ -299,6 +325,16 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, OSError)
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether a server that can be reached did not accept the request."""
+    return getattr(error, "error_code", None) in REFUSALS
+
+
+def _legal_names(leaves: Mapping[str, T]) -> dict[str, T]:
+    """Return the leaves by the names that MLflow takes."""
+    return {mlflow_name(name): leaf for name, leaf in leaves.items()}
+
+
 def without_password(text: str) -> str:
     """Remove the user name and password from every address in ``text``."""
     return re.sub(r"(?<=://)[^/\s]+@", "", text)
@@ -313,7 +349,7 @@ def log_curve(curve: Sequence[Mapping[str, float]]) -> None:
     if active_run is None:
         return
     metrics = [
-        Metric(name, number, 0, int(point["step"]))
+        Metric(mlflow_name(name), number, 0, int(point["step"]))
         for point in curve
         for name, number in point.items()
         if name != "step"
@@ -334,7 +370,7 @@ def _log_metrics(metrics: Mapping[str, Any], folder: str) -> None:
         if isinstance(leaf, (int, float)) and leaf == leaf  # NaN is not logged
     }
     if numbers:
-        mlflow.log_metrics(numbers)
+        mlflow.log_metrics(_legal_names(numbers))
     plain = json.loads(json.dumps(metrics, default=str))
     mlflow.log_dict(plain, "metrics.json")
     for file_name in ("curve.json", "validation.json"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from coin_ray import storage
+from coin_ray.config.mlflow_names import mlflow_name
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.serving.detectors import ServedDetector
 from coin_ray.serving.student import PredictorAdapter, load_served_predictor
@@ -35,12 +36,16 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class StudentRegistry:
     """A registered model and its alias. ``uri``: MLflow's tracking server; empty: the
-    one in MLFLOW_TRACKING_URI.
+    one in MLFLOW_TRACKING_URI. Names are written as MLflow takes them.
     """
 
     name: str
     uri: str = ""
     alias: str = ALIAS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", mlflow_name(self.name, "model"))
+        object.__setattr__(self, "alias", mlflow_name(self.alias, "alias"))
 
     def version(self) -> str:
         """Return the version that has the alias. Raises ConfigError if there is none, or
@@ -91,7 +96,9 @@ class StudentRegistry:
         run = client.create_run(self._experiment_id(client)).info.run_id
         client.log_artifacts(run, folder, ARTIFACT)
         client.set_terminated(run)
-        if not client.search_registered_models(filter_string=f"name = '{self.name}'"):
+        quote = '"' if "'" in self.name else "'"
+        condition = f"name = {quote}{self.name}{quote}"
+        if not client.search_registered_models(filter_string=condition):
             client.create_registered_model(self.name)
         source = f"runs:/{run}/{ARTIFACT}"
         version = str(client.create_model_version(self.name, source, run).version)

@@ -3,7 +3,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from coin_ray.config import Tracking
 from coin_ray.config.presets import demo
@@ -61,3 +63,29 @@ def test_passwords_of_a_tracking_server_are_not_printed(
     text: str, expected: str
 ) -> None:
     assert without_password(text) == expected
+
+
+def test_odd_names_are_written_and_a_refused_one_does_not_end_the_tracking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(demo(), str(tmp_path))
+    with tracker.child_run("collect", {"R&D": {"50%": 1}}) as run:
+        by_class = {"driver's seat": 0.25, "http inverted+reduced": 4}
+        assert run.log({"by_class": by_class}, str(tmp_path))
+    figures = mlflow.get_run(run.run_id).data.metrics
+    assert figures == {
+        "by_class.driver_U27_s seat": 0.25,
+        "by_class.http inverted_U2B_reduced": 4,
+    }
+    assert mlflow.get_run(run.run_id).data.params == {"R_U26_D.50_U25_": "1"}
+
+    assert not tracker.attempt(lambda: mlflow.get_run("no such run"))
+    assert "MLflow refused what was written" in capsys.readouterr().out
+    assert tracker.attempt(lambda: None)
+
+    def lose_server() -> None:
+        raise MlflowException("API request to http://a/b failed with timeout")
+
+    assert not tracker.attempt(lose_server)
+    assert tracker.lost
