@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ import pytest
 from PIL import Image
 
 from coin_ray import storage
-from coin_ray.config import Cloud, DemoScenes, Folder, PipelineConfig
+from coin_ray.config import Cloud, DemoScenes, Folder, PipelineConfig, Tracking
 from coin_ray.data.inspect import Inspection, inspect_image
 from coin_ray.data.listing import LISTING_FILE, list_versions
 from coin_ray.errors import InputError
 from coin_ray.runs.changed_images import find_changes, reopen_if_changed
-from coin_ray.runs.runner import run_missing_steps
+from coin_ray.runs.runner import print_plan, run_missing_steps, run_pipeline
 from coin_ray.runs.steps import Context, Metrics, Step
 from coin_ray.stages import images
 
@@ -186,6 +187,34 @@ def test_a_folder_that_is_not_there_is_told(
     assert "images: not compared with their files: no such folder" in (
         capsys.readouterr().out
     )
+
+
+def test_the_same_command_reads_changed_images(
+    finished: _Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(finished.config, tracking=Tracking(enabled=False))
+    steps = {"images": finished.steps[0]}
+
+    def run() -> str:
+        run_pipeline(config, steps, finished.root)
+        return capsys.readouterr().out
+
+    assert "images: started" not in run()
+    finished.write("d.png", 7)
+    print_plan(config, steps, finished.root)
+    assert "1 new" in capsys.readouterr().out
+    log = run()
+    assert "1 new" in log
+    assert "images: finished in" in log
+    (finished.folder / "a.png").write_text("no image any more")
+    finished.write("b.png", 9)
+    for name in ("c.png", "d.png"):
+        (finished.folder / name).write_text("")
+    with pytest.raises(InputError, match="3 of 4 images are left out"):
+        run()
+    assert finished.steps[0].is_finished(finished.root)
+    with pytest.raises(InputError, match="3 of 4 images are left out"):
+        run()
 
 
 def test_the_demo_has_no_files_to_compare(tmp_path: Path) -> None:

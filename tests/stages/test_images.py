@@ -360,3 +360,139 @@ def test_published_protocols_may_test_on_the_training_images(tmp_path: Path) -> 
         1,
         2,
     )
+
+
+def _labelled_run(
+    tmp_path: Path, files: dict[str, list[tuple[list[float], int]]], **settings: Any
+) -> Context:
+    """Return the context of a run that is measured on COCO labels of ``files``."""
+    _write_picture(tmp_path / "in" / "train.jpg")
+    for name in files:
+        _write_picture(tmp_path / "test" / "images" / name)
+    _write_coco(tmp_path / "test", files)
+    folder = Folder(str(tmp_path / "in"), test=str(tmp_path / "test"), **settings)
+    return _context(tmp_path, folder)
+
+
+def test_labels_of_an_image_that_is_not_there_are_an_error(tmp_path: Path) -> None:
+    context = _labelled_run(tmp_path, {"one.jpg": [([1, 2, 9, 9], 0)], "two.jpg": []})
+    (tmp_path / "test" / "images" / "one.jpg").unlink()
+    with pytest.raises(
+        InputError, match=r"1 labelled or listed .* not there: one\.jpg"
+    ):
+        images.run(context)
+
+
+def test_truth_is_cleaned_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes: list[tuple[list[float], int]] = [
+        ([1, 2, 9, 9], 0),
+        ([1, 2, 9, 9], 0),
+        ([1, 2, 9, 9], 1),
+        ([25, 5, -10, 10], 0),
+        ([30, 20, 30, 5], 0),
+        ([5, 5, 0, 5], 0),
+        ([45, 5, 5, 5], 0),
+    ]
+    context = _labelled_run(tmp_path, {"one.jpg": boxes})
+    metrics = images.run(context)
+    [row] = _read_rows(context, "annotations")
+    assert row["boxes"] == [
+        [1, 2, 10, 11],
+        [1, 2, 10, 11],
+        [15, 5, 25, 15],
+        [30, 20, 40, 25],
+    ]
+    assert row["labels"] == [0, 1, 0, 0]
+    assert metrics["repairs"] == {
+        "reversed": 1,
+        "without_area": 1,
+        "outside": 1,
+        "cut": 1,
+        "twice": 1,
+    }
+    log = capsys.readouterr().out
+    for text in (
+        "format coco: 1 images, 1 annotated, 0 of them without objects, 7 boxes",
+        "1 boxes with exchanged corners: put right",
+        "1 boxes given twice: used once",
+    ):
+        assert text in log
+
+
+def test_an_image_whose_boxes_are_all_unusable_is_not_one_without_objects(
+    tmp_path: Path,
+) -> None:
+    files = {"one.jpg": [([1, 2, 9, 9], 0)], "two.jpg": [([90, 90, 9, 9], 0)]}
+    context = _labelled_run(tmp_path, files | {"empty.jpg": []})
+    assert images.run(context)["count"]["test"] == 3
+    assert sorted(len(r["boxes"]) for r in _read_rows(context, "annotations")) == [0, 1]
+    [rejected] = _read_rows(context, "rejected")
+    assert rejected["uri"].endswith("two.jpg")
+    assert "none of its 1 boxes lies in the image" in rejected["reason"]
+
+
+@pytest.mark.parametrize("second_box", [[1, 2, 9, 9], [5, 2, 9, 9]])
+def test_copies_of_an_image_need_the_same_labels(
+    tmp_path: Path, second_box: list[float]
+) -> None:
+    files = {"one.jpg": [([1, 2, 9, 9], 0)], "two.jpg": [(second_box, 0)]}
+    context = _labelled_run(tmp_path, files)
+    folder = tmp_path / "test" / "images"
+    (folder / "two.jpg").write_bytes((folder / "one.jpg").read_bytes())
+    if second_box == [1, 2, 9, 9]:
+        assert images.run(context)["duplicates"] == 1
+    else:
+        with pytest.raises(
+            InputError, match=r"twice with different labels: .*two\.jpg"
+        ):
+            images.run(context)
+
+
+def test_the_labels_of_the_second_copy_count_if_the_first_has_none(
+    tmp_path: Path,
+) -> None:
+    context = _labelled_run(tmp_path, {"two.jpg": [([1, 2, 9, 9], 0)]})
+    folder = tmp_path / "test" / "images"
+    (folder / "one.jpg").write_bytes((folder / "two.jpg").read_bytes())
+    images.run(context)
+    assert [len(row["boxes"]) for row in _read_rows(context, "annotations")] == [1]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_too_many_left_out_images_stop_the_run(tmp_path: Path, share: float) -> None:
+    files = {name: [([1, 2, 9, 9], 0)] for name in ("one.jpg", "two.jpg", "three.jpg")}
+    context = _labelled_run(tmp_path, files, max_left_out_share=share)
+    (tmp_path / "test" / "images" / "one.jpg").write_text("no image")
+    if share == 0.5:
+        assert images.run(context)["rejected"] == 1
+    else:
+        with pytest.raises(
+            InputError,
+            match=r"--test .*: 1 of 3 images are left out: .*one\.jpg.*share=0\.25",
+        ):
+            images.run(context)
+
+
+def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
+    _write_picture(tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "b.HEIC").write_bytes(b"heic")
+    context = _context(tmp_path, Folder(images=str(tmp_path / "in")))
+    assert images.run(context)["rejected"] == 1
+    assert _read_rows(context, "rejected")[0]["uri"].endswith("b.HEIC")
+
+
+def test_labels_of_another_size_are_an_error_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    context = _labelled_run(tmp_path, {"one.jpg": [([1, 2, 9, 9], 0)]})
+    path = tmp_path / "test" / "annotations.json"
+    labels = json.loads(path.read_text())
+    labels["images"][0] |= {"width": 64, "height": 64}
+    path.write_text(json.dumps(labels))
+    with pytest.raises(
+        InputError, match="image is 40 x 30, its labels are for 64 x 64"
+    ):
+        images.run(context)
+    assert not Path(context.folder).exists()
