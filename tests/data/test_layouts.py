@@ -1,0 +1,662 @@
+"""Layouts that other tools write are read, or are named as not read; no change of names,
+order or files turns a labelled image into another truth."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from coin_ray.data.check import check_datasets
+from coin_ray.data.formats import (
+    Annotation,
+    Dataset,
+    ImageRecord,
+    describe_dataset,
+    read_dataset,
+    write_dataset,
+)
+from coin_ray.data.formats.unread import layout_of
+from coin_ray.errors import InputError
+
+FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k")
+SIZE = (40, 30)
+LINE = "0 0.5 0.5 0.5 0.4"
+"""The box of ``EDGES`` in YOLO."""
+EDGES = [10, 9, 30, 21]
+YAML = "names: [cat]\n"
+
+
+def _write(folder: Path, files: Mapping[str, Any]) -> str:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            Image.new("RGB", SIZE, (len(files), sum(map(ord, name)) % 256, 9)).save(
+                path
+            )
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            is_text = isinstance(content, str)
+            path.write_text(content if is_text else json.dumps(content))
+    return str(folder)
+
+
+def _coco(*names: str, **changes: Any) -> dict[str, Any]:
+    images = [
+        {"id": number, "file_name": name, "width": 40, "height": 30}
+        for number, name in enumerate(names)
+    ]
+    annotations = [
+        {"id": n, "image_id": n, "category_id": 1, "bbox": [10, 9, 20, 12]}
+        for n in range(len(names))
+    ]
+    categories = [{"id": 1, "name": "cat"}]
+    lists = {"images": images, "annotations": annotations, "categories": categories}
+    return {**lists, **changes}
+
+
+def _voc(
+    box: Sequence[float] = (11, 10, 30, 21), maker: str = "", difficult: int = 0
+) -> str:
+    edges = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    corners = "".join(f"<{edge}>{value}</{edge}>" for edge, value in edges)
+    return (
+        f"<annotation>{maker}<size><width>40</width><height>30</height></size><object>"
+        f"<name>cat</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox>"
+        "</object></annotation>"
+    )
+
+
+def _boxes(dataset: Dataset) -> dict[str, list[list[float]]]:
+    """The boxes of annotated images, by file name."""
+    return {
+        record.uri.rpartition("/")[2]: record.boxes.round(6).tolist()
+        for record in dataset.records
+        if record.annotated
+    }
+
+
+BDD_IMAGE = {
+    "name": "a",
+    "frames": [
+        {
+            "objects": [
+                {"category": "cat", "box2d": {"x1": 10, "y1": 9, "x2": 30, "y2": 21}}
+            ]
+        }
+    ],
+}
+KITTI = "cat 0 0 0 10 9 30 21 0 0 0 0 0 0 0"
+DARKNET = "classes = 1\ntrain = data/train.txt\nnames = data/obj.names\n"
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "Roboflow COCO": (
+        {"train/_annotations.coco.json": _coco("a.jpg"), "train/a.jpg": None}
+        | {"valid/_annotations.coco.json": _coco("a.jpg"), "valid/a.jpg": None},
+        "#valid",
+    ),
+    "Roboflow COCO, val for valid": (
+        {"train/_annotations.coco.json": _coco("b.jpg"), "train/b.jpg": None}
+        | {"valid/_annotations.coco.json": _coco("a.jpg"), "valid/a.jpg": None},
+        "#val",
+    ),
+    "Roboflow VOC": (
+        {"train/b.jpg": None, "train/b.xml": _voc(), "valid/a.jpg": None}
+        | {"valid/a.xml": _voc()},
+        "#valid",
+    ),
+    "FiftyOne COCO": ({"labels.json": _coco("a.jpg"), "data/a.jpg": None}, ""),
+    "Label Studio COCO": (
+        {"result.json": _coco("images\\a.jpg"), "images/a.jpg": None},
+        "",
+    ),
+    "COCO of any name": ({"my.json": _coco("a.jpg"), "photos/a.jpg": None}, ""),
+    "COCO of mmdetection": (
+        {"annotations/train.json": _coco("a.jpg"), "train/a.jpg": None},
+        "#train",
+    ),
+    "Label Studio YOLO": (
+        {"classes.txt": "cat\n", "labels/a.txt": LINE, "images/a.jpg": None}
+        | {"notes.json": {"categories": []}},
+        "",
+    ),
+    "darknet": (
+        {"obj.data": DARKNET, "obj.names": "cat\n", "obj_train_data/a.txt": LINE}
+        | {"obj_train_data/a.jpg": None, "train.txt": "data/obj_train_data/a.jpg\n"},
+        "#train",
+    ),
+    "supervision YOLO": (
+        {"data.yaml": f"{YAML}nc: 1\n", "images/a.jpg": None, "labels/a.txt": LINE},
+        "",
+    ),
+    "YOLO of any name": (
+        {"cats.yaml": f"{YAML}train: images", "images/a.jpg": None}
+        | {"labels/a.txt": LINE},
+        "",
+    ),
+    "YOLO list of images": (
+        {"data.yaml": f"{YAML}train: [images/a.jpg]", "images/a.jpg": None}
+        | {"images/b.jpg": None, "labels/a.txt": LINE},
+        "#train",
+    ),
+    "VOC beside images": ({"a.jpg": None, "a.xml": _voc()}, ""),
+    "VOC with images/": ({"images/a.jpg": None, "annotations/a.xml": _voc()}, ""),
+    "KITTI of Datumaro": (
+        {"default/image_2/a.jpg": None, "default/label_2/a.txt": KITTI},
+        "",
+    ),
+    "BDD100K, a file for each image": (
+        {"images/100k/train/a.jpg": None, "labels/100k/train/a.json": BDD_IMAGE},
+        "#train",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_of_another_tool_is_read(tmp_path: Path, layout: str) -> None:
+    files, split = LAYOUTS[layout]
+    dataset = read_dataset(_write(tmp_path, files) + split)
+    assert _boxes(dataset) == {"a.jpg": [EDGES]}
+    assert dataset.missing == ()
+    assert dataset.unread_files == ()
+
+
+@pytest.mark.parametrize(
+    ("listed", "present"),
+    [
+        ("a.JPG", "a.jpg"),
+        (" a.jpg ", "a.jpg"),
+        ("with%20blank.jpg", "with blank.jpg"),
+        ("images\\a.jpg", "a.jpg"),
+        ("C:\\data\\images\\a.jpg", "a.jpg"),
+        ("https://host/x/a.jpg?size=1", "a.jpg"),
+        ("/data/local-files/?d=images/a.jpg", "a.jpg"),
+        ("file:///abs/a%20b.jpg", "a b.jpg"),
+        ("/abs/a.jpg", "a.jpg"),
+        ("./images/a.jpg", "a.jpg"),
+        ("a", "a.jpg"),
+        (unicodedata.normalize("NFD", "ü.jpg"), unicodedata.normalize("NFC", "ü.jpg")),
+        ("a%20b.jpg", "a%20b.jpg"),
+    ],
+)
+def test_a_name_written_otherwise_is_the_image(
+    tmp_path: Path, listed: str, present: str
+) -> None:
+    files = {"annotations.json": _coco(listed), f"images/{present}": None}
+    dataset = read_dataset(_write(tmp_path, files))
+    assert _boxes(dataset) == {present: [EDGES]}
+    assert dataset.missing == ()
+
+
+@pytest.mark.parametrize(
+    ("listed", "present", "split"),
+    [
+        ("b.jpg", "images/a.jpg", ""),
+        ("cam1/1.jpg", "cam2/1.jpg", ""),
+        ("a.png", "images/a.jpg", ""),
+        ("a.jpg", "train/a.jpg", "val"),
+        ("a.jpg", "images/val2014/a.jpg", "val2017"),
+    ],
+)
+def test_another_image_is_not_taken(
+    tmp_path: Path, listed: str, present: str, split: str
+) -> None:
+    path = f"annotations/instances_{split}.json" if split else "annotations.json"
+    dataset = read_dataset(_write(tmp_path, {path: _coco(listed), present: None}))
+    assert _boxes(dataset) == {}
+    assert dataset.missing == (listed,)
+
+
+AB = {"images/a.jpg": None, "images/b.jpg": None}
+TWO = {"id": 1, "file_name": "b.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"annotations.json": _coco(images=[{"id": 1, "file_name": "a.jpg"}, TWO])},
+            "images.1: id 1 is in the file twice",
+        ),
+        (
+            {
+                "annotations.json": _coco(
+                    "a.jpg", categories=[{"id": 1, "name": n} for n in "cd"]
+                )
+            },
+            "categories.1: id 1 is in the file twice",
+        ),
+        ({"annotations.json": _coco("a.jpg", "A.JPG")}, "the image images/a.jpg twice"),
+        (
+            {"annotations.json": '{"images": [], "images": []}'},
+            "it has 'images' twice",
+        ),
+        (
+            {
+                "annotations.json": _coco("c.jpg"),
+                "images/C.jpg": None,
+                "images/c.JPG": None,
+            },
+            "may be any of",
+        ),
+        ({"data.yaml": "names: {0: cat, 0: dog}\ntrain: images"}, "the key 0 twice"),
+        ({"data.yaml": "names: [cat]\nnc: 2\ntrain: images"}, "nc is 2"),
+        (
+            {"data.yaml": f"{YAML}train: images", "labels/a.txt": "0 20 15 20 12"},
+            "divide pixels",
+        ),
+        (
+            {"data.yaml": f"{YAML}train: images", "labels/a.txt": "0 1.03 .5 .2 .2"},
+            "divide pixels",
+        ),
+        (
+            {
+                "data.yaml": f"{YAML}kpt_shape: [3, 2]\ntrain: images",
+                "labels/a.txt": f"{LINE} .1 .1",
+            },
+            "kpt_shape",
+        ),
+        (
+            {
+                "data.yaml": f"{YAML}train: images",
+                "labels/a.txt": f"{LINE} .1 .1 1 .2 .2 0",
+            },
+            "kpt_shape",
+        ),
+        (
+            {
+                "data.yaml": f"{YAML}train: images",
+                "labels/a.txt": LINE,
+                "images/a.png": None,
+            },
+            "is the label file of",
+        ),
+        (
+            {"label_2/a.txt": "cat 2 " + KITTI[4:], "image_2/a.png": None},
+            "part of the class name|14 numbers",
+        ),
+        (
+            {"label_2/a.txt": "type 1 " + KITTI[4:], "image_2/a.png": None},
+            "may be part of the class name",
+        ),
+        ({"gtFine/val/a_instanceIds.png": None}, "read from polygons"),
+        (
+            {
+                "JPEGImages/a.jpg": None,
+                "JPEGImages/a.png": None,
+                "Annotations/a.xml": _voc(),
+            },
+            "may be of any of",
+        ),
+    ],
+)
+def test_labels_with_two_meanings_are_an_error(
+    tmp_path: Path, files: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_dataset(_write(tmp_path, AB | files))
+
+
+@pytest.mark.parametrize(
+    ("shape", "key_points"),
+    [
+        ("[3, 2]", ".1 .1 .9 .9 .5 .2"),
+        ("[4, 3]", ".4 .4 2 .6 .4 2 .5 .5 1 0 0 0"),
+        ("[17, 3]", " ".join([".5 .5 2"] * 17)),
+        ("[24, 3]", " ".join(["0 0 0"] * 24)),
+    ],
+)
+def test_key_points_follow_the_box(tmp_path: Path, shape: str, key_points: str) -> None:
+    yaml = f"{YAML}train: images\nkpt_shape: {shape}\n"
+    files = {"data.yaml": yaml, "images/a.jpg": None}
+    files |= {"labels/a.txt": f"{LINE} {key_points}\n{LINE}\n"}
+    assert _boxes(read_dataset(_write(tmp_path, files))) == {"a.jpg": [EDGES, EDGES]}
+
+
+def test_class_numbers_may_be_text(tmp_path: Path) -> None:
+    yaml = "names: {'1': dog, '0': cat}\ntrain: images"
+    files = {"data.yaml": yaml, "images/a.jpg": None, "labels/a.txt": LINE}
+    assert read_dataset(_write(tmp_path, files)).names == ("cat", "dog")
+
+
+def test_kitti_names_may_hold_blanks(tmp_path: Path) -> None:
+    line = KITTI.replace("cat", "traffic light")
+    files = {"label_2/a.txt": f"{line}\n{line} 0.9", "image_2/a.png": None}
+    [record] = read_dataset(_write(tmp_path, files)).records
+    assert record.labels == ("traffic light", "traffic light")
+    assert record.boxes.tolist() == [EDGES, EDGES]
+
+
+STUDIO = "<owner><name>Label Studio</name></owner>"
+
+
+@pytest.mark.parametrize(
+    ("boxes", "maker", "expected"),
+    [
+        ([(11, 10, 30, 21), (1, 1, 40, 30)], "", [EDGES, [0, 0, 40, 30]]),
+        ([(10, 9, 30, 21), (0, 5, 40, 30)], "", [EDGES, [0, 5, 40, 30]]),
+        ([(10, 9, 30, 21), (5, 0, 40, 30)], "", [EDGES, [5, 0, 40, 30]]),
+        ([(10, 9, 30, 21), (1, 1, 40, 30)], STUDIO, [EDGES, [1, 1, 40, 30]]),
+    ],
+)
+def test_voc_files_tell_whether_they_count_from_0(
+    tmp_path: Path, boxes: Sequence[Sequence[float]], maker: str, expected: Any
+) -> None:
+    files: dict[str, Any] = {"ImageSets/Main/val.txt": "0\n"}
+    for number, box in enumerate(boxes):
+        files[f"JPEGImages/{number}.jpg"] = None
+        files[f"Annotations/{number}.xml"] = _voc(box, maker)
+    folder = _write(tmp_path, files)
+    assert [boxes for [boxes] in _boxes(read_dataset(folder)).values()] == expected
+    # the other split's files tell too
+    assert _boxes(read_dataset(f"{folder}#val")) == {"0.jpg": [expected[0]]}
+
+
+def test_bdd100k_classes_that_the_benchmark_ignores(tmp_path: Path) -> None:
+    box = BDD_IMAGE["frames"][0]["objects"][0]["box2d"]  # type: ignore[index]
+    names = ["other person", "other vehicle", "trailer", "van", "caravan", "person"]
+    frames = [
+        {"name": "a.jpg", "labels": [{"category": n, "box2d": box} for n in names]}
+    ]
+    files = {"labels/det_20/det_val.json": frames, "images/100k/val/a.jpg": None}
+    [record] = read_dataset(_write(tmp_path, files)).records
+    assert record.labels == ("person", "car", "truck", "car", "car", "person")
+    assert record.difficult.tolist() == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        ([{"segmentation": [[10, 9, 30, 9, 30, 21]]}], [EDGES]),
+        ([{"segmentation": [], "bbox": []}, {"bbox": [10, 9, 20, 12]}], [EDGES]),
+        ([{"bbox": None}, {"bbox": [10, 9, 20, 12]}], [EDGES]),
+    ],
+)
+def test_coco_objects_without_a_box(
+    tmp_path: Path, annotations: list[dict[str, Any]], expected: Any
+) -> None:
+    rows = [{"image_id": 0, "category_id": 1, **entry} for entry in annotations]
+    files = {"annotations.json": _coco("a.jpg", annotations=rows), "images/a.jpg": None}
+    dataset = read_dataset(_write(tmp_path, files))
+    assert _boxes(dataset) == {"a.jpg": expected}
+    assert bool(dataset.notes) == (len(annotations) > 1)
+
+
+@pytest.mark.parametrize("name", ["instances_test.json", "image_info_test.json"])
+def test_a_coco_file_without_annotations_annotates_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    files = {f"annotations/{name}": _coco("a.jpg", annotations=[])}
+    dataset = read_dataset(_write(tmp_path, files | {"images/a.jpg": None}))
+    assert [record.annotated for record in dataset.records] == [False]
+    assert "no annotation" in describe_dataset(dataset)
+
+
+def _records(folder: Path, *names: str) -> list[ImageRecord]:
+    records = []
+    for name in names:
+        _write(folder, {name: None})
+        box = Annotation((10, 9, 30, 21), "cat")
+        uri = str(folder / name)
+        records.append(ImageRecord.from_annotations(name, uri, SIZE, [box]))
+    return records
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_second_export_adds_or_is_refused(tmp_path: Path, format: str) -> None:
+    first = _records(tmp_path / "a", "1.jpg", "2.jpg")
+    second = _records(tmp_path / "b", "3.jpg")
+    target = str(tmp_path / "to")
+    write_dataset(first, target, format, "train")
+    before = {path: path.read_bytes() for path in Path(target).rglob("*.*")}
+    with pytest.raises(InputError, match="already"):
+        write_dataset(second, target, format, "train")
+    assert {path: path.read_bytes() for path in Path(target).rglob("*.*")} == before
+    write_dataset(second, target, format, "val")
+    for split, names in (("train", ["1.jpg", "2.jpg"]), ("val", ["3.jpg"])):
+        dataset = read_dataset(f"{target}#{split}")
+        assert _boxes(dataset) == {name: [EDGES] for name in names}
+        assert dataset.unread_files == ()
+
+
+UNREAD = {
+    "LabelMe": ({"a.json": {"shapes": [], "imagePath": "a.jpg"}}, "a.json"),
+    "KITTI": ({"labels/a.txt": KITTI}, "labels/a.txt"),
+    "YOLO": ({"labels/a.txt": LINE}, "labels/a.txt"),
+    "DOTA": ({"a.txt": "1 2 3 4 5 6 7 8 plane 0"}, "a.txt"),
+    "CVAT for images": (
+        {"x/annotations.xml": "<annotations></annotations>"},
+        "annotations.xml",
+    ),
+    "a table of boxes": ({"l.csv": "filename,xmin,ymin\n"}, "l.csv"),
+    "CreateML": (
+        {"c.json": [{"image": "a.jpg", "annotations": [{"coordinates": {}}]}]},
+        "c.json",
+    ),
+    "TFRecord": ({"a.tfrecord": b"\0"}, "a.tfrecord"),
+}
+
+
+@pytest.mark.parametrize("layout", UNREAD)
+def test_the_check_names_labels_that_were_not_read(tmp_path: Path, layout: str) -> None:
+    files, name = UNREAD[layout]
+    harmless = {"README.txt": "3 cats and 4 dogs\n", "package.json": {"name": "x"}}
+    folder = _write(tmp_path, {"a.jpg": None, **harmless, **files})
+    lines: list[str] = []
+    [fault] = check_datasets([folder], describe=lines.append)
+    assert fault.kind == "labels not read"
+    assert fault.example.endswith(f"{name} looks like {layout}")
+    assert "format folder: 1 images, 0 annotated" in lines[0]
+
+
+def test_labels_beside_another_format_are_named(tmp_path: Path) -> None:
+    files = {"annotations.json": _coco("a.jpg"), "images/a.jpg": None}
+    folder = _write(tmp_path, files | {"labels/a.txt": LINE})
+    [fault] = check_datasets([folder])
+    assert (fault.kind, fault.example.rpartition("/")[2]) == (
+        "labels not read",
+        "a.txt looks like YOLO",
+    )
+
+
+def test_images_that_can_not_be_decoded_are_named(tmp_path: Path) -> None:
+    folder = _write(tmp_path, {"a.jpg": None, "b.HEIC": b"\0", "._c.jpg": b"\0"})
+    dataset = read_dataset(folder)
+    assert [r.file for r in dataset.records] == ["a.jpg"]
+    assert [image.uri.rpartition("/")[2] for image in dataset.left_out] == ["b.HEIC"]
+    assert [fault.kind for fault in check_datasets([folder])] == ["image not read"]
+
+
+def test_a_plain_text_is_no_label_file() -> None:
+    for text in (b"", b"cat\ndog\n", b"1\n2\n", b"Version 1.2 of 3 Jan 2020\n"):
+        assert layout_of(text, ".txt") == ""
+
+
+# Any part of a valid set permuted, renamed, dropped or doubled: an error, or the truth
+
+
+def _truth_of(dataset: Dataset) -> dict[bytes, set[tuple[Any, ...]]]:
+    """The labelled boxes of each annotated image, by its bytes."""
+    truth = {}
+    for record in dataset.records:
+        if record.annotated:
+            boxes = record.boxes.round(4).tolist()
+            rows = zip(map(tuple, boxes), record.labels, strict=True)
+            truth[Path(record.uri).read_bytes()] = set(rows)
+    return truth
+
+
+def _rename_upper(path: Path) -> None:
+    path.rename(path.with_name(path.name.upper()))
+
+
+def _rename_other(path: Path) -> None:
+    path.rename(path.with_name(f"other {path.name}"))
+
+
+def _copy_beside(path: Path) -> None:
+    path.with_name(f"copy of {path.name}").write_bytes(path.read_bytes())
+
+
+def _copy_upper(path: Path) -> None:
+    path.with_name(path.name.upper()).write_bytes(path.read_bytes())
+
+
+def _copy_to_other_suffix(path: Path) -> None:
+    path.with_suffix(
+        ".bmp" if path.suffix == ".png" else f"{path.suffix}2"
+    ).write_bytes(path.read_bytes())
+
+
+def _move_to_other_split(path: Path) -> None:
+    target = path.parents[1] / "test" / path.name
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+
+
+def _permute_entries(path: Path) -> None:
+    """Reverse the lines of a text, the entries of each JSON list at the top, or the
+    objects of an XML."""
+    text = path.read_text(errors="replace")
+    if path.suffix == ".json":
+        labels = json.loads(text)
+        if isinstance(labels, dict):
+            lists = {
+                k: v[::-1] if isinstance(v, list) else v for k, v in labels.items()
+            }
+            labels = dict(reversed(lists.items()))
+        else:
+            labels = labels[::-1]
+        path.write_text(json.dumps(labels))
+    elif path.suffix == ".txt":
+        path.write_text("\n".join(reversed(text.splitlines())))
+
+
+def _double_entries(path: Path) -> None:
+    text = path.read_text(errors="replace")
+    if path.suffix == ".json":
+        labels = json.loads(text)
+        if isinstance(labels, dict):
+            labels = {k: v * 2 if isinstance(v, list) else v for k, v in labels.items()}
+        else:
+            labels = labels * 2
+        path.write_text(json.dumps(labels))
+    elif path.suffix in (".txt", ".yaml"):
+        path.write_text(f"{text}\n{text}")
+
+
+CHANGES: tuple[Callable[[Path], object], ...] = (
+    _rename_upper,
+    _rename_other,
+    _copy_beside,
+    _copy_upper,
+    _copy_to_other_suffix,
+    _move_to_other_split,
+    _permute_entries,
+    _double_entries,
+    Path.unlink,
+)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1 << 20), changes=st.lists(st.sampled_from(CHANGES), max_size=3)
+)
+def test_a_changed_set_is_an_error_or_has_the_same_truth(
+    tmp_path_factory: pytest.TempPathFactory,
+    format: str,
+    seed: int,
+    changes: Sequence[Callable[[Path], object]],
+) -> None:
+    folder, draw = tmp_path_factory.mktemp(format), random.Random(seed)
+    records = []
+    for number, name in enumerate(("a.png", "b b.png", "ü.png", "empty.png")):
+        path = folder / "from" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", SIZE, (40 * number, 9, 90)).save(path)
+        boxes = [
+            Annotation((2 * n, 3 + n, 20 + n, 25), label)
+            for n, label in enumerate(("cat", "dog", "cat")[: 3 - number])
+        ]
+        records.append(ImageRecord.from_annotations(name, str(path), SIZE, boxes))
+    for split, chosen in (("train", records[::2]), ("val", records[1::2])):
+        write_dataset(chosen, str(folder / "to"), format, split, names=["cat", "dog"])
+    truths = {
+        split: _truth_of(read_dataset(f"{folder / 'to'}#{split}"))
+        for split in ("train", "val")
+    }
+    assert sum(map(len, truths.values())) == len(records)
+    for change in changes:
+        paths = sorted(path for path in (folder / "to").rglob("*") if path.is_file())
+        if paths:
+            try:
+                change(draw.choice(paths))
+            except (OSError, json.JSONDecodeError):
+                continue
+    for split, truth in truths.items():
+        try:
+            changed = _truth_of(read_dataset(f"{folder / 'to'}#{split}"))
+        except InputError:
+            continue
+        for image, boxes in changed.items():
+            known = {**truths["train"], **truths["val"], **truth}
+            assert boxes == known[image]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [3, 40])
+def test_pycocotools_reads_the_same_boxes(tmp_path: Path, files: int) -> None:
+    coco_module = pytest.importorskip("pycocotools.coco")
+    names = [f"{number}.jpg" for number in range(files)]
+    write_dataset(_records(tmp_path / "a", *names), str(tmp_path / "to"), "coco", "val")
+    path = tmp_path / "to" / "annotations" / "instances_val.json"
+    coco = coco_module.COCO(str(path))
+    for record in read_dataset(f"{tmp_path / 'to'}#val").records:
+        [image] = [i for i in coco.imgs.values() if i["file_name"] == record.file]
+        rows = coco.loadAnns(coco.getAnnIds(image["id"]))
+        edges = [[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in rows)]
+        np.testing.assert_allclose(record.boxes, edges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["coco", "voc", "yolo"])
+def test_what_supervision_writes_is_read_box_for_box(
+    tmp_path: Path, format: str
+) -> None:
+    supervision = pytest.importorskip("supervision")
+    draw = np.random.default_rng(0)
+    images, detections = {}, {}
+    for number in range(4):
+        name = f"{number}.jpg"
+        corners = draw.integers(1, 20, (3, 2))
+        boxes = np.concatenate([corners, corners + draw.integers(1, 9, (3, 2))], 1)
+        images[name] = np.full((30, 40, 3), 40 * number, np.uint8)
+        detections[name] = supervision.Detections(
+            xyxy=boxes.astype(np.float32), class_id=np.array([0, 1, 0])
+        )
+    dataset = supervision.DetectionDataset(["cat", "dog"], images, detections)
+    image_folder, folder = str(tmp_path / "images"), str(tmp_path)
+    if format == "coco":
+        path = f"{folder}/annotations.json"
+        dataset.as_coco(images_directory_path=image_folder, annotations_path=path)
+    elif format == "voc":
+        dataset.as_pascal_voc(image_folder, f"{folder}/annotations")
+    else:
+        dataset.as_yolo(image_folder, f"{folder}/labels", f"{folder}/data.yaml")
+    records = read_dataset(folder).records
+    assert len(records) == 4
+    for record in records:
+        expected = detections[Path(record.uri).name].xyxy
+        np.testing.assert_allclose(record.boxes, expected, atol=1e-3)
+        assert record.labels == ("cat", "dog", "cat")
