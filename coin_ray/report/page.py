@@ -35,7 +35,7 @@ from coin_ray.report.methods import (
     format_points,
     format_usd,
 )
-from coin_ray.report.run_summary import CorrectionCounts, RunSummary
+from coin_ray.report.run_summary import CorrectionCounts, DeepImages, RunSummary
 
 PER_CLASS = ("cloud", "clip_detector", "student", "oracle")
 """Methods with a bar per class."""
@@ -227,12 +227,29 @@ def _cost_rows(summary: RunSummary) -> Rows:
         ("Failed", calls.failed),
     ]
     rows = [(name, f"{count:,}") for name, count in counts if count is not None]
+    if summary.intensity is not None:
+        rows += _intensity_rows(summary.intensity)
     if calls.cost_usd is not None:
         rows.append(("Cost", format_usd(calls.cost_usd)))
     if box_counts is not None and box_counts.boxes is not None:
         rows.append(("Boxes on training images", f"{box_counts.boxes:,}"))
     if box_counts is not None and box_counts.used is not None:
         rows.append(("of these above the threshold, used", f"{box_counts.used:,}"))
+    return rows
+
+
+def _intensity_rows(intensity: DeepImages) -> Rows:
+    """Return how grey images with more than 8 bits were made visible."""
+    stretch = "each image's own"
+    if intensity.range is not None:
+        low, high = intensity.range
+        stretch = f"{low:g} .. {high:g}"
+    rows = [
+        ("Grey images with more than 8 bits", f"{intensity.images:,}"),
+        ("their values from black to white", stretch),
+    ]
+    if intensity.outside:
+        rows.append(("of these with no value in the range", f"{intensity.outside:,}"))
     return rows
 
 

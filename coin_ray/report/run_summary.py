@@ -113,6 +113,17 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
+class DeepImages:
+    """Grey images with more than 8 bits. ``range``: the values that became black and
+    white; None: each image's own. ``outside``: images with no value in the range.
+    """
+
+    images: int
+    range: tuple[float, float] | None = None
+    outside: int = 0
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The figures of a run; those of steps that were not run are empty or None."""
 
@@ -158,6 +169,7 @@ class RunSummary:
     page: str | None = None
     """Path or URI of the report."""
     model: ModelSize | None = None
+    intensity: DeepImages | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunSummary:

@@ -63,6 +63,8 @@ def build_summary(
     }
     figures |= _select(evaluation, EVALUATION_FIGURES)
     figures |= _select(metrics.get("report", {}), REPORT_FIGURES)
+    if "intensity" in images:
+        figures["intensity"] = images["intensity"]
     if "export" in metrics:
         figures["model"] = _select(metrics["export"], MODEL_FIGURES)
     return RunSummary.from_json(figures)
