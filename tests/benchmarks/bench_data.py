@@ -7,6 +7,8 @@
    sources, a batch of 8), tables on disk against tensors in memory.
 3. Memory that each step holds in the job's own process, by the number of images
    (``--memory 1000 10000 100000``).
+4. Reading and checking a COCO set against pycocotools' ``COCO(file)``, if that is
+   installed: seconds and peak memory (``--coco 100000 1000000`` images and boxes).
 
 Prints tables, and all figures as JSON last. The defaults take some minutes; 100000 and
 1000000 images as --sizes much longer.
@@ -25,9 +27,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import coco_reading
 import driver_memory
 import numpy as np
 import pyarrow as pa
@@ -309,6 +313,14 @@ def main() -> None:
         metavar="N",
         help="images for which the steps' memory is measured",
     )
+    parser.add_argument(
+        "--coco",
+        type=int,
+        nargs=2,
+        default=[100_000, 1_000_000],
+        metavar=("IMAGES", "BOXES"),
+        help="size of the COCO set that is read; 0 0 leaves it out",
+    )
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
@@ -329,6 +341,11 @@ def main() -> None:
             rows.append(row)
             _print_row(row)
         figures["sizes"] = rows
+    if options.coco[0] and find_spec("pycocotools") is not None:
+        with tempfile.TemporaryDirectory(prefix="bench_data-") as name:
+            coco_figures = coco_reading.measure_coco(Path(name) / "set", *options.coco)
+        figures["coco"] = coco_figures
+        _print_row(coco_figures)
     if options.memory:
         figures["memory"] = driver_memory.measure_and_print(options.memory)
     print(json.dumps(figures))
