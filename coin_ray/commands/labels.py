@@ -1,4 +1,6 @@
-"""``coin-ray labels check|propose``: label maps. Nothing here makes a call."""
+"""``coin-ray labels check|propose|export``: label maps, and the labels of a finished
+run. Nothing here makes a call.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ if TYPE_CHECKING:
     from coin_ray.config import PipelineConfig
 
 DESCRIPTION = """\
-Check or propose a label map: from a service's own names to the classes. Makes no call.
+Check or propose a label map: from a service's own names to the classes. Export the
+labels of a finished run as a data set. Makes no call.
 
     coin-ray labels check FILE --classes a,b [--root ROOT]
     coin-ray labels propose --classes a,b --root ROOT [--out FILE]
+    coin-ray labels export --root ROOT --of fused --format coco --out DIR
 """
 PRINTED_NAMES = 40
 DEFAULT_MARGIN = 0.05
+LABEL_SOURCES = ("fused", "student", "cloud", "consistent")
+LABEL_FORMATS = ("coco", "yolo", "voc")
 
 
 def labels(arguments: Sequence[str]) -> int:
@@ -43,7 +49,7 @@ def build_labels_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    tools = parser.add_subparsers(required=True, metavar="check|propose")
+    tools = parser.add_subparsers(required=True, metavar="check|propose|export")
     check = tools.add_parser(
         "check",
         help=(
@@ -87,7 +93,53 @@ def build_labels_parser() -> argparse.ArgumentParser:
         ),
     )
     propose.set_defaults(tool=propose_map)
+    _add_export(tools)
     return parser
+
+
+def _add_export(tools: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = tools.add_parser(
+        "export", help="write the labels of a finished run as a data set"
+    )
+    export.add_argument("--root", required=True, help="folder or URI of a finished run")
+    export.add_argument(
+        "--of",
+        choices=LABEL_SOURCES,
+        default=LABEL_SOURCES[0],
+        help=(
+            "the cloud's boxes; only those consistent with CLIP's; the student's; or"
+            " cloud, CLIP and student fused (default)"
+        ),
+    )
+    export.add_argument("--format", required=True, choices=LABEL_FORMATS)
+    export.add_argument(
+        "--out", required=True, metavar="DIR", help="a new or empty local folder"
+    )
+    export.add_argument(
+        "--score-min",
+        type=_parse_score_min,
+        default=None,
+        metavar="auto|X",
+        help=(
+            "lowest score of an object; auto (default): by class, with the best F1 on"
+            " labelled validation images, else one number for all"
+        ),
+    )
+    export.add_argument(
+        "--val",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the images for the split val, by a hash of their ids (0.1)",
+    )
+    export.add_argument(
+        "--copy-images", action="store_true", help="copy images instead of linking"
+    )
+    export.set_defaults(tool=export_run_labels)
+
+
+def _parse_score_min(text: str) -> float | None:
+    return None if text == "auto" else float(text)
 
 
 def _parse_classes(text: str) -> list[str]:
@@ -170,6 +222,31 @@ def propose_map(options: argparse.Namespace) -> int:
         )
     else:
         print(text, end="")
+    return 0
+
+
+def export_run_labels(options: argparse.Namespace) -> int:
+    """Write the labels of a finished run and print what was written."""
+    from coin_ray.experiments.label_export import (
+        ExportSettings,
+        describe_counts,
+        export_labels,
+    )
+
+    root = storage.absolute_uri(options.root)
+    config = read_run_config(root)
+    if config is None:
+        raise InputError(f"{root} has no config.yaml: --root must be a run's folder")
+    settings = ExportSettings(
+        options.of,
+        options.format,
+        options.out,
+        options.score_min,
+        options.val,
+        options.copy_images,
+    )
+    counts = export_labels(root, config, settings)
+    print(f"{options.out}: {describe_counts(counts)}")
     return 0
 
 

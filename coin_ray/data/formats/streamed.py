@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ HUNDREDTHS = 100
 """Edges are written in hundredths of a pixel."""
 PROBABILITY_MIN = 0.001
 """Smallest probability of a class that is written."""
+COPIED_CHARACTERS = 1 << 20
 DETAILS_FILE = "details.jsonl"
 """What YOLO and VOC have no room for, one line an image."""
 
@@ -79,7 +79,8 @@ class CocoWriter:
         self, folder: Path, splits: Sequence[str], names: Sequence[str]
     ) -> None:
         self.folder, self.splits = folder, splits
-        self.images, self.annotations = dict.fromkeys(splits, 0), 0
+        self.images = dict.fromkeys(splits, 0)
+        self.annotations = dict.fromkeys(splits, 0)
         self.open_files = ExitStack()
         self.image_parts: dict[str, IO[str]] = {}
         self.annotation_parts: dict[str, IO[str]] = {}
@@ -116,14 +117,19 @@ class CocoWriter:
         self.image_parts[split].write(
             f'{separator}{{"id":{number},"file_name":{json.dumps(labels.file)},'
             f'"width":{labels.width},"height":{labels.height},'
-            f'"image_id":{json.dumps(labels.image_id)}}}'
+            f'"source_id":{json.dumps(labels.image_id)}}}'
         )
-        if len(labels.labels):
-            lines = self._annotation_lines(number, labels)
-            self.annotation_parts[split].write("".join(lines))
+        first = self.annotations[split] + 1
+        self.annotations[split] += len(labels.labels)
+        lines = ",\n".join(self._annotation_lines(number, first, labels))
+        if lines:
+            separator = ",\n" if first > 1 else "\n"
+            self.annotation_parts[split].write(separator + lines)
 
-    def _annotation_lines(self, image: int, labels: ImageLabels) -> Iterator[str]:
-        """Yield the text of each annotation, each with the comma after it."""
+    def _annotation_lines(
+        self, image: int, first: int, labels: ImageLabels
+    ) -> Iterator[str]:
+        """Yield the text of each annotation, numbered from ``first``."""
         edges = labels.edges
         sizes = edges[:, 2:] - edges[:, :2]
         boxes = np.concatenate([edges[:, :2], sizes], axis=1) / HUNDREDTHS
@@ -138,28 +144,22 @@ class CocoWriter:
             labels.ignored.tolist(),
             strict=True,
         )
-        for (left, top, width, height), area, label, score, probs, kind, crowd in rows:
-            self.annotations += 1
+        for number, row in enumerate(rows, start=first):
+            (left, top, width, height), area, label, score, probs, kind, crowd = row
             yield (
-                f'{{"id":{self.annotations},"image_id":{image},'
+                f'{{"id":{number},"image_id":{image},'
                 f'"category_id":{label + 1},"bbox":[{left},{top},{width},{height}],'
                 f'"area":{area},"iscrowd":{int(crowd)},"segmentation":[],'
-                f'"score":{score:.4f},"kind":"{kind}","probs":{probs}}},\n'
+                f'"score":{score:.4f},"kind":"{kind}","probs":{probs}}}'
             )
 
     def close(self) -> None:
         with self.open_files:
             for split in self.splits:
                 target, part = self.image_parts[split], self.annotation_parts[split]
-                target.write('],\n"annotations": [\n')
-                end = part.tell()
+                target.write('],\n"annotations": [')
                 part.seek(0)
-                if end:
-                    # without the last comma
-                    shutil.copyfileobj(part, target, 1 << 20)
-                    target.flush()
-                    target.truncate(target.tell() - len(",\n"))
-                    target.seek(0, os.SEEK_END)
+                shutil.copyfileobj(part, target, COPIED_CHARACTERS)
                 target.write("]}\n")
         for split in self.splits:
             self._part_path(split).unlink()
@@ -236,7 +236,12 @@ class VocWriter:
         self.details.close()
 
 
-WRITERS = {"coco": CocoWriter, "yolo": YoloWriter, "voc": VocWriter}
+WRITERS: Mapping[str, Callable[[Path, Sequence[str], Sequence[str]], LabelWriter]] = {
+    "coco": CocoWriter,
+    "yolo": YoloWriter,
+    "voc": VocWriter,
+}
+"""Makers of a writer from its folder, the splits and the class names."""
 
 
 class _DetailsFile:

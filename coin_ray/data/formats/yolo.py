@@ -447,9 +447,7 @@ def yolo_files(
             f"{uri} has the split {split!r} already; write to another folder or split"
         )
     files = {
-        _label_path(f"images/{split}/{record.file}"): yolo_text(
-            record, names
-        ).encode()
+        _label_path(f"images/{split}/{record.file}"): yolo_text(record, names).encode()
         for record in records
         if record.annotated
     }
