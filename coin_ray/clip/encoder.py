@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,10 @@ from coin_ray.config import Clip
 from coin_ray.errors import InputError
 
 BACKGROUND = "background"
+SCHEMAS = ("local-dir:", "hf-hub:")
+"""Beginnings of names that open_clip resolves to an architecture with its weights."""
+OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI's archives hold beside the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,23 +59,29 @@ class ClipModel:
 def load_clip(config: Clip) -> ClipModel:
     """Load an open_clip model for inference.
 
-    Raises InputError if the name, the tag or a file is unknown, if weights can't be
-    downloaded, or if the visual tower is not a ModifiedResNet (RN50, RN101, ...).
+    Warns where nothing tells the activation that weights from a file were trained
+    with. Raises InputError if the name, the tag or a file is unknown, if weights can't
+    be downloaded, or if the visual tower is not a ModifiedResNet (RN50, RN101, ...).
     """
     name = _register_architecture(config.model)
     try:
-        network = open_clip.create_model(
-            name,
-            pretrained=config.pretrained,
-            force_quick_gelu=_uses_quick_gelu(name, config.pretrained),
-        )
-    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+        network = _create_network(name, config)
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        weights = config.pretrained
+        description = "weights" if _has_schema(name) else f"weights {weights!r}"
         raise InputError(
-            f"clip: weights {config.pretrained!r} of {name} could not be loaded"
+            f"clip: {description} of {name} could not be loaded"
             f" ({type(error).__name__}: {str(error)[:200]}). Offline? Give"
             " --clip.pretrained the path of a weights file, or train on ImageNet"
             " weights without CLIP: --collect.labeler none --detector.backbone"
-            " mobilenet_v2 --detector.background learned --mobilenet.weights FILE"
+            " mobilenet_v2"
         ) from error
     if not isinstance(network.visual, ModifiedResNet):
         raise InputError(
@@ -82,11 +94,46 @@ def load_clip(config: Clip) -> ClipModel:
     return ClipModel(network, open_clip.get_tokenizer(name), mean, std)
 
 
+def _create_network(name: str, config: Clip) -> Any:
+    quick_gelu = _uses_quick_gelu(name, config)
+    if _has_schema(name):
+        # without it open_clip starts from random weights where the folder has none
+        return open_clip.create_model(
+            name, force_quick_gelu=quick_gelu, require_pretrained=True
+        )
+    if not _is_torchscript(config.pretrained):
+        return open_clip.create_model(
+            name, pretrained=config.pretrained, force_quick_gelu=quick_gelu
+        )
+    network = open_clip.create_model(name, force_quick_gelu=quick_gelu)
+    archive = torch.jit.load(config.pretrained, map_location="cpu")  # type: ignore[no-untyped-call]
+    weights = archive.state_dict()
+    for key in (*OPENAI_SIZES, "attn_mask"):
+        weights.pop(key, None)
+    network.load_state_dict(weights)
+    return network.float()
+
+
+def _has_schema(name: str) -> bool:
+    """Tell whether the name is that of a folder or repository for open_clip."""
+    return name.startswith(SCHEMAS)
+
+
+def _is_torchscript(path: str) -> bool:
+    """Tell whether a file is a TorchScript archive, as OpenAI publishes its weights."""
+    if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in entry for entry in archive.namelist())
+
+
 def _register_architecture(model: str) -> str:
     """Return the name under which open_clip knows ``model``; a JSON description is
     registered first. Raises InputError if there is no such file or architecture.
     """
     name = model
+    if _has_schema(model):
+        return model
     if model.endswith(".json"):
         if not os.path.exists(model):
             raise InputError(
@@ -98,17 +145,49 @@ def _register_architecture(model: str) -> str:
     if name not in open_clip.list_models():
         raise InputError(
             f"clip.model: open_clip has no architecture {name!r}; see"
-            " open_clip.list_models()"
+            " open_clip.list_models(), or give local-dir:FOLDER or hf-hub:REPOSITORY"
         )
     return name
 
 
-def _uses_quick_gelu(name: str, tag: str) -> bool:
-    """Return whether the weights of ``tag`` were trained with QuickGELU, as OpenAI's
-    were. The architecture's name alone does not say so.
+def _uses_quick_gelu(name: str, config: Clip) -> bool:
+    """Return whether to force QuickGELU: the weights were trained with it, as OpenAI's
+    were, and the architecture's name alone does not say so.
+
+    Raises InputError if ``clip.activation`` contradicts the architecture.
     """
-    pretrained = open_clip.get_pretrained_cfg(name, tag) or {}
-    return bool(pretrained.get("quick_gelu"))
+    described = None
+    if not _has_schema(name):
+        architecture = open_clip.get_model_config(name) or {}
+        described = architecture.get("quick_gelu")
+    if config.activation == "gelu" and described:
+        raise InputError(
+            f"clip.activation is gelu, but the architecture {name} has QuickGELU: give"
+            " the architecture without it, or --clip.activation auto"
+        )
+    if config.activation != "auto":
+        return config.activation == "quick_gelu"
+    tag = (
+        {}
+        if _has_schema(name)
+        else open_clip.get_pretrained_cfg(name, config.pretrained)
+    )
+    if tag:
+        return bool(tag.get("quick_gelu"))
+    if _is_torchscript(config.pretrained) and not _has_schema(name):
+        return True
+    if (
+        os.path.isfile(config.pretrained)
+        and described is None
+        and not _has_schema(name)
+    ):
+        warnings.warn(
+            f"clip.pretrained {config.pretrained}: nothing tells whether these weights"
+            " were trained with GELU or QuickGELU; GELU is used. OpenAI's need"
+            " --clip.activation quick_gelu; --clip.activation gelu ends this warning",
+            stacklevel=2,
+        )
+    return False
 
 
 def make_prompts(name: str, config: Clip) -> list[str]:

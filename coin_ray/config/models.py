@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from coin_ray.config.fields import require
+from coin_ray.config.fields import new_field, require
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,14 @@ class Clip:
     """
 
     model: str = "RN50"
-    """open_clip architecture name, or the path of its JSON description."""
+    """open_clip architecture name, the path of its JSON description, or
+    ``local-dir:FOLDER`` or ``hf-hub:REPOSITORY``, which bring their weights along."""
     pretrained: str = "openai"
     """Pretrained tag, or the path of a weights file."""
+    activation: Literal["auto", "gelu", "quick_gelu"] = new_field("auto")
+    """Activation that the weights were trained with; OpenAI's were with QuickGELU.
+    ``auto``: read from the tag, from OpenAI's TorchScript archive, or from
+    ``quick_gelu`` of the JSON description."""
     style: str = ""
     """Words that describe the domain, inserted into the prompt templates: "foggy
     cityscapes style"."""

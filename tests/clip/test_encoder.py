@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -114,6 +117,7 @@ def test_every_prompt_has_the_style_once_and_is_else_the_plain_one() -> None:
     [
         ("RN50", "openai", True),
         ("RN101", "openai", True),
+        ("RN50", "yfcc15m", True),
         ("RN50", "weights.pt", False),
     ],
 )
@@ -146,3 +150,106 @@ def test_class_embeddings_are_means_of_unit_vectors() -> None:
         embeddings[0].double(), mean / mean.norm(), rtol=1e-5, atol=1e-6
     )
     assert embeddings.shape == (2, clip.embedding_size)
+
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 64,
+        "layers": [1, 1, 1, 1],
+        "width": 8,
+        "head_width": 32,
+        "patch_size": None,
+    },
+    "text_cfg": {
+        "context_length": 20,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+
+
+def _activations(network: torch.nn.Module) -> set[str]:
+    names = {type(module).__name__ for module in network.modules()}
+    return names & {"GELU", "QuickGELU"}
+
+
+def _tiny_weights(folder: Path, **description: object) -> tuple[str, str]:
+    """Write the description of a tiny CLIP and its weights; return their paths."""
+    architecture, weights = folder / "tiny_activation.json", folder / "weights.pt"
+    architecture.write_text(json.dumps(TINY | description))
+    shapes = {name: TINY[name] for name in ("vision_cfg", "text_cfg")}
+    network = open_clip.CLIP(32, **shapes)  # type: ignore[arg-type]
+    torch.save(network.state_dict(), weights)
+    return str(architecture), str(weights)
+
+
+@pytest.mark.parametrize(
+    ("description", "activation", "expected", "warns"),
+    [
+        ({}, "auto", "GELU", True),
+        ({}, "gelu", "GELU", False),
+        ({}, "quick_gelu", "QuickGELU", False),
+        ({"quick_gelu": True}, "auto", "QuickGELU", False),
+        ({"quick_gelu": False}, "auto", "GELU", False),
+    ],
+)
+def test_the_activation_of_weights_from_a_file_is_described_or_asked_for(
+    description: dict[str, object],
+    activation: Any,
+    expected: str,
+    warns: bool,
+    tmp_path: Path,
+) -> None:
+    model, weights = _tiny_weights(tmp_path, **description)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        clip = load_clip(Clip(model=model, pretrained=weights, activation=activation))
+    assert _activations(clip.network) == {expected}
+    texts = [str(warning.message) for warning in caught]
+    assert any("--clip.activation quick_gelu" in text for text in texts) == warns
+
+
+def test_an_activation_that_contradicts_the_architecture_is_an_error(
+    tmp_path: Path,
+) -> None:
+    model, weights = _tiny_weights(tmp_path, quick_gelu=True)
+    with pytest.raises(InputError, match=r"clip\.activation is gelu, but"):
+        load_clip(Clip(model=model, pretrained=weights, activation="gelu"))
+
+
+def test_openais_torchscript_archives_are_read_with_their_activation(
+    tmp_path: Path,
+) -> None:
+    model, weights = _tiny_weights(tmp_path)
+    network = load_clip(
+        Clip(model=model, pretrained=weights, activation="gelu")
+    ).network
+    tokens = torch.zeros(1, 20, dtype=torch.int64)
+    trace = torch.jit.trace(
+        network, (torch.zeros(1, 3, 64, 64), tokens), check_trace=False
+    )
+    archive = str(tmp_path / "RN50.pt")
+    trace.save(archive)
+    clip = load_clip(Clip(model=model, pretrained=archive))
+    assert _activations(clip.network) == {"QuickGELU"}
+    for name, weight in network.state_dict().items():
+        assert torch.equal(clip.network.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_a_folder_of_open_clip_brings_its_weights_along(
+    has_weights: bool, tmp_path: Path
+) -> None:
+    description = {"model_cfg": TINY, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(description))
+    config = Clip(model=f"local-dir:{tmp_path}")
+    if not has_weights:
+        with pytest.raises(InputError, match="could not be loaded"):
+            load_clip(config)
+        return
+    _, weights = _tiny_weights(tmp_path)
+    Path(weights).rename(tmp_path / "open_clip_pytorch_model.bin")
+    assert load_clip(config).embedding_size == 32
