@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from coin_ray.data.pixels import HAS_AVIF
+
+AVIF_SUFFIXES = (".avif", ".avifs")
+
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"),
     *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
@@ -14,6 +18,7 @@ OTHER_IMAGE_SUFFIXES = (
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".ico", ".icns", ".tga", ".pcx", ".exr", ".hdr", ".dds", ".sgi", ".xcf"),
     *(".dcm", ".fits", ".seq", ".fff"),
+    *(() if HAS_AVIF else AVIF_SUFFIXES),
 )
 """Endings of image files that can not be decoded; a run names such files."""
 LABEL_SUFFIXES = (".json", ".xml", ".txt", ".yaml", ".yml", ".names", ".data")
