@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL.Image import Image
 
+from coin_ray.config import Folder
 from coin_ray.config.presets import demo
 from coin_ray.tables import Truth
 from tests.builders import CLASSES, tiny_detector
@@ -25,6 +26,8 @@ LABELLED = [
     )
     for seed in range(3)
 ]
+INTENSITY_RANGE = (20_000.0, 30_000.0)
+"""Of the images with 16 bits that the student was trained on."""
 SUMMARY = {
     "images": {"train": 500, "test": 300},
     "map50": {"cloud": 0.387, "student": 0.459, "oracle": None},
@@ -47,8 +50,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     from coin_ray.export.package import Int8Images, TrainedStudent, write_package
 
     folder = tmp_path_factory.mktemp("package")
+    config = replace(demo(), data=Folder(intensity_range=INTENSITY_RANGE))
     student = TrainedStudent(
-        tiny_detector(score_min=0.02), CLASSES, (), demo(), SUMMARY
+        tiny_detector(score_min=0.02), CLASSES, (), config, SUMMARY
     )
     images = [noise_image(*size, seed) for seed, size in enumerate(SIZES)]
     training = (noise_image(96, 64, seed) for seed in range(20, 28))

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as V
 
 import coin_ray
 from coin_ray.commands.export import check_added_classes, parse_export
 from coin_ray.config.presets import demo
+from coin_ray.data.canonical import decode_rgb
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.export.equality import compare_predictions, require_equal
 from coin_ray.export.int8_loss import ModelPair, int8_loss
@@ -22,7 +24,7 @@ from coin_ray.predictors.onnx_student import OnnxStudent
 from coin_ray.predictors.student import StudentPredictor
 from coin_ray.structures import Detections
 from tests.builders import CLASSES, detections, tiny_clip, tiny_detector
-from tests.export.conftest import LABELLED, SIZES, Package
+from tests.export.conftest import INTENSITY_RANGE, LABELLED, SIZES, Package
 from tests.images import noise_image
 
 pytest.importorskip("onnxscript", reason="needs the extra export")
@@ -191,6 +193,40 @@ def test_the_example_runs_both_files_outside_the_package(
     assert printed
 
 
+@pytest.mark.parametrize("levels", ["levels within the range", "levels far above it"])
+def test_the_example_sees_16_bit_images_as_training_did(
+    package: Package, tmp_path: Path, levels: str
+) -> None:
+    """The script runs alone, on a file that lies on its side."""
+    scale, offset = (39, 20_000) if levels == "levels within the range" else (1, 60_000)
+    values = scale * np.asarray(IMAGE.convert("L")).astype(np.uint16) + offset
+    path = tmp_path / "frame.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(values).transpose(Image.Transpose.ROTATE_90)
+    stored.save(path, exif=exif)
+    script = str(package.folder / "detect.py")
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", RUN_WITHOUT_PACKAGES, script, str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    student = OnnxStudent((package.folder / "model.onnx").read_bytes())
+    assert student.intensity_range == INTENSITY_RANGE
+    detections = student(decode_rgb(path.read_bytes(), INTENSITY_RANGE))
+    assert torch.equal(student(Image.open(path)).boxes, detections.boxes)
+    printed = [line[2:28].split() for line in process.stdout.splitlines()[1:]]
+    scores = detections.scores[detections.scores >= 0.3]
+    assert [float(words[-1]) for words in printed] == pytest.approx(
+        scores.tolist(), abs=6e-4
+    )
+    weights = coin_ray.load(package.folder / "model.json")
+    assert weights.intensity_range == INTENSITY_RANGE
+    assert len(weights(Image.open(path))) == pytest.approx(len(detections), abs=1)
+
+
 def test_the_card_names_teachers_figures_and_signature(package: Package) -> None:
     card = (package.folder / "README.md").read_text()
     for part in (
@@ -199,6 +235,7 @@ def test_the_card_names_teachers_figures_and_signature(package: Package) -> None
         "| oracle | - |",
         "seed 0",
         "uint8 [B, H, W, 3]",
+        "their values 20000 to 30000 became 0 to 255",
         "## Licences",
         "a local server (demo)",
     ):

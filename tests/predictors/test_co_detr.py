@@ -153,3 +153,12 @@ def test_other_files_are_refused_with_the_reason(file: str, tmp_path: Path) -> N
     for path, message in messages.items():
         with pytest.raises(InputError, match=message):
             load_co_detr(path)
+
+
+def test_the_range_of_deep_grey_images_is_in_the_file(tmp_path: Path) -> None:
+    path = str(tmp_path / CO_DETR_FILE)
+    trained = CONFIG.with_intensity_range((290.0, 310.5))
+    save_weights(path, pack_co_detr(_new_model(), trained))
+    assert load_co_detr(path).intensity_range == (290.0, 310.5)
+    save_weights(path, pack_co_detr(_new_model(), CONFIG))
+    assert load_co_detr(path).intensity_range is None

@@ -398,3 +398,20 @@ def test_a_person_s_boxes_are_a_layer_of_the_gallery() -> None:
     assert ("input", "reviewed") in [
         (tag, attributes.get("value")) for tag, attributes in page.tags
     ]
+
+
+@pytest.mark.parametrize(
+    ("intensity", "told"),
+    [
+        ({"images": 40, "range": [21_000, 24_500]}, "21000 .. 24500"),
+        ({"images": 40}, "each image's own"),
+        ({"images": 40, "range": [290, 310], "outside": 7}, "no value in the range"),
+    ],
+)
+def test_the_page_tells_how_deep_grey_images_were_made_visible(
+    intensity: dict[str, object], told: str
+) -> None:
+    summary = RunSummary.from_json({"images": {"train": 40}, "intensity": intensity})
+    text = _parse(build_page(summary, [], [], "", "")).text
+    assert "Grey images with more than 8 bits" in text
+    assert told in text
