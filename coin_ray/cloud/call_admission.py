@@ -130,8 +130,8 @@ class CallAdmission:
 
     def unreachable(self, reason: str = "") -> CloudUnreachable:
         """Return the error for a service that can't be reached, with what it said last."""
-        said = f"it last said: {self.last_error}" if self.last_error else ""
-        details = "; ".join(text for text in (reason, said) if text)
+        last_answer = f"it last said: {self.last_error}" if self.last_error else ""
+        details = "; ".join(text for text in (reason, last_answer) if text)
         detail = f" ({details})" if details else ""
         return CloudUnreachable(
             f"the detection API at {self._connections.host} can't be reached{detail}."
