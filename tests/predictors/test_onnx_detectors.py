@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from coin_ray.errors import ConfigError
 from coin_ray.predictors.onnx_detectors import (
     COCO_CLASSES,
+    DescribedDetector,
     OnnxDetector,
     OnnxNetwork,
     PicoDet,
-    Yolox,
     fuse_weighted_boxes,
+    load_onnx_detector,
 )
+from coin_ray.predictors.onnx_signature import OnnxSignature
 
 SIDE = 64
 DOG, CAT = COCO_CLASSES.index("dog"), COCO_CLASSES.index("cat")
@@ -29,19 +34,19 @@ class FakeSession:
         self.input = np.zeros(0)
 
     def get_inputs(self) -> list[Any]:
-        return [type("Input", (), {"name": "image"})]
+        return [type("Input", (), {"name": "image", "type": "tensor(float)"})]
 
     def run(self, names: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         self.input = inputs["image"]
         return self.arrays
 
 
-def _yolox() -> Yolox:
+def _yolox() -> DescribedDetector:
     """A dog with centre (28, 20) and sides 16 x 8 in the network's pixels."""
     candidates = np.zeros((1, 64 + 16 + 4, 85), np.float32)
     candidates[0, CELL, :4] = [0.5, 0.5, np.log(2), np.log(1)]
     candidates[0, CELL, [4, 5 + DOG, 5 + CAT]] = [0.9, 0.8, 0.1]
-    return Yolox(FakeSession([candidates]), SIDE)
+    return DescribedDetector(FakeSession([candidates]), OnnxSignature(), (SIDE, SIDE))
 
 
 def _picodet() -> PicoDet:
@@ -54,7 +59,7 @@ def _picodet() -> PicoDet:
     distances[[0, 2], 1] = 50
     distances[[1, 3], :2] = 50
     bins[0][0, CELL] = distances.reshape(-1)
-    return PicoDet(FakeSession([*scores, *bins]), SIDE)
+    return PicoDet(FakeSession([*scores, *bins]), (SIDE, SIDE))
 
 
 @pytest.mark.parametrize(
@@ -105,3 +110,127 @@ def test_fusing_no_boxes_gives_empty_arrays() -> None:
     nothing = np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32)
     boxes, scores = fuse_weighted_boxes([nothing, nothing])
     assert (boxes.shape, scores.shape) == ((0, 4), (0, 2))
+
+
+def _constant_model(
+    folder: Path,
+    output: np.ndarray,
+    shape: tuple[Any, ...] = (1, 3, 64, 64),
+    half: bool = False,
+    **description: Any,
+) -> str:
+    """Write a model that answers ``output`` whatever it is shown; return its path."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    constant = onnx.numpy_helper.from_array(output.astype(np.float32))
+    zero = onnx.numpy_helper.from_array(np.float32(0))
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=kinds.FLOAT),
+        helper.make_node("ReduceMean", ["pixels"], ["mean"], keepdims=0),
+        helper.make_node("Constant", [], ["zero"], value=zero),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("Constant", [], ["answer"], value=constant),
+        helper.make_node("Add", ["answer", "nothing"], ["output"]),
+    ]
+    kind = kinds.FLOAT16 if half else kinds.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "constant",
+        [helper.make_tensor_value_info("images", kind, shape)],
+        [helper.make_tensor_value_info("output", kinds.FLOAT, output.shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    path = str(folder / "model.onnx")
+    onnx.save(model, path)
+    if description:
+        (folder / "model.onnx.json").write_text(json.dumps(description))
+    return path
+
+
+def _decoded(boxes: list[list[float]], scores: list[list[float]]) -> np.ndarray:
+    return np.concatenate([boxes, scores], 1)[None]
+
+
+BOX = [[20.0, 16.0, 36.0, 24.0]]
+CENTRED = [[28.0, 20.0, 16.0, 8.0]]
+TWO = {"classes": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize(
+    ("output", "shape", "half", "description"),
+    [
+        (_decoded(BOX, [[0.1, 0.8]]), (1, 3, 64, 64), False, {"boxes": "xyxy"}),
+        (_decoded(CENTRED, [[0.1, 0.8]]), (1, 3, 64, 64), True, {"boxes": "cxcywh"}),
+        (
+            _decoded(CENTRED, [[0.1, 0.8]]).transpose(0, 2, 1),
+            ("batch", 3, "height", "width"),
+            False,
+            {"boxes": "cxcywh", "layout": "columns", "input_size": [64, 64]},
+        ),
+        (_decoded(BOX, [[0.1, 0.8]]), (1, 3, 64, 96), False, {"boxes": "xyxy"}),
+    ],
+    ids=["xyxy", "half", "columns, free sides", "oblong"],
+)
+def test_a_described_detector_is_read_as_described(
+    output: np.ndarray,
+    shape: tuple[Any, ...],
+    half: bool,
+    description: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    settings = TWO | {"objectness": False} | description
+    detector = load_onnx_detector(
+        [_constant_model(tmp_path, output, shape, half, **settings)]
+    )
+    boxes, scores = detector.detect(Image.new("RGB", (64, 64)), ("cat", "dog"), 0.05)
+    assert np.allclose(boxes, BOX)
+    assert np.allclose(scores, [[0.1, 0.8]])
+
+
+@pytest.mark.parametrize(
+    ("output", "shape", "description", "message"),
+    [
+        (
+            np.zeros((1, 252, 85)),
+            (1, 3, 64, 64),
+            {},
+            r"\[1, 84, 85\] for an input of 64",
+        ),
+        (np.full((1, 84, 85), 60), (1, 3, 64, 64), {}, "its boxes are not 'raw'"),
+        (np.zeros((1, 84, 85)), (4, 3, 64, 64), {}, "expected a batch of 1"),
+        (np.zeros((1, 84, 85)), (1, 1, 64, 64), {}, "expected one input"),
+        (np.zeros((1, 84, 9)), (1, 3, 64, 64), {}, "neither a YOLOX nor a PicoDet"),
+        (np.zeros((1, 84, 85)), (1, 3, 64, 64), TWO, r"\[1, 84, 7\]"),
+        (np.zeros((1, 84, 85)), (1, 3, 64, 64), {"nms": "no"}, "no description"),
+        (np.zeros((1, 84, 85)), (1, 3, 64, 64), {"anchors": 3}, "no description"),
+        (
+            np.full((1, 5, 6), -1),
+            (1, 3, 64, 64),
+            TWO | {"boxes": "cxcywh", "objectness": False},
+            "its boxes are not 'cxcywh'",
+        ),
+    ],
+)
+def test_a_detector_that_is_not_as_described_is_an_error_when_it_is_loaded(
+    output: np.ndarray,
+    shape: tuple[Any, ...],
+    description: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    path = _constant_model(tmp_path, output, shape, **description)
+    with pytest.raises(ConfigError, match=message):
+        load_onnx_detector([path])
+
+
+@pytest.mark.parametrize(("nms", "count"), [("class_wise", 2), ("class_agnostic", 1)])
+def test_suppression_is_within_a_class_unless_described_otherwise(
+    nms: str, count: int, tmp_path: Path
+) -> None:
+    rider = _decoded([[10, 10, 50, 60], [10, 14, 50, 62]], [[0.9, 0.1], [0.1, 0.8]])
+    settings = TWO | {"boxes": "xyxy", "objectness": False, "nms": nms}
+    detector = load_onnx_detector([_constant_model(tmp_path, rider, **settings)])
+    found, _ = detector.detect(Image.new("RGB", (64, 64)), ("cat", "dog"), 0.25)
+    assert len(found) == count
