@@ -362,6 +362,15 @@ def test_voc_files_tell_whether_they_count_from_0(
     assert _boxes(read_dataset(f"{folder}#val")) == {"0.jpg": [expected[0]]}
 
 
+def test_a_voc_file_that_names_another_image_is_told(tmp_path: Path) -> None:
+    files: dict[str, Any] = {"JPEGImages/a.jpg": None, "JPEGImages/b.jpg": None}
+    files["Annotations/a.xml"] = _voc(maker="<filename>b.jpg</filename>")
+    files["Annotations/b.xml"] = _voc(maker="<filename>elsewhere.jpg</filename>")
+    [note] = read_dataset(_write(tmp_path, files)).notes
+    assert note.startswith("1 label files name another image")
+    assert "Annotations/a.xml" in note
+
+
 def test_bdd100k_classes_that_the_benchmark_ignores(tmp_path: Path) -> None:
     box = BDD_IMAGE["frames"][0]["objects"][0]["box2d"]  # type: ignore[index]
     names = ["other person", "other vehicle", "trailer", "van", "caravan", "person"]

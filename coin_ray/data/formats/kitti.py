@@ -161,11 +161,6 @@ def kitti_files(
             "KITTI has no blanks in class names, and without them two of these are"
             f" one: {', '.join(names)}"
         )
-    for name in names:
-        if _is_number(name):
-            raise InputError(
-                f"KITTI can't hold the class name {name!r}: it is a number"
-            )
     files = {
         f"training/label_2/{strip_suffix(record.file)}.txt": _label_text(
             record

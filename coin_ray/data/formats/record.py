@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,11 +147,16 @@ def check_class_name(name: str, where: str) -> None:
     """Raise InputError for a class name that is empty, has blanks at its ends or is not
     one printable line.
     """
-    if not name or name != name.strip() or not name.isprintable():
+    if not _is_class_name(name):
         raise InputError(
             f"{where}: a class name must be one line of printable characters without"
             f" blanks at its ends; got {name!r}"
         )
+
+
+@lru_cache(maxsize=1 << 14)
+def _is_class_name(name: str) -> bool:
+    return bool(name) and name == name.strip() and name.isprintable()
 
 
 def collect_class_names(

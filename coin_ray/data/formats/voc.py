@@ -15,7 +15,12 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from coin_ray import storage
-from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
+from coin_ray.data.formats.folder import (
+    DatasetFolder,
+    match_key,
+    plain_path,
+    strip_suffix,
+)
 from coin_ray.data.formats.parsing import (
     format_number,
     image_size,
@@ -108,17 +113,30 @@ def read_voc(folder: DatasetFolder) -> Dataset:
         missing += unmatched
     from_zero, notes = _find_counting(folder, all_labels)
     start = len(image_folder) + 1 if image_folder else 0
+    image_names = {match_key(path.rpartition("/")[2]) for path in folder.list_images()}
+    contradictions: list[str] = []
 
     def read_record(path: str) -> ImageRecord:
         uri, label = folder.uris[path], label_of_image.get(path)
         if label is not None:
-            return _read_annotated(path[start:], uri, folder.uris[label], from_zero)
+            record, named = _read_annotated(
+                path[start:], uri, folder.uris[label], from_zero
+            )
+            if named != match_key(path.rpartition("/")[2]) and named in image_names:
+                contradictions.append(label)
+            return record
         return ImageRecord.from_annotations(
             path[start:], uri, image_size(uri), [], annotated=False
         )
 
     records = tuple(map_in_threads(read_record, listed))
     names = collect_class_names(records)
+    if contradictions:
+        example = min(contradictions)
+        notes += (
+            f"{len(contradictions)} label files name another image of the folder in"
+            f" <filename>, e.g. {example}; their own names count",
+        )
     return Dataset("voc", records, names, tuple(missing), notes=notes)
 
 
@@ -199,7 +217,8 @@ def _has_zero_minimum(raw: bytes, uri: str) -> bool:
 
 def _read_annotated(
     file: str, uri: str, label_uri: str, from_zero: bool
-) -> ImageRecord:
+) -> tuple[ImageRecord, str]:
+    """Return the record, and the key of the image that <filename> names."""
     raw = storage.read_bytes(label_uri)
     root, lines = parse_xml(raw, label_uri, "annotation")
     if any(mark in raw for mark in (*FROM_ONE, *FROM_ZERO)):
@@ -211,7 +230,8 @@ def _read_annotated(
     sides = (root.findtext(f"size/{side}", "0") for side in ("width", "height"))
     width, height = (int(parse_number(text, f"{label_uri}: size")) for text in sides)
     size = (width, height) if width and height else image_size(uri)
-    return ImageRecord.from_annotations(file, uri, size, annotations)
+    named = match_key(plain_path(root.findtext("filename", "")).rpartition("/")[2])
+    return ImageRecord.from_annotations(file, uri, size, annotations), named
 
 
 def _parse_object(node: ET.Element, where: str, first_pixel: int) -> Annotation:

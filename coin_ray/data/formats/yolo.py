@@ -66,8 +66,10 @@ def _settings_path(folder: DatasetFolder) -> str:
         return described[0]
     data_files = [p for p in folder.list_paths("", ".data") if p.count("/") < 2]
     lists = [name for name in NAME_LISTS if name in folder.uris]
-    has_labels = any(_label_of(folder, path) for path in folder.list_images())
-    return next(iter([*data_files, *lists]), "") if has_labels else ""
+    candidates = [*data_files, *lists]
+    if candidates and any(_label_of(folder, path) for path in folder.list_images()):
+        return candidates[0]
+    return ""
 
 
 def _is_data_yaml(uri: str) -> bool:
