@@ -62,7 +62,9 @@ SUBCOMMANDS = {
     "review": Subcommand(
         "review", "review", "send labels to a review tool and read them back"
     ),
-    "labels": Subcommand("labels", "labels", "check or propose a label map"),
+    "labels": Subcommand(
+        "labels", "labels", "check or propose a label map, export a run's labels"
+    ),
     "journal": Subcommand(
         "journal", "journal", "show, verify or compact a journal, drop an answer"
     ),

@@ -44,8 +44,8 @@ IGNORED_SHARE = 0.5
 """Boxes from this share of the threshold on are ignored regions."""
 MIN_TRUTH_BOXES = 10
 """Labelled boxes of a class from which on its threshold is chosen by them."""
-COPIES = 256
-"""Images that are copied before the next are labelled."""
+PLACED_AT_ONCE = 256
+"""Images that are copied or linked together."""
 LEFT_OUT_FILE = "left_out.csv"
 README_FILE = "README.md"
 UNANSWERED = "the run has no answer for it"
@@ -237,7 +237,7 @@ def _write(
     writer = WRITERS[settings.format](folder, splits, run.config.classes)
     index, counts = _ImageIndex(run.images(TRAIN)), ExportCounts()
     digests = {split: LabelDigest() for split in splits}
-    copies: list[tuple[str, Path]] = []
+    placed: list[tuple[str, Path]] = []
     for split in splits:
         writer.image_path(split, "image").parent.mkdir(parents=True, exist_ok=True)
     with (folder / LEFT_OUT_FILE).open("w", newline="", encoding="utf-8") as stream:
@@ -254,14 +254,16 @@ def _write(
             _add_written(digests[split], labels, writer)
             _count(counts, split, labels, scored)
             path = writer.image_path(split, labels.file)
-            _place_image(index.uri(row), path, settings.copy_images, copies)
+            placed.append((index.uri(row), path))
+            if len(placed) >= PLACED_AT_ONCE:
+                _place_images(placed, settings.copy_images)
         for row in np.flatnonzero(~index.seen).tolist():
             image_id = index.table["image_id"][row].as_py()
             if index.row_of_id[image_id] == row:
                 counts.left_out[UNANSWERED] += 1
                 left_out.writerow([image_id, index.uri(row), UNANSWERED])
     writer.close()
-    _copy_all(copies)
+    _place_images(placed, settings.copy_images)
     _check_splits(counts, splits, settings)
     _check_read_back(folder, digests, run.config.classes)
     return counts
@@ -303,7 +305,7 @@ def _apply_thresholds(
     if scored.reviewed:
         is_object = is_used = is_class
     edges = np.rint(scored.boxes.astype(np.float64) * HUNDREDTHS)
-    edges = np.clip(np.nan_to_num(edges), 0, limits).astype(np.int64)
+    edges = np.minimum(np.maximum(edges, 0), limits).astype(np.int64)
     has_area = (edges[:, 2:] > edges[:, :2]).all(1)
     counts.thin += int((is_used & ~has_area).sum())
     is_used = is_used & has_area
@@ -352,25 +354,20 @@ def _count(
     counts.ignored += int(labels.ignored.sum())
 
 
-def _place_image(
-    uri: str, path: Path, copy_images: bool, copies: list[tuple[str, Path]]
-) -> None:
-    """Link the image, or copy it with the next ``COPIES``."""
-    if copy_images:
-        copies.append((uri, path))
-        if len(copies) >= COPIES:
-            _copy_all(copies)
-        return
-    if "://" in uri:
+def _place_image(uri: str, path: Path, copy: bool) -> None:
+    """Copy the image, or link it."""
+    if copy:
+        path.write_bytes(storage.read_bytes(uri))
+    elif "://" in uri:
         raise ConfigError(f"{uri} can't be linked: give --copy-images")
-    os.symlink(uri, path)
+    else:
+        os.symlink(uri, path)
 
 
-def _copy_all(copies: list[tuple[str, Path]]) -> None:
-    map_in_threads(
-        lambda copy: copy[1].write_bytes(storage.read_bytes(copy[0])), copies
-    )
-    copies.clear()
+def _place_images(images: list[tuple[str, Path]], copy: bool) -> None:
+    """Copy or link the images (URI and target), several at once."""
+    map_in_threads(lambda image: _place_image(*image, copy), images)
+    images.clear()
 
 
 def _check_splits(

@@ -22,7 +22,7 @@ TOOLS = {
     "collect": ["collect", "collect views"],
     "ablate": ["ablate", "ablate co-detr"],
     "review": ["review out", "review back"],
-    "labels": ["labels check", "labels propose"],
+    "labels": ["labels check", "labels propose", "labels export"],
     "journal": ["journal show", "journal verify", "journal compact", "journal drop"],
     "serve": ["serve", "serve register"],
 }

@@ -1,0 +1,339 @@
+"""The labels of a finished run as a data set for other trainers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coin_ray import storage, tables
+from coin_ray.commands.main import main
+from coin_ray.config import PipelineConfig
+from coin_ray.config.presets import demo
+from coin_ray.config.yaml_files import to_yaml
+from coin_ray.data.formats import read_dataset
+from coin_ray.errors import ConfigError, InputError
+from coin_ray.experiments import label_export
+from coin_ray.experiments.label_export import (
+    UNANSWERED,
+    UNSURE,
+    ExportCounts,
+    ExportSettings,
+    export_labels,
+)
+from coin_ray.experiments.label_sources import ScoredLabels, fuse_labels
+from coin_ray.runs.graph import build_steps
+from coin_ray.structures import Detections
+from coin_ray.tables import Provenance, detections_row
+from tests.builders import Row, detections
+
+CLASSES = ("cat", "dog")
+IMAGES = 40
+LEFT, RIGHT = (1.0, 2.0, 11.25, 7.5), (20.0, 5.0, 39.0, 29.0)
+FORMATS = ("coco", "yolo", "voc")
+
+
+def _id(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def _config() -> PipelineConfig:
+    # CLIP takes no part, so that free fusion is the cloud
+    config = replace(demo(), classes=CLASSES)
+    return replace(config, collect=replace(config.collect, labeler="none"))
+
+
+def _rows_of(number: int) -> list[Row]:
+    """Image 0 has no answer, 1 no box, 2 one uncertain box, the others a certain and an
+    uncertain one.
+    """
+    if number == 1:
+        return []
+    uncertain = [(RIGHT, 1, 0.4)]
+    return uncertain if number == 2 else [(LEFT, 0, 0.9), *uncertain]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """A run whose collection, separation and distillation are finished."""
+    run_root = str(tmp_path / "run")
+    steps = build_steps(_config())
+    folders = {name: step.folder(run_root) for name, step in steps.items()}
+    images, cloud, separation = tables.TableBuilder(tables.IMAGES), [], []
+    for number in range(IMAGES):
+        # two folders, each with the same names
+        path = tmp_path / f"camera {number % 2}" / f"{number // 2}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(path)
+        split = "val" if number >= IMAGES - 4 else "train"
+        images.append(
+            {
+                "image_id": _id(number),
+                "uri": str(path),
+                "width": 40,
+                "height": 30,
+                "split": split,
+            }
+        )
+        answer = Provenance("cloud", status="error" if number == 0 else "ok")
+        found = detections(*_rows_of(number), classes=len(CLASSES))
+        cloud.append(detections_row(_id(number), found, answer))
+        kinds = {0: "consistent", 1: "inconsistent"}
+        separation.append(
+            {
+                "image_id": _id(number),
+                "boxes": found.boxes.tolist(),
+                "kind": [kinds[label] for label in found.labels.tolist()],
+                "cloud_labels": found.labels.tolist(),
+                "clip_labels": found.labels.tolist(),
+                "cloud_probs": found.probs.tolist(),
+                "clip_probs": found.probs.tolist(),
+            }
+        )
+    tables_by_file = {
+        f"{folders['images']}/images.parquet": images.table(),
+        f"{folders['images']}/annotations.parquet": tables.ANNOTATIONS.empty_table(),
+        f"{folders['collect']}/cloud.parquet": tables.detections_table(cloud),
+        f"{folders['separate']}/separation.parquet": next(
+            tables.iterate_tables(separation, tables.SEPARATION)
+        ),
+    }
+    predictions = f"labels/student-{steps['export'].fingerprint}"
+    for split in ("train", "val"):
+        uri = storage.join(run_root, predictions, split, "student.parquet")
+        tables_by_file[uri] = tables.detections_table(cloud)
+    for uri, table in tables_by_file.items():
+        storage.write_table(uri, table)
+    for name in ("images", "collect", "separate", "distill"):
+        manifest = {"step": name, "fingerprint": "", "inputs": {}, "identity": None}
+        manifest |= {"metrics": {}, "started": 0.0, "seconds": 0.0}
+        storage.write_json(f"{folders[name]}/manifest.json", manifest)
+    storage.write_bytes(f"{run_root}/config.yaml", to_yaml(_config()).encode())
+    return run_root
+
+
+def _export(root: str, out: Path, **changes: object) -> ExportCounts:
+    settings = ExportSettings("cloud", "coco", str(out), score_min=0.6, val_share=0.3)
+    return export_labels(root, _config(), replace(settings, **changes), tell=print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("source", ["cloud", "consistent", "student", "fused"])
+def test_all_sources_read_back_in_all_formats(
+    root: str, tmp_path: Path, source: str, format: str
+) -> None:
+    counts = _export(root, tmp_path / "out", source=source, format=format)
+    expected = {UNSURE: 1} if source == "consistent" else {UNSURE: 1, UNANSWERED: 1}
+    assert counts.left_out == expected
+    records = [
+        record
+        for split in ("train", "val")
+        for record in read_dataset(f"{tmp_path}/out#{split}").records
+    ]
+    assert len(records) == counts.images.total() == IMAGES - 4 - len(expected)
+    empty = [record for record in records if not record.labels]
+    assert len(empty) == 1, "an image without any box is a picture without objects"
+    for record in records:
+        objects = record.boxes[~record.difficult].round(6).tolist()
+        assert objects == ([] if record in empty else [list(LEFT)])
+        if format == "coco":
+            assert record.boxes[record.difficult].round(6).tolist() in (
+                [],
+                [list(RIGHT)],
+            )
+    listed = (tmp_path / "out" / "left_out.csv").read_text()
+    assert listed.count("\n") == 1 + len(expected)
+    assert "seed 0" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_scores_kinds_and_probabilities_are_written(root: str, tmp_path: Path) -> None:
+    _export(root, tmp_path / "coco", source="fused")
+    _export(root, tmp_path / "yolo", source="fused", format="yolo")
+    labels = json.loads((tmp_path / "coco/annotations/instances_val.json").read_text())
+    assert [c["name"] for c in labels["categories"]] == list(CLASSES)
+    first = labels["annotations"][0]
+    assert (first["score"], first["kind"], first["iscrowd"]) == (0.9, "both", 0), first
+    assert first["probs"] == {"1": 0.9, "2": 0.05}
+    lines = (tmp_path / "yolo" / "details.jsonl").read_text().splitlines()
+    details = [json.loads(line) for line in lines]
+    ignored = [box for image in details for box in image["labels"] if box["ignored"]]
+    assert {box["class"] for box in ignored} == {1}
+
+
+def test_the_split_depends_on_the_id_alone(root: str, tmp_path: Path) -> None:
+    _export(root, tmp_path / "a", source="cloud")
+    _export(root, tmp_path / "b", source="student", format="yolo")
+    files = [
+        {path.name for path in (tmp_path / name / "images" / "val").iterdir()}
+        for name in ("a", "b")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_person_replaces_all_boxes(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reviewed = {
+        _id(0): detections(((0, 0, 5, 5), 1, 1.0), classes=2),
+        _id(3): Detections.empty(2),
+    }
+    monkeypatch.setattr(
+        "coin_ray.experiments.label_sources.open_corrections", lambda *_: reviewed
+    )
+    counts = _export(root, tmp_path / "out", copy_images=True)
+    assert (counts.reviewed, counts.empty) == (2, 2)
+    assert counts.left_out == {UNSURE: 1}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*.png"))
+
+
+def test_thresholds_are_chosen_on_labelled_validation_images(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_export, "MIN_TRUTH_BOXES", 4)
+    rows = [
+        {
+            "image_id": _id(number),
+            "boxes": [list(LEFT)],
+            "labels": [0],
+            "difficult": [False],
+        }
+        for number in range(IMAGES - 4, IMAGES)
+    ]
+    annotations = next(tables.iterate_tables(rows, tables.ANNOTATIONS))
+    folder = build_steps(_config())["images"].folder(root)
+    storage.write_table(f"{folder}/annotations.parquet", annotations)
+    counts = _export(root, tmp_path / "out", score_min=None)
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "| 0 | cat | 0.9000 | best F1 1.00 on 4 boxes" in readme
+    assert "| 1 | dog | 0.5500 | the default" in readme
+    assert counts.classes == {0: IMAGES - 4 - 3}
+
+
+def test_a_box_that_one_side_lacks_keeps_half_its_score() -> None:
+    teachers = detections((LEFT, 0, 0.8), classes=2)
+    student = detections((LEFT, 0, 0.6), (RIGHT, 1, 0.9), classes=2)
+    labels = ScoredLabels(
+        "0",
+        student.boxes.numpy(),
+        student.scores.numpy(),
+        student.labels.numpy(),
+        student.probs.numpy(),
+        ["student"] * 2,
+        np.zeros(2, np.bool_),
+    )
+    fused = fuse_labels(teachers, labels)
+    assert fused.kinds == ["both", "student"]
+    assert fused.scores == pytest.approx([0.7, 0.45])
+    assert fused.probs.sum(1) == pytest.approx([1, 1])
+    assert fused.probs[1] == pytest.approx([0.025, 0.45, 0.525])
+    nothing = fuse_labels(teachers[:0], _without_boxes(labels))
+    assert len(nothing.scores) == len(nothing.kinds) == 0
+
+
+def _without_boxes(labels: ScoredLabels) -> ScoredLabels:
+    """Return the labels without boxes."""
+    return ScoredLabels(
+        labels.image_id,
+        labels.boxes[:0],
+        labels.scores[:0],
+        labels.labels[:0],
+        labels.probs[:0],
+        [],
+        labels.disputed[:0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_min": 2.0}, "score-min"),
+        ({"val_share": 1.0}, "--val"),
+        ({"val_share": 0.0, "format": "yolo"}, "Ultralytics"),
+        ({"folder": "s3://bucket/labels"}, "local folder"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    root: str, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _export(root, tmp_path / "out", **changes)
+
+
+def test_a_folder_with_files_is_refused_and_stays(root: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        _export(root, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_what_reads_back_otherwise_leaves_no_folder(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_export.LabelDigest, "add_dataset", lambda *_: None)
+    with pytest.raises(InputError, match="reads back"):
+        _export(root, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_command_exports(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--of", "cloud", "--format", "voc", "--out", str(tmp_path / "out")]
+    assert main(["labels", "export", "--root", root, *arguments]) == 0
+    assert "all classes: score at least 0.550" in capsys.readouterr().out
+    assert main(["labels", "export", "--root", root, *arguments]) == 2
+
+
+@pytest.mark.slow
+def test_pycocotools_reads_the_same_boxes(root: str, tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    counts = _export(root, tmp_path / "out")
+    annotations = []
+    for split in ("train", "val"):
+        path = tmp_path / "out" / "annotations" / f"instances_{split}.json"
+        labels = coco.COCO(str(path))
+        annotations += labels.loadAnns(labels.getAnnIds(iscrowd=False))
+    x1, y1, x2, y2 = LEFT
+    assert len(annotations) == counts.classes.total()
+    assert all(a["bbox"] == [x1, y1, x2 - x1, y2 - y1] for a in annotations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_supervision_reads_the_same_boxes(
+    root: str, tmp_path: Path, format: str
+) -> None:
+    supervision = pytest.importorskip("supervision")
+    counts = _export(root, tmp_path / "out", format=format)
+    out = f"{tmp_path}/out"
+    boxes = []
+    if format == "voc":
+        datasets = [
+            supervision.DetectionDataset.from_pascal_voc(
+                f"{out}/JPEGImages", f"{out}/Annotations"
+            )
+        ]
+    else:
+        read = {
+            "coco": lambda split: supervision.DetectionDataset.from_coco(
+                f"{out}/images/{split}", f"{out}/annotations/instances_{split}.json"
+            ),
+            "yolo": lambda split: supervision.DetectionDataset.from_yolo(
+                f"{out}/images/{split}", f"{out}/labels/{split}", f"{out}/data.yaml"
+            ),
+        }[format]
+        datasets = [read(split) for split in ("train", "val")]
+    for dataset in datasets:
+        for detected in dataset.annotations.values():
+            # crowds of COCO are boxes to supervision
+            rows = detected.class_id == 0
+            boxes += np.asarray(detected.xyxy)[rows].tolist()
+    assert len(boxes) == counts.classes.total()
+    np.testing.assert_allclose(boxes, [LEFT] * len(boxes), atol=0.01)
