@@ -69,7 +69,11 @@ def run_pipeline(
             failed = count_failed_images(selected.get("collect"), config, root)
         missing = _unfinished_steps(selected, root)
         if missing or failed:
-            check_installed(config, missing | ({"collect"} if failed else set()))
+            needing_packages = missing | ({"collect"} if failed else set())
+            if "collect" in needing_packages:
+                # before a call is paid, also for the steps of a later command
+                needing_packages |= _unfinished_steps(steps, root)
+            check_installed(config, needing_packages)
             config_file = storage.join(root, "config.yaml")
             storage.write_bytes(config_file, to_yaml(config).encode())
         if failed:

@@ -7,13 +7,14 @@ written when it is back. Names are written as ``config.mlflow_names`` says.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from coin_ray import storage
 from coin_ray.config import Tracking
@@ -42,6 +43,8 @@ REFUSALS = frozenset(
     }
 )
 """MLflow's codes for a request that it does not accept, from a server that is there."""
+SQLITE = "sqlite:///"
+"""How the address of a SQLite file begins."""
 MAX_BATCH = 500
 """Curve points that are sent in one request."""
 _default_uris: set[str] = set()
@@ -85,7 +88,7 @@ class Tracker:
             return
         try:
             self._connect()
-        except mlflow_errors() as error:
+        except (*mlflow_errors(), *_database_errors()) as error:
             advice = "Start the server, give another one by --tracking.uri,"
             if _is_refusal(error):
                 advice = "The server is there and refuses this: change the setting,"
@@ -104,6 +107,14 @@ class Tracker:
         default_uri = _default_uri(self.root)
         self.uri = self._tracking_uri(default_uri)
         mlflow.set_tracking_uri(self.uri)
+        with _locked_database(self.uri):
+            self._open_experiment(default_uri)
+        self.parent_run = self._open_parent_run()
+
+    def _open_experiment(self, default_uri: str) -> None:
+        """Find or create the experiment, and before that the tables of the database."""
+        import mlflow
+
         name = self.config.tracking.experiment
         experiment = mlflow.get_experiment_by_name(name)
         if experiment is not None:
@@ -114,7 +125,6 @@ class Tracker:
                 name,
                 artifact_location=local_artifacts if self.uri == default_uri else None,
             )
-        self.parent_run = self._open_parent_run()
 
     def _tracking_uri(self, default_uri: str) -> str:
         """Return the address from the config, else the environment, else the default."""
@@ -333,6 +343,34 @@ def _is_refusal(error: Exception) -> bool:
 def _legal_names(leaves: Mapping[str, T]) -> dict[str, T]:
     """Return the leaves by the names that MLflow takes."""
     return {mlflow_name(name): leaf for name, leaf in leaves.items()}
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a database whose tables can't be made or brought up to
+    date; MLflow lets them through.
+    """
+    from alembic.util import CommandError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (CommandError, SQLAlchemyError)
+
+
+@contextmanager
+def _locked_database(uri: str) -> Iterator[None]:
+    """Let one process at a time make the tables of a SQLite database: MLflow fails if
+    two do. Other databases, and disks without locks, are not locked.
+    """
+    path = uri.removeprefix(SQLITE)
+    lock_file: BinaryIO | None = None
+    if path != uri:
+        with suppress(OSError):
+            lock_file = open(f"{path}.lock", "ab")  # noqa: SIM115
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock_file is not None:
+            lock_file.close()
 
 
 def without_password(text: str) -> str:

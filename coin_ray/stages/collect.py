@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import ray
 
 from coin_ray import errors, storage
+from coin_ray.clip.encoder import load_clip
 from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.ensemble import clip_contradicts, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
@@ -122,8 +123,11 @@ def _collect(
     with ExitStack() as services, ThreadPoolExecutor(1) as pool:
         starting = pool.submit(start_services, config.clouds, context.root, services)
         ensure_ray()
-        # before a call is paid: training will find its backbone, and it fits
+        # before a call is paid: training will find its backbone, and it fits, and the
+        # labeler its CLIP
         load_backbone(config)
+        if config.collect.labeler != "none" and config.detector.backbone != "clip":
+            load_clip(config.clip)
         urls = starting.result()
         # in a thread: a notebook's own thread runs an event loop already
         pool.submit(_check_services, config, urls, context.root).result()

@@ -53,6 +53,7 @@ WORK = (
     "coin_ray.commands.journal.show_journal",
     "coin_ray.commands.journal.verify_journal",
     "coin_ray.commands.journal.compact_journal",
+    "coin_ray.commands.journal.drop_answer",
     "coin_ray.data.check.check_datasets",
     "coin_ray.serving.local_cloud.asyncio.run",
     "coin_ray.serving.local_cloud.load_served_detector",

@@ -208,3 +208,16 @@ def test_the_plan_names_the_failed_images(
 )
 def test_errors_that_another_call_would_not_change(error: str, final: bool) -> None:
     assert is_final(error) == final
+
+
+def test_packages_of_later_steps_are_checked_before_anything_is_asked(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[set[str]] = []
+    monkeypatch.setattr(
+        runner, "check_installed", lambda config, steps: checked.append(set(steps))
+    )
+    runner.run_pipeline(CONFIG, STEPS, str(tmp_path), "images")
+    runner.run_pipeline(CONFIG, STEPS, str(tmp_path), "collect")
+    runner.run_pipeline(CONFIG, STEPS, str(tmp_path), "distill")
+    assert checked == [{"images"}, set(STEPS) - {"images"}, {"distill"}]

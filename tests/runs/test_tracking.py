@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from coin_ray.config import Tracking
 from coin_ray.config.presets import demo
+from coin_ray.errors import ConfigError
 from coin_ray.runs.tracking import Tracker, without_password
 
 
@@ -89,3 +90,12 @@ def test_odd_names_are_written_and_a_refused_one_does_not_end_the_tracking(
 
     assert not tracker.attempt(lose_server)
     assert tracker.lost
+
+
+def test_a_broken_database_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"tracking failed at sqlite:.*no-enabled"):
+        Tracker(demo(), str(tmp_path))
