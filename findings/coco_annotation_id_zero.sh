@@ -5,7 +5,7 @@
 #
 # Behaviour: pycocotools marks a matched detection with the id of its ground truth and takes 0 for "not matched".
 # The object with id 0 is therefore never found: its exact detection counts as a false positive. Nothing is said.
-# faster-coco-eval gives the same low number (its newer versions warn). globox numbers annotations from 0.
+# faster-coco-eval gives the same low number (with a warning). globox numbers annotations from 0.
 #
 # Seen: globox writes two boxes as COCO with ids 0 and 1; detections equal to the truth reach an AP of 0.252 and a
 # recall of 0.5. With 1 added to the ids, and nothing else changed, both are 1.

@@ -9,7 +9,7 @@
 # lies where the rectangle was before it was turned. No message tells of either.
 #
 # Seen: on an image of 100 x 80 a rectangle of 30 x 40 pixels at (50, 20), turned by 90 degrees, covers
-# [10, 20, 50, 50]. COCO says [0, 20, 50, 44], YOLO and VOC say [50, 20, 80, 60], which does not even touch it.
+# [10, 20, 50, 50]. COCO says [0, 20, 50, 44], YOLO and VOC say [50, 20, 80, 60], which has only an edge in common with it.
 #
 # Why it matters: people pick an export by the trainer that they use and expect the same boxes in each. Here the
 # ground truth depends on the export, and a turned region trains or measures a detector at a place without object.
@@ -18,7 +18,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-deps annotated-types==0.8.0 anyio==4.16.0 appdirs==1.4.4 certifi==2026.10.19.post1 \
+"$folder/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-deps annotated-types==0.8.0 anyio==4.16.0 appdirs==1.4.4 certifi \
     charset-normalizer==3.5.3 click==8.5.1 defusedxml==0.7.1 h11==0.16.0 httpcore==1.0.9 httpx==0.28.1 idna==3.20 \
     ijson==3.6.0 joblib==1.6.0 label-studio-sdk==2.1.2 lxml==6.1.3 nltk==3.10.4 numpy==2.2.6 pandas==3.1.1 \
     pillow==13.0.0 pydantic==2.14.4 pydantic_core==2.50.5 PyJWT==2.13.0 python-dateutil==4.0.0 regex==2026.11.19 \

@@ -18,7 +18,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-deps annotated-types==0.8.0 anyio==4.16.0 appdirs==1.4.4 certifi==2026.10.19.post1 \
+"$folder/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-deps annotated-types==0.8.0 anyio==4.16.0 appdirs==1.4.4 certifi \
     charset-normalizer==3.5.3 click==8.5.1 defusedxml==0.7.1 h11==0.16.0 httpcore==1.0.9 httpx==0.28.1 idna==3.20 \
     ijson==3.6.0 joblib==1.6.0 label-studio-sdk==2.1.2 lxml==6.1.3 nltk==3.10.4 numpy==2.2.6 pandas==3.1.1 \
     pillow==13.0.0 pydantic==2.14.4 pydantic_core==2.50.5 PyJWT==2.13.0 python-dateutil==4.0.0 regex==2026.11.19 \

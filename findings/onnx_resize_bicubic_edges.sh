@@ -4,7 +4,7 @@
 # Packages: onnx 1.23.2, onnxruntime 1.32.0, Pillow 13.0.0, numpy 2.2.6, Python 3.11.
 #
 # Behaviour: CLIP's preparation of images is Pillow's bicubic resize. Put into an ONNX graph it needs antialias=1 and
-# cubic_coeff_a=-0.5, which people find by comparing pictures. That is still not enough: where the filter
+# cubic_coeff_a=-0.5. That is still not enough: where the filter
 # reaches over the edge, Resize repeats the edge pixel and Pillow leaves the outside out and scales the rest up again.
 # With exclude_outside=1 the two agree to the last digits.
 #

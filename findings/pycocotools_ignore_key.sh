@@ -3,8 +3,8 @@
 #
 # Packages: pycocotools 2.0.11, numpy 2.2.6, Python 3.11.
 #
-# Behaviour: COCO files of many tools (Label Studio, globox, converters of VOC's "difficult" and of WIDER or
-# CrowdHuman) carry "ignore": 0 or 1 beside "iscrowd". While it evaluates, pycocotools first takes that key and in the next
+# Behaviour: COCO files of several tools (Label Studio and globox among them) carry the key "ignore" beside
+# "iscrowd". While it evaluates, pycocotools first takes that key and in the next
 # step overwrites it with iscrowd alone. A box with "ignore": 1 is an ordinary box: not finding it is a miss.
 #
 # Seen: two boxes, one with "ignore": 1, and a detection on the other: recall 0.5 and AP 0.505. With "iscrowd": 1
