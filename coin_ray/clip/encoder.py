@@ -81,7 +81,7 @@ def load_clip(config: Clip) -> ClipModel:
             f" ({type(error).__name__}: {str(error)[:200]}). Offline? Give"
             " --clip.pretrained the path of a weights file, or train on ImageNet"
             " weights without CLIP: --collect.labeler none --detector.backbone"
-            " mobilenet_v2"
+            " mobilenet_v2 --detector.background learned --mobilenet.weights FILE"
         ) from error
     if not isinstance(network.visual, ModifiedResNet):
         raise InputError(
