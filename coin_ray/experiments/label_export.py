@@ -355,13 +355,19 @@ def _count(
 
 
 def _place_image(uri: str, path: Path, copy: bool) -> None:
-    """Copy the image, or link it."""
+    """Copy the image, or link it: hard where the disk is the same, since supervision
+    refuses symbolic links to other folders.
+    """
     if copy:
         path.write_bytes(storage.read_bytes(uri))
     elif "://" in uri:
         raise ConfigError(f"{uri} can't be linked: give --copy-images")
     else:
-        os.symlink(uri, path)
+        source = os.path.realpath(uri)
+        try:
+            os.link(source, path)
+        except OSError:
+            os.symlink(source, path)
 
 
 def _place_images(images: list[tuple[str, Path]], copy: bool) -> None:
@@ -456,7 +462,7 @@ def _write_readme(
         f"- {describe_counts(counts)}",
         f"- Split val: a share of {settings.val_share} of the images, by the SHA-256 of"
         " their ids. Its labels are of the same kind: it is no ground truth.",
-        f"- Images are {'copies' if settings.copy_images else 'links to the run'}.",
+        f"- Images are {'copies' if settings.copy_images else 'links to the originals'}.",
         f"- {scores}",
         "- Boxes from half the threshold up to it are ignored regions: neither object"
         " nor background. So are boxes on which the teachers disagree (consistent).",

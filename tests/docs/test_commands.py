@@ -49,6 +49,7 @@ WORK = (
     "coin_ray.commands.review.import_reviews",
     "coin_ray.commands.labels.check_label_map",
     "coin_ray.commands.labels.propose_map",
+    "coin_ray.commands.labels.export_run_labels",
     "coin_ray.commands.journal.open_run_journal",
     "coin_ray.commands.journal.show_journal",
     "coin_ray.commands.journal.verify_journal",
