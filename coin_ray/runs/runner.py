@@ -58,8 +58,12 @@ def run_pipeline(
     selected = select_steps(steps, until)
     images = selected.get("images")
     changes = find_changes(images, root)
+    asks_again = bool(changes) or (
+        ask_failed and count_failed_images(selected.get("collect"), config, root) > 0
+    )
+    _check_packages(config, selected, steps, root, asks_again)
     with ExitStack() as holding:
-        if changes or _has_work(selected, config, root, ask_failed):
+        if asks_again or _has_work(selected, config, root):
             holding.enter_context(hold_root(root))
         keep_listing(images, root)
         if changes and images is not None:
@@ -67,13 +71,7 @@ def run_pipeline(
         failed = 0
         if ask_failed:
             failed = count_failed_images(selected.get("collect"), config, root)
-        missing = _unfinished_steps(selected, root)
-        if missing or failed:
-            needing_packages = missing | ({"collect"} if failed else set())
-            if "collect" in needing_packages:
-                # before a call is paid, also for the steps of a later command
-                needing_packages |= _unfinished_steps(steps, root)
-            check_installed(config, needing_packages)
+        if failed or _unfinished_steps(selected, root):
             config_file = storage.join(root, "config.yaml")
             storage.write_bytes(config_file, to_yaml(config).encode())
         if failed:
@@ -88,15 +86,30 @@ def run_pipeline(
     return summary
 
 
-def _has_work(
-    steps: Mapping[str, Step], config: PipelineConfig, root: str, ask_failed: bool
-) -> bool:
-    """Return whether a run would do more than print what is finished."""
-    if _unfinished_steps(steps, root) or _tracking_is_needed(
-        steps.values(), config, root
-    ):
-        return True
-    return ask_failed and count_failed_images(steps.get("collect"), config, root) > 0
+def _check_packages(
+    config: PipelineConfig,
+    selected: Mapping[str, Step],
+    steps: Mapping[str, Step],
+    root: str,
+    asks_again: bool,
+) -> None:
+    """Raise ConfigError if a package is missing that an unfinished step needs.
+
+    Before a call is paid that includes the steps of a later command, all of ``steps``.
+    """
+    unfinished = _unfinished_steps(selected, root)
+    if asks_again:
+        unfinished |= {"collect"} & set(selected)
+    if "collect" in unfinished:
+        unfinished |= _unfinished_steps(steps, root)
+    if unfinished:
+        check_installed(config, unfinished)
+
+
+def _has_work(steps: Mapping[str, Step], config: PipelineConfig, root: str) -> bool:
+    """Return whether a step or a tracking server has something missing."""
+    unfinished = _unfinished_steps(steps, root)
+    return bool(unfinished) or _tracking_is_needed(steps.values(), config, root)
 
 
 def _unfinished_steps(steps: Mapping[str, Step], root: str) -> set[str]:

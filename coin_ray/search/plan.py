@@ -12,8 +12,8 @@ from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.evaluation.label_free import CONFIDENT_SCORE, confident_detections
 from coin_ray.experiments.variants import shorten_training
-from coin_ray.runs.graph import build_steps
 from coin_ray.runs.changed_images import reopen_if_changed
+from coin_ray.runs.graph import build_steps
 from coin_ray.runs.runner import run_missing_steps, select_steps
 from coin_ray.runs.steps import Step
 from coin_ray.search.requirements import has_validation_images

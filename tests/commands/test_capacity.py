@@ -12,7 +12,7 @@ import open_clip
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,7 +72,6 @@ def _amounts(inputs: CapacityInputs) -> list[float]:
 
 
 @given(INPUTS, st.floats(1, 100))
-@settings(max_examples=25, deadline=None)
 def test_more_images_take_no_less_of_anything(
     inputs: CapacityInputs, times: float
 ) -> None:
@@ -96,7 +95,6 @@ LESS_COLLECTING = [
 
 
 @given(INPUTS, st.sampled_from(LESS_COLLECTING))
-@settings(max_examples=25, deadline=None)
 def test_a_better_limit_never_slows_a_collection(
     inputs: CapacityInputs, change: tuple[str, float]
 ) -> None:
@@ -114,7 +112,6 @@ def test_a_better_limit_never_slows_a_collection(
 
 
 @given(INPUTS)
-@settings(max_examples=25, deadline=None)
 def test_one_more_gpu_never_slows_a_training(inputs: CapacityInputs) -> None:
     inputs = replace(inputs, gpus=max(inputs.gpus, 1))
     for name in ("propagate", "distill"):

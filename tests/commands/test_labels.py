@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -361,7 +361,6 @@ ODD = st.text(
 ).filter(normalize_class_name)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(ODD, st.one_of(st.just(""), ODD)),

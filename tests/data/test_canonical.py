@@ -65,8 +65,8 @@ def test_upright(orientation: int, format: str) -> None:
     assert (image.width, image.height) == image.original == expected
     upright = _sent_image(raw)
     assert not upright.getexif()
-    for pixels in (upright, decode_rgb(raw)):
-        width, height = pixels.size
+    for decoded in (upright, decode_rgb(raw)):
+        width, height = decoded.size
         corners = {
             "ul": (2, 2),
             "ur": (width - 3, 2),
@@ -76,7 +76,7 @@ def test_upright(orientation: int, format: str) -> None:
         red_corners = [
             name
             for name, position in corners.items()
-            if _is_close(pixels.getpixel(position), (255, 0, 0), 40)
+            if _is_close(decoded.getpixel(position), (255, 0, 0), 40)
         ]
         assert red_corners == [CORNERS[orientation]]
 
