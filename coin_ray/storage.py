@@ -31,6 +31,9 @@ READ_THREADS = 16
 """Files of a folder that are read at once: on an object store reading is mostly
 waiting."""
 
+JsonObject = dict[str, Any]
+"""A parsed JSON object, whose members have not been checked."""
+
 
 def absolute_uri(uri: str) -> str:
     """Make local paths absolute, with or without ``file://``: a Ray job runs in a

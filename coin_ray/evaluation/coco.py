@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 
 from coin_ray.evaluation.voc import Floats, mean_over_classes, to_float64
+from coin_ray.storage import JsonObject
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth
 
@@ -53,8 +53,8 @@ def coco_average_precision(
     don't count as wrong.
     """
     images = sorted(truth)
-    truth_rows: list[dict[str, Any]] = []
-    detection_rows: list[dict[str, Any]] = []
+    truth_rows: list[JsonObject] = []
+    detection_rows: list[JsonObject] = []
     for image_id, name in enumerate(images, 1):
         truth_rows += _truth_rows(image_id, truth[name])
         if name in predictions:
@@ -82,7 +82,7 @@ def _evaluate(annotated: COCO, detected: COCO) -> Floats:
     return np.asarray(evaluation.eval["precision"], np.float64)
 
 
-def _coco(num_images: int, num_classes: int, rows: list[dict[str, Any]]) -> COCO:
+def _coco(num_images: int, num_classes: int, rows: list[JsonObject]) -> COCO:
     categories = [{"id": label, "name": str(label)} for label in range(num_classes)]
     dataset = {
         "images": [{"id": image_id} for image_id in range(1, num_images + 1)],
@@ -92,7 +92,7 @@ def _coco(num_images: int, num_classes: int, rows: list[dict[str, Any]]) -> COCO
     return COCO(dataset, print_function=_silent)
 
 
-def _truth_rows(image_id: int, truth: Truth) -> list[dict[str, Any]]:
+def _truth_rows(image_id: int, truth: Truth) -> list[JsonObject]:
     rows = []
     boxes = to_float64(truth.boxes)
     for box, label, difficult in zip(boxes, truth.labels, truth.difficult, strict=True):
@@ -101,7 +101,7 @@ def _truth_rows(image_id: int, truth: Truth) -> list[dict[str, Any]]:
     return rows
 
 
-def _detection_rows(image_id: int, detections: Detections) -> list[dict[str, Any]]:
+def _detection_rows(image_id: int, detections: Detections) -> list[JsonObject]:
     boxes, scores = to_float64(detections.boxes), to_float64(detections.scores)
     rows = []
     for box, score, label in zip(boxes, scores, detections.labels, strict=True):
@@ -109,7 +109,7 @@ def _detection_rows(image_id: int, detections: Detections) -> list[dict[str, Any
     return rows
 
 
-def _row(image_id: int, box: Floats, label: int) -> dict[str, Any]:
+def _row(image_id: int, box: Floats, label: int) -> JsonObject:
     x1, y1, x2, y2 = map(float, box)
     width, height = x2 - x1, y2 - y1
     return {

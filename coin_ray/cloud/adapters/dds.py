@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from coin_ray.cloud.adapters.parsing import (
-    JsonObject,
     ParsedBox,
     error_object,
     expect_list,
@@ -51,6 +50,7 @@ from coin_ray.errors import (
     Throttled,
     Transient,
 )
+from coin_ray.storage import JsonObject
 
 POLL_SECONDS = 1.0
 MERGE_IOU = 0.8

@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 from coin_ray.cloud.adapters.google_vision import parse_retry_delay
 from coin_ray.cloud.adapters.parsing import (
-    JsonObject,
     error_object,
     expect_list,
     expect_object,
@@ -47,6 +46,7 @@ from coin_ray.errors import (
     Refused,
     Throttled,
 )
+from coin_ray.storage import JsonObject
 
 DEFAULT_MODEL = "gemini-3.7-flash"
 SCHEMA = {

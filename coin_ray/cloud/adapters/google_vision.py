@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
-    JsonObject,
     ParsedBox,
     error_object,
     expect_list,
@@ -48,6 +47,7 @@ from coin_ray.errors import (
     Throttled,
     Transient,
 )
+from coin_ray.storage import JsonObject
 
 RESULTS_MAX = 500
 ERROR_BY_RPC_CODE: dict[int, type[CloudError]] = {

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
-    JsonObject,
     raise_malformed,
     reject_constant,
     reject_duplicate_keys,
     sanitize_text,
 )
 from coin_ray.errors import Refused
+from coin_ray.storage import JsonObject
 
 BOX_KEYS = ("bbox_2d", "box_2d", "bbox", "box")
 LIST_KEYS = (

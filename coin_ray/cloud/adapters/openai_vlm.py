@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from coin_ray.cloud.adapters.parsing import (
-    JsonObject,
     error_object,
     expect_list,
     expect_object,
@@ -60,6 +59,7 @@ from coin_ray.errors import (
     Refused,
     Throttled,
 )
+from coin_ray.storage import JsonObject
 
 Coordinates = Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"]
 BOX_NOTATIONS: dict[Coordinates, BoxNotation] = {

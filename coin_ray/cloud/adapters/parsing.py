@@ -25,6 +25,7 @@ from coin_ray.cloud.protocol import (
     ScoreKind,
 )
 from coin_ray.errors import ProtocolError, UnusableBoxes
+from coin_ray.storage import JsonObject
 
 BOX_SIDE_MIN = 1.0
 BOXES_MAX = 1000
@@ -57,9 +58,6 @@ UNIT_NAMES: Mapping[BoxFormat, str] = {
     "yxyx_1000": THOUSANDTHS,
     "xyxy_1000": THOUSANDTHS,
 }
-
-JsonObject = dict[str, Any]
-"""A parsed JSON object, whose members have not been checked."""
 
 
 def raise_malformed(reason: str) -> NoReturn:

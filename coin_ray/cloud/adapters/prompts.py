@@ -13,7 +13,6 @@ from coin_ray.class_names import normalize_class_name
 from coin_ray.cloud.adapters.model_text import BOX_KEYS, read_box_objects
 from coin_ray.cloud.adapters.parsing import (
     BoxFormat,
-    JsonObject,
     ParsedBox,
     expect_numbers,
     expect_text,
@@ -23,6 +22,7 @@ from coin_ray.cloud.adapters.parsing import (
 )
 from coin_ray.cloud.protocol import Frame, Query, RawDetections
 from coin_ray.errors import BadRequest
+from coin_ray.storage import JsonObject
 
 LABEL_KEYS = ("label", "class", "category", "name", "class_name", "description")
 """Keys of a box's label, that of the prompt first."""

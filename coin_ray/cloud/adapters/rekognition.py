@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from coin_ray.cloud.adapters.parsing import (
-    JsonObject,
     ParsedBox,
     error_object,
     expect_list,
@@ -47,6 +46,7 @@ from coin_ray.errors import (
     Throttled,
     Transient,
 )
+from coin_ray.storage import JsonObject
 
 LABELS_MAX = 1000
 BOX_DECIMALS = 4

@@ -35,6 +35,7 @@ from coin_ray.data.formats.record import (
 )
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
+from coin_ray.storage import JsonObject
 
 LABEL_PREFIXES = ("det_", "bdd100k_labels_images_")
 NAME_OF_ALIAS = {
@@ -65,14 +66,14 @@ class _Box2d:
 class _Label:
     category: str
     box2d: _Box2d | None = None
-    attributes: dict[str, Any] | None = None
+    attributes: JsonObject | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
     name: str
     labels: list[_Label] | None = None
-    attributes: dict[str, Any] | None = None
+    attributes: JsonObject | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class _Objects:
 class _ImageFile:
     name: str
     frames: list[_Objects]
-    attributes: dict[str, Any] | None = None
+    attributes: JsonObject | None = None
 
 
 IMAGE_FILE = TypeAdapter(_ImageFile)
@@ -261,7 +262,7 @@ def bdd100k_files(records: Sequence[ImageRecord], split: str) -> dict[str, bytes
     return {f"labels/det_20/det_{split}.json": json.dumps(frames).encode()}
 
 
-def _labels(record: ImageRecord) -> list[dict[str, Any]]:
+def _labels(record: ImageRecord) -> list[JsonObject]:
     rows = zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)
     return [
         {

@@ -20,6 +20,7 @@ from coin_ray.data.formats.parsing import format_number, image_size, parse_numbe
 from coin_ray.data.formats.record import Annotation, Dataset, ImageRecord
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
+from coin_ray.storage import JsonObject
 
 YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 NAME_LISTS = ("classes.txt", "obj.names", "data/obj.names", "classes.names")
@@ -182,7 +183,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
-def _read_yaml(uri: str) -> dict[str, Any]:
+def _read_yaml(uri: str) -> JsonObject:
     try:
         settings = yaml.load(storage.read_bytes(uri), _UniqueKeys)
     except (yaml.YAMLError, InputError) as error:
@@ -206,7 +207,7 @@ def _read_settings(folder: DatasetFolder, path: str) -> _Settings:
     count = settings.get("nc")
     if count is not None and count != len(names):
         raise InputError(f"{uri}: nc is {count!r}, but there are {len(names)} names")
-    sources: dict[str, Any] = {}
+    sources: JsonObject = {}
     for key, split in SPLIT_OF_KEY.items():
         if settings.get(key):
             if split in sources and sources[split] != settings[key]:
@@ -251,7 +252,7 @@ def _read_darknet(folder: DatasetFolder, path: str) -> _Settings:
             f"{uri}: classes is {settings['classes']}, but {names_path} has"
             f" {len(names)} names"
         )
-    sources: dict[str, Any] = {}
+    sources: JsonObject = {}
     for key, split in SPLIT_OF_KEY.items():
         if key in settings:
             list_path = _locate(folder, settings[key], None)
@@ -436,7 +437,7 @@ def yolo_files(
     if split not in SPLITS:
         raise InputError(f"YOLO has the splits {', '.join(SPLITS)}; got {split!r}")
     uri = storage.join(root, "data.yaml")
-    settings: dict[str, Any] = {"names": dict(enumerate(names))}
+    settings: JsonObject = {"names": dict(enumerate(names))}
     if storage.exists(uri):
         settings = _read_yaml(uri)
     if _class_names(settings.get("names"), uri) != tuple(names):

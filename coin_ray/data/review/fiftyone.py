@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -21,6 +20,7 @@ from coin_ray.data.review.regions import read_regions, validate_entry
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
+from coin_ray.storage import JsonObject
 
 FILE = "samples.json"
 TAG = "reviewed"
@@ -36,7 +36,7 @@ class _Detection:
 
 @dataclass(frozen=True, slots=True)
 class _Detections:
-    detections: list[dict[str, Any]] = field(default_factory=list)
+    detections: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    samples: list[dict[str, Any]]
+    samples: list[JsonObject]
 
 
 FOLDER = TypeAdapter(_File)
@@ -72,7 +72,7 @@ def write_fiftyone(reviews: Sequence[Review], folder: str) -> None:
     storage.write_bytes(uri, json.dumps(samples, indent=1).encode())
 
 
-def fiftyone_sample(review: Review) -> dict[str, Any]:
+def fiftyone_sample(review: Review) -> JsonObject:
     """Convert a review to a sample of FiftyOne with the field ``ground_truth``."""
     boxes = [_detection(review, box) for box in review.boxes]
     return {
@@ -89,7 +89,7 @@ def fiftyone_sample(review: Review) -> dict[str, Any]:
     }
 
 
-def _detection(review: Review, box: ReviewedBox) -> dict[str, Any]:
+def _detection(review: Review, box: ReviewedBox) -> JsonObject:
     x1, y1, x2, y2 = box.edges
     shares = [
         x1 / review.width,
@@ -137,7 +137,7 @@ def read_fiftyone(folder: str) -> list[Review]:
     return reviews
 
 
-def _review(entry: dict[str, Any], reviewed: bool, where: str) -> Review:
+def _review(entry: JsonObject, reviewed: bool, where: str) -> Review:
     sample = validate_entry(SAMPLE, entry, where)
     width, height = sample.pixels_wide, sample.pixels_high
     if min(width, height) < 1:
@@ -145,11 +145,11 @@ def _review(entry: dict[str, Any], reviewed: bool, where: str) -> Review:
             f"{where}: an image needs pixels_wide and pixels_high; got {width} x"
             f" {height}"
         )
-    detections: list[dict[str, Any]] = []
+    detections: list[JsonObject] = []
     if sample.ground_truth is not None:
         detections = sample.ground_truth.detections
 
-    def read_detection(numbered: tuple[int, dict[str, Any]]) -> tuple[ReviewedBox, str]:
+    def read_detection(numbered: tuple[int, JsonObject]) -> tuple[ReviewedBox, str]:
         number, entry = numbered
         detection = validate_entry(DETECTION, entry, f"{where}.detections.{number}")
         return _box(detection, width, height), ""

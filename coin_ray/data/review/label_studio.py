@@ -21,8 +21,9 @@ from coin_ray.data.formats.parsing import image_size, read_validated_json
 from coin_ray.data.review.regions import make_upright, read_regions
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
+from coin_ray.storage import JsonObject
 
-EXPORT = TypeAdapter(list[dict[str, Any]])
+EXPORT = TypeAdapter(list[JsonObject])
 BOX_PARTS = ("x", "y", "width", "height")
 PLACES = {*BOX_PARTS, "points", "vertices", "rle", "radiusX", "radiusY"}
 """Entries of a region's value that place it in the image."""
@@ -47,7 +48,7 @@ def write_label_studio(
     storage.write_bytes(storage.join(folder, "labels.xml"), setup.encode())
 
 
-def label_studio_task(review: Review, url: str = "{uri}") -> dict[str, Any]:
+def label_studio_task(review: Review, url: str = "{uri}") -> JsonObject:
     """Convert a review to a task. The score of its prediction is the share of boxes
     that the teachers agree on: sorted by it, the images with the highest disagreement
     come first.
@@ -82,7 +83,7 @@ def _image_address(uri: str, url: str) -> str:
     return url.replace("{uri}", uri if is_whole_address else quote(uri, safe="/:"))
 
 
-def _region(number: int, review: Review, box: ReviewedBox) -> dict[str, Any]:
+def _region(number: int, review: Review, box: ReviewedBox) -> JsonObject:
     width, height = review.width, review.height
     x1, y1, x2, y2 = box.edges
     rectangle = {
@@ -147,7 +148,7 @@ def read_label_studio(uri: str) -> list[Review]:
     return reviews
 
 
-def _submitted_annotations(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _submitted_annotations(task: Mapping[str, Any]) -> list[JsonObject]:
     annotations = task.get("annotations") or []
     if not isinstance(annotations, list):
         return []
@@ -157,7 +158,7 @@ def _submitted_annotations(task: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _review(
-    task: Mapping[str, Any], annotations: Sequence[dict[str, Any]], where: str
+    task: Mapping[str, Any], annotations: Sequence[JsonObject], where: str
 ) -> Review:
     task_fields = task.get("data")
     if not isinstance(task_fields, dict):
@@ -195,8 +196,8 @@ def _review(
 
 
 def _final_regions(
-    task: Mapping[str, Any], annotations: Sequence[dict[str, Any]], where: str
-) -> list[dict[str, Any]]:
+    task: Mapping[str, Any], annotations: Sequence[JsonObject], where: str
+) -> list[JsonObject]:
     """Return the regions of the annotation updated last, or of the last prediction."""
     if annotations:
         final = max(annotations, key=lambda a: str(a.get("updated_at") or ""))
@@ -218,11 +219,11 @@ def _final_regions(
     return [region for region in regions if isinstance(region, dict)]
 
 
-def _group_by_id(regions: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _group_by_id(regions: Sequence[JsonObject]) -> list[list[JsonObject]]:
     """Return the placed regions, each with its parts: Label Studio exports a place, its
     label and its attributes as entries of one id. Entries without a place are left out.
     """
-    parts_by_id: dict[object, list[dict[str, Any]]] = {}
+    parts_by_id: dict[object, list[JsonObject]] = {}
     for number, region in enumerate(regions):
         key = str(region["id"]) if region.get("id") else number
         parts_by_id.setdefault(key, []).append(region)
