@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 test: $(DEVELOPED) check
 	$(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 --durations-min=3 $(ARGS)
 
-# The slow tests too, and ten times the examples of Hypothesis.
+# The slow tests too, and eight times the examples of Hypothesis.
 test-all: $(DEVELOPED) check
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -n $(WORKERS) --dist worksteal -m "not soak" --durations=30 --durations-min=5 $(ARGS)
 
