@@ -54,7 +54,9 @@ class SingleImageDetector(nn.Module):
             )
         normalised = (resized.float() / 255 - self.mean) / self.std
         pixels = F.pad(normalised, [0, -columns % self.pad, 0, -rows % self.pad])
-        limits = torch.tensor([columns, rows, columns, rows], dtype=torch.float32)
+        limits = torch.tensor(
+            [columns, rows, columns, rows], dtype=torch.float32, device=image.device
+        )
         features, objectness, candidates = self.propose(pixels, limits)
         proposals = self.choose_proposals(objectness[0], candidates[0])
         pooled = roi_align(
@@ -69,7 +71,9 @@ class SingleImageDetector(nn.Module):
         boxes, scores, labels, probs = self.postprocess_detections(boxes, probs)
         x_factor, y_factor = width / columns, height / rows
         scale = torch.tensor(
-            [x_factor, y_factor, x_factor, y_factor], dtype=torch.float32
+            [x_factor, y_factor, x_factor, y_factor],
+            dtype=torch.float32,
+            device=image.device,
         )
         return boxes * scale, scores, labels, probs
 
