@@ -60,7 +60,8 @@ def quiet_environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
     }
     inherited = dict(os.environ)
-    inherited.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        inherited.pop(name, None)
     return inherited | quiet | {"PATH": path}
 
 
