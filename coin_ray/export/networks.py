@@ -40,8 +40,8 @@ class Propose(nn.Module):
         hidden = self.rpn.conv(features).relu()
         objectness = self.rpn.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.rpn.deltas(hidden).permute(0, 2, 3, 1).reshape(batch, -1, 4)
-        y = _positions(features[0, 0, :, 0]) * STRIDE
-        x = _positions(features[0, 0, 0]) * STRIDE
+        y = torch.arange(features.shape[2], dtype=torch.float32) * STRIDE
+        x = torch.arange(features.shape[3], dtype=torch.float32) * STRIDE
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack([columns, rows, columns, rows], -1)
         cell_boxes = (shifts[:, :, None] + self.cell_anchors).reshape(1, -1, 4)
@@ -50,14 +50,6 @@ class Propose(nn.Module):
             (deltas / self.scale).reshape(-1, 4), anchors.reshape(-1, 4)
         )
         return features, objectness, _clip_boxes(boxes, limits).reshape(batch, -1, 4)
-
-
-def _positions(line: Tensor) -> Tensor:
-    """Return 0, 1, 2, ... for the elements of ``line`` [N].
-
-    ``torch.arange`` would keep the device of the trace as a constant of the graph.
-    """
-    return torch.ones_like(line).cumsum(0) - 1
 
 
 class Describe(nn.Module):
