@@ -1,4 +1,5 @@
-"""Detections of one image, and the separation of two teachers' detections.
+"""Detections of one image, the separation of two teachers' detections, and what it
+teaches a student.
 
 Conventions: boxes are absolute xyxy pixels of the upright original image; K
 foreground classes are 0..K-1; in probability vectors background is the LAST of K+1
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,4 +155,68 @@ class Separation:
             self.inconsistent.to(device),
             self.private.to(device),
             self.reviewed,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets:
+    """What one image teaches a detector.
+
+    boxes [N, 4] float32 xyxy pixels of the image tensor they come with; probs [N, K+1]
+    float32, each box's class distribution, background last; weights [N] in 0..1: how
+    much a box counts, 1 for a certain one, 0 for none; ignored [M, 4]: regions without
+    any loss, which are neither object nor background.
+    """
+
+    boxes: Tensor
+    probs: Tensor
+    weights: Tensor
+    ignored: Tensor
+
+    def __post_init__(self) -> None:
+        count, columns = len(self.boxes), self.probs.shape[-1]
+        tensors = self.boxes, self.probs, self.weights, self.ignored
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        expected = [(count, 4), (count, columns), (count,), (len(self.ignored), 4)]
+        if shapes != expected:
+            raise ValueError(
+                "boxes, probs, weights, ignored must have shapes [N, 4], [N, K+1], [N],"
+                f" [M, 4]; got {shapes}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @property
+    def num_classes(self) -> int:
+        """K, without background."""
+        return self.probs.shape[1] - 1
+
+    @property
+    def labels(self) -> Tensor:
+        """The most probable foreground class of each box, [N] int64."""
+        return self.probs[:, :-1].argmax(1)
+
+    @classmethod
+    def from_labels(
+        cls,
+        boxes: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        ignored: Tensor | None = None,
+    ) -> Targets:
+        """Treat boxes [N, 4] with labels [N] as certain, such as a person's."""
+        return cls(
+            boxes,
+            F.one_hot(labels, num_classes + 1).float(),
+            torch.ones(len(boxes), device=boxes.device),
+            boxes.new_zeros(0, 4) if ignored is None else ignored,
+        )
+
+    def to(self, device: torch.device) -> Targets:
+        return Targets(
+            self.boxes.to(device),
+            self.probs.to(device),
+            self.weights.to(device),
+            self.ignored.to(device),
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import detections
 
-from coin_ray.structures import Detections, Pairs
+from coin_ray.structures import Detections, Pairs, Targets
 
 GOOD: dict[str, Any] = {
     "boxes": torch.zeros(2, 4),
@@ -70,3 +70,19 @@ def test_pairs_are_indexed_together() -> None:
         second.cloud.labels.tolist(),
         second.clip.boxes.tolist(),
     ) == ([[0, 0, 2, 2]], [1], [[0, 0, 2, 1]])
+
+
+def test_targets_tell_wrong_shapes():
+    boxes, probs = torch.zeros(2, 4), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"\[N, 4\], \[N, K\+1\], \[N\], \[M, 4\]"):
+        Targets(boxes, probs, torch.ones(3), torch.zeros(0, 4))
+
+
+def test_targets_from_labels_are_certain():
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 1.0, 2.0, 2.0]])
+    targets = Targets.from_labels(boxes, torch.tensor([2, 0]), 3)
+    assert targets.probs.tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert targets.weights.tolist() == [1, 1]
+    assert targets.labels.tolist() == [2, 0]
+    assert targets.ignored.shape == (0, 4)
+    assert targets.num_classes == 3

@@ -16,7 +16,7 @@ from coin_ray.config import TrainingConfig
 from coin_ray.config.detector_training import DetectorConfig
 from coin_ray.data.examples import Batch
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr, Objective
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import DetrTargets
 from coin_ray.models.co_detr.transformers_detr import CollaborativeTransformersDetr
 from coin_ray.parallel import all_sum, worker_rank
 from coin_ray.structures import Detections
@@ -92,7 +92,7 @@ class SupervisedTraining:
     def _accumulate_gradients(
         self,
         images: Sequence[Tensor],
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator,
     ) -> Objective:
         with mixed_precision(self.model, self.fit):
@@ -158,9 +158,9 @@ class SupervisedTraining:
             self.average.load_state_dict(state["average"])
 
 
-def supervised_targets(labels: Detections, ignored: Detections) -> Targets:
+def supervised_targets(labels: Detections, ignored: Detections) -> DetrTargets:
     """Convert labels to targets; their scores become weights."""
-    return Targets(labels.boxes, labels.labels, labels.scores, ignored.boxes)
+    return DetrTargets(labels.boxes, labels.labels, labels.scores, ignored.boxes)
 
 
 def sum_losses_by_component(objective: Objective) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ from coin_ray.experiments.components import (
 )
 from coin_ray.models.co_detr.attention import DeformableAttention
 from coin_ray.models.co_detr.encoder import EncoderLayer, cell_centres
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import DetrTargets
 from coin_ray.runs.summary import package_versions
 from coin_ray.stages.train_detector import new_co_detr
 
@@ -292,7 +292,9 @@ def tensor_operations(model: Any, images: Any) -> list[str]:
     ]
 
 
-def build_source_batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targets]]:
+def build_source_batch(
+    config: DetectorConfig,
+) -> tuple[list[Tensor], list[DetrTargets]]:
     artwork = Artwork.from_drawings([d for d in load_drawings() if d.known_to_cloud])
     scenes = [
         compose(artwork, "source", seed, (2, 5)) for seed in range(config.fit.batch)
@@ -302,7 +304,7 @@ def build_source_batch(config: DetectorConfig) -> tuple[list[Tensor], list[Targe
         resize_to_fit(pil_to_tensor(s.image), side, config.long_side) for s in scenes
     ]
     return images, [
-        Targets(torch.from_numpy(s.boxes) * side / SIZE, torch.from_numpy(s.labels))
+        DetrTargets(torch.from_numpy(s.boxes) * side / SIZE, torch.from_numpy(s.labels))
         for s in scenes
     ]
 

@@ -27,7 +27,7 @@ from coin_ray.models.co_detr.pyramid import (
     flatten_levels,
     place_anchors,
 )
-from coin_ray.models.co_detr.targets import Targets, is_covered
+from coin_ray.models.co_detr.targets import DetrTargets, is_covered
 from coin_ray.structures import Detections
 
 NO_OBJECT = -1
@@ -55,7 +55,7 @@ class Atss(nn.Module):
     def forward(
         self,
         maps: Maps,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None = None,
     ) -> HeadOutputs:
         """Return the losses and the positive anchors of a batch; ``generator`` is
@@ -99,7 +99,7 @@ class Atss(nn.Module):
         maps: Maps,
         anchors: Anchors,
         objects: Sequence[Tensor],
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
     ) -> dict[str, Tensor]:
         """Return the unweighted losses; ``objects`` [A] per image, as of
         ``assign_objects``.
@@ -254,7 +254,7 @@ def _anchor_labels(objects: Tensor, labels: Tensor, background: int) -> Tensor:
     return extended[objects]
 
 
-def _anchor_weights(objects: Tensor, targets: Targets, anchors: Tensor) -> Tensor:
+def _anchor_weights(objects: Tensor, targets: DetrTargets, anchors: Tensor) -> Tensor:
     """Return loss weights [A]: the object's, 1 for background, 0 for background in an
     ignored region.
     """
@@ -265,7 +265,10 @@ def _anchor_weights(objects: Tensor, targets: Targets, anchors: Tensor) -> Tenso
 
 
 def _positives(
-    maps: Maps, anchors: Anchors, objects: Sequence[Tensor], targets: Sequence[Targets]
+    maps: Maps,
+    anchors: Anchors,
+    objects: Sequence[Tensor],
+    targets: Sequence[DetrTargets],
 ) -> list[Positives]:
     positives = []
     for tokens, anchor_objects, target in zip(

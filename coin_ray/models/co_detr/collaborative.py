@@ -36,8 +36,8 @@ from coin_ray.models.co_detr.queries import (
 )
 from coin_ray.models.co_detr.rcnn import Rcnn
 from coin_ray.models.co_detr.targets import (
+    DetrTargets,
     Size,
-    Targets,
     normalise,
     validate_targets,
 )
@@ -108,7 +108,7 @@ class CollaborativeDetr(nn.Module):
     def objective(
         self,
         images: Images,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None = None,
     ) -> Objective:
         """Return the losses of a batch against its objects. Raises InputError for
@@ -141,7 +141,7 @@ class CollaborativeDetr(nn.Module):
         self,
         memory: Memory,
         sizes: tuple[Size, ...],
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None,
     ) -> dict[str, HeadOutputs]:
         if self.pyramid is None:
@@ -155,7 +155,7 @@ class CollaborativeDetr(nn.Module):
         self,
         head_outputs: Mapping[str, HeadOutputs],
         sizes: Sequence[Size],
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None,
     ) -> dict[str, QueryGroup]:
         groups: dict[str, QueryGroup] = {}
@@ -208,7 +208,7 @@ def base_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _main_losses(
     decoded: DecoderOutputs,
     proposals: Proposals,
-    targets: Sequence[Targets],
+    targets: Sequence[DetrTargets],
     sizes: Sequence[Size],
 ) -> dict[str, Tensor]:
     labels = [t.labels for t in targets]

@@ -16,7 +16,7 @@ from coin_ray.models.co_detr.criterion import QueryTargets
 from coin_ray.models.co_detr.decoder import Queries
 from coin_ray.models.co_detr.positions import EPSILON
 from coin_ray.models.co_detr.queries import QueryGroup
-from coin_ray.models.co_detr.targets import Size, Targets
+from coin_ray.models.co_detr.targets import DetrTargets, Size
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
 
 
@@ -32,7 +32,7 @@ class Denoising(nn.Module):
 
     def forward(
         self,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         sizes: Sequence[Size],
         embedding: BoxEmbedding,
         generator: torch.Generator | None = None,

@@ -33,7 +33,7 @@ from coin_ray.models.co_detr.pyramid import (
     place_anchors,
     rpn_anchors,
 )
-from coin_ray.models.co_detr.targets import Size, Targets, is_covered
+from coin_ray.models.co_detr.targets import DetrTargets, Size, is_covered
 from coin_ray.structures import Detections
 
 POSITIVE, NEGATIVE, LOW_QUALITY = 0.7, 0.3, 0.3
@@ -61,7 +61,7 @@ class Rcnn(nn.Module):
     def forward(
         self,
         maps: Maps,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None = None,
     ) -> HeadOutputs:
         """Return the losses and the positive proposals of a batch; ``generator`` draws
@@ -130,7 +130,7 @@ class RegionProposals(nn.Module):
     def forward(
         self,
         maps: Maps,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return the losses, and proposals [P, 4] (xyxy pixels, no gradient) of each
@@ -167,7 +167,7 @@ class RegionProposals(nn.Module):
         anchors: Anchors,
         objectness: Tensor,
         deltas: Tensor,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         entropy, distance = objectness.new_zeros(()), objectness.new_zeros(())
@@ -265,7 +265,7 @@ class SampledRegions:
 @torch.no_grad()
 def sample_regions(
     proposals: Tensor,
-    targets: Targets,
+    targets: DetrTargets,
     config: CoDetr,
     generator: torch.Generator | None,
 ) -> SampledRegions:
@@ -362,7 +362,7 @@ class RegionHead(nn.Module):
         self,
         pooled: Tensor,
         regions: Sequence[SampledRegions],
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
     ) -> dict[str, Tensor]:
         """Return ``class`` and ``giou``, unweighted, over all sampled regions."""
         logits, deltas = self(pooled)
@@ -390,13 +390,13 @@ def _region_labels(regions: SampledRegions, labels: Tensor, background: int) -> 
     return torch.cat([labels[regions.objects], background_labels])
 
 
-def _region_weights(regions: SampledRegions, targets: Targets) -> Tensor:
+def _region_weights(regions: SampledRegions, targets: DetrTargets) -> Tensor:
     ones = torch.ones(regions.background_count, device=regions.boxes.device)
     return torch.cat([targets.object_weights[regions.objects], ones])
 
 
 def _positives(
-    pooled: Tensor, regions: Sequence[SampledRegions], targets: Sequence[Targets]
+    pooled: Tensor, regions: Sequence[SampledRegions], targets: Sequence[DetrTargets]
 ) -> list[Positives]:
     means = pooled.mean((2, 3)).split([len(r.boxes) for r in regions])
     positives = []

@@ -26,7 +26,7 @@ from coin_ray.models.co_detr.encoder import Memory
 from coin_ray.models.co_detr.positions import EPSILON
 from coin_ray.models.co_detr.pyramid import Maps, Pyramid
 from coin_ray.models.co_detr.rcnn import RegionProposals, pool_levels
-from coin_ray.models.co_detr.targets import Targets, denormalise, normalise
+from coin_ray.models.co_detr.targets import DetrTargets, denormalise, normalise
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.co_detr.two_stage import BoxEmbedding
 from coin_ray.models.faster_rcnn_clip.model import EmbeddingHead, postprocess_detections
@@ -212,7 +212,7 @@ class DetrWithRegionHead(nn.Module):
         return self.student.predict_regions(images)
 
 
-def _consistent_targets(separation: Separation) -> Targets:
+def _consistent_targets(separation: Separation) -> DetrTargets:
     """Return all boxes as targets; those that are not consistent have weight 0."""
     consistent = separation.consistent
     others = torch.cat([separation.inconsistent.boxes, separation.private.boxes])
@@ -221,7 +221,7 @@ def _consistent_targets(separation: Separation) -> Targets:
     other_labels = torch.zeros_like(others[:, 0], dtype=torch.int64)
     labels = torch.cat([consistent.cloud.labels, other_labels])
     is_consistent = torch.arange(len(boxes), device=boxes.device) < len(consistent)
-    return Targets(boxes, labels, is_consistent.float())
+    return DetrTargets(boxes, labels, is_consistent.float())
 
 
 def with_network_sampling(config: Detector, network: CoDetr) -> Detector:

@@ -17,7 +17,7 @@ COVERED_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Targets:
+class DetrTargets:
     """Objects of one image: ``boxes`` [N, 4] xyxy pixels, ``labels`` [N] in 0..K-1.
 
     ``weights`` [N]: how much each counts in every loss, as a pseudo-label's score
@@ -42,8 +42,8 @@ class Targets:
         """[M, 4] ``ignored``, M = 0 if there are none."""
         return self.boxes.new_zeros(0, 4) if self.ignored is None else self.ignored
 
-    def to(self, device: torch.device) -> Targets:
-        return Targets(
+    def to(self, device: torch.device) -> DetrTargets:
+        return DetrTargets(
             self.boxes.to(device),
             self.labels.to(device),
             None if self.weights is None else self.weights.to(device),
@@ -93,8 +93,8 @@ def denormalise(boxes: Tensor, size: Size) -> Tensor:
 
 
 def validate_targets(
-    targets: Sequence[Targets], sizes: Sequence[Size], classes: int
-) -> list[Targets]:
+    targets: Sequence[DetrTargets], sizes: Sequence[Size], classes: int
+) -> list[DetrTargets]:
     """Return ``targets`` with boxes clipped to their image. Raises InputError for
     targets that no loss can be computed from.
     """
@@ -108,7 +108,9 @@ def validate_targets(
     ]
 
 
-def _validate_image(targets: Targets, size: Size, classes: int, image: int) -> Targets:
+def _validate_image(
+    targets: DetrTargets, size: Size, classes: int, image: int
+) -> DetrTargets:
     labels = targets.labels
     if targets.boxes.shape != (len(labels), 4):
         raise InputError(
@@ -132,10 +134,10 @@ def _validate_image(targets: Targets, size: Size, classes: int, image: int) -> T
         )
     weights = _validate_weights(targets, image)
     ignored = clip_boxes_to_image(targets.ignored_boxes.float(), size)
-    return Targets(boxes, labels, weights, ignored)
+    return DetrTargets(boxes, labels, weights, ignored)
 
 
-def _validate_weights(targets: Targets, image: int) -> Tensor:
+def _validate_weights(targets: DetrTargets, image: int) -> Tensor:
     weights = targets.object_weights.float()
     is_valid = weights.isfinite() & (weights >= 0)
     if weights.shape != targets.labels.shape or not bool(is_valid.all()):

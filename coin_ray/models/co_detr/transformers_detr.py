@@ -22,7 +22,7 @@ from coin_ray.models.co_detr.atss import Atss
 from coin_ray.models.co_detr.collaborative import Objective
 from coin_ray.models.co_detr.model import top_detections
 from coin_ray.models.co_detr.pyramid import Maps, new_downsampling
-from coin_ray.models.co_detr.targets import Targets, validate_targets
+from coin_ray.models.co_detr.targets import DetrTargets, validate_targets
 from coin_ray.parallel import worker_count
 from coin_ray.structures import Detections
 
@@ -93,7 +93,7 @@ class CollaborativeTransformersDetr(nn.Module):
     def objective(
         self,
         images: Images,
-        targets: Sequence[Targets],
+        targets: Sequence[DetrTargets],
         generator: torch.Generator | None = None,
     ) -> Objective:
         """Return the detector's own losses, and layers * lambda 2 * ATSS (arXiv
@@ -131,11 +131,11 @@ class CollaborativeTransformersDetr(nn.Module):
 
 
 def _stretch(
-    targets: Targets, size: tuple[int, int], input_size: tuple[int, int]
-) -> Targets:
+    targets: DetrTargets, size: tuple[int, int], input_size: tuple[int, int]
+) -> DetrTargets:
     """Scale boxes in an image of ``size`` to ``input_size`` (height, width)."""
     y, x = input_size[0] / size[0], input_size[1] / size[1]
-    return Targets(
+    return DetrTargets(
         box_ops.scale_boxes(targets.boxes, x, y),
         targets.labels,
         targets.weights,
@@ -143,7 +143,7 @@ def _stretch(
     )
 
 
-def _require_weights_of_one(targets: Sequence[Targets]) -> None:
+def _require_weights_of_one(targets: Sequence[DetrTargets]) -> None:
     if any(bool((t.object_weights != 1).any()) for t in targets):
         raise InputError(
             "the losses of RT-DETRv2 and D-FINE do not support weights of objects: give"

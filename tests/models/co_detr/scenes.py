@@ -13,7 +13,7 @@ from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.collaborative import CollaborativeDetr
 from coin_ray.models.co_detr.model import DeformableDetr
 from coin_ray.models.co_detr.pyramid import Maps
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import DetrTargets
 from coin_ray.structures import Detections
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -40,13 +40,13 @@ def noise_batch(
     return Images(pixels, sizes)
 
 
-def make_targets(*rows: tuple[float, float, float, float, int]) -> Targets:
+def make_targets(*rows: tuple[float, float, float, float, int]) -> DetrTargets:
     """Make the targets of one image of rows (x1, y1, x2, y2, label)."""
     boxes = torch.tensor([row[:4] for row in rows]).reshape(-1, 4)
-    return Targets(boxes, torch.tensor([row[4] for row in rows], dtype=torch.int64))
+    return DetrTargets(boxes, torch.tensor([row[4] for row in rows], dtype=torch.int64))
 
 
-def make_crowd() -> Targets:
+def make_crowd() -> DetrTargets:
     """Make eighty objects of 8 x 6 pixels in rows of ten."""
     rows = []
     for number in range(80):
@@ -86,7 +86,7 @@ def fill_zero_weights(model: M) -> M:
 
 
 def objective_losses(
-    model: CollaborativeDetr, targets: list[Targets]
+    model: CollaborativeDetr, targets: list[DetrTargets]
 ) -> dict[str, float]:
     objective = model.objective(noise_batch(), targets, seeded())
     return {name: float(loss.detach()) for name, loss in objective.losses.items()}

@@ -21,7 +21,7 @@ from coin_ray.models.co_detr.model import (
     append_background,
     load_detector_weights,
 )
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import DetrTargets
 from coin_ray.training.supervised import parameter_groups
 from models.co_detr.scenes import (
     CLASSES,
@@ -48,7 +48,7 @@ HEAD_LOSSES = {
 EMPTY = [make_targets(), make_targets()]
 
 
-def _objective(targets: list[Targets] = TWO_IMAGES, **changes: Any) -> Objective:
+def _objective(targets: list[DetrTargets] = TWO_IMAGES, **changes: Any) -> Objective:
     return new_collaborative(tiny(**changes)).objective(
         noise_batch(), targets, seeded()
     )
@@ -194,7 +194,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("targets", EXTREMES.values(), ids=EXTREMES.keys())
-def test_losses_and_gradients_are_finite(targets: list[Targets]) -> None:
+def test_losses_and_gradients_are_finite(targets: list[DetrTargets]) -> None:
     model = new_collaborative()
     objective = model.objective(noise_batch(), targets, seeded())
     assert bool(torch.isfinite(objective.total))

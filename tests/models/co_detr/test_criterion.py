@@ -16,7 +16,7 @@ from coin_ray.models.co_detr.criterion import (
     set_losses,
 )
 from coin_ray.models.co_detr.targets import (
-    Targets,
+    DetrTargets,
     denormalise,
     normalise,
     validate_targets,
@@ -175,12 +175,14 @@ def test_boxes_are_cut_at_the_border() -> None:
         ([make_targets((90, 5, 99, 9, 0))], "no area inside the image"),
         ([make_targets((float("nan"), 5, 99, 9, 0))], "no area inside the image"),
         (
-            [Targets(torch.zeros(2, 4), torch.zeros(1).long())],
+            [DetrTargets(torch.zeros(2, 4), torch.zeros(1).long())],
             r"expected boxes \[1, 4\]",
         ),
         ([], "expected targets for each of the 1 images; got 0"),
     ],
 )
-def test_impossible_targets_are_reported(targets: list[Targets], message: str) -> None:
+def test_impossible_targets_are_reported(
+    targets: list[DetrTargets], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         validate_targets(targets, [(50, 80)], 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from coin_ray.config.co_detr import tiny
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.rcnn import UNUSED, assign_anchors, sample_regions
-from coin_ray.models.co_detr.targets import Targets, is_covered
+from coin_ray.models.co_detr.targets import DetrTargets, is_covered
 from models.co_detr.scenes import (
     TWO_IMAGES,
     make_targets,
@@ -25,7 +25,7 @@ from models.co_detr.scenes import (
 )
 
 
-def _with_weights(weight: float) -> list[Targets]:
+def _with_weights(weight: float) -> list[DetrTargets]:
     return [
         replace(t, weights=torch.full((len(t.labels),), weight)) for t in TWO_IMAGES
     ]
@@ -128,7 +128,7 @@ def test_anchors_and_proposals_in_ignored_regions_are_no_background() -> None:
     ]
     sampled = sample_regions(
         anchors,
-        Targets(box, torch.zeros(1).long(), None, region),
+        DetrTargets(box, torch.zeros(1).long(), None, region),
         tiny(roi_positive=1.0),
         seeded(),
     )

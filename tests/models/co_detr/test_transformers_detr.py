@@ -11,7 +11,7 @@ from torch import Tensor
 from coin_ray.config import TrainingConfig
 from coin_ray.config.co_detr import tiny
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.models.co_detr.targets import Targets
+from coin_ray.models.co_detr.targets import DetrTargets
 from coin_ray.models.co_detr.transformers_detr import (
     CollaborativeTransformersDetr,
     load_transformers_detr,
@@ -132,7 +132,7 @@ EXTREMES = {
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("targets", EXTREMES.values(), ids=EXTREMES.keys())
 def test_losses_and_gradients_are_finite(
-    model: str, targets: list[Targets], folders: dict[str, str]
+    model: str, targets: list[DetrTargets], folders: dict[str, str]
 ) -> None:
     detector = _new_detector(folders[model], model).train()
     total = detector.objective(
@@ -188,7 +188,7 @@ def test_targets_are_scaled_to_the_stretched_image(
         return forward(maps, targets, generator)
 
     monkeypatch.setattr(head, "forward", record)
-    crowd = Targets(
+    crowd = DetrTargets(
         TWO_IMAGES[1].boxes,
         TWO_IMAGES[1].labels,
         None,
@@ -318,7 +318,7 @@ def test_the_backbone_learns_slowly(folders: dict[str, str]) -> None:
 
 def test_weights_of_objects_are_refused(folders: dict[str, str]) -> None:
     detector = _new_detector(folders["d-fine"], "d-fine")
-    weighted = Targets(
+    weighted = DetrTargets(
         TWO_IMAGES[0].boxes, TWO_IMAGES[0].labels, torch.tensor([0.5, 1.0])
     )
     with pytest.raises(InputError, match="do not support weights of objects"):

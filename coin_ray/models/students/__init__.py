@@ -1,0 +1,1 @@
+"""Students that were detectors before: pretrained networks, taught with ``Targets``."""

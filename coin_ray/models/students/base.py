@@ -1,0 +1,66 @@
+"""The interface of a student that learns from ``Targets``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coin_ray.structures import Detections, Targets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParameterParts:
+    """The parameters of a student: ``trunk`` was pretrained (backbone and feature
+    pyramid) and may learn more slowly, ``head`` is all the rest.
+    """
+
+    trunk: list[nn.Parameter]
+    head: list[nn.Parameter]
+
+
+class DetectorStudent(Protocol):
+    """A detector that learns from ``Targets``; also an ``nn.Module``.
+
+    Images are uint8 RGB [3, H, W] of any sizes. A student resizes, pads and normalises
+    them itself, and moves them to its own device.
+    """
+
+    num_classes: int
+
+    def losses(
+        self, images: Sequence[Tensor], targets: Sequence[Targets]
+    ) -> dict[str, Tensor]:
+        """Return the named losses of a batch: weighted, differentiable scalars that the
+        caller adds up.
+
+        ``targets``: one of each image, boxes in its pixels. A box counts as much as its
+        weight, in the assignment and in each loss, and a region that is ignored not at
+        all. Where every weight is 1, every class certain and no region ignored, the sum
+        is the loss of the library that the network comes from. The losses are finite
+        for any targets, none included.
+        """
+
+    def predict(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Return the detections of each image in its own pixels, best first; class
+        distributions over K+1 columns, background last.
+        """
+
+    def parameter_parts(self) -> ParameterParts:
+        """Return all parameters, those of the pretrained trunk apart from the others."""
+
+    # The methods of nn.Module that training uses
+
+    @property
+    def training(self) -> bool: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def to(self, device: torch.device) -> Any: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+    def parameters(self) -> Any: ...
+    def modules(self) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
