@@ -5,6 +5,7 @@ written once for ONNX and once for TorchScript.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,19 @@ PAD = 32
 """Inputs of the network are padded to multiples of this."""
 
 
+def cell_shifts(features: Tensor, stride: int) -> Tensor:
+    """Return the upper left corner (x, y, x, y) of each cell in pixels [h, w, 4]."""
+    y = torch.arange(features.shape[2], dtype=torch.float32) * stride
+    x = torch.arange(features.shape[3], dtype=torch.float32) * stride
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([columns, rows, columns, rows], -1)
+
+
 class Propose(nn.Module):
     """pixels [B, 3, H, W] normalised, limits [4] (w, h, w, h) of the resized image
     inside -> features [B, C, h, w], objectness [B, A], boxes [B, A, 4].
+
+    ``cell_shifts`` of the features and their stride: where each cell begins.
     """
 
     cell_anchors: Tensor
@@ -28,6 +39,7 @@ class Propose(nn.Module):
     def __init__(self, detector: ClipDetector) -> None:
         super().__init__()
         self.tower, self.rpn = detector.tower, detector.rpn
+        self.cell_shifts: Callable[[Tensor, int], Tensor] = cell_shifts
         anchors = detector.rpn.anchor_generator.cell_anchors[0]
         self.register_buffer("cell_anchors", anchors.detach().clone().round())
         anchor_weights = torch.tensor(detector.config.anchor_weights)
@@ -40,10 +52,7 @@ class Propose(nn.Module):
         hidden = self.rpn.conv(features).relu()
         objectness = self.rpn.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.rpn.deltas(hidden).permute(0, 2, 3, 1).reshape(batch, -1, 4)
-        y = torch.arange(features.shape[2], dtype=torch.float32) * STRIDE
-        x = torch.arange(features.shape[3], dtype=torch.float32) * STRIDE
-        rows, columns = torch.meshgrid(y, x, indexing="ij")
-        shifts = torch.stack([columns, rows, columns, rows], -1)
+        shifts = self.cell_shifts(features, STRIDE)
         cell_boxes = (shifts[:, :, None] + self.cell_anchors).reshape(1, -1, 4)
         anchors = cell_boxes.expand(batch, -1, -1)
         boxes = box_ops.decode_boxes(

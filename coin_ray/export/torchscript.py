@@ -15,6 +15,17 @@ from coin_ray.models.faster_rcnn_clip.model import STRIDE, ClipDetector
 DetectionTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def cell_shifts_on_device(features: Tensor, stride: int) -> Tensor:
+    """Return ``networks.cell_shifts`` on the device of ``features``, which a trace would
+    keep as a constant of the graph.
+    """
+    device = features.device
+    y = torch.arange(features.shape[2], dtype=torch.float32, device=device) * stride
+    x = torch.arange(features.shape[3], dtype=torch.float32, device=device) * stride
+    rows, columns = torch.meshgrid([y, x], indexing="ij")
+    return torch.stack([columns, rows, columns, rows], -1)
+
+
 class SingleImageDetector(nn.Module):
     """image [H, W, 3] uint8 RGB -> boxes [N, 4], scores [N], labels [N], probs [N,
     K+1], best first.
@@ -27,6 +38,7 @@ class SingleImageDetector(nn.Module):
         super().__init__()
         config = detector.config
         propose, describe = split_detector(detector)
+        propose.cell_shifts = torch.jit.script(cell_shifts_on_device)
         self.short, self.long = config.short_side, config.long_side
         self.proposals, self.rpn_nms = config.proposals_test, config.rpn_nms
         self.side, self.samples = config.roi_size, config.roi_samples

@@ -134,6 +134,13 @@ def test_no_onnx_file_contains_a_text_encoder(package: Package, file: str) -> No
         assert part not in names
 
 
+def test_the_torchscript_file_names_no_device(package: Package) -> None:
+    graph = str(torch.jit.load(package.folder / "model.pt").graph)
+    assert "aten::arange" in graph
+    assert "prim::device" in graph
+    assert 'Device = prim::Constant[value="cpu"]' not in graph
+
+
 @pytest.mark.parametrize("file", ["", "model.json", "model.safetensors", *ONNX_FILES])
 def test_the_package_opens_by_its_folder_or_a_file(package: Package, file: str) -> None:
     predictor = coin_ray.load(package.folder / file)
