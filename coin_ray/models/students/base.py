@@ -22,6 +22,36 @@ class ParameterParts:
     head: list[nn.Parameter]
 
 
+@dataclass(frozen=True)
+class InputFormat:
+    """The pixels that a network takes: images are resized to fit a square of ``side``
+    pixels (``keep_ratio``; else stretched to it), padded at the right and bottom with
+    ``pad_value`` to multiples of ``multiple``, and normalised as (RGB - ``mean``) /
+    ``std``, all in 0..255; ``bgr``: then with reversed channels.
+    """
+
+    side: int
+    keep_ratio: bool = True
+    multiple: int = 32
+    pad_value: float = 0.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    bgr: bool = False
+
+
+@dataclass(frozen=True)
+class PostProcess:
+    """Which of a network's boxes become detections: scores above ``score_min``, those
+    left by class-wise suppression at the IoU ``nms`` (1: all), at most ``detections``
+    an image. ``best_class_only``: a box is a detection of its best class at most.
+    """
+
+    score_min: float
+    nms: float
+    detections: int
+    best_class_only: bool
+
+
 class DetectorStudent(Protocol):
     """A detector that learns from ``Targets``; also an ``nn.Module``.
 
@@ -30,6 +60,19 @@ class DetectorStudent(Protocol):
     """
 
     num_classes: int
+
+    @property
+    def input_format(self) -> InputFormat: ...
+
+    @property
+    def post_process(self) -> PostProcess: ...
+
+    def detect_tensors(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return boxes [B, A, 4], xyxy pixels of ``pixels``, and scores [B, A, K] in
+        0..1, of pixels [B, 3, h, w] in the input format.
+
+        Tensors alone, without a branch that depends on them: exporters trace it.
+        """
 
     def losses(
         self, images: Sequence[Tensor], targets: Sequence[Targets]

@@ -1,0 +1,105 @@
+"""A YOLOX that learns from ``Targets``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coin_ray import boxes as box_ops
+from coin_ray.models.students.base import InputFormat, ParameterParts, PostProcess
+from coin_ray.models.students.detection import (
+    detect_objects,
+    make_pixels,
+    padded_size,
+    resize_image,
+)
+from coin_ray.models.students.yolox_losses import yolox_losses
+from coin_ray.models.students.yolox_network import (
+    STRIDES,
+    YOLOX_SIZES,
+    YoloxNetwork,
+    cell_grid,
+    decode_boxes_cxcywh,
+)
+from coin_ray.parallel import all_max
+from coin_ray.structures import Detections, Targets
+
+PAD_VALUE = 114.0
+YOLOX_POST_PROCESS = PostProcess(
+    score_min=0.01, nms=0.65, detections=100, best_class_only=True
+)
+
+
+class YoloxStudent(nn.Module):
+    """``name``: of a released model. ``side``: of the square that images are made to
+    fit, 0 for the model's own.
+    """
+
+    def __init__(self, name: str, num_classes: int, side: int = 0) -> None:
+        super().__init__()
+        size = YOLOX_SIZES[name]
+        self.name, self.num_classes = name, num_classes
+        self.network = YoloxNetwork(num_classes, size)
+        self.input_format = InputFormat(
+            side or size.side,
+            multiple=STRIDES[-1],
+            pad_value=PAD_VALUE,
+            bgr=True,
+        )
+        self.post_process = YOLOX_POST_PROCESS
+
+    def losses(
+        self, images: Sequence[Tensor], targets: Sequence[Targets]
+    ) -> dict[str, Tensor]:
+        """See ``DetectorStudent.losses``. Over several workers the losses are divided
+        by the number of objects of all of them.
+        """
+        device = next(self.parameters()).device
+        resized = [resize_image(image, self.input_format) for image in images]
+        local_size = torch.tensor(padded_size(resized, self.input_format))
+        height, width = all_max(local_size).tolist()
+        batch = [image.to(device) for image in resized]
+        pixels = make_pixels(batch, (height, width), self.input_format)
+        outputs = self.network(pixels)
+        cells, strides = cell_grid(height, width, pixels)
+        in_input = [
+            _scale_targets(target, image, small).to(device)
+            for target, image, small in zip(targets, images, resized, strict=True)
+        ]
+        return yolox_losses(outputs, cells, strides, in_input)
+
+    def detect_tensors(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return boxes [B, A, 4] (xyxy) and scores [B, A, K]: objectness times class."""
+        outputs = self.network(pixels).float()
+        cells, strides = cell_grid(pixels.shape[2], pixels.shape[3], outputs)
+        boxes = decode_boxes_cxcywh(outputs[..., :4], cells, strides)
+        half = boxes[..., 2:] / 2
+        corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
+        scores = outputs[..., 4:5].sigmoid() * outputs[..., 5:].sigmoid()
+        return corners, scores
+
+    def predict(self, images: Sequence[Tensor]) -> list[Detections]:
+        return detect_objects(self, images, next(self.parameters()).device)
+
+    def parameter_parts(self) -> ParameterParts:
+        """Return the backbone's and feature pyramid's parameters, and the head's."""
+        return ParameterParts(
+            trunk=list(self.network.backbone.parameters()),
+            head=list(self.network.head.parameters()),
+        )
+
+
+def _scale_targets(targets: Targets, image: Tensor, resized: Tensor) -> Targets:
+    """Move targets from the frame of ``image`` into that of ``resized`` ([3, H, W])."""
+    x_factor = resized.shape[2] / image.shape[2]
+    y_factor = resized.shape[1] / image.shape[1]
+    if x_factor == 1 and y_factor == 1:
+        return targets
+    return Targets(
+        box_ops.scale_boxes(targets.boxes, x_factor, y_factor),
+        targets.probs,
+        targets.weights,
+        box_ops.scale_boxes(targets.ignored, x_factor, y_factor),
+    )
