@@ -39,6 +39,8 @@ class Call:
     latency_ms: float = 0.0
     stops_before: int = 0
     """How many errors had stopped the run when this call began (``FirstCall``)."""
+    paid_by_this_run: bool = False
+    """The answer on record was paid by an earlier process of the same run."""
     refused_fields: frozenset[str] = frozenset()
     """Fields that the service has refused and that its request was encoded without."""
     last_error: str = ""

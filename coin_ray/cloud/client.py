@@ -214,12 +214,11 @@ class CloudClient:
     async def recorded_answer(self, image: CanonicalImage) -> Answer | None:
         """Return the answer in the journal, if there is one. Nothing is sent."""
         try:
-            raw = await asyncio.to_thread(
-                lambda: self._replies.find_recorded(self._replies.start_call(image))
-            )
+            call = await asyncio.to_thread(self._replies.start_call, image)
+            raw = await asyncio.to_thread(self._replies.find_recorded, call)
         except (ImageRejected, UnusableBoxes):
             return None
-        return None if raw is None else Answer("cached", raw)
+        return None if raw is None else _recorded_answer(call, raw)
 
     def key(self, image: CanonicalImage) -> str:
         """Return the journal's key, also sent as Idempotency-Key."""
@@ -237,7 +236,7 @@ class CloudClient:
             recorded = await asyncio.to_thread(self._find_recorded_or_encode, call)
             if isinstance(recorded, RawDetections):
                 self._check_extent(recorded, call)
-                return Answer("cached", recorded)
+                return _recorded_answer(call, recorded)
             detections = await self._ask_service(call, recorded)
             self._check_extent(detections, call)
         except (BudgetExhausted, QuotaExhausted) as error:
@@ -312,6 +311,15 @@ def _check_one_rendering(config: Cloud) -> None:
             f"a client sends one rendering, got cloud.views {' '.join(config.views)};"
             " PipelineConfig.clouds has a cloud for each"
         )
+
+
+def _recorded_answer(call: Call, raw: RawDetections) -> Answer:
+    """Return an answer on record. One that this run paid, before it was killed, is no
+    answer of an earlier run.
+    """
+    if not call.paid_by_this_run:
+        return Answer("cached", raw)
+    return Answer("ok" if len(raw) else "empty", raw)
 
 
 def _describe_error(error: CloudError) -> str:

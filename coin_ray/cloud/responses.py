@@ -114,6 +114,8 @@ class ReplyJournal:
             except CloudError:
                 continue
             if not isinstance(decoded, Pending):
+                run = self._journal.run
+                call.paid_by_this_run = bool(run) and record.run == run
                 if key != call.key:
                     self._journal.put(call.key, record)
                 return decoded

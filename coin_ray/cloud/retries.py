@@ -191,7 +191,9 @@ class RetryEngine:
         usd, account = self._config.usd_per_call, self._account
         moment = self._timing.wall_clock()
         await self._write_note(
-            lambda: self._journal.attempt(call.key, usd, account, moment)
+            lambda: self._journal.attempt(
+                call.key, usd, account, moment, call.image.image_id
+            )
         )
 
     async def _note_refund(self, call: Call) -> None:

@@ -100,6 +100,7 @@ def show_journal(options: argparse.Namespace) -> int:
     print(f"attempts     {contents.attempts:>9,}")
     print(f"refunds      {contents.refunds:>9,}")
     print(f"spent        {contents.calls:>9,} calls, ${contents.usd:,.4f}")
+    print(f"maybe billed {contents.unanswered:>9,} of these: no answer on record")
     print(f"size         {contents.size:>9,} bytes")
     return 0
 

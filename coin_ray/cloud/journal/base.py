@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+IMAGE_ID_DIGITS = 16
+"""Digits of an image's id that identify it in the record of a call."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerRecord:
@@ -22,6 +25,31 @@ class AnswerRecord:
     """Seconds since 1970 at which the answer arrived."""
     service: str = ""
     model: str = ""
+    run: str = ""
+    """The run that asked and paid, filled in by ``put``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallAccount:
+    """The calls that were billed or may have been, of all processes that ever wrote to
+    the journal.
+    """
+
+    calls: int = 0
+    usd: float = 0.0
+    unanswered_images: tuple[str, ...] = ()
+    """For each call that was sent and has no answer on record, and so may be billed: the
+    first ``IMAGE_ID_DIGITS`` digits of the image's id, or an empty text."""
+
+    @property
+    def unanswered(self) -> int:
+        """Return the number of calls that may be billed without an answer on record."""
+        return len(self.unanswered_images)
+
+    @property
+    def answered(self) -> int:
+        """Return the number of calls with an answer on record."""
+        return self.calls - self.unanswered
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +71,8 @@ class JournalContents:
     """Bytes on the disk or in the object store."""
     services: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Answers by (service, model); empty names where a record does not name them."""
+    unanswered: int = 0
+    """Calls that were sent and have no answer on record: they may be billed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +89,8 @@ class Journal(ABC):
     opens its own with ``open_journal``.
     """
 
+    run = ""
+    """The run whose calls this journal records."""
     notes_are_fast = False
     """Whether ``attempt`` and ``refund`` return at once; otherwise they must be called
     in a thread beside an event loop."""
@@ -73,13 +105,19 @@ class Journal(ABC):
 
     @abstractmethod
     def attempt(
-        self, key: str, usd: float, account: str = "", moment: float = 0.0
+        self,
+        key: str,
+        usd: float,
+        account: str = "",
+        moment: float = 0.0,
+        image_id: str = "",
     ) -> None:
         """Record an attempt before its request is sent: from here on it counts as
-        spent, even if this process dies.
+        spent, even if this process dies. The next answer that this journal puts for the
+        key is the attempt's.
 
         ``account``: hexadecimal name of the account that is billed; ``moment``: seconds
-        since 1970, 0 for now.
+        since 1970, 0 for now; ``image_id``: sha256 of the image's file.
         """
 
     @abstractmethod
@@ -109,6 +147,15 @@ class Journal(ABC):
 
         ``account``: only this account's, and those of older versions, which recorded no
         account.
+        """
+
+    @abstractmethod
+    def account(self, run: str | None = None) -> CallAccount:
+        """Return the calls that were billed or may have been, and which of them have no
+        answer on record; ``run``: only this run's. None: those of all runs.
+
+        Older versions recorded neither runs nor which call an answer belongs to: their
+        calls count as answered.
         """
 
     @abstractmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from coin_ray.cloud.journal.base import JournalContents
+from coin_ray.cloud.journal.base import CallAccount, JournalContents
 from coin_ray.cloud.journal.keys import TASK
 
 MICRO_USD = 1_000_000
@@ -91,11 +92,45 @@ class Spending:
                 yield from [max(begin, min(end, now))] * count
 
 
+class CallIds:
+    """The calls of one journal that wait for their answer, by the answer's key: an
+    attempt, its answer and its refund name the same call.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, str] = {}
+
+    def begin(self, key: str) -> str:
+        """Return the id [12 hexadecimal digits] of a new call about the key."""
+        call_id = uuid.uuid4().hex[:12]
+        self._waiting[key] = call_id
+        return call_id
+
+    def end(self, key: str) -> str:
+        """Return the id of the call that is answered or refunded; empty if this journal
+        made none. A task that a service accepted is an answer to the call.
+        """
+        return self._waiting.pop(key.removesuffix(TASK), "")
+
+
+@dataclass(frozen=True, slots=True)
+class UnansweredCall:
+    """A call that counts as spent and has no answer on record."""
+
+    run: str
+    image_id: str
+
+
 class Ledger:
-    """What was spent, by account; older versions recorded no account."""
+    """What was spent, by account and by run, and the calls without an answer on record.
+    Older versions recorded no account and no run.
+    """
 
     def __init__(self) -> None:
         self.accounts: defaultdict[str, Spending] = defaultdict(Spending)
+        self.runs: defaultdict[str, Spending] = defaultdict(Spending)
+        self.unanswered: dict[str, UnansweredCall] = {}
+        """By the id of the call."""
 
     def add_record(self, head: Mapping[str, Any]) -> None:
         """Add a record of kind ``attempt`` or ``refund``."""
@@ -103,20 +138,44 @@ class Ledger:
         minutes = {}
         if is_attempt and "time" in head:
             minutes = {str(int(head["time"] // MINUTE)): 1}
-        self.accounts[head.get("account", "")].add(
-            {
-                "attempts": int(is_attempt),
-                "refunds": int(not is_attempt),
-                "calls": head["calls"],
-                "micro_usd": head["micro_usd"],
-                "minutes": minutes,
-            }
-        )
+        sums = {
+            "attempts": int(is_attempt),
+            "refunds": int(not is_attempt),
+            "calls": head["calls"],
+            "micro_usd": head["micro_usd"],
+        }
+        self.accounts[head.get("account", "")].add(sums | {"minutes": minutes})
+        run, call_id = head.get("run", ""), head.get("call", "")
+        if run:
+            self.runs[run].add(sums)
+        if not is_attempt:
+            self.mark_answered(call_id)
+        elif call_id:
+            self.unanswered[call_id] = UnansweredCall(run, head.get("image", ""))
+
+    def mark_answered(self, call_id: str) -> None:
+        """Note that the call has an answer on record, or was refunded."""
+        self.unanswered.pop(call_id, None)
 
     def add_compacted(self, head: Mapping[str, Any]) -> None:
         """Add the sums of a compacted segment; older versions kept one sum for all."""
         for account, sums in head.get("accounts", {"": head}).items():
             self.accounts[account].add(sums)
+        for run, sums in head.get("runs", {}).items():
+            self.runs[run].add(sums)
+        for call_id, (run, image_id) in head.get("unanswered", {}).items():
+            self.unanswered[call_id] = UnansweredCall(run, image_id)
+
+    def account(self, run: str | None) -> CallAccount:
+        """Return the calls of a run, or of all."""
+        spending = self.total() if run is None else self.runs.get(run, Spending())
+        calls, usd = calls_and_usd(spending)
+        unanswered_images = sorted(
+            call.image_id
+            for call in self.unanswered.values()
+            if run is None or call.run == run
+        )
+        return CallAccount(calls, usd, tuple(unanswered_images))
 
     def total(self, account: str | None = None) -> Spending:
         """Return the sums of one account and of unnamed ones; None: of all."""
@@ -143,7 +202,12 @@ class Ledger:
                 for minute, count in sums["minutes"].items()
                 if int(minute) >= first_minute
             }
-        return {"accounts": accounts}
+        runs = {name: asdict(spending) for name, spending in self.runs.items()}
+        unanswered = {
+            call_id: (call.run, call.image_id)
+            for call_id, call in self.unanswered.items()
+        }
+        return {"accounts": accounts, "runs": runs, "unanswered": unanswered}
 
 
 def calls_and_usd(spending: Spending) -> tuple[int, float]:
@@ -153,12 +217,13 @@ def calls_and_usd(spending: Spending) -> tuple[int, float]:
 
 def count_contents(
     answers: AnswerIndex,
-    spending: Spending,
+    ledger: Ledger,
     size: int,
     services: Mapping[tuple[str, str], int],
 ) -> JournalContents:
     """Return the counts of a journal of ``size`` bytes."""
     keys = answers.keys()
+    spending = ledger.total()
     tasks = sum(key.endswith(TASK) for key in keys)
     return JournalContents(
         answers=len(keys) - tasks,
@@ -170,4 +235,5 @@ def count_contents(
         usd=spending.micro_usd / MICRO_USD,
         size=size,
         services=services,
+        unanswered=len(ledger.unanswered),
     )

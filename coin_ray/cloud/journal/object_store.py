@@ -6,11 +6,14 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
 
 from coin_ray import storage
 from coin_ray.cloud.journal.base import (
+    IMAGE_ID_DIGITS,
     AnswerRecord,
+    CallAccount,
     Journal,
     JournalContents,
     JournalDamage,
@@ -18,6 +21,7 @@ from coin_ray.cloud.journal.base import (
 from coin_ray.cloud.journal.index import (
     MICRO_USD,
     AnswerIndex,
+    CallIds,
     Ledger,
     calls_and_usd,
     count_contents,
@@ -32,11 +36,15 @@ from coin_ray.cloud.journal.record_format import (
     quarantine_head,
 )
 
-ANSWER_NAME = re.compile(r"([^-]+)-([0-9a-f]{16})(?:-(\d+))?")
-"""Key, digest of the body, and the time of writing; older versions left out the time."""
-SPENDING_NAME = re.compile(r"[^_]*_(-?\d+)_(-?\d+)(?:_(\d+)_([0-9a-f]*))?")
-"""Calls, millionths of a USD, the time and the account; older versions left out the
-last two."""
+ANSWER_NAME = re.compile(r"([^-]+)-([0-9a-f]{16})(?:-(\d+)(?:-([0-9a-f]+))?)?")
+"""Key, digest of the body, the time of writing and the call that was answered; older
+versions left out the time, and no call is named where the answer is a copy."""
+SPENDING_NAME = re.compile(
+    r"[^_]*_(-?\d+)_(-?\d+)"
+    r"(?:_(\d+)_([0-9a-f]*)(?:_([0-9a-f]*)_([0-9A-Za-z-]*)_([0-9a-f]*))?)?"
+)
+"""Calls, millionths of a USD, the time, the account, the call, its run and the image;
+older versions left out what follows the second or the fourth."""
 
 
 class ObjectJournal(Journal):
@@ -44,7 +52,10 @@ class ObjectJournal(Journal):
     hold what was spent.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, run: str = "") -> None:
+        self.run = run
+        self._call_ids = CallIds()
+        self._answered_calls: set[str] = set()
         self._uri = uri
         self._lock = threading.Lock()
         self._answers = AnswerIndex()
@@ -61,19 +72,31 @@ class ObjectJournal(Journal):
 
     def put(self, key: str, record: AnswerRecord) -> None:
         digest = body_digest(record.body)
+        call_id = self._call_ids.end(key)
         name = f"{key}-{digest}-{time.time_ns():020d}"
+        if call_id:
+            name += f"-{call_id}"
         uri = storage.join(self._uri, "answers", name)
-        storage.write_bytes(uri, encode_record(answer_head(key, record), record.body))
+        head = answer_head(key, replace(record, run=record.run or self.run))
+        storage.write_bytes(uri, encode_record(head, record.body))
         with self._lock:
             self._answers.add(key, digest, uri)
+            self._answered_calls.add(call_id)
 
     def attempt(
-        self, key: str, usd: float, account: str = "", moment: float = 0.0
+        self,
+        key: str,
+        usd: float,
+        account: str = "",
+        moment: float = 0.0,
+        image_id: str = "",
     ) -> None:
-        self._write_spending(key, 1, usd, account, moment)
+        call = f"{self._call_ids.begin(key)}_{self.run}_{image_id[:IMAGE_ID_DIGITS]}"
+        self._write_spending(key, 1, usd, account, moment, call)
 
     def refund(self, key: str, usd: float, account: str = "") -> None:
-        self._write_spending(key, -1, -usd, account, 0.0)
+        call = f"{self._call_ids.end(key)}_{self.run}_"
+        self._write_spending(key, -1, -usd, account, 0.0, call)
 
     def quarantine(self, key: str, body: bytes, reason: str) -> None:
         digest = body_digest(body)
@@ -97,11 +120,15 @@ class ObjectJournal(Journal):
 
     def spent(self, account: str | None = None) -> tuple[int, float]:
         with self._lock:
-            return calls_and_usd(_read_ledger(self._spending_names).total(account))
+            return calls_and_usd(self._read_ledger().total(account))
+
+    def account(self, run: str | None = None) -> CallAccount:
+        with self._lock:
+            return self._read_ledger().account(run)
 
     def call_starts(self, account: str, since: float) -> list[float]:
         with self._lock:
-            return _read_ledger(self._spending_names).call_starts(account, since)
+            return self._read_ledger().call_starts(account, since)
 
     def keys(self) -> list[str]:
         with self._lock:
@@ -111,8 +138,7 @@ class ObjectJournal(Journal):
         """Return counts without services and models: those are inside the objects."""
         with self._lock:
             size = sum(storage.file_sizes(self._uri).values())
-            total = _read_ledger(self._spending_names).total()
-            return count_contents(self._answers, total, size, {})
+            return count_contents(self._answers, self._read_ledger(), size, {})
 
     def verify(self) -> Iterator[JournalDamage]:
         for folder in ("answers", "quarantine"):
@@ -130,6 +156,7 @@ class ObjectJournal(Journal):
             (name[1], name[2]) for name, _ in self._list_answers("quarantine")
         }
         answers = self._list_answers("answers")
+        dropped = self._list_answers("dropped")
         answers.sort(key=lambda answer: answer[0][3] or "")
         spendings = storage.list_files(storage.join(self._uri, "spent"))
         with self._lock:
@@ -137,6 +164,9 @@ class ObjectJournal(Journal):
             self._answers.quarantined = quarantined
             for name, uri in answers:
                 self._answers.add(name[1], name[2], uri)
+            self._answered_calls.update(
+                name[4] for name, _ in [*answers, *dropped] if name[4]
+            )
             self._spending_names.update(_object_name(uri) for uri in spendings)
 
     def close(self) -> None:
@@ -153,20 +183,26 @@ class ObjectJournal(Journal):
                 objects.append((name, uri))
         return objects
 
+    def _read_ledger(self) -> Ledger:
+        return _add_up(self._spending_names, self._answered_calls)
+
     def _write_spending(
-        self, key: str, calls: int, usd: float, account: str, moment: float
+        self, key: str, calls: int, usd: float, account: str, moment: float, call: str
     ) -> None:
         unique = f"{key[:16]}{uuid.uuid4().hex}"
         seconds = int(moment or time.time())
-        name = f"{unique}_{calls}_{round(usd * MICRO_USD)}_{seconds}_{account}"
+        name = f"{unique}_{calls}_{round(usd * MICRO_USD)}_{seconds}_{account}_{call}"
         storage.write_bytes(storage.join(self._uri, "spent", name), b"")
         with self._lock:
             self._spending_names.add(name)
 
 
-def _read_ledger(names: Iterable[str]) -> Ledger:
-    """Add up what the names of spending objects hold."""
+def _add_up(names: Iterable[str], answered_calls: Set[str]) -> Ledger:
+    """Add up what the names of spending objects hold; ``answered_calls``: those with an
+    answer on record.
+    """
     ledger = Ledger()
+    refunded_calls = []
     for name in names:
         match = SPENDING_NAME.fullmatch(name)
         if match is None:
@@ -179,7 +215,14 @@ def _read_ledger(names: Iterable[str]) -> Ledger:
         }
         if match[3]:
             head |= {"time": int(match[3]), "account": match[4]}
+        if match[5]:
+            head |= {"call": match[5], "image": match[7]}
+        head["run"] = match[6] or ""
         ledger.add_record(head)
+        if calls < 0:
+            refunded_calls.append(match[5] or "")
+    for call_id in [*refunded_calls, *answered_calls]:
+        ledger.mark_answered(call_id)
     return ledger
 
 

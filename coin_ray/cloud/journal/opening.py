@@ -8,11 +8,13 @@ from coin_ray.cloud.journal.object_store import ObjectJournal
 from coin_ray.cloud.journal.segments import SegmentJournal
 
 
-def open_journal(uri: str) -> Journal:
+def open_journal(uri: str, run: str = "") -> Journal:
     """Open the journal at ``uri``, created if it is absent. Reads what all writers have
     stored there.
+
+    ``run``: name of the run whose calls it will record: letters, digits and hyphens.
     """
     uri = storage.absolute_uri(uri)
     if "://" in uri and not uri.startswith("file://"):
-        return ObjectJournal(uri)
-    return SegmentJournal(uri.removeprefix("file://"))
+        return ObjectJournal(uri, run)
+    return SegmentJournal(uri.removeprefix("file://"), run)

@@ -31,6 +31,7 @@ ANSWER_FIELDS = (
     "time",
     "service",
     "model",
+    "run",
 )
 """Fields of ``AnswerRecord`` that the JSON head holds."""
 

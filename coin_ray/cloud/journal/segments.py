@@ -16,10 +16,13 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import BinaryIO
 
 from coin_ray.cloud.journal.base import (
+    IMAGE_ID_DIGITS,
     AnswerRecord,
+    CallAccount,
     Journal,
     JournalContents,
     JournalDamage,
@@ -27,6 +30,7 @@ from coin_ray.cloud.journal.base import (
 from coin_ray.cloud.journal.index import (
     MICRO_USD,
     AnswerIndex,
+    CallIds,
     Ledger,
     calls_and_usd,
     count_contents,
@@ -66,7 +70,9 @@ class SegmentJournal(Journal):
 
     notes_are_fast = True
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, run: str = "") -> None:
+        self.run = run
+        self._call_ids = CallIds()
         self._folder = folder
         self._lock = threading.Lock()
         self._file: int | None = None
@@ -85,10 +91,20 @@ class SegmentJournal(Journal):
             return self._get(key)
 
     def put(self, key: str, record: AnswerRecord) -> None:
-        self._append(answer_head(key, record), record.body, durable=True)
+        head = answer_head(key, replace(record, run=record.run or self.run))
+        self._append(
+            head | _without_empty(call=self._call_ids.end(key)),
+            record.body,
+            durable=True,
+        )
 
     def attempt(
-        self, key: str, usd: float, account: str = "", moment: float = 0.0
+        self,
+        key: str,
+        usd: float,
+        account: str = "",
+        moment: float = 0.0,
+        image_id: str = "",
     ) -> None:
         self._append(
             {
@@ -98,6 +114,8 @@ class SegmentJournal(Journal):
                 "micro_usd": round(usd * MICRO_USD),
                 "time": round(moment or time.time(), 3),
                 "account": account,
+                "call": self._call_ids.begin(key),
+                **_without_empty(run=self.run, image=image_id[:IMAGE_ID_DIGITS]),
             }
         )
 
@@ -109,6 +127,7 @@ class SegmentJournal(Journal):
                 "calls": -1,
                 "micro_usd": -round(usd * MICRO_USD),
                 "account": account,
+                **_without_empty(call=self._call_ids.end(key), run=self.run),
             }
         )
 
@@ -134,6 +153,10 @@ class SegmentJournal(Journal):
         with self._lock:
             return calls_and_usd(self._ledger.total(account))
 
+    def account(self, run: str | None = None) -> CallAccount:
+        with self._lock:
+            return self._ledger.account(run)
+
     def call_starts(self, account: str, since: float) -> list[float]:
         with self._lock:
             return self._ledger.call_starts(account, since)
@@ -149,7 +172,7 @@ class SegmentJournal(Journal):
                 if head["kind"] == "answer" and not head["key"].endswith(TASK):
                     services[head.get("service", ""), head.get("model", "")] += 1
             size = sum(self._segment_sizes().values())
-            return count_contents(self._answers, self._ledger.total(), size, services)
+            return count_contents(self._answers, self._ledger, size, services)
 
     def verify(self) -> Iterator[JournalDamage]:
         with self._lock:
@@ -301,6 +324,7 @@ class SegmentJournal(Journal):
         kind = head["kind"]
         if kind == "answer":
             self._answers.add(head["key"], head["digest"], path, offset)
+            self._ledger.mark_answered(head.get("call", ""))
         elif kind == "quarantine":
             self._answers.quarantined.add((head["key"], head["digest"]))
         elif kind == "drop":
@@ -393,6 +417,11 @@ class SegmentJournal(Journal):
             yield
         finally:
             fcntl.flock(self._folder_lock, fcntl.LOCK_SH)
+
+
+def _without_empty(**fields: str) -> HeadFields:
+    """Return the fields of a record's head that are not empty."""
+    return {name: text for name, text in fields.items() if text}
 
 
 def _new_segment_name(suffix: str) -> str:
