@@ -95,7 +95,13 @@ class CloudClient:
         self._capabilities = self._adapter.capabilities
         check_service_settings(config, classes, self._capabilities)
         label_map = label_map_for(config, classes)
-        self._query = Query(config.model, tuple(classes), config.score_min, label_map)
+        self._query = Query(
+            config.model,
+            tuple(classes),
+            config.score_min,
+            label_map,
+            settings=self._capabilities.key_settings,
+        )
         self._skip_over_budget = skip_over_budget
         self._skip_unreachable = skip_unreachable
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -154,8 +160,13 @@ class CloudClient:
 
     @property
     def prior(self) -> Prior:
-        """Return what the label map says about the service's labels."""
-        return self._query.labels.prior if self._query.labels is not None else Prior()
+        """Return what is known of the service's labels: what the label map says, or for
+        ``cloud.label_scores agreement`` that each counts fully.
+        """
+        prior = self._query.labels.prior if self._query.labels is not None else Prior()
+        if self._config.label_scores == "agreement" and not prior.precision:
+            prior = replace(prior, precision=(1.0,) * len(self._query.classes))
+        return prior
 
     async def check(self) -> None:
         """Ask for the service's health, if it has a page for that. Raises ``AuthError``

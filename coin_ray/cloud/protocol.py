@@ -69,6 +69,11 @@ class Capabilities:
     """Lowest score threshold of a request."""
     asynchronous: bool = False
     """The service answers with a task to be polled."""
+    max_pixels: int | None = None
+    """Most pixels of an image that it does not make smaller itself."""
+    key_settings: tuple[tuple[str, str], ...] = ()
+    """Names and texts of settings that change answers beside the query; part of the
+    journal's key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class Query:
     """None: the service answers in the names of the classes."""
     refused_fields: frozenset[str] = frozenset()
     """Optional fields of a request that the service has refused: they are left out."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """``Capabilities.key_settings`` of the adapter, for the journal's key."""
 
 
 @dataclass(frozen=True, slots=True)

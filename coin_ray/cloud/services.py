@@ -85,21 +85,38 @@ def _roboflow(_: Cloud) -> Adapter:
 
 
 def _openai_vlm(cloud: Cloud) -> Adapter:
-    if cloud.coordinates == "unknown":
-        raise ConfigError(
-            "openai-vlm needs --cloud.coordinates xyxy_1000, yxyx_1000 or xyxy_pixels:"
-            " how a model writes boxes differs between models, and a wrong guess gives"
-            " wrong boxes without an error"
-        )
+    from coin_ray.cloud.adapters.model_families import UNKNOWN_FAMILY, find_family
+    from coin_ray.cloud.adapters.model_options import ModelOptions
     from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
 
-    return OpenAiVlmAdapter(cloud.coordinates, cloud.max_tokens)
+    options = ModelOptions.from_config(cloud)
+    family = find_family(cloud.model)
+    if cloud.coordinates != "unknown":
+        # the image is sent as it is: the setting may be about a server of one's own
+        family = replace(UNKNOWN_FAMILY, refused_fields=family.refused_fields)
+        return OpenAiVlmAdapter(cloud.coordinates, options, family)
+    if family.coordinates is None:
+        raise ConfigError(
+            f"openai-vlm knows no model like {cloud.model!r}: give"
+            " --cloud.coordinates xyxy_1000, yxyx_1000, xyxy_pixels, xyxy_ratio or"
+            " xyxy_percent. How a model writes boxes differs between models, and a"
+            " wrong guess gives wrong boxes without an error"
+        )
+    return OpenAiVlmAdapter(family.coordinates, options, family)
+
+
+def _anthropic(cloud: Cloud) -> Adapter:
+    from coin_ray.cloud.adapters.anthropic import AnthropicAdapter
+    from coin_ray.cloud.adapters.model_options import ModelOptions
+
+    return AnthropicAdapter(ModelOptions.from_config(cloud))
 
 
 def _gemini(cloud: Cloud) -> Adapter:
     from coin_ray.cloud.adapters.gemini import GeminiAdapter
+    from coin_ray.cloud.adapters.model_options import ModelOptions
 
-    return GeminiAdapter(cloud.max_tokens)
+    return GeminiAdapter(ModelOptions.from_config(cloud))
 
 
 SERVICES: dict[str, ServiceSpec] = {
@@ -115,6 +132,7 @@ SERVICES: dict[str, ServiceSpec] = {
     "roboflow": ServiceSpec(_roboflow, "ROBOFLOW_API_KEY"),
     "openai-vlm": ServiceSpec(_openai_vlm, "OPENAI_API_KEY"),
     "gemini": ServiceSpec(_gemini, "GEMINI_API_KEY"),
+    "anthropic": ServiceSpec(_anthropic, "ANTHROPIC_API_KEY"),
 }
 
 
@@ -230,7 +248,7 @@ def shrink_to_limits(
     a file. Raises ``ImageRejected`` if it can't be shrunk to that.
     """
     longer = max(image.width, image.height)
-    side = min(longer, max_side)
+    side = min(longer, max_side, _side_of_pixels(image, capabilities.max_pixels))
     sent = image if side == longer else _resize(image, side)
     while (
         len(sent.data) > capabilities.max_bytes
@@ -250,6 +268,14 @@ def shrink_to_limits(
             f" {capabilities.max_bytes} bytes"
         )
     return sent
+
+
+def _side_of_pixels(image: CanonicalImage, max_pixels: int | None) -> int:
+    """Return the longer side in pixels at which the image has at most ``max_pixels``."""
+    longer, pixels = max(image.width, image.height), image.width * image.height
+    if max_pixels is None or pixels <= max_pixels:
+        return longer
+    return math.floor(longer * math.sqrt(max_pixels / pixels))
 
 
 def _resize(image: CanonicalImage, side: int) -> CanonicalImage:

@@ -23,10 +23,28 @@ ServiceName = Literal[
     "roboflow",
     "openai-vlm",
     "gemini",
+    "anthropic",
 ]
 
-LANGUAGE_MODELS = ("openai-vlm", "gemini")
+LANGUAGE_MODELS = ("openai-vlm", "gemini", "anthropic")
 """Services that answer with a text."""
+MODEL_SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "detail": {
+        "openai-vlm": ("low", "high", "original"),
+        "gemini": ("low", "medium", "high"),
+    },
+    "reasoning_effort": {
+        "openai-vlm": ("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+        "gemini": ("minimal", "low", "medium", "high"),
+        "anthropic": ("low", "medium", "high", "xhigh", "max"),
+    },
+    "label_scores": {
+        "openai-vlm": ("logprobs", "agreement"),
+        "gemini": ("logprobs", "agreement"),
+        "anthropic": ("agreement",),
+    },
+}
+"""Settings of language models, and their values by service."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +82,38 @@ class Cloud:
     """
     region: str = "us-east-1"
     """rekognition: the AWS region."""
-    coordinates: Literal["unknown", "xyxy_1000", "yxyx_1000", "xyxy_pixels"] = "unknown"
-    """openai-vlm: how the model writes boxes. Models with the same API differ, so this
-    setting is required."""
+    coordinates: Literal[
+        "unknown",
+        "xyxy_1000",
+        "yxyx_1000",
+        "xyxy_pixels",
+        "xyxy_ratio",
+        "xyxy_percent",
+    ] = "unknown"
+    """openai-vlm: how the model writes boxes. Models with the same API differ;
+    ``unknown``: by the model's name, which must be in the table of
+    docs/cloud-services.md."""
     max_tokens: int | None = runtime_only(None)
-    """openai-vlm, gemini: tokens that an answer may have. None: the service's default,
-    which may be too few for many boxes."""
+    """openai-vlm, gemini, anthropic: tokens that an answer may have. None: the service's
+    default, which may be too few for many boxes (anthropic: 8192)."""
+    json_schema: bool = runtime_only(True)
+    """openai-vlm, gemini, anthropic: send a JSON schema of the answer, unless the
+    service refuses it."""
+    detail: Literal["default", "low", "medium", "high", "original"] = new_field(
+        "default"
+    )
+    """openai-vlm, gemini: how finely the model reads the image (OpenAI's ``detail``: low,
+    high, original; Gemini's media resolution: low, medium, high)."""
+    reasoning_effort: Literal[
+        "default", "none", "minimal", "low", "medium", "high", "xhigh", "max"
+    ] = new_field("default")
+    """openai-vlm, gemini, anthropic: how long the model thinks, which is paid for. Models
+    accept some of these values."""
+    label_scores: Literal["none", "logprobs", "agreement"] = new_field("none")
+    """Scores for boxes of language models, which give none. ``logprobs``: openai-vlm,
+    gemini: the probabilities of the label's tokens, where the server names them.
+    ``agreement``: the share of several renderings or clouds that have the box.
+    """
     label_map: str | None = None
     """YAML file that maps the service's names to the classes, for services with names
     of their own (docs/label-maps.md)."""
@@ -136,10 +180,23 @@ class Cloud:
             f" {' and '.join(LANGUAGE_MODELS)} have it; got {self.max_tokens} for"
             f" cloud.service {self.service}",
         )
+        self._check_language_model()
         require(
             self.attempts >= 1,
             f"cloud.attempts must be at least 1; got {self.attempts}",
         )
+
+    def _check_language_model(self) -> None:
+        for setting, services in MODEL_SETTINGS.items():
+            default = getattr(type(self), setting)
+            chosen = getattr(self, setting)
+            allowed = services.get(self.service, ())
+            require(
+                chosen == default or chosen in allowed,
+                f"cloud.{setting} {chosen} is not for cloud.service {self.service};"
+                f" expected {default}"
+                + (f" or one of {', '.join(allowed)}" if allowed else ""),
+            )
 
     def _check_local_server(self) -> None:
         require(

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from coin_ray.cloud.adapters.anthropic import AnthropicAdapter
 from coin_ray.cloud.adapters.azure_vision import AzureVisionAdapter
 from coin_ray.cloud.adapters.dds import DdsAdapter
 from coin_ray.cloud.adapters.gemini import GeminiAdapter
 from coin_ray.cloud.adapters.google_vision import GoogleVisionAdapter
 from coin_ray.cloud.adapters.hf_endpoint import HfEndpointAdapter
+from coin_ray.cloud.adapters.model_families import Coordinates
 from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.adapters.rekognition import RekognitionAdapter
@@ -39,6 +41,7 @@ from coin_ray.errors import (
     Transient,
 )
 
+from .emulator.anthropic import message
 from .emulator.gemini import generated
 from .emulator.openai_vlm import completion
 
@@ -1419,6 +1422,10 @@ def written_boxes(
             "xyxy_1000": [x0, y0, x1, y1],
             "yxyx_1000": [y0, x0, y1, x1],
             "xyxy_pixels": [round(edge) for edge in truth.box],
+            "xyxy_ratio": [round(ratio, 4) for ratio in ratios(truth.box, size)],
+            "xyxy_percent": [
+                round(100 * ratio, 1) for ratio in ratios(truth.box, size)
+            ],
         }[coordinates]
         boxes.append({key: box, "label": truth.name})
     return boxes
@@ -1443,15 +1450,55 @@ PROMPTS = {
         "pixels of the image",
         " The image is 600 pixels wide and 400 pixels high.",
     ),
+    "xyxy_ratio": prompt(
+        XYXY, "shares of the image's width and height, 0 to 1, with four decimals"
+    ),
+    "xyxy_percent": prompt(
+        XYXY, "percent of the image's width and height, 0 to 100, with one decimal"
+    ),
 }
 NO_SCORES = "the model gives no scores: every box has 1 in its class's column"
 
 
-def openai_vlm(
-    coordinates: Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"], provider: str
-) -> Case:
+EXAMPLE_BOXES: dict[str, list[float]] = {
+    "xyxy_ratio": [0.001, 0.002, 0.3, 0.4],
+    "xyxy_percent": [1, 2, 30, 40],
+}
+RATIO_ROUNDINGS = {
+    "xyxy_1000": 0.0005,
+    "yxyx_1000": 0.0005,
+    "xyxy_pixels": 0.0,
+    "xyxy_ratio": 0.00005,
+    "xyxy_percent": 0.0005,
+}
+COORDINATE_SCHEMAS: dict[str, dict[str, Any]] = {
+    "xyxy_1000": {"type": "integer", "minimum": 0, "maximum": 1000},
+    "yxyx_1000": {"type": "integer", "minimum": 0, "maximum": 1000},
+    "xyxy_pixels": {"type": "integer"},
+    "xyxy_ratio": {"type": "number", "minimum": 0, "maximum": 1},
+    "xyxy_percent": {"type": "number", "minimum": 0, "maximum": 100},
+}
+
+
+def list_schema(key: str, **coordinate: Any) -> Any:
+    box = {"type": "array", "items": coordinate, "minItems": 4, "maxItems": 4}
+    element = {
+        "type": "object",
+        "properties": {key: box, "label": {"type": "string", "enum": list(CLASSES)}},
+        "required": [key, "label"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {"detections": {"type": "array", "items": element}},
+        "required": ["detections"],
+        "additionalProperties": False,
+    }
+
+
+def openai_vlm(coordinates: Coordinates, provider: str) -> Case:
     key = "box_2d" if coordinates == "yxyx_1000" else "bbox_2d"
-    box = [1, 2, 300, 400]
+    box = EXAMPLE_BOXES.get(coordinates, [1, 2, 300, 400])
     car = {key: box, "label": "car"}
 
     def response_with(text: Any, reason: Any = "stop", **message: Any) -> Any:
@@ -1498,6 +1545,14 @@ def openai_vlm(
             {
                 "messages": [{"role": "user", "content": message_parts}],
                 "temperature": 0,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "name": "boxes",
+                        "strict": True,
+                        "schema": list_schema(key, **COORDINATE_SCHEMAS[coordinates]),
+                    },
+                },
             },
         ),
         label_rows=(
@@ -1789,7 +1844,180 @@ def openai_vlm(
             **text_problems(response_with, key),
         },
         pixel_rounding=0.5 if coordinates == "xyxy_pixels" else 0.0,
-        ratio_rounding=0.0 if coordinates == "xyxy_pixels" else 0.0005,
+        ratio_rounding=RATIO_ROUNDINGS[coordinates],
+        score_kind="none",
+        skips={"A8": NO_SCORES},
+    )
+
+
+def anthropic() -> Case:
+    box = [1, 2, 300, 400]
+    car = {"bbox_2d": box, "label": "car"}
+
+    def answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
+        return message(json.dumps(written_boxes(objects, size, "xyxy_pixels")))
+
+    def refused(kind: str, text: str) -> Any:
+        return {"type": "error", "error": {"type": kind, "message": text}}
+
+    schema = list_schema("bbox_2d", type="integer")
+    numbers = schema["properties"]["detections"]["items"]["properties"]["bbox_2d"]
+    del numbers["minItems"], numbers["maxItems"]
+    blocks = [
+        {
+            "type": "image",
+            "source": {
+                "type": "base64",
+                "media_type": "image/jpeg",
+                "data": GOLDEN_BASE64,
+            },
+        },
+        {"type": "text", "text": PROMPTS["xyxy_pixels"]},
+    ]
+    reset = {
+        "anthropic-ratelimit-requests-remaining": "0",
+        "anthropic-ratelimit-requests-reset": "2026-11-29T10:00:20Z",
+        "anthropic-ratelimit-tokens-remaining": "7",
+        "anthropic-ratelimit-tokens-reset": "2026-11-29T11:00:00Z",
+        "date": "Sun, 29 Nov 2026 10:00:00 GMT",
+    }
+    return Case(
+        "anthropic",
+        AnthropicAdapter(),
+        "anthropic",
+        {name: name for name in CLASSES},
+        answer,
+        request(
+            "/v1/messages",
+            {
+                "model": "claude-sonnet-5-5",
+                "max_tokens": 8192,
+                "messages": [{"role": "user", "content": blocks}],
+                "output_config": {
+                    "format": {"type": "json_schema", "schema": schema},
+                },
+            },
+            **{"anthropic-version": "2023-06-01"},
+        ),
+        optional=frozenset({"model", "usage", "id", "role"}),
+        label_rows=(
+            LabelCase(
+                "unmapped",
+                answer([Truth("truck", (1, 2, 30, 40)), Truth("dog", (1, 2, 30, 40))]),
+                ("dog",),
+                ("truck",),
+            ),
+            LabelCase(
+                "a list in an object",
+                message(json.dumps({"detections": [car]})),
+                ("car",),
+                scores=(1,),
+            ),
+            LabelCase(
+                "thoughts aside",
+                message(json.dumps([car]))
+                | {
+                    "content": [
+                        {"type": "thinking", "thinking": "[]?"},
+                        {"type": "text", "text": json.dumps([car])},
+                    ]
+                },
+                ("car",),
+            ),
+        ),
+        failures=(
+            Failure(
+                "B4",
+                401,
+                refused("authentication_error", "invalid x-api-key"),
+                AuthError,
+            ),
+            Failure("B4", 403, refused("permission_error", "no"), AuthError),
+            Failure("B4", 404, refused("not_found_error", "model: x"), BadRequest),
+            Failure("B4", 413, refused("request_too_large", "x"), ImageRejected),
+            Failure(
+                "B4",
+                400,
+                refused("invalid_request_error", "Could not process image"),
+                ImageRejected,
+            ),
+            Failure("B4", 400, refused("invalid_request_error", "x"), BadRequest),
+            Failure(
+                "B4",
+                400,
+                refused(
+                    "invalid_request_error",
+                    "output_config.format: Extra inputs are not permitted",
+                ),
+                FieldRefused,
+            ),
+            Failure(
+                "B4", 500, refused("api_error", "Internal server error"), Transient
+            ),
+            Failure("C1", 529, refused("overloaded_error", "Overloaded"), Throttled),
+            Failure(
+                "C1",
+                529,
+                refused("overloaded_error", "Overloaded"),
+                Throttled,
+                {"retry-after": "7"},
+                7.0,
+            ),
+            Failure(
+                "C1",
+                429,
+                refused("rate_limit_error", "This request would exceed the limit"),
+                Throttled,
+                {**reset, "retry-after": "3"},
+                3.0,
+            ),
+            Failure(
+                "C1", 429, refused("rate_limit_error", "x"), Throttled, reset, 20.0
+            ),
+            Failure(
+                "C1",
+                429,
+                {},
+                Throttled,
+                {**reset, "anthropic-ratelimit-requests-reset": "soon"},
+            ),
+            Failure(
+                "C4",
+                400,
+                refused(
+                    "invalid_request_error",
+                    "Your credit balance is too low to access the API.",
+                ),
+                QuotaExhausted,
+            ),
+            Failure("C4", 402, refused("billing_error", "x"), QuotaExhausted),
+        ),
+        embedded=(
+            (message(json.dumps([car]), "max_tokens"), ProtocolError),
+            (message("[]", "max_tokens"), ProtocolError),
+            (message("[]", "model_context_window_exceeded"), ProtocolError),
+            (message("[]", "pause_turn"), ProtocolError),
+            (message("[]", "tool_use"), ProtocolError),
+            (message("[]", "refusal"), Refused),
+            (refused("overloaded_error", "Overloaded"), Throttled),
+            (refused("api_error", "x"), Transient),
+            *((message(text), Refused) for text in REFUSALS),
+        ),
+        refused_classes=INVALID_CLASS_LISTS,
+        broken={
+            "no reason": {**message("[]"), "stop_reason": None},
+            "no content": {**message("[]"), "content": []},
+            "only thoughts": {
+                **message("[]"),
+                "content": [{"type": "thinking", "thinking": "[]"}],
+            },
+            "a tool": {
+                **message("[]"),
+                "content": [{"type": "tool_use", "name": "x", "input": {}}],
+            },
+            **text_problems(message, "bbox_2d"),
+        },
+        pixel_rounding=0.5,
         score_kind="none",
         skips={"A8": NO_SCORES},
     )
@@ -1823,13 +2051,19 @@ def gemini() -> Case:
     plan = (
         "You exceeded your current quota, please check your plan and billing details."
     )
+    coordinate = {"type": "INTEGER", "minimum": 0, "maximum": 1000}
     schema = {
         "type": "ARRAY",
         "items": {
             "type": "OBJECT",
             "properties": {
-                "box_2d": {"type": "ARRAY", "items": {"type": "INTEGER"}},
-                "label": {"type": "STRING"},
+                "box_2d": {
+                    "type": "ARRAY",
+                    "items": coordinate,
+                    "minItems": 4,
+                    "maxItems": 4,
+                },
+                "label": {"type": "STRING", "enum": list(CLASSES)},
             },
             "required": ["box_2d", "label"],
         },
@@ -1850,7 +2084,7 @@ def gemini() -> Case:
         {name: name for name in CLASSES},
         answer,
         request(
-            "/v1beta/models/gemini-3.7-flash:generateContent",
+            "/v1beta/models/gemini-3.8-flash:generateContent",
             {
                 "contents": [{"role": "user", "parts": request_parts}],
                 "generationConfig": config,
@@ -2145,6 +2379,9 @@ CASES = [
     openai_vlm("xyxy_1000", "openai-vlm"),
     openai_vlm("yxyx_1000", "openai-vlm-yxyx"),
     openai_vlm("xyxy_pixels", "openai-vlm-pixels"),
+    openai_vlm("xyxy_ratio", "openai-vlm-ratio"),
+    openai_vlm("xyxy_percent", "openai-vlm-percent"),
+    anthropic(),
     gemini(),
     reference(),
 ]

@@ -1167,9 +1167,15 @@ def _refusing_server(*fields: str) -> Callable[[httpx.Request], httpx.Response]:
 @pytest.mark.parametrize(
     ("fields", "sent"),
     [
-        (["temperature"], {"max_tokens": 4096}),
-        (["max_tokens"], {"temperature": 0, "max_completion_tokens": 4096}),
-        (["temperature", "max_tokens"], {"max_completion_tokens": 4096}),
+        (["temperature", "response_format"], {"max_tokens": 4096}),
+        (
+            ["max_tokens", "response_format"],
+            {"temperature": 0, "max_completion_tokens": 4096},
+        ),
+        (
+            ["temperature", "max_tokens", "response_format"],
+            {"max_completion_tokens": 4096},
+        ),
     ],
 )
 def test_refused_fields_are_learned_once(

@@ -138,6 +138,7 @@ TOKENS = {
     "roboflow": "ROBOFLOW_API_KEY",
     "openai-vlm": "OPENAI_API_KEY",
     "gemini": "GEMINI_API_KEY",
+    "anthropic": "ANTHROPIC_API_KEY",
 }
 
 

@@ -2,7 +2,9 @@
 /v1beta/models/{model}:generateContent``.
 
 Boxes are ``[ymin, xmin, ymax, xmax]`` in thousandths of the image's sides. The model
-writes no scores, and the prompt asks for none: it would make them up.
+writes no scores, and the prompt asks for none: it would make them up. With
+``ModelOptions.label_scores`` logprobs those of a label are the probabilities of its
+tokens.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 from coin_ray.cloud.adapters.google_vision import parse_retry_delay
+from coin_ray.cloud.adapters.model_options import (
+    TOP_LOGPROBS,
+    ModelOptions,
+    box_schema,
+)
 from coin_ray.cloud.adapters.parsing import (
     error_object,
     expect_list,
@@ -26,6 +33,7 @@ from coin_ray.cloud.adapters.parsing import (
     sanitize_text,
 )
 from coin_ray.cloud.adapters.prompts import YXYX_1000
+from coin_ray.cloud.adapters.token_scores import TokenChoice
 from coin_ray.cloud.protocol import (
     Auth,
     Capabilities,
@@ -48,18 +56,7 @@ from coin_ray.errors import (
 )
 from coin_ray.storage import JsonObject
 
-DEFAULT_MODEL = "gemini-3.7-flash"
-SCHEMA = {
-    "type": "ARRAY",
-    "items": {
-        "type": "OBJECT",
-        "properties": {
-            YXYX_1000.key: {"type": "ARRAY", "items": {"type": "INTEGER"}},
-            "label": {"type": "STRING"},
-        },
-        "required": [YXYX_1000.key, "label"],
-    },
-}
+DEFAULT_MODEL = "gemini-3.8-flash"
 BLOCKED_REASONS = (
     "SAFETY",
     "RECITATION",
@@ -82,6 +79,11 @@ OPTIONAL_FIELDS = {
         r"thinking[ _]?(config|level|budget)|thinking is not", re.I
     ),
     "temperature": re.compile(r"\btemperature\b", re.I),
+    "mediaResolution": re.compile(r"media[ _]?resolution", re.I),
+    "responseLogprobs": re.compile(r"log[ _]?probs", re.I),
+    "responseSchema": re.compile(
+        r"response[ _]?(json[ _]?)?schema|too many states", re.I
+    ),
 }
 """Fields of a request that a generation of models may refuse, and the words of it."""
 BAD_IMAGE = re.compile(r"\bimages?\b|payload size", re.IGNORECASE)
@@ -91,8 +93,8 @@ BAD_IMAGE = re.compile(r"\bimages?\b|payload size", re.IGNORECASE)
 class GeminiAdapter:
     """Gemini behind Google's Generative Language API."""
 
-    max_tokens: int | None = None
-    """Tokens that an answer may have, thoughts included; None: the service's default."""
+    options: ModelOptions = field(default_factory=ModelOptions)
+    """``max_tokens``: thoughts included."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -104,6 +106,7 @@ class GeminiAdapter:
             url="https://generativelanguage.googleapis.com",
             auth=Auth("X-Goog-Api-Key", ""),
             max_bytes=14_000_000,
+            key_settings=self.options.key_settings,
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
@@ -117,15 +120,7 @@ class GeminiAdapter:
             {"inlineData": inline_image},
             {"text": YXYX_1000.prompt(query.classes)},
         ]
-        generation_config = {
-            "responseMimeType": "application/json",
-            "responseSchema": SCHEMA,
-            **_sampling_settings(model),
-        }
-        if self.max_tokens is not None:
-            generation_config["maxOutputTokens"] = self.max_tokens
-        for refused_field in query.refused_fields:
-            generation_config.pop(refused_field, None)
+        generation_config = self._generation_config(model, query)
         body = {
             "contents": [{"role": "user", "parts": parts}],
             "generationConfig": generation_config,
@@ -134,6 +129,24 @@ class GeminiAdapter:
             f"/v1beta/models/{quote(model, safe='')}:generateContent",
             json.dumps(body).encode(),
         )
+
+    def _generation_config(self, model: str, query: Query) -> JsonObject:
+        """Return the settings of the answer, without those that were refused."""
+        options = self.options
+        config: JsonObject = {"responseMimeType": "application/json"}
+        if options.json_schema:
+            config["responseSchema"] = _list_schema(query)
+        config |= _sampling_settings(model, options.reasoning_effort)
+        if options.max_tokens is not None:
+            config["maxOutputTokens"] = options.max_tokens
+        if options.detail != "default":
+            resolution = f"MEDIA_RESOLUTION_{options.detail.upper()}"
+            config["mediaResolution"] = resolution
+        if options.asks_logprobs and "responseLogprobs" not in query.refused_fields:
+            config |= {"responseLogprobs": True, "logprobs": TOP_LOGPROBS}
+        for refused_field in query.refused_fields:
+            config.pop(refused_field, None)
+        return config
 
     def decode(
         self, headers: Mapping[str, str], body: bytes, query: Query, frame: Frame
@@ -157,7 +170,10 @@ class GeminiAdapter:
             raise_malformed(
                 f"finishReason is {sanitize_text(reason)[:60]!r}, not STOP{hint}"
             )
-        return YXYX_1000.parse_detections(_answer_text(candidate), query, frame)
+        tokens = []
+        if self.options.asks_logprobs:
+            tokens = _token_choices(candidate.get("logprobsResult"))
+        return YXYX_1000.parse_detections(_answer_text(candidate), query, frame, tokens)
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
@@ -190,10 +206,36 @@ class GeminiAdapter:
         return error_for_status(status, headers, text, delay_seconds)
 
 
-def _sampling_settings(model: str) -> JsonObject:
-    """Return settings that keep thinking short, since it is paid for. Each generation of
-    models rejects the settings of the others.
+def _list_schema(query: Query) -> JsonObject:
+    """Return the schema of the list of boxes in the service's own types."""
+    box = box_schema(YXYX_1000.key, YXYX_1000.box_format, query.classes)
+    del box["additionalProperties"]
+    return _with_upper_types({"type": "array", "items": box})
+
+
+def _with_upper_types(schema: JsonObject) -> JsonObject:
+    """Return a JSON schema whose types are written in capitals."""
+    converted: JsonObject = {}
+    for key, node in schema.items():
+        if key == "type":
+            converted[key] = str(node).upper()
+        elif key == "properties":
+            converted[key] = {
+                name: _with_upper_types(child) for name, child in node.items()
+            }
+        elif key == "items":
+            converted[key] = _with_upper_types(node)
+        else:
+            converted[key] = node
+    return converted
+
+
+def _sampling_settings(model: str, effort: str) -> JsonObject:
+    """Return settings that keep thinking short, since it is paid for, or as long as
+    ``effort`` says. Each generation of models rejects the settings of the others.
     """
+    if effort != "default":
+        return {"thinkingConfig": {"thinkingLevel": effort}}
     if model.startswith("gemini-2.5-flash"):
         return {"temperature": 0, "thinkingConfig": {"thinkingBudget": 0}}
     if model.startswith("gemini-2"):
@@ -201,6 +243,42 @@ def _sampling_settings(model: str) -> JsonObject:
     if re.match(r"gemini-[3-9]", model):
         return {"thinkingConfig": {"thinkingLevel": "low"}}
     return {}
+
+
+def _token_choices(logprobs: Any) -> list[TokenChoice]:
+    """Return the tokens of the answer; none where the service does not name them."""
+    result = logprobs if isinstance(logprobs, dict) else {}
+    chosen, top = result.get("chosenCandidates"), result.get("topCandidates")
+    if not isinstance(chosen, list):
+        return []
+    steps = (
+        top if isinstance(top, list) and len(top) == len(chosen) else [{}] * len(chosen)
+    )
+    choices = []
+    for node, step in zip(chosen, steps, strict=True):
+        token = _parse_token(node)
+        if token is None:
+            return []
+        nodes = step.get("candidates") if isinstance(step, dict) else None
+        alternatives = []
+        for other in nodes if isinstance(nodes, list) else []:
+            alternative = _parse_token(other)
+            if alternative is not None:
+                alternatives.append(alternative)
+        choices.append(TokenChoice(*token, tuple(alternatives)))
+    return choices
+
+
+def _parse_token(node: Any) -> tuple[bytes, float] | None:
+    if not isinstance(node, dict) or not isinstance(node.get("token"), str):
+        return None
+    logprob = node.get("logProbability", 0)  # proto3 leaves a zero out
+    if isinstance(logprob, bool) or not isinstance(logprob, (int, float)):
+        return None
+    try:
+        return node["token"].encode(errors="replace"), float(logprob)
+    except OverflowError:
+        return None
 
 
 def _refusal_error(reason: Any, key: str) -> Refused:

@@ -3,16 +3,17 @@
 
 ``cloud.url`` is what OpenAI's own client calls base_url, version included:
 ``https://host/v1``. ``cloud.model`` is the model's name; without one the field is
-omitted, which servers of a single model accept. Such models write no scores.
+omitted, which servers of a single model accept.
 
-How a model writes boxes does not depend on the API, so ``cloud.coordinates`` must say
-it: ``xyxy_1000`` (Qwen2-VL, Qwen3-VL), ``yxyx_1000`` (Gemini) or ``xyxy_pixels``
-(Qwen2.5-VL). ``xyxy_pixels`` are pixels of the image as the model's server resized it;
-the adapter reads them as pixels of the image sent. The two are equal only if the server
-did not resize: both sides multiples of 28, and no more pixels than the server accepts.
-Set ``cloud.max_side`` for that, by the images' aspect ratio: 1344 sends 16:9 as
-1344 x 756, 1120 sends 4:3 as 1120 x 840, 1176 sends 3:2 as 1176 x 784. With other sides,
-boxes are off by up to 14 pixels at the right and lower border.
+How a model writes boxes does not depend on the API. ``model_families`` knows it for many
+models, ``cloud.coordinates`` says it for others. Pixels are those of the image as the
+model's server resized it: for a family of the table images are sent no larger than its
+servers take, and boxes are read in the image that it resizes to. With
+``cloud.coordinates xyxy_pixels`` they are read as pixels of the image sent: choose
+``cloud.max_side`` so that the server does not resize.
+
+Such models write no scores; with ``ModelOptions.label_scores`` logprobs those of a label
+are the probabilities of its tokens, where the server names them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,21 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
+from coin_ray.cloud.adapters.model_families import (
+    UNKNOWN_FAMILY,
+    Coordinates,
+    ModelFamily,
+)
+from coin_ray.cloud.adapters.model_options import (
+    TOP_LOGPROBS,
+    ModelOptions,
+    box_schema,
+    list_schema,
+)
 from coin_ray.cloud.adapters.parsing import (
     error_object,
     expect_list,
@@ -35,10 +48,13 @@ from coin_ray.cloud.adapters.parsing import (
 )
 from coin_ray.cloud.adapters.prompts import (
     XYXY_1000,
+    XYXY_PERCENT,
     XYXY_PIXELS,
+    XYXY_RATIO,
     YXYX_1000,
     BoxNotation,
 )
+from coin_ray.cloud.adapters.token_scores import TokenChoice
 from coin_ray.cloud.protocol import (
     Capabilities,
     FieldRefused,
@@ -61,11 +77,12 @@ from coin_ray.errors import (
 )
 from coin_ray.storage import JsonObject
 
-Coordinates = Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"]
 BOX_NOTATIONS: dict[Coordinates, BoxNotation] = {
     "xyxy_1000": XYXY_1000,
     "yxyx_1000": YXYX_1000,
     "xyxy_pixels": XYXY_PIXELS,
+    "xyxy_ratio": XYXY_RATIO,
+    "xyxy_percent": XYXY_PERCENT,
 }
 USED_UP = re.compile(
     r"insufficient_(quota|balance|credit)|exceeded_current_quota|billing", re.IGNORECASE
@@ -85,10 +102,21 @@ NO_IMAGE_SUPPORT = re.compile(
 )
 """The model or its server takes no images at all."""
 BAD_IMAGE = re.compile(r"image|context.length|input tokens", re.IGNORECASE)
-OPTIONAL_FIELDS = ("temperature", "max_tokens", "max_completion_tokens")
-"""Fields of a request that some models refuse."""
 TOKENS_KEYS = ("max_tokens", "max_completion_tokens")
-UNSUPPORTED_CODES = ("unsupported_parameter", "unsupported_value", "unknown_parameter")
+OPTIONAL_FIELDS = (
+    "temperature",
+    *TOKENS_KEYS,
+    "response_format",
+    "top_logprobs",
+    "logprobs",
+)
+"""Fields of a request that some models refuse."""
+UNSUPPORTED_CODES = (
+    "unsupported_parameter",
+    "unsupported_value",
+    "unknown_parameter",
+    "invalid_json_schema",
+)
 UNSUPPORTED = re.compile(
     r"not support|unsupported|does not accept|not (permitted|allowed|accepted)|unknown"
     r"|unrecogni[sz]ed|unexpected|extra|deprecated|only the default|only be set|fixed"
@@ -149,11 +177,14 @@ class OpenAiVlmAdapter:
     """
 
     coordinates: Coordinates
-    max_tokens: int | None = None
-    """Tokens that an answer may have; None: the server's default."""
+    options: ModelOptions = field(default_factory=ModelOptions)
+    family: ModelFamily = UNKNOWN_FAMILY
 
     @property
     def capabilities(self) -> Capabilities:
+        key_settings = self.options.key_settings
+        if self._reads_resized_pixels:
+            key_settings += (("side_multiple", str(self.family.side_multiple)),)
         return Capabilities(
             f"openai-vlm-{self.coordinates}",
             open_vocabulary=True,
@@ -161,32 +192,54 @@ class OpenAiVlmAdapter:
             idempotent=False,
             max_bytes=7_300_000,
             min_side=28,
+            max_side=self.family.max_side,
+            max_pixels=self.family.max_pixels,
+            key_settings=key_settings,
         )
+
+    @property
+    def _reads_resized_pixels(self) -> bool:
+        return self.coordinates == "xyxy_pixels" and self.family.side_multiple > 1
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
         prompt = BOX_NOTATIONS[self.coordinates].prompt(query.classes)
         if self.coordinates == "xyxy_pixels":
-            size = f"{image.width} pixels wide and {image.height} pixels high"
-            prompt += f" The image is {size}."
+            width, height = self.family.resized((image.width, image.height))
+            prompt += f" The image is {width} pixels wide and {height} pixels high."
         encoded_image = base64.b64encode(image.data).decode()
-        data_url = f"data:{image.media_type};base64,{encoded_image}"
+        image_url = {"url": f"data:{image.media_type};base64,{encoded_image}"}
+        if self.options.detail != "default":
+            image_url["detail"] = self.options.detail
         message_parts = [
-            {"type": "image_url", "image_url": {"url": data_url}},
+            {"type": "image_url", "image_url": image_url},
             {"type": "text", "text": prompt},
         ]
         body = {
             **({} if query.model == "default" else {"model": query.model}),
             "messages": [{"role": "user", "content": message_parts}],
-            **self._optional_fields(query.refused_fields),
+            **self._optional_fields(query),
         }
+        if self.options.reasoning_effort != "default":
+            body["reasoning_effort"] = self.options.reasoning_effort
         return PreparedRequest("/chat/completions", json.dumps(body).encode())
 
-    def _optional_fields(self, refused_fields: frozenset[str]) -> JsonObject:
+    def _optional_fields(self, query: Query) -> JsonObject:
         """Return the fields that some models refuse, without those that were refused.
         The number of tokens has an old and a new name.
         """
+        refused_fields = query.refused_fields | self.family.refused_fields
         optional_fields: JsonObject = {"temperature": 0}
-        if self.max_tokens is not None:
+        if self.options.json_schema:
+            notation = BOX_NOTATIONS[self.coordinates]
+            box = box_schema(notation.key, notation.box_format, query.classes)
+            schema = {"name": "boxes", "strict": True, "schema": list_schema(box)}
+            optional_fields["response_format"] = {
+                "type": "json_schema",
+                "json_schema": schema,
+            }
+        if self.options.asks_logprobs and "logprobs" not in refused_fields:
+            optional_fields |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        if self.options.max_tokens is not None:
             tokens_key = next(
                 (key for key in TOKENS_KEYS if key not in refused_fields), None
             )
@@ -195,7 +248,7 @@ class OpenAiVlmAdapter:
                     f"the service refuses {' and '.join(TOKENS_KEYS)}: leave"
                     " cloud.max_tokens out"
                 )
-            optional_fields[tokens_key] = self.max_tokens
+            optional_fields[tokens_key] = self.options.max_tokens
         return {
             key: setting
             for key, setting in optional_fields.items()
@@ -218,7 +271,11 @@ class OpenAiVlmAdapter:
         message = expect_object(choice.get("message"), "message")
         _check_finished(choice, message.get("refusal"))
         text = _content_text(message.get("content"))
-        return BOX_NOTATIONS[self.coordinates].parse_detections(text, query, frame)
+        logprobs = choice.get("logprobs") if self.options.asks_logprobs else None
+        if self._reads_resized_pixels:
+            frame = self.family.resized_frame(frame)
+        notation = BOX_NOTATIONS[self.coordinates]
+        return notation.parse_detections(text, query, frame, _token_choices(logprobs))
 
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
@@ -301,14 +358,54 @@ def _content_text(content: Any) -> str:
     return "".join(texts)
 
 
+def _token_choices(logprobs: Any) -> list[TokenChoice]:
+    """Return the tokens of the answer; none where the server does not name them, or not
+    in OpenAI's form.
+    """
+    nodes = logprobs.get("content") if isinstance(logprobs, dict) else None
+    choices = []
+    for node in nodes if isinstance(nodes, list) else []:
+        token = _parse_token(node)
+        if token is None:
+            return []
+        others = node.get("top_logprobs")
+        alternatives = []
+        for other in others if isinstance(others, list) else []:
+            alternative = _parse_token(other)
+            if alternative is not None:
+                alternatives.append(alternative)
+        choices.append(TokenChoice(*token, tuple(alternatives)))
+    return choices
+
+
+def _parse_token(node: Any) -> tuple[bytes, float] | None:
+    """Return a token's bytes and its log probability. A character may be divided among
+    tokens: only the list of bytes is exact.
+    """
+    if not isinstance(node, dict) or not isinstance(node.get("token"), str):
+        return None
+    logprob = node.get("logprob")
+    if isinstance(logprob, bool) or not isinstance(logprob, (int, float)):
+        return None
+    token = node["token"].encode(errors="replace")
+    if isinstance(node.get("bytes"), list):
+        with suppress(TypeError, ValueError):
+            token = bytes(node["bytes"])
+    try:
+        return token, float(logprob)
+    except OverflowError:
+        return None
+
+
 def find_refused_field(body: bytes, names: Sequence[str]) -> str | None:
     """Return which of these fields of a request an error body refuses, if any."""
     response = error_object(body)
     error = response.get("error", response)
     if not isinstance(error, dict):
         error = {"message": error}
-    if error.get("param") in names and error.get("code") in UNSUPPORTED_CODES:
-        return str(error["param"])
+    param = re.split(r"[.\[]", str(error.get("param")))[0]
+    if param in names and error.get("code") in UNSUPPORTED_CODES:
+        return param
     for text in _error_texts(error):
         named = [name for name in names if re.search(rf"\b{name}\b", text)]
         if named and UNSUPPORTED.search(text):

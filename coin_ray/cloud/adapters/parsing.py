@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -43,18 +43,34 @@ DETAIL_LENGTH = 200
 QUOTED_DATA = re.compile(r"[A-Za-z0-9+/=_-]{100,}")
 
 BoxFormat = Literal[
-    "xyxy", "xywh", "cxcywh", "ltwh_ratio", "xyxy_ratio", "yxyx_1000", "xyxy_1000"
+    "xyxy",
+    "xywh",
+    "cxcywh",
+    "ltwh_ratio",
+    "xyxy_ratio",
+    "xyxy_percent",
+    "yxyx_1000",
+    "xyxy_1000",
 ]
-"""Pixels of the image sent, ratios of its sides (``_ratio``), or thousandths of them
-(``_1000``)."""
+"""Pixels of the image sent, ratios of its sides (``_ratio``), percent or thousandths of
+them (``_percent``, ``_1000``)."""
 PIXELS, SHARES = "pixels of the image", "shares of the image's sides, 0 to 1"
 THOUSANDTHS = "thousandths of the image's sides, 0 to 1000"
+UNIT_MAXIMA: Mapping[BoxFormat, int] = {
+    "ltwh_ratio": 1,
+    "xyxy_ratio": 1,
+    "xyxy_percent": 100,
+    "yxyx_1000": 1000,
+    "xyxy_1000": 1000,
+}
+"""The coordinate of the far side; formats in pixels are missing."""
 UNIT_NAMES: Mapping[BoxFormat, str] = {
     "xyxy": PIXELS,
     "xywh": PIXELS,
     "cxcywh": PIXELS,
     "ltwh_ratio": SHARES,
     "xyxy_ratio": SHARES,
+    "xyxy_percent": "percent of the image's sides, 0 to 100",
     "yxyx_1000": THOUSANDTHS,
     "xyxy_1000": THOUSANDTHS,
 }
@@ -182,12 +198,13 @@ def check_sent_size(width: Any, height: Any, frame: Frame) -> None:
 @dataclass(frozen=True, slots=True)
 class ParsedBox:
     """One box as the service returned it: four numbers, its names (best first), and its
-    score in 0..1.
+    score in 0..1. ``other_scores``: of further names that it may be.
     """
 
     box: Sequence[float]
     names: Sequence[str]
     score: float
+    other_scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def map_detections(
@@ -199,12 +216,14 @@ def map_detections(
     *,
     expects_names: bool = False,
     limit: int | None = BOXES_MAX,
+    whole_numbers: bool = False,
 ) -> RawDetections:
     """Map boxes with one label each to the classes of the query.
 
     Names that the label map lacks are reported in ``unmapped``. ``expects_names``: the
     service was asked for the classes by name, so that an answer of only other names is
-    an error. ``limit``: as in ``sort_detections``. Raises ``UnusableBoxes`` if the boxes
+    an error. ``limit``: as in ``sort_detections``; ``whole_numbers``: as in
+    ``check_box_units``. Raises ``UnusableBoxes`` if the boxes
     are in another unit, or if none of them can be used.
     """
     labels = query.labels or LabelMap.of_classes(query.classes)
@@ -212,12 +231,14 @@ def map_detections(
     columns: list[int] = []
     scores: list[float] = []
     unmapped: list[str] = []
+    other_scores: list[dict[int, float]] = []
     ignored = 0
     for parsed in parsed_boxes:
         match = labels.find(parsed.names)
         if match is not None:
             column, weight = match
             boxes.append(parsed.box)
+            other_scores.append(_scores_by_column(parsed.other_scores, labels))
             columns.append(column)
             scores.append(parsed.score * weight)
         elif parsed.names and not labels.ignores(parsed.names):
@@ -228,7 +249,7 @@ def map_detections(
         [parsed.box for parsed in parsed_boxes],
         box_format,
         frame,
-        whole_numbers=kind == "none",
+        whole_numbers=whole_numbers,
     )
     if expects_names and unmapped and not boxes:
         raise_unmapped(unmapped, query.classes)
@@ -238,10 +259,26 @@ def map_detections(
     class_scores[np.arange(len(rows)), np.array(columns, np.int64)[rows]] = np.array(
         scores, np.float32
     )[rows]
+    for number, row in enumerate(rows.tolist()):
+        for column, score in other_scores[row].items():
+            class_scores[number, column] = max(class_scores[number, column], score)
     counts += BoxCounts(unmapped=len(unmapped), ignored=ignored)
     return RawDetections(
         placed.boxes[rows], class_scores, kind, tuple(unmapped), counts
     )
+
+
+def _scores_by_column(
+    scores: Mapping[str, float], labels: LabelMap
+) -> dict[int, float]:
+    """Return the best weighted score of each class that one of the names means."""
+    by_column: dict[int, float] = {}
+    for name, score in scores.items():
+        match = labels.find([name])
+        if match is not None:
+            column, weight = match
+            by_column[column] = max(by_column.get(column, 0.0), weight * score)
+    return by_column
 
 
 def raise_unmapped(names: Sequence[str], classes: Sequence[str]) -> NoReturn:
@@ -297,7 +334,8 @@ def check_box_units(
 
 def _raise_other_unit(reason: str, unit: str) -> NoReturn:
     raise UnusableBoxes(
-        f"the boxes are in another unit: {reason}: are these coordinates {unit}?",
+        f"the boxes are in another unit: {reason}: are these coordinates {unit}? If the"
+        " service is a language model, set cloud.coordinates to what it writes",
         may_have_billed=True,
     )
 
@@ -306,10 +344,8 @@ def _sides(box_format: BoxFormat, frame: Frame) -> NDArray[np.float64]:
     """Return the coordinates [4] of the image's lower right corner, twice, in the unit
     of the format.
     """
-    if box_format.endswith("ratio"):
-        return np.ones(4)
-    if box_format.endswith("1000"):
-        return np.full(4, 1000.0)
+    if box_format in UNIT_MAXIMA:
+        return np.full(4, float(UNIT_MAXIMA[box_format]))
     return np.array(frame.sent * 2, np.float64)
 
 
@@ -353,8 +389,8 @@ class PlacedBoxes:
         sent = np.array(frame.sent * 2, np.float64)
         if box_format.endswith("ratio"):
             corners = corners * sent
-        if box_format.endswith("1000"):
-            corners = corners / 1000 * sent
+        if box_format.endswith(("1000", "percent")):
+            corners = corners / UNIT_MAXIMA[box_format] * sent
         swapped = (corners[:, 2:] - corners[:, :2]).min(1) < 0
         upper_left = np.minimum(corners[:, :2], corners[:, 2:])
         lower_right = np.maximum(corners[:, :2], corners[:, 2:])

@@ -7,7 +7,8 @@ A model is asked for a JSON list ``[{"bbox_2d": [...], "label": ...}]``.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from coin_ray.class_names import normalize_class_name
 from coin_ray.cloud.adapters.model_text import BOX_KEYS, read_box_objects
@@ -20,6 +21,7 @@ from coin_ray.cloud.adapters.parsing import (
     raise_malformed,
     sanitize_text,
 )
+from coin_ray.cloud.adapters.token_scores import TokenChoice, score_label_tokens
 from coin_ray.cloud.protocol import Frame, Query, RawDetections
 from coin_ray.errors import BadRequest
 from coin_ray.storage import JsonObject
@@ -81,20 +83,51 @@ class BoxNotation:
             f" are {self.unit}. Answer [] if there is none."
         )
 
-    def parse_detections(self, text: str, query: Query, frame: Frame) -> RawDetections:
-        """Parse the boxes in a model's text, without scores.
+    def parse_detections(
+        self,
+        text: str,
+        query: Query,
+        frame: Frame,
+        tokens: Sequence[TokenChoice] = (),
+    ) -> RawDetections:
+        """Parse the boxes in a model's text. Their scores are the probabilities of their
+        labels' ``tokens``; without those they have none.
 
         Raises ``Refused`` if the model declines, ``UnusableBoxes`` for boxes in another
         unit, and ``ProtocolError`` for any text in which one whole list of boxes is not
         certain.
         """
-        boxes = [
-            parsed_box
-            for number, json_object in enumerate(read_box_objects(text))
-            for parsed_box in self._parse_boxes(json_object, f"element {number}")
+        return self.map_objects(read_box_objects(text), query, frame, tokens)
+
+    def map_objects(
+        self,
+        json_objects: Sequence[JsonObject],
+        query: Query,
+        frame: Frame,
+        tokens: Sequence[TokenChoice] = (),
+    ) -> RawDetections:
+        """Map the elements of a model's list to the classes; as ``parse_detections``."""
+        elements = [
+            self._parse_boxes(json_object, f"element {number}")
+            for number, json_object in enumerate(json_objects)
         ]
+        written = [boxes[0].names[0] for boxes in elements]
+        scores = score_label_tokens(tokens, written, query.classes) if tokens else None
+        boxes: list[ParsedBox] = []
+        for number, element in enumerate(elements):
+            for box in element:
+                if scores is not None:
+                    score, other_scores = scores[number]
+                    box = replace(box, score=score, other_scores=other_scores)
+                boxes.append(box)
         return map_detections(
-            boxes, self.box_format, query, frame, "none", expects_names=True
+            boxes,
+            self.box_format,
+            query,
+            frame,
+            "none" if scores is None else "label",
+            expects_names=True,
+            whole_numbers=self.box_format not in ("xyxy_ratio", "xyxy_percent"),
         )
 
     def _parse_boxes(self, json_object: JsonObject, field: str) -> list[ParsedBox]:
@@ -140,5 +173,17 @@ YXYX_1000 = BoxNotation(
     "[ymin, xmin, ymax, xmax]",
     "yxyx_1000",
     "thousandths of the image's height and width, 0 to 1000",
+)
+XYXY_RATIO = BoxNotation(
+    "bbox_2d",
+    "[x1, y1, x2, y2]",
+    "xyxy_ratio",
+    "shares of the image's width and height, 0 to 1, with four decimals",
+)
+XYXY_PERCENT = BoxNotation(
+    "bbox_2d",
+    "[x1, y1, x2, y2]",
+    "xyxy_percent",
+    "percent of the image's width and height, 0 to 100, with one decimal",
 )
 XYXY_PIXELS = BoxNotation("bbox_2d", "[x1, y1, x2, y2]", "xyxy", "pixels of the image")

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from coin_ray.cloud.protocol import Query
+from coin_ray.storage import JsonObject
 
 TASK = ".task"
 """Suffix of the keys under which a task's id is kept until its answer has arrived."""
@@ -28,7 +29,7 @@ def answer_key_from_digest(
     adapter: str, endpoint: str, query: Query, max_side: int, digest: str
 ) -> str:
     """Return ``answer_key`` for the hexadecimal sha256 of the file that is sent."""
-    identity = {
+    identity: JsonObject = {
         "adapter": adapter,
         "endpoint": endpoint,
         "model": query.model,
@@ -37,5 +38,7 @@ def answer_key_from_digest(
         "max_side": max_side,
         "image": digest,
     }
+    if query.settings:
+        identity["settings"] = dict(query.settings)
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import (
+    anthropic,
     azure_vision,
     dds,
     gemini,
@@ -29,6 +30,9 @@ PROVIDERS: Mapping[str, Provider] = {
     "openai-vlm": openai_vlm.serving("xyxy_1000"),
     "openai-vlm-yxyx": openai_vlm.serving("yxyx_1000"),
     "openai-vlm-pixels": openai_vlm.serving("xyxy_pixels"),
+    "openai-vlm-ratio": openai_vlm.serving("xyxy_ratio"),
+    "openai-vlm-percent": openai_vlm.serving("xyxy_percent"),
+    "anthropic": anthropic.answer,
     "gemini": gemini.answer,
     "reference": reference.answer,
 }

@@ -11,7 +11,7 @@ from .app import TOKEN, Call, Reply, SceneError, decode_base64, read_scene
 from .google_vision import error_reply
 from .openai_vlm import detection_json, parse_classes
 
-MODEL = "gemini-3.7-flash"
+MODEL = "gemini-3.8-flash"
 SETTINGS = {"responseMimeType", "responseSchema", "thinkingConfig", "maxOutputTokens"}
 
 

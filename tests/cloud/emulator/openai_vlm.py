@@ -20,7 +20,9 @@ from .app import (
 )
 
 DATA_URL = "data:image/jpeg;base64,"
-Coordinates = Literal["xyxy_1000", "yxyx_1000", "xyxy_pixels"]
+Coordinates = Literal[
+    "xyxy_1000", "yxyx_1000", "xyxy_pixels", "xyxy_ratio", "xyxy_percent"
+]
 
 
 def serving(coordinates: Coordinates) -> Callable[[Call], Reply]:
@@ -75,6 +77,12 @@ def detection_json(
     if coordinates == "xyxy_pixels":
         pixels = [round(edge) for edge in scene_object.box]
         return {"bbox_2d": pixels, "label": scene_object.name}
+    if coordinates == "xyxy_ratio":
+        shares = [round(ratio, 4) for ratio in scene.ratios(scene_object)]
+        return {"bbox_2d": shares, "label": scene_object.name}
+    if coordinates == "xyxy_percent":
+        percents = [round(100 * ratio, 1) for ratio in scene.ratios(scene_object)]
+        return {"bbox_2d": percents, "label": scene_object.name}
     x0, y0, x1, y1 = (round(ratio * 1000) for ratio in scene.ratios(scene_object))
     if coordinates == "yxyx_1000":
         return {"box_2d": [y0, x0, y1, x1], "label": scene_object.name}
