@@ -5,6 +5,7 @@
     ├── InputError     images, annotations or checkpoints that can't be used            exit 2
     ├── StepError      an earlier stage is not finished, or a file it wrote is damaged  exit 2
     ├── RootInUse      another run holds the root                                       exit 2
+    ├── StorageUnavailable  the run's storage stayed away for storage.patience          exit 3
     ├── TrainingError  a loss is no longer finite; names the part                       exit 1
     └── CloudError     a call to the detection API
         ├── stops the run:    AuthError, CloudUnreachable                               exit 4
@@ -42,6 +43,10 @@ class StepError(CoinError, RuntimeError):
 
 class RootInUse(CoinError, RuntimeError):
     exit_code = 2
+
+
+class StorageUnavailable(CoinError, RuntimeError):
+    exit_code = 3
 
 
 class TrainingError(CoinError, RuntimeError):

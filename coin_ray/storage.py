@@ -1,23 +1,72 @@
 """Read and write files and tables by URI: a local path, ``s3://``, ``gs://``, ...
 (fsspec). Each write replaces the whole file.
+
+Storage that can't be reached is waited for (``wait_for_storage``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
+import sys
 import tempfile
+import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from coin_ray.errors import StorageUnavailable
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 600.0
+"""Default of ``storage.patience``."""
+START_PATIENCE_SECONDS = 20.0
+"""Seconds for which a command waits for storage that it never reached."""
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 15.0
+"""Pauses between two tries are doubled from the first to the longest."""
+AWAY_ERRNOS = frozenset(
+    {
+        errno.EIO,
+        errno.EREMOTEIO,
+        errno.ESTALE,
+        errno.EBUSY,
+        errno.EAGAIN,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    }
+)
+"""Numbers of an OSError from a server that can't be reached, or is too busy."""
+AWAY_TYPES = frozenset(
+    {
+        "aiohttp.client_exceptions.ClientConnectionError",
+        "aiohttp.client_exceptions.ClientPayloadError",
+        "botocore.exceptions.ConnectionError",
+        "botocore.exceptions.HTTPClientError",
+        "botocore.parsers.ResponseParserError",
+        "google.auth.exceptions.TransportError",
+        "requests.exceptions.ConnectionError",
+    }
+)
+"""Exceptions of optional clients, which are not imported here, for such a server."""
+AWAY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+"""HTTP statuses of such a server."""
+FIRST_LINE_CHARACTERS = 200
 MAX_BYTES_IN_MEMORY = 1 << 26
 """Size of a Parquet file above which ``open_table`` leaves its rows on the disk."""
 ROW_GROUP = 1 << 14
@@ -33,6 +82,141 @@ waiting."""
 
 JsonObject = dict[str, Any]
 """A parsed JSON object, whose members have not been checked."""
+
+
+_patience = PATIENCE_SECONDS
+_outages: dict[str, float] = {}
+"""Since when (``time.monotonic``) each storage has been away, for one line a time."""
+_outages_lock = threading.Lock()
+
+
+def set_patience(seconds: float) -> None:
+    """Set for how long this process waits for storage that can't be reached."""
+    global _patience
+    _patience = seconds
+
+
+def wait_for_storage(
+    operation: Callable[[], T], uri: str, patience: float | None = None
+) -> T:
+    """Return what ``operation`` returns; while the storage of ``uri`` can't be reached,
+    try again for ``patience`` seconds (None: those of ``set_patience``).
+
+    The operation must be one that can be repeated. The beginning and the end of an
+    outage are one line each, whatever the number of threads. Raises StorageUnavailable
+    after that time; all other errors at once.
+    """
+    limit = _patience if patience is None else patience
+    away_since: float | None = None
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            returned = operation()
+        except Exception as error:
+            if not is_away(error):
+                raise
+            now = time.monotonic()
+            if away_since is None:
+                away_since = now
+            seconds_left = away_since + limit - now
+            if seconds_left <= 0:
+                raise StorageUnavailable(_unavailable_message(uri, limit, error)) from (
+                    error
+                )
+            _announce_outage(uri, limit, error)
+            time.sleep(min(pause, seconds_left))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            continue
+        if away_since is not None:
+            _announce_return(uri)
+        return returned
+
+
+def is_away(error: BaseException) -> bool:
+    """Tell whether the error means that the storage can't be reached, or is too busy;
+    not that a file is absent, that it may not be read, or that a disk is full.
+    """
+    status = _http_status(error)
+    if status is not None:
+        return status in AWAY_STATUSES
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if isinstance(error, OSError) and error.errno in AWAY_ERRNOS:
+        return True
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return not AWAY_TYPES.isdisjoint(names)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Return the HTTP status in the error of an object store's client, or in its cause."""
+    for cause in (error, error.__cause__):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            metadata = response.get("ResponseMetadata", {})
+            status = metadata.get("HTTPStatusCode")
+            if isinstance(status, int):
+                return status
+        code = getattr(cause, "code", None)  # gcsfs
+        if isinstance(code, int) and code >= 400:
+            return code
+    return None
+
+
+def _storage_name(uri: str) -> str:
+    """Return what the files of one storage share: the bucket, or the disk."""
+    protocol, separator, path = uri.partition("://")
+    return f"{protocol}://{path.partition('/')[0]}" if separator else "the disk"
+
+
+def _announce_outage(uri: str, limit: float, error: Exception) -> None:
+    name = _storage_name(uri)
+    with _outages_lock:
+        if name in _outages:
+            return
+        _outages[name] = time.monotonic()
+    print(
+        f"storage: {name} can't be reached ({_first_line(error)}); waiting for up to"
+        f" {limit:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _announce_return(uri: str) -> None:
+    name = _storage_name(uri)
+    with _outages_lock:
+        since = _outages.pop(name, None)
+    if since is not None:
+        seconds = time.monotonic() - since
+        print(
+            f"storage: {name} answers again after {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _unavailable_message(uri: str, limit: float, error: Exception) -> str:
+    return (
+        f"{uri} could not be reached for {limit:.0f} s (storage.patience):"
+        f" {_first_line(error)}. Everything stored before is kept; when the storage"
+        " answers again, run the same command"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text[:FIRST_LINE_CHARACTERS]
+
+
+def check_reachable(uri: str) -> None:
+    """Raise StorageUnavailable soon if the storage of ``uri`` can't be reached at the
+    start of a command: its address may be wrong.
+    """
+    filesystem, path = _filesystem(uri)
+    wait_for_storage(
+        lambda: _path_exists(filesystem, path), uri, START_PATIENCE_SECONDS
+    )
 
 
 def absolute_uri(uri: str) -> str:
@@ -57,32 +241,47 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def _path_exists(filesystem: Any, path: str) -> bool:
+    """Tell whether there is a file or folder. fsspec's own ``exists`` also returns False
+    if the storage can't be reached.
+    """
+    try:
+        filesystem.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def exists(uri: str) -> bool:
     """Tell whether there is a file or folder."""
     filesystem, path = _filesystem(uri)
-    return bool(filesystem.exists(path))
+    return wait_for_storage(lambda: _path_exists(filesystem, path), uri)
 
 
 def version_stamp(uri: str) -> str:
     """Return a text that changes with each write of the file; empty without a file."""
     filesystem, path = _filesystem(uri)
-    if not filesystem.exists(path):
-        return ""
-    file_info = filesystem.info(path)
-    fields = ("size", "mtime", "ETag", "LastModified", "updated", "ino")
-    return str([file_info.get(name) for name in fields])
+
+    def read_stamp() -> str:
+        if not _path_exists(filesystem, path):
+            return ""
+        file_info = filesystem.info(path)
+        fields = ("size", "mtime", "ETag", "LastModified", "updated", "ino")
+        return str([file_info.get(name) for name in fields])
+
+    return wait_for_storage(read_stamp, uri)
 
 
 def make_folder(uri: str) -> None:
     """Create a folder and its parents; an existing one is no error."""
     filesystem, path = _filesystem(uri)
-    filesystem.makedirs(path, exist_ok=True)
+    wait_for_storage(lambda: filesystem.makedirs(path, exist_ok=True), uri)
 
 
 def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = _filesystem(uri)
-    return bytes(filesystem.cat_file(path))
+    return wait_for_storage(lambda: bytes(filesystem.cat_file(path)), uri)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -90,13 +289,17 @@ def write_bytes(uri: str, content: bytes) -> None:
     on a local disk also after a power cut.
     """
     filesystem, path = _filesystem(uri)
-    if _is_local(filesystem):
-        with atomic_writer(uri) as stream:
+
+    def write() -> None:
+        if _is_local(filesystem):
+            with atomic_writer(uri) as stream:
+                stream.write(content)
+            return
+        filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+        with filesystem.open(path, "wb") as stream:
             stream.write(content)
-        return
-    filesystem.makedirs(filesystem._parent(path), exist_ok=True)
-    with filesystem.open(path, "wb") as stream:
-        stream.write(content)
+
+    wait_for_storage(write, uri)
 
 
 @contextmanager
@@ -107,13 +310,13 @@ def atomic_writer(uri: str) -> Iterator[IO[bytes]]:
     For an object store the stream is a file in the temporary folder (TMPDIR).
     """
     filesystem, path = _filesystem(uri)
-    filesystem.makedirs(filesystem._parent(path), exist_ok=True)
     if not _is_local(filesystem):
         with tempfile.NamedTemporaryFile(prefix="coin_ray-") as copy:
             yield copy
             copy.flush()
-            filesystem.put_file(copy.name, path)
+            wait_for_storage(lambda: _upload(filesystem, copy.name, path), uri)
         return
+    filesystem.makedirs(filesystem._parent(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as stream:
@@ -126,6 +329,56 @@ def atomic_writer(uri: str) -> Iterator[IO[bytes]]:
             os.remove(temporary)
 
 
+def _upload(filesystem: Any, file: str, path: str) -> None:
+    filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+    filesystem.put_file(file, path)
+
+
+@contextmanager
+def open_reader(uri: str) -> Iterator[io.BufferedReader]:
+    """Open a file for reading in parts; each part is waited for."""
+    filesystem, path = _filesystem(uri)
+    stream = wait_for_storage(lambda: filesystem.open(path, "rb"), uri)
+    try:
+        if _is_local(filesystem):
+            yield stream
+        else:
+            yield io.BufferedReader(_PatientReader(stream, uri))
+    finally:
+        stream.close()
+
+
+class _PatientReader(io.RawIOBase):
+    """Reads a file of an object store; each read is waited for."""
+
+    def __init__(self, stream: IO[bytes], uri: str) -> None:
+        self.stream = stream
+        self.uri = uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.stream.tell()
+
+        def read() -> bytes:
+            self.stream.seek(start)
+            return self.stream.read(len(buffer))
+
+        part = wait_for_storage(read, self.uri)
+        buffer[: len(part)] = part
+        return len(part)
+
+
 def _is_local(filesystem: Any) -> bool:
     protocols = filesystem.protocol
     if not isinstance(protocols, tuple):
@@ -136,23 +389,26 @@ def _is_local(filesystem: Any) -> bool:
 def remove(uri: str) -> None:
     """Delete one file; an absent one is no error."""
     filesystem, path = _filesystem(uri)
-    if filesystem.exists(path):
-        filesystem.rm_file(path)
+
+    def delete() -> None:
+        if _path_exists(filesystem, path):
+            filesystem.rm_file(path)
+
+    wait_for_storage(delete, uri)
 
 
 def sha256(uri: str) -> str:
     """Return the SHA-256 of a file in hexadecimal, without reading it into memory."""
-    filesystem, path = _filesystem(uri)
-    with filesystem.open(path, "rb") as stream:
+    with open_reader(uri) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """List the files below ``uri``, recursively, sorted; an absent folder has none."""
     filesystem, path = _filesystem(uri)
-    if not filesystem.exists(path):
-        return []
-    paths = filesystem.find(path)
+    paths = wait_for_storage(
+        lambda: filesystem.find(path) if _path_exists(filesystem, path) else [], uri
+    )
     if "://" in uri:
         paths = [filesystem.unstrip_protocol(p) for p in paths]
     return sorted(p for p in paths if p.endswith(suffix))
@@ -161,9 +417,13 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 def list_folders(uri: str) -> list[str]:
     """List the folders directly below ``uri``, sorted; an absent folder has none."""
     filesystem, path = _filesystem(uri)
-    if not filesystem.exists(path):
-        return []
-    entries = filesystem.ls(path, detail=True)
+
+    def list_entries() -> list[JsonObject]:
+        if not _path_exists(filesystem, path):
+            return []
+        return list(filesystem.ls(path, detail=True))
+
+    entries = wait_for_storage(list_entries, uri)
     paths = [entry["name"] for entry in entries if entry["type"] == "directory"]
     if "://" in uri:
         paths = [filesystem.unstrip_protocol(p) for p in paths]
@@ -175,9 +435,7 @@ def file_sizes(uri: str) -> dict[str, int]:
     none.
     """
     filesystem, path = _filesystem(uri)
-    if not filesystem.exists(path):
-        return {}
-    files = filesystem.find(path, detail=True)
+    files = _find_details(filesystem, path, uri)
     return {name: int(file_info["size"]) for name, file_info in files.items()}
 
 
@@ -186,14 +444,23 @@ def file_versions(uri: str) -> dict[str, str]:
     and its time of change; an absent folder has none.
     """
     filesystem, path = _filesystem(uri)
-    if not filesystem.exists(path):
-        return {}
     versions = {}
-    for name, file_info in filesystem.find(path, detail=True).items():
+    for name, file_info in _find_details(filesystem, path, uri).items():
         file_uri = filesystem.unstrip_protocol(name) if "://" in uri else name
         fields = [file_info.get(field) for field in VERSION_FIELDS]
         versions[file_uri] = " ".join(str(value) for value in fields if value)
     return versions
+
+
+def _find_details(filesystem: Any, path: str, uri: str) -> dict[str, JsonObject]:
+    """Return the file system's description of each file below a path, by name."""
+
+    def find() -> dict[str, JsonObject]:
+        if not _path_exists(filesystem, path):
+            return {}
+        return dict(filesystem.find(path, detail=True))
+
+    return wait_for_storage(find, uri)
 
 
 def read_json(uri: str) -> Any:
@@ -237,8 +504,7 @@ def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.
     memory.
     """
     column_names = None if columns is None else list(columns)
-    filesystem, path = _filesystem(uri)
-    with filesystem.open(path, "rb") as stream:
+    with open_reader(uri) as stream:
         file = pq.ParquetFile(stream)
         # one iterator over several row groups would keep all of them in memory
         for group in range(file.num_row_groups):
@@ -251,8 +517,7 @@ def stream_table(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.
 
 def row_count(uri: str) -> int:
     """Return the number of rows of one Parquet file, from its footer."""
-    filesystem, path = _filesystem(uri)
-    with filesystem.open(path, "rb") as stream:
+    with open_reader(uri) as stream:
         return int(pq.ParquetFile(stream).metadata.num_rows)
 
 
@@ -265,10 +530,11 @@ def open_table(uri: str, columns: Sequence[str]) -> pa.Table:
     """
     column_names = list(columns)
     filesystem, path = _filesystem(uri)
-    if filesystem.size(path) <= MAX_BYTES_IN_MEMORY:
+    size = wait_for_storage(lambda: filesystem.size(path), uri)
+    if size <= MAX_BYTES_IN_MEMORY:
         return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=column_names)
     with tempfile.NamedTemporaryFile(prefix="coin_ray-", suffix=".arrow") as copy:
-        with filesystem.open(path, "rb") as stream:
+        with open_reader(uri) as stream:
             file_schema = pq.ParquetFile(stream).schema_arrow
         schema = pa.schema([file_schema.field(name) for name in column_names])
         with pa.ipc.new_file(copy, schema) as writer:

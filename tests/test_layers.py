@@ -14,7 +14,8 @@ import coin_ray
 
 PACKAGE = Path(coin_ray.__file__).parent
 LAYERS = """
-errors storage class_names
+errors class_names
+storage
 config structures boxes parallel
 tables
 losses evaluation data clip fusion
