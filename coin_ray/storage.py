@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import IO, Any, TypeVar
 
 import pyarrow as pa
@@ -85,6 +86,8 @@ JsonObject = dict[str, Any]
 
 
 _patience = PATIENCE_SECONDS
+_patience_here: ContextVar[float | None] = ContextVar("patience", default=None)
+"""Overrides ``_patience`` in a block of one thread or task."""
 _outages: dict[str, float] = {}
 """Since when (``time.monotonic``) each storage has been away, for one line a time."""
 _outages_lock = threading.Lock()
@@ -94,6 +97,22 @@ def set_patience(seconds: float) -> None:
     """Set for how long this process waits for storage that can't be reached."""
     global _patience
     _patience = seconds
+
+
+def current_patience() -> float:
+    """Return for how many seconds storage that can't be reached is waited for."""
+    override = _patience_here.get()
+    return _patience if override is None else override
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Raise StorageUnavailable at once while the block runs: it must not wait."""
+    token = _patience_here.set(0.0)
+    try:
+        yield
+    finally:
+        _patience_here.reset(token)
 
 
 def wait_for_storage(
@@ -106,7 +125,7 @@ def wait_for_storage(
     outage are one line each, whatever the number of threads. Raises StorageUnavailable
     after that time; all other errors at once.
     """
-    limit = _patience if patience is None else patience
+    limit = current_patience() if patience is None else patience
     away_since: float | None = None
     pause = FIRST_PAUSE_SECONDS
     while True:

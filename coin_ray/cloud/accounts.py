@@ -7,6 +7,7 @@ import os
 
 import httpx
 
+from coin_ray import storage
 from coin_ray.cloud.governor import Limits
 from coin_ray.cloud.protocol import Adapter
 from coin_ray.cloud.services import calls_per_minute, models_digest
@@ -27,7 +28,7 @@ def governor_limits(config: Cloud) -> Limits:
         config.max_calls,
         config.max_usd,
         burst=max(1, round(rate / 10)),
-        lease_seconds=2 * config.deadline,
+        lease_seconds=2 * config.deadline + storage.current_patience(),
         per_minute=per_minute,
         per_day=config.per_day,
         retry_burst=max(RETRY_BURST_MIN, 2 * config.in_flight),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from coin_ray.cloud.protocol import Frame, Pending
@@ -29,6 +32,8 @@ class Call:
     wait_for_breaker: bool = True
     give_up_at: float = 0.0
     started: float = 0.0
+    timeout: asyncio.Timeout | None = None
+    """Ends the call at its deadline."""
     task: Pending | None = None
     """A task of the service that is under way and on record: nothing is sent again."""
     task_time: float = 0.0
@@ -62,6 +67,23 @@ class Call:
         a service that remembers keys would return the lost task again.
         """
         return f"{self.key}-{self.lost_tasks}" if self.lost_tasks else self.key
+
+    @asynccontextmanager
+    async def stopped_clock(self, clock: Callable[[], float]) -> AsyncIterator[None]:
+        """Move the deadline by the time that the block takes: waiting for the journal's
+        storage is no fault of the service.
+        """
+        loop = asyncio.get_running_loop()
+        start, loop_start = clock(), loop.time()
+        deadline = None if self.timeout is None else self.timeout.when()
+        if self.timeout is not None:
+            self.timeout.reschedule(None)
+        try:
+            yield
+        finally:
+            self.give_up_at += clock() - start
+            if self.timeout is not None and deadline is not None:
+                self.timeout.reschedule(deadline + loop.time() - loop_start)
 
     def deadline_message(self, deadline: float) -> str:
         """Return the message for a call that had no answer in ``deadline`` seconds."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
+from coin_ray import storage
 from coin_ray.cloud.call import Call
 from coin_ray.cloud.first_call import FirstCall
 from coin_ray.cloud.governor import Outcome
@@ -26,6 +28,7 @@ from coin_ray.errors import (
     DeadlineExceeded,
     ProtocolError,
     QuotaExhausted,
+    StorageUnavailable,
     Throttled,
     Transient,
 )
@@ -64,9 +67,8 @@ class RetryEngine:
         async with self.first_call.turn(call.stops_before):
             request = await self._without_refused_fields(call, request)
             lease = await self._admission.acquire_lease(call)
-            return await asyncio.wait_for(
-                self._retry(call, request, lease), call.seconds_left
-            )
+            async with asyncio.timeout(call.seconds_left) as call.timeout:
+                return await self._retry(call, request, lease)
 
     async def _without_refused_fields(
         self, call: Call, request: PreparedRequest
@@ -185,28 +187,33 @@ class RetryEngine:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
         if not self._adapter.capabilities.asynchronous:
             await self._admission.governor.arrived(lease)
-        return await asyncio.to_thread(self._replies.receive, call, reply)
+        async with call.stopped_clock(self._timing.clock):
+            return await asyncio.to_thread(self._replies.receive, call, reply)
 
     async def _note_attempt(self, call: Call) -> None:
         usd, account = self._config.usd_per_call, self._account
         moment = self._timing.wall_clock()
+        image_id = call.image.image_id
         await self._write_note(
-            lambda: self._journal.attempt(
-                call.key, usd, account, moment, call.image.image_id
-            )
+            call,
+            lambda: self._journal.attempt(call.key, usd, account, moment, image_id),
         )
 
     async def _note_refund(self, call: Call) -> None:
         usd, account = self._config.usd_per_call, self._account
-        await self._write_note(lambda: self._journal.refund(call.key, usd, account))
+        await self._write_note(
+            call, lambda: self._journal.refund(call.key, usd, account)
+        )
 
-    async def _write_note(self, write: Callable[[], None]) -> None:
+    async def _write_note(self, call: Call, write: Callable[[], None]) -> None:
         """Write a note in the journal; a thread per call costs more than writing to a
-        disk's cache.
+        disk's cache. A disk that can't be reached is waited for in a thread.
         """
         if self._journal.notes_are_fast:
-            write()
-        else:
+            with suppress(StorageUnavailable), storage.without_waiting():
+                write()
+                return
+        async with call.stopped_clock(self._timing.clock):
             await asyncio.to_thread(write)
 
 

@@ -47,9 +47,8 @@ class TaskPoller:
         call.started = self._timing.clock()
         call.give_up_at = call.started + call.seconds_left
         try:
-            return await asyncio.wait_for(
-                self.poll_until_done(call, 0.0), call.seconds_left
-            )
+            async with asyncio.timeout(call.seconds_left) as call.timeout:
+                return await self.poll_until_done(call, 0.0)
         except CloudError as error:
             age = self._timing.wall_clock() - call.task_time
             is_too_old = age > TASK_SECONDS and not error.stops_run
@@ -111,9 +110,10 @@ class TaskPoller:
         if not 200 <= reply.status < 300:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
         latency_ms = (self._timing.clock() - call.started) * 1000
-        return await asyncio.to_thread(
-            self._replies.receive_poll, call, reply, latency_ms
-        )
+        async with call.stopped_clock(self._timing.clock):
+            return await asyncio.to_thread(
+                self._replies.receive_poll, call, reply, latency_ms
+            )
 
 
 def limit_poll_wait(seconds: float) -> float:

@@ -25,6 +25,8 @@ from urllib.parse import parse_qsl
 
 BILLED = ("ok", "broken", "drop", "500")
 """Kinds of calls that are billed; the others are ``429`` and ``503``."""
+REPLIED = ("ok", "broken")
+"""Kinds of calls that get a body, whole or not."""
 FAULTS = ("429", "503", "500", "broken", "drop")
 STATUS = {
     "429": "429 Too Many Requests\r\nRetry-After: 0",

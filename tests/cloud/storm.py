@@ -167,11 +167,14 @@ def run_client(job: Job, table: str) -> dict[str, Any]:
 
 
 def journal_state(job: Job) -> dict[str, Any]:
-    """Return the recorded keys, the spending, and the calls the server has received."""
+    """Return the recorded keys, the spending, the calls with an answer on record, and the
+    calls the server has received.
+    """
     journal = SegmentJournal(job.folder)
     state = {
         "recorded": journal.keys(),
         "spent": journal.spent(),
+        "answered": journal.account().answered,
         "received": fetch_json(f"{job.url}/count"),
     }
     journal.close()

@@ -24,7 +24,7 @@ from coin_ray.errors import BudgetExhausted, CloudError
 
 from . import storm
 from .conftest import CLASSES, URL, FakeTime, ProcessKilled, ok_response, solid_image
-from .counting_server import BILLED
+from .counting_server import BILLED, REPLIED
 
 PRICE = 0.0015
 CALLS, KILLS = 220, 8
@@ -55,6 +55,9 @@ def test_kills_do_not_stretch_the_budget(tmp_path: Path, budget: str) -> None:
         spent_calls, spent_usd = state["spent"]
         billed = sum(kind in BILLED for _, kind in calls[: state["received"]])
         assert billed <= spent_calls <= CALLS
+        replies = sum(kind in REPLIED for _, kind in calls[: state["received"]])
+        assert state["answered"] <= replies, "an answer on record that nobody sent"
+        assert replies - state["answered"] <= KILLS * 2 * storm.IN_FLIGHT
         assert spent_usd <= CALLS * PRICE + 1e-9
     last_state = report["states"][-1]
     assert last_state["spent"][0] == CALLS, "the rest of the budget must be used"

@@ -17,4 +17,5 @@ def open_journal(uri: str, run: str = "") -> Journal:
     uri = storage.absolute_uri(uri)
     if "://" in uri and not uri.startswith("file://"):
         return ObjectJournal(uri, run)
-    return SegmentJournal(uri.removeprefix("file://"), run)
+    folder = uri.removeprefix("file://")
+    return storage.wait_for_storage(lambda: SegmentJournal(folder, run), folder)

@@ -51,6 +51,7 @@ from coin_ray.cloud.journal.record_format import (
     scan_heads,
 )
 from coin_ray.errors import InputError
+from coin_ray.storage import wait_for_storage
 
 SEGMENT = ".segment"
 COMPACTED = f"-compacted{SEGMENT}"
@@ -85,7 +86,7 @@ class SegmentJournal(Journal):
 
     def get(self, key: str) -> AnswerRecord | None:
         try:
-            return self._get(key)
+            return wait_for_storage(lambda: self._get(key), self._folder)
         except FileNotFoundError:  # compacted meanwhile, on a disk without locks
             self.refresh()
             return self._get(key)
@@ -262,6 +263,21 @@ class SegmentJournal(Journal):
         a torn last one. A ``durable`` record also survives a power cut.
         """
         encoded = encode_record(head, body)
+
+        def append() -> None:
+            try:
+                self._append_encoded(head, encoded, durable=durable)
+            except OSError:
+                with self._lock:
+                    self._readers = {}
+                    self._close_segment()
+                raise
+
+        wait_for_storage(append, self._folder)
+
+    def _append_encoded(
+        self, head: HeadFields, encoded: bytes, *, durable: bool
+    ) -> None:
         with self._lock:
             file = self._open_segment()
             offset = os.lseek(file, 0, os.SEEK_END)
@@ -291,9 +307,9 @@ class SegmentJournal(Journal):
         """Close the segment; the next record begins another, since this one may be
         compacted meanwhile.
         """
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
 
     def _refresh(self) -> None:
         names = self._segments()
