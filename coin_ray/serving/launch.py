@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -24,18 +25,25 @@ START_SECONDS_LARGE = 1800.0  # a download may come first
 STOP_SECONDS = 5.0
 LOG_LINES = 20
 POLL_SECONDS = 0.05
+LOOPBACK = "127.0.0.1"
+SECRET_PATH_VARIABLE = "COIN_RAY_SERVE_PATH"
+"""Environment variable with the first segment of the path of every request to a local
+cloud that other machines can reach; it is no option, since all users see those."""
 
 
-def start_services(clouds: Sequence[Cloud], root: str, running: ExitStack) -> list[str]:
+def start_services(
+    clouds: Sequence[Cloud], root: str, running: ExitStack, host: str = LOOPBACK
+) -> list[str]:
     """Return the URL of each cloud. Local ones are started, one server for all
-    renderings of one cloud, and stop with ``running``.
+    renderings of one cloud, and stop with ``running``. They listen on the address
+    ``host`` of this machine.
     """
     urls: dict[Cloud, str] = {}
     services = [with_plain_rendering(cloud) for cloud in clouds]
     for number, cloud in enumerate(dict.fromkeys(services), 1):
         url = endpoint_for(cloud, adapter_for(cloud))
         if cloud.serve != "none":
-            server = local_cloud(cloud, _log_folder(root, number))
+            server = local_cloud(cloud, _log_folder(root, number), host)
             url = running.enter_context(server)
         urls[cloud] = url
     return [urls[cloud] for cloud in services]
@@ -50,9 +58,12 @@ def _log_folder(root: str, number: int) -> str:
 
 
 @contextmanager
-def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
+def local_cloud(config: Cloud, folder: str, host: str = LOOPBACK) -> Iterator[str]:
     """Start a local server as ``config.serve`` says and yield its URL; it keeps its log,
     statistics and call log in a local folder.
+
+    It listens on the address ``host`` of this machine. If others can reach that, the
+    URL ends with a secret of this run, and every other path is not found.
 
     It stops with the block, and also when this process is killed. Raises
     ``CloudUnreachable`` with the end of its log if it does not start.
@@ -62,24 +73,32 @@ def local_cloud(config: Cloud, folder: str) -> Iterator[str]:
     ready_file, log_file = path / "url", path / "server.log"
     ready_file.unlink(missing_ok=True)
     emulated = config.serve in EMULATED_CLOUDS
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if emulated else None
+    environment = dict(os.environ)
+    if emulated:
+        environment["OMP_NUM_THREADS"] = "1"
+    path_suffix = ""
+    if host != LOOPBACK:
+        environment[SECRET_PATH_VARIABLE] = secrets.token_hex(16)
+        path_suffix = f"/{environment[SECRET_PATH_VARIABLE]}"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            _server_command(config, path),
+            _server_command(config, path, host),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
         )
     try:
         seconds = START_SECONDS if emulated else START_SECONDS_LARGE
-        yield _wait_until_ready(process, ready_file, log_file, seconds)
+        url = _wait_until_ready(process, ready_file, log_file, seconds)
+        yield url + path_suffix
     finally:
         _stop(process)
 
 
-def _server_command(config: Cloud, folder: Path) -> list[str]:
+def _server_command(config: Cloud, folder: Path, host: str) -> list[str]:
     options = {
         "--serve": config.serve,
+        "--host": host,
         "--parent-pid": str(os.getpid()),
         "--ready-file": str(folder / "url"),
         "--stats-file": str(folder / "stats.json"),

@@ -34,7 +34,8 @@ from coin_ray.predictors.scored_boxes import ScoredBoxes
 from coin_ray.serving.batching import BATCH_WAIT
 from coin_ray.serving.detectors import ServedDetector
 from coin_ray.serving.fault_injection import CallStatistics
-from coin_ray.serving.launch import EMULATED_CLOUDS
+from coin_ray.serving.launch import EMULATED_CLOUDS, SECRET_PATH_VARIABLE
+from coin_ray.serving.secret_path import SecretPath
 from coin_ray.serving.server import create_app
 from coin_ray.serving.service import QUEUE_MAX
 
@@ -126,8 +127,9 @@ def _is_dead(process: psutil.Process) -> bool:
 
 
 async def _serve(app: FastAPI, arguments: argparse.Namespace) -> None:
+    secret = os.environ.get(SECRET_PATH_VARIABLE)
     config = uvicorn.Config(
-        app,
+        SecretPath(app, secret) if secret else app,
         host=arguments.host,
         port=arguments.port,
         log_level="warning",

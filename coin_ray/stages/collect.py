@@ -40,6 +40,7 @@ from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
     ensure_ray,
+    node_address,
     on_cluster,
     raise_if_disk_full,
 )
@@ -121,7 +122,9 @@ def _collect(
     if not parts.files:
         print_other_answers(config, remaining, context.root)
     with ExitStack() as services, ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(start_services, config.clouds, context.root, services)
+        starting = pool.submit(
+            start_services, config.clouds, context.root, services, node_address()
+        )
         ensure_ray()
         # before a call is paid: training will find its backbone, and it fits, and the
         # labeler its CLIP

@@ -223,6 +223,25 @@ def test_a_server_process_answers_and_writes_its_statistics(tmp_path: Path) -> N
         httpx.get(f"{url}/health")
 
 
+@needs_weights
+def test_other_machines_need_the_secret_of_the_run(tmp_path: Path) -> None:
+    config = Cloud(serve="demo", serve_latency=0.0, serve_faults=0.0)
+    with local_cloud(config, str(tmp_path), host="127.0.0.2") as url:
+        server, _, secret = url.rpartition("/")
+        assert server.startswith("http://127.0.0.2:")
+        assert len(secret) == 32
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        body = detect_request(jpeg(size=(192, 192)), ("cat", "car"))
+        response = httpx.post(f"{url}/v1/detect", json=body, timeout=30)
+        assert response.status_code == 200
+        for path in ("/health", "/v1/detect", "/stats", f"/{secret[:-1]}x/health"):
+            assert httpx.get(f"{server}{path}").status_code == 404
+        assert httpx.post(f"{server}/v1/detect", json=body).status_code == 404
+    files = [file for file in tmp_path.iterdir() if file.is_file()]
+    assert files
+    assert not any(secret.encode() in file.read_bytes() for file in files)
+
+
 HOLDER = """
 import sys, time
 from coin_ray.config import Cloud

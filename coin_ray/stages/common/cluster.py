@@ -49,6 +49,19 @@ def ensure_ray() -> None:
     quiet_ray_logs()
 
 
+def node_address() -> str:
+    """Return the address by which the processes of the run reach this machine: its
+    node's on a cluster, which this joins, and otherwise the loopback address.
+    """
+    if not on_cluster():
+        return "127.0.0.1"
+    ensure_ray()
+    import ray.util
+
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
 def quiet_ray_logs() -> None:
     """Leave out Ray's plans and reports: the stages print their own progress."""
     level = logging.WARNING if on_cluster() else logging.ERROR
