@@ -39,9 +39,7 @@ TRUNK = (
     "model.encoder.",
 )
 """Parameters of the backbone and of what makes its maps a pyramid."""
-TRANSFORMERS_POST_PROCESS = PostProcess(
-    score_min=0.01, nms=1.0, detections=100, best_class_only=False
-)
+SCORE_MIN, DETECTIONS_MAX = 0.01, 100
 
 
 class TransformersStudent(nn.Module):
@@ -52,7 +50,8 @@ class TransformersStudent(nn.Module):
     def __init__(self, network: Any, input_format: InputFormat) -> None:
         super().__init__()
         self.network, self.input_format = network, input_format
-        self.post_process = TRANSFORMERS_POST_PROCESS
+        limit = min(network.config.num_queries, DETECTIONS_MAX)
+        self.post_process = PostProcess(SCORE_MIN, 1.0, limit, best_class_only=False)
         self.num_classes: int = network.config.num_labels
         network.config.auxiliary_loss = True
         network.loss_function = LOSS_FUNCTIONS[network.config.model_type]

@@ -168,6 +168,9 @@ def new_network(config: Any, classes: Sequence[str], *, seed: int) -> Any:
 def read_input_format(processor: Any, name: str) -> InputFormat:
     """Read the pixels that a network takes from its image processor. Raises InputError
     for one that keeps the aspect ratio, or interpolates in another way.
+
+    RF-DETR's processor resizes without antialiasing; a student of this package always
+    sees antialiased pixels, in training and after it.
     """
     size = dict(processor.size)
     side, width = size.get("height"), size.get("width")
