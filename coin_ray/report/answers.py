@@ -82,6 +82,7 @@ def answer_questions(summary: RunSummary) -> list[AnsweredQuestion]:
     """Return the questions that this run's figures can answer, with the answers."""
     answers = [
         AnsweredQuestion("Is it better than the cloud?", _compare_with_cloud(summary)),
+        AnsweredQuestion("Why this student?", _explain_choice(summary)),
         AnsweredQuestion("For which classes not?", _list_worse_classes(summary)),
         AnsweredQuestion("What did it cost?", _describe_cost(summary)),
         AnsweredQuestion("Can it be believed?", _describe_evidence(summary)),
@@ -140,6 +141,10 @@ def _compare_with_baseline(summary: RunSummary) -> str:
     return f" Against the same student on plain cloud labels: {change} points."
 
 
+def _explain_choice(summary: RunSummary) -> str:
+    return "" if summary.choice is None else summary.choice.reason
+
+
 def _list_worse_classes(summary: RunSummary) -> str:
     per_class = summary.per_class or {}
     if not {"student", "cloud"} <= set(per_class):
@@ -176,6 +181,7 @@ def _describe_cost(summary: RunSummary) -> str:
     cost = finite_number(summary.calls.cost_usd)
     if call_count is None:
         return ""
+    call_count += finite_number(summary.calls.maybe_billed) or 0
     costs = [f"{call_count:,.0f} cloud calls"]
     if cost is not None:
         costs.append(format_usd(cost))

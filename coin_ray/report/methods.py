@@ -38,6 +38,7 @@ METHODS = (
     Method(
         "pseudo_label", "Student on cloud labels alone", "neutral", "the local model"
     ),
+    Method("coin", "Student by COIN", "neutral", "the local model"),
     Method("student", "Student", "student", "the local model"),
     Method("oracle", "Student on true labels", "truth", "the local model"),
 )

@@ -25,7 +25,12 @@ class CallCounts:
     cached: int | None = None
     """Images whose response the journal held."""
     failed: int | None = None
+    maybe_billed: int | None = None
+    """Calls that were sent and have no answer on record; part of the cost."""
     cost_usd: float | None = None
+    root_calls: int | None = None
+    """Calls of all runs below the root."""
+    root_usd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,17 @@ class DeepImages:
 
 
 @dataclass(frozen=True)
+class StudentChoice:
+    """Which of several trained students is delivered, judged without labels. ``scores``
+    by candidate: mAP50 on the boxes on which both teachers agree.
+    """
+
+    winner: str
+    scores: Mapping[str, Share] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The figures of a run; those of steps that were not run are empty or None."""
 
@@ -169,6 +185,7 @@ class RunSummary:
     page: str | None = None
     """Path or URI of the report."""
     model: ModelSize | None = None
+    choice: StudentChoice | None = None
     intensity: DeepImages | None = None
 
     @classmethod

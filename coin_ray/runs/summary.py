@@ -26,6 +26,7 @@ REPORT_FIGURES = (
     "page",
 )
 MODEL_FIGURES = ("parameters", "bytes")
+CHOICE_FIGURES = ("winner", "scores", "reason")
 PACKAGES = (
     "coin-ray",
     "torch",
@@ -65,6 +66,8 @@ def build_summary(
     figures |= _select(metrics.get("report", {}), REPORT_FIGURES)
     if "intensity" in images:
         figures["intensity"] = images["intensity"]
+    if "choose" in metrics:
+        figures["choice"] = _select(metrics["choose"], CHOICE_FIGURES)
     if "export" in metrics:
         figures["model"] = _select(metrics["export"], MODEL_FIGURES)
     return RunSummary.from_json(figures)

@@ -34,6 +34,8 @@ METHOD_OF_STEP = {
     "oracle": "oracle",
 }
 """Names of the trained detectors by the step that trains them."""
+METHOD_OF_STEP_WITH_CHOICE = METHOD_OF_STEP | {"distill": "coin", "choose": "student"}
+"""The same where one of several students is delivered."""
 PredictionsByMethod = dict[str, Mapping[str, Detections]]
 """Detections by method and image id."""
 
@@ -51,10 +53,13 @@ def run(context: Context[PipelineConfig]) -> Metrics:
             "map50": {},
             "note": "no annotated test images: nothing to measure against",
         }
+    method_of_step = METHOD_OF_STEP
+    if "choose" in context.inputs:
+        method_of_step = METHOD_OF_STEP_WITH_CHOICE
     weights = {
-        METHOD_OF_STEP[step]: storage.join(folder, WEIGHTS)
+        method_of_step[step]: storage.join(folder, WEIGHTS)
         for step, folder in context.inputs.items()
-        if step in METHOD_OF_STEP
+        if step in method_of_step
     }
     folder = storage.join(context.folder, "predictions")
     write_predictions(weights, images, config, folder)

@@ -18,7 +18,8 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     ``coin_ray.predictors.student.load_exported_student`` reads them.
     """
     config = context.config
-    weights = storage.join(context.inputs["distill"], WEIGHTS)
+    [delivered] = context.inputs.values()
+    weights = storage.join(delivered, WEIGHTS)
     student = load_trained_detector("student", weights, load_backbone(config), config)
     size = write_exported_student(
         student,

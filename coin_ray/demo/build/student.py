@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
@@ -25,7 +26,6 @@ from coin_ray.demo.drawings import ASSETS, CLASSES, load_drawings
 from coin_ray.demo.scenes import SIZE, Artwork, Style, compose
 from coin_ray.models.students.yolox import YoloxStudent
 from coin_ray.structures import Targets
-from coin_ray.training.ema import ema_update
 
 WEIGHTS = ASSETS / "student.pt"
 NAME = "yolox-nano"
@@ -34,7 +34,7 @@ FIRST_SEED = 50_000_000
 """The seeds of target scenes, and of the cloud's training scenes, are smaller."""
 BATCH = 32
 LEARNING_RATE = 2e-3
-AVERAGE_RATE = 0.002
+AVERAGE_DECAY = 0.998
 WARM_UP_STEPS = 100
 Batch = tuple[list[Tensor], list[Targets]]
 
@@ -79,8 +79,9 @@ def main() -> None:
     torch.manual_seed(0)
     student = YoloxStudent(NAME, len(CLASSES), SIZE).train()
     student.to(memory_format=torch.channels_last)  # faster on processors
-    average = YoloxStudent(NAME, len(CLASSES), SIZE).eval().requires_grad_(False)
-    average.load_state_dict(student.state_dict())
+    average = AveragedModel(
+        student, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
+    )
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.02)
     loader = DataLoader(SourceScenes(), batch_size=None)
     start, step = time.process_time(), 0
@@ -100,11 +101,11 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 10.0)
         optimizer.step()
         step += 1
-        ema_update(average, student, max(AVERAGE_RATE, 1 / step))
+        average.update_parameters(student)
         if step % 100 == 0:
             parts = {name: round(float(loss), 2) for name, loss in losses.items()}
             print(f"step {step}, {progress:.0%}, {parts}", flush=True)
-    torch.save(average.half().state_dict(), WEIGHTS)
+    torch.save(average.module.half().state_dict(), WEIGHTS)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB after {step} steps")
 
 
