@@ -136,6 +136,8 @@ class Separation:
     private: Detections
     reviewed: bool = False
     """The boxes are a person's: all consistent, and complete."""
+    cloud_private: int = 0
+    """The first so many ``private`` detections are the cloud's, the others CLIP's."""
 
     @classmethod
     def from_labels(cls, labels: Detections, *, reviewed: bool = False) -> Separation:
@@ -155,6 +157,7 @@ class Separation:
             self.inconsistent.to(device),
             self.private.to(device),
             self.reviewed,
+            self.cloud_private,
         )
 
 

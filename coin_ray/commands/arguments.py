@@ -15,11 +15,11 @@ from coin_ray.config import (
     Cloud,
     PipelineConfig,
     ServiceName,
-    StudentKind,
     check_runnable,
 )
 from coin_ray.config.presets import PRESETS, thermal, with_student
 from coin_ray.config.published import SETS, CloudKind, published
+from coin_ray.config.students import STUDENTS
 from coin_ray.config.yaml_files import RENAMED_SETTINGS, read_config
 from coin_ray.errors import ConfigError
 from coin_ray.runs.graph import ORDER
@@ -155,8 +155,10 @@ def build_run_parser(program: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--student",
-        choices=get_args(StudentKind),
-        help="network of the student (default: faster-rcnn), trained as it needs",
+        help=(
+            f"network of the student, trained as it needs: {', '.join(STUDENTS)},"
+            " hf:OWNER/NAME or a transformers folder (default: faster-rcnn)"
+        ),
     )
     parser.add_argument(
         "--settings", action="store_true", help="list all settings of the preset"

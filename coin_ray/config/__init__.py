@@ -25,13 +25,13 @@ from coin_ray.config.fields import (
 from coin_ray.config.labels import Collect, Labels
 from coin_ray.config.models import Clip, Detector, MobileNet
 from coin_ray.config.pipeline import PipelineConfig, Tracking, check_runnable
+from coin_ray.config.students import TargetSettings
 from coin_ray.config.training import (
     Distill,
     Evaluate,
     FusionRule,
     Propagate,
     Separate,
-    StudentKind,
     TrainingConfig,
 )
 
@@ -57,7 +57,7 @@ __all__ = [
     "Propagate",
     "Separate",
     "ServiceName",
-    "StudentKind",
+    "TargetSettings",
     "Tracking",
     "TrainingConfig",
     "check_runnable",

@@ -22,7 +22,6 @@ from coin_ray.config import (
     PipelineConfig,
     Propagate,
     Separate,
-    StudentKind,
     TrainingConfig,
 )
 from coin_ray.config.co_detr import CoDetr
@@ -35,6 +34,7 @@ from coin_ray.config.published import (
     kitti,
     sim10k,
 )
+from coin_ray.config.students import is_region_student
 
 DEMO_CLIP = Clip(
     model=str(DEMO_ASSETS / "coin_tiny.json"),
@@ -159,16 +159,20 @@ SMALL_CO_DETR = CoDetr(
 )
 """A step takes twice the CPU time of one of the small Faster R-CNN."""
 SMALL_CO_DETR_STEPS = 900
+DETECTOR_STUDENT_STEPS = 300
 
 
-def with_student(config: PipelineConfig, student: StudentKind) -> PipelineConfig:
+def with_student(config: PipelineConfig, student: str) -> PipelineConfig:
     """Return the run with another network as its student, and matching training settings.
 
-    A Co-DETR trains with AdamW, and in the small presets for longer.
+    A Co-DETR trains with AdamW, and in the small presets for longer. A student that was
+    a detector before trains for a short time and carefully.
     """
-    distill = replace(config.distill, student=student)
     if student == "faster-rcnn":
-        return replace(config, distill=distill)
+        return replace(config, distill=replace(config.distill, student=student))
+    if not is_region_student(student):
+        return replace(config, distill=_detector_student(config.distill, student))
+    distill = replace(config.distill, student=student)
     is_small = distill.fit.optimizer == "adamw"
     if is_small:
         training = replace(distill.fit, steps=SMALL_CO_DETR_STEPS, lr=1e-3)
@@ -189,6 +193,37 @@ def with_student(config: PipelineConfig, student: StudentKind) -> PipelineConfig
         )
         distill = replace(distill, fit=training)
     return replace(config, distill=distill)
+
+
+def _detector_student(distill: Distill, student: str) -> Distill:
+    """Return the settings of a student that was a detector before: AdamW, the pretrained
+    trunk at a tenth of the rate, frozen statistics, and a moving average that is
+    delivered.
+    """
+    training = replace(
+        distill.fit,
+        steps=DETECTOR_STUDENT_STEPS,
+        batch=8,
+        optimizer="adamw",
+        lr=3e-4,
+        visual_lr_factor=0.1,
+        weight_decay=5e-4,
+        warmup=50,
+        schedule="cosine",
+        milestones=(),
+        factors=(),
+        clip_gradient=10.0,
+        augmentation=0.25,
+        checkpoint_every=100,
+    )
+    return replace(
+        distill,
+        student=student,
+        fit=training,
+        fusion="average",
+        teacher_rate=0.01,
+        burn_up=DETECTOR_STUDENT_STEPS,
+    )
 
 
 def demo() -> PipelineConfig:

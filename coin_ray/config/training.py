@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.config.fields import check_fraction, require, runtime_only
+from coin_ray.config.fields import check_fraction, new_field, require, runtime_only
+from coin_ray.config.students import (
+    TargetSettings,
+    check_student_name,
+    is_region_student,
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,6 @@ class Separate:
         check_fraction("separate.iou_min", self.iou_min)
 
 
-StudentKind = Literal["faster-rcnn", "co-detr"]
 FusionRule = Literal[
     "ckg", "average", "score_weighted", "product", "dawid_skene", "cloud", "clip"
 ]
@@ -135,10 +139,25 @@ class Distill:
     3.3, 3.4).
     """
 
-    student: StudentKind = "faster-rcnn"
+    student: str = "faster-rcnn"
     """Network of the target detector, and of the baselines. Published: the CLIP
-    detector's, a Faster R-CNN. ``--student`` also chooses matching training settings.
+    detector's, a Faster R-CNN. Or co-detr; or one that was a detector before and learns
+    from ``targets`` (docs/students.md): yolox-nano, d-fine-n, hf:OWNER/NAME, ...
+    ``--student`` also chooses matching training settings.
     """
+    student_weights: str = new_field("")
+    """First weights of a YOLOX student: a checkpoint (.pth) or an ONNX file. Empty: the
+    official release, downloaded once."""
+    student_weight_classes: tuple[str, ...] = new_field(())
+    """Class names of ``student_weights`` in their order. Empty: COCO's 80."""
+    student_side: int = new_field(0)
+    """Longest side in pixels of the input of such a student; 0: as released."""
+    student_batch_norm: Literal["frozen", "live"] = new_field("frozen")
+    """Statistics of its batch norms in training; frozen: as pretrained."""
+    targets: TargetSettings = field(
+        default=TargetSettings(), metadata={"identity": "if changed"}
+    )
+    """What a separation teaches such a student."""
     co_detr: CoDetr = field(
         default_factory=lambda: CoDetr(auxiliary=("rcnn",), roi_boxes="agnostic")
     )
@@ -216,10 +235,38 @@ class Distill:
             " distill.co_detr.auxiliary with rcnn, distill.co_detr.auxiliary_losses on,"
             " distill.co_detr.roi_boxes agnostic and distill.co_detr.denoising 0",
         )
+        self._check_detector_student()
         share = self.fusion_share
         require(
             share is None or 0 < share <= 1,
             f"distill.fusion_share must lie in 0..1, and above 0; got {share}",
+        )
+
+    def _check_detector_student(self) -> None:
+        """Check the settings of a student that learns from ``targets``."""
+        check_student_name(self.student)
+        if is_region_student(self.student):
+            require(
+                not self.student_weights,
+                f"distill.student_weights is for YOLOX students; {self.student} starts"
+                " from CLIP or the CLIP detector",
+            )
+            return
+        require(
+            self.fusion != "ckg",
+            f"distill.student {self.student} describes no given boxes, which CKG needs:"
+            " give --distill.fusion average, or another rule",
+        )
+        side = self.student_side
+        require(
+            side >= 0 and side % 32 == 0,
+            f"distill.student_side must be a multiple of 32, or 0; got {side}",
+        )
+        require(
+            not self.student_weights.endswith(".onnx")
+            or self.student_batch_norm == "frozen",
+            "distill.student_weights of an ONNX file hold no statistics of batch norms:"
+            " give --distill.student-batch-norm frozen, or a checkpoint (.pth)",
         )
 
     def _describes_boxes(self) -> bool:

@@ -55,7 +55,12 @@ def separate_knowledge(
     is_same_box = (inconsistent.boxes[:, None] == consistent.boxes[None]).all(-1)
     inconsistent = inconsistent[~is_same_box.any(1)]
     unmatched = [_select(cloud, unmatched_cloud), _select(clip, unmatched_clip)]
-    return Separation(consistent, inconsistent, Detections.cat(unmatched))
+    return Separation(
+        consistent,
+        inconsistent,
+        Detections.cat(unmatched),
+        cloud_private=len(unmatched[0]),
+    )
 
 
 def _separate_one_teacher(
@@ -67,7 +72,7 @@ def _separate_one_teacher(
     no_pairs = Pairs.empty(cloud.num_classes)
     if len(cloud):
         if not config.lone_cloud_consistent:
-            return Separation(no_pairs, no_pairs, cloud)
+            return Separation(no_pairs, no_pairs, cloud, cloud_private=len(cloud))
         pairs = Pairs(cloud.boxes, cloud, cloud)
         return Separation(_deduplicate(pairs, generator), no_pairs, cloud[:0])
     confident = clip.scores > config.lone_clip_score

@@ -20,7 +20,6 @@ from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import Batch
 from coin_ray.fusion.ckg import ConsistentKnowledge
 from coin_ray.fusion.rules import RULES, Annotators
-from coin_ray.fusion.separate import separate_knowledge
 from coin_ray.losses import distillation
 from coin_ray.losses.alignment import prompt_alignment
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
@@ -40,6 +39,7 @@ from coin_ray.training.schedule import (
     parameter_group,
     set_learning_rate,
 )
+from coin_ray.training.separation_targets import separate_batch
 from coin_ray.training.student_outputs import (
     Losses,
     StudentForward,
@@ -143,40 +143,15 @@ class Distillation:
         """Separate both teachers' detections of each image. Before the burn-up the
         second teacher is frozen: its detections were collected once (and are mirrored
         with the image). After it, the mean teacher predicts, at ``size``.
-
-        A person's review of an image replaces both teachers.
         """
         clip_detections = batch.detections["clip"]
         if burnt_up:
             clip_detections = self.predict_second_teacher(batch, size)
-        second_teacher = [
-            Detections.cat([detections, labels])
-            for detections, labels in zip(
-                clip_detections, batch.detections["clip_labels"], strict=True
-            )
-        ]
         rule = self.separation.fused_boxes
         fuse_boxes = rule == "always" or (rule == "after_burn_up" and burnt_up)
-        separations = []
-        for cloud, second, reviewed, generator in zip(
-            batch.detections["cloud"],
-            second_teacher,
-            batch.reviewed,
-            batch.generators,
-            strict=True,
-        ):
-            if reviewed:
-                separation = Separation.from_labels(cloud, reviewed=True)
-            else:
-                separation = separate_knowledge(
-                    cloud,
-                    second,
-                    self.separation,
-                    fuse_boxes=fuse_boxes,
-                    generator=generator,
-                )
-            separations.append(separation)
-        return separations
+        return separate_batch(
+            batch, clip_detections, self.separation, fuse_boxes=fuse_boxes
+        )
 
     def predict_second_teacher(
         self, batch: Batch, size: tuple[int, int]

@@ -79,7 +79,8 @@ def test_a_co_detr_student_comes_with_its_training_and_can_be_changed_further() 
         config.distill.co_detr.width,
     ) == ("co-detr", 50, 32)
     assert config.distill.co_detr.queries < 100
-    assert _exit_code("demo", "--student", "yolo") == 2
+    with pytest.raises(ConfigError, match=r"yolox-nano.*got .yolo.$"):
+        parse_run_arguments(("demo", "--student", "yolo"))
     with pytest.raises(ConfigError, match="remove --student"):
         parse_run_arguments(("--config", "x.yaml", "--student", "co-detr"))
 

@@ -20,7 +20,7 @@ from coin_ray.runs.steps import Step
 GOLDEN: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text()
 )
-STUDENTS: tuple[presets.StudentKind, ...] = ("faster-rcnn", "co-detr")
+STUDENTS: tuple[str, ...] = ("faster-rcnn", "co-detr")
 
 
 def _two_clouds() -> PipelineConfig:
@@ -42,7 +42,9 @@ def _from_clip_detector() -> PipelineConfig:
 def _adaptations() -> Iterator[tuple[str, Mapping[str, Step]]]:
     for name, preset in presets.PRESETS.items():
         for student in STUDENTS:
-            config = presets.with_student(preset(), student)
+            # without the choice between students, which these versions did not have
+            coin_alone = replace(preset(), strategy="coin")
+            config = presets.with_student(coin_alone, student)
             yield f"{name} {student}", graph.build_steps(config, baselines=True)
     yield "demo without baselines", graph.build_steps(presets.demo())
     yield "demo two clouds", graph.build_steps(_two_clouds())
@@ -81,3 +83,18 @@ def test_every_run_of_the_golden_file_is_checked() -> None:
 def test_fingerprints_are_those_of_the_earlier_version(run: str) -> None:
     fingerprints = {name: step.fingerprint for name, step in RUNS[run].items()}
     assert fingerprints == GOLDEN[run]
+
+
+@pytest.mark.parametrize("name", ["folder", "laptop"])
+def test_choosing_keeps_results_of_all_trainings(name: str) -> None:
+    config = presets.PRESETS[name]()
+    assert config.strategy == "auto"
+    alone = graph.build_steps(replace(config, strategy="coin"), baselines=True)
+    steps = graph.build_steps(config)
+    assert [step for step in steps if step not in alone] == ["choose"]
+    for step in ("images", "collect", "propagate", "separate", "distill"):
+        assert steps[step].fingerprint == alone[step].fingerprint
+    assert steps["pseudo_label"].fingerprint == alone["pseudo_label"].fingerprint
+    assert steps["export"].inputs == (steps["choose"],)
+    assert graph.delivered_step(steps).name == "choose"
+    assert graph.delivered_step(alone).name == "distill"
