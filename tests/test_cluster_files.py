@@ -171,6 +171,19 @@ def test_only_holders_of_the_token_reach_a_launched_cluster(name: str) -> None:
     assert "0.0.0.0" not in _read_text(name)
 
 
+def test_machines_of_ones_own_name_their_addresses_and_find_ray_in_every_shell() -> None:
+    """Ray takes 127.0.0.1 for a machine without a default route; ``ray down`` calls a
+    bare ``ray stop``; the second autoscaler counts the head as a worker."""
+    name = "deploy/cluster-onprem.yaml"
+    head_ip = _read_yaml(name)["provider"]["head_ip"]
+    head, worker = [c for c in _node_commands(name) if "ray start" in c]
+    assert f"--node-ip-address={head_ip} " in head
+    assert "RAY_enable_autoscaler_v2=0 " in head
+    assert "--node-ip-address=$address " in worker
+    (activation,) = [c for c in _node_commands(name) if c.endswith(">> ~/.bashrc")]
+    assert "source ~/coin_ray/venv/bin/activate" in activation
+
+
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_only_holders_of_the_token_reach_a_cluster_on_kubernetes(name: str) -> None:
     assert _ray_cluster_spec(name)["authOptions"] == {"mode": "token"}
