@@ -382,3 +382,14 @@ def test_copies_learn_the_same() -> None:
     assert torch.equal(
         total_loss(student, certain_targets()), total_loss(duplicate, certain_targets())
     )
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_it_learns_in_bfloat16(model_type: str) -> None:
+    student = new_student(model_type).train()
+    expected = float(total_loss(student, certain_targets()).detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = total_loss(student, certain_targets())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(expected, rel=0.1)
