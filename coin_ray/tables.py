@@ -1,5 +1,7 @@
 """Define the Arrow schema of every table, and convert ``Detections`` to and from Arrow.
 Each image has one row, so images without objects are kept.
+
+torch is imported where tensors are made: the actors that ask clouds do without it.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from coin_ray.storage import BLOCK_ROWS, open_table, stream_table
-from coin_ray.structures import Detections
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from coin_ray.structures import Detections
 
 T = TypeVar("T")
 
@@ -225,7 +230,7 @@ class TableByImage(Mapping[str, T]):
         return row if self._image_id(row) == image_id else None
 
 
-class DetectionsTable(TableByImage[Detections]):
+class DetectionsTable(TableByImage["Detections"]):
     """Detections by ``image_id``; rows with an error are left out, rows without objects
     are not.
 
@@ -246,6 +251,10 @@ class DetectionsTable(TableByImage[Detections]):
         return open_detections, (self.uri, self.num_classes)
 
     def convert_row(self, row: int) -> Detections:
+        import torch
+
+        from coin_ray.structures import Detections
+
         boxes, scores, labels, probs = (column[row].values for column in self.columns)
         prob_rows = _tensor(probs.flatten(), torch.float32)
         return Detections(
@@ -269,6 +278,8 @@ def open_detections(uri: str, num_classes: int) -> DetectionsTable:
 
 
 def _tensor(array: pa.Array, dtype: torch.dtype) -> Tensor:
+    import torch
+
     return torch.tensor(array.to_numpy(zero_copy_only=False), dtype=dtype)
 
 
@@ -295,6 +306,8 @@ class TruthTable(TableByImage[Truth]):
         return TruthTable, (self.uri,)
 
     def convert_row(self, row: int) -> Truth:
+        import torch
+
         boxes, labels, difficult = (
             self.table[name][row].values for name in ANNOTATIONS.names[1:]
         )

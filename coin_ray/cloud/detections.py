@@ -1,5 +1,5 @@
 """Conversion of the clouds' answers to the detections that CLIP labels, and their Arrow
-columns. Imports torch, which ``coin_ray.cloud.client`` does not.
+columns. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 
 from coin_ray import tables
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.ensemble import cloud_names
 from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.probabilities import (
-    ProbSource,
+    CloudDetections,
     merge_cross_class_duplicates,
     to_detections,
 )
 from coin_ray.cloud.services import adapter_for, label_map_for
 from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.fusion.box_clusters import merge_duplicates
-from coin_ray.structures import Detections
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +61,6 @@ class ScoreInterpretation:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CloudDetections:
-    """The clouds' detections in one image, duplicates merged, best first.
-
-    ``prob_sources``: for each row, how its probabilities came about.
-    """
-
-    detections: Detections
-    prob_sources: tuple[ProbSource, ...]
-
-    @classmethod
-    def empty(cls, num_classes: int) -> CloudDetections:
-        return cls(Detections.empty(num_classes), ())
-
-
 class AnswerConverter:
     """Converts answers of a configuration's clouds to detections."""
 
@@ -95,14 +78,13 @@ class AnswerConverter:
         if answer.raw is None:
             return CloudDetections.empty(self._num_classes)
         interpretation = self._interpretation(answer.teachers)
-        unmerged, sources = to_detections(
+        unmerged = to_detections(
             merge_cross_class_duplicates(answer.raw),
             interpretation.prior,
             interpretation.score_min,
             each_class_asked=interpretation.each_class_asked,
         )
-        detections, rows = merge_duplicates(unmerged, self._fuse_iou)
-        return CloudDetections(detections, tuple(sources[row] for row in rows.tolist()))
+        return merge_detections(unmerged, self._fuse_iou)
 
     def _interpretation(self, clouds: Sequence[str]) -> ScoreInterpretation:
         """Return how scores from these clouds are interpreted; no name: the first."""
@@ -114,19 +96,40 @@ class AnswerConverter:
         return ScoreInterpretation.for_fused_clouds(interpretations)
 
 
+def merge_detections(
+    detections: CloudDetections, iou_threshold: float
+) -> CloudDetections:
+    """Merge duplicates of one class (``merge_duplicates``): a merged detection has the
+    score, probabilities and source of the best one.
+    """
+    boxes, rows = merge_duplicates(
+        detections.boxes, detections.scores, detections.labels, iou_threshold
+    )
+    if len(rows) == len(detections):
+        return detections
+    return CloudDetections(
+        boxes,
+        detections.scores[rows],
+        detections.labels[rows],
+        detections.probs[rows],
+        tuple(detections.prob_sources[row] for row in rows),
+    )
+
+
 def detection_columns(images: Sequence[CloudDetections]) -> dict[str, pa.Array]:
     """Return the columns boxes, scores, labels, probs and prob_source of a
     ``DETECTIONS`` table, one row per image.
     """
-    detections = [image.detections for image in images]
-    offsets = _list_offsets([len(d) for d in detections])
-    coordinates = pa.array(_concatenated([d.boxes for d in detections], np.float32))
+    offsets = _list_offsets([len(image) for image in images])
+    coordinates = pa.array(_concatenate([image.boxes for image in images], np.float32))
     boxes = pa.FixedSizeListArray.from_arrays(coordinates, type=tables.BOXES.value_type)
     sources = [source for image in images for source in image.prob_sources]
     flat = {
         "boxes": boxes,
-        "scores": pa.array(_concatenated([d.scores for d in detections], np.float32)),
-        "labels": pa.array(_concatenated([d.labels for d in detections], np.int64)),
+        "scores": pa.array(
+            _concatenate([image.scores for image in images], np.float32)
+        ),
+        "labels": pa.array(_concatenate([image.labels for image in images], np.int64)),
         "prob_source": pa.array(sources, pa.string()),
     }
     columns = {
@@ -135,16 +138,15 @@ def detection_columns(images: Sequence[CloudDetections]) -> dict[str, pa.Array]:
         )
         for name, column in flat.items()
     }
-    return columns | {"probs": vectors_column([d.probs for d in detections])}
+    return columns | {"probs": vectors_column([image.probs for image in images])}
 
 
-def vectors_column(vectors: Sequence[Tensor]) -> pa.Array:
-    """Return a column of type ``tables.VECTORS`` from the tensor [N, D] of each image."""
-    lengths = np.concatenate(
-        [np.full(len(rows), rows.shape[1], np.int32) for rows in vectors]
-        or [np.zeros(0, np.int32)]
+def vectors_column(vectors: Sequence[NDArray[np.float32]]) -> pa.Array:
+    """Return a column of type ``tables.VECTORS`` from the array [N, D] of each image."""
+    lengths = np.repeat(
+        [rows.shape[1] for rows in vectors], [len(rows) for rows in vectors]
     )
-    flat = pa.array(_concatenated(vectors, np.float32))
+    flat = pa.array(_concatenate(vectors, np.float32))
     rows = pa.ListArray.from_arrays(
         _list_offsets(lengths), flat, tables.VECTORS.value_type
     )
@@ -152,12 +154,14 @@ def vectors_column(vectors: Sequence[Tensor]) -> pa.Array:
     return pa.ListArray.from_arrays(_list_offsets(row_counts), rows, tables.VECTORS)
 
 
-def _concatenated(tensors: Sequence[Tensor], dtype: type) -> NDArray[np.generic]:
-    """Return all elements of the tensors, one after another."""
-    flat = [tensor.detach().cpu().numpy().reshape(-1) for tensor in tensors]
+def _concatenate(
+    arrays: Sequence[NDArray[np.generic]], dtype: type
+) -> NDArray[np.generic]:
+    """Return all elements of the arrays, one after another."""
+    flat = [array.reshape(-1) for array in arrays]
     return np.concatenate([np.zeros(0, dtype), *flat]).astype(dtype, copy=False)
 
 
-def _list_offsets(lengths: Sequence[int] | NDArray[np.int32]) -> pa.Array:
+def _list_offsets(lengths: Sequence[int] | NDArray[np.int64]) -> pa.Array:
     ends = np.cumsum(lengths, dtype=np.int32)
     return pa.array(np.concatenate([np.zeros(1, np.int32), ends]))

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.ops import box_iou
 
 from coin_ray.data.coco_classes import COCO_CLASSES
 from coin_ray.errors import ConfigError
-from coin_ray.fusion.box_clusters import greedy_clusters, score_weighted_mean
+from coin_ray.fusion.box_clusters import (
+    greedy_clusters,
+    pairwise_ious,
+    score_weighted_mean,
+)
 from coin_ray.predictors.onnx_signature import OnnxSignature, read_signature
 from coin_ray.predictors.scored_boxes import Floats, ScoredBoxes, select_boxes
 
@@ -221,20 +223,16 @@ def fuse_weighted_boxes(predictions: Sequence[ScoredBoxes]) -> ScoredBoxes:
     boxes = np.concatenate([boxes for boxes, _ in predictions])
     scores = np.concatenate([scores for _, scores in predictions])
     best = scores.max(1, initial=0)
-    box_tensor = torch.from_numpy(boxes)
-    score_tensor = torch.from_numpy(scores)
-    best_tensor = torch.from_numpy(best)
-    overlapping = box_iou(box_tensor, box_tensor) > FUSION_IOU
+    overlapping = pairwise_ious(boxes) > FUSION_IOU
     fused_boxes, fused_scores = [], []
-    for cluster in greedy_clusters(overlapping, best_tensor):
+    for cluster in greedy_clusters(overlapping, best):
         rows = cluster.members
-        fused_boxes.append(score_weighted_mean(box_tensor[rows], best_tensor[rows]))
+        fused_boxes.append(score_weighted_mean(boxes[rows], best[rows]))
         network_count = max(len(predictions), len(rows))
-        fused_scores.append(score_tensor[rows].sum(0) / network_count)
+        fused_scores.append(scores[rows].sum(0) / network_count)
     if not fused_boxes:
         return boxes, scores
-    box_array = torch.stack(fused_boxes).numpy()
-    score_array = torch.stack(fused_scores).numpy()
+    box_array, score_array = np.stack(fused_boxes), np.stack(fused_scores)
     order = np.argsort(-score_array.max(1), kind="stable")
     return box_array[order], score_array[order]
 

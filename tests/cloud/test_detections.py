@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from coin_ray import tables
-from coin_ray.cloud.detections import CloudDetections, detection_columns, vectors_column
-from coin_ray.structures import Detections
+from coin_ray.cloud.detections import detection_columns, vectors_column
+from coin_ray.cloud.probabilities import CloudDetections
 
 COLUMNS = ("boxes", "scores", "labels", "probs", "prob_source")
 ONE_BOX = CloudDetections(
-    Detections(
-        torch.tensor([[1.0, 2, 30, 40]]),
-        torch.tensor([0.75]),
-        torch.tensor([1]),
-        torch.tensor([[0.125, 0.75, 0.125]]),
-    ),
+    np.array([[1, 2, 30, 40]], np.float32),
+    np.array([0.75], np.float32),
+    np.array([1]),
+    np.array([[0.125, 0.75, 0.125]], np.float32),
     ("label_prior",),
 )
 NO_BOX = CloudDetections.empty(2)
@@ -31,10 +29,10 @@ def test_columns_equal_those_made_of_python_lists(
 ) -> None:
     rows = [
         {
-            "boxes": image.detections.boxes.tolist(),
-            "scores": image.detections.scores.tolist(),
-            "labels": image.detections.labels.tolist(),
-            "probs": image.detections.probs.tolist(),
+            "boxes": image.boxes.tolist(),
+            "scores": image.scores.tolist(),
+            "labels": image.labels.tolist(),
+            "probs": image.probs.tolist(),
             "prob_source": list(image.prob_sources),
         }
         for image in images
@@ -47,7 +45,11 @@ def test_columns_equal_those_made_of_python_lists(
 
 
 def test_vectors_of_different_lengths() -> None:
-    vectors = [torch.zeros(0, 3), torch.tensor([[0.5, 0.25, 0.25]]), torch.ones(2, 3)]
+    vectors = [
+        np.zeros((0, 3), np.float32),
+        np.array([[0.5, 0.25, 0.25]], np.float32),
+        np.ones((2, 3), np.float32),
+    ]
     column = vectors_column(vectors)
     column.validate(full=True)
     assert column.type == tables.VECTORS

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from coin_ray.cloud.http import http1
-from coin_ray.cloud.http.http1 import Http1Connection
+from coin_ray.cloud.http.http1 import Http1Connection, encode_head
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Name: value\r\n\r\nhello"
@@ -78,15 +78,11 @@ async def _post(
     body: bytes = b"question",
     connect_seconds: float = 5.0,
 ) -> tuple[int, bytes]:
-    timeout = httpx.Timeout(0.3, connect=connect_seconds).as_dict()
-    request = httpx.Request(
-        "POST", f"{url}/v1?a=b", content=body, extensions={"timeout": timeout}
-    )
-    response = await connection.handle_async_request(request)
-    try:
-        return response.status_code, await response.aread()
-    finally:
-        await response.aclose()
+    address = httpx.URL(f"{url}/v1?a=b")
+    headers = {"Host": address.netloc.decode(), "Content-Length": str(len(body))}
+    head = encode_head("POST", address.raw_path, headers)
+    response = await connection.send(address, head, body, connect_seconds, 0.3)
+    return response.status, response.body
 
 
 def _run_scripts(
@@ -98,7 +94,7 @@ def _run_scripts(
         url = f"http://127.0.0.1:{running.sockets[0].getsockname()[1]}"
         for script in scripts:
             await script(connection, url)
-        await connection.aclose()
+        connection.close()
         running.close()
 
     asyncio.run(main())
@@ -237,7 +233,7 @@ def _post_over_tls(
         try:
             return await _post(connection, f"https://localhost:{port}")
         finally:
-            await connection.aclose()
+            connection.close()
             running.close()
 
     return asyncio.run(main())

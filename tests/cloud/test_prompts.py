@@ -144,7 +144,7 @@ def _hf_body(*rows: tuple[str, float, tuple[int, int, int, int]]) -> bytes:
 
 
 def test_a_box_under_several_labels_has_a_score_for_each() -> None:
-    from coin_ray.cloud.probabilities import to_detections
+    from tests.cloud.tensors import to_detections
 
     first_box, second_box = (10, 20, 110, 170), (300, 20, 400, 170)
     body = _hf_body(

@@ -511,16 +511,16 @@ CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         SegmentJournal, "attempt", _raise(OSError(28, "No space left on device"))
     ),
     "a bug in the HTTP client": lambda patch: patch.setattr(
-        "h11.Connection.send", _raise(RuntimeError("a bug"))
+        "coin_ray.cloud.http.connections.encode_head", _raise(RuntimeError("a bug"))
     ),
     "a bug below the HTTP client": lambda patch: patch.setattr(
-        "h11.Connection.receive_data", _raise(KeyError("a bug"))
+        "coin_ray.cloud.http.http1._ResponseStream.exchange", _raise(KeyError("a bug"))
     ),
     "a bug while signing": lambda patch: patch.setattr(
         "botocore.auth.SigV4Auth.signature", _raise(ValueError("a bug"))
     ),
-    "a bug while cutting": lambda patch: patch.setattr(
-        "coin_ray.cloud.http.connections._read_body", _raise(MemoryError("a bug"))
+    "a bug while parsing": lambda patch: patch.setattr(
+        "httptools.HttpResponseParser", _raise(MemoryError("a bug"))
     ),
 }
 

@@ -14,11 +14,9 @@ import torch
 from coin_ray import storage, tables
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.detections import AnswerConverter
-from coin_ray.cloud.probabilities import to_detections
 from coin_ray.cloud.protocol import BoxCounts, RawDetections, ScoreKind
 from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import folder
-from coin_ray.fusion.box_clusters import merge_duplicates
 from coin_ray.runs.steps import Context
 from coin_ray.stages.collect import _merge, _print_box_counts
 from coin_ray.stages.collecting.cloud_actor import (
@@ -29,6 +27,7 @@ from coin_ray.stages.collecting.cloud_actor import (
 )
 from coin_ray.stages.collecting.labeler_actor import LabelerActor
 from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts
+from tests.cloud.tensors import merge_duplicates, to_detections
 
 CLASSES = ("car", "bus", "dog")
 LEFT, RIGHT = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0]

@@ -6,14 +6,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from coin_ray.cloud.http.http1 import Http1Connection
+from coin_ray.cloud.http.http1 import (
+    BODY_MAX,
+    BodyTooLong,
+    Http1Connection,
+    RawResponse,
+    encode_head,
+)
 from coin_ray.cloud.http.signing import (
     SignedHeaders,
     Signer,
@@ -24,7 +30,8 @@ from coin_ray.cloud.protocol import PreparedRequest
 from coin_ray.errors import ConfigError, ProtocolError, Transient
 
 CONNECT_SECONDS = 10.0
-BODY_MAX = 32 * 2**20
+PIECE_BYTES = 65_536
+"""Bytes of a compressed body that are unpacked at once."""
 RETURNED_HEADERS = (
     "content-type",
     "retry-after",
@@ -81,14 +88,18 @@ class Connections:
     ) -> None:
         self._url = url
         self._signer = signer
-        timeout = httpx.Timeout(deadline, connect=min(CONNECT_SECONDS, deadline))
-        self._extensions = {"timeout": timeout.as_dict()}
+        self._deadline = deadline
         self._proxy = _find_proxy(url)
         self._transport = transport
         self._tls_context = None
         if transport is None and (self._proxy or url.scheme == "https"):
             self._tls_context = httpx.create_ssl_context()
-        self._idle: list[httpx.AsyncBaseTransport] = []
+        host = {"Host": url.netloc.decode()}
+        self._first_headers = b"".join(
+            f"{name}: {text}\r\n".encode() for name, text in (host | HEADERS).items()
+        )
+        self._idle: list[Http1Connection] = []
+        self._idle_transports: list[httpx.AsyncBaseTransport] = []
         self.reached = False
         """Whether the service ever answered."""
         logging.getLogger("httpcore.http11").addFilter(_hides_response_headers)
@@ -113,21 +124,23 @@ class Connections:
             headers["Idempotency-Key"] = key
         while True:
             signed = self._sign(request, url, headers)
-            response, content = await self._transfer(request, url, headers, signed)
+            response = await self._transfer(request, url, headers, signed)
+            status, raw_headers, content = response
             body = redact_secrets(content, signed.secrets)
             returned_headers = {
                 name: redact_secrets(text.encode(), signed.secrets).decode()
-                for name, text in response.headers.items()
+                for name, text in _decode_headers(raw_headers).items()
                 if name.startswith(RETURNED_HEADERS)
             }
-            status = response.status_code
             if not self._signer.adopt_clock(signed, status, returned_headers, body):
                 return Reply(status, {"content-type": "", **returned_headers}, body)
 
     async def aclose(self) -> None:
         """Close the idle connections."""
         while self._idle:
-            await self._idle.pop().aclose()
+            self._idle.pop().close()
+        while self._idle_transports:
+            await self._idle_transports.pop().aclose()
 
     def _request_url(self, request: PreparedRequest) -> httpx.URL:
         """Return the request's URL, below the service's: the path of a poll comes from
@@ -135,7 +148,7 @@ class Connections:
         """
         try:
             if request.path.startswith("/"):
-                return httpx.URL(f"{str(self._url).rstrip('/')}{request.path}")
+                return _join_url(self._url, request.path)
         except httpx.InvalidURL:
             pass
         raise ProtocolError(
@@ -158,16 +171,18 @@ class Connections:
         url: httpx.URL,
         headers: Mapping[str, str],
         signed: SignedHeaders,
-    ) -> tuple[httpx.Response, bytes]:
-        """Return the response and its raw body. Errors are raised without the frames
+    ) -> RawResponse:
+        """Return the response, its body unpacked. Errors are raised without the frames
         below: variables there hold the secret.
         """
         try:
-            async with self._open_response(
-                request.method, url, request.body, {**headers, **signed.headers}
-            ) as response:
-                self.reached = True
-                return response, await _read_body(response)
+            is_direct = self._transport is None and self._proxy is None
+            send = self._send_directly if is_direct else self._send_by_httpx
+            if signed.body is not None:
+                request = replace(request, body=signed.body)
+            response = await send(request, url, {**headers, **signed.headers})
+            self.reached = True
+            return response
         except BaseException as error:
             failure = without_traceback(self._convert_error(error))
         raise failure
@@ -177,6 +192,8 @@ class Connections:
         error unchanged.
         """
         name = type(error).__name__
+        if isinstance(error, BodyTooLong):
+            return ProtocolError(str(error), may_have_billed=True)
         if isinstance(error, NOT_CONNECTED):
             return NotConnected(f"no connection to {self.host} ({name})")
         if isinstance(error, (httpx.DecodingError, httpx.TooManyRedirects)):
@@ -187,37 +204,76 @@ class Connections:
             )
         return error
 
-    @asynccontextmanager
-    async def _open_response(
-        self, method: str, url: httpx.URL, body: bytes, headers: Mapping[str, str]
-    ) -> AsyncIterator[httpx.Response]:
-        """Send one request; yield the response, its body not yet read."""
-        request = httpx.Request(
-            method,
+    async def _send_directly(
+        self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str]
+    ) -> RawResponse:
+        if request.method == "POST" or request.body:
+            headers = {**headers, "Content-Length": str(len(request.body))}
+        head = encode_head(request.method, url.raw_path, headers, self._first_headers)
+        connection = self._idle.pop() if self._idle else self._new_connection()
+        connect_seconds = min(CONNECT_SECONDS, self._deadline)
+        try:
+            response = await connection.send(
+                url, head, request.body, connect_seconds, self._deadline
+            )
+        finally:
+            self._idle.append(connection)
+        if any(name == b"content-encoding" for name, _ in response.headers):
+            return response._replace(body=await _unpack(response))
+        return response
+
+    def _new_connection(self) -> Http1Connection:
+        return Http1Connection(self._tls_context)
+
+    async def _send_by_httpx(
+        self, request: PreparedRequest, url: httpx.URL, headers: Mapping[str, str]
+    ) -> RawResponse:
+        timeout = httpx.Timeout(
+            self._deadline, connect=min(CONNECT_SECONDS, self._deadline)
+        )
+        httpx_request = httpx.Request(
+            request.method,
             url,
             headers={**HEADERS, **headers},
-            content=body or None,
-            extensions=self._extensions,
+            content=request.body or None,
+            extensions={"timeout": timeout.as_dict()},
         )
-        connection = self._idle.pop() if self._idle else self._new_connection()
+        transport = self._idle_transports.pop() if self._idle_transports else None
+        if transport is None:
+            transport = self._new_transport()
         try:
-            response = await connection.handle_async_request(request)
+            response = await transport.handle_async_request(httpx_request)
+            self.reached = True
             try:
-                yield response
+                body = await _read_body(response)
             finally:
                 await response.aclose()
         finally:
-            self._idle.append(connection)
+            self._idle_transports.append(transport)
+        raw_headers = [(name.lower(), text) for name, text in response.headers.raw]
+        return RawResponse(response.status_code, raw_headers, body)
 
-    def _new_connection(self) -> httpx.AsyncBaseTransport:
+    def _new_transport(self) -> httpx.AsyncBaseTransport:
         if self._transport is not None:
             return self._transport
-        if self._proxy is None:
-            return Http1Connection(self._tls_context)
         single = httpx.Limits(max_connections=1, max_keepalive_connections=1)
         return httpx.AsyncHTTPTransport(
             verify=self._tls_context or True, limits=single, proxy=self._proxy
         )
+
+
+@lru_cache(maxsize=64)
+def _join_url(url: httpx.URL, path: str) -> httpx.URL:
+    return httpx.URL(f"{str(url).rstrip('/')}{path}")
+
+
+def _decode_headers(raw_headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return the headers as text; those of one name are joined."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_text in raw_headers:
+        name, text = raw_name.decode("latin-1"), raw_text.decode("latin-1")
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return headers
 
 
 def parse_service_url(url: str, sends_secret: bool) -> httpx.URL:
@@ -256,6 +312,18 @@ def _find_proxy(url: httpx.URL) -> str | None:
 def _hides_response_headers(record: logging.LogRecord) -> bool:
     """Filter httpcore's log: a service may return the secret in a header."""
     return not str(record.msg).startswith("receive_response_headers.complete")
+
+
+async def _unpack(response: RawResponse) -> bytes:
+    """Return the body without its content encoding."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(response.body), PIECE_BYTES):
+            yield response.body[start : start + PIECE_BYTES]
+
+    return await _read_body(
+        httpx.Response(response.status, headers=response.headers, content=pieces())
+    )
 
 
 async def _read_body(response: httpx.Response) -> bytes:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
-import torch
 
 from coin_ray import errors, storage
 from coin_ray.cloud.accounts import account_name, governor_limits
@@ -85,7 +84,6 @@ class CloudActor:
         second: bool = False,
     ) -> None:
         self.config = config
-        torch.set_num_threads(1)
         self.converter = AnswerConverter(config)
         answers = open_journal(journal)
         governors = governors_for(config, urls, answers)

@@ -87,7 +87,9 @@ class LabelerActor:
             for number, image_boxes in enumerate(boxes)
         ]
         columns = {name: answers[name] for name in answers.column_names}
-        columns["clip_probs"] = vectors_column(clip_probs)
+        columns["clip_probs"] = vectors_column(
+            [probs.cpu().numpy() for probs in clip_probs]
+        )
         part_columns = {name: columns[name] for name in PART_SCHEMA.names}
         return pa.table(part_columns, schema=PART_SCHEMA)
 
