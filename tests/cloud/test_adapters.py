@@ -317,7 +317,7 @@ def test_a6_weights_and_ignored_names(case: Case) -> None:
 
 @_row("A7")
 def test_a7_scores_become_distributions(case: Case) -> None:
-    from coin_ray.cloud.probabilities import to_detections
+    from tests.cloud.tensors import to_detections
 
     for classes in (CLASSES, CLASSES[:2], CLASSES[:1]):
         names = [case.names[c] for c in classes]
