@@ -36,13 +36,15 @@ score, and the column of the label holds 1.
 
 @dataclass(frozen=True, slots=True)
 class Auth:
-    """The way a secret is sent: in a header after a prefix, or as an AWS signature
-    (``sigv4``: the name of the AWS service).
+    """The way a secret is sent: in a header after a prefix, as a member of the JSON body
+    (``json_key``: its key), or as an AWS signature (``sigv4``: the name of the AWS
+    service).
     """
 
     header: str = "Authorization"
     prefix: str = "Bearer "
     sigv4: str | None = None
+    json_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,10 @@ class Capabilities:
     """The service answers with a task to be polled."""
     max_pixels: int | None = None
     """Most pixels of an image that it does not make smaller itself."""
+    phrases_per_call: int | None = None
+    """Most classes or phrases of one call; more are asked for in further calls."""
+    reads_names: bool = True
+    """Whether the service reads the names that it is asked for."""
     key_settings: tuple[tuple[str, str], ...] = ()
     """Names and texts of settings that change answers beside the query; part of the
     journal's key."""

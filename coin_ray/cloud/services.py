@@ -78,10 +78,34 @@ def _hf_endpoint(_: Cloud) -> Adapter:
     return HfEndpointAdapter()
 
 
-def _roboflow(_: Cloud) -> Adapter:
+def _roboflow(cloud: Cloud) -> Adapter:
     from coin_ray.cloud.adapters.roboflow import RoboflowAdapter
 
-    return RoboflowAdapter()
+    return RoboflowAdapter(cloud.secret_in == "body")
+
+
+def _roboflow_sam3(cloud: Cloud) -> Adapter:
+    from coin_ray.cloud.adapters.roboflow_sam3 import RoboflowSam3Adapter
+
+    return RoboflowSam3Adapter(cloud.secret_in == "body")
+
+
+def _t_rex(cloud: Cloud) -> Adapter:
+    from coin_ray.cloud.adapters.t_rex import TRexAdapter
+    from coin_ray.cloud.exemplars import read_exemplars
+
+    if not cloud.exemplars:
+        raise ConfigError(
+            "t-rex is shown the classes: give --cloud.exemplars PATH, people's boxes on"
+            " other images (an export of a review, or a labelled folder)"
+        )
+    return TRexAdapter(read_exemplars(cloud.exemplars))
+
+
+def _moondream(_: Cloud) -> Adapter:
+    from coin_ray.cloud.adapters.moondream import MoondreamAdapter
+
+    return MoondreamAdapter()
 
 
 def _openai_vlm(cloud: Cloud) -> Adapter:
@@ -133,6 +157,9 @@ SERVICES: dict[str, ServiceSpec] = {
     "openai-vlm": ServiceSpec(_openai_vlm, "OPENAI_API_KEY"),
     "gemini": ServiceSpec(_gemini, "GEMINI_API_KEY"),
     "anthropic": ServiceSpec(_anthropic, "ANTHROPIC_API_KEY"),
+    "roboflow-sam3": ServiceSpec(_roboflow_sam3, "ROBOFLOW_API_KEY"),
+    "t-rex": ServiceSpec(_t_rex, "DDS_API_TOKEN", per_minute=600),
+    "moondream": ServiceSpec(_moondream, "MOONDREAM_API_KEY"),
 }
 
 

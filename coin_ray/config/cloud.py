@@ -24,6 +24,9 @@ ServiceName = Literal[
     "openai-vlm",
     "gemini",
     "anthropic",
+    "roboflow-sam3",
+    "t-rex",
+    "moondream",
 ]
 
 LANGUAGE_MODELS = ("openai-vlm", "gemini", "anthropic")
@@ -80,6 +83,13 @@ class Cloud:
     service's own default. serve transformers, checkpoint: the model's name on the hub
     or its folder, which must be given.
     """
+    secret_in: Literal["header", "body"] = runtime_only("header")
+    """roboflow, roboflow-sam3: where the key is sent. Inference servers before 1.5 read
+    it from the body alone."""
+    exemplars: tuple[str, ...] = new_field(())
+    """t-rex: people's boxes on other images, sent with each call to show the classes:
+    exports of Label Studio, CVAT or FiftyOne, or labelled folders, as for
+    ``corrections``."""
     region: str = "us-east-1"
     """rekognition: the AWS region."""
     coordinates: Literal[
@@ -181,9 +191,23 @@ class Cloud:
             f" cloud.service {self.service}",
         )
         self._check_language_model()
+        self._check_prompts()
         require(
             self.attempts >= 1,
             f"cloud.attempts must be at least 1; got {self.attempts}",
+        )
+
+    def _check_prompts(self) -> None:
+        takes_body = self.service in ("roboflow", "roboflow-sam3")
+        require(
+            self.secret_in == "header" or takes_body,
+            f"cloud.secret_in body is for roboflow and roboflow-sam3; got it for"
+            f" cloud.service {self.service}",
+        )
+        require(
+            not self.exemplars or self.service == "t-rex",
+            f"cloud.exemplars are for cloud.service t-rex; got"
+            f" {' '.join(self.exemplars)} for {self.service}",
         )
 
     def _check_language_model(self) -> None:

@@ -20,6 +20,8 @@ from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.adapters.rekognition import RekognitionAdapter
 from coin_ray.cloud.adapters.roboflow import RoboflowAdapter
+from coin_ray.cloud.adapters.roboflow_sam3 import RoboflowSam3Adapter
+from coin_ray.cloud.adapters.t_rex import Exemplar, TRexAdapter
 from coin_ray.cloud.label_map import LabelMap
 from coin_ray.cloud.protocol import (
     Adapter,
@@ -42,8 +44,10 @@ from coin_ray.errors import (
 )
 
 from .emulator.anthropic import message
+from .emulator.app import SCENE_CLASSES, scene
 from .emulator.gemini import generated
 from .emulator.openai_vlm import completion
+from .emulator.roboflow_sam3 import mask, prompt_result
 
 CLASSES = ("car", "bus", "dog")
 """The run's classes; each is one of the emulator's SCENE_CLASSES."""
@@ -155,6 +159,14 @@ class Case:
     """Kind of the scores in ``answer``."""
     skips: Mapping[Row, str] = field(default_factory=dict)
     """Rows that cannot apply, each with the reason."""
+    answer_about: Callable[[Sequence[Truth], Sequence[str]], Any] | None = None
+    """Builds a valid response to other classes, where it depends on them."""
+
+    def respond(self, objects: Sequence[Truth], classes: Sequence[str]) -> Any:
+        """Build a valid response for objects in an image of SIZE."""
+        if self.answer_about is not None:
+            return self.answer_about(objects, classes)
+        return self.answer(objects, SIZE)
 
     @property
     def scored(self) -> bool:
@@ -1327,6 +1339,210 @@ def roboflow() -> Case:
     )
 
 
+def roboflow_sam3() -> Case:
+    def answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
+        return sam3_answer(objects, CLASSES)
+
+    def with_prediction(**changes: Any) -> Any:
+        prediction = {"masks": mask((1, 2, 30, 40)), "confidence": 0.5}
+        first = prompt_result(0, "car", [prediction | changes])
+        return {"prompt_results": [first, *no_objects["prompt_results"][1:]]}
+
+    no_objects: dict[str, Any] = answer([])
+    results: list[Any] = no_objects["prompt_results"]
+    return Case(
+        "roboflow-sam3",
+        RoboflowSam3Adapter(),
+        "roboflow-sam3",
+        {name: name for name in CLASSES},
+        answer,
+        request(
+            "/sam3/concept_segment",
+            {
+                "image": {"type": "base64", "value": GOLDEN_BASE64},
+                "prompts": [{"type": "text", "text": name} for name in CLASSES],
+                "format": "polygon",
+                "output_prob_thresh": 0.05,
+            },
+        ),
+        optional=frozenset(
+            {"time", "echo", "type", "text", "num_boxes", "format", "echo.prompt_index"}
+        ),
+        label_rows=(
+            LabelCase(
+                "by prompt",
+                answer([Truth("dog", (1, 2, 30, 40), 0.7), Truth("car", (1, 2, 9, 9))]),
+                ("dog", "car"),
+                scores=(0.7, 0.5),
+            ),
+        ),
+        failures=(
+            Failure(
+                "B4", 401, {"message": "Unauthorized access to roboflow API"}, AuthError
+            ),
+            Failure("B4", 403, {"message": "Forbidden"}, AuthError),
+            Failure(
+                "B4",
+                400,
+                {"message": "Could not load input image. Cause: malformed base64"},
+                ImageRejected,
+            ),
+            Failure("B4", 404, {"message": "Not Found"}, BadRequest),
+            Failure("B4", 410, {"message": "This block is deprecated"}, BadRequest),
+            Failure("B4", 501, {"message": "SAM3 is not enabled"}, BadRequest),
+            Failure(
+                "C1",
+                429,
+                {"message": "slow down"},
+                Throttled,
+                {"retry-after": "1"},
+                1.0,
+            ),
+            Failure("C4", 402, {"message": "Payment required"}, QuotaExhausted),
+        ),
+        refused_classes=INVALID_CLASS_LISTS,
+        broken={
+            "no results": {"prompt_results": []},
+            "a result is missing": {"prompt_results": results[:2]},
+            "a result too many": {"prompt_results": [*results, results[0]]},
+            "results in another order": {"prompt_results": results[::-1]},
+            "another prompt": {
+                "prompt_results": [prompt_result(0, "truck", []), *results[1:]]
+            },
+            "no predictions": {
+                "prompt_results": [{"prompt_index": 0}, *results[1:]],
+            },
+            "no mask": with_prediction(masks=[]),
+            "a mask of two points": with_prediction(masks=[[[1, 2], [3, 4]]]),
+            "run lengths": with_prediction(masks={"size": [4, 4], "counts": "x"}),
+            "another format": with_prediction(format="rle"),
+        },
+        pixel_rounding=0.5,
+        skips={"E4": "the service's errors are never inside a 200"},
+        answer_about=sam3_answer,
+    )
+
+
+def sam3_answer(objects: Sequence[Truth], names: Sequence[str]) -> Any:
+    results = []
+    for number, name in enumerate(names):
+        predictions = [
+            {
+                "masks": mask(truth.box),
+                "confidence": truth.score,
+                "format": "polygon",
+            }
+            for truth in objects
+            if truth.name == name
+        ]
+        results.append(prompt_result(number, name, predictions))
+    return {"prompt_results": results, "time": 0.2}
+
+
+EXEMPLAR_BOXES = (
+    (10.0, 10.0, 60.0, 60.0),
+    (80.0, 10.0, 130.0, 60.0),
+    (150.0, 10.0, 200.0, 60.0),
+)
+EXEMPLAR_IMAGE = scene(
+    [SCENE_CLASSES.index(name) for name in CLASSES],
+    [[int(edge) for edge in box] for box in EXEMPLAR_BOXES],
+    (220, 80),
+    "JPEG",
+)
+
+
+def t_rex() -> Case:
+    numbers = {name: number for number, name in enumerate(CLASSES, start=1)}
+    boxes = tuple(zip(CLASSES, EXEMPLAR_BOXES, strict=True))
+    exemplar = Exemplar(EXEMPLAR_IMAGE, "image/jpeg", boxes)
+
+    def answer_about(objects: Sequence[Truth], classes: Sequence[str]) -> Any:
+        detections = [
+            {
+                "bbox": list(truth.box),
+                "category_id": list(classes).index(truth.name) + 1,
+                "score": truth.score,
+            }
+            for truth in objects
+        ]
+        task = {"status": "success", "result": {"objects": detections}}
+        return {"code": 0, "msg": "ok", "data": task}
+
+    def answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
+        return answer_about(objects, CLASSES)
+
+    text_case = dds("dino-x", "/v2/task/dinox/detection", "DINO-X-1.0")
+    car: dict[str, Any] = {"bbox": [1, 2, 30, 40], "category_id": 1, "score": 0.5}
+    return Case(
+        "t-rex",
+        TRexAdapter((exemplar,)),
+        "dds",
+        {name: name for name in CLASSES},
+        answer,
+        request(
+            "/v2/task/trex/detection",
+            {
+                "model": "T-Rex-2.0",
+                "image": f"data:image/jpeg;base64,{GOLDEN_BASE64}",
+                "targets": ["bbox"],
+                "bbox_threshold": 0.05,
+                "iou_threshold": 0.8,
+                "prompt": {
+                    "type": "visual_images",
+                    "visual_images": [
+                        {
+                            "image": "data:image/jpeg;base64,"
+                            + base64.b64encode(EXEMPLAR_IMAGE).decode(),
+                            "interactions": [
+                                {
+                                    "type": "rect",
+                                    "category_id": numbers[name],
+                                    "rect": [float(edge) for edge in box],
+                                }
+                                for name, box in zip(
+                                    CLASSES, EXEMPLAR_BOXES, strict=True
+                                )
+                            ],
+                        }
+                    ],
+                },
+            },
+        ),
+        further=text_case.further,
+        label_rows=(
+            LabelCase(
+                "by number",
+                answer([Truth("dog", (1, 2, 30, 40)), Truth("car", (1, 2, 30, 40))]),
+                ("dog", "car"),
+            ),
+        ),
+        failures=text_case.failures,
+        embedded=text_case.embedded,
+        refused_classes=((), ("truck",), ("car", "truck"), ("car", "Car")),
+        broken={
+            "no category": answer([])
+            | {
+                "data": {
+                    "status": "success",
+                    "result": {"objects": [{"bbox": [1, 2, 3, 4], "score": 0.5}]},
+                }
+            },
+            **{
+                f"category {number}": answer([])
+                | {
+                    "data": {
+                        "status": "success",
+                        "result": {"objects": [car | {"category_id": number}]},
+                    }
+                }
+                for number in (0, 4, 1.5, "1", None)
+            },
+        },
+        answer_about=answer_about,
+    )
+
+
 def roboflow_answer(objects: Sequence[Truth], size: tuple[int, int] = SIZE) -> Any:
     predictions = []
     for i, truth in enumerate(objects):
@@ -2376,6 +2592,8 @@ CASES = [
     azure_vision(),
     hf_endpoint(),
     roboflow(),
+    roboflow_sam3(),
+    t_rex(),
     openai_vlm("xyxy_1000", "openai-vlm"),
     openai_vlm("yxyx_1000", "openai-vlm-yxyx"),
     openai_vlm("xyxy_pixels", "openai-vlm-pixels"),

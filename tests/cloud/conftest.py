@@ -84,6 +84,22 @@ def solid_image(seed: int = 0, width: int = 60, height: int = 40) -> CanonicalIm
     return canonical_image(sink.getvalue(), 4096)
 
 
+def labelled_folder(folder: Path, labels: dict[str, list[tuple[str, str]]]) -> str:
+    """Write a YOLO data set: the label and box (normalised) of each image's objects."""
+    names = sorted({label for boxes in labels.values() for label, _ in boxes})
+    for name, boxes in labels.items():
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        (folder / "labels").mkdir(exist_ok=True)
+        Image.new("RGB", (2666, 400), (9, 99, 9)).save(
+            folder / "images" / f"{name}.jpg"
+        )
+        lines = [f"{names.index(label)} {box}" for label, box in boxes]
+        (folder / "labels" / f"{name}.txt").write_text("\n".join(lines))
+    listed = "\n".join(f"  {k}: {name}" for k, name in enumerate(names))
+    (folder / "data.yaml").write_text(f"path: .\ntrain: images\nnames:\n{listed}\n")
+    return str(folder)
+
+
 def detection_json(
     label: str = "car",
     score: float = 0.5,

@@ -276,7 +276,8 @@ def test_a5_class_lists(case: Case) -> None:
         assert classes not in case.refused_classes
         boxes = [(float(3 * i), 10.0, 3.0 * i + 20, 60.0) for i in range(len(classes))]
         truths = [Truth(name, box) for name, box in zip(classes, boxes, strict=True)]
-        raw = _decode_detections(case, case.answer(truths, SIZE), query=query)
+        response = case.respond(truths, classes)
+        raw = _decode_detections(case, response, query=query)
         assert len(raw) == len(classes)
         for xyxy, scores in zip(raw.boxes, raw.class_scores, strict=True):
             nearest = int(np.abs(np.array(boxes) - xyxy).max(1).argmin())
@@ -327,7 +328,8 @@ def test_a7_scores_become_distributions(case: Case) -> None:
         for i, score in enumerate(scores):
             box = (10.0 * i, 20, 10.0 * i + 60, 170)
             truths.append(Truth(names[i % len(names)], box, score))
-        raw = _decode_detections(case, case.answer(truths, SIZE), query=query)
+        response = case.respond(truths, classes)
+        raw = _decode_detections(case, response, query=query)
         _check_scores(case, raw, len(truths))
         detections, sources = to_detections(raw, score_min=0.05)
         probs = detections.probs.numpy()

@@ -4,6 +4,8 @@ import asyncio
 import io
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,7 +35,7 @@ from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import ConfigError, ImageRejected
 
 from .cases import CASES, Case
-from .conftest import HarnessBuilder, InBodyAdapter
+from .conftest import HarnessBuilder, InBodyAdapter, labelled_folder
 from .emulator import PROVIDERS, Emulator, scene
 from .emulator import app as emulated
 
@@ -42,7 +44,15 @@ ADDRESS = "https://mine.example.com"
 FOLDER = ("folder", "--images", "pictures", "--classes", "person,dog")
 
 
+@cache
+def _exemplars() -> str:
+    folder = Path(tempfile.mkdtemp(prefix="exemplars"))
+    return labelled_folder(folder, {"one": [("car", "0.5 0.5 0.2 0.5")]})
+
+
 def _cloud_config(service: str, **settings: Any) -> Cloud:
+    if service == "t-rex":
+        settings["exemplars"] = (_exemplars(),)
     return Cloud(**{"service": service, "coordinates": "xyxy_1000", **settings})
 
 
@@ -139,6 +149,9 @@ TOKENS = {
     "openai-vlm": "OPENAI_API_KEY",
     "gemini": "GEMINI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY",
+    "roboflow-sam3": "ROBOFLOW_API_KEY",
+    "t-rex": "DDS_API_TOKEN",
+    "moondream": "MOONDREAM_API_KEY",
 }
 
 
@@ -348,6 +361,8 @@ def test_clouds_that_can_not_be_used(
 def test_help_imports_no_adapter(arguments: list[str]) -> None:
     code = f"""
 import sys
+import tempfile
+from functools import cache
 from coin_ray.commands import arguments
 try:
     arguments.parse_run_arguments({arguments!r})

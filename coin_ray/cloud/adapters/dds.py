@@ -111,6 +111,17 @@ class DdsAdapter:
         """Parse the response to the request that creates a task, or to a poll of it. A
         phrase of merged class names is unmapped unless the label map has it.
         """
+        task = self.decode_task(headers, body)
+        if isinstance(task, Pending):
+            return task
+        return map_detections(
+            _parse_boxes(task), "xyxy", query, frame, "label", expects_names=True
+        )
+
+    def decode_task(
+        self, headers: Mapping[str, str], body: bytes
+    ) -> JsonObject | Pending:
+        """Return the result of a task that has ended well, or how to poll it."""
         response = expect_object(load_json(headers, body), "the response")
         if expect_number(response.get("code"), "code") != 0:
             _raise_response_error(response, headers)
@@ -119,9 +130,7 @@ class DdsAdapter:
             expect_text(task["status"], "data.status") if "status" in task else None
         )
         if status == "success":
-            return map_detections(
-                _parse_boxes(task), "xyxy", query, frame, "label", expects_names=True
-            )
+            return expect_object(task.get("result"), "data.result")
         if status == "failed":
             _raise_task_failed(sanitize_text(task.get("error")))
         if status not in ("waiting", "running", None):
@@ -145,8 +154,7 @@ def _poll_request(task_id: str) -> PreparedRequest:
     return PreparedRequest(f"/v2/task_status/{task_id}", method="GET")
 
 
-def _parse_boxes(task: JsonObject) -> list[ParsedBox]:
-    task_result = expect_object(task.get("result"), "data.result")
+def _parse_boxes(task_result: JsonObject) -> list[ParsedBox]:
     nodes = expect_list(task_result.get("objects"), "data.result.objects")
     return [_parse_box(node, f"objects[{i}]") for i, node in enumerate(nodes)]
 

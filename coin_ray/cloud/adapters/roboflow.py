@@ -28,6 +28,7 @@ from coin_ray.cloud.adapters.parsing import (
 )
 from coin_ray.cloud.adapters.prompts import check_class_names
 from coin_ray.cloud.protocol import (
+    Auth,
     Capabilities,
     Frame,
     PreparedRequest,
@@ -45,7 +46,11 @@ BAD_IMAGE = re.compile(r"\bimages?\b|base64", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RoboflowAdapter:
-    """YOLO-World behind Roboflow's inference server."""
+    """YOLO-World behind Roboflow's inference server. ``key_in_body``: the key is sent
+    in the body, for servers that do not read the header.
+    """
+
+    key_in_body: bool = False
 
     @property
     def capabilities(self) -> Capabilities:
@@ -55,6 +60,7 @@ class RoboflowAdapter:
             per_class_scores=False,
             idempotent=False,
             url="https://serverless.roboflow.com",
+            auth=Auth(json_key="api_key") if self.key_in_body else Auth(),
             max_bytes=14_000_000,
         )
 
@@ -87,16 +93,28 @@ class RoboflowAdapter:
     def classify_error(
         self, status: int, headers: Mapping[str, str], body: bytes
     ) -> CloudError:
-        """Classify an error. 501 is final: this server does not have the model."""
-        text = sanitize_text(error_object(body).get("message"))
-        message = f"the service answered {status}: {text}"
-        if status == 400 and BAD_KEY.search(text):
-            return AuthError(message)
-        if status == 400 and BAD_IMAGE.search(text):
-            return ImageRejected(message)
-        if status == 501:
-            return BadRequest(message)
-        return error_for_status(status, headers, text)
+        return classify_roboflow_error(status, headers, body)
+
+
+def classify_roboflow_error(
+    status: int, headers: Mapping[str, str], body: bytes
+) -> CloudError:
+    """Classify an error. 410 and 501 are final: this server does not have the model (any
+    more).
+    """
+    text = sanitize_text(error_object(body).get("message"))
+    message = f"the service answered {status}: {text}"
+    if status == 401:
+        return AuthError(f"{message}; older servers need --cloud.secret-in body")
+    if status == 400 and BAD_KEY.search(text):
+        return AuthError(message)
+    if status == 400 and BAD_IMAGE.search(text):
+        return ImageRejected(message)
+    if status in (410, 501):
+        return BadRequest(
+            f"{message}; this server has no such model: --cloud roboflow-sam3 asks SAM 3"
+        )
+    return error_for_status(status, headers, text)
 
 
 def _parse_box(node: Any, field: str) -> ParsedBox:

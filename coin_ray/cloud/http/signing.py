@@ -53,6 +53,8 @@ class SignedHeaders:
     headers: Mapping[str, str] = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
     correction: float = 0.0
+    body: bytes | None = field(default=None, repr=False)
+    """The body to send instead, if it holds the secret."""
 
 
 class Signer(Protocol):
@@ -99,7 +101,7 @@ def signer_for(
 
 
 class TokenSigner:
-    """Sends a token in a header."""
+    """Sends a token in a header, or in a JSON body."""
 
     def __init__(self, auth: Auth, variable: str | None) -> None:
         self._auth, self._variable = auth, variable
@@ -117,6 +119,10 @@ class TokenSigner:
         token = self._token()
         if not token:
             return SignedHeaders({}, ())
+        if self._auth.json_key:
+            member = json.dumps({self._auth.json_key: token})[1:].encode()
+            signed_body = body.rstrip()[:-1] + b", " + member if body else body
+            return SignedHeaders({}, (token,), body=signed_body)
         header = {self._auth.header: f"{self._auth.prefix}{token}"}
         return SignedHeaders(header, (token,))
 

@@ -17,6 +17,7 @@ from . import (
     reference,
     rekognition,
     roboflow,
+    roboflow_sam3,
 )
 from .app import Emulator, Fault, Provider, Reply, scene
 
@@ -27,6 +28,7 @@ PROVIDERS: Mapping[str, Provider] = {
     "azure-vision": azure_vision.answer,
     "hf-endpoint": hf_endpoint.answer,
     "roboflow": roboflow.answer,
+    "roboflow-sam3": roboflow_sam3.answer,
     "openai-vlm": openai_vlm.serving("xyxy_1000"),
     "openai-vlm-yxyx": openai_vlm.serving("yxyx_1000"),
     "openai-vlm-pixels": openai_vlm.serving("xyxy_pixels"),

@@ -25,7 +25,9 @@ MODELS = {
         "GroundingDino-1.6-Pro",
         "GroundingDino-1.6-Edge",
     ),
+    "/v2/task/trex/detection": ("T-Rex-2.0",),
 }
+TREX = "/v2/task/trex/detection"
 STATES = ("waiting", "running")
 """Responses to a task's first polls; ``emulator.state("dds")["states"]`` overrides them."""
 DATA_URL = "data:image/jpeg;base64,"
@@ -52,7 +54,8 @@ def _submit(call: Call) -> Reply:
     is_new = task not in tasks
     if is_new:
         states = [{"status": state} for state in call.state.get("states", STATES)]
-        tasks[task] = [*states, _last_state(request_json)]
+        read_task = _last_exemplar_state if call.path == TREX else _last_state
+        tasks[task] = [*states, read_task(request_json)]
     return _reply(0, "ok", {"task_uuid": task}, billed=is_new)
 
 
@@ -62,7 +65,8 @@ def _problem(call: Call, request_json: Any) -> str | None:
     if request_json.get("model") not in MODELS[call.path]:
         return "model is not supported"
     prompt_type = request_json.get("prompt", {}).get("type")
-    if prompt_type != "text" or request_json.get("targets") != ["bbox"]:
+    expected_type = "visual_images" if call.path == TREX else "text"
+    if prompt_type != expected_type or request_json.get("targets") != ["bbox"]:
         return "prompt or targets are not supported"
     for name in ("bbox_threshold", "iou_threshold"):
         threshold = request_json.get(name)
@@ -88,6 +92,36 @@ def _last_state(request_json: dict[str, Any]) -> dict[str, Any]:
         if scene_object.name in classes and scene_object.score >= threshold
     ]
     return {"status": "success", "result": {"objects": detections}}
+
+
+def _last_exemplar_state(request_json: dict[str, Any]) -> dict[str, Any]:
+    """Return the objects that look like those in the rectangles, by category."""
+    try:
+        scene = _scene(request_json["image"])
+        categories: dict[int, int] = {}
+        for visual in request_json["prompt"]["visual_images"]:
+            example = _scene(visual["image"])
+            for interaction in visual["interactions"]:
+                shown = min(
+                    example.objects,
+                    key=lambda o: sum(
+                        abs(a - b)
+                        for a, b in zip(o.box, interaction["rect"], strict=True)
+                    ),
+                )
+                categories[shown.class_index] = interaction["category_id"]
+    except SceneError as error:
+        return {"status": "failed", "error": f"failed to load the image: {error}"}
+    objects = [
+        {
+            "bbox": list(o.box),
+            "category_id": categories[o.class_index],
+            "score": o.score,
+        }
+        for o in scene.objects
+        if o.class_index in categories and o.score >= request_json["bbox_threshold"]
+    ]
+    return {"status": "success", "result": {"objects": objects}}
 
 
 def _scene(image: str) -> Scene:
