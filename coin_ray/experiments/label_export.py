@@ -5,35 +5,38 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.data.formats import read_dataset
 from coin_ray.data.formats.folder import strip_suffix
+from coin_ray.data.formats.ragged import Integers, count_boxes, starts_of
 from coin_ray.data.formats.streamed import (
     DETAILS_FILE,
     HUNDREDTHS,
     WRITERS,
-    ImageLabels,
     LabelDigest,
+    LabelledImages,
     LabelWriter,
 )
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.evaluation.operating import best_f1
 from coin_ray.evaluation.voc import match_detections
+from coin_ray.experiments.image_rows import RowsById
 from coin_ray.experiments.label_sources import FinishedRun, ScoredLabels, to_detections
 from coin_ray.stages.common.image_tables import open_annotations
 
@@ -44,13 +47,13 @@ IGNORED_SHARE = 0.5
 """Boxes from this share of the threshold on are ignored regions."""
 MIN_TRUTH_BOXES = 10
 """Labelled boxes of a class from which on its threshold is chosen by them."""
-PLACED_AT_ONCE = 256
-"""Images that are copied or linked together."""
 LEFT_OUT_FILE = "left_out.csv"
 README_FILE = "README.md"
 UNANSWERED = "the run has no answer for it"
 UNSURE = "nobody is sure: no box reaches its threshold, some reach half of it"
 ID_DIGITS = 12
+PLAIN_STEM = re.compile(r"[A-Za-z0-9_\-.]+")
+"""Names that need no other look, for speed."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,10 @@ def choose_thresholds(run: FinishedRun, score_min: float | None) -> Thresholds:
     predictions = {}
     if truth and run.source != "consistent":
         for labels in run.labels(VAL):
-            if labels.image_id in truth:
-                predictions[labels.image_id] = to_detections(labels)
+            for position, image_id in enumerate(labels.image_ids):
+                if image_id in truth:
+                    image = labels.select(np.array([position]))
+                    predictions[image_id] = to_detections(image)
     truth = {image_id: truth[image_id] for image_id in predictions}
     if not truth:
         reason = "the default: no labelled validation image has such labels"
@@ -191,29 +196,46 @@ class _ImageIndex:
     """The run's training images by id: their size, URI and name in the data set."""
 
     def __init__(self, images: pa.Table) -> None:
-        self.table = images
-        ids = images["image_id"].to_pylist()
-        # of several rows of an image the first counts
-        self.row_of_id = dict(
-            zip(reversed(ids), reversed(range(len(ids))), strict=True)
-        )
-        self.seen = np.zeros(len(ids), np.bool_)
-        self.widths = images["width"].to_numpy()
-        self.heights = images["height"].to_numpy()
-        self.uris = images["uri"]
+        self.ids = images["image_id"]
+        self.rows = RowsById(self.ids)
+        self.seen = np.zeros(len(images), np.bool_)
+        sides = (images[side].to_numpy() for side in ("width", "height"))
+        self.sizes = np.stack(list(sides), axis=1).astype(np.int64)
+        self.uris = images["uri"].combine_chunks()
         names = pc.replace_substring_regex(self.uris, "^.*/", "")
         stems = pc.utf8_lower(pc.replace_substring_regex(names, r"\.[^.]*$", ""))
         counts = pc.value_counts(stems)
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
         self.repeated_stems = frozenset(repeated.to_pylist())
 
-    def uri(self, row: int) -> str:
-        return str(self.uris[row].as_py())
+    def take_unseen(self, image_ids: Sequence[str]) -> tuple[Integers, Integers]:
+        """Return the positions of training images that were not taken before, and
+        their rows.
+        """
+        rows = self.rows.find(image_ids)
+        positions = np.sort(np.unique(rows, return_index=True)[1])
+        is_new = (rows[positions] >= 0) & ~self.seen[rows[positions]]
+        positions = positions[is_new]
+        self.seen[rows[positions]] = True
+        return positions, rows[positions]
 
-    def file(self, row: int, image_id: str) -> str:
+    def list_uris(self, rows: Integers) -> list[str]:
+        """Return the URIs of the images in these rows."""
+        uris: list[str] = self.uris.take(pa.array(rows)).to_pylist()
+        return uris
+
+    def list_unseen(self) -> Iterator[tuple[str, str]]:
+        """Yield id and URI of each image that was not taken."""
+        for row in np.flatnonzero(~self.seen).tolist():
+            image_id = self.ids[row].as_py()
+            if self.rows.find([image_id])[0] == row:
+                yield image_id, self.uris[row].as_py()
+
+    def file_name(self, uri: str, image_id: str) -> str:
         """Return the file name of the image; with its id if several share the name."""
-        name = self.uri(row).rpartition("/")[2]
-        stem, suffix = strip_suffix(name), name[len(strip_suffix(name)) :]
+        name = uri.rpartition("/")[2]
+        stem = strip_suffix(name)
+        suffix = name[len(stem) :]
         if stem.lower() in self.repeated_stems or not _is_plain_name(name):
             return f"{_plain_stem(stem)}-{image_id[:ID_DIGITS]}{suffix}"
         return name
@@ -221,7 +243,8 @@ class _ImageIndex:
 
 def _is_plain_name(name: str) -> bool:
     """Tell whether all formats and their readers take the name as it stands."""
-    return name == f"{_plain_stem(strip_suffix(name))}{name[len(strip_suffix(name)) :]}"
+    stem = strip_suffix(name)
+    return PLAIN_STEM.fullmatch(stem) is not None or stem == _plain_stem(stem)
 
 
 def _plain_stem(stem: str) -> str:
@@ -237,33 +260,32 @@ def _write(
     writer = WRITERS[settings.format](folder, splits, run.config.classes)
     index, counts = _ImageIndex(run.images(TRAIN)), ExportCounts()
     digests = {split: LabelDigest() for split in splits}
-    placed: list[tuple[str, Path]] = []
     for split in splits:
         writer.image_path(split, "image").parent.mkdir(parents=True, exist_ok=True)
     with (folder / LEFT_OUT_FILE).open("w", newline="", encoding="utf-8") as stream:
         left_out = csv.writer(stream)
         left_out.writerow(["image_id", "uri", "reason"])
-        for row, scored in _iterate_once(run, index):
-            labels = _apply_thresholds(row, scored, index, thresholds, counts)
-            if labels is None:
+        for rows, scored in _iterate_once(run, index):
+            uris = index.list_uris(rows)
+            images = _apply_thresholds(
+                scored, index.sizes[rows], index, uris, thresholds, counts
+            )
+            is_sure = _is_sure(images)
+            for position in np.flatnonzero(~is_sure).tolist():
                 counts.left_out[UNSURE] += 1
-                left_out.writerow([scored.image_id, index.uri(row), UNSURE])
-                continue
-            split = _split_of(scored.image_id, settings.val_share)
-            writer.write(split, labels)
-            _add_written(digests[split], labels, writer)
-            _count(counts, split, labels, scored)
-            path = writer.image_path(split, labels.file)
-            placed.append((index.uri(row), path))
-            if len(placed) >= PLACED_AT_ONCE:
-                _place_images(placed, settings.copy_images)
-        for row in np.flatnonzero(~index.seen).tolist():
-            image_id = index.table["image_id"][row].as_py()
-            if index.row_of_id[image_id] == row:
-                counts.left_out[UNANSWERED] += 1
-                left_out.writerow([image_id, index.uri(row), UNANSWERED])
+                left_out.writerow([images.image_ids[position], uris[position], UNSURE])
+            for split, positions in _positions_by_split(images, is_sure, settings):
+                chosen = images.select(positions)
+                writer.write(split, chosen)
+                _add_written(digests[split], chosen, writer)
+                _count(counts, split, chosen, scored.reviewed)
+                paths = [str(writer.image_path(split, file)) for file in chosen.files]
+                sources = [uris[position] for position in positions.tolist()]
+                _place_images(sources, paths, settings.copy_images)
+        for image_id, uri in index.list_unseen():
+            counts.left_out[UNANSWERED] += 1
+            left_out.writerow([image_id, uri, UNANSWERED])
     writer.close()
-    _place_images(placed, settings.copy_images)
     _check_splits(counts, splits, settings)
     _check_read_back(folder, digests, run.config.classes)
     return counts
@@ -271,32 +293,34 @@ def _write(
 
 def _iterate_once(
     run: FinishedRun, index: _ImageIndex
-) -> Iterator[tuple[int, ScoredLabels]]:
-    """Yield the labels of each training image with its row; a person's, if there are
-    any.
+) -> Iterator[tuple[Integers, ScoredLabels]]:
+    """Yield the labels of each training image with its row, in blocks; a person's, if
+    there are any.
     """
-    unreviewed = (
-        labels for labels in run.labels(TRAIN) if labels.image_id not in run.corrections
-    )
-    for labels in chain(unreviewed, run.reviewed_labels()):
-        row = index.row_of_id.get(labels.image_id)
-        if row is not None and not index.seen[row]:
-            index.seen[row] = True
-            yield row, labels
+    for labels in run.labels(TRAIN):
+        if run.corrections:
+            is_unreviewed = [name not in run.corrections for name in labels.image_ids]
+            labels = labels.select(np.flatnonzero(is_unreviewed))
+        positions, rows = index.take_unseen(labels.image_ids)
+        yield rows, labels.select(positions)
+    for labels in run.reviewed_labels():
+        positions, rows = index.take_unseen(labels.image_ids)
+        yield rows, labels.select(positions)
 
 
 def _apply_thresholds(
-    row: int,
     scored: ScoredLabels,
+    sizes: Integers,
     index: _ImageIndex,
+    uris: Sequence[str],
     thresholds: Thresholds,
     counts: ExportCounts,
-) -> ImageLabels | None:
-    """Return the labels of an image, boxes cut at its border; None if there is no
-    object but a box of which nobody is sure.
+) -> LabelledImages:
+    """Return the images, whose ``sizes`` [N, 2] and ``uris`` these are, with the boxes
+    from half their threshold on, cut at the border.
     """
-    width, height = int(index.widths[row]), int(index.heights[row])
-    limits = np.array([width, height, width, height]) * HUNDREDTHS
+    box_counts = np.diff(scored.starts)
+    limits = np.repeat(np.tile(sizes, 2) * HUNDREDTHS, box_counts, axis=0)
     is_class = scored.labels < len(thresholds.values)
     limit = np.full(len(scored.labels), np.inf)
     limit[is_class] = np.array(thresholds.values)[scored.labels[is_class]]
@@ -309,22 +333,44 @@ def _apply_thresholds(
     has_area = (edges[:, 2:] > edges[:, :2]).all(1)
     counts.thin += int((is_used & ~has_area).sum())
     is_used = is_used & has_area
-    rows = np.flatnonzero(is_used)
-    ignored = ~is_object[rows]
-    if len(rows) and ignored.all():
-        return None
-    return ImageLabels(
-        scored.image_id,
-        index.file(row, scored.image_id),
-        width,
-        height,
-        edges[rows],
-        scored.labels[rows],
-        scored.scores[rows],
-        scored.probs[rows],
-        [scored.kinds[row] for row in rows.tolist()],
-        ignored,
+    names = [
+        index.file_name(uri, image_id)
+        for uri, image_id in zip(uris, scored.image_ids, strict=True)
+    ]
+    return LabelledImages(
+        scored.image_ids,
+        names,
+        sizes,
+        starts_of(count_boxes(scored.starts, is_used)),
+        edges[is_used],
+        scored.labels[is_used],
+        scored.scores[is_used],
+        scored.probs[is_used],
+        scored.kinds[is_used],
+        ~is_object[is_used],
     )
+
+
+def _is_sure(images: LabelledImages) -> NDArray[np.bool_]:
+    """Return a mask of the images that have an object, or no box at all."""
+    object_counts = count_boxes(images.starts, ~images.ignored)
+    is_sure: NDArray[np.bool_] = (object_counts > 0) | (np.diff(images.starts) == 0)
+    return is_sure
+
+
+def _positions_by_split(
+    images: LabelledImages, is_sure: NDArray[np.bool_], settings: ExportSettings
+) -> list[tuple[str, Integers]]:
+    """Return the splits that have images, and the positions of their images."""
+    is_val = np.array(
+        [_split_of(name, settings.val_share) == VAL for name in images.image_ids],
+        np.bool_,
+    )
+    positions_by_split = [
+        (TRAIN, np.flatnonzero(is_sure & ~is_val)),
+        (VAL, np.flatnonzero(is_sure & is_val)),
+    ]
+    return [pair for pair in positions_by_split if len(pair[1])]
 
 
 def _split_of(image_id: str, val_share: float) -> str:
@@ -334,46 +380,57 @@ def _split_of(image_id: str, val_share: float) -> str:
     return VAL if is_val else TRAIN
 
 
-def _add_written(digest: LabelDigest, labels: ImageLabels, writer: LabelWriter) -> None:
-    ignored = labels.ignored
+def _add_written(
+    digest: LabelDigest, images: LabelledImages, writer: LabelWriter
+) -> None:
+    rows = ~images.ignored
     if writer.holds_ignored:
-        digest.add(labels.file, labels.edges, labels.labels, ignored)
-        return
-    rows = ~ignored
-    digest.add(labels.file, labels.edges[rows], labels.labels[rows], ignored[rows])
+        rows = np.ones(len(rows), np.bool_)
+    digest.add(
+        images.files,
+        starts_of(count_boxes(images.starts, rows)),
+        images.edges[rows],
+        images.labels[rows],
+        images.ignored[rows],
+    )
 
 
 def _count(
-    counts: ExportCounts, split: str, labels: ImageLabels, scored: ScoredLabels
+    counts: ExportCounts, split: str, images: LabelledImages, reviewed: bool
 ) -> None:
-    object_labels = labels.labels[~labels.ignored].tolist()
-    counts.images[split] += 1
-    counts.classes.update(object_labels)
-    counts.empty += not object_labels
-    counts.reviewed += scored.reviewed
-    counts.ignored += int(labels.ignored.sum())
+    is_object = ~images.ignored
+    counts.images[split] += len(images.files)
+    counts.classes.update(images.labels[is_object].tolist())
+    counts.empty += int((count_boxes(images.starts, is_object) == 0).sum())
+    counts.reviewed += len(images.files) if reviewed else 0
+    counts.ignored += int(images.ignored.sum())
 
 
-def _place_image(uri: str, path: Path, copy: bool) -> None:
-    """Copy the image, or link it: hard where the disk is the same, since supervision
-    refuses symbolic links to other folders.
-    """
+def _place_images(uris: Sequence[str], paths: Sequence[str], copy: bool) -> None:
+    """Copy or link images to new paths; copies several at once."""
     if copy:
-        path.write_bytes(storage.read_bytes(uri))
-    elif "://" in uri:
+        map_in_threads(_copy_image, zip(uris, paths, strict=True))
+        return
+    for uri, path in zip(uris, paths, strict=True):
+        _link_image(uri, path)
+
+
+def _copy_image(uri_and_path: tuple[str, str]) -> None:
+    uri, path = uri_and_path
+    Path(path).write_bytes(storage.read_bytes(uri))
+
+
+def _link_image(uri: str, path: str) -> None:
+    """Link an image: hard where the disk is the same, since supervision refuses
+    symbolic links to other folders.
+    """
+    if "://" in uri:
         raise ConfigError(f"{uri} can't be linked: give --copy-images")
-    else:
-        source = os.path.realpath(uri)
-        try:
-            os.link(source, path)
-        except OSError:
-            os.symlink(source, path)
-
-
-def _place_images(images: list[tuple[str, Path]], copy: bool) -> None:
-    """Copy or link the images (URI and target), several at once."""
-    map_in_threads(lambda image: _place_image(*image, copy), images)
-    images.clear()
+    source = os.path.realpath(uri) if os.path.islink(uri) else uri
+    try:
+        os.link(source, path)
+    except OSError:
+        os.symlink(os.path.realpath(source), path)
 
 
 def _check_splits(

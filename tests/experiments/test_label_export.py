@@ -6,17 +6,23 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from coin_ray import storage, tables
+from coin_ray.cloud.answer_fusion import fuse_with_members
+from coin_ray.cloud.protocol import RawDetections
 from coin_ray.commands.main import main
 from coin_ray.config import PipelineConfig
 from coin_ray.config.presets import demo
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.data.formats import read_dataset
+from coin_ray.data.formats.ragged import starts_of
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.experiments import label_export
 from coin_ray.experiments.label_export import (
@@ -214,38 +220,73 @@ def test_thresholds_are_chosen_on_labelled_validation_images(
     assert counts.classes == {0: IMAGES - 4 - 3}
 
 
+def _labels(*images: Detections) -> ScoredLabels:
+    """The labels of images 0, 1, ..."""
+    joined = Detections.cat(images)
+    return ScoredLabels(
+        [str(number) for number in range(len(images))],
+        starts_of(np.array([len(image) for image in images])),
+        joined.boxes.numpy(),
+        joined.scores.numpy(),
+        joined.labels.numpy(),
+        joined.probs.numpy(),
+        np.full(len(joined), "", np.object_),
+        np.zeros(len(joined), np.bool_),
+    )
+
+
 def test_a_box_that_one_side_lacks_keeps_half_its_score() -> None:
     teachers = detections((LEFT, 0, 0.8), classes=2)
     student = detections((LEFT, 0, 0.6), (RIGHT, 1, 0.9), classes=2)
-    labels = ScoredLabels(
-        "0",
-        student.boxes.numpy(),
-        student.scores.numpy(),
-        student.labels.numpy(),
-        student.probs.numpy(),
-        ["student"] * 2,
-        np.zeros(2, np.bool_),
+    nothing = teachers[:0]
+    fused = fuse_labels(
+        _labels(nothing, teachers, nothing), _labels(nothing, student, nothing)
     )
-    fused = fuse_labels(teachers, labels)
-    assert fused.kinds == ["both", "student"]
+    assert fused.starts.tolist() == [0, 0, 2, 2]
+    assert fused.kinds.tolist() == ["both", "student"]
     assert fused.scores == pytest.approx([0.7, 0.45])
     assert fused.probs.sum(1) == pytest.approx([1, 1])
     assert fused.probs[1] == pytest.approx([0.025, 0.45, 0.525])
-    nothing = fuse_labels(teachers[:0], _without_boxes(labels))
-    assert len(nothing.scores) == len(nothing.kinds) == 0
 
 
-def _without_boxes(labels: ScoredLabels) -> ScoredLabels:
-    """Return the labels without boxes."""
-    return ScoredLabels(
-        labels.image_id,
-        labels.boxes[:0],
-        labels.scores[:0],
-        labels.labels[:0],
-        labels.probs[:0],
-        [],
-        labels.disputed[:0],
-    )
+COORDINATES = st.sampled_from([0.0, 4.0, 4.1, 5.0, 9.7, 10.0, 14.0])
+BOXES = st.tuples(COORDINATES, COORDINATES, COORDINATES, COORDINATES).map(
+    lambda c: (min(c[::2]), min(c[1::2]), max(c[::2]), max(c[1::2]))
+)
+ROWS = st.lists(
+    st.tuples(BOXES, st.integers(0, 1), st.sampled_from([0.0, 0.3, 0.5, 0.7])),
+    max_size=5,
+)
+
+
+@given(images=st.lists(st.tuples(ROWS, ROWS), min_size=1, max_size=4))
+def test_fusing_many_images_is_weighted_box_fusion_of_each(images: Any) -> None:
+    """Also of equal boxes and scores, and of boxes without area or score."""
+    pairs = [[detections(*rows, classes=2) for rows in image] for image in images]
+    first, second = (_labels(*labeller) for labeller in zip(*pairs, strict=True))
+    fused = fuse_labels(first, second)
+    kind_of_members = {(True, True): "both", (True, False): "teachers"}
+    for number, pair in enumerate(pairs):
+        answers = []
+        for boxes in pair:
+            class_scores = np.zeros((len(boxes), 2), np.float32)
+            class_scores[np.arange(len(boxes)), boxes.labels.numpy()] = boxes.scores
+            answers.append(
+                RawDetections(boxes.boxes.numpy(), class_scores, "per_class")
+            )
+        expected, members = fuse_with_members(answers, (1.0, 1.0), 0.55)
+        rows = slice(fused.starts[number], fused.starts[number + 1])
+        assert fused.boxes[rows].tobytes() == expected.boxes.tobytes()
+        scores = expected.class_scores.max(1, initial=0)
+        assert fused.scores[rows].tobytes() == scores.tobytes()
+        if len(expected):
+            best = expected.class_scores.argmax(1).tolist()
+            assert fused.labels[rows].tolist() == best
+        kinds = [
+            kind_of_members.get(tuple(row), "student")
+            for row in (members >= 0).tolist()
+        ]
+        assert fused.kinds[rows].tolist() == kinds
 
 
 @pytest.mark.parametrize(
