@@ -49,6 +49,18 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Storage of the run: the root and, if they are on one, the images' object store."""
+
+    patience: float = 600.0
+    """Seconds for which the run waits for storage that can't be reached, then it ends
+    with exit code 3."""
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 0, f"storage.patience is {self.patience}, below 0")
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """Every setting of one run."""
 
@@ -75,6 +87,7 @@ class PipelineConfig:
     the teachers. Changing them costs no call.
     """
     tracking: Tracking = field(default_factory=Tracking, metadata={"identity": False})
+    storage: Storage = field(default_factory=Storage, metadata={"identity": False})
     seed: int = 0
 
     def __post_init__(self) -> None:

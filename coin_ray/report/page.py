@@ -225,12 +225,16 @@ def _cost_rows(summary: RunSummary) -> Rows:
         ("Calls made", calls.made),
         ("Answered from the journal", calls.cached),
         ("Failed", calls.failed),
+        ("Sent without an answer on record, maybe billed", calls.maybe_billed),
     ]
     rows = [(name, f"{count:,}") for name, count in counts if count is not None]
     if summary.intensity is not None:
         rows += _intensity_rows(summary.intensity)
     if calls.cost_usd is not None:
         rows.append(("Cost", format_usd(calls.cost_usd)))
+    if calls.root_calls is not None and calls.root_usd is not None:
+        totals = f"{calls.root_calls:,} calls, {format_usd(calls.root_usd)}"
+        rows.append(("All runs below this root", totals))
     if box_counts is not None and box_counts.boxes is not None:
         rows.append(("Boxes on training images", f"{box_counts.boxes:,}"))
     if box_counts is not None and box_counts.used is not None:

@@ -91,7 +91,12 @@ def _format_accuracy(accuracy: Mapping[str, float]) -> str:
 
 def _calls_table(summary: RunSummary) -> Table | None:
     calls = summary.calls
-    counts = {"made": calls.made, "cached": calls.cached, "failed": calls.failed}
+    counts = {
+        "made": calls.made,
+        "cached": calls.cached,
+        "failed": calls.failed,
+        "maybe billed": calls.maybe_billed,
+    }
     texts = {name: f"{count:,}" for name, count in counts.items() if count is not None}
     if not texts and calls.cost_usd is None:
         return None

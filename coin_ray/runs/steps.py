@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
 from coin_ray import storage
-from coin_ray.config import PACKAGE, relocate_paths
+from coin_ray.config import PACKAGE, PipelineConfig, relocate_paths
 from coin_ray.config.fingerprints import fingerprint, to_identity
 from coin_ray.errors import StepError
 
@@ -133,6 +133,8 @@ Stage = Callable[[Context[Any]], Metrics]
 
 def make_context(step: Step, config: ConfigT, root: str) -> Context[ConfigT]:
     """Return the arguments of a step's stage."""
+    if isinstance(config, PipelineConfig):
+        storage.set_patience(config.storage.patience)
     input_folders = {upstream.name: upstream.folder(root) for upstream in step.inputs}
     if "images" in input_folders:
         config = with_found_range(config, input_folders["images"])

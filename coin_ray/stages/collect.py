@@ -33,6 +33,11 @@ from coin_ray.runs.estimate import print_other_answers
 from coin_ray.runs.failed_images import failed_count
 from coin_ray.runs.steps import Context, Metrics, read_reopened, remove_readers
 from coin_ray.serving.launch import start_services
+from coin_ray.stages.collecting.call_account import (
+    NO_CALLS,
+    RunAccount,
+    describe_calls,
+)
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.collecting.failures import FailureReasons
 from coin_ray.stages.collecting.labeler_actor import LabelerActor
@@ -42,7 +47,7 @@ from coin_ray.stages.common.cluster import (
     ensure_ray,
     node_address,
     on_cluster,
-    raise_if_disk_full,
+    raise_if_storage_failed,
 )
 from coin_ray.stages.common.progress import show_progress
 from coin_ray.stages.common.watchdog import Watchdog
@@ -80,7 +85,9 @@ def run(context: Context[PipelineConfig]) -> Metrics:
             _parts_folder(context.folder, second=True),
             second=True,
         )
-    metrics = _merge(context, images["image_id"])
+    account = RunAccount.read(journal_uri(context.root), _run_name(context))
+    metrics = _merge(context, images["image_id"], account)
+    _print_account(account, metrics, images)
     if "box_counts" in metrics:
         _print_box_counts(_all_parts(context).box_counts, images)
     _check_error_share(context, images)
@@ -141,6 +148,7 @@ def _collect(
                 images,
                 images.num_rows - remaining.num_rows,
                 watchdog,
+                RunAccount.read(journal_uri(context.root), _run_name(context)),
             )
 
 
@@ -185,7 +193,13 @@ def _ask(
         images.select(["image_id", "uri"]), override_num_blocks=num_batches
     ).map_batches(
         CloudActor,
-        fn_constructor_args=(config, urls, journal_uri(context.root), second),
+        fn_constructor_args=(
+            config,
+            urls,
+            journal_uri(context.root),
+            second,
+            _run_name(context),
+        ),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
@@ -222,20 +236,29 @@ def _label_answers(
     return iter(labelled.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
+def _run_name(context: Context[PipelineConfig]) -> str:
+    """Return the name under which the journal records the calls of this collection."""
+    return context.folder.rstrip("/").rpartition("/")[2]
+
+
 def _show_collected(
-    batches: Iterator[pa.Table], images: pa.Table, count: int, watchdog: Watchdog
+    batches: Iterator[pa.Table],
+    images: pa.Table,
+    count: int,
+    watchdog: Watchdog,
+    account: RunAccount = NO_CALLS,
 ) -> None:
     """Consume the labelers' batches, show progress, and raise the error that stopped a
     worker, with the commonest reason of failed images. ``count``: those of ``images``
-    that were answered before.
+    that were answered before; ``account``: of the run's processes before this one.
     """
     failures = FailureReasons()
-    calls = 0
-    usd = 0.0
+    calls = account.run.calls
+    usd = account.run.usd
     stop_error: str | None = None
     try:
         with show_progress("collect", images.num_rows) as progress:
-            for batch in _raise_disk_errors(batches):
+            for batch in _raise_storage_errors(batches):
                 watchdog.notify_progress()
                 for row in batch.to_pylist():
                     if row["status"] == STOPPED:
@@ -264,12 +287,12 @@ def _print_failures(failures: FailureReasons, images: pa.Table, count: int) -> N
         print(f"collect: {failures.describe(images, count)}", flush=True)
 
 
-def _raise_disk_errors(batches: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the batches; raise a worker's full disk as an OSError here."""
+def _raise_storage_errors(batches: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the batches; raise here that a worker's storage is full or away."""
     try:
         yield from batches
     except ray.exceptions.RayError as error:
-        raise_if_disk_full(str(error), "of a worker")
+        raise_if_storage_failed(str(error), "of a worker")
         raise
 
 
@@ -329,10 +352,12 @@ def _all_parts(context: Context[PipelineConfig]) -> CollectedParts:
 
 
 def _merge(
-    context: Context[PipelineConfig], image_ids: pa.Array | pa.ChunkedArray
+    context: Context[PipelineConfig],
+    image_ids: pa.Array | pa.ChunkedArray,
+    account: RunAccount = NO_CALLS,
 ) -> Metrics:
     """Merge the parts into one row per image, in the order of the images; a second
-    opinion replaces the first.
+    opinion replaces the first. ``account``: the calls of the journal.
     """
     config = context.config
     second_opinions = 0
@@ -347,7 +372,12 @@ def _merge(
         len(config.classes) if config.collect.labeler != "none" else None,
     )
     metrics: Metrics = {
-        "calls": counts.calls,
+        "calls": account.metrics(
+            calls=counts.calls,
+            usd=counts.usd,
+            cached=counts.cached,
+            failed=counts.failed,
+        ),
         "empty": counts.empty,
         "boxes": counts.boxes,
         "errors": counts.errors,
@@ -359,6 +389,13 @@ def _merge(
         box_totals = sum(parts.box_counts.values(), NO_COUNTS)
         metrics["box_counts"] = box_totals.as_dict()
     return metrics
+
+
+def _print_account(account: RunAccount, metrics: Metrics, images: pa.Table) -> None:
+    """Print what was made, answered before and may be billed."""
+    print(f"collect: {describe_calls(metrics['calls'])}", flush=True)
+    if unanswered := account.describe_unanswered(images):
+        print(f"collect: {unanswered}", flush=True)
 
 
 def _print_box_counts(box_counts: Mapping[str, BoxCounts], images: pa.Table) -> None:

@@ -135,7 +135,9 @@ def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, Any]]) -> N
         "student",
     }
     assert set(summary["separation"]) == {"consistent", "inconsistent", "private"}
-    assert {"made", "cached", "failed", "cost_usd"} == set(summary["calls"])
+    calls = summary["calls"]
+    assert {"made", "cached", "failed", "cost_usd"} < set(calls)
+    assert (calls["maybe_billed"], calls["root_calls"]) == (0, calls["made"])
     assert summary["seconds"]["total"] > 0
 
 

@@ -18,7 +18,7 @@ from coin_ray import storage
 from coin_ray.commands.exit_codes import run_command
 from coin_ray.errors import TrainingError
 from coin_ray.stages.common import training_job
-from coin_ray.stages.common.cluster import raise_if_disk_full
+from coin_ray.stages.common.cluster import raise_if_storage_failed
 from coin_ray.stages.common.training_job import (
     TrainingJob,
     run_training_job,
@@ -95,7 +95,7 @@ def test_a_worker_s_full_disk_is_reported_as_this_machine_s(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail() -> None:
-        raise_if_disk_full(
+        raise_if_storage_failed(
             "ray::_Inner.train() ... OSError: [Errno 28] No space left on device:"
             " '/root/steps/x'",
             "/root/steps",
@@ -106,7 +106,7 @@ def test_a_worker_s_full_disk_is_reported_as_this_machine_s(
         "no space left on the device: /root/steps. Free some space, then rerun the"
     )
     assert message in capsys.readouterr().err
-    raise_if_disk_full("another error", "/root")
+    raise_if_storage_failed("another error", "/root")
 
 
 class _Trainer:

@@ -77,12 +77,10 @@ def _merge_at_once(
     statuses = [row["status"] for row in cloud_rows]
     teachers = [name for row in cloud_rows for name in row.get("teachers") or ()]
     counts = MergedCounts(
-        calls={
-            "made": sum(row["calls"] for row in rows),
-            "cached": statuses.count("cached"),
-            "failed": statuses.count("error"),
-            "cost_usd": round(sum(row["cost_usd"] for row in rows), 6),
-        },
+        calls=sum(row["calls"] for row in rows),
+        usd=round(sum(row["cost_usd"] for row in rows), 6),
+        cached=statuses.count("cached"),
+        failed=statuses.count("error"),
         empty=sum(
             row["status"] in ("ok", "cached", "empty") and not row["boxes"]
             for row in cloud_rows

@@ -154,7 +154,10 @@ def test_a_cascade_asks_twice_where_clip_contradicts(
         "made": 11,
         "cached": 0,
         "failed": 0,
+        "maybe_billed": 0,
         "cost_usd": pytest.approx(3.08),
+        "root_calls": 11,
+        "root_usd": pytest.approx(3.08),
     }
     assert metrics["answered_by"] == {"http 1": 8, "http 2": 3}
     assert metrics["second_opinions"] == 3
@@ -175,7 +178,10 @@ def test_the_same_from_the_journal(
         "made": 0,
         "cached": 8,
         "failed": 0,
+        "maybe_billed": 0,
         "cost_usd": 0,
+        "root_calls": 0,
+        "root_usd": 0,
     }
     assert cached_metrics["boxes"] == metrics["boxes"]
     for column in ("boxes", "scores", "labels", "probs", "prob_source", "source"):

@@ -73,7 +73,7 @@ class CloudActor:
     the governors allow. Needs no CPU of its own.
 
     A run has one such actor, so that its governors see every call. ``second``: ask for
-    the second opinion of a cascade.
+    the second opinion of a cascade; ``run``: name under which the journal records calls.
     """
 
     def __init__(
@@ -82,10 +82,12 @@ class CloudActor:
         urls: Sequence[str],
         journal: str,
         second: bool = False,
+        run: str = "",
     ) -> None:
         self.config = config
+        storage.set_patience(config.storage.patience)
         self.converter = AnswerConverter(config)
-        answers = open_journal(journal)
+        answers = open_journal(journal, run)
         governors = governors_for(config, urls, answers)
         self.client = create_client(config, urls, answers, governors)
         if second and isinstance(self.client, EnsembleClient):
@@ -118,7 +120,7 @@ class CloudActor:
             async with self.image_slots:
                 if self.stop_error is not None:
                     return _stopped_image(image_id, self.stop_error)
-                file, renderings = await asyncio.to_thread(self._read, uri)
+                file, renderings = await asyncio.to_thread(self._read, uri, image_id)
                 if self.stop_error is not None:
                     return _stopped_image(image_id, self.stop_error)
                 answer = await self.ask(*renderings)
@@ -136,12 +138,14 @@ class CloudActor:
             return self._stop(image_id, errors.CloudError(message))
         return AnsweredImage(image_id, file, answer)
 
-    def _read(self, uri: str) -> tuple[bytes, list[CanonicalImage]]:
+    def _read(self, uri: str, image_id: str) -> tuple[bytes, list[CanonicalImage]]:
         """Return the file, if CLIP will label the image, and the image as each cloud
         gets it.
         """
         file = storage.read_bytes(uri)
-        renderings = render_for_clouds(self.client, file, self.config.intensity_range)
+        renderings = render_for_clouds(
+            self.client, file, self.config.intensity_range, inspected_id=image_id
+        )
         return (b"" if self.config.collect.labeler == "none" else file), renderings
 
     def _too_many_failures(self) -> bool:

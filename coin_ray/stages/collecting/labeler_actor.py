@@ -36,6 +36,7 @@ class LabelerActor:
 
     def __init__(self, config: PipelineConfig, parts_folder: str) -> None:
         self.config = config
+        storage.set_patience(config.storage.patience)
         self.parts_folder = parts_folder
         self.attempts = Attempts(f"{parts_folder}_begun")
         torch.set_num_threads(count_torch_threads())

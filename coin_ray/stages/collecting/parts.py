@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,21 +42,16 @@ MAX_ERRORS = 10
 """Different errors that the metrics name."""
 
 
-class CallMetrics(TypedDict):
-    """Calls of a collection, as its metrics record them."""
-
-    made: int
-    cached: int
-    failed: int
-    cost_usd: float
-
-
 class MergedCounts(NamedTuple):
-    """Counts of a merged collection. ``empty``: answers without boxes.
+    """Counts of a merged collection. ``calls`` and ``usd``: of the rows of all parts.
+    ``cached`` and ``failed``: images. ``empty``: answers without boxes.
     ``answered_by``: images by cloud.
     """
 
-    calls: CallMetrics
+    calls: int
+    usd: float
+    cached: int
+    failed: int
     empty: int
     boxes: int
     errors: list[str]
@@ -197,14 +192,11 @@ def merge_parts(
             counts += _count_rows(block)
             errors = _first_errors(errors, block["error"])
             answered_by += _count_values(pc.list_flatten(block["teachers"]))
-    calls: CallMetrics = {
-        "made": pc.sum(parts.index["calls"]).as_py() or 0,
-        "cached": counts["cached"],
-        "failed": counts["error"],
-        "cost_usd": round(pc.sum(parts.index["cost_usd"]).as_py() or 0, 6),
-    }
     return MergedCounts(
-        calls=calls,
+        calls=pc.sum(parts.index["calls"]).as_py() or 0,
+        usd=round(pc.sum(parts.index["cost_usd"]).as_py() or 0, 6),
+        cached=counts["cached"],
+        failed=counts["error"],
         empty=counts["without boxes"],
         boxes=counts["boxes"],
         errors=sorted(errors),

@@ -5,7 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 
+from coin_ray.errors import StorageUnavailable
+
+UNAVAILABLE_TEXT = re.compile(r"StorageUnavailable: (.+)")
+"""The error of a worker in the text of Ray's error, and its message."""
 IN_FLIGHT_BATCHES = 4
 
 
@@ -69,11 +74,16 @@ def quiet_ray_logs() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def raise_if_disk_full(error: str, path: str) -> None:
-    """Raise the OSError of a full disk if the text of a worker's error contains one."""
+def raise_if_storage_failed(error: str, path: str) -> None:
+    """Raise the OSError of a full disk, or StorageUnavailable, if the text of a worker's
+    error contains one.
+    """
     message = os.strerror(errno.ENOSPC)
     if message in error:
         raise OSError(errno.ENOSPC, message, path)
+    unavailable = UNAVAILABLE_TEXT.search(error)
+    if unavailable:
+        raise StorageUnavailable(unavailable[1])
 
 
 def count_torch_threads(workers: int = 1) -> int:

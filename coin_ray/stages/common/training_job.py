@@ -32,7 +32,7 @@ from coin_ray.stages.common.cluster import (
     largest_node_cpus,
     on_cluster,
     quiet_ray_logs,
-    raise_if_disk_full,
+    raise_if_storage_failed,
 )
 from coin_ray.stages.common.progress import ProgressBar, show_progress
 from coin_ray.stages.common.watchdog import Watchdog
@@ -127,7 +127,7 @@ def _train(job: TrainingJob, in_this_process: bool) -> bool:
         may_retry = retries > 0 and PACKAGE_ERROR not in message
         if may_retry and storage.version_stamp(checkpoint_uri) != stamp_before:
             return False
-        raise_if_disk_full(message, job.folder)
+        raise_if_storage_failed(message, job.folder)
         raise TrainingError(
             f"{job.title} failed on a worker: {message[-1500:]}"
         ) from error
