@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.config import PipelineConfig, Propagate
+from coin_ray.config import Distill, Labeler, PipelineConfig, Propagate
 from coin_ray.config.fingerprints import to_identity
 from coin_ray.runs.steps import Step
+from coin_ray.config.students import is_region_student
 
 ORDER = (
     "images",
@@ -97,7 +98,8 @@ def baseline_training(config: PipelineConfig) -> Propagate:
     """
     training = config.distill.fit
     steps_before = 0
-    if config.distill.start_from == "clip_detector":
+    leaves_clip = is_region_student(config.distill.student)
+    if leaves_clip and config.distill.start_from == "clip_detector":
         steps_before = config.propagate.fit.steps
     baseline = replace(
         training,
@@ -146,7 +148,13 @@ class _Identities:
         )
         self.propagation = (detector, labels, config.propagate)
         self.separation = (labels, separation)
-        self.distillation = (detector, labels, separation, config.distill)
+        self.distillation = (
+            detector,
+            labels,
+            separation,
+            config.distill,
+            *_student_weights_digest(config.distill),
+        )
         self.pseudo_label = (detector, labels, baseline, *network)
         self.oracle = (detector, baseline, *network)
         self.evaluation = (config.classes, config.evaluate, deployed_head)
@@ -159,6 +167,8 @@ def _corrections_steps(config: PipelineConfig, images: Step) -> tuple[Step, ...]
         return ()
     # imported only if needed, since it imports every label format
     from coin_ray.data.review.corrections import reviews_digest
+        elif not is_region_student(student):
+            network = _detector_student_start(config.distill)
 
     digests = [reviews_digest(uri) for uri in config.corrections]
     identity = (digests, config.classes)
@@ -180,6 +190,25 @@ def _other_clouds(config: PipelineConfig) -> list[Any]:
 
 
 def _file_digest(uri: str) -> str:
+def _detector_student_start(distill: Distill) -> tuple[Any, ...]:
+    """Return what a student that was a detector before depends on, beside its labels."""
+    return (
+        distill.student,
+        distill.student_side,
+        distill.student_batch_norm,
+        distill.student_weight_classes,
+        distill.teacher_rate,
+        *_student_weights_digest(distill),
+    )
+
+
+def _student_weights_digest(distill: Distill) -> tuple[str, ...]:
+    """Return a hash of the file the student starts from, if it is a file."""
+    if not distill.student_weights:
+        return ()
+    return (_file_digest(distill.student_weights),)
+
+
     """Return a hash of the file, or "" if it can not be read.
 
     The step that needs an unreadable file raises the error.

@@ -14,6 +14,7 @@ from contextlib import (
 from coin_ray import storage
 from coin_ray.config import PipelineConfig
 from coin_ray.config.optional_dependencies import check_installed
+from coin_ray.config.students import is_region_student
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.report.run_summary import RunSummary
 from coin_ray.report.table import print_summary
@@ -34,6 +35,9 @@ from coin_ray.runs.steps import (
 )
 from coin_ray.runs.summary import build_summary
 from coin_ray.runs.tracking import ChildRun, RunConfig, Tracker
+
+STUDENT_TRAININGS = {"distill", "pseudo_label", "oracle"}
+"""Steps that start from the student's pretrained weights."""
 
 
 def run_pipeline(
@@ -93,7 +97,8 @@ def _check_packages(
     root: str,
     asks_again: bool,
 ) -> None:
-    """Raise ConfigError if a package is missing that an unfinished step needs.
+    """Raise ConfigError if a package is missing that an unfinished step needs, or
+    InputError if the student's pretrained weights can't be used.
 
     Before a call is paid that includes the steps of a later command, all of ``steps``.
     """
@@ -104,6 +109,10 @@ def _check_packages(
         unfinished |= _unfinished_steps(steps, root)
     if unfinished:
         check_installed(config, unfinished)
+    if unfinished & STUDENT_TRAININGS and not is_region_student(config.distill.student):
+        from coin_ray.models.students.building import check_pretrained_student
+
+        check_pretrained_student(config.distill, config.classes)
 
 
 def _has_work(steps: Mapping[str, Step], config: PipelineConfig, root: str) -> bool:

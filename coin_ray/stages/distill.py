@@ -11,15 +11,19 @@ import torch
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
+from coin_ray.config.students import is_region_student
 from coin_ray.evaluation.teacher_agreement import PAIRED_KINDS, paired_probabilities
 from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.models.students.building import load_pretrained_student
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.students import (
     new_student,
     select_forward,
     student_from_clip_detector,
+    student_input,
+    with_target_labels,
 )
 from coin_ray.stages.common.teacher_outputs import (
     TEACHER_OUTPUTS,
@@ -43,6 +47,7 @@ from coin_ray.stages.common.validation import plan_validation, validate_during_t
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.reporting.ckg_probabilities import CKG_FILE, combine_fusion_modules
 from coin_ray.tables import SEPARATION
+from coin_ray.training.direct import TargetTraining, separation_targets
 from coin_ray.training.distill import Distillation
 from coin_ray.training.loop import Curve, TrainingTask
 
@@ -57,6 +62,7 @@ def run(
     config = context.config
     images_folder = context.inputs["images"]
     training = config.distill.fit
+    learns_regions = is_region_student(config.distill.student)
     labels = _open_teacher_labels(context)
     held_out_share = context.options.get("held_out", 0.0)
     if held_out_share:
@@ -69,16 +75,23 @@ def run(
         images_folder,
         context.folder,
         name="student",
-        state_key="student",
+        state_key="student" if learns_regions else "average",
         training=training,
     )
+    build_task: Callable[[], TrainingTask] = partial(
+        build_distillation, config, clip_detector_uri, annotators
+    )
+    export_weights: Callable[[TrainingTask], WeightFiles] = export_distillation
+    if not learns_regions:
+        build_task = partial(build_target_distillation, config, annotators)
+        export_weights = export_target_distillation
     job = TrainingJob(
         title=context.name,
-        build_task=partial(build_distillation, config, clip_detector_uri, annotators),
-        export_weights=export_distillation,
+        build_task=build_task,
+        export_weights=export_weights,
         examples=examples,
         training=training,
-        detector=config.detector,
+        detector=student_input(config),
         seed=config.seed,
         folder=context.folder,
         on_checkpoint=validation.save_due_weights if validation else None,
@@ -97,7 +110,9 @@ def _open_teacher_labels(context: Context[PipelineConfig]) -> TrainingLabels:
         storage.join(context.inputs["separate"], "clip_detector.parquet"),
         len(config.classes),
     )
-    lookup = make_teacher_lookup(cloud, clip_detector, collect_folder, config)
+    lookup = make_teacher_lookup(
+        cloud, clip_detector, collect_folder, with_target_labels(config)
+    )
     reviewed = open_corrections(context.inputs, config)
     return add_corrections(cloud.ids, lookup, TEACHER_OUTPUTS, reviewed)
 
@@ -164,6 +179,33 @@ def build_distillation(
         annotators,
         select_forward(student),
     )
+
+
+def build_target_distillation(
+    config: PipelineConfig, annotators: Annotators | None = None
+) -> TargetTraining:
+    """Return the training task of a student that was a detector before: it starts from
+    its own pretrained weights.
+    """
+    student = load_pretrained_student(
+        config.distill, config.classes, seed=config.seed + 1
+    )
+    return TargetTraining(
+        student,
+        separation_targets(config.distill, config.separate, annotators),
+        config.distill.fit,
+        average_rate=config.distill.teacher_rate,
+        frozen_norms=config.distill.student_batch_norm == "frozen",
+    )
+
+
+def export_target_distillation(task: TrainingTask) -> WeightFiles:
+    """Return the averaged weights, which are delivered, and the last ones."""
+    assert isinstance(task, TargetTraining)
+    return {
+        WEIGHTS: task.average.state_dict(),
+        "teacher.pt": task.student.state_dict(),
+    }
 
 
 def export_distillation(task: TrainingTask) -> WeightFiles:

@@ -7,7 +7,9 @@ from __future__ import annotations
 from functools import partial
 
 from coin_ray.config import PipelineConfig, Propagate
+from coin_ray.config.students import is_region_student
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
+from coin_ray.models.students.building import load_pretrained_student
 from coin_ray.runs.graph import baseline_training
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.students import (
@@ -15,6 +17,7 @@ from coin_ray.stages.common.students import (
     new_clip_detector,
     new_student,
     select_forward,
+    student_input,
 )
 from coin_ray.stages.common.training_job import (
     TrainingJob,
@@ -28,6 +31,7 @@ from coin_ray.stages.common.training_labels import (
     open_training_labels,
 )
 from coin_ray.stages.common.validation import plan_validation, validate_during_training
+from coin_ray.training.direct import TargetTraining, plain_targets
 from coin_ray.training.loop import TrainingTask
 from coin_ray.training.propagate import Propagation
 
@@ -43,12 +47,13 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     propagate = config.propagate if source == "clip" else baseline_training(config)
     labels = open_training_labels(source, context.inputs, config)
     examples = build_training_examples(images_folder, labels, config.intensity_range)
+    trains_targets = source != "clip" and not is_region_student(config.distill.student)
     validation = plan_validation(
         config,
         images_folder,
         context.folder,
         name=CLIP_DETECTOR if source == "clip" else context.name,
-        state_key="detector",
+        state_key="average" if trains_targets else "detector",
         training=propagate.fit,
     )
     job = TrainingJob(
@@ -57,7 +62,7 @@ def run(context: Context[PipelineConfig]) -> Metrics:
         export_weights=export_propagation,
         examples=examples,
         training=propagate.fit,
-        detector=config.detector,
+        detector=config.detector if source == "clip" else student_input(config),
         seed=config.seed,
         folder=context.folder,
         on_checkpoint=validation.save_due_weights if validation else None,
@@ -73,10 +78,12 @@ def run(context: Context[PipelineConfig]) -> Metrics:
 
 def build_propagation(
     config: PipelineConfig, propagate: Propagate, source: LabelSource
-) -> Propagation:
+) -> Propagation | TargetTraining:
     """Return the training task: the CLIP detector is a Faster R-CNN, baselines have the
-    student's network.
+    student's network and start.
     """
+    if source != "clip" and not is_region_student(config.distill.student):
+        return build_plain_training(config, propagate)
     backbone = load_backbone(config)
     new_detector = new_clip_detector if source == "clip" else new_student
     detector = new_detector(backbone, config, seed=config.seed)
@@ -88,7 +95,23 @@ def build_propagation(
     )
 
 
+def build_plain_training(
+    config: PipelineConfig, propagate: Propagate
+) -> TargetTraining:
+    """Return the training of a student that was a detector before on certain labels."""
+    distill = config.distill
+    return TargetTraining(
+        load_pretrained_student(distill, config.classes, seed=config.seed + 1),
+        plain_targets,
+        propagate.fit,
+        average_rate=distill.teacher_rate,
+        frozen_norms=distill.student_batch_norm == "frozen",
+    )
+
+
 def export_propagation(task: TrainingTask) -> WeightFiles:
     """Return the trained detector's weights by file name."""
+    if isinstance(task, TargetTraining):
+        return {WEIGHTS: task.average.state_dict()}
     assert isinstance(task, Propagation)
     return {WEIGHTS: task.detector.state_dict()}

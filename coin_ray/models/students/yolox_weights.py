@@ -111,7 +111,9 @@ def download_release(name: str) -> str:
 
 
 def _read_checkpoint(content: bytes, path: str, *, is_release: bool) -> StateDict:
-    """Return the tensors under ``model``, or of a plain state dict."""
+    """Return the tensors under ``model``, or of a plain state dict: a ``YoloxNetwork``'s,
+    or a ``YoloxStudent``'s.
+    """
     try:
         checkpoint: Any = torch.load(
             io.BytesIO(content), map_location="cpu", weights_only=True
@@ -142,7 +144,12 @@ def _read_checkpoint(content: bytes, path: str, *, is_release: bool) -> StateDic
             f"{SETTING}: {path} holds no weights: expected tensors by name, or those"
             " under 'model'"
         )
-    return dict(state)
+    return {
+        name.removeprefix("network."): tensor.float()
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _check_state(state: StateDict, path: str, name: str, num_classes: int) -> None:

@@ -22,6 +22,7 @@ from coin_ray.data.augmentation import resize_to_fit
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.pixels import IntensityRange
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
+from coin_ray.models.students.building import is_detector_student
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
     count_torch_threads,
@@ -222,11 +223,13 @@ def predict(
     """Return detections, on the CPU, in the frame of the original uint8 images [3, H,
     W].
     """
+    cpu = torch.device("cpu")
+    if is_detector_student(detector):
+        return [detections.to(cpu) for detections in detector.predict(originals)]
     resized = [
         resize_to_fit(original, config.short_side, config.long_side)
         for original in originals
     ]
-    cpu = torch.device("cpu")
     predictions = detector.predict(detector.prepare(resized))
     in_original_frame = []
     for prediction, original, image in zip(

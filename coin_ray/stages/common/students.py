@@ -1,12 +1,16 @@
 """Which network a detector of the run has: the CLIP detector always a Faster R-CNN,
-students the one that ``distill.student`` names.
+students the one that ``distill.student`` names. Students that describe given boxes are
+built here, those that were detectors before in ``coin_ray.models.students.building``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from coin_ray.config import PipelineConfig
+from coin_ray.config import Detector, PipelineConfig
+from coin_ray.config.students import is_region_student
 from coin_ray.models.co_detr.collaborative import base_state_dict
 from coin_ray.models.co_detr.model import load_detector_weights
 from coin_ray.models.co_detr.regional import (
@@ -21,13 +25,15 @@ from coin_ray.models.faster_rcnn_clip.backbone import (
     new_tower,
 )
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
+from coin_ray.models.students.base import DetectorStudent
+from coin_ray.models.students.building import empty_student, training_side
 from coin_ray.stages.common.training_job import load_weights
 from coin_ray.training.distill import Student
 from coin_ray.training.queries import forward_detr_student
 from coin_ray.training.student_outputs import StudentForward, forward_student
 
 CLIP_DETECTOR = "clip_detector"
-DeployedDetector = ClipDetector | TextDetr | DetrWithRegionHead
+DeployedDetector = ClipDetector | TextDetr | DetrWithRegionHead | DetectorStudent
 
 
 def new_clip_detector(
@@ -76,6 +82,22 @@ def student_from_clip_detector(
     return student
 
 
+def student_input(config: PipelineConfig) -> Detector:
+    """Return the detector's settings with the size of the student's training images."""
+    if is_region_student(config.distill.student):
+        return config.detector
+    side = training_side(config.distill)
+    return replace(config.detector, short_side=side, long_side=side)
+
+
+def with_target_labels(config: PipelineConfig) -> PipelineConfig:
+    """Return the config with the threshold of cloud boxes that the student learns."""
+    if is_region_student(config.distill.student):
+        return config
+    labels = replace(config.labels, score_min=config.distill.targets.score_min)
+    return replace(config, labels=labels)
+
+
 def select_forward(student: Student) -> StudentForward:
     """Return the function that runs this kind of student in training."""
     if isinstance(student, RegionalDetr):
@@ -94,6 +116,11 @@ def load_trained_detector(
         detector = new_clip_detector(backbone, config, seed=config.seed)
         detector.load_state_dict(weights)
         return detector.eval()
+    if not is_region_student(config.distill.student):
+        detector_student = empty_student(config.distill, config.classes)
+        detector_student.load_state_dict(weights)
+        detector_student.eval()
+        return detector_student
     if config.distill.co_detr_detects == "regions":
         student = new_student(backbone, config, seed=config.seed)
         student.load_state_dict(weights)
