@@ -92,13 +92,13 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         self._check_classes()
-        require(
         by_agreement = [c.service for c in self.clouds if c.label_scores == "agreement"]
         require(
             not by_agreement or len(self.clouds) > 1,
             "cloud.label_scores agreement needs several renderings (cloud.views) or"
             f" clouds, got one of {' '.join(by_agreement)}",
         )
+        require(
             self.detector.backbone == "clip" or self.detector.background == "learned",
             f"detector.backbone {self.detector.backbone} has no text encoder for a"
             " background prompt: give --detector.background learned",
