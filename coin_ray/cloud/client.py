@@ -81,6 +81,7 @@ class CloudClient:
         governor: AsyncGovernor,
         adapter: Adapter | None = None,
         *,
+        descriptions: tuple[tuple[str, str], ...] = (),
         transport: httpx.AsyncBaseTransport | None = None,
         skip_over_budget: bool = False,
         skip_unreachable: bool = False,
@@ -101,6 +102,7 @@ class CloudClient:
             config.score_min,
             label_map,
             settings=self._capabilities.key_settings,
+            descriptions=descriptions,
         )
         self._skip_over_budget = skip_over_budget
         self._skip_unreachable = skip_unreachable

@@ -21,6 +21,7 @@ from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import AsyncGovernor
 from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.protocol import RawDetections
+from coin_ray.cloud.question_client import QuestionClient, create_cloud_client
 from coin_ray.cloud.renderings import render_image
 from coin_ray.config import PLAIN_RENDERING, Cloud, Ensemble, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage
@@ -89,7 +90,10 @@ class EnsembleClient:
     """
 
     def __init__(
-        self, clients: Sequence[CloudClient], names: Sequence[str], ensemble: Ensemble
+        self,
+        clients: Sequence[CloudClient | QuestionClient],
+        names: Sequence[str],
+        ensemble: Ensemble,
     ) -> None:
         self.clients = tuple(clients)
         self._names = tuple(names)
@@ -230,7 +234,7 @@ class EnsembleClient:
         return fuse_answers(answers, reliability, self._ensemble.iou)
 
 
-Client = CloudClient | EnsembleClient
+Client = CloudClient | QuestionClient | EnsembleClient
 
 
 def create_client(
@@ -243,13 +247,13 @@ def create_client(
     ``governors`` in the order of ``config.clouds``.
     """
     if len(config.clouds) == 1:
-        return CloudClient(
-            config.clouds[0], config.classes, urls[0], journal, governors[0]
+        return create_cloud_client(
+            config, config.clouds[0], urls[0], journal, governors[0]
         )
     clients = [
-        CloudClient(
+        create_cloud_client(
+            config,
             cloud,
-            config.classes,
             url,
             journal,
             governor,

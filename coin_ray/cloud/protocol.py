@@ -77,6 +77,8 @@ class Capabilities:
     """Most classes or phrases of one call; more are asked for in further calls."""
     reads_names: bool = True
     """Whether the service reads the names that it is asked for."""
+    reads_descriptions: bool = False
+    """Whether it reads descriptions of the classes."""
     key_settings: tuple[tuple[str, str], ...] = ()
     """Names and texts of settings that change answers beside the query; part of the
     journal's key."""
@@ -97,6 +99,8 @@ class Query:
     """Optional fields of a request that the service has refused: they are left out."""
     settings: tuple[tuple[str, str], ...] = ()
     """``Capabilities.key_settings`` of the adapter, for the journal's key."""
+    descriptions: tuple[tuple[str, str], ...] = ()
+    """Classes and what they are, in a sentence, for services that read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,8 @@ class BoxCounts:
     """Dropped: their name is no class, and the label map lacks it."""
     ignored: int = 0
     """Dropped: the label map ignores their name."""
+    suppressed: int = 0
+    """Dropped: a negative phrase of the class fits them better."""
 
     def __add__(self, other: BoxCounts) -> BoxCounts:
         totals = {
@@ -185,6 +191,7 @@ COUNT_WORDS: Mapping[str, str] = {
     "surplus": "beyond the limit for one image (dropped)",
     "unmapped": "of other names (dropped)",
     "ignored": "of names that the label map ignores (dropped)",
+    "suppressed": "that fit a negative of their class better (dropped)",
 }
 NO_COUNTS = BoxCounts()
 

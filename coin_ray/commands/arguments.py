@@ -20,7 +20,12 @@ from coin_ray.config import (
 from coin_ray.config.presets import PRESETS, thermal, with_student
 from coin_ray.config.published import SETS, CloudKind, published
 from coin_ray.config.students import STUDENTS
-from coin_ray.config.yaml_files import RENAMED_SETTINGS, read_config
+from coin_ray.config.yaml_files import (
+    RENAMED_SETTINGS,
+    is_class_file,
+    read_config,
+    with_class_file,
+)
 from coin_ray.errors import ConfigError
 from coin_ray.runs.graph import ORDER
 from coin_ray.storage import absolute_uri, join
@@ -168,10 +173,13 @@ def build_run_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 def check_config(config: PipelineConfig) -> None:
     """Check that a run can begin. Raise ConfigError with the option to give."""
+    from coin_ray.cloud.question_client import questions_for
     from coin_ray.cloud.services import check_clouds
 
     check_runnable(config)
     check_clouds(config.clouds, config.classes)
+    for cloud in config.clouds:
+        questions_for(config, cloud)
 
 
 def parse_cloud(text: str) -> Cloud:
@@ -246,6 +254,9 @@ def _apply_settings(
     arguments, more_clouds = _take_more_clouds(arguments)
     if more_clouds:
         preset = replace(preset, more_clouds=more_clouds)
+    arguments, class_file = _take_class_file(arguments)
+    if class_file:
+        preset = with_class_file(preset, class_file)
     arguments = _expand_cloud(split_class_names(arguments))
     return tyro.cli(
         PipelineConfig,
@@ -283,6 +294,26 @@ def _take_more_clouds(arguments: Sequence[str]) -> tuple[list[str], tuple[Cloud,
         else:
             other_arguments.append(argument)
     return other_arguments, tuple(clouds)
+
+
+def _take_class_file(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """Return the arguments without ``--classes FILE.yaml``, and that file; empty if the
+    classes are named.
+    """
+    other_arguments: list[str] = []
+    class_file = ""
+    previous = ""
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if name == "--classes" and equals and is_class_file(text):
+            class_file = text
+        elif previous == "--classes" and is_class_file(argument):
+            class_file = argument
+            other_arguments.pop()
+        else:
+            other_arguments.append(argument)
+        previous = argument
+    return other_arguments, class_file
 
 
 def _expand_cloud(arguments: Sequence[str]) -> list[str]:

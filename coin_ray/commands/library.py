@@ -17,13 +17,20 @@ from coin_ray import storage
 from coin_ray.commands.arguments import check_config, parse_cloud
 from coin_ray.config import Folder, PipelineConfig
 from coin_ray.config.presets import PRESETS
-from coin_ray.config.yaml_files import parse_config
+from coin_ray.config.yaml_files import (
+    is_class_file,
+    parse_config,
+    with_class_file,
+    with_classes,
+)
 from coin_ray.errors import ConfigError, StepError
 from coin_ray.runs.graph import build_steps
 
 if TYPE_CHECKING:
     from coin_ray.predictors.student import StudentPredictor
 
+Classes = Sequence[str] | Mapping[str, Any]
+"""Names of classes, or how each is asked for by its name."""
 EXPORTED_FILES = ("model.safetensors", "model.json")
 
 
@@ -77,7 +84,7 @@ class Adaptation:
 
 def adapt(
     images: str | os.PathLike[str] | None = None,
-    classes: Sequence[str] = (),
+    classes: Classes = (),
     cloud: str = "",
     *,
     test: str | os.PathLike[str] | None = None,
@@ -89,9 +96,11 @@ def adapt(
     """Adapt the detector behind ``cloud`` (an address, or a service of docs/cloud.md)
     to a folder of images.
 
-    ``test``: labelled images to evaluate on. ``root``: folder or URI of everything
-    written (default: runs/PRESET). ``settings``: any others by dotted name, as
-    ``{"cloud.max_usd": 20}``. ``until``: the last step to run. Raise a
+    ``classes``: names, a mapping of them to phrases and negatives, or the YAML file that
+    holds such a mapping (docs/classes.md). ``test``: labelled images to evaluate on.
+    ``root``: folder or URI of everything written (default: runs/PRESET). ``settings``:
+    any others by dotted name, as ``{"cloud.max_usd": 20}``. ``until``: the last step to
+    run. Raise a
     ``coin_ray.errors.CoinError`` that says what to change; the same call resumes a
     killed run.
     """
@@ -107,7 +116,7 @@ def adapt(
 
 def plan(
     images: str | os.PathLike[str] | None = None,
-    classes: Sequence[str] = (),
+    classes: Classes = (),
     cloud: str = "",
     *,
     test: str | os.PathLike[str] | None = None,
@@ -126,7 +135,7 @@ def plan(
 
 def build_config(
     images: str | os.PathLike[str] | None,
-    classes: Sequence[str],
+    classes: Classes,
     cloud: str,
     test: str | os.PathLike[str] | None,
     preset: str,
@@ -135,7 +144,8 @@ def build_config(
     """Return the preset with these settings. Raise ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    if isinstance(classes, str):
+    is_file = isinstance(classes, str) and is_class_file(classes)
+    if isinstance(classes, str) and not is_file:
         names = [name.strip() for name in classes.split(",")]
         raise ConfigError(f"classes must be a list of names, as {names}; got one text")
     config = PRESETS[preset]()
@@ -146,7 +156,11 @@ def build_config(
         folder = replace(folder, test=storage.absolute_uri(os.fspath(test)))
     if images is not None or test is not None:
         config = replace(config, data=folder)
-    if classes:
+    if isinstance(classes, str):
+        config = with_class_file(config, classes)
+    elif isinstance(classes, Mapping):
+        config = with_classes(config, classes, "classes")
+    elif classes:
         config = replace(config, classes=tuple(classes))
     if cloud:
         config = replace(config, cloud=parse_cloud(cloud))

@@ -5,6 +5,7 @@ Presets (``coin_ray.config.presets``) are functions that return a whole
 ``PipelineConfig``. Symbols in brackets are the paper's.
 """
 
+from coin_ray.config.class_prompts import ClassPrompt
 from coin_ray.config.cloud import (
     PLAIN_RENDERING,
     RENDERING_OPERATIONS,
@@ -40,6 +41,7 @@ __all__ = [
     "PACKAGE",
     "PLAIN_RENDERING",
     "RENDERING_OPERATIONS",
+    "ClassPrompt",
     "Clip",
     "Cloud",
     "CoDetr",

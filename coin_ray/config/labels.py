@@ -50,6 +50,9 @@ class Labels:
     score_min: float = 0.25
     """Cloud boxes with lower scores are not used."""
     probabilities: Literal["background", "published"] = "published"
+    class_score_min: tuple[float | None, ...] = new_field(())
+    """The same for each class, in their order; None: ``score_min``. Empty: ``score_min``
+    for all. On the command line: in ``--classes FILE.yaml``."""
     """Cloud class vectors with a background column, or normalised to the foreground as
     published."""
     cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = (
@@ -69,3 +72,14 @@ class Labels:
     def __post_init__(self) -> None:
         check_fraction("labels.score_min", self.score_min)
         check_fraction("labels.clip_score_min", self.clip_score_min)
+        for score_min in self.class_score_min:
+            check_fraction("labels.class_score_min", score_min or 0.0)
+
+    def thresholds(self, num_classes: int) -> list[float] | None:
+        """Return the least score of each class; None: ``score_min`` for all."""
+        if len(self.class_score_min) != num_classes:
+            return None
+        return [
+            self.score_min if score_min is None else score_min
+            for score_min in self.class_score_min
+        ]

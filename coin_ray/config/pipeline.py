@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coin_ray.config.class_prompts import ClassPrompt, check_class_prompts
 from coin_ray.config.cloud import Cloud, Ensemble, split_renderings
 from coin_ray.config.data import DemoScenes, Folder
 from coin_ray.config.fields import PACKAGE, new_field, relocate_paths, require
@@ -81,6 +82,9 @@ class PipelineConfig:
     separate: Separate = field(default_factory=Separate)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    class_prompts: tuple[ClassPrompt, ...] = new_field(())
+    """Phrases, descriptions and negatives of classes that are asked for by more than
+    their name. On the command line: ``--classes FILE.yaml`` (docs/classes.md)."""
     corrections: tuple[str, ...] = new_field(())
     """Labels of training images that a person has checked: exports of Label Studio,
     CVAT or FiftyOne, or labelled folders (docs/own-data.md). They replace the labels of
@@ -92,6 +96,12 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         self._check_classes()
+        check_class_prompts(self.class_prompts, self.classes)
+        require(
+            len(self.labels.class_score_min) in (0, len(self.classes)),
+            f"labels.class_score_min needs a score for each of the {len(self.classes)}"
+            f" classes, got {len(self.labels.class_score_min)}",
+        )
         by_agreement = [c.service for c in self.clouds if c.label_scores == "agreement"]
         require(
             not by_agreement or len(self.clouds) > 1,
@@ -148,6 +158,17 @@ class PipelineConfig:
             return self
         data = dataclasses.replace(self.data, intensity_range=found)
         return dataclasses.replace(self, data=data)
+
+    @property
+    def class_phrases(self) -> tuple[tuple[str, ...], ...]:
+        """Return for each class the phrases that it is asked by: its name, unless
+        ``class_prompts`` has others.
+        """
+        prompts = {prompt.name: prompt for prompt in self.class_prompts}
+        return tuple(
+            prompts[name].phrases if name in prompts else (name,)
+            for name in self.classes
+        )
 
     @property
     def services(self) -> tuple[Cloud, ...]:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from coin_ray.config import IN_PACKAGE, PACKAGE, PipelineConfig, relocate_paths
+from coin_ray.config.class_prompts import parse_class_prompts
 from coin_ray.errors import ConfigError
 from coin_ray.storage import read_bytes
 
@@ -54,6 +55,33 @@ def read_config(uri: str) -> PipelineConfig:
             f"{uri}: expected a mapping of settings, got {type(settings).__name__}"
         )
     return parse_config(settings, uri)
+
+
+def is_class_file(text: str) -> bool:
+    """Return whether this is the name of a YAML file, not of a class."""
+    return text.lower().endswith((".yaml", ".yml"))
+
+
+def with_class_file(config: PipelineConfig, uri: str) -> PipelineConfig:
+    """Return the config with the classes of a YAML file: their phrases, descriptions,
+    negatives and least scores (docs/classes.md).
+    """
+    try:
+        settings = yaml.safe_load(read_bytes(uri))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no file of classes at {uri}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{uri} is not YAML: {error}") from error
+    return with_classes(config, settings, uri)
+
+
+def with_classes(config: PipelineConfig, settings: Any, origin: str) -> PipelineConfig:
+    """Return the config with classes as ``parse_class_prompts`` reads them."""
+    classes, prompts, class_score_min = parse_class_prompts(settings, origin)
+    labels = dataclasses.replace(config.labels, class_score_min=class_score_min)
+    return dataclasses.replace(
+        config, classes=classes, class_prompts=prompts, labels=labels
+    )
 
 
 def parse_config(settings: NestedSettings, origin: str) -> PipelineConfig:

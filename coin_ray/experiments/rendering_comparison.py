@@ -24,6 +24,7 @@ from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
+from coin_ray.cloud.question_client import QuestionClient, create_cloud_client
 from coin_ray.cloud.renderings import render_image
 from coin_ray.config import PLAIN_RENDERING, PipelineConfig
 from coin_ray.data.canonical import CanonicalImage, decode_sent
@@ -129,7 +130,7 @@ async def _query(
         urls = await asyncio.to_thread(start_services, config.clouds, root, running)
         governors = governors_for(config, urls, journal)
         clients = [
-            CloudClient(cloud, config.classes, url, journal, governor)
+            create_cloud_client(config, cloud, url, journal, governor)
             for cloud, url, governor in zip(config.clouds, urls, governors, strict=True)
         ]
         slots = asyncio.Semaphore(2 * config.cloud.in_flight)
@@ -162,7 +163,9 @@ class _Queries:
     answered: int = 0
     stopped_by: CloudError | None = None
 
-    async def answer(self, client: CloudClient, uri: str) -> Answer | None:
+    async def answer(
+        self, client: CloudClient | QuestionClient, uri: str
+    ) -> Answer | None:
         async with self.slots:
             if self.stopped_by is not None:
                 return None

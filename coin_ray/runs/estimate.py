@@ -44,6 +44,7 @@ class Estimate:
     rate: float
     at_most: bool = False
     views: int = 1
+    questions: int = 1
 
 
 def estimate_cost(
@@ -55,6 +56,7 @@ def estimate_cost(
     them.
     """
     from coin_ray.cloud.ensemble import cloud_names
+    from coin_ray.cloud.question_client import questions_for
 
     mode = config.ensemble.mode if config.more_clouds else "fuse"
     image_count = _count_images(config, steps["images"], root)
@@ -67,11 +69,13 @@ def estimate_cost(
     estimates: list[Estimate] = []
     first = 0
     for cloud, name, recent in zip(config.services, names, recent_calls, strict=True):
-        renderings = len(cloud.views)
-        of_service = answered_images[first : first + renderings]
-        first += renderings
+        questions = questions_for(config, cloud)
+        calls_per_image = len(cloud.views) * len(questions)
+        of_service = answered_images[first : first + calls_per_image]
+        first += calls_per_image
         answered = sum(len(images) for images in of_service)
-        calls = max(image_count * renderings - answered, 0)
+        calls = max(image_count * calls_per_image - answered, 0)
+        has_negatives = any(question.is_negative for question in questions)
         rate = effective_rate(cloud)
         estimate = Estimate(
             name,
@@ -81,8 +85,9 @@ def estimate_cost(
             usd=calls * cloud.usd_per_call,
             minutes=seconds_needed(calls, rate, cloud.per_day, recent) / 60,
             rate=rate,
-            at_most=bool(estimates) and mode != "fuse",
-            views=renderings,
+            at_most=has_negatives or (bool(estimates) and mode != "fuse"),
+            views=len(cloud.views),
+            questions=len(questions),
         )
         estimates.append(estimate)
     return estimates
@@ -106,6 +111,8 @@ def seconds_needed(calls: int, rate: float, per_day: int | None, today: int) -> 
 def print_estimate(cloud: Cloud, estimate: Estimate) -> None:
     """Print a service's estimate, and the limits that would stop the run before its end."""
     renderings = f" in {estimate.views} views" if estimate.views > 1 else ""
+    if estimate.questions > 1:
+        renderings += f", {estimate.questions} questions about each"
     at_most = "at most " if estimate.at_most else ""
     print(
         f"\n{estimate.cloud}: {estimate.images} images{renderings},"
@@ -184,21 +191,24 @@ def _count_recent_calls(config: PipelineConfig, root: str) -> list[int]:
 def _answered_images(
     config: PipelineConfig, steps: Mapping[str, Step], root: str
 ) -> list[set[str]]:
-    """Return, for each cloud, the URIs of the run's images that the journal has answers to.
+    """Return, for each cloud and question, the URIs of the run's images that the journal
+    has answers to.
 
     An answer counts if it was given for the same classes, model and threshold.
     """
     from coin_ray.cloud.journal.keys import TASK
     from coin_ray.cloud.journal.opening import open_journal
+    from coin_ray.cloud.question_client import questions_for
 
-    answered_images: list[set[str]] = [set() for _ in config.clouds]
+    call_count = sum(len(questions_for(config, cloud)) for cloud in config.clouds)
+    answered_images: list[set[str]] = [set() for _ in range(call_count)]
     journal_folder = storage.join(root, "journal")
     config = with_found_range(config, steps["images"].folder(root))
     image_table = storage.join(steps["images"].folder(root), "images.parquet")
     if not storage.exists(journal_folder) or not storage.exists(image_table):
         return answered_images
     journal = open_journal(journal_folder)
-    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    clients = _offline_clients(config, journal)
     rows = storage.read_table(image_table).to_pylist()
     asked_rows = [row for row in rows if row["split"] != "val"]
     journal_keys: Sequence[str] = journal.keys()
@@ -257,7 +267,7 @@ def recorded_keys(
     """Return the keys of the journal's answers about an image with these settings, one
     at most for each cloud and rendering.
     """
-    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    clients = _offline_clients(config, journal)
     unchanged = [
         client.key_of_unchanged_file(image_id)
         for client in clients
@@ -275,7 +285,7 @@ def _has_answer(
     """Return whether one of the keys belongs to one of the images. Only the first are
     rendered, since they are asked about first.
     """
-    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    clients = _offline_clients(config, journal)
     for client in clients:
         if client.rendering[1] == PLAIN_RENDERING and any(
             client.key_of_unchanged_file(image_id.as_py()) in keys
@@ -289,14 +299,19 @@ def _has_answer(
     )
 
 
-def _offline_client(config: PipelineConfig, cloud: Cloud, journal: Any) -> CloudClient:
-    """Return a client that is used for its journal keys only."""
+def _offline_clients(config: PipelineConfig, journal: Any) -> list[CloudClient]:
+    """Return clients that are used for their journal keys only: one for each question
+    to each cloud.
+    """
     from coin_ray.cloud.accounts import governor_limits
-    from coin_ray.cloud.client import CloudClient
     from coin_ray.cloud.governor import Governor, LocalGovernor
+    from coin_ray.cloud.question_client import question_clients
 
-    governor = LocalGovernor(Governor(governor_limits(cloud)))
-    return CloudClient(cloud, config.classes, _endpoint(cloud), journal, governor)
+    clients = []
+    for cloud in config.clouds:
+        governor = LocalGovernor(Governor(governor_limits(cloud)))
+        clients += question_clients(config, cloud, _endpoint(cloud), journal, governor)
+    return clients
 
 
 def _rendered_keys(

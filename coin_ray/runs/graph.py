@@ -145,6 +145,7 @@ class _Identities:
             config.clip,
             input_size,
             *_other_clouds(config),
+            *config.class_prompts,
         )
         self.propagation = (detector, labels, config.propagate)
         self.separation = (labels, separation)

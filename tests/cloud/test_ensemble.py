@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coin_ray.cloud import ensemble as ensemble_module
+from coin_ray.cloud import question_client
 from coin_ray.cloud.accounts import account_name, governor_limits
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.answer_fusion import fuse_answers, score_labels
@@ -686,7 +686,7 @@ def test_a_configuration_s_clients_hand_over_only_in_failover(
         return NO_QUOTA if request.url.host == "a" else BUS
 
     mocked_client = functools.partial(CloudClient, transport=httpx.MockTransport(reply))
-    monkeypatch.setattr(ensemble_module, "CloudClient", mocked_client)
+    monkeypatch.setattr(question_client, "CloudClient", mocked_client)
     config = replace(
         folder(),
         classes=CLASSES,

@@ -39,6 +39,18 @@ def test_a_first_run() -> None:
     assert (options.until, options.dry_run, options.baselines) == (None, False, False)
 
 
+@pytest.mark.parametrize("equals", [True, False])
+def test_a_file_of_classes(tmp_path: Path, equals: bool) -> None:
+    file = tmp_path / "classes.yaml"
+    file.write_text("person: {ask: [man, woman], score_min: 0.3}\ndog: {not: [wolf]}\n")
+    option = (f"--classes={file}",) if equals else ("--classes", str(file))
+    config, _ = parse_run_arguments(("folder", *IMAGES, *option, *CLOUD, "--seed", "3"))
+    assert config.classes == ("person", "dog")
+    assert config.class_phrases == (("man", "woman"), ("dog",))
+    assert config.class_prompts[1].negatives == ("wolf",)
+    assert (config.labels.class_score_min, config.seed) == ((0.3, None), 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -15,7 +15,11 @@ from coin_ray import storage, tables
 from coin_ray.config import Labels, PipelineConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import InputError
-from coin_ray.stages.common.teacher_outputs import make_teacher_lookup, open_collected
+from coin_ray.stages.common.teacher_outputs import (
+    is_confident,
+    make_teacher_lookup,
+    open_collected,
+)
 from coin_ray.stages.common.training_labels import (
     LabelSource,
     build_training_examples,
@@ -178,3 +182,17 @@ def test_labels_are_counted_as_they_are_used(
     assert count_labels("clip", folders, config) == sum(
         len(e.detections["labels"]) for e in examples
     )
+
+
+def test_classes_with_a_threshold_of_their_own() -> None:
+    probs = torch.eye(3)[:2].repeat(2, 1)
+    scores = torch.tensor([0.3, 0.3, 0.5, 0.5])
+    cloud = Detections(torch.rand(4, 4), scores, torch.tensor([0, 1, 0, 1]), probs)
+    labels = Labels(score_min=0.25, class_score_min=(0.4, None))
+    assert is_confident(cloud, labels).tolist() == [False, True, True, True]
+    assert is_confident(cloud, Labels(score_min=0.4)).tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]

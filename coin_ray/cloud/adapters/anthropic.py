@@ -88,11 +88,12 @@ class AnthropicAdapter:
             max_bytes=3_700_000,
             max_side=FAMILY.max_side,
             max_pixels=FAMILY.max_pixels,
+            reads_descriptions=True,
             key_settings=self.options.key_settings,
         )
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        prompt = XYXY_PIXELS.prompt(query.classes)
+        prompt = XYXY_PIXELS.prompt(query.classes, query.descriptions)
         prompt += (
             f" The image is {image.width} pixels wide and {image.height} pixels high."
         )

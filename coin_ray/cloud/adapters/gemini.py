@@ -106,6 +106,7 @@ class GeminiAdapter:
             url="https://generativelanguage.googleapis.com",
             auth=Auth("X-Goog-Api-Key", ""),
             max_bytes=14_000_000,
+            reads_descriptions=True,
             key_settings=self.options.key_settings,
         )
 
@@ -118,7 +119,7 @@ class GeminiAdapter:
         }
         parts = [
             {"inlineData": inline_image},
-            {"text": YXYX_1000.prompt(query.classes)},
+            {"text": YXYX_1000.prompt(query.classes, query.descriptions)},
         ]
         generation_config = self._generation_config(model, query)
         body = {

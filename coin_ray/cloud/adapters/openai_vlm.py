@@ -194,6 +194,7 @@ class OpenAiVlmAdapter:
             min_side=28,
             max_side=self.family.max_side,
             max_pixels=self.family.max_pixels,
+            reads_descriptions=True,
             key_settings=key_settings,
         )
 
@@ -202,7 +203,9 @@ class OpenAiVlmAdapter:
         return self.coordinates == "xyxy_pixels" and self.family.side_multiple > 1
 
     def encode(self, image: CanonicalImage, query: Query) -> PreparedRequest:
-        prompt = BOX_NOTATIONS[self.coordinates].prompt(query.classes)
+        prompt = BOX_NOTATIONS[self.coordinates].prompt(
+            query.classes, query.descriptions
+        )
         if self.coordinates == "xyxy_pixels":
             width, height = self.family.resized((image.width, image.height))
             prompt += f" The image is {width} pixels wide and {height} pixels high."

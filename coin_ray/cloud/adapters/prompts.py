@@ -69,11 +69,23 @@ class BoxNotation:
     box_format: BoxFormat
     unit: str
 
-    def prompt(self, classes: tuple[str, ...]) -> str:
-        """Write the prompt for these classes. Raises ``BadRequest`` for classes that
-        cannot be asked for.
+    def prompt(
+        self,
+        classes: tuple[str, ...],
+        descriptions: Sequence[tuple[str, str]] = (),
+    ) -> str:
+        """Write the prompt for these classes; ``descriptions``: of some of them. Raises
+        ``BadRequest`` for classes that cannot be asked for.
         """
         check_class_names(classes)
+        meanings = "".join(
+            f" {json.dumps(name, ensure_ascii=False)} means: {description.strip()}"
+            for name, description in descriptions
+            if name in classes
+        )
+        return self._list_prompt(classes) + meanings
+
+    def _list_prompt(self, classes: tuple[str, ...]) -> str:
         return (
             "Detect every instance of these classes in the image:"
             f" {json.dumps(list(classes), ensure_ascii=False)}. "

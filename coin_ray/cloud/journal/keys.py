@@ -38,6 +38,8 @@ def answer_key_from_digest(
         "max_side": max_side,
         "image": digest,
     }
+    if query.descriptions:
+        identity["descriptions"] = dict(query.descriptions)
     if query.settings:
         identity["settings"] = dict(query.settings)
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))

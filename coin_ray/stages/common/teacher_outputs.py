@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from coin_ray import storage, tables
@@ -57,9 +59,19 @@ def normalize_foreground(detections: Detections) -> Detections:
     )
 
 
+def is_confident(cloud: Detections, labels: Labels) -> Tensor:
+    """Return for each of the cloud's detections [N] whether its score reaches the
+    training threshold, or that of its class.
+    """
+    thresholds = labels.thresholds(cloud.num_classes)
+    if thresholds is None:
+        return cloud.scores >= labels.score_min
+    return cloud.scores >= torch.tensor(thresholds)[cloud.labels]
+
+
 def select_cloud_labels(cloud: Detections, labels: Labels) -> Detections:
     """Return the cloud's detections above the training threshold."""
-    confident = cloud[cloud.scores >= labels.score_min]
+    confident = cloud[is_confident(cloud, labels)]
     if labels.probabilities == "published":
         return normalize_foreground(confident)
     return confident
@@ -79,7 +91,7 @@ def select_clip_labels(
     """Return the cloud's boxes above the thresholds with CLIP's labels; row i of
     ``clip`` is CLIP's classification of row i of ``cloud``.
     """
-    selected = cloud.scores >= labels.score_min
+    selected = is_confident(cloud, labels)
     selected &= clip.scores >= labels.clip_score_min
     if labels.clip_background == "drop":
         selected &= clip.probs.argmax(1) < clip.num_classes
@@ -92,7 +104,7 @@ def select_clip_labels_with_background(
     """Return the cloud's boxes above the threshold as CLIP classifies them: where CLIP
     sees background, the label is K, which no cloud label equals.
     """
-    confident = clip[cloud.scores >= labels.score_min]
+    confident = clip[is_confident(cloud, labels)]
     best = confident.probs.max(1)
     return Detections(confident.boxes, best.values, best.indices, confident.probs)
 

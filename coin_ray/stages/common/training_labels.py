@@ -188,7 +188,12 @@ def _count_selected_boxes(
     labels = config.labels
     num_classes = len(config.classes)
     rows = pc.is_in(cloud["image_id"], value_set=image_ids)
-    selected = _flatten(cloud["scores"].filter(rows)) >= labels.score_min
+    scores = _flatten(cloud["scores"].filter(rows))
+    selected = scores >= labels.score_min
+    thresholds = labels.thresholds(num_classes)
+    if thresholds is not None:
+        box_labels = _flatten(cloud["labels"].filter(rows))
+        selected = scores >= np.asarray(thresholds)[box_labels]
     if clip is not None:
         clip_scores = _flatten(clip["scores"].filter(rows))
         selected &= clip_scores >= labels.clip_score_min
