@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coin_ray import storage
 from coin_ray.commands.arguments import ExtraOptions, RunOptions, parse_names
 from coin_ray.config import PipelineConfig
+from coin_ray.config.students import is_region_student
 from coin_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,9 +78,8 @@ def parse_export(arguments: Sequence[str], description: str = "") -> ExportReque
     )
     if config.distill.student == "co-detr":
         raise ConfigError(
-            "ONNX is written of the Faster R-CNN student only. A Co-DETR's weights and"
-            " description are in ROOT/steps/export-*, and"
-            " coin_ray.load reads them"
+            "ONNX is not written of a Co-DETR student. Its weights and description are"
+            " in ROOT/steps/export-*, and coin_ray.load reads them"
         )
     added_classes = tuple(export_options.add_classes)
     check_added_classes(config, added_classes)
@@ -91,6 +91,11 @@ def parse_export(arguments: Sequence[str], description: str = "") -> ExportReque
 
 def check_added_classes(config: PipelineConfig, added_classes: Sequence[str]) -> None:
     """Raise ConfigError if the student has no text encoder, or a name is no new class."""
+    if added_classes and not is_region_student(config.distill.student):
+        raise ConfigError(
+            "--add-classes needs a student that knows classes by their text;"
+            f" distill.student {config.distill.student} has learned its own only"
+        )
     if added_classes and config.detector.backbone != "clip":
         raise ConfigError(
             "--add-classes needs CLIP's text encoder; detector.backbone"
@@ -210,9 +215,11 @@ def load_student(
     request: ExportRequest, steps: Mapping[str, Step], summary: dict[str, Any]
 ) -> TrainedStudent:
     """Return the distilled student; added classes use the prompts that it learned."""
-    from coin_ray.export.package import TrainedStudent
+    from coin_ray.export.package import ExportedDetector, TrainedStudent
     from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
     from coin_ray.models.faster_rcnn_clip.model import build_detector
+    from coin_ray.models.students.building import empty_student
+    from coin_ray.runs.graph import delivered_step
     from coin_ray.runs.steps import with_found_range
     from coin_ray.stages.common.training_job import load_weights
     from coin_ray.stages.propagate import WEIGHTS
@@ -220,14 +227,16 @@ def load_student(
     images_folder = steps["images"].folder(request.options.root)
     config = with_found_range(request.config, images_folder)
     classes = (*config.classes, *request.added_classes)
-    detector = build_detector(
-        load_backbone(config), classes, config.detector, seed=config.seed
-    )
-    folder = steps["distill"].folder(request.options.root)
+    detector: ExportedDetector
+    if is_region_student(config.distill.student):
+        detector = build_detector(
+            load_backbone(config), classes, config.detector, seed=config.seed
+        )
+    else:
+        detector = empty_student(config.distill, classes)
+    folder = delivered_step(steps).folder(request.options.root)
     detector.load_state_dict(load_weights(storage.join(folder, WEIGHTS)))
-    return TrainedStudent(
-        detector.eval(), classes, request.added_classes, config, summary
-    )
+    return TrainedStudent(detector, classes, request.added_classes, config, summary)
 
 
 def read_compared_images(

@@ -24,7 +24,7 @@ from coin_ray.config.fields import (
     runtime_only,
 )
 from coin_ray.config.labels import Collect, Labels
-from coin_ray.config.models import Clip, Detector, MobileNet
+from coin_ray.config.models import Clip, Detector, Labeler, MobileNet
 from coin_ray.config.pipeline import PipelineConfig, Tracking, check_runnable
 from coin_ray.config.students import TargetSettings
 from coin_ray.config.training import (
@@ -53,6 +53,7 @@ __all__ = [
     "Evaluate",
     "Folder",
     "FusionRule",
+    "Labeler",
     "Labels",
     "MobileNet",
     "PipelineConfig",

@@ -10,20 +10,21 @@ from coin_ray.config.fields import check_fraction, new_field, require, runtime_o
 
 @dataclass(frozen=True)
 class Collect:
-    """The collection: cloud detections, and CLIP's labels for their boxes."""
+    """The collection: cloud detections, and the labeler's labels for their boxes."""
 
-    labeler: Literal["roi", "crop", "none"] = "roi"
-    """CLIP on RoI features of the whole image (one pass) as published, on crops
-    (slower and more accurate), or no CLIP at all."""
+    labeler: Literal["roi", "crop", "classifier", "none"] = "roi"
+    """CLIP on RoI features of the whole image (one pass) as published, CLIP on crops
+    (slower and more accurate), an image classifier on crops, or no second opinion. The
+    model: settings ``labeler``."""
     crop_context: float = 1.2
-    """labeler crop: side of the crop / side of the box; a little context helps CLIP
-    (docs/demo-trials.md)."""
+    """labeler crop and classifier: side of the crop / side of the box; a little context
+    helps CLIP (docs/demo-trials.md)."""
     fuse_iou: float = 0.6
     """Cloud boxes of one class with a higher IoU are merged, weighted by score."""
     batch: int = runtime_only(32)
     """Images per block of the stream."""
     labeler_gpus: float = runtime_only(0.0)
-    """GPUs per CLIP labeler; a fraction lets several share one."""
+    """GPUs per labeler; a fraction lets several share one."""
     batch_seconds: float = runtime_only(3600.0)
     """Seconds for one batch after which a labeler counts as hanging and exits; 0:
     never."""
@@ -49,10 +50,10 @@ class Labels:
 
     score_min: float = 0.25
     """Cloud boxes with lower scores are not used."""
-    probabilities: Literal["background", "published"] = "published"
     class_score_min: tuple[float | None, ...] = new_field(())
     """The same for each class, in their order; None: ``score_min``. Empty: ``score_min``
     for all. On the command line: in ``--classes FILE.yaml``."""
+    probabilities: Literal["background", "published"] = "published"
     """Cloud class vectors with a background column, or normalised to the foreground as
     published."""
     cloud_vectors: Literal["collected", "normalised", "smoothed", "one_hot"] = (
@@ -71,9 +72,9 @@ class Labels:
 
     def __post_init__(self) -> None:
         check_fraction("labels.score_min", self.score_min)
-        check_fraction("labels.clip_score_min", self.clip_score_min)
         for score_min in self.class_score_min:
             check_fraction("labels.class_score_min", score_min or 0.0)
+        check_fraction("labels.clip_score_min", self.clip_score_min)
 
     def thresholds(self, num_classes: int) -> list[float] | None:
         """Return the least score of each class; None: ``score_min`` for all."""

@@ -31,6 +31,46 @@ class Clip:
     ImageNet."""
 
 
+SIGLIP_PRIOR = 1 / 32_768
+"""Share of pairs that match in the training batches of SigLIP and SigLIP 2."""
+
+
+@dataclass(frozen=True)
+class Labeler:
+    """The model that gives the second opinion on the clouds' boxes
+    (``collect.labeler``), independent of the detector's backbone.
+    """
+
+    model: str | None = None
+    """labeler crop, roi: as ``clip.model``, any open_clip model for crop. None: that of
+    ``clip``. labeler classifier: an image classifier of transformers (name or folder)
+    or timm (name, ``hf-hub:NAME`` or ``local-dir:FOLDER``), or an ONNX file."""
+    pretrained: str | None = None
+    """As ``clip.pretrained``; None: the only tag that open_clip has for the model. A
+    classifier of timm by name: its weights file instead of a download."""
+    activation: Literal["auto", "gelu", "quick_gelu"] = "auto"
+    """As ``clip.activation``."""
+    label_map: str | None = None
+    """labeler classifier: YAML file that maps its class names to the run's
+    (docs/second-opinions.md). None: names are compared."""
+    sigmoid_prior: float = SIGLIP_PRIOR
+    """labeler crop with a sigmoid model (SigLIP): share of image-text pairs that matched
+    in its training. Boxes match one of the classes, or none, equally often instead. 0.5:
+    the sigmoids as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("pretrained", "label_map"):
+            require(
+                self.model is not None or getattr(self, name) is None,
+                f"labeler.{name} belongs to a model of the labeler's own: give"
+                " --labeler.model too",
+            )
+        require(
+            0 < self.sigmoid_prior < 1,
+            f"labeler.sigmoid_prior must lie between 0 and 1; got {self.sigmoid_prior}",
+        )
+
+
 @dataclass(frozen=True)
 class MobileNet:
     """MobileNetV2 trained on ImageNet, for ``detector.backbone mobilenet_v2``: photos

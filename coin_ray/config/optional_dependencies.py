@@ -33,6 +33,10 @@ def check_installed(config: PipelineConfig, steps: Collection[str]) -> None:
                 needed.add(SERVER_PACKAGES[cloud.serve])
             if cloud.service == "rekognition":
                 needed.add(("botocore", "aws"))
+        if config.collect.labeler == "classifier" and str(
+            config.labeler.model
+        ).endswith(".onnx"):
+            needed.add(SERVER_PACKAGES["onnx"])
     needs_weights = (
         config.detector.backbone == "mobilenet_v2"
         and config.mobilenet.weights == WEIGHTS_PACKAGE

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from coin_ray.config.class_prompts import ClassPrompt, check_class_prompts
 from coin_ray.config.cloud import Cloud, Ensemble, split_renderings
 from coin_ray.config.data import DemoScenes, Folder
 from coin_ray.config.fields import PACKAGE, new_field, relocate_paths, require
 from coin_ray.config.labels import Collect, Labels
-from coin_ray.config.models import Clip, Detector, MobileNet
+from coin_ray.config.models import Clip, Detector, Labeler, MobileNet
+from coin_ray.config.students import YOLOX_STUDENTS
 from coin_ray.config.training import Distill, Evaluate, Propagate, Separate
 
 IDENTIFYING_SETTINGS = (
@@ -76,12 +77,17 @@ class PipelineConfig:
     clip: Clip = field(default_factory=Clip)
     mobilenet: MobileNet = field(default_factory=MobileNet)
     collect: Collect = field(default_factory=Collect)
+    labeler: Labeler = new_field(Labeler())
     labels: Labels = field(default_factory=Labels)
     detector: Detector = field(default_factory=Detector)
     propagate: Propagate = field(default_factory=Propagate)
     separate: Separate = field(default_factory=Separate)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    strategy: Literal["coin", "auto"] = new_field("coin")
+    """What is delivered. coin: the student of ``distill``. auto: also the same network
+    is trained on plain cloud labels, and the better of both is delivered, judged without
+    labels (docs/students.md)."""
     class_prompts: tuple[ClassPrompt, ...] = new_field(())
     """Phrases, descriptions and negatives of classes that are asked for by more than
     their name. On the command line: ``--classes FILE.yaml`` (docs/classes.md)."""
@@ -96,6 +102,7 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         self._check_classes()
+        self._check_second_teacher()
         check_class_prompts(self.class_prompts, self.classes)
         require(
             len(self.labels.class_score_min) in (0, len(self.classes)),
@@ -112,6 +119,26 @@ class PipelineConfig:
             self.detector.backbone == "clip" or self.detector.background == "learned",
             f"detector.backbone {self.detector.backbone} has no text encoder for a"
             " background prompt: give --detector.background learned",
+        )
+
+    def _check_second_teacher(self) -> None:
+        """Check that a student that takes the CLIP detector's place can do so."""
+        is_own_opinion = self.separate.second_teacher == "student"
+        student = self.distill.student
+        require(
+            not is_own_opinion or student in YOLOX_STUDENTS,
+            "separate.second_teacher student needs a student that was a detector before"
+            f" and takes images of any size: {', '.join(YOLOX_STUDENTS)}; got {student}",
+        )
+        rendering = self.distill.student_rendering
+        require(
+            rendering == "plain" or student in YOLOX_STUDENTS,
+            f"distill.student_rendering {rendering} is for YOLOX students; got"
+            f" {student}",
+        )
+        require(
+            rendering != "auto" or is_own_opinion,
+            "distill.student_rendering auto needs --separate.second-teacher student",
         )
 
     def _check_classes(self) -> None:
@@ -160,6 +187,20 @@ class PipelineConfig:
         return dataclasses.replace(self, data=data)
 
     @property
+    def labeler_clip(self) -> Clip:
+        """Return the CLIP of the labels: the labeler's own, else the detector's. Both
+        share the wording of the prompts.
+        """
+        if self.labeler.model is None or self.collect.labeler == "classifier":
+            return self.clip
+        return dataclasses.replace(
+            self.clip,
+            model=self.labeler.model,
+            pretrained=self.labeler.pretrained or "",
+            activation=self.labeler.activation,
+        )
+
+    @property
     def class_phrases(self) -> tuple[tuple[str, ...], ...]:
         """Return for each class the phrases that it is asked by: its name, unless
         ``class_prompts`` has others.
@@ -205,8 +246,28 @@ def check_runnable(config: PipelineConfig) -> None:
             "which cloud? give --cloud https://... or --cloud SERVICE, or --cloud.serve"
             " demo|onnx|transformers|checkpoint for a local one",
         )
+    _check_labeler(config)
     if len(config.clouds) > 1:
         _check_ensemble(config)
+
+
+def _check_labeler(config: PipelineConfig) -> None:
+    labeler, model = config.collect.labeler, config.labeler.model
+    require(
+        labeler != "classifier" or model is not None,
+        "which classifier? give --labeler.model, the name or folder of an image"
+        " classifier of transformers or timm, or an ONNX file",
+    )
+    require(
+        labeler != "none" or model is None,
+        f"labeler.model {model} is of no use with --labeler none; give --labeler crop,"
+        " roi or classifier",
+    )
+    require(
+        labeler == "classifier" or config.labeler.label_map is None,
+        "labeler.label_map maps the names of a classifier; CLIP is asked about the"
+        " classes themselves: give --labeler classifier, or leave it out",
+    )
 
 
 def _check_ensemble(config: PipelineConfig) -> None:
@@ -234,6 +295,6 @@ def _check_ensemble(config: PipelineConfig) -> None:
     )
     require(
         ensemble.mode != "cascade" or config.collect.labeler != "none",
-        "ensemble.mode cascade needs CLIP's labels of the first cloud's boxes: give"
-        " --collect.labeler roi or crop",
+        "ensemble.mode cascade needs a second opinion on the first cloud's boxes: give"
+        " --collect.labeler roi, crop or classifier",
     )

@@ -34,7 +34,7 @@ from coin_ray.config.published import (
     kitti,
     sim10k,
 )
-from coin_ray.config.students import is_region_student
+from coin_ray.config.students import YOLOX_STUDENTS, is_region_student
 
 DEMO_CLIP = Clip(
     model=str(DEMO_ASSETS / "coin_tiny.json"),
@@ -171,7 +171,7 @@ def with_student(config: PipelineConfig, student: str) -> PipelineConfig:
     if student == "faster-rcnn":
         return replace(config, distill=replace(config.distill, student=student))
     if not is_region_student(student):
-        return replace(config, distill=_detector_student(config.distill, student))
+        return _with_detector_student(config, student)
     distill = replace(config.distill, student=student)
     is_small = distill.fit.optimizer == "adamw"
     if is_small:
@@ -193,6 +193,18 @@ def with_student(config: PipelineConfig, student: str) -> PipelineConfig:
         )
         distill = replace(distill, fit=training)
     return replace(config, distill=distill)
+
+
+def _with_detector_student(config: PipelineConfig, student: str) -> PipelineConfig:
+    """Return the run with a student that was a detector before. As it starts, a YOLOX is
+    the second teacher in the place of a CLIP detector.
+    """
+    distill = _detector_student(config.distill, student)
+    if student not in YOLOX_STUDENTS:
+        return replace(config, distill=distill)
+    separate = replace(config.separate, second_teacher="student", fused_boxes="always")
+    distill = replace(distill, student_rendering="auto")
+    return replace(config, distill=distill, separate=separate)
 
 
 def _detector_student(distill: Distill, student: str) -> Distill:
@@ -254,7 +266,9 @@ def folder() -> PipelineConfig:
 
     Give ``--images DIR --classes person,dog --cloud https://...``.
     """
-    return PipelineConfig(preset="folder", classes=(), data=Folder(), cloud=Cloud())
+    return PipelineConfig(
+        preset="folder", classes=(), data=Folder(), cloud=Cloud(), strategy="auto"
+    )
 
 
 def laptop() -> PipelineConfig:
@@ -272,6 +286,7 @@ def laptop() -> PipelineConfig:
         cloud=Cloud(),
         collect=Collect(labeler="crop"),
         labels=Labels(score_min=0.2, probabilities="background"),
+        strategy="auto",
         detector=replace(
             TINY_DETECTOR,
             backbone="mobilenet_v2",
@@ -329,6 +344,7 @@ def thermal(assets: str = ".") -> PipelineConfig:
             text_vectors=f"{assets}/clip_text/coco_clip_a+cname.npy",
         ),
         collect=Collect(labeler="none"),
+        strategy="coin",
     )
 
 

@@ -123,6 +123,10 @@ class Separate:
     lone_cloud_consistent: bool = True
     """If the CLIP detector found nothing in an image, all cloud boxes count as
     consistent."""
+    second_teacher: Literal["clip_detector", "student"] = new_field("clip_detector")
+    """student: in the place of the CLIP detector, which is then not trained, a YOLOX
+    student as it starts, in the rendering and at the sizes in which it is most
+    confident. ``--student`` chooses it."""
 
     def __post_init__(self) -> None:
         check_fraction("separate.iou_min", self.iou_min)
@@ -152,6 +156,10 @@ class Distill:
     """Class names of ``student_weights`` in their order. Empty: COCO's 80."""
     student_side: int = new_field(0)
     """Longest side in pixels of the input of such a student; 0: as released."""
+    student_rendering: Literal["plain", "grey", "inverted", "auto"] = new_field("plain")
+    """How a YOLOX student sees images, in training and in use. auto: the rendering in
+    which its first weights are most confident on training images; needs
+    ``separate.second_teacher`` student."""
     student_batch_norm: Literal["frozen", "live"] = new_field("frozen")
     """Statistics of its batch norms in training; frozen: as pretrained."""
     targets: TargetSettings = field(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from coin_ray import storage
 from coin_ray.config import Distill, Labeler, PipelineConfig, Propagate
 from coin_ray.config.fingerprints import to_identity
-from coin_ray.runs.steps import Step
 from coin_ray.config.students import is_region_student
+from coin_ray.runs.steps import Step
 
 ORDER = (
     "images",
@@ -21,6 +22,7 @@ ORDER = (
     "distill",
     "pseudo_label",
     "oracle",
+    "choose",
     "evaluate",
     "export",
     "report",
@@ -32,17 +34,19 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
 
     Corrections, if there are any, are checked before a call is paid. ``baselines`` adds
     two students with the same network, first weights and number of steps: one trained
-    on plain cloud labels, one on the truth.
+    on plain cloud labels, one on the truth. With ``strategy`` auto the first is always
+    trained, and ``choose`` delivers the better of it and COIN's.
     """
     identities = _Identities(config)
     images = Step("images", "images", config.data)
     corrections = _corrections_steps(config, images)
     collect = Step("collect", "collect", identities.collection, (images,))
+    own_opinion = config.separate.second_teacher == "student"
     propagate = Step(
         "propagate",
         "propagate",
         identities.propagation,
-        (images, collect, *corrections),
+        (images,) if own_opinion else (images, collect, *corrections),
         options={"labels": "clip"},
     )
     separate = Step(
@@ -58,26 +62,19 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
         identities.distillation,
         (images, collect, propagate, separate, *corrections),
     )
-    baseline_steps: tuple[Step, ...] = ()
-    if baselines:
-        pseudo_label = Step(
-            "pseudo_label",
-            "propagate",
-            identities.pseudo_label,
-            (images, collect, *corrections),
-            options={"labels": "cloud"},
-        )
-        oracle = Step(
-            "oracle",
-            "propagate",
-            identities.oracle,
-            (images,),
-            options={"labels": "truth"},
-        )
-        baseline_steps = (pseudo_label, oracle)
-    evaluated = (images, collect, separate, propagate, distill, *baseline_steps)
+    start = (propagate,) if config.distill.student_rendering == "auto" else ()
+    pseudo_label, oracle = _baseline_steps(
+        identities, (images, collect, *corrections, *start), (images, *start)
+    )
+    plain: tuple[Step, ...] = (pseudo_label, oracle) if baselines else ()
+    choice: tuple[Step, ...] = ()
+    if config.strategy == "auto":
+        plain = plain or (pseudo_label,)
+        candidates = (images, separate, distill, pseudo_label)
+        choice = (Step("choose", "choose", identities.choice, candidates),)
+    evaluated = (images, collect, separate, propagate, distill, *plain, *choice)
     evaluate = Step("evaluate", "evaluate", identities.evaluation, evaluated)
-    export = Step("export", "export", identities.export, (distill,))
+    export = Step("export", "export", identities.export, choice or (distill,))
     report = Step(
         "report",
         "report",
@@ -86,8 +83,38 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
         version=2,
     )
     steps = [images, *corrections, collect, propagate, separate, distill]
-    steps += [*baseline_steps, evaluate, export, report]
+    steps += [*plain, *choice, evaluate, export, report]
     return {step.name: step for step in steps}
+
+
+def _baseline_steps(
+    identities: _Identities,
+    inputs: tuple[Step, ...],
+    oracle_inputs: tuple[Step, ...],
+) -> tuple[Step, Step]:
+    """Return the trainings of the student's network on plain cloud labels and on the
+    truth.
+    """
+    pseudo_label = Step(
+        "pseudo_label",
+        "propagate",
+        identities.pseudo_label,
+        inputs,
+        options={"labels": "cloud"},
+    )
+    oracle = Step(
+        "oracle",
+        "propagate",
+        identities.oracle,
+        oracle_inputs,
+        options={"labels": "truth"},
+    )
+    return pseudo_label, oracle
+
+
+def delivered_step(steps: Mapping[str, Step]) -> Step:
+    """Return the step whose weights are the delivered student's."""
+    return steps.get("choose", steps["distill"])
 
 
 def baseline_training(config: PipelineConfig) -> Propagate:
@@ -137,17 +164,28 @@ class _Identities:
                 config.distill.co_detr_classes,
             )
             deployed_head = config.distill.co_detr_detects
+        elif not is_region_student(student):
+            network = _detector_student_start(config.distill)
 
         self.collection = (
             config.cloud,
             config.classes,
             config.collect,
-            config.clip,
+            config.labeler_clip,
             input_size,
             *_other_clouds(config),
+            *_own_labeler(config),
             *config.class_prompts,
         )
-        self.propagation = (detector, labels, config.propagate)
+        self.propagation: tuple[Any, ...] = (detector, labels, config.propagate)
+        if config.separate.second_teacher == "student":
+            self.propagation = (
+                "student",
+                config.classes,
+                config.seed,
+                config.distill.student_rendering,
+                *network,
+            )
         self.separation = (labels, separation)
         self.distillation = (
             detector,
@@ -158,8 +196,29 @@ class _Identities:
         )
         self.pseudo_label = (detector, labels, baseline, *network)
         self.oracle = (detector, baseline, *network)
+        self.choice = (config.classes, config.detector, deployed_head)
         self.evaluation = (config.classes, config.evaluate, deployed_head)
         self.export = (config.detector, deployed_head)
+
+
+def _detector_student_start(distill: Distill) -> tuple[Any, ...]:
+    """Return what a student that was a detector before depends on, beside its labels."""
+    return (
+        distill.student,
+        distill.student_side,
+        distill.student_batch_norm,
+        distill.student_weight_classes,
+        distill.teacher_rate,
+        *((distill.student_rendering,) if distill.student_rendering != "plain" else ()),
+        *_student_weights_digest(distill),
+    )
+
+
+def _student_weights_digest(distill: Distill) -> tuple[str, ...]:
+    """Return a hash of the file the student starts from, if it is a file."""
+    if not distill.student_weights:
+        return ()
+    return (_file_digest(distill.student_weights),)
 
 
 def _corrections_steps(config: PipelineConfig, images: Step) -> tuple[Step, ...]:
@@ -168,8 +227,6 @@ def _corrections_steps(config: PipelineConfig, images: Step) -> tuple[Step, ...]
         return ()
     # imported only if needed, since it imports every label format
     from coin_ray.data.review.corrections import reviews_digest
-        elif not is_region_student(student):
-            network = _detector_student_start(config.distill)
 
     digests = [reviews_digest(uri) for uri in config.corrections]
     identity = (digests, config.classes)
@@ -190,26 +247,16 @@ def _other_clouds(config: PipelineConfig) -> list[Any]:
     return identity + [_file_digest(uri) for uri in label_maps if uri is not None]
 
 
+def _own_labeler(config: PipelineConfig) -> list[Any]:
+    """Return what the second opinions depend on if their model is not ``config.clip``."""
+    labeler = config.labeler
+    if labeler == Labeler():
+        return []
+    label_maps = [labeler.label_map] if labeler.label_map else []
+    return [labeler, *(_file_digest(uri) for uri in label_maps)]
+
+
 def _file_digest(uri: str) -> str:
-def _detector_student_start(distill: Distill) -> tuple[Any, ...]:
-    """Return what a student that was a detector before depends on, beside its labels."""
-    return (
-        distill.student,
-        distill.student_side,
-        distill.student_batch_norm,
-        distill.student_weight_classes,
-        distill.teacher_rate,
-        *_student_weights_digest(distill),
-    )
-
-
-def _student_weights_digest(distill: Distill) -> tuple[str, ...]:
-    """Return a hash of the file the student starts from, if it is a file."""
-    if not distill.student_weights:
-        return ()
-    return (_file_digest(distill.student_weights),)
-
-
     """Return a hash of the file, or "" if it can not be read.
 
     The step that needs an unreadable file raises the error.

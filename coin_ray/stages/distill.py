@@ -18,6 +18,7 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_em
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.students.building import load_pretrained_student
 from coin_ray.runs.steps import Context, Metrics
+from coin_ray.stages.common.own_opinion import with_chosen_rendering
 from coin_ray.stages.common.students import (
     new_student,
     select_forward,
@@ -59,7 +60,7 @@ def run(
     """Write ``detector.pt`` (the student), ``teacher.pt``, ``ckg.pt`` and
     ``curve.json``. The option ``held_out`` is the share of the images left out.
     """
-    config = context.config
+    config = with_chosen_rendering(context.config, context.inputs)
     images_folder = context.inputs["images"]
     training = config.distill.fit
     learns_regions = is_region_student(config.distill.student)

@@ -12,6 +12,10 @@ from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_em
 from coin_ray.models.students.building import load_pretrained_student
 from coin_ray.runs.graph import baseline_training
 from coin_ray.runs.steps import Context, Metrics
+from coin_ray.stages.common.own_opinion import (
+    with_chosen_rendering,
+    write_own_opinion,
+)
 from coin_ray.stages.common.students import (
     CLIP_DETECTOR,
     new_clip_detector,
@@ -40,8 +44,18 @@ WEIGHTS = "detector.pt"
 
 
 def run(context: Context[PipelineConfig]) -> Metrics:
-    """Write ``detector.pt`` and ``curve.json``."""
-    config = context.config
+    """Write ``detector.pt`` and ``curve.json``. Where the starting student is the second
+    teacher, nothing is trained on CLIP's labels.
+    """
+    is_second_teacher = context.options["labels"] == "clip"
+    if is_second_teacher and context.config.separate.second_teacher == "student":
+        return write_own_opinion(context, WEIGHTS)
+    return train_on_labels(context)
+
+
+def train_on_labels(context: Context[PipelineConfig]) -> Metrics:
+    """Train a detector on labels as they are."""
+    config = with_chosen_rendering(context.config, context.inputs)
     images_folder = context.inputs["images"]
     source: LabelSource = context.options["labels"]
     propagate = config.propagate if source == "clip" else baseline_training(config)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from coin_ray.structures import Detections, Targets
+
+StudentRendering = Literal["plain", "grey", "inverted"]
+STUDENT_RENDERINGS: tuple[StudentRendering, ...] = get_args(StudentRendering)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +40,9 @@ class InputFormat:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     bgr: bool = False
+    rendering: StudentRendering = "plain"
+    """Is applied before all else. grey: brightness in all channels; inverted: 255 less
+    that, so that bright objects of thermal images look dark."""
 
 
 @dataclass(frozen=True)

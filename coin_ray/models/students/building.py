@@ -37,7 +37,7 @@ def load_pretrained_student(
     """
     name = settings.student
     if name in YOLOX_STUDENTS:
-        return load_yolox_student(
+        student = load_yolox_student(
             name,
             settings.student_weights,
             classes,
@@ -45,6 +45,9 @@ def load_pretrained_student(
             settings.student_side,
             seed,
         )
+        if settings.student_rendering != "auto":
+            student.set_rendering(settings.student_rendering)
+        return student
     if not is_transformers_student(name):
         raise InputError(
             f"distill.student {name}: no such folder, or no config.json of a"

@@ -14,8 +14,15 @@ from torchvision.transforms.v2 import functional as V
 
 from coin_ray import boxes as box_ops
 from coin_ray.data.augmentation import resize_to_fit
-from coin_ray.models.students.base import InputFormat, PostProcess
+from coin_ray.models.students.base import (
+    InputFormat,
+    PostProcess,
+    StudentRendering,
+)
 from coin_ray.structures import Detections
+
+BRIGHTNESS_WEIGHTS = (0.299, 0.587, 0.114)
+"""Of red, green and blue (ITU-R BT.601), as Pillow converts to grey."""
 
 
 class TensorDetector(Protocol):
@@ -91,7 +98,10 @@ def make_pixels(
 
 
 def normalise_pixels(pixels: Tensor, input_format: InputFormat) -> Tensor:
-    """Normalise padded RGB pixels [B, 3, h, w] in 0..255, and order their channels."""
+    """Render and normalise padded RGB pixels [B, 3, h, w] in 0..255, and order their
+    channels.
+    """
+    pixels = render_pixels(pixels, input_format.rendering)
     if any(input_format.mean) or set(input_format.std) != {1.0}:
         mean, std = (
             torch.tensor(numbers, device=pixels.device).view(3, 1, 1)
@@ -99,6 +109,15 @@ def normalise_pixels(pixels: Tensor, input_format: InputFormat) -> Tensor:
         )
         pixels = (pixels - mean) / std
     return pixels.flip(1) if input_format.bgr else pixels
+
+
+def render_pixels(pixels: Tensor, rendering: StudentRendering) -> Tensor:
+    """Return RGB pixels [B, 3, h, w] in 0..255 in a rendering."""
+    if rendering == "plain":
+        return pixels
+    weights = torch.tensor(BRIGHTNESS_WEIGHTS, device=pixels.device).view(3, 1, 1)
+    brightness = (pixels * weights).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+    return brightness if rendering == "grey" else 255 - brightness
 
 
 def select_detections(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from coin_ray import boxes as box_ops
-from coin_ray.models.students.base import InputFormat, ParameterParts, PostProcess
+from coin_ray.models.students.base import (
+    STUDENT_RENDERINGS,
+    InputFormat,
+    ParameterParts,
+    PostProcess,
+    StudentRendering,
+)
 from coin_ray.models.students.detection import (
     detect_objects,
     make_pixels,
@@ -30,6 +36,7 @@ PAD_VALUE = 114.0
 YOLOX_POST_PROCESS = PostProcess(
     score_min=0.01, nms=0.65, detections=100, best_class_only=True
 )
+CellGrid = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class YoloxStudent(nn.Module):
@@ -37,18 +44,34 @@ class YoloxStudent(nn.Module):
     fit, 0 for the model's own.
     """
 
+    rendering_code: Tensor
+
     def __init__(self, name: str, num_classes: int, side: int = 0) -> None:
         super().__init__()
         size = YOLOX_SIZES[name]
         self.name, self.num_classes = name, num_classes
         self.network = YoloxNetwork(num_classes, size)
-        self.input_format = InputFormat(
-            side or size.side,
+        self.side = side or size.side
+        # part of the weights, so that whoever loads them sees images the same way
+        self.register_buffer("rendering_code", torch.tensor(0))
+        self.post_process = YOLOX_POST_PROCESS
+        self.cell_grid: CellGrid = cell_grid
+
+    @property
+    def input_format(self) -> InputFormat:
+        return InputFormat(
+            self.side,
             multiple=STRIDES[-1],
             pad_value=PAD_VALUE,
             bgr=True,
+            rendering=STUDENT_RENDERINGS[int(self.rendering_code)],
         )
-        self.post_process = YOLOX_POST_PROCESS
+
+    def set_rendering(self, rendering: StudentRendering) -> None:
+        """Show the network images in a rendering from now on; it is saved with the
+        weights.
+        """
+        self.rendering_code.fill_(STUDENT_RENDERINGS.index(rendering))
 
     def losses(
         self, images: Sequence[Tensor], targets: Sequence[Targets]
@@ -63,7 +86,7 @@ class YoloxStudent(nn.Module):
         batch = [image.to(device) for image in resized]
         pixels = make_pixels(batch, (height, width), self.input_format)
         outputs = self.network(pixels)
-        cells, strides = cell_grid(height, width, pixels)
+        cells, strides = cell_grid(pixels)
         in_input = [
             _scale_targets(target, image, small).to(device)
             for target, image, small in zip(targets, images, resized, strict=True)
@@ -73,7 +96,7 @@ class YoloxStudent(nn.Module):
     def detect_tensors(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return boxes [B, A, 4] (xyxy) and scores [B, A, K]: objectness times class."""
         outputs = self.network(pixels).float()
-        cells, strides = cell_grid(pixels.shape[2], pixels.shape[3], outputs)
+        cells, strides = self.cell_grid(pixels)
         boxes = decode_boxes_cxcywh(outputs[..., :4], cells, strides)
         half = boxes[..., 2:] / 2
         corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)

@@ -34,6 +34,7 @@ from coin_ray.stages.common.progress import show_progress
 from coin_ray.stages.common.students import DeployedDetector, load_trained_detector
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
+from coin_ray.training.own_opinion import OwnOpinion
 
 BATCH = 16
 """Images that a detector gets at once."""
@@ -224,7 +225,7 @@ def predict(
     W].
     """
     cpu = torch.device("cpu")
-    if is_detector_student(detector):
+    if isinstance(detector, OwnOpinion) or is_detector_student(detector):
         return [detections.to(cpu) for detections in detector.predict(originals)]
     resized = [
         resize_to_fit(original, config.short_side, config.long_side)

@@ -29,11 +29,14 @@ from coin_ray.models.students.base import DetectorStudent
 from coin_ray.models.students.building import empty_student, training_side
 from coin_ray.stages.common.training_job import load_weights
 from coin_ray.training.distill import Student
+from coin_ray.training.own_opinion import OwnOpinion, load_own_opinion
 from coin_ray.training.queries import forward_detr_student
 from coin_ray.training.student_outputs import StudentForward, forward_student
 
 CLIP_DETECTOR = "clip_detector"
-DeployedDetector = ClipDetector | TextDetr | DetrWithRegionHead | DetectorStudent
+DeployedDetector = (
+    ClipDetector | TextDetr | DetrWithRegionHead | DetectorStudent | OwnOpinion
+)
 
 
 def new_clip_detector(
@@ -112,6 +115,9 @@ def load_trained_detector(
     Co-DETR without its auxiliary head, or with it.
     """
     weights = load_weights(uri)
+    has_own_opinion = config.separate.second_teacher == "student"
+    if name == CLIP_DETECTOR and has_own_opinion:
+        return load_own_opinion(config.distill, config.classes, weights)
     if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":
         detector = new_clip_detector(backbone, config, seed=config.seed)
         detector.load_state_dict(weights)
