@@ -214,9 +214,12 @@ class CloudClient:
         """
         stops_before = len(self._engine.first_call.stop_errors)
         try:
-            call = await asyncio.to_thread(
-                self._replies.start_call, image, wait_for_breaker
-            )
+            if self._replies.is_quick(image):
+                call = self._replies.start_call(image, wait_for_breaker)
+            else:
+                call = await asyncio.to_thread(
+                    self._replies.start_call, image, wait_for_breaker
+                )
         except ImageRejected as error:
             return Answer("error", None, error=_describe_error(error))
         call.stops_before = stops_before
@@ -246,7 +249,13 @@ class CloudClient:
     async def _answer_call(self, call: Call) -> Answer:
         status: AnswerStatus
         try:
-            recorded = await asyncio.to_thread(self._find_recorded_or_encode, call)
+            recorded: RawDetections | PreparedRequest | None
+            if self._replies.is_quick(call.image) and not (
+                self._replies.may_have_recorded(call)
+            ):
+                recorded = self._replies.encode_request(call)
+            else:
+                recorded = await asyncio.to_thread(self._find_recorded_or_encode, call)
             if isinstance(recorded, RawDetections):
                 self._check_extent(recorded, call)
                 return _recorded_answer(call, recorded)

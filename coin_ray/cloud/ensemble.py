@@ -266,17 +266,21 @@ def create_client(
 
 
 def render_for_clouds(
-    client: Client, image_file: bytes, intensity_range: IntensityRange | None = None
+    client: Client,
+    image_file: bytes,
+    intensity_range: IntensityRange | None = None,
+    inspected_id: str = "",
 ) -> list[CanonicalImage]:
     """Return a file's image as each cloud gets it if it is asked alone, so that its
     answers are found again whichever others are asked. ``intensity_range``: of a run's
-    deep grey images. Raises ``InputError``.
+    deep grey images; ``inspected_id``: as in ``canonical_image``. Raises
+    ``InputError``.
     """
     clients = client.clients if isinstance(client, EnsembleClient) else (client,)
     renderings = [member.rendering for member in clients]
     images = {
         (max_side, rendering): render_image(
-            image_file, max_side, rendering, intensity_range
+            image_file, max_side, rendering, intensity_range, inspected_id
         )
         for max_side, rendering in set(renderings)
     }

@@ -34,13 +34,14 @@ def render_image(
     max_side: int,
     rendering: str,
     intensity_range: IntensityRange | None = None,
+    inspected_id: str = "",
 ) -> CanonicalImage:
     """Return a rendering of the file's image whose longer side has at most ``max_side``
-    pixels. ``intensity_range``: of a run's deep grey images. Raises ``InputError`` for
-    what is not a usable image.
+    pixels. ``intensity_range``: of a run's deep grey images; ``inspected_id``: as in
+    ``canonical_image``. Raises ``InputError`` for what is not a usable image.
     """
     if rendering == PLAIN_RENDERING:
-        return canonical_image(image_file, max_side, intensity_range)
+        return canonical_image(image_file, max_side, intensity_range, inspected_id)
     operations = rendering.split("+")
     if "reduced" in operations:
         max_side = max(1, int(max_side / REDUCED))

@@ -14,6 +14,7 @@ from coin_ray.cloud.call import Call, TaskLost
 from coin_ray.cloud.http.connections import Reply
 from coin_ray.cloud.journal.base import AnswerRecord, Journal
 from coin_ray.cloud.journal.keys import TASK, answer_key, answer_key_from_digest
+from coin_ray.cloud.model_version import VersionWatch
 from coin_ray.cloud.protocol import (
     Adapter,
     Pending,
@@ -32,6 +33,10 @@ from coin_ray.errors import (
     Throttled,
     UnusableBoxes,
 )
+
+QUICK_BYTES = 262_144
+"""Images and replies of up to this size are processed between two turns of the event
+loop; a thread costs more."""
 
 
 class ReplyJournal:
@@ -56,6 +61,11 @@ class ReplyJournal:
         self._journal = journal
         self._endpoint = endpoint
         self._wall_clock = wall_clock
+        self.versions = VersionWatch(
+            self._capabilities.name,
+            journal.latest_version(self._capabilities.name, query.model),
+            config.on_version_change,
+        )
 
     def key(self, image: CanonicalImage) -> str:
         """Return the journal's key."""
@@ -74,6 +84,18 @@ class ReplyJournal:
             self._max_side,
             image_id,
         )
+
+    def is_quick(self, image: CanonicalImage) -> bool:
+        """Return whether ``start_call`` and ``encode_request`` take less time for this
+        image than a thread costs: nothing has to be made smaller.
+        """
+        limits = self._capabilities
+        is_small = len(image.data) <= min(QUICK_BYTES, limits.max_bytes)
+        return is_small and max(image.width, image.height) <= self._max_side
+
+    def may_have_recorded(self, call: Call) -> bool:
+        """Return whether ``find_recorded`` has to read the journal."""
+        return self._journal.has(call.key) or self._journal.has(_task_key(call.key))
 
     def start_call(self, image: CanonicalImage, wait_for_breaker: bool = True) -> Call:
         """Return a call for the image as it is sent. Raises ``ImageRejected``."""
@@ -124,21 +146,40 @@ class ReplyJournal:
             call.task_time = record.time
         return None
 
-    def receive(self, call: Call, reply: Reply) -> RawDetections | Pending:
-        """Store a 2xx reply and decode it. A task is stored beside the answers, not
-        among them.
+    def receive_stored(
+        self, call: Call, reply: Reply, record: AnswerRecord
+    ) -> RawDetections | Pending:
+        """Decode a 2xx reply that was stored under ``storage_key``. A task is stored
+        beside the answers, not among them.
         """
-        task_key = _task_key(call.key)
-        key = task_key if self._capabilities.asynchronous else call.key
-        record = self._record(call, reply)
-        self._journal.put(key, record)
+        key = self.storage_key(call)
         decoded = self._decode(call, key, reply.body, reply.headers)
         if isinstance(decoded, Pending):
             self._move_task(call, key, record)
             call.task = decoded
-        elif key == task_key:
+        elif key != call.key:
             self._journal.put(call.key, record)
         return decoded
+
+    def decode_answer(self, call: Call, reply: Reply) -> RawDetections | None:
+        """Decode a 2xx reply without a wait; None if it is no answer that can be used
+        at once: ``receive_stored`` is for those.
+        """
+        if self._capabilities.asynchronous or len(reply.body) > QUICK_BYTES:
+            return None
+        try:
+            decoded = self._adapter.decode(
+                reply.headers, reply.body, self._query, call.frame
+            )
+        except CloudError:
+            return None
+        return None if isinstance(decoded, Pending) else decoded
+
+    def storage_key(self, call: Call) -> str:
+        """Return the key under which a reply is stored before it is decoded."""
+        if self._capabilities.asynchronous:
+            return _task_key(call.key)
+        return call.key
 
     def receive_poll(
         self, call: Call, reply: Reply, latency_ms: float
@@ -151,7 +192,7 @@ class ReplyJournal:
                 reply.headers, reply.body, self._query, call.frame
             )
         except UnusableBoxes:
-            self._journal.put(call.key, self._record(call, reply))
+            self._journal.put(call.key, self.new_record(call, reply))
             raise
         except ProtocolError as error:
             self._journal.quarantine(call.key, reply.body, str(error))
@@ -167,7 +208,7 @@ class ReplyJournal:
             raise
         if not isinstance(decoded, Pending):
             call.latency_ms = latency_ms
-            self._journal.put(call.key, self._record(call, reply))
+            self._journal.put(call.key, self.new_record(call, reply))
         return decoded
 
     def forget_task(self, call: Call, reason: str) -> None:
@@ -217,7 +258,8 @@ class ReplyJournal:
             self._journal.put(_task_key(call.key), record)
             self._journal.quarantine(key, record.body, "a task, not an answer")
 
-    def _record(self, call: Call, reply: Reply) -> AnswerRecord:
+    def new_record(self, call: Call, reply: Reply) -> AnswerRecord:
+        """Return the journal's record of a 2xx reply."""
         return AnswerRecord(
             reply.body,
             reply.headers["content-type"],
@@ -227,6 +269,7 @@ class ReplyJournal:
             self._wall_clock(),
             self._capabilities.name,
             self._query.model,
+            version=self.versions.note(reply.body),
         )
 
 

@@ -13,7 +13,9 @@ from coin_ray import storage
 from coin_ray.cloud.call import Call
 from coin_ray.cloud.first_call import FirstCall
 from coin_ray.cloud.governor import Outcome
+from coin_ray.cloud.http.connections import Reply
 from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.journal.grouped_puts import GroupedPuts
 from coin_ray.cloud.protocol import (
     FieldRefused,
     Pending,
@@ -54,6 +56,8 @@ class RetryEngine:
         self._timing = session.timing
         self._poller = poller
         self._journal = journal
+        self._puts = GroupedPuts(journal)
+        self._is_asynchronous = session.adapter.capabilities.asynchronous
         self._account = account
         self.first_call = FirstCall()
 
@@ -67,6 +71,11 @@ class RetryEngine:
         async with self.first_call.turn(call.stops_before):
             request = await self._without_refused_fields(call, request)
             lease = await self._admission.acquire_lease(call)
+            try:
+                self._replies.versions.check()
+            except BadRequest:
+                await self._admission.governor.settle(lease, "unsent", billed=False)
+                raise
             async with asyncio.timeout(call.seconds_left) as call.timeout:
                 return await self._retry(call, request, lease)
 
@@ -185,10 +194,21 @@ class RetryEngine:
         call.latency_ms = (self._timing.clock() - call.started) * 1000
         if not 200 <= reply.status < 300:
             raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
-        if not self._adapter.capabilities.asynchronous:
+        if not self._is_asynchronous:
             await self._admission.governor.arrived(lease)
         async with call.stopped_clock(self._timing.clock):
-            return await asyncio.to_thread(self._replies.receive, call, reply)
+            return await self._receive(call, reply)
+
+    async def _receive(self, call: Call, reply: Reply) -> RawDetections | Pending:
+        """Store a 2xx reply, then decode it."""
+        record = self._replies.new_record(call, reply)
+        await self._puts.put(self._replies.storage_key(call), record)
+        answer = self._replies.decode_answer(call, reply)
+        if answer is not None:
+            return answer
+        return await asyncio.to_thread(
+            self._replies.receive_stored, call, reply, record
+        )
 
     async def _note_attempt(self, call: Call) -> None:
         usd, account = self._config.usd_per_call, self._account

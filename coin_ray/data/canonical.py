@@ -57,30 +57,34 @@ class CanonicalImage:
 
 
 def canonical_image(
-    raw: bytes, max_side: int, intensity_range: IntensityRange | None = None
+    raw: bytes,
+    max_side: int,
+    intensity_range: IntensityRange | None = None,
+    inspected_id: str = "",
 ) -> CanonicalImage:
     """Return the file's image with a longer side of at most ``max_side`` pixels. Raises
     ``InputError`` if the file is not a usable image. ``intensity_range``: of a run's
     deep grey images.
 
     A plain upright RGB JPEG that fits is sent unchanged; everything else becomes a new
-    JPEG.
+    JPEG. ``inspected_id``: sha256 of the file as it was when ``upright_size_and_range``
+    decoded it; the same file is not searched for damage again.
     """
+    image_id = _sha256(raw)
     with _readable(raw) as image:
         if image.format != "JPEG":
             image.load()  # Pillow turns a TIFF upright while it loads it
         original = _upright_size(image)
         if max(original) <= max_side and _is_plain_jpeg(image, raw):
-            # reads the whole file, which finds damage, but decodes only an eighth of
-            # the pixels
-            image.draft(None, (1, 1))
-            image.load()
-            return CanonicalImage(raw, "image/jpeg", *original, original, _sha256(raw))
+            if image_id != inspected_id:
+                # reads the whole file, which finds damage, but decodes only an eighth
+                # of the pixels
+                image.draft(None, (1, 1))
+                image.load()
+            return CanonicalImage(raw, "image/jpeg", *original, original, image_id)
         size = _limit_size(original, max_side)
         pixels = upright_rgb(image, intensity_range, size)
-    return CanonicalImage(
-        encode_jpeg(pixels), "image/jpeg", *size, original, _sha256(raw)
-    )
+    return CanonicalImage(encode_jpeg(pixels), "image/jpeg", *size, original, image_id)
 
 
 def decode_rgb(

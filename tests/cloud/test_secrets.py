@@ -505,7 +505,7 @@ def test_a_service_that_echoes_secrets(
 
 CRASHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "disk full": lambda patch: patch.setattr(
-        SegmentJournal, "put", _raise(OSError(28, "No space left on device"))
+        SegmentJournal, "put_all", _raise(OSError(28, "No space left on device"))
     ),
     "disk full before the call": lambda patch: patch.setattr(
         SegmentJournal, "attempt", _raise(OSError(28, "No space left on device"))

@@ -11,7 +11,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import httptools
 import httpx
@@ -158,8 +158,7 @@ class _ResponseStream(asyncio.Protocol):
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none
 
     def data_received(self, received: bytes) -> None:
         if self._is_between_requests():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 IMAGE_ID_DIGITS = 16
@@ -27,6 +27,8 @@ class AnswerRecord:
     model: str = ""
     run: str = ""
     """The run that asked and paid, filled in by ``put``."""
+    version: str = ""
+    """The model or version that the service says has answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,15 @@ class Journal(ABC):
     def put(self, key: str, record: AnswerRecord) -> None:
         """Store an answer; return when it is durable."""
 
+    def put_all(self, answers: Sequence[tuple[str, AnswerRecord]]) -> None:
+        """Store answers by key; return when all are durable."""
+        for key, record in answers:
+            self.put(key, record)
+
+    @abstractmethod
+    def has(self, key: str) -> bool:
+        """Return whether ``get`` would find an answer, from memory alone."""
+
     @abstractmethod
     def attempt(
         self,
@@ -169,6 +180,12 @@ class Journal(ABC):
     @abstractmethod
     def keys(self) -> list[str]:
         """Return the keys of all answers that ``get`` would return, tasks included."""
+
+    def latest_version(self, service: str, model: str) -> str:
+        """Return the model version of the latest answer of a service and model; empty if
+        none is known without expensive reads.
+        """
+        return ""
 
     @abstractmethod
     def contents(self) -> JournalContents:

@@ -37,6 +37,20 @@ class AnswerIndex:
         self.latest: dict[str, AnswerLocation] = {}
         self.quarantined: set[tuple[str, str]] = set()
         """Key and digest of the body."""
+        self._versions: dict[tuple[str, str], tuple[float, str]] = {}
+
+    def note_version(self, head: Mapping[str, Any]) -> None:
+        """Note the model version that the head of an answer names, if any."""
+        if not head.get("version"):
+            return
+        answer_time, version = float(head.get("time", 0.0)), str(head["version"])
+        name = (head.get("service", ""), head.get("model", ""))
+        if answer_time >= self._versions.get(name, (0.0, ""))[0]:
+            self._versions[name] = (answer_time, version)
+
+    def latest_version(self, service: str, model: str) -> str:
+        """Return the version of the latest answer that names one; empty if none does."""
+        return self._versions.get((service, model), (0.0, ""))[1]
 
     def add(self, key: str, digest: str, path: str, offset: int = 0) -> None:
         """Note an answer that was written or read."""

@@ -70,6 +70,10 @@ class ObjectJournal(Journal):
         parsed = parse_record(storage.read_bytes(location.path), 0)
         return decode_answer(parsed) if parsed else None
 
+    def has(self, key: str) -> bool:
+        with self._lock:
+            return self._answers.locate(key) is not None
+
     def put(self, key: str, record: AnswerRecord) -> None:
         digest = body_digest(record.body)
         call_id = self._call_ids.end(key)

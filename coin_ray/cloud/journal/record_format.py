@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from coin_ray.cloud.journal.base import AnswerRecord, JournalDamage
@@ -32,6 +31,7 @@ ANSWER_FIELDS = (
     "service",
     "model",
     "run",
+    "version",
 )
 """Fields of ``AnswerRecord`` that the JSON head holds."""
 
@@ -56,6 +56,13 @@ class RecordHead(NamedTuple):
     end: int
 
 
+class EncodedRecord(NamedTuple):
+    """A record that is to be written, and its JSON head."""
+
+    head: HeadFields
+    encoded: bytes
+
+
 def body_digest(body: bytes) -> str:
     """Return the digest [16 hexadecimal digits] by which a body is known."""
     return hashlib.sha256(body).hexdigest()[:16]
@@ -63,11 +70,11 @@ def body_digest(body: bytes) -> str:
 
 def answer_head(key: str, record: AnswerRecord) -> HeadFields:
     """Return the JSON head of an answer."""
-    fields = {
-        name: text_or_number
-        for name, text_or_number in asdict(record).items()
-        if name != "body" and text_or_number != ""
-    }
+    fields: HeadFields = {}
+    for name in ANSWER_FIELDS:
+        text_or_number = getattr(record, name)
+        if text_or_number != "":
+            fields[name] = text_or_number
     fields["time"] = fields["time"] or time.time()
     digest = body_digest(record.body)
     return {"kind": "answer", "key": key, "digest": digest, **fields}

@@ -14,9 +14,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import BinaryIO
 
 from coin_ray.cloud.journal.base import (
@@ -37,6 +36,7 @@ from coin_ray.cloud.journal.index import (
 )
 from coin_ray.cloud.journal.keys import TASK
 from coin_ray.cloud.journal.record_format import (
+    EncodedRecord,
     HeadFields,
     RecordHead,
     answer_head,
@@ -91,13 +91,22 @@ class SegmentJournal(Journal):
             self.refresh()
             return self._get(key)
 
+    def has(self, key: str) -> bool:
+        with self._lock:
+            return self._answers.locate(key) is not None
+
     def put(self, key: str, record: AnswerRecord) -> None:
-        head = answer_head(key, replace(record, run=record.run or self.run))
-        self._append(
-            head | _without_empty(call=self._call_ids.end(key)),
-            record.body,
-            durable=True,
-        )
+        self.put_all([(key, record)])
+
+    def put_all(self, answers: Sequence[tuple[str, AnswerRecord]]) -> None:
+        records = []
+        for key, record in answers:
+            head = answer_head(key, record)
+            head |= _without_empty(
+                run=record.run or self.run, call=self._call_ids.end(key)
+            )
+            records.append(EncodedRecord(head, encode_record(head, record.body)))
+        self._append_all(records, durable=True)
 
     def attempt(
         self,
@@ -161,6 +170,10 @@ class SegmentJournal(Journal):
     def call_starts(self, account: str, since: float) -> list[float]:
         with self._lock:
             return self._ledger.call_starts(account, since)
+
+    def latest_version(self, service: str, model: str) -> str:
+        with self._lock:
+            return self._answers.latest_version(service, model)
 
     def keys(self) -> list[str]:
         with self._lock:
@@ -259,14 +272,17 @@ class SegmentJournal(Journal):
     def _append(
         self, head: HeadFields, body: bytes = b"", *, durable: bool = False
     ) -> None:
-        """Append a record with one ``write``: a killed process leaves a whole record or
-        a torn last one. A ``durable`` record also survives a power cut.
+        record = EncodedRecord(head, encode_record(head, body))
+        self._append_all([record], durable=durable)
+
+    def _append_all(self, records: Sequence[EncodedRecord], *, durable: bool) -> None:
+        """Append records with one ``write``: a killed process leaves whole records or
+        a torn last one. ``durable`` records also survive a power cut.
         """
-        encoded = encode_record(head, body)
 
         def append() -> None:
             try:
-                self._append_encoded(head, encoded, durable=durable)
+                self._write_records(records, durable=durable)
             except OSError:
                 with self._lock:
                     self._readers = {}
@@ -275,15 +291,17 @@ class SegmentJournal(Journal):
 
         wait_for_storage(append, self._folder)
 
-    def _append_encoded(
-        self, head: HeadFields, encoded: bytes, *, durable: bool
+    def _write_records(
+        self, records: Sequence[EncodedRecord], *, durable: bool
     ) -> None:
         with self._lock:
             file = self._open_segment()
             offset = os.lseek(file, 0, os.SEEK_END)
-            _write_all(file, encoded)
-            self._index_record(head, self._path(self._segment), offset)
-            self._read_up_to[self._segment] = offset + len(encoded)
+            _write_all(file, b"".join(record.encoded for record in records))
+            for record in records:
+                self._index_record(record.head, self._path(self._segment), offset)
+                offset += len(record.encoded)
+            self._read_up_to[self._segment] = offset
             unsynced = os.dup(file) if durable else None
         # outside the lock, so that one wait for the disk serves all writers
         if unsynced is not None:
@@ -340,6 +358,7 @@ class SegmentJournal(Journal):
         kind = head["kind"]
         if kind == "answer":
             self._answers.add(head["key"], head["digest"], path, offset)
+            self._answers.note_version(head)
             self._ledger.mark_answered(head.get("call", ""))
         elif kind == "quarantine":
             self._answers.quarantined.add((head["key"], head["digest"]))
