@@ -124,6 +124,9 @@ class Cloud:
     gemini: the probabilities of the label's tokens, where the server names them.
     ``agreement``: the share of several renderings or clouds that have the box.
     """
+    on_version_change: Literal["warn", "stop"] = runtime_only("warn")
+    """What happens when a service's answers name another model or version than those
+    before, also of earlier runs in this root."""
     label_map: str | None = None
     """YAML file that maps the service's names to the classes, for services with names
     of their own (docs/label-maps.md)."""
