@@ -114,6 +114,8 @@ def _split_faults(
     for name in dataset.missing:
         message = f"{address}: {name} is labelled or listed, but not there"
         yield Fault("image missing", message)
+    for labels in dataset.unreadable:
+        yield Fault("labels with errors", labels.reason)
     for file in dataset.unread_files:
         yield Fault("labels not read", f"{file.uri} looks like {file.layout}")
     for left_out in dataset.left_out:

@@ -116,7 +116,7 @@ def test_good_folders_have_no_fault(
             "size differs",
             "train0.png is 80 x 60, its labels say 40 x 30",
         ),
-        (_truncate_label, "can't be read", "train0.xml:2: not XML"),
+        (_truncate_label, "labels with errors", "train0.xml:2: not XML"),
     ],
 )
 def test_a_damaged_file_is_found(

@@ -155,6 +155,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
         {"default/image_2/a.jpg": None, "default/label_2/a.txt": KITTI},
         "",
     ),
+    "KITTI of FiftyOne": ({"data/a.jpg": None, "labels/a.txt": KITTI}, ""),
+    "KITTI of FiftyOne, by split": (
+        {"val/data/a.jpg": None, "val/labels/a.txt": KITTI}
+        | {"train/data/b.jpg": None, "train/labels/b.txt": KITTI},
+        "#val",
+    ),
     "BDD100K, a file for each image": (
         {"images/100k/train/a.jpg": None, "labels/100k/train/a.json": BDD_IMAGE},
         "#train",

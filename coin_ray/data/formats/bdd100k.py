@@ -16,6 +16,7 @@ import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -31,6 +32,8 @@ from coin_ray.data.formats.record import (
     Dataset,
     ImageRecord,
     LeftOut,
+    UnreadableLabels,
+    check_readable,
     collect_class_names,
 )
 from coin_ray.data.threads import map_in_threads
@@ -159,6 +162,9 @@ def read_bdd100k(folder: DatasetFolder) -> Dataset:
         collect_class_names(records),
         tuple(name for dataset in datasets for name in dataset.missing),
         tuple(image for dataset in datasets for image in dataset.left_out),
+        unreadable=tuple(
+            labels for dataset in datasets for labels in dataset.unreadable
+        ),
     )
 
 
@@ -166,9 +172,18 @@ def _read_split(
     folder: DatasetFolder, split: str, label_paths: Sequence[str], time: str
 ) -> Dataset:
     uris = [folder.uris[path] for path in label_paths]
-    frames = [
-        frame for frames in map_in_threads(_read_frames, uris) for frame in frames
-    ]
+    unreadable: list[UnreadableLabels] = []
+
+    def read_frames(uri: str) -> list[_Frame]:
+        try:
+            return _read_frames(uri)
+        except InputError as error:
+            if len(uris) == 1:
+                raise
+            unreadable.append(UnreadableLabels(uri, str(error)))
+        return []
+
+    frames = list(chain.from_iterable(map_in_threads(read_frames, uris)))
     image_folder = f"images/100k/{split}"
     path_of_frame: list[str | None] = []
     name_of_path: dict[str, str] = {}
@@ -192,20 +207,27 @@ def _read_split(
         frame, path = pair
         if path is None:
             return None
-        uri, annotations = folder.uris[path], _annotations(frame)
-        file = path.removeprefix(f"{image_folder}/")
-        return ImageRecord.from_annotations(file, uri, image_size(uri), annotations)
+        uri, file = folder.uris[path], path.removeprefix(f"{image_folder}/")
+        size = image_size(uri)
+        try:
+            return ImageRecord.from_annotations(file, uri, size, _annotations(frame))
+        except InputError as error:
+            unreadable.append(UnreadableLabels(uri, str(error)))
+        return ImageRecord.from_annotations(file, uri, size, [], annotated=False)
 
     optional_records = map_in_threads(read_record, pairs)
+    records = tuple(record for record in optional_records if record is not None)
+    annotated_count = sum(record.annotated for record in records)
     return Dataset(
         "bdd100k",
-        tuple(record for record in optional_records if record is not None),
+        records,
         missing=tuple(frame.name for frame, path in pairs if path is None),
         left_out=tuple(
             LeftOut(folder.uris[path], f"not in the labels of {split}")
             for path in folder.list_images(image_folder)
             if path not in name_of_path
         ),
+        unreadable=check_readable(unreadable, annotated_count),
     )
 
 

@@ -17,11 +17,13 @@ from PIL import Image, ImageDraw
 from pydantic import TypeAdapter
 
 from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
-from coin_ray.data.formats.parsing import read_validated_json
+from coin_ray.data.formats.parsing import image_size, read_validated_json
 from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
     ImageRecord,
+    UnreadableLabels,
+    check_readable,
     collect_class_names,
 )
 from coin_ray.data.threads import map_in_threads
@@ -98,9 +100,27 @@ def read_cityscapes(folder: DatasetFolder) -> Dataset:
             f"{folder.root}: no {kind} for the {len(label_paths)} label files of"
             f" {split or 'all splits'}"
         )
-    records = tuple(map_in_threads(lambda pair: _read_record(folder, *pair), pairs))
+    unreadable: list[UnreadableLabels] = []
+
+    def read_record(pair: tuple[str, str]) -> ImageRecord:
+        label_path, image_path = pair
+        try:
+            return _read_record(folder, label_path, image_path)
+        except InputError as error:
+            uri = folder.uris[label_path]
+            unreadable.append(UnreadableLabels(uri, str(error)))
+        uri = folder.uris[image_path]
+        file = image_path.partition("/")[2]
+        return ImageRecord.from_annotations(
+            file, uri, image_size(uri), [], annotated=False
+        )
+
+    records = tuple(map_in_threads(read_record, pairs))
+    annotated_count = sum(record.annotated for record in records)
+    errors = check_readable(unreadable, annotated_count)
     missing = tuple(path for path in label_paths if _scene(path) not in images)
-    return Dataset("cityscapes", records, collect_class_names(records), missing)
+    names = collect_class_names(records)
+    return Dataset("cityscapes", records, names, missing, unreadable=errors)
 
 
 def _images_by_scene(folder: DatasetFolder, beta: str) -> dict[str, list[str]]:

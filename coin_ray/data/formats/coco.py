@@ -25,6 +25,8 @@ from coin_ray.data.formats.record import (
     Dataset,
     ImageRecord,
     LeftOut,
+    UnreadableLabels,
+    check_readable,
     collect_class_names,
 )
 from coin_ray.data.threads import map_in_threads
@@ -61,6 +63,7 @@ class _Labels:
     without_box: int = 0
     repeated_ids: int = 0
     has_annotations: bool = False
+    error_of_image: dict[Key, str] = field(default_factory=dict)
 
 
 def is_coco(folder: DatasetFolder) -> bool:
@@ -158,6 +161,9 @@ def read_coco(folder: DatasetFolder) -> Dataset:
         tuple(name for dataset in datasets for name in dataset.missing),
         tuple(image for dataset in datasets for image in dataset.left_out),
         notes=tuple(note for dataset in datasets for note in dataset.notes),
+        unreadable=tuple(
+            labels for dataset in datasets for labels in dataset.unreadable
+        ),
     )
 
 
@@ -197,8 +203,10 @@ def _read_labels(folder: DatasetFolder, path: str, split: str) -> Dataset:
         own_folder = ""
     image_folders = _image_folders(own_folder, split)
     path_of_image = _find_images(folder, labels, image_folders, split, uri)
-    is_annotated = labels.has_annotations
-    records = list(_make_records(folder, labels, path_of_image, is_annotated, uri))
+    unreadable: list[UnreadableLabels] = []
+    records = list(_make_records(folder, labels, path_of_image, uri, unreadable))
+    annotated_count = sum(record.annotated for record in records)
+    errors = check_readable(unreadable, annotated_count)
     unlisted = _unlisted_images(folder, own_folder, split, path_of_image)
     left_out: tuple[LeftOut, ...] = ()
     if split == "" or own_folder:
@@ -215,7 +223,7 @@ def _read_labels(folder: DatasetFolder, path: str, split: str) -> Dataset:
     )
     names = collect_class_names(records, list(dict.fromkeys(labels.names.values())))
     notes = _notes(labels, path)
-    return Dataset("coco", tuple(records), names, missing, left_out, notes=notes)
+    return Dataset("coco", tuple(records), names, missing, left_out, (), notes, errors)
 
 
 def _image_folders(own_folder: str, split: str) -> tuple[str, ...]:
@@ -260,9 +268,12 @@ def _read_columns(uri: str) -> _Labels:
                 _add_category(labels, entry)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(
-                f"{uri} is not {DESCRIPTION}: {key}.{position}: {reason}"
-            ) from None
+            message = f"{uri} is not {DESCRIPTION}: {key}.{position}: {reason}"
+            image_id = entry.get("image_id") if isinstance(entry, dict) else None
+            if key != "annotations" or not isinstance(image_id, (int, str)):
+                raise InputError(message) from None
+            labels.error_of_image.setdefault(image_id, message)
+            del labels.edges[4 * len(labels.image_ids) :]  # what was read of the box
     required = ("images", "categories") if "image_info" in uri else sorted(LISTS)
     absent = [f"{key}: Field required" for key in required if key not in found_lists]
     if absent:
@@ -358,9 +369,12 @@ def _make_records(
     folder: DatasetFolder,
     labels: _Labels,
     path_of_image: Sequence[str | None],
-    is_annotated: bool,
     uri: str,
+    unreadable: list[UnreadableLabels],
 ) -> Iterator[ImageRecord]:
+    """Yield the record of each image that is there; images whose annotations have an
+    error are not annotated, and are added to ``unreadable``.
+    """
     order, bounds, name_rows = _sort_by_image(labels, uri)
     edges = np.frombuffer(labels.edges, np.float64).reshape(-1, 4)
     boxes = edges[order]
@@ -369,22 +383,35 @@ def _make_records(
     names = list(labels.names.values())
     label_rows = [names[row] for row in name_rows[order].tolist()]
     sizes = _image_sizes(folder, labels, path_of_image)
-    for row, (_, name, _, _) in enumerate(labels.images):
-        path = path_of_image[row]
+    errors = dict(labels.error_of_image)
+    for row, (key, name, _, _) in enumerate(labels.images):
+        path, error_message = path_of_image[row], errors.pop(key, "")
         if path is None:
+            if error_message:
+                unreadable.append(UnreadableLabels(name, error_message))
             continue
-        first, end = bounds[row], bounds[row + 1]
-        width, height = sizes[row]
-        yield ImageRecord(
-            name,
-            folder.uris[path],
-            width,
-            height,
-            boxes[first:end],
-            tuple(label_rows[first:end]),
-            difficult[first:end],
-            is_annotated,
-        )
+        boxes_of_image = slice(bounds[row], bounds[row + 1])
+        image_uri, (width, height) = folder.uris[path], sizes[row]
+        try:
+            if error_message:
+                raise InputError(error_message)
+            yield ImageRecord(
+                name,
+                image_uri,
+                width,
+                height,
+                boxes[boxes_of_image],
+                tuple(label_rows[boxes_of_image]),
+                difficult[boxes_of_image],
+                labels.has_annotations,
+            )
+        except InputError as error:
+            unreadable.append(UnreadableLabels(image_uri, str(error)))
+            yield ImageRecord.from_annotations(
+                name, image_uri, sizes[row], [], annotated=False
+            )
+    if errors:
+        raise InputError(min(errors.values()))
 
 
 def _sort_by_image(labels: _Labels, uri: str) -> tuple[Any, list[int], Any]:

@@ -17,6 +17,7 @@ from coin_ray.errors import InputError
 CHUNK_BYTES = 1 << 20
 ENTRY_CHARACTERS = 1 << 14
 """More is read before less than this is left, which is longer than nearly any entry."""
+NUMBER_JOINT = len("e+")
 skip_space = re.compile(r"[ \t\n\r]*").match
 
 
@@ -108,8 +109,8 @@ class _Window:
                 if self.is_whole:
                     raise
             else:
-                # a number at the end of the text may go on
-                if end < len(self.text) or self.is_whole:
+                # a number near the end of the text may go on: 1, 1.5, 1e+5
+                if end + NUMBER_JOINT < len(self.text) or self.is_whole:
                     self.at = end
                     return value
             self.read_more()

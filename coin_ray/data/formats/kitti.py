@@ -13,18 +13,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
-from coin_ray.data.formats.parsing import format_number, image_size, parse_number
+from coin_ray.data.formats.parsing import (
+    format_number,
+    image_size,
+    parse_number,
+    read_head,
+)
 from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
     ImageRecord,
+    UnreadableLabels,
+    check_readable,
     collect_class_names,
 )
+from coin_ray.data.formats.unread import layout_of
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
 IGNORED = "DontCare"
 LABEL_FOLDER = "label_2"
+OTHER_LABEL_FOLDER, OTHER_IMAGE_FOLDER = "labels", "data"
+"""As FiftyOne names them; its files tell whether they are KITTI's."""
 NUMBER_COUNT = 14
 LINE = "{type} -1 -1 -10 {box} -1 -1 -1 -1000 -1000 -1000 -10\n"
 """A written line, with KITTI's own values for what a 2D box does not say."""
@@ -36,13 +46,40 @@ def is_kitti(folder: DatasetFolder) -> bool:
 
 
 def _label_folders(folder: DatasetFolder) -> list[str]:
-    """List the folders ``label_2`` that hold labels."""
+    """List the folders of labels: ``label_2``, or else those of FiftyOne."""
+    return _folders_named(folder, LABEL_FOLDER) or [
+        path
+        for path in _folders_named(folder, OTHER_LABEL_FOLDER)
+        if _is_of_fiftyone(folder, path)
+    ]
+
+
+def _folders_named(folder: DatasetFolder, name: str) -> list[str]:
+    """List the folders of this name that hold texts."""
     folders = []
     for path in folder.list_paths("", ".txt"):
-        before, separator, _ = f"/{path}".rpartition(f"/{LABEL_FOLDER}/")
+        before, separator, _ = f"/{path}".rpartition(f"/{name}/")
         if separator:
-            folders.append(f"{before}/{LABEL_FOLDER}".lstrip("/"))
+            folders.append(f"{before}/{name}".lstrip("/"))
     return list(dict.fromkeys(folders))
+
+
+def _is_of_fiftyone(folder: DatasetFolder, label_folder: str) -> bool:
+    """Tell whether there are images beside the folder, and a text in it with a line of
+    KITTI's.
+    """
+    if not folder.list_images(_image_folder(label_folder)):
+        return False
+    heads = (read_head(folder.uris[p]) for p in folder.list_paths(label_folder, ".txt"))
+    first_text = next((head for head in heads if head.strip()), b"")
+    return layout_of(first_text, ".txt") == "KITTI"
+
+
+def _image_folder(label_folder: str) -> str:
+    """Return the folder of images that belongs to a folder of labels."""
+    before, _, name = label_folder.rpartition("/")
+    image_folder = "image_2" if name == LABEL_FOLDER else OTHER_IMAGE_FOLDER
+    return f"{before}/{image_folder}".lstrip("/")
 
 
 def read_kitti(folder: DatasetFolder) -> Dataset:
@@ -53,10 +90,8 @@ def read_kitti(folder: DatasetFolder) -> Dataset:
     if len(label_folders) == 1:
         datasets = [_read_folder(folder, label_folders[0])]
     else:
-        by_split = {
-            path.removesuffix(LABEL_FOLDER).strip("/"): path for path in label_folders
-        }
-        selected = folder.select_split(by_split, f"folder of {LABEL_FOLDER}")
+        by_split = {path.rpartition("/")[0]: path for path in label_folders}
+        selected = folder.select_split(by_split, f"folder with {LABEL_FOLDER}")
         whole = replace(folder, split="")
         datasets = [_read_folder(whole, path) for path in selected]
     folder.read_paths.update(
@@ -64,12 +99,13 @@ def read_kitti(folder: DatasetFolder) -> Dataset:
     )
     records = tuple(record for dataset in datasets for record in dataset.records)
     missing = tuple(name for dataset in datasets for name in dataset.missing)
-    return Dataset("kitti", records, collect_class_names(records), missing)
+    unreadable = tuple(labels for dataset in datasets for labels in dataset.unreadable)
+    names = collect_class_names(records)
+    return Dataset("kitti", records, names, missing, unreadable=unreadable)
 
 
 def _read_folder(folder: DatasetFolder, label_folder: str) -> Dataset:
-    base = label_folder.removesuffix(LABEL_FOLDER)
-    image_folder = f"{base}image_2"
+    base, image_folder = label_folder.rpartition("/")[0], _image_folder(label_folder)
     images = folder.list_images(image_folder)
     labels = {
         f"{image_folder}{strip_suffix(path.removeprefix(label_folder))}": path
@@ -77,22 +113,30 @@ def _read_folder(folder: DatasetFolder, label_folder: str) -> Dataset:
     }
     label_of_image, unmatched = folder.match_labels(images, labels)
     lists = folder.list_paths("ImageSets", ".txt")
-    if folder.split and not lists and folder.split == base.strip("/"):
+    if folder.split and not lists and folder.split == base:
         folder = replace(folder, split="")
     listed, missing = folder.select_listed("ImageSets", images, image_folder)
     if not folder.split:
         missing += unmatched
 
+    unreadable: list[UnreadableLabels] = []
+
     def read_record(path: str) -> ImageRecord:
         uri, label = folder.uris[path], label_of_image.get(path)
-        annotations = _read_annotations(folder, label) if label is not None else []
-        file = path.removeprefix(f"{image_folder}/")
-        return ImageRecord.from_annotations(
-            file, uri, image_size(uri), annotations, label is not None
-        )
+        file, size = path.removeprefix(f"{image_folder}/"), image_size(uri)
+        if label is not None:
+            try:
+                annotations = _read_annotations(folder, label)
+                return ImageRecord.from_annotations(file, uri, size, annotations)
+            except InputError as error:
+                labels = UnreadableLabels(folder.uris[label], str(error))
+                unreadable.append(labels)
+        return ImageRecord.from_annotations(file, uri, size, [], annotated=False)
 
     records = tuple(map_in_threads(read_record, listed))
-    return Dataset("kitti", records, (), tuple(missing))
+    annotated_count = sum(record.annotated for record in records)
+    errors = check_readable(unreadable, annotated_count)
+    return Dataset("kitti", records, (), tuple(missing), unreadable=errors)
 
 
 def _read_annotations(folder: DatasetFolder, path: str) -> list[Annotation]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from coin_ray.errors import InputError
 
 MESSAGE_LENGTH = 300
+MOST_UNREADABLE = 0.5
+"""Share of a folder's label files that may be unreadable."""
 
 
 class Annotation(NamedTuple):
@@ -104,12 +106,22 @@ class UnreadFile(NamedTuple):
     layout: str
 
 
+class UnreadableLabels(NamedTuple):
+    """Labels of an image that can't be read, so that it is not annotated: the image or
+    the label file, and why.
+    """
+
+    uri: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
     """The images of a folder. ``names``: class names in the format's order.
     ``missing``: images that are listed, or label files, whose image does not exist.
     ``left_out``: image files that are not among the records. ``unread_files``: files
     that look like labels and were not read. ``notes``: how the labels were understood.
+    ``unreadable``: labels in the format that have an error.
     """
 
     format: str
@@ -119,6 +131,21 @@ class Dataset:
     left_out: tuple[LeftOut, ...] = ()
     unread_files: tuple[UnreadFile, ...] = ()
     notes: tuple[str, ...] = ()
+    unreadable: tuple[UnreadableLabels, ...] = ()
+
+
+def check_readable(
+    unreadable: Sequence[UnreadableLabels], annotated_count: int
+) -> tuple[UnreadableLabels, ...]:
+    """Return the unreadable labels in order. Raises InputError if they are more than
+    ``MOST_UNREADABLE`` of all labelled images, ``annotated_count`` of which are read.
+    """
+    count, total = len(unreadable), len(unreadable) + annotated_count
+    if count > MOST_UNREADABLE * total:
+        reason = min(unreadable).reason
+        more = f" ({count} of {total} labelled images can't be read)"
+        raise InputError(reason if total == 1 else reason + more)
+    return tuple(sorted(unreadable))
 
 
 def describe_dataset(dataset: Dataset) -> str:
@@ -138,6 +165,9 @@ def describe_dataset(dataset: Dataset) -> str:
     parts += [f"{count} left out ({reason})" for reason, count in reasons.items()]
     if dataset.missing:
         parts.append(f"{len(dataset.missing)} labelled or listed images not found")
+    if dataset.unreadable:
+        count, reason = len(dataset.unreadable), dataset.unreadable[0].reason
+        parts.append(f"{count} not annotated since their labels have errors ({reason})")
     layouts = Counter(file.layout for file in dataset.unread_files)
     parts += [f"{count} files not read ({kind})" for kind, count in layouts.items()]
     return "; ".join([", ".join(parts), *dataset.notes])

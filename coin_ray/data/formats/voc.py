@@ -31,6 +31,8 @@ from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
     ImageRecord,
+    UnreadableLabels,
+    check_readable,
     collect_class_names,
 )
 from coin_ray.data.formats.xml import parse_xml
@@ -115,16 +117,20 @@ def read_voc(folder: DatasetFolder) -> Dataset:
     start = len(image_folder) + 1 if image_folder else 0
     image_names = {match_key(path.rpartition("/")[2]) for path in folder.list_images()}
     contradictions: list[str] = []
+    unreadable: list[UnreadableLabels] = []
 
     def read_record(path: str) -> ImageRecord:
         uri, label = folder.uris[path], label_of_image.get(path)
         if label is not None:
-            record, named = _read_annotated(
-                path[start:], uri, folder.uris[label], from_zero
-            )
-            if named != match_key(path.rpartition("/")[2]) and named in image_names:
-                contradictions.append(label)
-            return record
+            label_uri = folder.uris[label]
+            try:
+                record, named = _read_annotated(path[start:], uri, label_uri, from_zero)
+            except InputError as error:
+                unreadable.append(UnreadableLabels(label_uri, str(error)))
+            else:
+                if named != match_key(path.rpartition("/")[2]) and named in image_names:
+                    contradictions.append(label)
+                return record
         return ImageRecord.from_annotations(
             path[start:], uri, image_size(uri), [], annotated=False
         )
@@ -137,7 +143,11 @@ def read_voc(folder: DatasetFolder) -> Dataset:
             f"{len(contradictions)} label files name another image of the folder in"
             f" <filename>, e.g. {example}; their own names count",
         )
-    return Dataset("voc", records, names, tuple(missing), notes=notes)
+    annotated_count = sum(record.annotated for record in records)
+    errors = check_readable(unreadable, annotated_count)
+    return Dataset(
+        "voc", records, names, tuple(missing), notes=notes, unreadable=errors
+    )
 
 
 def _match_beside(
@@ -196,7 +206,12 @@ def _find_counting(
         raw = storage.read_bytes(uri)
         if any(mark in raw for mark in (*FROM_ONE, *FROM_ZERO)):
             return False
-        return ZERO_MINIMUM.search(raw) is not None and _has_zero_minimum(raw, uri)
+        if ZERO_MINIMUM.search(raw) is None:
+            return False
+        try:
+            return _has_zero_minimum(raw, uri)
+        except InputError:  # told when it is read
+            return False
 
     marks = map_in_threads(has_zero_minimum, labels)
     proof = next((path for path, mark in zip(labels, marks, strict=True) if mark), None)

@@ -17,7 +17,13 @@ from coin_ray import storage
 from coin_ray.data.file_kinds import IMAGE_SUFFIXES
 from coin_ray.data.formats.folder import DatasetFolder, match_key, strip_suffix
 from coin_ray.data.formats.parsing import format_number, image_size, parse_number
-from coin_ray.data.formats.record import Annotation, Dataset, ImageRecord
+from coin_ray.data.formats.record import (
+    Annotation,
+    Dataset,
+    ImageRecord,
+    UnreadableLabels,
+    check_readable,
+)
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 from coin_ray.storage import JsonObject
@@ -105,20 +111,30 @@ def read_yolo(folder: DatasetFolder) -> Dataset:
     label_of_image = {path: _label_of(folder, path) for path in present}
     _check_own_labels(folder, label_of_image)
 
+    unreadable: list[UnreadableLabels] = []
+
     def read_record(path: str) -> ImageRecord:
         uri, label = folder.uris[path], label_of_image[path]
         size = image_size(uri)
-        annotations = (
-            [] if label is None else _read_annotations(folder, label, settings, size)
-        )
+        if label is not None:
+            try:
+                annotations = _read_annotations(folder, label, settings, size)
+                return ImageRecord.from_annotations(
+                    _file_of(path), uri, size, annotations
+                )
+            except InputError as error:
+                labels = UnreadableLabels(folder.uris[label], str(error))
+                unreadable.append(labels)
         return ImageRecord.from_annotations(
-            _file_of(path), uri, size, annotations, label is not None
+            _file_of(path), uri, size, [], annotated=False
         )
 
     missing = [path for path in paths if path not in folder.uris]
     missing += _labels_without_image(folder, label_of_image)
     records = tuple(map_in_threads(read_record, present))
-    return Dataset("yolo", records, settings.names, tuple(missing))
+    annotated_count = sum(record.annotated for record in records)
+    errors = check_readable(unreadable, annotated_count)
+    return Dataset("yolo", records, settings.names, tuple(missing), unreadable=errors)
 
 
 def _claim_label_files(folder: DatasetFolder, settings_path: str) -> None:

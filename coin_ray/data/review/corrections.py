@@ -61,7 +61,11 @@ def _read_labelled_folder(address: str) -> list[Review]:
     cleaned = clean_labels(
         list(compress(records, readable)), list(compress(sizes, readable))
     )
-    return map_in_threads(_review_of_record, cleaned)
+    unreadable = [
+        Review("", "", labels.uri, 0, 0, reviewed=True, problems=(labels.reason,))
+        for labels in dataset.unreadable
+    ]
+    return [*map_in_threads(_review_of_record, cleaned), *unreadable]
 
 
 def _review_of_record(cleaned: CleanedRecord) -> Review:
