@@ -7,7 +7,7 @@ DEVELOPED := $(VENV)/.developed
 PYTEST := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: demo test test-all check soak bench bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-training docs clean
+.PHONY: demo test test-all check soak bench bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-students bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -38,6 +38,9 @@ bench-coin: $(DEVELOPED)
 
 bench-codetr: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_codetr.py $(ARGS)
+
+bench-students: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_students.py $(ARGS)
 
 bench-pipeline: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_pipeline.py $(ARGS)

@@ -58,6 +58,8 @@ class TargetTraining:
         average_rate: float,
         frozen_norms: bool,
     ) -> None:
+        # convolutions are faster with the channels last, twice as fast with fit.amp
+        cast("nn.Module", student).to(memory_format=torch.channels_last)
         self.student = student
         self.make_batch_targets = make_batch_targets
         self.fit = fit
