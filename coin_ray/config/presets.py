@@ -202,7 +202,12 @@ def _with_detector_student(config: PipelineConfig, student: str) -> PipelineConf
     distill = _detector_student(config.distill, student)
     if student not in YOLOX_STUDENTS:
         return replace(config, distill=distill)
-    separate = replace(config.separate, second_teacher="student", fused_boxes="always")
+    separate = replace(
+        config.separate,
+        second_teacher="student",
+        fused_boxes="always",
+        clip_score_min=0.05,
+    )
     distill = replace(distill, student_rendering="auto")
     return replace(config, distill=distill, separate=separate)
 
