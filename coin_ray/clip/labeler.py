@@ -4,17 +4,45 @@ on crops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
-from torchvision.transforms.v2.functional import normalize, resize, resized_crop
+from torchvision.transforms.v2.functional import (
+    normalize,
+    resize,
+    resized_crop_image,
+)
 
+from coin_ray.clip.crops import (
+    ImageBoxes,
+    PixelBox,
+    batch_size,
+    classify_crops,
+    sigmoid_class_probabilities,
+)
 from coin_ray.clip.encoder import ClipModel, class_embeddings
+from coin_ray.clip.fused_resnet import FusedResNet, attention_pool
 from coin_ray.config import Clip
+from coin_ray.config.models import SIGLIP_PRIOR
+
+SCALE_MAX = 100.0
+"""Largest factor of cosines of models trained with a softmax, as in their training."""
+
+
+class Labeler(Protocol):
+    """Gives a second opinion on boxes."""
+
+    def label(self, images: Iterable[ImageBoxes]) -> list[Tensor]:
+        """Return the probabilities [N, K+1], background last, of each image's boxes, on
+        the CPU.
+        """
 
 
 class RoiLabeler:
@@ -29,13 +57,20 @@ class RoiLabeler:
         config: Clip,
         short_side: int,
         long_side: int,
+        embeddings: Tensor | None = None,
     ) -> None:
         self.clip = clip
         self.short_side = short_side
         self.long_side = long_side
         visual: Any = clip.network.visual
         visual.to(memory_format=torch.channels_last)
-        self.embeddings = class_embeddings(clip, classes, config)
+        if embeddings is None:
+            embeddings = class_embeddings(clip, classes, config)
+        self.embeddings = embeddings
+
+    def label(self, images: Iterable[ImageBoxes]) -> list[Tensor]:
+        """Return the probabilities [N, K+1] of each image's boxes."""
+        return [self(image, boxes) for image, boxes in images]
 
     @torch.no_grad()
     def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
@@ -58,14 +93,19 @@ class RoiLabeler:
         side = self.clip.roi_size
         pooled = roi_align(maps, [boxes], side, 1 / 16, -1, aligned=True)
         features = attention_pool(visual.attnpool, visual.layer4(pooled))
-        return _classify(self.clip, features, self.embeddings)
+        network: Any = self.clip.network
+        scale = network.logit_scale.exp().clamp(max=SCALE_MAX)
+        logits: Tensor = scale * F.normalize(features, dim=-1) @ self.embeddings.T
+        return logits.softmax(-1).cpu()
 
 
 class CropLabeler:
-    """Classifies crops of the boxes, stretched to CLIP's input size and encoded one by
-    one.
+    """Classifies crops of the boxes, stretched to the input of any open_clip model. The
+    crops of several images are encoded together.
 
-    ``context``: side of the crop / side of the box.
+    ``context``: side of the crop / side of the box. ``own_preprocessing``: crops are
+    resized by open_clip as the model's images were in training, else bilinearly.
+    ``sigmoid_prior``: see ``crops.sigmoid_class_probabilities``.
     """
 
     def __init__(
@@ -74,77 +114,105 @@ class CropLabeler:
         classes: Sequence[str],
         config: Clip,
         context: float = 1.0,
+        own_preprocessing: bool = False,
+        sigmoid_prior: float = SIGLIP_PRIOR,
+        embeddings: Tensor | None = None,
     ) -> None:
-        self.clip = clip
         self.context = context
-        self.embeddings = class_embeddings(clip, classes, config)
+        self.sigmoid_prior = sigmoid_prior
+        if embeddings is None:
+            embeddings = class_embeddings(clip, classes, config)
+        self.embeddings = embeddings.to(clip.device)
+        self._clip = clip
+        self._encode = _image_encoder(clip)
+        self._crop_size = clip.image_size
+        self._transform = None
+        if own_preprocessing:
+            self._transform = _own_transform(clip)
+        elif clip.has_resnet_tower:
+            side = clip.roi_size * 16
+            self._crop_size = (side, side)
 
-    @torch.no_grad()
     def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Return the probabilities [N, K+1] of ``boxes`` [N, 4], in pixels of ``image``
         [3, H, W] uint8.
         """
-        if not len(boxes):
-            return torch.zeros(0, len(self.embeddings))
-        height, width = image.shape[1:]
-        enlarged = enlarge_boxes(boxes, self.context, height, width)
-        crops = torch.stack(
-            [self._crop(image, box) for box in enlarged.round().int().tolist()]
+        return self.label([(image, boxes)])[0]
+
+    @torch.no_grad()
+    def label(self, images: Iterable[ImageBoxes]) -> list[Tensor]:
+        """Return the probabilities [N, K+1] of each image's boxes."""
+        return classify_crops(
+            images,
+            self.context,
+            self._cut,
+            self._classify,
+            batch_size(self._crop_size),
+            len(self.embeddings),
         )
-        pixels = _normalise_pixels(crops.to(self.clip.device), self.clip)
-        embedded = self.clip.network.encode_image(pixels)  # type: ignore[operator]
-        return _classify(self.clip, embedded, self.embeddings)
 
-    def _crop(self, image: Tensor, box: Sequence[int]) -> Tensor:
-        """Cut ``box`` (left, top, right, bottom), at least 2 pixels a side, out of the
-        image and resize it to CLIP's input.
-        """
-        height, width = image.shape[1:]
-        x1, y1, x2, y2 = box
-        x1 = min(max(x1, 0), width - 2)
-        y1 = min(max(y1, 0), height - 2)
-        crop_height, crop_width = max(y2 - y1, 2), max(x2 - x1, 2)
-        side = self.clip.roi_size * 16
-        crop: Tensor = resized_crop(
-            image, y1, x1, crop_height, crop_width, [side, side], antialias=True
-        )
-        return crop
+    def logits(self, crops: Tensor) -> Tensor:
+        """Return the model's own logits [B, K+1] of crops as ``_cut`` returns them."""
+        pixels = crops.to(self._clip.device)
+        if self._transform is None:
+            pixels = _normalise_pixels(pixels, self._clip)
+        features = F.normalize(self._encode(pixels), dim=-1)
+        network: Any = self._clip.network
+        scale: Tensor = network.logit_scale.exp()
+        if network.logit_bias is None:
+            return scale.clamp(max=SCALE_MAX) * features @ self.embeddings.T
+        bias: Tensor = network.logit_bias
+        return scale * features @ self.embeddings.T + bias
+
+    def _classify(self, crops: Tensor) -> Tensor:
+        logits = self.logits(crops)
+        if self._clip.network.logit_bias is None:
+            return logits.softmax(-1).cpu()
+        return sigmoid_class_probabilities(logits, self.sigmoid_prior).cpu()
+
+    def _cut(self, image: Tensor, box: PixelBox) -> Tensor:
+        """Cut out ``box`` and stretch it to the input's size."""
+        left, top, right, bottom = box
+        if self._transform is None:
+            crop: Tensor = resized_crop_image(
+                image,
+                top,
+                left,
+                bottom - top,
+                right - left,
+                list(self._crop_size),
+                antialias=True,
+            )
+            return crop
+        pixels = image[:, max(top, 0) : bottom, max(left, 0) : right]
+        prepared: Tensor = self._transform(to_pil(pixels))
+        return prepared
 
 
-Labeler = RoiLabeler | CropLabeler
+def to_pil(pixels: Tensor) -> Image.Image:
+    """Return pixels [3, H, W] uint8 as an image."""
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
-def enlarge_boxes(boxes: Tensor, factor: float, height: int, width: int) -> Tensor:
-    """Make the sides of ``boxes`` [N, 4] xyxy pixels ``factor`` times as long, around
-    the same centres, and clip them to the image.
+def _image_encoder(clip: ClipModel) -> Callable[[Tensor], Tensor]:
+    network: Any = clip.network
+    if clip.has_resnet_tower:
+        return FusedResNet(network.visual)
+    return network.encode_image  # type: ignore[no-any-return]
+
+
+def _own_transform(clip: ClipModel) -> Any:
+    """Return open_clip's preparation of the model's images, but stretched: the model's
+    own would cut the ends off a long box.
     """
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    half_size = (boxes[:, 2:] - boxes[:, :2]) * factor / 2
-    top_left = (centre - half_size).clamp(min=0)
-    image_size = boxes.new_tensor([width, height])
-    bottom_right = torch.minimum(centre + half_size, image_size)
-    return torch.cat([top_left, bottom_right], 1)
-
-
-def attention_pool(pool: Any, maps: Tensor) -> Tensor:
-    """Compute open_clip's AttentionPool2d ``pool`` of ``maps`` [R, C, s, s] -> [R, D],
-    for the only query whose output is used: the mean cell.
-
-    Keys and values are never formed: their projections are applied to the query and to
-    the attended mean instead, so a region costs 4 C^2 multiplications instead of 4 (s^2
-    + 1) C^2. The keys' bias adds the same to all scores, so the softmax cancels it.
-    """
-    cells = maps.flatten(2).transpose(1, 2)
-    tokens = torch.cat([cells.mean(1, keepdim=True), cells], 1)
-    tokens = tokens + pool.positional_embedding
-    key_weight = pool.k_proj.weight.unflatten(0, (pool.num_heads, -1))
-    value_weight = pool.v_proj.weight.unflatten(0, (pool.num_heads, -1))
-    query = pool.q_proj(tokens[:, 0]).unflatten(1, (pool.num_heads, -1))
-    query = query / key_weight.shape[1] ** 0.5
-    scores = torch.einsum("rhd,hdc->rhc", query, key_weight) @ tokens.transpose(1, 2)
-    mean_tokens = scores.softmax(-1) @ tokens
-    attended = torch.einsum("rhc,hdc->rhd", mean_tokens, value_weight).flatten(1)
-    return pool.c_proj(attended + pool.v_proj.bias)  # type: ignore[no-any-return]
+    preprocessing = PreprocessCfg(
+        size=clip.image_size,
+        mean=clip.mean,
+        std=clip.std,
+        interpolation=clip.interpolation,
+        resize_mode="squash",
+    )
+    return image_transform_v2(preprocessing, is_train=False)
 
 
 def _normalise_pixels(images: Tensor, clip: ClipModel) -> Tensor:
@@ -153,10 +221,3 @@ def _normalise_pixels(images: Tensor, clip: ClipModel) -> Tensor:
         images.float() / 255, list(clip.mean), list(clip.std)
     )
     return normalised
-
-
-def _classify(clip: ClipModel, features: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the probabilities [N, K+1] of image features [N, D]."""
-    scale = clip.network.logit_scale.exp().clamp(max=100)  # type: ignore[operator,union-attr]
-    logits = scale * F.normalize(features, dim=-1) @ embeddings.T
-    return logits.softmax(-1).cpu()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin_ray.clip.encoder import BACKGROUND, ClipModel
+from coin_ray.clip.encoder import BACKGROUND, ClipModel, check_context
 
 LEAD = "a photo of a"
 
@@ -30,9 +30,9 @@ class LearnedPrompts(nn.Module):
         super().__init__()
         text: Any = clip.network
         placeholder = " ".join(["x"] * context_tokens)
-        tokens = clip.tokenize(
-            [f"{LEAD} {placeholder} {name}." for name in (*classes, BACKGROUND)]
-        )
+        texts = [f"{LEAD} {placeholder} {name}." for name in (*classes, BACKGROUND)]
+        check_context(clip.tokenize, texts)
+        tokens = clip.tokenize(texts)
         with torch.no_grad():
             embedded = text.token_embedding(tokens).float()
         lead_tokens = embedded[0, 1 : 1 + len(LEAD.split())]

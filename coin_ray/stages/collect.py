@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import ray
 
 from coin_ray import errors, storage
-from coin_ray.clip.encoder import load_clip
 from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.ensemble import clip_contradicts, create_client
 from coin_ray.cloud.governor import Governor, LocalGovernor
@@ -30,7 +29,7 @@ from coin_ray.cloud.protocol import NO_COUNTS, BoxCounts
 from coin_ray.config import PipelineConfig
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.runs.estimate import print_other_answers
-from coin_ray.runs.failed_images import failed_count
+from coin_ray.runs.failed_images import failed_count, needs_every_cloud
 from coin_ray.runs.steps import Context, Metrics, read_reopened, remove_readers
 from coin_ray.serving.launch import start_services
 from coin_ray.stages.collecting.call_account import (
@@ -40,7 +39,8 @@ from coin_ray.stages.collecting.call_account import (
 )
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.collecting.failures import FailureReasons
-from coin_ray.stages.collecting.labeler_actor import LabelerActor
+from coin_ray.stages.collecting.labeler_actor import LabelerActor, text_cache
+from coin_ray.stages.collecting.labelers import create_labeler, describe_labeler
 from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
@@ -118,11 +118,14 @@ def _collect(
     second: bool = False,
 ) -> None:
     """Ask about the images that have no final answer in the parts. Failed ones are asked
-    again; refused ones only with ``collect.retry_refused``.
+    again, also if one of several clouds failed; refused ones only with
+    ``collect.retry_refused``.
     """
     config = context.config
     parts = CollectedParts(parts_folder)
-    remaining = _remaining_images(images, parts, config.collect.retry_refused)
+    remaining = _remaining_images(
+        images, parts, config.collect.retry_refused, needs_every_cloud(config)
+    )
     if not remaining.num_rows:
         return
     _wait_for_earlier_workers(context.root)
@@ -134,10 +137,10 @@ def _collect(
         )
         ensure_ray()
         # before a call is paid: training will find its backbone, and it fits, and the
-        # labeler its CLIP
+        # labeler its model and a name or text for every class
         load_backbone(config)
-        if config.collect.labeler != "none" and config.detector.backbone != "clip":
-            load_clip(config.clip)
+        create_labeler(config, text_cache(parts_folder))
+        print(f"collect: {describe_labeler(config)}", flush=True)
         urls = starting.result()
         # in a thread: a notebook's own thread runs an event loop already
         pool.submit(_check_services, config, urls, context.root).result()
@@ -153,14 +156,17 @@ def _collect(
 
 
 def _remaining_images(
-    images: pa.Table, parts: CollectedParts, retry_refused: bool
+    images: pa.Table,
+    parts: CollectedParts,
+    retry_refused: bool,
+    every_cloud: bool = False,
 ) -> pa.Table:
-    """Return the images that are to be asked about."""
-    settled_ids = parts.answered_ids
-    if not retry_refused:
-        settled_ids = pa.chunked_array(
-            [*settled_ids.chunks, *parts.refused_ids.chunks], pa.string()
-        )
+    """Return the images that are to be asked about; ``every_cloud``: as in
+    ``CollectedParts.settled_ids``.
+    """
+    settled_ids = parts.settled_ids(
+        retry_refused=retry_refused, every_cloud=every_cloud
+    )
     settled = pc.is_in(images["image_id"], value_set=settled_ids)
     return images.filter(pc.invert(settled))
 
@@ -385,6 +391,8 @@ def _merge(
     if len(config.clouds) > 1:
         metrics["answered_by"] = counts.answered_by
         metrics["second_opinions"] = second_opinions
+    if needs_every_cloud(config):
+        metrics["answered_in_part"] = counts.answered_in_part
     if parts.box_counts:
         box_totals = sum(parts.box_counts.values(), NO_COUNTS)
         metrics["box_counts"] = box_totals.as_dict()
@@ -442,7 +450,7 @@ def _remove_outdated_readers(
     former = read_reopened(context.folder)
     if former is None:
         return
-    answered = failed_count(former) - metrics["calls"]["failed"]
+    answered = failed_count(former.metrics) - failed_count(metrics)
     if answered <= 0:
         return
     outdated = remove_readers(context.root, context.folder)

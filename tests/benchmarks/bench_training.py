@@ -5,9 +5,12 @@
     # seconds of each comparison; fewer are less exact
     make bench-training ARGS="--seconds 10"
 
-1. CLIP's labels of boxes: RoI features of the whole image against open_clip on one crop
-   per box, in boxes per second (RN50, 20 boxes in an image of 960 x 720 pixels, random
+1. CLIP's labels of boxes, in boxes per second. RoI features of the whole image against
+   open_clip on one crop per box (RN50, 20 boxes in an image of 960 x 720 pixels, random
    weights: time does not depend on them), by the length of the image's shorter side.
+   Crops of a batch of 16 images, 20 boxes each, with the demo's CLIP against the same
+   loop of one image at a time, as version f5fc1d4 had it; and the most memory that
+   2,000 boxes in one image take over what 100 take.
 2. A distillation step of the demo with CKG and gradient alignment against the same step
    with the mean of both teachers.
 3. The number of runs of the text encoder in training steps and in evaluation of a
@@ -33,9 +36,13 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import normalize, resized_crop
 
-from coin_ray.clip.encoder import ClipModel
+from coin_ray.clip.crops import pixel_boxes
+from coin_ray.clip.encoder import ClipModel, class_embeddings, load_clip
 from coin_ray.clip.labeler import CropLabeler, RoiLabeler
 from coin_ray.config import Clip, Distill, PipelineConfig
 from coin_ray.config.presets import demo
@@ -52,8 +59,15 @@ from coin_ray.training.propagate import Propagation
 BOXES, HEIGHT, WIDTH = 20, 720, 960
 SHORT_SIDES = (600, 384, 256)
 """Lengths of the whole image's shorter side, for RoI features; 600 is published."""
-AT_LEAST = {"RoI labels, short side 600": 5.0}
-AT_MOST = {"step with CKG": 1.15}
+CROP_IMAGES = 16
+SCENE_HEIGHT, SCENE_WIDTH = 192, 256
+"""Pixels of the demo's scenes."""
+AT_LEAST = {"RoI labels, short side 600": 5.0, "crop labels of the demo's CLIP": 2.0}
+AT_MOST = {
+    "step with CKG": 1.15,
+    "MB more for 2,000 boxes than for 100": 5.0,
+    "largest difference of crop probabilities": 1e-5,
+}
 Work = Callable[[], object]
 
 
@@ -90,10 +104,8 @@ def compare_labelling(seconds: float) -> dict[str, float]:
         open_clip.OPENAI_DATASET_STD,
     )
     classes, config = ("person", "car"), Clip(templates=("a photo of a {}.",))
-    image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
-    corners = torch.rand(BOXES, 2) * torch.tensor([WIDTH / 2, HEIGHT / 2])
-    boxes = torch.cat([corners, corners + torch.tensor([WIDTH / 4, HEIGHT / 4])], 1)
-    crops = CropLabeler(clip, classes, config)
+    image, boxes = draw_boxes(HEIGHT, WIDTH, BOXES)
+    crops = partial(label_by_open_clip, clip, class_embeddings(clip, classes, config))
     figures = {}
     for side in SHORT_SIDES:
         regions = RoiLabeler(clip, classes, config, side, 10_000)
@@ -101,6 +113,79 @@ def compare_labelling(seconds: float) -> dict[str, float]:
             partial(crops, image, boxes), partial(regions, image, boxes), seconds
         )
     return figures
+
+
+def draw_boxes(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return random pixels [3, H, W], and boxes [count, 4] of a quarter of each side."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    corners = torch.rand(count, 2) * torch.tensor([width / 2, height / 2])
+    sides = torch.tensor([width / 4, height / 4])
+    return image, torch.cat([corners, corners + sides], 1)
+
+
+@torch.no_grad()
+def label_by_open_clip(
+    clip: ClipModel,
+    embeddings: Tensor,
+    image: Tensor,
+    boxes: Tensor,
+    context: float = 1.0,
+) -> Tensor:
+    """Return probabilities [N, K+1] by open_clip's own encoder on the crops of one image."""
+    network: Any = clip.network
+    side = clip.roi_size * 16
+    crops = [
+        resized_crop(image, y1, x1, y2 - y1, x2 - x1, [side, side], antialias=True)
+        for x1, y1, x2, y2 in pixel_boxes(image, boxes, context)
+    ]
+    pixels = torch.stack(crops).float() / 255
+    encoded = network.encode_image(normalize(pixels, list(clip.mean), list(clip.std)))
+    scale = network.logit_scale.exp().clamp(max=100)
+    logits = scale * F.normalize(encoded, dim=-1) @ embeddings.T
+    return logits.softmax(-1)
+
+
+def compare_crop_labelling(seconds: float) -> dict[str, float]:
+    """Return boxes per second of the crop labeler over those of ``label_by_open_clip``
+    on one image after another, how far their probabilities differ, and how much memory
+    grows with the boxes of an image."""
+    torch.manual_seed(0)
+    config = demo()
+    clip = load_clip(config.clip)
+    context = config.collect.crop_context
+    labeler = CropLabeler(clip, config.classes, config.clip, context)
+    images = [draw_boxes(SCENE_HEIGHT, SCENE_WIDTH, BOXES) for _ in range(CROP_IMAGES)]
+
+    def one_by_one() -> list[Tensor]:
+        return [
+            label_by_open_clip(clip, labeler.embeddings, image, boxes, context)
+            for image, boxes in images
+        ]
+
+    pairs = zip(labeler.label(images), one_by_one(), strict=True)
+    difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    memory_of_100 = peak_memory(labeler, 100)
+    return {
+        "crop labels of the demo's CLIP": time_in_turn(
+            one_by_one, partial(labeler.label, images), seconds
+        ),
+        "largest difference of crop probabilities": difference,
+        "MB more for 2,000 boxes than for 100": peak_memory(labeler, 2000)
+        - memory_of_100,
+    }
+
+
+def peak_memory(labeler: CropLabeler, boxes: int) -> float:
+    """Return the most MB that torch holds at once while it labels one image."""
+    image = draw_boxes(SCENE_HEIGHT, SCENE_WIDTH, boxes)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        labeler.label([image])
+    held = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return round(most / 1e6, 1)
 
 
 def build_distillation(config: PipelineConfig, changed: Distill) -> Distillation:
@@ -239,6 +324,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     if "labels" in options.only:
+        figures |= compare_crop_labelling(options.seconds)
         figures |= compare_labelling(options.seconds)
     if "steps" in options.only:
         figures |= compare_distillation_steps(options.seconds)

@@ -24,7 +24,9 @@ from coin_ray.errors import InputError
         (Clip(model="absent/model.json"), "no such file absent/model.json"),
         (Clip(model="RN50", pretrained="absent_tag"), "--clip.pretrained"),
         (replace(DEMO_CLIP, pretrained="absent/file.pt"), "absent/file.pt"),
-        (Clip(model="ViT-B-32", pretrained=""), "needs a ModifiedResNet"),
+        (Clip(model="ViT-B23"), "nearest: ViT-B-32"),
+        (Clip(model="ViT-B-32", pretrained="openia"), "tags are openai"),
+        (Clip(model="ViT-B-32", pretrained=""), "no weights are given"),
     ],
 )
 def test_unusable_models(config: Clip, message: str) -> None:
@@ -122,18 +124,27 @@ def test_every_prompt_has_the_style_once_and_is_else_the_plain_one() -> None:
     ],
 )
 def test_openais_weights_run_with_the_activation_they_were_trained_with(
-    name: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tag: str,
+    quick: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """open_clip only warns if "RN50" is not told of it."""
     calls: list[object] = []
 
     def create(
-        architecture: str, pretrained: str, force_quick_gelu: bool
+        architecture: str,
+        pretrained: str,
+        force_quick_gelu: bool,
+        force_preprocess_cfg: dict[str, object],
     ) -> torch.nn.Module:
         calls.append((architecture, pretrained, force_quick_gelu))
         return tiny_clip().network
 
     monkeypatch.setattr(open_clip, "create_model", create)
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pt").write_bytes(b"")
     load_clip(Clip(model=name, pretrained=tag))
     assert calls == [(name, tag, quick)]
 

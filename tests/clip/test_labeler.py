@@ -8,17 +8,13 @@ from builders import CLASSES, TEMPLATES, tiny_clip
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize, resize
 
-from coin_ray.clip.labeler import (
-    CropLabeler,
-    Labeler,
-    RoiLabeler,
-    attention_pool,
-    enlarge_boxes,
-)
+from coin_ray.clip.crops import enlarge_boxes
+from coin_ray.clip.fused_resnet import attention_pool
+from coin_ray.clip.labeler import CropLabeler, RoiLabeler
 
 
 @pytest.fixture(scope="module", params=["roi", "crop"])
-def labeler(request: pytest.FixtureRequest) -> Labeler:
+def labeler(request: pytest.FixtureRequest) -> RoiLabeler | CropLabeler:
     clip = tiny_clip()
     return (
         RoiLabeler(clip, CLASSES, TEMPLATES, 64, 128)
@@ -40,19 +36,21 @@ def _picture(height: int = 90, width: int = 120) -> Tensor:
 BOXES = torch.tensor([[10.0, 10, 60, 50], [50, 30, 110, 80], [0, 0, 120, 90]])
 
 
-def test_rows_are_probabilities(labeler: Labeler) -> None:
+def test_rows_are_probabilities(labeler: RoiLabeler | CropLabeler) -> None:
     probs = labeler(_picture(), BOXES)
     assert probs.shape == (3, len(CLASSES) + 1)
     torch.testing.assert_close(probs.sum(1), torch.ones(3))
     assert float((probs[0] - probs[1]).abs().max()) > 1e-4
 
 
-def test_each_box_is_classified_independently(labeler: Labeler) -> None:
+def test_each_box_is_classified_independently(
+    labeler: RoiLabeler | CropLabeler,
+) -> None:
     together, alone = labeler(_picture(), BOXES), labeler(_picture(), BOXES[1:2])
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_no_boxes(labeler: Labeler) -> None:
+def test_no_boxes(labeler: RoiLabeler | CropLabeler) -> None:
     assert labeler(_picture(), torch.zeros(0, 4)).shape == (0, len(CLASSES) + 1)
 
 
@@ -65,7 +63,7 @@ def test_no_boxes(labeler: Labeler) -> None:
         [100.0, 60, 200, 200],
     ],
 )
-def test_boxes_at_the_edge(labeler: Labeler, box: list[float]) -> None:
+def test_boxes_at_the_edge(labeler: RoiLabeler | CropLabeler, box: list[float]) -> None:
     assert bool(torch.isfinite(labeler(_picture(), torch.tensor([box]))).all())
 
 

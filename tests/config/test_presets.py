@@ -239,7 +239,7 @@ def test_a_cascade_needs_clip() -> None:
         ensemble=Ensemble("cascade"),
         collect=replace(config.collect, labeler="none"),
     )
-    with pytest.raises(ConfigError, match="CLIP's labels of the first"):
+    with pytest.raises(ConfigError, match="a second opinion on the first"):
         check_runnable(config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from coin_ray import storage
+from coin_ray.clip.crops import ImageBoxes
 from coin_ray.cloud import ensemble
 from coin_ray.cloud.client import CloudClient
 from coin_ray.config import Cloud, Ensemble, PipelineConfig
@@ -72,11 +73,16 @@ def _config(mode: str) -> PipelineConfig:
     )
 
 
-def _clip_labeler(image: Tensor, boxes: Tensor) -> Tensor:
+class _ColourLabeler:
     """Sees a dog where the image is green, a car elsewhere."""
-    is_green = image[1].float().mean() > image[0].float().mean()
-    probs = [0.1, 0.1, 0.7, 0.1] if is_green else [0.7, 0.1, 0.1, 0.1]
-    return torch.tensor([probs]).repeat(len(boxes), 1)
+
+    def label(self, images: Iterable[ImageBoxes]) -> list[Tensor]:
+        by_image = []
+        for image, boxes in images:
+            is_green = image[1].float().mean() > image[0].float().mean()
+            probs = [0.1, 0.1, 0.7, 0.1] if is_green else [0.7, 0.1, 0.1, 0.1]
+            by_image.append(torch.tensor([probs]).repeat(len(boxes), 1))
+        return by_image
 
 
 @pytest.fixture
@@ -118,7 +124,9 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     def collect(
         config: PipelineConfig, images: list[dict[str, str]], name: str = "collect"
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        monkeypatch.setattr(labeler_actor, "create_labeler", lambda _: _clip_labeler)
+        monkeypatch.setattr(
+            labeler_actor, "create_labeler", lambda *_: _ColourLabeler()
+        )
         step_folder = storage.join(str(tmp_path), name)
         context = Context(config, str(tmp_path), step_folder, {}, {}, "collect")
         parts_folder = _parts_folder(step_folder)

@@ -1,11 +1,12 @@
-"""The second half of collection: actors that have CLIP label the clouds' boxes and write
-the parts.
+"""The second half of collection: actors that give the second opinion on the clouds'
+boxes and write the parts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,14 +15,14 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import storage
-from coin_ray.clip.encoder import load_clip
-from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
+from coin_ray.clip.crops import ImageBoxes
 from coin_ray.cloud.detections import vectors_column
 from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import decode_rgb
 from coin_ray.runs.failed_images import LABELER_DEATH
 from coin_ray.stages.collecting.attempts import Attempts
 from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, STOPPED
+from coin_ray.stages.collecting.labelers import create_labeler
 from coin_ray.stages.collecting.parts import PART_SCHEMA, box_counts_metadata
 from coin_ray.stages.common.cluster import count_torch_threads
 from coin_ray.stages.common.watchdog import Watchdog
@@ -32,7 +33,9 @@ PROGRESS_COLUMNS = ("image_id", "status", "calls", "cost_usd", "error")
 
 
 class LabelerActor:
-    """Adds CLIP's probabilities for the clouds' boxes and writes each batch as a part."""
+    """Adds the labeler's probabilities for the clouds' boxes and writes each batch as a
+    part.
+    """
 
     def __init__(self, config: PipelineConfig, parts_folder: str) -> None:
         self.config = config
@@ -40,7 +43,7 @@ class LabelerActor:
         self.parts_folder = parts_folder
         self.attempts = Attempts(f"{parts_folder}_begun")
         torch.set_num_threads(count_torch_threads())
-        self.labeler = create_labeler(config)
+        self.labeler = create_labeler(config, text_cache(parts_folder))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write the answers of ``ANSWER_SCHEMA`` as a part; return the columns that
@@ -81,12 +84,8 @@ class LabelerActor:
 
     def _label(self, answers: pa.Table) -> pa.Table:
         """Return the answers as rows of ``PART_SCHEMA``."""
-        files = answers["bytes"]
         boxes = _split_boxes(answers["boxes"])
-        clip_probs = [
-            self._classify(files[number].as_py(), image_boxes)
-            for number, image_boxes in enumerate(boxes)
-        ]
+        clip_probs = self._classify(answers["bytes"], boxes)
         columns = {name: answers[name] for name in answers.column_names}
         columns["clip_probs"] = vectors_column(
             [probs.cpu().numpy() for probs in clip_probs]
@@ -94,12 +93,32 @@ class LabelerActor:
         part_columns = {name: columns[name] for name in PART_SCHEMA.names}
         return pa.table(part_columns, schema=PART_SCHEMA)
 
-    def _classify(self, file: bytes, boxes: Tensor) -> Tensor:
-        """Return CLIP's probabilities [N, K+1] of the boxes [N, 4]; none without CLIP."""
-        if self.labeler is None or not len(boxes):
-            return torch.zeros(0, len(self.config.classes) + 1)
-        pixels = decode_rgb(file, self.config.intensity_range)
-        return self.labeler(pil_to_tensor(pixels), boxes)
+    def _classify(
+        self, files: pa.ChunkedArray, boxes: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the labeler's probabilities [N, K+1] of each image's boxes [N, 4]; none
+        without a labeler.
+        """
+        nothing = torch.zeros(0, len(self.config.classes) + 1)
+        if self.labeler is None:
+            return [nothing] * len(boxes)
+        rows = [row for row, image_boxes in enumerate(boxes) if len(image_boxes)]
+        labelled = self.labeler.label(self._decode_images(files, boxes, rows))
+        by_row = dict(zip(rows, labelled, strict=True))
+        return [by_row.get(row, nothing) for row in range(len(boxes))]
+
+    def _decode_images(
+        self, files: pa.ChunkedArray, boxes: Sequence[Tensor], rows: Sequence[int]
+    ) -> Iterator[ImageBoxes]:
+        """Decode one image after another: a batch of them may not fit into memory."""
+        for row in rows:
+            pixels = decode_rgb(files[row].as_py(), self.config.intensity_range)
+            yield pil_to_tensor(pixels), boxes[row]
+
+
+def text_cache(parts_folder: str) -> str:
+    """Return the folder of the text embeddings that all labelers of these parts use."""
+    return f"{parts_folder}_texts"
 
 
 def _split_boxes(column: pa.ChunkedArray) -> tuple[Tensor, ...]:
@@ -118,20 +137,3 @@ def _as_error(answer: pa.Table, reason: str) -> pa.Table:
     row |= {"status": "error", "error": reason}
     row |= {"boxes": [], "scores": [], "labels": [], "probs": [], "prob_source": []}
     return pa.Table.from_pylist([row], schema=ANSWER_SCHEMA)
-
-
-def create_labeler(config: PipelineConfig) -> Labeler | None:
-    """Return the labeler that the config names; None without CLIP."""
-    if config.collect.labeler == "none":
-        return None
-    clip = load_clip(config.clip)
-    if config.collect.labeler_gpus:
-        clip.network.to("cuda")
-    if config.collect.labeler == "crop":
-        return CropLabeler(
-            clip, config.classes, config.clip, config.collect.crop_context
-        )
-    detector = config.detector
-    return RoiLabeler(
-        clip, config.classes, config.clip, detector.short_side, detector.long_side
-    )

@@ -1,0 +1,75 @@
+"""A ModifiedResNet for inference alone: batch norms folded into the convolutions, and
+attention pooling for the only query whose output is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+PIECE_IMAGES = 32
+"""Most images that go through the convolutions at once: their maps fit into a cache."""
+
+
+class FusedResNet(nn.Module):
+    """Computes what open_clip's ``visual`` computes in evaluation, but for rounding
+    (1e-6 of the largest feature), in about half the time on a CPU.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        fused = copy.deepcopy(visual).eval()
+        _fold_batch_norms(fused)
+        self.visual = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the features [N, D] of normalised pixels [N, 3, H, W]."""
+        visual: Any = self.visual
+        num_pieces = -(-len(pixels) // PIECE_IMAGES)
+        pieces = pixels.tensor_split(num_pieces)  # of sizes that differ by one at most
+        maps = torch.cat([self._convolve(piece) for piece in pieces])
+        return attention_pool(visual.attnpool, maps)
+
+    def _convolve(self, pixels: Tensor) -> Tensor:
+        visual: Any = self.visual
+        maps: Tensor = visual.stem(pixels.contiguous(memory_format=torch.channels_last))
+        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            maps = stage(maps)
+        return maps
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch norm into the convolution that comes right before it."""
+    previous_name, previous = "", module
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):
+            setattr(module, previous_name, fuse_conv_bn_eval(previous, child))
+            setattr(module, name, nn.Identity())
+        else:
+            _fold_batch_norms(child)
+        previous_name, previous = name, child
+
+
+def attention_pool(pool: Any, maps: Tensor) -> Tensor:
+    """Compute open_clip's AttentionPool2d ``pool`` of ``maps`` [R, C, s, s] -> [R, D],
+    for the only query whose output is used: the mean cell.
+
+    Keys and values are never formed: their projections are applied to the query and to
+    the attended mean instead, so a region costs 4 C^2 multiplications instead of 4 (s^2
+    + 1) C^2. The keys' bias adds the same to all scores, so the softmax cancels it.
+    """
+    cells = maps.flatten(2).transpose(1, 2)
+    tokens = torch.cat([cells.mean(1, keepdim=True), cells], 1)
+    tokens = tokens + pool.positional_embedding
+    key_weight = pool.k_proj.weight.unflatten(0, (pool.num_heads, -1))
+    value_weight = pool.v_proj.weight.unflatten(0, (pool.num_heads, -1))
+    query = pool.q_proj(tokens[:, 0]).unflatten(1, (pool.num_heads, -1))
+    query = query / key_weight.shape[1] ** 0.5
+    scores = torch.einsum("rhd,hdc->rhc", query, key_weight) @ tokens.transpose(1, 2)
+    mean_tokens = scores.softmax(-1) @ tokens
+    attended = torch.einsum("rhc,hdc->rhd", mean_tokens, value_weight).flatten(1)
+    return pool.c_proj(attended + pool.v_proj.bias)  # type: ignore[no-any-return]

@@ -1,0 +1,131 @@
+"""The model that gives the second opinion on the clouds' boxes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coin_ray import storage
+from coin_ray.clip.encoder import (
+    BACKGROUND,
+    ClipModel,
+    Setting,
+    class_embeddings,
+    load_clip,
+    load_open_clip,
+    make_prompts,
+)
+from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
+from coin_ray.config import PipelineConfig
+from coin_ray.predictors.classifier_labeler import ClassifierLabeler, map_classes
+from coin_ray.predictors.image_classifiers import load_image_classifier
+
+
+def create_labeler(config: PipelineConfig, cache: str | None = None) -> Labeler | None:
+    """Load the labeler that the config names; None if there is to be no second opinion.
+
+    ``cache``: folder (a URI) of text embeddings, which are computed once. Raises
+    InputError or ConfigError if a file is missing, a class has no name, or a text is
+    longer than the model reads.
+    """
+    labeler = config.collect.labeler
+    if labeler == "none":
+        return None
+    device = "cuda" if config.collect.labeler_gpus else "cpu"
+    if labeler == "classifier":
+        return _create_classifier_labeler(config, device)
+    clip = _load_labeler_clip(config)
+    clip.network.to(device)
+    embeddings = _cached_embeddings(clip, config, cache)
+    if labeler == "crop":
+        has_own_model = config.labeler.model is not None
+        return CropLabeler(
+            clip,
+            config.classes,
+            config.labeler_clip,
+            config.collect.crop_context,
+            own_preprocessing=has_own_model or not clip.has_resnet_tower,
+            sigmoid_prior=config.labeler.sigmoid_prior,
+            embeddings=embeddings,
+        )
+    detector = config.detector
+    return RoiLabeler(
+        clip,
+        config.classes,
+        config.labeler_clip,
+        detector.short_side,
+        detector.long_side,
+        embeddings,
+    )
+
+
+def describe_labeler(config: PipelineConfig) -> str:
+    """Say in a few words who gives the second opinion, and what happens without one."""
+    labeler = config.collect.labeler
+    if labeler == "none":
+        return (
+            "no second opinion on the clouds' boxes; the second teacher is a detector"
+            " trained on their labels as they are"
+        )
+    if labeler == "classifier":
+        return f"second opinions by the classifier {config.labeler.model}, on crops"
+    model = config.labeler_clip.model.rpartition("/")[2].removesuffix(".json")
+    method = "on crops" if labeler == "crop" else "on RoI features"
+    return f"second opinions by CLIP {model}, {method}"
+
+
+def _create_classifier_labeler(
+    config: PipelineConfig, device: str
+) -> ClassifierLabeler:
+    settings = config.labeler
+    assert settings.model is not None, "check_runnable asks for it"
+    classifier = load_image_classifier(settings.model, settings.pretrained, device)
+    weights = map_classes(classifier, config.classes, settings.label_map)
+    return ClassifierLabeler(classifier, weights, config.collect.crop_context)
+
+
+def _load_labeler_clip(config: PipelineConfig) -> ClipModel:
+    setting: Setting = "clip" if config.labeler.model is None else "labeler"
+    load = load_open_clip if config.collect.labeler == "crop" else load_clip
+    return load(config.labeler_clip, setting)
+
+
+def _cached_embeddings(
+    clip: ClipModel, config: PipelineConfig, cache: str | None
+) -> Tensor:
+    """Return the class embeddings [K+1, D] from the cache, or compute and store them."""
+    if cache is None:
+        return class_embeddings(clip, config.classes, config.labeler_clip)
+    uri = storage.join(cache, f"{_text_digest(clip, config)}.npy")
+    if storage.exists(uri):
+        array = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
+        return torch.from_numpy(array).to(clip.device)
+    embeddings = class_embeddings(clip, config.classes, config.labeler_clip)
+    buffer = io.BytesIO()
+    np.save(buffer, embeddings.cpu().numpy())
+    storage.write_bytes(uri, buffer.getvalue())
+    return embeddings
+
+
+def _text_digest(clip: ClipModel, config: PipelineConfig) -> str:
+    """Return a hash of all that text embeddings depend on: the prompts, and the text
+    tower with its weights.
+    """
+    digest = hashlib.sha256()
+    for name in (*config.classes, BACKGROUND):
+        for prompt in make_prompts(name, config.labeler_clip):
+            digest.update(prompt.encode() + b"\n")
+    network: Any = clip.network
+    for name, child in network.named_children():
+        if name != "visual":
+            digest.update(f"{name} {child}".encode())
+    for name, weights in network.state_dict().items():
+        if not name.startswith("visual."):
+            digest.update(name.encode())
+            digest.update(weights.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:32]
