@@ -11,10 +11,13 @@ from coin_ray.config import Distill
 from coin_ray.config.students import YOLOX_STUDENTS
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.students.base import DetectorStudent
+from coin_ray.models.students.transformers_student import TransformersStudent
 from coin_ray.models.students.transformers_weights import (
     check_transformers_student,
+    describe_transformers_student,
     is_transformers_student,
     load_transformers_student,
+    student_from_transformers_config,
 )
 from coin_ray.models.students.yolox import YoloxStudent
 from coin_ray.models.students.yolox_network import YOLOX_SIZES
@@ -90,11 +93,16 @@ def describe_student(student: DetectorStudent) -> dict[str, Any]:
     """Return what ``student_from_description`` needs, as plain data for a JSON file."""
     if isinstance(student, YoloxStudent):
         return {"network": student.name, "side": student.input_format.side}
-    raise ConfigError(f"{type(student).__name__} has no description yet")
+    assert isinstance(student, TransformersStudent)
+    return describe_transformers_student(student)
 
 
 def student_from_description(
     description: Mapping[str, Any], num_classes: int
 ) -> DetectorStudent:
-    """Build the described student; its weights are to be loaded."""
+    """Build the described student; its weights are to be loaded. Raises ConfigError if
+    it needs transformers and there is none.
+    """
+    if "transformers" in description:
+        return student_from_transformers_config(description)
     return YoloxStudent(description["network"], num_classes, description["side"])

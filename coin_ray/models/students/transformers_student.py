@@ -4,7 +4,9 @@ RF-DETR. Needs the extra ``teachers``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ TRUNK = (
     "model.encoder.",
 )
 """Parameters of the backbone and of what makes its maps a pyramid."""
+CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 SCORE_MIN, DETECTIONS_MAX = 0.01, 100
 
 
@@ -92,3 +95,18 @@ class TransformersStudent(nn.Module):
             part = parts.trunk if name.startswith(TRUNK) else parts.head
             part.append(parameter)
         return parts
+
+
+@contextmanager
+def without_shape_checks() -> Iterator[None]:
+    """Leave transformers' checks of tensor shapes out of the graphs that are exported
+    meanwhile: ONNX has no operator for them.
+    """
+    before = os.environ.get(CHECKS_OFF)
+    os.environ[CHECKS_OFF] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[CHECKS_OFF]
+        if before is not None:
+            os.environ[CHECKS_OFF] = before

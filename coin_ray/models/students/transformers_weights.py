@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -100,6 +100,35 @@ def check_transformers_student(name: str, classes: Sequence[str]) -> None:
             f"{name} fails on images of its own input size {side} x {side}:"
             f" {_first_line(error)}. Check size in preprocessor_config.json"
         ) from error
+
+
+def describe_transformers_student(student: TransformersStudent) -> dict[str, Any]:
+    """Return what ``student_from_transformers_config`` needs, as plain data for a JSON
+    file. The classes are in it.
+    """
+    return {
+        "transformers": student.network.config.to_dict(),
+        "input": asdict(student.input_format),
+    }
+
+
+def student_from_transformers_config(
+    description: Mapping[str, Any],
+) -> TransformersStudent:
+    """Build the described student with random weights; nothing is downloaded. Raises
+    ConfigError without transformers or with a version that lacks the model.
+    """
+    settings = dict(description["transformers"])
+    model_type = settings.pop("model_type")
+    transformers = _import_transformers(model_type)
+    _require_supported(transformers, "the student", model_type)
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    names = config.id2label
+    classes = [names[number] for number in sorted(names)]
+    network = new_network(config, classes, seed=0)
+    channels = {name: tuple(description["input"][name]) for name in ("mean", "std")}
+    input_format = InputFormat(**{**description["input"], **channels})
+    return TransformersStudent(network, input_format)
 
 
 def load_pretrained_detector(name: str) -> PretrainedDetector:

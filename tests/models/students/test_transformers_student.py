@@ -22,8 +22,10 @@ from coin_ray.models.students.transformers_weights import (
     CLASS_HEAD,
     DENOISING_CLASSES,
     check_transformers_student,
+    describe_transformers_student,
     is_transformers_student,
     load_transformers_student,
+    student_from_transformers_config,
 )
 from tests.models.students.tiny_networks import (
     MODEL_TYPES,
@@ -336,6 +338,23 @@ def test_a_version_without_the_model_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(transformers_weights, "PRETRAINED", known)
     with pytest.raises(ConfigError, match="has no future, which future-n is: pip"):
         check_transformers_student("future-n", CLASSES)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_description_rebuilds_the_network(
+    model_type: str, folders: dict[str, Path]
+) -> None:
+    student = load_transformers_student(str(folders[model_type]), CLASSES, seed=3)
+    text = json.dumps(describe_transformers_student(student))
+    rebuilt = student_from_transformers_config(json.loads(text))
+    rebuilt.load_state_dict(student.state_dict())
+    assert rebuilt.input_format == student.input_format
+    expected = student.eval().predict(images())
+    for detections, other in zip(
+        rebuilt.eval().predict(images()), expected, strict=True
+    ):
+        assert torch.equal(detections.boxes, other.boxes)
+        assert torch.equal(detections.probs, other.probs)
 
 
 def test_loading_draws_nothing_from_the_global_generator(

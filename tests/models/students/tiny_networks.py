@@ -109,7 +109,9 @@ def _hgnet() -> Any:
 
 
 def tiny_network(model_type: str, classes: int = 3, seed: int = 0) -> Any:
-    """Return a network with weights spread enough that predictions differ."""
+    """Return a network with weights and statistics spread enough that predictions of
+    different queries differ.
+    """
     import transformers
 
     torch.manual_seed(seed)
@@ -120,7 +122,20 @@ def tiny_network(model_type: str, classes: int = 3, seed: int = 0) -> Any:
         for parameter in network.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+    _fit_batch_norms(network)
     return network
+
+
+@torch.no_grad()
+def _fit_batch_norms(network: Any) -> None:
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()
+    network(pixel_values=torch.rand(4, 3, SIDE, SIDE))
+    for norm in norms:
+        norm.momentum = 0.1
+    network.eval()
 
 
 def tiny_processor(model_type: str, **settings: Any) -> Any:
