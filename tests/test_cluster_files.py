@@ -180,8 +180,10 @@ def test_machines_of_ones_own_name_their_addresses_and_find_ray_in_every_shell()
     assert f"--node-ip-address={head_ip} " in head
     assert "RAY_enable_autoscaler_v2=0 " in head
     assert "--node-ip-address=$address " in worker
+    assert "--block" in worker, "processes of Ray would outlive the head"
     (activation,) = [c for c in _node_commands(name) if c.endswith(">> ~/.bashrc")]
-    assert "source ~/coin_ray/venv/bin/activate" in activation
+    assert "'source ~/coin_ray/venv/bin/activate'" in activation
+    assert "'export RAY_AUTH_MODE=token'" in activation
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
