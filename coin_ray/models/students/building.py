@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from typing_extensions import TypeIs
@@ -10,11 +11,12 @@ from typing_extensions import TypeIs
 from coin_ray.config import Distill
 from coin_ray.config.students import YOLOX_STUDENTS
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.models.students.base import DetectorStudent
+from coin_ray.models.students.base import DetectorStudent, PostProcess
 from coin_ray.models.students.transformers_student import TransformersStudent
 from coin_ray.models.students.transformers_weights import (
     check_transformers_student,
     describe_transformers_student,
+    empty_transformers_student,
     is_transformers_student,
     load_transformers_student,
     student_from_transformers_config,
@@ -68,7 +70,7 @@ def empty_student(settings: Distill, classes: Sequence[str]) -> DetectorStudent:
     """Build the student; its weights are to be loaded."""
     if settings.student in YOLOX_STUDENTS:
         return YoloxStudent(settings.student, len(classes), settings.student_side)
-    return load_transformers_student(settings.student, classes, seed=0)
+    return empty_transformers_student(settings.student, classes)
 
 
 def check_pretrained_student(settings: Distill, classes: Sequence[str]) -> None:
@@ -92,7 +94,11 @@ def training_side(settings: Distill) -> int:
 def describe_student(student: DetectorStudent) -> dict[str, Any]:
     """Return what ``student_from_description`` needs, as plain data for a JSON file."""
     if isinstance(student, YoloxStudent):
-        return {"network": student.name, "side": student.input_format.side}
+        return {
+            "network": student.name,
+            "side": student.side,
+            "post_process": asdict(student.post_process),
+        }
     assert isinstance(student, TransformersStudent)
     return describe_transformers_student(student)
 
@@ -105,4 +111,6 @@ def student_from_description(
     """
     if "transformers" in description:
         return student_from_transformers_config(description)
-    return YoloxStudent(description["network"], num_classes, description["side"])
+    student = YoloxStudent(description["network"], num_classes, description["side"])
+    student.post_process = PostProcess(**description["post_process"])
+    return student

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from coin_ray.config.students import HUB_PREFIX
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.students.base import InputFormat
 from coin_ray.models.students.class_rows import match_class_rows, take_over_class_rows
@@ -21,7 +22,6 @@ from coin_ray.models.students.transformers_student import (
     TransformersStudent,
 )
 
-HUB_PREFIX = "hf:"
 PRETRAINED = {
     "d-fine-n": ("d_fine", "ustc-community/dfine-nano-coco"),
     "d-fine-s": ("d_fine", "ustc-community/dfine-small-coco"),
@@ -131,31 +131,60 @@ def student_from_transformers_config(
     return TransformersStudent(network, input_format)
 
 
+def empty_transformers_student(
+    name: str, classes: Sequence[str]
+) -> TransformersStudent:
+    """Build the student with random weights, from its configuration alone. Raises as
+    ``load_transformers_student`` does.
+    """
+    source = _open_source(name)
+    network = new_network(source.config, classes, seed=0)
+    return TransformersStudent(network, source.input_format)
+
+
 def load_pretrained_detector(name: str) -> PretrainedDetector:
     """Load the detector with its own classes. Raises as ``load_transformers_student``
     does.
     """
+    source = _open_source(name)
     transformers = _import_transformers(name)
-    expected_type, source = _find_source(name)
-    if expected_type:
-        _require_supported(transformers, name, expected_type)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        _require_model_type(name, config.model_type, expected_type)
         network, report = transformers.AutoModelForObjectDetection.from_pretrained(
-            source,
-            config=config,
+            source.location,
+            config=source.config,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise InputError(_unavailable_message(name, source.location, error)) from error
+    _require_all_weights(name, source.config, report)
+    return PretrainedDetector(network, source.input_format)
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """``location``: the folder or the name on the hub; ``config``: transformers'."""
+
+    location: str
+    config: Any
+    input_format: InputFormat
+
+
+def _open_source(name: str) -> _Source:
+    transformers = _import_transformers(name)
+    expected_type, location = _find_location(name)
+    if expected_type:
+        _require_supported(transformers, name, expected_type)
+    try:
+        config = transformers.AutoConfig.from_pretrained(location)
+        _require_model_type(name, config.model_type, expected_type)
+        processor = transformers.AutoImageProcessor.from_pretrained(location)
     except (ConfigError, InputError):
         raise
     except LOADING_ERRORS as error:
-        raise InputError(_unavailable_message(name, source, error)) from error
-    _require_all_weights(name, config, report)
-    return PretrainedDetector(network, read_input_format(processor, name))
+        raise InputError(_unavailable_message(name, location, error)) from error
+    return _Source(location, config, read_input_format(processor, name))
 
 
 def with_classes(
@@ -241,7 +270,7 @@ def _import_transformers(name: str) -> Any:
     return transformers
 
 
-def _find_source(name: str) -> tuple[str, str]:
+def _find_location(name: str) -> tuple[str, str]:
     """Return the expected model type ("" for any), and the folder or the name on the
     hub. Raises InputError for a name that is neither.
     """
@@ -321,16 +350,16 @@ def _others(count: int) -> str:
     return f" (and {count - 1} more)" if count > 1 else ""
 
 
-def _unavailable_message(name: str, source: str, error: BaseException) -> str:
+def _unavailable_message(name: str, location: str, error: BaseException) -> str:
     reason = _first_line(error)
-    if os.path.isdir(source):
+    if os.path.isdir(location):
         return (
             f"{name} can't be loaded: {reason}. Expected config.json,"
             " model.safetensors and preprocessor_config.json, complete, as"
             " save_pretrained writes them"
         )
     return (
-        f"{name} ({source} on the hub) is not in the cache and can't be downloaded:"
+        f"{name} ({location} on the hub) is not in the cache and can't be downloaded:"
         f" {reason}. Without network give the folder of a copy as the student"
     )
 

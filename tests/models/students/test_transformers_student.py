@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coin_ray.config.students import TransformersName
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.students import transformers_weights
 from coin_ray.models.students.detection import make_pixels, resize_image
@@ -23,6 +24,7 @@ from coin_ray.models.students.transformers_weights import (
     DENOISING_CLASSES,
     check_transformers_student,
     describe_transformers_student,
+    empty_transformers_student,
     is_transformers_student,
     load_transformers_student,
     student_from_transformers_config,
@@ -355,6 +357,26 @@ def test_a_description_rebuilds_the_network(
     ):
         assert torch.equal(detections.boxes, other.boxes)
         assert torch.equal(detections.probs, other.probs)
+
+
+def test_an_empty_student_takes_trained_weights_without_the_pretrained_ones(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    student = load_transformers_student(str(folders["d_fine"]), CLASSES, seed=0)
+    folder = shutil.copytree(folders["d_fine"], tmp_path / "student")
+    (folder / "model.safetensors").unlink()
+    empty = empty_transformers_student(str(folder), CLASSES)
+    assert not torch.equal(
+        class_tensors(empty.network)["class_embed.0.weight"],
+        class_tensors(student.network)["class_embed.0.weight"],
+    )
+    empty.load_state_dict(student.state_dict())
+    for name, tensor in empty.state_dict().items():
+        assert torch.equal(tensor, student.state_dict()[name])
+
+
+def test_every_name_in_the_settings_has_a_network() -> None:
+    assert set(transformers_weights.PRETRAINED) == set(get_args(TransformersName))
 
 
 def test_loading_draws_nothing_from_the_global_generator(
