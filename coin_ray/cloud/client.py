@@ -91,8 +91,9 @@ class CloudClient:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         _check_one_rendering(config)
-        self._config = config
-        self._adapter = adapter or adapter_for(config)
+        self.config = self._config = config
+        self.journal = journal
+        self.adapter = self._adapter = adapter or adapter_for(config)
         self._capabilities = self._adapter.capabilities
         check_service_settings(config, classes, self._capabilities)
         label_map = label_map_for(config, classes)
@@ -146,6 +147,21 @@ class CloudClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
+    @property
+    def account(self) -> str:
+        """Return the name under which the journal adds up what this service costs."""
+        return self._account
+
+    @property
+    def connections(self) -> Connections:
+        """Return the connections to the service."""
+        return self._connections
+
+    @property
+    def replies(self) -> ReplyJournal:
+        """Return the service's replies in the journal."""
+        return self._replies
+
         await self._connections.aclose()
 
     @property
@@ -304,6 +320,7 @@ class CloudClient:
         if request is None:
             resumed = await self._poller.resume_task(call)
             if resumed is not None:
+        self._replies.check_not_in_batch(call)
                 return resumed
             request = await asyncio.to_thread(self._replies.encode_request, call)
         return await self._engine.send_until_answered(call, request)

@@ -6,6 +6,7 @@ All methods wait for a disk or an object store: an event loop calls them in a th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +14,7 @@ from dataclasses import replace
 from coin_ray.cloud.call import Call, TaskLost
 from coin_ray.cloud.http.connections import Reply
 from coin_ray.cloud.journal.base import AnswerRecord, Journal
-from coin_ray.cloud.journal.keys import TASK, answer_key, answer_key_from_digest
+from coin_ray.cloud.journal.keys import BATCH, TASK, answer_key, answer_key_from_digest
 from coin_ray.cloud.model_version import VersionWatch
 from coin_ray.cloud.protocol import (
     Adapter,
@@ -31,6 +32,7 @@ from coin_ray.errors import (
     ImageRejected,
     ProtocolError,
     Throttled,
+    Transient,
     UnusableBoxes,
 )
 
@@ -95,6 +97,8 @@ class ReplyJournal:
 
     def may_have_recorded(self, call: Call) -> bool:
         """Return whether ``find_recorded`` has to read the journal."""
+        if self._config.batch or self._journal.has(call.key + BATCH):
+            return True
         return self._journal.has(call.key) or self._journal.has(_task_key(call.key))
 
     def start_call(self, image: CanonicalImage, wait_for_breaker: bool = True) -> Call:
@@ -108,6 +112,29 @@ class ReplyJournal:
         query = self._query
         call.refused_fields = query.refused_fields
         return self._adapter.encode(call.image, query)
+
+    def is_in_batch(self, key: str) -> bool:
+        """Return whether an image is in a job of a batch endpoint that is not settled."""
+        record = self._journal.get(key + BATCH)
+        return record is not None and json.loads(record.body)["state"] == "submitted"
+
+    def check_not_in_batch(self, call: Call) -> None:
+        """Raise ``Transient`` for an image that may not be asked singly: it is in a job,
+        or the run asks by jobs alone.
+        """
+        record = self._journal.get(call.key + BATCH)
+        job = json.loads(record.body) if record is not None else {}
+        if job.get("state") == "submitted":
+            raise Transient(
+                f"the image is in the job {job['job']}, which has not ended: run the same"
+                " command again to wait for it"
+            )
+        if self._config.batch:
+            reason = job.get("reason", "it was in no job")
+            raise Transient(
+                f"no answer by cloud.batch: {reason}; the same command asks again,"
+                " without --cloud.batch singly"
+            )
 
     @property
     def refused_fields(self) -> frozenset[str]:

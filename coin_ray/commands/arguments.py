@@ -180,6 +180,12 @@ def check_config(config: PipelineConfig) -> None:
     check_clouds(config.clouds, config.classes)
     for cloud in config.clouds:
         questions_for(config, cloud)
+    by_batches = [cloud.service for cloud in config.services if cloud.batch]
+    if by_batches and config.more_clouds and config.ensemble.mode == "failover":
+        raise ConfigError(
+            f"cloud.batch of {by_batches[0]} and ensemble.mode failover exclude each"
+            " other: whether a service can be reached is known at once"
+        )
 
 
 def parse_cloud(text: str) -> Cloud:

@@ -124,6 +124,13 @@ class Cloud:
     gemini: the probabilities of the label's tokens, where the server names them.
     ``agreement``: the share of several renderings or clouds that have the box.
     """
+    batch: bool = runtime_only(False)
+    """openai-vlm, gemini, anthropic: ask by the service's batch endpoint, at half of
+    ``usd_per_call``; answers come within a day. The run waits for them; a run that was
+    stopped goes on waiting."""
+    batch_on_stop: Literal["keep", "cancel"] = runtime_only("keep")
+    """What becomes of jobs under way when the run is stopped with Ctrl-C: the next run
+    waits for them, or they are cancelled and answers so far are kept."""
     on_version_change: Literal["warn", "stop"] = runtime_only("warn")
     """What happens when a service's answers name another model or version than those
     before, also of earlier runs in this root."""
@@ -201,6 +208,11 @@ class Cloud:
         )
 
     def _check_prompts(self) -> None:
+        require(
+            not self.batch or self.service in LANGUAGE_MODELS,
+            f"cloud.batch is for {', '.join(LANGUAGE_MODELS)}; {self.service} has no"
+            " batch endpoint",
+        )
         takes_body = self.service in ("roboflow", "roboflow-sam3")
         require(
             self.secret_in == "header" or takes_body,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from coin_ray.cloud.client import CloudClient
     from coin_ray.cloud.journal.base import Journal
 
+BATCH_PRICE_SHARE = 0.5
+"""Price of a request by a batch endpoint, as a share of its price alone."""
 SECONDS_PER_DAY = 86_400
 MINUTES_PER_DAY = 1440
 SAMPLED_IMAGES = 32
@@ -82,7 +84,7 @@ def estimate_cost(
             images=image_count,
             answered=answered,
             calls=calls,
-            usd=calls * cloud.usd_per_call,
+            usd=calls * cloud.usd_per_call * (BATCH_PRICE_SHARE if cloud.batch else 1),
             minutes=seconds_needed(calls, rate, cloud.per_day, recent) / 60,
             rate=rate,
             at_most=has_negatives or (bool(estimates) and mode != "fuse"),

@@ -37,6 +37,7 @@ from coin_ray.stages.collecting.call_account import (
     RunAccount,
     describe_calls,
 )
+from coin_ray.stages.collecting.batches import answer_by_batches
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.collecting.failures import FailureReasons
 from coin_ray.stages.collecting.labeler_actor import LabelerActor, text_cache
@@ -144,6 +145,14 @@ def _collect(
         urls = starting.result()
         # in a thread: a notebook's own thread runs an event loop already
         pool.submit(_check_services, config, urls, context.root).result()
+        count = 1 if _is_cascade(config) and not second else len(config.clouds)
+        answer_by_batches(
+            config,
+            list(zip(config.clouds, urls, strict=True))[:count],
+            remaining["uri"].to_pylist(),
+            context.root,
+            _run_name(context),
+        )
         answers = _ask(context, remaining, urls, second)
         with Watchdog("collect", config.collect.stalled_after) as watchdog:
             _show_collected(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coin_ray.cloud.journal.base import CallAccount, JournalContents
-from coin_ray.cloud.journal.keys import TASK
+from coin_ray.cloud.journal.keys import BATCH, TASK
 
 MICRO_USD = 1_000_000
 """Millionths of a USD in one: sums are kept as whole numbers of them."""
@@ -124,7 +124,7 @@ class CallIds:
         """Return the id of the call that is answered or refunded; empty if this journal
         made none. A task that a service accepted is an answer to the call.
         """
-        return self._waiting.pop(key.removesuffix(TASK), "")
+        return self._waiting.pop(key.removesuffix(BATCH).removesuffix(TASK), "")
 
 
 @dataclass(frozen=True, slots=True)

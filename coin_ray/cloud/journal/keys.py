@@ -10,6 +10,8 @@ from coin_ray.storage import JsonObject
 
 TASK = ".task"
 """Suffix of the keys under which a task's id is kept until its answer has arrived."""
+BATCH = ".batch" + TASK
+"""Suffix of the keys under which an image's job of a batch endpoint is kept."""
 
 
 def answer_key(

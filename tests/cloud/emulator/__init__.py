@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from . import (
     anthropic,
     azure_vision,
+    batches,
     dds,
     gemini,
     google_vision,
@@ -37,6 +38,10 @@ PROVIDERS: Mapping[str, Provider] = {
     "anthropic": anthropic.answer,
     "gemini": gemini.answer,
     "reference": reference.answer,
+    "openai-batch": batches.openai(openai_vlm.serving("xyxy_1000")),
+    "openrouter-batch": batches.openrouter(openai_vlm.serving("xyxy_1000")),
+    "anthropic-batch": batches.anthropic(anthropic.answer),
+    "gemini-batch": batches.gemini(gemini.answer),
 }
 
 __all__ = ["PROVIDERS", "Emulator", "Fault", "Reply", "scene"]

@@ -1,0 +1,101 @@
+"""A collection's images answered by batches of an HTTP server that a run can be killed
+beside."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.config import ClassPrompt, Cloud, PipelineConfig
+from coin_ray.config.presets import folder
+from coin_ray.errors import BudgetExhausted
+from coin_ray.stages.collecting.batches import answer_by_batches
+from coin_ray.stages.collecting.cloud_actor import journal_uri
+from tests.cloud.emulator import PROVIDERS, Emulator, scene
+from tests.cloud.emulator.app import SCENE_CLASSES, TOKEN
+
+
+@pytest.fixture
+def emulator() -> Iterator[tuple[Emulator, str]]:
+    """Start the emulator on this machine; yield it and its address."""
+    emulator = Emulator(PROVIDERS)
+    server = uvicorn.Server(
+        uvicorn.Config(emulator._app, port=0, log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield emulator, f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def _config(url: str, **settings: Any) -> PipelineConfig:
+    cloud = Cloud(
+        service="openai-vlm",
+        url=f"{url}/openai-batch",
+        coordinates="xyxy_1000",
+        usd_per_call=0.02,
+        batch=True,
+        **settings,
+    )
+    prompt = ClassPrompt("vehicle", ("car", "bus"), negatives=("truck",))
+    return replace(
+        folder(), classes=("vehicle", "dog"), class_prompts=(prompt,), cloud=cloud
+    )
+
+
+def _images(directory: Path) -> list[str]:
+    names = [("car",), ("bus", "dog"), (), ("cat",)]
+    uris = []
+    for number, objects in enumerate(names):
+        boxes = [(10 + 70 * k, 10, 60 + 70 * k, 60) for k in range(len(objects))]
+        classes = [SCENE_CLASSES.index(name) for name in objects]
+        file = directory / f"{number}.jpg"
+        file.write_bytes(scene(classes, boxes, (200, 80 + number), "JPEG"))
+        uris.append(str(file))
+    return [*uris, str(directory / "missing.jpg")]
+
+
+def test_negatives_are_asked_for_where_something_was_found(
+    tmp_path: Path, emulator: tuple[Emulator, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    server, url = emulator
+    config = _config(url)
+    uris = _images(tmp_path)
+    root = str(tmp_path / "root")
+    server.state("openai-batch")["polls"] = 0
+    answer_by_batches(config, [(config.cloud, config.cloud.url)], uris, root, "run")
+    jobs = server.state("openai-batch")["jobs"].values()
+    assert [len(job["requests"]) for job in jobs] == [4, 2]
+    journal = open_journal(journal_uri(root))
+    assert journal.spent() == (6, pytest.approx(0.06))
+    assert journal.contents().answers == 6
+    assert journal.contents().tasks == 0
+    assert journal.account("run").answered == 6
+    journal.close()
+
+
+def test_a_budget_stops_the_run(
+    tmp_path: Path, emulator: tuple[Emulator, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    server, url = emulator
+    config = _config(url, max_calls=3)
+    server.state("openai-batch")["polls"] = 0
+    clouds = [(config.cloud, config.cloud.url)]
+    root = str(tmp_path / "root")
+    with pytest.raises(BudgetExhausted, match=r"cloud\.max_calls=3"):
+        answer_by_batches(config, clouds, _images(tmp_path), root, "run")
+    assert server.state("openai-batch")["billed"] == 3
