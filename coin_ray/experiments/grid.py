@@ -19,7 +19,11 @@ from coin_ray.config.optional_dependencies import check_installed
 from coin_ray.experiments.tracked import TrialRuns
 from coin_ray.runs.changed_images import reopen_if_changed
 from coin_ray.runs.graph import build_steps
-from coin_ray.runs.runner import run_missing_steps, select_steps
+from coin_ray.runs.runner import (
+    ask_failed_images,
+    run_missing_steps,
+    select_steps,
+)
 from coin_ray.runs.steps import Step, finished_manifests
 from coin_ray.runs.summary import PACKAGES, gap_closed
 
@@ -120,6 +124,7 @@ def run_grid(
     ROOT/NAME.json with the versions that made them.
     """
     _read_changed_images(trials, root)
+    _ask_failed_images(trials, root)
     waves = plan_waves(trials, root)
     job_count, finished_count = sum(len(wave) for wave in waves), 0
     trials_by_title = {trial.title: trial for trial in trials}
@@ -158,6 +163,17 @@ def _read_changed_images(trials: Sequence[Trial], root: str) -> None:
         if images.is_finished(root):
             reopen_if_changed([images], root)
             run_missing_steps([images], trial.config, root, progress=False)
+
+
+def _ask_failed_images(trials: Sequence[Trial], root: str) -> None:
+    """Ask again about images that finished collections failed in, each collection once."""
+    asked: set[str] = set()
+    for trial in trials:
+        steps = trial.steps
+        collect = steps["collect"].fingerprint
+        if collect not in asked and steps["images"].is_finished(root):
+            asked.add(collect)
+            ask_failed_images(steps, trial.config, root)
 
 
 def read_trial_result(trial: Trial, root: str) -> TrialResult:

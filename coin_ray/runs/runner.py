@@ -125,6 +125,23 @@ def _unfinished_steps(steps: Mapping[str, Step], root: str) -> set[str]:
     return {name for name, step in steps.items() if not step.is_finished(root)}
 
 
+def ask_failed_images(
+    steps: Mapping[str, Step], config: PipelineConfig, root: str
+) -> None:
+    """Ask again about the images that a finished collection among the steps failed in.
+    If one is answered now, the steps that read the collection are not finished any more.
+
+    Raises ConfigError before that if a package is missing that a step needs.
+    """
+    collect = steps.get("collect")
+    failed = count_failed_images(collect, config, root)
+    if collect is None or not failed:
+        return
+    check_installed(config, set(steps))
+    with _reopened(collect, root, failed):
+        run_missing_steps([collect], config, root, progress=False)
+
+
 @contextmanager
 def _reopened(collect: Step, root: str, failed: int) -> Iterator[None]:
     """Reopen a finished collection. If the block raises before the collection has ended

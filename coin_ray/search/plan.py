@@ -14,7 +14,11 @@ from coin_ray.evaluation.label_free import CONFIDENT_SCORE, confident_detections
 from coin_ray.experiments.variants import shorten_training
 from coin_ray.runs.changed_images import reopen_if_changed
 from coin_ray.runs.graph import build_steps
-from coin_ray.runs.runner import run_missing_steps, select_steps
+from coin_ray.runs.runner import (
+    ask_failed_images,
+    run_missing_steps,
+    select_steps,
+)
 from coin_ray.runs.steps import Step
 from coin_ray.search.requirements import has_validation_images
 from coin_ray.search.space import Settings, Space, apply_settings, build_space
@@ -139,12 +143,14 @@ class Search:
         return {name: step for name, step in steps.items() if name != "distill"}
 
     def run_shared_steps(self) -> None:
-        """Run the shared steps that are not finished.
+        """Run the shared steps that are not finished; ask again about failed images.
 
         Raise ConfigError if they or the trials need packages that are missing,
         InputError if their results leave nothing to judge trials by.
         """
         reopen_if_changed(self.shared_steps.values(), self.root)
+        if self.shared_steps["images"].is_finished(self.root):
+            ask_failed_images(self.shared_steps, self.config, self.root)
         missing_steps = [
             step
             for step in self.shared_steps.values()

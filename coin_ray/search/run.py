@@ -72,7 +72,7 @@ def print_search_plan(search: Search) -> None:
     """Print what a search would do, and what its shared steps would ask and pay,
     without doing it.
     """
-    print_plan(search.config, search.shared_steps, search.root, ask_failed=False)
+    print_plan(search.config, search.shared_steps, search.root)
     steps = search.trial_config({}).distill.fit.steps
     early_stops = ", fewer where ASHA stops them" if search.scheduler == "asha" else ""
     print(

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig, Tracking
 from coin_ray.config.presets import demo
 from coin_ray.errors import AuthError
+from coin_ray.experiments import grid
 from coin_ray.runs import runner
 from coin_ray.runs.failed_images import is_final
 from coin_ray.runs.steps import Context, Metrics, Step, remove_readers, run_step
@@ -143,6 +144,31 @@ def test_a_service_that_has_gone_leaves_the_finished_run_as_it_was(
     assert COLLECT.read_manifest(str(tmp_path)) == manifest
     assert run(ask_failed=False) == []
     assert not list(tmp_path.glob("steps/*/reopened.json"))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A trial of a study or a search."""
+
+    config: PipelineConfig = CONFIG
+    steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+
+
+def test_a_study_asks_failed_images_again_each_collection_once(
+    run: Run, service: Service, tmp_path: Path
+) -> None:
+    root = str(tmp_path)
+    grid._ask_failed_images([_Trial()], root)  # type: ignore[list-item]
+    assert service.made == [], "nothing is collected yet"
+    service.errors = {"a": OUTAGE, "b": REFUSAL}
+    run()
+    service.made, service.errors = [], {"b": REFUSAL}
+    grid._ask_failed_images([_Trial(), _Trial()], root)  # type: ignore[list-item]
+    assert service.made == ["collect"]
+    assert not EVALUATE.is_finished(root), "it was made without the new answer"
+    assert ORACLE.is_finished(root)
+    grid._ask_failed_images([_Trial()], root)  # type: ignore[list-item]
+    assert service.made == ["collect"]
 
 
 def test_a_killed_run_that_asks_again_still_finds_out_what_is_outdated(

@@ -86,6 +86,7 @@ def _merge_at_once(
             for row in cloud_rows
         ),
         boxes=sum(len(row["boxes"]) for row in cloud_rows),
+        answered_in_part=0,
         errors=sorted({row["error"] for row in cloud_rows if row["error"]})[:10],
         answered_by={name: teachers.count(name) for name in set(teachers)},
     )

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from coin_ray import storage, tables
-from coin_ray.runs.failed_images import failed_count
 from coin_ray.runs.steps import Manifest, read_manifest, read_reopened, reopen_step
 from coin_ray.stages.collecting.parts import BOX_COUNTS, CollectedParts
 
@@ -88,9 +87,10 @@ def _reopen_with_one_more_failure(folder: str) -> None:
         manifest = read_manifest(folder)
     if manifest is None:
         return
-    reopen_step(folder, _with_failures(manifest, failed_count(manifest) + 1))
+    reopen_step(folder, _with_one_more_failure(manifest))
 
 
-def _with_failures(manifest: Manifest, failed: int) -> Manifest:
-    calls = {**manifest.metrics.get("calls", {}), "failed": failed}
+def _with_one_more_failure(manifest: Manifest) -> Manifest:
+    calls = dict(manifest.metrics.get("calls", {}))
+    calls["failed"] = calls.get("failed", 0) + 1
     return replace(manifest, metrics={**manifest.metrics, "calls": calls})

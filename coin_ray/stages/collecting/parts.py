@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from coin_ray import storage, tables
 from coin_ray.cloud.protocol import BoxCounts
 from coin_ray.errors import StepError
-from coin_ray.runs.failed_images import is_final
+from coin_ray.runs.failed_images import has_error, is_final
 
 PART_SCHEMA = (
     tables.DETECTIONS.append(pa.field("clip_probs", tables.VECTORS))
@@ -45,6 +45,7 @@ MAX_ERRORS = 10
 class MergedCounts(NamedTuple):
     """Counts of a merged collection. ``calls`` and ``usd``: of the rows of all parts.
     ``cached`` and ``failed``: images. ``empty``: answers without boxes.
+    ``answered_in_part``: images that some of several clouds answered.
     ``answered_by``: images by cloud.
     """
 
@@ -54,6 +55,7 @@ class MergedCounts(NamedTuple):
     failed: int
     empty: int
     boxes: int
+    answered_in_part: int
     errors: list[str]
     answered_by: dict[str, int]
 
@@ -66,11 +68,8 @@ class CollectedParts:
     """
 
     def __init__(self, *folders: str) -> None:
-        self.files = [
-            file
-            for folder in folders
-            for file in storage.list_files(folder, ".parquet")
-        ]
+        files_by_folder = [storage.list_files(folder, ".parquet") for folder in folders]
+        self.files = [file for files in files_by_folder for file in files]
         part_indexes = storage.read_tables(self.files, INDEX_SCHEMA.names)
         part_sizes = [part.num_rows for part in part_indexes]
         self.box_counts = _read_box_counts(part_indexes)
@@ -82,6 +81,13 @@ class CollectedParts:
         ).combine_chunks()
         failed = pc.is_in(self.index["status"], value_set=tables.FAILED_STATUSES)
         self.failed: NDArray[np.bool_] = failed.to_numpy().astype(bool)
+        with_error = has_error(self.index["error"]).to_numpy().astype(bool)
+        self.partial: NDArray[np.bool_] = with_error & ~self.failed
+        """Rows that some of several clouds answered."""
+        folder_of_part = np.repeat(
+            np.arange(len(folders)), [len(files) for files in files_by_folder]
+        )
+        self.folder_of_row = np.repeat(folder_of_part, self.part_sizes)
 
     @property
     def answered_ids(self) -> pa.ChunkedArray:
@@ -98,6 +104,18 @@ class CollectedParts:
         ]
         return self.index["image_id"].take(pa.array(rows, pa.int64()))
 
+    def settled_ids(self, *, retry_refused: bool, every_cloud: bool) -> pa.ChunkedArray:
+        """Return the ids of the images that are not asked about again.
+
+        ``retry_refused``: those that were refused are; ``every_cloud``: those that only
+        some of several clouds answered are, unless the others refused them.
+        """
+        is_open = self.failed | self.partial if every_cloud else self.failed.copy()
+        if not retry_refused:
+            for row in np.flatnonzero(is_open):
+                is_open[row] = not is_final(self.index["error"][int(row)].as_py() or "")
+        return self.index["image_id"].filter(pa.array(~is_open))
+
     @property
     def image_ids(self) -> pa.Array:
         """Ids of all images, in the order of their first rows."""
@@ -105,15 +123,14 @@ class CollectedParts:
 
     def select_rows(self, image_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row of each image that counts: the first that is no failure, or
-        else the last. Raises StepError if an image has none.
+        else the last; in one folder rather one that all clouds answered. Raises
+        StepError if an image has none.
         """
         positions = pc.index_in(self.index["image_id"], value_set=image_ids)
         position_of_row = positions.fill_null(-1).to_numpy()
         rows = np.flatnonzero(position_of_row >= 0)
-        failed_rows = rows[self.failed[rows]]
-        answered_rows = rows[~self.failed[rows]]
         # of several rows of an image the last assignment stays
-        by_priority = np.concatenate([failed_rows, answered_rows[::-1]])
+        by_priority = np.concatenate([rows[self.failed[rows]], self._by_priority(rows)])
         selected = np.full(len(image_ids), -1)
         selected[position_of_row[by_priority]] = by_priority
         missing = int((selected < 0).sum())
@@ -124,6 +141,13 @@ class CollectedParts:
                 " same command again to ask about them"
             )
         return selected
+
+    def _by_priority(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of the rows that have an answer, the ones that count last."""
+        answered = rows[~self.failed[rows]][::-1]
+        order = np.lexsort((~self.partial[answered], -self.folder_of_row[answered]))
+        by_priority: NDArray[np.int64] = answered[order]
+        return by_priority
 
     def read_blocks(self, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
         """Yield these rows in this order, ``MERGE_BLOCK_ROWS`` at a time, with the columns of
@@ -199,6 +223,7 @@ def merge_parts(
         failed=counts["error"],
         empty=counts["without boxes"],
         boxes=counts["boxes"],
+        answered_in_part=counts["in part"],
         errors=sorted(errors),
         answered_by=dict(answered_by),
     )
@@ -221,10 +246,12 @@ def _count_rows(block: pa.Table) -> Counter[str]:
     """Count rows by status, their boxes, and the answers without boxes."""
     box_counts = pc.list_value_length(block["boxes"]).to_numpy()
     answered = pc.is_in(block["status"], value_set=ANSWERED).to_numpy()
+    with_error = has_error(block["error"]).to_numpy()
     without_boxes = answered & (box_counts == 0)
     box_totals = {
         "boxes": int(box_counts.sum()),
         "without boxes": int(without_boxes.sum()),
+        "in part": int((answered & with_error).sum()),
     }
     return _count_values(block["status"]) + Counter(box_totals)
 
