@@ -145,8 +145,6 @@ class CloudClient:
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
 
-    async def aclose(self) -> None:
-        """Close the connections."""
     @property
     def account(self) -> str:
         """Return the name under which the journal adds up what this service costs."""
@@ -162,6 +160,8 @@ class CloudClient:
         """Return the service's replies in the journal."""
         return self._replies
 
+    async def aclose(self) -> None:
+        """Close the connections."""
         await self._connections.aclose()
 
     @property
@@ -311,6 +311,7 @@ class CloudClient:
         recorded = self._replies.find_recorded(call)
         if recorded is not None or call.task is not None:
             return recorded
+        self._replies.check_not_in_batch(call)
         return self._replies.encode_request(call)
 
     async def _ask_service(
@@ -320,7 +321,6 @@ class CloudClient:
         if request is None:
             resumed = await self._poller.resume_task(call)
             if resumed is not None:
-        self._replies.check_not_in_batch(call)
                 return resumed
             request = await asyncio.to_thread(self._replies.encode_request, call)
         return await self._engine.send_until_answered(call, request)
