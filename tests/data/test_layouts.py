@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -368,6 +367,16 @@ def test_voc_files_tell_whether_they_count_from_0(
     assert _boxes(read_dataset(f"{folder}#val")) == {"0.jpg": [expected[0]]}
 
 
+def test_the_label_map_of_datumaro_tells_that_voc_counts_from_0(tmp_path: Path) -> None:
+    files = {"JPEGImages/a.jpg": None, "Annotations/a.xml": _voc((10, 9, 30, 21))}
+    label_map = "# label:color_rgb:parts:actions\ncat:::\n"
+    folder = _write(tmp_path, files | {"labelmap.txt": label_map})
+    dataset = read_dataset(folder)
+    assert _boxes(dataset) == {"a.jpg": [EDGES]}
+    assert "labelmap.txt is Datumaro's" in describe_dataset(dataset)
+    assert dataset.unread_files == ()
+
+
 def test_a_voc_file_that_names_another_image_is_told(tmp_path: Path) -> None:
     files: dict[str, Any] = {"JPEGImages/a.jpg": None, "JPEGImages/b.jpg": None}
     files["Annotations/a.xml"] = _voc(maker="<filename>b.jpg</filename>")
@@ -627,51 +636,3 @@ def test_a_changed_set_is_an_error_or_has_the_same_truth(
         for image, boxes in changed.items():
             known = {**truths["train"], **truths["val"], **truth}
             assert boxes == known[image]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("files", [3, 40])
-def test_pycocotools_reads_the_same_boxes(tmp_path: Path, files: int) -> None:
-    coco_module = pytest.importorskip("pycocotools.coco")
-    names = [f"{number}.jpg" for number in range(files)]
-    write_dataset(_records(tmp_path / "a", *names), str(tmp_path / "to"), "coco", "val")
-    path = tmp_path / "to" / "annotations" / "instances_val.json"
-    coco = coco_module.COCO(str(path))
-    for record in read_dataset(f"{tmp_path / 'to'}#val").records:
-        [image] = [i for i in coco.imgs.values() if i["file_name"] == record.file]
-        rows = coco.loadAnns(coco.getAnnIds(image["id"]))
-        edges = [[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in rows)]
-        np.testing.assert_allclose(record.boxes, edges)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["coco", "voc", "yolo"])
-def test_what_supervision_writes_is_read_box_for_box(
-    tmp_path: Path, format: str
-) -> None:
-    supervision = pytest.importorskip("supervision")
-    draw = np.random.default_rng(0)
-    images, detections = {}, {}
-    for number in range(4):
-        name = f"{number}.jpg"
-        corners = draw.integers(1, 20, (3, 2))
-        boxes = np.concatenate([corners, corners + draw.integers(1, 9, (3, 2))], 1)
-        images[name] = np.full((30, 40, 3), 40 * number, np.uint8)
-        detections[name] = supervision.Detections(
-            xyxy=boxes.astype(np.float32), class_id=np.array([0, 1, 0])
-        )
-    dataset = supervision.DetectionDataset(["cat", "dog"], images, detections)
-    image_folder, folder = str(tmp_path / "images"), str(tmp_path)
-    if format == "coco":
-        path = f"{folder}/annotations.json"
-        dataset.as_coco(images_directory_path=image_folder, annotations_path=path)
-    elif format == "voc":
-        dataset.as_pascal_voc(image_folder, f"{folder}/annotations")
-    else:
-        dataset.as_yolo(image_folder, f"{folder}/labels", f"{folder}/data.yaml")
-    records = read_dataset(folder).records
-    assert len(records) == 4
-    for record in records:
-        expected = detections[Path(record.uri).name].xyxy
-        np.testing.assert_allclose(record.boxes, expected, atol=1e-3)
-        assert record.labels == ("cat", "dog", "cat")

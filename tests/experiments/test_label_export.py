@@ -37,6 +37,7 @@ from coin_ray.runs.graph import build_steps
 from coin_ray.structures import Detections
 from coin_ray.tables import Provenance, detections_row
 from tests.builders import Row, detections
+from tests.peers import read_as
 
 CLASSES = ("cat", "dog")
 IMAGES = 40
@@ -333,48 +334,69 @@ def test_the_command_exports(
 
 
 @pytest.mark.slow
-def test_pycocotools_reads_the_same_boxes(root: str, tmp_path: Path) -> None:
-    coco = pytest.importorskip("pycocotools.coco")
-    counts = _export(root, tmp_path / "out")
-    annotations = []
-    for split in ("train", "val"):
-        path = tmp_path / "out" / "annotations" / f"instances_{split}.json"
-        labels = coco.COCO(str(path))
-        annotations += labels.loadAnns(labels.getAnnIds(iscrowd=False))
-    x1, y1, x2, y2 = LEFT
-    assert len(annotations) == counts.classes.total()
-    assert all(a["bbox"] == [x1, y1, x2 - x1, y2 - y1] for a in annotations)
+@pytest.mark.parametrize(
+    ("library", "format"),
+    [
+        ("pycocotools", "coco"),
+        *(("supervision", format) for format in FORMATS),
+        *(("datumaro", format) for format in FORMATS),
+    ],
+)
+def test_other_libraries_read_the_same_boxes(
+    root: str, tmp_path: Path, library: str, format: str
+) -> None:
+    counts = _export(root, tmp_path / "out", format=format, copy_images=True)
+    boxes_by_image = read_as(library, format, tmp_path / "out", "train", "val")
+    assert len(boxes_by_image) == counts.images.total()
+    boxes = [box for boxes in boxes_by_image.values() for box in boxes]
+    edges = np.array([box[:4] for box in boxes])
+    if (library, format) == ("datumaro", "voc"):
+        edges[:, :2] -= 1  # it takes VOC's pixels, which count from 1, as they stand
+    if (library, format) == ("supervision", "coco"):
+        # crowds of COCO are boxes to supervision
+        is_object = np.array([box[4] == "cat" for box in boxes])
+        boxes, edges = [box for box in boxes if box[4] == "cat"], edges[is_object]
+    assert {box[4] for box in boxes} == {"cat"}
+    assert len(boxes) == counts.classes.total()
+    np.testing.assert_allclose(edges, [LEFT] * len(boxes), atol=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
-def test_supervision_reads_the_same_boxes(
-    root: str, tmp_path: Path, format: str
+def test_a_detector_of_torchvision_trains_on_the_export(
+    root: str, tmp_path: Path
 ) -> None:
-    supervision = pytest.importorskip("supervision")
-    counts = _export(root, tmp_path / "out", format=format)
-    out = f"{tmp_path}/out"
-    boxes = []
-    if format == "voc":
-        datasets = [
-            supervision.DetectionDataset.from_pascal_voc(
-                f"{out}/JPEGImages", f"{out}/Annotations"
-            )
-        ]
-    else:
-        read = {
-            "coco": lambda split: supervision.DetectionDataset.from_coco(
-                f"{out}/images/{split}", f"{out}/annotations/instances_{split}.json"
-            ),
-            "yolo": lambda split: supervision.DetectionDataset.from_yolo(
-                f"{out}/images/{split}", f"{out}/labels/{split}", f"{out}/data.yaml"
-            ),
-        }[format]
-        datasets = [read(split) for split in ("train", "val")]
-    for dataset in datasets:
-        for detected in dataset.annotations.values():
-            # crowds of COCO are boxes to supervision
-            rows = detected.class_id == 0
-            boxes += np.asarray(detected.xyxy)[rows].tolist()
-    assert len(boxes) == counts.classes.total()
-    np.testing.assert_allclose(boxes, [LEFT] * len(boxes), atol=0.01)
+    """Read by torchvision's own ``CocoDetection``."""
+    pytest.importorskip("pycocotools")
+    import torch
+    from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+    from torchvision.transforms.v2 import functional
+
+    _export(root, tmp_path / "out")
+    folder, labels = tmp_path / "out" / "images/train", tmp_path / "out" / "annotations"
+    dataset = wrap_dataset_for_transforms_v2(
+        CocoDetection(str(folder), str(labels / "instances_train.json")),
+        target_keys=("boxes", "labels"),
+    )
+    samples = [dataset[number] for number in range(8)]
+    targets = [target for _, target in samples if "boxes" in target]
+    images = [
+        functional.to_dtype(functional.pil_to_tensor(image), scale=True)
+        for image, target in samples
+        if "boxes" in target
+    ]
+    assert all(LEFT in map(tuple, target["boxes"].tolist()) for target in targets)
+    torch.manual_seed(0)
+    model = ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=len(CLASSES) + 1
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for _ in range(6):
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]

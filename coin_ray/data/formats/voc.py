@@ -54,6 +54,8 @@ OWN_SOURCE = "coin_ray"
 """The ``<source><annotation>`` of written files, which count from 1."""
 FROM_ZERO = (b"<name>Label Studio</name>",)
 """Texts of makers that count from 0."""
+LABEL_MAP, LABEL_MAP_HEAD = "labelmap.txt", b"# label:color_rgb"
+"""The file beside the labels that Datumaro and CVAT write, which count from 0."""
 FROM_ONE = (f"<annotation>{OWN_SOURCE}</annotation>".encode(),)
 ZERO_MINIMUM = re.compile(rb"<[xy]min>\s*0*(?:0|\.0|0?\.\d+)\d*\s*</")
 """Possibly a minimum of 0 <= x < 1; parts of an object have minima too."""
@@ -198,8 +200,11 @@ def _find_counting(
     folder: DatasetFolder, labels: Sequence[str]
 ) -> tuple[bool, tuple[str, ...]]:
     """Tell whether the files that name no known maker count pixels from 0: a minimum
-    of 0 in any of them, of any split.
+    of 0 in any of them, of any split, or the label map of Datumaro and CVAT.
     """
+    maps = folder.list_paths("", LABEL_MAP)
+    if any(read_head(folder.uris[path]).startswith(LABEL_MAP_HEAD) for path in maps):
+        return True, (f"VOC pixels are counted from 0: {maps[0]} is Datumaro's",)
 
     def has_zero_minimum(path: str) -> bool:
         uri = folder.uris[path]
