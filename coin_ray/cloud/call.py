@@ -18,6 +18,10 @@ class TaskLost(Transient):
     """
 
 
+class AnsweredElsewhere(Exception):
+    """Another process has called about the same image: look into the journal again."""
+
+
 @dataclass(slots=True)
 class Call:
     """One image under way, and what it has cost so far."""

@@ -5,9 +5,11 @@ for, and the errors of a service that can't be called.
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import UTC, datetime
 
-from coin_ray.cloud.call import Call
+from coin_ray import errors
+from coin_ray.cloud.call import AnsweredElsewhere, Call
 from coin_ray.cloud.governor import AsyncGovernor, Grant
 from coin_ray.cloud.http.connections import Connections, NotConnected
 from coin_ray.cloud.timing import BACKOFF_BASE, Timing
@@ -49,8 +51,10 @@ class CallAdmission:
         """
         while True:
             grant = await self.governor.reserve(
-                self._config.usd_per_call, failure is not None
+                self._config.usd_per_call, failure is not None, call.key
             )
+            if grant.answered_elsewhere:
+                raise AnsweredElsewhere
             # the service may have refused another image while this one waited
             if self.quota_message:
                 await self._return_lease(grant)
@@ -78,6 +82,9 @@ class CallAdmission:
                 f"{grant.reason}; raise the limit and run again, answers that could be"
                 f" read are kept{last}"
             )
+        if grant.refusal == "stopped":
+            stop_error = json.loads(grant.reason)
+            raise getattr(errors, stop_error["type"])(stop_error["message"])
         if grant.refusal == "unreachable":
             raise self.unreachable(grant.reason)
         if grant.refusal == "retries" and failure is not None:

@@ -21,7 +21,7 @@ import httpx
 from coin_ray.cloud.accounts import account_name, answer_endpoint
 from coin_ray.cloud.answer import Answer, AnswerStatus
 from coin_ray.cloud.box_extent import BoxExtent
-from coin_ray.cloud.call import Call
+from coin_ray.cloud.call import AnsweredElsewhere, Call
 from coin_ray.cloud.call_admission import CallAdmission
 from coin_ray.cloud.governor import AsyncGovernor
 from coin_ray.cloud.http.connections import (
@@ -32,6 +32,7 @@ from coin_ray.cloud.http.connections import (
 )
 from coin_ray.cloud.http.signing import signer_for
 from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.journal.refresh import JournalRefresh
 from coin_ray.cloud.label_map import Prior
 from coin_ray.cloud.protocol import Adapter, PreparedRequest, Query, RawDetections
 from coin_ray.cloud.responses import ReplyJournal
@@ -110,6 +111,7 @@ class CloudClient:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._timing = Timing(sleep, clock, uniform, wall_clock)
         self._extent = BoxExtent()
+        self._refresh = JournalRefresh(journal)
 
         self._signer = signer_for(
             self._capabilities.auth, token_variable(config), config.region, wall_clock
@@ -265,18 +267,11 @@ class CloudClient:
     async def _answer_call(self, call: Call) -> Answer:
         status: AnswerStatus
         try:
-            recorded: RawDetections | PreparedRequest | None
-            if self._replies.is_quick(call.image) and not (
-                self._replies.may_have_recorded(call)
-            ):
-                recorded = self._replies.encode_request(call)
-            else:
-                recorded = await asyncio.to_thread(self._find_recorded_or_encode, call)
-            if isinstance(recorded, RawDetections):
-                self._check_extent(recorded, call)
-                return _recorded_answer(call, recorded)
-            detections = await self._ask_service(call, recorded)
-            self._check_extent(detections, call)
+            while True:
+                try:
+                    return await self._recall_or_ask(call)
+                except AnsweredElsewhere:
+                    await self._refresh.run()
         except (BudgetExhausted, QuotaExhausted) as error:
             if not self._skip_over_budget:
                 raise
@@ -292,7 +287,21 @@ class CloudClient:
             status = "unreachable" if is_skipped else "error"
             answer = Answer(status, None, error=_describe_error(error))
             return self._add_costs(call, answer)
-        status = "ok" if len(detections) else "empty"
+
+    async def _recall_or_ask(self, call: Call) -> Answer:
+        """Return the answer in the journal, or else the service's."""
+        recorded: RawDetections | PreparedRequest | None
+        must_read = self._replies.may_have_recorded(call)
+        if self._replies.is_quick(call.image) and not must_read:
+            recorded = self._find_recorded_or_encode(call)
+        else:
+            recorded = await asyncio.to_thread(self._find_recorded_or_encode, call)
+        if isinstance(recorded, RawDetections):
+            self._check_extent(recorded, call)
+            return _recorded_answer(call, recorded)
+        detections = await self._ask_service(call, recorded)
+        self._check_extent(detections, call)
+        status: AnswerStatus = "ok" if len(detections) else "empty"
         return self._add_costs(call, Answer(status, detections))
 
     def _check_extent(self, detections: RawDetections, call: Call) -> None:

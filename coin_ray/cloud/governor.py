@@ -3,7 +3,8 @@ retries, budget and circuit breaker.
 
 ``Governor`` is a plain class without threads or sleeping: it returns how long to wait,
 its callers wait. One instance serves a whole run; ``LocalGovernor`` gives it an
-asynchronous interface inside one process.
+asynchronous interface inside one process, ``coin_ray.cloud.shared_governor`` one for
+several processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from coin_ray.errors import CloudError
 
 LEASE_POLL = 0.05
 """Seconds after which a caller that got no lease asks again."""
@@ -30,8 +33,11 @@ MINUTE, DAY = 60.0, 86_400.0
 RETRY_SHARE = 0.1
 """Retries that each first call earns for all."""
 
-Outcome = Literal["answered", "throttled", "failed", "unsent"]
-Refusal = Literal["budget", "unreachable", "retries"]
+Outcome = Literal["answered", "throttled", "failed", "unsent", "lost"]
+"""``lost``: the process that called has ended, and nothing is known of the call."""
+Refusal = Literal["budget", "unreachable", "retries", "stopped"]
+"""``stopped``: another worker's call had an error that stops the run; it is the reason,
+as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,8 @@ class Grant:
     """The caller has to wait because the breaker is open."""
     full: bool = False
     """The caller has to wait because too many calls are under way."""
+    answered_elsewhere: bool = False
+    """Another worker has called about the same image: the journal may have the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +93,24 @@ class GovernorStats:
 
 
 class AsyncGovernor(Protocol):
-    """The interface of a governor for clients, in this process or another."""
+    """The interface of a governor for clients, in this process or another.
 
-    async def reserve(self, usd: float, retry: bool = False) -> Grant: ...
+    ``key``: of the answer in the journal; ``error``: of a call, if it had one.
+    """
+
+    async def reserve(
+        self, usd: float, retry: bool = False, key: str = ""
+    ) -> Grant: ...
 
     async def arrived(self, lease: int) -> None: ...
 
-    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None: ...
+    async def settle(
+        self,
+        lease: int,
+        outcome: Outcome,
+        billed: bool,
+        error: CloudError | None = None,
+    ) -> None: ...
 
     async def pause(self, seconds: float) -> None: ...
 
@@ -131,6 +150,7 @@ class Governor:
             "throttled": 0,
             "failed": 0,
             "unsent": 0,
+            "lost": 0,
         }
         self._breaker = CircuitBreaker(clock)
         self._minute = CallWindow.with_rate(limits.per_minute, MINUTE)
@@ -356,7 +376,7 @@ class CircuitBreaker:
         if self.state != "closed":
             self._record_probe(lease, outcome)
             return
-        if outcome != "unsent":
+        if outcome not in ("unsent", "lost"):
             self._failures.append(outcome == "failed")
         count = len(self._failures)
         if count >= WINDOW_MIN and sum(self._failures) >= FAILURE_SHARE * count:
@@ -372,7 +392,7 @@ class CircuitBreaker:
             self._open()
             return
         self._probe = None
-        if outcome == "unsent":
+        if outcome in ("unsent", "lost"):
             self.state = "open"
         else:
             self.state = "closed"
@@ -395,7 +415,7 @@ class LocalGovernor:
         self.governor = governor
         self._waiters: deque[asyncio.Future[None]] = deque()
 
-    async def reserve(self, usd: float, retry: bool = False) -> Grant:
+    async def reserve(self, usd: float, retry: bool = False, key: str = "") -> Grant:
         while (grant := self.governor.reserve(usd, retry)).full:
             await self._wait_for_slot()
         if grant.lease is None:  # it takes no slot, which the next waiter can have
@@ -424,7 +444,13 @@ class LocalGovernor:
         self.governor.arrived(lease)
         self._wake_waiters()
 
-    async def settle(self, lease: int, outcome: Outcome, billed: bool) -> None:
+    async def settle(
+        self,
+        lease: int,
+        outcome: Outcome,
+        billed: bool,
+        error: CloudError | None = None,
+    ) -> None:
         self.governor.settle(lease, outcome, billed)
         self._wake_waiters()
 

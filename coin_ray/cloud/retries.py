@@ -155,6 +155,7 @@ class RetryEngine:
         outcome: Outcome = "failed"
         billed = True
         reply: RawDetections | Pending | None = None
+        failure: CloudError | None = None
         call.attempts += 1
         call.calls += 1
         try:
@@ -169,6 +170,7 @@ class RetryEngine:
             outcome = "answered"
             return detections
         except CloudError as error:
+            failure = None if isinstance(error, FieldRefused) else error
             billed = error.may_have_billed or reply is not None
             outcome = _call_outcome(error)
             if outcome == "answered" and not error.stops_run:
@@ -181,7 +183,7 @@ class RetryEngine:
             if not billed:
                 call.calls -= 1
                 await self._note_refund(call)
-            await self._admission.governor.settle(lease, outcome, billed)
+            await self._admission.governor.settle(lease, outcome, billed, failure)
 
     async def _exchange(
         self, call: Call, request: PreparedRequest, lease: int

@@ -23,6 +23,9 @@ class Collect:
     """Cloud boxes of one class with a higher IoU are merged, weighted by score."""
     batch: int = runtime_only(32)
     """Images per block of the stream."""
+    actors: int | Literal["auto"] = runtime_only("auto")
+    """Processes that ask the clouds; all share the limits of ``cloud``. auto: one, unless
+    the limits and the CPUs keep more of them busy."""
     labeler_gpus: float = runtime_only(0.0)
     """GPUs per labeler; a fraction lets several share one."""
     batch_seconds: float = runtime_only(3600.0)
@@ -42,6 +45,10 @@ class Collect:
             f"collect.crop_context must be at least 1; got {self.crop_context}",
         )
         require(self.batch > 0, f"collect.batch must be positive; got {self.batch}")
+        require(
+            self.actors == "auto" or self.actors > 0,
+            f"collect.actors must be positive, or auto; got {self.actors}",
+        )
 
 
 @dataclass(frozen=True)

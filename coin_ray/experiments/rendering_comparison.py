@@ -34,7 +34,8 @@ from coin_ray.runs.lease import hold_root
 from coin_ray.runs.runner import open_tracker, run_missing_steps
 from coin_ray.runs.steps import with_found_range
 from coin_ray.serving.launch import start_services
-from coin_ray.stages.collecting.cloud_actor import governors_for, journal_uri
+from coin_ray.stages.collecting.cloud_actor import journal_uri
+from coin_ray.stages.collecting.governors import governors_for
 from coin_ray.stages.common.image_tables import read_image_rows
 from coin_ray.stages.common.progress import ProgressBar, show_progress
 

@@ -37,9 +37,9 @@ from coin_ray.stages.collecting.call_account import (
     RunAccount,
     describe_calls,
 )
-from coin_ray.stages.collecting.batches import answer_by_batches
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.collecting.failures import FailureReasons
+from coin_ray.stages.collecting.governor_actor import count_cloud_actors, start_governor
 from coin_ray.stages.collecting.labeler_actor import LabelerActor, text_cache
 from coin_ray.stages.collecting.labelers import create_labeler, describe_labeler
 from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
@@ -56,7 +56,8 @@ from coin_ray.stages.common.watchdog import Watchdog
 EARLIER_WORKERS_SECONDS = 30.0
 POLL_SECONDS = 0.2
 BATCHES_IN_FLIGHT = 8
-"""Batches that the cloud actor works on at once."""
+"""Batches that a cloud actor works on at once. Ray Data starts further actors only if
+twice as many wait for each."""
 
 
 def run(context: Context[PipelineConfig]) -> Metrics:
@@ -145,14 +146,6 @@ def _collect(
         urls = starting.result()
         # in a thread: a notebook's own thread runs an event loop already
         pool.submit(_check_services, config, urls, context.root).result()
-        count = 1 if _is_cascade(config) and not second else len(config.clouds)
-        answer_by_batches(
-            config,
-            list(zip(config.clouds, urls, strict=True))[:count],
-            remaining["uri"].to_pylist(),
-            context.root,
-            _run_name(context),
-        )
         answers = _ask(context, remaining, urls, second)
         with Watchdog("collect", config.collect.stalled_after) as watchdog:
             _show_collected(
@@ -204,6 +197,9 @@ def _ask(
     """Return the stream of answers about the images, as tables of ``ANSWER_SCHEMA``."""
     config = context.config
     num_batches = -(-images.num_rows // config.collect.batch)
+    journal = journal_uri(context.root)
+    actors = min(count_cloud_actors(config, cluster_cpus()), num_batches)
+    governor = start_governor(config, urls, journal) if actors > 1 else None
     return ray.data.from_arrow(
         images.select(["image_id", "uri"]), override_num_blocks=num_batches
     ).map_batches(
@@ -211,16 +207,19 @@ def _ask(
         fn_constructor_args=(
             config,
             urls,
-            journal_uri(context.root),
+            journal,
             second,
             _run_name(context),
+            governor,
         ),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
         compute=ray.data.ActorPoolStrategy(
-            size=1,
-            max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
+            min_size=1,
+            max_size=actors,
+            initial_size=actors,
+            max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT * (1 if actors == 1 else 2),
             max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
         ),
     )

@@ -30,7 +30,7 @@ from coin_ray.demo.scenes import Artwork, Scene, compose
 from coin_ray.evaluation.fusion_baselines import expand_to_all_classes
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.serving.launch import start_services
-from coin_ray.stages.collecting.cloud_actor import governors_for
+from coin_ray.stages.collecting.governors import governors_for
 from coin_ray.stages.images import SPLIT_SEEDS
 from coin_ray.structures import Detections
 from coin_ray.tables import Truth

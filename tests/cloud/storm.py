@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from PIL import Image
 from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.journal.record_format import EncodedRecord
 from coin_ray.cloud.journal.segments import SegmentJournal
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
@@ -49,12 +50,10 @@ class ObservedJournal(SegmentJournal):
         self.pipe = pipe
         super().__init__(folder)
 
-    def _append(
-        self, head: dict[str, Any], body: bytes = b"", *, durable: bool = False
-    ) -> None:
-        os.write(self.pipe, b"<")
-        super()._append(head, body, durable=durable)
-        os.write(self.pipe, b">")
+    def _append_all(self, records: Sequence[EncodedRecord], *, durable: bool) -> None:
+        os.write(self.pipe, b"<" * len(records))
+        super()._append_all(records, durable=durable)
+        os.write(self.pipe, b">" * len(records))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import BudgetExhausted, ConfigError
 from coin_ray.runs.estimate import estimate_cost
 from coin_ray.runs.graph import build_steps
-from coin_ray.stages.collecting.cloud_actor import governors_for
+from coin_ray.stages.collecting.governors import governors_for
 
 from .conftest import CLASSES, detection_json, response_json
 

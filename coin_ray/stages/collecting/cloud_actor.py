@@ -6,26 +6,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
 
 from coin_ray import errors, storage
-from coin_ray.cloud.accounts import account_name, governor_limits
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.detections import AnswerConverter, detection_columns
 from coin_ray.cloud.ensemble import EnsembleClient, create_client, render_for_clouds
-from coin_ray.cloud.governor import DAY, Governor, LocalGovernor
-from coin_ray.cloud.journal.base import Journal
+from coin_ray.cloud.governor import AsyncGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import RawDetections
-from coin_ray.cloud.services import adapter_for
-from coin_ray.config import Cloud, PipelineConfig, with_plain_rendering
+from coin_ray.cloud.shared_governor import error_as_json
+from coin_ray.config import PipelineConfig
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import CloudError, InputError
+from coin_ray.stages.collecting.governor_actor import (
+    RunState,
+    Tally,
+    remote_governors,
+)
+from coin_ray.stages.collecting.governors import governors_for
 from coin_ray.stages.collecting.parts import PART_SCHEMA
 
 STOPPED = "stopped"
@@ -72,8 +79,9 @@ class CloudActor:
     """Asks the cloud (or the clouds) about each image of a block, all at once as far as
     the governors allow. Needs no CPU of its own.
 
-    A run has one such actor, so that its governors see every call. ``second``: ask for
-    the second opinion of a cascade; ``run``: name under which the journal records calls.
+    ``second``: ask for the second opinion of a cascade; ``run``: name under which the
+    journal records calls; ``governor``: a ``GovernorActor`` that sees the calls of all
+    cloud actors. A single actor has governors of its own.
     """
 
     def __init__(
@@ -83,12 +91,21 @@ class CloudActor:
         journal: str,
         second: bool = False,
         run: str = "",
+        governor: ActorHandle | None = None,
     ) -> None:
         self.config = config
         storage.set_patience(config.storage.patience)
         self.converter = AnswerConverter(config)
         answers = open_journal(journal, run)
-        governors = governors_for(config, urls, answers)
+        self.worker = uuid.uuid4().hex
+        self.governor = governor
+        governors: Sequence[AsyncGovernor]
+        if governor is None:
+            governors = governors_for(config, urls, answers)
+        else:
+            actor_id = ray.get_runtime_context().get_actor_id()
+            ray.get(governor.register.remote(actor_id, self.worker))
+            governors = remote_governors(governor, len(config.clouds), self.worker)
         self.client = create_client(config, urls, answers, governors)
         if second and isinstance(self.client, EnsembleClient):
             self.ask: Ask = self.client.second_opinion
@@ -101,6 +118,8 @@ class CloudActor:
         """The error that ends the run, as JSON."""
         self.answer_count = 0
         self.failure_count = 0
+        self.others = Tally()
+        """Images of the other cloud actors, as far as this one has heard."""
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Return ``ANSWER_SCHEMA`` of the images (``image_id``, ``uri``)."""
@@ -112,7 +131,20 @@ class CloudActor:
         images = await asyncio.gather(
             *(self._ask_about(row["image_id"], row["uri"]) for row in rows)
         )
+        await self._update_run_state()
         return await asyncio.to_thread(answer_table, images, self.converter)
+
+    async def _update_run_state(self) -> None:
+        """Tell the other actors how far this one has got, and hear of them."""
+        if self.governor is None:
+            return
+        tally = Tally(self.answer_count, self.failure_count)
+        with suppress(ray.exceptions.RayActorError):  # the next call says so
+            state: RunState = await self.governor.update.remote(
+                self.worker, tally, self.stop_error
+            )
+            self.others = state.others
+            self.stop_error = self.stop_error or state.stop_error
 
     async def _ask_about(self, image_id: str, uri: str) -> AnsweredImage:
         file = b""
@@ -130,9 +162,12 @@ class CloudActor:
             return self._stop(image_id, error)
         self.answer_count += 1
         self.failure_count += answer.status == "error"
-        if self._too_many_failures():
+        answers = self.answer_count + self.others.answers
+        failures = self.failure_count + self.others.failures
+        allowed = self.config.cloud.max_error_share * answers
+        if answers >= ERROR_CHECK_FROM and failures > allowed:
             message = (
-                f"{self.failure_count} of {self.answer_count} images failed, more than"
+                f"{failures} of {answers} images failed, more than"
                 f" cloud.max_error_share; the last: {answer.error}"
             )
             return self._stop(image_id, errors.CloudError(message))
@@ -148,16 +183,10 @@ class CloudActor:
         )
         return (b"" if self.config.collect.labeler == "none" else file), renderings
 
-    def _too_many_failures(self) -> bool:
-        allowed = self.config.cloud.max_error_share * self.answer_count
-        return self.answer_count >= ERROR_CHECK_FROM and self.failure_count > allowed
-
     def _stop(self, image_id: str, error: CloudError) -> AnsweredImage:
         """End the run with this error, unless another one ends it."""
         if self.stop_error is None:
-            self.stop_error = json.dumps(
-                {"type": type(error).__name__, "message": str(error)}
-            )
+            self.stop_error = error_as_json(error)
         return _stopped_image(image_id, self.stop_error)
 
 
@@ -206,27 +235,3 @@ def _box_counts_json(raw: RawDetections | None) -> str | None:
 
 def _source(clouds: Sequence[str]) -> str:
     return f"cloud: {', '.join(clouds)}" if clouds else "cloud"
-
-
-def governors_for(
-    config: PipelineConfig, urls: Sequence[str], journal: Journal
-) -> list[LocalGovernor]:
-    """Return a governor for each cloud, with what it has cost and how often it was asked
-    today; the renderings of one cloud share it.
-
-    A single cloud's budget is the journal's.
-    """
-    now = time.time()
-    servers = [with_plain_rendering(cloud) for cloud in config.clouds]
-    url_by_server: dict[Cloud, str] = dict(zip(servers, urls, strict=True))
-    governors: dict[Cloud, LocalGovernor] = {}
-    for cloud, url in url_by_server.items():
-        account = account_name(cloud, url, adapter_for(cloud))
-        spent = journal.spent(account if config.more_clouds else None)
-        ages: list[float] = []
-        if cloud.per_day is not None:
-            starts = journal.call_starts(account, now - DAY)
-            ages = [now - start for start in starts]
-        governor = Governor(governor_limits(cloud), spent, ages=ages)
-        governors[cloud] = LocalGovernor(governor)
-    return [governors[cloud] for cloud in servers]
