@@ -1,5 +1,5 @@
-"""transformers' detectors: Grounding DINO and OWLv2 for any classes, RT-DETR and D-FINE
-for the classes they were trained on.
+"""transformers' detectors: Grounding DINO, LLMDet, OWLv2, OmDet-Turbo and SAM 3 for any
+classes; RT-DETR, D-FINE, DEIMv2, LW-DETR and RF-DETR for those they were trained on.
 
 Class vectors come from the logits: the libraries' own post-processing gives one label
 and one score, which says nothing about the other classes. Needs the ``teachers`` extra.
@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,41 +22,21 @@ from torchvision.ops import box_convert
 
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.predictors.scored_boxes import DUPLICATE_IOU, ScoredBoxes, select_boxes
+from coin_ray.predictors.transformers_concepts import OmDetTurbo, Sam3
+from coin_ray.predictors.transformers_prompt import (
+    Architecture,
+    Prompt,
+    forward,
+    scale_to_pixels,
+)
 
 BATCH_MAX = 8
 PROMPT_CACHE_SIZE = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """A class list as a model reads it: token tables [R, L] by argument name, and the
-    share of each token in each class [K, L].
-    """
-
-    tokens: dict[str, Tensor]
-    shares: Tensor
-
-
-class Architecture(Protocol):
-    """A transformers model with its processors."""
-
-    @property
-    def pads(self) -> bool:
-        """Whether images of different sizes change each other's results in one batch."""
-
-    def prompt(self, classes: Sequence[str]) -> Prompt: ...
-
-    def predict(
-        self, images: Sequence[Image.Image], prompt: Prompt
-    ) -> tuple[Tensor, Tensor]:
-        """Return all candidates: boxes [B, Q, 4] xyxy pixels of each image, and scores
-        [B, Q, K].
-        """
-
-
 @dataclass(frozen=True)
 class GroundingDino:
-    """Grounding DINO and MM-Grounding DINO. A class's score is the mean over its tokens
+    """Grounding DINO, MM-Grounding DINO and LLMDet. A class's score is the mean over its tokens
     of the sigmoid of their logits.
     """
 
@@ -105,7 +85,7 @@ class GroundingDino:
         text = {
             name: table.expand(len(images), -1) for name, table in prompt.tokens.items()
         }
-        prediction = _forward(self.model, {**text, **pixels})
+        prediction = forward(self.model, {**text, **pixels})
         token_scores = prediction.logits.float().sigmoid()
         used = token_scores[..., : prompt.shares.shape[1]].cpu()
         return _boxes_in_pixels(prediction, images), used @ prompt.shares.T
@@ -157,7 +137,7 @@ class Owlv2:
             name: table.repeat(len(images), 1) for name, table in prompt.tokens.items()
         }
         inputs = {**text, "pixel_values": pixels["pixel_values"]}
-        prediction = _forward(self.model, inputs)
+        prediction = forward(self.model, inputs)
         sides = torch.tensor([max(image.size) for image in images])
         boxes = _unit_boxes(prediction) * sides[:, None, None]
         return boxes, prediction.logits.float().sigmoid().cpu()
@@ -165,7 +145,9 @@ class Owlv2:
 
 @dataclass(frozen=True)
 class ClosedSet:
-    """RT-DETR, RT-DETRv2 and D-FINE. A class's score is the sigmoid of its logit."""
+    """RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR and RF-DETR. A class's score is the
+    sigmoid of its logit.
+    """
 
     model: Any
     image_processor: Any
@@ -192,17 +174,25 @@ class ClosedSet:
     def predict(
         self, images: Sequence[Image.Image], prompt: Prompt
     ) -> tuple[Tensor, Tensor]:
-        pixels = self.image_processor(images=list(images), return_tensors="pt")
-        prediction = _forward(self.model, {"pixel_values": pixels["pixel_values"]})
+        processed = self.image_processor(images=list(images), return_tensors="pt")
+        inputs = {"pixel_values": processed["pixel_values"]}
+        if self.model.config.model_type in MASKED_MODELS and "pixel_mask" in processed:
+            inputs["pixel_mask"] = processed["pixel_mask"]
+        prediction = forward(self.model, inputs)
         scores = prediction.logits.float().sigmoid().cpu() @ prompt.shares.T
         return _boxes_in_pixels(prediction, images), scores
 
 
-CLOSED_SET_MODELS = ("rt_detr", "rt_detr_v2", "d_fine")
-TEXT_PROMPTED_MODELS: dict[str, type[GroundingDino] | type[Owlv2]] = {
+CLOSED_SET_MODELS = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr")
+MASKED_MODELS = ("lw_detr", "rf_detr")
+"""Closed-set models whose images of several sizes are padded to one, with a mask."""
+TextPrompted = GroundingDino | Owlv2 | OmDetTurbo | Sam3
+TEXT_PROMPTED_MODELS: dict[str, type[TextPrompted]] = {
     "grounding-dino": GroundingDino,
     "mm-grounding-dino": GroundingDino,
     "owlv2": Owlv2,
+    "omdet-turbo": OmDetTurbo,
+    "sam3": Sam3,
 }
 
 
@@ -296,6 +286,8 @@ def load_transformers(name: str, batch_max: int = BATCH_MAX) -> TransformersDete
         else:
             processor = transformers.AutoProcessor.from_pretrained(name)
             model_class = transformers.AutoModelForZeroShotObjectDetection
+        if model_type == "sam3":
+            model_class = transformers.Sam3Model
         network = model_class.from_pretrained(name)
     except ConfigError:
         raise
@@ -304,7 +296,8 @@ def load_transformers(name: str, batch_max: int = BATCH_MAX) -> TransformersDete
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = network.to(device=device, dtype=torch.float32).eval()
     if model_type in CLOSED_SET_MODELS:
-        return TransformersDetector(ClosedSet(network, processor), name, batch_max)
+        closed_set = ClosedSet(network, processor, pads=model_type in MASKED_MODELS)
+        return TransformersDetector(closed_set, name, batch_max)
     text_prompted = TEXT_PROMPTED_MODELS[model_type]
     architecture = text_prompted(
         network, processor.tokenizer, processor.image_processor
@@ -335,10 +328,6 @@ def _loading_error(name: str, error: Exception) -> str:
     )
 
 
-def _forward(model: Any, inputs: dict[str, Any]) -> Any:
-    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-
-
 def _unit_boxes(prediction: Any) -> Tensor:
     """Return the predicted boxes [B, Q, 4] as xyxy in 0..1."""
     centre_boxes = prediction.pred_boxes.float().cpu()
@@ -347,5 +336,4 @@ def _unit_boxes(prediction: Any) -> Tensor:
 
 
 def _boxes_in_pixels(prediction: Any, images: Sequence[Image.Image]) -> Tensor:
-    sizes = torch.tensor([[*image.size, *image.size] for image in images])
-    return _unit_boxes(prediction) * sizes[:, None]
+    return scale_to_pixels(_unit_boxes(prediction), images)
