@@ -38,7 +38,8 @@ def check_installed(config: PipelineConfig, steps: Collection[str]) -> None:
         ).endswith(".onnx"):
             needed.add(SERVER_PACKAGES["onnx"])
     needs_weights = (
-        config.detector.backbone == "mobilenet_v2"
+        config.has_backbone
+        and config.detector.backbone == "mobilenet_v2"
         and config.mobilenet.weights == WEIGHTS_PACKAGE
     )
     if needs_weights and TRAINING_STEPS.intersection(steps):

@@ -16,7 +16,7 @@ from coin_ray.config.data import DemoScenes, Folder
 from coin_ray.config.fields import PACKAGE, new_field, relocate_paths, require
 from coin_ray.config.labels import Collect, Labels
 from coin_ray.config.models import Clip, Detector, Labeler, MobileNet
-from coin_ray.config.students import YOLOX_STUDENTS
+from coin_ray.config.students import YOLOX_STUDENTS, is_region_student
 from coin_ray.config.training import Distill, Evaluate, Propagate, Separate
 
 IDENTIFYING_SETTINGS = (
@@ -185,6 +185,12 @@ class PipelineConfig:
             return self
         data = dataclasses.replace(self.data, intensity_range=found)
         return dataclasses.replace(self, data=data)
+
+    @property
+    def has_backbone(self) -> bool:
+        """Tell whether a detector of the run has CLIP's or ImageNet's backbone."""
+        is_own_opinion = self.separate.second_teacher == "student"
+        return not is_own_opinion or is_region_student(self.distill.student)
 
     @property
     def labeler_clip(self) -> Clip:

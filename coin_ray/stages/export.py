@@ -11,6 +11,7 @@ from coin_ray.predictors.student import write_exported_student
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.students import load_trained_detector
 from coin_ray.stages.propagate import WEIGHTS
+from coin_ray.training.own_opinion import OwnOpinion
 
 
 def run(context: Context[PipelineConfig]) -> Metrics:
@@ -20,7 +21,9 @@ def run(context: Context[PipelineConfig]) -> Metrics:
     config = context.config
     [delivered] = context.inputs.values()
     weights = storage.join(delivered, WEIGHTS)
-    student = load_trained_detector("student", weights, load_backbone(config), config)
+    backbone = load_backbone(config) if config.has_backbone else None
+    student = load_trained_detector("student", weights, backbone, config)
+    assert not isinstance(student, OwnOpinion)  # only a second teacher is one
     size = write_exported_student(
         student,
         config.classes,

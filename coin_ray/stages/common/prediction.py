@@ -185,7 +185,7 @@ class DetectorGroup:
     def __init__(self, weights: dict[str, str], config: PipelineConfig) -> None:
         self.config = config
         torch.set_num_threads(count_torch_threads())
-        backbone = load_backbone(config)
+        backbone = load_backbone(config) if config.has_backbone else None
         device = torch.device("cuda" if config.distill.fit.gpu else "cpu")
         self.detectors = {
             name: load_trained_detector(name, uri, backbone, config).to(device)

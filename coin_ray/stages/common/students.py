@@ -109,24 +109,27 @@ def select_forward(student: Student) -> StudentForward:
 
 
 def load_trained_detector(
-    name: str, uri: str, backbone: Backbone, config: PipelineConfig
+    name: str, uri: str, backbone: Backbone | None, config: PipelineConfig
 ) -> DeployedDetector:
     """Return the trained detector ``name`` in evaluation mode, as it is deployed: a
-    Co-DETR without its auxiliary head, or with it.
+    Co-DETR without its auxiliary head, or with it. ``backbone``: None where no detector
+    of the run has one.
     """
     weights = load_weights(uri)
     has_own_opinion = config.separate.second_teacher == "student"
     if name == CLIP_DETECTOR and has_own_opinion:
         return load_own_opinion(config.distill, config.classes, weights)
-    if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":
-        detector = new_clip_detector(backbone, config, seed=config.seed)
-        detector.load_state_dict(weights)
-        return detector.eval()
-    if not is_region_student(config.distill.student):
+    is_region_detector = is_region_student(config.distill.student)
+    if name != CLIP_DETECTOR and not is_region_detector:
         detector_student = empty_student(config.distill, config.classes)
         detector_student.load_state_dict(weights)
         detector_student.eval()
         return detector_student
+    assert backbone is not None
+    if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":
+        detector = new_clip_detector(backbone, config, seed=config.seed)
+        detector.load_state_dict(weights)
+        return detector.eval()
     if config.distill.co_detr_detects == "regions":
         student = new_student(backbone, config, seed=config.seed)
         student.load_state_dict(weights)
