@@ -20,6 +20,11 @@ a secret or image bytes.
 
 from __future__ import annotations
 
+import errno
+
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of an OSError from a full disk or quota."""
+
 
 class CoinError(Exception):
     """Base of all errors raised for users; ``exit_code`` is what the command line

@@ -160,6 +160,7 @@ def train_detector(config: DetectorConfig, options: DetectorOptions) -> dict[str
         build_detector_steps,
         run_missing_detector_steps,
     )
+    from coin_ray.runs.environment import check_environment
     from coin_ray.runs.lease import hold_root
     from coin_ray.runs.runner import open_tracker
     from coin_ray.stages.common.detector_checks import (
@@ -176,6 +177,7 @@ def train_detector(config: DetectorConfig, options: DetectorOptions) -> dict[str
         return {}
     with ExitStack() as holding:
         if not all(step.is_finished(root) for step in steps.values()):
+            check_environment(root)
             holding.enter_context(hold_root(root))
             config_file = storage.join(root, "config.yaml")
             storage.write_bytes(config_file, to_yaml(config).encode())

@@ -81,27 +81,31 @@ SUBCOMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the subcommand that the arguments name and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words:
+    name, subcommand_arguments = (words[0], words[1:]) if words else ("", [])
+    if name in SUBCOMMANDS:
+        subcommand = SUBCOMMANDS[name]
+        return run_command(
+            lambda: subcommand.load()(subcommand_arguments), subcommand.resume_hint
+        )
+    return run_command(lambda: _print_about_all(name))
+
+
+def _print_about_all(name: str) -> int:
+    """Print help, version, or what is wrong with the subcommand's name."""
+    if not name:
         print(format_usage(), file=sys.stderr)
         return USAGE_ERROR
-    name, *subcommand_arguments = words
     if name in ("-h", "--help"):
         print(format_usage())
         return 0
     if name == "--version":
         print(f"coin-ray {version('coin-ray')}")
         return 0
-    if name not in SUBCOMMANDS:
-        print(
-            f"coin-ray: no subcommand {name!r}; the subcommands are"
-            f" {', '.join(SUBCOMMANDS)}",
-            file=sys.stderr,
-        )
-        return USAGE_ERROR
-    subcommand = SUBCOMMANDS[name]
-    return run_command(
-        lambda: subcommand.load()(subcommand_arguments), subcommand.resume_hint
+    print(
+        f"coin-ray: no subcommand {name!r}; the subcommands are {', '.join(SUBCOMMANDS)}",
+        file=sys.stderr,
     )
+    return USAGE_ERROR
 
 
 def format_usage() -> str:

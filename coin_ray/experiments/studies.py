@@ -21,6 +21,7 @@ from coin_ray.experiments.outcome import (
 )
 from coin_ray.experiments.tracked import TrialRuns
 from coin_ray.experiments.variants import ABLATION, build_trials, fusion_variants
+from coin_ray.runs.environment import check_environment
 from coin_ray.runs.lease import hold_root
 
 
@@ -87,6 +88,7 @@ def _run_study(
     if request.dry_run:
         _print_waves(trials, root)
         return []
+    check_environment(root)
     with hold_root(root):
         runs = TrialRuns(name, request.config, root)
         rows = build_rows(run_grid(name, trials, root, run_jobs, runs))

@@ -23,6 +23,7 @@ from coin_ray.runs.changed_images import (
     keep_listing,
     reopened_images,
 )
+from coin_ray.runs.environment import check_environment
 from coin_ray.runs.failed_images import count_failed_images
 from coin_ray.runs.lease import hold_root
 from coin_ray.runs.steps import (
@@ -68,6 +69,7 @@ def run_pipeline(
     _check_packages(config, selected, steps, root, asks_again)
     with ExitStack() as holding:
         if asks_again or _has_work(selected, config, root):
+            check_environment(root)
             holding.enter_context(hold_root(root))
         keep_listing(images, root)
         if changes and images is not None:

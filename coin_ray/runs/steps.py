@@ -161,7 +161,7 @@ def with_found_range(config: ConfigT, images_folder: str) -> ConfigT:
 def run_step(
     step: Step, config: object, root: str, work: Stage | None = None
 ) -> Manifest:
-    """Run one step and write its manifest, which is returned.
+    """Run one step and write its manifest, which is returned as it is on record.
 
     ``work`` replaces the stage's own ``run``. Raises StepError if an input is not
     finished.
@@ -192,7 +192,8 @@ def run_step(
     )
     storage.write_json(storage.join(folder, MANIFEST_FILE), manifest.to_json())
     storage.remove(storage.join(folder, REOPENED_FILE))
-    return manifest
+    # as a later run reads it: metrics in the same order, printed alike
+    return read_manifest(folder)
 
 
 def reopen_step(folder: str, manifest: Manifest) -> None:

@@ -8,6 +8,7 @@ from coin_ray import storage
 from coin_ray.config.yaml_files import to_yaml
 from coin_ray.errors import ConfigError, TrainingError
 from coin_ray.experiments.tracked import TrialRuns
+from coin_ray.runs.environment import check_environment
 from coin_ray.runs.lease import hold_root
 from coin_ray.runs.runner import print_plan
 from coin_ray.search.outcome import (
@@ -43,6 +44,7 @@ def run_search(
     Raise ConfigError if ``resume`` does not fit the search in the folder, TrainingError
     if no trial finished, RootInUse if another run works below the root.
     """
+    check_environment(search.root)
     with hold_root(search.root):
         return _run_trials(search, run_trials, resume)
 

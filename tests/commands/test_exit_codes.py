@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,13 @@ import pytest
 
 from coin_ray.commands.exit_codes import find_full_disk, run_command
 from coin_ray.commands.main import SUBCOMMANDS, main
-from coin_ray.errors import BudgetExhausted, CoinError, InputError, TrainingError
+from coin_ray.errors import (
+    BudgetExhausted,
+    CoinError,
+    InputError,
+    StorageUnavailable,
+    TrainingError,
+)
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/steps/x")
 PIPELINE = "coin_ray.runs.runner.run_pipeline"
@@ -174,6 +181,64 @@ def test_a_process_whose_output_does_not_fit_the_disk(
     assert process.returncode == 3
     assert "no space left on the device" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("journal", "--help"), ("adapt", "demo", "--settings")]
+)
+def test_a_reader_that_has_closed_the_pipe_ends_the_process_quietly(
+    arguments: tuple[str, ...],
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = _start(*arguments, stdout=write)
+    os.close(write)
+    _, message = process.communicate(timeout=120)
+    assert (process.returncode, message) == (141, "")
+
+
+def test_errors_that_a_worker_wraps_and_that_the_system_raises(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrapped = RuntimeError("pages of Ray")
+    wrapped.__cause__ = StorageUnavailable("s3://b could not be reached for 600 s")
+    errors: dict[Exception, tuple[int, str]] = {
+        wrapped: (3, "StorageUnavailable: s3://b could not be reached for 600 s"),
+        PermissionError(errno.EACCES, "Permission denied", "/home/me"): (
+            2,
+            "PermissionError: [Errno 13] Permission denied: '/home/me'",
+        ),
+        OSError(errno.EROFS, "Read-only file system", "/root/x"): (
+            2,
+            "OSError: [Errno 30] Read-only file system: '/root/x'",
+        ),
+    }
+    for error, (code, line) in errors.items():
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        assert run_command(fail) == code
+        assert capsys.readouterr().err.strip() == line
+
+
+def test_the_report_of_an_error_of_ray_is_in_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ray_error = type("ActorDiedError", (Exception,), {"__module__": "ray.exceptions"})
+
+    def fail() -> None:
+        raise ray_error("page 1\npage 2\nthe actor died")
+
+    assert run_command(fail) == 1
+    (report,) = tmp_path.iterdir()
+    line = capsys.readouterr().err.strip()
+    assert line == (
+        f"ActorDiedError: the actor died. The whole report of Ray: {report}"
+    )
+    assert "page 1" in report.read_text()
+    assert "Traceback" in report.read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,110 @@
+"""Check what a run needs of its machine before anything is read, asked or paid: a root
+and folders that can be written, and a cluster that answers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+import uuid
+from urllib.parse import urlsplit
+
+from coin_ray import storage
+from coin_ray.errors import (
+    FULL_DISK_ERRNOS,
+    ConfigError,
+    InputError,
+    StorageUnavailable,
+)
+
+CLUSTER_SECONDS = 20.0
+"""Time in which a cluster's head must accept a connection."""
+CONNECT_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+FINDS_ITSELF = ("auto", "local")
+"""Values of RAY_ADDRESS that name no host."""
+TEMPORARY_FOLDERS = ("TMPDIR", "RAY_TMPDIR")
+"""Variables with a folder for temporary files: Ray's sockets and logs, and copies."""
+
+
+def check_environment(root: str) -> None:
+    """Check the temporary folders, the cluster and the root.
+
+    Raises ConfigError, InputError for a root that can't be written, StorageUnavailable
+    for storage that can't be reached.
+    """
+    _check_temporary_folders()
+    check_cluster_address()
+    storage.check_reachable(root)
+    _check_writable(root)
+
+
+def check_cluster_address() -> None:
+    """Raise ConfigError if nothing listens at RAY_ADDRESS: Ray would wait for ever."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or address in FINDS_ITSELF:
+        return
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    host, port = parts.hostname, _port_of(address)
+    if host is None or port is None:
+        raise ConfigError(
+            f"RAY_ADDRESS is {address!r}; expected HOST:PORT of a cluster's head. Unset"
+            " it to run on this machine"
+        )
+    give_up_at = time.monotonic() + CLUSTER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), CONNECT_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() < give_up_at:
+                time.sleep(RETRY_SECONDS)
+                continue
+            raise ConfigError(
+                f"no cluster answers at RAY_ADDRESS={address} ({error}). Start its head,"
+                " correct RAY_ADDRESS, or unset it to run on this machine; nothing was"
+                " asked or paid"
+            ) from None
+        return
+
+
+def _port_of(address: str) -> int | None:
+    try:
+        return urlsplit(address if "://" in address else f"ray://{address}").port
+    except ValueError:
+        return None
+
+
+def _check_temporary_folders() -> None:
+    for name in TEMPORARY_FOLDERS:
+        folder = os.environ.get(name)
+        if not folder:
+            continue
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ConfigError(
+                f"{name}={folder}, the folder for temporary files, can't be written"
+                f" ({error.strerror}). Create it or give another one: export"
+                f" {name}=/path"
+            ) from None
+
+
+def _check_writable(root: str) -> None:
+    """Write and remove a small file below the root."""
+    probe = storage.join(root, "lease", f"probe-{uuid.uuid4().hex[:8]}")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except StorageUnavailable:
+        raise
+    except Exception as error:  # optional clients have errors of their own
+        if isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS:
+            raise
+        reason = str(error).strip().splitlines() or [""]
+        raise InputError(
+            f"--root {root} can't be written ({type(error).__name__}: {reason[0]})."
+            " Give a folder or URI that this user may write, by another --root; nothing"
+            " was asked or paid"
+        ) from None

@@ -1,0 +1,105 @@
+"""What a run needs of its machine is checked before anything is read, asked or paid."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coin_ray import storage
+from coin_ray.errors import ConfigError, InputError
+from coin_ray.runs import environment, runner
+from coin_ray.runs.environment import check_environment
+
+from .test_failed_images import CONFIG, STEPS
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(environment, "CLUSTER_SECONDS", 0.1)
+    monkeypatch.setattr(environment, "RETRY_SECONDS", 0.01)
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port on which something listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_good_environment_leaves_nothing_behind(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        check_environment(str(tmp_path / "root"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["root", "lease"]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_a_dead_cluster_is_named(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = form.format(_free_port())
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS={address} .*refused") as error:
+        check_environment(str(tmp_path))
+    assert "unset it to run on this machine" in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["head", "head:port", ":6379"])
+def test_an_address_without_host_or_port(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        check_environment(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_cannot_be_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=f"{name}=.*absent.*No such file"):
+        check_environment(str(tmp_path))
+
+
+def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"--root .* can't be written") as error:
+            check_environment(str(root))
+        assert error.value.exit_code == 2
+
+
+def test_a_full_disk_stays_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(uri: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", uri)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space"):
+        check_environment(str(tmp_path))
+
+
+def test_a_run_checks_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step is begun: the stages do not even exist."""
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{_free_port()}")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        runner.run_pipeline(CONFIG, STEPS, str(tmp_path))
+    assert not list(tmp_path.iterdir())
