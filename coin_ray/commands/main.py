@@ -50,6 +50,11 @@ SUBCOMMANDS = {
     "report": Subcommand(
         "report", "report", "write a run's page, compare runs, or a search's page"
     ),
+    "teachers": Subcommand(
+        "teachers",
+        "teachers",
+        "teachers compare: compare clouds and phrases on a few images",
+    ),
     "compare": Subcommand("studies", "compare", "compare fusion rules"),
     "ablate": Subcommand("studies", "ablate", "leave out each loss and stage"),
     "search": Subcommand(

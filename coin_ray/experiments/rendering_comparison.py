@@ -106,7 +106,10 @@ def _compare_renderings(config: PipelineConfig, root: str, sample_size: int) -> 
     config = with_found_range(config, step.folder(root))
     count = min(sample_size, len(rows))
     uris = [str(rows[n * len(rows) // count]["uri"]) for n in range(count)]
-    answers = asyncio.run(_query(config, uris, root))
+    answers = [
+        [None if answer is None else answer.raw for answer in image_answers]
+        for image_answers in asyncio.run(query_clouds(config, uris, root))
+    ]
     by_rendering = zip(*answers, strict=True)
     confidences = [
         measure_confidence(rendering, rendering_answers)
@@ -119,11 +122,11 @@ def _compare_renderings(config: PipelineConfig, root: str, sample_size: int) -> 
     _print_confidences(confidences, count, sheet_uri)
 
 
-async def _query(
+async def query_clouds(
     config: PipelineConfig, uris: Sequence[str], root: str
-) -> list[ImageAnswers]:
-    """Return the answers [image][rendering]. An error that stops a run stops this, after
-    the calls in flight have ended.
+) -> list[list[Answer | None]]:
+    """Return the answers [image][cloud] of ``config.clouds``, None for files that can't
+    be used. An error that stops a run stops this, after the calls in flight have ended.
     """
     journal = open_journal(journal_uri(root))
     call_count = len(uris) * len(config.clouds)
@@ -145,10 +148,9 @@ async def _query(
             await asyncio.gather(*(client.aclose() for client in clients))
     if queries.stopped_by is not None:
         raise queries.stopped_by
-    detections = [None if answer is None else answer.raw for answer in answers]
     return [
-        detections[start : start + len(clients)]
-        for start in range(0, len(detections), len(clients))
+        list(answers[start : start + len(clients)])
+        for start in range(0, len(answers), len(clients))
     ]
 
 
@@ -199,16 +201,21 @@ def _draw_sample(
     config: PipelineConfig, uris: Sequence[str], answers: Sequence[ImageAnswers]
 ) -> bytes:
     """Draw the contact sheet of evenly spaced images that have an answer."""
+    drawn = choose_drawn(answers)
+    return draw_contact_sheet(
+        config, [uris[index] for index in drawn], [answers[index] for index in drawn]
+    )
+
+
+def choose_drawn(answers: Sequence[ImageAnswers]) -> list[int]:
+    """Return the indexes of evenly spaced images that have an answer."""
     answered = [
         index
         for index, image_answers in enumerate(answers)
         if any(answer is not None for answer in image_answers)
     ]
     interval = max(1, -(-len(answered) // SHEET_IMAGES))
-    drawn = answered[::interval]
-    return draw_contact_sheet(
-        config, [uris[index] for index in drawn], [answers[index] for index in drawn]
-    )
+    return answered[::interval]
 
 
 def draw_contact_sheet(
@@ -217,13 +224,26 @@ def draw_contact_sheet(
     """Return a PNG: a row for each image, a column for each rendering, the image as it
     is sent and the boxes that were detected in it.
     """
-    renderings = config.cloud.views
+    columns = [(rendering, rendering) for rendering in config.cloud.views]
+    return draw_columns(config, uris, answers, columns)
+
+
+def draw_columns(
+    config: PipelineConfig,
+    uris: Sequence[str],
+    answers: Sequence[ImageAnswers],
+    columns: Sequence[tuple[str, str]],
+) -> bytes:
+    """Return a PNG as ``draw_contact_sheet``. ``columns``: title and rendering of each
+    column.
+    """
+    renderings = [rendering for _, rendering in columns]
     pitch = SHEET_SIDE + SHEET_GAP
     size = (pitch * len(renderings), SHEET_GAP + pitch * len(uris))
     sheet = Image.new("RGB", size, "white")
     title_pen = ImageDraw.Draw(sheet)
-    for column, rendering in enumerate(renderings):
-        title_pen.text((column * pitch + 2, 2), rendering, "black")
+    for column, (title, _) in enumerate(columns):
+        title_pen.text((column * pitch + 2, 2), title, "black")
     for row, uri in enumerate(uris):
         image_file = storage.read_bytes(uri)
         for column, rendering in enumerate(renderings):

@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CLI_FILE, API_FILE = GOLDEN / "cli_options.txt", GOLDEN / "python_api.txt"
 TOOLS = {
     "collect": ["collect", "collect views"],
+    "teachers": ["teachers compare"],
     "ablate": ["ablate", "ablate co-detr"],
     "review": ["review out", "review back"],
     "labels": ["labels check", "labels propose", "labels export"],
