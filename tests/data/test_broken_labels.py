@@ -38,10 +38,6 @@ def _break_yolo(folder: Path) -> None:
     (folder / "labels" / "train" / "a.txt").write_text("0 0.5 0.5")
 
 
-def _break_yolo_class(folder: Path) -> None:
-    (folder / "labels" / "train" / "a.txt").write_text("9 0.5 0.5 0.2 0.2")
-
-
 def _break_kitti(folder: Path) -> None:
     (folder / "training" / "label_2" / "a.txt").write_text("cat 1 2 3")
 
@@ -71,7 +67,6 @@ BREAKS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "VOC, not XML": ("voc", _break_xml, "not XML"),
     "VOC, no number": ("voc", _break_xml_number, "expected a number"),
     "YOLO, words": ("yolo", _break_yolo, "a.txt:1: expected 'class x y"),
-    "YOLO, class": ("yolo", _break_yolo_class, "a.txt:1: class 9 is not in"),
     "KITTI, words": ("kitti", _break_kitti, "a.txt:1: expected a class name"),
     "COCO, box": ("coco", _break_coco, "annotations.0: "),
     "COCO, no number": ("coco", _break_coco_number, "not a finite number"),
@@ -125,6 +120,27 @@ def test_corrections_leave_the_image_out_and_say_so(broken: tuple[Path, str]) ->
     assert [row["boxes"] for row in rows] == [[list(EDGES)]] * 2
     assert "1 of 3 reviewed images are left out" in lines[0]
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "message"),
+    [
+        ("names: [cat]", "1 .5 .5 .5 .4", "class 1 is not in data.yaml"),
+        ("names: [cat]\nkpt_shape: [2, 2]", "0 .5 .5 .5 .4 .1 .1", "kpt_shape"),
+    ],
+)
+def test_labels_that_contradict_the_settings_are_an_error_of_the_folder(
+    tmp_path: Path, settings: str, line: str, message: str
+) -> None:
+    """A name is absent, or the order of names is another: no label is sure."""
+    (tmp_path / "data.yaml").write_text(f"{settings}\ntrain: images\n")
+    for number, text in enumerate([line, "0 .5 .5 .5 .4", "0 .5 .5 .5 .4"]):
+        for folder in ("images", "labels"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", SIZE).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "labels" / f"{number}.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_dataset(str(tmp_path))
 
 
 def test_a_folder_with_mostly_broken_labels_is_refused(tmp_path: Path) -> None:

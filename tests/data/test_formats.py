@@ -767,7 +767,7 @@ CITY = {"leftImg8bit/val/a_leftImg8bit.png": None}
                     annotations=[{"image_id": 7, "category_id": 18, "bbox": [1, 2, 3]}]
                 )
             },
-            r"annotations\.0: bbox: expected four numbers, got \[1, 2, 3\]",
+            r"annotations\.0: bbox: expected four numbers or a polygon, got \[1, 2, 3\]",
         ),
         (
             {"annotations.json": _coco_json(categories=[])},

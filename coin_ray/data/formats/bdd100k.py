@@ -67,8 +67,14 @@ class _Box2d:
 
 @dataclass(frozen=True, slots=True)
 class _Label:
+    """A label; lanes and areas have ``poly2d`` alone."""
+
     category: str
     box2d: _Box2d | None = None
+    poly2d: Any = None
+    box3d: Any = None
+    rle: Any = None
+    graph: Any = None
     attributes: JsonObject | None = None
 
 
@@ -250,10 +256,18 @@ def _time_of_day(frame: _Frame) -> Any:
 
 
 def _annotations(frame: _Frame) -> list[Annotation]:
-    """Convert the labels with a box; lanes and areas have none."""
+    """Convert the labels with a box; lanes and areas have none. Raises InputError for a
+    label without any place.
+    """
     annotations = []
-    for label in frame.labels or ():
+    for number, label in enumerate(frame.labels or ()):
         if label.box2d is None:
+            places = (label.poly2d, label.box3d, label.rle, label.graph)
+            if all(place is None for place in places):
+                raise InputError(
+                    f"{frame.name}: expected box2d or poly2d in label {number}"
+                    f" ({label.category}), got neither"
+                )
             continue
         box = (label.box2d.x1, label.box2d.y1, label.box2d.x2, label.box2d.y2)
         category = label.category.strip()

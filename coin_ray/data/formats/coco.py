@@ -60,7 +60,6 @@ class _Labels:
     category_ids: list[Key] = field(default_factory=list)
     edges: array[float] = field(default_factory=lambda: array("d"))
     difficult: bytearray = field(default_factory=bytearray)
-    without_box: int = 0
     repeated_ids: int = 0
     has_annotations: bool = False
     error_of_image: dict[Key, str] = field(default_factory=dict)
@@ -238,9 +237,6 @@ def _notes(labels: _Labels, path: str) -> tuple[str, ...]:
     notes = []
     if not labels.has_annotations:
         notes.append(f"{path} holds no annotation, so none of its images is annotated")
-    if labels.without_box:
-        count = labels.without_box
-        notes.append(f"{path}: {count} annotations have neither box nor polygon")
     if labels.repeated_ids:
         count = labels.repeated_ids
         notes.append(
@@ -254,7 +250,7 @@ def _read_columns(uri: str) -> _Labels:
     found_lists = set()
     written_by_us = WRITTEN_BY.encode() in read_head(uri)
     image_ids: set[Key] = set()
-    annotation_ids: set[Any] = set()
+    annotation_ids = _Ids()
     for key, position, entry in iterate_json(uri, DESCRIPTION, LISTS):
         if position < 0:
             found_lists.add(key)
@@ -278,6 +274,7 @@ def _read_columns(uri: str) -> _Labels:
     absent = [f"{key}: Field required" for key in required if key not in found_lists]
     if absent:
         raise InputError(f"{uri} is not {DESCRIPTION}: {'; '.join(absent)}")
+    labels.repeated_ids = annotation_ids.count_repeated()
     labels.has_annotations = bool(labels.image_ids) or written_by_us
     return labels
 
@@ -307,18 +304,33 @@ def _check_new_key(key: Any, earlier: Iterable[Key]) -> None:
         raise ValueError(f"id {key!r} is in the file twice; give each entry its own id")
 
 
-def _add_annotation(labels: _Labels, entry: Any, earlier_ids: set[Any]) -> None:
+class _Ids:
+    """Ids of annotations; whole numbers take 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.numbers: array[int] = array("q")
+        self.others: list[Any] = []
+
+    def add(self, key: Any) -> None:
+        try:
+            self.numbers.append(key)
+        except (TypeError, OverflowError):
+            self.others.append(key)
+
+    def count_repeated(self) -> int:
+        numbers = np.frombuffer(self.numbers, np.int64)
+        repeated_numbers = len(numbers) - len(np.unique(numbers))
+        return repeated_numbers + len(self.others) - len(set(map(str, self.others)))
+
+
+def _add_annotation(labels: _Labels, entry: Any, ids: _Ids) -> None:
     image_id, category_id = entry["image_id"], entry["category_id"]
     key = entry.get("id")
     if key is not None:
-        labels.repeated_ids += key in earlier_ids
-        earlier_ids.add(key)
+        ids.add(key)
     box = entry.get("bbox") or _outer_box(entry.get("segmentation"))
-    if not box:
-        labels.without_box += 1
-        return
     if not isinstance(box, list) or len(box) != 4:
-        raise ValueError(f"bbox: expected four numbers, got {box!r}")
+        raise ValueError(f"bbox: expected four numbers or a polygon, got {box!r}")
     labels.edges.extend(box)
     labels.image_ids.append(image_id)
     labels.category_ids.append(category_id)

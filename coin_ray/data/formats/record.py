@@ -106,6 +106,10 @@ class UnreadFile(NamedTuple):
     layout: str
 
 
+class FolderError(InputError):
+    """Labels contradict the settings of their whole folder: nothing in it is sure."""
+
+
 class UnreadableLabels(NamedTuple):
     """Labels of an image that can't be read, so that it is not annotated: the image or
     the label file, and why.

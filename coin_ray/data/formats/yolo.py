@@ -20,6 +20,7 @@ from coin_ray.data.formats.parsing import format_number, image_size, parse_numbe
 from coin_ray.data.formats.record import (
     Annotation,
     Dataset,
+    FolderError,
     ImageRecord,
     UnreadableLabels,
     check_readable,
@@ -122,6 +123,8 @@ def read_yolo(folder: DatasetFolder) -> Dataset:
                 return ImageRecord.from_annotations(
                     _file_of(path), uri, size, annotations
                 )
+            except FolderError:
+                raise
             except InputError as error:
                 labels = UnreadableLabels(folder.uris[label], str(error))
                 unreadable.append(labels)
@@ -384,7 +387,7 @@ def _parse_annotation(
     label = numbers[0]
     if not label.is_integer() or not 0 <= label < len(settings.names):
         source = settings.uri.rpartition("/")[2]
-        raise InputError(
+        raise FolderError(
             f"{where}: class {words[0]} is not in {source}, which names"
             f" {len(settings.names)} classes from 0"
         )
@@ -417,7 +420,7 @@ def _box_or_polygon(
     count, key_points = len(numbers), settings.key_point_numbers
     if key_points:
         if count not in (5, 5 + key_points):
-            raise InputError(
+            raise FolderError(
                 f"{where}: kpt_shape in the settings expects 5 words or"
                 f" {5 + key_points}; got {count} words"
             )
