@@ -2,8 +2,9 @@
 limit and faults of a remote one.
 
 ``--serve demo --port 8080`` serves the demo's detector, ``--serve onnx --models a.onnx
-b.onnx`` fused ONNX detectors, ``--serve transformers --models NAME`` Grounding DINO or
-OWLv2, ``--serve checkpoint --models FOLDER`` an exported student, or a Co-DETR's file.
+b.onnx`` fused ONNX detectors, ``--serve transformers --models NAME`` Grounding DINO,
+SAM 3 and others of transformers, ``--serve checkpoint --models FOLDER`` an exported
+student, or a Co-DETR's file.
 Faults are drawn from (seed, image, number of attempts), so a run repeats exactly.
 """
 

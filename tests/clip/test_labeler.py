@@ -6,11 +6,14 @@ import pytest
 import torch
 from builders import CLASSES, TEMPLATES, tiny_clip
 from torch import Tensor
-from torchvision.transforms.v2.functional import normalize, resize
+from torchvision.transforms.v2.functional import normalize, resize, resized_crop
 
-from coin_ray.clip.crops import enlarge_boxes
-from coin_ray.clip.fused_resnet import attention_pool
+from coin_ray.clip.crops import batch_size, enlarge_boxes, pixel_boxes
+from coin_ray.clip.encoder import load_clip
+from coin_ray.clip.fused_resnet import FusedResNet, attention_pool
 from coin_ray.clip.labeler import CropLabeler, RoiLabeler
+from coin_ray.config.data import DEMO_CLASSES
+from coin_ray.config.presets import DEMO_CLIP
 
 
 @pytest.fixture(scope="module", params=["roi", "crop"])
@@ -134,3 +137,68 @@ def test_crops_see_what_surrounds_the_box() -> None:
     )
     torch.testing.assert_close(around, grown)
     assert not torch.allclose(alone, around)
+
+
+def test_crops_of_many_images_are_labelled_as_each_alone_to_the_bit() -> None:
+    """A resumed run batches other images together, and must give the same table."""
+    labeler = CropLabeler(load_clip(DEMO_CLIP), CLASSES, DEMO_CLIP, 1.2)
+    pictures = [_picture(90, 120).roll(shift, 2) for shift in range(0, 60, 2)]
+    images = [(picture, BOXES[: 1 + row % 3]) for row, picture in enumerate(pictures)]
+    together = labeler.label(images)
+    for (picture, boxes), probabilities in zip(images, together, strict=True):
+        assert torch.equal(probabilities, labeler(picture, boxes))
+
+
+def test_the_fused_tower_is_open_clips() -> None:
+    network: Any = tiny_clip().network
+    torch.manual_seed(0)
+    for module in network.visual.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
+    pixels = torch.randn(40, 3, 64, 64)
+    with torch.no_grad():
+        expected = network.encode_image(pixels)
+        features = FusedResNet(network.visual)(pixels)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(features / scale, expected / scale, rtol=0, atol=3e-6)
+    assert not any(
+        isinstance(module, torch.nn.BatchNorm2d)
+        for module in FusedResNet(network.visual).modules()
+    )
+
+
+def test_the_demo_s_labels_are_those_of_its_own_encoder() -> None:
+    """What the labeler gave when it encoded the crops of one image by open_clip."""
+    clip = load_clip(DEMO_CLIP)
+    labeler = CropLabeler(clip, DEMO_CLASSES, DEMO_CLIP, 1.2)
+    image = _picture()
+    crops = torch.stack(
+        [
+            resized_crop(image, y1, x1, y2 - y1, x2 - x1, [64, 64], antialias=True)
+            for x1, y1, x2, y2 in pixel_boxes(image, BOXES, 1.2)
+        ]
+    )
+    pixels = normalize(crops.float() / 255, list(clip.mean), list(clip.std))
+    network: Any = clip.network
+    encoded = network.encode_image(pixels, normalize=True)
+    expected = (network.logit_scale.exp() * encoded @ labeler.embeddings.T).softmax(-1)
+    torch.testing.assert_close(labeler(image, BOXES), expected, rtol=0, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_boxes_of_an_image() -> None:
+    labeler = CropLabeler(tiny_clip(), CLASSES, TEMPLATES)
+    sizes: list[int] = []
+    classify = labeler._classify
+
+    def record(crops: Tensor) -> Tensor:
+        sizes.append(len(crops))
+        return classify(crops)
+
+    labeler._classify = record  # type: ignore[method-assign]
+    labeler(_picture(), BOXES.repeat(100, 1))
+    assert max(sizes) == batch_size((64, 64)) == 128
+    assert sum(sizes) < 300 + 16
+    assert batch_size((224, 224)) == 64
+    assert batch_size((2000, 2000)) == 1
