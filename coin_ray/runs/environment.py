@@ -25,6 +25,8 @@ CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 FINDS_ITSELF = ("auto", "local")
 """Values of RAY_ADDRESS that name no host."""
+TOKEN_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Variables with which Ray makes no token of its own: a cluster has one."""
 TEMPORARY_FOLDERS = ("TMPDIR", "RAY_TMPDIR")
 """Variables with a folder for temporary files: Ray's sockets and logs, and copies."""
 
@@ -36,6 +38,7 @@ def check_environment(root: str) -> None:
     for storage that can't be reached.
     """
     _check_temporary_folders()
+    _check_home()
     check_cluster_address()
     storage.check_reachable(root)
     _check_writable(root)
@@ -89,6 +92,26 @@ def _check_temporary_folders() -> None:
                 f" ({error.strerror}). Create it or give another one: export"
                 f" {name}=/path"
             ) from None
+
+
+def _check_home() -> None:
+    """Check that Ray can keep its token below HOME, if it has none and needs one."""
+    folder = os.path.expanduser("~/.ray")
+    if (
+        any(os.environ.get(name) for name in TOKEN_VARIABLES)
+        or os.environ.get("RAY_AUTH_MODE") == "disabled"
+        or os.path.exists(os.path.join(folder, "auth_token"))
+    ):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"HOME={os.path.expanduser('~')} can't be written ({error.strerror}): Ray"
+            " keeps a token in .ray below it. Give another one: export HOME=/path, or"
+            " export RAY_AUTH_MODE=disabled on a machine of your own"
+        ) from None
 
 
 def _check_writable(root: str) -> None:

@@ -18,8 +18,12 @@ from .test_failed_images import CONFIG, STEPS
 
 
 @pytest.fixture(autouse=True)
-def variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_ADDRESS", "TMPDIR", "RAY_TMPDIR"):
+def variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    for name in (*names, "TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(environment, "CLUSTER_SECONDS", 0.1)
     monkeypatch.setattr(environment, "RETRY_SECONDS", 0.01)
@@ -73,6 +77,22 @@ def test_a_temporary_folder_that_cannot_be_written(
 ) -> None:
     monkeypatch.setenv(name, str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match=f"{name}=.*absent.*No such file"):
+        check_environment(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "variable", ["", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"]
+)
+def test_a_home_that_cannot_be_written(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    if variable:
+        monkeypatch.setenv(variable, "disabled")
+        check_environment(str(tmp_path))
+        return
+    with pytest.raises(ConfigError, match=r"HOME=.*Ray keeps a token"):
         check_environment(str(tmp_path))
 
 
