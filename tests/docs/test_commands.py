@@ -36,6 +36,7 @@ WORK = (
     "coin_ray.runs.runner.run_pipeline",
     "coin_ray.runs.runner.print_plan",
     "coin_ray.experiments.rendering_comparison.compare_renderings",
+    "coin_ray.experiments.teacher_comparison.compare_teachers",
     "coin_ray.experiments.studies.run_fusion_study",
     "coin_ray.experiments.studies.run_ablation",
     "coin_ray.experiments.components.run_component_study",
@@ -75,6 +76,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setattr(work, lambda *_, **__: 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "map.yaml").write_text(LABEL_MAP)
+    (tmp_path / "classes.yaml").write_text("car: {ask: [automobile]}\n")
     return tmp_path
 
 
