@@ -290,14 +290,25 @@ def check_context(tokenize: Any, texts: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def class_embeddings(clip: ClipModel, classes: Sequence[str], config: Clip) -> Tensor:
+def class_embeddings(
+    clip: ClipModel,
+    classes: Sequence[str],
+    config: Clip,
+    phrases: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
     """Return e_c [K+1, D], unit length, background last: the mean over prompts, each
     normalised first (paper section 3.2).
 
-    Raises InputError if a prompt is longer than the text tower's context.
+    ``phrases``: for each class the texts that mean it, all of which are used; None: its
+    name. Raises InputError if a prompt is longer than the text tower's context.
     """
     network: Any = clip.network
-    prompts_by_class = [make_prompts(name, config) for name in (*classes, BACKGROUND)]
+    texts_by_class = phrases or [(name,) for name in classes]
+    prompts_by_class = []
+    for texts in (*texts_by_class, (BACKGROUND,)):
+        prompts_by_class.append(
+            [p for text in texts for p in make_prompts(text, config)]
+        )
     for prompts in prompts_by_class:
         check_context(clip.tokenize, prompts)
     rows = []

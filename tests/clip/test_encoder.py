@@ -163,6 +163,25 @@ def test_class_embeddings_are_means_of_unit_vectors() -> None:
     assert embeddings.shape == (2, clip.embedding_size)
 
 
+def test_all_phrases_of_a_class_are_read() -> None:
+    clip = tiny_clip()
+    names = ("scooter", "car")
+    plain = class_embeddings(clip, names, TEMPLATES)
+    same = class_embeddings(clip, names, TEMPLATES, [("scooter",), ("car",)])
+    assert torch.equal(plain, same)
+    phrases = [("electric scooter", "kick scooter"), ("car",)]
+    both = class_embeddings(clip, names, TEMPLATES, phrases)
+    single = class_embeddings(clip, phrases[0], TEMPLATES)
+    tokens = clip.tokenize(
+        [t.format(phrase) for phrase in phrases[0] for t in TEMPLATES.templates]
+    )
+    units = torch.nn.functional.normalize(clip.network.encode_text(tokens), dim=-1)  # type: ignore[operator]
+    mean = units.mean(0)
+    torch.testing.assert_close(both[0], mean / mean.norm(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(both[1:], plain[1:])
+    assert not torch.allclose(both[0], single[0])
+
+
 TINY = {
     "embed_dim": 32,
     "vision_cfg": {

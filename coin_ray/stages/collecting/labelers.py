@@ -100,12 +100,16 @@ def _cached_embeddings(
 ) -> Tensor:
     """Return the class embeddings [K+1, D] from the cache, or compute and store them."""
     if cache is None:
-        return class_embeddings(clip, config.classes, config.labeler_clip)
+        return class_embeddings(
+            clip, config.classes, config.labeler_clip, config.class_phrases
+        )
     uri = storage.join(cache, f"{_text_digest(clip, config)}.npy")
     if storage.exists(uri):
         array = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
         return torch.from_numpy(array).to(clip.device)
-    embeddings = class_embeddings(clip, config.classes, config.labeler_clip)
+    embeddings = class_embeddings(
+        clip, config.classes, config.labeler_clip, config.class_phrases
+    )
     buffer = io.BytesIO()
     np.save(buffer, embeddings.cpu().numpy())
     storage.write_bytes(uri, buffer.getvalue())
@@ -117,9 +121,10 @@ def _text_digest(clip: ClipModel, config: PipelineConfig) -> str:
     tower with its weights.
     """
     digest = hashlib.sha256()
-    for name in (*config.classes, BACKGROUND):
-        for prompt in make_prompts(name, config.labeler_clip):
-            digest.update(prompt.encode() + b"\n")
+    for phrases in (*config.class_phrases, (BACKGROUND,)):
+        for phrase in phrases:
+            for prompt in make_prompts(phrase, config.labeler_clip):
+                digest.update(prompt.encode() + b"\n")
     network: Any = clip.network
     for name, child in network.named_children():
         if name != "visual":
