@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 
 import pytest
+from operations import count_calls
 
 from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
 from coin_ray.cloud.adapters.prompts import XYXY_1000, YXYX_1000
@@ -242,18 +242,20 @@ def test_boxes_of_other_names_alone_are_an_error_that_names_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("repeated", "end"),
     [
-        "[1, " * 100_000,
-        "\n" * 1_000_000 + "[]x",
-        "[ " * 500_000,
-        "<|channel|>final" * 50_000,
-        "```" * 200_000 + LIST,
+        ("[1, ", ""),
+        ("\n" * 100, "[]x"),
+        ("[ ", ""),
+        ("<|channel|>final", ""),
+        ("```", LIST),
     ],
-    ids=lambda text: text[:12],
+    ids=["cut off", "empty lines", "brackets", "marks", "fences"],
 )
-def test_no_text_takes_long(text: str) -> None:
-    start = time.process_time()
-    with contextlib.suppress(ProtocolError):
-        _parse(text)
-    assert time.process_time() - start < 2
+def test_the_work_grows_with_the_text_at_most(repeated: str, end: str) -> None:
+    def parse(repetitions: int) -> None:
+        with contextlib.suppress(ProtocolError):
+            _parse(repeated * repetitions + end)
+
+    shorter, longer = (count_calls(lambda n=n: parse(n)) for n in (10_000, 40_000))
+    assert longer < 4.5 * shorter

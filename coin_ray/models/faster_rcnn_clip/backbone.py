@@ -45,10 +45,10 @@ class MobileNetModel:
         return self.vectors.shape[1]
 
 
-Backbone = ClipModel | MobileNetModel
+BackboneModel = ClipModel | MobileNetModel
 
 
-def load_backbone(config: PipelineConfig) -> Backbone:
+def load_backbone(config: PipelineConfig) -> BackboneModel:
     """Load the pretrained part of every detector of a run. Raises InputError or
     ConfigError if its files are missing or are of another model.
     """
@@ -62,14 +62,14 @@ def load_backbone(config: PipelineConfig) -> Backbone:
     )
 
 
-def starting_embeddings(backbone: Backbone, config: PipelineConfig) -> Tensor:
+def starting_embeddings(backbone: BackboneModel, config: PipelineConfig) -> Tensor:
     """Return the initial prototypes [K+1, D], unit length, background last."""
     if isinstance(backbone, ClipModel):
         return class_embeddings(backbone, config.classes, config.clip)
     return backbone.vectors
 
 
-def new_tower(backbone: Backbone, config: Detector) -> Tower:
+def new_tower(backbone: BackboneModel, config: Detector) -> Tower:
     if isinstance(backbone, ClipModel):
         visual = backbone.network.visual
         return ClipTower(visual, config.batch_norm, config.frozen_stages)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def new_tower(backbone: Backbone, config: Detector) -> Tower:
 
 
 def new_embeddings(
-    backbone: Backbone, classes: Sequence[str], config: Detector
+    backbone: BackboneModel, classes: Sequence[str], config: Detector
 ) -> nn.Module:
     if isinstance(backbone, ClipModel):
         return LearnedPrompts(backbone, classes, config.context_tokens)

@@ -15,7 +15,7 @@ from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, RegionOutputs, RpnOutputs
 from coin_ray.models.faster_rcnn_clip.backbone import (
-    Backbone,
+    BackboneModel,
     new_embeddings,
     new_tower,
 )
@@ -196,7 +196,7 @@ def postprocess_detections(
 
 
 def build_detector(
-    backbone: Backbone, classes: Sequence[str], config: Detector, *, seed: int
+    backbone: BackboneModel, classes: Sequence[str], config: Detector, *, seed: int
 ) -> ClipDetector:
     """Build a detector with the backbone's visual weights and class embeddings;
     everything else is drawn from ``seed``.

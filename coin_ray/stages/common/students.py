@@ -20,7 +20,7 @@ from coin_ray.models.co_detr.regional import (
 )
 from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.backbone import (
-    Backbone,
+    BackboneModel,
     new_embeddings,
     new_tower,
 )
@@ -40,13 +40,15 @@ DeployedDetector = (
 
 
 def new_clip_detector(
-    backbone: Backbone, config: PipelineConfig, *, seed: int
+    backbone: BackboneModel, config: PipelineConfig, *, seed: int
 ) -> ClipDetector:
     """Return a new CLIP detector; what is not the backbone's is drawn from ``seed``."""
     return build_detector(backbone, config.classes, config.detector, seed=seed)
 
 
-def new_student(backbone: Backbone, config: PipelineConfig, *, seed: int) -> Student:
+def new_student(
+    backbone: BackboneModel, config: PipelineConfig, *, seed: int
+) -> Student:
     """Return a new target detector: the backbone's visual weights and class embeddings,
     everything else drawn from ``seed``.
     """
@@ -56,7 +58,7 @@ def new_student(backbone: Backbone, config: PipelineConfig, *, seed: int) -> Stu
     return RegionalDetr(base, backbone.embedding_size, config.detector)
 
 
-def new_detr(backbone: Backbone, config: PipelineConfig, *, seed: int) -> TextDetr:
+def new_detr(backbone: BackboneModel, config: PipelineConfig, *, seed: int) -> TextDetr:
     """Return a new Co-DETR without auxiliary head, on the backbone's tower."""
     torch.manual_seed(seed)
     embeddings = new_embeddings(backbone, config.classes, config.detector)
@@ -109,7 +111,7 @@ def select_forward(student: Student) -> StudentForward:
 
 
 def load_trained_detector(
-    name: str, uri: str, backbone: Backbone | None, config: PipelineConfig
+    name: str, uri: str, backbone: BackboneModel | None, config: PipelineConfig
 ) -> DeployedDetector:
     """Return the trained detector ``name`` in evaluation mode, as it is deployed: a
     Co-DETR without its auxiliary head, or with it. ``backbone``: None where no detector
