@@ -179,6 +179,13 @@ class CloudClient:
         return self.max_side, self._config.views[0]
 
     @property
+    def rendering_name(self) -> str:
+        """Return a text that names what decides how an image is sent."""
+        limits = self._capabilities
+        max_side, view = self.rendering
+        return f"{limits.name} {max_side} {limits.max_bytes} {view}"
+
+    @property
     def prior(self) -> Prior:
         """Return what is known of the service's labels: what the label map says, or for
         ``cloud.label_scores agreement`` that each counts fully.
@@ -257,6 +264,12 @@ class CloudClient:
     def key(self, image: CanonicalImage) -> str:
         """Return the journal's key, also sent as Idempotency-Key."""
         return self._replies.key(image)
+
+    def sent_digest(self, image: CanonicalImage) -> str:
+        """Return the sha256 of the image file that is sent, of which the key is made
+        (``key_of_unchanged_file``).
+        """
+        return self._replies.sent_digest(image)
 
     def key_of_unchanged_file(self, image_id: str) -> str:
         """Return the journal's key of a file that is sent as it is, in the plain

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coin_ray import storage
-from coin_ray.config import PLAIN_RENDERING, Cloud, DemoScenes, PipelineConfig
+from coin_ray.config import PLAIN_RENDERING, Cloud, DemoScenes, Folder, PipelineConfig
 from coin_ray.runs.steps import Step, with_found_range
 from coin_ray.serving.launch import EMULATED_CLOUDS
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from coin_ray.cloud.client import CloudClient
     from coin_ray.cloud.journal.base import Journal
+    from coin_ray.runs.sent_digests import SentDigests
 
 BATCH_PRICE_SHARE = 0.5
 """Price of a request by a batch endpoint, as a share of its price alone."""
@@ -62,12 +64,15 @@ def estimate_cost(
 
     mode = config.ensemble.mode if config.more_clouds else "fuse"
     image_count = _count_images(config, steps["images"], root)
-    answered_images = _answered_images(config, steps, root)
+    journal = _open_existing_journal(root)
+    answered_images = _answered_images(config, steps, root, journal)
     if mode == "failover":  # one service's answer is enough for an image
         answered_by_any = set[str]().union(*answered_images)
         answered_images = [answered_by_any] * len(answered_images)
     names = cloud_names(config.services)
-    recent_calls = _count_recent_calls(config, root)
+    recent_calls = _count_recent_calls(config, journal)
+    if journal is not None:
+        journal.close()
     estimates: list[Estimate] = []
     first = 0
     for cloud, name, recent in zip(config.services, names, recent_calls, strict=True):
@@ -171,27 +176,34 @@ def _count_images(config: PipelineConfig, images: Step, root: str) -> int:
     return len(set(files) if config.data.same_images else files)
 
 
-def _count_recent_calls(config: PipelineConfig, root: str) -> list[int]:
+def _open_existing_journal(root: str) -> Journal | None:
+    """Return the root's journal; None if there is none, which is not created."""
+    from coin_ray.cloud.journal.opening import open_journal
+
+    uri = storage.join(root, "journal")
+    return open_journal(uri) if storage.exists(uri) else None
+
+
+def _count_recent_calls(config: PipelineConfig, journal: Journal | None) -> list[int]:
     """Return the calls of each service in the last 24 hours."""
     from coin_ray.cloud.accounts import account_name
-    from coin_ray.cloud.journal.opening import open_journal
     from coin_ray.cloud.services import adapter_for
 
-    journal_folder = storage.join(root, "journal")
-    if not storage.exists(journal_folder):
+    if journal is None:
         return [0] * len(config.services)
-    journal = open_journal(journal_folder)
     yesterday = time.time() - SECONDS_PER_DAY
     counts = []
     for cloud in config.services:
         account = account_name(cloud, _endpoint(cloud), adapter_for(cloud))
         counts.append(len(journal.call_starts(account, yesterday)))
-    journal.close()
     return counts
 
 
 def _answered_images(
-    config: PipelineConfig, steps: Mapping[str, Step], root: str
+    config: PipelineConfig,
+    steps: Mapping[str, Step],
+    root: str,
+    journal: Journal | None,
 ) -> list[set[str]]:
     """Return, for each cloud and question, the URIs of the run's images that the journal
     has answers to.
@@ -199,42 +211,60 @@ def _answered_images(
     An answer counts if it was given for the same classes, model and threshold.
     """
     from coin_ray.cloud.journal.keys import TASK
-    from coin_ray.cloud.journal.opening import open_journal
     from coin_ray.cloud.question_client import questions_for
 
     call_count = sum(len(questions_for(config, cloud)) for cloud in config.clouds)
     answered_images: list[set[str]] = [set() for _ in range(call_count)]
-    journal_folder = storage.join(root, "journal")
     config = with_found_range(config, steps["images"].folder(root))
     image_table = storage.join(steps["images"].folder(root), "images.parquet")
-    if not storage.exists(journal_folder) or not storage.exists(image_table):
+    if journal is None or not storage.exists(image_table):
         return answered_images
-    journal = open_journal(journal_folder)
     clients = _offline_clients(config, journal)
-    rows = storage.read_table(image_table).to_pylist()
-    asked_rows = [row for row in rows if row["split"] != "val"]
+    table = storage.read_table(image_table)
+    is_asked = [split != "val" for split in table["split"].to_pylist()]
+    asked = table.filter(is_asked).select(["uri", "image_id"])
+    uris: list[str] = asked["uri"].to_pylist()
+    image_ids: list[str] = asked["image_id"].to_pylist()
     journal_keys: Sequence[str] = journal.keys()
     answered_keys = {key for key in journal_keys if not key.endswith(TASK)}
     unmatched_keys = set(answered_keys)
-    for row in asked_rows:
-        for client, images in zip(clients, answered_images, strict=True):
-            if client.rendering[1] != PLAIN_RENDERING:
-                continue
-            key = client.key_of_unchanged_file(row["image_id"])
+    for client, images in zip(clients, answered_images, strict=True):
+        if client.rendering[1] != PLAIN_RENDERING:
+            continue
+        for uri, image_id in zip(uris, image_ids, strict=True):
+            key = client.key_of_unchanged_file(image_id)
             if key in answered_keys:
-                images.add(row["uri"])
+                images.add(uri)
                 unmatched_keys.discard(key)
+    unknown_uris = [
+        uri for uri in uris if any(uri not in images for images in answered_images)
+    ]
+    if not unmatched_keys or not unknown_uris:
+        return answered_images
     # the key of a file that is not sent as it is takes decoding and encoding it
-    for row in asked_rows:
-        uri = row["uri"]
-        if unmatched_keys and any(uri not in images for images in answered_images):
-            keys = _rendered_keys(uri, clients, config.intensity_range)
-            for key, images in zip(keys, answered_images, strict=False):
-                if key in answered_keys:
-                    images.add(uri)
-            unmatched_keys -= set(keys)
-    journal.close()
+    digests = _open_sent_digests(config, root)
+    for uri in unknown_uris:
+        if not unmatched_keys:
+            break
+        keys = _rendered_keys(uri, clients, config.intensity_range, digests)
+        for key, images in zip(keys, answered_images, strict=False):
+            if key in answered_keys:
+                images.add(uri)
+        unmatched_keys -= set(keys)
+    digests.save()
     return answered_images
+
+
+def _open_sent_digests(config: PipelineConfig, root: str) -> SentDigests:
+    """Return the known digests of the run's images as they are sent."""
+    from coin_ray.data.listing import list_versions
+    from coin_ray.runs.sent_digests import SentDigests
+
+    versions: dict[str, str] = {}
+    if isinstance(config.data, Folder):
+        with suppress(OSError):
+            versions = list_versions(config.data, root)
+    return SentDigests(root, versions)
 
 
 def print_other_answers(config: PipelineConfig, images: pa.Table, root: str) -> None:
@@ -320,21 +350,37 @@ def _rendered_keys(
     uri: str,
     clients: Sequence[CloudClient],
     intensity_range: tuple[float, float] | None,
+    known_digests: SentDigests | None = None,
 ) -> list[str]:
-    """Return the journal key of an image for each cloud; none if it can not be read."""
+    """Return the journal key of an image for each cloud; none if it can not be read.
+    ``known_digests``: those of images that need not be read, to which others are added.
+    """
     from coin_ray.cloud.renderings import render_image
     from coin_ray.errors import InputError
+    from coin_ray.runs.sent_digests import encoder_name
 
-    try:
-        file = storage.read_bytes(uri)
-        images = [
-            render_image(file, *client.rendering, intensity_range) for client in clients
-        ]
-        return [
-            client.key(image) for client, image in zip(clients, images, strict=True)
-        ]
-    except (InputError, FileNotFoundError):
-        return []
+    encoder = encoder_name()
+    renderings = [
+        f"{client.rendering_name} {intensity_range} {encoder}" for client in clients
+    ]
+    digests = known_digests.find(uri, renderings) if known_digests else None
+    if digests is None:
+        try:
+            file = storage.read_bytes(uri)
+            digests = [
+                client.sent_digest(
+                    render_image(file, *client.rendering, intensity_range)
+                )
+                for client in clients
+            ]
+        except (InputError, FileNotFoundError):
+            return []
+        if known_digests is not None:
+            known_digests.add(uri, renderings, digests)
+    return [
+        client.key_of_unchanged_file(digest)
+        for client, digest in zip(clients, digests, strict=True)
+    ]
 
 
 def _endpoint(cloud: Cloud) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 from PIL import Image
 
 from coin_ray import storage
+from coin_ray.cloud import renderings
 from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import Cloud, Ensemble, Folder, PipelineConfig
 from coin_ray.config.presets import folder
-from coin_ray.data.canonical import canonical_image
+from coin_ray.data.canonical import CanonicalImage, canonical_image
+from coin_ray.runs import estimate as estimate_module
 from coin_ray.runs.estimate import (
     Estimate,
     estimate_cost,
@@ -112,7 +115,7 @@ def _collect(
 
     asyncio.run(ask())
     step = build_steps(config)["images"]
-    image_files = sorted((root / "images").iterdir())
+    image_files = sorted(paths[0].parent.iterdir())
     rows = [
         {"image_id": p.name, "uri": str(p), "width": 60, "height": 40, "split": "train"}
         for p in image_files
@@ -219,3 +222,58 @@ def test_files_that_are_sent_unchanged_are_matched_without_opening_them(
     )
     (estimate,) = _estimate(config, tmp_path)
     assert (estimate.answered, estimate.calls) == (3, 2)
+
+
+def test_images_that_were_decoded_once_are_known_from_their_size_and_time(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _configuration(tmp_path, ONE)
+    _collect(config, ONE, tmp_path / "root", images[:3])
+    (first,) = _estimate(config, tmp_path / "root")
+    rendered: list[str] = []
+
+    def render_image(file: bytes, *options: Any) -> CanonicalImage:
+        rendered.append(hashlib.sha256(file).hexdigest())
+        return canonical_image(file, options[0])
+
+    monkeypatch.setattr(renderings, "render_image", render_image)
+    (second,) = _estimate(config, tmp_path / "root")
+    assert (first.answered, second.answered) == (3, 3)
+    assert not rendered
+    Image.new("RGB", (60, 40), (1, 2, 3)).save(images[0])
+    os.utime(images[0], (1, 1))
+    (third,) = _estimate(config, tmp_path / "root")
+    assert third.answered == 2
+    assert hashlib.sha256(images[0].read_bytes()).hexdigest() in rendered
+
+
+def test_a_wrong_digest_on_record_is_only_a_wrong_estimate(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    """No call follows from the digests: collection computes each from its image."""
+    config = _configuration(tmp_path, ONE)
+    _collect(config, ONE, tmp_path / "root", images[:2])
+    _estimate(config, tmp_path / "root")
+    file = str(tmp_path / "root" / "sent_digests.parquet")
+    table = storage.read_table(file)
+    digest = table["digest"][0].as_py()
+    column = pa.array([digest] * len(table))
+    storage.write_table(file, table.set_column(3, "digest", column))
+    (estimate,) = _estimate(config, tmp_path / "root")
+    assert estimate.answered == len(table)
+    importers = [
+        path.name
+        for path in Path(estimate_module.__file__).parents[1].rglob("*.py")
+        if "sent_digests" in path.read_text() and path.name != "sent_digests.py"
+    ]
+    assert importers == ["estimate.py"]
+
+
+def test_a_broken_file_of_digests_is_no_error(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    config = _configuration(tmp_path, ONE)
+    _collect(config, ONE, tmp_path / "root", images[:2])
+    (tmp_path / "root" / "sent_digests.parquet").write_bytes(b"no table")
+    (estimate,) = _estimate(config, tmp_path / "root")
+    assert estimate.answered == 2
