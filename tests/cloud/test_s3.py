@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import uuid
+import threading
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
+from s3_server import S3Server, s3fs, start_s3_server
 
 from coin_ray import storage
 from coin_ray.cloud.journal.base import AnswerRecord
@@ -17,45 +17,16 @@ from coin_ray.commands.main import main
 
 from .conftest import check_killed_journal_writer
 
-s3fs = pytest.importorskip("s3fs", reason="s3:// needs the extra s3")
-moto_server = pytest.importorskip(
-    "moto.server",
-    reason="the S3 server of these tests is moto[server], of the extra test",
-)
-
-BUCKET = "coin-runs"
-
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (
-            "AWS_PROFILE",
-            "AWS_SESSION_TOKEN",
-            "AWS_CONFIG_FILE",
-            "AWS_SHARED_CREDENTIALS_FILE",
-            "HTTP_PROXY",
-            "http_proxy",
-        ):
-            patch.delenv(name, raising=False)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir(BUCKET)
-        yield f"http://{host}:{port}"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+def server() -> Iterator[S3Server]:
+    with start_s3_server() as server:
+        yield server
 
 
 @pytest.fixture
-def root(endpoint: str) -> str:
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+def root(server: S3Server) -> str:
+    return server.new_root()
 
 
 def _write_as_another_process(uri: str, content: bytes) -> None:
@@ -143,6 +114,33 @@ def test_a_damaged_object_is_found_and_never_an_answer(
     assert f"{object_uri}: offset 0: " in capsys.readouterr().out
     assert main(["journal", "show", "--root", root]) == 0
     assert main(["journal", "compact", "--root", root]) == 0
+
+
+def test_a_server_that_goes_away_is_waited_for(
+    server: S3Server, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = open_journal(storage.join(root, "journal"), "collect-1")
+    server.stop()
+    back = threading.Timer(3.0, server.start_again)
+    back.start()
+    try:
+        journal.attempt("a", 0.01)
+        journal.put("a", AnswerRecord(b"paid"))
+        storage.write_table(storage.join(root, "t.parquet"), pa.table({"n": [1]}))
+    finally:
+        back.join()
+    reader = open_journal(storage.join(root, "journal"))
+    record = reader.get("a")
+    assert record is not None
+    assert record.body == b"paid"
+    account = reader.account()
+    assert (account.answered, account.unanswered) == (1, 0)
+    assert storage.read_table(storage.join(root, "t.parquet"))["n"].to_pylist() == [1]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines[:-1]] == [
+        "storage: s3://coin-runs can't be reached"
+    ]
+    assert lines[-1].startswith("storage: s3://coin-runs answers again after")
 
 
 def test_kill(root: str) -> None:
