@@ -25,7 +25,7 @@ from coin_ray.errors import InputError
 
 Pixels = NDArray[np.uint8]
 
-NETWORK_PREFIXES = ("propose/", "describe/")
+NETWORK_PREFIXES = ("propose/", "describe/", "network/")
 QUANTIZED_PRODUCTS = ("Conv", "Gemm")
 QUANTIZED_BETWEEN = ("Relu", "AveragePool")
 """Operators that pass 8-bit numbers on from one product to the next."""
@@ -34,6 +34,11 @@ FLOAT_WEIGHTS = (
     "rpn.deltas.weight",
     "head.embed.weight",
     "head.box.weight",
+    *(
+        f"head.{part}_preds.{level}.weight"
+        for part in ("cls", "reg", "obj")
+        for level in range(3)
+    ),
 )
 """Weights of the last layers, which stay float32 as the first convolution does: they
 take little time and move boxes and scores most."""

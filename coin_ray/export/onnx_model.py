@@ -32,7 +32,11 @@ from coin_ray.export.pooling import (
     add_rank_within_image,
     add_roi_align,
 )
-from coin_ray.export.resizing import add_resize
+from coin_ray.export.resizing import (
+    add_limits_and_scale,
+    add_padding,
+    add_resized_images,
+)
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 
 LOWEST = -1e30
@@ -72,7 +76,7 @@ def onnx_model(
     detections = _add_detections(graph, config, network_input, regions, len(classes))
     model = graph.build(
         "detector",
-        [_tensor_info("images", TensorProto.UINT8, "B", "H", "W", 3)],
+        [tensor_info("images", TensorProto.UINT8, "B", "H", "W", 3)],
         _output_infos(detections, len(classes)),
     )
     metadata = {"classes": "\n".join(classes), "score_min": str(config.score_min)}
@@ -100,44 +104,11 @@ def _add_preprocessing(
     """Add resizing to short side ``short_side``, long side at most ``long_side``, and
     zeros at the right and bottom up to multiples of 32.
     """
-    shape = graph.op("Shape", "images")
-    batch = graph.slice_axis(shape, 0, 1, 0)
-    image_size = graph.cast(graph.slice_axis(shape, 1, 3, 0), TensorProto.DOUBLE)
-    size = _add_resized_size(graph, config, image_size)
-    whole_size = graph.cast(size, TensorProto.INT64)
-    transposed = graph.op("Transpose", "images", perm=[0, 3, 1, 2])
-    channels_first = graph.cast(transposed, TensorProto.FLOAT)
-    is_equal = graph.cast(graph.op("Equal", image_size, size), TensorProto.INT64)
-    all_equal = graph.op("ReduceMin", is_equal, keepdims=0)
-    resized = graph.if_else(
-        graph.cast(all_equal, TensorProto.BOOL),
-        lambda: channels_first,
-        lambda: add_resize(graph, channels_first, image_size, size),
-        TensorProto.FLOAT,
-        (None, 3, None, None),
-    )
-    normalised = _add_normalisation(graph, resized, mean, std)
-    beyond = graph.op("Mod", graph.op("Neg", whole_size), graph.i64(PAD))
-    pads = graph.concat(graph.i64(0, 0, 0, 0, 0, 0), beyond, axis=0)
-    pixels = graph.op("Pad", normalised, pads)
-    limits = graph.op("Gather", size, graph.i64(1, 0, 1, 0))
-    image_limits = graph.op("Gather", image_size, graph.i64(1, 0, 1, 0))
-    limits_f32 = graph.cast(limits, TensorProto.FLOAT)
-    scale = graph.cast(graph.op("Div", image_limits, limits), TensorProto.FLOAT)
-    return _NetworkInput(pixels, limits_f32, scale, batch)
-
-
-def _add_resized_size(graph: OnnxGraph, config: Detector, image_size: str) -> str:
-    """Add the size [2] of the resized image, as float64."""
-    short_side = graph.f64(config.short_side)
-    shortest = graph.op("ReduceMin", image_size, keepdims=1)
-    short_factor = graph.op("Div", short_side, shortest)
-    long_side = graph.f64(config.long_side)
-    longest = graph.op("ReduceMax", image_size, keepdims=1)
-    long_factor = graph.op("Div", long_side, longest)
-    factor = graph.op("Min", short_factor, long_factor)
-    rounded = graph.op("Round", graph.op("Mul", image_size, factor))
-    return graph.op("Max", rounded, graph.f64(1.0))
+    resized = add_resized_images(graph, config.short_side, config.long_side)
+    normalised = _add_normalisation(graph, resized.pixels, mean, std)
+    pixels = graph.op("Pad", normalised, add_padding(graph, resized.size, PAD))
+    limits_f32, scale = add_limits_and_scale(graph, resized)
+    return _NetworkInput(pixels, limits_f32, scale, resized.batch)
 
 
 def _add_normalisation(
@@ -273,15 +244,15 @@ def _output_infos(
     detections: _DetectionTensors, classes: int
 ) -> dict[str, onnx.ValueInfoProto]:
     return {
-        detections.boxes: _tensor_info("boxes", TensorProto.FLOAT, "N", 4),
-        detections.scores: _tensor_info("scores", TensorProto.FLOAT, "N"),
-        detections.labels: _tensor_info("labels", TensorProto.INT64, "N"),
-        detections.image: _tensor_info("image", TensorProto.INT64, "N"),
-        detections.probs: _tensor_info("probs", TensorProto.FLOAT, "N", classes + 1),
+        detections.boxes: tensor_info("boxes", TensorProto.FLOAT, "N", 4),
+        detections.scores: tensor_info("scores", TensorProto.FLOAT, "N"),
+        detections.labels: tensor_info("labels", TensorProto.INT64, "N"),
+        detections.image: tensor_info("image", TensorProto.INT64, "N"),
+        detections.probs: tensor_info("probs", TensorProto.FLOAT, "N", classes + 1),
     }
 
 
-def _tensor_info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+def tensor_info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
@@ -323,7 +294,7 @@ def _export_propose(network: nn.Module) -> ModelProto:
         2: PAD * Dim("rows", min=1, max=SIDE_MAX),
         3: PAD * Dim("columns", min=1, max=SIDE_MAX),
     }
-    return _export_network(network.eval(), (pixels, limits), (pixel_shape, None))
+    return export_network(network.eval(), (pixels, limits), (pixel_shape, None))
 
 
 def _export_describe(
@@ -334,10 +305,10 @@ def _export_describe(
     examples = (*pooled, torch.zeros(5, 4), torch.ones(4))
     regions = Dim("regions")
     shapes = (*({0: regions} for _ in pooled), {0: regions}, None)
-    return _export_network(network.eval(), examples, shapes)
+    return export_network(network.eval(), examples, shapes)
 
 
-def _export_network(
+def export_network(
     network: nn.Module, examples: tuple[torch.Tensor, ...], shapes: tuple[object, ...]
 ) -> ModelProto:
     program = torch.onnx.export(

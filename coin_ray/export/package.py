@@ -18,6 +18,7 @@ from PIL import Image
 
 from coin_ray import storage
 from coin_ray.config import Cloud, PipelineConfig
+from coin_ray.config.students import HUB_PREFIX
 from coin_ray.data.pixels import IntensityRange, upright_rgb
 from coin_ray.errors import ConfigError
 from coin_ray.export.equality import (
@@ -28,6 +29,8 @@ from coin_ray.export.equality import (
 )
 from coin_ray.export.int8_loss import Int8Loss, ModelPair, int8_loss
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
+from coin_ray.models.students.base import DetectorStudent
+from coin_ray.models.students.building import is_detector_student
 from coin_ray.predictors.onnx_student import OnnxStudent
 from coin_ray.predictors.student import StudentPredictor, write_exported_student
 from coin_ray.structures import Detections
@@ -42,8 +45,9 @@ PIXELS_FILE = "pixels.py"
 """Turns image files into pixels as training does; ``detect.py`` imports it."""
 PIXELS_IMPORT = "from coin_ray.data.pixels import"
 IMPORT_BESIDE = "sys.path.insert(0, str(Path(__file__).parent))\nfrom pixels import"
+ExportedDetector = ClipDetector | DetectorStudent
 OnnxExporter = Callable[
-    [ClipDetector, Sequence[str], IntensityRange | None], "ModelProto"
+    [ExportedDetector, Sequence[str], IntensityRange | None], "ModelProto"
 ]
 INSTALL_EXPORT = "pip install 'coin-ray[export]'"
 
@@ -54,7 +58,7 @@ class TrainedStudent:
     alone. ``summary``: the run's summary.json, for the card.
     """
 
-    detector: ClipDetector
+    detector: ExportedDetector
     classes: tuple[str, ...]
     added: tuple[str, ...]
     config: PipelineConfig
@@ -97,7 +101,8 @@ def write_package(
     storage.make_folder(folder)
     _remove_earlier(folder)
     intensity_range = student.config.intensity_range
-    detector = student.detector.eval()
+    detector = student.detector
+    detector.eval()
     write_exported_student(
         detector, student.classes, folder, intensity_range=intensity_range
     )
@@ -106,14 +111,17 @@ def write_package(
     storage.write_bytes(storage.join(folder, "model.onnx"), onnx_bytes)
     script = _write_torchscript(detector, folder)
     _write_example(folder)
-    settings = detector.config
+    settings = student.config.detector
+    if isinstance(detector, ClipDetector):
+        settings = detector.config
     model = StudentPredictor(student.classes, detector, settings, intensity_range)
+    score_min = input_settings(detector).score_min
     exported: dict[str, Predict] = {
         "model.onnx": OnnxStudent(onnx_bytes),
         "model.pt": _TorchScriptPredictor(script, intensity_range),
     }
     equality = {
-        name: compare_predictions(model, predictor, images, settings.score_min)
+        name: compare_predictions(model, predictor, images, score_min)
         for name, predictor in exported.items()
     }
     for name, comparison in equality.items():
@@ -145,10 +153,16 @@ def _remove_earlier(folder: str) -> None:
             storage.remove(uri)
 
 
-def _write_torchscript(detector: ClipDetector, folder: str) -> torch.jit.ScriptModule:
+def _write_torchscript(
+    detector: ExportedDetector, folder: str
+) -> torch.jit.ScriptModule:
+    from coin_ray.export.student_torchscript import student_torchscript
     from coin_ray.export.torchscript import torchscript
 
-    script = torchscript(detector)
+    if is_detector_student(detector):
+        script = student_torchscript(detector)
+    else:
+        script = torchscript(detector)
     buffer = io.BytesIO()
     torch.jit.save(script, buffer)  # type: ignore[no-untyped-call]
     storage.write_bytes(storage.join(folder, "model.pt"), buffer.getvalue())
@@ -188,12 +202,46 @@ def _onnx_exporter() -> OnnxExporter:
         import onnxscript  # noqa: F401
 
         from coin_ray.export.onnx_model import onnx_model
+        from coin_ray.export.student_onnx import student_onnx_model
     except ImportError as error:
         raise ConfigError(
             "writing ONNX needs onnx, onnxscript and onnxruntime"
             f" ({error}): {INSTALL_EXPORT}"
         ) from None
-    return onnx_model
+
+    def export_to_onnx(
+        detector: ExportedDetector,
+        classes: Sequence[str],
+        intensity_range: IntensityRange | None,
+    ) -> ModelProto:
+        if is_detector_student(detector):
+            return student_onnx_model(detector, classes, intensity_range)
+        return onnx_model(detector, classes, intensity_range)
+
+    return export_to_onnx
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """Sizes that images are resized to, and limits of the detections: those of the
+    files' own pre- and post-processing.
+    """
+
+    short_side: int
+    long_side: int
+    score_min: float
+    detections: int
+
+
+def input_settings(detector: ExportedDetector) -> InputSettings:
+    """Return the settings that the card and the comparison name."""
+    if is_detector_student(detector):
+        side, settings = detector.input_format.side, detector.post_process
+        return InputSettings(side, side, settings.score_min, settings.detections)
+    config = detector.config
+    return InputSettings(
+        config.short_side, config.long_side, config.score_min, config.detections
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +261,7 @@ def render_card(student: TrainedStudent, measurements: ExportMeasurements) -> st
     seed, signature, limits, licences.
     """
     config, summary = student.config, student.summary
-    settings, int8 = student.detector.config, measurements.int8
+    settings, int8 = input_settings(student.detector), measurements.int8
     template = (files("coin_ray.export") / "card.md.jinja").read_text()
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -224,7 +272,8 @@ def render_card(student: TrainedStudent, measurements: ExportMeasurements) -> st
     return environment.from_string(template).render(
         name=f"{config.preset} student",
         licence="apache-2.0" if config.preset == "demo" else "other",
-        backbone=_backbone_name(config),
+        network=_network_name(student),
+        first_weights=_first_weights(student),
         classes=student.classes,
         added=student.added,
         teachers=_teachers_sentence(config),
@@ -242,6 +291,26 @@ def render_card(student: TrainedStudent, measurements: ExportMeasurements) -> st
     )
 
 
+def _network_name(student: TrainedStudent) -> str:
+    """Return the student's network in words: "A Faster R-CNN on ..."."""
+    if is_detector_student(student.detector):
+        name = student.config.distill.student
+        return f"A {name.removeprefix(HUB_PREFIX)} that was pretrained as a detector"
+    return f"A Faster R-CNN on {_backbone_name(student.config)}"
+
+
+def _first_weights(student: TrainedStudent) -> str:
+    """Return in words where the student's first weights are from; of a file its name,
+    not its folder.
+    """
+    distill = student.config.distill
+    if not is_detector_student(student.detector):
+        return _backbone_name(student.config)
+    if distill.student_weights:
+        return PurePath(distill.student_weights).name
+    return f"the published weights of {distill.student.removeprefix(HUB_PREFIX)}"
+
+
 def _backbone_name(config: PipelineConfig) -> str:
     if config.detector.backbone == "clip":
         return f"the visual tower of {_clip_name(config)}"
@@ -254,12 +323,17 @@ def _clip_name(config: PipelineConfig) -> str:
 
 
 def _teachers_sentence(config: PipelineConfig) -> str:
-    """Return one sentence that names the clouds and the CLIP."""
+    """Return one sentence that names the clouds and who gave the second opinion."""
     clouds = ", ".join(_cloud_name(cloud) for cloud in config.clouds)
-    clip = ""
-    if config.collect.labeler != "none":
-        clip = f" and {_clip_name(config)}"
-    return f"Cloud detectors: {clouds}{clip}."
+    return f"Cloud detectors: {clouds}{_second_opinion(config)}."
+
+
+def _second_opinion(config: PipelineConfig) -> str:
+    if config.collect.labeler == "none":
+        return ""
+    model = PurePath(config.labeler.model or config.clip.model).stem
+    kind = "the classifier" if config.collect.labeler == "classifier" else "CLIP"
+    return f" and {kind} {model}"
 
 
 def _cloud_name(cloud: Cloud) -> str:

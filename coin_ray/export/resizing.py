@@ -12,12 +12,87 @@ columns, rounds; its weights are integers over a power of two
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from onnx import TensorProto
 
 from coin_ray.export.graph import OnnxGraph
 
 WEIGHT_BITS = 15
 PRECISION_MAX = 22.0
+
+
+@dataclass(frozen=True)
+class ResizedImages:
+    """Names of tensors. ``pixels`` float32 [B, 3, h, w] of whole numbers, ``batch``
+    [1]; ``image_size`` and ``size`` float64 [2] (height, width) before and after.
+    """
+
+    pixels: str
+    batch: str
+    image_size: str
+    size: str
+
+
+def add_resized_images(
+    graph: OnnxGraph, short_side: int, long_side: int, *, keep_ratio: bool = True
+) -> ResizedImages:
+    """Add resizing of the input ``images`` uint8 [B, H, W, 3] to short side
+    ``short_side``, long side at most ``long_side``; without ``keep_ratio`` to a square
+    of ``long_side``.
+    """
+    shape = graph.op("Shape", "images")
+    batch = graph.slice_axis(shape, 0, 1, 0)
+    image_size = graph.cast(graph.slice_axis(shape, 1, 3, 0), TensorProto.DOUBLE)
+    if keep_ratio:
+        size = _add_resized_size(graph, short_side, long_side, image_size)
+    else:
+        size = graph.f64(long_side, long_side)
+    transposed = graph.op("Transpose", "images", perm=[0, 3, 1, 2])
+    channels_first = graph.cast(transposed, TensorProto.FLOAT)
+    is_equal = graph.cast(graph.op("Equal", image_size, size), TensorProto.INT64)
+    all_equal = graph.op("ReduceMin", is_equal, keepdims=0)
+    resized = graph.if_else(
+        graph.cast(all_equal, TensorProto.BOOL),
+        lambda: channels_first,
+        lambda: add_resize(graph, channels_first, image_size, size),
+        TensorProto.FLOAT,
+        (None, 3, None, None),
+    )
+    return ResizedImages(resized, batch, image_size, size)
+
+
+def add_padding(graph: OnnxGraph, size: str, multiple: int) -> str:
+    """Add the pads [8] that bring images of ``size`` (float64 [2]) at the right and
+    bottom to multiples of ``multiple``.
+    """
+    whole_size = graph.cast(size, TensorProto.INT64)
+    beyond = graph.op("Mod", graph.op("Neg", whole_size), graph.i64(multiple))
+    return graph.concat(graph.i64(0, 0, 0, 0, 0, 0), beyond, axis=0)
+
+
+def add_limits_and_scale(graph: OnnxGraph, resized: ResizedImages) -> tuple[str, str]:
+    """Add the limits (w, h, w, h) of boxes in the resized image, and their scale to the
+    image, float32 [4] each.
+    """
+    limits = graph.op("Gather", resized.size, graph.i64(1, 0, 1, 0))
+    image_limits = graph.op("Gather", resized.image_size, graph.i64(1, 0, 1, 0))
+    limits_f32 = graph.cast(limits, TensorProto.FLOAT)
+    scale = graph.cast(graph.op("Div", image_limits, limits), TensorProto.FLOAT)
+    return limits_f32, scale
+
+
+def _add_resized_size(
+    graph: OnnxGraph, short_side: int, long_side: int, image_size: str
+) -> str:
+    """Add the size [2] of the resized image, as float64."""
+    shortest = graph.op("ReduceMin", image_size, keepdims=1)
+    short_factor = graph.op("Div", graph.f64(short_side), shortest)
+    longest = graph.op("ReduceMax", image_size, keepdims=1)
+    long_factor = graph.op("Div", graph.f64(long_side), longest)
+    factor = graph.op("Min", short_factor, long_factor)
+    rounded = graph.op("Round", graph.op("Mul", image_size, factor))
+    return graph.op("Max", rounded, graph.f64(1.0))
 
 
 def add_resize(

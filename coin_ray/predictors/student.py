@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -29,12 +29,19 @@ from coin_ray.models.co_detr.text import TextDetr
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
+from coin_ray.models.students.base import DetectorStudent
+from coin_ray.models.students.building import (
+    describe_student,
+    is_detector_student,
+    student_from_description,
+)
 from coin_ray.predictors.saved_settings import tuples_from_lists
 from coin_ray.structures import Detections
 
 FORMAT = 1
 STUDENT_FILES = ("model.json", "model.safetensors")
-StudentDetector = ClipDetector | TextDetr | DetrWithRegionHead
+RegionDetector = ClipDetector | TextDetr | DetrWithRegionHead
+StudentDetector = ClipDetector | TextDetr | DetrWithRegionHead | DetectorStudent
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,8 @@ class StudentPredictor:
         """Return the detections in pixels of the upright ``image``, best first."""
         settings = self.settings
         pixels = pil_to_tensor(upright_rgb(image, self.intensity_range))
+        if is_detector_student(self.detector):
+            return self.detector.predict([pixels])[0]
         resized = resize_to_fit(pixels, settings.short_side, settings.long_side)
         detections = self.detector.predict(self.detector.prepare([resized]))[0]
         x_factor = pixels.shape[2] / resized.shape[2]
@@ -73,17 +82,20 @@ def write_exported_student(
     ``settings``: the run's, with the input sizes; a ClipDetector has its own.
     ``intensity_range``: of the run's deep grey images.
     """
-    settings = detector.config if isinstance(detector, ClipDetector) else settings
-    assert settings is not None, (
-        "a Co-DETR does not hold the settings of its input size"
-    )
-    weights, embedding_size = _exported_weights(detector)
-    description = {
-        "format": FORMAT,
-        "classes": list(classes),
-        "embedding_size": embedding_size,
-        **_describe_network(detector, settings),
-    }
+    description: dict[str, Any] = {"format": FORMAT, "classes": list(classes)}
+    if is_detector_student(detector):
+        weights = {
+            name: tensor.detach().clone()  # a file holds no tensor twice
+            for name, tensor in detector.state_dict().items()
+        }
+        description["student"] = describe_student(detector)
+    else:
+        settings = detector.config if isinstance(detector, ClipDetector) else settings
+        assert settings is not None, (
+            "a Co-DETR does not hold the settings of its input size"
+        )
+        weights, description["embedding_size"] = _exported_weights(detector)
+        description |= _describe_network(detector, settings)
     if intensity_range is not None:
         description["intensity_range"] = list(intensity_range)
     file_bytes = save(weights)
@@ -92,7 +104,7 @@ def write_exported_student(
     return len(file_bytes)
 
 
-def _exported_weights(detector: StudentDetector) -> tuple[dict[str, Tensor], int]:
+def _exported_weights(detector: RegionDetector) -> tuple[dict[str, Tensor], int]:
     """Return the weights with the class embeddings computed, and the embedding size."""
     network: ClipDetector | TextDetr | RegionalDetr
     if isinstance(detector, DetrWithRegionHead):
@@ -110,7 +122,7 @@ def _exported_weights(detector: StudentDetector) -> tuple[dict[str, Tensor], int
 
 
 def _describe_network(
-    detector: StudentDetector, settings: Detector
+    detector: RegionDetector, settings: Detector
 ) -> dict[str, object]:
     by_regions = isinstance(detector, DetrWithRegionHead)
     base = (
@@ -148,29 +160,46 @@ def load_exported_student(folder: str) -> StudentPredictor:
             f"{uri} has format {description['format']}, this version reads {FORMAT};"
             " export the model again"
         )
-    # whatever was learned is in the embeddings
-    fields = tuples_from_lists(description["detector"]) | {"background": "prompt"}
-    settings = Detector(**fields)
-    detector = _empty_detector(description, settings)
-    network = detector.student if isinstance(detector, DetrWithRegionHead) else detector
     weights = load(storage.read_bytes(storage.join(folder, "model.safetensors")))
-    missing, unexpected = network.load_state_dict(weights, strict=False)
-    if unexpected or [name for name in missing if name != "background"]:
-        raise InputError(
-            f"{folder}: weights and model.json do not belong together (missing"
-            f" {missing[:3]}, unexpected {unexpected[:3]})"
-        )
     intensity_range = None
     if description.get("intensity_range") is not None:
         low, high = description["intensity_range"]
         intensity_range = low, high
     classes = tuple(description["classes"])
+    if "student" in description:
+        student = student_from_description(description["student"], len(classes))
+        _load_weights(cast("nn.Module", student), weights, folder)
+        student.eval()
+        return StudentPredictor(classes, student, Detector(), intensity_range)
+    # whatever was learned is in the embeddings
+    fields = tuples_from_lists(description["detector"]) | {"background": "prompt"}
+    settings = Detector(**fields)
+    detector = _empty_detector(description, settings)
+    network = detector.student if isinstance(detector, DetrWithRegionHead) else detector
+    _load_weights(network, weights, folder)
     return StudentPredictor(classes, detector.eval(), settings, intensity_range)
+
+
+def _load_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], folder: str
+) -> None:
+    """Raise InputError if the weights are not those of the described network."""
+    try:
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder}: weights and model.json do not belong together ({error})"
+        ) from error
+    if unexpected or [name for name in missing if name != "background"]:
+        raise InputError(
+            f"{folder}: weights and model.json do not belong together (missing"
+            f" {missing[:3]}, unexpected {unexpected[:3]})"
+        )
 
 
 def _empty_detector(
     description: Mapping[str, Any], settings: Detector
-) -> StudentDetector:
+) -> RegionDetector:
     """Build the described detector, its weights still to be loaded."""
     count = len(description["classes"])
     size = description["embedding_size"]

@@ -25,6 +25,10 @@ BRIGHTNESS_WEIGHTS = (0.299, 0.587, 0.114)
 """Of red, green and blue (ITU-R BT.601), as Pillow converts to grey."""
 
 
+MIN_SIDE = 0.5
+"""Sides of a box in the network's input below which it is none."""
+
+
 class TensorDetector(Protocol):
     """The part of ``DetectorStudent`` that detection needs."""
 
@@ -126,14 +130,18 @@ def select_detections(
     """Return the detections, best first, of the boxes [A, 4] and scores [A, K] of an
     image of ``size`` (height, width) inside the input.
     """
+    limits = torch.tensor([size[1], size[0]] * 2, device=boxes.device)
+    boxes = torch.minimum(boxes.clamp(min=0), limits)
+    # a box in the padding has no area left
+    has_area = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= MIN_SIDE
+    is_likely = (scores > settings.score_min) & has_area[:, None]
     if settings.best_class_only:
-        best, labels = scores.max(1)
-        rows = (best > settings.score_min).nonzero()[:, 0]
+        labels = scores.argmax(1)
+        rows = is_likely.any(1).nonzero()[:, 0]
         labels = labels[rows]
     else:
-        rows, labels = (scores > settings.score_min).nonzero().unbind(1)
-    limits = torch.tensor([size[1], size[0]] * 2, device=boxes.device)
-    boxes = torch.minimum(boxes[rows].clamp(min=0), limits)
+        rows, labels = is_likely.nonzero().unbind(1)
+    boxes = boxes[rows]
     label_scores = scores[rows, labels]
     if settings.nms < 1:
         order = batched_nms(boxes, label_scores, labels, settings.nms)

@@ -269,14 +269,17 @@ class YoloxNetwork(nn.Module):
         return outputs
 
 
-def cell_grid(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cells' column and row [A, 2] and stride [A] of an input of this size,
-    in the order of the network's outputs, with the type and device of ``like``.
+def cell_grid(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cells' column and row [A, 2] and stride [A] for an input [B, 3, h, w],
+    in the order of the network's outputs, as float32 on its device.
     """
+    height, width = pixels.shape[2], pixels.shape[3]
     cells, strides = [], []
     for stride in STRIDES:
-        rows = torch.arange(height // stride, device=like.device, dtype=like.dtype)
-        columns = torch.arange(width // stride, device=like.device, dtype=like.dtype)
+        rows = torch.arange(height // stride, dtype=torch.float32, device=pixels.device)
+        columns = torch.arange(
+            width // stride, dtype=torch.float32, device=pixels.device
+        )
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         level = torch.stack([x, y], -1).reshape(-1, 2)
         cells.append(level)

@@ -93,7 +93,7 @@ def test_losses_equal_the_reference_implementation(counts: tuple[int, ...]) -> N
 
 def outputs_and_losses(targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(1)
-    cells, strides = cell_grid(SIDE, SIDE, torch.zeros(1))
+    cells, strides = cell_grid(torch.zeros(1, 3, SIDE, SIDE))
     outputs = torch.randn(1, len(cells), 5 + CLASSES, requires_grad=True)
     losses = yolox_losses(outputs, cells, strides, [targets])
     sum(losses.values()).backward()
@@ -106,7 +106,7 @@ def test_an_ignored_region_has_no_gradient_and_no_loss() -> None:
     outputs, losses = outputs_and_losses(
         Targets(nothing.boxes, nothing.probs, nothing.weights, region)
     )
-    cells, strides = cell_grid(SIDE, SIDE, torch.zeros(1))
+    cells, strides = cell_grid(torch.zeros(1, 3, SIDE, SIDE))
     centres = (cells + 0.5) * strides[:, None]
     is_inside = ((centres > 32) & (centres < 96)).all(1)
     assert is_inside.sum() == 64 + 16 + 4
@@ -164,7 +164,7 @@ def test_half_the_weight_of_a_lone_cell_halves_its_gradient() -> None:
 
 def test_an_uncertain_box_gets_fewer_cells() -> None:
     torch.manual_seed(1)
-    cells, strides = cell_grid(SIDE, SIDE, torch.zeros(1))
+    cells, strides = cell_grid(torch.zeros(1, 3, SIDE, SIDE))
     box = torch.tensor([[40.0, 40.0, 104.0, 104.0]])
     centre, size = torch.tensor([72.0, 72.0]), torch.tensor([64.0, 64.0])
     outputs = torch.zeros(1, len(cells), 5 + CLASSES)
@@ -186,7 +186,7 @@ def test_soft_classes_are_learned_as_distributions() -> None:
     box = torch.tensor([[40.0, 40.0, 80.0, 80.0]])
     probs = torch.tensor([[0.6, 0.2, 0.0, 0.0, 0.0, 0.2]])
     target = Targets(box, probs, torch.ones(1), torch.zeros(0, 4))
-    cells, strides = cell_grid(SIDE, SIDE, torch.zeros(1))
+    cells, strides = cell_grid(torch.zeros(1, 3, SIDE, SIDE))
     outputs = torch.zeros(1, len(cells), 5 + CLASSES)
     outputs[0, :, :2] = torch.tensor([60.0, 60.0]) / strides[:, None] - cells
     outputs[0, :, 2:4] = (torch.tensor([40.0, 40.0]) / strides[:, None]).log()
