@@ -120,7 +120,11 @@ class CloudClient:
         self._signer.check()
         self._account = account_name(config, url, self._adapter)
         self._connections = Connections(
-            self._url, self._signer, config.deadline, transport
+            self._url,
+            self._signer,
+            config.deadline,
+            transport,
+            is_own=config.serve != "none",
         )
         self._replies = ReplyJournal(
             config,

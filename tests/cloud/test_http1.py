@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import ssl
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from coin_ray.cloud.http import http1
+from coin_ray.cloud.http.connections import Connections
 from coin_ray.cloud.http.http1 import Http1Connection, encode_head
+from coin_ray.cloud.http.signing import signer_for
+from coin_ray.cloud.protocol import PreparedRequest
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Name: value\r\n\r\nhello"
@@ -282,3 +286,68 @@ def test_nobody_there_is_a_connect_error_and_a_server_without_tls_too() -> None:
             await _post(connection, https_url, connect_seconds=0.3)
 
     _run_scripts(_ScriptedServer(b""), no_tls)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_proxy_is_not_used_for_a_cloud_that_the_run_serves(
+    monkeypatch: pytest.MonkeyPatch, is_own: bool
+) -> None:
+    """On a cluster such a cloud has the node's address, not a loopback one."""
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    cloud, proxy = _ScriptedServer(WHOLE), _ScriptedServer(WHOLE)
+
+    async def main() -> None:
+        running_cloud = await asyncio.start_server(cloud.talk, "127.0.0.1", 0)
+        running_proxy = await asyncio.start_server(proxy.talk, "127.0.0.1", 0)
+        ports = [
+            server.sockets[0].getsockname()[1]
+            for server in (running_cloud, running_proxy)
+        ]
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{ports[1]}")
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{ports[1]}")
+        url = httpx.URL(f"http://127.0.0.2:{ports[0]}")
+        if is_own:  # listens on one address only
+            url = url.copy_with(host="127.0.0.1")
+            monkeypatch.setattr("coin_ray.cloud.http.connections.LOOPBACK", ())
+        connections = Connections(url, signer_for(None, None, ""), 5, is_own=is_own)
+        reply = await connections.send(PreparedRequest("/v1", b"question"))
+        assert reply.body == b"hello"
+        await connections.aclose()
+        running_cloud.close()
+        running_proxy.close()
+
+    asyncio.run(main())
+    assert (len(cloud.requests), len(proxy.requests)) == ((1, 0) if is_own else (0, 1))
+
+
+def test_a_compressed_body_is_unpacked() -> None:
+    packed = gzip.compress(b"hello")
+    response = (
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    )
+    server = _ScriptedServer(response % len(packed) + packed)
+
+    async def ask(_: Http1Connection, url: str) -> None:
+        connections = Connections(httpx.URL(url), signer_for(None, None, ""), 5)
+        reply = await connections.send(PreparedRequest("/v1", b"question"))
+        assert reply.body == b"hello"
+        await connections.aclose()
+
+    _run_scripts(server, ask)
+
+
+def test_a_body_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http1, "BODY_MAX", 4)
+    server = _ScriptedServer(WHOLE)
+
+    async def ask(connection: Http1Connection, url: str) -> None:
+        with pytest.raises(http1.BodyTooLong):
+            await _post(connection, url)
+
+    _run_scripts(server, ask)
+
+
+def test_a_header_holds_no_further_header() -> None:
+    with pytest.raises(httpx.LocalProtocolError):
+        encode_head("POST", b"/", {"X-Name": "text\r\nX-Other: text"})

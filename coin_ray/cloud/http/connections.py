@@ -73,7 +73,8 @@ class Reply:
 
 class Connections:
     """HTTP connections to a service, one for each call under way; ``transport``
-    replaces all of them.
+    replaces all of them. ``is_own``: the run serves the cloud itself, so no proxy is
+    used, whatever the address.
 
     httpx's client is not used: it adds a pool, redirects, which would send the token
     elsewhere, and cookies. Through a proxy its transport is used.
@@ -85,11 +86,13 @@ class Connections:
         signer: Signer,
         deadline: float,
         transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        is_own: bool = False,
     ) -> None:
         self._url = url
         self._signer = signer
         self._deadline = deadline
-        self._proxy = _find_proxy(url)
+        self._proxy = None if is_own else _find_proxy(url)
         self._transport = transport
         self._tls_context = None
         if transport is None and (self._proxy or url.scheme == "https"):
