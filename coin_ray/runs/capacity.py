@@ -14,8 +14,10 @@ from typing import Literal
 
 from coin_ray import storage
 from coin_ray.cloud.accounts import governor_limits
-from coin_ray.config import Detector, PipelineConfig, TrainingConfig
+from coin_ray.config import Detector, Distill, PipelineConfig, TrainingConfig
+from coin_ray.config.fields import require
 from coin_ray.config.presets import PRESETS
+from coin_ray.config.students import is_region_student
 from coin_ray.errors import ConfigError
 from coin_ray.runs.estimate import seconds_needed
 
@@ -30,6 +32,15 @@ DECODE_SECONDS_PER_MEGAPIXEL = 0.0105
 """CPU to decode a JPEG. Measured on a 1200 x 900 JPEG."""
 LABEL_SECONDS, LABEL_FLOPS = 0.018, 0.79e9
 """One core, the tiny CLIP, 192 px, 22 boxes. Seconds measured, operations counted."""
+YOLOX_FLOPS = {
+    "yolox-nano": (416, 1.08e9),
+    "yolox-tiny": (416, 6.45e9),
+    "yolox-s": (640, 26.8e9),
+    "yolox-m": (640, 73.8e9),
+    "yolox-l": (640, 155.6e9),
+    "yolox-x": (640, 281.9e9),
+}
+"""Side of the square input and operations for it, as published with the models."""
 PROPAGATE_SECONDS, DISTILL_SECONDS, STEP_FLOPS = 0.25, 0.33, 18.0e9
 """One core, 8 images of 192 px, one view, 16 RoIs. Seconds measured, operations
 counted, backward as twice forward."""
@@ -353,6 +364,17 @@ def forward_flops(config: PipelineConfig, regions: int) -> float:
     return tower.shared_per_pixel * pixels + rpn + roi_flops
 
 
+def detector_student_flops(distill: Distill) -> float:
+    """Return the operations of a student that was a detector before on one image."""
+    name = distill.student
+    require(
+        name in YOLOX_FLOPS,
+        f"operations are known of {', '.join(YOLOX_FLOPS)}, not of {name}",
+    )
+    side, flops = YOLOX_FLOPS[name]
+    return flops * ((distill.student_side or side) / side) ** 2
+
+
 def _network(config: PipelineConfig) -> str:
     name = config.clip.model.rsplit("/", 1)[-1].removesuffix(".json")
     if config.detector.backbone != "clip" or name not in TOWERS:
@@ -454,6 +476,10 @@ def _plan_propagate(inputs: CapacityInputs) -> StageCapacity:
 def _plan_distill(inputs: CapacityInputs) -> StageCapacity:
     """Estimate the distillation; after the burn-up the teacher predicts too."""
     config, training = inputs.config, inputs.config.distill.fit
+    if not is_region_student(config.distill.student):
+        flops = 3 * training.batch * detector_student_flops(config.distill)
+        limits = step_seconds(inputs, training, flops, DISTILL_SECONDS)
+        return _plan_training("distill", inputs, training, [(1.0, limits)])
     student = 3 * training.batch * forward_flops(config, config.detector.roi_batch)
     teacher = training.batch * forward_flops(config, config.detector.proposals_test)
     burn_up = min(config.distill.burn_up / training.steps, 1.0)
