@@ -42,6 +42,9 @@ COMMANDS = {
     "report demo": PIPELINE,
     "report a b": "coin_ray.commands.report.write_comparison",
     "report runs/search/x": "coin_ray.search.page.write_page",
+    "teachers compare demo": (
+        "coin_ray.experiments.teacher_comparison.compare_teachers"
+    ),
     "compare demo": "coin_ray.experiments.studies.run_fusion_study",
     "ablate demo": "coin_ray.experiments.studies.run_ablation",
     "ablate co-detr": "coin_ray.experiments.components.run_component_study",

@@ -20,7 +20,7 @@ from coin_ray.commands.main import main
 from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.config.yaml_files import to_yaml
-from coin_ray.runs.estimate import _offline_client, print_other_answers
+from coin_ray.runs.estimate import _offline_clients, print_other_answers
 from coin_ray.runs.lease import hold_root
 from coin_ray.runs.steps import Manifest, read_reopened
 from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts
@@ -70,7 +70,7 @@ def _keys(config: PipelineConfig, image: dict[str, Any], journal: Journal) -> li
     from coin_ray.cloud.renderings import render_image
 
     file = Path(image["uri"]).read_bytes()
-    clients = [_offline_client(config, cloud, journal) for cloud in config.clouds]
+    clients = _offline_clients(config, journal)
     return [client.key(render_image(file, *client.rendering)) for client in clients]
 
 
