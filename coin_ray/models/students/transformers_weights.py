@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from coin_ray.config.students import HUB_PREFIX
 from coin_ray.errors import ConfigError, InputError
-from coin_ray.models.students.base import InputFormat
+from coin_ray.models.students.base import InputFormat, PostProcess
 from coin_ray.models.students.class_rows import match_class_rows, take_over_class_rows
 from coin_ray.models.students.transformers_student import (
     LOSS_FUNCTIONS,
@@ -109,6 +109,7 @@ def describe_transformers_student(student: TransformersStudent) -> dict[str, Any
     return {
         "transformers": student.network.config.to_dict(),
         "input": asdict(student.input_format),
+        "post_process": asdict(student.post_process),
     }
 
 
@@ -128,7 +129,9 @@ def student_from_transformers_config(
     network = new_network(config, classes, seed=0)
     channels = {name: tuple(description["input"][name]) for name in ("mean", "std")}
     input_format = InputFormat(**{**description["input"], **channels})
-    return TransformersStudent(network, input_format)
+    student = TransformersStudent(network, input_format)
+    student.post_process = PostProcess(**description["post_process"])
+    return student
 
 
 def empty_transformers_student(
