@@ -29,6 +29,7 @@ from coin_ray.export.resizing import (
 from coin_ray.export.student_network import StudentNetwork, export_copy
 from coin_ray.models.students.base import DetectorStudent, InputFormat, PostProcess
 from coin_ray.models.students.detection import BRIGHTNESS_WEIGHTS, MIN_SIDE
+from coin_ray.models.students.transformers_student import without_shape_checks
 
 SIDE_MAX = 256
 """Longest side of the network's input, in units of its ``multiple``."""
@@ -120,7 +121,8 @@ def _export_student(student: DetectorStudent) -> ModelProto:
         side = input_format.side + -input_format.side % multiple
         sides, shape = (side, side), {0: Dim.DYNAMIC}
     pixels = torch.zeros(2, 3, *sides)
-    return export_network(cast("nn.Module", network), (pixels,), (shape,))
+    with without_shape_checks():
+        return export_network(cast("nn.Module", network), (pixels,), (shape,))
 
 
 @dataclass(frozen=True)
