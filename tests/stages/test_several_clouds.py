@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coin_ray import storage
 from coin_ray.clip.crops import ImageBoxes
-from coin_ray.cloud import ensemble
+from coin_ray.cloud import question_client
 from coin_ray.cloud.client import CloudClient
 from coin_ray.config import Cloud, Ensemble, PipelineConfig
 from coin_ray.config.presets import folder
@@ -56,7 +56,7 @@ def request_counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         )
 
     monkeypatch.setattr(
-        ensemble,
+        question_client,
         "CloudClient",
         functools.partial(CloudClient, transport=httpx.MockTransport(reply)),
     )
