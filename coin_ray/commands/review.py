@@ -22,6 +22,8 @@ adapt --corrections.
     coin-ray review back EXPORT --out FOLDER [--format coco] [--root ROOT]
 """
 TOOLS = ("label-studio", "cvat", "fiftyone")
+SPLITS = ("train", "val", "test")
+"""Splits of a run whose reviewed images are read back; each is written as it is."""
 SHA256_DIGITS = 64
 
 
@@ -72,8 +74,8 @@ def build_review_parser() -> argparse.ArgumentParser:
     back.add_argument(
         "--root",
         help=(
-            "the run that the images are of: its classes number the labels, and only its"
-            " training images are accepted"
+            "the run that the images are of: its classes number the labels, and each"
+            " image keeps its split; images of no run are written as train"
         ),
     )
     back.set_defaults(direction=import_reviews)
@@ -157,15 +159,23 @@ def import_reviews(options: argparse.Namespace) -> str:
         labels = {box.label for review in reviews for box in review.boxes}
         classes = tuple(sorted(labels))
         indexes = {name: index for index, name in enumerate(classes)}
-    rows = correction_rows(reviews, images, indexes, options.export)
+    rows = correction_rows(reviews, images, indexes, options.export, splits=SPLITS)
     review_by_id = {review.image_id: review for review in reviews}
-    records = [_record(review_by_id[row["image_id"]], row, classes) for row in rows]
-    used_names = {label for record in records for label in record.labels}
+    records_by_split: dict[str, list[ImageRecord]] = {}
+    used_names: set[str] = set()
+    for row in rows:
+        record = _record(review_by_id[row["image_id"]], row, classes)
+        split = images[row["image_id"]]["split"]
+        records_by_split.setdefault(split, []).append(record)
+        used_names.update(record.labels)
     names = (
         classes if options.root else [name for name in classes if name in used_names]
     )
-    write_dataset(records, options.out, options.format, names=names)
-    return f"{len(records)} reviewed images: {storage.absolute_uri(options.out)}"
+    for split, records in records_by_split.items():
+        write_dataset(records, options.out, options.format, split, names)
+    counts = [f"{len(part)} {split}" for split, part in records_by_split.items()]
+    written = f"{len(rows)} reviewed images ({', '.join(counts)})"
+    return f"{written}: {storage.absolute_uri(options.out)}"
 
 
 def _run_images(root: str) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:

@@ -216,6 +216,24 @@ def test_a_data_set_of_reviews_passes_the_checks_of_corrections(
     assert [record.file for record in read_dataset(target).records] == files
 
 
+@pytest.mark.parametrize("format", ["coco", "voc", "yolo", "kitti", "bdd100k"])
+def test_each_image_keeps_its_split(root: str, tmp_path: Path, format: str) -> None:
+    folder = build_steps(_config())["images"].folder(root)
+    storage.write_json(f"{folder}/manifest.json", {})
+    export = _export(tmp_path, root, label="cat")
+    rows = storage.read_table(f"{folder}/images.parquet").to_pylist()
+    for row in rows:
+        row["split"] = "val" if row["uri"].endswith("1.png") else row["split"]
+    table = pa.Table.from_pylist(rows, schema=tables.IMAGES)
+    storage.write_table(f"{folder}/images.parquet", table)
+    target = str(tmp_path / "set")
+    back = ["review", "back", export, "--out", target, "--format", format]
+    assert main([*back, "--root", root]) == 0
+    for split, file in (("train", "0.png"), ("val", "1.png")):
+        [record] = read_dataset(f"{target}#{split}").records
+        assert (record.file, record.annotated) == (file, True)
+
+
 def test_yolo_numbers_the_classes_as_the_run_does(root: str, tmp_path: Path) -> None:
     storage.write_json(
         f"{build_steps(_config())['images'].folder(root)}/manifest.json", {}

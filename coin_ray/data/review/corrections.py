@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -116,12 +116,14 @@ def correction_rows(
     indexes: Mapping[str, int],
     source: str,
     tell: Callable[[str], object] = print,
+    splits: Collection[str] = ("train",),
 ) -> list[dict[str, Any]]:
     """Return rows ``image_id``, ``boxes`` (within the image), ``labels`` of the
     reviewed images.
 
     ``images``: rows of ``tables.IMAGES`` by id. ``indexes``: number of the class by
-    name. ``source``: name of the corrections in messages. An image with a region that
+    name. ``source``: name of the corrections in messages. ``splits``: splits of the run
+    whose images may be corrected. An image with a region that
     can't be used is left out; such images, and boxes that were put right, are passed
     to ``tell``. Raises InputError naming the reviews that do not fit the run, and if
     more than ``MOST_LEFT_OUT`` of the reviewed images are left out.
@@ -138,7 +140,7 @@ def correction_rows(
         reviewed_count += 1
         problems = [f"{review.name}: {problem}" for problem in review.problems]
         if review.image_id:
-            review_misfits = _misfits(review, images.get(review.image_id))
+            review_misfits = _misfits(review, images.get(review.image_id), splits)
             if review.image_id in ids:
                 review_misfits.append(f"{review.name} is in it twice")
             ids.add(review.image_id)
@@ -187,14 +189,16 @@ def _first_few(messages: Sequence[str]) -> str:
     return f"{listed}; and {hidden_count} more" if hidden_count > 0 else listed
 
 
-def _misfits(review: Review, image: Mapping[str, Any] | None) -> list[str]:
+def _misfits(
+    review: Review, image: Mapping[str, Any] | None, splits: Collection[str]
+) -> list[str]:
     """Return why a review does not belong to the run, whatever its boxes are."""
     if image is None:
         return [
             f"{review.name} is no image of this run: expected one of its training"
             " images, as the run read them"
         ]
-    if image["split"] != "train":
+    if image["split"] not in splits:
         return [
             f"{review.name} is a {image['split']} image of this run; only training"
             " images can be corrected"
