@@ -3,6 +3,9 @@ beside."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import uvicorn
 
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import ClassPrompt, Cloud, PipelineConfig
-from coin_ray.config.presets import folder
+from coin_ray.config.presets import DEMO_CLIP, folder
 from coin_ray.errors import BudgetExhausted
 from coin_ray.stages.collecting.batches import answer_by_batches
 from coin_ray.stages.collecting.cloud_actor import journal_uri
@@ -99,3 +102,45 @@ def test_a_budget_stops_the_run(
     with pytest.raises(BudgetExhausted, match=r"cloud\.max_calls=3"):
         answer_by_batches(config, clouds, _images(tmp_path), root, "run")
     assert server.state("openai-batch")["billed"] == 3
+
+
+@pytest.mark.slow
+def test_a_killed_collection_pays_for_each_image_once(
+    tmp_path: Path, emulator: tuple[Emulator, str]
+) -> None:
+    """The command is killed while its job is under way; the same command goes on."""
+    server, url = emulator
+    state = server.state("openai-batch")
+    state["polls"] = 10_000
+    (tmp_path / "images").mkdir()
+    _images(tmp_path / "images")
+    command = [
+        *(sys.executable, "-m", "coin_ray.commands.main", "collect", "folder"),
+        *("--images", str(tmp_path / "images"), "--classes", "car,bus"),
+        *("--cloud", "openai-vlm", "--cloud.url", f"{url}/openai-batch"),
+        *("--cloud.coordinates", "xyxy_1000", "--cloud.batch"),
+        *("--cloud.usd-per-call", "0.02", "--labeler", "none"),
+        *("--clip.model", DEMO_CLIP.model, "--clip.pretrained", DEMO_CLIP.pretrained),
+        *("--root", str(tmp_path / "root")),
+    ]
+    environment = {**os.environ, "OPENAI_API_KEY": TOKEN}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 90
+    while not state.get("jobs") and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    output = process.communicate()[0].decode()
+    assert state.get("jobs"), output
+    state["polls"] = 0
+    next(iter(state["jobs"].values()))["polls"] = 0
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "batches of openai-vlm answered 4 images, 0 without" in finished.stdout
+    assert (len(state["jobs"]), state["billed"]) == (1, 4)
+    assert server.billed["openai-batch"] == 0
+    journal = open_journal(journal_uri(str(tmp_path / "root")))
+    assert journal.spent() == (4, pytest.approx(0.04))
+    journal.close()
