@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -17,13 +18,22 @@ from coin_ray.cloud.adapters.model_families import find_family
 from coin_ray.cloud.adapters.model_options import ModelOptions
 from coin_ray.cloud.adapters.openai_vlm import OpenAiVlmAdapter
 from coin_ray.cloud.adapters.token_scores import TokenChoice, score_label_tokens
-from coin_ray.cloud.protocol import Adapter, FieldRefused, Frame, Query
+from coin_ray.cloud.answer_fusion import fuse_answers, score_labels
+from coin_ray.cloud.protocol import (
+    Adapter,
+    FieldRefused,
+    Frame,
+    Query,
+    RawDetections,
+)
 from coin_ray.cloud.services import adapter_for, shrink_to_limits
 from coin_ray.config import Cloud
+from coin_ray.config.presets import folder
 from coin_ray.errors import BadRequest, ConfigError, ProtocolError, UnusableBoxes
 
 from .cases import CLASSES, GOLDEN_IMAGE, SIZE
-from .conftest import solid_image
+from .conftest import HarnessBuilder, solid_image
+from .emulator.app import TOKEN
 from .emulator.gemini import generated
 from .emulator.openai_vlm import completion
 
@@ -366,3 +376,40 @@ def test_gemini_leaves_out_what_a_model_refuses() -> None:
         query = replace(QUERY, refused_fields=frozenset({field}))
         config = _body(adapter, query)["generationConfig"]
         assert field not in config
+
+
+def test_scores_by_agreement_of_renderings(
+    build_harness: HarnessBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box in two of two renderings scores 1, one in a single rendering 0.5."""
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    harness = build_harness(
+        httpx.Response(200, json=completion("[]")),
+        service="openai-vlm",
+        coordinates="xyxy_1000",
+        label_scores="agreement",
+    )
+    prior = harness.client.prior
+    box = np.array([[0, 0, 9, 9]], np.float32)
+    other = np.array([[40, 0, 49, 9]], np.float32)
+    car = np.array([[1, 0, 0]], np.float32)
+    both = RawDetections(np.concatenate([box, other]), np.tile(car, (2, 1)), "none")
+    single = RawDetections(box, car, "none")
+    answers = [score_labels(raw, prior) for raw in (both, single)]
+    fused = fuse_answers(answers, (1.0, 1.0), 0.55)
+    assert fused.class_scores[:, 0].tolist() == [1.0, 0.5]
+    assert fused.score_kind == "self_reported"
+
+
+def test_agreement_needs_several_renderings() -> None:
+    cloud = Cloud(
+        service="openai-vlm",
+        url="https://x/v1",
+        coordinates="xyxy_1000",
+        label_scores="agreement",
+    )
+    with pytest.raises(ConfigError, match="needs several renderings"):
+        replace(folder(), classes=CLASSES, cloud=cloud)
+    views = replace(cloud, views=("plain", "mirrored"))
+    config = replace(folder(), classes=CLASSES, cloud=views)
+    assert [c.label_scores for c in config.clouds] == ["agreement"] * 2
