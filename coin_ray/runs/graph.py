@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coin_ray import storage
@@ -38,34 +38,17 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
     trained, and ``choose`` delivers the better of it and COIN's.
     """
     identities = _Identities(config)
-    images = Step("images", "images", config.data)
-    corrections = _corrections_steps(config, images)
-    collect = Step("collect", "collect", identities.collection, (images,))
-    own_opinion = config.separate.second_teacher == "student"
-    propagate = Step(
-        "propagate",
-        "propagate",
-        identities.propagation,
-        (images,) if own_opinion else (images, collect, *corrections),
-        options={"labels": "clip"},
-    )
-    separate = Step(
-        "separate",
-        "separate",
-        identities.separation,
-        (images, collect, propagate, *corrections),
-        version=2,
-    )
+    teaching = _teaching_steps(config, identities)
+    images, collect = teaching.images, teaching.collect
+    propagate, separate = teaching.propagate, teaching.separate
+    corrections = teaching.corrections
     distill = Step(
         "distill",
         "distill",
         identities.distillation,
         (images, collect, propagate, separate, *corrections),
     )
-    start = (propagate,) if config.distill.student_rendering == "auto" else ()
-    pseudo_label, oracle = _baseline_steps(
-        identities, (images, collect, *corrections, *start), (images, *start)
-    )
+    pseudo_label, oracle = _baseline_steps(config, identities, teaching)
     plain: tuple[Step, ...] = (pseudo_label, oracle) if baselines else ()
     choice: tuple[Step, ...] = ()
     if config.strategy == "auto":
@@ -87,26 +70,61 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
     return {step.name: step for step in steps}
 
 
+@dataclass(frozen=True)
+class _TeachingSteps:
+    """The steps that all students share."""
+
+    images: Step
+    corrections: tuple[Step, ...]
+    """One step, or none."""
+    collect: Step
+    propagate: Step
+    separate: Step
+
+
+def _teaching_steps(config: PipelineConfig, identities: _Identities) -> _TeachingSteps:
+    images = Step("images", "images", config.data)
+    corrections = _corrections_steps(config, images)
+    collect = Step("collect", "collect", identities.collection, (images,))
+    own_opinion = config.separate.second_teacher == "student"
+    propagate = Step(
+        "propagate",
+        "propagate",
+        identities.propagation,
+        (images,) if own_opinion else (images, collect, *corrections),
+        options={"labels": "clip"},
+    )
+    separate = Step(
+        "separate",
+        "separate",
+        identities.separation,
+        (images, collect, propagate, *corrections),
+        version=2,
+    )
+    return _TeachingSteps(images, corrections, collect, propagate, separate)
+
+
 def _baseline_steps(
-    identities: _Identities,
-    inputs: tuple[Step, ...],
-    oracle_inputs: tuple[Step, ...],
+    config: PipelineConfig, identities: _Identities, teaching: _TeachingSteps
 ) -> tuple[Step, Step]:
     """Return the trainings of the student's network on plain cloud labels and on the
     truth.
     """
+    images = teaching.images
+    needs_weights = config.distill.student_rendering == "auto"
+    start = (teaching.propagate,) if needs_weights else ()
     pseudo_label = Step(
         "pseudo_label",
         "propagate",
         identities.pseudo_label,
-        inputs,
+        (images, teaching.collect, *teaching.corrections, *start),
         options={"labels": "cloud"},
     )
     oracle = Step(
         "oracle",
         "propagate",
         identities.oracle,
-        oracle_inputs,
+        (images, *start),
         options={"labels": "truth"},
     )
     return pseudo_label, oracle
