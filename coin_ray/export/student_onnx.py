@@ -221,5 +221,5 @@ def _add_distributions(graph: OnnxGraph, scores: str) -> str:
     total = graph.op("ReduceSum", scores, graph.i64(1), keepdims=1)
     foreground = graph.op("Div", scores, graph.op("Max", total, graph.f32(1.0)))
     total = graph.op("ReduceSum", foreground, graph.i64(1), keepdims=1)
-    rest = graph.op("Sub", graph.f32(1.0), total)
-    return graph.concat(foreground, graph.op("Max", rest, graph.f32(0.0)), axis=1)
+    background = graph.op("Sub", graph.f32(1.0), total)
+    return graph.concat(foreground, graph.op("Max", background, graph.f32(0.0)), axis=1)

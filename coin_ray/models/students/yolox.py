@@ -85,22 +85,22 @@ class YoloxStudent(nn.Module):
         height, width = all_max(local_size).tolist()
         batch = [image.to(device) for image in resized]
         pixels = make_pixels(batch, (height, width), self.input_format)
-        outputs = self.network(pixels)
+        predictions = self.network(pixels)
         cells, strides = cell_grid(pixels)
         in_input = [
             _scale_targets(target, image, small).to(device)
             for target, image, small in zip(targets, images, resized, strict=True)
         ]
-        return yolox_losses(outputs, cells, strides, in_input)
+        return yolox_losses(predictions, cells, strides, in_input)
 
     def detect_tensors(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return boxes [B, A, 4] (xyxy) and scores [B, A, K]: objectness times class."""
-        outputs = self.network(pixels).float()
+        predictions = self.network(pixels).float()
         cells, strides = self.cell_grid(pixels)
-        boxes = decode_boxes_cxcywh(outputs[..., :4], cells, strides)
+        boxes = decode_boxes_cxcywh(predictions[..., :4], cells, strides)
         half = boxes[..., 2:] / 2
         corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
-        scores = outputs[..., 4:5].sigmoid() * outputs[..., 5:].sigmoid()
+        scores = predictions[..., 4:5].sigmoid() * predictions[..., 5:].sigmoid()
         return corners, scores
 
     def predict(self, images: Sequence[Tensor]) -> list[Detections]:

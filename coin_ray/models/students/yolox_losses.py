@@ -64,24 +64,30 @@ class CellTargets:
 
 
 def yolox_losses(
-    outputs: Tensor, cells: Tensor, strides: Tensor, targets: Sequence[Targets]
+    predictions: Tensor, cells: Tensor, strides: Tensor, targets: Sequence[Targets]
 ) -> dict[str, Tensor]:
     """Return the losses ``boxes``, ``objectness`` and ``classes`` of the network's
-    outputs [B, A, 5 + K], over the sum of the weights of the cells of all workers.
+    predictions [B, A, 5 + K], over the sum of the weights of the cells of all workers.
 
     ``cells`` [A, 2] and ``strides`` [A] as of ``cell_grid``; boxes of ``targets`` are
     pixels of the network's input, on its device.
     """
-    outputs = outputs.float()
-    boxes = decode_boxes_cxcywh(outputs[..., :4], cells, strides)
+    predictions = predictions.float()
+    boxes = decode_boxes_cxcywh(predictions[..., :4], cells, strides)
     centres = (cells + 0.5) * strides[:, None]
     cell_targets = [
-        _cell_targets(image_outputs.detach(), image_boxes.detach(), centres, strides, t)
-        for image_outputs, image_boxes, t in zip(outputs, boxes, targets, strict=True)
+        _cell_targets(
+            image_predictions.detach(), image_boxes.detach(), centres, strides, t
+        )
+        for image_predictions, image_boxes, t in zip(
+            predictions, boxes, targets, strict=True
+        )
     ]
     total_weight = torch.stack([t.weights.sum() for t in cell_targets]).sum()
     total = all_sum(total_weight).clamp(min=1.0)
-    learned = [image[t.cells] for image, t in zip(outputs, cell_targets, strict=True)]
+    learned = [
+        image[t.cells] for image, t in zip(predictions, cell_targets, strict=True)
+    ]
     learned_boxes = [
         image[t.cells] for image, t in zip(boxes, cell_targets, strict=True)
     ]
@@ -90,7 +96,7 @@ def yolox_losses(
         torch.cat(learned_boxes), torch.cat([t.boxes for t in cell_targets])
     )
     objectness_loss = F.binary_cross_entropy_with_logits(
-        outputs[..., 4],
+        predictions[..., 4],
         torch.stack([t.objectness for t in cell_targets]),
         torch.stack([t.objectness_weights for t in cell_targets]),
         reduction="sum",
@@ -110,13 +116,13 @@ def yolox_losses(
 
 @torch.no_grad()
 def _cell_targets(
-    outputs: Tensor,
+    predictions: Tensor,
     predicted: Tensor,
     centres: Tensor,
     strides: Tensor,
     targets: Targets,
 ) -> CellTargets:
-    """Assign the boxes of an image to cells, from its outputs [A, 5 + K] and predicted
+    """Assign the boxes of an image to cells, from its predictions [A, 5 + K] and predicted
     boxes [A, 4] (centre and size).
     """
     objectness = torch.zeros_like(strides)
@@ -126,7 +132,7 @@ def _cell_targets(
     background = probs[:, -1:]
     classes = probs[:, :-1] / (1 - background).clamp(min=1e-6)
     assignment = assign_cells(
-        outputs, predicted, centres, strides, (boxes, classes, weights)
+        predictions, predicted, centres, strides, (boxes, classes, weights)
     )
     cells, rows = assignment.cells, assignment.boxes
     objectness[cells] = 1 - background[rows, 0]
@@ -142,7 +148,7 @@ def _cell_targets(
 
 
 def assign_cells(
-    outputs: Tensor,
+    predictions: Tensor,
     predicted: Tensor,
     centres: Tensor,
     strides: Tensor,
@@ -157,28 +163,28 @@ def assign_cells(
     is_near = distance < CENTRE_RADIUS * strides
     candidates = is_near.any(0).nonzero()[:, 0]
     if not len(candidates):
-        return Assignment(candidates, candidates, outputs.new_zeros(0))
+        return Assignment(candidates, candidates, predictions.new_zeros(0))
     ious = _box_ious(boxes, predicted[candidates])
     weighted_ious = ious * weights[:, None]
     cost = (
-        _class_costs(outputs[candidates], classes)
+        _class_costs(predictions[candidates], classes)
         - IOU_COST * torch.log(weighted_ious + 1e-8)
         + OUTSIDE_COST * (~is_near[:, candidates])
     )
     is_assigned = _cheapest_cells(cost, weighted_ious)
-    several = (is_assigned.sum(0) > 1).nonzero()[:, 0]
-    is_assigned[:, several] = False
-    is_assigned[cost[:, several].argmin(0), several] = True
+    contested = (is_assigned.sum(0) > 1).nonzero()[:, 0]
+    is_assigned[:, contested] = False
+    is_assigned[cost[:, contested].argmin(0), contested] = True
     columns = is_assigned.any(0).nonzero()[:, 0]
     rows = is_assigned[:, columns].int().argmax(0)
     return Assignment(candidates[columns], rows, ious[rows, columns])
 
 
-def _class_costs(outputs: Tensor, classes: Tensor) -> Tensor:
+def _class_costs(predictions: Tensor, classes: Tensor) -> Tensor:
     """Return the cross entropies [N, C] between the class distributions [N, K] and the
-    scores of the outputs [C, 5 + K].
+    scores of the predictions [C, 5 + K].
     """
-    scores = (outputs[:, 5:].sigmoid() * outputs[:, 4:5].sigmoid()).sqrt()
+    scores = (predictions[:, 5:].sigmoid() * predictions[:, 4:5].sigmoid()).sqrt()
     present, absent = scores.log().clamp(min=-100), (1 - scores).log().clamp(min=-100)
     return -(classes @ (present - absent).T) - absent.sum(1)
 
@@ -187,10 +193,10 @@ def _cheapest_cells(cost: Tensor, ious: Tensor) -> Tensor:
     """Return [N, C] whether a cell is among the cheapest of a box; how many of them is
     the sum of its best IoUs, at least one.
     """
-    most = min(MOST_CELLS, cost.shape[1])
-    counts = ious.topk(most).values.sum(1).int().clamp(min=1)
-    cheapest = cost.topk(most, largest=False).indices
-    is_taken = torch.arange(most, device=cost.device) < counts[:, None]
+    limit = min(MOST_CELLS, cost.shape[1])
+    counts = ious.topk(limit).values.sum(1).int().clamp(min=1)
+    cheapest = cost.topk(limit, largest=False).indices
+    is_taken = torch.arange(limit, device=cost.device) < counts[:, None]
     is_assigned = torch.zeros_like(cost, dtype=torch.bool)
     return is_assigned.scatter_(1, cheapest, is_taken)
 

@@ -80,10 +80,10 @@ def read_yolox_weights(name: str, weights: str, num_classes: int) -> StateDict:
             f"{SETTING}: no such file {path}; give a checkpoint (.pth), an ONNX file, or"
             f" leave it out for the official release of {name}"
         )
-    content = storage.read_bytes(path)
+    file_bytes = storage.read_bytes(path)
     if path.endswith(".onnx"):
-        return _read_onnx(content, path, name, num_classes)
-    state = _read_checkpoint(content, path, is_release=not weights)
+        return _read_onnx(file_bytes, path, name, num_classes)
+    state = _read_checkpoint(file_bytes, path, is_release=not weights)
     _check_state(state, path, name, num_classes)
     return state
 
@@ -110,13 +110,13 @@ def download_release(name: str) -> str:
     return path
 
 
-def _read_checkpoint(content: bytes, path: str, *, is_release: bool) -> StateDict:
+def _read_checkpoint(file_bytes: bytes, path: str, *, is_release: bool) -> StateDict:
     """Return the tensors under ``model``, or of a plain state dict: a ``YoloxNetwork``'s,
     or a ``YoloxStudent``'s.
     """
     try:
         checkpoint: Any = torch.load(
-            io.BytesIO(content), map_location="cpu", weights_only=True
+            io.BytesIO(file_bytes), map_location="cpu", weights_only=True
         )
     except (
         RuntimeError,
@@ -129,7 +129,7 @@ def _read_checkpoint(content: bytes, path: str, *, is_release: bool) -> StateDic
         if is_release:
             advice = "delete it, so that it is downloaded again"
         raise InputError(
-            f"{SETTING}: {path} ({len(content):,} bytes) is no readable PyTorch"
+            f"{SETTING}: {path} ({len(file_bytes):,} bytes) is no readable PyTorch"
             f" checkpoint: it is truncated, or holds more than tensors; {advice}"
             f" ({str(error).splitlines()[0][:200]})"
         ) from error
@@ -184,7 +184,7 @@ def _class_count_error(path: str, count: int, expected: int) -> ConfigError:
     )
 
 
-def _read_onnx(content: bytes, path: str, name: str, num_classes: int) -> StateDict:
+def _read_onnx(file_bytes: bytes, path: str, name: str, num_classes: int) -> StateDict:
     """Return the weights of an ONNX file whose batch norms are folded. Its convolutions
     are those of the network in the order in which they run; that they belong together
     is checked with onnxruntime.
@@ -198,13 +198,13 @@ def _read_onnx(content: bytes, path: str, name: str, num_classes: int) -> StateD
             f" {INSTALL_EXPORT}"
         ) from error
     try:
-        model = onnx.load_from_string(content)
+        model = onnx.load_from_string(file_bytes)
         session = onnxruntime.InferenceSession(
-            content, providers=["CPUExecutionProvider"]
+            file_bytes, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # protobuf's and onnxruntime's have no common base
         raise InputError(
-            f"{SETTING}: {path} ({len(content):,} bytes) is no readable ONNX file, or"
+            f"{SETTING}: {path} ({len(file_bytes):,} bytes) is no readable ONNX file, or"
             f" truncated: {str(error).splitlines()[0][:200]}"
         ) from error
     network = YoloxNetwork(num_classes, YOLOX_SIZES[name]).eval()
@@ -319,8 +319,8 @@ def _compare_with_onnx(
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, *sides, generator=draw) * 255
     expected = session.run(None, {network_input.name: pixels.numpy()})[0]
-    outputs = network(pixels)
-    raw = torch.cat([outputs[..., :4], outputs[..., 4:].sigmoid()], -1)
+    predictions = network(pixels)
+    raw = torch.cat([predictions[..., :4], predictions[..., 4:].sigmoid()], -1)
     if expected.shape != tuple(raw.shape):
         raise InputError(
             f"{SETTING}: {path} returns shape {expected.shape}, expected"
