@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-PIECE_IMAGES = 32
-"""Most images that go through the convolutions at once: their maps fit into a cache."""
-
 
 class FusedResNet(nn.Module):
     """Computes what open_clip's ``visual`` computes in evaluation, but for rounding
@@ -29,17 +26,10 @@ class FusedResNet(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the features [N, D] of normalised pixels [N, 3, H, W]."""
         visual: Any = self.visual
-        num_pieces = -(-len(pixels) // PIECE_IMAGES)
-        pieces = pixels.tensor_split(num_pieces)  # of sizes that differ by one at most
-        maps = torch.cat([self._convolve(piece) for piece in pieces])
-        return attention_pool(visual.attnpool, maps)
-
-    def _convolve(self, pixels: Tensor) -> Tensor:
-        visual: Any = self.visual
-        maps: Tensor = visual.stem(pixels.contiguous(memory_format=torch.channels_last))
+        maps = visual.stem(pixels.contiguous(memory_format=torch.channels_last))
         for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             maps = stage(maps)
-        return maps
+        return attention_pool(visual.attnpool, maps)
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
@@ -68,8 +58,11 @@ def attention_pool(pool: Any, maps: Tensor) -> Tensor:
     key_weight = pool.k_proj.weight.unflatten(0, (pool.num_heads, -1))
     value_weight = pool.v_proj.weight.unflatten(0, (pool.num_heads, -1))
     query = pool.q_proj(tokens[:, 0]).unflatten(1, (pool.num_heads, -1))
-    query = query / key_weight.shape[1] ** 0.5
-    scores = torch.einsum("rhd,hdc->rhc", query, key_weight) @ tokens.transpose(1, 2)
-    mean_tokens = scores.softmax(-1) @ tokens
-    attended = torch.einsum("rhc,hdc->rhd", mean_tokens, value_weight).flatten(1)
+    query = (query / key_weight.shape[1] ** 0.5).transpose(0, 1)
+    # batched over heads [H, R, C], which einsum would do with more copies
+    mapped_query = torch.bmm(query, key_weight).transpose(0, 1)
+    scores = mapped_query @ tokens.transpose(1, 2)
+    mean_tokens = (scores.softmax(-1) @ tokens).transpose(0, 1)
+    attended = torch.bmm(mean_tokens, value_weight.transpose(1, 2))
+    attended = attended.transpose(0, 1).flatten(1)
     return pool.c_proj(attended + pool.v_proj.bias)  # type: ignore[no-any-return]

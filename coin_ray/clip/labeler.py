@@ -217,7 +217,5 @@ def _own_transform(clip: ClipModel) -> Any:
 
 def _normalise_pixels(images: Tensor, clip: ClipModel) -> Tensor:
     """Normalise uint8 pixels [..., 3, H, W] as CLIP expects them."""
-    normalised: Tensor = normalize(
-        images.float() / 255, list(clip.mean), list(clip.std)
-    )
-    return normalised
+    pixels = images.float().div_(255)
+    return normalize(pixels, list(clip.mean), list(clip.std), inplace=True)  # type: ignore[no-any-return]

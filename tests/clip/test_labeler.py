@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_boxes_of_an_image() -> None:
 
     labeler._classify = record  # type: ignore[method-assign]
     labeler(_picture(), BOXES.repeat(100, 1))
-    assert max(sizes) == batch_size((64, 64)) == 128
+    assert max(sizes) == batch_size((64, 64)) == 32
     assert sum(sizes) < 300 + 16
-    assert batch_size((224, 224)) == 64
+    assert batch_size((224, 224)) == 32
     assert batch_size((2000, 2000)) == 1

@@ -125,6 +125,7 @@ def _text_digest(clip: ClipModel, config: PipelineConfig) -> str:
         for phrase in phrases:
             for prompt in make_prompts(phrase, config.labeler_clip):
                 digest.update(prompt.encode() + b"\n")
+        digest.update(b"\0")  # the end of a class
     network: Any = clip.network
     for name, child in network.named_children():
         if name != "visual":
