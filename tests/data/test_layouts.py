@@ -140,6 +140,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
         | {"labels/a.txt": LINE},
         "",
     ),
+    "YOLO in upper case": (
+        {"data.yaml": f"{YAML}train: Images/train", "Images/train/a.jpg": None}
+        | {"Labels/train/a.txt": LINE},
+        "",
+    ),
     "YOLO list of images": (
         {"data.yaml": f"{YAML}train: [images/a.jpg]", "images/a.jpg": None}
         | {"images/b.jpg": None, "labels/a.txt": LINE},
@@ -423,11 +428,14 @@ def test_a_bdd100k_label_without_a_place_costs_its_image(tmp_path: Path) -> None
     frames = [
         {"name": "a.jpg", "labels": [{"category": "car", "box2d": box}, lane]},
         {"name": "b.jpg", "labels": [{"category": "car"}]},
+        {"name": "c.jpg"},
+        {"name": "d.jpg", "labels": []},
     ]
     files = {"labels/det_20/det_val.json": frames}
-    images = {"images/100k/val/a.jpg": None, "images/100k/val/b.jpg": None}
+    images = {f"images/100k/val/{name}.jpg": None for name in "abcd"}
     dataset = read_dataset(_write(tmp_path, files | images))
-    assert _boxes(dataset) == {"a.jpg": [EDGES]}
+    # c has no labels at all, which is not an image without objects
+    assert _boxes(dataset) == {"a.jpg": [EDGES], "d.jpg": []}
     assert "got neither" in dataset.unreadable[0].reason
 
 
@@ -483,6 +491,10 @@ UNREAD = {
         "c.json",
     ),
     "TFRecord": ({"a.tfrecord": b"\0"}, "a.tfrecord"),
+    "an Arrow table": ({"train.parquet": b"PAR1"}, "train.parquet"),
+    "arrays": ({"gt.mat": b"MATLAB"}, "gt.mat"),
+    "an archive, to be unpacked": ({"annotations.json.gz": b"\x1f"}, "json.gz"),
+    "labels": ({"metadata.jsonl": {"file_name": "a", "bbox": []}}, "metadata.jsonl"),
 }
 
 
@@ -496,6 +508,50 @@ def test_the_check_names_labels_that_were_not_read(tmp_path: Path, layout: str) 
     assert fault.kind == "labels not read"
     assert fault.example.endswith(f"{name} looks like {layout}")
     assert "format folder: 1 images, 0 annotated" in lines[0]
+
+
+@pytest.mark.parametrize("split", ["", "#train"])
+def test_labels_of_a_split_that_data_yaml_does_not_name_are_named(
+    tmp_path: Path, split: str
+) -> None:
+    files: dict[str, Any] = {"data.yaml": f"{YAML}train: images/train\nval: images/val"}
+    for name in ("train/a", "val/b", "test/c"):
+        files |= {f"images/{name}.jpg": None, f"labels/{name}.txt": LINE}
+    dataset = read_dataset(_write(tmp_path, files) + split)
+    [file] = dataset.unread_files
+    assert file.uri.endswith("labels/test/c.txt")
+
+
+def test_a_second_label_file_of_an_image_is_named(tmp_path: Path) -> None:
+    files = {"data.yaml": f"{YAML}train: images", "images/a.jpg": None}
+    files |= {"labels/a.txt": LINE, "images/a.txt": "0 .1 .1 .1 .1"}
+    dataset = read_dataset(_write(tmp_path, files))
+    assert _boxes(dataset) == {"a.jpg": [EDGES]}
+    [file] = dataset.unread_files
+    assert file.uri.endswith("images/a.txt")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "is_corners"),
+    [
+        ([[10, 9, 38, 28], [20, 15, 40, 30], [2, 9, 39, 29]], True),
+        ([[10, 9, 38, 28], [20, 15, 40, 30], [2, 3, 9, 4]], False),
+        ([[10, 9, 38, 28], [20, 15, 40, 30], [2, 9, 39, 29], [9, 3, 2, 8]], False),
+        ([[10, 9, 38, 28], [20, 15, 40, 30], [2, 9, 39, 60]], False),
+    ],
+)
+def test_a_coco_file_with_corners_is_refused(
+    tmp_path: Path, boxes: Sequence[Sequence[float]], is_corners: bool
+) -> None:
+    """Some of its boxes reach out of the image as widths and heights."""
+    rows = [{"image_id": 0, "category_id": 1, "bbox": box} for box in boxes]
+    files = {"annotations.json": _coco("a.jpg", annotations=rows), "images/a.jpg": None}
+    folder = _write(tmp_path, files)
+    if is_corners:
+        with pytest.raises(InputError, match=r"bbox holds corners.* these 3 boxes"):
+            read_dataset(folder)
+    else:
+        assert len(read_dataset(folder).records[0].boxes) == len(boxes)
 
 
 def test_labels_beside_another_format_are_named(tmp_path: Path) -> None:

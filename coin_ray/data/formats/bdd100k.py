@@ -216,7 +216,10 @@ def _read_split(
         uri, file = folder.uris[path], path.removeprefix(f"{image_folder}/")
         size = image_size(uri)
         try:
-            return ImageRecord.from_annotations(file, uri, size, _annotations(frame))
+            is_annotated = frame.labels is not None
+            return ImageRecord.from_annotations(
+                file, uri, size, _annotations(frame), is_annotated
+            )
         except InputError as error:
             unreadable.append(UnreadableLabels(uri, str(error)))
         return ImageRecord.from_annotations(file, uri, size, [], annotated=False)

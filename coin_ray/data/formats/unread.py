@@ -17,6 +17,13 @@ LAYOUT_OF_SUFFIX = {
     ".tfrecord": "TFRecord",
     ".tfrecords": "TFRecord",
     ".manifest": "SageMaker Ground Truth",
+    **dict.fromkeys((".parquet", ".arrow", ".feather"), "an Arrow table"),
+    **dict.fromkeys((".h5", ".hdf5"), "HDF5"),
+    **dict.fromkeys((".mat", ".npz", ".npy", ".pkl"), "arrays"),
+    **dict.fromkeys((".db", ".sqlite", ".xlsx"), "a table"),
+    **dict.fromkeys(
+        (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"), "an archive, to be unpacked"
+    ),
 }
 JSON_KEYS = (
     ("LabelMe", (b'"shapes"', b'"imagePath"')),
@@ -40,7 +47,7 @@ JSON_KEYS = (
     ("labels", (b'"xmin"',)),
 )
 CSV_WORDS = re.compile(rb"(?i)\b(x_?min|xmin|bbox|left|x1|x_center|region_shape)")
-NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 TEXT_LINES = (
     ("YOLO", re.compile(rf"\d+(?:\.0)?(?:\s+{NUMBER}){{4,}}\s*")),
     ("KITTI", re.compile(rf"[^\d\s-]\S*(?:\s\S+)*?(?:\s+{NUMBER}){{14,15}}\s*")),

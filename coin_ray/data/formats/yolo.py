@@ -107,7 +107,7 @@ def read_yolo(folder: DatasetFolder) -> Dataset:
     else:
         paths = folder.list_images()
     paths = list(dict.fromkeys(paths))
-    _claim_label_files(folder, settings_path)
+    _claim_label_files(folder, settings_path, settings)
     present = [path for path in paths if path in folder.uris]
     label_of_image = {path: _label_of(folder, path) for path in present}
     _check_own_labels(folder, label_of_image)
@@ -140,12 +140,23 @@ def read_yolo(folder: DatasetFolder) -> Dataset:
     return Dataset("yolo", records, settings.names, tuple(missing), unreadable=errors)
 
 
-def _claim_label_files(folder: DatasetFolder, settings_path: str) -> None:
-    """Note which files were understood: settings, and the text files of all images."""
+def _claim_label_files(
+    folder: DatasetFolder, settings_path: str, settings: _Settings
+) -> None:
+    """Note which files were understood: settings, and the text files of the images of
+    all splits.
+    """
     for path in (*YAMLS, *NAME_LISTS, settings_path, "notes.json"):
         if path in folder.uris:
             folder.read_paths.add(path)
-    for path in folder.list_images():
+    images = folder.list_images()
+    if settings.sources:
+        images = [
+            path
+            for sources in settings.sources.values()
+            for path in _image_paths(folder, sources, settings.base, optional=True)
+        ]
+    for path in images:
         label = _label_of(folder, path)
         if label is not None:
             folder.read_paths.add(label)
@@ -310,9 +321,11 @@ def _class_names(names: Any, uri: str) -> tuple[str, ...]:
     return tuple(str(by_number[number]).strip() for number in range(len(by_number)))
 
 
-def _image_paths(folder: DatasetFolder, sources: Any, base: Any) -> list[str]:
+def _image_paths(
+    folder: DatasetFolder, sources: Any, base: Any, optional: bool = False
+) -> list[str]:
     """List the images of a split, whose ``sources`` are folders, or text files with one
-    path per line.
+    path per line. Raises InputError for a folder without images, if not ``optional``.
     """
     paths: list[str] = []
     for source in sources if isinstance(sources, list) else [sources]:
@@ -326,7 +339,7 @@ def _image_paths(folder: DatasetFolder, sources: Any, base: Any) -> list[str]:
             paths.append(path)
             continue
         images = folder.list_images(path)
-        if not images:
+        if not images and not optional:
             raise InputError(
                 f"{folder.root}: data.yaml names {source}, but there is no image below"
                 f" {path or folder.root}"
@@ -353,11 +366,11 @@ def _path_parts(path: str) -> list[str]:
 
 def _label_path(path: str) -> str:
     """Return the label file of an image: the last ``images`` of its path becomes
-    ``labels``, as in Ultralytics.
+    ``labels``, as in Ultralytics, in upper or lower case.
     """
-    before, separator, after = f"/{path}".rpartition("/images/")
-    if separator:
-        path = f"{before}/labels/{after}".lstrip("/")
+    start = f"/{path}".lower().rfind("/images/")
+    if start >= 0:
+        path = f"{path[:start]}labels{path[start + len('images') :]}"
     return f"{strip_suffix(path)}.txt"
 
 
