@@ -237,6 +237,11 @@ class RemoteGovernor:
         self._pause = max(self._pause, seconds)
         self._start_reporting(at_once=True)
 
+    async def flush(self) -> None:
+        """Send all reports now."""
+        if self._reports or self._pause:
+            await self._exchange(self._new_group())
+
     async def stats(self) -> GovernorStats:
         raise NotImplementedError("the shared governor has the counts of all workers")
 
@@ -265,8 +270,7 @@ class RemoteGovernor:
     async def _send_reports(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         self._reporting = None
-        if self._reports or self._pause:
-            await self._exchange(self._new_group())
+        await self.flush()
 
     async def _send_requests(self) -> None:
         loop = asyncio.get_running_loop()

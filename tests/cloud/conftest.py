@@ -22,11 +22,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coin_ray.cloud import shared_governor
 from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.adapters.parsing import error_object
 from coin_ray.cloud.adapters.reference import ReferenceAdapter
 from coin_ray.cloud.client import CloudClient
-from coin_ray.cloud.governor import Governor, LocalGovernor
+from coin_ray.cloud.governor import (
+    Governor,
+    GovernorStats,
+    Grant,
+    LocalGovernor,
+    Outcome,
+)
 from coin_ray.cloud.journal.base import Journal
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.journal.record_format import HEADER, MAGIC
@@ -39,6 +46,7 @@ from coin_ray.cloud.protocol import (
     Query,
     RawDetections,
 )
+from coin_ray.cloud.shared_governor import RemoteGovernor, SharedGovernor
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import (
@@ -301,11 +309,56 @@ class ClientHarness:
 HarnessBuilder = Callable[..., ClientHarness]
 
 
-@pytest.fixture
-def build_harness(tmp_path: Path) -> HarnessBuilder:
-    """Return a function that builds a client in front of scripted replies; its settings
-    are those of ``Cloud``.
+class SharedPerLoop:
+    """A worker's side of a shared governor, as cloud actors have it, for tests that use
+    several event loops. What became of a call is told at once.
     """
+
+    def __init__(self, governor: Governor) -> None:
+        self.governor = governor
+        self.remote: dict[asyncio.AbstractEventLoop, RemoteGovernor] = {}
+
+    def here(self) -> RemoteGovernor:
+        loop = asyncio.get_running_loop()
+        if loop not in self.remote:
+            shared = SharedGovernor(self.governor)
+            self.remote[loop] = RemoteGovernor(shared.exchange, "worker")
+        return self.remote[loop]
+
+    async def reserve(self, usd: float, retry: bool = False, key: str = "") -> Grant:
+        return await self.here().reserve(usd, retry, key)
+
+    async def arrived(self, lease: int) -> None:
+        await self.here().arrived(lease)
+        await self.here().flush()
+
+    async def settle(
+        self,
+        lease: int,
+        outcome: Outcome,
+        billed: bool,
+        error: CloudError | None = None,
+    ) -> None:
+        await self.here().settle(lease, outcome, billed, error)
+        await self.here().flush()
+
+    async def pause(self, seconds: float) -> None:
+        await self.here().pause(seconds)
+        await self.here().flush()
+
+    async def stats(self) -> GovernorStats:
+        return self.governor.stats()
+
+
+@pytest.fixture(params=["own governor", "shared governor"])
+def build_harness(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> HarnessBuilder:
+    """Return a function that builds a client in front of scripted replies; its settings
+    are those of ``Cloud``. Its governor is its own, or that of several cloud actors.
+    """
+    is_shared = request.param == "shared governor"
+    monkeypatch.setattr(shared_governor, "GROUP_SECONDS", 0.0)
 
     def build(
         *replies: Reply,
@@ -326,7 +379,7 @@ def build_harness(tmp_path: Path) -> HarnessBuilder:
             CLASSES,
             url,
             journal,
-            LocalGovernor(governor),
+            SharedPerLoop(governor) if is_shared else LocalGovernor(governor),
             adapter,
             transport=httpx.MockTransport(service),
             skip_over_budget=skip_over_budget,

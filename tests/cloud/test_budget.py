@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coin_ray.cloud import shared_governor
 from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.segments import SegmentJournal
+from coin_ray.cloud.shared_governor import RemoteGovernor, SharedGovernor
 from coin_ray.config import Cloud
 from coin_ray.errors import BudgetExhausted, CloudError
 
@@ -33,6 +36,13 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "usd": {"max_usd": CALLS * PRICE, "usd_per_call": PRICE},
     "both": {"max_calls": CALLS + 30, "max_usd": CALLS * PRICE, "usd_per_call": PRICE},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_groups() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_governor, "GROUP_SECONDS", 0.0)
+        yield
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -123,32 +133,46 @@ def _run_process(
     random_source: random.Random,
     kill_after: int | None,
     skip_over_budget: bool,
+    actors: int,
 ) -> _BillingService:
     """Let 16 callers query until all images are answered, the budget is spent or the
-    process dies.
+    process dies. With several ``actors`` each has a journal and a client of its own, and
+    asks about some of the images; two of them about the first.
     """
     clock = FakeTime()
     service = _BillingService(random_source, kill_after)
 
     async def run() -> None:
-        journal = SegmentJournal(folder)
-        governor = Governor(governor_limits(config), journal.spent(), clock)
-        client = CloudClient(
-            config,
-            CLASSES,
-            URL,
-            journal,
-            LocalGovernor(governor),
-            transport=httpx.MockTransport(service),
-            skip_over_budget=skip_over_budget,
-            sleep=clock.sleep,
-            clock=clock,
-        )
-        images = [solid_image(seed) for seed in range(config.in_flight)]
+        journals = [SegmentJournal(folder) for _ in range(actors)]
+        governor = Governor(governor_limits(config), journals[0].spent(), clock)
+        shared = SharedGovernor(governor)
+        clients = [
+            CloudClient(
+                config,
+                CLASSES,
+                URL,
+                journal,
+                LocalGovernor(governor)
+                if actors == 1
+                else RemoteGovernor(shared.exchange, f"actor {number}"),
+                transport=httpx.MockTransport(service),
+                skip_over_budget=skip_over_budget,
+                sleep=clock.sleep,
+                clock=clock,
+            )
+            for number, journal in enumerate(journals)
+        ]
+        seeds = [0, *range(config.in_flight)] if actors > 1 else range(config.in_flight)
         try:
-            await asyncio.gather(*(client.answer(image) for image in images))
+            await asyncio.gather(
+                *(
+                    clients[number % actors].answer(solid_image(seed))
+                    for number, seed in enumerate(seeds)
+                )
+            )
         finally:
-            journal.close()
+            for journal in journals:
+                journal.close()
 
     try:
         asyncio.run(run())
@@ -165,6 +189,7 @@ def _run_process(
     budget=st.integers(1, 40),
     in_money=st.booleans(),
     skip_over_budget=st.booleans(),
+    actors=st.sampled_from([1, 3]),
     kills=st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=6),
 )
 def test_no_history_overspends(
@@ -172,6 +197,7 @@ def test_no_history_overspends(
     budget: int,
     in_money: bool,
     skip_over_budget: bool,
+    actors: int,
     kills: list[int | None],
 ) -> None:
     """Run one process per element of ``kills``, killed after so many requests."""
@@ -187,7 +213,7 @@ def test_no_history_overspends(
         for kill_after in kills:
             calls_before, _ = SegmentJournal(folder).spent()
             service = _run_process(
-                folder, config, random_source, kill_after, skip_over_budget
+                folder, config, random_source, kill_after, skip_over_budget, actors
             )
             billed += service.billed
             calls, usd = SegmentJournal(folder).spent()
