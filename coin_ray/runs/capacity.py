@@ -24,10 +24,11 @@ from coin_ray.runs.estimate import seconds_needed
 GIB = float(2**30)
 HOUR = 3600.0
 
-QUERY_SECONDS = 0.005
-"""CPU of the cloud actor per image, without decoding. Measured."""
-CHECK_SECONDS_PER_MEGAPIXEL = 0.003
-"""CPU to check a JPEG that is sent as it is. Measured on a 1200 x 900 JPEG."""
+QUERY_SECONDS = 0.001
+"""CPU of a cloud actor per image, whatever its size. Measured."""
+SEND_SECONDS_PER_MEGAPIXEL = 0.0014
+"""CPU to hash, encode and send a JPEG that is sent as it is. Measured on a 1200 x 900
+JPEG."""
 DECODE_SECONDS_PER_MEGAPIXEL = 0.0105
 """CPU to decode a JPEG. Measured on a 1200 x 900 JPEG."""
 LABEL_SECONDS, LABEL_FLOPS = 0.018, 0.79e9
@@ -146,6 +147,8 @@ class CapacityInputs:
     """10^12 operations a second that a GPU sustains here. Assumed: no GPU has run this
     yet."""
     usd_per_gpu_hour: float = 1.0
+    actors: int = 1
+    """Processes that ask the cloud (collect.actors), each on a core of its own."""
     cpus: int = 8
     """CPUs of the labelers without a GPU, one labeler each; also those of one machine
     that trains without one."""
@@ -168,6 +171,7 @@ class CapacityInputs:
             "megapixels",
             "classes",
             "gpu_tflops",
+            "actors",
             "cpus",
             "head_gib",
             "node_gib",
@@ -293,11 +297,11 @@ def collection_rates(inputs: CapacityInputs) -> dict[str, float]:
     """Return the images per second that each part of a collection lets through; the
     smallest counts.
     """
-    cpu_seconds = QUERY_SECONDS + CHECK_SECONDS_PER_MEGAPIXEL * inputs.megapixels
+    cpu_seconds = QUERY_SECONDS + SEND_SECONDS_PER_MEGAPIXEL * inputs.megapixels
     rates = {
         "rate": governor_limits(inputs.config.cloud).rate / inputs.views,
         "latency": inputs.in_flight / inputs.latency / inputs.views,
-        "cloud actor": 1 / cpu_seconds / inputs.views,
+        "cloud actors": inputs.actors / cpu_seconds / inputs.views,
     }
     if inputs.config.collect.labeler != "none":
         labelers = 1 if inputs.gpus else inputs.cpus
@@ -636,10 +640,8 @@ def _raise_rate(inputs: CapacityInputs, slowest: str) -> str:
         return "cloud.rate: a higher quota"
     if slowest == "latency":
         return "cloud.in-flight"
-    if slowest == "cloud actor":
-        return (
-            "none: one process queries; several runs, one for each part of the images"
-        )
+    if slowest == "cloud actors":
+        return "collect.actors"
     if inputs.gpus:
         return "detector.short-side, a faster GPU"
     return "collect.labeler-gpus, more CPUs when it starts"

@@ -135,14 +135,20 @@ FAST = CapacityInputs(
         (20.0, 64, 3.3, "latency", 64 / 3.3),
         (20.0, 9, 0.5, "latency", 18.0),
         (20.0, 11, 0.5, "rate", 20.0),
-        (1000.0, 1000, 0.5, "cloud actor", 1 / (0.005 + 0.003 * 0.04)),
+        (1000.0, 1000, 0.5, "cloud actors", 1 / (0.001 + 0.0014 * 0.04)),
     ],
 )
 def test_a_collection_is_as_fast_as_its_slowest_part(
     rate: float, in_flight: int, latency: float, limit: str, pace: float
 ) -> None:
     inputs = replace(
-        FAST, rate=rate, in_flight=in_flight, latency=latency, store="disk"
+        FAST,
+        rate=rate,
+        in_flight=in_flight,
+        latency=latency,
+        store="disk",
+        gpus=0,
+        cpus=4000,
     )
     collect = _stage(inputs, "collect")
     assert collect.limit == limit
@@ -154,7 +160,7 @@ def test_a_collection_is_as_fast_as_its_slowest_part(
 def test_the_labelers_limit_where_the_network_is_large_and_the_machine_small() -> None:
     inputs = CapacityInputs(rate=1000.0, in_flight=1000, latency=0.1, gpus=0, cpus=4)
     assert _stage(inputs, "collect").limit == "labelers"
-    assert _stage(replace(inputs, cpus=4000), "collect").limit == "cloud actor"
+    assert _stage(replace(inputs, cpus=4000), "collect").limit == "cloud actors"
 
 
 def test_a_daily_quota_takes_days() -> None:
