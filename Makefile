@@ -7,7 +7,7 @@ DEVELOPED := $(VENV)/.developed
 PYTEST := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: demo test test-all check soak bench bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-students bench-training docs clean
+.PHONY: demo test test-all check soak bench bench-against bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-students bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -29,6 +29,11 @@ check: $(DEVELOPED)
 	$(BIN)/mypy
 
 bench: bench-cloud
+
+# Collection against an earlier revision, in turns: make bench-against REV=f5fc1d4
+REV ?= f5fc1d4
+bench-against: $(DEVELOPED)
+	$(BIN)/python tests/benchmarks/bench_against.py --rev $(REV) $(ARGS)
 
 bench-cloud: $(DEVELOPED)
 	$(BIN)/python tests/benchmarks/bench_cloud.py $(ARGS)

@@ -205,20 +205,32 @@ def collect_arguments(images: Path, root: Path, url: str, in_flight: int) -> lis
 
 
 def run_collect(
-    images: Path, root: Path, emulator: EmulatorProcess, in_flight: int, *options: str
+    images: Path,
+    root: Path,
+    emulator: EmulatorProcess,
+    in_flight: int,
+    *options: str,
+    repository: Path = REPOSITORY,
+    python: str = sys.executable,
 ) -> CollectRun:
-    """Run the pipeline up to the collect stage and sample its processes."""
+    """Run a repository's pipeline up to the collect stage and sample its processes."""
     calls_before = len(emulator.get("/stats")["times"])
     command = [
-        sys.executable,
+        python,
         "pipelines/collect.py",
         *collect_arguments(images, root, emulator.url, in_flight),
         *options,
     ]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=repository,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         usage = sample_usage(process, emulator.process.pid)
         log.seek(0)
