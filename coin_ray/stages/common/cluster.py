@@ -8,6 +8,7 @@ import os
 import re
 
 from coin_ray.errors import StorageUnavailable
+from coin_ray.stages.common.ray_logs import shorten_ray_logs
 
 UNAVAILABLE_TEXT = re.compile(r"StorageUnavailable: (.+)")
 """The error of a worker in the text of Ray's error, and its message."""
@@ -68,10 +69,13 @@ def node_address() -> str:
 
 
 def quiet_ray_logs() -> None:
-    """Leave out Ray's plans and reports: the stages print their own progress."""
+    """Leave out Ray's plans and reports: the stages print their own progress. What is
+    handled is one line.
+    """
     level = logging.WARNING if on_cluster() else logging.ERROR
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
+    shorten_ray_logs()
 
 
 def raise_if_storage_failed(error: str, path: str) -> None:
