@@ -294,8 +294,8 @@ def render_card(student: TrainedStudent, measurements: ExportMeasurements) -> st
 def _network_name(student: TrainedStudent) -> str:
     """Return the student's network in words: "A Faster R-CNN on ..."."""
     if is_detector_student(student.detector):
-        name = student.config.distill.student
-        return f"A {name.removeprefix(HUB_PREFIX)} that was pretrained as a detector"
+        name = _student_name(student.config.distill.student)
+        return f"A {name} that was pretrained as a detector"
     return f"A Faster R-CNN on {_backbone_name(student.config)}"
 
 
@@ -308,7 +308,14 @@ def _first_weights(student: TrainedStudent) -> str:
         return _backbone_name(student.config)
     if distill.student_weights:
         return PurePath(distill.student_weights).name
-    return f"the published weights of {distill.student.removeprefix(HUB_PREFIX)}"
+    return f"the published weights of {_student_name(distill.student)}"
+
+
+def _student_name(student: str) -> str:
+    """Return the name of a student; for a folder its name, not its path."""
+    if student.startswith(HUB_PREFIX):
+        return student.removeprefix(HUB_PREFIX)
+    return PurePath(student).name
 
 
 def _backbone_name(config: PipelineConfig) -> str:

@@ -13,20 +13,37 @@ import torch
 from PIL import Image
 
 from coin_ray.config.presets import demo, with_student
-from coin_ray.export.equality import compare_predictions, require_equal
-from coin_ray.export.package import TrainedStudent, write_package
+from coin_ray.export.equality import (
+    ExportComparison,
+    compare_predictions,
+    require_equal,
+)
+from coin_ray.export.package import (
+    ExportMeasurements,
+    Int8Images,
+    TrainedStudent,
+    render_card,
+    write_package,
+)
 from coin_ray.export.student_onnx import student_onnx_model
+from coin_ray.models.students.base import InputFormat
 from coin_ray.models.students.transformers_student import TransformersStudent
 from coin_ray.models.students.transformers_weights import load_transformers_student
 from coin_ray.predictors.loading import open_predictor
 from coin_ray.predictors.onnx_student import OnnxStudent
 from coin_ray.predictors.student import StudentPredictor, write_exported_student
-from tests.models.students.tiny_networks import MODEL_TYPES, save_tiny_network
+from tests.models.students.tiny_networks import (
+    MODEL_TYPES,
+    SIDE,
+    save_tiny_network,
+    tiny_network,
+)
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 CLASSES = ("cat", "traffic light", "stop sign")
+INPUT = InputFormat(SIDE, keep_ratio=False, multiple=1, std=(255.0, 255.0, 255.0))
 
 
 def make_student(model_type: str, folder: Path) -> TransformersStudent:
@@ -98,7 +115,10 @@ def test_the_folder_holds_all_files(tmp_path: Path) -> None:
     config = with_student(demo(), "d-fine-n")
     trained = TrainedStudent(student, CLASSES, (), config, {})
     folder = tmp_path / "export"
-    measured = write_package(trained, make_images(), str(folder))
+    int8 = Int8Images(make_images(), [])
+    measured = write_package(trained, make_images(), str(folder), int8)
+    assert measured.int8 is not None
+    assert OnnxStudent((folder / "model.int8.onnx").read_bytes()).classes == CLASSES
     assert set(measured.equality) == {"model.onnx", "model.pt"}
     for comparison in measured.equality.values():
         assert comparison.detections > 10
@@ -111,3 +131,14 @@ def test_the_folder_holds_all_files(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "d-fine-n" in card
     assert all(name in card for name in CLASSES)
+
+
+def test_the_card_names_a_folder_without_its_path() -> None:
+    config = with_student(demo(), "/home/me/weights")
+    student = TransformersStudent(tiny_network("lw_detr"), INPUT).eval()
+    trained = TrainedStudent(student, CLASSES, (), config, {})
+    equal = ExportComparison(3, 10, 0, 0, 1.0, 0.0)
+    measured = ExportMeasurements({"model.onnx": equal, "model.pt": equal}, None)
+    card = render_card(trained, measured)
+    assert "A weights that was pretrained as a detector" in card
+    assert "/home/me" not in card
