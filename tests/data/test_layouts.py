@@ -404,7 +404,8 @@ def test_bdd100k_classes_that_the_benchmark_ignores(tmp_path: Path) -> None:
     ("annotations", "expected"),
     [
         ([{"segmentation": [[10, 9, 30, 9, 30, 21]]}], [EDGES]),
-        ([{"segmentation": [], "bbox": []}, {"bbox": [10, 9, 20, 12]}], None),
+        ([{"segmentation": [], "bbox": []}, {"bbox": [10, 9, 20, 12]}], [EDGES]),
+        ([{"segmentation": [], "bbox": []}], None),
         ([{"bbox": None}], None),
         ([{}], None),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,7 @@ class _Labels:
     category_ids: list[Key] = field(default_factory=list)
     edges: array[float] = field(default_factory=lambda: array("d"))
     difficult: bytearray = field(default_factory=bytearray)
+    images_without_box: Counter[Key] = field(default_factory=Counter)
     repeated_ids: int = 0
     has_annotations: bool = False
     error_of_image: dict[Key, str] = field(default_factory=dict)
@@ -242,6 +244,9 @@ def _notes(labels: _Labels, path: str) -> tuple[str, ...]:
     notes = []
     if not labels.has_annotations:
         notes.append(f"{path} holds no annotation, so none of its images is annotated")
+    if labels.images_without_box:
+        count = labels.images_without_box.total()
+        notes.append(f"{path}: {count} annotations have an empty box and no polygon")
     if labels.repeated_ids:
         count = labels.repeated_ids
         notes.append(
@@ -334,6 +339,9 @@ def _add_annotation(labels: _Labels, entry: Any, ids: _Ids) -> None:
     if key is not None:
         ids.add(key)
     box = entry.get("bbox") or _outer_box(entry.get("segmentation"))
+    if entry.get("bbox") == [] and not box:
+        labels.images_without_box[image_id] += 1
+        return
     if not isinstance(box, list) or len(box) != 4:
         raise ValueError(f"bbox: expected four numbers or a polygon, got {box!r}")
     labels.edges.extend(box)
@@ -404,6 +412,8 @@ def _make_records(
     errors = dict(labels.error_of_image)
     for row, (key, name, _, _) in enumerate(labels.images):
         path, error_message = path_of_image[row], errors.pop(key, "")
+        if key in labels.images_without_box and bounds[row] == bounds[row + 1]:
+            error_message = f"{uri}: no annotation of {name} has a box or a polygon"
         if path is None:
             if error_message:
                 unreadable.append(UnreadableLabels(name, error_message))
