@@ -51,7 +51,7 @@ def build_steps(config: PipelineConfig, *, baselines: bool = False) -> dict[str,
     pseudo_label, oracle = _baseline_steps(config, identities, teaching)
     plain: tuple[Step, ...] = (pseudo_label, oracle) if baselines else ()
     choice: tuple[Step, ...] = ()
-    if config.strategy == "auto":
+    if config.strategy != "coin":
         plain = plain or (pseudo_label,)
         candidates = (images, separate, distill, pseudo_label)
         choice = (Step("choose", "choose", identities.choice, candidates),)
