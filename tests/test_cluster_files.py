@@ -171,7 +171,7 @@ def test_only_holders_of_the_token_reach_a_launched_cluster(name: str) -> None:
     assert "0.0.0.0" not in _read_text(name)
 
 
-def test_machines_of_ones_own_name_their_addresses_and_find_ray_in_every_shell() -> None:
+def test_own_machines_name_their_addresses_and_find_ray_in_every_shell() -> None:
     """Ray takes 127.0.0.1 for a machine without a default route; ``ray down`` calls a
     bare ``ray stop``; the second autoscaler counts the head as a worker."""
     name = "deploy/cluster-onprem.yaml"

@@ -57,7 +57,9 @@ def test_a_run_with_a_vision_transformer(trained_folder: Path, tmp_path: Path) -
     assert "second opinions by CLIP" in process.stdout
     (path,) = tmp_path.glob("steps/collect-*/clip_labels.parquet")
     vectors = [
-        np.array(row["probs"]) for row in pq.read_table(path).to_pylist() if row["probs"]
+        np.array(row["probs"])
+        for row in pq.read_table(path).to_pylist()
+        if row["probs"]
     ]
     probabilities = np.concatenate(vectors)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
