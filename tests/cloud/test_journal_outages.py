@@ -121,7 +121,7 @@ def ask(
     return ask
 
 
-@pytest.mark.parametrize("first_write", [1, 2, 5, 9])
+@pytest.mark.parametrize("first_write", [1, 2, 5, 8])  # answers share writes
 def test_no_answer_is_lost_or_asked_again(
     first_write: int,
     ask: Callable[[Disk], tuple[list[Answer], Journal, int]],
