@@ -32,6 +32,7 @@ from coin_ray.runs.estimate import print_other_answers
 from coin_ray.runs.failed_images import failed_count, needs_every_cloud
 from coin_ray.runs.steps import Context, Metrics, read_reopened, remove_readers
 from coin_ray.serving.launch import start_services
+from coin_ray.stages.collecting.batches import answer_by_batches
 from coin_ray.stages.collecting.call_account import (
     NO_CALLS,
     RunAccount,
@@ -140,12 +141,21 @@ def _collect(
         ensure_ray()
         # before a call is paid: training will find its backbone, and it fits, and the
         # labeler its model and a name or text for every class
-        load_backbone(config)
+        if config.has_backbone:
+            load_backbone(config)
         create_labeler(config, text_cache(parts_folder))
         print(f"collect: {describe_labeler(config)}", flush=True)
         urls = starting.result()
         # in a thread: a notebook's own thread runs an event loop already
         pool.submit(_check_services, config, urls, context.root).result()
+        count = 1 if _is_cascade(config) and not second else len(config.clouds)
+        answer_by_batches(
+            config,
+            list(zip(config.clouds, urls, strict=True))[:count],
+            remaining["uri"].to_pylist(),
+            context.root,
+            _run_name(context),
+        )
         answers = _ask(context, remaining, urls, second)
         with Watchdog("collect", config.collect.stalled_after) as watchdog:
             _show_collected(
