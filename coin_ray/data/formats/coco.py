@@ -315,31 +315,31 @@ def _check_new_key(key: Any, earlier: Iterable[Key]) -> None:
 
 
 class _Ids:
-    """Ids of annotations; whole numbers take 8 bytes each."""
+    """Ids of annotations."""
 
     def __init__(self) -> None:
-        self.numbers: array[int] = array("q")
-        self.others: list[Any] = []
-
-    def add(self, key: Any) -> None:
-        try:
-            self.numbers.append(key)
-        except (TypeError, OverflowError):
-            self.others.append(key)
+        self.keys: list[Any] = []
+        self.add = self.keys.append
 
     def count_repeated(self) -> int:
-        numbers = np.frombuffer(self.numbers, np.int64)
-        repeated_numbers = len(numbers) - len(np.unique(numbers))
-        return repeated_numbers + len(self.others) - len(set(map(str, self.others)))
+        """Return how many ids occurred before; entries without one do not count."""
+        try:
+            # numbers that rise, as they usually do, need no set
+            keys = np.array(self.keys, np.int64)
+            if (keys[1:] > keys[:-1]).all():
+                return 0
+        except (TypeError, ValueError, OverflowError):
+            pass
+        known_keys = [key for key in self.keys if key is not None]
+        return len(known_keys) - len(set(map(str, known_keys)))
 
 
 def _add_annotation(labels: _Labels, entry: Any, ids: _Ids) -> None:
     image_id, category_id = entry["image_id"], entry["category_id"]
-    key = entry.get("id")
-    if key is not None:
-        ids.add(key)
+    if "id" in entry:
+        ids.add(entry["id"])
     box = entry.get("bbox") or _outer_box(entry.get("segmentation"))
-    if entry.get("bbox") == [] and not box:
+    if not box and entry.get("bbox") == []:
         labels.images_without_box[image_id] += 1
         return
     if not isinstance(box, list) or len(box) != 4:
