@@ -245,7 +245,7 @@ def test_one_more_cloud_with_an_equals_sign() -> None:
                 "--labeler",
                 "none",
             ),
-            "CLIP's labels of the first cloud's boxes",
+            "cascade needs a second opinion on the first cloud's boxes",
         ),
     ],
 )
