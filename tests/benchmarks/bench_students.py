@@ -296,7 +296,8 @@ def main(arguments: Sequence[str]) -> int:
     if needs_assets and not options.assets:
         print("thermal and carla need --assets DIR", file=sys.stderr)
         return 2
-    command = f'make bench-students ARGS="{shlex.join(arguments)}"'
+    shown = ["DIR" if text == options.assets else text for text in arguments]
+    command = f'make bench-students ARGS="{shlex.join(shown)}"'
     is_shortened = options.steps_share != 1
     out = options.out or (None if is_shortened else RESULTS)
     root = storage.absolute_uri(options.root)
