@@ -116,7 +116,7 @@ def test_a_finished_run_again_is_a_quick_no_op(
 
 
 def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, Any]]) -> None:
-    _, summary = undisturbed
+    root, summary = undisturbed
     assert {
         "preset",
         "seed",
@@ -137,7 +137,9 @@ def test_summary_has_every_figure(undisturbed: tuple[Path, dict[str, Any]]) -> N
     assert set(summary["separation"]) == {"consistent", "inconsistent", "private"}
     calls = summary["calls"]
     assert {"made", "cached", "failed", "cost_usd"} < set(calls)
-    assert (calls["maybe_billed"], calls["root_calls"]) == (0, calls["made"])
+    # the server's faults of kind 500 and 503 leave no answer
+    received = sum(count_calls_by_image(root).values())
+    assert calls["root_calls"] == calls["made"] + calls["maybe_billed"] == received
     assert summary["seconds"]["total"] > 0
 
 
