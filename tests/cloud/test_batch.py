@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -23,14 +24,20 @@ from coin_ray.cloud.batch.formats import (
     OpenAiBatch,
     OpenRouterBatch,
     batch_format,
-    find_job,
+    find_jobs,
 )
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
-from coin_ray.errors import BadRequest, BudgetExhausted, CloudError, ConfigError
+from coin_ray.errors import (
+    BadRequest,
+    BudgetExhausted,
+    CloudError,
+    ConfigError,
+    Transient,
+)
 
 from .cases import CLASSES
 from .conftest import ProcessKilled
@@ -180,6 +187,18 @@ def test_images_are_answered_at_half_the_price(
     assert (again.submitted, runs.jobs) == (0, 1)
 
 
+def _kill_after_create(client: CloudClient) -> None:
+    """Kill the run when it notes the id of its first job."""
+    put_all, calls = client.journal.put_all, iter(range(9))
+
+    def put(answers: Any) -> None:
+        if next(calls) == 1:
+            raise ProcessKilled
+        put_all(answers)
+
+    client.journal.put_all = put  # type: ignore[method-assign]
+
+
 @each_service
 def test_a_run_killed_after_a_job_was_created(
     service: Service, build_runs: Callable[[Service], Runs]
@@ -187,23 +206,33 @@ def test_a_run_killed_after_a_job_was_created(
     """The job's id was not noted: the next run finds the job."""
     runs, images = build_runs(service), _images(5)
 
-    def kill_after_create(client: CloudClient) -> None:
-        put_all, calls = client.journal.put_all, iter(range(9))
-
-        def put(answers: Any) -> None:
-            if next(calls) == 1:
-                raise ProcessKilled
-            put_all(answers)
-
-        client.journal.put_all = put  # type: ignore[method-assign]
-
     with pytest.raises(ProcessKilled):
-        runs.batch(images, change=kill_after_create)
+        runs.batch(images, change=_kill_after_create)
     assert (runs.jobs, runs.billed) == (1, 0)
     counts = runs.batch(images)
     assert (counts.submitted, counts.answered) == (0, 5)
     assert (runs.jobs, runs.billed) == (1, 5)
     assert runs.spent() == (5, pytest.approx(5 * PRICE / 2))
+
+
+def test_another_job_that_may_be_the_lost_one(
+    build_runs: Callable[[Service], Runs],
+) -> None:
+    """Anthropic keeps no labels: what can't be told apart is not asked again."""
+    (service,) = [service for service in SERVICES if service.name == "anthropic"]
+    runs, images = build_runs(service), _images(5)
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, change=_kill_after_create)
+    (job_id,) = runs.state["jobs"]
+    other = copy.deepcopy(runs.state["jobs"][job_id])
+    runs.state["jobs"]["msgbatch/other"] = other
+    with pytest.raises(Transient, match="2 that may be it"):
+        runs.batch(images)
+    assert runs.jobs == 2
+    assert open_journal(runs._folder).spent() == (5, pytest.approx(5 * PRICE / 2))
+    del runs.state["jobs"]["msgbatch/other"]
+    assert runs.batch(images).answered == 5
+    assert (runs.jobs, runs.billed) == (1, 5)
 
 
 @each_service
@@ -415,11 +444,11 @@ def test_jobs_without_labels_are_found_by_time_and_number() -> None:
         Job("b", "running", created=1000, count=4),
         Job("c", "running", created=1000, count=3),
     ]
-    assert find_job(jobs, "x", 3, 900, []) is jobs[2]
-    assert find_job(jobs, "x", 3, 900, ["c"]) is None
-    assert find_job([*jobs, jobs[2]], "x", 3, 900, []) is None
+    assert find_jobs(jobs, "x", 3, 900, []) == [jobs[2]]
+    assert find_jobs(jobs, "x", 3, 900, ["c"]) == []
+    assert find_jobs([*jobs, jobs[2]], "x", 3, 900, []) == [jobs[2], jobs[2]]
     labelled = Job("d", "running", label="x")
-    assert find_job([*jobs, labelled], "x", 9, 0, []) is labelled
+    assert find_jobs([*jobs, labelled], "x", 9, 0, []) == [labelled]
 
 
 def test_endpoints_by_address() -> None:

@@ -25,7 +25,7 @@ from coin_ray.cloud.batch.formats import (
     ItemOutcome,
     Job,
     batch_format,
-    find_job,
+    find_jobs,
 )
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import DAY
@@ -141,7 +141,10 @@ class BatchPass:
         return jobs
 
     async def _recover(self) -> None:
-        """Find the jobs that a killed run created without noting their ids."""
+        """Find the jobs that a killed run created without noting their ids. Raises
+        ``Transient`` if several may be one of them: its images stay paid, and are not
+        asked again.
+        """
         unnamed = defaultdict(list)
         records = self._records()
         for key, record in records.items():
@@ -150,18 +153,21 @@ class BatchPass:
         known = [record["job"] for record in records.values() if record["job"]]
         for label, keys in unnamed.items():
             since = float(records[keys[0]]["time"])
-            job = None
+            candidates: list[Job] = []
             for pause in (0.0, SEARCH_PAUSE):
                 await self._sleep(pause)
                 jobs = await self._format.list_jobs(self._send)
-                job = find_job(jobs, label, len(keys), since, known)
-                if job is not None:
+                candidates = find_jobs(jobs, label, len(keys), since, known)
+                if candidates:
                     break
-            if job is None:
+            if len(candidates) > 1:
+                raise _ambiguous_job(candidates, len(keys))
+            if not candidates:
                 # it was never created: nothing was billed
                 for key in keys:
                     self._forget(key, billed=False)
                 continue
+            job = candidates[0]
             known.append(job.job_id)
             self._write_records(keys, label, job.job_id, since)
 
@@ -410,6 +416,16 @@ class BatchPass:
         self.counts.failed += 1
         shown = reason.partition(": ")[2] or reason
         self.counts.reasons[shown] = self.counts.reasons.get(shown, 0) + 1
+
+
+def _ambiguous_job(candidates: Sequence[Job], count: int) -> Transient:
+    ids = ", ".join(job.job_id for job in candidates[:5])
+    return Transient(
+        f"a killed run may have created a job with {count} images, and the service has"
+        f" {len(candidates)} that may be it: {ids}. Nothing is asked again, so nothing"
+        " is paid twice: end the others' jobs or wait until the service lists them no"
+        " longer, then run the same command"
+    )
 
 
 def with_batch(client: CloudClient) -> bool:

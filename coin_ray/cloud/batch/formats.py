@@ -95,16 +95,16 @@ class BatchFormat(Protocol):
         """Ask the service to end the job."""
 
 
-def find_job(
+def find_jobs(
     jobs: Sequence[Job], label: str, count: int, since: float, known: Sequence[str]
-) -> Job | None:
-    """Return the job with this label or, where the service keeps no labels, the only one
-    with so many requests that was created after ``since`` and whose id is not ``known``.
+) -> list[Job]:
+    """Return the job with this label or, where the service keeps no labels, all with so
+    many requests that were created after ``since`` and whose id is not ``known``.
     """
     for job in jobs:
         if job.label and job.label == label:
-            return job
-    candidates = [
+            return [job]
+    return [
         job
         for job in jobs
         if not job.label
@@ -112,7 +112,6 @@ def find_job(
         and job.count in (count, -1)
         and job.created >= since - CLOCK_DIFFERENCE
     ]
-    return candidates[0] if len(candidates) == 1 else None
 
 
 def _object(reply: Reply) -> JsonObject:
