@@ -114,8 +114,6 @@ class AsyncGovernor(Protocol):
 
     async def pause(self, seconds: float) -> None: ...
 
-    async def stats(self) -> GovernorStats: ...
-
 
 @dataclass(slots=True)
 class _Lease:
@@ -456,6 +454,3 @@ class LocalGovernor:
 
     async def pause(self, seconds: float) -> None:
         self.governor.pause(seconds)
-
-    async def stats(self) -> GovernorStats:
-        return self.governor.stats()

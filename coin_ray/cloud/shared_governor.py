@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from coin_ray.cloud.governor import Governor, GovernorStats, Grant, Outcome
+from coin_ray.cloud.governor import Governor, Grant, Outcome
 from coin_ray.errors import CloudError
 
 GROUP_SECONDS = 0.1
@@ -213,7 +213,7 @@ class RemoteGovernor:
         try:
             return await granted
         except asyncio.CancelledError:
-            if granted.done() and not granted.cancelled():
+            if granted.done() and not granted.cancelled() and not granted.exception():
                 self._return_lease(granted.result())
             raise
 
@@ -241,9 +241,6 @@ class RemoteGovernor:
         """Send all reports now."""
         if self._reports or self._pause:
             await self._exchange(self._new_group())
-
-    async def stats(self) -> GovernorStats:
-        raise NotImplementedError("the shared governor has the counts of all workers")
 
     def _return_lease(self, grant: Grant) -> None:
         if grant.lease is not None:
