@@ -37,7 +37,7 @@ class LeaseRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CallReport:
     """What became of a call. ``outcome`` None: its answer has arrived and is being
     stored. ``error``: as JSON, one that stops the run.
     """
@@ -55,7 +55,7 @@ class Group:
     """
 
     worker: str
-    reports: tuple[Report, ...] = ()
+    reports: tuple[CallReport, ...] = ()
     requests: tuple[LeaseRequest, ...] = ()
     pause: float = 0.0
 
@@ -168,7 +168,7 @@ class SharedGovernor:
                 calls.informed_workers[request.key] = (worker,)
         return grant
 
-    def _note(self, report: Report) -> None:
+    def _note(self, report: CallReport) -> None:
         if report.outcome is None:
             self._has_answered = True
             self.governor.arrived(report.lease)
@@ -196,7 +196,7 @@ class RemoteGovernor:
     def __init__(self, exchange: Exchange, worker: str) -> None:
         self._exchange = exchange
         self._worker = worker
-        self._reports: list[Report] = []
+        self._reports: list[CallReport] = []
         self._pause = 0.0
         self._waiting: list[tuple[LeaseRequest, asyncio.Future[Grant]]] = []
         self._requesting: asyncio.Task[None] | None = None
@@ -218,7 +218,7 @@ class RemoteGovernor:
             raise
 
     async def arrived(self, lease: int) -> None:
-        self._report(Report(lease), at_once=self._is_scarce)
+        self._report(CallReport(lease), at_once=self._is_scarce)
 
     async def settle(
         self,
@@ -230,7 +230,7 @@ class RemoteGovernor:
         stop_error = ""
         if error is not None and error.stops_run:
             stop_error = error_as_json(error)
-        report = Report(lease, outcome, billed, stop_error)
+        report = CallReport(lease, outcome, billed, stop_error)
         self._report(report, at_once=self._is_scarce or outcome != "answered")
 
     async def pause(self, seconds: float) -> None:
@@ -244,9 +244,9 @@ class RemoteGovernor:
 
     def _return_lease(self, grant: Grant) -> None:
         if grant.lease is not None:
-            self._report(Report(grant.lease, "unsent", billed=False), at_once=True)
+            self._report(CallReport(grant.lease, "unsent", billed=False), at_once=True)
 
-    def _report(self, report: Report, *, at_once: bool) -> None:
+    def _report(self, report: CallReport, *, at_once: bool) -> None:
         self._reports.append(report)
         self._start_reporting(at_once=at_once)
 

@@ -136,7 +136,7 @@ class ViewConfidence:
     confidence: float
 
 
-def measure_confidence(
+def mean_best_score(
     student: YoloxStudent,
     images: Sequence[Tensor],
     rendering: StudentRendering,
@@ -161,7 +161,7 @@ def choose_rendering(
     """
     sides = [_round_side(student.side * factor) for factor in (0.5, 1.0)]
     measured = [
-        measure_confidence(student, images, rendering, side)
+        mean_best_score(student, images, rendering, side)
         for rendering in STUDENT_RENDERINGS
         for side in sides
     ]
@@ -180,7 +180,7 @@ def choose_views(
     """
     rendering = student.input_format.rendering
     sides = dict.fromkeys(_round_side(student.side * f) for f in SIDE_FACTORS)
-    measured = [measure_confidence(student, images, rendering, side) for side in sides]
+    measured = [mean_best_score(student, images, rendering, side) for side in sides]
     ranked = sorted(measured, key=lambda view: -view.confidence)
     opinion = OwnOpinion(student)
     best_sides = [view.side for view in ranked[:SIDE_COUNT]]

@@ -19,8 +19,8 @@ from coin_ray.cloud.batch.batch_pass import BatchCounts, BatchPass
 from coin_ray.cloud.batch.formats import (
     AnthropicBatch,
     BatchFormat,
+    BatchJob,
     GeminiBatch,
-    Job,
     OpenAiBatch,
     OpenRouterBatch,
     batch_format,
@@ -440,14 +440,14 @@ def test_a_job_that_is_not_created(
 
 def test_jobs_without_labels_are_found_by_time_and_number() -> None:
     jobs = [
-        Job("a", "running", created=500, count=3),
-        Job("b", "running", created=1000, count=4),
-        Job("c", "running", created=1000, count=3),
+        BatchJob("a", "running", created=500, count=3),
+        BatchJob("b", "running", created=1000, count=4),
+        BatchJob("c", "running", created=1000, count=3),
     ]
     assert find_jobs(jobs, "x", 3, 900, []) == [jobs[2]]
     assert find_jobs(jobs, "x", 3, 900, ["c"]) == []
     assert find_jobs([*jobs, jobs[2]], "x", 3, 900, []) == [jobs[2], jobs[2]]
-    labelled = Job("d", "running", label="x")
+    labelled = BatchJob("d", "running", label="x")
     assert find_jobs([*jobs, labelled], "x", 9, 0, []) == [labelled]
 
 

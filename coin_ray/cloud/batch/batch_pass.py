@@ -21,9 +21,9 @@ from typing import Any
 
 from coin_ray.cloud.batch.formats import (
     BatchFormat,
+    BatchJob,
     Entry,
     ItemOutcome,
-    Job,
     batch_format,
     find_jobs,
 )
@@ -153,7 +153,7 @@ class BatchPass:
         known = [record["job"] for record in records.values() if record["job"]]
         for label, keys in unnamed.items():
             since = float(records[keys[0]]["time"])
-            candidates: list[Job] = []
+            candidates: list[BatchJob] = []
             for pause in (0.0, SEARCH_PAUSE):
                 await self._sleep(pause)
                 jobs = await self._format.list_jobs(self._send)
@@ -333,7 +333,7 @@ class BatchPass:
             except CloudError as error:
                 logger.warning("job %s can't be cancelled: %s", job_id, error)
 
-    async def _settle(self, job: Job, keys: Sequence[str]) -> None:
+    async def _settle(self, job: BatchJob, keys: Sequence[str]) -> None:
         """Store what became of a job's images. Answers are durable before the records go;
         ids that were not sent are named.
         """
@@ -386,7 +386,7 @@ class BatchPass:
             self._journal.drop(key + BATCH)
         self.counts.answered += len(records)
 
-    def _fail_item(self, job: Job, outcome: ItemOutcome) -> None:
+    def _fail_item(self, job: BatchJob, outcome: ItemOutcome) -> None:
         """Note an image that the job has no answer for. A field that the model refuses is
         left out of the next job.
         """
@@ -418,7 +418,7 @@ class BatchPass:
         self.counts.reasons[shown] = self.counts.reasons.get(shown, 0) + 1
 
 
-def _ambiguous_job(candidates: Sequence[Job], count: int) -> Transient:
+def _ambiguous_job(candidates: Sequence[BatchJob], count: int) -> Transient:
     ids = ", ".join(job.job_id for job in candidates[:5])
     return Transient(
         f"a killed run may have created a job with {count} images, and the service has"

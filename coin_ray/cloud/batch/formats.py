@@ -56,7 +56,7 @@ class ItemOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BatchJob:
     """A job as the service describes it. ``created``: seconds since 1970, 0 if unknown;
     ``count``: requests in it, -1 if unknown.
     """
@@ -82,13 +82,13 @@ class BatchFormat(Protocol):
     async def create(self, send: Send, entries: Sequence[Entry], label: str) -> str:
         """Create a job and return its id."""
 
-    async def read(self, send: Send, job_id: str) -> Job:
+    async def read(self, send: Send, job_id: str) -> BatchJob:
         """Return the job as it is now."""
 
-    async def outcomes(self, send: Send, job: Job) -> list[ItemOutcome]:
+    async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         """Return what became of the requests of a job that has ended."""
 
-    async def list_jobs(self, send: Send) -> list[Job]:
+    async def list_jobs(self, send: Send) -> list[BatchJob]:
         """Return the latest jobs of the account."""
 
     async def cancel(self, send: Send, job_id: str) -> None:
@@ -96,8 +96,8 @@ class BatchFormat(Protocol):
 
 
 def find_jobs(
-    jobs: Sequence[Job], label: str, count: int, since: float, known: Sequence[str]
-) -> list[Job]:
+    jobs: Sequence[BatchJob], label: str, count: int, since: float, known: Sequence[str]
+) -> list[BatchJob]:
     """Return the job with this label or, where the service keeps no labels, all with so
     many requests that were created after ``since`` and whose id is not ``known``.
     """
@@ -192,10 +192,10 @@ class OpenAiBatch:
         created = _object(await send(_json_request("/batches", job)))
         return _job_id(created.get("id"), "id")
 
-    async def read(self, send: Send, job_id: str) -> Job:
+    async def read(self, send: Send, job_id: str) -> BatchJob:
         return self._job(_object(await send(_get(f"/batches/{job_id}"))))
 
-    def _job(self, node: JsonObject) -> Job:
+    def _job(self, node: JsonObject) -> BatchJob:
         status = expect_text(node.get("status"), "status")
         state: Literal["running", "ended", "refused"] = "running"
         if status in ("completed", "expired", "cancelled"):
@@ -210,7 +210,7 @@ class OpenAiBatch:
         metadata = node.get("metadata")
         counts = node.get("request_counts")
         label = metadata.get("label") if isinstance(metadata, dict) else None
-        return Job(
+        return BatchJob(
             _job_id(node.get("id"), "id"),
             state,
             detail,
@@ -220,7 +220,7 @@ class OpenAiBatch:
             node,
         )
 
-    async def outcomes(self, send: Send, job: Job) -> list[ItemOutcome]:
+    async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         outcomes = []
         for key in ("output_file_id", "error_file_id"):
             file_id = (job.description or {}).get(key)
@@ -232,7 +232,7 @@ class OpenAiBatch:
                 outcomes.append(_http_outcome(custom_id, line))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[Job]:
+    async def list_jobs(self, send: Send) -> list[BatchJob]:
         listed = _object(await send(_get(f"/batches?limit={BATCH_LIST}")))
         nodes = expect_list(listed.get("data"), "data")
         return [self._job(expect_object(node, "data")) for node in nodes]
@@ -283,10 +283,10 @@ class OpenRouterBatch:
         created = _object(await send(_json_request("/batches", job)))
         return _job_id(created.get("id"), "id")
 
-    async def read(self, send: Send, job_id: str) -> Job:
+    async def read(self, send: Send, job_id: str) -> BatchJob:
         return OpenAiBatch()._job(_object(await send(_get(f"/batches/{job_id}"))))
 
-    async def outcomes(self, send: Send, job: Job) -> list[ItemOutcome]:
+    async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         results = (job.description or {}).get("results")
         outcomes = []
         for node in expect_list(results or [], "results"):
@@ -295,7 +295,7 @@ class OpenRouterBatch:
             outcomes.append(_http_outcome(custom_id, result))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[Job]:
+    async def list_jobs(self, send: Send) -> list[BatchJob]:
         return await OpenAiBatch().list_jobs(send)
 
     async def cancel(self, send: Send, job_id: str) -> None:
@@ -322,17 +322,17 @@ class AnthropicBatch:
         created = _object(await send(self._with_version(request)))
         return _job_id(created.get("id"), "id")
 
-    async def read(self, send: Send, job_id: str) -> Job:
+    async def read(self, send: Send, job_id: str) -> BatchJob:
         request = self._with_version(_get(f"{self.path}/{job_id}"))
         return self._job(_object(await send(request)))
 
-    def _job(self, node: JsonObject) -> Job:
+    def _job(self, node: JsonObject) -> BatchJob:
         status = expect_text(node.get("processing_status"), "processing_status")
         counts = node.get("request_counts")
         count = -1
         if isinstance(counts, dict):
             count = sum(n for n in counts.values() if isinstance(n, int))
-        return Job(
+        return BatchJob(
             _job_id(node.get("id"), "id"),
             "ended" if status == "ended" else "running",
             status,
@@ -341,7 +341,7 @@ class AnthropicBatch:
             description=node,
         )
 
-    async def outcomes(self, send: Send, job: Job) -> list[ItemOutcome]:
+    async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         request = self._with_version(_get(f"{self.path}/{job.job_id}/results"))
         outcomes = []
         for line in _json_lines((await send(request)).body):
@@ -359,7 +359,7 @@ class AnthropicBatch:
             outcomes.append(ItemOutcome(custom_id, body, text, status))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[Job]:
+    async def list_jobs(self, send: Send) -> list[BatchJob]:
         request = self._with_version(_get(f"{self.path}?limit={BATCH_LIST}"))
         nodes = expect_list(_object(await send(request)).get("data"), "data")
         return [self._job(expect_object(node, "data")) for node in nodes]
@@ -389,10 +389,10 @@ class GeminiBatch:
         created = _object(await send(_json_request(path, {"batch": batch})))
         return _job_id(created.get("name"), "name")
 
-    async def read(self, send: Send, job_id: str) -> Job:
+    async def read(self, send: Send, job_id: str) -> BatchJob:
         return self._job(_object(await send(_get(f"/v1beta/{job_id}"))))
 
-    def _job(self, node: JsonObject) -> Job:
+    def _job(self, node: JsonObject) -> BatchJob:
         metadata = expect_object(node.get("metadata"), "metadata")
         status = expect_text(metadata.get("state"), "metadata.state")
         outcome = status.rpartition("STATE_")[2]
@@ -401,7 +401,7 @@ class GeminiBatch:
             state = "ended"
         elif outcome == "FAILED":
             state = "refused"
-        return Job(
+        return BatchJob(
             _job_id(node.get("name"), "name"),
             state,
             _error_text(node.get("error")) or outcome.lower(),
@@ -410,7 +410,7 @@ class GeminiBatch:
             description=node,
         )
 
-    async def outcomes(self, send: Send, job: Job) -> list[ItemOutcome]:
+    async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         description = dict(job.description or {})
         metadata = description.get("metadata")
         output = metadata.get("output") if isinstance(metadata, dict) else None
@@ -434,7 +434,7 @@ class GeminiBatch:
             outcomes.append(ItemOutcome(custom_id, body, _error_text(error), status))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[Job]:
+    async def list_jobs(self, send: Send) -> list[BatchJob]:
         listed = _object(await send(_get(f"/v1beta/batches?pageSize={BATCH_LIST}")))
         nodes = expect_list(listed.get("operations") or [], "operations")
         return [self._job(expect_object(node, "operations")) for node in nodes]

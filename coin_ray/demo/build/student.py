@@ -39,7 +39,7 @@ WARM_UP_STEPS = 100
 Batch = tuple[list[Tensor], list[Targets]]
 
 
-class SourceScenes(IterableDataset[Batch]):
+class LabelledSourceScenes(IterableDataset[Batch]):
     """Endless batches of fresh scenes with their truth."""
 
     def __iter__(self) -> Iterator[Batch]:
@@ -83,7 +83,7 @@ def main() -> None:
         student, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
     )
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.02)
-    loader = DataLoader(SourceScenes(), batch_size=None)
+    loader = DataLoader(LabelledSourceScenes(), batch_size=None)
     start, step = time.process_time(), 0
     for images, targets in loader:
         progress = (time.process_time() - start) / 60 / minutes

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from coin_ray.models.students.query_losses import (
-    Assignment,
     BoxDistributions,
-    QueryOutputs,
+    QueryAssignment,
+    QueryPredictions,
     assign_targets,
     box_losses,
     count_over_workers,
@@ -31,17 +31,17 @@ from coin_ray.models.students.query_losses import (
 from coin_ray.models.students.query_matching import (
     Matches,
     MatchingCosts,
-    QueryTargets,
-    match_queries,
+    WeightedQueryTargets,
+    assign_queries,
     unite_matches,
 )
 
 LossOutputs = tuple[Tensor, dict[str, Tensor], None]
 TARGETS = "coin_ray_targets"
-"""Key of an image's ``QueryTargets`` in its labels."""
+"""Key of an image's ``WeightedQueryTargets`` in its labels."""
 
 
-def make_labels(targets: Sequence[QueryTargets]) -> list[dict[str, Any]]:
+def make_labels(targets: Sequence[WeightedQueryTargets]) -> list[dict[str, Any]]:
     """Return the labels of a batch as transformers' models take them: the most probable
     class of each box, for denoising queries, and the targets themselves.
     """
@@ -82,10 +82,10 @@ def real_time_loss(
     decoder = _Decoder(outputs_class, outputs_coord, distributions)
     layers = decoder.split_layers(slice(denoising_count, None))
     # the last layer teaches distributions and learns none
-    last = QueryOutputs(
+    last = QueryPredictions(
         outputs_class[:, -1, denoising_count:], outputs_coord[:, -1, denoising_count:]
     )
-    encoder = QueryOutputs(enc_topk_logits, enc_topk_bboxes)
+    encoder = QueryPredictions(enc_topk_logits, enc_topk_bboxes)
     objective = _RealTimeObjective(config, [label[TARGETS] for label in labels])
     parts = objective.sum_layers([last, *layers[:-1], encoder])
     if denoising_meta_values is not None:
@@ -110,15 +110,15 @@ class _Decoder:
     boxes: Tensor
     distributions: tuple[Tensor, Tensor] | None
 
-    def split_layers(self, queries: slice) -> list[QueryOutputs]:
+    def split_layers(self, queries: slice) -> list[QueryPredictions]:
         """Return the outputs of each layer for some of the queries."""
         logits, boxes = self.logits[:, :, queries], self.boxes[:, :, queries]
         if self.distributions is None:
             layers = zip(logits.unbind(1), boxes.unbind(1), strict=True)
-            return [QueryOutputs(*layer) for layer in layers]
+            return [QueryPredictions(*layer) for layer in layers]
         corners, references = (tensor[:, :, queries] for tensor in self.distributions)
         return [
-            QueryOutputs(
+            QueryPredictions(
                 logits[:, layer],
                 boxes[:, layer],
                 BoxDistributions(
@@ -137,9 +137,9 @@ class _RealTimeObjective:
     """The losses of one batch; ``config`` is the model's."""
 
     config: Any
-    targets: Sequence[QueryTargets]
+    targets: Sequence[WeightedQueryTargets]
 
-    def sum_layers(self, layers: Sequence[QueryOutputs]) -> dict[str, Tensor]:
+    def sum_layers(self, layers: Sequence[QueryPredictions]) -> dict[str, Tensor]:
         """Return the sums of weighted losses over layers, each matched by itself."""
         matches = [self.match(layer) for layer in layers]
         count = self.count_targets(layers[0].logits.device)
@@ -160,7 +160,7 @@ class _RealTimeObjective:
         return dict(sums)
 
     def denoising_loss(
-        self, layers: Sequence[QueryOutputs], meta: Mapping[str, Any]
+        self, layers: Sequence[QueryPredictions], meta: Mapping[str, Any]
     ) -> Tensor:
         """Return the weighted losses of the denoising queries, whose targets are known:
         query ``dn_positive_idx`` of each image and group is made of one box.
@@ -179,7 +179,7 @@ class _RealTimeObjective:
     def count_targets(self, device: torch.device) -> Tensor:
         return count_over_workers(sum(map(len, self.targets)), device)
 
-    def match(self, layer: QueryOutputs) -> Matches:
+    def match(self, layer: QueryPredictions) -> Matches:
         config = self.config
         costs = MatchingCosts(
             config.matcher_class_cost,
@@ -188,9 +188,11 @@ class _RealTimeObjective:
             config.matcher_alpha,
             config.matcher_gamma,
         )
-        return match_queries(layer.logits, layer.boxes, self.targets, costs)
+        return assign_queries(layer.logits, layer.boxes, self.targets, costs)
 
-    def class_loss(self, layer: QueryOutputs, assignment: Assignment) -> Tensor:
+    def class_loss(
+        self, layer: QueryPredictions, assignment: QueryAssignment
+    ) -> Tensor:
         config = self.config
         gamma = config.focal_loss_gamma
         if config.model_type == "deimv2":
@@ -203,7 +205,7 @@ class _RealTimeObjective:
         )
 
     def localization(
-        self, layer: QueryOutputs, assignment: Assignment, count: Tensor
+        self, layer: QueryPredictions, assignment: QueryAssignment, count: Tensor
     ) -> dict[str, Tensor]:
         config = self.config
         l1, giou = box_losses(layer, assignment)
@@ -224,7 +226,9 @@ class _RealTimeObjective:
 
 
 def _denoising_matches(
-    targets: Sequence[QueryTargets], meta: Mapping[str, Any], device: torch.device
+    targets: Sequence[WeightedQueryTargets],
+    meta: Mapping[str, Any],
+    device: torch.device,
 ) -> Matches:
     images, queries, numbers = [], [], []
     first_target = 0
@@ -252,11 +256,11 @@ def grouped_loss(
 ) -> LossOutputs:
     """Return the loss and its parts ``class``, ``l1`` and ``giou``."""
     targets = [label[TARGETS] for label in labels]
-    layers = [QueryOutputs(logits, pred_boxes)]
+    layers = [QueryPredictions(logits, pred_boxes)]
     # the last of the layers is the one above
     for layer in range(len(outputs_class) - 1):
-        layers.append(QueryOutputs(outputs_class[layer], outputs_coord[layer]))
-    layers.append(QueryOutputs(enc_outputs_class, enc_outputs_coord))
+        layers.append(QueryPredictions(outputs_class[layer], outputs_coord[layer]))
+    layers.append(QueryPredictions(enc_outputs_class, enc_outputs_coord))
     # in evaluation mode there is one group
     group_count = logits.shape[1] // config.num_queries
     costs = MatchingCosts(
@@ -265,7 +269,7 @@ def grouped_loss(
     count = count_over_workers(group_count * sum(map(len, targets)), logits.device)
     class_sum = l1_sum = giou_sum = count.new_zeros(())
     for outputs in layers:
-        matches = match_queries(
+        matches = assign_queries(
             outputs.logits, outputs.boxes, targets, costs, group_count
         )
         assignment = assign_targets(outputs, matches, targets)

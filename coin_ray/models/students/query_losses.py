@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from coin_ray.models.students.query_matching import (
     Matches,
-    QueryTargets,
+    WeightedQueryTargets,
     find_ignored_queries,
     to_corners,
 )
@@ -43,7 +43,7 @@ class BoxDistributions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class QueryOutputs:
+class QueryPredictions:
     """One decoder layer's outputs: ``logits`` [B, Q, K], ``boxes`` [B, Q, 4] (cxcywh in
     0..1).
     """
@@ -54,7 +54,7 @@ class QueryOutputs:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Assignment:
+class QueryAssignment:
     """What each query of a layer learns: ``matches``; ``boxes`` [P, 4] and ``weights``
     [P] of the matched targets; ``probs`` [B, Q, K], zero for background;
     ``query_weights`` [B, Q]: the target's weight, 1 for background, 0 for background in
@@ -69,8 +69,8 @@ class Assignment:
 
 
 def assign_targets(
-    outputs: QueryOutputs, matches: Matches, targets: Sequence[QueryTargets]
-) -> Assignment:
+    outputs: QueryPredictions, matches: Matches, targets: Sequence[WeightedQueryTargets]
+) -> QueryAssignment:
     """Spread ``targets`` over the queries that are matched to them."""
     boxes = torch.cat([t.boxes for t in targets])[matches.target]
     weights = torch.cat([t.weights for t in targets])[matches.target]
@@ -80,7 +80,7 @@ def assign_targets(
     is_ignored = find_ignored_queries(outputs.boxes.detach(), targets)
     query_weights = (~is_ignored).float()
     query_weights[matches.image, matches.query] = weights
-    return Assignment(matches, boxes, weights, probs, query_weights)
+    return QueryAssignment(matches, boxes, weights, probs, query_weights)
 
 
 def count_over_workers(count: int, device: torch.device) -> Tensor:
@@ -89,7 +89,7 @@ def count_over_workers(count: int, device: torch.device) -> Tensor:
 
 
 def varifocal_loss(
-    outputs: QueryOutputs, assignment: Assignment, alpha: float, gamma: float
+    outputs: QueryPredictions, assignment: QueryAssignment, alpha: float, gamma: float
 ) -> Tensor:
     """Return the sum of varifocal losses (arXiv 2008.13367): matched queries learn the
     IoU of their box as score, with that IoU as weight.
@@ -102,7 +102,10 @@ def varifocal_loss(
 
 
 def matchability_loss(
-    outputs: QueryOutputs, assignment: Assignment, alpha: float | None, gamma: float
+    outputs: QueryPredictions,
+    assignment: QueryAssignment,
+    alpha: float | None,
+    gamma: float,
 ) -> Tensor:
     """Return the sum of DEIM's matchability-aware losses (arXiv 2412.04234): matched
     queries learn the IoU to the power ``gamma`` as score, all with the same weight.
@@ -115,7 +118,10 @@ def matchability_loss(
 
 
 def quality_loss(
-    outputs: QueryOutputs, assignment: Assignment, alpha: float, gamma: float = 2.0
+    outputs: QueryPredictions,
+    assignment: QueryAssignment,
+    alpha: float,
+    gamma: float = 2.0,
 ) -> Tensor:
     """Return the sum of LW-DETR's IoU-aware cross entropies (arXiv 2406.03459): matched
     queries learn score ** alpha * IoU ** (1 - alpha).
@@ -137,7 +143,7 @@ def _background_loss(logits: Tensor, gamma: float) -> Tensor:
     return logits.detach().sigmoid() ** gamma * entropy
 
 
-def _query_ious(outputs: QueryOutputs, assignment: Assignment) -> Tensor:
+def _query_ious(outputs: QueryPredictions, assignment: QueryAssignment) -> Tensor:
     """Return the IoU of each query's box with its target, 0 for background, the same
     for each class [B, Q, K].
     """
@@ -148,7 +154,9 @@ def _query_ious(outputs: QueryOutputs, assignment: Assignment) -> Tensor:
     return ious[..., None].expand_as(outputs.logits)
 
 
-def _expected_sum(present: Tensor, absent: Tensor, assignment: Assignment) -> Tensor:
+def _expected_sum(
+    present: Tensor, absent: Tensor, assignment: QueryAssignment
+) -> Tensor:
     """Return the sum over queries and classes of the losses [B, Q, K] of a class that
     is present and one that is absent, in expectation.
     """
@@ -157,7 +165,9 @@ def _expected_sum(present: Tensor, absent: Tensor, assignment: Assignment) -> Te
     return (losses.sum(-1) * assignment.query_weights).sum()
 
 
-def box_losses(outputs: QueryOutputs, assignment: Assignment) -> tuple[Tensor, Tensor]:
+def box_losses(
+    outputs: QueryPredictions, assignment: QueryAssignment
+) -> tuple[Tensor, Tensor]:
     """Return the sums of the L1 and the GIoU losses of the matched queries."""
     matches = assignment.matches
     predicted = outputs.boxes[matches.image, matches.query].float()
@@ -186,8 +196,8 @@ def overlaps(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fine_grained_loss(
-    outputs: QueryOutputs,
-    assignment: Assignment,
+    outputs: QueryPredictions,
+    assignment: QueryAssignment,
     bin_count: int,
     reg_scale: float,
     upper_bound: float,
@@ -219,7 +229,7 @@ def fine_grained_loss(
 
 
 def self_distillation_loss(
-    outputs: QueryOutputs, assignment: Assignment, bin_count: int
+    outputs: QueryPredictions, assignment: QueryAssignment, bin_count: int
 ) -> Tensor:
     """Return D-FINE's decoupled distillation loss: every layer learns the distributions
     of the last one, matched and other queries weighted by the root of their number. It
@@ -255,7 +265,7 @@ def _divergences(corners: Tensor, targets: Tensor, bin_count: int) -> Tensor:
     return F.kl_div(predicted, softened, reduction="none").sum(-1)
 
 
-def _matched_ious(outputs: QueryOutputs, assignment: Assignment) -> Tensor:
+def _matched_ious(outputs: QueryPredictions, assignment: QueryAssignment) -> Tensor:
     matches = assignment.matches
     matched = outputs.boxes[matches.image, matches.query].detach().float()
     return overlaps(matched, assignment.boxes)[0]

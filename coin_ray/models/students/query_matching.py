@@ -21,7 +21,7 @@ LOG_EPSILON = 1e-8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class QueryTargets:
+class WeightedQueryTargets:
     """Targets of one image for a detector with queries: ``boxes`` [N, 4] (cxcywh in
     0..1), ``probs`` [N, K] without background, ``weights`` [N] above 0, ``ignored``
     [M, 4] (xyxy in 0..1).
@@ -38,7 +38,7 @@ class QueryTargets:
     @classmethod
     def from_targets(
         cls, targets: Targets, size: Sequence[int], device: torch.device
-    ) -> QueryTargets:
+    ) -> WeightedQueryTargets:
         """Convert ``targets`` in pixels of an image of ``size`` (height, width). Boxes
         of weight 0 are left out.
         """
@@ -83,10 +83,10 @@ class MatchingCosts:
 
 
 @torch.no_grad()
-def match_queries(
+def assign_queries(
     logits: Tensor,
     boxes: Tensor,
-    targets: Sequence[QueryTargets],
+    targets: Sequence[WeightedQueryTargets],
     costs: MatchingCosts,
     group_count: int = 1,
 ) -> Matches:
@@ -100,7 +100,9 @@ def match_queries(
     images, queries, numbers = [], [], []
     first_target = 0
     for image, image_targets in enumerate(targets):
-        cost = matching_cost(logits[image], boxes[image], image_targets, costs).cpu()
+        cost = weighted_matching_cost(
+            logits[image], boxes[image], image_targets, costs
+        ).cpu()
         for group, group_cost in enumerate(cost.split(group_size)):
             rows, columns = map(torch.as_tensor, linear_sum_assignment(group_cost))
             images.append(torch.full_like(rows, image))
@@ -116,8 +118,8 @@ def match_queries(
 
 
 @torch.no_grad()
-def matching_cost(
-    logits: Tensor, boxes: Tensor, targets: QueryTargets, costs: MatchingCosts
+def weighted_matching_cost(
+    logits: Tensor, boxes: Tensor, targets: WeightedQueryTargets, costs: MatchingCosts
 ) -> Tensor:
     """Return the cost [Q, N] of each query (``logits`` [Q, K], ``boxes`` [Q, 4]) for
     each target.
@@ -169,7 +171,9 @@ def _first_occurrences(numbers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def find_ignored_queries(boxes: Tensor, targets: Sequence[QueryTargets]) -> Tensor:
+def find_ignored_queries(
+    boxes: Tensor, targets: Sequence[WeightedQueryTargets]
+) -> Tensor:
     """Return [B, Q] bool: at least half of the query's box (``boxes`` [B, Q, 4] cxcywh
     in 0..1), as far as it lies in the image, is inside one ignored region.
     """

@@ -22,7 +22,7 @@ from coin_ray.models.students.query_criteria import (
     make_labels,
     real_time_loss,
 )
-from coin_ray.models.students.query_matching import QueryTargets, to_corners
+from coin_ray.models.students.query_matching import WeightedQueryTargets, to_corners
 from coin_ray.structures import Detections, Targets
 
 LOSS_FUNCTIONS = {
@@ -67,7 +67,7 @@ class TransformersStudent(nn.Module):
         """
         device = self.network.device
         query_targets = [
-            QueryTargets.from_targets(image_targets, image.shape[1:], device)
+            WeightedQueryTargets.from_targets(image_targets, image.shape[1:], device)
             for image, image_targets in zip(images, targets, strict=True)
         ]
         batch = [resize_image(image.to(device), self.input_format) for image in images]

@@ -82,7 +82,7 @@ def load_transformers_student(
     InputError for weights that can't be loaded or belong to something else.
     """
     pretrained = load_pretrained_detector(name)
-    network = with_classes(pretrained, classes, seed=seed)
+    network = with_student_classes(pretrained, classes, seed=seed)
     return TransformersStudent(network, pretrained.input_format)
 
 
@@ -190,7 +190,7 @@ def _open_source(name: str) -> _Source:
     return _Source(location, config, read_input_format(processor, name))
 
 
-def with_classes(
+def with_student_classes(
     pretrained: PretrainedDetector, classes: Sequence[str], *, seed: int
 ) -> Any:
     """Return a network for ``classes`` with all pretrained weights; class rows by name,

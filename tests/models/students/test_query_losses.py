@@ -14,8 +14,8 @@ from torchvision.ops import box_convert
 from coin_ray.models.students.base import InputFormat
 from coin_ray.models.students.detection import make_pixels, resize_image
 from coin_ray.models.students.query_losses import (
-    Assignment,
-    QueryOutputs,
+    QueryAssignment,
+    QueryPredictions,
     assign_targets,
     matchability_loss,
     quality_loss,
@@ -24,9 +24,9 @@ from coin_ray.models.students.query_losses import (
 from coin_ray.models.students.query_matching import (
     Matches,
     MatchingCosts,
-    QueryTargets,
+    WeightedQueryTargets,
+    assign_queries,
     find_ignored_queries,
-    match_queries,
     unite_matches,
 )
 from coin_ray.models.students.transformers_student import TransformersStudent
@@ -176,17 +176,20 @@ def fix_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     from coin_ray.models.students import query_criteria
 
     def match_in_order(
-        logits: Tensor, boxes: Tensor, targets: Sequence[QueryTargets], *unused: object
+        logits: Tensor,
+        boxes: Tensor,
+        targets: Sequence[WeightedQueryTargets],
+        *unused: object,
     ) -> Matches:
         counts = [len(image_targets) for image_targets in targets]
         image = torch.repeat_interleave(torch.tensor(counts))
         query = torch.cat([torch.arange(count) for count in counts])
         return Matches(image, query, torch.arange(sum(counts)))
 
-    monkeypatch.setattr(query_criteria, "match_queries", match_in_order)
+    monkeypatch.setattr(query_criteria, "assign_queries", match_in_order)
 
 
-CLASS_LOSSES: dict[str, Callable[[QueryOutputs, Assignment], Tensor]] = {
+CLASS_LOSSES: dict[str, Callable[[QueryPredictions, QueryAssignment], Tensor]] = {
     "varifocal": lambda outputs, assignment: varifocal_loss(
         outputs, assignment, 0.75, 2.0
     ),
@@ -203,13 +206,13 @@ def test_background_probability_lowers_the_score_that_is_learned(loss: str) -> N
     for background in (0.0, 0.5, 0.9):
         box = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
         probs = torch.tensor([[1 - background, 0.0]])
-        targets = [QueryTargets(box, probs, torch.ones(1), torch.zeros(0, 4))]
+        targets = [WeightedQueryTargets(box, probs, torch.ones(1), torch.zeros(0, 4))]
         logits = torch.zeros(1, 1, 2, requires_grad=True)
         optimizer = torch.optim.Adam([logits], lr=0.1)
         zero = torch.zeros(1, dtype=torch.int64)
         for _ in range(300):
             optimizer.zero_grad()
-            outputs = QueryOutputs(logits, box[None])
+            outputs = QueryPredictions(logits, box[None])
             assignment = assign_targets(outputs, Matches(zero, zero, zero), targets)
             CLASS_LOSSES[loss](outputs, assignment).backward()
             optimizer.step()
@@ -310,7 +313,7 @@ def test_regions_are_ignored_where_queries_lie_half_inside() -> None:
         [[[0.25, 0.25, 0.2, 0.2], [0.49, 0.5, 0.2, 0.2], [0.51, 0.5, 0.2, 0.2]]]
     )
     region = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
-    targets = QueryTargets(
+    targets = WeightedQueryTargets(
         torch.zeros(0, 4), torch.zeros(0, CLASSES), torch.zeros(0), region
     )
     assert find_ignored_queries(boxes, [targets]).tolist() == [[True, True, False]]
@@ -319,7 +322,7 @@ def test_regions_are_ignored_where_queries_lie_half_inside() -> None:
 def test_boxes_without_area_are_ignored_by_their_centre() -> None:
     boxes = torch.tensor([[[0.25, 0.25, 0.0, 0.0], [0.75, 0.25, 0.0, 0.0]]])
     region = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
-    targets = QueryTargets(
+    targets = WeightedQueryTargets(
         torch.zeros(0, 4), torch.zeros(0, CLASSES), torch.zeros(0), region
     )
     assert find_ignored_queries(boxes, [targets]).tolist() == [[True, False]]
@@ -341,10 +344,10 @@ def test_of_two_targets_for_one_query_the_larger_weight_prevails() -> None:
     truth = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]])
     costs = MatchingCosts(2.0, 5.0, 2.0, 0.25, 2.0)
     for weights, winner in (([0.3, 0.9], 1), ([0.9, 0.3], 0)):
-        targets = QueryTargets(
+        targets = WeightedQueryTargets(
             truth, torch.ones(2, 1), torch.tensor(weights), torch.zeros(0, 4)
         )
-        matches = match_queries(logits, boxes, [targets], costs)
+        matches = assign_queries(logits, boxes, [targets], costs)
         target_of_query = dict(
             zip(matches.query.tolist(), matches.target.tolist(), strict=True)
         )
