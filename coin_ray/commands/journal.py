@@ -5,6 +5,7 @@ Nothing here makes a call.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ Show, verify or compact the journal of the cloud's answers, or drop one of them.
 no call.
 
     coin-ray journal show|verify|compact --root ROOT
-    coin-ray journal drop --root ROOT IMAGE_OR_KEY
+    coin-ray journal drop --root ROOT IMAGE_OR_KEY_OR_JOB
 """
 
 
@@ -65,10 +66,10 @@ def build_journal_parser() -> argparse.ArgumentParser:
         if name == "drop":
             tool_parser.add_argument(
                 "answer",
-                metavar="IMAGE_OR_KEY",
+                metavar="IMAGE_OR_KEY_OR_JOB",
                 help=(
-                    "the image's path, file name or image_id, or the answer's key in"
-                    " the journal"
+                    "the image's path, file name or image_id, the answer's key in the"
+                    " journal, or the id of a job of --cloud.batch that is gone"
                 ),
             )
     return parser
@@ -143,6 +144,14 @@ def drop_answer(options: argparse.Namespace) -> int:
     root = storage.absolute_uri(options.root)
     with hold_root(root):
         journal = open_run_journal(root)
+        job_size = drop_job(journal, options.answer)
+        if job_size:
+            journal.close()
+            print(
+                f"dropped the job {options.answer}: the next run asks about its"
+                f" {job_size} images again; what they cost stays spent"
+            )
+            return 0
         key, image = find_answer(root, options.answer, journal)
         record = journal.get(key)
         assert record is not None
@@ -159,6 +168,21 @@ def drop_answer(options: argparse.Namespace) -> int:
     else:
         print(f"{image['uri']} is asked about when a run collects it")
     return 0
+
+
+def drop_job(journal: Journal, job: str) -> int:
+    """Drop the records of the images in a job of a batch endpoint; return how many."""
+    from coin_ray.cloud.journal.keys import BATCH
+
+    keys = []
+    for key in journal.keys():  # noqa: SIM118
+        record = journal.get(key) if key.endswith(BATCH) else None
+        if record is not None and json.loads(record.body).get("job") == job:
+            keys.append(key)
+    if not job:
+        return 0
+    journal.drop_all(keys)
+    return len(keys)
 
 
 def _describe_answer(record: AnswerRecord) -> str:

@@ -24,11 +24,12 @@ from coin_ray.cloud.batch.formats import (
     OpenAiBatch,
     OpenRouterBatch,
     batch_format,
-    find_jobs,
 )
+from coin_ray.cloud.batch.job_search import find_jobs
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
+from coin_ray.commands.journal import drop_job
 from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import (
@@ -36,6 +37,7 @@ from coin_ray.errors import (
     BudgetExhausted,
     CloudError,
     ConfigError,
+    ProtocolError,
     Transient,
 )
 
@@ -43,6 +45,7 @@ from .cases import CLASSES
 from .conftest import ProcessKilled
 from .emulator import PROVIDERS, Emulator, Fault, scene
 from .emulator.app import TOKEN
+from .emulator.batches import add_other_jobs
 
 PRICE = 0.02
 
@@ -235,20 +238,167 @@ def test_another_job_that_may_be_the_lost_one(
     assert (runs.jobs, runs.billed) == (1, 5)
 
 
+LISTING_PATHS = ("/batches", "/v1/messages/batches", "/v1beta/batches")
+
+
+def _listings(runs: Runs) -> int:
+    """Return how many pages of the listing were read."""
+    calls = runs.emulator.calls
+    return sum(call.method == "GET" and call.path in LISTING_PATHS for call in calls)
+
+
+@each_service
+def test_a_lost_job_on_the_third_page_of_the_listing(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    runs, images = build_runs(service), _images(5)
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, change=_kill_after_create)
+    add_other_jobs(runs.state, 250)
+    counts = runs.batch(images)
+    assert (counts.submitted, counts.answered) == (0, 5)
+    assert (runs.jobs, runs.billed) == (251, 5)
+    assert runs.spent() == (5, pytest.approx(5 * PRICE / 2))
+    assert _listings(runs) == 3
+
+
+def _kill_before_create(client: CloudClient) -> None:
+    async def send(*_: Any) -> Any:
+        raise ProcessKilled
+
+    client.connections.send = send  # type: ignore[method-assign]
+
+
+@each_service
+def test_a_search_ends_at_jobs_older_than_the_lost_one(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    """Gemini documents no order: its listing is read to the end."""
+    runs, images = build_runs(service), _images(5)
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, change=_kill_before_create)
+    add_other_jobs(runs.state, 450, created=1_000_000_000)
+    counts = runs.batch(images)
+    assert (counts.submitted, counts.answered) == (5, 5)
+    assert runs.billed == 5
+    # it is searched for twice before it counts as never created
+    assert _listings(runs) == (10 if service.name == "gemini" else 2)
+
+
+@each_service
+def test_a_listing_that_fails_on_its_second_page(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    runs, images = build_runs(service), _images(5)
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, change=_kill_after_create)
+    add_other_jobs(runs.state, 250)
+    fault = Fault(500, body={"error": {"message": "oops"}})
+    runs.emulator.script([None, *[fault] * 5])
+    with pytest.raises(Transient, match=r"unknown and nothing is asked again: .*500"):
+        runs.batch(images)
+    assert (runs.jobs, runs.billed) == (251, 0)
+    runs.emulator.script([None, *[fault] * 4])
+    assert runs.batch(images).answered == 5
+    assert (runs.jobs, runs.billed) == (251, 5)
+    assert runs.spent() == (5, pytest.approx(5 * PRICE / 2))
+
+
+@each_service
+def test_a_listing_without_end(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    runs, images = build_runs(service), _images(5)
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, change=_kill_before_create)
+    add_other_jobs(runs.state, 2)
+    listed = (b'"has_more": false', b'"has_more": true')
+    if service.name == "gemini":
+        listed = (b'"nextPageToken": ""', b'"nextPageToken": "batches/other0"')
+    runs.emulator.script([Fault(edit=lambda body: body.replace(*listed))] * 9)
+    with pytest.raises(ProtocolError, match="nothing is asked again"):
+        runs.batch(images)
+    assert (runs.jobs, runs.billed) == (2, 0)
+
+
+@each_service
+def test_a_job_that_is_listed_late(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    """A gateway may answer, or a run be killed, before the service lists the job."""
+    runs, images = build_runs(service), _images(5)
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, change=_kill_after_create)
+    hidden = dict(runs.state["jobs"])
+    runs.state["jobs"].clear()
+    waits = iter(range(1000))
+
+    def list_after_a_minute() -> None:
+        if next(waits) == 60:
+            runs.state["jobs"].update(hidden)
+
+    counts = runs.batch(images, on_sleep=list_after_a_minute)
+    assert (counts.submitted, counts.answered) == (0, 5)
+    assert (runs.jobs, runs.billed) == (1, 5)
+
+
+@each_service
+def test_a_job_that_the_service_no_longer_shows(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    runs, images = build_runs(service), _images(5)
+    runs.state["polls"] = 3
+
+    def kill() -> None:
+        raise ProcessKilled
+
+    with pytest.raises(ProcessKilled):
+        runs.batch(images, on_sleep=kill)
+    (job_id,) = runs.state["jobs"]
+    job_id = job_id.replace("/", "_") if service.name == "anthropic" else job_id
+    runs.emulator.script([Fault(404, body={"error": {"message": "no such job"}})])
+    message = f"the job {job_id} with 5 images can't be read.*coin-ray journal drop"
+    with pytest.raises(BadRequest, match=message):
+        runs.batch(images)
+    assert runs.jobs == 1
+    journal = open_journal(runs._folder)
+    assert drop_job(journal, "") == 0
+    assert drop_job(journal, job_id) == 5
+    assert journal.spent() == (5, pytest.approx(5 * PRICE / 2))
+    journal.close()
+    assert runs.batch(images).submitted == 5
+    assert open_journal(runs._folder).spent() == (10, pytest.approx(5 * PRICE))
+
+
+def test_results_of_openrouter_on_pages(
+    build_runs: Callable[[Service], Runs],
+) -> None:
+    (service,) = [service for service in SERVICES if service.name == "openrouter"]
+    runs, images = build_runs(service), _images(7)
+    runs.state.update(results_in_job=False, page_size=3)
+    assert runs.batch(images).answered == 7
+    assert runs.spent() == (7, pytest.approx(7 * PRICE / 2))
+
+
+@each_service
+def test_an_answer_that_a_complete_job_lacks_counts_as_paid(
+    service: Service, build_runs: Callable[[Service], Runs]
+) -> None:
+    runs, images = build_runs(service), _images(4)
+    runs.state["edit"] = lambda results: results[1:]
+    counts = runs.batch(images)
+    assert (counts.answered, counts.failed) == (3, 1)
+    assert open_journal(runs._folder).spent() == (4, pytest.approx(4 * PRICE / 2))
+
+
 @each_service
 def test_a_run_killed_before_a_job_was_created(
     service: Service, build_runs: Callable[[Service], Runs]
 ) -> None:
     runs, images = build_runs(service), _images(5)
 
-    def kill_before_create(client: CloudClient) -> None:
-        async def send(*_: Any) -> Any:
-            raise ProcessKilled
-
-        client.connections.send = send  # type: ignore[method-assign]
-
     with pytest.raises(ProcessKilled):
-        runs.batch(images, change=kill_before_create)
+        runs.batch(images, change=_kill_before_create)
     assert runs.jobs == 0
     counts = runs.batch(images)
     assert (counts.submitted, counts.answered, runs.jobs) == (5, 5, 1)

@@ -25,8 +25,8 @@ from coin_ray.cloud.batch.formats import (
     Entry,
     ItemOutcome,
     batch_format,
-    find_jobs,
 )
+from coin_ray.cloud.batch.job_search import search_jobs
 from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.governor import DAY
 from coin_ray.cloud.http.connections import NotConnected, Reply
@@ -35,6 +35,7 @@ from coin_ray.cloud.journal.keys import BATCH
 from coin_ray.cloud.protocol import FieldRefused, PreparedRequest
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
+    BadRequest,
     BudgetExhausted,
     CloudError,
     ImageRejected,
@@ -47,9 +48,13 @@ PRICE_SHARE = 0.5
 POLL_FIRST, POLL_LAST, POLL_GROWTH = 2.0, 60.0, 1.5
 """Seconds between two looks at the jobs, first and later."""
 FAILED_POLLS_MAX = 10
-SEARCH_PAUSE = 5.0
-"""Seconds until a job that is not listed is searched for again."""
+CREATION_SECONDS = 120.0
+"""Seconds after which a job that is not listed was never created: longer than a gateway
+waits for the service that creates it."""
+NOT_PROCESSED = ("expired", "cancelled")
+"""How a job ends in which requests without an outcome were not processed."""
 CREATE_SECONDS = 600.0
+"""Longest time of one request."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +118,13 @@ class BatchPass:
         return self.counts
 
     async def _send(self, request: PreparedRequest) -> Reply:
-        reply = await asyncio.wait_for(self._connections.send(request), CREATE_SECONDS)
+        try:
+            sending = self._connections.send(request)
+            reply = await asyncio.wait_for(sending, CREATE_SECONDS)
+        except TimeoutError:
+            raise Transient(
+                f"no answer in {CREATE_SECONDS:g} s", may_have_billed=True
+            ) from None
         if not 200 <= reply.status < 300:
             raise self._client.adapter.classify_error(
                 reply.status, reply.headers, reply.body
@@ -142,8 +153,8 @@ class BatchPass:
 
     async def _recover(self) -> None:
         """Find the jobs that a killed run created without noting their ids. Raises
-        ``Transient`` if several may be one of them: its images stay paid, and are not
-        asked again.
+        ``Transient`` if several may be one of them, or the jobs can't be listed: its
+        images stay paid, and are not asked again.
         """
         unnamed = defaultdict(list)
         records = self._records()
@@ -153,23 +164,47 @@ class BatchPass:
         known = [record["job"] for record in records.values() if record["job"]]
         for label, keys in unnamed.items():
             since = float(records[keys[0]]["time"])
-            candidates: list[BatchJob] = []
-            for pause in (0.0, SEARCH_PAUSE):
-                await self._sleep(pause)
-                jobs = await self._format.list_jobs(self._send)
-                candidates = find_jobs(jobs, label, len(keys), since, known)
-                if candidates:
-                    break
+            candidates = await self._search(label, len(keys), since, known)
+            if not candidates:
+                if not await self._wait_for_creation(since, len(keys)):
+                    return
+                candidates = await self._search(label, len(keys), since, known)
             if len(candidates) > 1:
                 raise _ambiguous_job(candidates, len(keys))
             if not candidates:
                 # it was never created: nothing was billed
-                for key in keys:
-                    self._forget(key, billed=False)
+                self._forget(keys)
                 continue
             job = candidates[0]
             known.append(job.job_id)
             self._write_records(keys, label, job.job_id, since)
+
+    async def _search(
+        self, label: str, count: int, since: float, known: Sequence[str]
+    ) -> list[BatchJob]:
+        return await search_jobs(
+            self._format, self._send, self._sleep, label, count, since, known
+        )
+
+    async def _wait_for_creation(self, since: float, count: int) -> bool:
+        """Wait until a job that was sent at ``since`` would be listed; return False if
+        the run is stopped before.
+        """
+        now = time.time()
+        # the file of requests, then the job: each may have taken CREATE_SECONDS
+        sent = min(now, since + 2 * CREATE_SECONDS)
+        seconds = sent + CREATION_SECONDS - now
+        if seconds > 1:
+            logger.warning(
+                "a job with %d images was sent and is not listed yet: it is searched for"
+                " again in %.0f s",
+                count,
+                seconds,
+            )
+        while seconds > 0 and not self._stop.is_set():
+            await self._sleep(min(1.0, seconds))
+            seconds -= 1.0
+        return not self._stop.is_set()
 
     def _write_records(
         self, keys: Sequence[str], label: str, job: str, moment: float
@@ -184,11 +219,11 @@ class BatchPass:
         body = json.dumps(description).encode()
         self._journal.put_all([(key + BATCH, AnswerRecord(body)) for key in keys])
 
-    def _forget(self, key: str, *, billed: bool) -> None:
-        """Remove an image's record of a job."""
-        if not billed:
+    def _forget(self, keys: Sequence[str]) -> None:
+        """Remove the records of images in a job that was not billed."""
+        for key in keys:
             self._journal.refund(key, self._usd, self._account)
-        self._journal.drop(key + BATCH)
+        self._journal.drop_all([key + BATCH for key in keys])
 
     async def _submit_all(
         self, images: Iterable[CanonicalImage]
@@ -274,22 +309,19 @@ class BatchPass:
                 self._send, [entry for entry, _ in entries], label
             )
         except NotConnected:
-            for key in keys:
-                self._forget(key, billed=False)
+            self._forget(keys)
             raise
-        except TimeoutError:
-            raise Transient(
-                f"a batch of {len(keys)} images: no answer in {CREATE_SECONDS:g} s; the"
-                " same command looks whether the service has it"
-            ) from None
         except CloudError as error:
             if not error.may_have_billed:
-                for key in keys:
-                    self._forget(key, billed=False)
+                self._forget(keys)
             if isinstance(error, FieldRefused):
                 self._replies.leave_out_field(error.field)
                 return
-            raise type(error)(f"a batch of {len(keys)} images: {error}") from None
+            hint = "; the same command looks whether the service has it"
+            raise type(error)(
+                f"a batch of {len(keys)} images: {error}"
+                f"{hint if error.may_have_billed else ''}"
+            ) from None
         self._write_records(keys, label, job_id, moment)
         self.counts.submitted += len(keys)
         self.counts.jobs += 1
@@ -305,7 +337,7 @@ class BatchPass:
                 return
             try:
                 for job_id, keys in jobs.items():
-                    job = await self._format.read(self._send, job_id)
+                    job = await self._read_job(job_id, len(keys))
                     if job.state != "running":
                         await self._settle(job, keys)
                         interval = POLL_FIRST
@@ -318,6 +350,21 @@ class BatchPass:
                 return
             await self._pause(interval)
             interval = min(POLL_LAST, interval * POLL_GROWTH)
+
+    async def _read_job(self, job_id: str, count: int) -> BatchJob:
+        """Return a job on record. Raises the ``CloudError`` of one that the service does
+        not show, with what to do: its images stay paid.
+        """
+        try:
+            return await self._format.read(self._send, job_id)
+        except BadRequest as error:
+            raise BadRequest(
+                f"the job {job_id} with {count} images can't be read: {error}. Its"
+                " images count as paid and are not asked again. If the key is of another"
+                " account or project than the one that created it, give that one's; if"
+                f" the job is gone, coin-ray journal drop --root ROOT {job_id} gives it"
+                " up, and the next run asks, and pays, again"
+            ) from None
 
     async def _pause(self, seconds: float) -> None:
         while seconds > 0 and not self._stop.is_set():
@@ -365,7 +412,7 @@ class BatchPass:
             settled = by_key.get(key)
             if settled is None:
                 reason = f"the job {job.job_id} ended ({job.detail}) without it"
-                self._fail(key, reason, billed=job.detail == "completed")
+                self._fail(key, reason, billed=job.detail not in NOT_PROCESSED)
             elif settled.error:
                 self._fail_item(job, settled)
 
@@ -382,8 +429,7 @@ class BatchPass:
             )
             records.append((outcome.custom_id, record))
         self._journal.put_all(records)
-        for key, _ in records:
-            self._journal.drop(key + BATCH)
+        self._journal.drop_all([key + BATCH for key, _ in records])
         self.counts.answered += len(records)
 
     def _fail_item(self, job: BatchJob, outcome: ItemOutcome) -> None:
@@ -396,7 +442,7 @@ class BatchPass:
             )
             if isinstance(error, FieldRefused):
                 self._replies.leave_out_field(error.field)
-                self._forget(outcome.custom_id, billed=False)
+                self._forget([outcome.custom_id])
                 return
         reason = f"in the job {job.job_id}: {outcome.error}"
         self._fail(outcome.custom_id, reason, billed=False)

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, Protocol
+from urllib.parse import quote
 
 from coin_ray.cloud.adapters.anthropic import API_VERSION
 from coin_ray.cloud.adapters.parsing import (
@@ -36,9 +37,8 @@ Send = Callable[[PreparedRequest], Awaitable[Reply]]
 Entry = tuple[str, PreparedRequest]
 """Custom id, and the request as it would be sent alone."""
 JOB_ID = re.compile(r"[\w.:/-]{1,200}")
-CLOCK_DIFFERENCE = 120.0
-"""Seconds that a service's clock may be behind."""
-BATCH_LIST = 100
+JOBS_PER_PAGE = 100
+RESULTS_PER_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,23 @@ class BatchJob:
     description: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """One page of the account's jobs. ``next_cursor``: names the next page; empty after
+    the last one.
+    """
+
+    jobs: tuple[BatchJob, ...]
+    next_cursor: str = ""
+
+
 class BatchFormat(Protocol):
-    """One service's batch endpoint."""
+    """One service's batch endpoint. ``newest_first``: its listing begins with the
+    latest job.
+    """
+
+    @property
+    def newest_first(self) -> bool: ...
 
     @property
     def max_requests(self) -> int: ...
@@ -88,30 +103,13 @@ class BatchFormat(Protocol):
     async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         """Return what became of the requests of a job that has ended."""
 
-    async def list_jobs(self, send: Send) -> list[BatchJob]:
-        """Return the latest jobs of the account."""
+    async def list_jobs(self, send: Send, cursor: str = "") -> JobPage:
+        """Return one page of the account's jobs; ``cursor``: ``next_cursor`` of the
+        page before it.
+        """
 
     async def cancel(self, send: Send, job_id: str) -> None:
         """Ask the service to end the job."""
-
-
-def find_jobs(
-    jobs: Sequence[BatchJob], label: str, count: int, since: float, known: Sequence[str]
-) -> list[BatchJob]:
-    """Return the job with this label or, where the service keeps no labels, all with so
-    many requests that were created after ``since`` and whose id is not ``known``.
-    """
-    for job in jobs:
-        if job.label and job.label == label:
-            return [job]
-    return [
-        job
-        for job in jobs
-        if not job.label
-        and job.job_id not in known
-        and job.count in (count, -1)
-        and job.created >= since - CLOCK_DIFFERENCE
-    ]
 
 
 def _object(reply: Reply) -> JsonObject:
@@ -123,6 +121,21 @@ def _job_id(node: Any, field: str) -> str:
     if not JOB_ID.fullmatch(job_id) or ".." in job_id:
         raise_malformed(f"{field} is not an id")
     return job_id
+
+
+def _cursor_page(
+    listed: JsonObject, jobs: Sequence[BatchJob], cursor_field: str
+) -> JobPage:
+    """Return a page of ``{data, has_more, ...}``. Raises ``ProtocolError`` if there are
+    more jobs, and nothing names the next page.
+    """
+    has_more = listed.get("has_more", False)
+    if not isinstance(has_more, bool):
+        raise_malformed("has_more is neither true nor false")
+    if not has_more:
+        return JobPage(tuple(jobs))
+    cursor = listed.get(cursor_field) or (jobs[-1].job_id if jobs else None)
+    return JobPage(tuple(jobs), _job_id(cursor, cursor_field))
 
 
 def _json_request(path: str, body: Any) -> PreparedRequest:
@@ -171,6 +184,7 @@ class OpenAiBatch:
 
     max_requests: int = 1000
     max_bytes: int = 90_000_000
+    newest_first: bool = True
 
     async def create(self, send: Send, entries: Sequence[Entry], label: str) -> str:
         lines = []
@@ -232,10 +246,13 @@ class OpenAiBatch:
                 outcomes.append(_http_outcome(custom_id, line))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[BatchJob]:
-        listed = _object(await send(_get(f"/batches?limit={BATCH_LIST}")))
+    async def list_jobs(self, send: Send, cursor: str = "") -> JobPage:
+        after = f"&after={quote(cursor, safe='')}" if cursor else ""
+        request = _get(f"/batches?limit={JOBS_PER_PAGE}{after}")
+        listed = _object(await send(request))
         nodes = expect_list(listed.get("data"), "data")
-        return [self._job(expect_object(node, "data")) for node in nodes]
+        jobs = [self._job(expect_object(node, "data")) for node in nodes]
+        return _cursor_page(listed, jobs, "last_id")
 
     async def cancel(self, send: Send, job_id: str) -> None:
         await send(_json_request(f"/batches/{job_id}/cancel", {}))
@@ -269,6 +286,7 @@ class OpenRouterBatch:
 
     max_requests: int = 1000
     max_bytes: int = 90_000_000
+    newest_first: bool = True
 
     async def create(self, send: Send, entries: Sequence[Entry], label: str) -> str:
         bodies = [json.loads(request.body) for _, request in entries]
@@ -288,15 +306,34 @@ class OpenRouterBatch:
 
     async def outcomes(self, send: Send, job: BatchJob) -> list[ItemOutcome]:
         results = (job.description or {}).get("results")
+        if not isinstance(results, list):
+            results = await self._read_results(send, job.job_id)
         outcomes = []
-        for node in expect_list(results or [], "results"):
+        for node in results:
             result = expect_object(node, "results")
             custom_id = expect_text(result.get("custom_id"), "custom_id")
             outcomes.append(_http_outcome(custom_id, result))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[BatchJob]:
-        return await OpenAiBatch().list_jobs(send)
+    async def _read_results(self, send: Send, job_id: str) -> list[Any]:
+        """Return the results of a job that does not hold them, from all their pages."""
+        results: list[Any] = []
+        cursors = {""}
+        cursor = ""
+        while True:
+            after = f"&cursor={quote(cursor, safe='')}" if cursor else ""
+            path = f"/batches/{job_id}/results?limit={RESULTS_PER_PAGE}{after}"
+            page = _object(await send(_get(path)))
+            results += expect_list(page.get("data"), "data")
+            if not page.get("has_more"):
+                return results
+            cursor = expect_text(page.get("next_cursor"), "next_cursor")
+            if cursor in cursors:
+                raise_malformed("next_cursor names a page that was read")
+            cursors.add(cursor)
+
+    async def list_jobs(self, send: Send, cursor: str = "") -> JobPage:
+        return await OpenAiBatch().list_jobs(send, cursor)
 
     async def cancel(self, send: Send, job_id: str) -> None:
         raise ProtocolError("OpenRouter's jobs can't be cancelled by this client")
@@ -309,6 +346,7 @@ class AnthropicBatch:
     max_requests: int = 1000
     max_bytes: int = 90_000_000
     path: str = "/v1/messages/batches"
+    newest_first: bool = True
 
     def _with_version(self, request: PreparedRequest) -> PreparedRequest:
         return replace(request, headers={"anthropic-version": API_VERSION})
@@ -359,10 +397,13 @@ class AnthropicBatch:
             outcomes.append(ItemOutcome(custom_id, body, text, status))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[BatchJob]:
-        request = self._with_version(_get(f"{self.path}?limit={BATCH_LIST}"))
-        nodes = expect_list(_object(await send(request)).get("data"), "data")
-        return [self._job(expect_object(node, "data")) for node in nodes]
+    async def list_jobs(self, send: Send, cursor: str = "") -> JobPage:
+        after = f"&after_id={quote(cursor, safe='')}" if cursor else ""
+        request = _get(f"{self.path}?limit={JOBS_PER_PAGE}{after}")
+        listed = _object(await send(self._with_version(request)))
+        nodes = expect_list(listed.get("data"), "data")
+        jobs = [self._job(expect_object(node, "data")) for node in nodes]
+        return _cursor_page(listed, jobs, "last_id")
 
     async def cancel(self, send: Send, job_id: str) -> None:
         request = _json_request(f"{self.path}/{job_id}/cancel", {})
@@ -375,6 +416,7 @@ class GeminiBatch:
 
     max_requests: int = 1000
     max_bytes: int = 18_000_000
+    newest_first: bool = False  # the order of its listing is not documented
 
     async def create(self, send: Send, entries: Sequence[Entry], label: str) -> str:
         path = entries[0][1].path.replace(":generateContent", ":batchGenerateContent")
@@ -434,10 +476,14 @@ class GeminiBatch:
             outcomes.append(ItemOutcome(custom_id, body, _error_text(error), status))
         return outcomes
 
-    async def list_jobs(self, send: Send) -> list[BatchJob]:
-        listed = _object(await send(_get(f"/v1beta/batches?pageSize={BATCH_LIST}")))
+    async def list_jobs(self, send: Send, cursor: str = "") -> JobPage:
+        token = f"&pageToken={quote(cursor, safe='')}" if cursor else ""
+        request = _get(f"/v1beta/batches?pageSize={JOBS_PER_PAGE}{token}")
+        listed = _object(await send(request))
         nodes = expect_list(listed.get("operations") or [], "operations")
-        return [self._job(expect_object(node, "operations")) for node in nodes]
+        jobs = [self._job(expect_object(node, "operations")) for node in nodes]
+        token = listed.get("nextPageToken") or ""
+        return JobPage(tuple(jobs), expect_text(token, "nextPageToken"))
 
     async def cancel(self, send: Send, job_id: str) -> None:
         await send(_json_request(f"/v1beta/{job_id}:cancel", {}))

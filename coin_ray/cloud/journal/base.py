@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 IMAGE_ID_DIGITS = 16
@@ -144,6 +144,11 @@ class Journal(ABC):
         """Never return the key's present answers again, so that it is asked again; a
         later answer counts, also an equal one. What was spent stays spent.
         """
+
+    def drop_all(self, keys: Collection[str]) -> None:
+        """Drop the answers of several keys."""
+        for key in keys:
+            self.drop(key)
 
     def has_other_users(self) -> bool:
         """Return whether another process has the journal open, as far as that can be

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from dataclasses import replace
 
 from coin_ray import storage
@@ -113,14 +113,22 @@ class ObjectJournal(Journal):
 
     def drop(self, key: str) -> None:
         """Move the key's answers to ``dropped``, where nothing reads them."""
+        self.drop_all([key])
+
+    def drop_all(self, keys: Collection[str]) -> None:
+        """Move the answers of several keys; the objects are listed once."""
+        dropped_keys = set(keys)
+        if not dropped_keys:
+            return
         objects = self._list_answers("answers") + self._list_answers("quarantine")
         for name, uri in objects:
-            if name[1] == key:
+            if name[1] in dropped_keys:
                 dropped = storage.join(self._uri, "dropped", _object_name(uri))
                 storage.write_bytes(dropped, storage.read_bytes(uri))
                 storage.remove(uri)
         with self._lock:
-            self._answers.drop(key)
+            for key in dropped_keys:
+                self._answers.drop(key)
 
     def spent(self, account: str | None = None) -> tuple[int, float]:
         with self._lock:

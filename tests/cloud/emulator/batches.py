@@ -2,6 +2,8 @@
 answered, and billed, by the provider when the job ends.
 
 ``state["polls"]``: how often a job is "running" before it ends (default 1);
+``state["page_size"]``: most jobs of a page of the listing, newest first;
+``state["results_in_job"]``: False if OpenRouter's results have pages of their own;
 ``state["end"]``: ``completed``, ``expired`` (the second half of the requests is not
 processed) or ``failed``; ``state["edit"]``: changes the custom ids of the results.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from .app import Call, Provider, Reply
@@ -37,6 +40,36 @@ def _create(call: Call, requests: list[tuple[str, str, Any]], label: str) -> str
         "cancelled": False,
     }
     return job_id
+
+
+def add_other_jobs(state: dict[str, Any], count: int, created: int = CREATED) -> None:
+    """Add jobs of somebody else, with other labels and numbers of requests."""
+    jobs = state.setdefault("jobs", {})
+    for number in range(count):
+        jobs[f"batches/other{len(jobs)}"] = {
+            "requests": [("x", "/", {})] * (50 + number % 7),
+            "label": f"other {number}",
+            "polls": 1,
+            "end": "completed",
+            "results": [],
+            "cancelled": False,
+            "created": created,
+        }
+
+
+def _page(call: Call, limit: str, cursor: str) -> tuple[list[str], bool]:
+    """Return the ids of the jobs after the one that the query's ``cursor`` names, newest
+    first, and whether there are more.
+    """
+    names = list(reversed(_store(call, "jobs")))
+    after = call.params.get(cursor, "").replace("_", "/")
+    start = names.index(after) + 1 if after else 0
+    size = min(int(call.params[limit]), call.state.get("page_size", 100))
+    return names[start : start + size], start + size < len(names)
+
+
+def _iso(created: int) -> str:
+    return datetime.fromtimestamp(created, UTC).isoformat()
 
 
 def _advance(call: Call, job: dict[str, Any], provider: Provider) -> None:
@@ -90,8 +123,9 @@ def openai(provider: Provider) -> Provider:
             job = _openai_job(call, job_id)
             return Reply(200, job, billed=False)
         if call.path == "/batches":
-            jobs = [_openai_job(call, job_id) for job_id in _store(call, "jobs")]
-            return Reply(200, {"data": jobs, "has_more": False}, billed=False)
+            names, has_more = _page(call, "limit", "after")
+            jobs = [_openai_job(call, job_id) for job_id in names]
+            return Reply(200, _openai_page(jobs, has_more), billed=False)
         if call.path.startswith("/batches/"):
             job_id = call.path.removeprefix("/batches/").removesuffix("/cancel")
             job = _store(call, "jobs").get(job_id)
@@ -112,6 +146,11 @@ def openai(provider: Provider) -> Provider:
     return answer
 
 
+def _openai_page(jobs: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    last_id = jobs[-1]["id"] if jobs else None
+    return {"data": jobs, "has_more": has_more, "last_id": last_id}
+
+
 def _openai_job(call: Call, job_id: str) -> dict[str, Any]:
     job = _store(call, "jobs")[job_id]
     number = job_id.rpartition("/")[2]
@@ -120,7 +159,7 @@ def _openai_job(call: Call, job_id: str) -> dict[str, Any]:
     return {
         "id": job_id,
         "status": status,
-        "created_at": CREATED,
+        "created_at": job.get("created", CREATED),
         "metadata": {"label": job["label"]},
         "request_counts": {"total": len(job["requests"])},
         "output_file_id": f"output-{number}" if job["results"] else None,
@@ -156,8 +195,12 @@ def openrouter(provider: Provider) -> Provider:
             job_id = _create(call, requests, "")
             return Reply(202, {"id": job_id, "status": "validating"}, billed=False)
         if call.path == "/batches":
-            jobs = [_router_job(call, job_id) for job_id in _store(call, "jobs")]
-            return Reply(200, {"data": jobs}, billed=False)
+            names, has_more = _page(call, "limit", "after")
+            jobs = [{**_router_job(call, name), "results": None} for name in names]
+            return Reply(200, _openai_page(jobs, has_more), billed=False)
+        if call.path.endswith("/results"):
+            job_id = call.path.removeprefix("/batches/").removesuffix("/results")
+            return Reply(200, _router_results(call, job_id), billed=False)
         if call.path.startswith("/batches/"):
             job_id = call.path.removeprefix("/batches/")
             _advance(call, _store(call, "jobs")[job_id], provider)
@@ -171,12 +214,29 @@ def _router_job(call: Call, job_id: str) -> dict[str, Any]:
     job = _store(call, "jobs")[job_id]
     described = _openai_job(call, job_id)
     del described["metadata"]
-    described["results"] = [
-        json.loads(line)
-        for errors in (False, True)
-        for line in _openai_lines(job["results"], errors).splitlines()
-    ]
+    described["results"] = None
+    if call.state.get("results_in_job", True):
+        described["results"] = _router_lines(job["results"])
     return described
+
+
+def _router_lines(results: Results) -> list[Any]:
+    lines = []
+    for errors in (False, True):
+        lines += _openai_lines(results, errors).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _router_results(call: Call, job_id: str) -> dict[str, Any]:
+    lines = _router_lines(_store(call, "jobs")[job_id]["results"])
+    start = int(call.params.get("cursor", "0"))
+    end = start + min(int(call.params["limit"]), call.state.get("page_size", 100))
+    more = end < len(lines)
+    return {
+        "data": lines[start:end],
+        "has_more": more,
+        "next_cursor": str(end) if more else None,
+    }
 
 
 def anthropic(provider: Provider) -> Provider:
@@ -197,9 +257,9 @@ def anthropic(provider: Provider) -> Provider:
             job_id = _create(call, requests, "").replace("/", "_")
             return Reply(200, _anthropic_job(call, job_id), billed=False)
         if call.path == root:
-            names = [name.replace("/", "_") for name in _store(call, "jobs")]
-            jobs = [_anthropic_job(call, name) for name in names]
-            return Reply(200, {"data": jobs}, billed=False)
+            names, has_more = _page(call, "limit", "after_id")
+            jobs = [_anthropic_job(call, name.replace("/", "_")) for name in names]
+            return Reply(200, _openai_page(jobs, has_more), billed=False)
         job = _store(call, "jobs")[job_id.replace("_", "/")]
         if action == "results":
             lines = [json.dumps(_anthropic_line(*pair)) for pair in job["results"]]
@@ -221,7 +281,7 @@ def _anthropic_job(call: Call, job_id: str) -> dict[str, Any]:
         "type": "message_batch",
         "processing_status": "ended" if job["end"] else "in_progress",
         "request_counts": {"processing": len(job["requests"]), "succeeded": 0},
-        "created_at": "2030-03-17T17:46:40Z",
+        "created_at": _iso(job.get("created", CREATED)),
     }
 
 
@@ -248,8 +308,11 @@ def gemini(provider: Provider) -> Provider:
             job_id = _create(call, requests, batch["displayName"])
             return Reply(200, _gemini_job(call, job_id), billed=False)
         if call.path == "/v1beta/batches":
-            jobs = [_gemini_job(call, job_id) for job_id in _store(call, "jobs")]
-            return Reply(200, {"operations": jobs}, billed=False)
+            names, has_more = _page(call, "pageSize", "pageToken")
+            jobs = [_gemini_job(call, job_id) for job_id in names]
+            token = names[-1] if has_more else ""
+            page = {"operations": jobs, "nextPageToken": token}
+            return Reply(200, page, billed=False)
         if call.path.startswith("/v1beta/batches/"):
             job_id = call.path.removeprefix("/v1beta/").removesuffix(":cancel")
             job = _store(call, "jobs")[job_id]
@@ -283,7 +346,7 @@ def _gemini_job(call: Call, job_id: str) -> dict[str, Any]:
         "metadata": {
             "state": f"BATCH_STATE_{state}",
             "displayName": job["label"],
-            "createTime": "2030-03-17T17:46:40Z",
+            "createTime": _iso(job.get("created", CREATED)),
             "output": {"inlinedResponses": {"inlinedResponses": responses}},
         },
     }
