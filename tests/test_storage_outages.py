@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 import time
@@ -16,10 +17,15 @@ import fsspec
 import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from coin_ray import storage
 from coin_ray.commands.exit_codes import run_command
+from coin_ray.data.formats.parsing import HEAD_BYTES, image_size, read_head
+from coin_ray.data.truth import read_orientation
 from coin_ray.errors import StorageUnavailable
+
+ORIENTATION_TAG = 0x0112
 
 
 class Outage:
@@ -136,6 +142,23 @@ def test_every_operation_is_repeated_until_the_storage_is_back(
     assert "flaky://bucket answers again after 0 s" in last
 
 
+def test_headers_of_images_are_waited_for(root: str) -> None:
+    """They were read as (0, 0) and upright during an outage."""
+    uri = f"{root}/image.jpg"
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(stream, "JPEG", exif=exif)
+    storage.write_bytes(uri, stream.getvalue())
+    for read, expected in (
+        (image_size, (30, 40)),
+        (read_orientation, 6),
+        (read_head, stream.getvalue()[:HEAD_BYTES]),
+    ):
+        outage.until = time.monotonic() + 0.1
+        assert read(uri) == expected
+
+
 def test_an_outage_in_the_middle_of_a_table_loses_no_row(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +232,40 @@ def test_statuses_of_an_object_store(status: int, away: bool) -> None:
     translated.__cause__ = _ClientError(status)
     assert storage.is_away(translated) == away
     assert storage.is_away(_ClientError(status)) == away
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_credentials_name_their_variables(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA-a-key-id")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+
+    def refuse() -> None:
+        raise PermissionError("Forbidden") from _ClientError(status)
+
+    with pytest.raises(PermissionError) as refusal:
+        storage.wait_for_storage(refuse, "s3://bucket/root")
+    message = str(refusal.value)
+    assert message.startswith(
+        "[Errno 13] s3://bucket refuses access to s3://bucket/root: PermissionError:"
+        " Forbidden. Its credentials come from AWS_ACCESS_KEY_ID (set),"
+        " AWS_SECRET_ACCESS_KEY (not set)"
+    )
+    assert "AKIA" not in message
+    assert run_command(lambda: storage.wait_for_storage(refuse, "gs://b/x")) == 2
+    with pytest.raises(PermissionError, match="^Forbidden$"):
+        storage.wait_for_storage(refuse, "/disk/file")
+
+
+def test_credentials_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+
+    def refuse() -> None:
+        raise exceptions.NoCredentialsError
+
+    with pytest.raises(PermissionError, match=r"Unable to locate credentials\. Its"):
+        storage.wait_for_storage(refuse, "s3://bucket/root")
 
 
 def test_errors_of_optional_clients_are_known() -> None:

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coin_ray import storage
 from coin_ray.data import pixels
 from coin_ray.data.formats import Dataset, ImageRecord
 from coin_ray.data.threads import map_in_threads
@@ -149,7 +149,7 @@ def _raise_problems(problems: Sequence[str]) -> None:
 def read_orientation(uri: str) -> int:
     """Read the EXIF orientation 1..8 of an image file from its header."""
     with (
-        fsspec.open(uri, "rb") as stream,
+        storage.open_reader(uri) as stream,
         Image.open(stream, formats=pixels.FORMATS) as image,
     ):
         return pixels.orientation(image)

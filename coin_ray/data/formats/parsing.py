@@ -7,7 +7,6 @@ from __future__ import annotations
 import codecs
 from typing import TypeVar
 
-import fsspec
 import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
@@ -59,7 +58,7 @@ def read_validated_json(kind: TypeAdapter[T], uri: str, description: str) -> T:
 
 def read_head(uri: str) -> bytes:
     """Read the first bytes of a file, enough to tell its layout."""
-    with fsspec.open(uri, "rb") as stream:
+    with storage.open_reader(uri) as stream:
         return bytes(stream.read(HEAD_BYTES))
 
 
@@ -67,7 +66,7 @@ def image_size(uri: str) -> tuple[int, int]:
     """Read the upright (width, height) from the file's header; (0, 0) if it has none."""
     try:
         with (
-            fsspec.open(uri, "rb") as stream,
+            storage.open_reader(uri) as stream,
             Image.open(stream, formats=FORMATS) as image,
         ):
             if orientation(image) >= SIDEWAYS:
