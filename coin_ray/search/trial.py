@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from coin_ray import storage, tables
 from coin_ray.config import PipelineConfig
-from coin_ray.errors import CoinError
+from coin_ray.errors import CoinError, StorageUnavailable
 from coin_ray.evaluation.label_free import label_free_score
 from coin_ray.evaluation.voc import average_precision
 from coin_ray.runs.runner import run_missing_steps
@@ -43,10 +43,13 @@ Report = Callable[[Figures], None]
 
 def run_trial(search: Search, settings: Settings, report: Report) -> None:
     """Train, or resume a trial that was killed; a finished student is only evaluated.
-    A training that diverges counts as failed.
+    A training that diverges counts as failed. Raises StorageUnavailable, after which a
+    trial can go on.
     """
     try:
         figures = _distill_and_evaluate(search, settings, report)
+    except StorageUnavailable:
+        raise
     except CoinError as error:
         failure = f"{type(error).__name__}: {error}"
         figures = {"score": FAILED_SCORE, "failure": failure}

@@ -11,7 +11,7 @@ from builders import distillation, examples, tiny_config, tiny_fit
 
 from coin_ray.config import Cloud
 from coin_ray.config.presets import demo
-from coin_ray.errors import ConfigError, TrainingError
+from coin_ray.errors import ConfigError, StorageUnavailable, TrainingError
 from coin_ray.runs.steps import Context
 from coin_ray.search import trial
 from coin_ray.search.plan import HELD_OUT_SHARE, Search
@@ -142,6 +142,19 @@ def test_a_trial_that_diverges_has_failed_and_says_why(
             "failure": "TrainingError: loss private_regions is not finite at step 40",
         }
     ]
+
+
+def test_a_trial_whose_storage_is_away_has_not_failed(
+    make_search: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_storage(*_: object) -> dict[str, Any]:
+        raise StorageUnavailable("s3://bucket could not be reached for 600 s")
+
+    monkeypatch.setattr(trial, "_distill_and_evaluate", without_storage)
+    reports: list[dict[str, Any]] = []
+    with pytest.raises(StorageUnavailable):
+        run_trial(make_search(), {}, reports.append)
+    assert reports == []
 
 
 def test_a_fifth_of_the_images_is_held_out_whatever_else_there_is() -> None:

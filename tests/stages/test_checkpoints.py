@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from coin_ray import storage
+from coin_ray.config import TrainingConfig
+from coin_ray.stages.common import training_job
 from coin_ray.stages.common.progress import ProgressBar
 from coin_ray.stages.common.training_job import (
     CHECKPOINT_FILE,
@@ -95,3 +98,31 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_at_the_next(
         assert resumed is not None
         assert resumed["step"] == 1
         host.wait_until_written()  # the error is raised once
+
+
+def test_training_workers_wait_for_storage_as_long_as_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The worker is another process, whose patience is the default."""
+    configs: list[dict[str, Any]] = []
+
+    class RecordingTrainer:
+        def __init__(self, work: object, **options: Any) -> None:
+            configs.append(options["train_loop_config"])
+
+        def fit(self) -> None:
+            """Train nothing."""
+
+    job = SimpleNamespace(folder=str(tmp_path), training=TrainingConfig())
+    monkeypatch.setattr(storage, "_patience", 7.0)
+    monkeypatch.setattr(training_job, "TorchTrainer", RecordingTrainer)
+    training_job._train(job, in_this_process=True)  # type: ignore[arg-type]
+    storage.set_patience(storage.PATIENCE_SECONDS)
+    seconds: list[float] = []
+    monkeypatch.setattr(
+        training_job,
+        "train_on_worker",
+        lambda job, report: seconds.append(storage.current_patience()),
+    )
+    training_job._run_ray_worker(configs[0])
+    assert seconds == [7.0]

@@ -184,6 +184,7 @@ class DetectorGroup:
 
     def __init__(self, weights: dict[str, str], config: PipelineConfig) -> None:
         self.config = config
+        storage.set_patience(config.storage.patience)
         torch.set_num_threads(count_torch_threads())
         backbone = load_backbone(config) if config.has_backbone else None
         device = torch.device("cuda" if config.distill.fit.gpu else "cpu")

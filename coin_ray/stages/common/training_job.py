@@ -116,7 +116,7 @@ def _train(job: TrainingJob, in_this_process: bool) -> bool:
         )
     trainer = TorchTrainer(
         _run_ray_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "patience": storage.current_patience()},
         scaling_config=scaling_config,
         run_config=run_config,
     )
@@ -151,8 +151,9 @@ def _scaling_config(training: TrainingConfig) -> ScalingConfig:
     )
 
 
-def _run_ray_worker(config: dict[str, TrainingJob]) -> None:
-    job = config["job"]
+def _run_ray_worker(config: Mapping[str, Any]) -> None:
+    job: TrainingJob = config["job"]
+    storage.set_patience(config["patience"])
 
     def report(
         step: int, metrics: Mapping[str, float], checkpoint: Checkpoint | None

@@ -113,6 +113,7 @@ class CheckpointValidation:
 
     def measure(self, weights: str) -> None:
         """Measure the weights and replace them with their figure."""
+        storage.set_patience(self.config.storage.patience)
         map50 = measure_validation_map50(
             self.config, self.images_folder, self.name, weights
         )
