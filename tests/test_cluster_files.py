@@ -594,10 +594,10 @@ LAUNCHER = [
     ("up", 3),
     ("down", 3),
     ("dashboard", 3),
-    ("exec", 3),
+    ("exec", 4),
     ("attach", 1),
     ("monitor", 1),
-    ("get-auth-token", 1),
+    ("get-auth-token", 2),
     ("start", 2),
 ]
 
