@@ -21,10 +21,12 @@ from torchvision.transforms.v2.functional import (
 )
 
 from coin_ray.clip.crops import (
+    BATCH_PIXELS,
     ImageBoxes,
     PixelBox,
     batch_size,
     classify_crops,
+    pixel_boxes,
     sigmoid_class_probabilities,
 )
 from coin_ray.clip.encoder import ClipModel, class_embeddings
@@ -100,12 +102,13 @@ class RoiLabeler:
 
 
 class CropLabeler:
-    """Classifies crops of the boxes, stretched to the input of any open_clip model. The
-    crops of several images are encoded together.
+    """Classifies crops of the boxes, stretched to the input of any open_clip model.
 
     ``context``: side of the crop / side of the box. ``own_preprocessing``: crops are
     resized by open_clip as the model's images were in training, else bilinearly.
-    ``sigmoid_prior``: see ``crops.sigmoid_class_probabilities``.
+    ``sigmoid_prior``: see ``crops.sigmoid_class_probabilities``. ``fuse_batch_norms``: of
+    a ResNet tower (``FusedResNet``); without, open_clip encodes the crops of each image
+    by themselves.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class CropLabeler:
         own_preprocessing: bool = False,
         sigmoid_prior: float = SIGLIP_PRIOR,
         embeddings: Tensor | None = None,
+        fuse_batch_norms: bool = False,
     ) -> None:
         self.context = context
         self.sigmoid_prior = sigmoid_prior
@@ -124,7 +128,8 @@ class CropLabeler:
             embeddings = class_embeddings(clip, classes, config)
         self.embeddings = embeddings.to(clip.device)
         self._clip = clip
-        self._encode = _image_encoder(clip)
+        self._encode = _image_encoder(clip, fuse_batch_norms)
+        self._shares_batches = fuse_batch_norms or not clip.has_resnet_tower
         self._crop_size = clip.image_size
         self._transform = None
         if own_preprocessing:
@@ -142,6 +147,8 @@ class CropLabeler:
     @torch.no_grad()
     def label(self, images: Iterable[ImageBoxes]) -> list[Tensor]:
         """Return the probabilities [N, K+1] of each image's boxes."""
+        if not self._shares_batches:
+            return [self._label_image(image, boxes) for image, boxes in images]
         return classify_crops(
             images,
             self.context,
@@ -150,6 +157,21 @@ class CropLabeler:
             batch_size(self._crop_size),
             len(self.embeddings),
         )
+
+    def _label_image(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """Return the probabilities [N, K+1] of one image's boxes. A ResNet's rounding
+        depends on the number of crops in a batch: they are neither filled up nor mixed
+        with those of other images, and divided only if they hold many pixels.
+        """
+        rows = [torch.zeros(0, len(self.embeddings))]
+        crop_boxes = pixel_boxes(image, boxes, self.context)
+        height, width = self._crop_size
+        largest = max(1, BATCH_PIXELS // (height * width))
+        for start in range(0, len(crop_boxes), largest):
+            batch = crop_boxes[start : start + largest]
+            crops = torch.stack([self._cut(image, box) for box in batch])
+            rows.append(self._classify(crops))
+        return torch.cat(rows)
 
     def logits(self, crops: Tensor) -> Tensor:
         """Return the model's own logits [B, K+1] of crops as ``_cut`` returns them."""
@@ -194,9 +216,11 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
-def _image_encoder(clip: ClipModel) -> Callable[[Tensor], Tensor]:
+def _image_encoder(
+    clip: ClipModel, fuse_batch_norms: bool
+) -> Callable[[Tensor], Tensor]:
     network: Any = clip.network
-    if clip.has_resnet_tower:
+    if fuse_batch_norms and clip.has_resnet_tower:
         return FusedResNet(network.visual)
     return network.encode_image  # type: ignore[no-any-return]
 

@@ -214,8 +214,9 @@ def _with_detector_student(config: PipelineConfig, student: str) -> PipelineConf
 
 def _detector_student(distill: Distill, student: str) -> Distill:
     """Return the settings of a student that was a detector before: AdamW, the pretrained
-    trunk at a tenth of the rate, frozen statistics, and a moving average that is
-    delivered.
+    trunk at a tenth of the rate, frozen statistics, images at random sizes, and a moving
+    average that is delivered. Boxes of the cloud alone are mostly on no object, so they
+    are neither object nor background (docs/results/students.md).
     """
     training = replace(
         distill.fit,
@@ -236,6 +237,8 @@ def _detector_student(distill: Distill, student: str) -> Distill:
     return replace(
         distill,
         student=student,
+        student_zoom=(0.5, 1.25),
+        targets=replace(distill.targets, private_cloud="ignore"),
         fit=training,
         fusion="average",
         teacher_rate=0.01,
@@ -272,7 +275,12 @@ def folder() -> PipelineConfig:
     Give ``--images DIR --classes person,dog --cloud https://...``.
     """
     return PipelineConfig(
-        preset="folder", classes=(), data=Folder(), cloud=Cloud(), strategy="auto"
+        preset="folder",
+        classes=(),
+        data=Folder(),
+        cloud=Cloud(),
+        collect=Collect(fuse_batch_norms=True),
+        strategy="auto",
     )
 
 
@@ -289,7 +297,7 @@ def laptop() -> PipelineConfig:
         classes=(),
         data=Folder(),
         cloud=Cloud(),
-        collect=Collect(labeler="crop"),
+        collect=Collect(labeler="crop", fuse_batch_norms=True),
         labels=Labels(score_min=0.2, probabilities="background"),
         strategy="auto",
         detector=replace(

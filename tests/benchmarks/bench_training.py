@@ -153,7 +153,9 @@ def compare_crop_labelling(seconds: float) -> dict[str, float]:
     config = demo()
     clip = load_clip(config.clip)
     context = config.collect.crop_context
-    labeler = CropLabeler(clip, config.classes, config.clip, context)
+    labeler = CropLabeler(
+        clip, config.classes, config.clip, context, fuse_batch_norms=True
+    )
     images = [draw_boxes(SCENE_HEIGHT, SCENE_WIDTH, BOXES) for _ in range(CROP_IMAGES)]
 
     def one_by_one() -> list[Tensor]:

@@ -34,6 +34,16 @@ def test_a_preset_runs_or_names_the_options_it_needs(name: str) -> None:
     check_runnable(config)
 
 
+def test_own_images_get_fused_batch_norms_and_the_demo_keeps_its_figures() -> None:
+    fused = {n for n in PRESETS if PRESETS[n]().collect.fuse_batch_norms}
+    assert fused == {"folder", "laptop"}
+    config = PRESETS["laptop"]()
+    slow = replace(config, collect=replace(config.collect, fuse_batch_norms=False))
+    assert build_steps(slow)["collect"].fingerprint == (
+        build_steps(config)["collect"].fingerprint
+    ), "a finished collection stays one"
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("baselines", [False, True])
 def test_steps_come_after_their_inputs(name: str, baselines: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
+from coin_ray.clip.fused_resnet import FusedResNet
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.detections import AnswerConverter
 from coin_ray.cloud.protocol import RawDetections
@@ -101,6 +102,10 @@ def test_without_a_model_of_its_own_the_labeler_is_the_detector_s_clip() -> None
     assert config.labeler_clip == config.clip
     labeler: Any = create_labeler(config)
     assert labeler._transform is None, "crops are cut as they always were"
+    assert not isinstance(labeler._encode, FusedResNet)
+    fused = replace(config, collect=replace(config.collect, fuse_batch_norms=True))
+    fused_labeler: Any = create_labeler(fused)
+    assert isinstance(fused_labeler._encode, FusedResNet)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def create_labeler(config: PipelineConfig, cache: str | None = None) -> Labeler 
             own_preprocessing=has_own_model or not clip.has_resnet_tower,
             sigmoid_prior=config.labeler.sigmoid_prior,
             embeddings=embeddings,
+            fuse_batch_norms=config.collect.fuse_batch_norms,
         )
     detector = config.detector
     return RoiLabeler(
