@@ -148,7 +148,10 @@ names = (
     .map(str.strip)
     .filter(bool)
 )
-edges = st.tuples(*[st.floats(0, 3000, allow_subnormal=False)] * 4)
+coordinates = st.floats(0, 3000, allow_subnormal=False)
+# a set of boxes near the first corner may be shares of the sides
+far_coordinates = st.floats(31, 3000)
+edges = st.tuples(coordinates, coordinates, far_coordinates, coordinates)
 file_names = names.map("{}.jpg".format)
 kinds_and_labels = st.one_of(
     st.tuples(st.just(""), st.just("")), st.tuples(st.sampled_from(KINDS), names)
@@ -284,6 +287,123 @@ def test_only_finished_tasks_count_as_reviewed_and_the_last_annotation_counts(
     ]
 
 
+BOX_OF_CAT = {
+    "type": "rectanglelabels",
+    "value": {"x": 25, "y": 0, "width": 50, "height": 100, "rectanglelabels": ["cat"]},
+}
+BOXES_OF_CAT = (ReviewedBox((10, 0, 30, 30), "cat"),)
+
+
+@pytest.mark.parametrize(
+    ("of_cat", "empty", "change"),
+    [
+        # the dot of a fraction sorts before the Z
+        ("2026-02-01T10:00:00.5Z", "2026-02-01T10:00:00Z", "the one updated last"),
+        ("2026-02-01T10:00:00+02:00", "2026-02-01T07:59:00Z", "the one updated last"),
+        ("2026-02-02T10:00:00", "2026-02-01T10:00:00Z", "the one updated last"),
+    ],
+)
+def test_the_annotation_updated_last_counts_and_that_is_told(
+    tmp_path: Path, of_cat: str, empty: str, change: str
+) -> None:
+    annotations = [
+        {"result": [BOX_OF_CAT], "updated_at": of_cat},
+        {"result": [], "updated_at": empty},
+    ]
+    for order in (annotations, annotations[::-1]):
+        task = _label_studio_tasks(tmp_path)[0] | {"annotations": order}
+        export = _write_export(tmp_path, [task])
+        [review_of_task] = label_studio.read_label_studio(export)
+        assert review_of_task.boxes == BOXES_OF_CAT
+        assert "of 2 annotations the one updated last" in review_of_task.changes[0]
+
+
+def test_a_starred_annotation_counts_before_later_ones(tmp_path: Path) -> None:
+    starred = {"result": [BOX_OF_CAT], "updated_at": "2026-01-01", "ground_truth": True}
+    annotations = [{"result": [], "updated_at": "2026-01-02"}, starred]
+    task = _label_studio_tasks(tmp_path)[0] | {"annotations": annotations}
+    export = _write_export(tmp_path, [task])
+    [review_of_task] = label_studio.read_label_studio(export)
+    assert review_of_task.boxes == BOXES_OF_CAT
+    assert "of 2 annotations the starred one counts" in review_of_task.changes[0]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ([{"result": []}, {"result": [BOX_OF_CAT]}], "got 2 that differ"),
+        (
+            [
+                {"result": [], "updated_at": "2026-01-02"},
+                {"result": [BOX_OF_CAT]},
+            ],
+            "got 2 that differ",
+        ),
+        (
+            [
+                {"result": [], "ground_truth": True, "updated_at": "2026-01-02"},
+                {"result": [BOX_OF_CAT], "ground_truth": True},
+            ],
+            "star one of them",
+        ),
+        ([{"result": [], "was_cancelled": "yes"}], "expected was_cancelled true or"),
+    ],
+)
+def test_annotations_whose_order_nothing_tells_are_a_problem(
+    tmp_path: Path, annotations: list[dict[str, Any]], message: str
+) -> None:
+    first, second, _ = _label_studio_tasks(tmp_path)
+    tasks = [first | {"annotations": annotations}, _annotate(second)]
+    reviews = label_studio.read_label_studio(_write_export(tmp_path, tasks))
+    assert message in reviews[0].problems[0]
+    assert not reviews[1].problems
+
+
+def test_equal_annotations_need_no_order(tmp_path: Path) -> None:
+    annotations = [{"result": [BOX_OF_CAT]}, {"result": [BOX_OF_CAT]}]
+    task = _label_studio_tasks(tmp_path)[0] | {"annotations": annotations}
+    export = _write_export(tmp_path, [task])
+    [review_of_task] = label_studio.read_label_studio(export)
+    assert (review_of_task.boxes, review_of_task.changes) == (BOXES_OF_CAT, ())
+
+
+def test_boxes_in_shares_instead_of_percent_are_an_error(tmp_path: Path) -> None:
+    value = {"x": 0.25, "y": 0, "width": 0.5, "height": 1, "rectanglelabels": ["cat"]}
+    result = [{"type": "rectanglelabels", "value": value}]
+    tasks = [_annotate(t, result=result) for t in _label_studio_tasks(tmp_path)[:2]]
+    with pytest.raises(InputError, match="expected boxes in percent of the image, got"):
+        label_studio.read_label_studio(_write_export(tmp_path, tasks))
+    tasks[0]["annotations"][0]["result"] = [BOX_OF_CAT]
+    reviews = label_studio.read_label_studio(_write_export(tmp_path, tasks))
+    assert reviews[0].boxes == BOXES_OF_CAT
+
+
+@pytest.mark.parametrize(
+    ("address", "is_other"),
+    [
+        ("http://h/data/upload/1/0a1b2c3d-agreed.jpg", True),
+        ("s3://b/agreed.jpg?X-Amz=1", True),
+        ("/data/local-files/?d=/x/agreed.jpg", True),
+        ("/data/local-files/?d=/x/disputed.jpg", False),
+        ("http://h/data/upload/1/0a1b2c3d-disputed.jpg", False),
+        ("https://cdn/5fd1", False),
+        ("", False),
+    ],
+)
+def test_a_review_made_on_another_image_is_an_error(
+    tmp_path: Path, address: str, is_other: bool
+) -> None:
+    first, second, _ = map(_annotate, _label_studio_tasks(tmp_path))
+    first["data"]["image"] = address
+    export = _write_export(tmp_path, [first, second])
+    if not is_other:
+        assert len(label_studio.read_label_studio(export)) == 2
+        return
+    message = r"the review of .*disputed\.jpg was made on the image"
+    with pytest.raises(InputError, match=message):
+        label_studio.read_label_studio(export)
+
+
 def test_other_kinds_of_regions_are_left_out_and_drawn_boxes_have_no_kind(
     tmp_path: Path,
 ) -> None:
@@ -333,6 +453,20 @@ NOT_A_BOX = "task 0: expected an upright box with one label"
             ],
             NOT_A_BOX,
         ),
+        (
+            [
+                {
+                    "type": "labels",
+                    "id": "a",
+                    "value": PLACE | {"x": x, "labels": ["cat"]},
+                }
+                for x in (25, 26)
+            ],
+            NOT_A_BOX,
+        ),
+        ([{"type": "labels", "value": {"labels": ["cat"]}}], "got labels"),
+        ([{"type": "polygonlabels", "value": {}}], "got polygonlabels"),
+        ([{"value": {"keypointlabels": ["cat"]}}], "got None"),
         (
             [{"type": "polygonlabels", "value": {"points": [], "labels": ["cat"]}}],
             "got polygonlabels",
@@ -579,6 +713,11 @@ def test_a_file_that_is_no_review_of_cvat_is_an_error(
             "a.xml:5: expected boxes, got a polygon of 'cat'",
         ),
         ('<mask label="cat"/>', "a.xml:5: expected boxes, got a mask of 'cat'"),
+        ('<cube label="cat"/>', "a.xml:5: expected boxes, got a cube of 'cat'"),
+        (
+            '<tag label="review"><attribute name="image_id">def</attribute></tag>',
+            "a.jpg has tags 'review' of several images",
+        ),
         (
             '<box label="cat" xtl="a"/>',
             "a.xml:5: xtl: expected a number, got 'a'",
@@ -594,6 +733,21 @@ def test_an_odd_shape_of_cvat_is_a_problem_of_its_image(
     assert message in review_of_image.problems[0]
     export = _write_cvat_xml(tmp_path, shapes, reviewed="false")
     assert not cvat.read_cvat(export)[0].reviewed
+
+
+def test_a_second_upload_to_cvat_does_not_untick_an_image(tmp_path: Path) -> None:
+    second = '<tag label="review"><attribute name="image_id">abc</attribute>{}</tag>'
+    ticked = second.format('<attribute name="reviewed">true</attribute>')
+    [review_of_image] = cvat.read_cvat(_write_cvat_xml(tmp_path, ticked, "false"))
+    assert (review_of_image.reviewed, review_of_image.problems) == (True, ())
+
+
+def test_boxes_of_cvat_in_shares_are_an_error(tmp_path: Path) -> None:
+    shape = '<box label="cat" xtl="0.1" ytl="0" xbr="{}" ybr="1"/>'
+    with pytest.raises(InputError, match="expected boxes in pixels, got no box that"):
+        cvat.read_cvat(_write_cvat_xml(tmp_path, shape.format(0.9)))
+    [review_of_image] = cvat.read_cvat(_write_cvat_xml(tmp_path, shape.format(2)))
+    assert review_of_image.boxes == (ReviewedBox((0.1, 0, 2, 1), "cat"),)
 
 
 def test_a_box_of_cvat_turns_about_its_centre(tmp_path: Path) -> None:
@@ -732,6 +886,54 @@ def test_odd_samples_of_fiftyone_cost_themselves_only(tmp_path: Path) -> None:
     reviews = fiftyone.read_fiftyone(str(tmp_path))
     assert [len(review.problems) for review in reviews] == [0, 1, 1]
     assert "samples.1.detections.1.bounding_box.2" in reviews[1].problems[0]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {},
+        {"ground_truth": None},
+        {"predictions": {"detections": []}},
+        {"ground_truth": {"_cls": "Polylines", "polylines": []}},
+        {"ground_truth": {"_cls": "Detections"}},
+    ],
+)
+def test_a_reviewed_sample_without_detections_is_not_an_image_without_objects(
+    tmp_path: Path, field: dict[str, Any]
+) -> None:
+    common = {"pixels_wide": 40, "pixels_high": 30, "tags": ["reviewed"]}
+    empty = {"ground_truth": {"_cls": "Detections", "detections": []}}
+    samples = [common | {"image_id": "a"} | field, common | {"image_id": "b"} | empty]
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    odd, sound = fiftyone.read_fiftyone(str(tmp_path))
+    assert "ground_truth" in odd.problems[0]
+    assert (sound.boxes, sound.problems) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("path", "is_other"),
+    [
+        ("data/b.jpg", True),
+        ("data/b-2.jpg", True),
+        ("data/a.jpg", False),
+        ("data/a-2.jpg", False),
+        ("data/5f.jpg", False),
+    ],
+)
+def test_a_sample_with_the_file_of_another_one_is_an_error(
+    tmp_path: Path, path: str, is_other: bool
+) -> None:
+    samples = [
+        fiftyone.fiftyone_sample(Review(name, f"/x/{name}", name, 4, 3, reviewed=True))
+        for name in ("a.jpg", "b.jpg")
+    ]
+    samples[0]["filepath"] = path
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    if not is_other:
+        assert len(fiftyone.read_fiftyone(str(tmp_path))) == 2
+        return
+    with pytest.raises(InputError, match=f"made on the image {path}"):
+        fiftyone.read_fiftyone(str(tmp_path))
 
 
 @pytest.mark.parametrize(

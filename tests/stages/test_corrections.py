@@ -319,6 +319,16 @@ def test_an_odd_region_costs_its_image_and_no_other(
     assert message in printed
 
 
+def test_an_image_id_and_a_uri_of_two_images_are_an_error(tmp_path: Path) -> None:
+    """Somebody has exchanged them: the boxes may be those of either."""
+    review = _review(tmp_path, "both", [ReviewedBox(BOX, "cat")])
+    review = replace(review, image_id=_image_id(tmp_path, "none"))
+    step = _context(tmp_path, _label_studio_file([review], tmp_path / "out"))
+    message = r"both\.png has the image_id of another image than its uri .*both\.png"
+    with pytest.raises(InputError, match=message):
+        corrections.run(step)
+
+
 def test_later_rounds_are_further_files(tmp_path: Path) -> None:
     step = _context(
         tmp_path,

@@ -129,6 +129,7 @@ def correction_rows(
     more than ``MOST_LEFT_OUT`` of the reviewed images are left out.
     """
     rows: dict[str, dict[str, Any]] = {}
+    id_of_uri = {image.get("uri"): key for key, image in images.items()}
     left_out: list[str] = []
     misfits: list[str] = []
     changes: list[str] = []
@@ -141,6 +142,8 @@ def correction_rows(
         problems = [f"{review.name}: {problem}" for problem in review.problems]
         if review.image_id:
             review_misfits = _misfits(review, images.get(review.image_id), splits)
+            if id_of_uri.get(review.uri, review.image_id) != review.image_id:
+                review_misfits.append(_describe_exchange(review, review.uri))
             if review.image_id in ids:
                 review_misfits.append(f"{review.name} is in it twice")
             ids.add(review.image_id)
@@ -177,7 +180,7 @@ def correction_rows(
         )
     if changes:
         tell(
-            f"corrections {source}: {len(changes)} boxes were put right:"
+            f"corrections {source}: {len(changes)} labels were put right or selected:"
             f" {_first_few(changes)}"
         )
     return list(rows.values())
@@ -198,6 +201,9 @@ def _misfits(
             f"{review.name} is no image of this run: expected one of its training"
             " images, as the run read them"
         ]
+    expected_name = str(image.get("uri", "")).rpartition("/")[2]
+    if not review.uri and review.name.rpartition("/")[2] not in ("", expected_name):
+        return [_describe_exchange(review, "(none)")]
     if image["split"] not in splits:
         return [
             f"{review.name} is a {image['split']} image of this run; only training"
@@ -210,6 +216,13 @@ def _misfits(
             f" {review.width} x {review.height}"
         ]
     return []
+
+
+def _describe_exchange(review: Review, uri: str) -> str:
+    return (
+        f"{review.name} has the image_id of another image than its uri {uri}: expected"
+        " both as coin_ray wrote them"
+    )
 
 
 def _box_problems(review: Review, indexes: Mapping[str, int]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from coin_ray import storage
 from coin_ray.data.formats.parsing import format_number, parse_number
 from coin_ray.data.formats.xml import parse_xml
-from coin_ray.data.review.regions import make_upright, read_regions
+from coin_ray.data.review.regions import check_units, make_upright, read_regions
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
@@ -27,7 +27,6 @@ TAG = "review"
 BY_HAND = "by hand"
 """The kind of a box that a person drew."""
 EDGES = ("xtl", "ytl", "xbr", "ybr")
-SHAPES = ("polygon", "polyline", "points", "cuboid", "mask", "skeleton", "ellipse")
 
 
 def write_cvat(reviews: Sequence[Review], folder: str, classes: Sequence[str]) -> None:
@@ -156,8 +155,9 @@ def read_cvat(uri: str) -> list[Review]:
     tag of ``write_cvat`` are left out.
 
     A shape of a reviewed image that is not an upright box is a problem of that image.
-    Raises InputError if no image has the tag, and if a reviewed image's name is not
-    that of its ``uri``: then CVAT has put the labels on other images.
+    Raises InputError if no image has the tag, if a reviewed image's name is not that of
+    its ``uri``: then CVAT has put the labels on other images, and if the boxes are
+    shares instead of pixels.
     """
     root, lines = parse_xml(_read_xml(uri), uri, "annotations")
     optional_reviews = [_review(image, uri, lines) for image in root.iterfind("image")]
@@ -167,6 +167,7 @@ def read_cvat(uri: str) -> list[Review]:
             f"{uri}: no image has the tag {TAG!r} with its image_id: only what coin_ray"
             " wrote for CVAT can be read back"
         )
+    check_units(reviews, lambda _: (1, 1), f"{uri}: expected boxes in pixels")
     return reviews
 
 
@@ -183,12 +184,13 @@ def _read_xml(uri: str) -> bytes:
 
 
 def _review(image: ET.Element, uri: str, lines: dict[ET.Element, int]) -> Review | None:
-    tag = _review_tag(image)
-    if tag is None:
-        return None
     where = f"{uri}:{lines[image]}"
+    tags = _review_tags(image)
+    if not tags:
+        return None
+    tag = next((tag for tag in tags if tag.get("image_id")), tags[0])
     name, image_uri = image.get("name", ""), tag.get("uri", "")
-    reviewed = tag.get("reviewed") == "true"
+    reviewed = any(tag.get("reviewed") == "true" for tag in tags)
     if reviewed:
         _check_name(name, image_uri, where)
     problems = []
@@ -197,13 +199,18 @@ def _review(image: ET.Element, uri: str, lines: dict[ET.Element, int]) -> Review
             f"{where}: {name} has no image_id in its tag {TAG!r}: only images that"
             " coin_ray wrote can be read back"
         )
+    if len({tag["image_id"] for tag in tags if tag.get("image_id")}) > 1:
+        problems.append(
+            f"{where}: {name} has tags {TAG!r} of several images: leave the one whose"
+            " uri ends in its name"
+        )
     width = height = 0
     try:
         width = int(parse_number(image.get("width"), f"{where}: width"))
         height = int(parse_number(image.get("height"), f"{where}: height"))
     except InputError as error:
         problems.append(str(error))
-    shapes = [node for node in image if node.tag == "box" or node.tag in SHAPES]
+    shapes = [node for node in image if node.tag != "tag"]
     regions = read_regions(shapes, lambda node: _box(node, f"{uri}:{lines[node]}"))
     return Review(
         tag.get("image_id", ""),
@@ -232,19 +239,12 @@ def _check_name(name: str, uri: str, where: str) -> None:
         )
 
 
-def _review_tag(image: ET.Element) -> dict[str, str] | None:
-    """Return the attributes of the image's review tag; None if there is none that has
-    an image id or is ticked.
+def _review_tags(image: ET.Element) -> list[dict[str, str]]:
+    """Return the attributes of the image's review tags that have an image id or are
+    ticked; a second upload of the file doubles them.
     """
-    tags = [tag for tag in image.iterfind("tag") if tag.get("label") == TAG]
-    candidates = [_attributes(tag) for tag in tags]
-    for attributes in candidates:
-        if attributes.get("image_id"):
-            return attributes
-    for attributes in candidates:
-        if attributes.get("reviewed") == "true":
-            return attributes
-    return None
+    tags = [_attributes(tag) for tag in image.iterfind("tag[@label='review']")]
+    return [t for t in tags if t.get("image_id") or t.get("reviewed") == "true"]
 
 
 def _attributes(node: ET.Element) -> dict[str, str]:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
 from coin_ray import storage
 from coin_ray.data.formats.parsing import read_validated_json
-from coin_ray.data.review.regions import read_regions, validate_entry
+from coin_ray.data.review.regions import (
+    check_shown_images,
+    read_regions,
+    validate_entry,
+)
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
@@ -36,7 +40,7 @@ class _Detection:
 
 @dataclass(frozen=True, slots=True)
 class _Detections:
-    detections: list[JsonObject] = field(default_factory=list)
+    detections: list[JsonObject]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +116,34 @@ def read_fiftyone(folder: str) -> list[Review]:
     """Read a folder that FiftyOne exported from samples of ``write_fiftyone``.
 
     A detection of a reviewed sample that can't be read is a problem of that image.
-    Samples that nobody reviewed and that can't be read are left out. Raises InputError
-    if there is no sample that ``write_fiftyone`` wrote.
+    So is a field ``ground_truth`` that holds no list of detections. Samples that nobody
+    reviewed and that can't be read are left out. Raises InputError if there is no
+    sample that ``write_fiftyone`` wrote, and if samples show each other's images.
     """
     uri = storage.join(folder, FILE)
     description = "a FiftyOne dataset that coin_ray wrote"
     export: _File = read_validated_json(FOLDER, uri, description)
-    reviews, problems = [], []
+    reviews: list[Review] = []
+    problems = []
+    paths = []
     for number, sample in enumerate(export.samples):
         where = f"{uri}: samples.{number}"
         tags = sample.get("tags")
         reviewed = isinstance(tags, list) and TAG in tags
         try:
             reviews.append(_review(sample, reviewed, where))
+            paths.append(str(sample.get("filepath") or ""))
         except InputError as error:
             problems.append(str(error))
             if reviewed:
+                paths.append("")
                 name = str(sample.get("name") or f"samples.{number}")
                 reviews.append(
                     Review("", "", name, 0, 0, reviewed=True, problems=(str(error),))
                 )
     if problems and not any(review.image_id for review in reviews):
         raise InputError(problems[0])
+    check_shown_images(reviews, paths, uri)
     return reviews
 
 
@@ -148,6 +158,12 @@ def _review(entry: JsonObject, reviewed: bool, where: str) -> Review:
     detections: list[JsonObject] = []
     if sample.ground_truth is not None:
         detections = sample.ground_truth.detections
+    elif reviewed:
+        raise InputError(
+            f"{where}: expected a reviewed sample with detections in its field"
+            " 'ground_truth', got none: export that field (an image without objects"
+            " has an empty list of detections)"
+        )
 
     def read_detection(numbered: tuple[int, JsonObject]) -> tuple[ReviewedBox, str]:
         number, entry = numbered

@@ -11,6 +11,7 @@ import json
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +19,12 @@ from pydantic import TypeAdapter
 
 from coin_ray import storage
 from coin_ray.data.formats.parsing import image_size, read_validated_json
-from coin_ray.data.review.regions import make_upright, read_regions
+from coin_ray.data.review.regions import (
+    check_shown_images,
+    check_units,
+    make_upright,
+    read_regions,
+)
 from coin_ray.data.review.reviews import KINDS, Review, ReviewedBox
 from coin_ray.errors import InputError
 from coin_ray.storage import JsonObject
@@ -27,6 +33,20 @@ EXPORT = TypeAdapter(list[JsonObject])
 BOX_PARTS = ("x", "y", "width", "height")
 PLACES = {*BOX_PARTS, "points", "vertices", "rle", "radiusX", "radiusY"}
 """Entries of a region's value that place it in the image."""
+WITHOUT_PLACE = {
+    "choices",
+    "datetime",
+    "number",
+    "pairwise",
+    "ranker",
+    "rating",
+    "relation",
+    "table",
+    "taxonomy",
+    "textarea",
+}
+"""Types of entries that say something of an image, or of a region of their id, and lie
+nowhere themselves."""
 LABELS = ("rectanglelabels", "labels")
 """Entries that hold the labels of a box: of <RectangleLabels>, and of <Labels> with
 <Rectangle>."""
@@ -123,28 +143,40 @@ def labelling_setup(classes: Sequence[str]) -> str:
 
 def read_label_studio(uri: str) -> list[Review]:
     """Read a JSON export. A task is reviewed if it has an annotation that was not
-    skipped; of several annotations the one updated last counts.
+    skipped; of several annotations the starred one counts, else the one updated last.
 
     A region of a reviewed task that is not an upright box with one label is a problem
-    of that image. Tasks that nobody reviewed and that can't be read are left out.
-    Raises InputError if there is no task that ``write_label_studio`` wrote.
+    of that image, and so are several annotations that differ and whose order nothing
+    tells. Tasks that nobody reviewed and that can't be read are left out.
+    Raises InputError if there is no task that ``write_label_studio`` wrote, if tasks
+    show each other's images, and if the boxes are shares instead of percent.
     """
     tasks = read_validated_json(EXPORT, uri, "a JSON export of Label Studio")
-    reviews, problems = [], []
+    reviews: list[Review] = []
+    problems = []
+    addresses = []
     for number, task in enumerate(tasks):
         where = f"{uri}: task {number}"
         annotations = _submitted_annotations(task)
         try:
             reviews.append(_review(task, annotations, where))
+            addresses.append(str(task["data"].get("image") or ""))
         except InputError as error:
             problems.append(str(error))
             if annotations:
+                addresses.append("")
                 name = f"task {number}"
                 reviews.append(
                     Review("", "", name, 0, 0, reviewed=True, problems=(str(error),))
                 )
     if problems and not any(review.image_id for review in reviews):
         raise InputError(problems[0])
+    check_shown_images(reviews, addresses, uri)
+    check_units(
+        reviews,
+        lambda review: (review.width / 100, review.height / 100),
+        f"{uri}: expected boxes in percent of the image",
+    )
     return reviews
 
 
@@ -153,7 +185,9 @@ def _submitted_annotations(task: Mapping[str, Any]) -> list[JsonObject]:
     if not isinstance(annotations, list):
         return []
     return [
-        a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")
+        annotation
+        for annotation in annotations
+        if isinstance(annotation, dict) and annotation.get("was_cancelled") is not True
     ]
 
 
@@ -178,10 +212,12 @@ def _review(
         or min(width, height) < 1
     ):
         raise InputError(f"{where}: {uri} is no image that can be read")
+    final, change = _final_annotation(annotations, where)
+    listed = _listed_predictions(task) if final is None else _regions_of(final, where)
     regions = read_regions(
-        _group_by_id(_final_regions(task, annotations, where)),
-        lambda parts: _box(parts, (width, height), where),
+        _group_by_id(listed), lambda parts: _box(parts, (width, height), where)
     )
+    changes = (change, *regions.changes) if change else regions.changes
     return Review(
         image_id,
         uri,
@@ -191,25 +227,68 @@ def _review(
         regions.boxes,
         bool(annotations),
         regions.problems,
-        regions.changes,
+        changes,
     )
 
 
-def _final_regions(
-    task: Mapping[str, Any], annotations: Sequence[JsonObject], where: str
-) -> list[JsonObject]:
-    """Return the regions of the annotation updated last, or of the last prediction."""
-    if annotations:
-        final = max(annotations, key=lambda a: str(a.get("updated_at") or ""))
-        regions = final.get("result")
-        if not isinstance(regions, list) or not all(
-            isinstance(region, dict) for region in regions
-        ):
-            raise InputError(
-                f"{where}: expected an annotation with a list of regions as its"
-                f" 'result', got {str(regions)[:100]}"
-            )
-        return regions
+def _final_annotation(
+    annotations: Sequence[JsonObject], where: str
+) -> tuple[JsonObject | None, str]:
+    """Return the annotation that counts and, if others differ from it, a sentence that
+    says so: the starred one ("ground truth"), else the one updated last.
+
+    Raises InputError if several could be the last one and differ, and if it is unclear
+    whether one was skipped.
+    """
+    marks = [annotation.get("was_cancelled") for annotation in annotations]
+    if any(mark not in (None, False) for mark in marks):
+        raise InputError(f"{where}: expected was_cancelled true or false, got {marks}")
+    starred = [a for a in annotations if a.get("ground_truth") is True]
+    candidates = starred or list(annotations)
+    if not candidates:
+        return None, ""
+    times = [_time_of_update(annotation) for annotation in candidates]
+    latest = max(times)
+    last = [a for a, time in zip(candidates, times, strict=True) if time == latest]
+    if len(candidates) > 1 and datetime.min.replace(tzinfo=UTC) in times:
+        last = candidates
+    if any(annotation.get("result") != last[0].get("result") for annotation in last):
+        raise InputError(
+            f"{where}: expected one annotation, or a different updated_at in each; got"
+            f" {len(last)} that differ and may all be the last: star one of them in"
+            " Label Studio, or delete the others"
+        )
+    change = ""
+    if any(a.get("result") != last[0].get("result") for a in annotations):
+        reason = "starred one" if starred else "one updated last"
+        change = f"{where}: of {len(annotations)} annotations the {reason} counts"
+    return last[0], change
+
+
+def _time_of_update(annotation: Mapping[str, Any]) -> datetime:
+    """Return when an annotation was changed; the earliest time if it does not say."""
+    text = str(annotation.get("updated_at") or annotation.get("created_at") or "")
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _regions_of(annotation: Mapping[str, Any], where: str) -> list[JsonObject]:
+    regions = annotation.get("result")
+    if not isinstance(regions, list) or not all(
+        isinstance(region, dict) for region in regions
+    ):
+        raise InputError(
+            f"{where}: expected an annotation with a list of regions as its"
+            f" 'result', got {str(regions)[:100]}"
+        )
+    return regions
+
+
+def _listed_predictions(task: Mapping[str, Any]) -> list[JsonObject]:
+    """Return the regions of the last prediction of a task that nobody reviewed."""
     # Label Studio exports some predictions as a number
     predictions = task.get("predictions") or []
     results = [p.get("result") for p in predictions if isinstance(p, dict)]
@@ -221,7 +300,8 @@ def _final_regions(
 
 def _group_by_id(regions: Sequence[JsonObject]) -> list[list[JsonObject]]:
     """Return the placed regions, each with its parts: Label Studio exports a place, its
-    label and its attributes as entries of one id. Entries without a place are left out.
+    label and its attributes as entries of one id. Entries of the types that have no
+    place are left out; of any other type the place may have been lost.
     """
     parts_by_id: dict[object, list[JsonObject]] = {}
     for number, region in enumerate(regions):
@@ -230,15 +310,13 @@ def _group_by_id(regions: Sequence[JsonObject]) -> list[list[JsonObject]]:
     return [
         parts
         for parts in parts_by_id.values()
-        if any(_is_placed(region) for region in parts)
+        if any(_is_placed(r) or str(r.get("type")) not in WITHOUT_PLACE for r in parts)
     ]
 
 
 def _is_placed(region: Mapping[str, Any]) -> bool:
-    """Tell whether an entry lies somewhere in the image; a rectangle always does."""
+    """Tell whether an entry lies somewhere in the image."""
     value = region.get("value")
-    if str(region.get("type")).startswith("rectangle"):
-        return True
     return isinstance(value, dict) and bool(PLACES & value.keys())
 
 
@@ -246,10 +324,12 @@ def _box(
     parts: Sequence[Mapping[str, Any]], size: tuple[int, int], where: str
 ) -> tuple[ReviewedBox, str]:
     """Read the entries of one region; return the box and what was changed."""
-    placed = [region for region in parts if _is_placed(region)]
+    placed = [region for region in parts if _is_placed(region)] or list(parts)
     value = placed[0].get("value")
     labels = _labels_of(parts)
-    if not isinstance(value, dict) or not _is_box(value) or len(labels) != 1:
+    is_one_place = all(_place_of(region) == _place_of(placed[0]) for region in placed)
+    is_clear = is_one_place and len(labels) == 1
+    if not isinstance(value, dict) or not _is_box(value) or not is_clear:
         raise InputError(
             f"{where}: expected an upright box with one label, got"
             f" {placed[0].get('type')} {str(value)[:200]}"
@@ -268,6 +348,12 @@ def _box(
     kind, teacher_labels = _parse_meta(_meta_text(parts))
     box = ReviewedBox(edges, labels[0], kind, teacher_labels)
     return box, change and f"{where}: {change}"
+
+
+def _place_of(region: Mapping[str, Any]) -> list[object]:
+    """Return where an entry lies, to compare it with the others of its id."""
+    value = region.get("value") or {}
+    return [value.get(part) for part in (*BOX_PARTS, "rotation")]
 
 
 def _labels_of(parts: Sequence[Mapping[str, Any]]) -> list[str]:
