@@ -21,9 +21,21 @@ a secret or image bytes.
 from __future__ import annotations
 
 import errno
+import os
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of an OSError from a full disk or quota."""
+
+
+def describe_variables(*names: str) -> str:
+    """Return the names of environment variables and whether each is set, for messages
+    about refused credentials; never what they hold.
+    """
+    states = []
+    for name in names:
+        state = "set" if os.environ.get(name, "").strip() else "not set"
+        states.append(f"{name} ({state})")
+    return ", ".join(states)
 
 
 class CoinError(Exception):

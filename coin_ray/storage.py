@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from coin_ray.errors import StorageUnavailable
+from coin_ray.errors import StorageUnavailable, describe_variables
 
 T = TypeVar("T")
 
@@ -65,6 +65,27 @@ AWAY_TYPES = frozenset(
     }
 )
 """Exceptions of optional clients, which are not imported here, for such a server."""
+CREDENTIAL_TYPES = frozenset(
+    {
+        "botocore.exceptions.CredentialRetrievalError",
+        "botocore.exceptions.NoCredentialsError",
+        "botocore.exceptions.PartialCredentialsError",
+        "google.auth.exceptions.DefaultCredentialsError",
+        "google.auth.exceptions.RefreshError",
+    }
+)
+"""Exceptions of optional clients that have no credentials to send."""
+CREDENTIAL_VARIABLES = {
+    "s3": (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+        "AWS_ENDPOINT_URL",
+    ),
+    "gs": ("GOOGLE_APPLICATION_CREDENTIALS",),
+}
+"""Environment variables from which the clients of object stores read credentials."""
 AWAY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses of such a server."""
 FIRST_LINE_CHARACTERS = 200
@@ -123,7 +144,7 @@ def wait_for_storage(
 
     The operation must be one that can be repeated. The beginning and the end of an
     outage are one line each, whatever the number of threads. Raises StorageUnavailable
-    after that time; all other errors at once.
+    after that time; all other errors at once, refused credentials as PermissionError.
     """
     limit = current_patience() if patience is None else patience
     away_since: float | None = None
@@ -133,6 +154,10 @@ def wait_for_storage(
             returned = operation()
         except Exception as error:
             if not is_away(error):
+                if is_denied(error, uri):
+                    raise PermissionError(
+                        errno.EACCES, _denied_message(uri, error)
+                    ) from error
                 raise
             now = time.monotonic()
             if away_since is None:
@@ -164,6 +189,31 @@ def is_away(error: BaseException) -> bool:
         return True
     names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     return not AWAY_TYPES.isdisjoint(names)
+
+
+def is_denied(error: BaseException, uri: str) -> bool:
+    """Tell whether an object store refuses the credentials, or there are none."""
+    if "://" not in uri:
+        return False
+    if _http_status(error) in (401, 403) or isinstance(error, PermissionError):
+        return True
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return not CREDENTIAL_TYPES.isdisjoint(names)
+
+
+def _denied_message(uri: str, error: Exception) -> str:
+    protocol = uri.partition("://")[0]
+    variables = CREDENTIAL_VARIABLES.get(protocol, ())
+    source = "Check the credentials of its client and what they may do"
+    if variables:
+        source = (
+            f"Its credentials come from {describe_variables(*variables)}, from the"
+            " client's own files, or from the machine's role: check them and what they"
+            " may do"
+        )
+    return (
+        f"{_storage_name(uri)} refuses access to {uri}: {_first_line(error)}. {source}"
+    )
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -254,7 +254,7 @@ def test_refused_credentials_name_their_variables(
     )
     assert "AKIA" not in message
     assert run_command(lambda: storage.wait_for_storage(refuse, "gs://b/x")) == 2
-    with pytest.raises(PermissionError, match="^Forbidden$"):
+    with pytest.raises(PermissionError, match=r"^Forbidden$"):
         storage.wait_for_storage(refuse, "/disk/file")
 
 

@@ -112,9 +112,19 @@ class CloudClient:
         self._timing = Timing(sleep, clock, uniform, wall_clock)
         self._extent = BoxExtent()
         self._refresh = JournalRefresh(journal)
+        self._connect(url, transport)
+        self._start_engine(governor)
 
+    def _connect(self, url: str, transport: httpx.AsyncBaseTransport | None) -> None:
+        """Prepare connections with the service's credentials. Raises ConfigError if the
+        URL or the credentials are not usable.
+        """
+        config = self._config
         self._signer = signer_for(
-            self._capabilities.auth, token_variable(config), config.region, wall_clock
+            self._capabilities.auth,
+            token_variable(config),
+            config.region,
+            self._timing.wall_clock,
         )
         self._url = parse_service_url(url, self._signer.secret)
         self._signer.check()
@@ -126,19 +136,22 @@ class CloudClient:
             transport,
             is_own=config.serve != "none",
         )
+
+    def _start_engine(self, governor: AsyncGovernor) -> None:
+        """Create what sends calls, repeats them, and records their replies."""
         self._replies = ReplyJournal(
-            config,
+            self._config,
             self._adapter,
             self._query,
-            journal,
-            answer_endpoint(config, self._url),
-            wall_clock,
+            self.journal,
+            answer_endpoint(self._config, self._url),
+            self._timing.wall_clock,
         )
         self._admission = CallAdmission(
-            config, governor, self._connections, self._timing
+            self._config, governor, self._connections, self._timing
         )
         session = ServiceSession(
-            config,
+            self._config,
             self._adapter,
             self._connections,
             self._replies,
@@ -146,7 +159,7 @@ class CloudClient:
             self._timing,
         )
         self._poller = TaskPoller(session)
-        self._engine = RetryEngine(session, self._poller, journal, self._account)
+        self._engine = RetryEngine(session, self._poller, self.journal, self._account)
 
     def __repr__(self) -> str:
         return f"CloudClient({self._url.host!r}, model={self._query.model!r})"
@@ -213,7 +226,11 @@ class CloudClient:
         except CloudError:
             return  # it answers, if badly: the first calls will show the error
         if reply.status in (401, 402, 403) or 300 <= reply.status < 400:
-            raise self._adapter.classify_error(reply.status, reply.headers, reply.body)
+            error = self._adapter.classify_error(
+                reply.status, reply.headers, reply.body
+            )
+            self._connections.explain_refusal(error)
+            raise error
 
     async def _get_health(self, path: str) -> Reply:
         request = PreparedRequest(path, method="GET")

@@ -170,6 +170,7 @@ class RetryEngine:
             outcome = "answered"
             return detections
         except CloudError as error:
+            self._connections.explain_refusal(error)
             failure = None if isinstance(error, FieldRefused) else error
             billed = error.may_have_billed or reply is not None
             outcome = _call_outcome(error)

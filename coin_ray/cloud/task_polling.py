@@ -78,6 +78,7 @@ class TaskPoller:
             try:
                 reply = await self._poll(call)
             except CloudError as error:
+                self._connections.explain_refusal(error)
                 call.last_error = self._admission.last_error = str(error)
                 self._admission.raise_if_wait_is_too_long(error)
                 failures += 1

@@ -22,7 +22,7 @@ from coin_ray.config.dotted_names import flatten, flatten_config
 from coin_ray.config.fingerprints import fingerprint
 from coin_ray.config.mlflow_names import mlflow_name
 from coin_ray.config.yaml_files import to_yaml
-from coin_ray.errors import ConfigError
+from coin_ray.errors import ConfigError, describe_variables
 from coin_ray.runs.model_registry import image_dataset, register_model_version
 
 REQUEST_LIMITS = {
@@ -43,6 +43,13 @@ REFUSALS = frozenset(
     }
 )
 """MLflow's codes for a request that it does not accept, from a server that is there."""
+DENIALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"})
+"""MLflow's codes for credentials that are missing or may not do this."""
+CREDENTIAL_VARIABLES = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
 SQLITE = "sqlite:///"
 """How the address of a SQLite file begins."""
 MAX_BATCH = 500
@@ -92,6 +99,8 @@ class Tracker:
             advice = "Start the server, give another one by --tracking.uri,"
             if _is_refusal(error):
                 advice = "The server is there and refuses this: change the setting,"
+            elif _is_denied(error):
+                advice = f"{_credentials_advice()},"
             raise ConfigError(
                 f"tracking failed at {without_password(self.uri)}: {_first_line(error)}."
                 f" {advice} or turn tracking off by --tracking.no-enabled"
@@ -172,8 +181,10 @@ class Tracker:
                 )
                 return False
             self.lost = True
+            advice = f". {_credentials_advice()}" if _is_denied(error) else ""
             print(
-                f"tracking failed at {without_password(self.uri)}: {_first_line(error)}\n"
+                f"tracking failed at {without_password(self.uri)}: {_first_line(error)}"
+                f"{advice}\n"
                 "the run continues; the same command writes what is missing",
                 flush=True,
             )
@@ -338,6 +349,20 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
 def _is_refusal(error: Exception) -> bool:
     """Tell whether a server that can be reached did not accept the request."""
     return getattr(error, "error_code", None) in REFUSALS
+
+
+def _is_denied(error: Exception) -> bool:
+    """Tell whether the server refuses the credentials, or got none."""
+    return getattr(error, "error_code", None) in DENIALS
+
+
+def _credentials_advice() -> str:
+    variables = describe_variables(*CREDENTIAL_VARIABLES)
+    return (
+        f"The server asks for other credentials: MLflow sends those of {variables}, of"
+        " ~/.mlflow/credentials, or user and password in the address; check them and"
+        " what they may do"
+    )
 
 
 def _legal_names(leaves: Mapping[str, T]) -> dict[str, T]:

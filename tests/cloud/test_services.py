@@ -32,7 +32,7 @@ from coin_ray.cloud.services import (
 from coin_ray.commands import arguments as cli
 from coin_ray.config import Cloud, ServiceName
 from coin_ray.data.canonical import CanonicalImage, canonical_image
-from coin_ray.errors import ConfigError, ImageRejected
+from coin_ray.errors import AuthError, ConfigError, ImageRejected
 
 from .cases import CASES, Case
 from .conftest import HarnessBuilder, InBodyAdapter, labelled_folder
@@ -108,7 +108,7 @@ def test_coordinates_must_be_said() -> None:
         adapter_for(Cloud(service="openai-vlm", url=ADDRESS))
 
 
-def test_coordinates_are_part_of_the_question(
+def test_coordinates_change_the_journal_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-token")
@@ -186,6 +186,50 @@ def test_variables_of_tokens(
     client = build_client()
     if adapter_for(config).capabilities.health_path is None:
         asyncio.run(client.check())
+
+
+PROVIDER_NAMES = {"http": "reference", "dino-x": "dds", "grounding-dino": "dds"}
+PROVIDER_NAMES |= {"t-rex": "dds"}
+
+
+@pytest.mark.parametrize("service", [s for s in ALL if s != "moondream"])
+def test_a_refused_key_is_named_by_its_variable(
+    service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDANOTHER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    variable = TOKENS[service]
+    if variable is not None:
+        monkeypatch.setenv(variable, "a-wrong-secret")
+    config = _cloud_config(service, url=ADDRESS)
+    emulator = Emulator(PROVIDERS)
+
+    async def run() -> None:
+        client = CloudClient(
+            config,
+            ("car",),
+            emulator.url(PROVIDER_NAMES.get(service, service)),
+            open_journal(str(tmp_path)),
+            LocalGovernor(Governor(governor_limits(config))),
+            transport=emulator.transport(),
+        )
+        await client.answer(_noise_image(320, 240))
+
+    with pytest.raises(AuthError) as refusal:
+        asyncio.run(run())
+    message = str(refusal.value)
+    expected = f"environment variable {variable} (set) and is sent in"
+    if service == "rekognition":
+        expected = (
+            "signed for the region us-east-1 with the environment variables"
+            " AWS_ACCESS_KEY_ID (set), AWS_SECRET_ACCESS_KEY (set), AWS_SESSION_TOKEN"
+            " (not set)"
+        )
+    elif variable is None:
+        expected = "No key was sent"
+    assert message.count(expected) == 1, message
+    assert "a-wrong-secret" not in message
 
 
 def test_limits_of_a_service() -> None:

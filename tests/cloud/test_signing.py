@@ -238,9 +238,19 @@ def test_a_wrong_aws_key_costs_one_request(
         ),
         adapter=_aws_adapter(),
     )
-    with pytest.raises(AuthError):
+    with pytest.raises(AuthError) as refusal:
         _detect(harness)
+    assert "for the region us-east-1" in str(refusal.value)
+    assert "AWS_ACCESS_KEY_ID (set), AWS_SECRET_ACCESS_KEY (set)" in str(refusal.value)
     assert len(harness.service.requests) == 1
+
+
+def test_a_service_that_asks_for_a_key_and_gets_none(
+    build_harness: HarnessBuilder,
+) -> None:
+    harness = build_harness(status_response(401))
+    with pytest.raises(AuthError, match=r"No key was sent: .*--cloud\.token-env NAME"):
+        _detect(harness)
 
 
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])

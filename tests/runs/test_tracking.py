@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 
 from coin_ray.config import Tracking
 from coin_ray.config.presets import demo
@@ -99,3 +101,52 @@ def test_a_broken_database_is_one_message(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match=r"tracking failed at sqlite:.*no-enabled"):
         Tracker(demo(), str(tmp_path))
+
+
+class _RefusingHandler(BaseHTTPRequestHandler):
+    """Answers 401 to everything, as an MLflow server with passwords does."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def do_POST(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_refuses_the_password_names_the_variables(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-secret-word")
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
+    server = HTTPServer(("127.0.0.1", 0), _RefusingHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ConfigError) as refusal:
+            _tracking_uri(tmp_path, uri=f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    message = str(refusal.value)
+    assert "failed with error code 401" in message
+    assert (
+        "MLFLOW_TRACKING_USERNAME (set), MLFLOW_TRACKING_PASSWORD (set),"
+        " MLFLOW_TRACKING_TOKEN (not set)" in message
+    )
+    assert "--tracking.no-enabled" in message
+    assert "a-secret-word" not in message
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "root").mkdir()
+    tracker = Tracker(demo(), str(tmp_path / "root"))
+
+    def refuse() -> None:
+        raise RestException({"error_code": "PERMISSION_DENIED", "message": "no rights"})
+
+    assert not tracker.attempt(refuse)
+    assert "MLFLOW_TRACKING_PASSWORD (set)" in capsys.readouterr().out

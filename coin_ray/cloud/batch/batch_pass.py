@@ -126,9 +126,11 @@ class BatchPass:
                 f"no answer in {CREATE_SECONDS:g} s", may_have_billed=True
             ) from None
         if not 200 <= reply.status < 300:
-            raise self._client.adapter.classify_error(
+            error = self._client.adapter.classify_error(
                 reply.status, reply.headers, reply.body
             )
+            self._connections.explain_refusal(error)
+            raise error
         return reply
 
     def _records(self) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,13 @@ from coin_ray.cloud.http.signing import (
     without_traceback,
 )
 from coin_ray.cloud.protocol import PreparedRequest
-from coin_ray.errors import ConfigError, ProtocolError, Transient
+from coin_ray.errors import (
+    AuthError,
+    CloudError,
+    ConfigError,
+    ProtocolError,
+    Transient,
+)
 
 CONNECT_SECONDS = 10.0
 PIECE_BYTES = 65_536
@@ -137,6 +143,12 @@ class Connections:
             }
             if not self._signer.adopt_clock(signed, status, returned_headers, body):
                 return Reply(status, {"content-type": "", **returned_headers}, body)
+
+    def explain_refusal(self, error: CloudError) -> None:
+        """Add to an ``AuthError`` where its key comes from, once."""
+        source = self._signer.describe_source()
+        if isinstance(error, AuthError) and source not in str(error):
+            error.args = (f"{error}. {source}",)
 
     async def aclose(self) -> None:
         """Close the idle connections."""

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, quote_plus
 
 from coin_ray.cloud.protocol import Auth
-from coin_ray.errors import ConfigError
+from coin_ray.errors import ConfigError, describe_variables
 
 SECRET_LENGTH_MIN = 6
 """A shorter text may occur in an answer by chance and is not searched for."""
@@ -67,6 +67,11 @@ class Signer(Protocol):
     def check(self) -> None:
         """Raise ``ConfigError`` naming the variable that is missing or unusable."""
 
+    def describe_source(self) -> str:
+        """Return a sentence on where the secret comes from and whether it was sent, for
+        a request that the service refused; never the secret.
+        """
+
     def sign(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes
     ) -> SignedHeaders:
@@ -112,6 +117,19 @@ class TokenSigner:
 
     def check(self) -> None:
         self._token()
+
+    def describe_source(self) -> str:
+        if self._variable is None:
+            return (
+                "No key was sent: put it into an environment variable and name that with"
+                " --cloud.token-env NAME"
+            )
+        part = "the body" if self._auth.json_key else f"the header {self._auth.header}"
+        return (
+            f"The key comes from the environment variable"
+            f" {describe_variables(self._variable)} and is sent in {part}: check it and"
+            " what its account may do; --cloud.token-env names another variable"
+        )
 
     def sign(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes
@@ -164,6 +182,14 @@ class AwsSigner:
     def check(self) -> None:
         _read_aws_credentials()
         _import_botocore()
+
+    def describe_source(self) -> str:
+        variables = describe_variables(AWS_ID, AWS_SECRET, AWS_SESSION)
+        return (
+            f"Requests are signed for the region {self._region} with the environment"
+            f" variables {variables}: check them, what their account may do, and"
+            " --cloud.region"
+        )
 
     def sign(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes
