@@ -162,6 +162,9 @@ class Distill:
     ``separate.second_teacher`` student."""
     student_batch_norm: Literal["frozen", "live"] = new_field("frozen")
     """Statistics of its batch norms in training; frozen: as pretrained."""
+    student_zoom: tuple[float, float] = new_field((1.0, 1.0))
+    """Range of factors by which its training images are scaled at random: smaller ones
+    lie on grey, larger ones are cropped."""
     targets: TargetSettings = field(
         default=TargetSettings(), metadata={"identity": "if changed"}
     )
@@ -269,6 +272,12 @@ class Distill:
         require(
             side >= 0 and side % 32 == 0,
             f"distill.student_side must be a multiple of 32, or 0; got {side}",
+        )
+        lowest, highest = self.student_zoom
+        require(
+            0 < lowest <= highest <= 4,
+            "distill.student_zoom must be the smallest and the largest factor, above 0"
+            f" and at most 4; got {lowest} {highest}",
         )
         require(
             not self.student_weights.endswith(".onnx")

@@ -228,6 +228,7 @@ def _detector_student_start(distill: Distill) -> tuple[Any, ...]:
         distill.student_weight_classes,
         distill.teacher_rate,
         *((distill.student_rendering,) if distill.student_rendering != "plain" else ()),
+        *((distill.student_zoom,) if distill.student_zoom != (1.0, 1.0) else ()),
         *_student_weights_digest(distill),
     )
 

@@ -197,6 +197,7 @@ def build_target_distillation(
         config.distill.fit,
         average_rate=config.distill.teacher_rate,
         frozen_norms=config.distill.student_batch_norm == "frozen",
+        zoom=config.distill.student_zoom,
     )
 
 

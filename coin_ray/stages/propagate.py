@@ -120,6 +120,7 @@ def build_plain_training(
         propagate.fit,
         average_rate=distill.teacher_rate,
         frozen_norms=distill.student_batch_norm == "frozen",
+        zoom=distill.student_zoom,
     )
 
 

@@ -8,7 +8,7 @@ at ``fit.visual_lr_factor`` of the rate, and its batch norms keep their statisti
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,7 @@ from coin_ray.training.separation_targets import (
     make_targets,
     separate_batch,
 )
+from coin_ray.training.zoom import zoom_randomly
 
 BatchTargets = tuple[list[Targets], dict[str, Tensor]]
 """The targets of each image of a batch, and figures for the curve."""
@@ -46,7 +47,7 @@ class TargetTraining:
 
     ``average_rate``: share of the student in the average per step, after the first
     steps, in which the average is the plain mean. ``frozen_norms``: batch norms keep
-    their statistics.
+    their statistics. ``zoom``: range of factors by which images are scaled at random.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TargetTraining:
         *,
         average_rate: float,
         frozen_norms: bool,
+        zoom: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         # convolutions are faster with the channels last, twice as fast with fit.amp
         cast("nn.Module", student).to(memory_format=torch.channels_last)
@@ -65,15 +67,17 @@ class TargetTraining:
         self.fit = fit
         self.average_rate = average_rate
         self.frozen_norms = frozen_norms
+        self.zoom = zoom
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.optimizer = new_optimizer(target_parameter_groups(student, fit), fit)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         set_training_mode(self.student, frozen_norms=self.frozen_norms)
         targets, figures = self.make_batch_targets(batch)
+        images, targets = zoom_batch(batch, targets, self.zoom)
         module = cast("nn.Module", self.student)
         with mixed_precision(module, self.fit):
-            losses = self.student.losses(batch.strong, targets)
+            losses = self.student.losses(images, targets)
         optimizer_step(self.optimizer, module, losses, step, self.fit)
         rate = max(self.average_rate, 1 / (step + 1))
         ema_update(cast("nn.Module", self.average), module, rate)
@@ -108,6 +112,19 @@ def set_training_mode(student: DetectorStudent, *, frozen_norms: bool) -> None:
         for module in student.modules():
             if isinstance(module, LEARNING_NORMS):
                 module.eval()
+
+
+def zoom_batch(
+    batch: Batch, targets: Sequence[Targets], zoom: tuple[float, float]
+) -> tuple[list[Tensor], list[Targets]]:
+    """Return the strong images and their targets, each at a random size."""
+    zoomed = [
+        zoom_randomly(image, image_targets, zoom, generator)
+        for image, image_targets, generator in zip(
+            batch.strong, targets, batch.generators, strict=True
+        )
+    ]
+    return [image for image, _ in zoomed], [targets for _, targets in zoomed]
 
 
 def target_parameter_groups(
