@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make check | make soak | make bench | make docs
+# make demo | make test | make test-all | make test-cluster | make check | make soak | make bench | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEVELOPED := $(VENV)/.developed
 PYTEST := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: demo test test-all check soak bench bench-against bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-students bench-training docs clean
+.PHONY: demo test test-all check soak test-cluster bench bench-against bench-cloud bench-coin bench-codetr bench-data bench-pipeline bench-speed bench-students bench-training docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python pipelines/full.py demo $(ARGS)
@@ -22,6 +22,10 @@ test-all: $(DEVELOPED) check
 
 soak: $(DEVELOPED)
 	$(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
+
+# A cluster on three machines of this one, and its faults; needs root: make test-cluster ARGS="--only undisturbed,asking-cable"
+test-cluster: $(DEVELOPED)
+	$(BIN)/python tests/cluster/run.py $(ARGS)
 
 check: $(DEVELOPED)
 	$(BIN)/ruff check coin_ray pipelines tests tune

@@ -1,0 +1,138 @@
+"""``make test-cluster``: start a cluster on three machines by the commands of
+docs/cluster.md, and disturb small jobs on it.
+
+    make test-cluster ARGS="--only undisturbed,asking-cable"
+
+The machines are namespaces of this one, which ends with this process and all it has
+started. The table of docs/cluster.md gets the rows of the scenarios that were run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import docs_page
+from machines import ISOLATE, die_with_parent, missing_requirements, run_command
+from real_cluster import RealCluster
+from scenarios import SCENARIOS, Row, run_scenario
+
+FOLDER_VARIABLE = "COIN_RAY_CLUSTER_TEST"
+"""Tells the process that runs isolated where its files are."""
+NO_TEST = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Run the chosen scenarios; return 1 if one failed."""
+    options = _parse(arguments)
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is not None:
+        return _run_scenarios(Path(folder), options)
+    missing = missing_requirements()
+    if missing:
+        print(f"test-cluster needs {', '.join(missing)}", file=sys.stderr)
+        return NO_TEST
+    return _run_isolated(arguments)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make test-cluster")
+    parser.add_argument("--only", default="", help="names of scenarios, with commas")
+    parser.add_argument("--list", action="store_true", help="name the scenarios")
+    parser.add_argument(
+        "--no-table", action="store_true", help="leave docs/cluster.md as it is"
+    )
+    parser.add_argument("--keep", default="", help="folder for the logs of the jobs")
+    return parser.parse_args(arguments)
+
+
+def _run_isolated(arguments: list[str]) -> int:
+    """Start this program again in namespaces of its own, with a folder that is removed
+    afterwards.
+    """
+    folder = tempfile.mkdtemp(prefix="coin_ray-cluster-", dir="/var/tmp")
+    os.chmod(folder, 0o755)
+    command = [*ISOLATE, sys.executable, __file__, *arguments]
+    variables = os.environ | {FOLDER_VARIABLE: folder}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    process = subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)
+    try:
+        return process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_scenarios(folder: Path, options: argparse.Namespace) -> int:
+    if options.list:
+        for scenario in SCENARIOS:
+            print(f"{scenario.name:20} {scenario.event}")
+        return 0
+    names = [name for name in options.only.split(",") if name]
+    unknown = set(names) - {scenario.name for scenario in SCENARIOS}
+    if unknown:
+        print(f"no scenario is called {', '.join(sorted(unknown))}", file=sys.stderr)
+        return NO_TEST
+    _use_private_tmp(folder)
+    started = time.monotonic()
+    cluster = RealCluster(folder)
+    cluster.up()
+    print(f"up: {time.monotonic() - started:.0f} s, 3 nodes", flush=True)
+    rows: list[Row] = []
+    failures = 0
+    undisturbed = None
+    for scenario in SCENARIOS:
+        if names and scenario.name not in (*names, SCENARIOS[0].name):
+            continue
+        try:
+            job, row = run_scenario(cluster, scenario, undisturbed)
+        except Exception:
+            print(f"{scenario.name}: {traceback.format_exc()}", flush=True)
+            failures += 1
+            continue
+        finally:
+            _keep_logs(cluster, scenario.name, options.keep)
+        if undisturbed is None:
+            undisturbed = job
+        print(row, flush=True)
+        for problem in row.problems():
+            print(f"{scenario.name}: {problem}", flush=True)
+            failures += 1
+        rows.append(row)
+    started = time.monotonic()
+    cluster.down()
+    print(f"down: no process of Ray after {time.monotonic() - started:.0f} s")
+    if not options.no_table:
+        docs_page.write_table([str(row) for row in rows])
+    return 1 if failures else 0
+
+
+def _use_private_tmp(folder: Path) -> None:
+    """Give this process a ``/tmp`` of its own: Ray's launcher keeps files there."""
+    private = folder / "tmp"
+    private.mkdir()
+    run_command("mount", "--bind", str(private), "/tmp")
+
+
+def _keep_logs(cluster: RealCluster, name: str, folder: str) -> None:
+    if not folder:
+        return
+    target = Path(folder) / name
+    target.mkdir(parents=True, exist_ok=True)
+    for machine in cluster.machines:
+        for log in machine.path("/tmp/ray").glob("session_2*/logs/*"):
+            if log.is_file():
+                shutil.copy(log, target / f"{machine.name}-{log.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,347 @@
+"""What happens to the cluster during a job, and what must be the same afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from machines import Machine
+from real_cluster import IMAGES_ASKED, Job, RealCluster, wait_until
+
+ASKING = "CloudActor"
+TRAINING = "RayTrainWorker"
+"""Parts of the titles of the processes that ask the cloud, and that train."""
+FIRST_CALLS = 12
+"""Calls after which a collection is disturbed."""
+Disturbance = Callable[[RealCluster, Job], None]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``disturb`` runs once the job has been submitted; ``prepare`` before, ``repair``
+    after its end."""
+
+    name: str
+    event: str
+    """What happens, for the table."""
+    disturb: Disturbance
+    repair: Callable[[RealCluster], None] = lambda _: None
+    prepare: Callable[[RealCluster], None] = lambda _: None
+    again: bool = False
+    """Whether the same command is given again after the repair."""
+
+
+def do_nothing(cluster: RealCluster, job: Job) -> None:
+    """Leave the job alone."""
+
+
+def _wait_for_calls(job: Job) -> None:
+    wait_until(lambda: job.served_calls() >= FIRST_CALLS, "the first calls", 240)
+
+
+def _wait_for_training(job: Job, step: str) -> None:
+    wait_until(lambda: job.has_checkpoint(step), f"a checkpoint of {step}", 600)
+
+
+def _asking_node(cluster: RealCluster, job: Job) -> Machine:
+    _wait_for_calls(job)
+    return cluster.worker_with(ASKING)
+
+
+def _training_node(cluster: RealCluster, job: Job) -> Machine:
+    _wait_for_training(job, "propagate")
+    return cluster.worker_with(TRAINING)
+
+
+def _other_node(cluster: RealCluster, job: Job) -> Machine:
+    training = _training_node(cluster, job)
+    (other,) = [machine for machine in cluster.workers if machine is not training]
+    return other
+
+
+def _head_in_training(cluster: RealCluster, job: Job) -> Machine:
+    _wait_for_training(job, "propagate")
+    return cluster.head
+
+
+FindMachine = Callable[[RealCluster, Job], Machine]
+
+
+def unplug_for(seconds: float, find_machine: FindMachine) -> Disturbance:
+    """Return a disturbance: a cable is out for so long."""
+
+    def disturb(cluster: RealCluster, job: Job) -> None:
+        machine = find_machine(cluster, job)
+        machine.unplug()
+        time.sleep(seconds)
+        machine.plug_in()
+
+    return disturb
+
+
+def unplug(find_machine: FindMachine) -> Disturbance:
+    """Return a disturbance: a cable is out until the job has ended."""
+    return lambda cluster, job: find_machine(cluster, job).unplug()
+
+
+def cut_power(find_machine: FindMachine) -> Disturbance:
+    """Return a disturbance: a machine is off until the job has ended."""
+    return lambda cluster, job: find_machine(cluster, job).cut_power()
+
+
+def store_away_for(seconds: float, wait: Callable[[Job], None]) -> Disturbance:
+    """Return a disturbance: the object store refuses connections for so long."""
+
+    def disturb(cluster: RealCluster, job: Job) -> None:
+        wait(job)
+        cluster.store.go_away()
+        time.sleep(seconds)
+        cluster.store.come_back()
+
+    return disturb
+
+
+def bring_back_workers(cluster: RealCluster) -> None:
+    """Plug in and switch on every worker, and wait until all have joined."""
+    for machine in cluster.workers:
+        if machine.is_on():
+            machine.plug_in()
+        else:
+            machine.switch_on()
+    cluster.join_again()
+
+
+def switch_on_head(cluster: RealCluster) -> None:
+    """Start the head again, and the cluster by the page's command."""
+    cluster.head.switch_on()
+    cluster.up()
+
+
+def lose_head(cluster: RealCluster, job: Job) -> None:
+    """Cut the head's power while it trains: the cluster and the job are lost."""
+    _wait_for_training(job, "propagate")
+    job.served_before = job.served_calls()  # the count lies on the head
+    cluster.head.cut_power()
+
+
+def limit_links(cluster: RealCluster) -> None:
+    """Give every machine a link of 20 Mbit/s."""
+    for machine in cluster.machines:
+        machine.limit_link("20mbit")
+
+
+def free_links(cluster: RealCluster) -> None:
+    """Remove the limits of the links."""
+    for machine in cluster.machines:
+        machine.free_link()
+
+
+def refuse_a_tenth(cluster: RealCluster) -> None:
+    """Let the object store answer a tenth of the requests with 503 SlowDown."""
+    cluster.store.refused_share = 0.1
+
+
+def refuse_nothing(cluster: RealCluster) -> None:
+    """Let the object store answer every request."""
+    cluster.store.refused_share = 0.0
+
+
+def fill_disk(cluster: RealCluster, job: Job) -> None:
+    """Fill ``/tmp`` of the node that trains."""
+    _training_node(cluster, job).fill_disk()
+
+
+def empty_disks(cluster: RealCluster) -> None:
+    """Make room on every worker."""
+    for machine in cluster.workers:
+        machine.empty_disk()
+
+
+def switch_off_second_worker(cluster: RealCluster) -> None:
+    """Leave the head with one worker."""
+    cluster.workers[1].cut_power()
+    wait_until(
+        lambda: cluster.count_nodes() == len(cluster.machines) - 1,
+        "the head to miss the worker",
+    )
+
+
+def switch_on_second_worker(cluster: RealCluster, job: Job) -> None:
+    """Let the second worker join in the middle of a training."""
+    _wait_for_training(job, "propagate")
+    cluster.workers[1].switch_on()
+    cluster.join_again()
+
+
+SCENARIOS = (
+    Scenario("undisturbed", "nothing", do_nothing),
+    Scenario(
+        "asking-10s",
+        "the cable of the node that asks is out for 10 s",
+        unplug_for(10, _asking_node),
+    ),
+    Scenario(
+        "asking-cable",
+        "the cable of the node that asks is out for good",
+        unplug(_asking_node),
+        bring_back_workers,
+    ),
+    Scenario(
+        "training-10s",
+        "the cable of the node that trains is out for 10 s",
+        unplug_for(10, _training_node),
+    ),
+    Scenario(
+        "training-cable",
+        "the cable of the node that trains is out for good",
+        unplug(_training_node),
+        bring_back_workers,
+    ),
+    Scenario(
+        "other-cable",
+        "the cable of the node that does not train is out for good",
+        unplug(_other_node),
+        bring_back_workers,
+    ),
+    Scenario(
+        "asking-power",
+        "the node that asks loses its power",
+        cut_power(_asking_node),
+        bring_back_workers,
+    ),
+    Scenario(
+        "training-power",
+        "the node that trains loses its power",
+        cut_power(_training_node),
+        bring_back_workers,
+    ),
+    Scenario(
+        "head-20s",
+        "the cable of the head is out for 20 s of a training",
+        unplug_for(20, _head_in_training),
+    ),
+    Scenario(
+        "head-power",
+        "the head loses its power; `ray up` and the same command again",
+        lose_head,
+        switch_on_head,
+        again=True,
+    ),
+    Scenario(
+        "store-5s",
+        "the object store is away for 5 s of a collection",
+        store_away_for(5, _wait_for_calls),
+    ),
+    Scenario(
+        "store-40s",
+        "the object store is away for 40 s of a collection",
+        store_away_for(40, _wait_for_calls),
+    ),
+    Scenario(
+        "store-40s-training",
+        "the object store is away for 40 s of a training",
+        store_away_for(40, lambda job: _wait_for_training(job, "propagate")),
+    ),
+    Scenario(
+        "store-503",
+        "the object store answers a tenth of the requests with 503 SlowDown",
+        do_nothing,
+        refuse_nothing,
+        refuse_a_tenth,
+    ),
+    Scenario(
+        "links-20mbit",
+        "every link has 20 Mbit/s",
+        do_nothing,
+        free_links,
+        limit_links,
+    ),
+    Scenario(
+        "disk-full",
+        "`/tmp` of the node that trains is full; room, and the same command again",
+        fill_disk,
+        empty_disks,
+        again=True,
+    ),
+    Scenario(
+        "node-joins",
+        "one worker; the second joins in the middle of a training",
+        switch_on_second_worker,
+        bring_back_workers,
+        switch_off_second_worker,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    scenario: Scenario
+    date: str
+    seconds: float
+    made: int
+    maybe_billed: int
+    served: int
+    differences: tuple[str, ...]
+    """Figures that are not those of the undisturbed run."""
+
+    def __str__(self) -> str:
+        same = "yes" if not self.differences else f"no: {', '.join(self.differences)}"
+        cells = [
+            self.scenario.name,
+            self.scenario.event,
+            self.date,
+            f"{self.seconds:.0f}",
+            str(self.made),
+            str(self.maybe_billed),
+            str(self.served),
+            same,
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    def problems(self) -> list[str]:
+        """Return what must not be: other figures, or calls that no account has."""
+        problems = [f"{name} differs" for name in self.differences]
+        if not self.made <= self.served <= self.made + self.maybe_billed:
+            problems.append(
+                f"the server counted {self.served} calls, the summary {self.made} and"
+                f" {self.maybe_billed} that may be billed"
+            )
+        if self.made < IMAGES_ASKED:
+            problems.append(f"{self.made} calls for {IMAGES_ASKED} images")
+        return problems
+
+
+def run_scenario(
+    cluster: RealCluster, scenario: Scenario, expected: Job | None
+) -> tuple[Job, Row]:
+    """Run the small job while the scenario happens, and compare it with the undisturbed
+    one; None: this is the undisturbed one.
+    """
+    scenario.prepare(cluster)
+    job = cluster.submit(scenario.name)
+    try:
+        scenario.disturb(cluster, job)
+        cluster.finish(job)
+    finally:
+        scenario.repair(cluster)
+    if scenario.again and not job.is_finished():
+        cluster.submit_again(job)
+        cluster.finish(job)
+    figures = job.figures()
+    served = job.served_calls()
+    reference = figures if expected is None else expected.figures()
+    differences = [name for name in reference if figures.get(name) != reference[name]]
+    account = job.summary()["calls"]
+    row = Row(
+        scenario,
+        time.strftime("%Y-%m-%d"),
+        job.seconds,
+        account["made"],
+        account["maybe_billed"],
+        served,
+        tuple(differences),
+    )
+    return job, row

@@ -1,0 +1,90 @@
+"""Jobs on a cluster of three machines of this one; the whole table is ``make
+test-cluster``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import docs_page
+import pytest
+from machines import missing_requirements
+
+pytest.importorskip("s3fs", reason="s3:// needs the extra s3")
+pytest.importorskip("moto.server", reason="the object store is moto[server]")
+
+from scenarios import SCENARIOS, Row
+
+RUN = Path(__file__).with_name("run.py")
+MISSING = missing_requirements()
+FAULTS = "asking-10s,training-cable"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+def test_the_commands_of_the_docs_start_a_cluster_that_survives_faults() -> None:
+    completed = subprocess.run(
+        [sys.executable, str(RUN), "--no-table", "--only", FAULTS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert completed.returncode == 0, completed.stdout[-6000:]
+    assert "down: no process of Ray" in completed.stdout
+
+
+def test_every_command_that_is_typed_is_on_the_page_once() -> None:
+    from real_cluster import SECTION
+
+    for start in (
+        "ray get-auth-token",
+        "python -m pip wheel",
+        "ray up",
+        "ray exec",
+        "ray dashboard",
+        "ray job submit",
+        "ray down",
+    ):
+        assert docs_page.command(SECTION, start).startswith(start)
+    with pytest.raises(ValueError, match="expected one command that starts with"):
+        docs_page.command(SECTION, "ray")
+
+
+def _row(**changes: object) -> Row:
+    fields = {
+        "scenario": SCENARIOS[0],
+        "date": "2026-11-29",
+        "seconds": 61.4,
+        "made": 52,
+        "maybe_billed": 0,
+        "served": 52,
+        "differences": (),
+    }
+    return Row(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_row_tells_other_figures_and_calls_without_an_account() -> None:
+    assert _row().problems() == []
+    assert _row(maybe_billed=4, served=54).problems() == []
+    assert _row(differences=("map50",)).problems() == ["map50 differs"]
+    (problem,) = _row(served=53).problems()
+    assert "the server counted 53 calls, the summary 52" in problem
+    assert _row(made=51, served=51).problems() == ["51 calls for 52 images"]
+
+
+def test_new_rows_replace_old_ones_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "cluster.md"
+    rows = ["| a | old |", "| b | old |"]
+    table = "\n".join(["| scenario | x |", "|---|---|", *rows])
+    start, end = docs_page.START_OF_TABLE, docs_page.END_OF_TABLE
+    page.write_text(f"before\n{start}\n{table}\n{end}\nafter\n")
+    monkeypatch.setattr(docs_page, "PAGE", page)
+    docs_page.write_table(["| b | new |", "| c | new |"])
+    expected = "\n".join(
+        ["| scenario | x |", "|---|---|", "| a | old |", "| b | new |", "| c | new |"]
+    )
+    assert page.read_text() == f"before\n{start}\n{expected}\n{end}\nafter\n"
