@@ -126,3 +126,25 @@ def test_training_workers_wait_for_storage_as_long_as_the_run(
     )
     training_job._run_ray_worker(configs[0])
     assert seconds == [7.0]
+
+
+def test_ray_train_writes_nothing_to_the_run_s_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a client of its own, which does not wait for storage that is away."""
+    storage_paths: list[str] = []
+
+    class RecordingTrainer:
+        def __init__(self, work: object, **options: Any) -> None:
+            storage_paths.append(options["run_config"].storage_path)
+
+        def fit(self) -> None:
+            """Train nothing."""
+
+    monkeypatch.setattr(storage, "version_stamp", lambda uri: "")
+    monkeypatch.setattr(training_job, "TorchTrainer", RecordingTrainer)
+    monkeypatch.setattr(training_job, "cluster_cpus", lambda: 2)
+    monkeypatch.setattr(training_job, "largest_node_cpus", lambda: 2)
+    job = SimpleNamespace(folder="s3://bucket/step", training=TrainingConfig())
+    training_job._train(job, in_this_process=False)  # type: ignore[arg-type]
+    assert "://" not in storage_paths[0]

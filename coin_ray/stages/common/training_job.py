@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,7 +113,7 @@ def _train(job: TrainingJob, in_this_process: bool) -> bool:
         scaling_config = _scaling_config(job.training)
         run_config = RunConfig(
             name="train",
-            storage_path=job.folder,
+            storage_path=_ray_folder(),
             failure_config=FailureConfig(max_failures=retries),
         )
     trainer = TorchTrainer(
@@ -132,6 +134,16 @@ def _train(job: TrainingJob, in_this_process: bool) -> bool:
             f"{job.title} failed on a worker: {message[-1500:]}"
         ) from error
     return True
+
+
+def _ray_folder() -> str:
+    """Return a local folder for Ray Train's own files.
+
+    It keeps nothing in it: checkpoints are written by ``FolderCheckpointHost``. In the
+    run's folder, Ray Train would write a marker with each new group of workers by a
+    client of its own, and an outage at that moment would end the training.
+    """
+    return os.path.join(tempfile.gettempdir(), f"coin_ray-train-{os.getuid()}")
 
 
 def _scaling_config(training: TrainingConfig) -> ScalingConfig:
