@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert
 
 from coin_ray.errors import InputError
-from coin_ray.predictors.scored_boxes import DUPLICATE_IOU
-from coin_ray.predictors.transformers_prompt import Prompt, forward, scale_to_pixels
+from coin_ray.predictors.transformers_prompt import (
+    OnePass,
+    Prompt,
+    forward,
+    merge_passes,
+    scale_to_pixels,
+    split_classes,
+)
 
 SAM3_TOKENS = 32
 """Length of SAM 3's texts, as its processor pads them."""
@@ -24,7 +30,7 @@ TASK_TEXT = "Detect {}."
 
 
 @dataclass(frozen=True)
-class Sam3:
+class Sam3(OnePass):
     """SAM 3's concept segmentation. A class's score in a box of its own text is the
     sigmoid of the box's logit, times that of the text's presence in the image.
 
@@ -60,27 +66,10 @@ class Sam3:
             prediction = self.model(vision_embeds=encoded_images, **text)
             presence = prediction.presence_logits.float().sigmoid()
             scores = prediction.pred_logits.float().sigmoid() * presence
-            scores_by_class.append(scores.cpu())
-            boxes_by_class.append(prediction.pred_boxes.float().cpu())
-        boxes = scale_to_pixels(torch.cat(boxes_by_class, 1), images)
-        scores = torch.stack(scores_by_class, 1)
-        vectors = [share_scores(boxes[i], scores[i]) for i in range(len(images))]
-        return boxes, torch.stack(vectors)
-
-
-def share_scores(boxes: Tensor, scores: Tensor) -> Tensor:
-    """Return the class scores [K Q, K] of boxes [K Q, 4] that K texts gave, Q each, from
-    each text's own scores [K, Q]: for another class, the best score among the boxes of
-    its text that overlap by ``DUPLICATE_IOU``, else 0.
-    """
-    num_classes, num_queries = scores.shape
-    vectors = torch.zeros(len(boxes), num_classes)
-    for k, boxes_of_class in enumerate(boxes.split(num_queries)):
-        same_object = box_iou(boxes, boxes_of_class) >= DUPLICATE_IOU
-        vectors[:, k] = (same_object * scores[k]).amax(1)
-        own_rows = slice(k * num_queries, (k + 1) * num_queries)
-        vectors[own_rows, k] = scores[k]
-    return vectors
+            scores_by_class.append(scores.cpu()[..., None])
+            unit_boxes = prediction.pred_boxes.float().cpu()
+            boxes_by_class.append(scale_to_pixels(unit_boxes, images))
+        return merge_passes(boxes_by_class, scores_by_class)
 
 
 @dataclass(frozen=True)
@@ -93,6 +82,19 @@ class OmDetTurbo:
     tokenizer: Any
     image_processor: Any
     pads: bool = False
+
+    def passes(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return lists of classes whose task text is read as a whole."""
+        names = [" ".join(name.split()) for name in classes]
+        counts = [len(ids) for ids in self._ids([f"{name}, " for name in names])]
+        room = OMDET_TOKENS - 2 - len(self._ids([TASK_TEXT.format("")])[0])
+        return split_classes(classes, counts, room)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts, without those at their ends."""
+        tokens = self.tokenizer(list(texts), add_special_tokens=False)
+        ids: list[list[int]] = tokens["input_ids"]
+        return ids
 
     def prompt(self, classes: Sequence[str]) -> Prompt:
         """Return one text per class and the task as tokens. Raises InputError for an

@@ -25,9 +25,12 @@ from coin_ray.predictors.scored_boxes import DUPLICATE_IOU, ScoredBoxes, select_
 from coin_ray.predictors.transformers_concepts import OmDetTurbo, Sam3
 from coin_ray.predictors.transformers_prompt import (
     Architecture,
+    OnePass,
     Prompt,
     forward,
+    merge_passes,
     scale_to_pixels,
+    split_classes,
 )
 
 BATCH_MAX = 8
@@ -45,20 +48,28 @@ class GroundingDino:
     image_processor: Any
     pads: bool = True
 
+    def passes(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return lists of classes that are not longer than the model reads: transformers
+        would cut the rest off.
+        """
+        texts = [f"{_phrase(name)} ." for name in classes]
+        tokens = self.tokenizer(texts, add_special_tokens=False)
+        counts = [len(ids) for ids in tokens["input_ids"]]
+        return split_classes(classes, counts, int(self.model.config.max_text_len) - 2)
+
     def prompt(self, classes: Sequence[str]) -> Prompt:
         """Return ``a . b . c .`` in lower case as tokens. Raises InputError for names
         without letters and for more text than the model reads.
         """
-        names = [re.sub(r"[.?\s]+", " ", name).strip().lower() for name in classes]
-        text = " . ".join(names) + " ."
+        text = " . ".join(_phrase(name) for name in classes) + " ."
         tokens = dict(
             self.tokenizer(text, return_tensors="pt", return_token_type_ids=True)
         )
         ids, limit = tokens["input_ids"][0], int(self.model.config.max_text_len)
         if len(ids) > limit:
             raise InputError(
-                f"{len(classes)} classes are {len(ids)} tokens, the model reads"
-                f" {limit}; use fewer or shorter names"
+                f"{', '.join(classes)[:100]!r} is {len(ids)} tokens, the model reads"
+                f" {limit}; use a shorter name"
             )
         shares = self._token_shares(ids, classes)
         return Prompt(tokens, shares / shares.sum(1, keepdim=True))
@@ -91,8 +102,13 @@ class GroundingDino:
         return _boxes_in_pixels(prediction, images), used @ prompt.shares.T
 
 
+def _phrase(name: str) -> str:
+    """Return a class name as a part of the prompt, whose parts end with full stops."""
+    return re.sub(r"[.?\s]+", " ", name).strip().lower()
+
+
 @dataclass(frozen=True)
-class Owlv2:
+class Owlv2(OnePass):
     """OWLv2. A class's score is the sigmoid of the logit of the text "a photo of a
     CLASS"; images are padded to squares.
     """
@@ -144,7 +160,7 @@ class Owlv2:
 
 
 @dataclass(frozen=True)
-class ClosedSet:
+class ClosedSet(OnePass):
     """RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR and RF-DETR. A class's score is the
     sigmoid of its logit.
     """
@@ -209,12 +225,12 @@ class TransformersDetector:
         if isinstance(architecture, ClosedSet):
             self.classes = architecture.classes
         self._architecture = architecture
-        self._prompts: dict[tuple[str, ...], Prompt] = {}
+        self._prompts: dict[tuple[str, ...], list[Prompt]] = {}
         self._lock = threading.Lock()  # tokenizers can't be used by two threads
 
     def check(self, classes: Sequence[str]) -> None:
         """Raise InputError if the model can't be asked about ``classes``."""
-        self._cached_prompt(classes)
+        self._cached_prompts(classes)
 
     def detect(
         self, image: Image.Image, classes: Sequence[str], score_min: float
@@ -229,10 +245,10 @@ class TransformersDetector:
         """Detect in each image. Images that would be padded to each other's size go
         through the model apart.
         """
-        prompt = self._cached_prompt(classes)
+        prompts = self._cached_prompts(classes)
         detections: dict[int, ScoredBoxes] = {}
         for group in self._groups_without_padding(images):
-            predicted = self._architecture.predict([images[i] for i in group], prompt)
+            predicted = self._predict([images[i] for i in group], prompts)
             boxes, scores = (tensor.numpy() for tensor in predicted)
             for row, index in enumerate(group):
                 size = images[index].size
@@ -240,6 +256,15 @@ class TransformersDetector:
                     boxes[row], scores[row], size, score_min, DUPLICATE_IOU
                 )
         return [detections[index] for index in range(len(images))]
+
+    def _predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
+    ) -> tuple[Tensor, Tensor]:
+        """Return boxes [B, Q, 4] and scores [B, Q, K] of the classes of all prompts."""
+        passes = [self._architecture.predict(images, prompt) for prompt in prompts]
+        if len(passes) == 1:
+            return passes[0]
+        return merge_passes([boxes for boxes, _ in passes], [s for _, s in passes])
 
     def _groups_without_padding(
         self, images: Sequence[Image.Image]
@@ -252,15 +277,16 @@ class TransformersDetector:
             by_size[image.size].append(index)
         return [by_size[size] for size in sorted(by_size)]
 
-    def _cached_prompt(self, classes: Sequence[str]) -> Prompt:
+    def _cached_prompts(self, classes: Sequence[str]) -> list[Prompt]:
         key = tuple(classes)
         with self._lock:
             if key not in self._prompts:
-                prompt = self._architecture.prompt(key)
+                parts = self._architecture.passes(key)
+                prompts = [self._architecture.prompt(part) for part in parts]
                 while len(self._prompts) >= PROMPT_CACHE_SIZE:
                     oldest = next(iter(self._prompts))
                     del self._prompts[oldest]
-                self._prompts[key] = prompt
+                self._prompts[key] = prompts
             return self._prompts[key]
 
 

@@ -15,13 +15,14 @@ from torchvision.ops import box_iou
 
 from coin_ray.errors import InputError
 from coin_ray.predictors.scored_boxes import DUPLICATE_IOU
-from coin_ray.predictors.transformers_concepts import OmDetTurbo, Sam3, share_scores
+from coin_ray.predictors.transformers_concepts import OmDetTurbo, Sam3
 from coin_ray.predictors.transformers_detectors import (
     MASKED_MODELS,
     ClosedSet,
     TransformersDetector,
     load_transformers,
 )
+from coin_ray.predictors.transformers_prompt import share_scores, split_classes
 from tests.images import noise_image
 from tests.models.students.tiny_networks import (
     MODEL_TYPES,
@@ -131,9 +132,10 @@ def test_sam_3_gives_the_library_s_boxes_and_scores_of_each_text(
 def test_the_boxes_of_another_text_share_their_scores() -> None:
     first = [[0.0, 0, 10, 10], [50, 50, 60, 60]]
     second = [[0.0, 0, 10, 9], [20, 20, 30, 30]]
-    boxes = torch.tensor([*first, *second])
-    vectors = share_scores(boxes, torch.tensor([[0.9, 0.2], [0.4, 0.7]]))
-    assert float(box_iou(boxes[:1], boxes[2:3])) >= DUPLICATE_IOU
+    boxes = [torch.tensor(first), torch.tensor(second)]
+    scores = [torch.tensor([[0.9], [0.2]]), torch.tensor([[0.4], [0.7]])]
+    vectors = share_scores(boxes, scores)
+    assert float(box_iou(boxes[0][:1], boxes[1][:1])) >= DUPLICATE_IOU
     expected = torch.tensor([[0.9, 0.4], [0.2, 0], [0.9, 0.4], [0, 0.7]])
     torch.testing.assert_close(vectors, expected)
 
@@ -177,7 +179,7 @@ def test_a_batch_gives_what_each_image_gives(
         np.testing.assert_allclose(scores, scores_alone, atol=1e-4)
 
 
-def test_a_saved_folder_gives_the_same_answers(
+def test_a_saved_teacher_gives_the_same_answers(
     teacher: tuple[Sam3 | OmDetTurbo, Any], tmp_path: Path
 ) -> None:
     architecture, processor = teacher
@@ -203,3 +205,22 @@ def test_names_that_a_model_can_t_read_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=reason):
         TransformersDetector(teacher[0], "served").check(classes)
+
+
+def test_lists_that_are_too_long_are_split() -> None:
+    assert split_classes("abcd", [2, 3, 5, 1], 5) == [("a", "b"), ("c",), ("d",)]
+    assert split_classes("ab", [9, 1], 5) == [("a",), ("b",)]
+    assert split_classes("", [], 5) == [()]
+
+
+def test_omdet_turbo_reads_a_long_list_in_parts() -> None:
+    model, processor = omdet_turbo()
+    architecture = OmDetTurbo(model, processor.tokenizer, processor.image_processor)
+    classes = [f"{letter}at" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    parts = architecture.passes(classes)
+    assert [name for part in parts for name in part] == classes
+    assert 1 < len(parts) < 5
+    detector = TransformersDetector(architecture, "omdet")
+    boxes, scores = detector.detect(_noise(1), classes, 0.0)
+    assert len(boxes)
+    assert scores.shape[1] == len(classes)

@@ -21,26 +21,11 @@ from coin_ray.predictors.transformers_detectors import (
 from coin_ray.serving.detectors import BatchDetector
 from coin_ray.serving.server import create_app
 from tests.images import encode, noise_image
+from tests.predictors.text_prompted_networks import add_noise, grounding_dino
 from tests.serving.helpers import detect_request, post
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = (
-    "cat",
-    "traffic",
-    "light",
-    "stop",
-    "sign",
-    "t",
-    "##shirt",
-    "-",
-    "shirt",
-    "st",
-    "bernard",
-    "a",
-    "photo",
-    "of",
-)
 ALPHABET = "abcdefghijklmnopqrstuvwxyz."
 LETTERS = (
     "!",
@@ -56,69 +41,6 @@ TOKENS_BY_CLASS = {
     "traffic light": ("traffic", "light"),
     "St. Bernard": ("st", "bernard"),
 }
-
-
-def _bert_tokenizer() -> Any:
-    """Special tokens have BERT's own numbers, which Grounding DINO's code expects."""
-    words = {
-        0: "[PAD]",
-        100: "[UNK]",
-        101: "[CLS]",
-        102: "[SEP]",
-        103: "[MASK]",
-        1012: ".",
-        1029: "?",
-    }
-    words |= dict(enumerate(WORDS, 200))
-    vocabulary = {
-        words.get(number, f"[unused{number}]"): number for number in range(1030)
-    }
-    return transformers.BertTokenizerFast(vocab=vocabulary)
-
-
-def _grounding_dino() -> GroundingDino:
-    torch.manual_seed(0)
-    swin = transformers.SwinConfig(
-        image_size=64,
-        patch_size=4,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_indices=[2, 3, 4],
-    )
-    bert = transformers.BertConfig(
-        vocab_size=1030,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 16,
-        "decoder_ffn_dim": 16,
-    }
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = transformers.GroundingDinoConfig(
-        backbone_config=swin,
-        text_config=bert,
-        num_queries=12,
-        num_feature_levels=3,
-        max_text_len=32,
-        disable_custom_kernels=True,
-        **sizes,
-        **heads,
-    )
-    model = transformers.GroundingDinoForObjectDetection(config).eval()
-    _add_noise_to_weights(model)
-    images = transformers.GroundingDinoImageProcessor(
-        size={"shortest_edge": 64, "longest_edge": 96}
-    )
-    return GroundingDino(model, _bert_tokenizer(), images)
 
 
 def _clip_tokenizer() -> Any:
@@ -145,20 +67,13 @@ def _owlv2() -> Owlv2:
         text_config=text, vision_config=vision, projection_dim=16
     )
     model = transformers.Owlv2ForObjectDetection(config).eval()
-    _add_noise_to_weights(model)
-    _add_noise_to_weights(model.owlv2.text_model, 1.0)
+    add_noise(model, 0.2)
+    add_noise(model.owlv2.text_model, 1.0)
     return Owlv2(
         model,
         _clip_tokenizer(),
         transformers.Owlv2ImageProcessor(size={"height": 64, "width": 64}),
     )
-
-
-@torch.no_grad()
-def _add_noise_to_weights(model: torch.nn.Module, spread: float = 0.2) -> None:
-    """Spread random weights enough that queries and classes differ."""
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * spread)
 
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -171,7 +86,8 @@ def _noise(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def dino() -> GroundingDino:
-    return _grounding_dino()
+    model, processor = grounding_dino()
+    return GroundingDino(model, processor.tokenizer, processor.image_processor)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +102,7 @@ def architecture(request: pytest.FixtureRequest) -> GroundingDino | Owlv2:
 
 
 @pytest.fixture
-def detector(architecture: GroundingDino | Owlv2) -> TransformersDetector:
+def open_set_detector(architecture: GroundingDino | Owlv2) -> TransformersDetector:
     return TransformersDetector(architecture, "served")
 
 
@@ -275,11 +191,11 @@ def test_owlv2_s_class_vectors_are_the_scores_of_each_text_alone(
 
 
 def test_detections_are_candidates_inside_the_image_best_first_without_duplicates(
-    architecture: GroundingDino | Owlv2, detector: TransformersDetector
+    architecture: GroundingDino | Owlv2, open_set_detector: TransformersDetector
 ) -> None:
     image = _noise(3, (90, 50))
-    assert isinstance(detector, BatchDetector)
-    boxes, scores = detector.detect(image, CLASSES, 0.0)
+    assert isinstance(open_set_detector, BatchDetector)
+    boxes, scores = open_set_detector.detect(image, CLASSES, 0.0)
     _, candidates = _predict(architecture, image)
     assert 0 < len(boxes) <= len(candidates)
     assert (boxes >= 0).all()
@@ -289,24 +205,24 @@ def test_detections_are_candidates_inside_the_image_best_first_without_duplicate
     assert (np.diff(best) <= 0).all()
     assert all(np.isclose(candidates, row, atol=1e-5).all(1).any() for row in scores)
     median = float(np.median(best))
-    _, above_median = detector.detect(image, CLASSES, median)
+    _, above_median = open_set_detector.detect(image, CLASSES, median)
     assert np.array_equal(above_median, scores[best >= median])
 
 
 def test_no_candidate_above_the_lowest_score_gives_empty_arrays(
-    detector: TransformersDetector,
+    open_set_detector: TransformersDetector,
 ) -> None:
-    boxes, scores = detector.detect(_noise(4), CLASSES, 1.01)
+    boxes, scores = open_set_detector.detect(_noise(4), CLASSES, 1.01)
     assert (boxes.shape, scores.shape) == ((0, 4), (0, len(CLASSES)))
 
 
 def test_a_batch_of_different_sizes_gives_what_each_image_gives_alone(
-    detector: TransformersDetector,
+    open_set_detector: TransformersDetector,
 ) -> None:
     images = [_noise(5), _noise(6, (50, 90)), _noise(7), _noise(8, (64, 64))]
-    batch = detector.detect_batch(images, CLASSES, 0.0)
+    batch = open_set_detector.detect_batch(images, CLASSES, 0.0)
     for image, (boxes, scores) in zip(images, batch, strict=True):
-        boxes_alone, scores_alone = detector.detect(image, CLASSES, 0.0)
+        boxes_alone, scores_alone = open_set_detector.detect(image, CLASSES, 0.0)
         assert np.allclose(boxes, boxes_alone, atol=1e-2)
         assert np.allclose(scores, scores_alone, atol=1e-4)
 
@@ -322,7 +238,7 @@ def test_a_class_s_tokens_don_t_depend_on_its_neighbours(dino: GroundingDino) ->
 REFUSED: list[tuple[str, Sequence[str], str]] = [
     ("dino", ("cat", "..."), "letter or a digit"),
     ("dino", ("cat", ""), "letter or a digit"),
-    ("dino", ("traffic light",) * 20, "62 tokens, the model reads 32"),
+    ("dino", ("cat", "traffic light " * 20), "43 tokens, the model reads 32"),
     ("owl", ("cat", " "), "letter or a digit"),
     ("owl", ("cat", "a" * 40), "the model reads 24"),
 ]
@@ -332,9 +248,9 @@ REFUSED: list[tuple[str, Sequence[str], str]] = [
 def test_names_that_the_model_can_t_read_are_refused(
     name: str, classes: Sequence[str], reason: str, request: pytest.FixtureRequest
 ) -> None:
-    detector = TransformersDetector(request.getfixturevalue(name), name)
+    open_set_detector = TransformersDetector(request.getfixturevalue(name), name)
     with pytest.raises(InputError, match=reason):
-        detector.check(classes)
+        open_set_detector.check(classes)
 
 
 def test_served_in_the_reference_format(owl: Owlv2) -> None:
@@ -356,7 +272,7 @@ def test_served_in_the_reference_format(owl: Owlv2) -> None:
 
 def test_a_saved_folder_gives_the_same_answers(
     architecture: GroundingDino | Owlv2,
-    detector: TransformersDetector,
+    open_set_detector: TransformersDetector,
     tmp_path: Path,
 ) -> None:
     processor_class = transformers.Owlv2Processor
@@ -368,7 +284,7 @@ def test_a_saved_folder_gives_the_same_answers(
     loaded = load_transformers(str(tmp_path))
     image = _noise(10)
     boxes, scores = loaded.detect(image, CLASSES, 0.0)
-    expected_boxes, expected_scores = detector.detect(image, CLASSES, 0.0)
+    expected_boxes, expected_scores = open_set_detector.detect(image, CLASSES, 0.0)
     assert np.allclose(boxes, expected_boxes, atol=1e-3)
     assert np.allclose(scores, expected_scores, atol=1e-3)
 

@@ -1,4 +1,6 @@
-"""SAM 3 and OmDet-Turbo with random weights, small enough for tests."""
+"""Grounding DINO, MM-Grounding DINO, SAM 3 and OmDet-Turbo with random weights, small
+enough for tests.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,111 @@ SYMBOLS = (
     "<|endoftext|>",
 )
 SAM3_SIDE, OMDET_SIDE = 112, 96
+WORDS = (
+    "cat",
+    "traffic",
+    "light",
+    "stop",
+    "sign",
+    "t",
+    "##shirt",
+    "-",
+    "shirt",
+    "st",
+    "bernard",
+    "a",
+    "photo",
+    "of",
+)
+
+
+def _bert_tokenizer() -> Any:
+    """Return a tokenizer whose special tokens have BERT's own numbers, which Grounding
+    DINO's code expects.
+    """
+    import transformers
+
+    words = {
+        0: "[PAD]",
+        100: "[UNK]",
+        101: "[CLS]",
+        102: "[SEP]",
+        103: "[MASK]",
+        1012: ".",
+        1029: "?",
+    }
+    words |= dict(enumerate(WORDS, 200))
+    vocabulary = {
+        words.get(number, f"[unused{number}]"): number for number in range(1030)
+    }
+    return transformers.BertTokenizerFast(vocab=vocabulary)
+
+
+def grounding_dino() -> tuple[Any, Any]:
+    """Return a model that reads 32 tokens, and its processor."""
+    import transformers
+
+    config = transformers.GroundingDinoConfig(**_grounding_settings())
+    return _with_processor(transformers.GroundingDinoForObjectDetection(config))
+
+
+def mm_grounding_dino() -> tuple[Any, Any]:
+    """Return a model that reads 32 tokens, and its processor."""
+    import transformers
+
+    config = transformers.MMGroundingDinoConfig(**_grounding_settings())
+    return _with_processor(transformers.MMGroundingDinoForObjectDetection(config))
+
+
+def _grounding_settings() -> dict[str, Any]:
+    import transformers
+
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_indices=[2, 3, 4],
+    )
+    bert = transformers.BertConfig(
+        vocab_size=1030,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+    )
+    return {
+        "backbone_config": swin,
+        "text_config": bert,
+        "num_queries": 12,
+        "num_feature_levels": 3,
+        "max_text_len": 32,
+        "disable_custom_kernels": True,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+
+
+def _with_processor(model: Any) -> tuple[Any, Any]:
+    import transformers
+
+    add_noise(model.eval(), 0.2)
+    for name, parameter in model.named_parameters():
+        if "class_embed" in name:  # MM-Grounding DINO's begins with scores near 0
+            parameter.data.zero_()
+    images = transformers.GroundingDinoImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 96}
+    )
+    return model, transformers.GroundingDinoProcessor(images, _bert_tokenizer())
 
 
 def letter_tokenizer() -> Any:
