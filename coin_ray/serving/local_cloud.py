@@ -142,7 +142,9 @@ async def _serve(app: FastAPI, arguments: argparse.Namespace) -> None:
     stats = app.state.service.stats
     url = f"http://{arguments.host}:{socket.getsockname()[1]}"
     supervisor = asyncio.create_task(_Supervisor(server, stats, arguments).run(url))
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    # uvicorn catches both, also if SIGINT was ignored, as shells start jobs with "&"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit_on_signal)
     try:
         await server.serve(sockets=[socket])
     finally:
@@ -153,9 +155,11 @@ async def _serve(app: FastAPI, arguments: argparse.Namespace) -> None:
 
 def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
     """Exit when uvicorn re-raises a signal after its orderly shutdown; the default
-    handler would skip the last statistics.
+    handlers would skip the last statistics, or ignore Ctrl-C.
     """
-    raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(0)
 
 
 def _argument_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -244,10 +245,18 @@ def test_the_report_of_an_error_of_ray_is_in_a_file(
     assert "Traceback" in report.read_text()
 
 
+def _ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.slow
-def test_a_process_that_ctrl_c_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [None, _ignore_ctrl_c])
+def test_a_process_that_ctrl_c_stops(
+    start: Callable[[], None] | None, tmp_path: Path
+) -> None:
+    """Shells start jobs in the background with SIGINT ignored; uvicorn catches it."""
     ready_file = tmp_path / "ready"
-    process = _start("serve", "--ready-file", str(ready_file))
+    process = _start("serve", "--ready-file", str(ready_file), preexec_fn=start)
     give_up_at = time.monotonic() + 120
     while not ready_file.exists():
         assert process.poll() is None
