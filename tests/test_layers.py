@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -41,18 +42,24 @@ LAYER_OF_PART = {
     for layer, line in enumerate(LAYERS.split("\n"))
     for part in line.split()
 }
-TREES = {
-    file.relative_to(PACKAGE.parent).as_posix(): ast.parse(file.read_text())
+FILES = [
+    file.relative_to(PACKAGE.parent).as_posix()
     for file in sorted(PACKAGE.rglob("*.py"))
-}
+]
 FILE_OF_MODULE = {
     file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file
-    for file in TREES
+    for file in FILES
 }
 
 
-def _imported_names(tree: ast.Module) -> Iterator[str]:
-    """Yield the dotted names of all imports, also of those inside functions."""
+@cache
+def _imported_names(file: str) -> tuple[str, ...]:
+    """Return the dotted names of all imports, also of those inside functions."""
+    tree = ast.parse((PACKAGE.parent / file).read_text())
+    return tuple(_iterate_imports(tree))
+
+
+def _iterate_imports(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,7 +71,7 @@ def _imported_names(tree: ast.Module) -> Iterator[str]:
 def _imported_modules(module: str) -> set[str]:
     """Return the modules of ``coin_ray`` that a module imports."""
     modules = set()
-    for name in _imported_names(TREES[FILE_OF_MODULE[module]]):
+    for name in _imported_names(FILE_OF_MODULE[module]):
         if name.startswith("coin_ray."):
             while name not in FILE_OF_MODULE:
                 name = name.rpartition(".")[0]
@@ -84,13 +91,13 @@ def _assert_no_cycle(graph: Mapping[str, set[str]]) -> None:
         pytest.fail(f"imports form a cycle: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("file", [f for f in TREES if f != "coin_ray/__init__.py"])
+@pytest.mark.parametrize("file", [f for f in FILES if f != "coin_ray/__init__.py"])
 def test_imports_point_to_layers_above(file: str) -> None:
     part = Path(file).parts[1].removesuffix(".py")
     assert part in LAYER_OF_PART, f"{part} has no layer: add it to LAYERS"
     imported_parts = {
         name.split(".")[1]
-        for name in _imported_names(TREES[file])
+        for name in _imported_names(file)
         if name.startswith("coin_ray.")
     }
     wrong_parts = [
@@ -131,8 +138,8 @@ def test_few_modules_lie_beside_the_folders() -> None:
 def test_only_stages_serving_and_two_hosts_import_ray() -> None:
     files = {
         file
-        for file, tree in TREES.items()
-        if any(name.split(".")[0] == "ray" for name in _imported_names(tree))
+        for file in FILES
+        if any(name.split(".")[0] == "ray" for name in _imported_names(file))
     }
     assert files
     assert not sorted(file for file in files if not file.startswith(RAY_USERS))

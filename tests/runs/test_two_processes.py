@@ -22,7 +22,7 @@ from coin_ray.stages.collecting.call_account import RunAccount
 IMAGES, IN_FLIGHT = 60, 4
 RUN = "collect-0123456789ab"
 COLLECT = """
-import asyncio, sys
+import asyncio, os, sys, time
 from dataclasses import replace
 import pyarrow as pa
 from coin_ray import storage
@@ -32,7 +32,7 @@ from coin_ray.config.presets import folder
 from coin_ray.runs.lease import hold_root
 from coin_ray.stages.collecting.cloud_actor import CloudActor
 
-url, images, root, run = sys.argv[1:]
+url, images, root, run, release_file = sys.argv[1:]
 cloud = Cloud(url=url, in_flight=4, rate=1000.0)
 config = replace(folder(), classes=("car", "bus", "dog"), cloud=cloud)
 config = replace(config, collect=replace(config.collect, labeler="none"))
@@ -48,6 +48,8 @@ async def ask():
 def collect():
     with hold_root(root):
         answers = asyncio.run(ask())
+        while release_file and not os.path.exists(release_file):
+            time.sleep(0.02)
     assert set(answers["status"].to_pylist()) == {"ok"}
 
 
@@ -73,8 +75,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def _start(url: str, images: Path, root: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", COLLECT, url, str(images), root, RUN]
+def _start(
+    url: str, images: Path, root: str, release_file: str = ""
+) -> subprocess.Popen[str]:
+    """Start a process that asks, and holds the root until there is ``release_file``."""
+    command = [sys.executable, "-c", COLLECT, url, str(images), root, RUN, release_file]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -92,20 +97,22 @@ def _assert_refused(process: subprocess.Popen[str], holder: int) -> None:
 
 
 def test_the_second_is_refused_and_every_image_is_paid_once(
-    root: str, images: Path
+    root: str, images: Path, tmp_path: Path
 ) -> None:
-    with storm.counting_server(latency=0.3) as url:
-        first = _start(url, images, root)
+    release_file = tmp_path / "release"
+    with storm.counting_server(latency=0.02) as url:
+        first = _start(url, images, root, str(release_file))
         _wait_for_calls(url, 5, first)
         _assert_refused(_start(url, images, root), first.pid)
+        release_file.touch()
         assert first.wait(120) == 0, first.communicate()
         assert storm.fetch_json(f"{url}/count") == IMAGES
     assert RunAccount.read(storage.join(root, "journal"), RUN).run.calls == IMAGES
 
 
 def test_a_kill_hands_the_root_over(root: str, images: Path) -> None:
-    with storm.counting_server(latency=0.3) as url:
-        first = _start(url, images, root)
+    with storm.counting_server(latency=0.1) as url:
+        first = _start(url, images, root, "never")
         _wait_for_calls(url, 20, first)
         os.kill(first.pid, signal.SIGKILL)
         first.communicate()

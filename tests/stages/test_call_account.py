@@ -15,57 +15,24 @@ import pytest
 from cloud import storm
 from cloud.counting_server import BILLED
 
-from coin_ray import storage
 from coin_ray.cloud.journal.base import CallAccount
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.stages.collecting.call_account import RunAccount, describe_calls
+from tests.stages import asking
+from tests.stages.asking import PRICE
 
 IMAGES = 90
-PRICE = 0.002
-KILL_AFTER = (15, 40, 60)
+KILL_AFTER = (20, 60)
 """Calls that the server has received when the asking process is killed."""
-ASKING = """
-import asyncio, sys
-from dataclasses import replace
-import pyarrow as pa
-from coin_ray import storage
-from coin_ray.config import Cloud
-from coin_ray.config.presets import folder
-from coin_ray.stages.collecting.cloud_actor import CloudActor
-
-url, images, journal, part, run = sys.argv[1:]
-cloud = Cloud(url=url, usd_per_call=0.002, in_flight=8, rate=1000.0)
-config = replace(folder(), classes=("car", "bus", "dog"), cloud=cloud)
-config = replace(config, collect=replace(config.collect, labeler="none"))
-uris = storage.list_files(images, ".jpg")
-rows = [{"image_id": str(number), "uri": uri} for number, uri in enumerate(uris)]
 
 
-async def ask() -> pa.Table:
-    actor = CloudActor(config, [url], journal, run=run)
-    return await actor(pa.Table.from_pylist(rows))
-
-
-answers = asyncio.run(ask())
-counts = answers.select(["status", "calls", "cost_usd"])
-storage.write_table(part, counts)
-"""
-
-
-def _start(tmp_path: Path, url: str, run: str) -> subprocess.Popen[bytes]:
-    arguments = [url, tmp_path / "images", tmp_path / "journal", tmp_path / "a.parquet"]
-    command = [sys.executable, "-c", ASKING, *map(str, arguments), run]
-    return subprocess.Popen(command)
-
-
-def _ask(tmp_path: Path, url: str, run: str) -> pa.Table:
-    """Let a process finish and return status, calls and cost of each image."""
-    assert _start(tmp_path, url, run).wait(120) == 0
-    return storage.read_table(str(tmp_path / "a.parquet"))
+def _arguments(tmp_path: Path, url: str, run: str) -> tuple[str, str, str, str]:
+    return url, str(tmp_path / "images"), str(tmp_path / "journal"), run
 
 
 def _kill(tmp_path: Path, url: str, run: str, calls: int) -> None:
-    process = _start(tmp_path, url, run)
+    command = [sys.executable, asking.__file__, *_arguments(tmp_path, url, run)]
+    process = subprocess.Popen(command)
     while storm.fetch_json(f"{url}/count") < calls:
         assert process.poll() is None, "the process ended before it was killed"
         time.sleep(0.01)
@@ -82,7 +49,7 @@ def test_killed_processes_are_in_the_account(tmp_path: Path) -> None:
     with storm.counting_server(latency=0.05) as url:
         for calls in KILL_AFTER:
             _kill(tmp_path, url, first, calls)
-        rows = _ask(tmp_path, url, first)
+        rows = asking.ask(*_arguments(tmp_path, url, first))
         statuses = set(rows["status"].to_pylist())
         assert statuses == {"ok"}, "answers of the run's own earlier processes"
         received = storm.fetch_json(f"{url}/stats")["calls"]
@@ -96,7 +63,7 @@ def test_killed_processes_are_in_the_account(tmp_path: Path) -> None:
         assert metrics["made"] + metrics["maybe_billed"] == budget_calls
         assert metrics["cost_usd"] == pytest.approx(budget_usd)
         assert metrics["cost_usd"] == pytest.approx(PRICE * budget_calls)
-        again = _ask(tmp_path, url, second)
+        again = asking.ask(*_arguments(tmp_path, url, second))
         assert set(again["status"].to_pylist()) == {"cached"}
         assert storm.fetch_json(f"{url}/count") == len(received)
     other = RunAccount.read(journal, second)
