@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from coin_ray.data.formats.conventions import CORNERS, check_records
 from coin_ray.data.formats.folder import DatasetFolder
 from coin_ray.data.formats.parsing import (
     image_size,
@@ -162,6 +163,7 @@ def read_bdd100k(folder: DatasetFolder) -> Dataset:
         _read_split(folder, name, paths, time) for name, paths in selected.items()
     ]
     records = tuple(record for dataset in datasets for record in dataset.records)
+    check_records(records, CORNERS, folder.root)
     return Dataset(
         "bdd100k",
         records,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from coin_ray.data.formats.conventions import LEFT_TOP_SIZE, check_boxes
 from coin_ray.data.formats.folder import (
     DatasetFolder,
     split_of_folder,
@@ -46,10 +46,6 @@ SINGLE_FILES = (
 )
 """Files that hold all labels of the folder they are in, as tools name them."""
 OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
-OUTSIDE_PIXELS, OUTSIDE_BOXES = 1.0, 3
-"""Boxes that reach this far out of their images, and how many, show a file whose boxes
-are corners.
-"""
 LISTS = frozenset(("images", "annotations", "categories"))
 WRITTEN_BY = "coin_ray: every listed image is annotated"
 """The description in files that ``coco_files`` makes."""
@@ -404,7 +400,8 @@ def _make_records(
     edges = np.frombuffer(labels.edges, np.float64).reshape(-1, 4)
     boxes = edges[order]
     sizes = _image_sizes(folder, labels, path_of_image)
-    _check_no_corners(boxes, np.repeat(sizes, np.diff(bounds), axis=0), uri)
+    box_sizes = np.repeat(np.array(sizes, np.float64), np.diff(bounds), axis=0)
+    check_boxes(boxes, box_sizes, LEFT_TOP_SIZE, f"{uri} is not {DESCRIPTION}: bbox")
     boxes[:, 2:] += boxes[:, :2]
     difficult = np.frombuffer(labels.difficult, np.bool_)[order]
     names = list(labels.names.values())
@@ -440,25 +437,6 @@ def _make_records(
             )
     if errors:
         raise InputError(min(errors.values()))
-
-
-def _check_no_corners(
-    boxes: NDArray[np.float64], sizes: NDArray[np.int64], uri: str
-) -> None:
-    """Raise InputError if the file's numbers are corners: as left, top, width and
-    height several boxes [N, 4] reach out of their images of ``sizes`` [N, 2], as
-    corners all of them are good.
-    """
-    is_outside = (boxes[:, :2] + boxes[:, 2:] > sizes + OUTSIDE_PIXELS).any(1)
-    if is_outside.sum() < OUTSIDE_BOXES or not sizes.all():
-        return
-    is_ordered = (boxes[:, 2:] > boxes[:, :2]).all()
-    if is_ordered and (boxes[:, 2:] <= sizes + OUTSIDE_PIXELS).all():
-        raise InputError(
-            f"{uri} is not {DESCRIPTION}: bbox holds corners (x1, y1, x2, y2), expected"
-            f" left, top, width, height: as these {int(is_outside.sum())} boxes reach"
-            " out of their images, as corners none does"
-        )
 
 
 def _sort_by_image(labels: _Labels, uri: str) -> tuple[Any, list[int], Any]:

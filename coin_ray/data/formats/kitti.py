@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from coin_ray.data.formats.conventions import CORNERS, check_records
 from coin_ray.data.formats.folder import DatasetFolder, strip_suffix
 from coin_ray.data.formats.parsing import (
     format_number,
@@ -100,6 +101,7 @@ def read_kitti(folder: DatasetFolder) -> Dataset:
     records = tuple(record for dataset in datasets for record in dataset.records)
     missing = tuple(name for dataset in datasets for name in dataset.missing)
     unreadable = tuple(labels for dataset in datasets for labels in dataset.unreadable)
+    check_records(records, CORNERS, folder.root)
     names = collect_class_names(records)
     return Dataset("kitti", records, names, missing, unreadable=unreadable)
 

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from coin_ray import storage
+from coin_ray.data.formats.conventions import CORNERS, check_records
 from coin_ray.data.formats.folder import (
     DatasetFolder,
     match_key,
@@ -138,6 +139,7 @@ def read_voc(folder: DatasetFolder) -> Dataset:
         )
 
     records = tuple(map_in_threads(read_record, listed))
+    check_records(records, CORNERS, folder.root)
     names = collect_class_names(records)
     if contradictions:
         example = min(contradictions)

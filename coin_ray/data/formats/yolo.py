@@ -15,6 +15,7 @@ import yaml
 
 from coin_ray import storage
 from coin_ray.data.file_kinds import IMAGE_SUFFIXES
+from coin_ray.data.formats.conventions import CENTRE_SIZE, check_records
 from coin_ray.data.formats.folder import DatasetFolder, match_key, strip_suffix
 from coin_ray.data.formats.parsing import format_number, image_size, parse_number
 from coin_ray.data.formats.record import (
@@ -135,6 +136,7 @@ def read_yolo(folder: DatasetFolder) -> Dataset:
     missing = [path for path in paths if path not in folder.uris]
     missing += _labels_without_image(folder, label_of_image)
     records = tuple(map_in_threads(read_record, present))
+    check_records(records, CENTRE_SIZE, folder.root)
     annotated_count = sum(record.annotated for record in records)
     errors = check_readable(unreadable, annotated_count)
     return Dataset("yolo", records, settings.names, tuple(missing), unreadable=errors)
