@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from coin_ray import storage
 from coin_ray.cloud.adapters.t_rex import SIDE_MAX, Exemplar
-from coin_ray.data.canonical import canonical_image
+from coin_ray.data.canonical import canonical_image, upright_size_and_range
 from coin_ray.data.review.corrections import read_reviews
 from coin_ray.data.review.reviews import Review
 from coin_ray.errors import ConfigError, InputError
@@ -67,11 +67,19 @@ def _read_exemplar(
     review: Review, boxes: Sequence[tuple[str, tuple[float, float, float, float]]]
 ) -> Exemplar:
     try:
-        image = canonical_image(storage.read_bytes(review.uri), SIDE_MAX)
+        raw = storage.read_bytes(review.uri)
+        image = canonical_image(raw, SIDE_MAX)
+        _, own_range = upright_size_and_range(raw)
     except (InputError, OSError) as error:
         raise ConfigError(
             f"cloud.exemplars: the image {review.name} can't be read: {error}"
         ) from None
+    if own_range is not None:
+        raise ConfigError(
+            f"cloud.exemplars: expected images with 8 bits, but {review.name} is grey"
+            " with more: it would be stretched by its own values, and not by the run's"
+            " range; store it with 8 bits, as the run's images are sent"
+        )
     x_scale = image.width / image.original[0]
     y_scale = image.height / image.original[1]
     scales = (x_scale, y_scale, x_scale, y_scale)

@@ -32,6 +32,9 @@ PIXELS_MAX = 178_956_970
 SIDE_MIN = 8
 DARK_LEVEL = 64
 """16-bit colours below this level in their upper 8 bits are of 14 bits or fewer."""
+FEW_LEVELS = 32
+"""16-bit colours within so few levels of their upper 8 bits are measurements, as of a
+thermal camera, that need a range of their own."""
 JPEG_QUALITY = 95
 """High enough that the loss makes no difference to a detector."""
 
@@ -108,7 +111,14 @@ def upright_size_and_range(
     with _readable(raw) as image:
         deep_colour = is_deep_colour(image)
         pixels = upright_rgb(image)
-        highest = int(np.asarray(pixels).max())
+        lowest, highest = int(np.asarray(pixels).min()), int(np.asarray(pixels).max())
+        if deep_colour and DARK_LEVEL <= highest < lowest + FEW_LEVELS:
+            raise InputError(
+                f"the image has 16-bit colours between {256 * lowest} and"
+                f" {256 * highest + 255} only: it would be nearly uniform, with"
+                f" {highest - lowest + 1} levels; store it as 16-bit grey without"
+                " transparency, or stretch its values and store it with 8 bits"
+            )
         if deep_colour and highest < DARK_LEVEL:
             raise InputError(
                 "the image has 16-bit colours, none of which exceeds"

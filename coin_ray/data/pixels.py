@@ -27,6 +27,8 @@ FORMATS = (
 """Formats that are opened. Pillow knows more, some of which start other programs."""
 EXTREME_SHARE = 0.001
 """Share of pixels at either end that an image's own range leaves out: dead pixels."""
+PHOTOMETRIC_TAG, SAMPLE_FORMAT_TAG = 0x0106, 0x0153
+"""Of TIFF: 0 says that low values are white; 1 that they have no sign."""
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -106,7 +108,7 @@ def own_range(image: Image.Image) -> IntensityRange | None:
     """
     if not is_deep(image):
         return None
-    pixels = np.asarray(image)
+    pixels = _deep_values(image)
     values = pixels[np.isfinite(pixels) & ~_transparent(image, pixels)]
     if not values.size:
         return 0.0, 0.0
@@ -148,15 +150,34 @@ def _eight_bit(
     if own is None:
         return image
     low, high = intensity_range or own
-    pixels = np.asarray(image)
+    pixels = _deep_values(image)
     scale = 255 / max(high - low, 1e-12)
-    if pixels.dtype.kind == "u":
+    if pixels.dtype == np.uint16:
         levels = np.arange(1 << 16, dtype=np.float64)
         grey = _stretch(levels, low, scale)[pixels]
     else:
         grey = _stretch(pixels.astype(np.float64), low, scale)
+    if _tiff_tag(image, PHOTOMETRIC_TAG) == 0:
+        grey = 255 - grey
     grey[_transparent(image, pixels)] = 255
     return Image.fromarray(grey)
+
+
+def _deep_values(image: Image.Image) -> NDArray[np.generic]:
+    """Return the values of a deep grey image. Pillow gives 32 bits a sign that they may
+    not have in the file.
+    """
+    pixels: NDArray[np.generic] = np.asarray(image)
+    has_no_sign = _tiff_tag(image, SAMPLE_FORMAT_TAG) == 1
+    if has_no_sign and pixels.dtype == np.int32:
+        return pixels.view(np.uint32)
+    return pixels
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> object:
+    """Return the first number of a tag of an opened TIFF; None if it has none."""
+    numbers = getattr(image, "tag_v2", {}).get(tag)
+    return numbers[0] if isinstance(numbers, tuple) and numbers else numbers
 
 
 def _stretch(

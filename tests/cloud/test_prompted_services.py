@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from coin_ray.cloud.adapters.moondream import MoondreamAdapter
 from coin_ray.cloud.adapters.t_rex import TRexAdapter
@@ -195,6 +196,18 @@ def test_other_exemplars_are_another_question(tmp_path: Path) -> None:
         adapter = TRexAdapter(read_exemplars((folder,)))
         keys.add(adapter.capabilities.key_settings)
     assert len(keys) == 2
+
+
+def test_exemplars_of_deep_grey_are_refused(tmp_path: Path) -> None:
+    """Each would be stretched by its own values, the run's images by one range."""
+    folder = labelled_folder(tmp_path, {"one": [("car", "0.5 0.5 0.2 0.5")]})
+    (path,) = tmp_path.rglob("one.*g")
+    values = np.linspace(0, 60_000, 200 * 100).reshape(100, 200).astype(np.uint16)
+    path.unlink()
+    Image.fromarray(values).save(path.with_suffix(".png"))
+    read_exemplars.cache_clear()
+    with pytest.raises(ConfigError, match="expected images with 8 bits, but one"):
+        read_exemplars((folder,))
 
 
 def test_exemplars_that_can_not_be_used(tmp_path: Path) -> None:

@@ -137,6 +137,47 @@ def test_colours_of_12_bits_stored_as_16_are_told() -> None:
     assert (size, intensity) == ((16, 16), None)
 
 
+def test_measurements_stored_as_colours_are_told() -> None:
+    """Hundredths of a kelvin in three equal channels: 12 levels of the upper 8 bits."""
+    ramp = np.linspace(21_000, 24_000, 16 * 16).reshape(16, 16, 1).astype(np.uint16)
+    with pytest.raises(InputError, match="nearly uniform, with 12 levels; store it as"):
+        upright_size_and_range(_png_of_colours(np.repeat(ramp, 3, axis=2)))
+    wide = np.linspace(21_000, 30_000, 16 * 16).reshape(16, 16, 1).astype(np.uint16)
+    size, _ = upright_size_and_range(_png_of_colours(np.repeat(wide, 3, axis=2)))
+    assert size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_low_values_of_a_tiff_are_white_if_it_says_so(kind: str) -> None:
+    values = np.linspace(0, 200, 16 * 16).reshape(16, 16).astype(kind)
+    for photometric, corner in ((0, 255), (1, 0)):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "TIFF")
+        raw = _set_photometric(file.getvalue(), photometric)
+        pixels = np.asarray(decode_rgb(raw, (0.0, 200.0)))
+        assert pixels[0, 0].tolist() == [corner] * 3
+        assert pixels[-1, -1].tolist() == [255 - corner] * 3
+
+
+def _set_photometric(raw: bytes, photometric: int) -> bytes:
+    """Set the tag in a little-endian TIFF, since Pillow writes its own value."""
+    entry = struct.pack("<HHI", 262, 3, 1)
+    start = raw.index(entry) + len(entry)
+    return raw[:start] + struct.pack("<I", photometric) + raw[start + 4 :]
+
+
+def test_32_bits_without_a_sign_do_not_become_negative() -> None:
+    values = np.linspace(1e9, 4e9, 16 * 16).reshape(16, 16).astype(np.uint32)
+    file = io.BytesIO()
+    Image.fromarray(values.view(np.int32)).save(file, "TIFF")
+    raw = file.getvalue()
+    entry = struct.pack("<HHIH", 339, 3, 1, 2)
+    raw = raw.replace(entry, struct.pack("<HHIH", 339, 3, 1, 1))
+    pixels = np.asarray(decode_rgb(raw))[..., 0]
+    assert (pixels[0, 0], pixels[-1, -1]) == (0, 255)
+    assert (np.diff(pixels.ravel().astype(int)) >= 0).all()
+
+
 OWN_RANGES: dict[str, tuple[list[tuple[str, IntensityRange]], dict[str, Any]]] = {
     "no deep image": ([], {}),
     "from the lowest to the highest": (
