@@ -10,6 +10,8 @@ from typing import Any
 
 import open_clip
 import torch
+from timm.models import eva, register_model
+from torch import nn
 
 TEXT = {
     "context_length": 40,
@@ -72,8 +74,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "embed_dim": 32,
             "custom_text": True,
             "vision_cfg": {
-                "image_size": 384,
-                "timm_model_name": "vit_pe_core_tiny_patch16_384",
+                "image_size": 64,
+                "timm_model_name": "small_pe_core",
                 "timm_pool": "map",
             },
             "text_cfg": TEXT,
@@ -100,6 +102,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+@register_model
+def small_pe_core(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Build PE-Core's tower with two blocks, for images of 64 pixels."""
+    return eva.vit_pe_core_tiny_patch16_384(
+        pretrained=pretrained, img_size=64, ref_feat_shape=(4, 4), depth=2, **options
+    )
 
 
 def save_family(family: str, folder: Path) -> str:

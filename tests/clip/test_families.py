@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from coin_ray.clip.crops import BATCH_MAX, sigmoid_class_probabilities
-from coin_ray.clip.encoder import BACKGROUND, load_clip, load_open_clip
+from coin_ray.clip.encoder import BACKGROUND, ClipModel, load_clip, load_open_clip
 from coin_ray.clip.labeler import CropLabeler
 from coin_ray.config import Clip
 from coin_ray.errors import InputError
@@ -26,8 +27,14 @@ PRIOR = 1 / 32_768
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: Any) -> str:
+def model_folder(request: pytest.FixtureRequest, tmp_path_factory: Any) -> str:
     return save_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def clip(model_folder: str) -> ClipModel:
+    config = Clip(model=model_folder, templates=TEMPLATES.templates)
+    return load_open_clip(config, "labeler")
 
 
 def _picture() -> Tensor:
@@ -36,23 +43,26 @@ def _picture() -> Tensor:
     return small.repeat_interleave(10, 1).repeat_interleave(10, 2)
 
 
-def _labeler(model: str, prior: float = PRIOR, context: float = 1.0) -> CropLabeler:
-    config = Clip(model=model, templates=TEMPLATES.templates)
+def _labeler(
+    clip: ClipModel, prior: float = PRIOR, context: float = 1.0
+) -> CropLabeler:
     return CropLabeler(
-        load_open_clip(config, "labeler"),
+        clip,
         CLASSES,
-        config,
+        TEMPLATES,
         context,
         own_preprocessing=True,
         sigmoid_prior=prior,
     )
 
 
+@cache
 @torch.no_grad()
-def _by_open_clip(model: str, image: Tensor) -> tuple[Tensor, bool]:
+def _by_open_clip(model_folder: str) -> tuple[Tensor, bool]:
     """Return open_clip's probabilities of classes and background, and whether they are
     sigmoids, one for each text."""
-    network, _, _ = open_clip.create_model_and_transforms(model)
+    image = _picture()
+    network, _, _ = open_clip.create_model_and_transforms(model_folder)
     network.eval()
     preprocessing = open_clip.get_model_preprocess_cfg(network)
     transform = image_transform_v2(
@@ -61,7 +71,7 @@ def _by_open_clip(model: str, image: Tensor) -> tuple[Tensor, bool]:
     pil = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
     crops = [transform(pil.crop(tuple(box))) for box in BOXES.int().tolist()]
     texts = open_clip.build_zero_shot_classifier(
-        network, open_clip.get_tokenizer(model), [*CLASSES, BACKGROUND],
+        network, open_clip.get_tokenizer(model_folder), [*CLASSES, BACKGROUND],
         TEMPLATES.templates,
     )  # fmt: skip
     features = network.encode_image(torch.stack(crops), normalize=True)
@@ -72,15 +82,17 @@ def _by_open_clip(model: str, image: Tensor) -> tuple[Tensor, bool]:
 
 
 @pytest.mark.parametrize("prior", [0.5, PRIOR])
-def test_probabilities_are_those_of_open_clip(model: str, prior: float) -> None:
+def test_probabilities_are_those_of_open_clip(
+    model_folder: str, clip: ClipModel, prior: float
+) -> None:
     image = _picture()
-    expected, is_sigmoid = _by_open_clip(model, image)
+    expected, is_sigmoid = _by_open_clip(model_folder)
     if is_sigmoid:
         odds = expected / (1 - expected) * (1 - prior) / prior
         total = 1 + odds.sum(1, keepdim=True)
         columns = [odds[:, :-1], 1 + odds[:, -1:]]
         expected = torch.cat(columns, 1) / total
-    probabilities = _labeler(model, prior)(image, BOXES)
+    probabilities = _labeler(clip, prior)(image, BOXES)
     torch.testing.assert_close(
         probabilities.double(), expected.double(), rtol=0, atol=1e-5
     )
@@ -88,9 +100,9 @@ def test_probabilities_are_those_of_open_clip(model: str, prior: float) -> None:
     assert float((probabilities[0] - probabilities[1]).abs().max()) > 1e-5
 
 
-def test_a_box_does_not_depend_on_its_batch(model: str) -> None:
+def test_a_box_does_not_depend_on_its_batch(clip: ClipModel) -> None:
     """Also not in the last bit: a resumed run makes other batches."""
-    labeler, image = _labeler(model, context=1.2), _picture()
+    labeler, image = _labeler(clip, context=1.2), _picture()
     images = [(image, BOXES), (image.flip(2), BOXES[:1]), (image, BOXES[:0])]
     together = labeler.label(images)
     assert [len(rows) for rows in together] == [3, 1, 0]
@@ -98,10 +110,8 @@ def test_a_box_does_not_depend_on_its_batch(model: str) -> None:
     assert torch.equal(together[1], labeler(image.flip(2), BOXES[:1]))
 
 
-def test_more_boxes_than_a_batch_holds(model: str) -> None:
-    labeler, image = _labeler(model), _picture()
-    if "PE-Core" in model:
-        pytest.skip("384 pixels a side: seconds for what the others show")
+def test_more_boxes_than_a_batch_holds(clip: ClipModel) -> None:
+    labeler, image = _labeler(clip), _picture()
     count = BATCH_MAX + 5
     rows = labeler(image, BOXES.repeat(count // 3 + 1, 1)[:count])
     expected = labeler(image, BOXES)
@@ -113,14 +123,13 @@ def test_more_boxes_than_a_batch_holds(model: str) -> None:
     )
 
 
-def test_a_detector_refuses_them(model: str) -> None:
+def test_a_detector_refuses_them(model_folder: str) -> None:
     with pytest.raises(InputError, match=r"needs? a ModifiedResNet.*--labeler crop"):
-        load_clip(Clip(model=model))
+        load_clip(Clip(model=model_folder))
 
 
-def test_a_text_longer_than_the_context_is_named(model: str) -> None:
-    config = Clip(model=model, templates=("a photo of a {}.",))
-    clip = load_open_clip(config, "labeler")
+def test_a_text_longer_than_the_context_is_named(clip: ClipModel) -> None:
+    config = Clip(templates=("a photo of a {}.",))
     name = "very " * 60 + "long name"
     with pytest.raises(InputError, match=r"long name.*tokens, but .* reads 40"):
         CropLabeler(clip, ("cat", name), config, own_preprocessing=True)

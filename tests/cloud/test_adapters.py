@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar, get_args
 
 import httpx
@@ -207,6 +208,17 @@ def _scene_image(
     size: tuple[int, int],
     max_side: int = 4096,
 ) -> CanonicalImage:
+    return _cached_scene_image(tuple(class_indices), tuple(boxes), size, max_side)
+
+
+@cache
+def _cached_scene_image(
+    class_indices: tuple[int, ...],
+    boxes: tuple[Box, ...],
+    size: tuple[int, int],
+    max_side: int,
+) -> CanonicalImage:
+    """Draw the image once for all services."""
     return canonical_image(scene(class_indices, boxes, size), max_side)
 
 
@@ -710,12 +722,17 @@ def test_f5_boxes_of_a_smaller_image(case: Case, secrets: pytest.MonkeyPatch) ->
         _check_detections(case, raw, [0, 1, 2, 0], LARGE, image, tolerance=0.5)
 
 
+@cache
+def _photograph() -> bytes:
+    return scene([0, 1, 2, 0], LARGE, (1601, 901), "JPEG")
+
+
 @_row("F5")
 def test_f5_boxes_of_an_odd_sized_jpeg(case: Case, secrets: pytest.MonkeyPatch) -> None:
     """A JPEG that is decoded at half its size ends within the last pixel if a side is
     odd. It is downsized when it is read, or when it is sent.
     """
-    photograph = scene([0, 1, 2, 0], LARGE, (1601, 901), "JPEG")
+    photograph = _photograph()
     whole = canonical_image(photograph, 4096)
     assert whole.data == photograph
     for image in (

@@ -162,16 +162,16 @@ def test_an_answer_of_plain_classes_is_not_changed() -> None:
 
 
 def _client(
-    config: PipelineConfig, emulator: Emulator, folder: Path
+    config: PipelineConfig, question_emulator: Emulator, folder: Path
 ) -> CloudClient | QuestionClient:
     governor = LocalGovernor(Governor(Limits(rate=1e5, in_flight=9)))
     return create_cloud_client(
         config,
         config.cloud,
-        emulator.url("reference"),
+        question_emulator.url("reference"),
         open_journal(str(folder)),
         governor,
-        transport=emulator.transport(),
+        transport=question_emulator.transport(),
     )
 
 
@@ -185,9 +185,9 @@ SCENE = canonical_image(
 )
 
 
-def _ask(config: PipelineConfig, emulator: Emulator, folder: Path) -> Answer:
+def _ask(config: PipelineConfig, question_emulator: Emulator, folder: Path) -> Answer:
     async def run() -> Answer:
-        client = _client(config, emulator, folder)
+        client = _client(config, question_emulator, folder)
         answer = await client.answer(SCENE)
         recorded = await client.recorded_answer(SCENE)
         assert recorded is not None
@@ -200,19 +200,19 @@ def _ask(config: PipelineConfig, emulator: Emulator, folder: Path) -> Answer:
     return asyncio.run(run())
 
 
-def _asked(emulator: Emulator) -> list[list[str]]:
-    asked = [call.json()["classes"] for call in emulator.calls]
-    emulator.calls.clear()
+def _asked(question_emulator: Emulator) -> list[list[str]]:
+    asked = [call.json()["classes"] for call in question_emulator.calls]
+    question_emulator.calls.clear()
     return asked
 
 
 @pytest.fixture
-def emulator() -> Emulator:
+def question_emulator() -> Emulator:
     return Emulator(PROVIDERS)
 
 
 def test_a_changed_negative_costs_only_its_question(
-    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    question_emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from .emulator.app import TOKEN
 
@@ -223,21 +223,21 @@ def test_a_changed_negative_costs_only_its_question(
         base: PipelineConfig = _config(prompt)
         return replace(base, cloud=replace(base.cloud, token_env="CLOUD_TOKEN"))
 
-    first = _ask(config("dog"), emulator, tmp_path)
-    assert _asked(emulator) == [["car", "bus", "cat"], ["dog"]]
+    first = _ask(config("dog"), question_emulator, tmp_path)
+    assert _asked(question_emulator) == [["car", "bus", "cat"], ["dog"]]
     assert (first.status, first.calls) == ("ok", 2)
     assert first.raw is not None
     assert first.raw.class_scores.argmax(1).tolist() == [0, 0]
-    again = _ask(config("dog"), emulator, tmp_path)
-    assert (_asked(emulator), again.status) == ([], "cached")
-    changed = _ask(config("truck"), emulator, tmp_path)
-    assert (_asked(emulator), changed.calls) == ([["truck"]], 1)
-    none = _ask(config(), emulator, tmp_path)
-    assert (_asked(emulator), none.calls) == ([], 0)
+    again = _ask(config("dog"), question_emulator, tmp_path)
+    assert (_asked(question_emulator), again.status) == ([], "cached")
+    changed = _ask(config("truck"), question_emulator, tmp_path)
+    assert (_asked(question_emulator), changed.calls) == ([["truck"]], 1)
+    none = _ask(config(), question_emulator, tmp_path)
+    assert (_asked(question_emulator), none.calls) == ([], 0)
 
 
 def test_an_unanswered_negative_leaves_the_image_unanswered(
-    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    question_emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from .emulator.app import TOKEN
 
@@ -245,10 +245,10 @@ def test_an_unanswered_negative_leaves_the_image_unanswered(
     base: PipelineConfig = _config(VEHICLE)
     cloud = replace(base.cloud, token_env="CLOUD_TOKEN", attempts=1)
     config = replace(base, cloud=cloud)
-    emulator.script([None, Fault(status=415, body={"title": "no"})])
+    question_emulator.script([None, Fault(status=415, body={"title": "no"})])
 
     async def run() -> Answer:
-        client = _client(config, emulator, tmp_path)
+        client = _client(config, question_emulator, tmp_path)
         answer = await client.answer(SCENE)
         await client.aclose()
         return answer
@@ -260,15 +260,15 @@ def test_an_unanswered_negative_leaves_the_image_unanswered(
 
 
 def test_plain_classes_keep_their_keys_and_fingerprints(tmp_path: Path) -> None:
-    emulator = Emulator(PROVIDERS)
+    question_emulator = Emulator(PROVIDERS)
     plain: PipelineConfig = _config()
-    client = _client(plain, emulator, tmp_path)
+    client = _client(plain, question_emulator, tmp_path)
     assert isinstance(client, CloudClient)
     governor = LocalGovernor(Governor(Limits(rate=1e5, in_flight=9)))
     direct = CloudClient(
         plain.cloud,
         plain.classes,
-        emulator.url("reference"),
+        question_emulator.url("reference"),
         open_journal(str(tmp_path)),
         governor,
         transport=httpx.MockTransport(lambda _: httpx.Response(200)),
@@ -299,7 +299,7 @@ car:
 """
 
 
-def test_a_file_of_classes(tmp_path: Path) -> None:
+def test_prompts_in_a_file_of_classes(tmp_path: Path) -> None:
     file = tmp_path / "classes.yaml"
     file.write_text(FILE)
     config = with_class_file(PLAIN, str(file))
@@ -354,6 +354,6 @@ def test_prompts_of_other_classes() -> None:
 
 
 def test_errors_of_a_question_stop_the_run(tmp_path: Path) -> None:
-    emulator = Emulator(PROVIDERS)  # no token: 401
+    question_emulator = Emulator(PROVIDERS)  # no token: 401
     with pytest.raises(CloudError):
-        _ask(_config(VEHICLE), emulator, tmp_path)
+        _ask(_config(VEHICLE), question_emulator, tmp_path)

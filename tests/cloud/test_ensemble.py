@@ -854,7 +854,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize(("mode", "first_replies", "second_replies", "kind"), CHECKS)
-def test_check(
+def test_every_cloud_is_checked(
     build_ensemble: HarnessBuilder,
     mode: str,
     first_replies: list[Reply],

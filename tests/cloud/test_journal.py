@@ -237,7 +237,7 @@ def test_damage_never_gives_a_wrong_answer(
     assert sum(record is None for record in records) <= 2
 
 
-def test_kill(tmp_path: Path) -> None:
+def test_killed_writers(tmp_path: Path) -> None:
     check_killed_journal_writer(str(tmp_path), 20)
 
 
@@ -616,8 +616,9 @@ def _kill_compacting(folder: Path, step: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_step_nothing_is_lost_or_counted_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
     # a killed process loses nothing it has written, synchronised or not
     monkeypatch.setattr(os, "fsync", lambda _: None)
@@ -632,7 +633,7 @@ def test_killed_at_any_step_nothing_is_lost_or_counted_twice(
             writer.close()
             records, (calls, usd) = state_before
             state_before = (records, (calls + 1, round(usd + 0.25, 6)))
-        step += 1
+        step += stride
     assert step > 20
     assert _state(SegmentJournal(str(tmp_path))) == state_before
     assert not list(tmp_path.glob("*.tmp"))

@@ -31,17 +31,17 @@ confusion: {car: {bus: 0.3, background: 0.7}}
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def map_file(tmp_path: Path) -> Path:
     return tmp_path / "map.yaml"
 
 
-def _load(file: Path, text: str) -> LabelMap:
-    file.write_text(text)
-    return load_label_map(str(file), CLASSES)
+def _load(map_file: Path, text: str) -> LabelMap:
+    map_file.write_text(text)
+    return load_label_map(str(map_file), CLASSES)
 
 
-def test_a_file(file: Path) -> None:
-    labels = _load(file, FILE)
+def test_a_file(map_file: Path) -> None:
+    labels = _load(map_file, FILE)
     assert labels.names == {
         "/m/0k4j": (0, 1.0),
         "van": (0, 0.7),
@@ -59,8 +59,8 @@ def test_a_file(file: Path) -> None:
 @pytest.mark.parametrize(
     "ending", ["", "ignore:\n", "ignore: []\n", "# only a remark\n"]
 )
-def test_the_least_a_file_needs(file: Path, ending: str) -> None:
-    labels = _load(file, "service: http\nmap: {Car: car}\n" + ending)
+def test_the_least_a_file_needs(map_file: Path, ending: str) -> None:
+    labels = _load(map_file, "service: http\nmap: {Car: car}\n" + ending)
     assert labels == LabelMap({"car": (0, 1.0)}, service="http")
 
 
@@ -86,9 +86,9 @@ def test_the_least_a_file_needs(file: Path, ending: str) -> None:
     ],
 )
 def test_names_are_found_whole(
-    file: Path, candidates: list[str], expected: tuple[int, float] | None
+    map_file: Path, candidates: list[str], expected: tuple[int, float] | None
 ) -> None:
-    assert _load(file, FILE).find(candidates) == expected
+    assert _load(map_file, FILE).find(candidates) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_names_are_found_whole(
         ("Van", False),
     ],
 )
-def test_ignored(file: Path, name: str, ignored: bool) -> None:
-    assert _load(file, FILE).ignores([name]) == ignored
+def test_ignored(map_file: Path, name: str, ignored: bool) -> None:
+    assert _load(map_file, FILE).ignores([name]) == ignored
 
 
 @pytest.mark.parametrize(
@@ -229,21 +229,21 @@ PROBLEMS = [
 
 @pytest.mark.parametrize(("text", "message"), PROBLEMS)
 def test_problems_are_named_with_their_line(
-    file: Path, text: str, message: str
+    map_file: Path, text: str, message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        _load(file, text)
+        _load(map_file, text)
     assert message in str(caught.value)
-    assert str(file) in str(caught.value)
+    assert str(map_file) in str(caught.value)
 
 
-def test_no_file_and_another_service(file: Path) -> None:
+def test_no_file_and_another_service(map_file: Path) -> None:
     with pytest.raises(ConfigError, match="no label map at"):
-        load_label_map(str(file), CLASSES)
+        load_label_map(str(map_file), CLASSES)
     with pytest.raises(ConfigError, match="no label map at"):
-        load_label_map(str(file.parent), CLASSES)
-    file.write_text(FILE)
-    assert load_label_map(str(file), CLASSES, "google-vision").names
+        load_label_map(str(map_file.parent), CLASSES)
+    map_file.write_text(FILE)
+    assert load_label_map(str(map_file), CLASSES, "google-vision").names
     with pytest.raises(
         ConfigError,
         match=(
@@ -251,7 +251,7 @@ def test_no_file_and_another_service(file: Path) -> None:
             r" 'rekognition'"
         ),
     ):
-        load_label_map(str(file), CLASSES, "rekognition")
+        load_label_map(str(map_file), CLASSES, "rekognition")
 
 
 NAMES = st.text(
@@ -263,7 +263,9 @@ NAMES = st.text(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES, st.sampled_from(CLASSES), min_size=1, max_size=6))
-def test_any_names_of_a_service_are_mapped(file: Path, names: dict[str, str]) -> None:
+def test_any_names_of_a_service_are_mapped(
+    map_file: Path, names: dict[str, str]
+) -> None:
     folded_counts = Counter(normalize_class_name(name) for name in names)
     for name in list(names):
         if folded_counts[normalize_class_name(name)] > 1:
@@ -271,8 +273,8 @@ def test_any_names_of_a_service_are_mapped(file: Path, names: dict[str, str]) ->
     if not names:
         return
     text = yaml.safe_dump({"service": "http", "map": names}, allow_unicode=True)
-    file.write_text(text, encoding="utf-8")
-    labels = load_label_map(str(file), CLASSES)
+    map_file.write_text(text, encoding="utf-8")
+    labels = load_label_map(str(map_file), CLASSES)
     for name, label in names.items():
         assert labels.find([name]) == (CLASSES.index(label), 1.0)
 

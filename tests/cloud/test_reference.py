@@ -250,7 +250,7 @@ def test_mutations_give_valid_detections_or_cloud_errors(
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_give_cloud_errors(body: bytes) -> None:
+def test_any_bytes_of_the_reference_give_cloud_errors(body: bytes) -> None:
     with pytest.raises(CloudError):
         _decode(body)
 

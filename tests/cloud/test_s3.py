@@ -52,7 +52,7 @@ def test_files(root: str) -> None:
         storage.read_bytes(uri)
 
 
-def test_tables_in_parts(root: str) -> None:
+def test_tables_in_parts_on_s3(root: str) -> None:
     storage.write_table(storage.join(root, "part-1.parquet"), pa.table({"n": [1]}))
     storage.write_table(
         storage.join(root, "part-0.parquet"), pa.table({"n": [0], "later": ["x"]})
@@ -143,5 +143,5 @@ def test_a_server_that_goes_away_is_waited_for(
     assert lines[-1].startswith("storage: s3://coin-runs answers again after")
 
 
-def test_kill(root: str) -> None:
+def test_killed_writers_on_s3(root: str) -> None:
     check_killed_journal_writer(storage.join(root, "journal"), 10)

@@ -40,8 +40,8 @@ PROVIDERS: Mapping[str, Provider] = {
     "reference": reference.answer,
     "openai-batch": batches.openai(openai_vlm.serving("xyxy_1000")),
     "openrouter-batch": batches.openrouter(openai_vlm.serving("xyxy_1000")),
-    "anthropic-batch": batches.anthropic(anthropic.answer),
-    "gemini-batch": batches.gemini(gemini.answer),
+    "anthropic-batch": batches.answer_anthropic_jobs(anthropic.answer),
+    "gemini-batch": batches.answer_gemini_jobs(gemini.answer),
 }
 
 __all__ = ["PROVIDERS", "Emulator", "Fault", "Reply", "scene"]

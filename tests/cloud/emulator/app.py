@@ -48,6 +48,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
@@ -181,6 +182,7 @@ def scene(
     return sink.getvalue()
 
 
+@lru_cache(maxsize=128)
 def read_scene(image_file: bytes) -> Scene:
     """Decode a scene's objects. Raises ``SceneError`` for damaged images, images with EXIF
     data and images that are not a scene.

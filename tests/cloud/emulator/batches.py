@@ -239,7 +239,7 @@ def _router_results(call: Call, job_id: str) -> dict[str, Any]:
     }
 
 
-def anthropic(provider: Provider) -> Provider:
+def answer_anthropic_jobs(provider: Provider) -> Provider:
     root = "/v1/messages/batches"
 
     def answer(call: Call) -> Reply:
@@ -296,7 +296,7 @@ def _anthropic_line(custom_id: str, reply: Reply | None) -> dict[str, Any]:
     return {"custom_id": custom_id, "result": result}
 
 
-def gemini(provider: Provider) -> Provider:
+def answer_gemini_jobs(provider: Provider) -> Provider:
     def answer(call: Call) -> Reply:
         if call.path.endswith(":batchGenerateContent"):
             batch = call.json()["batch"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from .app import TOKEN, Call, Reply, SceneError, decode_base64, read_scene
 from .google_vision import error_reply
-from .openai_vlm import detection_json, parse_classes
+from .openai_vlm import box_json, parse_classes
 
 MODEL = "gemini-3.8-flash"
 SETTINGS = {"responseMimeType", "responseSchema", "thinkingConfig", "maxOutputTokens"}
@@ -45,7 +45,7 @@ def answer(call: Call) -> Reply:
         return error_reply(400, "INVALID_ARGUMENT", "Unable to process input image.")
     classes = parse_classes(prompt["text"])
     detections = [
-        detection_json(scene_object, scene, "yxyx_1000")
+        box_json(scene_object, scene, "yxyx_1000")
         for scene_object in scene.objects
         if scene_object.name in classes
     ]

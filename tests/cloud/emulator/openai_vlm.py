@@ -52,7 +52,7 @@ def serving(coordinates: Coordinates) -> Callable[[Call], Reply]:
             return _error_reply(400, "invalid_image", f"Failed to load image: {error}")
         classes = parse_classes(prompt["text"])
         detections = [
-            detection_json(scene_object, scene, coordinates)
+            box_json(scene_object, scene, coordinates)
             for scene_object in scene.objects
             if scene_object.name in classes
         ]
@@ -70,7 +70,7 @@ def parse_classes(prompt: str) -> list[str]:
     return [str(name) for name in names]
 
 
-def detection_json(
+def box_json(
     scene_object: SceneObject, scene: Scene, coordinates: Coordinates
 ) -> dict[str, Any]:
     """Return a box as the model writes it."""
