@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from coin_ray.data.pixels import (
     BROKEN_FILE,
     FORMATS,
     IntensityRange,
-    is_deep_colour,
+    TooFewLevels,
     orientation,
     own_range,
     upright_rgb,
@@ -30,11 +29,6 @@ from coin_ray.errors import InputError
 
 PIXELS_MAX = 178_956_970
 SIDE_MIN = 8
-DARK_LEVEL = 64
-"""16-bit colours below this level in their upper 8 bits are of 14 bits or fewer."""
-FEW_LEVELS = 32
-"""16-bit colours within so few levels of their upper 8 bits are measurements, as of a
-thermal camera, that need a range of their own."""
 JPEG_QUALITY = 95
 """High enough that the loss makes no difference to a detector."""
 
@@ -109,22 +103,7 @@ def upright_size_and_range(
     holds 16-bit colours of which the decoder loses nearly all levels.
     """
     with _readable(raw) as image:
-        deep_colour = is_deep_colour(image)
         pixels = upright_rgb(image)
-        lowest, highest = int(np.asarray(pixels).min()), int(np.asarray(pixels).max())
-        if deep_colour and DARK_LEVEL <= highest < lowest + FEW_LEVELS:
-            raise InputError(
-                f"the image has 16-bit colours between {256 * lowest} and"
-                f" {256 * highest + 255} only: it would be nearly uniform, with"
-                f" {highest - lowest + 1} levels; store it as 16-bit grey without"
-                " transparency, or stretch its values and store it with 8 bits"
-            )
-        if deep_colour and highest < DARK_LEVEL:
-            raise InputError(
-                "the image has 16-bit colours, none of which exceeds"
-                f" {256 * highest + 255} of 65535: it would be nearly black, with"
-                f" {highest + 1} levels; stretch its values and store it with 8 bits"
-            )
         return pixels.size, own_range(image)
 
 
@@ -162,6 +141,8 @@ def _readable(raw: bytes) -> Iterator[Image.Image]:
             f"the file is not an image in one of the formats {', '.join(FORMATS)};"
             " convert it to one of them, for example PNG"
         ) from None
+    except TooFewLevels as error:
+        raise InputError(str(error)) from None
     except BROKEN_FILE as error:
         raise InputError(f"the image file is damaged or truncated: {error}") from None
 

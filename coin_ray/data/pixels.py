@@ -52,6 +52,15 @@ BROKEN_FILE = (
     ZeroDivisionError,
 )
 """What Pillow's readers raise for damaged files."""
+DARK_LEVEL = 64
+"""16-bit colours below this level in their upper 8 bits are of 14 bits or fewer."""
+FEW_LEVELS = 32
+"""16-bit colours within so few levels of their upper 8 bits are measurements, as of a
+thermal camera, that need a range of their own."""
+
+
+class TooFewLevels(ValueError):
+    """An image has 16-bit colours of which 8 bits keep nearly nothing."""
 
 
 def upright_rgb(
@@ -60,7 +69,8 @@ def upright_rgb(
     size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Return the image upright as 8-bit RGB without metadata, in ``size`` (of the
-    upright image; None: full size). Raises what Pillow raises for a damaged file.
+    upright image; None: full size). Raises what Pillow raises for a damaged file, and
+    TooFewLevels for 16-bit colours that would be nearly uniform.
 
     ``intensity_range`` applies to deep grey images; None: each image's own range. The
     image is resized as stored, in the frame of the decoder's box, then turned.
@@ -68,10 +78,13 @@ def upright_rgb(
     stored_size = size
     if size is not None and orientation(image) >= 5:
         stored_size = size[1], size[0]
+    deep_colour = is_deep_colour(image)
     box = None if stored_size is None else _decode_smaller(image, stored_size)
     image.load()
     opaque = _without_alpha(_eight_bit(image, intensity_range))
     rgb = _convert_to_srgb(opaque, image.info.get("icc_profile"))
+    if deep_colour:
+        _check_levels(rgb)
     if stored_size is not None and rgb.size != stored_size:
         rgb = rgb.resize(stored_size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
     turn = ORIENTATIONS.get(orientation(image))  # Pillow has turned a TIFF by now
@@ -100,6 +113,25 @@ def is_deep_colour(image: Image.Image) -> bool:
     is_colour = image.mode in ("RGB", "RGBA", "RGBX", "CMYK")
     tiles = getattr(image, "tile", ())
     return is_colour and any(";16" in str(tile[3]) for tile in tiles)
+
+
+def _check_levels(image: Image.Image) -> None:
+    """Raise TooFewLevels if the upper 8 bits of 16-bit colours are nearly all equal."""
+    levels = np.asarray(image)
+    lowest, highest = int(levels.min()), int(levels.max())
+    if highest < DARK_LEVEL:
+        raise TooFewLevels(
+            "the image has 16-bit colours, none of which exceeds"
+            f" {256 * highest + 255} of 65535: it would be nearly black, with"
+            f" {highest + 1} levels; stretch its values and store it with 8 bits"
+        )
+    if highest < lowest + FEW_LEVELS:
+        raise TooFewLevels(
+            f"the image has 16-bit colours between {256 * lowest} and"
+            f" {256 * highest + 255} only: it would be nearly uniform, with"
+            f" {highest - lowest + 1} levels; store it as 16-bit grey without"
+            " transparency, or stretch its values and store it with 8 bits"
+        )
 
 
 def own_range(image: Image.Image) -> IntensityRange | None:

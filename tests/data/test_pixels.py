@@ -23,6 +23,7 @@ from coin_ray.data.intensity import (
 )
 from coin_ray.data.pixels import (
     IntensityRange,
+    TooFewLevels,
     format_range,
     orientation,
     own_range,
@@ -142,6 +143,13 @@ def test_measurements_stored_as_colours_are_told() -> None:
     ramp = np.linspace(21_000, 24_000, 16 * 16).reshape(16, 16, 1).astype(np.uint16)
     with pytest.raises(InputError, match="nearly uniform, with 12 levels; store it as"):
         upright_size_and_range(_png_of_colours(np.repeat(ramp, 3, axis=2)))
+    with pytest.raises(InputError, match="nearly uniform"):
+        decode_rgb(_png_of_colours(np.repeat(ramp, 3, axis=2)))
+    with (
+        Image.open(io.BytesIO(_png_of_colours(np.repeat(ramp, 3, axis=2)))) as image,
+        pytest.raises(TooFewLevels, match="nearly uniform"),
+    ):
+        upright_rgb(image)
     wide = np.linspace(21_000, 30_000, 16 * 16).reshape(16, 16, 1).astype(np.uint16)
     size, _ = upright_size_and_range(_png_of_colours(np.repeat(wide, 3, axis=2)))
     assert size == (16, 16)
