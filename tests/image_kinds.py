@@ -23,7 +23,7 @@ GROUND, OBJECT = 21000, 24000
 """Values of the 16-bit scene: hundredths of a kelvin."""
 
 
-def scene() -> Image.Image:
+def draw_scene() -> Image.Image:
     """Red in the upper left corner of a blue gradient."""
     gradient = np.linspace(60, 255, SIZE[0] * SIZE[1]).astype(np.uint8)
     pixels = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
@@ -55,7 +55,7 @@ def encode_image(
 
 def _clear_scene() -> Image.Image:
     """The scene, transparent outside the red corner."""
-    clear = scene().convert("RGBA")
+    clear = draw_scene().convert("RGBA")
     alpha = Image.new("L", SIZE, 0)
     alpha.paste(255, (0, 0, 16, 11))
     alpha.paste(128, (16, 0, 32, 11))
@@ -72,7 +72,7 @@ def _floats_with_gaps() -> Image.Image:
 
 def image_files() -> dict[str, bytes]:
     """Return the bytes of each kind of image by what is special about it."""
-    picture, grey, clear = scene(), scene().convert("L"), _clear_scene()
+    picture, grey, clear = draw_scene(), draw_scene().convert("L"), _clear_scene()
     lab = ImageCms.profileToProfile(
         picture,
         ImageCms.createProfile("sRGB"),

@@ -37,7 +37,11 @@ from coin_ray.errors import ConfigError, InputError
 from coin_ray.evaluation.operating import best_f1
 from coin_ray.evaluation.voc import match_detections
 from coin_ray.experiments.image_rows import RowsById
-from coin_ray.experiments.label_sources import FinishedRun, ScoredLabels, to_detections
+from coin_ray.experiments.label_sources import (
+    FinishedRun,
+    ScoredLabels,
+    undisputed_detections,
+)
 from coin_ray.stages.common.image_tables import open_annotations
 
 TRAIN, VAL = "train", "val"
@@ -161,7 +165,7 @@ def choose_thresholds(run: FinishedRun, score_min: float | None) -> Thresholds:
             for position, image_id in enumerate(labels.image_ids):
                 if image_id in truth:
                     image = labels.select(np.array([position]))
-                    predictions[image_id] = to_detections(image)
+                    predictions[image_id] = undisputed_detections(image)
     truth = {image_id: truth[image_id] for image_id in predictions}
     if not truth:
         reason = "the default: no labelled validation image has such labels"

@@ -285,7 +285,7 @@ def _scored_labels(block: pa.Table, kind: str) -> ScoredLabels:
 def _fuse_teachers(cloud: ScoredLabels, clip: ScoredLabels) -> ScoredLabels:
     """Return the static fusion of the cloud's boxes and what CLIP calls them."""
     clip_probs = torch.from_numpy(np.ascontiguousarray(clip.probs))
-    fused = static_fusion(to_detections(cloud), clip_probs)
+    fused = static_fusion(undisputed_detections(cloud), clip_probs)
     return replace(
         cloud,
         scores=fused.scores.numpy(),
@@ -326,7 +326,7 @@ def _boxes_of(labels: ScoredLabels) -> LabelledBoxes:
     return LabelledBoxes(labels.starts, labels.boxes, labels.scores, labels.labels)
 
 
-def to_detections(labels: ScoredLabels) -> Detections:
+def undisputed_detections(labels: ScoredLabels) -> Detections:
     """Return the boxes of all images that are not disputed."""
     rows = ~labels.disputed
     return Detections(

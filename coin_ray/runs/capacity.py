@@ -90,7 +90,7 @@ Store = Literal["object", "disk"]
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerOperations:
     """Operations of a visual tower: up to stride 16 by input pixel, and its last stage
     by cell of a RoI's map.
     """
@@ -104,8 +104,8 @@ class Tower:
 
 
 TOWERS = {
-    "coin_tiny": Tower(11_466, 1.03e6, 18.8e6, 384),
-    "RN50": Tower(167_856, 11.8e6, 1.49e9, 1024),
+    "coin_tiny": TowerOperations(11_466, 1.03e6, 18.8e6, 384),
+    "RN50": TowerOperations(167_856, 11.8e6, 1.49e9, 1024),
 }
 """Counted with ``torch.utils.flop_counter``; a multiplication with its addition is two
 operations."""
@@ -389,7 +389,7 @@ def _network(config: PipelineConfig) -> str:
     return name
 
 
-def _tower(config: PipelineConfig) -> Tower:
+def _tower(config: PipelineConfig) -> TowerOperations:
     return TOWERS[_network(config)]
 
 

@@ -22,7 +22,7 @@ from coin_ray.predictors.transformers_folder import (
 )
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.cluster import count_torch_threads
-from coin_ray.stages.common.labelled_images import LabelledImages, read_labelled_images
+from coin_ray.stages.common.labelled_images import AnnotatedImages, read_labelled_images
 from coin_ray.stages.common.prediction import read_image
 from coin_ray.stages.common.progress import show_progress
 from coin_ray.structures import Detections
@@ -86,7 +86,7 @@ def load_predictor(folder: str, config: DetectorConfig) -> Predictor:
 
 def predict_labelled_images(
     predictor: Predictor,
-    images: LabelledImages,
+    images: AnnotatedImages,
     batch_size: int,
     intensity_range: IntensityRange | None = None,
 ) -> dict[str, dict[str, Detections]]:
@@ -115,7 +115,7 @@ def _predict_by_head(
 
 
 def measure(
-    by_image: dict[str, Detections], images: LabelledImages, classes: tuple[str, ...]
+    by_image: dict[str, Detections], images: AnnotatedImages, classes: tuple[str, ...]
 ) -> Metrics:
     """Return AP50 as VOC and as COCO measure it, and COCO's mean over IoU .5 to .95."""
     voc = average_precision(by_image, images.truth, len(classes))

@@ -23,6 +23,7 @@ from coin_ray.data.formats import (
     read_dataset,
     write_dataset,
 )
+from coin_ray.data.formats.voc import EDGES
 from coin_ray.errors import InputError
 
 FORMATS = ("coco", "voc", "yolo", "kitti", "bdd100k")
@@ -866,3 +867,134 @@ def test_a_broken_file_is_named(
 ) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
         read_dataset(_write_files(tmp_path, files))
+
+
+# Flags, names and boxes as other tools write them
+
+
+def _coco_truth(folder: Path, **fields: Any) -> tuple[list[Any], bool, Dataset]:
+    """Return the box and the flag of an annotation with these further fields."""
+    folder.mkdir(parents=True)
+    Image.new("RGB", (100, 80)).save(folder / "a.png")
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40]} | fields
+    labels = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(labels))
+    dataset = read_dataset(str(folder))
+    [record] = dataset.records
+    return record.boxes[0].tolist(), bool(record.difficult[0]), dataset
+
+
+@pytest.mark.parametrize(
+    ("fields", "difficult"),
+    [
+        ({"iscrowd": "0"}, False),
+        ({"iscrowd": "false"}, False),
+        ({"iscrowd": "1"}, True),
+        ({"iscrowd": "0", "ignore": 1}, True),
+        ({"iscrowd": True}, True),
+        ({"iscrowd": None}, False),
+    ],
+)
+def test_flags_of_coco_may_be_texts(
+    tmp_path: Path, fields: dict[str, Any], difficult: bool
+) -> None:
+    assert _coco_truth(tmp_path / "set", **fields)[1] is difficult
+    with pytest.raises(InputError, match=r"annotations\.0: expected true or false"):
+        _coco_truth(tmp_path / "other", iscrowd="perhaps")
+
+
+POLYGON = [[10, 20, 40, 20, 40, 60, 10, 60]]
+
+
+def test_an_empty_box_beside_a_polygon_is_that_of_the_polygon(tmp_path: Path) -> None:
+    box, _, _ = _coco_truth(tmp_path, bbox=[0, 0, 0, 0], segmentation=POLYGON)
+    assert box == [10, 20, 40, 60]
+
+
+def test_a_box_that_fits_its_polygon_as_corners_only_is_an_error(
+    tmp_path: Path,
+) -> None:
+    box, _, _ = _coco_truth(tmp_path / "set", segmentation=POLYGON)
+    assert box == [10, 20, 40, 60]
+    with pytest.raises(InputError, match="got corners .* so 1 of 1 are the boxes"):
+        _coco_truth(tmp_path / "other", bbox=[10, 20, 40, 60], segmentation=POLYGON)
+    # a hand-drawn box may differ from the polygon
+    box, _, _ = _coco_truth(
+        tmp_path / "loose", bbox=[9, 9, 60, 60], segmentation=POLYGON
+    )
+    assert box == [9, 9, 69, 69]
+
+
+def test_a_turned_box_of_cvat_in_coco_becomes_upright_and_that_is_told(
+    tmp_path: Path,
+) -> None:
+    box, _, dataset = _coco_truth(tmp_path / "set", attributes={"rotation": 90.0})
+    assert box == pytest.approx([5, 25, 45, 55])
+    assert "1 boxes that are turned by their attribute rotation" in dataset.notes[0]
+    box, _, dataset = _coco_truth(tmp_path / "none", attributes={"rotation": 0.0})
+    assert (box, dataset.notes) == ([10, 20, 40, 60], ())
+
+
+@pytest.mark.parametrize("names", ["[yes, no]", "[~, dog]", "{0: 2020-01-01, 1: dog}"])
+def test_names_that_yaml_reads_as_something_else_are_an_error(
+    tmp_path: Path, names: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "data.yaml").write_text(f"names: {names}\ntrain: images\n")
+    with pytest.raises(InputError, match="put the name in quotes"):
+        read_dataset(str(tmp_path))
+
+
+BNDBOX = "".join(
+    f"<{edge}>{n}</{edge}>" for edge, n in zip(EDGES, (1, 1, 9, 9), strict=True)
+)
+OBJECT = f"<name>cat</name><bndbox>{BNDBOX}</bndbox>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"<objects><object>{OBJECT}</object></objects>",
+        f"<Object>{OBJECT}</Object>",
+        f"<object>{OBJECT}<bndbox>{BNDBOX}</bndbox></object>",
+        f"<object>{OBJECT}</object><bndbox>{BNDBOX}</bndbox>",
+        "<object><name>cat</name><robndbox><cx>9</cx></robndbox></object>",
+    ],
+)
+def test_boxes_in_other_places_of_a_voc_file_are_no_image_without_objects(
+    tmp_path: Path, content: str
+) -> None:
+    for folder in ("Annotations", "JPEGImages"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "JPEGImages" / "a.png")
+    text = f"<annotation>{content}</annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_text(text)
+    with pytest.raises(InputError, match="expected one <bndbox> in each <object>"):
+        read_dataset(str(tmp_path))
+
+
+def test_ignored_classes_may_be_written_in_another_case(tmp_path: Path) -> None:
+    for folder in ("label_2", "image_2"):
+        (tmp_path / "kitti" / folder).mkdir(parents=True)
+    Image.new("RGB", (100, 80)).save(tmp_path / "kitti" / "image_2" / "a.png")
+    line = "dontcare 0 0 0 10 20 40 60 0 0 0 0 0 0 0\n"
+    (tmp_path / "kitti" / "label_2" / "a.txt").write_text(line)
+    [record] = read_dataset(str(tmp_path / "kitti")).records
+    assert record.difficult.tolist() == [True]
+    box = {"x1": 10, "y1": 20, "x2": 40, "y2": 60}
+    crowd = {"category": "car", "box2d": box, "attributes": {"crowd": "false"}}
+    frames = [
+        {"name": "a.png", "labels": [crowd, {"category": "Trailer", "box2d": box}]}
+    ]
+    (tmp_path / "bdd" / "images" / "100k" / "train").mkdir(parents=True)
+    Image.new("RGB", (100, 80)).save(tmp_path / "bdd/images/100k/train/a.png")
+    (tmp_path / "bdd" / "labels").mkdir()
+    (tmp_path / "bdd" / "labels" / "det_train.json").write_text(json.dumps(frames))
+    [record] = read_dataset(str(tmp_path / "bdd")).records
+    assert record.labels == ("car", "truck")
+    assert record.difficult.tolist() == [False, True]

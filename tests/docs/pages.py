@@ -29,7 +29,7 @@ def prose(text: str) -> str:
     )
 
 
-def commands(text: str) -> list[tuple[str, ...]]:
+def read_commands(text: str) -> list[tuple[str, ...]]:
     """The words of every ``coin-ray`` command, and those after ``python`` of every
     command that starts a script or module of this repository: in bash blocks, indented
     ones and spans of code."""

@@ -15,9 +15,9 @@ import pytest
 from pages import (
     PAGES,
     REPOSITORY,
-    commands,
     fenced,
     mentioned_subcommands,
+    read_commands,
     served,
 )
 
@@ -25,7 +25,7 @@ from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.commands.main import SUBCOMMANDS, main
 
 COMMANDS = sorted(
-    {(words, page) for page, text in PAGES.items() for words in commands(text)}
+    {(words, page) for page, text in PAGES.items() for words in read_commands(text)}
 )
 PROGRAMS = [(words, page) for words, page in COMMANDS if words[0] != "-m"]
 MODULES = [(words, page) for words, page in COMMANDS if words[0] == "-m"]
@@ -183,7 +183,7 @@ def test_commands_are_found_at_all() -> None:
         "```bash\nexport A=1\nray job submit -- \\\n  python pipelines/full.py demo"
         " --root r  # why\n```\n\n    A=1 coin-ray capacity --json\n"
     )
-    assert commands(text) == [
+    assert read_commands(text) == [
         ("pipelines/full.py", "demo", "--root", "r"),
         ("coin-ray", "capacity", "--json"),
     ]

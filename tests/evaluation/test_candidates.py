@@ -31,7 +31,7 @@ ROWS = [
 ]
 
 
-def detect(*rows: tuple[list[float], int, float]) -> Detections:
+def _make_detections(*rows: tuple[list[float], int, float]) -> Detections:
     boxes = torch.tensor([box for box, _, _ in rows]).reshape(-1, 4)
     labels = torch.tensor([label for _, label, _ in rows], dtype=torch.int64)
     scores = torch.tensor([score for _, _, score in rows])
@@ -50,14 +50,14 @@ def test_only_agreed_boxes_are_required() -> None:
 
 def test_disputed_boxes_are_neither_right_nor_wrong() -> None:
     agreed = agreed_boxes(ROWS)
-    person = detect((LEFT, 1, 0.9))
-    exact = {"agreed": detect((LEFT, 0, 0.8)), "person": person}
+    person = _make_detections((LEFT, 1, 0.9))
+    exact = {"agreed": _make_detections((LEFT, 0, 0.8)), "person": person}
     with_disputed = {
-        "agreed": detect((MIDDLE, 0, 0.9), (LEFT, 0, 0.8)),
+        "agreed": _make_detections((MIDDLE, 0, 0.9), (LEFT, 0, 0.8)),
         "person": person,
     }
     with_wrong = {
-        "agreed": detect(([60.0, 0, 70, 10], 0, 0.9), (LEFT, 0, 0.8)),
+        "agreed": _make_detections(([60.0, 0, 70, 10], 0, 0.9), (LEFT, 0, 0.8)),
         "person": person,
     }
     assert agreement_score(exact, agreed, 2) == 1
@@ -66,4 +66,4 @@ def test_disputed_boxes_are_neither_right_nor_wrong() -> None:
 
 
 def test_without_agreed_boxes_every_student_scores_0() -> None:
-    assert agreement_score({"agreed": detect((LEFT, 0, 0.8))}, {}, 2) == 0
+    assert agreement_score({"agreed": _make_detections((LEFT, 0, 0.8))}, {}, 2) == 0

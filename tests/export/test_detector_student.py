@@ -33,7 +33,7 @@ SIDE = 96
 SCORE_MIN = 0.3
 
 
-def make_student(seed: int = 0) -> YoloxStudent:
+def _make_student(seed: int = 0) -> YoloxStudent:
     """A student with the statistics of random images, whose scores differ by place."""
     torch.manual_seed(seed)
     student = YoloxStudent("yolox-nano", len(CLASSES), SIDE)
@@ -53,7 +53,7 @@ def make_student(seed: int = 0) -> YoloxStudent:
     return student.eval()
 
 
-def make_images() -> list[Image.Image]:
+def _make_images() -> list[Image.Image]:
     draw = np.random.default_rng(3)
     images = []
     for width, height in ((96, 96), (120, 80), (70, 133), (48, 64)):
@@ -64,10 +64,10 @@ def make_images() -> list[Image.Image]:
 
 @pytest.mark.slow
 def test_files_equal_the_model_and_are_read_back(tmp_path: Path) -> None:
-    student = make_student()
+    student = _make_student()
     config = with_student(demo(), "yolox-nano")
     trained = TrainedStudent(student, CLASSES, (), config, {})
-    images = make_images()
+    images = _make_images()
     int8 = Int8Images(images, [])
     measured = write_package(trained, images, str(tmp_path), int8)
     assert set(measured.equality) == {"model.onnx", "model.pt"}
@@ -92,11 +92,11 @@ def test_files_equal_the_model_and_are_read_back(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rendering", ["grey", "inverted"])
 def test_the_rendering_is_inside(rendering: StudentRendering) -> None:
-    student = make_student()
+    student = _make_student()
     student.set_rendering(rendering)
     model = StudentPredictor(CLASSES, student, demo().detector)
     onnx_file = OnnxStudent(student_onnx_model(student, CLASSES).SerializeToString())
-    images = make_images()
+    images = _make_images()
     require_equal(
         "model.onnx", compare_predictions(model, onnx_file, images, SCORE_MIN)
     )
@@ -106,10 +106,10 @@ def test_the_rendering_is_inside(rendering: StudentRendering) -> None:
 
 
 def test_a_batch_is_its_images() -> None:
-    student = make_student()
+    student = _make_student()
     file_bytes = student_onnx_model(student, CLASSES).SerializeToString()
     session = onnxruntime.InferenceSession(file_bytes)
-    images = [image.resize((100, 80)) for image in make_images()]
+    images = [image.resize((100, 80)) for image in _make_images()]
     batch = np.stack([np.asarray(image) for image in images])
     boxes, scores, labels, image, probs = session.run(None, {"images": batch})
     assert (np.diff(scores) <= 0).all()
@@ -123,7 +123,7 @@ def test_a_batch_is_its_images() -> None:
 
 def test_the_script_runs_on_any_size() -> None:
     buffer = io.BytesIO()
-    torch.jit.save(student_torchscript(make_student()), buffer)
+    torch.jit.save(student_torchscript(_make_student()), buffer)
     buffer.seek(0)
     script = torch.jit.load(buffer)
     for height, width in ((40, 90), (200, 64)):
@@ -132,8 +132,8 @@ def test_the_script_runs_on_any_size() -> None:
         assert (boxes[:, 3] <= height).all()
 
 
-def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
-    write_exported_student(make_student(), CLASSES, str(tmp_path))
+def test_exported_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    write_exported_student(_make_student(), CLASSES, str(tmp_path))
     settings = (tmp_path / "model.json").read_text()
     (tmp_path / "model.json").write_text(settings.replace("yolox-nano", "yolox-tiny"))
     with pytest.raises(InputError, match="do not belong together"):

@@ -46,7 +46,7 @@ CLASSES = ("cat", "traffic light", "stop sign")
 INPUT = InputFormat(SIDE, keep_ratio=False, multiple=1, std=(255.0, 255.0, 255.0))
 
 
-def make_student(model_type: str, folder: Path) -> TransformersStudent:
+def _make_student(model_type: str, folder: Path) -> TransformersStudent:
     save_tiny_network(folder, model_type, CLASSES)
     student = load_transformers_student(str(folder), CLASSES, seed=0).eval()
     return with_score_min(student)
@@ -54,7 +54,7 @@ def make_student(model_type: str, folder: Path) -> TransformersStudent:
 
 def with_score_min(student: TransformersStudent) -> TransformersStudent:
     """Let some of the scores be detections, and not all."""
-    images = [torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in make_images()]
+    images = [torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in _make_images()]
     student.post_process = replace(student.post_process, score_min=0.0)
     scores = torch.cat([detections.scores for detections in student.predict(images)])
     score_min = float(scores.quantile(0.3))
@@ -62,7 +62,7 @@ def with_score_min(student: TransformersStudent) -> TransformersStudent:
     return student
 
 
-def make_images() -> list[Image.Image]:
+def _make_images() -> list[Image.Image]:
     draw = np.random.default_rng(3)
     images = []
     for width, height in ((96, 96), (120, 80), (70, 133)):
@@ -75,13 +75,13 @@ def make_images() -> list[Image.Image]:
 def test_weights_are_read_back_without_the_hub(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = make_student(model_type, tmp_path / "start")
+    student = _make_student(model_type, tmp_path / "start")
     write_exported_student(student, CLASSES, str(tmp_path / "export"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     loaded = open_predictor(str(tmp_path / "export"))
     assert loaded.classes == CLASSES
     model = StudentPredictor(CLASSES, student, demo().detector)
-    for image in make_images():
+    for image in _make_images():
         expected, detections = model(image), loaded(image)
         assert len(detections) == len(expected) > 0
         assert torch.equal(detections.boxes, expected.boxes)
@@ -91,15 +91,15 @@ def test_weights_are_read_back_without_the_hub(
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_onnx_file_equals_the_model(model_type: str, tmp_path: Path) -> None:
-    student = make_student(model_type, tmp_path)
+    student = _make_student(model_type, tmp_path)
     file_bytes = student_onnx_model(student, CLASSES).SerializeToString()
     model = StudentPredictor(CLASSES, student, demo().detector)
     comparison = compare_predictions(
-        model, OnnxStudent(file_bytes), make_images(), student.post_process.score_min
+        model, OnnxStudent(file_bytes), _make_images(), student.post_process.score_min
     )
     assert comparison.detections > 10
     require_equal("model.onnx", comparison)
-    images = np.stack([np.asarray(i.resize((100, 80))) for i in make_images()])
+    images = np.stack([np.asarray(i.resize((100, 80))) for i in _make_images()])
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(file_bytes)
     boxes, _, labels, image, _ = session.run(None, {"images": images})
@@ -111,12 +111,12 @@ def test_the_onnx_file_equals_the_model(model_type: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_folder_holds_all_files(tmp_path: Path) -> None:
-    student = make_student("d_fine", tmp_path / "start")
+    student = _make_student("d_fine", tmp_path / "start")
     config = with_student(demo(), "d-fine-n")
     trained = TrainedStudent(student, CLASSES, (), config, {})
     folder = tmp_path / "export"
-    int8 = Int8Images(make_images(), [])
-    measured = write_package(trained, make_images(), str(folder), int8)
+    int8 = Int8Images(_make_images(), [])
+    measured = write_package(trained, _make_images(), str(folder), int8)
     assert measured.int8 is not None
     assert OnnxStudent((folder / "model.int8.onnx").read_bytes()).classes == CLASSES
     assert set(measured.equality) == {"model.onnx", "model.pt"}
@@ -126,7 +126,7 @@ def test_the_folder_holds_all_files(tmp_path: Path) -> None:
     model = StudentPredictor(CLASSES, student, config.detector)
     onnx_file = open_predictor(str(folder / "model.onnx"))
     score_min = student.post_process.score_min
-    comparison = compare_predictions(model, onnx_file, make_images(), score_min)
+    comparison = compare_predictions(model, onnx_file, _make_images(), score_min)
     require_equal("model.onnx", comparison)
     card = (folder / "README.md").read_text()
     assert "d-fine-n" in card

@@ -88,7 +88,7 @@ def test_region_boxes_giou() -> None:
     assert float(loss) == pytest.approx((0.5 + 4 / 3) / 5, rel=1e-5)
 
 
-def test_nothing_is_zero_with_a_gradient() -> None:
+def test_a_loss_of_nothing_is_zero_with_a_gradient() -> None:
     deltas, logits = (
         torch.zeros(0, 4, requires_grad=True),
         torch.zeros(0, 3, requires_grad=True),

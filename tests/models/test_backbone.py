@@ -38,7 +38,7 @@ def _config(mobilenet: MobileNet, seed: int = 0) -> PipelineConfig:
 
 
 @pytest.fixture
-def weights(tmp_path: Path) -> str:
+def backbone_weights(tmp_path: Path) -> str:
     """Random weights under other names, without the classifier: as they are packaged."""
     torch.manual_seed(3)
     state = {
@@ -50,11 +50,11 @@ def weights(tmp_path: Path) -> str:
     return str(tmp_path / "weights.pt")
 
 
-def test_weights_go_by_order(weights: str) -> None:
+def test_weights_go_by_order(backbone_weights: str) -> None:
     torch.manual_seed(3)
     expected, loaded = (
         mobilenet_v2().state_dict(),
-        load_mobilenet(MobileNet(weights=weights)).state_dict(),
+        load_mobilenet(MobileNet(weights=backbone_weights)).state_dict(),
     )
     assert all(
         torch.equal(loaded[k], v)
@@ -120,9 +120,9 @@ def test_a_background_prompt_needs_a_text_encoder() -> None:
 
 
 def test_detectors_of_one_run_share_first_vectors_and_the_backbone(
-    weights: str,
+    backbone_weights: str,
 ) -> None:
-    run_config = _config(MobileNet(weights=weights, vector_size=16))
+    run_config = _config(MobileNet(weights=backbone_weights, vector_size=16))
     loaded = load_backbone(run_config)
     assert isinstance(loaded, MobileNetModel)
     first, second = (
@@ -143,9 +143,9 @@ def test_detectors_of_one_run_share_first_vectors_and_the_backbone(
 
 
 def test_a_detector_predicts_and_survives_its_export(
-    weights: str, tmp_path: Path
+    backbone_weights: str, tmp_path: Path
 ) -> None:
-    run_config = _config(MobileNet(weights=weights, vector_size=16))
+    run_config = _config(MobileNet(weights=backbone_weights, vector_size=16))
     detector = build_detector(
         load_backbone(run_config), run_config.classes, run_config.detector, seed=0
     ).eval()

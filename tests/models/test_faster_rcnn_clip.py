@@ -28,20 +28,22 @@ def _images(*sizes: tuple[int, int]) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def detector() -> ClipDetector:
+def clip_detector() -> ClipDetector:
     return tiny_detector().eval()
 
 
-def _predict(detector: ClipDetector, *pixels: Tensor) -> list[Detections]:
-    return detector.predict(detector.prepare(pixels))
+def _predict(clip_detector: ClipDetector, *pixels: Tensor) -> list[Detections]:
+    return clip_detector.predict(clip_detector.prepare(pixels))
 
 
-def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> None:
+def test_predictions_lie_in_their_images_best_first(
+    clip_detector: ClipDetector,
+) -> None:
     sizes = (64, 96), (90, 60), (71, 65)
     for detections, (height, width) in zip(
-        _predict(detector, *_images(*sizes)), sizes, strict=True
+        _predict(clip_detector, *_images(*sizes)), sizes, strict=True
     ):
-        assert 0 < len(detections) <= detector.config.detections
+        assert 0 < len(detections) <= clip_detector.config.detections
         assert detections.num_classes == len(CLASSES)
         assert bool((detections.boxes >= 0).all())
         assert float(detections.boxes[:, 0::2].max()) <= width
@@ -49,7 +51,7 @@ def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> N
         assert detections.scores.tolist() == sorted(
             detections.scores.tolist(), reverse=True
         )
-        assert float(detections.scores.min()) > detector.config.score_min
+        assert float(detections.scores.min()) > clip_detector.config.score_min
         torch.testing.assert_close(detections.probs.sum(1), torch.ones(len(detections)))
         assert torch.equal(
             detections.probs.gather(1, detections.labels[:, None])[:, 0],
@@ -58,8 +60,8 @@ def test_predictions_lie_in_their_images_best_first(detector: ClipDetector) -> N
 
 
 def test_classes_of_one_region_share_its_box_bit_for_bit() -> None:
-    detector = tiny_detector(score_min=0.0, detections=100).eval()
-    detections = _predict(detector, *_images((64, 96)))[0]
+    clip_detector = tiny_detector(score_min=0.0, detections=100).eval()
+    detections = _predict(clip_detector, *_images((64, 96)))[0]
     boxes = [tuple(b) for b in detections.boxes.tolist()]
     regions = {tuple(p) for p in detections.probs.tolist()}
     assert len(set(boxes)) == len(regions) < len(boxes)
@@ -70,32 +72,40 @@ def test_no_region_above_the_threshold() -> None:
     assert (len(detections), detections.num_classes) == (0, len(CLASSES))
 
 
-def test_order_in_the_batch_does_not_matter(detector: ClipDetector) -> None:
+def test_order_in_the_batch_does_not_matter(clip_detector: ClipDetector) -> None:
     first, second, third = _images((64, 96), (64, 96), (64, 96))
     forward, backward = (
-        _predict(detector, first, second, third),
-        _predict(detector, third, second, first)[::-1],
+        _predict(clip_detector, first, second, third),
+        _predict(clip_detector, third, second, first)[::-1],
     )
     for a, b in zip(forward, backward, strict=True):
         torch.testing.assert_close(a.boxes, b.boxes, atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-4)
 
 
-def test_neighbours_do_not_matter_with_the_same_padding(detector: ClipDetector) -> None:
+def test_neighbours_do_not_matter_with_the_same_padding(
+    clip_detector: ClipDetector,
+) -> None:
     small, large = _images((64, 64), (96, 128))
-    together = _predict(detector, small, large)[0]
-    alone = detector.predict(detector.prepare([small], (96, 128)))[0]
+    together = _predict(clip_detector, small, large)[0]
+    alone = clip_detector.predict(clip_detector.prepare([small], (96, 128)))[0]
     torch.testing.assert_close(together.boxes, alone.boxes, atol=1e-3, rtol=1e-4)
 
 
-def test_padding_reaches_only_features_near_it(detector: ClipDetector) -> None:
+def test_padding_reaches_only_features_near_it(clip_detector: ClipDetector) -> None:
     """Convolutions see the padding: features further away are the same, so are RoIs on
     them."""
     (image,) = _images((64, 256))
-    plain, padded = detector.prepare([image]), detector.prepare([image], (64, 320))
+    plain, padded = (
+        clip_detector.prepare([image]),
+        clip_detector.prepare([image], (64, 320)),
+    )
     assert padded.pixels.shape[-1] == 320
     with torch.no_grad():
-        a, b = detector.tower.shared(plain.pixels), detector.tower.shared(padded.pixels)
+        a, b = (
+            clip_detector.tower.shared(plain.pixels),
+            clip_detector.tower.shared(padded.pixels),
+        )
         torch.testing.assert_close(
             a[..., :10],
             b[
@@ -106,12 +116,13 @@ def test_padding_reaches_only_features_near_it(detector: ClipDetector) -> None:
         assert not torch.allclose(a[..., -1], b[..., 15])
         boxes = [torch.tensor([[8.0, 4, 90, 60]])]
         torch.testing.assert_close(
-            detector.describe(a, boxes).logits, detector.describe(b, boxes).logits
+            clip_detector.describe(a, boxes).logits,
+            clip_detector.describe(b, boxes).logits,
         )
 
 
-def test_prepare_normalises_and_pads(detector: ClipDetector) -> None:
-    batch = detector.prepare(
+def test_prepare_normalises_and_pads(clip_detector: ClipDetector) -> None:
+    batch = clip_detector.prepare(
         [
             torch.full((3, 40, 70), 255, dtype=torch.uint8),
             torch.zeros(3, 33, 20, dtype=torch.uint8),
@@ -120,7 +131,8 @@ def test_prepare_normalises_and_pads(detector: ClipDetector) -> None:
     assert batch.pixels.shape == (2, 3, 64, 96)
     assert batch.sizes == ((40, 70), (33, 20))
     torch.testing.assert_close(
-        batch.pixels[0, :, 0, 0], (1 - detector.mean[:, 0, 0]) / detector.std[:, 0, 0]
+        batch.pixels[0, :, 0, 0],
+        (1 - clip_detector.mean[:, 0, 0]) / clip_detector.std[:, 0, 0],
     )
     assert (
         float(batch.pixels[0, :, 40:].abs().max())
@@ -176,37 +188,37 @@ def test_same_seed_same_detector_and_background_is_learned_or_not() -> None:
 
 
 def test_stem_and_first_stage_are_frozen() -> None:
-    detector = tiny_detector().train()
-    batch = detector.prepare(_images((64, 64)))
-    shared, proposed = detector.propose(batch)
-    detector.describe(shared, proposed.boxes).logits.sum().backward()
+    clip_detector = tiny_detector().train()
+    batch = clip_detector.prepare(_images((64, 64)))
+    shared, proposed = clip_detector.propose(batch)
+    clip_detector.describe(shared, proposed.boxes).logits.sum().backward()
     moving = {
         n.split(".")[2]
-        for n, p in detector.named_parameters()
+        for n, p in clip_detector.named_parameters()
         if n.startswith("tower.") and p.grad is not None
     }
     assert moving == {"layer2", "layer3", "layer4"}
 
 
 def test_cached_embeddings_are_forgotten_when_training_goes_on() -> None:
-    detector = tiny_detector().eval()
-    detector.class_embeddings()
-    before = detector.class_embeddings()
-    assert detector.class_embeddings() is before
+    clip_detector = tiny_detector().eval()
+    clip_detector.class_embeddings()
+    before = clip_detector.class_embeddings()
+    assert clip_detector.class_embeddings() is before
     with torch.no_grad():
-        detector.background.add_(1)
-    assert not torch.equal(detector.train().class_embeddings(), before)
-    assert not torch.equal(detector.eval().class_embeddings(), before)
+        clip_detector.background.add_(1)
+    assert not torch.equal(clip_detector.train().class_embeddings(), before)
+    assert not torch.equal(clip_detector.eval().class_embeddings(), before)
 
 
 @pytest.mark.parametrize("live", ["frozen", "live"])
 def test_batch_statistics_move_only_when_live(live: Any) -> None:
-    detector = tiny_detector(batch_norm=live).train()
-    before = {n: b.clone() for n, b in detector.named_buffers() if "running" in n}
-    detector.tower.shared(detector.prepare(_images((64, 64))).pixels)
+    clip_detector = tiny_detector(batch_norm=live).train()
+    before = {n: b.clone() for n, b in clip_detector.named_buffers() if "running" in n}
+    clip_detector.tower.shared(clip_detector.prepare(_images((64, 64))).pixels)
     moved = {
         n.split(".")[2]
-        for n, b in detector.named_buffers()
+        for n, b in clip_detector.named_buffers()
         if "running" in n and not torch.equal(b, before[n])
     }
     assert moved == ({"layer2", "layer3"} if live == "live" else set())
@@ -214,16 +226,16 @@ def test_batch_statistics_move_only_when_live(live: Any) -> None:
 
 @pytest.mark.parametrize("background", ["learned", "prompt"])
 def test_exported_model_predicts_the_same_bits(background: str, tmp_path: Path) -> None:
-    detector = tiny_detector(background=background).eval()
+    clip_detector = tiny_detector(background=background).eval()
     with torch.no_grad():
-        detector.background.add_(0.3 if background == "learned" else 0)
-    size = write_exported_student(detector, CLASSES, str(tmp_path))
+        clip_detector.background.add_(0.3 if background == "learned" else 0)
+    size = write_exported_student(clip_detector, CLASSES, str(tmp_path))
     loaded = load_exported_student(str(tmp_path))
     assert loaded.classes == CLASSES
     assert size == (tmp_path / "model.safetensors").stat().st_size
     for sizes in [((64, 96),), ((64, 64), (96, 60))]:
         for detections, exported_detections in zip(
-            _predict(detector, *_images(*sizes)),
+            _predict(clip_detector, *_images(*sizes)),
             _predict(loaded.detector, *_images(*sizes)),
             strict=True,
         ):
@@ -267,7 +279,9 @@ def test_exported_model_answers_in_the_images_own_pixels(tmp_path: Path) -> None
 def test_the_demos_clip_makes_a_detector() -> None:
     from coin_ray.clip.encoder import load_clip
 
-    detector = build_detector(
+    clip_detector = build_detector(
         load_clip(DEMO_CLIP), DEMO_CLASSES, TINY_DETECTOR, seed=0
     ).eval()
-    assert _predict(detector, *_images((96, 96)))[0].num_classes == len(DEMO_CLASSES)
+    assert _predict(clip_detector, *_images((96, 96)))[0].num_classes == len(
+        DEMO_CLASSES
+    )

@@ -204,7 +204,7 @@ STORMS = [
 
 
 @pytest.mark.parametrize(("images", "rate", "kills", "kills_a_life"), STORMS)
-def test_killed_repeatedly(
+def test_cloud_actors_killed_repeatedly(
     tmp_path: Path, images: int, rate: float, kills: int, kills_a_life: int
 ) -> None:
     _write_images(tmp_path / "images", images)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def running_cluster() -> Iterator[Cluster]:
     """The head has no CPU, as in cluster.yaml: all work is done on the node that
     joined."""
     with start_cluster(2) as temporary_cluster:
@@ -27,12 +27,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def test_a_run_as_a_job(cluster: Cluster, root: Path) -> None:
-    cluster.submit(
+def test_a_run_as_a_job(running_cluster: Cluster, root: Path) -> None:
+    running_cluster.submit(
         "run",
         ["python", "pipelines/full.py", "demo", "--root", f"file://{root}", *SMALL],
     )
-    cluster.wait("run")
+    running_cluster.wait("run")
     summary = json.loads((root / "summary.json").read_text())
     assert summary["map50"]["student"] is not None
     assert summary["calls"]["failed"] == 0
@@ -41,7 +41,7 @@ def test_a_run_as_a_job(cluster: Cluster, root: Path) -> None:
 
 
 def test_a_search_as_a_job_shares_the_steps_of_the_run(
-    cluster: Cluster, root: Path
+    running_cluster: Cluster, root: Path
 ) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in root.glob("steps/*/manifest.json")
@@ -56,7 +56,7 @@ def test_a_search_as_a_job_shares_the_steps_of_the_run(
         "--concurrent",
         "2",
     ]
-    cluster.submit(
+    running_cluster.submit(
         "search",
         [
             "python",
@@ -68,7 +68,7 @@ def test_a_search_as_a_job_shares_the_steps_of_the_run(
             *options,
         ],
     )
-    log = cluster.wait("search")
+    log = running_cluster.wait("search")
     folder = root / "search" / "loss-weights-map50"
     assert {"best.yaml", "search.json", "parallel.svg", "importance.svg"} <= {
         file.name for file in folder.iterdir()

@@ -30,7 +30,7 @@ from tests.models.co_detr.transformers_networks import save_network as fast_fold
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def format_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same images in every format that can be written."""
     root = tmp_path_factory.mktemp("data")
     train_records, val_records = (
@@ -63,20 +63,22 @@ def _config(data: str, val: str = "", steps: int = 4, **changes: Any) -> Detecto
 
 @pytest.mark.parametrize("name", ["coco", "voc", "yolo", "kitti", "bdd100k"])
 def test_every_format_is_checked_before_training(
-    name: str, folders: dict[str, str]
+    name: str, format_folders: dict[str, str]
 ) -> None:
     counts = check_labelled_images(
-        _config(f"{name}:{folders[name]}", folders[f"{name} val"])
+        _config(f"{name}:{format_folders[name]}", format_folders[f"{name} val"])
     )
     assert counts["train"] == {"images": 8, "cat": 8, "dog": 4}
     assert counts["val"] == {"images": 4, "cat": 4, "dog": 2}
 
 
 def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
-    folders: dict[str, str], tmp_path: Path
+    format_folders: dict[str, str], tmp_path: Path
 ) -> None:
     settings = _config(
-        f"coco:{folders['coco']}", folders["coco val"], tracking=Tracking(enabled=True)
+        f"coco:{format_folders['coco']}",
+        format_folders["coco val"],
+        tracking=Tracking(enabled=True),
     )
     summary = train_detector(settings, DetectorOptions(str(tmp_path), dry_run=False))
     figures = summary["evaluate"]["val"]
@@ -101,9 +103,9 @@ def test_a_coco_folder_is_trained_on_evaluated_and_written_as_one_file(
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_weights(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = _config(folders["coco"], folders["coco val"], steps=5)
+    settings = _config(format_folders["coco"], format_folders["coco val"], steps=5)
     train_detector(settings, DetectorOptions(str(tmp_path / "whole"), dry_run=False))
     original, trained_steps = SupervisedTraining.train_step, []
 
@@ -139,10 +141,10 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_with_the_same_we
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(
-    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    format_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_detector(
-        _config(folders["voc"], folders["voc val"]),
+        _config(format_folders["voc"], format_folders["voc val"]),
         DetectorOptions(str(tmp_path / "run"), dry_run=True),
     )
     printed = capsys.readouterr().out
@@ -153,11 +155,11 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
 
 @pytest.mark.parametrize("ship", ["heads", "agreement"])
 def test_heads_that_are_shipped_are_evaluated_each_and_all_together(
-    ship: Any, folders: dict[str, str], tmp_path: Path
+    ship: Any, format_folders: dict[str, str], tmp_path: Path
 ) -> None:
     settings = _config(
-        folders["coco"],
-        folders["coco val"],
+        format_folders["coco"],
+        format_folders["coco val"],
         steps=2,
         ship=ship,
         co_detr=tiny(auxiliary=("rcnn", "atss")),
@@ -178,7 +180,7 @@ def test_heads_that_are_shipped_are_evaluated_each_and_all_together(
 @pytest.mark.parametrize("model", ["rt-detr-v2", "d-fine"])
 def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_folder(
     model: Any,
-    folders: dict[str, str],
+    format_folders: dict[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -187,7 +189,11 @@ def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_f
 
     network = fast_folder(tmp_path / "before", model, classes=5)
     settings = _config(
-        folders["coco"], folders["coco val"], model=model, network=network, average=0.9
+        format_folders["coco"],
+        format_folders["coco val"],
+        model=model,
+        network=network,
+        average=0.9,
     )
     figures = train_detector(
         settings, DetectorOptions(str(tmp_path / "run"), dry_run=False)
@@ -210,21 +216,23 @@ def test_a_fast_detector_is_trained_with_the_head_and_left_as_transformers_own_f
 
 
 def test_what_cannot_be_trained_on_is_told_before_anything_is_written(
-    folders: dict[str, str], tmp_path: Path
+    format_folders: dict[str, str], tmp_path: Path
 ) -> None:
     cases: dict[str, DetectorConfig] = {
         r"no box of zebra in 8 annotated images; its classes are cat, dog": _config(
-            folders["coco"], classes=("cat", "zebra")
+            format_folders["coco"], classes=("cat", "zebra")
         ),
-        r"no box of cat, dog in 0 annotated images": _config(folders["plain"]),
-        r"the folder is in the format voc, not coco": _config(f"coco:{folders['voc']}"),
+        r"no box of cat, dog in 0 annotated images": _config(format_folders["plain"]),
+        r"the folder is in the format voc, not coco": _config(
+            f"coco:{format_folders['voc']}"
+        ),
         r"--val .*: no box of cat, dog in 0 annotated images": _config(
-            folders["coco"], folders["plain"]
+            format_folders["coco"], format_folders["plain"]
         ),
         r"no such folder": _config("/nowhere"),
-        r"has no .* for 'test'": _config(f"{folders['voc']}#test"),
+        r"has no .* for 'test'": _config(f"{format_folders['voc']}#test"),
         r"of another network": _config(
-            folders["coco"],
+            format_folders["coco"],
             backbone=replace(
                 DETECTOR_PRESETS["r50"]().backbone, weights=_weights(tmp_path)
             ),

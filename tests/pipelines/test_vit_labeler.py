@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vit")
     vit_clip.main([str(folder), "--crops", "1500", "--steps", "120"])
     return folder
@@ -51,8 +51,8 @@ def _adapt(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_run_with_a_vision_transformer(trained_folder: Path, tmp_path: Path) -> None:
-    process = _adapt(tmp_path, *LABELER, f"local-dir:{trained_folder}")
+def test_a_run_with_a_vision_transformer(vit_folder: Path, tmp_path: Path) -> None:
+    process = _adapt(tmp_path, *LABELER, f"local-dir:{vit_folder}")
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     assert "second opinions by CLIP" in process.stdout
     (path,) = tmp_path.glob("steps/collect-*/clip_labels.parquet")
@@ -71,12 +71,12 @@ def test_a_run_with_a_vision_transformer(trained_folder: Path, tmp_path: Path) -
 
 
 def test_a_model_that_can_t_label_ends_the_run_before_a_call(
-    trained_folder: Path, tmp_path: Path
+    vit_folder: Path, tmp_path: Path
 ) -> None:
     templates = ["--clip.templates", "a photo of a {}, " + "very " * 60]
     for arguments, message in (
         ([*LABELER, "ViT-B-23"], "nearest: ViT-B-32"),
-        ([*LABELER, f"local-dir:{trained_folder}", *templates], "tokens, but CLIP"),
+        ([*LABELER, f"local-dir:{vit_folder}", *templates], "tokens, but CLIP"),
     ):
         process = _adapt(tmp_path, *arguments)
         assert process.returncode not in (0, 1), process.stdout[-2000:]

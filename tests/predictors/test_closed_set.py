@@ -40,31 +40,31 @@ def trained_folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     network_folder = tmp_path_factory.mktemp("network")
     torch.manual_seed(0)
     network = save_network(network_folder, model, classes=2)
-    detector = load_transformers_detr(network, model, CLASSES)
-    for name, file_bytes in pack_transformers_detr(detector).items():
+    closed_set_detector = load_transformers_detr(network, model, CLASSES)
+    for name, file_bytes in pack_transformers_detr(closed_set_detector).items():
         (folder / name).write_bytes(file_bytes)
     return folder
 
 
 @pytest.fixture(scope="module")
-def detector(trained_folder: Path) -> TransformersDetector:
+def closed_set_detector(trained_folder: Path) -> TransformersDetector:
     return load_transformers(str(trained_folder))
 
 
 def test_it_is_a_batch_detector_with_the_classes_it_has_learned(
-    detector: TransformersDetector,
+    closed_set_detector: TransformersDetector,
 ) -> None:
-    assert isinstance(detector, BatchDetector)
-    assert tuple(detector.classes) == CLASSES
+    assert isinstance(closed_set_detector, BatchDetector)
+    assert tuple(closed_set_detector.classes) == CLASSES
     message = "has not learned dog; ask it about stop sign, cat, traffic light"
     with pytest.raises(InputError, match=message):
-        detector.check(["cat", "dog"])
+        closed_set_detector.check(["cat", "dog"])
 
 
 def test_it_answers_what_the_model_itself_predicts(
-    detector: TransformersDetector, trained_folder: Path, model: str
+    closed_set_detector: TransformersDetector, trained_folder: Path, model: str
 ) -> None:
-    boxes, scores = detector.detect(IMAGE, CLASSES, 0.0)
+    boxes, scores = closed_set_detector.detect(IMAGE, CLASSES, 0.0)
     network = load_transformers_detr(str(trained_folder), model, CLASSES).eval()
     predicted = network.predict(network.prepare([pil_to_tensor(IMAGE)]))[0]
     best = predicted[:1]
@@ -77,21 +77,21 @@ def test_it_answers_what_the_model_itself_predicts(
 
 
 def test_columns_are_the_classes_in_the_requested_order(
-    detector: TransformersDetector,
+    closed_set_detector: TransformersDetector,
 ) -> None:
-    scores = detector.detect(IMAGE, CLASSES, 0.0)[1]
-    reversed_scores = detector.detect(IMAGE, CLASSES[::-1], 0.0)[1]
+    scores = closed_set_detector.detect(IMAGE, CLASSES, 0.0)[1]
+    reversed_scores = closed_set_detector.detect(IMAGE, CLASSES[::-1], 0.0)[1]
     np.testing.assert_array_equal(scores, reversed_scores[:, ::-1])
-    assert detector.detect(IMAGE, ("cat",), 0.0)[1].shape[1] == 1
+    assert closed_set_detector.detect(IMAGE, ("cat",), 0.0)[1].shape[1] == 1
 
 
 def test_a_batch_of_any_sizes_gives_what_each_image_gives(
-    detector: TransformersDetector,
+    closed_set_detector: TransformersDetector,
 ) -> None:
     images = [IMAGE, noise_image(60, 90, seed=1, patch=1)]
-    batch = detector.detect_batch(images, CLASSES, 0.0)
+    batch = closed_set_detector.detect_batch(images, CLASSES, 0.0)
     for image, (boxes, scores) in zip(images, batch, strict=True):
-        boxes_alone, scores_alone = detector.detect(image, CLASSES, 0.0)
+        boxes_alone, scores_alone = closed_set_detector.detect(image, CLASSES, 0.0)
         np.testing.assert_allclose(boxes, boxes_alone, atol=1e-2)
         np.testing.assert_allclose(scores, scores_alone, atol=1e-4)
         assert (boxes >= 0).all()

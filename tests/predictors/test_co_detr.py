@@ -43,16 +43,16 @@ def _new_model() -> CollaborativeDetr:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("run") / CO_DETR_FILE)
     save_weights(path, pack_co_detr(_new_model(), CONFIG))
     return path
 
 
 def test_classes_and_sizes_are_in_the_file_and_predictions_are_the_trained_model_s(
-    file: str,
+    weights_file: str,
 ) -> None:
-    predictor = load_co_detr(file)
+    predictor = load_co_detr(weights_file)
     assert predictor.classes == CLASSES
     assert (predictor.short_side, predictor.long_side) == (64, 96)
     detections = predictor(IMAGE)
@@ -66,13 +66,13 @@ def test_classes_and_sizes_are_in_the_file_and_predictions_are_the_trained_model
     )
 
 
-def test_training_parts_are_not_in_the_file(file: str) -> None:
-    names = torch.load(file, weights_only=True)["weights"]
+def test_training_parts_are_not_in_the_file(weights_file: str) -> None:
+    names = torch.load(weights_file, weights_only=True)["weights"]
     assert set(names) == set(_new_model().base.state_dict())
 
 
-def test_a_batch_gives_what_single_images_of_its_size_give(file: str) -> None:
-    predictor = load_co_detr(file)
+def test_a_batch_gives_what_single_images_of_its_size_give(weights_file: str) -> None:
+    predictor = load_co_detr(weights_file)
     flipped = IMAGE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     images = [PIXELS, pil_to_tensor(flipped)]
     batch = predictor.predict_batch(images)
@@ -81,8 +81,10 @@ def test_a_batch_gives_what_single_images_of_its_size_give(file: str) -> None:
         torch.testing.assert_close(in_batch.scores, alone.scores, atol=1e-4, rtol=0)
 
 
-def test_a_server_is_named_after_the_file_and_knows_its_classes(file: str) -> None:
-    detector = load_served_detector("checkpoint", [file])
+def test_a_server_is_named_after_the_file_and_knows_its_classes(
+    weights_file: str,
+) -> None:
+    detector = load_served_detector("checkpoint", [weights_file])
     assert isinstance(detector, PredictorAdapter)
     assert (detector.name, tuple(detector.classes)) == ("co_detr", CLASSES)
     boxes, scores = detector.detect(IMAGE, ("stop sign", "cat"), 0.1)
@@ -109,10 +111,10 @@ def with_heads(
 
 
 def test_shipped_heads_leave_the_detector_as_it_is_bit_for_bit(
-    with_heads: CoDetrPredictor, file: str
+    with_heads: CoDetrPredictor, weights_file: str
 ) -> None:
     by_head = with_heads.predict_by_head([PIXELS])
-    (base,) = load_co_detr(file).predict_batch([PIXELS])
+    (base,) = load_co_detr(weights_file).predict_batch([PIXELS])
     assert set(by_head) == {"decoder", "atss", "agreement"}
     decoder = by_head["decoder"][0]
     for part in ("boxes", "scores", "labels", "probs"):
@@ -126,23 +128,25 @@ def test_shipped_heads_leave_the_detector_as_it_is_bit_for_bit(
     assert sorted(reported.boxes.tolist()) == sorted(base.boxes.tolist())
 
 
-def test_a_file_without_heads_has_no_detections_by_head(file: str) -> None:
+def test_a_file_without_heads_has_no_detections_by_head(weights_file: str) -> None:
     message = "shipped without its auxiliary heads: train with --ship heads"
     with pytest.raises(InputError, match=message):
-        load_co_detr(file).predict_by_head([PIXELS])
+        load_co_detr(weights_file).predict_by_head([PIXELS])
 
 
-def _save_changed(file: str, path: Path, **changes: object) -> str:
-    save_weights(str(path), torch.load(file, weights_only=True) | changes)
+def _save_changed(weights_file: str, path: Path, **changes: object) -> str:
+    save_weights(str(path), torch.load(weights_file, weights_only=True) | changes)
     return str(path)
 
 
-def test_other_files_are_refused_with_the_reason(file: str, tmp_path: Path) -> None:
+def test_other_files_are_refused_with_the_reason(
+    weights_file: str, tmp_path: Path
+) -> None:
     text, other = tmp_path / "text.pt", tmp_path / "other.pt"
     text.write_text("no weights")
     torch.save({"state": 1}, other)
-    old = _save_changed(file, tmp_path / "old.pt", format=0)
-    fewer = _save_changed(file, tmp_path / "classes.pt", classes=["cat", "dog"])
+    old = _save_changed(weights_file, tmp_path / "old.pt", format=0)
+    fewer = _save_changed(weights_file, tmp_path / "classes.pt", classes=["cat", "dog"])
     messages = {
         str(tmp_path / "absent.pt"): "no such file",
         str(text): "can't be read",

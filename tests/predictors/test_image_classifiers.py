@@ -244,7 +244,7 @@ UNUSABLE: list[tuple[str, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("model", "error", "message"), UNUSABLE)
-def test_unusable_models(
+def test_unusable_classifiers(
     model: str,
     error: type[Exception],
     message: str,

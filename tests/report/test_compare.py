@@ -84,7 +84,7 @@ def test_runs_of_other_classes_have_no_table_by_class(tmp_path: Path) -> None:
     assert "By class" not in page
 
 
-def test_text_of_users_is_escaped(tmp_path: Path) -> None:
+def test_text_of_users_is_escaped_in_a_comparison(tmp_path: Path) -> None:
     evil = "<script>alert(1)<"
     page = _comparison(
         [

@@ -61,7 +61,7 @@ def test_duration_within_the_daily_quota(
     [(Cloud(serve="demo"), 2.0), (Cloud(serve="transformers", model="tiny"), 50.0)],
 )
 def test_only_an_emulated_cloud_has_an_emulated_latency(
-    images: list[Path], tmp_path: Path, cloud: Cloud, rate: float
+    photo_files: list[Path], tmp_path: Path, cloud: Cloud, rate: float
 ) -> None:
     config = _configuration(tmp_path, replace(cloud, in_flight=4, serve_latency=2.0))
     (estimate,) = _estimate(config, tmp_path / "root")
@@ -83,7 +83,7 @@ def _configuration(
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
+def photo_files(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / "images" / f"{i}.png" for i in range(5)]
     paths[0].parent.mkdir()
     for i, path in enumerate(paths):
@@ -130,7 +130,7 @@ def _estimate(config: PipelineConfig, root: Path) -> list[Estimate]:
     return estimate_cost(config, build_steps(config), str(root))
 
 
-def test_before_any_call(tmp_path: Path, images: list[Path]) -> None:
+def test_before_any_call(tmp_path: Path, photo_files: list[Path]) -> None:
     (estimate,) = _estimate(_configuration(tmp_path, ONE), tmp_path)
     assert (estimate.cloud, estimate.rate) == ("http", 2.0)
     assert (estimate.images, estimate.answered, estimate.calls) == (5, 0, 5)
@@ -148,7 +148,7 @@ def test_before_any_call(tmp_path: Path, images: list[Path]) -> None:
     ],
 )
 def test_limits_of_a_minute(
-    tmp_path: Path, images: list[Path], settings: dict[str, Any], minutes: float
+    tmp_path: Path, photo_files: list[Path], settings: dict[str, Any], minutes: float
 ) -> None:
     (estimate,) = _estimate(
         _configuration(tmp_path, replace(ONE, **settings)), tmp_path
@@ -157,10 +157,10 @@ def test_limits_of_a_minute(
 
 
 def test_today_s_calls_count(
-    tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, photo_files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = _configuration(tmp_path, replace(ONE, per_day=2))
-    _collect(config, config.cloud, tmp_path, images[:2])
+    _collect(config, config.cloud, tmp_path, photo_files[:2])
     (estimate,) = _estimate(config, tmp_path)
     assert (estimate.answered, estimate.calls) == (2, 3)
     assert estimate.minutes == pytest.approx((2 * DAY + 0.5) / 60)
@@ -172,11 +172,11 @@ def test_today_s_calls_count(
 
 
 def test_each_cloud_has_a_line_of_its_own(
-    tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, photo_files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = _configuration(tmp_path, ONE, TWO)
-    _collect(config, ONE, tmp_path, images[:2])
-    _collect(config, TWO, tmp_path, images[:4])
+    _collect(config, ONE, tmp_path, photo_files[:2])
+    _collect(config, TWO, tmp_path, photo_files[:4])
     estimates = _estimate(config, tmp_path)
     assert [(f.cloud, f.answered, f.calls, f.usd, f.at_most) for f in estimates] == [
         ("http 1", 2, 3, pytest.approx(0.03), False),
@@ -194,16 +194,16 @@ def test_each_cloud_has_a_line_of_its_own(
 
 
 def test_files_that_are_sent_unchanged_are_matched_without_opening_them(
-    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photo_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They match by the sha256 of their bytes. Other files are decoded only while there
     are answers that match no file; here there are none."""
     config = _configuration(tmp_path, ONE)
-    for path in images:
+    for path in photo_files:
         with Image.open(path) as image:
             image.save(path.with_suffix(".jpg"), subsampling=0)
         path.unlink()
-    files = [path.with_suffix(".jpg") for path in images]
+    files = [path.with_suffix(".jpg") for path in photo_files]
     _collect(config, config.cloud, tmp_path, files[:3])
     image_table = storage.join(
         build_steps(config)["images"].folder(str(tmp_path)), "images.parquet"
@@ -225,10 +225,10 @@ def test_files_that_are_sent_unchanged_are_matched_without_opening_them(
 
 
 def test_images_that_were_decoded_once_are_known_from_their_size_and_time(
-    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photo_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _configuration(tmp_path, ONE)
-    _collect(config, ONE, tmp_path / "root", images[:3])
+    _collect(config, ONE, tmp_path / "root", photo_files[:3])
     (first,) = _estimate(config, tmp_path / "root")
     rendered: list[str] = []
 
@@ -240,19 +240,19 @@ def test_images_that_were_decoded_once_are_known_from_their_size_and_time(
     (second,) = _estimate(config, tmp_path / "root")
     assert (first.answered, second.answered) == (3, 3)
     assert not rendered
-    Image.new("RGB", (60, 40), (1, 2, 3)).save(images[0])
-    os.utime(images[0], (1, 1))
+    Image.new("RGB", (60, 40), (1, 2, 3)).save(photo_files[0])
+    os.utime(photo_files[0], (1, 1))
     (third,) = _estimate(config, tmp_path / "root")
     assert third.answered == 2
-    assert hashlib.sha256(images[0].read_bytes()).hexdigest() in rendered
+    assert hashlib.sha256(photo_files[0].read_bytes()).hexdigest() in rendered
 
 
 def test_a_wrong_digest_on_record_is_only_a_wrong_estimate(
-    tmp_path: Path, images: list[Path]
+    tmp_path: Path, photo_files: list[Path]
 ) -> None:
     """No call follows from the digests: collection computes each from its image."""
     config = _configuration(tmp_path, ONE)
-    _collect(config, ONE, tmp_path / "root", images[:2])
+    _collect(config, ONE, tmp_path / "root", photo_files[:2])
     _estimate(config, tmp_path / "root")
     file = str(tmp_path / "root" / "sent_digests.parquet")
     table = storage.read_table(file)
@@ -270,10 +270,10 @@ def test_a_wrong_digest_on_record_is_only_a_wrong_estimate(
 
 
 def test_a_broken_file_of_digests_is_no_error(
-    tmp_path: Path, images: list[Path]
+    tmp_path: Path, photo_files: list[Path]
 ) -> None:
     config = _configuration(tmp_path, ONE)
-    _collect(config, ONE, tmp_path / "root", images[:2])
+    _collect(config, ONE, tmp_path / "root", photo_files[:2])
     (tmp_path / "root" / "sent_digests.parquet").write_bytes(b"no table")
     (estimate,) = _estimate(config, tmp_path / "root")
     assert estimate.answered == 2

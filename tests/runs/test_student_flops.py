@@ -12,7 +12,7 @@ from coin_ray.models.students.yolox_network import YOLOX_SIZES, YoloxNetwork
 from coin_ray.runs.capacity import YOLOX_FLOPS, detector_student_flops
 
 
-def settings(name: str, side: int = 0) -> Distill:
+def _student_settings(name: str, side: int = 0) -> Distill:
     return Distill(student=name, fusion="average", student_side=side)
 
 
@@ -29,10 +29,10 @@ def test_published_operations_are_those_of_the_network(name: str) -> None:
 
 
 def test_a_smaller_input_takes_fewer_operations() -> None:
-    released = detector_student_flops(settings("yolox-s"))
-    assert detector_student_flops(settings("yolox-s", 320)) == released / 4
+    released = detector_student_flops(_student_settings("yolox-s"))
+    assert detector_student_flops(_student_settings("yolox-s", 320)) == released / 4
 
 
 def test_unknown_operations_are_told() -> None:
     with pytest.raises(ConfigError, match="not of d-fine-n"):
-        detector_student_flops(settings("d-fine-n"))
+        detector_student_flops(_student_settings("d-fine-n"))

@@ -157,7 +157,7 @@ def test_without_the_token_s_variable_the_server_does_not_start(
 
 
 @pytest.fixture
-def cluster() -> Iterator[str]:
+def serving_url() -> Iterator[str]:
     """Ray with its HTTP proxy on a free port; yields the URL."""
     import ray
 
@@ -173,11 +173,11 @@ def cluster() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_under_ray_serve_the_answers_are_those_of_the_local_server(
-    student_folder: str, cluster: str
+    student_folder: str, serving_url: str
 ) -> None:
     settings = ServeSettings(serve="checkpoint", models=(student_folder,), cpus=0.5)
     serve.run(build(settings))
-    with httpx.Client(base_url=cluster, timeout=60) as client:
+    with httpx.Client(base_url=serving_url, timeout=60) as client:
         assert client.get("/health").json()["classes"] == list(CLASSES)
         remote = []
         for body in REQUESTS:

@@ -39,7 +39,7 @@ EVERY = ["--propagate.fit.checkpoint-every", "4", "--distill.fit.checkpoint-ever
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def small_cluster() -> Iterator[Cluster]:
     """The head has no CPU, so that all work is done where it can be killed."""
     with start_cluster(
         2, variables={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
@@ -48,30 +48,32 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed_root(
+    small_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run that nothing disturbs."""
     root = tmp_path_factory.mktemp("undisturbed")
-    _submit_run(cluster, "undisturbed", root)
-    cluster.wait("undisturbed")
+    _submit_run(small_cluster, "undisturbed", root)
+    small_cluster.wait("undisturbed")
     return root
 
 
-def _submit_run(cluster: Cluster, name: str, root: Path) -> None:
+def _submit_run(small_cluster: Cluster, name: str, root: Path) -> None:
     variables = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
-    cluster.submit(
+    small_cluster.submit(
         name,
         ["python", "pipelines/full.py", "demo", "--root", str(root), *SMALL, *EVERY],
         variables,
     )
 
 
-def _copy_steps_before(step: str, reference: Path, root: Path) -> Path:
+def _copy_steps_before(step: str, undisturbed_root: Path, root: Path) -> Path:
     """Copy the finished steps before ``step`` of the reference into a new root."""
     order = ("images", "collect", "propagate", "separate", "distill")
     for name in order[: order.index(step)]:
-        (folder,) = reference.glob(f"steps/{name}-*")
+        (folder,) = undisturbed_root.glob(f"steps/{name}-*")
         shutil.copytree(folder, root / "steps" / folder.name)
-    shutil.copytree(reference / "local_cloud", root / "local_cloud")
+    shutil.copytree(undisturbed_root / "local_cloud", root / "local_cloud")
     return root
 
 
@@ -99,9 +101,9 @@ def _kill(process: psutil.Process, description: str) -> str:
 
 
 def test_workers_killed_in_collect(
-    cluster: Cluster, reference: Path, tmp_path: Path
+    small_cluster: Cluster, undisturbed_root: Path, tmp_path: Path
 ) -> None:
-    _submit_run(cluster, "collect", tmp_path)
+    _submit_run(small_cluster, "collect", tmp_path)
     killed: list[str] = []
     calls = tmp_path / "local_cloud" / "calls.jsonl"
     wait_until(
@@ -109,7 +111,8 @@ def test_workers_killed_in_collect(
         "five calls",
     )  # small sets are asked before a part is written
     killed += [
-        _kill(process, "CloudActor") for process in cluster.workers("CloudActor")[:1]
+        _kill(process, "CloudActor")
+        for process in small_cluster.workers("CloudActor")[:1]
     ]
     kill = Kill.now(tmp_path)
     wait_until(
@@ -118,11 +121,13 @@ def test_workers_killed_in_collect(
     )
     killed += [
         _kill(process, "LabelerActor")
-        for process in cluster.workers("LabelerActor")[:1]
+        for process in small_cluster.workers("LabelerActor")[:1]
     ]
-    cluster.wait("collect")
-    assert_same_results(tmp_path, reference)
-    assert set(count_calls_by_image(tmp_path)) == set(count_calls_by_image(reference))
+    small_cluster.wait("collect")
+    assert_same_results(tmp_path, undisturbed_root)
+    assert set(count_calls_by_image(tmp_path)) == set(
+        count_calls_by_image(undisturbed_root)
+    )
     repeated = kill.repeated(tmp_path)
     print(
         f"killed in collect: {', '.join(killed)}; lost: nothing; {len(repeated)} calls"
@@ -132,11 +137,11 @@ def test_workers_killed_in_collect(
 
 
 def test_a_worker_killed_after_every_saved_state(
-    cluster: Cluster, reference: Path, tmp_path: Path
+    small_cluster: Cluster, undisturbed_root: Path, tmp_path: Path
 ) -> None:
-    root = _copy_steps_before("propagate", reference, tmp_path)
+    root = _copy_steps_before("propagate", undisturbed_root, tmp_path)
     killed: list[str] = []
-    _submit_run(cluster, "epochs", root)
+    _submit_run(small_cluster, "epochs", root)
     for step in ("propagate", "distill"):
         last = 0
         while not _is_finished(root, step):
@@ -147,59 +152,61 @@ def test_a_worker_killed_after_every_saved_state(
             if not _is_finished(root, step):
                 killed += [
                     _kill(process, f"{step} at step {last}")
-                    for process in cluster.workers("RayTrainWorker")
+                    for process in small_cluster.workers("RayTrainWorker")
                 ]
-    cluster.wait("epochs")
-    assert_same_results(root, reference)
+    small_cluster.wait("epochs")
+    assert_same_results(root, undisturbed_root)
     print(f"killed: {', '.join(killed)}; lost: nothing")
     assert len(killed) >= 5, "more than Ray Train's own limit"
 
 
 def test_a_worker_that_hangs_is_replaced(
-    cluster: Cluster, reference: Path, tmp_path: Path
+    small_cluster: Cluster, undisturbed_root: Path, tmp_path: Path
 ) -> None:
-    root = _copy_steps_before("distill", reference, tmp_path)
-    _submit_run(cluster, "hang", root)
+    root = _copy_steps_before("distill", undisturbed_root, tmp_path)
+    _submit_run(small_cluster, "hang", root)
     wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
-    (worker,) = cluster.workers("RayTrainWorker")
+    (worker,) = small_cluster.workers("RayTrainWorker")
     os.kill(worker.pid, signal.SIGSTOP)
-    cluster.wait("hang")
-    assert_same_results(root, reference)
+    small_cluster.wait("hang")
+    assert_same_results(root, undisturbed_root)
     print("stopped for ever: the worker that trains; lost: nothing")
 
 
 def test_a_node_removed_and_another_added(
-    cluster: Cluster, reference: Path, tmp_path: Path
+    small_cluster: Cluster, undisturbed_root: Path, tmp_path: Path
 ) -> None:
-    root = _copy_steps_before("distill", reference, tmp_path)
-    _submit_run(cluster, "node", root)
+    root = _copy_steps_before("distill", undisturbed_root, tmp_path)
+    _submit_run(small_cluster, "node", root)
     wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
-    kill_node(cluster.nodes.pop())
-    cluster.add(2)
-    cluster.wait("node")
-    assert_same_results(root, reference)
+    kill_node(small_cluster.nodes.pop())
+    small_cluster.add(2)
+    small_cluster.wait("node")
+    assert_same_results(root, undisturbed_root)
     print("killed: the node that trains, another one added; lost: nothing")
 
 
-def test_the_head_restarted(cluster: Cluster, reference: Path, tmp_path: Path) -> None:
-    root = _copy_steps_before("distill", reference, tmp_path)
-    _submit_run(cluster, "before", root)
+def test_the_head_restarted(
+    small_cluster: Cluster, undisturbed_root: Path, tmp_path: Path
+) -> None:
+    root = _copy_steps_before("distill", undisturbed_root, tmp_path)
+    _submit_run(small_cluster, "before", root)
     wait_until(lambda: _last_saved_step(root, "distill") > 0, "a state of distill")
-    for node in [*cluster.nodes, cluster.head]:
+    for node in [*small_cluster.nodes, small_cluster.head]:
         kill_node(node)
-    cluster.nodes.clear()
-    cluster.start_head()
-    cluster.add(2)
-    _submit_run(cluster, "after", root)
-    cluster.wait("after")
-    assert_same_results(root, reference)
+    small_cluster.nodes.clear()
+    small_cluster.start_head()
+    small_cluster.add(2)
+    _submit_run(small_cluster, "after", root)
+    small_cluster.wait("after")
+    assert_same_results(root, undisturbed_root)
     print(
         "killed: the head with the whole cluster; lost: nothing, the same command"
         " went on"
     )
 
 
-def test_an_object_store_that_is_full(reference: Path, tmp_path: Path) -> None:
+def test_an_object_store_that_is_full(undisturbed_root: Path, tmp_path: Path) -> None:
     """Ray spills objects that do not fit to disk. The node has one CPU, which no task may
     hold while it waits for another task."""
     flag, program, root = tmp_path / "full", tmp_path / "holder.py", tmp_path / "run"
@@ -211,7 +218,7 @@ def test_an_object_store_that_is_full(reference: Path, tmp_path: Path) -> None:
         _submit_run(small, "full", root)
         small.wait("full")
         assert small.status("holder") == "RUNNING", "the store was full all the time"
-    assert_same_results(root, reference)
+    assert_same_results(root, undisturbed_root)
     print(
         f"filled: the object store of the node that does all work ({STORE:,} bytes);"
         " lost: nothing"
@@ -219,11 +226,11 @@ def test_an_object_store_that_is_full(reference: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_workers_go_on_when_a_node_is_gone(
-    reference: Path, tmp_path: Path
+    undisturbed_root: Path, tmp_path: Path
 ) -> None:
     """Train with two workers, then one. Another number of workers rounds otherwise, so only
     the losses are compared."""
-    root = _copy_steps_before("distill", reference, tmp_path)
+    root = _copy_steps_before("distill", undisturbed_root, tmp_path)
     program = ["python", "pipelines/full.py", "demo", "--root", str(root)]
     entrypoint = [*program, *SMALL, *EVERY, "--distill.fit.max-workers", "2"]
     with start_cluster(1, 1) as elastic:
@@ -238,7 +245,7 @@ def test_fewer_workers_go_on_when_a_node_is_gone(
     assert "worker group of size 1" in log
     losses, reference_losses = (
         json.loads(next(folder.glob("steps/distill-*/curve.json")).read_text())
-        for folder in (root, reference)
+        for folder in (root, undisturbed_root)
     )
     assert losses[0] == pytest.approx(reference_losses[0], rel=1e-3, abs=1e-3)
     assert losses[-1] == pytest.approx(reference_losses[-1], rel=0.2, abs=0.05)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB, mounted for the test; needs root."""
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
@@ -41,14 +41,16 @@ def _run_demo(root: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
-    disk: Path, tmp_path: Path
+    small_disk: Path, tmp_path: Path
 ) -> None:
     reference = tmp_path / "reference"
     assert _run_demo(reference).returncode == 0
     stops = []
     for size in (1, 4, 8, 12, 16, 500):
-        subprocess.run(["mount", "-o", f"remount,size={size}m", str(disk)], check=True)
-        completed = _run_demo(disk / "root")
+        subprocess.run(
+            ["mount", "-o", f"remount,size={size}m", str(small_disk)], check=True
+        )
+        completed = _run_demo(small_disk / "root")
         if completed.returncode == 0:
             break
         assert completed.returncode == 3, (
@@ -58,5 +60,5 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
         lines = completed.stdout.strip().splitlines() or ["at the start"]
         stops.append(f"{size} MB: {lines[-1]}")
     assert stops
-    assert_same_results(disk / "root", reference)
+    assert_same_results(small_disk / "root", reference)
     print(f"disk full {len(stops)} times ({'; '.join(stops)}); lost: nothing")

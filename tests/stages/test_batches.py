@@ -27,18 +27,18 @@ from tests.cloud.emulator.app import SCENE_CLASSES, TOKEN
 
 
 @pytest.fixture
-def emulator() -> Iterator[tuple[Emulator, str]]:
+def running_emulator() -> Iterator[tuple[Emulator, str]]:
     """Start the emulator on this machine; yield it and its address."""
-    emulator = Emulator(PROVIDERS)
+    running_emulator = Emulator(PROVIDERS)
     server = uvicorn.Server(
-        uvicorn.Config(emulator._app, port=0, log_level="error", lifespan="off")
+        uvicorn.Config(running_emulator._app, port=0, log_level="error", lifespan="off")
     )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield emulator, f"http://127.0.0.1:{port}"
+    yield running_emulator, f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join()
 
@@ -71,10 +71,12 @@ def _images(directory: Path) -> list[str]:
 
 
 def test_negatives_are_asked_for_where_something_was_found(
-    tmp_path: Path, emulator: tuple[Emulator, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    running_emulator: tuple[Emulator, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
-    server, url = emulator
+    server, url = running_emulator
     config = _config(url)
     uris = _images(tmp_path)
     root = str(tmp_path / "root")
@@ -91,10 +93,12 @@ def test_negatives_are_asked_for_where_something_was_found(
 
 
 def test_a_budget_stops_the_run(
-    tmp_path: Path, emulator: tuple[Emulator, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    running_emulator: tuple[Emulator, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
-    server, url = emulator
+    server, url = running_emulator
     config = _config(url, max_calls=3)
     server.state("openai-batch")["polls"] = 0
     clouds = [(config.cloud, config.cloud.url)]
@@ -106,10 +110,10 @@ def test_a_budget_stops_the_run(
 
 @pytest.mark.slow
 def test_a_killed_collection_pays_for_each_image_once(
-    tmp_path: Path, emulator: tuple[Emulator, str]
+    tmp_path: Path, running_emulator: tuple[Emulator, str]
 ) -> None:
     """The command is killed while its job is under way; the same command goes on."""
-    server, url = emulator
+    server, url = running_emulator
     state = server.state("openai-batch")
     state["polls"] = 10_000
     (tmp_path / "images").mkdir()

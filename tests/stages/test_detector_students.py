@@ -33,7 +33,7 @@ BACKBONE = cast("Any", None)  # no part of these students
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+def yolox_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     network = YoloxNetwork(80, YOLOX_SIZES["yolox-nano"])
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
@@ -41,10 +41,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def make_config(weights: str, **changes: object) -> PipelineConfig:
+def make_config(yolox_weights: str, **changes: object) -> PipelineConfig:
     config = with_student(demo(), "yolox-nano")
     settings = {
-        "student_weights": weights,
+        "student_weights": yolox_weights,
         "student_weight_classes": (),
         "student_side": 96,
         "student_rendering": "plain",
@@ -54,8 +54,10 @@ def make_config(weights: str, **changes: object) -> PipelineConfig:
     return replace(config, distill=distill, separate=separate)
 
 
-def test_the_average_is_delivered_and_read_back(weights: str, tmp_path: Path) -> None:
-    config = make_config(weights)
+def test_the_average_is_delivered_and_read_back(
+    yolox_weights: str, tmp_path: Path
+) -> None:
+    config = make_config(yolox_weights)
     task = build_target_distillation(config)
     for parameter in task.average.parameters():
         parameter.add_(0.01)
@@ -71,8 +73,8 @@ def test_the_average_is_delivered_and_read_back(weights: str, tmp_path: Path) ->
     assert torch.equal(detections.probs, expected.probs)
 
 
-def test_baselines_have_the_student_s_start_and_steps(weights: str) -> None:
-    config = make_config(weights)
+def test_baselines_have_the_student_s_start_and_steps(yolox_weights: str) -> None:
+    config = make_config(yolox_weights)
     baseline = baseline_training(config)
     assert baseline.fit.steps == config.distill.fit.steps
     task = build_propagation(config, baseline, "cloud")
@@ -84,8 +86,8 @@ def test_baselines_have_the_student_s_start_and_steps(weights: str) -> None:
     assert set(export_propagation(task)) == {"detector.pt"}
 
 
-def test_the_student_has_its_own_size_and_threshold(weights: str) -> None:
-    config = make_config(weights, student_side=128)
+def test_the_student_has_its_own_size_and_threshold(yolox_weights: str) -> None:
+    config = make_config(yolox_weights, student_side=128)
     settings = student_input(config)
     assert (settings.short_side, settings.long_side) == (128, 128)
     assert student_input(demo()) == demo().detector
@@ -93,9 +95,11 @@ def test_the_student_has_its_own_size_and_threshold(weights: str) -> None:
     assert with_target_labels(demo()) == demo()
 
 
-def test_other_weights_are_another_distillation(weights: str, tmp_path: Path) -> None:
+def test_other_weights_are_another_distillation(
+    yolox_weights: str, tmp_path: Path
+) -> None:
     path = tmp_path / "nano.pth"
-    path.write_bytes(Path(weights).read_bytes())
+    path.write_bytes(Path(yolox_weights).read_bytes())
     config = make_config(str(path))
     before = build_steps(config, baselines=True)
     path.write_bytes(b"other")
@@ -121,21 +125,21 @@ def test_wrong_weights_are_named_before_anything_is_done(
     changes: dict[str, object],
     error: type[Exception],
     message: str,
-    weights: str,
+    yolox_weights: str,
     tmp_path: Path,
 ) -> None:
-    config = make_config(weights, **changes)
+    config = make_config(yolox_weights, **changes)
     with pytest.raises(error, match=message):
         run_pipeline(config, build_steps(config), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_that_do_not_fit_are_named(weights: str) -> None:
+def test_settings_that_do_not_fit_are_named(yolox_weights: str) -> None:
     with pytest.raises(ConfigError, match="fusion average"):
-        make_config(weights, fusion="ckg")
+        make_config(yolox_weights, fusion="ckg")
     with pytest.raises(ConfigError, match="multiple of 32"):
-        make_config(weights, student_side=100)
+        make_config(yolox_weights, student_side=100)
     with pytest.raises(ConfigError, match="no statistics of batch norms"):
         make_config("x.onnx", student_batch_norm="live")
     with pytest.raises(ConfigError, match="is for YOLOX students"):
-        make_config(weights, student="faster-rcnn")
+        make_config(yolox_weights, student="faster-rcnn")

@@ -12,7 +12,7 @@ from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context
 from coin_ray.stages import source_scenes
 from coin_ray.stages.common.labelled_images import (
-    LabelledImages,
+    AnnotatedImages,
     build_labelled_examples,
     is_validation_image,
     read_labelled_images,
@@ -24,7 +24,7 @@ Row = tuple[float, float, float, float, int]
 
 def _labelled_images(
     *images: list[Row], difficult: tuple[int, ...] = ()
-) -> LabelledImages:
+) -> AnnotatedImages:
     rows, truth = [], {}
     for number, boxes in enumerate(images):
         name = f"{number:08x}"
@@ -45,7 +45,7 @@ def _labelled_images(
             torch.tensor([b[4] for b in boxes]).long(),
             difficult_mask,
         )
-    return LabelledImages(rows, truth)
+    return AnnotatedImages(rows, truth)
 
 
 def test_difficult_boxes_are_ignored_and_empty_images_kept() -> None:

@@ -16,9 +16,9 @@ from coin_ray.config import Labels, PipelineConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.errors import InputError
 from coin_ray.stages.common.teacher_outputs import (
-    is_confident,
     make_teacher_lookup,
     open_collected,
+    passes_threshold,
 )
 from coin_ray.stages.common.training_labels import (
     LabelSource,
@@ -54,7 +54,7 @@ def _config(**changes: object) -> PipelineConfig:
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> dict[str, str]:
+def step_folders(tmp_path: Path) -> dict[str, str]:
     rows = [
         {"image_id": i, "uri": f"{i}.jpg", "width": 64, "height": 48, "split": s}
         for i, s in SPLITS.items()
@@ -104,7 +104,7 @@ def folders(tmp_path: Path) -> dict[str, str]:
 )
 @pytest.mark.parametrize("pickled", [False, True])
 def test_labels_of_the_training_images(
-    folders: dict[str, str],
+    step_folders: dict[str, str],
     source: LabelSource,
     labeler: str,
     expected: dict[str, list[int]],
@@ -113,37 +113,43 @@ def test_labels_of_the_training_images(
     """They come in the order of the images table, without those that failed or are test
     images; also after a way to another process."""
     config = _config(collect=replace(PRESETS["demo"]().collect, labeler=labeler))
-    labels = open_training_labels(source, folders, config)
-    examples = build_training_examples(folders["images"], labels)
+    labels = open_training_labels(source, step_folders, config)
+    examples = build_training_examples(step_folders["images"], labels)
     examples = pickle.loads(pickle.dumps(examples)) if pickled else examples
     assert {
         e.image_id: e.detections["labels"].labels.tolist() for e in examples
     } == expected
     assert [e.image_id for e in examples] == list(expected)
     assert [e.uri for e in examples] == [f"{i}.jpg" for i in expected]
-    assert count_labels(source, folders, config) == sum(map(len, expected.values()))
+    assert count_labels(source, step_folders, config) == sum(
+        map(len, expected.values())
+    )
 
 
-def test_the_oracle_without_annotations_is_an_error(folders: dict[str, str]) -> None:
+def test_the_oracle_without_annotations_is_an_error(
+    step_folders: dict[str, str],
+) -> None:
     empty = pa.Table.from_pylist([], schema=tables.ANNOTATIONS)
-    storage.write_table(storage.join(folders["images"], "annotations.parquet"), empty)
+    storage.write_table(
+        storage.join(step_folders["images"], "annotations.parquet"), empty
+    )
     with pytest.raises(
         InputError, match="the oracle baseline needs annotated training images"
     ):
-        open_training_labels("truth", folders, _config())
+        open_training_labels("truth", step_folders, _config())
 
 
 @pytest.mark.parametrize("with_clip_labels", [True, False])
 def test_outputs_of_both_teachers(
-    folders: dict[str, str], with_clip_labels: bool
+    step_folders: dict[str, str], with_clip_labels: bool
 ) -> None:
     separate = replace(PRESETS["demo"]().separate, clip_labels=with_clip_labels)
     config = _config(separate=separate)
-    cloud = open_collected(folders["collect"], "cloud", config)
+    cloud = open_collected(step_folders["collect"], "cloud", config)
     clip = tables.open_detections(
-        storage.join(folders["collect"], "clip_detector.parquet"), 3
+        storage.join(step_folders["collect"], "clip_detector.parquet"), 3
     )
-    look_up = make_teacher_lookup(cloud, clip, folders["collect"], config)
+    look_up = make_teacher_lookup(cloud, clip, step_folders["collect"], config)
     teacher_outputs = look_up("a")
     assert torch.equal(teacher_outputs["cloud"].probs, CLOUD["a"].probs[:1])
     assert torch.equal(teacher_outputs["clip"].boxes, CLIP["a"].boxes)
@@ -156,7 +162,7 @@ def test_outputs_of_both_teachers(
 @pytest.mark.parametrize("keep", ["keep", "drop"])
 @pytest.mark.parametrize("clip_score_min", [0.0, 0.5, 0.65])
 def test_labels_are_counted_as_they_are_used(
-    folders: dict[str, str], keep: str, clip_score_min: float
+    step_folders: dict[str, str], keep: str, clip_score_min: float
 ) -> None:
     """CLIP takes one box for background, and the float32 scores .6 and .7 are on both
     sides of a limit."""
@@ -168,7 +174,8 @@ def test_labels_are_counted_as_they_are_used(
             detections_row(i, in_image, Provenance(name)) for i in ("held", "b", "a")
         ]
         storage.write_table(
-            str(Path(folders["collect"]) / f"{name}.parquet"), detections_table(rows)
+            str(Path(step_folders["collect"]) / f"{name}.parquet"),
+            detections_table(rows),
         )
     labels = Labels(
         score_min=0.3,
@@ -177,9 +184,9 @@ def test_labels_are_counted_as_they_are_used(
     )
     config = replace(_config(), labels=labels)
     examples = build_training_examples(
-        folders["images"], open_training_labels("clip", folders, config)
+        step_folders["images"], open_training_labels("clip", step_folders, config)
     )
-    assert count_labels("clip", folders, config) == sum(
+    assert count_labels("clip", step_folders, config) == sum(
         len(e.detections["labels"]) for e in examples
     )
 
@@ -189,8 +196,8 @@ def test_classes_with_a_threshold_of_their_own() -> None:
     scores = torch.tensor([0.3, 0.3, 0.5, 0.5])
     cloud = Detections(torch.rand(4, 4), scores, torch.tensor([0, 1, 0, 1]), probs)
     labels = Labels(score_min=0.25, class_score_min=(0.4, None))
-    assert is_confident(cloud, labels).tolist() == [False, True, True, True]
-    assert is_confident(cloud, Labels(score_min=0.4)).tolist() == [
+    assert passes_threshold(cloud, labels).tolist() == [False, True, True, True]
+    assert passes_threshold(cloud, Labels(score_min=0.4)).tolist() == [
         False,
         False,
         True,

@@ -20,7 +20,7 @@ from coin_ray.training.direct import (
 )
 
 
-def settings() -> Distill:
+def _student_settings() -> Distill:
     return Distill(student="yolox-nano", fusion="average")
 
 
@@ -28,12 +28,12 @@ def fit(**changes: object) -> TrainingConfig:
     return tiny_fit(optimizer="adamw", lr=1e-3, warmup=0, **changes)
 
 
-def make_task(frozen: bool = True, seed: int = 0, **changes: object) -> TargetTraining:
+def _make_task(frozen: bool = True, seed: int = 0, **changes: object) -> TargetTraining:
     torch.manual_seed(seed)
     student = YoloxStudent("yolox-nano", len(CLASSES), 64)
     return TargetTraining(
         student,
-        separation_targets(settings(), Separate()),
+        separation_targets(_student_settings(), Separate()),
         fit(**changes),
         average_rate=0.25,
         frozen_norms=frozen,
@@ -45,7 +45,7 @@ def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_frozen_norms_keep_their_statistics_and_all_else_learns(tmp_path: Path) -> None:
-    task = make_task()
+    task = _make_task()
     before = copy_state(task.student)
     for step, batch in enumerate(training_batches(tmp_path, task.fit)[:2]):
         losses = task.train_step(batch, step)
@@ -65,7 +65,7 @@ def test_frozen_norms_keep_their_statistics_and_all_else_learns(tmp_path: Path) 
 
 
 def test_live_norms_learn_their_statistics(tmp_path: Path) -> None:
-    task = make_task(frozen=False)
+    task = _make_task(frozen=False)
     before = copy_state(task.student)
     task.train_step(training_batches(tmp_path, task.fit)[0], 0)
     name = "network.backbone.backbone.stem.conv.bn.running_mean"
@@ -73,7 +73,7 @@ def test_live_norms_learn_their_statistics(tmp_path: Path) -> None:
 
 
 def test_the_average_follows_the_student(tmp_path: Path) -> None:
-    task = make_task()
+    task = _make_task()
     name = "network.head.obj_preds.0.bias"
     weights = []
     for step, batch in enumerate(training_batches(tmp_path, task.fit)[:2]):
@@ -104,10 +104,10 @@ def test_the_trunk_learns_more_slowly() -> None:
 
 
 def test_a_resumed_training_is_the_same(tmp_path: Path) -> None:
-    task = make_task()
+    task = _make_task()
     batches = training_batches(tmp_path, task.fit)
     task.train_step(batches[0], 0)
-    resumed = make_task(seed=1)
+    resumed = _make_task(seed=1)
     resumed.load_state_dict(copy.deepcopy(task.state_dict()))
     first = task.train_step(batches[0], 1)
     second = resumed.train_step(batches[0], 1)
@@ -120,7 +120,7 @@ def test_a_resumed_training_is_the_same(tmp_path: Path) -> None:
 
 
 def test_plain_labels_teach_without_separation(tmp_path: Path) -> None:
-    task = make_task()
+    task = _make_task()
     batch = training_batches(tmp_path, task.fit)[0]
     batch.detections["labels"] = batch.detections["cloud"]
     targets, figures = plain_targets(batch)

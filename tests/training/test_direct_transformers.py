@@ -21,7 +21,7 @@ transformers.logging.set_verbosity_error()
 FIT = tiny_fit(optimizer="adamw", lr=1e-3, warmup=0)
 
 
-def make_task(model_type: str) -> TargetTraining:
+def _make_task(model_type: str) -> TargetTraining:
     network = tiny_network(model_type, len(CLASSES))
     input_format = InputFormat(
         SIDE, keep_ratio=False, multiple=1, std=(255.0, 255.0, 255.0)
@@ -40,7 +40,7 @@ def test_it_learns_and_the_average_follows_once_per_step(
     model_type: str, tmp_path: Path
 ) -> None:
     """Heads with several names are averaged once."""
-    task = make_task(model_type)
+    task = _make_task(model_type)
     start = copy.deepcopy(task.student.state_dict())
     states = []
     for step, batch in enumerate(training_batches(tmp_path, FIT)[:2]):
@@ -60,9 +60,9 @@ def test_it_learns_and_the_average_follows_once_per_step(
     assert changed > 100
 
 
-def test_a_resumed_training_is_the_same(tmp_path: Path) -> None:
+def test_a_resumed_query_training_is_the_same(tmp_path: Path) -> None:
     batches = training_batches(tmp_path, FIT)[:2]
-    task, resumed = make_task("rt_detr_v2"), make_task("rt_detr_v2")
+    task, resumed = _make_task("rt_detr_v2"), _make_task("rt_detr_v2")
     task.train_step(batches[0], 0)
     resumed.load_state_dict(copy.deepcopy(task.state_dict()))
     losses = []

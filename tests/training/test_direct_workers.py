@@ -61,7 +61,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_workers_equal_one(tmp_path: Path) -> None:
+def test_two_workers_equal_one_for_yolox(tmp_path: Path) -> None:
     arguments = (free_port(), str(tmp_path))
     multiprocessing.spawn(_worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (

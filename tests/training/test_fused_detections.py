@@ -15,14 +15,14 @@ from coin_ray.training.fused_detections import (
 BOX = [10.0, 10.0, 50.0, 50.0]
 
 
-def detect(*rows: tuple[list[float], list[float]]) -> Detections:
+def _detect(*rows: tuple[list[float], list[float]]) -> Detections:
     boxes = torch.tensor([box for box, _ in rows]).reshape(-1, 4)
     return detections_from_scores(boxes, torch.tensor([scores for _, scores in rows]))
 
 
 def test_objects_that_both_detect_rank_above_those_of_one() -> None:
-    first = detect((BOX, [0.6, 0.1]), ([100.0, 100.0, 140.0, 140.0], [0.0, 0.7]))
-    second = detect(([12.0, 10.0, 52.0, 50.0], [0.6, 0.2]))
+    first = _detect((BOX, [0.6, 0.1]), ([100.0, 100.0, 140.0, 140.0], [0.0, 0.7]))
+    second = _detect(([12.0, 10.0, 52.0, 50.0], [0.6, 0.2]))
     fused = fuse_detections([first, second], [1.0, 1.0])
     assert fused.labels.tolist() == [0, 1]
     assert fused.scores.tolist() == pytest.approx([0.6, 0.35])
@@ -31,7 +31,7 @@ def test_objects_that_both_detect_rank_above_those_of_one() -> None:
 
 
 def test_weights_count() -> None:
-    first, second = detect((BOX, [0.8, 0.0])), detect((BOX, [0.0, 0.8]))
+    first, second = _detect((BOX, [0.8, 0.0])), _detect((BOX, [0.0, 0.8]))
     fused = fuse_detections([first, second], [3.0, 1.0])
     assert fused.probs[0].tolist() == pytest.approx([0.6, 0.2, 0.2])
 
@@ -46,7 +46,7 @@ def test_class_scores_keep_the_ratios_of_probabilities() -> None:
     assert class_scores(detections).tolist() == [pytest.approx([0.25, 0.5])]
 
 
-def test_no_detections() -> None:
+def test_nothing_to_fuse() -> None:
     nothing = Detections.empty(3)
     assert len(fuse_detections([nothing, nothing], [1.0, 1.0])) == 0
     fused = fuse_detections([nothing], [1.0])

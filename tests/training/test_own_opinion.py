@@ -29,41 +29,43 @@ class BrightSquares(YoloxStudent):
 
 
 @pytest.fixture
-def student() -> YoloxStudent:
+def bright_student() -> YoloxStudent:
     return BrightSquares("yolox-nano", 2, SIDE).eval()
 
 
-def images(value: int) -> list[Tensor]:
+def _grey_images(value: int) -> list[Tensor]:
     return [torch.full((3, 50, 50), value, dtype=torch.uint8) for _ in range(2)]
 
 
 @pytest.mark.parametrize(("value", "expected"), [(230, "inverted"), (30, "plain")])
 def test_the_rendering_with_the_most_confidence_is_chosen(
-    student: YoloxStudent, value: int, expected: str
+    bright_student: YoloxStudent, value: int, expected: str
 ) -> None:
-    rendering, measured = choose_rendering(student, images(value))
+    rendering, measured = choose_rendering(bright_student, _grey_images(value))
     assert rendering == expected
     assert {view.rendering for view in measured} == set(STUDENT_RENDERINGS)
 
 
-def test_plain_wins_unless_another_is_clearly_ahead(student: YoloxStudent) -> None:
-    assert choose_rendering(student, images(129))[0] == "plain"
+def test_plain_wins_unless_another_is_clearly_ahead(
+    bright_student: YoloxStudent,
+) -> None:
+    assert choose_rendering(bright_student, _grey_images(129))[0] == "plain"
 
 
 def test_the_most_confident_sizes_are_used_as_they_are_and_mirrored(
-    student: YoloxStudent,
+    bright_student: YoloxStudent,
 ) -> None:
-    opinion, measured = choose_views(student, images(30))
+    opinion, measured = choose_views(bright_student, _grey_images(30))
     assert [view.side for view in measured] == [32, 64, 96]
     assert [view.side for view in opinion.views] == [96, 96, 64, 64, 32, 32]
     assert [view.mirrored for view in opinion.views[:2]] == [False, True]
 
 
 def test_opinions_of_all_views_are_fused_in_the_frame_of_the_image(
-    student: YoloxStudent,
+    bright_student: YoloxStudent,
 ) -> None:
-    opinion, _ = choose_views(student, images(30))
-    [detections, _] = opinion.predict(images(30))
+    opinion, _ = choose_views(bright_student, _grey_images(30))
+    [detections, _] = opinion.predict(_grey_images(30))
     assert detections.labels.tolist() == [1, 1]  # the left one, and the mirrored one
     left, right = detections.boxes[detections.boxes[:, 0].argsort()]
     assert left.tolist() == pytest.approx([0, 0, 25, 25])
@@ -71,9 +73,11 @@ def test_opinions_of_all_views_are_fused_in_the_frame_of_the_image(
     assert float(detections.scores.max()) < 0.5  # half of the views see either
 
 
-def test_views_and_rendering_travel_with_the_weights(student: YoloxStudent) -> None:
-    student.set_rendering("inverted")
-    opinion, _ = choose_views(student, images(230))
+def test_views_and_rendering_travel_with_the_weights(
+    bright_student: YoloxStudent,
+) -> None:
+    bright_student.set_rendering("inverted")
+    opinion, _ = choose_views(bright_student, _grey_images(230))
     other = OwnOpinion(YoloxStudent("yolox-nano", 2, SIDE))
     other.load_state_dict(opinion.state_dict())
     assert other.views == opinion.views
@@ -91,10 +95,10 @@ def test_renderings() -> None:
 
 
 def test_a_student_renders_what_it_is_shown() -> None:
-    student = YoloxStudent("yolox-nano", 2, SIDE)
-    student.set_rendering("inverted")
+    bright_student = YoloxStudent("yolox-nano", 2, SIDE)
+    bright_student.set_rendering("inverted")
     image = torch.full((3, SIDE, SIDE), 200, dtype=torch.uint8)
-    pixels = make_pixels([image], (SIDE, SIDE), student.input_format)
+    pixels = make_pixels([image], (SIDE, SIDE), bright_student.input_format)
     assert pixels.unique().tolist() == pytest.approx([55.0])
 
 

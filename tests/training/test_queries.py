@@ -100,7 +100,7 @@ def test_every_named_loss_is_active_before_and_after_the_burn_up(
         pytest.param([A, B], [A, B_OTHER], id="no private"),
     ],
 )
-def test_every_step_is_finite(
+def test_every_step_of_queries_is_finite(
     cloud: list[Any],
     clip: list[Any],
     step: int,
@@ -371,7 +371,7 @@ def test_detections_of_the_teacher_and_the_clip_detector_are_merged(
     ]
 
 
-def test_bfloat16_forward_leaves_losses_and_weights_in_float32(tmp_path: Path) -> None:
+def test_bfloat16_queries_leave_losses_and_weights_in_float32(tmp_path: Path) -> None:
     fit = replace(tiny_fit(steps=2), amp=True)
     task = detr_distillation(fit, burn_up=1)
     for step, batch in enumerate(training_batches(tmp_path, fit)):

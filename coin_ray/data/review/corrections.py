@@ -128,62 +128,91 @@ def correction_rows(
     to ``tell``. Raises InputError naming the reviews that do not fit the run, and if
     more than ``MOST_LEFT_OUT`` of the reviewed images are left out.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    id_of_uri = {image.get("uri"): key for key, image in images.items()}
-    left_out: list[str] = []
-    misfits: list[str] = []
-    changes: list[str] = []
-    ids: set[str] = set()
-    reviewed_count = left_out_count = 0
+    corrections = _Corrections(images, indexes, splits)
     for review in reviews:
-        if not review.reviewed:
-            continue
-        reviewed_count += 1
+        if review.reviewed:
+            corrections.add(review)
+    corrections.check(source)
+    corrections.report(source, tell)
+    return list(corrections.rows.values())
+
+
+class _Corrections:
+    """Rows of the reviews so far by image id, and why others can't be used."""
+
+    def __init__(
+        self,
+        images: Mapping[str, Mapping[str, Any]],
+        indexes: Mapping[str, int],
+        splits: Collection[str],
+    ) -> None:
+        self._images = images
+        self._indexes = indexes
+        self._splits = splits
+        self._id_of_uri = {image.get("uri"): key for key, image in images.items()}
+        self._ids: set[str] = set()
+        self._misfits: list[str] = []
+        self._left_out: list[str] = []
+        self._changes: list[str] = []
+        self._reviewed_count = self._left_out_count = 0
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def add(self, review: Review) -> None:
+        """Add the row of a reviewed image, or the reasons why it has none."""
+        self._reviewed_count += 1
         problems = [f"{review.name}: {problem}" for problem in review.problems]
         if review.image_id:
-            review_misfits = _misfits(review, images.get(review.image_id), splits)
-            if id_of_uri.get(review.uri, review.image_id) != review.image_id:
-                review_misfits.append(_describe_exchange(review, review.uri))
-            if review.image_id in ids:
-                review_misfits.append(f"{review.name} is in it twice")
-            ids.add(review.image_id)
-            misfits += review_misfits
-            if not review_misfits:
-                problems += _box_problems(review, indexes)
+            misfits = self._find_misfits(review)
+            self._ids.add(review.image_id)
+            self._misfits += misfits
+            if not misfits:
+                problems += _box_problems(review, self._indexes)
         if problems:
-            left_out_count += 1
-            left_out += problems
-        elif review.image_id in images:
-            row, row_changes = _row(review, indexes)
-            rows[review.image_id] = row
-            changes += [f"{review.name}: {change}" for change in review.changes]
-            changes += row_changes
-    is_too_much = left_out_count > MOST_LEFT_OUT * reviewed_count
-    if misfits or is_too_much:
-        raise InputError(
-            f"corrections {source}: {_first_few([*misfits, *left_out])}"
-            + (
-                f"; {left_out_count} of {reviewed_count} reviewed images can't be used"
-                if is_too_much and not misfits
-                else ""
+            self._left_out_count += 1
+            self._left_out += problems
+        elif review.image_id in self._images:
+            row, row_changes = _row(review, self._indexes)
+            self.rows[review.image_id] = row
+            self._changes += [f"{review.name}: {change}" for change in review.changes]
+            self._changes += row_changes
+
+    def _find_misfits(self, review: Review) -> list[str]:
+        misfits = _misfits(review, self._images.get(review.image_id), self._splits)
+        if self._id_of_uri.get(review.uri, review.image_id) != review.image_id:
+            misfits.append(_describe_exchange(review, review.uri))
+        if review.image_id in self._ids:
+            misfits.append(f"{review.name} is in it twice")
+        return misfits
+
+    def check(self, source: str) -> None:
+        """Raise InputError if the reviews are not of this run, or too few are usable."""
+        is_too_much = self._left_out_count > MOST_LEFT_OUT * self._reviewed_count
+        if self._misfits or is_too_much:
+            problems = _first_few([*self._misfits, *self._left_out])
+            if is_too_much and not self._misfits:
+                problems += f"; {self._describe_left_out()} can't be used"
+            raise InputError(f"corrections {source}: {problems}")
+        if not self.rows:
+            raise InputError(
+                f"corrections {source}: no image in it is marked as reviewed"
+                " (docs/own-data.md says how)"
             )
-        )
-    if not rows:
-        raise InputError(
-            f"corrections {source}: no image in it is marked as reviewed"
-            " (docs/own-data.md says how)"
-        )
-    if left_out:
-        tell(
-            f"corrections {source}: {left_out_count} of {reviewed_count} reviewed images"
-            f" are left out, the teachers' labels hold there: {_first_few(left_out)}"
-        )
-    if changes:
-        tell(
-            f"corrections {source}: {len(changes)} labels were put right or selected:"
-            f" {_first_few(changes)}"
-        )
-    return list(rows.values())
+
+    def report(self, source: str, tell: Callable[[str], object]) -> None:
+        """Tell which images were left out, and which labels were put right."""
+        if self._left_out:
+            tell(
+                f"corrections {source}: {self._describe_left_out()} are left out, the"
+                f" teachers' labels hold there: {_first_few(self._left_out)}"
+            )
+        if self._changes:
+            tell(
+                f"corrections {source}: {len(self._changes)} labels were put right or"
+                f" selected: {_first_few(self._changes)}"
+            )
+
+    def _describe_left_out(self) -> str:
+        return f"{self._left_out_count} of {self._reviewed_count} reviewed images"
 
 
 def _first_few(messages: Sequence[str]) -> str:

@@ -27,14 +27,14 @@ VALIDATION_STRIDE = 10
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class AnnotatedImages:
     """Rows of the images table that have annotations, and these by image id."""
 
     rows: list[ImageRow]
     truth: dict[str, Truth]
 
 
-def read_labelled_images(images_folder: str, split: str) -> LabelledImages:
+def read_labelled_images(images_folder: str, split: str) -> AnnotatedImages:
     """Return the annotated images of ``train``, ``val`` or ``test``. If there are no
     annotated val images, a part of the training images takes their place.
     """
@@ -55,7 +55,7 @@ def read_labelled_images(images_folder: str, split: str) -> LabelledImages:
             and is_validation_image(row["image_id"]) == validates
         ]
     truth = {row["image_id"]: annotations[row["image_id"]] for row in rows}
-    return LabelledImages(rows, truth)
+    return AnnotatedImages(rows, truth)
 
 
 def is_validation_image(image_id: str) -> bool:
@@ -64,7 +64,7 @@ def is_validation_image(image_id: str) -> bool:
 
 
 def build_labelled_examples(
-    images: LabelledImages,
+    images: AnnotatedImages,
     classes: Sequence[str],
     intensity_range: IntensityRange | None = None,
 ) -> list[Example]:

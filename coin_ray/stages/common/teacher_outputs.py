@@ -59,7 +59,7 @@ def normalize_foreground(detections: Detections) -> Detections:
     )
 
 
-def is_confident(cloud: Detections, labels: Labels) -> Tensor:
+def passes_threshold(cloud: Detections, labels: Labels) -> Tensor:
     """Return for each of the cloud's detections [N] whether its score reaches the
     training threshold, or that of its class.
     """
@@ -71,7 +71,7 @@ def is_confident(cloud: Detections, labels: Labels) -> Tensor:
 
 def select_cloud_labels(cloud: Detections, labels: Labels) -> Detections:
     """Return the cloud's detections above the training threshold."""
-    confident = cloud[is_confident(cloud, labels)]
+    confident = cloud[passes_threshold(cloud, labels)]
     if labels.probabilities == "published":
         return normalize_foreground(confident)
     return confident
@@ -91,7 +91,7 @@ def select_clip_labels(
     """Return the cloud's boxes above the thresholds with CLIP's labels; row i of
     ``clip`` is CLIP's classification of row i of ``cloud``.
     """
-    selected = is_confident(cloud, labels)
+    selected = passes_threshold(cloud, labels)
     selected &= clip.scores >= labels.clip_score_min
     if labels.clip_background == "drop":
         selected &= clip.probs.argmax(1) < clip.num_classes
@@ -104,7 +104,7 @@ def select_clip_labels_with_background(
     """Return the cloud's boxes above the threshold as CLIP classifies them: where CLIP
     sees background, the label is K, which no cloud label equals.
     """
-    confident = clip[is_confident(cloud, labels)]
+    confident = clip[passes_threshold(cloud, labels)]
     best = confident.probs.max(1)
     return Detections(confident.boxes, best.values, best.indices, confident.probs)
 

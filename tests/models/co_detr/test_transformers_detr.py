@@ -38,7 +38,7 @@ SIZES = ((64, 96), (50, 70))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def network_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         model: save_network(tmp_path_factory.mktemp(model), model, classes=5)
         for model in MODELS
@@ -72,9 +72,9 @@ def _finite_gradients(model: CollaborativeTransformersDetr, total: Tensor) -> se
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_head_trains_the_encoder_and_the_backbone_and_no_later_layer(
-    model: str, folders: dict[str, str]
+    model: str, network_folders: dict[str, str]
 ) -> None:
-    detector = _new_detector(folders[model], model).train()
+    detector = _new_detector(network_folders[model], model).train()
     objective = detector.objective(
         detector.base.prepare(_random_images()), TWO_IMAGES, seeded()
     )
@@ -98,9 +98,9 @@ def test_the_head_trains_the_encoder_and_the_backbone_and_no_later_layer(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_detectors_own_losses_are_those_of_transformers(
-    model: str, folders: dict[str, str]
+    model: str, network_folders: dict[str, str]
 ) -> None:
-    detector = _new_detector(folders[model], model).train()
+    detector = _new_detector(network_folders[model], model).train()
     batch = detector.base.prepare(_random_images())
     labels = [
         {"class_labels": t.labels, "boxes": t.normalised_boxes(size)}
@@ -131,10 +131,10 @@ EXTREMES = {
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("targets", EXTREMES.values(), ids=EXTREMES.keys())
-def test_losses_and_gradients_are_finite(
-    model: str, targets: list[DetrTargets], folders: dict[str, str]
+def test_losses_and_gradients_of_a_transformers_detr_are_finite(
+    model: str, targets: list[DetrTargets], network_folders: dict[str, str]
 ) -> None:
-    detector = _new_detector(folders[model], model).train()
+    detector = _new_detector(network_folders[model], model).train()
     total = detector.objective(
         detector.base.prepare(_random_images()), targets, seeded()
     ).total
@@ -145,9 +145,9 @@ def test_losses_and_gradients_are_finite(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_losses_and_gradients_are_finite_in_half_precision(
-    model: str, folders: dict[str, str]
+    model: str, network_folders: dict[str, str]
 ) -> None:
-    detector = _new_detector(folders[model], model).train()
+    detector = _new_detector(network_folders[model], model).train()
     with torch.autocast("cpu", torch.bfloat16):
         objective = detector.objective(
             detector.base.prepare(_random_images()), TWO_IMAGES, seeded()
@@ -162,9 +162,9 @@ def test_losses_and_gradients_are_finite_in_half_precision(
 
 
 def test_boxes_outside_the_image_and_labels_of_other_classes_are_refused(
-    folders: dict[str, str],
+    network_folders: dict[str, str],
 ) -> None:
-    detector = _new_detector(folders["rt-detr-v2"], "rt-detr-v2")
+    detector = _new_detector(network_folders["rt-detr-v2"], "rt-detr-v2")
     for bad, message in (
         (make_targets((120, 5, 140, 9, 0)), "no area inside the image"),
         (make_targets((1, 1, 9, 9, 3)), "labels must lie in 0..2"),
@@ -176,9 +176,9 @@ def test_boxes_outside_the_image_and_labels_of_other_classes_are_refused(
 
 
 def test_targets_are_scaled_to_the_stretched_image(
-    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    network_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = _new_detector(folders["rt-detr-v2"], "rt-detr-v2").train()
+    detector = _new_detector(network_folders["rt-detr-v2"], "rt-detr-v2").train()
     head_inputs: list[Any] = []
     head = detector.heads["atss"]
     forward = head.forward
@@ -212,9 +212,9 @@ def test_targets_are_scaled_to_the_stretched_image(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_exported_model_is_transformers_plain_model_with_the_same_outputs(
-    model: str, folders: dict[str, str], tmp_path: Path
+    model: str, network_folders: dict[str, str], tmp_path: Path
 ) -> None:
-    detector = _new_detector(folders[model], model)
+    detector = _new_detector(network_folders[model], model)
     optimizer = torch.optim.AdamW(detector.parameters(), 1e-3)
     detector.train().objective(
         detector.base.prepare(_random_images()), TWO_IMAGES, seeded()
@@ -243,9 +243,9 @@ def test_the_exported_model_is_transformers_plain_model_with_the_same_outputs(
 
 
 def test_detections_lie_in_the_frame_of_the_image_that_was_given(
-    folders: dict[str, str],
+    network_folders: dict[str, str],
 ) -> None:
-    detector = _new_detector(folders["d-fine"], "d-fine").eval()
+    detector = _new_detector(network_folders["d-fine"], "d-fine").eval()
     for detections, (height, width) in zip(
         detector.predict(detector.base.prepare(_random_images())), SIZES, strict=True
     ):
@@ -259,9 +259,11 @@ def test_detections_lie_in_the_frame_of_the_image_that_was_given(
 
 
 def test_without_the_head_only_the_detectors_own_losses_remain(
-    folders: dict[str, str],
+    network_folders: dict[str, str],
 ) -> None:
-    detector = _new_detector(folders["rt-detr-v2"], "rt-detr-v2", auxiliary=()).train()
+    detector = _new_detector(
+        network_folders["rt-detr-v2"], "rt-detr-v2", auxiliary=()
+    ).train()
     objective = detector.objective(detector.base.prepare(_random_images()), TWO_IMAGES)
     assert all(name.startswith("decoder_") for name in objective.losses)
     assert objective.positives == {}
@@ -269,7 +271,7 @@ def test_without_the_head_only_the_detectors_own_losses_remain(
 
 
 def test_classifiers_of_the_same_classes_are_kept_and_others_initialised(
-    folders: dict[str, str], tmp_path: Path
+    network_folders: dict[str, str], tmp_path: Path
 ) -> None:
     folder = save_network(tmp_path / "three", "rt-detr-v2", classes=3)
     name = "class_embed.0.weight"
@@ -277,10 +279,12 @@ def test_classifiers_of_the_same_classes_are_kept_and_others_initialised(
     model_class = transformers.AutoModelForObjectDetection
     original = model_class.from_pretrained(folder).state_dict()
     assert torch.equal(same[name], original[name])
-    other = load_transformers_detr(folders["rt-detr-v2"], "rt-detr-v2", NAMES).network
+    other = load_transformers_detr(
+        network_folders["rt-detr-v2"], "rt-detr-v2", NAMES
+    ).network
     assert tuple(other.state_dict()["class_embed.0.weight"].shape) == (3, 32)
     five = transformers.AutoModelForObjectDetection.from_pretrained(
-        folders["rt-detr-v2"]
+        network_folders["rt-detr-v2"]
     ).state_dict()
     assert torch.equal(
         other.state_dict()["model.enc_output.0.weight"],
@@ -289,9 +293,9 @@ def test_classifiers_of_the_same_classes_are_kept_and_others_initialised(
 
 
 def test_an_average_follows_weights_of_several_names_once(
-    folders: dict[str, str],
+    network_folders: dict[str, str],
 ) -> None:
-    student = _new_detector(folders["rt-detr-v2"], "rt-detr-v2")
+    student = _new_detector(network_folders["rt-detr-v2"], "rt-detr-v2")
     teacher = copy.deepcopy(student)
     with torch.no_grad():
         for weight in student.parameters():
@@ -302,8 +306,8 @@ def test_an_average_follows_weights_of_several_names_once(
         torch.testing.assert_close(weight.detach(), before[name] + 0.25, msg=name)
 
 
-def test_the_backbone_learns_slowly(folders: dict[str, str]) -> None:
-    detector = _new_detector(folders["d-fine"], "d-fine")
+def test_the_backbone_learns_slowly(network_folders: dict[str, str]) -> None:
+    detector = _new_detector(network_folders["d-fine"], "d-fine")
     slow, fast = parameter_groups(
         detector, TrainingConfig(lr=1e-3, visual_lr_factor=0.1)
     )
@@ -316,8 +320,8 @@ def test_the_backbone_learns_slowly(folders: dict[str, str]) -> None:
     }  # type: ignore[attr-defined]
 
 
-def test_weights_of_objects_are_refused(folders: dict[str, str]) -> None:
-    detector = _new_detector(folders["d-fine"], "d-fine")
+def test_weights_of_objects_are_refused(network_folders: dict[str, str]) -> None:
+    detector = _new_detector(network_folders["d-fine"], "d-fine")
     weighted = DetrTargets(
         TWO_IMAGES[0].boxes, TWO_IMAGES[0].labels, torch.tensor([0.5, 1.0])
     )
@@ -328,13 +332,13 @@ def test_weights_of_objects_are_refused(folders: dict[str, str]) -> None:
 
 
 def test_folders_that_cannot_be_loaded_is_reported(
-    folders: dict[str, str], tmp_path: Path
+    network_folders: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(
         ConfigError,
         match="is a d_fine model; --model rt-detr-v2 trains rt_detr_v2 models",
     ):
-        load_transformers_detr(folders["d-fine"], "rt-detr-v2", NAMES)
+        load_transformers_detr(network_folders["d-fine"], "rt-detr-v2", NAMES)
     with pytest.raises(InputError, match="is no model folder of transformers"):
         load_transformers_detr(str(tmp_path), "d-fine", NAMES)
     with pytest.raises(

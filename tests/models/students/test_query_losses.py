@@ -42,7 +42,7 @@ BOXES = torch.tensor([[5.0, 6, 60, 40], [50, 20, 110, 68], [10, 10, 20, 20]])
 OTHER_BOXES = torch.tensor([[15.0, 16, 60, 80]])
 
 
-def images() -> list[Tensor]:
+def _make_images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
@@ -65,12 +65,12 @@ def total_loss(
     student: TransformersStudent, targets: Sequence[Targets], noise_seed: int = 3
 ) -> Tensor:
     torch.manual_seed(noise_seed)
-    return torch.stack(list(student.losses(images(), targets).values())).sum()
+    return torch.stack(list(student.losses(_make_images(), targets).values())).sum()
 
 
 def library_labels(targets: Sequence[Targets]) -> list[dict[str, Tensor]]:
     labels = []
-    for image, image_targets in zip(images(), targets, strict=True):
+    for image, image_targets in zip(_make_images(), targets, strict=True):
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
         boxes = box_convert(image_targets.boxes / size, "xyxy", "cxcywh")
         labels.append({"class_labels": image_targets.labels, "boxes": boxes})
@@ -78,7 +78,7 @@ def library_labels(targets: Sequence[Targets]) -> list[dict[str, Tensor]]:
 
 
 def library_loss(network: Any, targets: Sequence[Targets], noise_seed: int = 3) -> Any:
-    resized = [resize_image(image, INPUT) for image in images()]
+    resized = [resize_image(image, INPUT) for image in _make_images()]
     pixels = make_pixels(resized, (SIDE, SIDE), INPUT)
     torch.manual_seed(noise_seed)
     return network(pixel_values=pixels, labels=library_labels(targets)).loss
@@ -168,7 +168,7 @@ def test_uncertain_classes_cost_their_expectation(
 
 
 def class_loss(student: TransformersStudent, targets: Sequence[Targets]) -> float:
-    return float(student.losses(images(), targets)["class"].detach())
+    return float(student.losses(_make_images(), targets)["class"].detach())
 
 
 def fix_matches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_ignored_images_cost_exactly_nothing(model_type: str) -> None:
             CLASSES,
             ignored=torch.tensor([[0.0, 0, image.shape[2], image.shape[1]]]),
         )
-        for image in images()
+        for image in _make_images()
     ]
     loss = total_loss(student, ignored)
     loss.backward()

@@ -47,15 +47,17 @@ ROWS = {0: 3, 2: 2}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
+def pretrained_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    pretrained_folders = {}
     for model_type in MODEL_TYPES:
-        folders[model_type] = tmp_path_factory.mktemp(model_type)
-        save_tiny_network(folders[model_type], model_type, PRETRAINED_CLASSES)
-    return folders
+        pretrained_folders[model_type] = tmp_path_factory.mktemp(model_type)
+        save_tiny_network(
+            pretrained_folders[model_type], model_type, PRETRAINED_CLASSES
+        )
+    return pretrained_folders
 
 
-def images() -> list[Tensor]:
+def _make_images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     return [
         torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
@@ -85,9 +87,9 @@ def test_class_heads_are_all_tensors_that_depend_on_the_classes(
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_class_rows_are_taken_over_by_name(
-    model_type: str, folders: dict[str, Path]
+    model_type: str, pretrained_folders: dict[str, Path]
 ) -> None:
-    folder = str(folders[model_type])
+    folder = str(pretrained_folders[model_type])
     student = load_transformers_student(folder, CLASSES, seed=0)
     same_seed = load_transformers_student(folder, CLASSES, seed=0)
     other_seed = load_transformers_student(folder, CLASSES, seed=1)
@@ -109,10 +111,12 @@ def test_class_rows_are_taken_over_by_name(
 
 
 def test_as_many_other_classes_are_no_reason_to_keep_a_row(
-    folders: dict[str, Path],
+    pretrained_folders: dict[str, Path],
 ) -> None:
     classes = ("boat", "bus", "train", "car")
-    student = load_transformers_student(str(folders["d_fine"]), classes, seed=0)
+    student = load_transformers_student(
+        str(pretrained_folders["d_fine"]), classes, seed=0
+    )
     name = "model.enc_score_head.weight"
     expected = tiny_network("d_fine", 4).state_dict()[name]
     head = student.network.state_dict()[name]
@@ -122,22 +126,22 @@ def test_as_many_other_classes_are_no_reason_to_keep_a_row(
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_it_predicts_what_the_library_s_post_processing_returns(
-    model_type: str, folders: dict[str, Path]
+    model_type: str, pretrained_folders: dict[str, Path]
 ) -> None:
-    folder = str(folders[model_type])
+    folder = str(pretrained_folders[model_type])
     student = load_transformers_student(folder, PRETRAINED_CLASSES, seed=0).eval()
     network = transformers.AutoModelForObjectDetection.from_pretrained(folder).eval()
     processor = tiny_processor(model_type)
-    resized = [resize_image(image, student.input_format) for image in images()]
+    resized = [resize_image(image, student.input_format) for image in _make_images()]
     pixels = make_pixels(resized, (SIDE, SIDE), student.input_format)
     with torch.no_grad():
         predicted = network(pixel_values=pixels)
-    sizes = [tuple(image.shape[1:]) for image in images()]
+    sizes = [tuple(image.shape[1:]) for image in _make_images()]
     expected = processor.post_process_object_detection(
         predicted, threshold=student.post_process.score_min, target_sizes=sizes
     )
     for detections, image_expected, size in zip(
-        student.predict(images()), expected, sizes, strict=True
+        student.predict(_make_images()), expected, sizes, strict=True
     ):
         count = len(detections)
         limit = student.post_process.detections
@@ -154,21 +158,25 @@ def test_it_predicts_what_the_library_s_post_processing_returns(
 
 @pytest.mark.parametrize("model_type", [t for t in MODEL_TYPES if t != "rf_detr"])
 def test_pixels_are_those_of_the_image_processor(
-    model_type: str, folders: dict[str, Path]
+    model_type: str, pretrained_folders: dict[str, Path]
 ) -> None:
-    student = load_transformers_student(str(folders[model_type]), CLASSES, seed=0)
-    resized = [resize_image(image, student.input_format) for image in images()]
+    student = load_transformers_student(
+        str(pretrained_folders[model_type]), CLASSES, seed=0
+    )
+    resized = [resize_image(image, student.input_format) for image in _make_images()]
     pixels = make_pixels(resized, (SIDE, SIDE), student.input_format)
-    expected = tiny_processor(model_type)(images=images(), return_tensors="pt")
+    expected = tiny_processor(model_type)(images=_make_images(), return_tensors="pt")
     torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
 def test_rf_detr_s_pixels_are_those_of_its_processor_without_resizing(
-    folders: dict[str, Path],
+    pretrained_folders: dict[str, Path],
 ) -> None:
     """It resizes without antialiasing, which no student does."""
-    student = load_transformers_student(str(folders["rf_detr"]), CLASSES, seed=0)
-    image = images()[2]
+    student = load_transformers_student(
+        str(pretrained_folders["rf_detr"]), CLASSES, seed=0
+    )
+    image = _make_images()[2]
     pixels = make_pixels([image], (SIDE, SIDE), student.input_format)
     expected = tiny_processor("rf_detr")(images=[image], return_tensors="pt")
     torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=1e-6)
@@ -176,9 +184,11 @@ def test_rf_detr_s_pixels_are_those_of_its_processor_without_resizing(
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_trunk_is_the_backbone_and_its_pyramid(
-    model_type: str, folders: dict[str, Path]
+    model_type: str, pretrained_folders: dict[str, Path]
 ) -> None:
-    student = load_transformers_student(str(folders[model_type]), CLASSES, seed=0)
+    student = load_transformers_student(
+        str(pretrained_folders[model_type]), CLASSES, seed=0
+    )
     parts = student.parameter_parts()
     trunk, head = set(map(id, parts.trunk)), set(map(id, parts.head))
     everything = dict(student.network.named_parameters())
@@ -193,9 +203,9 @@ def test_the_trunk_is_the_backbone_and_its_pyramid(
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_check_accepts_what_can_be_trained(
-    model_type: str, folders: dict[str, Path]
+    model_type: str, pretrained_folders: dict[str, Path]
 ) -> None:
-    check_transformers_student(str(folders[model_type]), CLASSES)
+    check_transformers_student(str(pretrained_folders[model_type]), CLASSES)
 
 
 def test_names_of_students() -> None:
@@ -205,18 +215,20 @@ def test_names_of_students() -> None:
     assert not is_transformers_student("faster-rcnn")
 
 
-def test_folders_are_students_by_their_config(folders: dict[str, Path]) -> None:
-    assert is_transformers_student(str(folders["d_fine"]))
-    assert not is_transformers_student(str(folders["d_fine"].parent))
+def test_folders_are_students_by_their_config(
+    pretrained_folders: dict[str, Path],
+) -> None:
+    assert is_transformers_student(str(pretrained_folders["d_fine"]))
+    assert not is_transformers_student(str(pretrained_folders["d_fine"].parent))
 
 
 # Weights that can't be used
 
 
 @pytest.fixture
-def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
+def folder(pretrained_folders: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of D-FINE's folder to damage."""
-    return Path(shutil.copytree(folders["d_fine"], tmp_path / "student"))
+    return Path(shutil.copytree(pretrained_folders["d_fine"], tmp_path / "student"))
 
 
 def edit_config(folder: Path, **settings: object) -> None:
@@ -253,9 +265,9 @@ def test_weights_of_another_class_count_are_named(folder: Path) -> None:
 
 
 def test_weights_of_another_network_are_named(
-    folder: Path, folders: dict[str, Path]
+    folder: Path, pretrained_folders: dict[str, Path]
 ) -> None:
-    shutil.copy(folders["rt_detr_v2"] / "model.safetensors", folder)
+    shutil.copy(pretrained_folders["rt_detr_v2"] / "model.safetensors", folder)
     refuse(folder, "the weights belong to another network: expected .* of shape")
 
 
@@ -302,7 +314,7 @@ def test_a_damaged_config_is_named(folder: Path) -> None:
     ],
 )
 def test_a_processor_that_does_not_stretch_to_a_square_is_named(
-    folders: dict[str, Path], tmp_path: Path, size: dict[str, int]
+    pretrained_folders: dict[str, Path], tmp_path: Path, size: dict[str, int]
 ) -> None:
     save_tiny_network(tmp_path, "lw_detr", PRETRAINED_CLASSES, size=size)
     refuse(tmp_path, "must stretch images to a square.*preprocessor_config.json")
@@ -344,26 +356,30 @@ def test_a_version_without_the_model_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_description_rebuilds_the_network(
-    model_type: str, folders: dict[str, Path]
+    model_type: str, pretrained_folders: dict[str, Path]
 ) -> None:
-    student = load_transformers_student(str(folders[model_type]), CLASSES, seed=3)
+    student = load_transformers_student(
+        str(pretrained_folders[model_type]), CLASSES, seed=3
+    )
     text = json.dumps(describe_transformers_student(student))
     rebuilt = student_from_transformers_config(json.loads(text))
     rebuilt.load_state_dict(student.state_dict())
     assert rebuilt.input_format == student.input_format
-    expected = student.eval().predict(images())
+    expected = student.eval().predict(_make_images())
     for detections, other in zip(
-        rebuilt.eval().predict(images()), expected, strict=True
+        rebuilt.eval().predict(_make_images()), expected, strict=True
     ):
         assert torch.equal(detections.boxes, other.boxes)
         assert torch.equal(detections.probs, other.probs)
 
 
 def test_an_empty_student_takes_trained_weights_without_the_pretrained_ones(
-    folders: dict[str, Path], tmp_path: Path
+    pretrained_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    student = load_transformers_student(str(folders["d_fine"]), CLASSES, seed=0)
-    folder = shutil.copytree(folders["d_fine"], tmp_path / "student")
+    student = load_transformers_student(
+        str(pretrained_folders["d_fine"]), CLASSES, seed=0
+    )
+    folder = shutil.copytree(pretrained_folders["d_fine"], tmp_path / "student")
     (folder / "model.safetensors").unlink()
     empty = empty_transformers_student(str(folder), CLASSES)
     assert not torch.equal(
@@ -380,11 +396,13 @@ def test_every_name_in_the_settings_has_a_network() -> None:
 
 
 def test_loading_draws_nothing_from_the_global_generator(
-    folders: dict[str, Path],
+    pretrained_folders: dict[str, Path],
 ) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    student = load_transformers_student(str(folders["d_fine"]), CLASSES, seed=0)
+    student = load_transformers_student(
+        str(pretrained_folders["d_fine"]), CLASSES, seed=0
+    )
     assert isinstance(student, TransformersStudent)
     assert torch.equal(torch.rand(1), expected)

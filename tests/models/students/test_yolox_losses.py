@@ -20,7 +20,7 @@ CLASSES = 5
 SIDE = 128
 
 
-def make_student() -> YoloxStudent:
+def _make_student() -> YoloxStudent:
     torch.manual_seed(3)
     student = YoloxStudent("yolox-nano", CLASSES, SIDE)
     # larger logits than the initial ones, so that the assignment has choices
@@ -29,7 +29,7 @@ def make_student() -> YoloxStudent:
     return student.eval()
 
 
-def make_targets(count: int, seed: int = 0) -> Targets:
+def _make_targets(count: int, seed: int = 0) -> Targets:
     draw = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, 2, generator=draw) * 90
     sizes = 8 + torch.rand(count, 2, generator=draw) * 60
@@ -38,7 +38,7 @@ def make_targets(count: int, seed: int = 0) -> Targets:
     return Targets.from_labels(boxes, labels, CLASSES)
 
 
-def make_images(count: int) -> list[Tensor]:
+def _make_images(count: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(9)
     shape = (3, SIDE, SIDE)
     return [
@@ -68,10 +68,10 @@ def reference_labels(targets: list[Targets]) -> Tensor:
 
 @pytest.mark.parametrize("counts", [(3, 0, 7), (1, 1, 1), (0, 0, 0), (30, 12, 25)])
 def test_losses_equal_the_reference_implementation(counts: tuple[int, ...]) -> None:
-    student = make_student().train()
+    student = _make_student().train()
     reference = reference_model(student).train()
-    images = make_images(len(counts))
-    targets = [make_targets(count, seed) for seed, count in enumerate(counts)]
+    images = _make_images(len(counts))
+    targets = [_make_targets(count, seed) for seed, count in enumerate(counts)]
     pixels = torch.stack(images).float().flip(1)
     expected = reference(pixels, reference_labels(targets))
     losses = student.losses(images, targets)
@@ -102,7 +102,7 @@ def outputs_and_losses(targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
 
 def test_an_ignored_region_has_no_gradient_and_no_loss() -> None:
     region = torch.tensor([[32.0, 32.0, 96.0, 96.0]])
-    nothing = make_targets(0)
+    nothing = _make_targets(0)
     outputs, losses = outputs_and_losses(
         Targets(nothing.boxes, nothing.probs, nothing.weights, region)
     )
@@ -118,9 +118,9 @@ def test_an_ignored_region_has_no_gradient_and_no_loss() -> None:
 
 
 def test_a_whole_ignored_image_costs_nothing_and_is_finite() -> None:
-    student = make_student().train()
-    images = make_images(2)
-    nothing = make_targets(0)
+    student = _make_student().train()
+    images = _make_images(2)
+    nothing = _make_targets(0)
     region = torch.tensor([[0.0, 0.0, SIDE, SIDE]])
     targets = Targets(nothing.boxes, nothing.probs, nothing.weights, region)
     losses = student.losses(images, [targets, targets])
@@ -130,7 +130,7 @@ def test_a_whole_ignored_image_costs_nothing_and_is_finite() -> None:
 
 
 def test_a_box_in_an_ignored_region_is_learned() -> None:
-    certain = make_targets(1)
+    certain = _make_targets(1)
     region = torch.tensor([[0.0, 0.0, SIDE, SIDE]])
     outputs, losses = outputs_and_losses(
         Targets(certain.boxes, certain.probs, certain.weights, region)
@@ -143,9 +143,9 @@ def test_a_box_in_an_ignored_region_is_learned() -> None:
 
 def test_half_the_weight_of_a_lone_cell_halves_its_gradient() -> None:
     # far from all predictions a box gets one cell whatever its weight
-    box, probs = torch.tensor([[60.0, 60.0, 60.5, 60.5]]), make_targets(1).probs
+    box, probs = torch.tensor([[60.0, 60.0, 60.5, 60.5]]), _make_targets(1).probs
     nowhere = torch.zeros(0, 4)
-    others = make_targets(1, seed=5)  # a second box, so that the total is above 1
+    others = _make_targets(1, seed=5)  # a second box, so that the total is above 1
     gradients = []
     for weight in (1.0, 0.5):
         weights = torch.tensor([weight, 1.0])
@@ -173,7 +173,7 @@ def test_an_uncertain_box_gets_fewer_cells() -> None:
     counts = []
     for weight in (1.0, 0.35):
         target = Targets(
-            box, make_targets(1).probs, torch.tensor([weight]), torch.zeros(0, 4)
+            box, _make_targets(1).probs, torch.tensor([weight]), torch.zeros(0, 4)
         )
         leaf = outputs.clone().requires_grad_()
         losses = yolox_losses(leaf, cells, strides, [target])
