@@ -135,7 +135,7 @@ def test_a_box_in_the_margin_of_a_rendering_is_no_object() -> None:
 
 
 def test_many_boxes_are_bounded_where_they_are_read() -> None:
-    count = 100_000
+    count = 30 * BOXES_MAX
     detections = [
         detection_json(box=[1, 2, 3 + i % 50, 30], score=i / count)
         for i in range(count)
@@ -169,6 +169,6 @@ def test_the_work_for_one_box_under_many_labels_is_not_quadratic() -> None:
     assert raw.counts == BoxCounts(surplus=2 * BOXES_MAX, unmapped=3 * BOXES_MAX)
     few, many = (
         count_calls(lambda factor=factor: _decode_labels(factor * BOXES_MAX))
-        for factor in (2, 6)
+        for factor in (1, 3)
     )
     assert many < 3.3 * few

@@ -45,7 +45,10 @@ def _quick_groups() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(
+    "budget",
+    [*(pytest.param(b, marks=pytest.mark.slow) for b in ("calls", "usd")), "both"],
+)
 def test_kills_do_not_stretch_the_budget(tmp_path: Path, budget: str) -> None:
     """Kill real processes with SIGKILL; the service counts the calls."""
     seed = list(BUDGETS).index(budget)

@@ -76,18 +76,28 @@ def _exit_code(command: str) -> int:
         return int(str(end.code))
 
 
+@pytest.mark.parametrize(
+    "failures",
+    [
+        pytest.param(("full disk", "Ctrl-C"), id="disk and Ctrl-C"),
+        pytest.param(tuple(FAILURES), id="all", marks=pytest.mark.slow),
+    ],
+)
 def test_every_subcommand_has_the_same_exit_codes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    failures: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert {command.split()[0] for command in COMMANDS} == set(SUBCOMMANDS)
     table = {}
     for command, work in COMMANDS.items():
         codes = {}
-        for name, (failure, _) in FAILURES.items():
+        for name in failures:
 
             def fail(
-                *_: object, failure: BaseException = failure, **__: object
+                *_: object, failure: BaseException = FAILURES[name][0], **__: object
             ) -> None:
                 raise failure
 
@@ -98,12 +108,12 @@ def test_every_subcommand_has_the_same_exit_codes(
         table[command] = codes
     capsys.readouterr()
     with capsys.disabled():
-        columns = [*FAILURES, "wrong option"]
+        columns = [*failures, "wrong option"]
         print(f"\n{'exit codes':<36} {'  '.join(columns)}")
         for command, codes in table.items():
             cells = (f"{codes[name]:>{len(name)}}" for name in columns)
             print(f"{command:<36} {'  '.join(cells)}")
-    expected_codes = {name: code for name, (_, code) in FAILURES.items()}
+    expected_codes = {name: FAILURES[name][1] for name in failures}
     expected_codes["wrong option"] = 2
     assert table == dict.fromkeys(COMMANDS, expected_codes)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ CASES = [
 ]
 
 
+@cache
 def _step_fingerprints(config: PipelineConfig) -> list[str]:
     return [step.fingerprint for step in build_steps(config, baselines=True).values()]
 
