@@ -70,6 +70,17 @@ def _labelled_scene(artwork: Artwork, seed: int) -> tuple[Tensor, Targets]:
     return image, Targets.from_labels(boxes, labels, len(CLASSES))
 
 
+def _write_weights(average: AveragedModel) -> None:
+    """Write the moving average in half precision, which halves the file."""
+    weights = average.module.state_dict()
+    halves = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+        if name.startswith("network.")
+    }
+    torch.save(halves, WEIGHTS)
+
+
 def main() -> None:
     """Train the starting student and write its weights."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -83,7 +94,8 @@ def main() -> None:
         student, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
     )
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.02)
-    loader = DataLoader(LabelledSourceScenes(), batch_size=None)
+    # one process composes the scenes, so that the order of their seeds is fixed
+    loader = DataLoader(LabelledSourceScenes(), batch_size=None, num_workers=1)
     start, step = time.process_time(), 0
     for images, targets in loader:
         progress = (time.process_time() - start) / 60 / minutes
@@ -105,7 +117,8 @@ def main() -> None:
         if step % 100 == 0:
             parts = {name: round(float(loss), 2) for name, loss in losses.items()}
             print(f"step {step}, {progress:.0%}, {parts}", flush=True)
-    torch.save(average.module.half().state_dict(), WEIGHTS)
+            _write_weights(average)
+    _write_weights(average)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB after {step} steps")
 
 
