@@ -23,6 +23,8 @@ from coin_ray.errors import InputError
 from coin_ray.runs.steps import Context
 from coin_ray.stages import collect, images
 
+pytestmark = pytest.mark.usefixtures("inspect_in_this_process")
+
 
 def _context(
     tmp_path: Path,

@@ -25,6 +25,8 @@ from coin_ray.runs.steps import (
 from coin_ray.stages.common.prediction import read_image
 from tests.builders import CLASSES, tiny_detector
 
+pytestmark = pytest.mark.usefixtures("inspect_in_this_process")
+
 
 def _write_frame(path: Path, ground: int, warm: int) -> str:
     """Write a 16-bit image with a warm object on a colder ground."""
