@@ -165,7 +165,9 @@ def test_only_holders_of_the_token_reach_a_launched_cluster(name: str) -> None:
     starts = [c for c in _node_commands(name) if "ray start" in c]
     assert len(starts) == 2
     assert all(
-        set_for_all_commands or "RAY_AUTH_MODE=token ray start" in c for c in starts
+        set_for_all_commands
+        or re.search(r"RAY_AUTH_MODE=token (\S+=\S+ )*ray start", c)
+        for c in starts
     )
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert "0.0.0.0" not in _read_text(name)
@@ -180,6 +182,7 @@ def test_own_machines_name_their_addresses_and_find_ray_in_every_shell() -> None
     assert f"--node-ip-address={head_ip} " in head
     assert "RAY_enable_autoscaler_v2=0 " in head
     assert "--node-ip-address=$address " in worker
+    assert "GLOO_SOCKET_IFNAME=$interface ray start" in worker
     assert "--block" in worker, "processes of Ray would outlive the head"
     (activation,) = [c for c in _node_commands(name) if c.endswith(">> ~/.bashrc")]
     assert "'source ~/coin_ray/venv/bin/activate'" in activation
