@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,16 @@ def tiny_clip(seed: int = 0) -> ClipModel:
     network.eval().requires_grad_(False)
     return ClipModel(
         network,
-        open_clip.SimpleTokenizer(context_length=20),
+        _tokenizer(),
         open_clip.OPENAI_DATASET_MEAN,
         open_clip.OPENAI_DATASET_STD,
     )
+
+
+@cache
+def _tokenizer() -> open_clip.SimpleTokenizer:
+    """Read the vocabulary once: it takes longer than all the rest of the model."""
+    return open_clip.SimpleTokenizer(context_length=20)
 
 
 @torch.no_grad()

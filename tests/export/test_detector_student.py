@@ -105,6 +105,7 @@ def test_the_rendering_is_inside(rendering: StudentRendering) -> None:
     torch.testing.assert_close(boxes, model(images[1]).boxes, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_images() -> None:
     student = _make_student()
     file_bytes = student_onnx_model(student, CLASSES).SerializeToString()

@@ -337,6 +337,7 @@ def with_truck(trained: ClipDetector, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.mark.slow
 def test_an_export_without_the_8_bit_file_removes_that_of_an_earlier_one(
     with_truck: Path,
 ) -> None:
@@ -349,6 +350,7 @@ def _ratios(probs: torch.Tensor) -> torch.Tensor:
     return probs[:, 0] / probs[:, 1]
 
 
+@pytest.mark.slow
 def test_a_class_added_by_text_keeps_the_ratio_of_the_others_probabilities(
     trained: ClipDetector, with_truck: Path
 ) -> None:

@@ -102,8 +102,9 @@ def test_class_rows_are_taken_over_by_name(
     if DENOISING_CLASSES in weights:
         embedding, old = weights[DENOISING_CLASSES], expected[DENOISING_CLASSES]
         assert torch.equal(embedding[[0, 2, 3]], old[[3, 2, 4]])
+    same_weights = same_seed.network.state_dict()
     for name, tensor in weights.items():
-        assert torch.equal(tensor, same_seed.network.state_dict()[name])
+        assert torch.equal(tensor, same_weights[name])
         if name not in heads and name != DENOISING_CLASSES:
             assert torch.equal(tensor, expected[name]), name
     name = next(name for name in heads if name.endswith("weight"))
@@ -386,9 +387,10 @@ def test_an_empty_student_takes_trained_weights_without_the_pretrained_ones(
         class_tensors(empty.network)["class_embed.0.weight"],
         class_tensors(student.network)["class_embed.0.weight"],
     )
-    empty.load_state_dict(student.state_dict())
+    weights = student.state_dict()
+    empty.load_state_dict(weights)
     for name, tensor in empty.state_dict().items():
-        assert torch.equal(tensor, student.state_dict()[name])
+        assert torch.equal(tensor, weights[name])
 
 
 def test_every_name_in_the_settings_has_a_network() -> None:

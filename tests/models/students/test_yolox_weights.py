@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,11 @@ class OfficialExport(nn.Module):
         return torch.cat([outputs[..., :4], outputs[..., 4:].sigmoid()], -1)
 
 
+@cache
+def random_onnx() -> bytes:
+    return onnx_bytes(random_network())
+
+
 def onnx_bytes(network: YoloxNetwork, side: int = 64) -> bytes:
     buffer = io.BytesIO()
     torch.onnx.export(
@@ -84,7 +90,7 @@ def assert_equals_onnx(path: str) -> None:
 
 def test_onnx_with_folded_norms_gives_the_same_outputs(tmp_path: Path) -> None:
     path = tmp_path / "yolox.onnx"
-    path.write_bytes(onnx_bytes(random_network()))
+    path.write_bytes(random_onnx())
     nodes = {node.op_type for node in onnx.load(path).graph.node}
     assert "BatchNormalization" not in nodes
     assert_equals_onnx(str(path))
@@ -99,7 +105,7 @@ def test_onnx_of_another_order_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "yolox.onnx"
-    path.write_bytes(onnx_bytes(random_network()))
+    path.write_bytes(random_onnx())
     read_convolutions = yolox_weights._onnx_convolutions
 
     def swap(graph: object) -> list[tuple[Tensor, Tensor | None]]:

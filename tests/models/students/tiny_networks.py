@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SIDE = 96
 MODEL_TYPES = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr")
@@ -110,8 +113,16 @@ def _hgnet() -> Any:
 
 def tiny_network(model_type: str, classes: int = 3, seed: int = 0) -> Any:
     """Return a network with weights and statistics spread enough that predictions of
-    different queries differ.
+    different queries differ. It seeds torch's generator.
     """
+    network, generator_state = _cached_network(model_type, classes, seed)
+    torch.set_rng_state(generator_state)
+    return copy.deepcopy(network)
+
+
+@cache
+def _cached_network(model_type: str, classes: int, seed: int) -> tuple[Any, Tensor]:
+    """Return a network, and the state of torch's generator after it was made."""
     import transformers
 
     torch.manual_seed(seed)
@@ -123,7 +134,7 @@ def tiny_network(model_type: str, classes: int = 3, seed: int = 0) -> Any:
             if parameter.requires_grad and parameter.dim() > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     _fit_batch_norms(network)
-    return network
+    return network, torch.get_rng_state()
 
 
 @torch.no_grad()
