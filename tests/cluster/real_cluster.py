@@ -29,23 +29,24 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER_FILE = "deploy/cluster-onprem.yaml"
 SECTION = "Machines of your own"
 DOCUMENTED_HOSTS = ("192.0.2.10", "192.0.2.11", "192.0.2.12")
-TRAIN, VAL, TEST = 40, 4, 12
+TRAIN, VAL, TEST = 24, 4, 8
 IMAGES_ASKED = TRAIN + TEST
 SMALL = (
     *("--data.train", str(TRAIN), "--data.val", str(VAL), "--data.test", str(TEST)),
-    *("--propagate.fit.steps", "24", "--propagate.fit.checkpoint-every", "3"),
-    *("--distill.fit.steps", "24", "--distill.fit.checkpoint-every", "3"),
-    *("--distill.burn-up", "8", "--collect.batch", "4", "--cloud.in-flight", "4"),
+    *("--propagate.fit.steps", "12", "--propagate.fit.checkpoint-every", "3"),
+    *("--distill.fit.steps", "12", "--distill.fit.checkpoint-every", "3"),
+    *("--distill.burn-up", "4", "--collect.batch", "4", "--cloud.in-flight", "4"),
     *("--cloud.serve-latency", "1", "--cloud.serve-faults", "0"),
 )
 """Settings of a small run of the demo, which asks for about four images a second."""
 FIGURES = ("map50", "map50_unknown", "per_class", "separation")
 RAY_PROCESSES = ("raylet", "gcs_server", "ray::", "dashboard/")
 POLL_SECONDS = 0.2
-UP_SECONDS = 300.0
-DOWN_SECONDS = 180.0
-SUBMIT_SECONDS = 120.0
-JOB_SECONDS = 900.0
+UP_SECONDS = 900.0
+DOWN_SECONDS = 300.0
+SUBMIT_SECONDS = 300.0
+JOB_SECONDS = 2400.0
+"""Longest times, for machines on which much else runs."""
 
 
 def wait_until(
@@ -235,10 +236,12 @@ class RealCluster:
             machine.give_home_to_user()
 
     def up(self) -> None:
-        """Start the cluster by the page's commands, and wait for both workers."""
+        """Start the cluster by the page's commands, and wait for both workers and for
+        the tracking server."""
         for start in ("ray get-auth-token", "python -m pip wheel", "ray up"):
             self.office.type(docs_page.command(SECTION, start))
         wait_until(self.is_complete, "both workers", UP_SECONDS)
+        self.tracking.wait_until_ready()
         status = self.office.type(docs_page.command(SECTION, "ray exec"))
         assert f" {len(self.machines)} local.cluster.node" in status, status
 

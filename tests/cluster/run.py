@@ -23,7 +23,7 @@ from pathlib import Path
 import docs_page
 from machines import ISOLATE, die_with_parent, missing_requirements, run_command
 from real_cluster import RealCluster
-from scenarios import SCENARIOS, Row, run_scenario
+from scenarios import SCENARIOS, run_scenario
 
 FOLDER_VARIABLE = "COIN_RAY_CLUSTER_TEST"
 """Tells the process that runs isolated where its files are."""
@@ -50,7 +50,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-table", action="store_true", help="leave docs/cluster.md as it is"
     )
-    parser.add_argument("--keep", default="", help="folder for the logs of the jobs")
+    parser.add_argument("--keep", default="", help="folder outside /tmp for logs")
     return parser.parse_args(arguments)
 
 
@@ -87,7 +87,6 @@ def _run_scenarios(folder: Path, options: argparse.Namespace) -> int:
     cluster = RealCluster(folder)
     cluster.up()
     print(f"up: {time.monotonic() - started:.0f} s, 3 nodes", flush=True)
-    rows: list[Row] = []
     failures = 0
     undisturbed = None
     for scenario in SCENARIOS:
@@ -98,6 +97,8 @@ def _run_scenarios(folder: Path, options: argparse.Namespace) -> int:
         except Exception:
             print(f"{scenario.name}: {traceback.format_exc()}", flush=True)
             failures += 1
+            if undisturbed is None:
+                break
             continue
         finally:
             _keep_logs(cluster, scenario.name, options.keep)
@@ -107,12 +108,11 @@ def _run_scenarios(folder: Path, options: argparse.Namespace) -> int:
         for problem in row.problems():
             print(f"{scenario.name}: {problem}", flush=True)
             failures += 1
-        rows.append(row)
+        if not options.no_table:
+            docs_page.write_table([str(row)])
     started = time.monotonic()
     cluster.down()
     print(f"down: no process of Ray after {time.monotonic() - started:.0f} s")
-    if not options.no_table:
-        docs_page.write_table([str(row) for row in rows])
     return 1 if failures else 0
 
 

@@ -12,7 +12,7 @@ from real_cluster import IMAGES_ASKED, Job, RealCluster, wait_until
 ASKING = "CloudActor"
 TRAINING = "RayTrainWorker"
 """Parts of the titles of the processes that ask the cloud, and that train."""
-FIRST_CALLS = 12
+FIRST_CALLS = 8
 """Calls after which a collection is disturbed."""
 Disturbance = Callable[[RealCluster, Job], None]
 
@@ -37,11 +37,11 @@ def do_nothing(cluster: RealCluster, job: Job) -> None:
 
 
 def _wait_for_calls(job: Job) -> None:
-    wait_until(lambda: job.served_calls() >= FIRST_CALLS, "the first calls", 240)
+    wait_until(lambda: job.served_calls() >= FIRST_CALLS, "the first calls")
 
 
 def _wait_for_training(job: Job, step: str) -> None:
-    wait_until(lambda: job.has_checkpoint(step), f"a checkpoint of {step}", 600)
+    wait_until(lambda: job.has_checkpoint(step), f"a checkpoint of {step}")
 
 
 def _asking_node(cluster: RealCluster, job: Job) -> Machine:
@@ -325,23 +325,26 @@ def run_scenario(
     try:
         scenario.disturb(cluster, job)
         cluster.finish(job)
+        if not scenario.again:
+            return job, _compare(scenario, job, expected)
     finally:
         scenario.repair(cluster)
-    if scenario.again and not job.is_finished():
-        cluster.submit_again(job)
-        cluster.finish(job)
+    cluster.submit_again(job)
+    cluster.finish(job)
+    return job, _compare(scenario, job, expected)
+
+
+def _compare(scenario: Scenario, job: Job, expected: Job | None) -> Row:
     figures = job.figures()
-    served = job.served_calls()
     reference = figures if expected is None else expected.figures()
     differences = [name for name in reference if figures.get(name) != reference[name]]
     account = job.summary()["calls"]
-    row = Row(
+    return Row(
         scenario,
         time.strftime("%Y-%m-%d"),
         job.seconds,
         account["made"],
         account["maybe_billed"],
-        served,
+        job.served_calls(),
         tuple(differences),
     )
-    return job, row

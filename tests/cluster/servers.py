@@ -30,7 +30,7 @@ STORE_PORT = 9000
 TRACKING_PORT = 5000
 STORE_URL = f"http://{OFFICE_ADDRESS}:{STORE_PORT}"
 TRACKING_URL = f"http://{OFFICE_ADDRESS}:{TRACKING_PORT}"
-START_SECONDS = 90.0
+START_SECONDS = 900.0
 SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code>'
     b"<Message>Please reduce your request rate.</Message></Error>"
@@ -128,7 +128,7 @@ class TrackingServer:
         self.start()
 
     def start(self) -> None:
-        """Start the server, and wait until it answers."""
+        """Start the server."""
         options = {
             "--backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
             "--artifacts-destination": f"s3://{BUCKET}/mlflow",
@@ -146,6 +146,9 @@ class TrackingServer:
                 env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 preexec_fn=die_with_parent,
             )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers. Raises RuntimeError if it has ended."""
         give_up_at = time.monotonic() + START_SECONDS
         while not self._answers():
             if time.monotonic() > give_up_at or self.process.poll() is not None:
