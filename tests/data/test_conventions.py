@@ -222,10 +222,11 @@ def test_odd_sets_in_the_right_convention_are_no_error(
 
 
 def test_boxes_that_mostly_lie_outside_are_an_error() -> None:
-    boxes = np.tile([350.0, 100, 500, 300], (12, 1))
-    with pytest.raises(InputError, match="12 of 12 boxes lie far out of their images"):
-        check_boxes(boxes, SIZES, CORNERS, "x")
-    check_boxes(boxes[:9], SIZES[:9], CORNERS, "x")
+    boxes = np.tile([350.0, 100, 500, 300], (24, 1))
+    sizes = np.tile([400.0, 240.0], (24, 1))
+    with pytest.raises(InputError, match="24 of 24 boxes lie far out of their images"):
+        check_boxes(boxes, sizes, CORNERS, "x")
+    check_boxes(boxes[:9], sizes[:9], CORNERS, "x")
 
 
 shares = st.floats(0, 1)

@@ -64,7 +64,8 @@ def _rows_by_file(dataset: Dataset) -> dict[str, list[tuple[list[float], str, bo
 
 # What is written reads back the same
 
-edges = st.integers(-3 * 16, 70 * 16).map(lambda n: n / 16)
+# at most two pixels outside: labels further out may be in another convention
+edges = st.integers(-2 * 16, 50 * 16).map(lambda n: n / 16)
 words = st.text(
     st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8
 ).filter(str.isprintable)
@@ -96,17 +97,15 @@ def annotated(
     )
     images = []
     for file in files:
-        size = draw(st.tuples(st.integers(8, 64), st.integers(8, 64)))
+        size = draw(st.tuples(st.integers(48, 64), st.integers(48, 64)))
         flags = st.just(False) if format in ("yolo", "kitti") else st.booleans()
-        corners = st.tuples(edges, edges, edges, edges)
+        sides = (edges, edges)
         if format == "yolo":  # holds shares of the image only
-            x, y = (
-                st.tuples(sides, sides).map(sorted)
-                for sides in (st.integers(0, size[0]), st.integers(0, size[1]))
-            )
-            corners = st.tuples(x, y).map(
-                lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1][1])
-            )
+            sides = st.integers(0, size[0]), st.integers(0, size[1])
+        x, y = (st.tuples(side, side).map(sorted) for side in sides)
+        corners = st.tuples(x, y).map(
+            lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1][1])
+        )
         box = st.builds(Annotation, corners, names, flags)
         images.append((file, size, draw(st.lists(box, max_size=4))))
     return images
@@ -903,7 +902,7 @@ def test_flags_of_coco_may_be_texts(
     tmp_path: Path, fields: dict[str, Any], difficult: bool
 ) -> None:
     assert _coco_truth(tmp_path / "set", **fields)[1] is difficult
-    with pytest.raises(InputError, match=r"annotations\.0: expected true or false"):
+    with pytest.raises(InputError, match="expected true or false, got 'perhaps'"):
         _coco_truth(tmp_path / "other", iscrowd="perhaps")
 
 
@@ -911,7 +910,7 @@ POLYGON = [[10, 20, 40, 20, 40, 60, 10, 60]]
 
 
 def test_an_empty_box_beside_a_polygon_is_that_of_the_polygon(tmp_path: Path) -> None:
-    box, _, _ = _coco_truth(tmp_path, bbox=[0, 0, 0, 0], segmentation=POLYGON)
+    box, _, _ = _coco_truth(tmp_path / "set", bbox=[0, 0, 0, 0], segmentation=POLYGON)
     assert box == [10, 20, 40, 60]
 
 
@@ -920,7 +919,7 @@ def test_a_box_that_fits_its_polygon_as_corners_only_is_an_error(
 ) -> None:
     box, _, _ = _coco_truth(tmp_path / "set", segmentation=POLYGON)
     assert box == [10, 20, 40, 60]
-    with pytest.raises(InputError, match="got corners .* so 1 of 1 are the boxes"):
+    with pytest.raises(InputError, match=r"got corners .* so 1 of 1 are the boxes"):
         _coco_truth(tmp_path / "other", bbox=[10, 20, 40, 60], segmentation=POLYGON)
     # a hand-drawn box may differ from the polygon
     box, _, _ = _coco_truth(

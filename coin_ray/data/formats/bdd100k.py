@@ -25,6 +25,7 @@ from coin_ray.data.formats.conventions import CORNERS, check_records
 from coin_ray.data.formats.folder import DatasetFolder
 from coin_ray.data.formats.parsing import (
     image_size,
+    parse_flag,
     read_head,
     read_validated_json,
 )
@@ -276,11 +277,18 @@ def _annotations(frame: _Frame) -> list[Annotation]:
             continue
         box = (label.box2d.x1, label.box2d.y1, label.box2d.x2, label.box2d.y2)
         category = label.category.strip()
-        is_ignored = category in NAME_OF_IGNORED
-        name = (NAME_OF_ALIAS | NAME_OF_IGNORED).get(category, category)
-        crowd = bool((label.attributes or {}).get("crowd", False))
+        is_ignored = category.lower() in NAME_OF_IGNORED
+        name = (NAME_OF_ALIAS | NAME_OF_IGNORED).get(category.lower(), category)
+        crowd = _is_crowd(label, f"{frame.name}: label {number}")
         annotations.append(Annotation(box, name, crowd or is_ignored))
     return annotations
+
+
+def _is_crowd(label: _Label, where: str) -> bool:
+    try:
+        return parse_flag((label.attributes or {}).get("crowd"))
+    except ValueError as error:
+        raise InputError(f"{where}: crowd: {error}") from None
 
 
 def bdd100k_files(records: Sequence[ImageRecord], split: str) -> dict[str, bytes]:
@@ -290,10 +298,10 @@ def bdd100k_files(records: Sequence[ImageRecord], split: str) -> dict[str, bytes
     aliases = NAME_OF_ALIAS | NAME_OF_IGNORED
     for record in records:
         for label in record.labels:
-            if label in aliases:
+            if label.lower() in aliases:
                 raise InputError(
                     f"{record.file}: BDD100K reads the class {label!r} as"
-                    f" {aliases[label]!r}; rename it or write another format"
+                    f" {aliases[label.lower()]!r}; rename it or write another format"
                 )
     frames = [
         {"name": record.file, "labels": _labels(record)}

@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from coin_ray.data.formats.conventions import LEFT_TOP_SIZE, check_boxes
+from coin_ray.data.formats.conventions import (
+    LEFT_TOP_SIZE,
+    check_against_polygons,
+    check_boxes,
+)
 from coin_ray.data.formats.folder import (
     DatasetFolder,
     split_of_folder,
     strip_suffix,
 )
 from coin_ray.data.formats.json_stream import iterate_json
-from coin_ray.data.formats.parsing import image_size, read_head
+from coin_ray.data.formats.parsing import image_size, parse_flag, read_head
 from coin_ray.data.formats.record import (
     Dataset,
     ImageRecord,
@@ -31,6 +35,7 @@ from coin_ray.data.formats.record import (
     check_readable,
     collect_class_names,
 )
+from coin_ray.data.formats.turned import extent_of_turned
 from coin_ray.data.threads import map_in_threads
 from coin_ray.errors import InputError
 
@@ -47,6 +52,8 @@ SINGLE_FILES = (
 """Files that hold all labels of the folder they are in, as tools name them."""
 OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
 LISTS = frozenset(("images", "annotations", "categories"))
+MOST_POLYGONS = 200
+"""Polygons of a file that its boxes are compared with."""
 WRITTEN_BY = "coin_ray: every listed image is annotated"
 """The description in files that ``coco_files`` makes."""
 DESCRIPTION = "COCO json"
@@ -54,7 +61,9 @@ DESCRIPTION = "COCO json"
 
 @dataclass
 class _Labels:
-    """The columns of a file. ``edges``: left, top, width, height of each annotation."""
+    """The columns of a file. ``edges``: left, top, width, height of each annotation;
+    ``polygon_boxes``: such numbers of some annotations, and those of their polygons.
+    """
 
     images: list[tuple[Key, str, int, int]] = field(default_factory=list)
     names: dict[Key, str] = field(default_factory=dict)
@@ -64,6 +73,8 @@ class _Labels:
     difficult: bytearray = field(default_factory=bytearray)
     images_without_box: Counter[Key] = field(default_factory=Counter)
     repeated_ids: int = 0
+    turned_count: int = 0
+    polygon_boxes: list[tuple[list[float], list[float]]] = field(default_factory=list)
     has_annotations: bool = False
     error_of_image: dict[Key, str] = field(default_factory=dict)
 
@@ -248,6 +259,12 @@ def _notes(labels: _Labels, path: str) -> tuple[str, ...]:
         notes.append(
             f"{path}: {count} annotations have the id of another; all are read"
         )
+    if labels.turned_count:
+        count = labels.turned_count
+        notes.append(
+            f"{path}: {count} boxes that are turned by their attribute rotation became"
+            " the upright ones around them"
+        )
     return tuple(notes)
 
 
@@ -334,16 +351,56 @@ def _add_annotation(labels: _Labels, entry: Any, ids: _Ids) -> None:
     image_id, category_id = entry["image_id"], entry["category_id"]
     if "id" in entry:
         ids.add(entry["id"])
-    box = entry.get("bbox") or _outer_box(entry.get("segmentation"))
+    box, polygon = entry.get("bbox"), entry.get("segmentation")
+    is_compared = len(labels.polygon_boxes) < MOST_POLYGONS
+    if not box or (polygon and (is_compared or not any(box))):
+        box = _compare_polygon(labels, box, polygon)
     if not box and entry.get("bbox") == []:
         labels.images_without_box[image_id] += 1
         return
     if not isinstance(box, list) or len(box) != 4:
         raise ValueError(f"bbox: expected four numbers or a polygon, got {box!r}")
+    crowd, ignore = entry.get("iscrowd"), entry.get("ignore")
+    is_difficult = False
+    if crowd or ignore:
+        is_difficult = parse_flag(crowd) or parse_flag(ignore)
+    attributes = entry.get("attributes")
+    if attributes:
+        box = _make_upright(labels, box, attributes)
     labels.edges.extend(box)
     labels.image_ids.append(image_id)
     labels.category_ids.append(category_id)
-    labels.difficult.append(bool(entry.get("iscrowd") or entry.get("ignore")))
+    labels.difficult.append(is_difficult)
+
+
+def _compare_polygon(labels: _Labels, box: Any, segmentation: Any) -> Any:
+    """Return the box, or that of the polygon where the file has none or an empty one;
+    note both where it has both.
+    """
+    has_numbers = isinstance(box, list) and len(box) == 4
+    if has_numbers and not isinstance(segmentation, list):
+        return box  # a run-length mask
+    polygon_box = _outer_box(segmentation)
+    if not box or (has_numbers and not any(box)):
+        return polygon_box or box
+    if has_numbers and polygon_box:
+        labels.polygon_boxes.append((box, polygon_box))
+    return box
+
+
+def _make_upright(labels: _Labels, box: list[float], attributes: Any) -> list[float]:
+    """Return (left, top, width, height) around a box that its attribute ``rotation``
+    turns about its centre, as CVAT exports it.
+    """
+    degrees = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if not degrees or not isinstance(degrees, (int, float)):
+        return box
+    labels.turned_count += 1
+    left, top, width, height = box
+    edges = left, top, left + width, top + height
+    centre = left + width / 2, top + height / 2
+    x1, y1, x2, y2 = extent_of_turned(edges, degrees, centre)
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
 def _outer_box(segmentation: Any) -> list[float]:
@@ -401,6 +458,9 @@ def _make_records(
     boxes = edges[order]
     sizes = _image_sizes(folder, labels, path_of_image)
     box_sizes = np.repeat(np.array(sizes, np.float64), np.diff(bounds), axis=0)
+    check_against_polygons(
+        labels.polygon_boxes, LEFT_TOP_SIZE, f"{uri} is not {DESCRIPTION}: bbox"
+    )
     check_boxes(boxes, box_sizes, LEFT_TOP_SIZE, f"{uri} is not {DESCRIPTION}: bbox")
     boxes[:, 2:] += boxes[:, :2]
     difficult = np.frombuffer(labels.difficult, np.bool_)[order]

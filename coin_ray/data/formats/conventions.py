@@ -37,7 +37,9 @@ MIN_BOXES_IN_UNITS = {1.0: 3, 100.0: 10, 1000.0: 10}
 """Boxes that a set needs to tell, since all may lie near the first corner."""
 MIN_SIDE_IN_UNITS = {1.0: 16.0, 100.0: 2.0, 1000.0: 2.0}
 """How many times the unit's range every side of the images must be, in pixels."""
-MOST_OUTSIDE, MANY_BOXES = 0.5, 10
+FITTING_SHARE = 0.5
+"""Share of the polygons that boxes in another convention fit."""
+MOST_OUTSIDE, MANY_BOXES = 0.5, 20
 """Share of the boxes that may lie far outside, in a set of this many or more."""
 NEAR_FULL = 0.9
 """Share of the range that percent and thousandths reach in a set."""
@@ -101,6 +103,35 @@ def check_boxes(numbers: Array, sizes: Array, convention: str, where: str) -> No
             f" {len(numbers)} boxes lie far out of their images: are these the images"
             " that were labelled, in their size then?"
         )
+
+
+def check_against_polygons(
+    boxes: Sequence[tuple[Sequence[float], Sequence[float]]],
+    convention: str,
+    where: str,
+) -> None:
+    """Raise InputError if the numbers of boxes fit their polygons in another convention.
+    ``boxes``: the numbers of each, and those that its polygon has in ``convention``.
+    """
+    if not boxes:
+        return
+    try:
+        pairs = np.array(boxes, np.float64)
+    except (TypeError, ValueError):  # odd numbers are told where boxes are read
+        return
+    extents = edges_of(pairs[:, 1], convention)
+    fits = {
+        other: np.abs(edges_of(pairs[:, 0], other) - extents).max(1) <= 2 * ROUNDING
+        for other in CONVENTIONS
+    }
+    for other in CONVENTIONS:
+        is_other = fits[other] & ~fits[convention]
+        if fits[convention].sum() < is_other.sum() > FITTING_SHARE * len(pairs):
+            raise InputError(
+                f"{where}: expected boxes as {convention}, got {other}: so"
+                f" {int(is_other.sum())} of {len(pairs)} are the boxes around their"
+                " polygons; convert the labels"
+            )
 
 
 def _all_fit(edges: Array, sizes: Array) -> bool:

@@ -169,7 +169,7 @@ def _parse_annotation(fields: list[str], where: str) -> Annotation:
         )
     box = [parse_number(number, where) for number in numbers][3:7]
     label = " ".join(fields[:name_length])
-    return Annotation(box, label, label == IGNORED)
+    return Annotation(box, label, label.lower() == IGNORED.lower())
 
 
 def _is_number(text: str) -> bool:

@@ -36,6 +36,18 @@ def parse_number(text: str | None, where: str) -> float:
     return number
 
 
+def parse_flag(value: object) -> bool:
+    """Return a flag that is written as a Boolean, 0 or 1, or text; None is False.
+    Raises ValueError for anything else.
+    """
+    text = str(value).strip().lower()
+    if text in ("none", "", "0", "0.0", "false"):
+        return False
+    if text in ("1", "1.0", "true"):
+        return True
+    raise ValueError(f"expected true or false, got {value!r}")
+
+
 def format_number(number: float) -> str:
     """Write the number as text that reads back as the same number: 12, 12.5."""
     return str(int(number)) if float(number).is_integer() else repr(float(number))

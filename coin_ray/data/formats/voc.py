@@ -245,6 +245,7 @@ def _read_annotated(
     root, lines = parse_xml(raw, label_uri, "annotation")
     if any(mark in raw for mark in (*FROM_ONE, *FROM_ZERO)):
         from_zero = any(mark in raw for mark in FROM_ZERO)
+    _check_objects(root, label_uri)
     annotations = [
         _parse_object(node, f"{label_uri}:{lines[node]}", 0 if from_zero else 1)
         for node in root.iterfind("object")
@@ -254,6 +255,21 @@ def _read_annotated(
     size = (width, height) if width and height else image_size(uri)
     named = match_key(plain_path(root.findtext("filename", "")).rpartition("/")[2])
     return ImageRecord.from_annotations(file, uri, size, annotations), named
+
+
+def _check_objects(root: ET.Element, label_uri: str) -> None:
+    """Raise InputError if boxes of the file are not where VOC has them: one in each
+    <object> of <annotation>. They would be left out unnoticed.
+    """
+    boxes = [node for node in root.iter() if node.tag.lower().endswith("bndbox")]
+    objects = root.findall("object")
+    box_count = sum(len(list(node.iter("bndbox"))) for node in objects)
+    has_several = any(len(node.findall("bndbox")) > 1 for node in objects)
+    if has_several or len(boxes) > box_count:
+        raise InputError(
+            f"{label_uri}: expected one <bndbox> in each <object> of <annotation>, got"
+            f" {len(boxes)} boxes in {len(objects)} objects, or in other places"
+        )
 
 
 def _parse_object(node: ET.Element, where: str, first_pixel: int) -> Annotation:

@@ -320,7 +320,14 @@ def _class_names(names: Any, uri: str) -> tuple[str, ...]:
             f"{uri}: names must be a list, or a mapping from 0, 1, ...; got"
             f" {str(names)[:MESSAGE_LENGTH]}"
         )
-    return tuple(str(by_number[number]).strip() for number in range(len(by_number)))
+    names_in_order = [by_number[number] for number in range(len(by_number))]
+    for name in names_in_order:
+        # YAML reads yes, no, on and off as Booleans, and ~ as nothing
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise InputError(
+                f"{uri}: expected texts in names, got {name!r}: put the name in quotes"
+            )
+    return tuple(str(name).strip() for name in names_in_order)
 
 
 def _image_paths(

@@ -4,7 +4,6 @@ be used. Check the regions of all images against their units and their images.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -12,10 +11,10 @@ from urllib.parse import unquote
 
 from pydantic import TypeAdapter, ValidationError
 
+from coin_ray.data.formats.turned import Edges, extent_of_turned
 from coin_ray.data.review.reviews import Review, ReviewedBox
 from coin_ray.errors import InputError
 
-Edges = tuple[float, float, float, float]
 SLIGHT_TURN = 5.0
 """Degrees from upright up to which a box is replaced by the upright box around it."""
 QUARTER = 90.0
@@ -72,15 +71,8 @@ def make_upright(
             f"expected an upright box, got one turned by {degrees:g} degrees; up to"
             f" {SLIGHT_TURN:g} are put upright"
         )
-    x1, y1, x2, y2 = edges
-    cosine, sine = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-    corners = [(x, y) for x in (x1, x2) for y in (y1, y2)]
-    offsets = [(x - pivot[0], y - pivot[1]) for x, y in corners]
-    xs = [pivot[0] + dx * cosine - dy * sine for dx, dy in offsets]
-    ys = [pivot[1] + dx * sine + dy * cosine for dx, dy in offsets]
-    upright = (min(xs), min(ys), max(xs), max(ys))
     return (
-        upright,
+        extent_of_turned(edges, turn, pivot),
         f"a box turned by {degrees:g} degrees became the upright one around it",
     )
 
