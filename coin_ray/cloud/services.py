@@ -19,6 +19,8 @@ from coin_ray.config import Cloud
 from coin_ray.data.canonical import CanonicalImage, canonical_image
 from coin_ray.errors import ConfigError, ImageRejected, InputError
 
+BATCH_PRICE_SHARE = 0.5
+"""Price of a request by a batch endpoint, as a share of its price alone."""
 SHRINK_MAX = 0.9
 """A file that is too large is shrunk at least by this factor."""
 SHRINK_MARGIN = 0.95
@@ -236,6 +238,11 @@ def label_map_for(cloud: Cloud, classes: Sequence[str]) -> LabelMap | None:
 def token_variable(cloud: Cloud) -> str | None:
     """Return the name of the environment variable with the token."""
     return cloud.token_env or SERVICES[cloud.service].token_env
+
+
+def call_price(cloud: Cloud) -> float:
+    """Return the USD that one call counts as: less by a batch endpoint."""
+    return cloud.usd_per_call * (BATCH_PRICE_SHARE if cloud.batch else 1)
 
 
 def calls_per_minute(cloud: Cloud) -> float | None:

@@ -50,7 +50,8 @@ def compare_renderings_command(arguments: Sequence[str]) -> None:
     sample_size = comparison_options.sample
     if sample_size < 1:
         raise ConfigError(f"--sample must be at least 1; got {sample_size}")
-    cloud = replace(config.cloud, views=tuple(comparison_options.renderings))
+    renderings = tuple(comparison_options.renderings)
+    cloud = replace(config.cloud, views=renderings, batch=False)  # asked singly
     config = replace(config, cloud=cloud, more_clouds=())
     if options.dry_run:
         _print_cost(config, sample_size)
@@ -59,10 +60,12 @@ def compare_renderings_command(arguments: Sequence[str]) -> None:
 
 
 def _print_cost(config: PipelineConfig, sample_size: int) -> None:
+    from coin_ray.cloud.question_client import questions_for
     from coin_ray.runs.estimate import Estimate, effective_rate, print_estimate
 
     renderings = len(config.cloud.views)
-    calls = sample_size * renderings
+    questions = len(questions_for(config, config.cloud))
+    calls = sample_size * renderings * questions
     rate = effective_rate(config.cloud)
     estimate = Estimate(
         config.cloud.service,
@@ -74,5 +77,6 @@ def _print_cost(config: PipelineConfig, sample_size: int) -> None:
         rate,
         at_most=True,
         views=renderings,
+        questions=questions,
     )
     print_estimate(config.cloud, estimate)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from coin_ray.cloud.journal.base import Journal
     from coin_ray.runs.sent_digests import SentDigests
 
-BATCH_PRICE_SHARE = 0.5
-"""Price of a request by a batch endpoint, as a share of its price alone."""
 SECONDS_PER_DAY = 86_400
 MINUTES_PER_DAY = 1440
 SAMPLED_IMAGES = 32
@@ -61,6 +59,7 @@ def estimate_cost(
     """
     from coin_ray.cloud.ensemble import cloud_names
     from coin_ray.cloud.question_client import questions_for
+    from coin_ray.cloud.services import call_price
 
     mode = config.ensemble.mode if config.more_clouds else "fuse"
     image_count = _count_images(config, steps["images"], root)
@@ -89,7 +88,7 @@ def estimate_cost(
             images=image_count,
             answered=answered,
             calls=calls,
-            usd=calls * cloud.usd_per_call * (BATCH_PRICE_SHARE if cloud.batch else 1),
+            usd=calls * call_price(cloud),
             minutes=seconds_needed(calls, rate, cloud.per_day, recent) / 60,
             rate=rate,
             at_most=has_negatives or (bool(estimates) and mode != "fuse"),
@@ -117,15 +116,20 @@ def seconds_needed(calls: int, rate: float, per_day: int | None, today: int) -> 
 
 def print_estimate(cloud: Cloud, estimate: Estimate) -> None:
     """Print a service's estimate, and the limits that would stop the run before its end."""
+    from coin_ray.cloud.services import call_price
+
+    price = call_price(cloud)
     renderings = f" in {estimate.views} views" if estimate.views > 1 else ""
     if estimate.questions > 1:
         renderings += f", {estimate.questions} questions about each"
     at_most = "at most " if estimate.at_most else ""
+    duration = f"{_format_minutes(estimate.minutes)} at {estimate.rate:g} calls/s"
+    if cloud.batch:
+        duration = "in batches, within a day"
     print(
         f"\n{estimate.cloud}: {estimate.images} images{renderings},"
         f" {estimate.answered} answered already, {at_most}{estimate.calls} calls to"
-        f" make, ${estimate.usd:.2f} at ${cloud.usd_per_call:g} each,"
-        f" {_format_minutes(estimate.minutes)} at {estimate.rate:g} calls/s"
+        f" make, ${estimate.usd:.2f} at ${price:g} each, {duration}"
     )
     if cloud.per_day is not None and estimate.calls > cloud.per_day:
         print(
@@ -133,7 +137,7 @@ def print_estimate(cloud: Cloud, estimate: Estimate) -> None:
             " same command to continue"
         )
     if cloud.max_usd is not None and estimate.usd > cloud.max_usd:
-        affordable_calls = int(cloud.max_usd / cloud.usd_per_call)
+        affordable_calls = int(cloud.max_usd / price)
         print(
             f"cloud.max_usd = {cloud.max_usd:g} would stop the run after about"
             f" {affordable_calls} calls"

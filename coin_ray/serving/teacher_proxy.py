@@ -65,7 +65,7 @@ class TeacherProxy:
         calls_allowed = spent[0] + calls_max
         if cloud.max_calls:
             calls_allowed = min(calls_allowed, cloud.max_calls)
-        cloud = replace(cloud, max_calls=calls_allowed)
+        cloud = replace(cloud, max_calls=calls_allowed, batch=False)  # asked singly
         governor = LocalGovernor(Governor(governor_limits(cloud), spent))
         self._client = CloudClient(cloud, config.classes, url, answers, governor)
 

@@ -7,7 +7,7 @@ import copy
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -553,6 +553,36 @@ def test_a_budget_ends_the_run_when_its_jobs_have_ended(
         runs.batch(images, max_calls=5)
     assert runs.spent()[0] == runs.billed == 5
     assert runs.batch(images).answered == 1
+
+
+@pytest.mark.parametrize("policy", ["stop", "warn"])
+def test_another_model_answers_a_job(
+    build_runs: Callable[[Service], Runs],
+    caplog: pytest.LogCaptureFixture,
+    policy: str,
+) -> None:
+    """The images of the job stay answered, whatever the policy."""
+    runs, images = build_runs(SERVICES[0]), _images(4)
+    runs.batch(images[:2], on_version_change=policy)
+
+    def name_another_model(results: Any) -> Any:
+        return [
+            (key, replace(reply, payload={**reply.payload, "model": "another"}))
+            for key, reply in results
+        ]
+
+    runs.state["edit"] = name_another_model
+    message = "answers with another model: 'another'"
+    if policy == "stop":
+        with pytest.raises(BadRequest, match=message):
+            runs.batch(images, on_version_change=policy)
+    else:
+        runs.batch(images, on_version_change=policy)
+        assert message in caplog.text
+    assert (runs.jobs, runs.billed) == (2, 4)
+    assert runs.spent() == (4, pytest.approx(4 * PRICE / 2))
+    answers = runs.answers(images, batch=False)
+    assert {answer.status for answer in answers} == {"cached"}
 
 
 def test_as_many_requests_a_job_as_the_service_takes(

@@ -171,6 +171,18 @@ def test_today_s_calls_count(
     assert "cloud.per_day = 2" in printed
 
 
+def test_batches_cost_half_and_take_a_day(
+    tmp_path: Path, photo_files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloud = Cloud(service="gemini", batch=True, usd_per_call=0.02, max_usd=0.03)
+    (estimate,) = _estimate(_configuration(tmp_path, cloud), tmp_path)
+    assert (estimate.calls, estimate.usd) == (5, pytest.approx(0.05))
+    print_estimate(cloud, estimate)
+    printed = capsys.readouterr().out
+    assert "5 calls to make, $0.05 at $0.01 each, in batches, within a day" in printed
+    assert "would stop the run after about 3 calls" in printed
+
+
 def test_each_cloud_has_a_line_of_its_own(
     tmp_path: Path, photo_files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

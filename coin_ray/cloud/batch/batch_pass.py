@@ -33,6 +33,7 @@ from coin_ray.cloud.http.connections import NotConnected, Reply
 from coin_ray.cloud.journal.base import AnswerRecord
 from coin_ray.cloud.journal.keys import BATCH
 from coin_ray.cloud.protocol import FieldRefused, PreparedRequest
+from coin_ray.cloud.services import BATCH_PRICE_SHARE
 from coin_ray.data.canonical import CanonicalImage
 from coin_ray.errors import (
     BadRequest,
@@ -43,8 +44,6 @@ from coin_ray.errors import (
     UnusableBoxes,
 )
 
-PRICE_SHARE = 0.5
-"""Price of a request in a job, as a share of its price alone."""
 POLL_FIRST, POLL_LAST, POLL_GROWTH = 2.0, 60.0, 1.5
 """Seconds between two looks at the jobs, first and later."""
 FAILED_POLLS_MAX = 10
@@ -94,23 +93,27 @@ class BatchPass:
         self._format = endpoint or batch_format(
             self._config.service, self._connections.host
         )
-        self._usd = self._config.usd_per_call * PRICE_SHARE
+        self._usd = self._config.usd_per_call * BATCH_PRICE_SHARE
         self.counts = BatchCounts()
 
     async def run(self, images: Iterable[CanonicalImage]) -> BatchCounts:
         """Wait for the jobs of earlier runs and, with ``cloud.batch``, for new ones with
         the images that have no answer. ``images`` may be read more than once.
 
-        Raises the ``CloudError`` that stops a run; jobs under way stay on record.
+        Raises the ``CloudError`` that stops a run; jobs under way stay on record. Answers
+        of another model than before are such an error with ``cloud.on_version_change
+        stop``; they stay on record too.
         """
         await self._recover()
         await self._wait()
+        self._replies.versions.check()
         if not self._config.batch:
             return self.counts
         while not self._stop.is_set():
             refused_fields = self._replies.refused_fields
             over_budget = await self._submit_all(images)
             await self._wait()
+            self._replies.versions.check()
             if over_budget is not None:
                 raise over_budget
             if self._replies.refused_fields == refused_fields:
