@@ -21,6 +21,7 @@ class FusedResNet(nn.Module):
         super().__init__()
         fused = copy.deepcopy(visual).eval()
         _fold_batch_norms(fused)
+        _merge_shortcuts(fused)
         self.visual = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -42,6 +43,48 @@ def _fold_batch_norms(module: nn.Module) -> None:
         else:
             _fold_batch_norms(child)
         previous_name, previous = name, child
+
+
+class MergedBottleneck(nn.Module):
+    """Computes what a bottleneck with a convolution in its shortcut computes, once batch
+    norms are folded: its last convolution and the shortcut's, both of 1 x 1, are one over
+    the channels of both.
+    """
+
+    def __init__(self, bottleneck: Any) -> None:
+        super().__init__()
+        shortcut_pool, shortcut, _ = bottleneck.downsample
+        last = bottleneck.conv3
+        self.first = nn.Sequential(
+            bottleneck.conv1,
+            bottleneck.act1,
+            bottleneck.conv2,
+            bottleneck.act2,
+            bottleneck.avgpool,
+        )
+        is_pooled = shortcut_pool.kernel_size != 1
+        self.shortcut_pool = shortcut_pool if is_pooled else nn.Identity()
+        self.merged = nn.Conv2d(
+            last.in_channels + shortcut.in_channels, last.out_channels, 1
+        )
+        weights = torch.cat([last.weight, shortcut.weight], 1)
+        self.merged.weight = nn.Parameter(weights, requires_grad=False)
+        biases = last.bias + shortcut.bias
+        self.merged.bias = nn.Parameter(biases, requires_grad=False)
+        self.activation = bottleneck.act3
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return the block's maps [N, C', h', w'] of its input [N, C, h, w]."""
+        both = torch.cat([self.first(maps), self.shortcut_pool(maps)], 1)
+        return self.activation(self.merged(both))  # type: ignore[no-any-return]
+
+
+def _merge_shortcuts(visual: Any) -> None:
+    """Replace the bottlenecks that have a convolution in their shortcut."""
+    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        for number, bottleneck in enumerate(stage):
+            if bottleneck.downsample is not None:
+                stage[number] = MergedBottleneck(bottleneck)
 
 
 def attention_pool(pool: Any, maps: Tensor) -> Tensor:
