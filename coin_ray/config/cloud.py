@@ -156,7 +156,7 @@ class Cloud:
     """Calls for one image, retries included."""
     usd_per_call: float = runtime_only(0.0)
     max_usd: float | None = runtime_only(None)
-    """Cost at which the collection stops."""
+    """Cost at which the collection stops; needs ``usd_per_call``."""
     max_calls: int | None = runtime_only(None)
     """Calls at which the collection stops."""
     max_error_share: float = runtime_only(0.2)

@@ -252,6 +252,12 @@ def check_runnable(config: PipelineConfig) -> None:
             "which cloud? give --cloud https://... or --cloud SERVICE, or --cloud.serve"
             " demo|onnx|transformers|checkpoint for a local one",
         )
+        require(
+            cloud.max_usd is None or cloud.usd_per_call > 0,
+            f"cloud.max_usd {cloud.max_usd} would never stop the run, because its calls"
+            " cost nothing: give --cloud.usd-per-call, the price of a call, or"
+            " --cloud.max-calls",
+        )
     _check_labeler(config)
     if len(config.clouds) > 1:
         _check_ensemble(config)

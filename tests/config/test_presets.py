@@ -8,7 +8,7 @@ import pytest
 
 from coin_ray.config import Cloud, Distill, Ensemble, Folder, check_runnable
 from coin_ray.config.co_detr import CoDetr
-from coin_ray.config.presets import PRESETS, with_student
+from coin_ray.config.presets import PRESETS, folder, with_student
 from coin_ray.errors import ConfigError
 from coin_ray.runs.graph import ORDER, build_steps
 from coin_ray.runs.steps import Step
@@ -204,10 +204,19 @@ def test_a_service_may_have_a_fixed_address(
             check_runnable(config)
 
 
+def test_a_budget_needs_the_price_of_a_call() -> None:
+    """Without one, it would never stop anything."""
+    config = replace(folder(), data=Folder(images="photos"), classes=("cat",))
+    cloud = Cloud(url="https://x", max_usd=20.0)
+    with pytest.raises(ConfigError, match="usd-per-call"):
+        check_runnable(replace(config, cloud=cloud))
+    check_runnable(replace(config, cloud=replace(cloud, usd_per_call=0.01)))
+
+
 HTTP = Cloud(url="https://x")
 UNUSABLE = [
     ({"more_clouds": (HTTP,)}, "twice"),
-    ({"more_clouds": (replace(HTTP, max_usd=5.0),)}, "twice"),
+    ({"more_clouds": (replace(HTTP, usd_per_call=0.01, max_usd=5.0),)}, "twice"),
     (
         {
             "more_clouds": (Cloud(service="dino-x"),),
