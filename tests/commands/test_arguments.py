@@ -195,6 +195,8 @@ def test_dotted_settings_and_options() -> None:
 @pytest.mark.parametrize("first", [False, True])
 def test_several_clouds(arguments: tuple[str, ...], first: bool) -> None:
     settings = (
+        "--more-clouds.1.usd-per-call",
+        "0.01",
         "--more-clouds.1.max-usd",
         "5",
         "--ensemble.mode",

@@ -86,6 +86,8 @@ def test_the_same_config_as_on_the_command_line(
     words += [
         "--cloud",
         "dino-x",
+        "--cloud.usd-per-call",
+        "0.01",
         "--cloud.max-usd",
         "5",
         "--distill.fit.steps",
@@ -96,6 +98,7 @@ def test_the_same_config_as_on_the_command_line(
         "30",
     ]
     settings = {
+        "cloud.usd_per_call": 0.01,
         "cloud.max_usd": 5,
         "distill.fit.steps": 70,
         "distill.fit.milestones": (10, 20, 30),

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from coin_ray.stages.common.ray_logs import shorten_ray_logs
+from coin_ray.stages.common.ray_logs import (
+    OneLineFilter,
+    _ray_handlers,
+    shorten_ray_logs,
+)
 
 
 @pytest.fixture
@@ -20,8 +24,29 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.Stri
     logger, stream = logging.getLogger("ray_log_test"), io.StringIO()
     handler = logging.StreamHandler(stream)
     logger.addHandler(handler)
+    filters_before = {id(h): list(h.filters) for h in _ray_handlers()}
     yield stream
+    for changed in _ray_handlers():
+        changed.filters = filters_before[id(changed)]
     logger.removeHandler(handler)
+
+
+def make_record(name: str) -> logging.LogRecord:
+    message = "first line\nsecond line"
+    return logging.LogRecord(name, logging.ERROR, "x.py", 1, message, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("ray.data", "no/such/folder/x.log"), ("coin_ray.serving", "x.log")],
+)
+def test_other_records_and_those_that_no_file_takes_stay_whole(
+    name: str, file: str, tmp_path: Path
+) -> None:
+    record = make_record(name)
+    assert OneLineFilter(str(tmp_path / file)).filter(record)
+    assert record.getMessage() == "first line\nsecond line"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_traceback_is_one_line_that_names_the_file(

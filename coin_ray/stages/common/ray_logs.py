@@ -22,14 +22,21 @@ class OneLineFilter(logging.Filter):
         self.file = file
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Shorten the record; it is always logged."""
+        """Shorten a record of Ray. It is always logged, whole if the file can't be
+        written.
+        """
+        if not record.name.startswith("ray"):
+            return True
         text = logging.Formatter(
             "%(asctime)s %(levelname)s %(name)s %(message)s"
         ).format(record)
         if "\n" not in text.strip():
             return True
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(f"{text}\n\n")
+        try:
+            with open(self.file, "a", encoding="utf-8") as stream:
+                stream.write(f"{text}\n\n")
+        except OSError:
+            return True
         message = (record.getMessage().strip().splitlines() or [""])[0]
         record.msg = (
             f"{message[:LINE_CHARACTERS]} (the whole report of Ray: {self.file})"
