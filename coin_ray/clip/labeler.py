@@ -242,4 +242,6 @@ def _own_transform(clip: ClipModel) -> Any:
 def _normalise_pixels(images: Tensor, clip: ClipModel) -> Tensor:
     """Normalise uint8 pixels [..., 3, H, W] as CLIP expects them."""
     pixels = images.float().div_(255)
-    return normalize(pixels, list(clip.mean), list(clip.std), inplace=True)  # type: ignore[no-any-return]
+    mean, std = list(clip.mean), list(clip.std)
+    normalised: Tensor = normalize(pixels, mean, std, inplace=True)
+    return normalised

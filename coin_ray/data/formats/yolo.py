@@ -208,7 +208,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """A loader that refuses a key twice in one mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        construct_object: Any = self.construct_object
+        keys = [construct_object(key, deep=True) for key, _ in node.value]
         repeated = next((key for key in keys if keys.count(key) > 1), None)
         if repeated is not None:
             raise InputError(f"it has the key {repeated!r} twice")

@@ -308,7 +308,8 @@ def _last_three_maps(stem: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _channels(stage: nn.Module) -> int:
-    convolutions = [m for m in stage[-1].modules() if isinstance(m, nn.Conv2d)]  # type: ignore[index]
+    last_block = list(stage.children())[-1]
+    convolutions = [m for m in last_block.modules() if isinstance(m, nn.Conv2d)]
     return int(convolutions[-1].out_channels)
 
 
