@@ -97,6 +97,27 @@ def test_text_embeddings_are_computed_once(
     assert len(list((tmp_path / "texts").iterdir())) == 3
 
 
+def test_text_embeddings_do_not_depend_on_who_computes_them(
+    vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver has more threads than a labeler, and rounding depends on them."""
+    threads: list[int] = []
+    original = labelers.class_embeddings
+
+    def count_threads(*arguments: Any) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return original(*arguments)
+
+    monkeypatch.setattr(labelers, "class_embeddings", count_threads)
+    monkeypatch.setattr(labelers, "count_torch_threads", lambda: 2)
+    threads_before = torch.get_num_threads()
+    config = _config("crop", model=vit)
+    create_labeler(config, str(tmp_path))
+    create_labeler(config)
+    assert threads == [2, 2]
+    assert torch.get_num_threads() == threads_before
+
+
 def test_without_a_model_of_its_own_the_labeler_is_the_detector_s_clip() -> None:
     config = _config("crop")
     assert config.labeler_clip == config.clip

@@ -24,6 +24,7 @@ from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.config import PipelineConfig
 from coin_ray.predictors.classifier_labeler import ClassifierLabeler, map_classes
 from coin_ray.predictors.image_classifiers import load_image_classifier
+from coin_ray.stages.common.cluster import count_torch_threads
 
 
 def create_labeler(config: PipelineConfig, cache: str | None = None) -> Labeler | None:
@@ -101,20 +102,30 @@ def _cached_embeddings(
 ) -> Tensor:
     """Return the class embeddings [K+1, D] from the cache, or compute and store them."""
     if cache is None:
-        return class_embeddings(
-            clip, config.classes, config.labeler_clip, config.class_phrases
-        )
+        return _compute_embeddings(clip, config)
     uri = storage.join(cache, f"{_text_digest(clip, config)}.npy")
     if storage.exists(uri):
         array = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
         return torch.from_numpy(array).to(clip.device)
-    embeddings = class_embeddings(
-        clip, config.classes, config.labeler_clip, config.class_phrases
-    )
+    embeddings = _compute_embeddings(clip, config)
     buffer = io.BytesIO()
     np.save(buffer, embeddings.cpu().numpy())
     storage.write_bytes(uri, buffer.getvalue())
     return embeddings
+
+
+def _compute_embeddings(clip: ClipModel, config: PipelineConfig) -> Tensor:
+    """Compute the class embeddings [K+1, D] with as many threads as a labeler has:
+    rounding depends on their number, and whoever comes first fills the cache.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(count_torch_threads())
+    try:
+        return class_embeddings(
+            clip, config.classes, config.labeler_clip, config.class_phrases
+        )
+    finally:
+        torch.set_num_threads(threads_before)
 
 
 def _text_digest(clip: ClipModel, config: PipelineConfig) -> str:
