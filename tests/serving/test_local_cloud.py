@@ -322,5 +322,7 @@ def test_a_killed_client_pays_again_only_for_calls_in_flight(
     assert statuses.count("ok") + statuses.count("cached") == IMAGES
     assert statuses.count("cached") >= 20
     assert 20 <= calls_before < IMAGES
-    assert IMAGES <= calls <= IMAGES + IN_FLIGHT
+    # a slot is free before the answer is on disk: twice as many may be lost
+    # (docs/journal-and-budget.md)
+    assert IMAGES <= calls <= IMAGES + 2 * IN_FLIGHT
     assert calls <= int(spent.split()[1]) <= calls + IN_FLIGHT
