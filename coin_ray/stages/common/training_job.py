@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -106,24 +105,11 @@ def _train(job: TrainingJob, in_this_process: bool) -> bool:
     checkpoint_uri = storage.join(job.folder, CHECKPOINT_FILE)
     stamp_before = storage.version_stamp(checkpoint_uri)
     retries = CLUSTER_RETRIES if on_cluster() else 0
-    if in_this_process:
-        scaling_config = ScalingConfig(num_workers=0, use_gpu=job.training.gpu)
-        run_config = None
-    else:
-        scaling_config = _scaling_config(job.training)
-        run_config = RunConfig(
-            name="train",
-            storage_path=_ray_folder(),
-            failure_config=FailureConfig(max_failures=retries),
-        )
-    trainer = TorchTrainer(
-        _run_ray_worker,
-        train_loop_config={"job": job, "patience": storage.current_patience()},
-        scaling_config=scaling_config,
-        run_config=run_config,
-    )
     try:
-        trainer.fit()
+        with tempfile.TemporaryDirectory(
+            prefix="coin_ray-train-", ignore_cleanup_errors=True
+        ) as ray_folder:
+            _new_trainer(job, in_this_process, retries, ray_folder).fit()
     except ray.train.TrainingFailedError as error:
         message = str(error)
         may_retry = retries > 0 and PACKAGE_ERROR not in message
@@ -136,14 +122,32 @@ def _train(job: TrainingJob, in_this_process: bool) -> bool:
     return True
 
 
-def _ray_folder() -> str:
-    """Return a local folder for Ray Train's own files.
+def _new_trainer(
+    job: TrainingJob, in_this_process: bool, retries: int, ray_folder: str
+) -> TorchTrainer:
+    """Return Ray Train's trainer. ``ray_folder``: an empty local folder for its own
+    files, since it goes on from what it finds there.
 
     It keeps nothing in it: checkpoints are written by ``FolderCheckpointHost``. In the
     run's folder, Ray Train would write a marker with each new group of workers by a
     client of its own, and an outage at that moment would end the training.
     """
-    return os.path.join(tempfile.gettempdir(), f"coin_ray-train-{os.getuid()}")
+    if in_this_process:
+        scaling_config = ScalingConfig(num_workers=0, use_gpu=job.training.gpu)
+        run_config = None
+    else:
+        scaling_config = _scaling_config(job.training)
+        run_config = RunConfig(
+            name="train",
+            storage_path=ray_folder,
+            failure_config=FailureConfig(max_failures=retries),
+        )
+    return TorchTrainer(
+        _run_ray_worker,
+        train_loop_config={"job": job, "patience": storage.current_patience()},
+        scaling_config=scaling_config,
+        run_config=run_config,
+    )
 
 
 def _scaling_config(training: TrainingConfig) -> ScalingConfig:
