@@ -262,6 +262,11 @@ class Distill:
                 f"distill.student_weights is for YOLOX students; {self.student} starts"
                 " from CLIP or the CLIP detector",
             )
+            require(
+                self.student_zoom == (1.0, 1.0),
+                "distill.student_zoom is for students that were detectors before;"
+                f" {self.student} sees images in one size",
+            )
             return
         require(
             self.fusion != "ckg",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coin_ray.config import Distill
+from coin_ray.errors import ConfigError
 from coin_ray.structures import Targets
 from coin_ray.training.zoom import zoom_randomly
 
@@ -71,6 +73,12 @@ def test_boxes_cropped_to_a_small_part_are_dropped() -> None:
         assert bool((sides.prod(1) >= 0.35 * 16 * 16).all())
         assert bool((moved.boxes >= 0).all())
         assert bool((moved.boxes <= torch.tensor([64.0, 48, 64, 48])).all())
+
+
+def test_other_students_refuse_a_zoom() -> None:
+    """They would be trained without it, unnoticed."""
+    with pytest.raises(ConfigError, match="student_zoom"):
+        Distill(student="faster-rcnn", student_zoom=(0.5, 1.25))
 
 
 def test_a_zoom_of_one_changes_nothing_and_draws_nothing() -> None:
