@@ -55,6 +55,16 @@ def missing_requirements() -> list[str]:
     return missing
 
 
+def missing_netem() -> str:
+    """Return what this machine lacks to delay and lose packets; empty: nothing."""
+    trial = ("ip", "link", "set", "lo", "up", "&&", "tc", "qdisc", "add", "dev", "lo")
+    command = " ".join((*trial, "root", "netem", "delay", "1ms"))
+    completed = subprocess.run(
+        ["unshare", "--net", "bash", "-c", command], capture_output=True, text=True
+    )
+    return "netem in the kernel" if completed.returncode else ""
+
+
 def die_with_parent() -> None:
     """Let the kernel kill this process when its parent ends, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -213,8 +223,15 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
         inside = ("nsenter", f"--net=/proc/{self._init.pid}/ns/net", "tc")
         run_command(*inside, "qdisc", "add", "dev", "eth0", "root", *bucket)
 
+    def degrade_link(self, delay: str, loss: str) -> None:
+        """Delay and lose packets in both directions, for example ``50ms``, ``1%``."""
+        netem = ("netem", "delay", delay, "loss", loss)
+        run_command("tc", "qdisc", "add", "dev", self.cable, "root", *netem)
+        inside = ("nsenter", f"--net=/proc/{self._init.pid}/ns/net", "tc")
+        run_command(*inside, "qdisc", "add", "dev", "eth0", "root", *netem)
+
     def free_link(self) -> None:
-        """Remove the limit of the link."""
+        """Remove what ``limit_link`` or ``degrade_link`` has added."""
         run_command("tc", "qdisc", "del", "dev", self.cable, "root")
         inside = ("nsenter", f"--net=/proc/{self._init.pid}/ns/net", "tc")
         run_command(*inside, "qdisc", "del", "dev", "eth0", "root")

@@ -23,7 +23,14 @@ from machines import (
     die_with_parent,
     install_environment,
 )
-from servers import BUCKET, CREDENTIALS, TRACKING_URL, ObjectStore, TrackingServer
+from servers import (
+    BUCKET,
+    CHECKPOINT,
+    CREDENTIALS,
+    TRACKING_URL,
+    ObjectStore,
+    TrackingServer,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER_FILE = "deploy/cluster-onprem.yaml"
@@ -33,19 +40,30 @@ TRAIN, VAL, TEST = 24, 4, 8
 IMAGES_ASKED = TRAIN + TEST
 SMALL = (
     *("--data.train", str(TRAIN), "--data.val", str(VAL), "--data.test", str(TEST)),
-    *("--propagate.fit.steps", "12", "--propagate.fit.checkpoint-every", "3"),
-    *("--distill.fit.steps", "12", "--distill.fit.checkpoint-every", "3"),
+    *("--propagate.fit.steps", "12", "--propagate.fit.checkpoint-every", "1"),
+    *("--distill.fit.steps", "12", "--distill.fit.checkpoint-every", "1"),
     *("--distill.burn-up", "4", "--collect.batch", "4", "--cloud.in-flight", "4"),
     *("--cloud.serve-latency", "1", "--cloud.serve-faults", "0"),
 )
-"""Settings of a small run of the demo, which asks for about four images a second."""
+"""Settings of a small run of the demo, which asks for about four images a second. It
+saves a checkpoint after every step of a training.
+"""
 FIGURES = ("map50", "map50_unknown", "per_class", "separation")
+RUN = "pipelines/full.py"
+SEARCH = "tune/search.py"
+"""Programs of a job."""
+SEARCH_OPTIONS = (
+    *("--space", "loss-weights", "--algorithm", "random", "--scheduler", "none"),
+    *("--trials", "3", "--concurrent", "2"),
+)
+LAST_FILES = {RUN: "summary.json", SEARCH: "search/loss-weights-map50/search.json"}
+"""What a program writes when it has done its work."""
 RAY_PROCESSES = ("raylet", "gcs_server", "ray::", "dashboard/")
 POLL_SECONDS = 0.2
 UP_SECONDS = 900.0
 DOWN_SECONDS = 300.0
 SUBMIT_SECONDS = 300.0
-JOB_SECONDS = 2400.0
+JOB_SECONDS = 1200.0
 """Longest times, for machines on which much else runs."""
 
 
@@ -145,15 +163,20 @@ def _fill_in_cluster_file(path: Path, machines: list[Machine], key: Path) -> Non
 
 @dataclass
 class Job:
-    """A submitted run. ``account`` and ``figures`` are those of its summary."""
+    """A submitted run or search."""
 
     name: str
     cluster: RealCluster
+    program: str = RUN
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
     served_before: int = 0
     """Calls that were counted on a head which has lost its power."""
     submissions: int = 1
+    disturbed_at: float | None = None
+    """When a training was disturbed, by the monotonic clock."""
+    tracked_steps: list[str] = field(default_factory=list)
+    """The finished steps that MLflow has."""
 
     @property
     def prefix(self) -> str:
@@ -175,29 +198,62 @@ class Job:
     def has_checkpoint(self, step: str) -> bool:
         """Return whether the training of a step has saved a checkpoint."""
         keys = self.cluster.store.keys(f"{self.prefix}/steps/{step}-")
-        return any(key.endswith("/state.pt") for key in keys)
+        return any(key.endswith(CHECKPOINT) for key in keys)
+
+    def recovery_seconds(self) -> float | None:
+        """Return the time from the disturbance of a training to its next step, at whose
+        end a checkpoint is stored; None: no training was disturbed.
+        """
+        if self.disturbed_at is None:
+            return None
+        later = [
+            stored_at
+            for stored_at, path in self.cluster.store.checkpoints
+            if f"/{self.prefix}/" in path and stored_at > self.disturbed_at
+        ]
+        return later[0] - self.disturbed_at if later else None
 
     def is_running(self) -> bool:
         """Return whether the job's process runs."""
         return bool(self.cluster.head.processes(f"/runs/{self.name} "))
 
     def is_finished(self) -> bool:
-        """Return whether the run has a summary."""
-        return self.cluster.store.read(f"{self.prefix}/summary.json") is not None
+        """Return whether the program has done its work."""
+        return self._read(LAST_FILES[self.program]) is not None
 
-    def summary(self) -> dict[str, Any]:
-        """Return the run's summary. Raises AssertionError if it has none."""
-        summary = self.cluster.store.read_json(f"{self.prefix}/summary.json")
-        assert summary is not None, f"{self.name} has no summary:\n{self.log()[-4000:]}"
-        figures: dict[str, Any] = summary
-        return figures
+    def _read(self, name: str) -> Any:
+        return self.cluster.store.read_json(f"{self.prefix}/{name}")
+
+    def _last_file(self) -> Any:
+        content = self._read(LAST_FILES[self.program])
+        if content is None:
+            raise AssertionError(f"{self.name} did not end well:\n{self.log()[-4000:]}")
+        return content
+
+    def calls(self) -> dict[str, Any]:
+        """Return the account of the calls. Raises AssertionError if there is none."""
+        self._last_file()
+        (manifest,) = [
+            key
+            for key in self.cluster.store.keys(f"{self.prefix}/steps/collect-")
+            if key.endswith("/manifest.json")
+        ]
+        account: dict[str, Any]
+        account = self.cluster.store.read_json(manifest)["metrics"]["calls"]
+        return account
 
     def figures(self) -> dict[str, Any]:
-        """Return what must be the same in a disturbed run: the summary's figures, and
-        the losses of both trainings to the last digit.
+        """Return what must be the same in a disturbed job: the summary's figures and
+        the losses of both trainings to the last digit, or those of a search's trials.
         """
-        summary = self.summary()
-        figures = {name: summary[name] for name in FIGURES}
+        content = self._last_file()
+        if self.program == SEARCH:
+            return {
+                f"trial {trial['number']}": trial | {"seconds": 0.0}
+                for trial in content["trials"]
+            }
+        figures = {name: content[name] for name in FIGURES}
+        figures["steps in MLflow"] = self.tracked_steps
         for key in sorted(self.cluster.store.keys(f"{self.prefix}/steps/")):
             if key.endswith("/curve.json"):
                 step = key.split("/")[-2].partition("-")[0]
@@ -245,6 +301,16 @@ class RealCluster:
         status = self.office.type(docs_page.command(SECTION, "ray exec"))
         assert f" {len(self.machines)} local.cluster.node" in status, status
 
+    def start_afresh(self) -> None:
+        """Switch every machine off and on, and start the cluster again."""
+        self.store.refused_share = 0.0
+        self.store.come_back()
+        for machine in self.machines:
+            if machine.is_on():
+                machine.cut_power()
+            machine.switch_on()
+        self.up()
+
     def is_complete(self) -> bool:
         """Return whether all machines have joined, as far as their processes say."""
         return all(
@@ -280,9 +346,11 @@ class RealCluster:
             dashboard = docs_page.command(SECTION, "ray dashboard")
             self._tunnel = self.office.leave_open(dashboard)
 
-    def submit(self, name: str) -> Job:
-        """Submit the page's first job, as a small run below ``runs/NAME``."""
-        job = Job(name, self)
+    def submit(self, name: str, program: str = RUN) -> Job:
+        """Submit the page's first job, as a small run below ``runs/NAME``, or a search
+        in the same way.
+        """
+        job = Job(name, self, program)
         self._submit(job)
         return job
 
@@ -297,10 +365,12 @@ class RealCluster:
             "s3://BUCKET/runs/demo": f"s3://{BUCKET}/{job.prefix}",
             "--submission-id demo": f"--submission-id {job.name}-{job.submissions}",
             "http://127.0.0.1:5000": TRACKING_URL,
+            RUN: job.program,
         }.items():
             assert documented in command, f"{documented} is not in {command}"
             command = command.replace(documented, word)
-        command = f"{command} {shlex.join(SMALL)}"
+        options = SMALL if job.program == RUN else (*SMALL, *SEARCH_OPTIONS)
+        command = f"{command} {shlex.join(options)}"
         give_up_at = time.monotonic() + SUBMIT_SECONDS
         while True:
             self._open_tunnel()
@@ -322,6 +392,7 @@ class RealCluster:
         """Wait until the job has ended."""
         wait_until(lambda: not job.is_running(), f"the end of {job.name}")
         job.seconds = time.time() - job.started
+        job.tracked_steps = self.tracking.finished_steps()
 
     def worker_with(self, title: str) -> Machine:
         """Return the worker on which a process of Ray with this title runs."""

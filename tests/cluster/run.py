@@ -18,12 +18,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import docs_page
 from machines import ISOLATE, die_with_parent, missing_requirements, run_command
-from real_cluster import RealCluster
-from scenarios import SCENARIOS, run_scenario
+from real_cluster import Job, RealCluster
+from scenarios import SCENARIOS, Scenario, reference, run_scenario, skipped_row
 
 FOLDER_VARIABLE = "COIN_RAY_CLUSTER_TEST"
 """Tells the process that runs isolated where its files are."""
@@ -88,32 +89,57 @@ def _run_scenarios(folder: Path, options: argparse.Namespace) -> int:
     cluster.up()
     print(f"up: {time.monotonic() - started:.0f} s, 3 nodes", flush=True)
     failures = 0
-    undisturbed = None
-    for scenario in SCENARIOS:
-        if names and scenario.name not in (*names, SCENARIOS[0].name):
+    references: dict[str, Job] = {}
+    for scenario in _selected(names):
+        if not scenario.missing():
+            failures += _run_scenario(cluster, scenario, references, options)
             continue
-        try:
-            job, row = run_scenario(cluster, scenario, undisturbed)
-        except Exception:
-            print(f"{scenario.name}: {traceback.format_exc()}", flush=True)
-            failures += 1
-            if undisturbed is None:
-                break
-            continue
-        finally:
-            _keep_logs(cluster, scenario.name, options.keep)
-        if undisturbed is None:
-            undisturbed = job
-        print(row, flush=True)
-        for problem in row.problems():
-            print(f"{scenario.name}: {problem}", flush=True)
-            failures += 1
-        if not options.no_table:
-            docs_page.write_table([str(row)])
+        _show_row(skipped_row(scenario), options)
     started = time.monotonic()
     cluster.down()
     print(f"down: no process of Ray after {time.monotonic() - started:.0f} s")
     return 1 if failures else 0
+
+
+def _selected(names: Sequence[str]) -> list[Scenario]:
+    """Return the scenarios with these names, after those with which they are compared;
+    without names all of them.
+    """
+    chosen = [scenario for scenario in SCENARIOS if scenario.name in names]
+    references = {reference(scenario.program) for scenario in chosen}
+    wanted = {*names, *references} if names else {s.name for s in SCENARIOS}
+    return [scenario for scenario in SCENARIOS if scenario.name in wanted]
+
+
+def _run_scenario(
+    cluster: RealCluster,
+    scenario: Scenario,
+    references: dict[str, Job],
+    options: argparse.Namespace,
+) -> int:
+    """Run one scenario and return the number of its problems. After an error the
+    cluster is started afresh.
+    """
+    try:
+        job, row = run_scenario(cluster, scenario, references.get(scenario.program))
+    except Exception:
+        print(f"{scenario.name}: {traceback.format_exc()}", flush=True)
+        _keep_logs(cluster, scenario.name, options.keep)
+        cluster.start_afresh()
+        return 1
+    _keep_logs(cluster, scenario.name, options.keep)
+    references.setdefault(scenario.program, job)
+    _show_row(str(row), options)
+    problems = row.problems()
+    for problem in problems:
+        print(f"{scenario.name}: {problem}", flush=True)
+    return len(problems)
+
+
+def _show_row(row: str, options: argparse.Namespace) -> None:
+    print(row, flush=True)
+    if not options.no_table:
+        docs_page.write_table([row])
 
 
 def _use_private_tmp(folder: Path) -> None:

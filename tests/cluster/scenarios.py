@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from machines import Machine
-from real_cluster import IMAGES_ASKED, Job, RealCluster, wait_until
+from machines import Machine, missing_netem
+from real_cluster import IMAGES_ASKED, RUN, SEARCH, Job, RealCluster, wait_until
+from servers import missing_database
 
 ASKING = "CloudActor"
 TRAINING = "RayTrainWorker"
-"""Parts of the titles of the processes that ask the cloud, and that train."""
+TRIAL = "ImplicitFunc"
+"""Parts of the titles of the processes that ask the cloud, that train, and that run a
+trial of a search."""
 FIRST_CALLS = 8
 """Calls after which a collection is disturbed."""
 Disturbance = Callable[[RealCluster, Job], None]
@@ -30,6 +33,9 @@ class Scenario:
     prepare: Callable[[RealCluster], None] = lambda _: None
     again: bool = False
     """Whether the same command is given again after the repair."""
+    program: str = RUN
+    missing: Callable[[], str] = str
+    """What this machine lacks for it; empty: nothing."""
 
 
 def do_nothing(cluster: RealCluster, job: Job) -> None:
@@ -51,7 +57,9 @@ def _asking_node(cluster: RealCluster, job: Job) -> Machine:
 
 def _training_node(cluster: RealCluster, job: Job) -> Machine:
     _wait_for_training(job, "propagate")
-    return cluster.worker_with(TRAINING)
+    machine = cluster.worker_with(TRAINING)
+    job.disturbed_at = time.monotonic()
+    return machine
 
 
 def _other_node(cluster: RealCluster, job: Job) -> Machine:
@@ -60,8 +68,16 @@ def _other_node(cluster: RealCluster, job: Job) -> Machine:
     return other
 
 
+def _trial_node(cluster: RealCluster, job: Job) -> Machine:
+    _wait_for_training(job, "distill")
+    machine = cluster.worker_with(TRIAL)
+    job.disturbed_at = time.monotonic()
+    return machine
+
+
 def _head_in_training(cluster: RealCluster, job: Job) -> Machine:
     _wait_for_training(job, "propagate")
+    job.disturbed_at = time.monotonic()
     return cluster.head
 
 
@@ -95,6 +111,8 @@ def store_away_for(seconds: float, wait: Callable[[Job], None]) -> Disturbance:
 
     def disturb(cluster: RealCluster, job: Job) -> None:
         wait(job)
+        if job.has_checkpoint("propagate"):
+            job.disturbed_at = time.monotonic()
         cluster.store.go_away()
         time.sleep(seconds)
         cluster.store.come_back()
@@ -122,6 +140,7 @@ def lose_head(cluster: RealCluster, job: Job) -> None:
     """Cut the head's power while it trains: the cluster and the job are lost."""
     _wait_for_training(job, "propagate")
     job.served_before = job.served_calls()  # the count lies on the head
+    job.disturbed_at = time.monotonic()
     cluster.head.cut_power()
 
 
@@ -131,10 +150,26 @@ def limit_links(cluster: RealCluster) -> None:
         machine.limit_link("20mbit")
 
 
+def degrade_links(cluster: RealCluster) -> None:
+    """Give every link a delay of 50 ms and a loss of 1 %."""
+    for machine in cluster.machines:
+        machine.degrade_link("50ms", "1%")
+
+
 def free_links(cluster: RealCluster) -> None:
-    """Remove the limits of the links."""
+    """Make all links fast and reliable again."""
     for machine in cluster.machines:
         machine.free_link()
+
+
+def restart_database(cluster: RealCluster, job: Job) -> None:
+    """Stop MLflow's PostgreSQL in the middle of a training; start it after 10 s."""
+    database = cluster.tracking.database
+    assert database is not None
+    _wait_for_training(job, "propagate")
+    database.stop()
+    time.sleep(10)
+    database.start()
 
 
 def refuse_a_tenth(cluster: RealCluster) -> None:
@@ -239,6 +274,11 @@ SCENARIOS = (
         store_away_for(40, _wait_for_calls),
     ),
     Scenario(
+        "store-300s",
+        "the object store is away for 300 s of a collection",
+        store_away_for(300, _wait_for_calls),
+    ),
+    Scenario(
         "store-40s-training",
         "the object store is away for 40 s of a training",
         store_away_for(40, lambda job: _wait_for_training(job, "propagate")),
@@ -258,6 +298,20 @@ SCENARIOS = (
         limit_links,
     ),
     Scenario(
+        "links-loss",
+        "every link delays by 50 ms and loses 1 %",
+        do_nothing,
+        free_links,
+        degrade_links,
+        missing=missing_netem,
+    ),
+    Scenario(
+        "database-restart",
+        "MLflow's PostgreSQL is stopped for 10 s of a training",
+        restart_database,
+        missing=missing_database,
+    ),
+    Scenario(
         "disk-full",
         "`/tmp` of the node that trains is full; room, and the same command again",
         fill_disk,
@@ -271,7 +325,28 @@ SCENARIOS = (
         bring_back_workers,
         switch_off_second_worker,
     ),
+    Scenario("search", "nothing, in a search of 3 trials", do_nothing, program=SEARCH),
+    Scenario(
+        "search-cable",
+        "the cable of a node that runs a trial is out for good",
+        unplug(_trial_node),
+        bring_back_workers,
+        program=SEARCH,
+    ),
 )
+
+
+def reference(program: str) -> str:
+    """Return the name of the first scenario of a program, in which nothing happens."""
+    return next(s.name for s in SCENARIOS if s.program == program)
+
+
+def skipped_row(scenario: Scenario) -> str:
+    """Return the row of a scenario that this machine can't run."""
+    date = time.strftime("%Y-%m-%d")
+    reason = f"not run: needs {scenario.missing()}"
+    cells = [scenario.name, scenario.event, date, "", "", "", "", "", reason]
+    return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)
@@ -286,6 +361,8 @@ class Row:
     served: int
     differences: tuple[str, ...]
     """Figures that are not those of the undisturbed run."""
+    recovery: float | None = None
+    """Seconds from the disturbance of a training to its next step."""
 
     def __str__(self) -> str:
         same = "yes" if not self.differences else f"no: {', '.join(self.differences)}"
@@ -294,6 +371,7 @@ class Row:
             self.scenario.event,
             self.date,
             f"{self.seconds:.0f}",
+            "" if self.recovery is None else f"{self.recovery:.0f}",
             str(self.made),
             str(self.maybe_billed),
             str(self.served),
@@ -321,7 +399,7 @@ def run_scenario(
     one; None: this is the undisturbed one.
     """
     scenario.prepare(cluster)
-    job = cluster.submit(scenario.name)
+    job = cluster.submit(scenario.name, scenario.program)
     try:
         scenario.disturb(cluster, job)
         cluster.finish(job)
@@ -338,7 +416,7 @@ def _compare(scenario: Scenario, job: Job, expected: Job | None) -> Row:
     figures = job.figures()
     reference = figures if expected is None else expected.figures()
     differences = [name for name in reference if figures.get(name) != reference[name]]
-    account = job.summary()["calls"]
+    account = job.calls()
     return Row(
         scenario,
         time.strftime("%Y-%m-%d"),
@@ -347,4 +425,5 @@ def _compare(scenario: Scenario, job: Job, expected: Job | None) -> Row:
         account["maybe_billed"],
         job.served_calls(),
         tuple(differences),
+        job.recovery_seconds(),
     )

@@ -3,10 +3,14 @@ MLflow."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import pwd
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,8 +30,12 @@ from moto.moto_server.werkzeug_app import (
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 BUCKET = "coin-bucket"
+CHECKPOINT = "/state.pt"
 STORE_PORT = 9000
 TRACKING_PORT = 5000
+POSTGRES_PORT = 5432
+POSTGRES_USER = "postgres"
+POSTGRES_VERSIONS = Path("/usr/lib/postgresql")
 STORE_URL = f"http://{OFFICE_ADDRESS}:{STORE_PORT}"
 TRACKING_URL = f"http://{OFFICE_ADDRESS}:{TRACKING_PORT}"
 START_SECONDS = 900.0
@@ -61,6 +69,8 @@ class ObjectStore:
         self.refused_share = 0.0
         """Share of the requests that are answered with 503 SlowDown."""
         self.refused = 0
+        self.checkpoints: list[tuple[float, str]] = []
+        """When each checkpoint of a training was stored, and its key."""
         self._random = random.Random(0)
         self._application = DomainDispatcherApplication(create_backend_app)
         self._server: BaseWSGIServer | None = None
@@ -80,7 +90,11 @@ class ObjectStore:
             headers.append(("Content-Length", str(len(SLOW_DOWN))))
             start_response("503 Slow Down", headers)
             return [SLOW_DOWN]
-        return self._application(environ, start_response)
+        answer = self._application(environ, start_response)
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] == "PUT" and path.endswith(CHECKPOINT):
+            self.checkpoints.append((time.monotonic(), path))
+        return answer
 
     def go_away(self) -> None:
         """Refuse connections from now on."""
@@ -91,6 +105,8 @@ class ObjectStore:
 
     def come_back(self) -> None:
         """Listen, with all objects."""
+        if self._server is not None:
+            return
         self._server = make_server(
             OFFICE_ADDRESS, STORE_PORT, self, threaded=True, request_handler=_Handler
         )
@@ -120,17 +136,81 @@ class ObjectStore:
         return keys
 
 
+def missing_database() -> str:
+    """Return what this machine lacks for PostgreSQL; empty: nothing."""
+    if not _postgres_folders():
+        return f"PostgreSQL in {POSTGRES_VERSIONS}"
+    if importlib.util.find_spec("psycopg2") is None:
+        return "the Python package psycopg2-binary"
+    try:
+        pwd.getpwnam(POSTGRES_USER)
+    except KeyError:
+        return f"the user {POSTGRES_USER}"
+    return ""
+
+
+def _postgres_folders() -> list[Path]:
+    return sorted(POSTGRES_VERSIONS.glob("*/bin"))
+
+
+class Database:
+    """PostgreSQL of the system's packages, on the loopback address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "postgres"
+        self.log = folder / "postgres.log"
+        self.folder.mkdir(mode=0o700)
+        shutil.chown(self.folder, POSTGRES_USER)
+        options = ("--auth=trust", "--username=mlflow", "--no-sync")
+        self._start("initdb", "-D", str(self.folder), *options).wait()
+        self.start()
+
+    def _start(self, program: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a program of PostgreSQL, which does not run as root."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [str(_postgres_folders()[-1] / program), *options],
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                user=POSTGRES_USER,
+                group=pwd.getpwnam(POSTGRES_USER).pw_gid,
+                extra_groups=[],
+                preexec_fn=die_with_parent,
+            )
+
+    def start(self) -> None:
+        """Start the server, and wait until it takes connections."""
+        options = ("-h", "127.0.0.1", "-p", str(POSTGRES_PORT), "-k", "")
+        self.process = self._start("postgres", "-D", str(self.folder), *options)
+        give_up_at = time.monotonic() + START_SECONDS
+        while self._start("pg_isready", *options[:4]).wait():
+            if time.monotonic() > give_up_at or self.process.poll() is not None:
+                log_text = self.log.read_text()
+                raise RuntimeError(f"PostgreSQL did not start: {log_text[-3000:]}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """Break off all transactions, and end the server."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=60)
+
+
 class TrackingServer:
-    """MLflow on the office's address, with SQLite."""
+    """MLflow on the office's address, with PostgreSQL; with SQLite where there is none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.database = None if missing_database() else Database(folder)
         self.start()
 
     def start(self) -> None:
         """Start the server."""
+        uri = f"sqlite:///{self.folder}/mlflow.db"
+        if self.database is not None:
+            uri = f"postgresql://mlflow@127.0.0.1:{POSTGRES_PORT}/postgres"
         options = {
-            "--backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
+            "--backend-store-uri": uri,
             "--artifacts-destination": f"s3://{BUCKET}/mlflow",
             "--host": "0.0.0.0",
             "--allowed-hosts": OFFICE_ADDRESS + ":*",
@@ -162,15 +242,29 @@ class TrackingServer:
         except httpx.TransportError:
             return False
 
-    def count_runs(self) -> int:
-        """Return the number of runs on record, those of steps included."""
-        answer = httpx.post(
-            f"{TRACKING_URL}/api/2.0/mlflow/experiments/search",
-            json={"max_results": 100},
+    def finished_steps(self) -> list[str]:
+        """Return the names of the finished runs of steps, below the last run."""
+        experiments = self._search("experiments", max_results=100)["experiments"]
+        names = [entry["experiment_id"] for entry in experiments]
+        found = self._search("runs", experiment_ids=names, max_results=1000)
+        runs = found.get("runs", [])
+        steps = [(run, _parent(run)) for run in runs if _parent(run)]
+        roots = [run["info"] for run in runs if not _parent(run)]
+        last = max(roots, key=lambda info: info["start_time"])["run_id"]
+        return sorted(
+            run["info"]["run_name"]
+            for run, parent in steps
+            if parent == last and run["info"]["status"] == "FINISHED"
         )
-        names = [entry["experiment_id"] for entry in answer.json()["experiments"]]
-        runs = httpx.post(
-            f"{TRACKING_URL}/api/2.0/mlflow/runs/search",
-            json={"experiment_ids": names, "max_results": 1000},
-        )
-        return len(runs.json().get("runs", []))
+
+    def _search(self, kind: str, **body: Any) -> dict[str, Any]:
+        url = f"{TRACKING_URL}/api/2.0/mlflow/{kind}/search"
+        answer: dict[str, Any] = httpx.post(url, json=body, timeout=60).json()
+        return answer
+
+
+def _parent(run: dict[str, Any]) -> str:
+    """Return the id of the run of which this is a step; empty: it is none."""
+    tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])}
+    parent: str = tags.get("mlflow.parentRunId", "")
+    return parent
