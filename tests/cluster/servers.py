@@ -140,8 +140,8 @@ def missing_database() -> str:
     """Return what this machine lacks for PostgreSQL; empty: nothing."""
     if not _postgres_folders():
         return f"PostgreSQL in {POSTGRES_VERSIONS}"
-    if importlib.util.find_spec("psycopg2") is None:
-        return "the Python package psycopg2-binary"
+    if importlib.util.find_spec("psycopg") is None:
+        return "the Python package psycopg[binary]"
     try:
         pwd.getpwnam(POSTGRES_USER)
     except KeyError:
@@ -208,7 +208,7 @@ class TrackingServer:
         """Start the server."""
         uri = f"sqlite:///{self.folder}/mlflow.db"
         if self.database is not None:
-            uri = f"postgresql://mlflow@127.0.0.1:{POSTGRES_PORT}/postgres"
+            uri = f"postgresql+psycopg://mlflow@127.0.0.1:{POSTGRES_PORT}/postgres"
         options = {
             "--backend-store-uri": uri,
             "--artifacts-destination": f"s3://{BUCKET}/mlflow",
