@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -88,7 +88,7 @@ def run(context: Context[PipelineConfig]) -> Metrics:
             _parts_folder(context.folder, second=True),
             second=True,
         )
-    account = RunAccount.read(journal_uri(context.root), _run_name(context))
+    account = _read_account(context)
     metrics = _merge(context, images["image_id"], account)
     _print_account(account, metrics, images)
     if "box_counts" in metrics:
@@ -163,7 +163,7 @@ def _collect(
                 images,
                 images.num_rows - remaining.num_rows,
                 watchdog,
-                RunAccount.read(journal_uri(context.root), _run_name(context)),
+                lambda: _read_account(context),
             )
 
 
@@ -265,20 +265,29 @@ def _run_name(context: Context[PipelineConfig]) -> str:
     return context.folder.rstrip("/").rpartition("/")[2]
 
 
+def _read_account(context: Context[PipelineConfig]) -> RunAccount:
+    return RunAccount.read(journal_uri(context.root), _run_name(context))
+
+
 def _show_collected(
     batches: Iterator[pa.Table],
     images: pa.Table,
     count: int,
     watchdog: Watchdog,
-    account: RunAccount = NO_CALLS,
+    read_account: Callable[[], RunAccount] = RunAccount,
 ) -> None:
     """Consume the labelers' batches, show progress, and raise the error that stopped a
     worker, with the commonest reason of failed images. ``count``: those of ``images``
-    that were answered before; ``account``: of the run's processes before this one.
+    that were answered before; ``read_account``: reads the calls of all the run's
+    processes.
+
+    A batch that is repeated because its worker was lost counts no call for an answer
+    that is on record, so the last line has the calls of the journal.
     """
     failures = FailureReasons()
-    calls = account.run.calls
-    usd = account.run.usd
+    account = read_account().run
+    calls = account.calls
+    usd = account.usd
     stop_error: str | None = None
     try:
         with show_progress("collect", images.num_rows) as progress:
@@ -293,6 +302,9 @@ def _show_collected(
                         failures.add(row["image_id"], row["error"])
                     calls += row["calls"]
                     usd += row["cost_usd"]
+                if count >= images.num_rows:
+                    account = read_account().run
+                    calls, usd = max(calls, account.calls), max(usd, account.usd)
                 progress.update(
                     count, f"{calls} calls, {failures.total} failed, ${usd:.2f}"
                 )

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from coin_ray import storage, tables
+from coin_ray.cloud.journal.base import CallAccount
 from coin_ray.config import Cloud, PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.errors import BudgetExhausted, CloudError
@@ -20,6 +21,7 @@ from coin_ray.stages.collect import (
     _remaining_images,
     _show_collected,
 )
+from coin_ray.stages.collecting.call_account import RunAccount
 from coin_ray.stages.collecting.cloud_actor import STOPPED
 from coin_ray.stages.collecting.parts import PART_SCHEMA, CollectedParts
 from coin_ray.stages.common.watchdog import Watchdog
@@ -126,6 +128,18 @@ def test_the_reason_is_told_when_the_stream_breaks(
         _show_collected(broken(), IMAGES, 2, Watchdog("test", 0))
     output = capsys.readouterr().out
     assert f"1 of 4 images failed; the reason: {OUTAGE}" in output
+
+
+def test_the_last_line_counts_the_calls_of_a_worker_that_was_lost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    batches = _batches(("a", "ok", None), ("b", "ok", None))
+    accounts = iter([CallAccount(1, 0.1), CallAccount(6, 0.6, ("a" * 16,))])
+    _show_collected(
+        batches, IMAGES, 2, Watchdog("test", 0), lambda: RunAccount(next(accounts))
+    )
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == "collect: 4/4 6 calls, 0 failed, $0.60"
 
 
 @pytest.mark.parametrize(
