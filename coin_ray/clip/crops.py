@@ -17,11 +17,9 @@ ImageBoxes = tuple[Tensor, Tensor]
 """An image [3, H, W] uint8, and boxes [N, 4] in its pixels."""
 PixelBox = Sequence[int]
 """Left, top, right and bottom."""
-BATCH_MAX, BATCH_MIN = 32, 16
-BATCH_PIXELS = BATCH_MAX * 224**2
-"""Pixels of a batch: memory does not grow with the boxes of an image. Larger batches of
-CLIP's ResNets are slower on CPUs: their maps leave the cache.
-"""
+BATCH_MAX, BATCH_MIN = 64, 16
+BATCH_PIXELS = 32 * 224**2
+"""Pixels of a batch: memory does not grow with the boxes of an image."""
 SIDE_MIN = 2
 """Pixels."""
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+CONVOLVED_TOGETHER = 32
+"""Images of 64 pixels a side: the maps of more leave a CPU's cache."""
+
 
 class FusedResNet(nn.Module):
     """Computes what open_clip's ``visual`` computes in evaluation, but for rounding
@@ -25,12 +28,23 @@ class FusedResNet(nn.Module):
         self.visual = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the features [N, D] of normalised pixels [N, 3, H, W]."""
+        """Return the features [N, D] of normalised pixels [N, 3, H, W].
+
+        The images go through the convolutions in equal parts of at most 32, whose maps
+        stay in a cache, and are pooled together: so its weights are read once.
+        """
         visual: Any = self.visual
-        maps = visual.stem(pixels.contiguous(memory_format=torch.channels_last))
+        parts = pixels.chunk(-(-len(pixels) // CONVOLVED_TOGETHER))
+        maps = torch.cat([self._convolve(part) for part in parts])
+        return attention_pool(visual.attnpool, maps)
+
+    def _convolve(self, pixels: Tensor) -> Tensor:
+        """Return the last maps [N, C, h, w] of normalised pixels [N, 3, H, W]."""
+        visual: Any = self.visual
+        maps: Tensor = visual.stem(pixels.contiguous(memory_format=torch.channels_last))
         for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             maps = stage(maps)
-        return attention_pool(visual.attnpool, maps)
+        return maps
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
@@ -93,7 +107,9 @@ def attention_pool(pool: Any, maps: Tensor) -> Tensor:
 
     Keys and values are never formed: their projections are applied to the query and to
     the attended mean instead, so a region costs 4 C^2 multiplications instead of 4 (s^2
-    + 1) C^2. The keys' bias adds the same to all scores, so the softmax cancels it.
+    + 1) C^2. What adds the same to all scores the softmax cancels: the keys' bias, and
+    the mean token, which is subtracted because the differences of large scores would
+    be rounded.
     """
     cells = maps.flatten(2).transpose(1, 2)
     tokens = torch.cat([cells.mean(1, keepdim=True), cells], 1)
@@ -104,7 +120,8 @@ def attention_pool(pool: Any, maps: Tensor) -> Tensor:
     query = (query / key_weight.shape[1] ** 0.5).transpose(0, 1)
     # batched over heads [H, R, C], which einsum would do with more copies
     mapped_query = torch.bmm(query, key_weight).transpose(0, 1)
-    scores = mapped_query @ tokens.transpose(1, 2)
+    differences = tokens - tokens[:, :1]
+    scores = mapped_query @ differences.transpose(1, 2)
     mean_tokens = (scores.softmax(-1) @ tokens).transpose(0, 1)
     attended = torch.bmm(mean_tokens, value_weight.transpose(1, 2))
     attended = attended.transpose(0, 1).flatten(1)

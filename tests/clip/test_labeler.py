@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -111,6 +112,19 @@ def test_attention_pooling_is_open_clips() -> None:
     )
 
 
+def test_attention_pooling_is_as_exact_as_open_clips() -> None:
+    """Demo maps are positive: large scores with small differences."""
+    clip = load_clip(DEMO_CLIP)
+    network: Any = clip.network
+    pool = network.visual.attnpool
+    maps = torch.rand(16, 768, 2, 2, generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(pool).double()(maps.double())
+    with torch.no_grad():
+        error = float((attention_pool(pool, maps) - exact).abs().max())
+        error_of_open_clip = float((pool(maps) - exact).abs().max())
+    assert error <= error_of_open_clip
+
+
 @pytest.mark.parametrize(
     ("factor", "expected"),
     [(1.0, [20, 20, 40, 60]), (1.5, [15, 10, 45, 70]), (3.0, [0, 0, 60, 80])],
@@ -177,7 +191,7 @@ def test_the_fused_tower_is_open_clips() -> None:
 
 @pytest.mark.parametrize(
     ("fuse_batch_norms", "tolerance"),
-    [pytest.param(False, 0, id="to the bit"), pytest.param(True, 2e-5, id="fused")],
+    [pytest.param(False, 0, id="to the bit"), pytest.param(True, 1e-5, id="fused")],
 )
 @pytest.mark.parametrize("num_boxes", [3, 33])
 def test_crop_labels_are_those_of_open_clip(
@@ -225,6 +239,6 @@ def test_memory_does_not_grow_with_the_boxes_of_an_image(
     pixels = batch_size((64, 64)) * 64**2 if fuse_batch_norms else BATCH_PIXELS
     assert max(sizes) == pixels // 64**2
     assert sum(sizes) < 600 + 16
-    assert batch_size((64, 64)) == 32
+    assert batch_size((64, 64)) == 64
     assert batch_size((224, 224)) == 32
     assert batch_size((2000, 2000)) == 1
