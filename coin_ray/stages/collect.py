@@ -27,7 +27,6 @@ from coin_ray.cloud.governor import Governor, LocalGovernor
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.protocol import NO_COUNTS, BoxCounts
 from coin_ray.config import PipelineConfig
-from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.runs.estimate import print_other_answers
 from coin_ray.runs.failed_images import failed_count, needs_every_cloud
 from coin_ray.runs.steps import Context, Metrics, read_reopened, remove_readers
@@ -41,8 +40,12 @@ from coin_ray.stages.collecting.call_account import (
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.collecting.failures import FailureReasons
 from coin_ray.stages.collecting.governor_actor import count_cloud_actors, start_governor
-from coin_ray.stages.collecting.labeler_actor import LabelerActor, text_cache
-from coin_ray.stages.collecting.labelers import create_labeler, describe_labeler
+from coin_ray.stages.collecting.labeler_actor import (
+    LabelerActor,
+    describe_labeler,
+    text_cache,
+)
+from coin_ray.stages.collecting.model_check import check_models
 from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
@@ -139,11 +142,7 @@ def _collect(
             start_services, config.clouds, context.root, services, node_address()
         )
         ensure_ray()
-        # before a call is paid: training will find its backbone, and it fits, and the
-        # labeler its model and a name or text for every class
-        if config.has_backbone:
-            load_backbone(config)
-        create_labeler(config, text_cache(parts_folder))
+        check_models(config, text_cache(parts_folder))  # before a call is paid
         print(f"collect: {describe_labeler(config)}", flush=True)
         urls = starting.result()
         # in a thread: a notebook's own thread runs an event loop already

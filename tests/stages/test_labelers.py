@@ -24,8 +24,8 @@ from coin_ray.errors import ConfigError, InputError
 from coin_ray.runs.graph import build_steps
 from coin_ray.stages.collecting import labelers
 from coin_ray.stages.collecting.cloud_actor import AnsweredImage, answer_table
-from coin_ray.stages.collecting.labeler_actor import LabelerActor
-from coin_ray.stages.collecting.labelers import create_labeler, describe_labeler
+from coin_ray.stages.collecting.labeler_actor import LabelerActor, describe_labeler
+from coin_ray.stages.collecting.labelers import create_labeler
 from tests.clip.open_clip_families import save_family
 from tests.images import noise_image
 

@@ -25,7 +25,7 @@ from coin_ray.config import Cloud, Ensemble, PipelineConfig
 from coin_ray.config.presets import folder
 from coin_ray.runs.steps import Context
 from coin_ray.stages.collect import _contradicted_images, _merge, _parts_folder
-from coin_ray.stages.collecting import labeler_actor
+from coin_ray.stages.collecting import labelers
 from coin_ray.stages.collecting.cloud_actor import CloudActor
 from coin_ray.stages.collecting.labeler_actor import LabelerActor
 from coin_ray.stages.collecting.parts import CollectedParts
@@ -124,9 +124,7 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     def collect(
         config: PipelineConfig, images: list[dict[str, str]], name: str = "collect"
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        monkeypatch.setattr(
-            labeler_actor, "create_labeler", lambda *_: _ColourLabeler()
-        )
+        monkeypatch.setattr(labelers, "create_labeler", lambda *_: _ColourLabeler())
         step_folder = storage.join(str(tmp_path), name)
         context = Context(config, str(tmp_path), step_folder, {}, {}, "collect")
         parts_folder = _parts_folder(step_folder)

@@ -6,26 +6,24 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
+from numpy.typing import NDArray
 
 from coin_ray import storage
-from coin_ray.clip.crops import ImageBoxes
 from coin_ray.cloud.detections import vectors_column
 from coin_ray.config import PipelineConfig
-from coin_ray.data.canonical import decode_rgb
 from coin_ray.runs.failed_images import LABELER_DEATH
 from coin_ray.stages.collecting.attempts import Attempts
 from coin_ray.stages.collecting.cloud_actor import ANSWER_SCHEMA, STOPPED
-from coin_ray.stages.collecting.labelers import create_labeler
 from coin_ray.stages.collecting.parts import PART_SCHEMA, box_counts_metadata
-from coin_ray.stages.common.cluster import count_torch_threads
 from coin_ray.stages.common.watchdog import Watchdog
+
+LabelAnswers = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
+"""Returns the labeler's probabilities [N, K+1] of each answer's boxes [N, 4]."""
 
 MAX_DEATHS = 2
 """Labelers that one image may cost, beside the first, of which only the batch is known."""
@@ -42,8 +40,7 @@ class LabelerActor:
         storage.set_patience(config.storage.patience)
         self.parts_folder = parts_folder
         self.attempts = Attempts(f"{parts_folder}_begun")
-        torch.set_num_threads(count_torch_threads())
-        self.labeler = create_labeler(config, text_cache(parts_folder))
+        self.label_answers = _load_labeler(config, text_cache(parts_folder))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write the answers of ``ANSWER_SCHEMA`` as a part; return the columns that
@@ -84,36 +81,10 @@ class LabelerActor:
 
     def _label(self, answers: pa.Table) -> pa.Table:
         """Return the answers as rows of ``PART_SCHEMA``."""
-        boxes = _split_boxes(answers["boxes"])
-        clip_probs = self._classify(answers["bytes"], boxes)
         columns = {name: answers[name] for name in answers.column_names}
-        columns["clip_probs"] = vectors_column(
-            [probs.cpu().numpy() for probs in clip_probs]
-        )
+        columns["clip_probs"] = vectors_column(self.label_answers(answers))
         part_columns = {name: columns[name] for name in PART_SCHEMA.names}
         return pa.table(part_columns, schema=PART_SCHEMA)
-
-    def _classify(
-        self, files: pa.ChunkedArray, boxes: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """Return the labeler's probabilities [N, K+1] of each image's boxes [N, 4]; none
-        without a labeler.
-        """
-        nothing = torch.zeros(0, len(self.config.classes) + 1)
-        if self.labeler is None:
-            return [nothing] * len(boxes)
-        rows = [row for row, image_boxes in enumerate(boxes) if len(image_boxes)]
-        labelled = self.labeler.label(self._decode_images(files, boxes, rows))
-        by_row = dict(zip(rows, labelled, strict=True))
-        return [by_row.get(row, nothing) for row in range(len(boxes))]
-
-    def _decode_images(
-        self, files: pa.ChunkedArray, boxes: Sequence[Tensor], rows: Sequence[int]
-    ) -> Iterator[ImageBoxes]:
-        """Decode one image after another: a batch of them may not fit into memory."""
-        for row in rows:
-            pixels = decode_rgb(files[row].as_py(), self.config.intensity_range)
-            yield pil_to_tensor(pixels), boxes[row]
 
 
 def text_cache(parts_folder: str) -> str:
@@ -121,14 +92,29 @@ def text_cache(parts_folder: str) -> str:
     return f"{parts_folder}_texts"
 
 
-def _split_boxes(column: pa.ChunkedArray) -> tuple[Tensor, ...]:
-    """Return the boxes [N, 4] of each image of a column of type ``tables.BOXES``."""
-    boxes = column.combine_chunks()
-    counts = pc.list_value_length(boxes).to_pylist()
-    coordinates = boxes.flatten().flatten().to_numpy()
-    all_boxes = torch.tensor(coordinates, dtype=torch.float32).reshape(-1, 4)
-    by_image: tuple[Tensor, ...] = torch.split(all_boxes, counts)
-    return by_image
+def describe_labeler(config: PipelineConfig) -> str:
+    """Say in a few words who gives the second opinion, and what happens without one."""
+    labeler = config.collect.labeler
+    if labeler == "none":
+        return (
+            "no second opinion on the clouds' boxes; the second teacher is a detector"
+            " trained on their labels as they are"
+        )
+    if labeler == "classifier":
+        return f"second opinions by the classifier {config.labeler.model}, on crops"
+    model = config.labeler_clip.model.rpartition("/")[2].removesuffix(".json")
+    method = "on crops" if labeler == "crop" else "on RoI features"
+    return f"second opinions by CLIP {model}, {method}"
+
+
+def _load_labeler(config: PipelineConfig, cache: str) -> LabelAnswers:
+    if config.collect.labeler == "none":
+        nothing = np.zeros((0, len(config.classes) + 1), np.float32)
+        return lambda answers: [nothing] * answers.num_rows
+    # imported only if needed: half a gigabyte of libraries
+    from coin_ray.stages.collecting.labelers import AnswerLabeler
+
+    return AnswerLabeler(config, cache)
 
 
 def _as_error(answer: pa.Table, reason: str) -> pa.Table:

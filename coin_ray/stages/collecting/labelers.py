@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from coin_ray import storage
+from coin_ray.clip.crops import ImageBoxes
 from coin_ray.clip.encoder import (
     BACKGROUND,
     ClipModel,
@@ -22,9 +28,49 @@ from coin_ray.clip.encoder import (
 )
 from coin_ray.clip.labeler import CropLabeler, Labeler, RoiLabeler
 from coin_ray.config import PipelineConfig
+from coin_ray.data.canonical import decode_rgb
 from coin_ray.predictors.classifier_labeler import ClassifierLabeler, map_classes
 from coin_ray.predictors.image_classifiers import load_image_classifier
 from coin_ray.stages.common.cluster import count_torch_threads
+
+
+class AnswerLabeler:
+    """Labels the boxes of tables of answers (``ANSWER_SCHEMA``) with the labeler that
+    the config names.
+    """
+
+    def __init__(self, config: PipelineConfig, cache: str) -> None:
+        self.config = config
+        torch.set_num_threads(count_torch_threads())
+        self.labeler = create_labeler(config, cache)
+
+    def __call__(self, answers: pa.Table) -> list[NDArray[np.float32]]:
+        """Return the labeler's probabilities [N, K+1] of each answer's boxes [N, 4]."""
+        assert self.labeler is not None
+        boxes = _split_boxes(answers["boxes"])
+        rows = [row for row, image_boxes in enumerate(boxes) if len(image_boxes)]
+        labelled = self.labeler.label(self._decode(answers["bytes"], boxes, rows))
+        by_row = dict(zip(rows, labelled, strict=True))
+        nothing = torch.zeros(0, len(self.config.classes) + 1)
+        return [by_row.get(row, nothing).numpy() for row in range(len(boxes))]
+
+    def _decode(
+        self, files: pa.ChunkedArray, boxes: Sequence[Tensor], rows: Sequence[int]
+    ) -> Iterator[ImageBoxes]:
+        """Decode one image after another: a batch of them may not fit into memory."""
+        for row in rows:
+            pixels = decode_rgb(files[row].as_py(), self.config.intensity_range)
+            yield pil_to_tensor(pixels), boxes[row]
+
+
+def _split_boxes(column: pa.ChunkedArray) -> tuple[Tensor, ...]:
+    """Return the boxes [N, 4] of each image of a column of type ``tables.BOXES``."""
+    boxes = column.combine_chunks()
+    counts = pc.list_value_length(boxes).to_pylist()
+    coordinates = boxes.flatten().flatten().to_numpy()
+    all_boxes = torch.tensor(coordinates, dtype=torch.float32).reshape(-1, 4)
+    by_image: tuple[Tensor, ...] = torch.split(all_boxes, counts)
+    return by_image
 
 
 def create_labeler(config: PipelineConfig, cache: str | None = None) -> Labeler | None:
@@ -64,21 +110,6 @@ def create_labeler(config: PipelineConfig, cache: str | None = None) -> Labeler 
         detector.long_side,
         embeddings,
     )
-
-
-def describe_labeler(config: PipelineConfig) -> str:
-    """Say in a few words who gives the second opinion, and what happens without one."""
-    labeler = config.collect.labeler
-    if labeler == "none":
-        return (
-            "no second opinion on the clouds' boxes; the second teacher is a detector"
-            " trained on their labels as they are"
-        )
-    if labeler == "classifier":
-        return f"second opinions by the classifier {config.labeler.model}, on crops"
-    model = config.labeler_clip.model.rpartition("/")[2].removesuffix(".json")
-    method = "on crops" if labeler == "crop" else "on RoI features"
-    return f"second opinions by CLIP {model}, {method}"
 
 
 def _create_classifier_labeler(
