@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coin_ray.cloud import question_client
+from coin_ray.cloud import question_client, shared_governor
 from coin_ray.cloud.accounts import account_name, governor_limits
 from coin_ray.cloud.answer import Answer
 from coin_ray.cloud.answer_fusion import fuse_answers, score_labels
@@ -43,6 +43,7 @@ from .conftest import (
     FakeTime,
     Reply,
     ScriptedService,
+    SharedPerLoop,
     detection_json,
     ok_response,
     response_json,
@@ -285,7 +286,10 @@ class _EnsembleHarness:
         ensemble: Ensemble,
         replies: Sequence[Sequence[Reply]],
         settings: Sequence[dict[str, Any]],
+        *,
+        is_shared: bool,
     ) -> None:
+        self.is_shared = is_shared
         self.time = FakeTime()
         self.journal = journal
         self.services = [ScriptedService(list(scripted)) for scripted in replies]
@@ -325,7 +329,7 @@ class _EnsembleHarness:
             CLASSES,
             cloud.url,
             self.journal,
-            LocalGovernor(governor),
+            SharedPerLoop(governor) if self.is_shared else LocalGovernor(governor),
             transport=httpx.MockTransport(service),
             skip_unreachable=True,
             skip_over_budget=skip_over_budget,
@@ -351,8 +355,15 @@ class _EnsembleHarness:
 HarnessBuilder = Callable[..., _EnsembleHarness]
 
 
-@pytest.fixture
-def build_ensemble(tmp_path: Path) -> HarnessBuilder:
+@pytest.fixture(params=["own governors", "shared governors"])
+def build_ensemble(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> HarnessBuilder:
+    """Return a function that builds an ensemble. Its governors are its own, or those of
+    several cloud actors.
+    """
+    monkeypatch.setattr(shared_governor, "GROUP_SECONDS", 0.0)
+
     def build(
         *replies: Sequence[Reply],
         settings: Sequence[dict[str, Any]] = (),
@@ -363,6 +374,7 @@ def build_ensemble(tmp_path: Path) -> HarnessBuilder:
             Ensemble(**ensemble),
             replies,
             settings,
+            is_shared=request.param == "shared governors",
         )
 
     return build

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pytest
 from s3_server import S3Server, s3fs, start_s3_server
 
 from coin_ray import storage
+from coin_ray.cloud import question_client
+from coin_ray.cloud.client import CloudClient
 from coin_ray.cloud.journal.base import AnswerRecord
 from coin_ray.cloud.journal.object_store import ObjectJournal
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.commands.main import main
+from coin_ray.config import Cloud, PipelineConfig
+from coin_ray.config.presets import folder
+from tests.cloud_actors import ACTORS, ask_cloud_actors
 
-from .conftest import check_killed_journal_writer
+from .conftest import (
+    CLASSES,
+    URL,
+    check_killed_journal_writer,
+    detection_json,
+    response_json,
+)
+from .storm import SIZE, numbered_images
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +162,49 @@ def test_a_server_that_goes_away_is_waited_for(
 
 def test_killed_writers_on_s3(root: str) -> None:
     check_killed_journal_writer(storage.join(root, "journal"), 10)
+
+
+def _query_about(
+    rows: list[dict[str, str]], config: PipelineConfig, root: str, actors: int
+) -> tuple[pa.Table, Counter[bytes]]:
+    """Return the answers of so many actors with a journal on s3, and how often the
+    service was sent each request.
+    """
+    requests: Counter[bytes] = Counter()
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        requests[request.content] += 1
+        width, height = SIZE
+        body = response_json(detection_json(), width=width, height=height)
+        return httpx.Response(200, json=body)
+
+    journal = storage.join(root, "journal")
+    client = functools.partial(CloudClient, transport=httpx.MockTransport(reply))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(question_client, "CloudClient", client)
+        answers = ask_cloud_actors(actors, rows, config, [URL], journal)
+    return answers, requests
+
+
+def test_three_actors_on_s3_call_once_about_an_image(root: str, tmp_path: Path) -> None:
+    """Of two images with equal bytes each actor asks about one."""
+    rows = []
+    for number, image in enumerate(numbered_images(9)):
+        for copy in range(2):
+            file = tmp_path / f"{number}-{copy}.jpg"
+            file.write_bytes(image.data)
+            rows.append({"image_id": file.stem, "uri": str(file)})
+    preset = folder()
+    cloud = Cloud(url=URL, in_flight=4, rate=1000.0, usd_per_call=0.01)
+    collect = replace(preset.collect, labeler="none")
+    config = replace(preset, classes=CLASSES, cloud=cloud, collect=collect)
+    answers, requests = _query_about(rows, config, root, ACTORS)
+    assert sorted(requests.values()) == [1] * 9
+    assert Counter(answers["status"].to_pylist()) == {"ok": 9, "cached": 9}
+    journal = open_journal(storage.join(root, "journal"))
+    assert journal.spent() == pytest.approx((9, 0.09))
+    for actors in (1, ACTORS):
+        again, requests = _query_about(rows, config, root, actors)
+        assert not requests
+        assert set(again["status"].to_pylist()) == {"cached"}
+        assert again["boxes"] == answers["boxes"]

@@ -21,18 +21,23 @@ from coin_ray.stages.collecting.call_account import RunAccount, describe_calls
 from tests.stages import asking
 from tests.stages.asking import PRICE
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGES = 90
 KILL_AFTER = (20, 60)
 """Calls that the server has received when the asking process is killed."""
 
 
-def _arguments(tmp_path: Path, url: str, run: str) -> tuple[str, str, str, str]:
-    return url, str(tmp_path / "images"), str(tmp_path / "journal"), run
+Arguments = tuple[str, str, str, str, str]
 
 
-def _kill(tmp_path: Path, url: str, run: str, calls: int) -> None:
-    command = [sys.executable, asking.__file__, *_arguments(tmp_path, url, run)]
-    process = subprocess.Popen(command)
+def _arguments(tmp_path: Path, url: str, run: str, actors: int) -> Arguments:
+    images, journal = str(tmp_path / "images"), str(tmp_path / "journal")
+    return url, images, journal, run, str(actors)
+
+
+def _kill(arguments: Arguments, url: str, calls: int) -> None:
+    command = [sys.executable, "-m", asking.__name__, *arguments]
+    process = subprocess.Popen(command, cwd=REPOSITORY)
     while storm.fetch_json(f"{url}/count") < calls:
         assert process.poll() is None, "the process ended before it was killed"
         time.sleep(0.01)
@@ -40,7 +45,8 @@ def _kill(tmp_path: Path, url: str, run: str, calls: int) -> None:
     process.wait()
 
 
-def test_killed_processes_are_in_the_account(tmp_path: Path) -> None:
+@pytest.mark.parametrize("actors", [1, 3])
+def test_killed_processes_are_in_the_account(tmp_path: Path, actors: int) -> None:
     (tmp_path / "images").mkdir()
     for number, image in enumerate(storm.numbered_images(IMAGES)):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(image.data)
@@ -48,8 +54,8 @@ def test_killed_processes_are_in_the_account(tmp_path: Path) -> None:
     journal = str(tmp_path / "journal")
     with storm.counting_server(latency=0.05) as url:
         for calls in KILL_AFTER:
-            _kill(tmp_path, url, first, calls)
-        rows = asking.ask(*_arguments(tmp_path, url, first))
+            _kill(_arguments(tmp_path, url, first, actors), url, calls)
+        rows = asking.ask(*_arguments(tmp_path, url, first, actors))
         statuses = set(rows["status"].to_pylist())
         assert statuses == {"ok"}, "answers of the run's own earlier processes"
         received = storm.fetch_json(f"{url}/stats")["calls"]
@@ -63,7 +69,7 @@ def test_killed_processes_are_in_the_account(tmp_path: Path) -> None:
         assert metrics["made"] + metrics["maybe_billed"] == budget_calls
         assert metrics["cost_usd"] == pytest.approx(budget_usd)
         assert metrics["cost_usd"] == pytest.approx(PRICE * budget_calls)
-        again = asking.ask(*_arguments(tmp_path, url, second))
+        again = asking.ask(*_arguments(tmp_path, url, second, actors))
         assert set(again["status"].to_pylist()) == {"cached"}
         assert storm.fetch_json(f"{url}/count") == len(received)
     other = RunAccount.read(journal, second)

@@ -3,7 +3,6 @@ clouds; without a cluster."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,9 +25,9 @@ from coin_ray.config.presets import folder
 from coin_ray.runs.steps import Context
 from coin_ray.stages.collect import _contradicted_images, _merge, _parts_folder
 from coin_ray.stages.collecting import labelers
-from coin_ray.stages.collecting.cloud_actor import CloudActor
 from coin_ray.stages.collecting.labeler_actor import LabelerActor
 from coin_ray.stages.collecting.parts import CollectedParts
+from tests.cloud_actors import ACTORS, ask_cloud_actors
 
 CLASSES = ("car", "bus", "dog")
 CHEAP, DEAR = (
@@ -100,8 +99,10 @@ def image_rows(tmp_path: Path) -> list[dict[str, str]]:
 Collect = Callable[..., tuple[list[dict[str, Any]], dict[str, Any]]]
 
 
-@pytest.fixture
-def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
+@pytest.fixture(params=[1, ACTORS], ids=["one actor", "three actors"])
+def collect(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Collect:
     """``collect.run`` without its stream: rows of ``cloud.parquet`` and the metrics."""
     journal = str(tmp_path / "journal")
 
@@ -113,13 +114,11 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     ) -> None:
         answered_ids = CollectedParts(parts_folder).answered_ids.to_pylist()
         remaining = [row for row in images if row["image_id"] not in answered_ids]
-
-        async def ask() -> pa.Table:
-            urls = [cloud.url for cloud in config.clouds]
-            actor = CloudActor(config, urls, journal, second)
-            return await actor(pa.Table.from_pylist(remaining))
-
-        LabelerActor(config, parts_folder)(asyncio.run(ask()))
+        urls = [cloud.url for cloud in config.clouds]
+        answers = ask_cloud_actors(
+            request.param, remaining, config, urls, journal, second
+        )
+        LabelerActor(config, parts_folder)(answers)
 
     def collect(
         config: PipelineConfig, images: list[dict[str, str]], name: str = "collect"
