@@ -29,6 +29,7 @@ from coin_ray.commands.arguments import parse_run_arguments
 from coin_ray.config import Collect, PipelineConfig, TrainingConfig
 from coin_ray.config.presets import PRESETS
 from coin_ray.stages import collect
+from coin_ray.stages.collecting import pools
 from coin_ray.stages.common import prediction as predicting
 from coin_ray.stages.common import training_job as fitting
 
@@ -335,7 +336,8 @@ def _requests_of_stages(
         monkeypatch.setattr(module, "largest_node_cpus", lambda: largest, raising=False)
         monkeypatch.setattr(module, "on_cluster", lambda: True, raising=False)
         monkeypatch.setattr(module, "ensure_ray", lambda: None, raising=False)
-    monkeypatch.setattr(ray.data, "from_arrow", lambda _, **__: dataset)
+    monkeypatch.setattr(ray.data, "from_blocks", lambda _: dataset)
+    monkeypatch.setattr(pools, "cluster_cpus", lambda: cpus)
     list(collect._label_answers(dataset, config, "parts"))  # type: ignore[arg-type]
     list(
         predicting._predict_on_cluster(

@@ -30,6 +30,10 @@ class Collect:
     actors: int | Literal["auto"] = runtime_only("auto")
     """Processes that ask the clouds; all share the limits of ``cloud``. auto: one, unless
     the limits and the CPUs keep more of them busy."""
+    labelers: int | Literal["auto"] = runtime_only("auto")
+    """Processes that give second opinions, at most; on a cluster they follow its nodes.
+    auto: one with a GPU, otherwise as many as the CPUs of all nodes without GPUs that
+    may join (docs/cluster.md)."""
     labeler_gpus: float = runtime_only(0.0)
     """GPUs per labeler; a fraction lets several share one."""
     batch_seconds: float = runtime_only(3600.0)
@@ -52,6 +56,10 @@ class Collect:
         require(
             self.actors == "auto" or self.actors > 0,
             f"collect.actors must be positive, or auto; got {self.actors}",
+        )
+        require(
+            self.labelers == "auto" or self.labelers > 0,
+            f"collect.labelers must be positive, or auto; got {self.labelers}",
         )
 
 

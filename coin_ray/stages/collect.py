@@ -39,7 +39,7 @@ from coin_ray.stages.collecting.call_account import (
 )
 from coin_ray.stages.collecting.cloud_actor import STOPPED, CloudActor, journal_uri
 from coin_ray.stages.collecting.failures import FailureReasons
-from coin_ray.stages.collecting.governor_actor import count_cloud_actors, start_governor
+from coin_ray.stages.collecting.governor_actor import start_governor
 from coin_ray.stages.collecting.labeler_actor import (
     LabelerActor,
     describe_labeler,
@@ -47,6 +47,13 @@ from coin_ray.stages.collecting.labeler_actor import (
 )
 from coin_ray.stages.collecting.model_check import check_models
 from coin_ray.stages.collecting.parts import CollectedParts, merge_parts
+from coin_ray.stages.collecting.pools import (
+    cloud_actor_cpus,
+    count_cloud_actors,
+    count_labelers,
+    most_cloud_actors,
+)
+from coin_ray.stages.common.blocks import dataset_from_table
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
     ensure_ray,
@@ -208,9 +215,10 @@ def _ask(
     num_batches = -(-images.num_rows // config.collect.batch)
     journal = journal_uri(context.root)
     actors = min(count_cloud_actors(config, cluster_cpus()), num_batches)
-    governor = start_governor(config, urls, journal) if actors > 1 else None
-    return ray.data.from_arrow(
-        images.select(["image_id", "uri"]), override_num_blocks=num_batches
+    most_actors = min(most_cloud_actors(config), num_batches)
+    governor = start_governor(config, urls, journal) if most_actors > 1 else None
+    return dataset_from_table(
+        images.select(["image_id", "uri"]), num_batches
     ).map_batches(
         CloudActor,
         fn_constructor_args=(
@@ -223,12 +231,12 @@ def _ask(
         ),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0,
+        num_cpus=cloud_actor_cpus(config),
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
-            max_size=actors,
+            max_size=most_actors,
             initial_size=actors,
-            max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT * (1 if actors == 1 else 2),
+            max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT * min(most_actors, 2),
             max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
         ),
     )
@@ -241,9 +249,7 @@ def _label_answers(
     this very process: nothing to start, nothing to send on.
     """
     gpus = config.collect.labeler_gpus
-    labelers = 1
-    if not gpus and config.collect.labeler != "none":
-        labelers = max(1, cluster_cpus() - 1)
+    labelers = count_labelers(config)
     if labelers == 1 and not gpus and not on_cluster():
         batches = answers.iter_batches(batch_size=None, batch_format="pyarrow")
         return map(LabelerActor(config, parts_folder), batches)

@@ -11,7 +11,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from coin_ray import storage
-from coin_ray.cloud.accounts import governor_limits
 from coin_ray.cloud.governor import Grant
 from coin_ray.cloud.journal.opening import open_journal
 from coin_ray.cloud.shared_governor import (
@@ -26,11 +25,6 @@ from coin_ray.stages.collecting.governors import governors_for
 
 CALLS_AT_ONCE = 1000
 """Groups that wait at the governor at once, at most."""
-ACTOR_RATE = 300.0
-"""Images a second that one cloud actor can ask about, on one core."""
-ACTOR_CALLS = 32
-"""Calls under way from which on a further actor is of use."""
-ACTORS_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +127,3 @@ def _exchange(governor: ray.actor.ActorHandle, cloud: int) -> Exchange:
         return grants
 
     return exchange
-
-
-def count_cloud_actors(config: PipelineConfig, cpus: int) -> int:
-    """Return the number of cloud actors: ``collect.actors`` or, for ``auto``, as many as
-    the services' limits and the CPUs can keep busy.
-    """
-    if config.collect.actors != "auto":
-        return config.collect.actors
-    rate = min(governor_limits(cloud).rate for cloud in config.clouds)
-    calls = min(cloud.in_flight for cloud in config.clouds)
-    useful = min(rate / ACTOR_RATE, calls / ACTOR_CALLS, cpus / 2, ACTORS_MAX)
-    return max(1, int(useful))

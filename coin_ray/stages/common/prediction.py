@@ -23,6 +23,7 @@ from coin_ray.data.canonical import decode_rgb
 from coin_ray.data.pixels import IntensityRange
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.models.students.building import is_detector_student
+from coin_ray.stages.common.blocks import dataset_from_table
 from coin_ray.stages.common.cluster import (
     cluster_cpus,
     count_torch_threads,
@@ -165,9 +166,7 @@ def _predict_on_cluster(
         cpus = max(1, largest_node_cpus() - 1)
         actors = max(1, cluster_cpus() // cpus)
     num_blocks = max(1, -(-images.num_rows // BLOCK))
-    predictions = ray.data.from_arrow(
-        images, override_num_blocks=num_blocks
-    ).map_batches(
+    predictions = dataset_from_table(images, num_blocks).map_batches(
         DetectorGroup,
         fn_constructor_args=(weights, config),
         batch_size=None,
