@@ -37,6 +37,8 @@ PYTHON = "/usr/bin/python3.11"
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 30.0
 FILLER = "filler"
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+"""The memory controller of control groups, version 1."""
 TMP_BYTES = 1 << 30
 """Size of a machine's ``/tmp``, in which Ray keeps its logs and spilled objects."""
 
@@ -63,6 +65,13 @@ def missing_netem() -> str:
         ["unshare", "--net", "bash", "-c", command], capture_output=True, text=True
     )
     return "netem in the kernel" if completed.returncode else ""
+
+
+def missing_memory_limits() -> str:
+    """Return what this machine lacks to limit memory; empty: nothing."""
+    if os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK):
+        return ""
+    return f"{MEMORY_GROUPS} (control groups, version 1)"
 
 
 def die_with_parent() -> None:
@@ -102,6 +111,8 @@ class Machine:
         self.folder = folder
         self.home = folder / "home"
         self.key = key
+        self.memory: int | None = None
+        """Bytes of memory that the machine has when it is switched on; None: all."""
         self._prepare_files()
         self.switch_on()
 
@@ -126,7 +137,6 @@ class Machine:
             f"ListenAddress {self.address}\nHostKey {host_key}\n"
             "PidFile none\nUsePAM no\nAuthorizedKeysFile .ssh/authorized_keys\n"
         )
-        (self.folder / "start").write_text(self._start_script())
         self.give_home_to_user()
 
     def _start_script(self) -> str:
@@ -134,6 +144,8 @@ class Machine:
             f"mount --bind {self.folder}/{name} /etc/{name}"
             for name in ("passwd", "group", "shadow")
         )
+        if self.memory is not None:
+            files += f"\nmount --bind {self.memory_group} {MEMORY_GROUPS}"
         return f"""set -e
 {files}
 umask 022
@@ -165,6 +177,8 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
             )
         self._init = self._first_process()
         self._connect_cable()
+        self._limit_memory()
+        (self.folder / "start").write_text(self._start_script())
         stdin = self._shell.stdin
         assert stdin is not None
         stdin.write(b"\n")
@@ -175,6 +189,18 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
                 log_text = (self.folder / "console.log").read_text()[-1000:]
                 raise RuntimeError(f"{self.name} takes no logins: {log_text}")
             time.sleep(0.1)
+
+    @property
+    def memory_group(self) -> Path:
+        """Return the folder of the control group that limits the memory."""
+        return MEMORY_GROUPS / f"{self.folder.parent.name}-{self.name}"
+
+    def _limit_memory(self) -> None:
+        if self.memory is None:
+            return
+        self.memory_group.mkdir(exist_ok=True)
+        (self.memory_group / "memory.limit_in_bytes").write_text(str(self.memory))
+        (self.memory_group / "cgroup.procs").write_text(str(self._init.pid))
 
     def _first_process(self) -> psutil.Process:
         """Return process 1 of the machine."""
@@ -252,6 +278,8 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
         self._shell.wait(timeout=30)
         while (Path("/sys/class/net") / self.cable).exists():
             time.sleep(0.05)
+        if self.memory_group.exists():
+            self.memory_group.rmdir()
 
     def is_on(self) -> bool:
         """Return whether the machine runs."""
@@ -271,8 +299,9 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
 
 
 def _command_line(process: psutil.Process) -> str:
+    """Return the words of the command line, with a space after each."""
     try:
-        return " ".join(process.cmdline())
+        return "".join(f"{word} " for word in process.cmdline())
     except psutil.Error:
         return ""
 

@@ -56,10 +56,17 @@ SEARCH_OPTIONS = (
     *("--space", "loss-weights", "--algorithm", "random", "--scheduler", "none"),
     *("--trials", "3", "--concurrent", "2"),
 )
-LAST_FILES = {RUN: "summary.json", SEARCH: "search/loss-weights-map50/search.json"}
+DEMO = "the whole demo"
+OPTIONS = {RUN: SMALL, SEARCH: (*SMALL, *SEARCH_OPTIONS), DEMO: ()}
+LAST_FILES = {
+    RUN: "summary.json",
+    SEARCH: "search/loss-weights-map50/search.json",
+    DEMO: "summary.json",
+}
 """What a program writes when it has done its work."""
 RAY_PROCESSES = ("raylet", "gcs_server", "ray::", "dashboard/")
 POLL_SECONDS = 0.2
+SECONDS_AFTER_KILL = 10.0
 UP_SECONDS = 900.0
 DOWN_SECONDS = 300.0
 SUBMIT_SECONDS = 300.0
@@ -296,10 +303,15 @@ class RealCluster:
         the tracking server."""
         for start in ("ray get-auth-token", "python -m pip wheel", "ray up"):
             self.office.type(docs_page.command(SECTION, start))
-        wait_until(self.is_complete, "both workers", UP_SECONDS)
+        wait_until(self._has_all_nodes, "both workers", UP_SECONDS)
         self.tracking.wait_until_ready()
+
+    def _has_all_nodes(self) -> bool:
+        """Return whether all machines have joined, as the page's command says."""
+        if not self.is_complete():
+            return False
         status = self.office.type(docs_page.command(SECTION, "ray exec"))
-        assert f" {len(self.machines)} local.cluster.node" in status, status
+        return f" {len(self.machines)} local.cluster.node" in status
 
     def start_afresh(self) -> None:
         """Switch every machine off and on, and start the cluster again."""
@@ -347,12 +359,21 @@ class RealCluster:
             self._tunnel = self.office.leave_open(dashboard)
 
     def submit(self, name: str, program: str = RUN) -> Job:
-        """Submit the page's first job, as a small run below ``runs/NAME``, or a search
-        in the same way.
+        """Submit the page's first job, as a small run below ``runs/NAME``, a search in
+        the same way, or the whole demo as it is on the page.
         """
         job = Job(name, self, program)
         self._submit(job)
         return job
+
+    def seconds_alone(self) -> float:
+        """Run the whole demo of the page without a cluster, and return its time."""
+        command = docs_page.command(SECTION, "ray job submit").partition(" -- ")[2]
+        command = command.replace("s3://BUCKET/runs/demo", f"s3://{BUCKET}/runs/alone")
+        variables = f"PYTHONPATH=. MLFLOW_TRACKING_URI={TRACKING_URL}"
+        started = time.monotonic()
+        self.office.type(f"unset RAY_ADDRESS; {variables} {command}", JOB_SECONDS)
+        return time.monotonic() - started
 
     def submit_again(self, job: Job) -> None:
         """Give the same command again, under another submission id."""
@@ -365,12 +386,11 @@ class RealCluster:
             "s3://BUCKET/runs/demo": f"s3://{BUCKET}/{job.prefix}",
             "--submission-id demo": f"--submission-id {job.name}-{job.submissions}",
             "http://127.0.0.1:5000": TRACKING_URL,
-            RUN: job.program,
+            RUN: SEARCH if job.program == SEARCH else RUN,
         }.items():
             assert documented in command, f"{documented} is not in {command}"
             command = command.replace(documented, word)
-        options = SMALL if job.program == RUN else (*SMALL, *SEARCH_OPTIONS)
-        command = f"{command} {shlex.join(options)}"
+        command = f"{command} {shlex.join(OPTIONS[job.program])}"
         give_up_at = time.monotonic() + SUBMIT_SECONDS
         while True:
             self._open_tunnel()
@@ -393,6 +413,13 @@ class RealCluster:
         wait_until(lambda: not job.is_running(), f"the end of {job.name}")
         job.seconds = time.time() - job.started
         job.tracked_steps = self.tracking.finished_steps()
+
+    def kill(self, job: Job) -> None:
+        """Kill the job's process, and wait until its calls have ended."""
+        for process in self.head.processes(f"/runs/{job.name} "):
+            process.kill()
+        wait_until(lambda: not job.is_running(), f"the end of {job.name}")
+        time.sleep(SECONDS_AFTER_KILL)
 
     def worker_with(self, title: str) -> Machine:
         """Return the worker on which a process of Ray with this title runs."""

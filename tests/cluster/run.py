@@ -22,8 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import docs_page
-from machines import ISOLATE, die_with_parent, missing_requirements, run_command
-from real_cluster import Job, RealCluster
+from machines import (
+    ISOLATE,
+    MEMORY_GROUPS,
+    die_with_parent,
+    missing_requirements,
+    run_command,
+)
+from real_cluster import DEMO, Job, RealCluster
 from scenarios import SCENARIOS, Scenario, reference, run_scenario, skipped_row
 
 FOLDER_VARIABLE = "COIN_RAY_CLUSTER_TEST"
@@ -51,6 +57,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-table", action="store_true", help="leave docs/cluster.md as it is"
     )
+    parser.add_argument(
+        "--demo", action="store_true", help="time the whole demo here and without it"
+    )
     parser.add_argument("--keep", default="", help="folder outside /tmp for logs")
     return parser.parse_args(arguments)
 
@@ -70,6 +79,8 @@ def _run_isolated(arguments: list[str]) -> int:
     finally:
         process.kill()
         process.wait()
+        for group in MEMORY_GROUPS.glob(f"{Path(folder).name}-*"):
+            group.rmdir()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -95,10 +106,25 @@ def _run_scenarios(folder: Path, options: argparse.Namespace) -> int:
             failures += _run_scenario(cluster, scenario, references, options)
             continue
         _show_row(skipped_row(scenario), options)
+    if options.demo:
+        _compare_demo(cluster)
     started = time.monotonic()
     cluster.down()
     print(f"down: no process of Ray after {time.monotonic() - started:.0f} s")
     return 1 if failures else 0
+
+
+def _compare_demo(cluster: RealCluster) -> None:
+    """Print the time of the whole demo on the cluster and without one."""
+    job = cluster.submit("whole-demo", DEMO)
+    cluster.finish(job)
+    calls = job.calls()
+    alone = cluster.seconds_alone()
+    print(
+        f"demo: {calls['made']} calls, {job.seconds:.0f} s on the cluster,"
+        f" {alone:.0f} s without: {job.seconds / alone:.2f}",
+        flush=True,
+    )
 
 
 def _selected(names: Sequence[str]) -> list[Scenario]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from machines import Machine, missing_netem
+from machines import Machine, missing_memory_limits, missing_netem
 from real_cluster import IMAGES_ASKED, RUN, SEARCH, Job, RealCluster, wait_until
 from servers import missing_database
 
@@ -15,6 +15,9 @@ TRAINING = "RayTrainWorker"
 TRIAL = "ImplicitFunc"
 """Parts of the titles of the processes that ask the cloud, that train, and that run a
 trial of a search."""
+LITTLE_MEMORY = 4 << 30
+"""Bytes; less than the object store of ``deploy/cluster-onprem.yaml`` may take."""
+MAX_ATTEMPTS = 8
 FIRST_CALLS = 8
 """Calls after which a collection is disturbed."""
 Disturbance = Callable[[RealCluster, Job], None]
@@ -34,6 +37,8 @@ class Scenario:
     again: bool = False
     """Whether the same command is given again after the repair."""
     program: str = RUN
+    loses_node: bool = False
+    """Whether Ray may take a node for lost."""
     missing: Callable[[], str] = str
     """What this machine lacks for it; empty: nothing."""
 
@@ -50,8 +55,14 @@ def _wait_for_training(job: Job, step: str) -> None:
     wait_until(lambda: job.has_checkpoint(step), f"a checkpoint of {step}")
 
 
+class AsksFromHead(Exception):
+    """The process that asks the cloud, which needs no CPU, runs on the head."""
+
+
 def _asking_node(cluster: RealCluster, job: Job) -> Machine:
     _wait_for_calls(job)
+    if cluster.head.processes(ASKING):
+        raise AsksFromHead
     return cluster.worker_with(ASKING)
 
 
@@ -202,6 +213,23 @@ def switch_off_second_worker(cluster: RealCluster) -> None:
     )
 
 
+def give_little_memory(cluster: RealCluster) -> None:
+    """Replace the second worker by one with ``LITTLE_MEMORY``."""
+    _replace_second_worker(cluster, LITTLE_MEMORY)
+
+
+def give_all_memory(cluster: RealCluster) -> None:
+    """Let the second worker have as much memory as this machine."""
+    _replace_second_worker(cluster, None)
+
+
+def _replace_second_worker(cluster: RealCluster, memory: int | None) -> None:
+    switch_off_second_worker(cluster)
+    cluster.workers[1].memory = memory
+    cluster.workers[1].switch_on()
+    cluster.join_again()
+
+
 def switch_on_second_worker(cluster: RealCluster, job: Job) -> None:
     """Let the second worker join in the middle of a training."""
     _wait_for_training(job, "propagate")
@@ -221,6 +249,7 @@ SCENARIOS = (
         "the cable of the node that asks is out for good",
         unplug(_asking_node),
         bring_back_workers,
+        loses_node=True,
     ),
     Scenario(
         "training-10s",
@@ -232,24 +261,28 @@ SCENARIOS = (
         "the cable of the node that trains is out for good",
         unplug(_training_node),
         bring_back_workers,
+        loses_node=True,
     ),
     Scenario(
         "other-cable",
         "the cable of the node that does not train is out for good",
         unplug(_other_node),
         bring_back_workers,
+        loses_node=True,
     ),
     Scenario(
         "asking-power",
         "the node that asks loses its power",
         cut_power(_asking_node),
         bring_back_workers,
+        loses_node=True,
     ),
     Scenario(
         "training-power",
         "the node that trains loses its power",
         cut_power(_training_node),
         bring_back_workers,
+        loses_node=True,
     ),
     Scenario(
         "head-20s",
@@ -262,6 +295,7 @@ SCENARIOS = (
         lose_head,
         switch_on_head,
         again=True,
+        loses_node=True,
     ),
     Scenario(
         "store-5s",
@@ -324,6 +358,16 @@ SCENARIOS = (
         switch_on_second_worker,
         bring_back_workers,
         switch_off_second_worker,
+        loses_node=True,
+    ),
+    Scenario(
+        "little-memory",
+        "the second worker has 4 GiB of memory",
+        do_nothing,
+        give_all_memory,
+        give_little_memory,
+        loses_node=True,
+        missing=missing_memory_limits,
     ),
     Scenario("search", "nothing, in a search of 3 trials", do_nothing, program=SEARCH),
     Scenario(
@@ -331,6 +375,7 @@ SCENARIOS = (
         "the cable of a node that runs a trial is out for good",
         unplug(_trial_node),
         bring_back_workers,
+        loses_node=True,
         program=SEARCH,
     ),
 )
@@ -363,6 +408,10 @@ class Row:
     """Figures that are not those of the undisturbed run."""
     recovery: float | None = None
     """Seconds from the disturbance of a training to its next step."""
+    lost_nodes: int = 0
+    """Nodes that Ray took for lost."""
+    tracebacks: int = 0
+    """Tracebacks in the job's log, in which what is handled is one line."""
 
     def __str__(self) -> str:
         same = "yes" if not self.differences else f"no: {', '.join(self.differences)}"
@@ -387,6 +436,10 @@ class Row:
                 f"the server counted {self.served} calls, the summary {self.made} and"
                 f" {self.maybe_billed} that may be billed"
             )
+        if self.lost_nodes and not self.scenario.loses_node:
+            problems.append(f"Ray took {self.lost_nodes} nodes for lost")
+        if self.tracebacks:
+            problems.append(f"{self.tracebacks} tracebacks in the job's log")
         if self.made < IMAGES_ASKED:
             problems.append(f"{self.made} calls for {IMAGES_ASKED} images")
         return problems
@@ -399,9 +452,8 @@ def run_scenario(
     one; None: this is the undisturbed one.
     """
     scenario.prepare(cluster)
-    job = cluster.submit(scenario.name, scenario.program)
     try:
-        scenario.disturb(cluster, job)
+        job = _submit_and_disturb(cluster, scenario)
         cluster.finish(job)
         if not scenario.again:
             return job, _compare(scenario, job, expected)
@@ -410,6 +462,22 @@ def run_scenario(
     cluster.submit_again(job)
     cluster.finish(job)
     return job, _compare(scenario, job, expected)
+
+
+def _submit_and_disturb(cluster: RealCluster, scenario: Scenario) -> Job:
+    """Submit the job and disturb it. A job whose cloud is asked from the head, where
+    no fault is tried in a collection, is replaced by another one.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        name = f"{scenario.name}-again{attempt}" if attempt else scenario.name
+        job = cluster.submit(name, scenario.program)
+        try:
+            scenario.disturb(cluster, job)
+        except AsksFromHead:
+            cluster.kill(job)
+            continue
+        return job
+    raise RuntimeError(f"{MAX_ATTEMPTS} times the cloud was asked from the head")
 
 
 def _compare(scenario: Scenario, job: Job, expected: Job | None) -> Row:
@@ -426,4 +494,6 @@ def _compare(scenario: Scenario, job: Job, expected: Job | None) -> Row:
         job.served_calls(),
         tuple(differences),
         job.recovery_seconds(),
+        job.log().count("has been marked dead"),
+        job.log().count("Traceback (most recent call last)"),
     )

@@ -3,7 +3,6 @@ test-cluster``."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +17,12 @@ pytest.importorskip("moto.server", reason="the object store is moto[server]")
 from scenarios import SCENARIOS, Row
 
 RUN = Path(__file__).with_name("run.py")
-SWITCH = "COIN_RAY_TEST_CLUSTER"
-"""Environment variable that lets the slow test run: it takes half an hour."""
 MISSING = missing_requirements()
 FAULTS = "asking-10s,training-cable"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(SWITCH not in os.environ, reason=f"half an hour: set {SWITCH}=1")
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 def test_the_commands_of_the_docs_start_a_cluster_that_survives_faults() -> None:
     completed = subprocess.run(
@@ -75,6 +71,8 @@ def test_a_row_tells_other_figures_and_calls_without_an_account() -> None:
     assert _row(differences=("map50",)).problems() == ["map50 differs"]
     (problem,) = _row(served=33).problems()
     assert "the server counted 33 calls, the summary 32" in problem
+    assert _row(lost_nodes=1).problems() == ["Ray took 1 nodes for lost"]
+    assert _row(tracebacks=2).problems() == ["2 tracebacks in the job's log"]
     assert _row(made=31, served=31).problems() == ["31 calls for 32 images"]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from coin_ray import storage
@@ -37,6 +37,7 @@ from coin_ray.stages.common.cluster import (
 )
 from coin_ray.stages.common.progress import ProgressBar, show_progress
 from coin_ray.stages.common.watchdog import Watchdog
+from coin_ray.stages.common.worker_failures import WorkerFailureReporter
 from coin_ray.training import diagnosis
 from coin_ray.training.loop import Curve, TrainingTask, run_training_loop
 
@@ -141,6 +142,8 @@ def _new_trainer(
             name="train",
             storage_path=ray_folder,
             failure_config=FailureConfig(max_failures=retries),
+            callbacks=[WorkerFailureReporter(job.title, retries)],
+            logging_config=LoggingConfig(log_level="WARNING"),
         )
     return TorchTrainer(
         _run_ray_worker,
