@@ -10,11 +10,12 @@ import torch
 from builders import CLASSES, tiny_clip, tiny_detector
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import nms
 
 from coin_ray.config.data import DEMO_CLASSES
 from coin_ray.config.presets import DEMO_CLIP, TINY_DETECTOR
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
-from coin_ray.models.faster_rcnn_clip.rpn import inside_image
+from coin_ray.models.faster_rcnn_clip.rpn import _best_by_nms, inside_image
 from coin_ray.predictors.student import load_exported_student, write_exported_student
 from coin_ray.structures import Detections
 
@@ -285,3 +286,20 @@ def test_the_demos_clip_makes_a_detector() -> None:
     assert _predict(clip_detector, *_images((96, 96)))[0].num_classes == len(
         DEMO_CLASSES
     )
+
+
+@pytest.mark.parametrize(("spread", "limit"), [(400.0, 20), (30.0, 20), (1.0, 20)])
+def test_the_first_proposals_are_those_of_nms_over_all(
+    spread: float, limit: int
+) -> None:
+    """Also where most of the first boxes overlap, and where there are fewer proposals
+    than asked for. Scores tie.
+    """
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(300, 2, generator=generator) * spread
+    boxes = torch.cat([corners, corners + 30], 1)
+    scores = torch.randint(0, 40, (300,), generator=generator).float()
+    scores = scores.sort(descending=True).values
+    expected = nms(boxes, scores, 0.7)[:limit]
+    assert torch.equal(_best_by_nms(boxes, scores, 0.7, limit), expected)
+    assert (len(expected) < limit) == (spread < 10)

@@ -141,9 +141,8 @@ class ClipDetector(nn.Module):
         width = _round_up(max(at_least[1], *(w for _, w in sizes)), 32)
         pixels = self.mean.new_zeros(len(images), 3, height, width)
         for padded, image in zip(pixels, images, strict=True):
-            scaled = image.to(self.mean.device).float() / 255
-            normalised = (scaled - self.mean) / self.std
-            padded[:, : image.shape[1], : image.shape[2]] = normalised
+            inside = padded[:, : image.shape[1], : image.shape[2]]
+            inside.copy_(image).div_(255).sub_(self.mean).div_(self.std)
         return Images(pixels, sizes)
 
     def propose(self, images: Images) -> tuple[Tensor, RpnOutputs]:

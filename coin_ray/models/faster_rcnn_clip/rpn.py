@@ -16,6 +16,9 @@ from coin_ray import boxes as box_ops
 from coin_ray.config import Detector
 from coin_ray.models.base import Images, RpnOutputs
 
+FIRST_BOXES = 2
+"""Boxes for each proposal that NMS tries first."""
+
 
 class RegionProposalNetwork(nn.Module):
     def __init__(self, channels: int, config: Detector) -> None:
@@ -56,15 +59,33 @@ class RegionProposalNetwork(nn.Module):
         limit = config.proposals_train if self.training else config.proposals_test
         default_weights = deltas.new_tensor(box_ops.DELTA_WEIGHTS)
         scale = deltas.new_tensor(config.anchor_weights) / default_weights
+        best = objectness.topk(min(6 * limit, objectness.shape[1]), 1)
+        rows = best.indices.flatten()
+        best_deltas = deltas.gather(1, best.indices[..., None].expand(-1, -1, 4))
+        decoded = box_ops.decode_boxes(best_deltas.view(-1, 4) / scale, anchors[rows])
         proposals = []
-        for scores, image_deltas, size in zip(objectness, deltas, sizes, strict=True):
-            best = scores.topk(min(6 * limit, len(scores))).indices
-            boxes = box_ops.decode_boxes(image_deltas[best] / scale, anchors[best])
+        for boxes, scores, size in zip(
+            decoded.view(best_deltas.shape), best.values, sizes, strict=True
+        ):
             boxes = clip_boxes_to_image(boxes, size)
             large = remove_small_boxes(boxes, 1.0)
-            rows = nms(boxes[large], scores[best][large], config.rpn_nms)[:limit]
-            proposals.append(boxes[large[rows]])
+            boxes, scores = boxes[large], scores[large]
+            proposals.append(boxes[_best_by_nms(boxes, scores, config.rpn_nms, limit)])
         return proposals
+
+
+def _best_by_nms(boxes: Tensor, scores: Tensor, iou_max: float, limit: int) -> Tensor:
+    """Return the first ``limit`` rows that NMS keeps of ``boxes`` [N, 4], whose
+    ``scores`` [N] fall.
+
+    Whether a box is kept depends on those before it only, and time grows with the
+    square of their number: mostly the first few are enough.
+    """
+    for count in (FIRST_BOXES * limit, len(boxes)):
+        rows: Tensor = nms(boxes[:count], scores[:count], iou_max)
+        if len(rows) >= limit or count >= len(boxes):
+            break
+    return rows[:limit]
 
 
 def inside_image(anchors: Tensor, size: tuple[int, int]) -> Tensor:
