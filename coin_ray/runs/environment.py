@@ -19,12 +19,18 @@ from coin_ray.errors import (
     StorageUnavailable,
 )
 
-CLUSTER_SECONDS = 20.0
-"""Time in which a cluster's head must accept a connection."""
+CLUSTER_SECONDS = 15.0
+"""Time in which a cluster's head must answer, from when on no further try begins."""
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 FINDS_ITSELF = ("auto", "local")
 """Values of RAY_ADDRESS that name no host."""
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)
+"""The client's preface and empty settings (RFC 9113, 3.4): the server sends its own."""
+FRAME_HEADER_BYTES = 9
+SETTINGS_FRAME = 4
 TOKEN_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables with which Ray makes no token of its own: a cluster has one."""
 TEMPORARY_FOLDERS = ("TMPDIR", "RAY_TMPDIR")
@@ -45,21 +51,24 @@ def check_environment(root: str) -> None:
 
 
 def check_cluster_address() -> None:
-    """Raise ConfigError if nothing listens at RAY_ADDRESS: Ray would wait for ever."""
+    """Raise ConfigError if no head of a cluster answers at RAY_ADDRESS: Ray would wait
+    for ever.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address in FINDS_ITSELF:
         return
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     host, port = parts.hostname, _port_of(address)
-    if host is None or port is None:
+    if host is None or port is None or parts.scheme != "ray":
         raise ConfigError(
-            f"RAY_ADDRESS is {address!r}; expected HOST:PORT of a cluster's head. Unset"
-            " it to run on this machine"
+            f"RAY_ADDRESS is {address!r}; expected HOST:PORT of a cluster's head (an"
+            " address with http:// is for `ray job submit` only). Unset it to run on"
+            " this machine"
         )
     give_up_at = time.monotonic() + CLUSTER_SECONDS
     while True:
         try:
-            socket.create_connection((host, port), CONNECT_SECONDS).close()
+            _check_speaks_http2(host, port)
         except OSError as error:
             if time.monotonic() < give_up_at:
                 time.sleep(RETRY_SECONDS)
@@ -70,6 +79,23 @@ def check_cluster_address() -> None:
                 " asked or paid"
             ) from None
         return
+
+
+def _check_speaks_http2(host: str, port: int) -> None:
+    """Raise OSError unless the server begins HTTP/2, on which Ray's gRPC is built.
+
+    A forwarded port accepts connections for a head that is dead. Servers with TLS
+    (RAY_USE_TLS) are only connected to.
+    """
+    with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(HTTP2_GREETING)
+        answer = connection.recv(FRAME_HEADER_BYTES, socket.MSG_WAITALL)
+    if not answer:
+        raise ConnectionError("it closes the connection")
+    if len(answer) < FRAME_HEADER_BYTES or answer[3] != SETTINGS_FRAME:
+        raise ConnectionError(f"not a head of Ray: it answers {answer!r}")
 
 
 def _port_of(address: str) -> int | None:

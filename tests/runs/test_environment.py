@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,18 +24,50 @@ def variables(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    names = (
+        "RAY_ADDRESS",
+        "RAY_USE_TLS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+    )
     for name in (*names, "TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(environment, "CLUSTER_SECONDS", 0.1)
     monkeypatch.setattr(environment, "RETRY_SECONDS", 0.01)
 
 
+@contextmanager
+def serve(answer: bytes | None) -> Iterator[int]:
+    """Yield the port of a server that sends these bytes, and closes; None: that is
+    silent."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connections = []
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connections.append(connection)
+                    if answer is not None:
+                        connection.recv(1000)
+                        connection.sendall(answer)
+                        connection.close()
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for connection in connections:
+            connection.close()
+
+
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port on which something listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield int(server.getsockname()[1])
+    """A port at which a server sends its settings of HTTP/2, as Ray's head does."""
+    with serve(bytes([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 255, 255])) as number:
+        yield number
 
 
 def _free_port() -> int:
@@ -62,7 +96,34 @@ def test_a_dead_cluster_is_named(
     assert "unset it to run on this machine" in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["head", "head:port", ":6379"])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "timed out"),
+        (b"", "closes the connection"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", "not a head of Ray: it answers b'HTTP"),
+    ],
+    ids=["silent", "closes", "another server"],
+)
+def test_a_port_behind_which_no_head_answers(
+    answer: bytes | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a port that ssh forwards to a head that is dead."""
+    monkeypatch.setattr(environment, "CONNECT_SECONDS", 0.1)
+    with serve(answer) as number:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{number}")
+        with pytest.raises(ConfigError, match=f"no cluster answers.*{message}"):
+            check_environment(str(tmp_path))
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        check_environment(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "address", ["head", "head:port", ":6379", "http://127.0.0.1:8265"]
+)
 def test_an_address_without_host_or_port(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
