@@ -21,7 +21,8 @@ config structures boxes parallel
 tables
 losses evaluation data clip fusion
 cloud models
-training demo predictors report
+training
+demo predictors report
 serving
 runs export
 stages

@@ -99,6 +99,10 @@ class Detector:
 
     backbone: Literal["clip", "mobilenet_v2"] = "clip"
     """``clip`` as published, or the settings ``mobilenet``."""
+    weights: str = new_field("")
+    """First weights of the run's detectors: the ``detector.pt`` of a Faster R-CNN that
+    an earlier run trained, perhaps for other classes. Empty: the backbone's, everything
+    else random, as published."""
     short_side: int = 600
     long_side: int = 1333
     roi_size: int = 14

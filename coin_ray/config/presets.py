@@ -36,6 +36,9 @@ from coin_ray.config.published import (
 )
 from coin_ray.config.students import YOLOX_STUDENTS, is_region_student
 
+DEMO_FIRST_WEIGHTS = DEMO_ASSETS / "first_weights.pt.xz"
+"""Of a detector that ``coin_ray.demo.build.first_weights`` trains on labelled scenes of
+the source, as public weights are trained on public photos."""
 DEMO_CLIP = Clip(
     model=str(DEMO_ASSETS / "coin_tiny.json"),
     pretrained=str(DEMO_ASSETS / "coin_tiny.pt"),
@@ -262,7 +265,7 @@ def demo() -> PipelineConfig:
         labels=Labels(
             score_min=0.3, probabilities="background", clip_background="keep"
         ),
-        detector=TINY_DETECTOR,
+        detector=replace(TINY_DETECTOR, weights=str(DEMO_FIRST_WEIGHTS)),
         propagate=small_propagation(200),
         separate=Separate(clip_score_min=0.25, fused_boxes="never", clip_labels=True),
         distill=small_distillation(330),

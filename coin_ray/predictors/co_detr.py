@@ -5,8 +5,6 @@ backbone, optionally with the auxiliary heads of training.
 from __future__ import annotations
 
 import dataclasses
-import io
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +30,7 @@ from coin_ray.models.co_detr.collaborative import (
 )
 from coin_ray.models.co_detr.model import DeformableDetr, load_detector_weights
 from coin_ray.models.co_detr.towers import describe_backbone, rebuild_backbone
+from coin_ray.models.weight_files import read_tensors
 from coin_ray.predictors.saved_settings import tuples_from_lists
 from coin_ray.structures import Detections
 
@@ -188,13 +187,10 @@ def load_co_detr(uri: str) -> CoDetrPredictor:
 def _read_checkpoint(uri: str) -> dict[str, Any]:
     if not storage.exists(uri):
         raise InputError(f"no such file: {uri}; {EXPECTED}")
-    file = io.BytesIO(storage.read_bytes(uri))
     try:
-        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise InputError(
-            f"{uri} can't be read ({str(error)[:200]}); {EXPECTED}"
-        ) from error
+        checkpoint = read_tensors(storage.read_bytes(uri), uri)
+    except InputError as error:
+        raise InputError(f"{error}; {EXPECTED}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "co-detr":
         raise InputError(f"{uri} holds no Co-DETR; {EXPECTED}")
     if checkpoint["format"] != FORMAT:

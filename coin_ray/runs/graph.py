@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coin_ray import storage
-from coin_ray.config import Distill, Labeler, PipelineConfig, Propagate
+from coin_ray.config import Detector, Distill, Labeler, PipelineConfig, Propagate
 from coin_ray.config.fingerprints import to_identity
 from coin_ray.config.students import is_region_student
 from coin_ray.runs.steps import Step
@@ -165,6 +165,7 @@ class _Identities:
             config.detector,
             config.classes,
             config.seed,
+            *_first_weights_digest(config.detector),
         )
         # "cloud_vectors" is a setting of labels that separation reads, not propagation
         labels = to_identity(config.labels)
@@ -231,6 +232,13 @@ def _detector_student_start(distill: Distill) -> tuple[Any, ...]:
         *((distill.student_zoom,) if distill.student_zoom != (1.0, 1.0) else ()),
         *_student_weights_digest(distill),
     )
+
+
+def _first_weights_digest(detector: Detector) -> tuple[str, ...]:
+    """Return a hash of the file that the run's detectors start from, if there is one."""
+    if not detector.weights:
+        return ()
+    return (_file_digest(detector.weights),)
 
 
 def _student_weights_digest(distill: Distill) -> tuple[str, ...]:

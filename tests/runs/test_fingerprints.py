@@ -23,9 +23,16 @@ GOLDEN: dict[str, dict[str, str]] = json.loads(
 STUDENTS: tuple[str, ...] = ("faster-rcnn", "co-detr")
 
 
+def _as_before(config: PipelineConfig) -> PipelineConfig:
+    """Return the run without what these versions did not have: a choice between
+    students, and first weights of a detector."""
+    detector = replace(config.detector, weights="")
+    return replace(config, strategy="coin", detector=detector)
+
+
 def _two_clouds() -> PipelineConfig:
     return replace(
-        presets.demo(),
+        _as_before(presets.demo()),
         cloud=Cloud(url="https://one", label_map="/no/such/file.yaml"),
         more_clouds=(Cloud(url="https://two", views=("plain", "inverted+reduced")),),
         ensemble=Ensemble(reliability=(1.0, 2.0, 3.0)),
@@ -33,7 +40,7 @@ def _two_clouds() -> PipelineConfig:
 
 
 def _from_clip_detector() -> PipelineConfig:
-    demo = presets.demo()
+    demo = _as_before(presets.demo())
     distill = replace(demo.distill, start_from="clip_detector", fusion_share=0.5)
     labels = replace(demo.labels, cloud_vectors="one_hot")
     return replace(demo, distill=distill, labels=labels)
@@ -42,11 +49,9 @@ def _from_clip_detector() -> PipelineConfig:
 def _adaptations() -> Iterator[tuple[str, Mapping[str, Step]]]:
     for name, preset in presets.PRESETS.items():
         for student in STUDENTS:
-            # without the choice between students, which these versions did not have
-            coin_alone = replace(preset(), strategy="coin")
-            config = presets.with_student(coin_alone, student)
+            config = presets.with_student(_as_before(preset()), student)
             yield f"{name} {student}", graph.build_steps(config, baselines=True)
-    yield "demo without baselines", graph.build_steps(presets.demo())
+    yield "demo without baselines", graph.build_steps(_as_before(presets.demo()))
     yield "demo two clouds", graph.build_steps(_two_clouds())
     yield (
         "demo from the CLIP detector",

@@ -4,17 +4,14 @@ strides 8, 16, 32.
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import open_clip
-import torch
 import torchvision.models
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
@@ -32,6 +29,7 @@ from coin_ray.config.co_detr import Backbone
 from coin_ray.errors import InputError
 from coin_ray.models.co_detr.backbone import TinyBackbone
 from coin_ray.models.co_detr.model import IMAGENET_MEAN, IMAGENET_STD
+from coin_ray.models.weight_files import read_tensors
 
 PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -253,13 +251,7 @@ def _torchvision_weights(config: Backbone) -> Mapping[str, Tensor]:
 
 
 def _read_weights(uri: str) -> Mapping[str, Tensor]:
-    file = io.BytesIO(storage.read_bytes(uri))
-    try:
-        state_dict: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(
-            f"backbone.weights {uri} can't be read: {str(error)[:200]}"
-        ) from error
+    state_dict = read_tensors(storage.read_bytes(uri), f"backbone.weights {uri}")
     if not isinstance(state_dict, dict):
         raise InputError(
             f"backbone.weights {uri}: expected weights by name, got"

@@ -5,13 +5,11 @@ vectors, for photos where no CLIP is available.
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.error import URLError
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
@@ -22,6 +20,7 @@ from coin_ray.config.optional_dependencies import WEIGHTS_PACKAGE
 from coin_ray.errors import ConfigError, InputError
 from coin_ray.models.faster_rcnn_clip.embeddings import ClassVectors, initial_vectors
 from coin_ray.models.faster_rcnn_clip.tower import ClipTower, MobileNetTower, Tower
+from coin_ray.models.weight_files import read_tensors
 from coin_ray.storage import exists, read_bytes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -107,9 +106,7 @@ def load_mobilenet(config: MobileNet) -> nn.Module:
             f" or one of torchvision's {names}"
         )
     network = mobilenet_v2()
-    weights = torch.load(
-        io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True
-    )
+    weights = read_tensors(read_bytes(path), f"mobilenet.weights: {path}")
     network.load_state_dict(rename_to_torchvision(weights, network), strict=False)
     return network.eval()  # type: ignore[no-any-return]
 

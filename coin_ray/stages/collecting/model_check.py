@@ -16,7 +16,7 @@ from coin_ray.errors import CoinError, StepError
 
 
 def check_models(config: PipelineConfig, cache: str) -> None:
-    """Load the detectors' backbone, and the labeler with a name or text for every class,
+    """Load the detectors' backbone and first weights, and the labeler with a name or text for every class,
     whose embeddings go to the folder ``cache``. Raises InputError or ConfigError.
 
     A collection without a labeler needs no torch. So that it does not keep half a
@@ -32,10 +32,15 @@ def check_models(config: PipelineConfig, cache: str) -> None:
 
 
 def _load_backbone(config: PipelineConfig) -> None:
-    if config.has_backbone:
-        from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
+    if not config.has_backbone:
+        return
+    from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 
-        load_backbone(config)
+    backbone = load_backbone(config)
+    if config.detector.weights:
+        from coin_ray.stages.common.students import new_clip_detector
+
+        new_clip_detector(backbone, config, seed=config.seed)
 
 
 def _load_backbone_elsewhere(config: PipelineConfig) -> None:

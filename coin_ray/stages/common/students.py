@@ -24,6 +24,7 @@ from coin_ray.models.faster_rcnn_clip.backbone import (
     new_embeddings,
     new_tower,
 )
+from coin_ray.models.faster_rcnn_clip.first_weights import load_first_weights
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector, build_detector
 from coin_ray.models.students.base import DetectorStudent
 from coin_ray.models.students.building import empty_student, training_side
@@ -42,18 +43,42 @@ DeployedDetector = (
 def new_clip_detector(
     backbone: BackboneModel, config: PipelineConfig, *, seed: int
 ) -> ClipDetector:
-    """Return a new CLIP detector; what is not the backbone's is drawn from ``seed``."""
-    return build_detector(backbone, config.classes, config.detector, seed=seed)
+    """Return a new CLIP detector with the first weights of the config; what has none is
+    the backbone's, or drawn from ``seed``. Raises InputError.
+    """
+    detector = build_detector(backbone, config.classes, config.detector, seed=seed)
+    if config.detector.weights:
+        load_first_weights(detector, config.detector.weights)
+    return detector
 
 
 def new_student(
     backbone: BackboneModel, config: PipelineConfig, *, seed: int
 ) -> Student:
-    """Return a new target detector: the backbone's visual weights and class embeddings,
-    everything else drawn from ``seed``.
+    """Return a new target detector: the first weights of the config, the backbone's
+    visual weights and class embeddings, everything else drawn from ``seed``.
     """
     if config.distill.student == "faster-rcnn":
         return new_clip_detector(backbone, config, seed=seed)
+    student = _build_regional_detr(backbone, config, seed=seed)
+    if config.detector.weights:
+        clip_detector = new_clip_detector(backbone, config, seed=seed)
+        load_clip_detector_weights(student, clip_detector.state_dict())
+    return student
+
+
+def empty_region_student(
+    backbone: BackboneModel, config: PipelineConfig, *, seed: int
+) -> Student:
+    """Return a target detector whose weights are to be loaded."""
+    if config.distill.student == "faster-rcnn":
+        return build_detector(backbone, config.classes, config.detector, seed=seed)
+    return _build_regional_detr(backbone, config, seed=seed)
+
+
+def _build_regional_detr(
+    backbone: BackboneModel, config: PipelineConfig, *, seed: int
+) -> RegionalDetr:
     base = new_detr(backbone, config, seed=seed)
     return RegionalDetr(base, backbone.embedding_size, config.detector)
 
@@ -129,11 +154,13 @@ def load_trained_detector(
         return detector_student
     assert backbone is not None
     if name == CLIP_DETECTOR or config.distill.student == "faster-rcnn":
-        detector = new_clip_detector(backbone, config, seed=config.seed)
+        detector = build_detector(
+            backbone, config.classes, config.detector, seed=config.seed
+        )
         detector.load_state_dict(weights)
         return detector.eval()
     if config.distill.co_detr_detects == "regions":
-        student = new_student(backbone, config, seed=config.seed)
+        student = empty_region_student(backbone, config, seed=config.seed)
         student.load_state_dict(weights)
         assert isinstance(student, RegionalDetr)
         return DetrWithRegionHead(student).eval()

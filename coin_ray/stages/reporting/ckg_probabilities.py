@@ -19,7 +19,7 @@ from coin_ray.models.prototypes import Prototypes
 from coin_ray.runs.steps import Context
 from coin_ray.stages.common.image_tables import ImageRow
 from coin_ray.stages.common.prediction import read_image
-from coin_ray.stages.common.students import new_student
+from coin_ray.stages.common.students import empty_region_student
 from coin_ray.stages.common.teacher_outputs import prepare_cloud_for_separation
 from coin_ray.stages.common.training_job import load_weights
 from coin_ray.stages.evaluate import PredictionsByMethod
@@ -90,7 +90,7 @@ class _TrainedFusion:
         use_gpu = config.distill.fit.gpu and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_gpu else "cpu")
         backbone = load_backbone(config)
-        self.student = new_student(backbone, config, seed=config.seed)
+        self.student = empty_region_student(backbone, config, seed=config.seed)
         self.student.load_state_dict(load_weights(student_weights))
         self.student.to(self.device).eval()
         embeddings = starting_embeddings(backbone, config)
