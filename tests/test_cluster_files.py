@@ -190,6 +190,32 @@ def test_own_machines_name_their_addresses_and_find_ray_in_every_shell() -> None
     assert "'export RAY_AUTH_MODE=token'" in activation
 
 
+def _health_check(name: str, setting: str) -> int:
+    """Return a setting of Ray's health check, with which the head is started."""
+    variable = f"RAY_health_check_{setting}"
+    if name in LAUNCHED:
+        (head,) = [c for c in _node_commands(name) if "ray start --head" in c]
+        return int(re.findall(rf"{variable}=(\d+)", head)[0])
+    spec = _ray_cluster_spec(name)["headGroupSpec"]["template"]["spec"]
+    variables = {
+        entry["name"]: entry["value"] for entry in spec["containers"][0]["env"]
+    }
+    return int(variables[variable])
+
+
+@pytest.mark.parametrize("name", [*LAUNCHED, *KUBERNETES])
+def test_a_lost_node_is_missed_soon_and_a_short_outage_loses_none(name: str) -> None:
+    """Ray's defaults need 65 s. After 20 s without a network, TCP sends the first check
+    again 25.4 s after it, and gets a reset, which counts as a failure of the check that
+    runs then: it must not be the last one."""
+    period = _health_check(name, "period_ms") / 1000
+    timeout = _health_check(name, "timeout_ms") / 1000
+    checks = _health_check(name, "failure_threshold")
+    last_check_starts = (checks - 1) * (period + timeout)
+    assert last_check_starts - period > 26.5
+    assert last_check_starts + timeout + period <= 32
+
+
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_only_holders_of_the_token_reach_a_cluster_on_kubernetes(name: str) -> None:
     assert _ray_cluster_spec(name)["authOptions"] == {"mode": "token"}
@@ -461,7 +487,8 @@ def test_pods_get_secrets_by_name(name: str) -> None:
     for _, group in _pod_groups(name):
         (container,) = group["template"]["spec"]["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": "coin-ray-secrets"}}]
-        assert "env" not in container
+        names = [entry["name"] for entry in container.get("env", [])]
+        assert all(name.startswith("RAY_health_check_") for name in names)
 
 
 # -- the image

@@ -35,7 +35,7 @@ SSHD = "/usr/sbin/sshd"
 PYTHON = "/usr/bin/python3.11"
 """A Python that every user can execute, as ``python3.11`` on the machines."""
 PR_SET_PDEATHSIG = 1
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 FILLER = "filler"
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 """The memory controller of control groups, version 1."""
@@ -214,7 +214,9 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
 
     def _connect_cable(self) -> None:
         process = str(self._init.pid)
-        peer = ("peer", "name", "eth0", "netns", process)
+        # the same one after a power cut: the others remember it
+        hardware_address = f"02:00:00:00:00:{self.number:02x}"
+        peer = ("peer", "name", "eth0", "address", hardware_address, "netns", process)
         run_command("ip", "link", "add", self.cable, "type", "veth", *peer)
         run_command("ip", "link", "set", self.cable, "master", BRIDGE, "up")
         inside = ("nsenter", f"--net=/proc/{process}/ns/net", "ip")
