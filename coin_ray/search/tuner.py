@@ -8,8 +8,9 @@ cleaner that needs the dashboard.)
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isclose
+from pathlib import PurePosixPath
 from typing import Any
 
 from ray import tune
@@ -32,6 +33,8 @@ REDUCTION_FACTOR = 3
 RunTrial = Callable[[Search, Settings, Report], None]
 OnTrialEnd = Callable[[TrialRecord], None]
 """Is called with each trial that has ended."""
+NumberTrials = Callable[[Sequence[Any]], Mapping[str, int]]
+"""Gives Tune's trials numbers, and returns all numbers by the trial's id."""
 METRIC, TIME = "score", "ninths"
 FIGURES = (METRIC, "validation", "agreement", "disagreement", "miscalibration")
 
@@ -51,6 +54,7 @@ def run_trials_with_tune(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     ensure_tune()
     preset = preset_settings(search.config, search.space)
+    numbers: dict[str, int] = {}
     concurrent, cpus = trial_resources(search)
     resources = {"CPU": cpus}
     if search.config.distill.fit.gpu:
@@ -77,7 +81,7 @@ def run_trials_with_tune(
             name="tune",
             storage_path=search.folder,
             verbose=0,
-            callbacks=[_TrialEndCallback(on_trial_end, preset)],
+            callbacks=[_TrialEndCallback(on_trial_end, _numbering(numbers, preset))],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
     )
@@ -86,7 +90,10 @@ def run_trials_with_tune(
         tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True)
     results = sorted(
         tuner.fit(),
-        key=lambda result: not have_same_settings(result.config or {}, preset),
+        key=lambda result: (
+            numbers.get(PurePosixPath(result.path).name, len(numbers)),
+            not have_same_settings(result.config or {}, preset),
+        ),
     )
     return [
         _trial_record(number, result.config or {}, result.metrics or {}, result.error)
@@ -164,9 +171,32 @@ def _search_algorithm(search: Search) -> Searcher | BasicVariantGenerator:
     )
 
 
+def _numbering(numbers: dict[str, int], preset: Settings) -> NumberTrials:
+    """Return a function that adds the numbers of new trials to ``numbers``, by id.
+
+    Trials keep the order in which they were first listed: Tune moves a trial whose
+    worker was lost to the end of its list. (Tune copies callbacks, but no functions.)
+    """
+
+    def number_trials(trials: Sequence[Any]) -> Mapping[str, int]:
+        new_trials = [trial for trial in trials if trial.trial_id not in numbers]
+        for trial in sorted(
+            new_trials, key=lambda t: not have_same_settings(t.config, preset)
+        ):
+            numbers[trial.trial_id] = len(numbers)
+        return numbers
+
+    return number_trials
+
+
 class _TrialEndCallback(tune.Callback):  # type: ignore[misc]
-    def __init__(self, on_trial_end: OnTrialEnd, preset: Settings) -> None:
-        self.on_trial_end, self.preset = on_trial_end, preset
+    def __init__(self, on_trial_end: OnTrialEnd, number_trials: NumberTrials) -> None:
+        self.on_trial_end, self.number_trials = on_trial_end, number_trials
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Any], trial: Any, **info: Any
+    ) -> None:
+        self.number_trials(trials)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Any], trial: Any, **info: Any
@@ -179,10 +209,7 @@ class _TrialEndCallback(tune.Callback):  # type: ignore[misc]
         self._report(trials, trial, RuntimeError("its worker failed"))
 
     def _report(self, trials: list[Any], trial: Any, error: Exception | None) -> None:
-        ordered_trials = sorted(
-            trials, key=lambda t: not have_same_settings(t.config, self.preset)
-        )
-        number = ordered_trials.index(trial)
+        number = self.number_trials(trials)[trial.trial_id]
         record = _trial_record(number, trial.config, trial.last_result, error)
         self.on_trial_end(record)
 
