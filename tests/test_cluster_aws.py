@@ -22,6 +22,8 @@ from ray.autoscaler._private.node_provider_availability_tracker import (
 from ray.autoscaler._private.resource_demand_scheduler import ResourceDemandScheduler
 from ray.autoscaler._private.util import prepare_config
 
+from coin_ray.stages.collecting.pools import potential_cpus
+
 CLUSTER_FILE = Path(__file__).parents[1] / "cluster.yaml"
 PROFILES = ("coin-ray-head", "coin-ray-worker")
 TRUST_POLICY = {
@@ -123,6 +125,8 @@ def test_only_nodes_that_a_step_requests_are_launched(cluster: Cluster) -> None:
     _launch(cluster, "head")
     assert _nodes_to_launch(cluster, []) == {}
     assert _nodes_to_launch(cluster, [{"CPU": 1.0}] * 6) == {"label": 1}
+    labelers = int(potential_cpus(cluster[0]) or 0) - 1
+    assert _nodes_to_launch(cluster, [{"CPU": 1.0}] * labelers) == {"label": 4}
     training = [{"CPU": 1.0, "GPU": 1.0}]
     assert _nodes_to_launch(cluster, training) == {"train": 1}
     assert _nodes_to_launch(cluster, training * 2) == {"train": 2}
