@@ -16,8 +16,9 @@ from coin_ray.errors import CoinError, StepError
 
 
 def check_models(config: PipelineConfig, cache: str) -> None:
-    """Load the detectors' backbone and first weights, and the labeler with a name or text for every class,
-    whose embeddings go to the folder ``cache``. Raises InputError or ConfigError.
+    """Load the detectors' backbone and first weights, and the labeler with a name or
+    text for every class, whose embeddings go to the folder ``cache``. Raises InputError
+    or ConfigError.
 
     A collection without a labeler needs no torch. So that it does not keep half a
     gigabyte of libraries, the models are then loaded in a process that ends.
