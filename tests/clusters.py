@@ -133,7 +133,7 @@ class Cluster:
             if completed.returncode == 0:
                 return
             assert time.monotonic() < give_up_at, completed.stdout + completed.stderr
-            assert self.head.poll() is None, f"the head has ended: {self.printed()}"
+            assert self.head.poll() is None, f"the head has ended: {self.said()}"
             time.sleep(1)
 
     def said(self) -> str:

@@ -3,6 +3,7 @@ test-cluster``."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,12 @@ pytest.importorskip("moto.server", reason="the object store is moto[server]")
 from scenarios import SCENARIOS, Row
 
 RUN = Path(__file__).with_name("run.py")
+ENABLED_BY = "COIN_RAY_TEST_CLUSTER"
+"""It needs the machine for itself: beside other tests a node may be too slow to answer,
+and Ray takes it for lost."""
 MISSING = missing_requirements()
+if not os.environ.get(ENABLED_BY):
+    MISSING = [*MISSING, f"the machine for itself: {ENABLED_BY}=1"]
 FAULTS = "asking-10s,training-cable"
 
 
