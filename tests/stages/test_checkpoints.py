@@ -145,7 +145,9 @@ def test_ray_train_writes_nothing_to_the_run_s_storage(
     monkeypatch.setattr(training_job, "TorchTrainer", RecordingTrainer)
     monkeypatch.setattr(training_job, "cluster_cpus", lambda: 2)
     monkeypatch.setattr(training_job, "largest_node_cpus", lambda: 2)
-    job = SimpleNamespace(folder="s3://bucket/step", training=TrainingConfig())
+    job = SimpleNamespace(
+        title="propagate", folder="s3://bucket/step", training=TrainingConfig()
+    )
     for _ in range(2):
         training_job._train(job, in_this_process=False)  # type: ignore[arg-type]
     assert not any("://" in path for path in storage_paths)

@@ -114,7 +114,9 @@ def test_several_cloud_actors_spread_over_the_nodes(cluster_file: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_no_labelers_at_all_are_refused(number: int) -> None:
-    with pytest.raises(ConfigError, match=r"collect\.labelers must be positive, or auto"):
+    with pytest.raises(
+        ConfigError, match=r"collect\.labelers must be positive, or auto"
+    ):
         make_config(labelers=number)
 
 
