@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ray.train import RunConfig
 
 from coin_ray.stages.common import ray_logs
 from coin_ray.stages.common.worker_failures import (
+    CONTROLLER_LOGGER,
     WorkerFailureReporter,
     describe_failure,
 )
@@ -89,3 +92,27 @@ def test_a_lost_worker_is_one_line_and_what_ray_says_of_it_another(
 
 def test_ray_train_accepts_the_reporter() -> None:
     RunConfig(callbacks=[WorkerFailureReporter("propagate", 3)])
+
+
+def test_a_worker_that_can_not_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller's process gets the callback before its logs have a handler."""
+    monkeypatch.setattr(ray_logs.tempfile, "gettempdir", lambda: str(tmp_path))
+    module = importlib.import_module(CONTROLLER_LOGGER)
+    assert module.logger.name == CONTROLLER_LOGGER
+    monkeypatch.setattr(module.logger, "filters", [])
+    pickle.loads(pickle.dumps(WorkerFailureReporter("propagate", 3)))
+    handler = logging.FileHandler(tmp_path / "console.log")
+    module.logger.addHandler(handler)
+    try:
+        raise RuntimeError(DEATH)
+    except RuntimeError as error:
+        module.logger.exception("Error in control loop iteration: %s", error)
+    finally:
+        module.logger.removeHandler(handler)
+    (line,) = (tmp_path / "console.log").read_text().splitlines()
+    assert line.startswith("Error in control loop iteration: The actor died")
+    (report,) = tmp_path.glob("coin-ray-*-ray.log")
+    assert "health check failed" in report.read_text()
+    assert "Traceback" in report.read_text()

@@ -48,10 +48,21 @@ class OneLineFilter(logging.Filter):
 
 def shorten_ray_logs() -> None:
     """Filter what Ray's loggers print in this process."""
-    file = os.path.join(tempfile.gettempdir(), f"coin-ray-{os.getpid()}-ray.log")
     for handler in _ray_handlers():
-        if not any(isinstance(f, OneLineFilter) for f in handler.filters):
-            handler.addFilter(OneLineFilter(file))
+        _add_filter(handler)
+
+
+def shorten_logger(name: str) -> None:
+    """Filter what is logged by the logger of this name alone, which may have no handler
+    yet.
+    """
+    _add_filter(logging.getLogger(name))
+
+
+def _add_filter(filterer: logging.Filterer) -> None:
+    file = os.path.join(tempfile.gettempdir(), f"coin-ray-{os.getpid()}-ray.log")
+    if not any(isinstance(f, OneLineFilter) for f in filterer.filters):
+        filterer.addFilter(OneLineFilter(file))
 
 
 def _ray_handlers() -> Iterator[logging.Handler]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ray.train import UserCallback
 
-from coin_ray.stages.common.ray_logs import shorten_ray_logs
+from coin_ray.stages.common.ray_logs import shorten_logger, shorten_ray_logs
 
 REASON_CHARACTERS = 300
+CONTROLLER_LOGGER = "ray.train.v2._internal.execution.controller.controller"
 
 
 class WorkerFailureReporter(UserCallback):  # type: ignore[misc]
@@ -19,6 +21,13 @@ class WorkerFailureReporter(UserCallback):  # type: ignore[misc]
     def __init__(self, title: str, retries: int) -> None:
         self.title = title
         self.retries = retries
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in the controller's process, which logs a page for each worker that
+        can't start and calls no callback then.
+        """
+        self.__dict__.update(state)
+        shorten_logger(CONTROLLER_LOGGER)
 
     def after_exception(
         self, run_context: object, worker_exceptions: Mapping[int, Exception]
