@@ -37,16 +37,22 @@ PATIENT_TIMEOUTS = {
 """Timeouts for a busy machine, which starts processes slowly."""
 
 
+_taken_ports: set[int] = set()
+
+
 def free_port() -> int:
     """Return a free port below the range that Linux assigns by itself, and outside Ray's
-    10002..19999."""
+    10002..19999; each one once, since Ray refuses two services on one port."""
     while True:
         port = 20_000 + int.from_bytes(os.urandom(2)) % 12_000
+        if port in _taken_ports:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+            _taken_ports.add(port)
             return port
 
 
