@@ -37,8 +37,6 @@ PYTHON = "/usr/bin/python3.11"
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 60.0
 FILLER = "filler"
-MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
-"""The memory controller of control groups, version 1."""
 TMP_BYTES = 1 << 30
 """Size of a machine's ``/tmp``, in which Ray keeps its logs and spilled objects."""
 
@@ -65,13 +63,6 @@ def missing_netem() -> str:
         ["unshare", "--net", "bash", "-c", command], capture_output=True, text=True
     )
     return "netem in the kernel" if completed.returncode else ""
-
-
-def missing_memory_limits() -> str:
-    """Return what this machine lacks to limit memory; empty: nothing."""
-    if os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK):
-        return ""
-    return f"{MEMORY_GROUPS} (control groups, version 1)"
 
 
 def die_with_parent() -> None:
@@ -111,8 +102,6 @@ class Machine:
         self.folder = folder
         self.home = folder / "home"
         self.key = key
-        self.memory: int | None = None
-        """Bytes of memory that the machine has when it is switched on; None: all."""
         self._prepare_files()
         self.switch_on()
 
@@ -144,8 +133,6 @@ class Machine:
             f"mount --bind {self.folder}/{name} /etc/{name}"
             for name in ("passwd", "group", "shadow")
         )
-        if self.memory is not None:
-            files += f"\nmount --bind {self.memory_group} {MEMORY_GROUPS}"
         return f"""set -e
 {files}
 umask 022
@@ -177,7 +164,6 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
             )
         self._init = self._first_process()
         self._connect_cable()
-        self._limit_memory()
         (self.folder / "start").write_text(self._start_script())
         stdin = self._shell.stdin
         assert stdin is not None
@@ -189,18 +175,6 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
                 log_text = (self.folder / "console.log").read_text()[-1000:]
                 raise RuntimeError(f"{self.name} takes no logins: {log_text}")
             time.sleep(0.1)
-
-    @property
-    def memory_group(self) -> Path:
-        """Return the folder of the control group that limits the memory."""
-        return MEMORY_GROUPS / f"{self.folder.parent.name}-{self.name}"
-
-    def _limit_memory(self) -> None:
-        if self.memory is None:
-            return
-        self.memory_group.mkdir(exist_ok=True)
-        (self.memory_group / "memory.limit_in_bytes").write_text(str(self.memory))
-        (self.memory_group / "cgroup.procs").write_text(str(self._init.pid))
 
     def _first_process(self) -> psutil.Process:
         """Return process 1 of the machine."""
@@ -280,8 +254,6 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
         self._shell.wait(timeout=30)
         while (Path("/sys/class/net") / self.cable).exists():
             time.sleep(0.05)
-        if self.memory_group.exists():
-            self.memory_group.rmdir()
 
     def is_on(self) -> bool:
         """Return whether the machine runs."""

@@ -24,7 +24,6 @@ from pathlib import Path
 import docs_page
 from machines import (
     ISOLATE,
-    MEMORY_GROUPS,
     die_with_parent,
     missing_requirements,
     run_command,
@@ -79,8 +78,6 @@ def _run_isolated(arguments: list[str]) -> int:
     finally:
         process.kill()
         process.wait()
-        for group in MEMORY_GROUPS.glob(f"{Path(folder).name}-*"):
-            group.rmdir()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from machines import Machine, missing_memory_limits, missing_netem
+from machines import Machine, missing_netem
 from real_cluster import IMAGES_ASKED, RUN, SEARCH, Job, RealCluster, wait_until
 from servers import missing_database
 
@@ -15,8 +15,6 @@ TRAINING = "RayTrainWorker"
 TRIAL = "ImplicitFunc"
 """Parts of the titles of the processes that ask the cloud, that train, and that run a
 trial of a search."""
-LITTLE_MEMORY = 4 << 30
-"""Bytes; less than the object store of ``deploy/cluster-onprem.yaml`` may take."""
 MAX_ATTEMPTS = 8
 FIRST_CALLS = 8
 """Calls after which a collection is disturbed."""
@@ -213,23 +211,6 @@ def switch_off_second_worker(cluster: RealCluster) -> None:
     )
 
 
-def give_little_memory(cluster: RealCluster) -> None:
-    """Replace the second worker by one with ``LITTLE_MEMORY``."""
-    _replace_second_worker(cluster, LITTLE_MEMORY)
-
-
-def give_all_memory(cluster: RealCluster) -> None:
-    """Let the second worker have as much memory as this machine."""
-    _replace_second_worker(cluster, None)
-
-
-def _replace_second_worker(cluster: RealCluster, memory: int | None) -> None:
-    switch_off_second_worker(cluster)
-    cluster.workers[1].memory = memory
-    cluster.workers[1].switch_on()
-    cluster.join_again()
-
-
 def switch_on_second_worker(cluster: RealCluster, job: Job) -> None:
     """Let the second worker join in the middle of a training."""
     _wait_for_training(job, "propagate")
@@ -359,15 +340,6 @@ SCENARIOS = (
         bring_back_workers,
         switch_off_second_worker,
         loses_node=True,
-    ),
-    Scenario(
-        "little-memory",
-        "the second worker has 4 GiB of memory",
-        do_nothing,
-        give_all_memory,
-        give_little_memory,
-        loses_node=True,
-        missing=missing_memory_limits,
     ),
     Scenario("search", "nothing, in a search of 3 trials", do_nothing, program=SEARCH),
     Scenario(
