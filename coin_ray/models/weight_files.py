@@ -27,8 +27,9 @@ def read_tensors(content: bytes, name: str) -> Any:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
+        reason = str(error) or type(error).__name__
         raise InputError(
             f"{name} can't be read: its {len(content):,} bytes are truncated, no file of"
             " torch.save, or hold more than tensors"
-            f" ({str(error).splitlines()[0][:200]})"
+            f" ({reason.splitlines()[0][:200]})"
         ) from error

@@ -17,6 +17,7 @@ from coin_ray.config.presets import demo
 from coin_ray.errors import InputError
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone
 from coin_ray.models.faster_rcnn_clip.first_weights import load_first_weights
+from coin_ray.models.weight_files import read_tensors
 from coin_ray.runs.graph import build_steps
 from coin_ray.stages.collecting.model_check import check_models
 from coin_ray.stages.common.students import new_clip_detector, new_student
@@ -138,6 +139,11 @@ def test_a_file_of_another_kind_is_refused_before_a_call_is_paid(
     config = _with_weights(config, trained_path)
     with pytest.raises(InputError, match=r"detector\.weights"):
         check_models(config, str(trained_path.parent / "texts"))
+
+
+def test_an_empty_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"w\.pt can't be read: its 0 bytes"):
+        read_tensors(b"", "w.pt")
 
 
 def test_a_step_knows_the_file_that_it_starts_from(trained_path: Path) -> None:

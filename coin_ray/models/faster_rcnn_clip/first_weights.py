@@ -64,8 +64,8 @@ def _read_state(uri: str) -> dict[str, Tensor]:
 def _check_state(
     weights: dict[str, Tensor], expected: dict[str, Tensor], uri: str
 ) -> None:
-    """Raise InputError if the weights are not those of a detector of this shape, or if
-    what they lack is more than the frozen layers of the backbone.
+    """Raise InputError if the weights are not those of a detector of this shape, or lack
+    any that the backbone does not have.
     """
     unknown = [name for name in weights if name not in expected]
     if unknown:

@@ -4,10 +4,7 @@ file as the official export writes it.
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.error import URLError
@@ -27,6 +24,7 @@ from coin_ray.models.students.yolox_network import (
     ConvNorm,
     YoloxNetwork,
 )
+from coin_ray.models.weight_files import read_tensors
 
 RELEASE = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0"
 CLASS_WEIGHTS = "head.cls_preds."
@@ -115,24 +113,12 @@ def _read_checkpoint(file_bytes: bytes, path: str, *, is_release: bool) -> State
     or a ``YoloxStudent``'s.
     """
     try:
-        checkpoint: Any = torch.load(
-            io.BytesIO(file_bytes), map_location="cpu", weights_only=True
-        )
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+        checkpoint = read_tensors(file_bytes, f"{SETTING}: {path}")
+    except InputError as error:
         advice = "save its tensors alone, or copy it again"
         if is_release:
             advice = "delete it, so that it is downloaded again"
-        raise InputError(
-            f"{SETTING}: {path} ({len(file_bytes):,} bytes) is no readable PyTorch"
-            f" checkpoint: it is truncated, or holds more than tensors; {advice}"
-            f" ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise InputError(f"{error}; {advice}") from error
     state = checkpoint
     if isinstance(checkpoint, Mapping) and "model" in checkpoint:
         state = checkpoint["model"]
