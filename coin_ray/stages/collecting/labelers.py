@@ -52,7 +52,7 @@ class AnswerLabeler:
         labelled = self.labeler.label(self._decode(answers["bytes"], boxes, rows))
         by_row = dict(zip(rows, labelled, strict=True))
         nothing = torch.zeros(0, len(self.config.classes) + 1)
-        return [by_row.get(row, nothing).numpy() for row in range(len(boxes))]
+        return [by_row.get(row, nothing).cpu().numpy() for row in range(len(boxes))]
 
     def _decode(
         self, files: pa.ChunkedArray, boxes: Sequence[Tensor], rows: Sequence[int]
