@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,9 +45,13 @@ class SlowingCloudActor:
 
 
 class RecordingLabeler:
-    """Takes the place of a labeler, and returns where it ran."""
+    """Takes the place of a labeler, and returns where it ran. The first one can't
+    start."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, _: object, folder: str) -> None:
+        if not os.path.exists(f"{folder}/tried"):
+            os.mkdir(f"{folder}/tried")
+            raise RuntimeError("this node is being ended")
         self.node_id = ray.get_runtime_context().get_node_id()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -65,19 +70,19 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedNodes]:
         ray.shutdown()
 
 
-def _collect(config: PipelineConfig) -> Iterator[dict[str, Any]]:
+def _collect(config: PipelineConfig, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield where each batch of one image was labelled."""
     context: Any = SimpleNamespace(config=config, root="/root", folder="/root/steps/c")
     images = pa.table(
         {"image_id": [str(n) for n in range(BATCHES)], "uri": [""] * BATCHES}
     )
     answers = collect._ask(context, images, ["http://cloud"], False)
-    for batch in collect._label_answers(answers, config, "parts"):
+    for batch in collect._label_answers(answers, config, str(folder)):
         yield from batch.to_pylist()
 
 
 def test_labelers_follow_the_nodes_and_no_gpu_is_started(
-    monkeypatch: pytest.MonkeyPatch, cluster: PretendedNodes
+    monkeypatch: pytest.MonkeyPatch, cluster: PretendedNodes, tmp_path: Path
 ) -> None:
     """Begins with a head alone. While the labelers are the bound all of `label` starts;
     while the cloud's rate is, the second node is let go."""
@@ -88,7 +93,7 @@ def test_labelers_follow_the_nodes_and_no_gpu_is_started(
     assert count_node_types() == {"head": 1}
     most: Counter[str] = Counter()
     fast_rows: list[dict[str, Any]] = []
-    for number, row in enumerate(_collect(config)):
+    for number, row in enumerate(_collect(config, tmp_path)):
         now = count_node_types()
         most |= now
         if number < FAST_BATCHES:

@@ -65,6 +65,7 @@ def controller_log(
     """Yield Ray Train's logger with a console, as in its controller."""
     monkeypatch.setattr(ray_logs.tempfile, "gettempdir", lambda: str(tmp_path))
     logger = logging.getLogger("ray.train.test_controller")
+    logger.setLevel(logging.WARNING)  # a run in this process leaves its parent quiet
     handler = logging.FileHandler(tmp_path / "console.log")
     logger.addHandler(handler)
     yield logger

@@ -13,6 +13,9 @@ from coin_ray.stages.common.ray_logs import shorten_ray_logs
 UNAVAILABLE_TEXT = re.compile(r"StorageUnavailable: (.+)")
 """The error of a worker in the text of Ray's error, and its message."""
 IN_FLIGHT_BATCHES = 4
+ACTOR_START_RETRIES = 3
+"""How often in a row an actor of a pool may fail to start on a cluster, where nodes come
+and go, before its stage fails."""
 
 
 def on_cluster() -> bool:
@@ -52,6 +55,8 @@ def ensure_ray() -> None:
     context.execution_options.preserve_order = False
     # a stage that waits for tomorrow's quota does not hang
     context.execution_no_progress_timeout_s = -1
+    if on_cluster():
+        context.max_consecutive_actor_init_deaths = ACTOR_START_RETRIES
     quiet_ray_logs()
 
 
