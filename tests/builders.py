@@ -325,7 +325,7 @@ def loss_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
 def assert_finite_step(task: Distillation, losses: Mapping[str, Tensor]) -> None:
     """Assert that the losses of a step and all weights after it are finite."""
     assert all(bool(torch.isfinite(v)) for v in losses.values()), loss_values(losses)
-    for module in (task.student, task.ckg, task.teacher):
+    for module in (task.student, task.fusion.ckg, task.teacher):
         assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
 
 

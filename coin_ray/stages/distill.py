@@ -214,7 +214,7 @@ def export_distillation(task: TrainingTask) -> WeightFiles:
     """Return the weights of the student, the EMA teacher and the fusion by file name."""
     assert isinstance(task, Distillation)
     fusion = combine_fusion_modules(
-        task.ckg, task.cloud_prototypes, task.clip_prototypes
+        task.fusion.ckg, task.fusion.cloud_prototypes, task.fusion.clip_prototypes
     )
     return {
         WEIGHTS: task.student.state_dict(),

@@ -31,29 +31,21 @@ returns vectors [R, K+1] and the confidence threshold for a vector to teach."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StudentOutputs:
-    """Anchors and sampled RoIs of a batch with their targets; RoIs of all images are
-    concatenated.
+class RegionKnowledge:
+    """Described RoIs of a batch, those of all images concatenated, and what both
+    teachers say of them.
 
-    ``consistent_rows`` [A], ``inconsistent_rows`` [B], ``background_rows`` [G],
-    ``private_rows`` [Q]: rows of ``regions``; ``consistent``, ``inconsistent``: the
-    pairs of the first two, row by row; ``private``: the detections of the last by the
-    only teacher that has them. ``boxes`` [A + B, 4]: of the pairs.
+    ``consistent_rows`` [A], ``inconsistent_rows`` [B], ``background_rows`` [G]: rows of
+    ``regions``; ``consistent``, ``inconsistent``: the pairs of the first two, row by
+    row.
     """
 
-    rpn: RpnOutputs
-    anchor_targets: list[AnchorTargets]
-    region_targets: list[RegionTargets]
-    proposals: Tensor
-    boxes: Tensor
     regions: RegionOutputs
     consistent_rows: Tensor
     inconsistent_rows: Tensor
     background_rows: Tensor
-    private_rows: Tensor
     consistent: Pairs
     inconsistent: Pairs
-    private: Detections
     totals: Totals
 
     @property
@@ -64,13 +56,30 @@ class StudentOutputs:
     @property
     def labels(self) -> Tensor:
         """Labels [A + G] of the RoIs on consistent pairs and on background."""
-        background = torch.full_like(self.background_rows, self.private.num_classes)
+        background = torch.full_like(self.background_rows, self.class_count - 1)
         return torch.cat([self.consistent.cloud.labels, background])
 
     @property
     def labelled_rows(self) -> Tensor:
         """Rows [A + G] of ``regions`` with a label."""
         return torch.cat([self.consistent_rows, self.background_rows])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudentOutputs(RegionKnowledge):
+    """Anchors and sampled RoIs of a batch with their targets.
+
+    ``private_rows`` [Q]: rows of ``regions`` on private boxes; ``private``: their
+    detections by the only teacher that has them. ``boxes`` [A + B, 4]: of the pairs.
+    """
+
+    rpn: RpnOutputs
+    anchor_targets: list[AnchorTargets]
+    region_targets: list[RegionTargets]
+    proposals: Tensor
+    boxes: Tensor
+    private_rows: Tensor
+    private: Detections
 
     def supervised_losses(self, config: Detector) -> Losses:
         """Compare with consistent knowledge as ground truth, and with the boxes of

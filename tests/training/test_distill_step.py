@@ -93,12 +93,12 @@ def test_teacher_and_ckg_and_prototypes_move_when_they_should(
     fit = tiny_fit(steps=4)
     task = distillation(fit, burn_up=3, prototypes_from=2)
     prototypes = (
-        task.consistent_prototypes,
-        task.cloud_prototypes,
-        task.clip_prototypes,
+        task.fusion.consistent_prototypes,
+        task.fusion.cloud_prototypes,
+        task.fusion.clip_prototypes,
     )
     for step, batch in enumerate(training_batches(tmp_path, fit)):
-        modules = (task.student, task.teacher, task.ckg, *prototypes)
+        modules = (task.student, task.teacher, task.fusion.ckg, *prototypes)
         # these have pairs of both kinds, unlike a random teacher's
         clip = batch.detections["clip"]
         monkeypatch.setattr(
@@ -177,10 +177,13 @@ def test_without_both_kinds_ckg_does_not_move(tmp_path: Path) -> None:
     batch.detections.update(
         {name: [detections(A)] * len(batch.weak) for name in ("cloud", "clip")}
     )
-    before, prototypes = _copy_weights(task.ckg), _copy_weights(task.cloud_prototypes)
+    before, prototypes = (
+        _copy_weights(task.fusion.ckg),
+        _copy_weights(task.fusion.cloud_prototypes),
+    )
     task.train_step(batch, 0)
-    assert not _has_moved(before, task.ckg)
-    assert not _has_moved(prototypes, task.cloud_prototypes)
+    assert not _has_moved(before, task.fusion.ckg)
+    assert not _has_moved(prototypes, task.fusion.cloud_prototypes)
 
 
 @pytest.mark.parametrize("fusion", ["average", "cloud", "clip"])
@@ -188,11 +191,11 @@ def test_rules_instead_of_ckg(fusion: str, tmp_path: Path) -> None:
     fit = tiny_fit(steps=1)
     task = distillation(fit, fusion=fusion)
     (batch,) = training_batches(tmp_path, fit)
-    before = _copy_weights(task.ckg)
+    before = _copy_weights(task.fusion.ckg)
     parts = task.train_step(batch, 1)
     assert not CKG & set(parts)
     assert "inconsistent" in parts
-    assert not _has_moved(before, task.ckg)
+    assert not _has_moved(before, task.fusion.ckg)
 
 
 @pytest.mark.parametrize(("ckg_lr", "same"), [(0.0, True), (0.1, False)])
@@ -302,13 +305,16 @@ def test_one_class_has_no_inconsistent_pairs(step: int, tmp_path: Path) -> None:
         }
     )
     batch.detections["cloud"] = [normalised(d) for d in batch.detections["cloud"]]
-    before = _copy_weights(task.ckg), _copy_weights(task.student)
+    before = _copy_weights(task.fusion.ckg), _copy_weights(task.student)
     parts = task.train_step(batch, step)
     assert_finite_step(task, parts)
     assert not CKG & set(parts)
     assert ("inconsistent" in parts) == (step >= 5)
     assert float(parts.get("inconsistent", torch.zeros(())).detach()) == 0
-    assert (_has_moved(before[0], task.ckg), _has_moved(before[1], task.student)) == (
+    assert (
+        _has_moved(before[0], task.fusion.ckg),
+        _has_moved(before[1], task.student),
+    ) == (
         False,
         True,
     )
@@ -324,7 +330,7 @@ def test_rules_by_hand() -> None:
     }
     for rule, expected_probs in expected.items():
         task = distillation(tiny_fit(), fusion=rule)
-        fused = task.fuse(embedded, opinions.cloud.probs, opinions.clip.probs)
+        fused = task.fusion.fuse(embedded, opinions.cloud.probs, opinions.clip.probs)
         torch.testing.assert_close(fused, expected_probs)
 
 
@@ -373,12 +379,12 @@ def test_ckg_predicts_background_only_if_trained_on_it(
         batch.generators,
     )
     for _ in range(60):
-        task.train_ckg(outputs, 5)
+        task.fusion.train(outputs, task.student.head, 5)
     embedded = outputs.regions.embedded[outputs.background_rows]
     background_vectors = torch.nn.functional.one_hot(
         torch.full_like(outputs.background_rows, task.student.num_classes)
     ).float()
-    fused = task.fuse(embedded, background_vectors, background_vectors)
+    fused = task.fusion.fuse(embedded, background_vectors, background_vectors)
     background_probs = fused[:, -1]
     assert len(background_probs) > 0
     assert bool((background_probs > 0.5).all()) == background

@@ -324,11 +324,13 @@ def test_ckg_aligns_gradients_of_the_auxiliary_heads_transformation(
         task.separate(batch, False, size),
         batch.generators,
     )  # type: ignore[arg-type]
-    before = [p.detach().clone() for p in task.ckg.parameters()]
-    assert set(task.train_ckg(outputs, 5)) - diagnosis.NAMES == CKG
+    before = [p.detach().clone() for p in task.fusion.ckg.parameters()]
+    assert (
+        set(task.fusion.train(outputs, task.student.head, 5)) - diagnosis.NAMES == CKG
+    )
     assert any(
         not torch.equal(a, b)
-        for a, b in zip(before, task.ckg.parameters(), strict=True)
+        for a, b in zip(before, task.fusion.ckg.parameters(), strict=True)
     )
     assert all(p.grad is None for p in task.student.parameters())
 
