@@ -245,6 +245,7 @@ def _detector_student(distill: Distill, student: str) -> Distill:
         fit=training,
         fusion="average",
         teacher_rate=0.01,
+        prototypes_from=min(distill.prototypes_from, DETECTOR_STUDENT_STEPS // 3),
         burn_up=DETECTOR_STUDENT_STEPS,
     )
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from coin_ray.config.co_detr import CoDetr
 from coin_ray.config.fields import check_fraction, new_field, require, runtime_only
 from coin_ray.config.students import (
+    YOLOX_STUDENTS,
     TargetSettings,
     check_student_name,
     is_region_student,
@@ -165,6 +166,9 @@ class Distill:
     student_zoom: tuple[float, float] = new_field((1.0, 1.0))
     """Range of factors by which its training images are scaled at random: smaller ones
     lie on grey, larger ones are cropped."""
+    region_head_weight: float = new_field(1.0)
+    """Weight of the losses of the auxiliary region head by which a YOLOX student learns
+    with ``fusion`` ckg. The student is delivered without that head."""
     targets: TargetSettings = field(
         default=TargetSettings(), metadata={"identity": "if changed"}
     )
@@ -269,9 +273,15 @@ class Distill:
             )
             return
         require(
-            self.fusion != "ckg",
+            self.fusion != "ckg" or self.student in YOLOX_STUDENTS,
             f"distill.student {self.student} describes no given boxes, which CKG needs:"
-            " give --distill.fusion average, or another rule",
+            " give --distill.fusion average, or another rule, or a YOLOX student",
+        )
+        require(
+            self.fusion != "ckg" or self.prototypes_from < self.fit.steps,
+            "with distill.fusion ckg, distill.prototypes_from must be below"
+            f" distill.fit.steps ({self.fit.steps}), or CKG is never trained; got"
+            f" {self.prototypes_from}",
         )
         side = self.student_side
         require(

@@ -17,6 +17,7 @@ from coin_ray.fusion.rules import Annotators, dawid_skene
 from coin_ray.models.faster_rcnn_clip.backbone import load_backbone, starting_embeddings
 from coin_ray.models.faster_rcnn_clip.model import ClipDetector
 from coin_ray.models.students.building import load_pretrained_student
+from coin_ray.models.students.yolox import YoloxStudent
 from coin_ray.runs.steps import Context, Metrics
 from coin_ray.stages.common.own_opinion import with_chosen_rendering
 from coin_ray.stages.common.students import (
@@ -48,7 +49,12 @@ from coin_ray.stages.common.validation import plan_validation, validate_during_t
 from coin_ray.stages.propagate import WEIGHTS
 from coin_ray.stages.reporting.ckg_probabilities import CKG_FILE, combine_fusion_modules
 from coin_ray.tables import SEPARATION
-from coin_ray.training.direct import TargetTraining, separation_targets
+from coin_ray.training.ckg_targets import CkgTargetTraining
+from coin_ray.training.direct import (
+    StudentTraining,
+    TargetTraining,
+    separation_targets,
+)
 from coin_ray.training.distill import Distillation
 from coin_ray.training.loop import Curve, TrainingTask
 
@@ -184,13 +190,19 @@ def build_distillation(
 
 def build_target_distillation(
     config: PipelineConfig, annotators: Annotators | None = None
-) -> TargetTraining:
+) -> StudentTraining:
     """Return the training task of a student that was a detector before: it starts from
     its own pretrained weights.
     """
     student = load_pretrained_student(
         config.distill, config.classes, seed=config.seed + 1
     )
+    if config.distill.fusion == "ckg":
+        assert isinstance(student, YoloxStudent)  # checked by the settings
+        torch.manual_seed(config.seed + 1)
+        return CkgTargetTraining(
+            student, config.distill, config.separate, config.detector
+        )
     return TargetTraining(
         student,
         separation_targets(config.distill, config.separate, annotators),
@@ -203,7 +215,7 @@ def build_target_distillation(
 
 def export_target_distillation(task: TrainingTask) -> WeightFiles:
     """Return the averaged weights, which are delivered, and the last ones."""
-    assert isinstance(task, TargetTraining)
+    assert isinstance(task, StudentTraining)
     return {
         WEIGHTS: task.average.state_dict(),
         "teacher.pt": task.student.state_dict(),

@@ -8,8 +8,9 @@ at ``fit.visual_lr_factor`` of the rate, and its batch norms keep their statisti
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +40,76 @@ from coin_ray.training.zoom import zoom_randomly
 BatchTargets = tuple[list[Targets], dict[str, Tensor]]
 """The targets of each image of a batch, and figures for the curve."""
 MakeBatchTargets = Callable[[Batch], BatchTargets]
+LossesAndFigures = tuple[dict[str, Tensor], dict[str, Tensor]]
 LEARNING_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
-class TargetTraining:
-    """``make_batch_targets``: what the strong images of a batch teach.
+class StudentTraining(ABC):
+    """The steps of a student and of its average.
 
     ``average_rate``: share of the student in the average per step, after the first
     steps, in which the average is the plain mean. ``frozen_norms``: batch norms keep
     their statistics. ``zoom``: range of factors by which images are scaled at random.
     """
+
+    def __init__(
+        self,
+        student: DetectorStudent,
+        fit: TrainingConfig,
+        *,
+        average_rate: float,
+        frozen_norms: bool,
+        zoom: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        # convolutions are faster with the channels last, twice as fast with fit.amp
+        cast("nn.Module", student).to(memory_format=torch.channels_last)
+        self.student = student
+        self.fit = fit
+        self.average_rate = average_rate
+        self.frozen_norms = frozen_norms
+        self.zoom = zoom
+        self.average = copy.deepcopy(student).eval().requires_grad_(False)
+        self.optimizer = new_optimizer(target_parameter_groups(student, fit), fit)
+
+    @abstractmethod
+    def compute_losses(self, batch: Batch, step: int) -> LossesAndFigures:
+        """Return the losses of a step, and figures for the curve."""
+
+    def learning_module(self) -> nn.Module:
+        """Return the module of all parameters that the optimizer moves."""
+        return cast("nn.Module", self.student)
+
+    def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        set_training_mode(self.student, frozen_norms=self.frozen_norms)
+        losses, figures = self.compute_losses(batch, step)
+        optimizer_step(self.optimizer, self.learning_module(), losses, step, self.fit)
+        rate = max(self.average_rate, 1 / (step + 1))
+        average, student = cast("list[nn.Module]", [self.average, self.student])
+        ema_update(average, student, rate)
+        return losses | figures
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "student": self.student,
+            "average": self.average,
+            "optimizer": self.optimizer,
+        }
+
+    def to(self, device: torch.device) -> Self:
+        self.student.to(device)
+        self.average.to(device)
+        return self
+
+    def state_dict(self) -> StateDict:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+class TargetTraining(StudentTraining):
+    """``make_batch_targets``: what the strong images of a batch teach."""
 
     def __init__(
         self,
@@ -60,47 +121,21 @@ class TargetTraining:
         frozen_norms: bool,
         zoom: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        # convolutions are faster with the channels last, twice as fast with fit.amp
-        cast("nn.Module", student).to(memory_format=torch.channels_last)
-        self.student = student
+        super().__init__(
+            student,
+            fit,
+            average_rate=average_rate,
+            frozen_norms=frozen_norms,
+            zoom=zoom,
+        )
         self.make_batch_targets = make_batch_targets
-        self.fit = fit
-        self.average_rate = average_rate
-        self.frozen_norms = frozen_norms
-        self.zoom = zoom
-        self.average = copy.deepcopy(student).eval().requires_grad_(False)
-        self.optimizer = new_optimizer(target_parameter_groups(student, fit), fit)
 
-    def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        set_training_mode(self.student, frozen_norms=self.frozen_norms)
+    def compute_losses(self, batch: Batch, step: int) -> LossesAndFigures:
         targets, figures = self.make_batch_targets(batch)
         images, targets = zoom_batch(batch, targets, self.zoom)
-        module = cast("nn.Module", self.student)
-        with mixed_precision(module, self.fit):
+        with mixed_precision(self.learning_module(), self.fit):
             losses = self.student.losses(images, targets)
-        optimizer_step(self.optimizer, module, losses, step, self.fit)
-        rate = max(self.average_rate, 1 / (step + 1))
-        ema_update(cast("nn.Module", self.average), module, rate)
-        return losses | figures
-
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "student": self.student,
-            "average": self.average,
-            "optimizer": self.optimizer,
-        }
-
-    def to(self, device: torch.device) -> TargetTraining:
-        self.student.to(device)
-        self.average.to(device)
-        return self
-
-    def state_dict(self) -> StateDict:
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: StateDict) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        return losses, figures
 
 
 def set_training_mode(student: DetectorStudent, *, frozen_norms: bool) -> None:

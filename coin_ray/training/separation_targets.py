@@ -56,23 +56,50 @@ def separate_batch(
 
 
 def make_targets(
-    separation: Separation, settings: TargetSettings, fuse: Fuse
+    separation: Separation,
+    settings: TargetSettings,
+    fuse: Fuse,
+    disputed_probs: Tensor | None = None,
+    fused_score_min: float = 0.0,
 ) -> Targets:
-    """Return what the separation of an image teaches.
+    """Return what the separation of an image teaches. ``disputed_probs`` [B, K+1]: what
+    CKG makes of both opinions on the inconsistent pairs, instead of ``fuse``; pairs
+    whose best one is below ``fused_score_min`` are ignored regions.
 
     A box's classes are both opinions fused, or the only one, as a distribution over the
     foreground: its weight says how sure it is that there is an object. What a person
     has reviewed is certain.
     """
     if separation.reviewed:
-        labels = separation.consistent.cloud
-        return Targets.from_labels(labels.boxes, labels.labels, labels.num_classes)
+        pairs = separation.consistent
+        labels = pairs.cloud
+        return Targets.from_labels(pairs.boxes, labels.labels, labels.num_classes)
     cloud_rows = torch.arange(len(separation.private)) < separation.cloud_private
     cloud_only = separation.private[cloud_rows]
     clip_only = separation.private[~cloud_rows]
+    consistent, disputed = separation.consistent, separation.inconsistent
+    if disputed_probs is None:
+        disputed_probs = fuse(disputed.cloud.probs, disputed.clip.probs)
+    is_confident = disputed_probs.amax(-1) >= fused_score_min
     parts = [
-        _pair_targets(separation.consistent, "learn", settings, fuse),
-        _pair_targets(separation.inconsistent, settings.inconsistent, settings, fuse),
+        _pair_targets(
+            consistent,
+            fuse(consistent.cloud.probs, consistent.clip.probs),
+            "learn",
+            settings,
+        ),
+        _pair_targets(
+            disputed[is_confident],
+            disputed_probs[is_confident],
+            settings.inconsistent,
+            settings,
+        ),
+        _pair_targets(
+            disputed[~is_confident],
+            disputed_probs[~is_confident],
+            "drop" if settings.inconsistent == "drop" else "ignore",
+            settings,
+        ),
         _lone_targets(
             cloud_only, settings.private_cloud, settings.private_cloud_score, settings
         ),
@@ -94,13 +121,14 @@ def label_targets(labels: Detections) -> Targets:
 
 
 def _pair_targets(
-    pairs: Pairs, kind: KindOfBox, settings: TargetSettings, fuse: Fuse
+    pairs: Pairs, probs: Tensor, kind: KindOfBox, settings: TargetSettings
 ) -> Targets:
-    """Return the targets of boxes that both teachers found."""
+    """Return the targets of boxes that both teachers found, with fused probabilities
+    [N, K+1].
+    """
     scores = pairs.cloud.scores
     if settings.pair_score == "either":
         scores = 1 - (1 - scores) * (1 - pairs.clip.scores)
-    probs = fuse(pairs.cloud.probs, pairs.clip.probs)
     return _targets_by_trust(pairs.boxes, probs, scores, kind, settings)
 
 

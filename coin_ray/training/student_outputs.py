@@ -64,6 +64,22 @@ class RegionKnowledge:
         """Rows [A + G] of ``regions`` with a label."""
         return torch.cat([self.consistent_rows, self.background_rows])
 
+    def inconsistent_losses(self, fuse_pairs: FusePairs, *, per_region: bool) -> Losses:
+        """Compare RoIs on inconsistent pairs with the fusion of both opinions;
+        ``per_region``: the mean is over RoIs, not over elements.
+        """
+        rows = self.inconsistent_rows
+        fused, threshold = fuse_pairs(self.regions.embedded[rows], self.inconsistent)
+        if per_region:
+            count = self.totals.labelled
+        else:
+            confident = distillation.is_confident(fused, threshold).sum()
+            count = float(all_sum(confident)) * self.class_count
+        loss = distillation.inconsistent_regions(
+            self.regions.logits[rows], fused, threshold, count
+        )
+        return {"inconsistent": loss}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StudentOutputs(RegionKnowledge):
@@ -136,22 +152,6 @@ class StudentOutputs(RegionKnowledge):
             ),
         }
 
-    def inconsistent_losses(self, fuse_pairs: FusePairs, *, per_region: bool) -> Losses:
-        """Compare RoIs on inconsistent pairs with the fusion of both opinions;
-        ``per_region``: the mean is over RoIs, not over elements.
-        """
-        rows = self.inconsistent_rows
-        fused, threshold = fuse_pairs(self.regions.embedded[rows], self.inconsistent)
-        if per_region:
-            count = self.totals.labelled
-        else:
-            confident = distillation.is_confident(fused, threshold).sum()
-            count = float(all_sum(confident)) * self.class_count
-        loss = distillation.inconsistent_regions(
-            self.regions.logits[rows], fused, threshold, count
-        )
-        return {"inconsistent": loss}
-
 
 class StudentForward(Protocol):
     """A function like ``forward_student``, for one kind of student."""
@@ -218,14 +218,14 @@ def sample_anchors_and_regions(
         inconsistent.append(separation.inconsistent[target.inconsistent])
     wait_for_totals = Totals.start_count(sampled_anchors, sampled_regions, len(private))
     regions = student.describe(shared, rois)
-    rows = _rows_by_kind(sampled_regions, separations)
+    rows = rows_by_kind(sampled_regions, [len(s.private) for s in separations])
     assert sum(len(r) for r in rows) == len(regions.logits)
     return StudentOutputs(
         rpn=rpn,
         anchor_targets=sampled_anchors,
         region_targets=sampled_regions,
         proposals=torch.cat(rois),
-        boxes=_concatenate_pair_boxes(sampled_regions),
+        boxes=concatenate_pair_boxes(sampled_regions),
         regions=regions,
         consistent_rows=rows[0],
         inconsistent_rows=rows[1],
@@ -273,25 +273,25 @@ def _select_rows(batch: Tensor, rows: Sequence[Tensor]) -> Tensor:
     return torch.cat(selected)
 
 
-def _rows_by_kind(
-    targets: Sequence[RegionTargets], separations: Sequence[Separation]
+def rows_by_kind(
+    targets: Sequence[RegionTargets], others: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Return the rows of consistent, inconsistent, background and private RoIs in the
-    concatenation over images.
+    """Return the rows of consistent, inconsistent and background RoIs in the
+    concatenation over images, and of the ``others`` that follow them in each image.
     """
     kinds: list[int] = []
-    for target, separation in zip(targets, separations, strict=True):
+    for target, count in zip(targets, others, strict=True):
         background = len(target.proposals) - target.positives
         kinds += [0] * len(target.consistent)
         kinds += [1] * len(target.inconsistent)
         kinds += [2] * background
-        kinds += [3] * len(separation.private)
+        kinds += [3] * count
     device = targets[0].proposals.device
     kind_of_row = torch.tensor(kinds, dtype=torch.int64, device=device)
     return tuple((kind_of_row == kind).nonzero()[:, 0] for kind in range(4))
 
 
-def _concatenate_pair_boxes(targets: Sequence[RegionTargets]) -> Tensor:
+def concatenate_pair_boxes(targets: Sequence[RegionTargets]) -> Tensor:
     """Return the boxes of all RoIs on consistent pairs, then of all on inconsistent
     pairs.
     """

@@ -27,6 +27,7 @@ from coin_ray.stages.distill import (
     export_target_distillation,
 )
 from coin_ray.stages.propagate import build_propagation, export_propagation
+from coin_ray.training.ckg_targets import CkgTargetTraining
 from coin_ray.training.direct import TargetTraining, plain_targets
 
 BACKBONE = cast("Any", None)  # no part of these students
@@ -71,6 +72,20 @@ def test_the_average_is_delivered_and_read_back(
     (expected,) = task.average.predict(images)
     assert torch.equal(detections.boxes, expected.boxes)
     assert torch.equal(detections.probs, expected.probs)
+
+
+def test_with_ckg_the_student_is_delivered_without_its_region_head(
+    yolox_weights: str,
+) -> None:
+    config = make_config(yolox_weights, fusion="ckg")
+    task = build_target_distillation(config)
+    assert isinstance(task, CkgTargetTraining)
+    plain = build_target_distillation(make_config(yolox_weights))
+    delivered = cast("Any", export_target_distillation(task)["detector.pt"])
+    expected = cast("Any", export_target_distillation(plain)["detector.pt"])
+    assert list(delivered) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(delivered[name], tensor), name
 
 
 def test_baselines_have_the_student_s_start_and_steps(yolox_weights: str) -> None:
@@ -136,7 +151,7 @@ def test_wrong_weights_are_named_before_anything_is_done(
 
 def test_settings_that_do_not_fit_are_named(yolox_weights: str) -> None:
     with pytest.raises(ConfigError, match="fusion average"):
-        make_config(yolox_weights, fusion="ckg")
+        make_config("", student="d-fine-n", fusion="ckg")
     with pytest.raises(ConfigError, match="multiple of 32"):
         make_config(yolox_weights, student_side=100)
     with pytest.raises(ConfigError, match="no statistics of batch norms"):

@@ -16,7 +16,12 @@ from coin_ray.config import Distill, Separate
 from coin_ray.data.examples import iterate_batches
 from coin_ray.models.students.yolox import YoloxStudent
 from coin_ray.parallel import all_sum, worker_count, worker_rank
-from coin_ray.training.direct import TargetTraining, separation_targets
+from coin_ray.training.ckg_targets import CkgTargetTraining
+from coin_ray.training.direct import (
+    StudentTraining,
+    TargetTraining,
+    separation_targets,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +29,27 @@ FIT = tiny_fit(steps=2, batch=3, optimizer="sgd", lr=0.01, warmup=0)
 """Three images on two workers: their shares differ."""
 
 
-def _train(folder: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def _make_task(fusion: str) -> StudentTraining:
     torch.manual_seed(0)
-    task = TargetTraining(
-        YoloxStudent("yolox-nano", len(CLASSES), 64),
+    student = YoloxStudent("yolox-nano", len(CLASSES), 64)
+    if fusion == "ckg":
+        config = Distill(
+            student="yolox-nano", fit=FIT, prototypes_from=0, teacher_rate=0.25
+        )
+        rules = Separate(iou_min=0.2, clip_score_min=0.0)
+        return CkgTargetTraining(student, config, rules, tiny_config())
+    return TargetTraining(
+        student,
         separation_targets(Distill(student="yolox-nano", fusion="average"), Separate()),
         FIT,
         average_rate=0.25,
         frozen_norms=True,
     )
+
+
+def _train(folder: Path, fusion: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    task = _make_task(fusion)
     losses = []
     batches = iterate_batches(
         examples(folder),
@@ -52,27 +68,28 @@ def _train(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "state": task.state_dict()}
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, port: int, folder: str, fusion: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     images = Path(folder) / f"images{rank}"
     images.mkdir()
-    torch.save(_train(images), Path(folder) / f"worker{rank}.pt")
+    torch.save(_train(images, fusion), Path(folder) / f"worker{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_workers_equal_one_for_yolox(tmp_path: Path) -> None:
-    arguments = (free_port(), str(tmp_path))
+@pytest.mark.parametrize("fusion", ["average", "ckg"])
+def test_two_workers_equal_one_for_yolox(tmp_path: Path, fusion: str) -> None:
+    arguments = (free_port(), str(tmp_path), fusion)
     multiprocessing.spawn(_worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (
         torch.load(tmp_path / f"worker{rank}.pt", weights_only=True)
         for rank in range(2)
     )
-    alone = _train(tmp_path)
+    alone = _train(tmp_path, fusion)
     assert first["losses"] == second["losses"]
     for parts, expected in zip(first["losses"], alone["losses"], strict=True):
-        assert parts == pytest.approx(expected, rel=1e-4)
-    for part in ("student", "average"):
+        assert parts == pytest.approx(expected, rel=1e-4, abs=1e-8)
+    for part in ("student", "average", *({"ckg", "region_head"} & set(first["state"]))):
         for name, tensor in alone["state"][part].items():
             assert torch.equal(first["state"][part][name], second["state"][part][name])
             torch.testing.assert_close(

@@ -148,3 +148,23 @@ def test_settings_are_checked() -> None:
     for setting in ("score_min", "certain_score", "private_clip_score"):
         with pytest.raises(ValueError, match=f"distill.targets.{setting}"):
             dataclasses.replace(TargetSettings(), **{setting: 1.5})
+
+
+def test_disputed_boxes_have_the_names_that_ckg_gives() -> None:
+    separation = separate()
+    fused = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
+    settings = TargetSettings(private_cloud="drop")
+    made = make_targets(separation, settings, average, fused)
+    assert boxes(made.boxes) == [AGREED, DISPUTED]
+    torch.testing.assert_close(made.probs[1], torch.tensor([0.125, 0.625, 0.25, 0.0]))
+
+
+def test_disputed_boxes_of_which_ckg_is_not_sure_are_ignored() -> None:
+    fused = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
+    settings = TargetSettings(private_cloud="drop")
+    made = make_targets(separate(), settings, average, fused, fused_score_min=0.6)
+    assert boxes(made.boxes) == [AGREED]
+    assert boxes(made.ignored) == [DISPUTED]
+    dropped = TargetSettings(private_cloud="drop", inconsistent="drop")
+    made = make_targets(separate(), dropped, average, fused, fused_score_min=0.6)
+    assert not len(made.ignored)

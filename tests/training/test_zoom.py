@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import detections
 
-from coin_ray.config import Distill
+from coin_ray.config import Distill, Separate, TargetSettings
 from coin_ray.errors import ConfigError
+from coin_ray.fusion.rules import average
+from coin_ray.fusion.separate import separate_knowledge
 from coin_ray.structures import Targets
-from coin_ray.training.zoom import zoom_randomly
+from coin_ray.training.separation_targets import make_targets
+from coin_ray.training.zoom import zoom_randomly, zoom_separation_randomly
 
 WIDTH, HEIGHT = 64, 48
 
@@ -88,3 +92,27 @@ def test_a_zoom_of_one_changes_nothing_and_draws_nothing() -> None:
     assert zoomed is image
     assert moved is target
     assert torch.equal(draws.get_state(), generator(0).get_state())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_separation_is_zoomed_as_its_targets_are(seed: int) -> None:
+    cloud = detections(((2, 2, 20, 20), 0, 0.9), ((30, 30, 60, 60), 1, 0.8))
+    clip = detections(((2, 2, 20, 20), 0, 0.9), ((40, 2, 62, 30), 2, 0.95))
+    separation = separate_knowledge(
+        cloud,
+        clip,
+        Separate(clip_score_min=0.05),
+        fuse_boxes=True,
+        generator=torch.Generator(),
+    )
+    settings = TargetSettings(private_clip="learn")
+    image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    zoom = (0.5, 3.0)
+    expected_image, expected = zoom_randomly(
+        image, make_targets(separation, settings, average), zoom, generator(seed)
+    )
+    zoomed, moved = zoom_separation_randomly(image, separation, zoom, generator(seed))
+    made = make_targets(moved, settings, average)
+    assert torch.equal(zoomed, expected_image)
+    for name in ("boxes", "probs", "weights", "ignored"):
+        assert torch.equal(getattr(made, name), getattr(expected, name)), name

@@ -58,6 +58,18 @@ class PostProcess:
     best_class_only: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PyramidMaps:
+    """Feature maps of a batch of ``pixels`` [B, 3, h, w] in the input format: ``maps``,
+    finest first, [B, C, h / s, w / s] of strides s. ``sizes``: (height, width) of each
+    image inside ``pixels``.
+    """
+
+    pixels: Tensor
+    maps: list[Tensor]
+    sizes: list[tuple[int, int]]
+
+
 class DetectorStudent(Protocol):
     """A detector that learns from ``Targets``; also an ``nn.Module``.
 
@@ -113,3 +125,24 @@ class DetectorStudent(Protocol):
     def modules(self) -> Any: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+
+
+class PyramidStudent(DetectorStudent, Protocol):
+    """A student whose feature maps other heads may use in training."""
+
+    @property
+    def map_channels(self) -> tuple[int, ...]: ...
+
+    @property
+    def map_strides(self) -> tuple[int, ...]: ...
+
+    def extract_maps(self, images: Sequence[Tensor]) -> PyramidMaps:
+        """Return the maps that the student's own head sees of images [3, H, W]."""
+
+    def losses_of_maps(
+        self,
+        extracted: PyramidMaps,
+        images: Sequence[Tensor],
+        targets: Sequence[Targets],
+    ) -> dict[str, Tensor]:
+        """Return the ``losses`` of images whose maps are known."""

@@ -13,6 +13,7 @@ from coin_ray.models.students.base import (
     InputFormat,
     ParameterParts,
     PostProcess,
+    PyramidMaps,
     StudentRendering,
 )
 from coin_ray.models.students.detection import (
@@ -79,17 +80,42 @@ class YoloxStudent(nn.Module):
         """See ``DetectorStudent.losses``. Over several workers the losses are divided
         by the number of objects of all of them.
         """
+        return self.losses_of_maps(self.extract_maps(images), images, targets)
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        return self.network.head.map_channels
+
+    @property
+    def map_strides(self) -> tuple[int, ...]:
+        return STRIDES
+
+    def extract_maps(self, images: Sequence[Tensor]) -> PyramidMaps:
+        """Return the maps of the feature pyramid; over several workers the images of
+        all of them are padded to one size.
+        """
         device = next(self.parameters()).device
         resized = [resize_image(image, self.input_format) for image in images]
         local_size = torch.tensor(padded_size(resized, self.input_format))
         height, width = all_max(local_size).tolist()
         batch = [image.to(device) for image in resized]
         pixels = make_pixels(batch, (height, width), self.input_format)
-        predictions = self.network(pixels)
-        cells, strides = cell_grid(pixels)
+        sizes = [(image.shape[1], image.shape[2]) for image in resized]
+        return PyramidMaps(pixels, self.network.backbone(pixels), sizes)
+
+    def losses_of_maps(
+        self,
+        extracted: PyramidMaps,
+        images: Sequence[Tensor],
+        targets: Sequence[Targets],
+    ) -> dict[str, Tensor]:
+        predictions = self.network.head(extracted.maps)
+        cells, strides = cell_grid(extracted.pixels)
         in_input = [
-            _scale_targets(target, image, small).to(device)
-            for target, image, small in zip(targets, images, resized, strict=True)
+            _scale_targets(target, image, size).to(predictions.device)
+            for target, image, size in zip(
+                targets, images, extracted.sizes, strict=True
+            )
         ]
         return yolox_losses(predictions, cells, strides, in_input)
 
@@ -114,10 +140,12 @@ class YoloxStudent(nn.Module):
         )
 
 
-def _scale_targets(targets: Targets, image: Tensor, resized: Tensor) -> Targets:
-    """Move targets from the frame of ``image`` into that of ``resized`` ([3, H, W])."""
-    x_factor = resized.shape[2] / image.shape[2]
-    y_factor = resized.shape[1] / image.shape[1]
+def _scale_targets(targets: Targets, image: Tensor, size: tuple[int, int]) -> Targets:
+    """Move targets from the frame of ``image`` [3, H, W] into that of the image resized
+    to ``size`` (height, width).
+    """
+    x_factor = size[1] / image.shape[2]
+    y_factor = size[0] / image.shape[1]
     if x_factor == 1 and y_factor == 1:
         return targets
     return Targets(

@@ -216,7 +216,8 @@ class DecoupledHead(nn.Module):
     def __init__(self, num_classes: int, size: YoloxSize) -> None:
         super().__init__()
         self.num_classes = num_classes
-        channels = [int(c * size.width) for c in (256, 512, 1024)]
+        channels = tuple(int(c * size.width) for c in (256, 512, 1024))
+        self.map_channels = channels
         hidden, depthwise = int(256 * size.width), size.depthwise
         self.stems = nn.ModuleList(ConvNorm(c, hidden, 1) for c in channels)
         branches = [self._branch(hidden, depthwise) for _ in range(2 * len(channels))]
