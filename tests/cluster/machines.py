@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -85,6 +86,11 @@ class Network:
         run_command("ip", "link", "add", BRIDGE, "type", "bridge")
         run_command("ip", "addr", "add", f"{OFFICE_ADDRESS}/24", "dev", BRIDGE)
         run_command("ip", "link", "set", BRIDGE, "up")
+
+
+def _free_bytes(path: Path) -> int:
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize
 
 
 class Machine:
@@ -239,10 +245,13 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
         run_command(*inside, "qdisc", "del", "dev", "eth0", "root")
 
     def fill_disk(self) -> None:
-        """Leave no room in ``/tmp``."""
-        room = os.statvfs(self.path("/tmp"))
-        with self.path(f"/tmp/{FILLER}").open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, room.f_bavail * room.f_frsize)
+        """Leave no room in ``/tmp``, to which others write at the same time."""
+        with self.path(f"/tmp/{FILLER}").open("wb", buffering=0) as stream:
+            for _ in range(100):
+                room = _free_bytes(self.path("/tmp"))
+                size = os.fstat(stream.fileno()).st_size
+                with suppress(OSError):  # less room than a moment ago
+                    os.posix_fallocate(stream.fileno(), size, max(room, 1))
 
     def empty_disk(self) -> None:
         """Undo ``fill_disk``."""

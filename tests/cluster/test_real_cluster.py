@@ -15,7 +15,7 @@ from machines import missing_requirements
 pytest.importorskip("s3fs", reason="s3:// needs the extra s3")
 pytest.importorskip("moto.server", reason="the object store is moto[server]")
 
-from scenarios import SCENARIOS, Row
+from scenarios import SCENARIOS, Row, count_tracebacks
 
 RUN = Path(__file__).with_name("run.py")
 ENABLED_BY = "COIN_RAY_TEST_CLUSTER"
@@ -96,3 +96,13 @@ def test_new_rows_replace_old_ones_and_the_others_stay(
         ["| scenario | x |", "|---|---|", "| a | old |", "| b | new |", "| c | new |"]
     )
     assert page.read_text() == f"before\n{start}\n{expected}\n{end}\nafter\n"
+
+
+def test_exceptions_that_python_ignores_are_no_tracebacks() -> None:
+    log = (
+        "(_trial pid=770) Exception ignored in: <function WeakSet._remove>\n"
+        "(_trial pid=770) Traceback (most recent call last):\n"
+        "(_trial pid=770) SystemExit: 1\n"
+    )
+    assert count_tracebacks(log) == 0
+    assert count_tracebacks(log + "Traceback (most recent call last):\n") == 1
