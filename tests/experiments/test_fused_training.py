@@ -38,7 +38,9 @@ def _opinions(rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 def test_training_fuses_by_the_named_rule(rule: str) -> None:
     cloud, clip = _opinions()
     torch.testing.assert_close(
-        distillation(tiny_fit(), fusion=rule).fuse(torch.zeros(40, 8), cloud, clip),
+        distillation(tiny_fit(), fusion=rule).fusion.fuse(
+            torch.zeros(40, 8), cloud, clip
+        ),
         RULES[rule](cloud, clip),
     )
 
@@ -62,7 +64,8 @@ def test_training_fuses_by_the_annotators_it_is_given(tmp_path: Path) -> None:
         annotators,
     )
     torch.testing.assert_close(
-        task.fuse(torch.zeros(40, 8), cloud, clip), annotators.posterior(cloud, clip)
+        task.fusion.fuse(torch.zeros(40, 8), cloud, clip),
+        annotators.posterior(cloud, clip),
     )
     (batch,) = iterate_batches(
         examples(tmp_path),
@@ -102,22 +105,16 @@ def test_a_fair_threshold_lets_the_same_share_pass_whatever_the_rule(
 ) -> None:
     task = distillation(tiny_fit(), fusion=rule, fusion_share=share)
     fused = RULES[rule](*_opinions())
-    passed = fused.max(-1).values >= task.confidence_threshold(fused)
+    passed = fused.max(-1).values >= task.fusion.confidence_threshold(fused)
     assert abs(int(passed.sum()) - 40 * share) <= 1
 
 
 def test_the_published_threshold_is_the_same_for_all() -> None:
     fused = RULES["average"](*_opinions())
-    assert (
-        distillation(tiny_fit(), fusion_score_min=0.7).confidence_threshold(fused)
-        == 0.7
-    )
-    assert (
-        distillation(
-            tiny_fit(), fusion_score_min=0.7, fusion_share=0.5
-        ).confidence_threshold(fused[:0])
-        == 0.7
-    )
+    published = distillation(tiny_fit(), fusion_score_min=0.7).fusion
+    assert published.confidence_threshold(fused) == 0.7
+    by_share = distillation(tiny_fit(), fusion_score_min=0.7, fusion_share=0.5).fusion
+    assert by_share.confidence_threshold(fused[:0]) == 0.7
 
 
 def test_without_consistent_knowledge_nothing_is_learned_as_ground_truth(
