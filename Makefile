@@ -21,7 +21,7 @@ test-all: $(DEVELOPED) check
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -n $(WORKERS) --dist worksteal -m "not soak" --durations=30 --durations-min=5 $(ARGS)
 
 soak: $(DEVELOPED)
-	$(BIN)/python -m pytest -m soak -s tests/soak tests/pipelines/test_cloud_actors.py $(ARGS)
+	$(BIN)/python -m pytest -m soak -s tests/soak tests/pipelines/test_cloud_actors.py tests/pipelines/test_labeler_pool.py $(ARGS)
 
 # A cluster on three machines of this one, and its faults; needs root: make test-cluster ARGS="--only undisturbed,asking-cable"
 test-cluster: $(DEVELOPED)

@@ -81,26 +81,43 @@ def _collect(config: PipelineConfig, folder: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def test_labelers_follow_the_nodes_and_no_gpu_is_started(
-    monkeypatch: pytest.MonkeyPatch, cluster: PretendedNodes, tmp_path: Path
-) -> None:
-    """Begins with a head alone. While the labelers are the bound all of `label` starts;
-    while the cloud's rate is, the second node is let go."""
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+    """Settings of a collection whose cloud and labelers are stand-ins."""
     monkeypatch.setattr(collect, "CloudActor", SlowingCloudActor)
     monkeypatch.setattr(collect, "LabelerActor", RecordingLabeler)
     preset = PRESETS["demo"]()
-    config = replace(preset, collect=replace(preset.collect, batch=1))
+    return replace(preset, collect=replace(preset.collect, batch=1))
+
+
+def test_labelers_follow_the_nodes_and_no_gpu_is_started(
+    cluster: PretendedNodes, config: PipelineConfig, tmp_path: Path
+) -> None:
+    """Begins with a head alone. While the labelers are the bound all of ``label``
+    starts."""
     assert count_node_types() == {"head": 1}
     most: Counter[str] = Counter()
-    fast_rows: list[dict[str, Any]] = []
-    for number, row in enumerate(_collect(config, tmp_path)):
-        now = count_node_types()
-        most |= now
-        if number < FAST_BATCHES:
-            fast_rows.append(row)
-        elif now["label"] == 1:
+    rows: list[dict[str, Any]] = []
+    for row in _collect(config, tmp_path):
+        most |= count_node_types()
+        rows.append(row)
+        if len(rows) == FAST_BATCHES:
             break
     assert most == {"head": 1, "label": 2}, "no node with a GPU"
-    assert len({row["node"] for row in fast_rows}) == 2
-    assert len({row["process"] for row in fast_rows}) == 3, "four CPUs less one"
+    assert len({row["node"] for row in rows}) == 2
+    assert len({row["process"] for row in rows}) == 3, "four CPUs less one"
+
+
+@pytest.mark.soak
+def test_a_node_is_let_go_while_the_cloud_is_the_bound(
+    cluster: PretendedNodes, config: PipelineConfig, tmp_path: Path
+) -> None:
+    """It takes Ray between four and thirteen minutes."""
+    has_had_both = False
+    for number, _ in enumerate(_collect(config, tmp_path)):
+        labels = count_node_types()["label"]
+        has_had_both |= labels == 2
+        if number >= FAST_BATCHES and labels == 1:
+            break
+    assert has_had_both
     assert number < BATCHES - 1, "the second node was let go during the collection"
