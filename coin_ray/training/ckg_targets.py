@@ -56,7 +56,10 @@ class DescribedRegions:
 
 
 class CkgTargetTraining(StudentTraining):
-    """``detector``: how the region head samples and classifies boxes."""
+    """Trains a student, its region head and CKG together.
+
+    ``detector``: how the region head samples and classifies boxes.
+    """
 
     student: PyramidStudent
 

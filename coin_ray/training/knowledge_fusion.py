@@ -16,8 +16,7 @@ from coin_ray.fusion.rules import RULES, Annotators
 from coin_ray.losses import distillation
 from coin_ray.losses.gradient import gradient_misalignment, squared_error
 from coin_ray.models.faster_rcnn_clip.model import EmbeddingHead
-from coin_ray.models.prototypes import Prototypes
-from coin_ray.models.prototypes import update_prototypes as move_prototypes
+from coin_ray.models.prototypes import Prototypes, update_prototypes
 from coin_ray.parallel import all_gather_rows, all_reduce_gradients
 from coin_ray.structures import Pairs
 from coin_ray.training import diagnosis
@@ -30,7 +29,9 @@ from coin_ray.training.student_outputs import Losses, RegionKnowledge
 
 
 class KnowledgeFusion:
-    """``embeddings`` [K+1, D]: where the prototypes start.
+    """Names inconsistent boxes, and trains CKG if the rule is CKG.
+
+    ``embeddings`` [K+1, D]: where the prototypes start.
 
     ``annotators``: both teachers' error rates, estimated from the training images, for
     ``config.fusion`` dawid_skene.
@@ -198,4 +199,4 @@ class KnowledgeFusion:
                 (self.cloud_prototypes, features, cloud_labels),
                 (self.clip_prototypes, features, clip_labels),
             ]
-        move_prototypes(updates, self.config.prototype_rate)
+        update_prototypes(updates, self.config.prototype_rate)

@@ -38,6 +38,8 @@ PYTHON = "/usr/bin/python3.11"
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 60.0
 FILLER = "filler"
+FULL_DISK_BYTES = 1 << 20
+"""Room that a full disk may have left."""
 TMP_BYTES = 1 << 30
 """Size of a machine's ``/tmp``, in which Ray keeps its logs and spilled objects."""
 
@@ -252,6 +254,9 @@ exec {SSHD} -D -e -f {self.folder}/sshd_config
                 size = os.fstat(stream.fileno()).st_size
                 with suppress(OSError):  # less room than a moment ago
                     os.posix_fallocate(stream.fileno(), size, max(room, 1))
+        room = _free_bytes(self.path("/tmp"))
+        if room > FULL_DISK_BYTES:
+            raise RuntimeError(f"/tmp of {self.name} still has room for {room} bytes")
 
     def empty_disk(self) -> None:
         """Undo ``fill_disk``."""

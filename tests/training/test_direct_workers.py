@@ -88,7 +88,10 @@ def test_two_workers_equal_one_for_yolox(tmp_path: Path, fusion: str) -> None:
     alone = _train(tmp_path, fusion)
     assert first["losses"] == second["losses"]
     for parts, expected in zip(first["losses"], alone["losses"], strict=True):
-        assert parts == pytest.approx(expected, rel=1e-4, abs=1e-8)
+        # a difference of nearly equal numbers: CKG's weights hardly depend on the box
+        spreads = parts.pop("ckg_spread", 0), expected.pop("ckg_spread", 0)
+        assert spreads[0] == pytest.approx(spreads[1], abs=1e-8)
+        assert parts == pytest.approx(expected, rel=1e-4)
     for part in ("student", "average", *({"ckg", "region_head"} & set(first["state"]))):
         for name, tensor in alone["state"][part].items():
             assert torch.equal(first["state"][part][name], second["state"][part][name])
