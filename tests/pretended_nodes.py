@@ -14,6 +14,10 @@ from typing import Any
 import ray
 import ray.util
 from clusters import REPOSITORY, Cluster, wait_until
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 
 HEAD_ID = "f" * 51 + "00000"
 """The stand-in names its nodes itself, the head first."""
@@ -29,14 +33,21 @@ NODE_TYPES: dict[str, dict[str, Any]] = {
 
 class PretendedNodes(Cluster):
     """A cluster of ``NODE_TYPES`` that begins with its head; ``file`` is what its
-    autoscaler reads. A node that is idle for nine seconds is ended."""
+    autoscaler reads. A node that is idle for nine seconds is ended.
+
+    It wants Ray's token where a local Ray does: a process that has started one of those
+    sends it from then on, and on a cluster without a token its actors never start.
+    """
 
     def __init__(self) -> None:
         self.file = ""
+        has_token = enable_token_auth_by_default()
+        ensure_token_if_auth_enabled()
         super().__init__(
             0,
             {
                 "PYTHONPATH": f"{REPOSITORY / 'tests'}:{REPOSITORY / 'tests/pipelines'}",
+                "RAY_AUTH_MODE": "token" if has_token else "disabled",
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_enable_autoscaler_v2": "1",
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",

@@ -25,12 +25,9 @@ CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 FINDS_ITSELF = ("auto", "local")
 """Values of RAY_ADDRESS that name no host."""
-HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
-    [0, 0, 0, 4, 0, 0, 0, 0, 0]
-)
-"""The client's preface and empty settings (RFC 9113, 3.4): the server sends its own."""
-FRAME_HEADER_BYTES = 9
-SETTINGS_FRAME = 4
+CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""The call by which Ray asks its head whether it lives; an empty message is a whole
+request."""
 TOKEN_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables with which Ray makes no token of its own: a cluster has one."""
 TEMPORARY_FOLDERS = ("TMPDIR", "RAY_TMPDIR")
@@ -68,7 +65,7 @@ def check_cluster_address() -> None:
     give_up_at = time.monotonic() + CLUSTER_SECONDS
     while True:
         try:
-            _check_speaks_http2(host, port)
+            wants_token = _head_wants_token(host, port)
         except OSError as error:
             if time.monotonic() < give_up_at:
                 time.sleep(RETRY_SECONDS)
@@ -78,24 +75,48 @@ def check_cluster_address() -> None:
                 " correct RAY_ADDRESS, or unset it to run on this machine; nothing was"
                 " asked or paid"
             ) from None
-        return
+        break
+    sends_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    if wants_token is False and sends_token:
+        raise ConfigError(
+            f"RAY_AUTH_MODE is token, but the cluster at RAY_ADDRESS={address} was"
+            " started without a token: its actors would never start. Unset"
+            " RAY_AUTH_MODE, or start the cluster with it; nothing was asked or paid"
+        )
+    if wants_token and not sends_token:
+        raise ConfigError(
+            f"the cluster at RAY_ADDRESS={address} wants a token. Export"
+            " RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token is in"
+            " ~/.ray/auth_token; nothing was asked or paid"
+        )
 
 
-def _check_speaks_http2(host: str, port: int) -> None:
-    """Raise OSError unless the server begins HTTP/2, on which Ray's gRPC is built.
+def _head_wants_token(host: str, port: int) -> bool | None:
+    """Return whether the head refuses a call without a token; None: it doesn't say.
 
-    A forwarded port accepts connections for a head that is dead. Servers with TLS
-    (RAY_USE_TLS) are only connected to.
+    Raises OSError if no head answers: a forwarded port accepts connections for a head
+    that is dead. Servers with TLS (RAY_USE_TLS) are only connected to.
     """
-    with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
-        if os.environ.get("RAY_USE_TLS", "0") != "0":
-            return
-        connection.sendall(HTTP2_GREETING)
-        answer = connection.recv(FRAME_HEADER_BYTES, socket.MSG_WAITALL)
-    if not answer:
-        raise ConnectionError("it closes the connection")
-    if len(answer) < FRAME_HEADER_BYTES or answer[3] != SETTINGS_FRAME:
-        raise ConnectionError(f"not a head of Ray: it answers {answer!r}")
+    socket.create_connection((host, port), CONNECT_SECONDS).close()
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return None
+    import grpc
+
+    without_proxy = [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(f"{host}:{port}", without_proxy) as channel:
+        try:
+            channel.unary_unary(CHECK_ALIVE)(b"", timeout=CONNECT_SECONDS)
+        except grpc.RpcError as error:
+            code = error.code()
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                return True
+            if code in (
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            ):
+                raise ConnectionError(f"not a head of Ray: {error.details()}") from None
+            return None
+        return False
 
 
 def _port_of(address: str) -> int | None:

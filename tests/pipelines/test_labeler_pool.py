@@ -61,7 +61,6 @@ class RecordingLabeler:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedNodes]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with PretendedNodes() as nodes:
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)
         monkeypatch.setattr(pools, "CLUSTER_FILE", nodes.file)

@@ -6,9 +6,11 @@ import errno
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
 from coin_ray import storage
@@ -63,10 +65,31 @@ def serve(answer: bytes | None) -> Iterator[int]:
             connection.close()
 
 
+@contextmanager
+def serve_head(code: grpc.StatusCode) -> Iterator[int]:
+    """Yield the port of a server that answers as Ray's head does, with that status."""
+
+    def answer(_: bytes, call: grpc.ServicerContext) -> bytes:
+        if code != grpc.StatusCode.OK:
+            call.abort(code, "InvalidAuthToken")
+        return b""
+
+    handlers = {"CheckAlive": grpc.unary_unary_rpc_method_handler(answer)}
+    service = "ray.rpc.NodeInfoGcsService"
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(service, handlers)]
+    )
+    number = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield number
+    server.stop(None).wait()
+
+
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port at which a server sends its settings of HTTP/2, as Ray's head does."""
-    with serve(bytes([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 255, 255])) as number:
+    """The port of a head without a token."""
+    with serve_head(grpc.StatusCode.OK) as number:
         yield number
 
 
@@ -99,9 +122,9 @@ def test_a_dead_cluster_is_named(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "timed out"),
-        (b"", "closes the connection"),
-        (b"HTTP/1.1 404 Not Found\r\n\r\n", "not a head of Ray: it answers b'HTTP"),
+        (None, "not a head of Ray: Deadline Exceeded"),
+        (b"", "not a head of Ray"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", "not a head of Ray"),
     ],
     ids=["silent", "closes", "another server"],
 )
@@ -119,6 +142,41 @@ def test_a_port_behind_which_no_head_answers(
             check_environment(str(tmp_path))
         monkeypatch.setenv("RAY_USE_TLS", "1")
         check_environment(str(tmp_path))
+
+
+def test_a_token_for_a_head_that_has_none(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray joins it, and runs tasks there, but never an actor."""
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(ConfigError, match="started without a token"):
+        check_environment(str(tmp_path / "root"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    check_environment(str(tmp_path / "root"))
+
+
+@pytest.mark.parametrize("mode", ["", "disabled"])
+def test_no_token_for_a_head_that_wants_one(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_head(grpc.StatusCode.UNAUTHENTICATED) as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        with pytest.raises(ConfigError, match=r"wants a token.*RAY_AUTH_MODE=token"):
+            check_environment(str(tmp_path / "root"))
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        check_environment(str(tmp_path / "root"))
+
+
+def test_a_head_that_does_not_know_the_call_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the port of Ray's client."""
+    with serve_head(grpc.StatusCode.UNIMPLEMENTED) as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"ray://127.0.0.1:{port}")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        check_environment(str(tmp_path / "root"))
 
 
 @pytest.mark.parametrize(
