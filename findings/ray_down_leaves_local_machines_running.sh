@@ -6,14 +6,14 @@
 # Behaviour: with provider type local, `ray down` sends a bare `ray stop` to the head's login shell. Where Ray lies in
 # an environment that only the start commands of the file name, that is "command not found", which is a warning.
 # What follows, "Terminating node" for each machine and "No nodes remaining", is written into a file of the machine
-# on which it runs: no worker gets a command at all, whether or not the head's Ray ended.
+# on which it runs: no worker gets a command.
 #
 # Seen, with an ssh that notes what it is asked and runs it here with an empty environment: one command, `ray stop`
 # to the head, none to the worker; "ray: command not found"; "No nodes remaining."; exit status 0; the head's port
 # still answers.
 #
-# Why it matters: the cluster keeps its GPUs, its jobs and the secrets of their environment, and the next `ray up` takes
-# it for stopped. It takes an environment that login shells activate, and workers that end when their head does.
+# Why it matters: the cluster keeps its GPUs, its jobs and the secrets of their environment, and nobody looks there
+# again. It takes an environment that login shells activate, and workers that end when their head does.
 
 set -euo pipefail
 folder=$(mktemp -d)

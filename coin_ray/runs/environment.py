@@ -103,7 +103,8 @@ def _head_wants_token(host: str, port: int) -> bool | None:
     import grpc
 
     without_proxy = [("grpc.enable_http_proxy", 0)]
-    with grpc.insecure_channel(f"{host}:{port}", without_proxy) as channel:
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(target, without_proxy) as channel:
         try:
             channel.unary_unary(CHECK_ALIVE)(b"", timeout=CONNECT_SECONDS)
         except grpc.RpcError as error:

@@ -66,7 +66,7 @@ def serve(answer: bytes | None) -> Iterator[int]:
 
 
 @contextmanager
-def serve_head(code: grpc.StatusCode) -> Iterator[int]:
+def serve_head(code: grpc.StatusCode, host: str = "127.0.0.1") -> Iterator[int]:
     """Yield the port of a server that answers as Ray's head does, with that status."""
 
     def answer(_: bytes, call: grpc.ServicerContext) -> bytes:
@@ -80,10 +80,12 @@ def serve_head(code: grpc.StatusCode) -> Iterator[int]:
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler(service, handlers)]
     )
-    number = server.add_insecure_port("127.0.0.1:0")
+    number = server.add_insecure_port(f"{host}:0")
     server.start()
-    yield number
-    server.stop(None).wait()
+    try:
+        yield number
+    finally:
+        server.stop(None).wait()
 
 
 @pytest.fixture
@@ -166,6 +168,15 @@ def test_no_token_for_a_head_that_wants_one(
         with pytest.raises(ConfigError, match=r"wants a token.*RAY_AUTH_MODE=token"):
             check_environment(str(tmp_path / "root"))
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        check_environment(str(tmp_path / "root"))
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_a_head_with_an_address_of_ipv6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_head(grpc.StatusCode.OK, "[::1]") as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"[::1]:{port}")
         check_environment(str(tmp_path / "root"))
 
 
